@@ -1,0 +1,175 @@
+"""The process behind one rank of `tests.ranks`: runs functions, one at a time, until told to quit.
+
+Started as `python -m tests.rank_worker FD`, with the repository's root as working directory, so
+that a test module is importable here by the name that pytest gives it (`tests.config.test_x`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import gc
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GLOO_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one rank has to run. `call` is a pickled `(fn, args, kwargs)`."""
+
+    rank: int
+    world_size: int
+    port: int
+    call: bytes
+
+
+@dataclass(frozen=True)
+class Leave:
+    """End the process group of the task before; `package` asks for `ds_lvx.shutdown`."""
+
+    package: bool
+
+
+@dataclass(frozen=True)
+class Quit:
+    """End the process."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a task: a pickled result, or the text of a traceback."""
+
+    result: bytes | None
+    error: str | None
+    has_shutdown: bool
+
+
+@dataclass(frozen=True)
+class Left:
+    """What became of a `Leave`."""
+
+    error: str | None
+
+
+def _shutdown_function() -> Any:
+    """`ds_lvx.shutdown` where the task has imported it: the harness itself imports no ds_lvx."""
+    return getattr(sys.modules.get("ds_lvx"), "shutdown", None)
+
+
+def _environment(task: Task) -> dict[str, str]:
+    return {
+        "RANK": str(task.rank),
+        "WORLD_SIZE": str(task.world_size),
+        "LOCAL_RANK": str(task.rank),
+        "LOCAL_SIZE": str(task.world_size),
+        "LOCAL_WORLD_SIZE": str(task.world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(task.port),
+    }
+
+
+def _run(task: Task) -> Answer:
+    os.environ.update(_environment(task))
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    try:
+        fn, args, kwargs = pickle.loads(task.call)
+        timeout = datetime.timedelta(seconds=GLOO_TIMEOUT_S)
+        # The store is served by the pytest process, on a port that the system chose: no race.
+        store = dist.TCPStore("127.0.0.1", task.port, is_master=False, timeout=timeout)
+        dist.init_process_group(
+            "gloo", store=store, rank=task.rank, world_size=task.world_size, timeout=timeout
+        )
+        result = pickle.dumps(fn(*args, **kwargs))
+    except BaseException:  # noqa: BLE001  (SystemExit is an answer of the task as well)
+        return Answer(None, traceback.format_exc(), _shutdown_function() is not None)
+    return Answer(result, None, _shutdown_function() is not None)
+
+
+def _leave(leave: Leave) -> Left:
+    try:
+        gc.collect()
+        shutdown = _shutdown_function()
+        if leave.package and shutdown is not None and dist.is_initialized():
+            shutdown()
+        if "deepspeed" in sys.modules:
+            # DeepSpeed keeps the first backend of a process; the next task needs its own.
+            sys.modules["deepspeed.comm.comm"].cdb = None  # type: ignore[attr-defined]
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()
+    except Exception:  # noqa: BLE001  (reported to the test, with its traceback)
+        return Left(traceback.format_exc())
+    return Left(None)
+
+
+@contextlib.contextmanager
+def _process_state_restored() -> Iterator[None]:
+    """Put back what a task may have changed for its whole process."""
+    environment, folder, dtype = dict(os.environ), os.getcwd(), torch.get_default_dtype()
+    grad_enabled = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad_enabled)
+
+
+def _end_with_parent(parent: int) -> None:
+    """A worker in an endless loop must not outlive a pytest that was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _serve(connection: Connection) -> None:
+    while True:
+        message = connection.recv()
+        if isinstance(message, Quit):
+            return
+        with _process_state_restored():
+            connection.send(_run(message))
+            leave = connection.recv()
+            if isinstance(leave, Quit):
+                return
+            left = _leave(leave)
+        connection.send(left)
+
+
+def main(fd: int) -> None:
+    """Serve tasks from the pipe `fd` until `Quit` comes or the other end is closed."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    with contextlib.suppress(EOFError):
+        _serve(Connection(fd))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: gloo's threads can abort an interpreter that is shutting down. Coverage data
+    # is written all the same (`patch = ["_exit"]` in pyproject.toml).
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    # Under its own name, so that what is pickled here has the class that the other end expects.
+    from tests.rank_worker import main as serve
+
+    serve(int(sys.argv[1]))
