@@ -1,0 +1,321 @@
+"""The `ds_lvx` section of a DeepSpeed config: which attention method runs in which layer.
+
+A mistake in the section never gets as far as a model: whatever is wrong raises here, with the path
+of the key (`ds_lvx.layers[1].method`), what it holds and the nearest thing that would be right.
+"""
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Self, TypeAlias, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from ds_lvx.ds_config import (
+    SECTION,
+    DSConfig,
+    check_ds_config,
+    key_path,
+    nearest,
+    read_ds_config,
+    shown,
+    source_name,
+    zero_stage,
+)
+
+__all__ = [
+    "LVXConfig",
+    "LayerRule",
+    "check_ds_config",
+    "read_ds_config",
+    "summarise_names",
+    "zero_stage",
+]
+
+Method: TypeAlias = Literal["lvx", "ring", "ulysses", "none", "auto"]
+Schedule: TypeAlias = Literal["auto", "ring", "gather", "replicated"]
+Kernel: TypeAlias = Literal["auto", "native", "triton", "reference"]
+
+
+class LayerRule(BaseModel):
+    """How the attention layers whose name matches a pattern run."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+    )
+
+    match: str = Field(min_length=1)
+    """Shell pattern on the layer's qualified module name, e.g. `*.cross_attn`; `*` crosses dots."""
+
+    method: Method
+    """Who computes the layer: `lvx`, `ring`, `ulysses`, `none` (this rank alone) or `auto`."""
+
+    schedule: Schedule = "auto"
+    """How lvx moves the queries: `ring`, `gather`, `replicated` or `auto`."""
+
+    recompute_kv: bool = False
+    """Project K and V again in backward instead of keeping them (lvx only)."""
+
+    kernel: Kernel = "auto"
+    """Who computes one block on one device: `native`, `triton`, `reference` or `auto`."""
+
+
+class LVXConfig(BaseModel):
+    """The `ds_lvx` section of a ds_config: group size and one rule for each kind of layer."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+    )
+
+    sequence_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share one sample, in ranks; it has to divide the number of all ranks."""
+
+    layers: list[LayerRule] = Field(default_factory=list)
+    """Rules in order of precedence: the first whose pattern matches a layer decides for it."""
+
+    @model_validator(mode="after")
+    def _refuse_missing_combinations(self) -> Self:
+        """Raise NotImplementedError, which pydantic lets through, for what does not exist."""
+        problems = [
+            f"{SECTION}.layers[{index}].{problem}"
+            for index, rule in enumerate(self.layers)
+            for problem in _missing_combinations(rule)
+        ]
+        if problems:
+            raise NotImplementedError("\n".join(problems))
+        return self
+
+    @classmethod
+    def from_ds_config(cls, path_or_dict: DSConfig) -> "LVXConfig":
+        """Read the `ds_lvx` section of a ds_config.
+
+        Args:
+            path_or_dict: path of a JSON file, the base64 text that DeepSpeed takes in its place,
+                or the config itself, which is left as it is.
+
+        Returns:
+            The checked section. An empty one (`"ds_lvx": {}`) means one rank a sample, no rule.
+
+        Raises:
+            ValueError: the file cannot be read, has no `ds_lvx` section, or the section holds
+                something that is not valid. All mistakes of the section are listed at once.
+            NotImplementedError: a combination of values that this version does not have.
+        """
+        ds_config = read_ds_config(path_or_dict)
+        source = source_name(path_or_dict)
+        if SECTION not in ds_config:
+            raise ValueError(f"{source}: {_no_section(ds_config)}")
+        section = ds_config[SECTION]
+        if not isinstance(section, Mapping):
+            raise ValueError(
+                f"{source}: {SECTION}: got {shown(section)}, expected an object such as "
+                '{"sequence_parallel_size": 2, "layers": []}'
+            )
+        try:
+            return cls.model_validate(dict(section))
+        except ValidationError as error:
+            lines = (f"{source}: {_explain(details)}" for details in error.errors())
+            raise ValueError("\n".join(lines)) from None
+        except NotImplementedError as error:
+            lines = (f"{source}: {line}" for line in str(error).splitlines())
+            raise NotImplementedError("\n".join(lines)) from None
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raise ValueError unless `sequence_parallel_size` divides `world_size` (in ranks)."""
+        size = self.sequence_parallel_size
+        if world_size % size == 0:
+            return
+        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ValueError(
+            f"{SECTION}.sequence_parallel_size: got {size}, which does not divide the "
+            f"{world_size} ranks that were started; set it to one of "
+            f"{', '.join(map(str, divisors))}, or start a multiple of {size} ranks"
+        )
+
+    def resolve(self, layer_names: Sequence[str]) -> dict[str, LayerRule | None]:
+        """Decide for each attention layer which rule it follows.
+
+        Args:
+            layer_names: qualified names of the model's attention layers, as
+                `model.named_modules()` gives them.
+
+        Returns:
+            Name -> the first rule whose pattern matches it, or None, in the order given.
+
+        Raises:
+            ValueError: a rule matches no layer. A rule that matches layers of which none is left
+                for it does nothing; that is a UserWarning, since a last rule that catches the
+                rest may be meant so.
+        """
+        unmatched = [
+            f"{SECTION}.layers[{index}].match: {_nothing_matches(rule.match, layer_names)}"
+            for index, rule in enumerate(self.layers)
+            if not any(fnmatchcase(name, rule.match) for name in layer_names)
+        ]
+        if unmatched:
+            raise ValueError("\n".join(unmatched))
+        chosen = {name: self._first_match(name) for name in layer_names}
+        used = set(chosen.values())
+        for index in range(len(self.layers)):
+            if index not in used:
+                self._warn_shadowed(index)
+        return {n: None if index is None else self.layers[index] for n, index in chosen.items()}
+
+    def _first_match(self, name: str) -> int | None:
+        hits = (i for i, rule in enumerate(self.layers) if fnmatchcase(name, rule.match))
+        return next(hits, None)
+
+    def _warn_shadowed(self, index: int) -> None:
+        warnings.warn(
+            f"{SECTION}.layers[{index}] ({self.layers[index].match!r}) decides for no layer: an "
+            "earlier rule takes every layer that it matches. The first match wins: put the more "
+            "special pattern first, or remove the rule.",
+            stacklevel=3,
+        )
+
+
+def summarise_names(names: Iterable[str]) -> list[str]:
+    """Collapse names that differ in numbers only: `model.layers.{0..2,4}.self_attn`.
+
+    Returns one line a group, in order of first appearance. With several numbers in a name each
+    position is collapsed by itself.
+    """
+    groups: dict[tuple[str, ...], list[set[int]]] = {}
+    for name in names:
+        parts = re.split(r"(?<![^.])(\d+)(?![^.])", name)
+        columns = groups.setdefault(tuple(parts[::2]), [set() for _ in parts[1::2]])
+        for column, number in zip(columns, parts[1::2], strict=True):
+            column.add(int(number))
+    return [
+        "".join(text for pair in zip(key, [*map(_runs, columns), ""], strict=True) for text in pair)
+        for key, columns in groups.items()
+    ]
+
+
+def _missing_combinations(rule: LayerRule) -> Iterator[str]:
+    if rule.method == "auto":
+        yield (
+            "method: 'auto' needs the planner, which this version does not have; name a method: "
+            "'lvx' for cross-attention to visual tokens, 'ulysses' or 'ring' for text, 'none' for "
+            "layers that stay on one rank"
+        )
+    elif rule.method != "lvx" and rule.recompute_kv:
+        yield (
+            f'recompute_kv: does not exist for method {rule.method!r}; use "method": "lvx", '
+            "or remove recompute_kv"
+        )
+    if rule.method not in ("lvx", "auto") and rule.schedule != "auto":
+        yield (
+            f"schedule: got {rule.schedule!r}, but method {rule.method!r} has no schedules; use "
+            '"method": "lvx", or remove schedule'
+        )
+    if rule.method == "none" and rule.kernel != "auto":
+        yield (
+            f"kernel: got {rule.kernel!r}, but layers with method 'none' run the model's own "
+            "attention; remove kernel"
+        )
+    elif rule.kernel == "triton":
+        yield (
+            "kernel: 'triton' is not in this version; use 'auto', 'native' (PyTorch's own "
+            "kernels) or 'reference' (float64, for checking)"
+        )
+
+
+# Words for error messages
+
+
+def _explain(details: ErrorDetails) -> str:
+    """Turn one of pydantic's findings into: key path, got, expected, what to do."""
+    loc, kind, got = details["loc"], details["type"], shown(details["input"])
+    path = f"{SECTION}.{key_path(loc)}"
+    known = list((LayerRule if "layers" in loc[:-1] else LVXConfig).model_fields)
+    if kind == "extra_forbidden":
+        return (
+            f"{path}: unknown key{_did_you_mean(str(loc[-1]), known)}; known keys: {_list(known)}"
+        )
+    if kind == "missing":
+        return f"{path}: missing; every rule needs it, {_EXAMPLES[str(loc[-1])]}"
+    if kind == "literal_error":
+        words = list(get_args(_LITERALS[str(loc[-1])]))
+        word = details["input"]
+        hint = _did_you_mean(word, words) if isinstance(word, str) else ""
+        return f"{path}: got {got}, expected one of {_list(words)}{hint}"
+    return f"{path}: got {got}, expected {_EXPECTED.get(kind, details['msg'])}"
+
+
+_LITERALS: dict[str, Any] = {"method": Method, "schedule": Schedule, "kernel": Kernel}
+_EXAMPLES = {
+    "match": 'a pattern such as "match": "*.cross_attn"',
+    "method": 'for example "method": "lvx"',
+}
+_EXPECTED = {
+    "int_type": "an integer",
+    "greater_than_equal": "1 or more",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "string_too_short": 'a pattern such as "*.cross_attn"',
+    "list_type": "an array of rules",
+    "model_type": 'a rule such as {"match": "*.cross_attn", "method": "lvx"}',
+}
+
+
+def _list(words: list[str]) -> str:
+    return ", ".join(f'"{word}"' for word in words)
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    found = nearest(word, known)
+    return "" if found is None else f'; did you mean "{found}"?'
+
+
+def _no_section(ds_config: Mapping[str, Any]) -> str:
+    hint = (
+        'add one, for example "ds_lvx": {"sequence_parallel_size": 2, "layers": [{"match": '
+        '"*.cross_attn", "method": "lvx"}]}, or "ds_lvx": {} for one rank a sample'
+    )
+    found = nearest(SECTION, [key for key in ds_config if isinstance(key, str)])
+    if found is not None:
+        return f'no "{SECTION}" section; did you mean it by "{found}"? If not, {hint}'
+    return f'no "{SECTION}" section; {hint}'
+
+
+def _nothing_matches(pattern: str, names: Sequence[str]) -> str:
+    start = f'got "{pattern}", which matches no attention layer'
+    if not names:
+        return f"{start}: the model has none; remove the rule"
+    close = get_close_matches(pattern, summarise_names(names), n=3, cutoff=0.0)
+    return (
+        f"{start}; the nearest are {', '.join(close)}; did you mean "
+        f'"{_propose_pattern(pattern, names)}"?'
+    )
+
+
+def _propose_pattern(pattern: str, names: Sequence[str]) -> str:
+    """Of the patterns people write for these names, the one most like `pattern`."""
+    proposals = {}
+    for name in names:
+        parts = [part for part in name.split(".") if not part.isdigit()]
+        everything = [name, re.sub(r"(?<![^.])\d+(?![^.])", "*", name), f"*.{parts[-1]}"]
+        for part in parts[:-1]:
+            everything += [f"*{part}*", f"*{part}*.{parts[-1]}"]
+        proposals.update(dict.fromkeys(p for p in everything if fnmatchcase(name, p)))
+    return get_close_matches(pattern, proposals, n=1, cutoff=0.0)[0]
+
+
+def _runs(numbers: set[int]) -> str:
+    """Write numbers as `7`, `{0..39}` or `{3,8,13}`, and many runs with an ellipsis."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    words = [str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs]
+    if len(numbers) == 1:
+        return words[0]
+    if len(words) > 8:
+        words = [*words[:3], "...", words[-1]]
+    return "{" + ",".join(words) + "}"

@@ -1,0 +1,238 @@
+"""The ds_config as a whole: reading it, and refusing what spoils sequence-parallel training."""
+
+import base64
+import json
+import os
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any, TypeAlias
+
+from deepspeed.runtime.zero.config import get_zero_config
+from pydantic import ValidationError
+
+SECTION = "ds_lvx"
+
+DSConfig: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
+
+
+def read_ds_config(path_or_dict: DSConfig) -> dict[str, Any]:
+    """Read a whole ds_config, as strict JSON.
+
+    DeepSpeed itself reads Hjson, in which a forgotten quote or comma is silently part of a string;
+    Hugging Face reads JSON. A file that this function takes means the same to all three.
+
+    Args:
+        path_or_dict: path of a JSON file, base64 text of one, or the config, of which a shallow
+            copy is returned.
+
+    Raises:
+        ValueError: no such file, no JSON (with line and column), a key that occurs twice, or
+            something else than an object.
+    """
+    if isinstance(path_or_dict, Mapping):
+        return dict(path_or_dict)
+    if not isinstance(path_or_dict, str | os.PathLike):
+        raise ValueError(
+            f"ds_config: got {shown(path_or_dict)}, expected the path of a JSON file or a dict"
+        )
+    path = os.fspath(path_or_dict)
+    text = _read_text(path) if os.path.exists(path) else _decode_base64(path)
+    if text is None:
+        raise ValueError(_no_file(path))
+    return _parse_object(text, source_name(path))
+
+
+def zero_stage(ds_config: Mapping[str, Any]) -> int:
+    """Return the ZeRO stage (0 to 3) that DeepSpeed will read from `ds_config`.
+
+    Raises:
+        ValueError: DeepSpeed does not accept the `zero_optimization` section.
+    """
+    return int(_zero_config(ds_config).stage)
+
+
+def check_ds_config(ds_config: Mapping[str, Any], sequence_parallel_size: int) -> None:
+    """Refuse settings outside our section under which sequence-parallel training goes wrong.
+
+    DeepSpeed takes all of these without a word; what they spoil is gradients, not the start.
+
+    Args:
+        ds_config: the whole config.
+        sequence_parallel_size: that of its `ds_lvx` section, in ranks.
+
+    Raises:
+        ValueError: names each offending key and what to do.
+        NotImplementedError: tensor parallelism beside sequence parallelism.
+    """
+    size = sequence_parallel_size
+    problems = []
+    theirs = ds_config.get("sequence_parallel_size", size)
+    if theirs != size:
+        problems.append(
+            f"sequence_parallel_size: got {shown(theirs)} at the top level of the ds_config, but "
+            f"{SECTION}.sequence_parallel_size is {size}; remove the top-level key"
+        )
+    if size > 1:
+        problems += _mesh_problems(ds_config) + _reduction_problems(ds_config)
+    if problems:
+        raise ValueError("\n".join(problems))
+    tensor_parallel = ds_config.get("tensor_parallel") or {}
+    if size > 1 and tensor_parallel.get("autotp_size", 0) not in (0, 1):
+        raise NotImplementedError(
+            f"tensor_parallel.autotp_size: got {tensor_parallel['autotp_size']}, but tensor and "
+            "sequence parallelism do not work together; remove it, or set "
+            f"{SECTION}.sequence_parallel_size to 1"
+        )
+
+
+def _mesh_problems(ds_config: Mapping[str, Any]) -> list[str]:
+    """Keys that make DeepSpeed build a device mesh, over which ZeRO reduces the wrong ranks."""
+    return [
+        f"{key}: got {shown(ds_config[key])}, but the process groups come from "
+        f"{SECTION}.sequence_parallel_size, and with a mesh beside them the ranks' gradients "
+        "differ silently; remove the key"
+        for key in ("data_parallel_size", "mesh_param")
+        if key in ds_config
+    ]
+
+
+def _reduction_problems(ds_config: Mapping[str, Any]) -> list[str]:
+    zero = _zero_config(ds_config)
+    stage = int(zero.stage)
+    if zero.reduce_scatter or stage == 0:
+        return []
+    if stage == 3:
+        return [
+            "zero_optimization.reduce_scatter: got false, but then stage 3 sums the gradients of "
+            "some parameters over the sequence-parallel ranks and averages those of others, by "
+            "their size; remove the key or set it to true"
+        ]
+    if ds_config.get("gradient_predivide_factor", 1.0) != 1.0:
+        return [
+            "gradient_predivide_factor: got "
+            f"{shown(ds_config['gradient_predivide_factor'])}, but with "
+            "zero_optimization.reduce_scatter false the factor decides whether gradients are "
+            "averaged over the sequence-parallel ranks; remove either key"
+        ]
+    return []
+
+
+def _zero_config(ds_config: Mapping[str, Any]) -> Any:
+    section = ds_config.get("zero_optimization", {})
+    if not isinstance(section, Mapping | bool):
+        raise ValueError(f"zero_optimization: got {shown(section)}, expected an object")
+    try:
+        return get_zero_config(dict(ds_config))
+    except ValidationError as error:
+        raise ValueError(
+            "\n".join(
+                f"zero_optimization.{key_path(details['loc'])}: got {shown(details['input'])}; "
+                f"DeepSpeed says: {details['msg']}"
+                for details in error.errors()
+            )
+        ) from None
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}); expected the path of a JSON file"
+        ) from error
+
+
+def _decode_base64(text: str) -> str | None:
+    """Return the JSON text inside, or None if `text` is rather the name of a file."""
+    try:
+        decoded = base64.urlsafe_b64decode(text).decode("utf-8")
+    except ValueError:
+        return None
+    return decoded if decoded.lstrip().startswith("{") else None
+
+
+def _parse_object(text: str, source: str) -> dict[str, Any]:
+    duplicates: list[tuple[dict[str, Any], str]] = []
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        built = dict(pairs)
+        if len(built) < len(pairs):
+            keys = [key for key, _ in pairs]
+            duplicates.extend((built, key) for key in built if keys.count(key) > 1)
+        return built
+
+    try:
+        parsed = json.loads(text, object_pairs_hook=build)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{source}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}. JSON has no "
+            "comments and no comma after the last item."
+        ) from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{source}: got {shown(parsed)}, expected a JSON object")
+    if duplicates:
+        lines = (
+            f"{source}: {key_path((*loc, key))}: the key occurs twice; keep one"
+            for loc, value in _walk(parsed, ())
+            for owner, key in duplicates
+            if owner is value
+        )
+        raise ValueError("\n".join(lines))
+    return parsed
+
+
+def _walk(value: Any, loc: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Every object and array of a parsed JSON text, with the keys that lead to it."""
+    yield loc, value
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _walk(inner, (*loc, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _walk(inner, (*loc, index))
+
+
+# Words for error messages
+
+
+def key_path(loc: tuple[str | int, ...]) -> str:
+    """Write a location as `layers[1].method`."""
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc)
+    return "".join(steps).removeprefix(".")
+
+
+def shown(value: Any) -> str:
+    """Write a value as JSON has it, shortened to what a reader needs to recognise it."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
+
+
+def source_name(path_or_dict: DSConfig) -> str:
+    """Name of the file, or `ds_config` for what has none."""
+    if isinstance(path_or_dict, Mapping) or not os.path.exists(path_or_dict):
+        return "ds_config"
+    return os.fspath(path_or_dict)
+
+
+def nearest(word: str, known: list[str]) -> str | None:
+    """Return what `word` was probably meant to be, capitals aside, or None."""
+    by_lower = {name.lower(): name for name in known}
+    close = get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    return by_lower[close[0]] if close else None
+
+
+def _no_file(path: str) -> str:
+    folder = os.path.dirname(path)
+    # Whoever gives a config as base64 does not want all of it in the message.
+    name = path if len(path) <= 200 else f"{path[:196]} ..."
+    message = f"ds_config: no such file: {name}"
+    if os.path.isdir(folder or "."):
+        found = nearest(os.path.basename(path), sorted(os.listdir(folder or ".")))
+        if found is not None:
+            return f"{message}; did you mean {os.path.join(folder, found)}?"
+        return f"{message}; expected the path of a JSON file"
+    return f"{message}; there is no folder {folder} either"
