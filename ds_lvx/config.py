@@ -196,31 +196,32 @@ def summarise_names(names: Iterable[str]) -> list[str]:
 
 
 def _missing_combinations(rule: LayerRule) -> Iterator[str]:
-    if rule.method == "auto":
+    method = rule.method
+    if method == "auto":
         yield (
-            "method: 'auto' needs the planner, which this version does not have; name a method: "
-            "'lvx' for cross-attention to visual tokens, 'ulysses' or 'ring' for text, 'none' for "
+            'method: "auto" needs the planner, which this version does not have; name a method: '
+            '"lvx" for cross-attention to visual tokens, "ulysses" or "ring" for text, "none" for '
             "layers that stay on one rank"
         )
-    elif rule.method != "lvx" and rule.recompute_kv:
+    elif method != "lvx" and rule.recompute_kv:
         yield (
-            f'recompute_kv: does not exist for method {rule.method!r}; use "method": "lvx", '
-            "or remove recompute_kv"
+            f'recompute_kv: does not exist for method "{method}"; use method "lvx", or remove '
+            "recompute_kv"
         )
-    if rule.method not in ("lvx", "auto") and rule.schedule != "auto":
+    if method not in ("lvx", "auto") and rule.schedule != "auto":
         yield (
-            f"schedule: got {rule.schedule!r}, but method {rule.method!r} has no schedules; use "
-            '"method": "lvx", or remove schedule'
+            f'schedule: got "{rule.schedule}", but method "{method}" has no schedules; use method '
+            '"lvx", or remove schedule'
         )
-    if rule.method == "none" and rule.kernel != "auto":
+    if method == "none" and rule.kernel != "auto":
         yield (
-            f"kernel: got {rule.kernel!r}, but layers with method 'none' run the model's own "
+            f'kernel: got "{rule.kernel}", but a layer with method "none" runs the model\'s own '
             "attention; remove kernel"
         )
     elif rule.kernel == "triton":
         yield (
-            "kernel: 'triton' is not in this version; use 'auto', 'native' (PyTorch's own "
-            "kernels) or 'reference' (float64, for checking)"
+            'kernel: "triton" is not in this version; use "auto", "native" (PyTorch\'s own '
+            'kernels) or "reference" (float64, for checking)'
         )
 
 
@@ -233,20 +234,21 @@ def _explain(details: ErrorDetails) -> str:
     path = f"{SECTION}.{key_path(loc)}"
     known = list((LayerRule if "layers" in loc[:-1] else LVXConfig).model_fields)
     if kind == "extra_forbidden":
-        return (
-            f"{path}: unknown key{_did_you_mean(str(loc[-1]), known)}; known keys: {_list(known)}"
-        )
+        hint = _did_you_mean(str(loc[-1]), known)
+        return f"{path}: unknown key{hint}; the keys are {_list(known)}"
     if kind == "missing":
         return f"{path}: missing; every rule needs it, {_EXAMPLES[str(loc[-1])]}"
     if kind == "literal_error":
-        words = list(get_args(_LITERALS[str(loc[-1])]))
+        words = [w for w in get_args(_LITERALS[str(loc[-1])]) if w != _NOT_YET.get(str(loc[-1]))]
         word = details["input"]
         hint = _did_you_mean(word, words) if isinstance(word, str) else ""
-        return f"{path}: got {got}, expected one of {_list(words)}{hint}"
+        return f"{path}: got {got}{hint}, expected one of {_list(words)}"
     return f"{path}: got {got}, expected {_EXPECTED.get(kind, details['msg'])}"
 
 
 _LITERALS: dict[str, Any] = {"method": Method, "schedule": Schedule, "kernel": Kernel}
+# Valid words that this version refuses: nobody should be led to them.
+_NOT_YET = {"method": "auto", "kernel": "triton"}
 _EXAMPLES = {
     "match": 'a pattern such as "match": "*.cross_attn"',
     "method": 'for example "method": "lvx"',
@@ -268,7 +270,7 @@ def _list(words: list[str]) -> str:
 
 def _did_you_mean(word: str, known: list[str]) -> str:
     found = nearest(word, known)
-    return "" if found is None else f'; did you mean "{found}"?'
+    return "" if found is None else f' (did you mean "{found}"?)'
 
 
 def _no_section(ds_config: Mapping[str, Any]) -> str:
@@ -287,22 +289,21 @@ def _nothing_matches(pattern: str, names: Sequence[str]) -> str:
     if not names:
         return f"{start}: the model has none; remove the rule"
     close = get_close_matches(pattern, summarise_names(names), n=3, cutoff=0.0)
-    return (
-        f"{start}; the nearest are {', '.join(close)}; did you mean "
-        f'"{_propose_pattern(pattern, names)}"?'
-    )
+    proposal = _propose_pattern(pattern, names)
+    hint = "" if proposal is None else f' (did you mean "{proposal}"?)'
+    return f"{start}{hint}; the nearest layers are {', '.join(close)}"
 
 
-def _propose_pattern(pattern: str, names: Sequence[str]) -> str:
+def _propose_pattern(pattern: str, names: Sequence[str]) -> str | None:
     """Of the patterns people write for these names, the one most like `pattern`."""
-    proposals = {}
+    proposals: dict[str, None] = {}
     for name in names:
         parts = [part for part in name.split(".") if not part.isdigit()]
-        everything = [name, re.sub(r"(?<![^.])\d+(?![^.])", "*", name), f"*.{parts[-1]}"]
+        written = [re.sub(r"(?<![^.])\d+(?![^.])", "*", name), f"*.{parts[-1]}"]
         for part in parts[:-1]:
-            everything += [f"*{part}*", f"*{part}*.{parts[-1]}"]
-        proposals.update(dict.fromkeys(p for p in everything if fnmatchcase(name, p)))
-    return get_close_matches(pattern, proposals, n=1, cutoff=0.0)[0]
+            written += [f"*{part}*", f"*{part}*.{parts[-1]}"]
+        proposals.update(dict.fromkeys(p for p in written if fnmatchcase(name, p)))
+    return next(iter(get_close_matches(pattern, proposals, n=1, cutoff=0.4)), None)
 
 
 def _runs(numbers: set[int]) -> str:
