@@ -7,7 +7,6 @@ of the key (`ds_lvx.layers[1].method`), what it holds and the nearest thing that
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Self, TypeAlias, get_args
 
@@ -18,6 +17,7 @@ from ds_lvx.ds_config import (
     SECTION,
     DSConfig,
     check_ds_config,
+    closest,
     key_path,
     nearest,
     read_ds_config,
@@ -288,7 +288,7 @@ def _nothing_matches(pattern: str, names: Sequence[str]) -> str:
     start = f'got "{pattern}", which matches no attention layer'
     if not names:
         return f"{start}: the model has none; remove the rule"
-    close = get_close_matches(pattern, summarise_names(names), n=3, cutoff=0.0)
+    close = closest(pattern, summarise_names(names))
     proposal = _propose_pattern(pattern, names)
     hint = "" if proposal is None else f' (did you mean "{proposal}"?)'
     return f"{start}{hint}; the nearest layers are {', '.join(close)}"
@@ -303,7 +303,7 @@ def _propose_pattern(pattern: str, names: Sequence[str]) -> str | None:
         for part in parts[:-1]:
             written += [f"*{part}*", f"*{part}*.{parts[-1]}"]
         proposals.update(dict.fromkeys(p for p in written if fnmatchcase(name, p)))
-    return next(iter(get_close_matches(pattern, proposals, n=1, cutoff=0.4)), None)
+    return nearest(pattern, proposals, cutoff=0.4)
 
 
 def _runs(numbers: set[int]) -> str:

@@ -3,7 +3,7 @@
 import base64
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeAlias
 
@@ -218,11 +218,15 @@ def source_name(path_or_dict: DSConfig) -> str:
     return os.fspath(path_or_dict)
 
 
-def nearest(word: str, known: list[str]) -> str | None:
-    """Return what `word` was probably meant to be, capitals aside, or None."""
+def closest(word: str, known: Iterable[str], *, count: int = 3, cutoff: float = 0.0) -> list[str]:
+    """Return up to `count` of `known`, those most like `word` first; capitals do not matter."""
     by_lower = {name.lower(): name for name in known}
-    close = get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
-    return by_lower[close[0]] if close else None
+    return [by_lower[low] for low in get_close_matches(word.lower(), by_lower, count, cutoff)]
+
+
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str | None:
+    """Return what `word` was probably meant to be, or None if nothing is like it."""
+    return next(iter(closest(word, known, count=1, cutoff=cutoff)), None)
 
 
 def _no_file(path: str) -> str:
