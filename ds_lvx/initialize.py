@@ -1,0 +1,181 @@
+"""The main path: a ds_config becomes groups, a patched model and a DeepSpeed engine."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import deepspeed
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
+from torch import nn
+
+from ds_lvx.comm import Channel, is_initialized
+from ds_lvx.config import LVXConfig, check_ds_config, read_ds_config
+from ds_lvx.groups import SequenceParallelGroups
+from ds_lvx.models import Patch, patch_model
+from ds_lvx.models.patch import ScaleLoss
+from ds_lvx.models.plan import table
+
+
+class Session:
+    """What `initialize` made besides the engine; it lies at ``engine.ds_lvx``.
+
+    Attributes:
+        config: the ``ds_lvx`` section.
+        groups: the process groups, also DeepSpeed's ``mpu``.
+        patch: what was done to the model.
+    """
+
+    def __init__(
+        self, config: LVXConfig, groups: SequenceParallelGroups, patch: Patch
+    ) -> None:
+        self.config = config
+        self.groups = groups
+        self.patch = patch
+
+    def close(self) -> None:
+        """Give the model back as it was and end the groups. Calling it twice is allowed."""
+        self.patch.unpatch()
+        self.groups.close()
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` for a model whose visual tokens are sharded.
+
+    Reads the ``ds_lvx`` section of the ds_config, makes the sequence-parallel groups, patches the
+    instance ``model`` and hands everything on to DeepSpeed. Rank 0 prints one table: layer,
+    method, schedule, kernel, recomputation. Whatever the ZeRO stage, ``engine.backward(out.loss)``
+    then gives the gradients of one process.
+
+    Args:
+        args, model, optimizer, model_parameters, training_data, lr_scheduler, distributed_port,
+            dist_init_required, collate_fn, config, config_params: as in ``deepspeed.initialize``.
+        mpu, mesh_param: must stay None; the groups are the mpu.
+
+    Returns:
+        ``(engine, optimizer, training_dataloader, lr_scheduler)``. ``engine.ds_lvx`` is the
+        `Session`; ``ds_lvx.shutdown(engine)`` ends it.
+
+    Raises:
+        ValueError: a mistake in the config, on all ranks; a layer over sharded tokens without a
+            method; heads that ulysses cannot split; ranks that were given different configs.
+        NotImplementedError: a model of no supported family, or a combination that does not exist.
+
+    Collectives: making the groups, and one agreement on the control plane; then DeepSpeed's.
+    """
+    if not isinstance(model, nn.Module) or mpu is not None or mesh_param is not None:
+        raise ValueError(
+            f"got model of type {type(model).__name__}, mpu {mpu!r}, mesh_param {mesh_param!r}; "
+            "expected a torch.nn.Module and neither mpu nor mesh_param: the groups come from "
+            "ds_lvx.sequence_parallel_size in the ds_config"
+        )
+    lvx = _read_config(
+        _config_source(args, config, config_params), port=distributed_port
+    )
+    groups = SequenceParallelGroups(lvx.sequence_parallel_size)
+    session = None
+    try:
+        session = Session(lvx, groups, _patch_on_all_ranks(model, lvx, groups))
+        returned = deepspeed.initialize(
+            args=args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            distributed_port=distributed_port,
+            mpu=groups,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=config,
+            config_params=config_params,
+        )
+    except BaseException:
+        # Whoever catches the error gets the model back as it was.
+        (groups if session is None else session).close()
+        raise
+    engine = returned[0]
+    _scale_loss(session, stage=engine.zero_optimization_stage())
+    engine.ds_lvx = session
+    return returned
+
+
+def _config_source(args: Any, config: Any, config_params: Any) -> Any:
+    """The ds_config, from where DeepSpeed would take it."""
+    source = config_params if config is None else config
+    from_args = getattr(args, "deepspeed_config", None)
+    if source is None and from_args is None:
+        raise ValueError(
+            "got no ds_config; expected config= (a path or a dict), or args.deepspeed_config"
+        )
+    if source is not None and from_args is not None:
+        raise ValueError("got config= and args.deepspeed_config; expected one of them")
+    return from_args if source is None else source
+
+
+def _read_config(source: Any, *, port: int) -> LVXConfig:
+    """Read the config on every rank, start ``torch.distributed``, and compare what was read."""
+    lvx, error = None, None
+    try:
+        ds_config = read_ds_config(source)
+        lvx = LVXConfig.from_ds_config(source if isinstance(source, str) else ds_config)
+        check_ds_config(ds_config, sequence_parallel_size=lvx.sequence_parallel_size)
+    except (ValueError, NotImplementedError) as caught:
+        error = caught
+    if error is not None and not is_initialized() and "RANK" not in os.environ:
+        raise error  # no launcher started this process: there is nobody to tell
+    deepspeed.init_distributed(distributed_port=port)
+    world = Channel.world()
+    world.agree({}, error)
+    assert lvx is not None
+    world.agree_on({"the ds_lvx section": lvx.model_dump()}, what="ds_lvx.initialize")
+    lvx.check_world_size(world.size)
+    return lvx
+
+
+def _patch_on_all_ranks(
+    model: nn.Module, config: LVXConfig, groups: SequenceParallelGroups
+) -> Patch:
+    patch, error = None, None
+    try:
+        patch = patch_model(model, config, groups)
+    # Whatever it is: the other ranks must not wait for this one.
+    except Exception as caught:  # noqa: BLE001
+        error = caught
+    # Only the lines of the table travel; a model may have hundreds of layers.
+    lines = "" if patch is None else table(patch.plans)
+    try:
+        groups.world_channel.agree({}, error)
+        groups.world_channel.agree_on({"layers": lines}, what="ds_lvx.initialize")
+    except BaseException:
+        if patch is not None:
+            patch.unpatch()
+        raise
+    assert patch is not None
+    if groups.world_channel.rank == 0:
+        print(
+            f"ds_lvx: {groups.dp_size} x {groups.sp_size} ranks (data x sequence parallel)"
+        )
+        print(lines, flush=True)
+    return patch
+
+
+def _scale_loss(session: Session, *, stage: int) -> None:
+    """Make up for ZeRO-3, which averages gradients over the group where stages 0 to 2 sum."""
+    if stage == 3 and session.groups.sp_size > 1:
+        hook = ScaleLoss(float(session.groups.sp_size))
+        session.patch.model.register_forward_hook(hook, with_kwargs=True)

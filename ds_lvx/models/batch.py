@@ -1,0 +1,195 @@
+"""What every model family needs to shard a batch: the text, and the keyword that travels with it.
+
+Shapes: ``B`` samples, ``T`` text tokens of the whole sequence, ``s`` of this rank's shard.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_lvx.comm import Channel
+from ds_lvx.visibility import Visibility
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, eq=False)
+class ShardedBatch:
+    """What the attention layers must know of a sharded batch; travels as the keyword ``ds_lvx``.
+
+    Attributes:
+        channel: the sequence-parallel group that shares the batch.
+        text_lengths: text tokens by rank.
+        kv_lengths: visual tokens by rank, or None when no layer is to look at images.
+        text_visibility: causal text, for this rank's shard.
+        cross_visibility: which visual tokens this rank's text sees; None when it sees all.
+        row_mask: bool ``[B, 1, s, 1]``, False where a text token may see no image at all; None
+            when every token sees some.
+    """
+
+    channel: Channel
+    text_lengths: tuple[int, ...]
+    kv_lengths: tuple[int, ...] | None
+    text_visibility: Visibility
+    cross_visibility: Visibility | None
+    row_mask: Tensor | None
+
+
+def split(count: int, parts: int) -> tuple[int, ...]:
+    """Lengths of a balanced contiguous split: the first ``count % parts`` parts hold one more."""
+    each, more = divmod(count, parts)
+    return tuple(each + (part < more) for part in range(parts))
+
+
+def span(lengths: Sequence[int], rank: int) -> slice:
+    """Where the part of ``rank`` lies in the whole."""
+    start = sum(lengths[:rank])
+    return slice(start, start + lengths[rank])
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """The whole text of a batch, as the caller gave it and on the device where it lies.
+
+    Attributes:
+        input_ids: ``[B, T]``.
+        attention_mask: ``[B, T]``, nonzero where there is a token, or None.
+        position_ids: ``[B, T]`` or ``[1, T]``, or None.
+        labels: ``[B, T]``, -100 where nothing is to be learnt, or None.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    labels: Tensor | None
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> Text:
+        """Take the text out of a batch.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape than ``input_ids``.
+        """
+        input_ids = batch.get("input_ids")
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+            raise ValueError(
+                f"got input_ids {_shape(input_ids)}; expected a tensor [batch, seqlen]: pass the "
+                'batch as the processor returns it, with return_tensors="pt"'
+            )
+        for key in ("attention_mask", "position_ids", "labels"):
+            _check_like(key, batch.get(key), input_ids, one_row=key == "position_ids")
+        return cls(
+            input_ids,
+            batch.get("attention_mask"),
+            batch.get("position_ids"),
+            batch.get("labels"),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(B, T)``."""
+        return self.input_ids.shape[0], self.input_ids.shape[1]
+
+    def digest(self) -> int:
+        """A checksum of the whole text, equal on all ranks that were given the same."""
+        parts = (self.input_ids, self.attention_mask, self.position_ids, self.labels)
+        return digest(*parts)
+
+    def visibility(self, here: slice) -> Visibility:
+        """Causal attention for the shard ``here``; padding and packing as transformers has them.
+
+        A key that ``attention_mask`` drops is invisible. Without ``attention_mask``, positions
+        that do not go up by one start a new document, which sees nothing of those before it
+        (transformers' ``find_packed_sequence_indices``).
+        """
+        batch, length = self.shape
+        index = torch.arange(length, dtype=torch.int32)
+        start = torch.zeros(batch, length, dtype=torch.int32)
+        keys = index.expand(batch, length)
+        if self.attention_mask is not None:
+            keys = keys.masked_fill(self.attention_mask.cpu() == 0, -1)
+        elif self.position_ids is not None:
+            starts = torch.zeros(self.position_ids.shape, dtype=torch.bool)
+            starts[:, 1:] = self.position_ids.cpu().diff(dim=-1) != 1
+            start = (
+                (index * starts)
+                .cummax(dim=-1)
+                .values.to(torch.int32)
+                .expand(batch, length)
+            )
+        end = (index + 1).expand(batch, length)
+        return Visibility(
+            start[:, here].contiguous(),
+            end[:, here].contiguous(),
+            keys[:, here].contiguous(),
+        )
+
+    def shard(self, here: slice) -> dict[str, Any]:
+        """The model's text arguments for the shard ``here``.
+
+        Positions are those in the whole sequence. The labels are shifted over the whole sequence
+        before they are cut, so that the last token of a shard still learns the first of the next;
+        ``num_items_in_batch`` counts the labels of the whole batch.
+        """
+        positions = self.position_ids
+        if positions is None:
+            positions = torch.arange(self.shape[1], device=self.input_ids.device)[None]
+        shard: dict[str, Any] = {
+            "input_ids": self.input_ids[:, here],
+            "position_ids": positions[:, here],
+        }
+        if self.labels is not None:
+            shifted = torch.nn.functional.pad(
+                self.labels[:, 1:], (0, 1), value=IGNORED_LABEL
+            )
+            shard["labels"] = self.labels[:, here]
+            shard["shift_labels"] = shifted[:, here].contiguous()
+            # No label at all: the sum of the losses is 0, and so is the loss.
+            shard["num_items_in_batch"] = max(int((shifted != IGNORED_LABEL).sum()), 1)
+        return shard
+
+
+def digest(*tensors: Tensor | None) -> int:
+    """CRC-32 of the values of small tensors, the same for int32 and int64."""
+    value = 0
+    for tensor in tensors:
+        if tensor is None:
+            value = zlib.crc32(b"none", value)
+        else:
+            value = zlib.crc32(
+                tensor.detach().cpu().to(torch.int64).numpy().tobytes(), value
+            )
+    return value
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """A tensor or a `Visibility` on the model's device; anything else as it is."""
+    if isinstance(value, Visibility):
+        parts = (value.q_start, value.q_end, value.kv_pos)
+        return Visibility(*(part.to(device, non_blocking=True) for part in parts))
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _check_like(key: str, value: Any, input_ids: Tensor, *, one_row: bool) -> None:
+    if value is None:
+        return
+    allowed = [tuple(input_ids.shape)] + [(1, input_ids.shape[1])] * one_row
+    if not isinstance(value, Tensor) or tuple(value.shape) not in allowed:
+        raise ValueError(
+            f"got {key} {_shape(value)}; expected the shape of input_ids, {allowed[0]}: the "
+            "whole sequence, neither cut nor expanded"
+        )
+
+
+def _shape(value: Any) -> str:
+    return (
+        str(tuple(value.shape))
+        if isinstance(value, Tensor)
+        else f"of {type(value).__name__}"
+    )

@@ -1,0 +1,184 @@
+"""Which images each text token of mllama sees, in O(T + images) instead of O(T x visual tokens).
+
+transformers gives mllama a mask ``[B, T, N, tiles]`` and repeats it for every visual token. Its
+processor only ever makes masks of one kind: a token sees a *run* of images, and of those the tiles
+that are no padding. `Runs` holds just that. Shapes: ``B`` samples, ``T`` text tokens, ``N`` images
+of a sample, ``tiles`` of an image, ``P`` visual tokens of a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_lvx.visibility import EVERYTHING, Visibility
+
+PADDING = -1
+_CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """The run of images that each token sees, on the CPU.
+
+    Attributes:
+        start, end: int32 ``[B, T]``, images ``start`` to ``end - 1``; equal where the token sees
+            no image.
+        tiles: bool ``[B, N, tiles]``, the tiles that are no padding; None when it is not known
+            here (`Runs.of_visible_images`: it is in the frames' own ``aspect_ratio_mask``).
+        images: N, or None when any number of images agrees with the runs.
+    """
+
+    start: Tensor
+    end: Tensor
+    tiles: Tensor | None
+    images: int | None
+
+    @classmethod
+    def of_mask(cls, mask: Tensor) -> Runs:
+        """The runs of a ``cross_attention_mask [B, T, N, tiles]`` as the processor makes it.
+
+        Reads the mask twice, a bounded piece at a time.
+
+        Raises:
+            ValueError: some token sees a set of tiles that is no run of images.
+        """
+        batch, length, images, max_tiles = mask.shape
+        start = torch.zeros(batch, length, dtype=torch.int32)
+        end = torch.zeros(batch, length, dtype=torch.int32)
+        tiles = torch.zeros(batch, images, max_tiles, dtype=torch.bool)
+        for sample in range(batch):
+            for rows in _chunks(length, images * max_tiles):
+                seen = _seen(mask[sample, rows])
+                tiles[sample] |= seen.any(dim=0)
+                first, last = _first_and_last(seen.any(dim=-1))
+                start[sample, rows], end[sample, rows] = first, last
+        runs = cls(start, end, tiles, images)
+        runs._check(mask)
+        return runs
+
+    @classmethod
+    def of_visible_images(cls, visible: Tensor) -> Runs:
+        """The runs as the caller gives them, int ``[B, T, 2]`` (`visible_images`)."""
+        start, end = (
+            part.to(torch.int32) for part in visible.detach().cpu().unbind(dim=-1)
+        )
+        return cls(start, torch.maximum(start, end), None, None)
+
+    def check_images(self, images: int) -> None:
+        """Compare with the number of images that came.
+
+        Raises:
+            ValueError: the runs are those of another number of images.
+        """
+        if self.images is not None and self.images != images:
+            raise ValueError(
+                f"got cross_attention_mask for {self.images} images a sample, and {images} images; "
+                "expected the same number: the mask is that of the whole batch, never of a shard"
+            )
+        reach = int(self.end.max()) if self.end.numel() else 0
+        if int(self.start.min() if self.start.numel() else 0) < 0 or reach > images:
+            raise ValueError(
+                f"got visible_images that reach to image {reach}; expected runs within the "
+                f"{images} images of a sample: one image for each image token"
+            )
+
+    @property
+    def sees_nothing(self) -> Tensor:
+        """bool ``[B, T]``: tokens that no image is visible to. transformers lets their attention
+        see every key, padding included, and drops the output of their MLP instead."""
+        return self.start >= self.end
+
+    def visibility(
+        self, here: slice, *, first_image: int, tiles: Tensor, patches: int
+    ) -> Visibility:
+        """The rule for one rank's text and images.
+
+        Args:
+            here: this rank's text tokens.
+            first_image: index of this rank's first image in the sample.
+            tiles: bool ``[B, n, tiles]`` of this rank's n images, True where no padding.
+            patches: P.
+
+        Returns:
+            `Visibility` with ``kv_pos`` ``[B, n * tiles * P]``: the image's index, -1 for padding.
+        """
+        index = torch.arange(tiles.shape[1], dtype=torch.int32) + first_image
+        position = torch.where(tiles.cpu(), index[None, :, None], PADDING).flatten(1)
+        nothing = self.sees_nothing[:, here]
+        return Visibility(
+            self.start[:, here].masked_fill(nothing, PADDING),
+            self.end[:, here].masked_fill(nothing, EVERYTHING),
+            position.repeat_interleave(patches, dim=1).to(torch.int32),
+        )
+
+    def _check(self, mask: Tensor) -> None:
+        assert self.tiles is not None
+        index = torch.arange(mask.shape[2], dtype=torch.int32)
+        for sample in range(mask.shape[0]):
+            for rows in _chunks(mask.shape[1], mask.shape[2] * mask.shape[3]):
+                start, end = (
+                    self.start[sample, rows, None],
+                    self.end[sample, rows, None],
+                )
+                run = (start <= index) & (index < end)
+                wrong = _seen(mask[sample, rows]) != (
+                    run[..., None] & self.tiles[sample]
+                )
+                if wrong.any():
+                    token = rows.start + int(wrong.flatten(1).any(dim=1).nonzero()[0])
+                    raise ValueError(
+                        f"got a cross_attention_mask in which token {token} of sample {sample} "
+                        "sees a set of tiles that is no run of images; expected, for every token, "
+                        "all tiles (those without padding, the same for every token) of images "
+                        "a, a + 1, ..., b, or no tile at all: the mask that the processor makes"
+                    )
+
+
+def visible_images(input_ids: Tensor, image_token_id: int) -> Tensor:
+    """The images that each token sees by the rule of mllama's processor, without its mask.
+
+    A token sees the images from the start of the latest group of adjacent image tokens to the
+    latest image so far. Pass the result to `ds_lvx.shard_batch` as ``visible_images``.
+
+    Args:
+        input_ids: int ``[B, T]``, the whole text.
+        image_token_id: the id of ``<|image|>``.
+
+    Returns:
+        int32 ``[B, T, 2]``: first image, and one past the last; both 0 before the first image.
+
+    Source: transformers, ``processing_mllama.get_cross_attention_token_mask``.
+    """
+    is_image = input_ids == image_token_id
+    seen = is_image.cumsum(dim=1)
+    follows_image = torch.nn.functional.pad(is_image[:, :-1], (1, 0), value=False)
+    opens = is_image & ~follows_image
+    start = torch.where(opens, seen - 1, 0).cummax(dim=1).values
+    return torch.stack([start, seen], dim=-1).to(torch.int32)
+
+
+def _chunks(length: int, row_elements: int) -> list[slice]:
+    """Slices of rows, each of a bounded number of elements."""
+    step = max(_CHUNK_ELEMENTS // max(row_elements, 1), 1)
+    return [slice(first, min(first + step, length)) for first in range(0, length, step)]
+
+
+def _seen(mask: Tensor) -> Tensor:
+    # transformers inverts the mask and hides whatever is not zero then: only a 1 is visible.
+    return (mask == 1).cpu()
+
+
+def _first_and_last(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """First image seen and one past the last, of ``seen`` bool ``[rows, N]``; 0 and 0 if none."""
+    rows, images = seen.shape
+    if images == 0:
+        return torch.zeros(rows, dtype=torch.int32), torch.zeros(
+            rows, dtype=torch.int32
+        )
+    index = torch.arange(images, dtype=torch.int32)
+    end = torch.where(seen, index + 1, 0).amax(dim=1)
+    start = torch.where(seen, index, images).amin(dim=1)
+    return torch.minimum(start, end), end

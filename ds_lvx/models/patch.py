@@ -1,0 +1,194 @@
+"""Patching instances: a forward of its own for an attention module, hooks, and taking both back.
+
+Nothing here touches a class. A patched module has one more entry in its ``__dict__``; hooks are
+objects of the classes below, so that `unpatch` finds them on the model itself, and on a deep copy
+of it as well.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ds_lvx.attention import lvx, ring, ulysses
+from ds_lvx.attention.call import Call, choose_schedule
+from ds_lvx.kernels import choose
+from ds_lvx.models.batch import ShardedBatch
+from ds_lvx.models.plan import LayerPlan
+from ds_lvx.visibility import Visibility
+
+KEYWORD = "ds_lvx"
+
+
+class ShardedForward:
+    """Takes the place of an attention module's ``forward``.
+
+    With a sharded batch (keyword ``ds_lvx``) it runs `sharded`; without one, the module's own
+    forward. It refers to its module, so that a deep copy refers to the copy.
+    """
+
+    def __init__(self, module: nn.Module, plan: LayerPlan) -> None:
+        self.module = module
+        self.plan = plan
+        # Whoever patched the instance before us (accelerate, for one) gets its place back.
+        self.previous = module.__dict__.get("forward")
+
+    def __call__(
+        self, *args: Any, ds_lvx: ShardedBatch | None = None, **kwargs: Any
+    ) -> Any:
+        if ds_lvx is None:
+            forward = type(self.module).forward
+            if self.previous is not None:
+                return self.previous(*args, **kwargs)
+            return forward(self.module, *args, **kwargs)
+        return self.sharded(ds_lvx, *args, **kwargs)
+
+    def sharded(self, batch: ShardedBatch, *args: Any, **kwargs: Any) -> Any:
+        """The attention of this rank's shard. A model family fills it in."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no forward for a sharded batch"
+        )
+
+    def install(self) -> None:
+        """Put this in the place of the module's forward."""
+        self.module.forward = self  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        """Give the module its forward back."""
+        del self.module.__dict__["forward"]
+        if self.previous is not None:
+            self.module.forward = self.previous
+
+
+class Hook:
+    """Base of the hooks that ds_lvx puts on a model."""
+
+
+class ScaleLoss(Hook):
+    """A forward hook that multiplies the gradient of a sharded batch's loss, not the loss."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(
+        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any
+    ) -> Any:
+        if kwargs.get(KEYWORD) is None or kwargs.get("labels") is None:
+            return None
+        if isinstance(out, tuple):
+            return (scale_gradient(out[0], self.factor), *out[1:])
+        out.loss = scale_gradient(out.loss, self.factor)
+        return out
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """``x``, with a gradient ``factor`` times as large."""
+    return cast(Tensor, _ScaleGradient.apply(x, factor))
+
+
+class Patch:
+    """A model whose attention runs as planned, until `unpatch`.
+
+    Attributes:
+        model: the model that was patched, without wrappers.
+        plans: how each of its attention layers runs.
+    """
+
+    def __init__(self, model: nn.Module, plans: Sequence[LayerPlan]) -> None:
+        self.model = model
+        self.plans = tuple(plans)
+
+    def unpatch(self) -> None:
+        """Give the model back as it was. Calling it twice is allowed."""
+        unpatch(self.model)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo everything that ds_lvx did to a model (or to a model inside it), or to a copy of one."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, ShardedForward):
+            forward.remove()
+        _drop_hooks(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+        _drop_hooks(module._forward_hooks, module._forward_hooks_with_kwargs)
+
+
+def _drop_hooks(
+    hooks: OrderedDict[int, Callable], with_kwargs: OrderedDict[int, bool]
+) -> None:
+    for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
+        del hooks[key]
+        with_kwargs.pop(key, None)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether an attention module of the model has a forward of ds_lvx's."""
+    return any(
+        isinstance(m.__dict__.get("forward"), ShardedForward) for m in model.modules()
+    )
+
+
+def attend(
+    plan: LayerPlan,
+    batch: ShardedBatch,
+    q: Tensor,
+    *,
+    features: Tensor,
+    project_kv: Callable[[Tensor], tuple[Tensor, Tensor]],
+    trains: bool,
+    kv_lengths: tuple[int, ...],
+    visibility: Visibility | None,
+    scale: float,
+) -> Tensor:
+    """Run one layer's attention by its planned method.
+
+    Args:
+        plan: the layer's method, schedule, kernel and whether K and V are kept.
+        batch: the batch that q belongs to.
+        q: ``[B, s, H, D]``, this rank's queries.
+        features: what K and V are projected from, ``[B, s_kv, hidden]``, this rank's.
+        project_kv: features -> K, V ``[B, s_kv, H_kv, D]``.
+        trains: whether a parameter of ``project_kv`` wants a gradient.
+        kv_lengths: s_kv by rank.
+        visibility: this rank's, or None where every query sees every key.
+        scale: factor of the scores.
+
+    Returns:
+        ``[B, s, H, D]``.
+    """
+    wanted = trains or q.requires_grad or features.requires_grad
+    call = Call(
+        channel=batch.channel,
+        q_lengths=batch.text_lengths,
+        kv_lengths=kv_lengths,
+        kernel=choose(plan.kernel, q.dtype),
+        softmax_scale=scale,
+        schedule=choose_schedule(
+            plan.schedule, batch.text_lengths, row_bytes=q[:1, :1].nbytes * q.shape[0]
+        ),
+        requires_grad=wanted and torch.is_grad_enabled(),
+    )
+    if plan.recompute_kv:
+        return lvx.attend_recompute(call, q, features, project_kv, visibility)[0]
+    k, v = project_kv(features)
+    if plan.method == "lvx":
+        return lvx.attend(call, q, k, v, visibility)[0]
+    if plan.method == "ulysses":
+        return ulysses.attend(call, q, k, v, visibility)
+    # "none" gets here in a group of one rank only, where ring attention is the local one.
+    return ring.attend(call, q, k, v, visibility)[0]

@@ -1,0 +1,150 @@
+"""Which method runs in which attention layer of a model, and what is refused before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+
+from ds_lvx.config import LayerRule, LVXConfig, summarise_names
+
+Kind: TypeAlias = Literal["self", "cross", "local"]
+"""Text to text, text to images, or an encoder's layer that never leaves its rank."""
+
+_WHAT = {
+    "self": "looks at the whole text, and the text is sharded",
+    "cross": "looks at all images, and the images are sharded",
+}
+_PROPOSAL = {"self": "ulysses", "cross": "lvx"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An attention module as its family describes it.
+
+    Attributes:
+        name: the qualified name inside the model, without wrappers such as peft's.
+        kind: what it attends to.
+        module: the attention module itself.
+        num_heads: query heads.
+    """
+
+    name: str
+    kind: Kind
+    module: nn.Module
+    num_heads: int
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one attention layer runs; the fields are those of `LayerRule`."""
+
+    name: str
+    kind: Kind
+    method: str
+    schedule: str
+    kernel: str
+    recompute_kv: bool
+
+    def record(self) -> dict[str, Any]:
+        """The plan as JSON."""
+        return asdict(self)
+
+
+def make_plans(
+    layers: Sequence[Layer], config: LVXConfig, *, sp_size: int
+) -> list[LayerPlan]:
+    """Decide for every attention layer how it runs.
+
+    Raises:
+        ValueError: a rule matches no layer, a layer over sharded tokens has no method, or a
+            method cannot split its heads.
+        NotImplementedError: a combination that does not exist.
+    """
+    rules = config.resolve([layer.name for layer in layers])
+    plans = [_plan(layer, rules) for layer in layers]
+    problems = [
+        _problem(layer, plan, sp_size)
+        for layer, plan in zip(layers, plans, strict=True)
+    ]
+    found = list(dict.fromkeys(problem for problem in problems if problem is not None))
+    missing = _without_method(plans, sp_size)
+    if missing:
+        raise ValueError("\n".join(missing))
+    if found:
+        kind = found[0][0]
+        raise kind("\n".join(text for this, text in found if this is kind))
+    return plans
+
+
+def _plan(layer: Layer, rules: Mapping[str, LayerRule | None]) -> LayerPlan:
+    rule = rules[layer.name]
+    if rule is None:
+        return LayerPlan(layer.name, layer.kind, "none", "auto", "auto", False)
+    return LayerPlan(
+        layer.name,
+        layer.kind,
+        rule.method,
+        rule.schedule,
+        rule.kernel,
+        rule.recompute_kv,
+    )
+
+
+def _without_method(plans: Sequence[LayerPlan], sp_size: int) -> list[str]:
+    if sp_size == 1:
+        return []
+    lines = []
+    for kind in ("self", "cross"):
+        names = [p.name for p in plans if p.kind == kind and p.method == "none"]
+        for name in summarise_names(names):
+            pattern = f"*.{names[0].rpartition('.')[2]}"
+            lines.append(
+                f"ds_lvx.layers: {name} has no method (or none), but it {_WHAT[kind]} over "
+                f'{sp_size} ranks; add {{"match": "{pattern}", "method": "{_PROPOSAL[kind]}"}}'
+            )
+    return lines
+
+
+def _problem(
+    layer: Layer, plan: LayerPlan, sp_size: int
+) -> tuple[type[Exception], str] | None:
+    if layer.kind == "local" and plan.method != "none":
+        return NotImplementedError, (
+            f'ds_lvx.layers: got method "{plan.method}" for {summarise_names([layer.name])[0]}, '
+            "but an image is encoded on the rank that holds it; put a rule such as "
+            '{"match": "*vision_model*", "method": "none"} first'
+        )
+    if plan.method == "ulysses" and layer.num_heads < sp_size:
+        return ValueError, (
+            f"ds_lvx.layers: got ulysses for attention with {layer.num_heads} heads on {sp_size} "
+            "ranks; expected at least one head a rank: use lvx or ring, or a smaller "
+            "sequence_parallel_size"
+        )
+    if plan.schedule == "replicated" and sp_size > 1:
+        return NotImplementedError, (
+            'ds_lvx.layers: got schedule "replicated", which needs the same queries on every '
+            'rank, but the text is sharded; use "ring", "gather" or "auto"'
+        )
+    return None
+
+
+def table(plans: Sequence[LayerPlan]) -> str:
+    """One line for each kind of layer: name, method, schedule, kernel, recomputation."""
+    header = ("layer", "method", "schedule", "kernel", "recompute_kv")
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for plan in plans:
+        schedule = plan.schedule if plan.method == "lvx" else "-"
+        kernel = "-" if plan.method == "none" else plan.kernel
+        recompute = "yes" if plan.recompute_kv else "no"
+        groups.setdefault((plan.method, schedule, kernel, recompute), []).append(
+            plan.name
+        )
+    rows = [header]
+    for columns, names in groups.items():
+        rows += [(name, *columns) for name in summarise_names(names)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)

@@ -1,0 +1,104 @@
+"""Which rank holds which part of a sample, and the losses of the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_lvx.groups import SequenceParallelGroups, resolve
+from ds_lvx.models import family_of
+from ds_lvx.models.batch import span, split
+
+
+def owned(count: int, *, groups: SequenceParallelGroups | None = None) -> range:
+    """Which of a sample's frames this rank holds, so that it decodes only those.
+
+    Args:
+        count: frames of the sample.
+        groups: the groups; None is the current ones, or all ranks as one group.
+
+    Returns:
+        A contiguous range, balanced: the first ``count % sp_size`` ranks hold one more; empty
+        where there are fewer frames than ranks.
+
+    Raises:
+        ValueError: a negative count.
+    """
+    if count < 0:
+        raise ValueError(f"got count={count}; expected the number of frames, 0 or more")
+    channel = resolve(groups)
+    part = span(split(count, channel.size), channel.rank)
+    return range(part.start, part.stop)
+
+
+def shard_batch(
+    batch: Mapping[str, Any],
+    *,
+    model: nn.Module,
+    groups: SequenceParallelGroups | None = None,
+    frames: str = "all",
+) -> dict[str, Any]:
+    """A batch as a processor returns it -> this rank's shard, ready for ``model(**shard)``.
+
+    Every rank of a sequence-parallel group calls it with the same text. The text is split evenly
+    by token, the frames by image as `owned` says. The loss of ``model(**shard)`` is this rank's
+    share: summed over the group it is the loss that one process computes (`mean_loss`).
+
+    Args:
+        batch: for mllama ``input_ids [B, T]``, and where they apply ``attention_mask [B, T]``,
+            ``position_ids [B or 1, T]``, ``labels [B, T]``, ``pixel_values [B, N, tiles, C, h, w]``,
+            ``aspect_ratio_ids [B, N]``, ``aspect_ratio_mask [B, N, tiles]``, and
+            ``cross_attention_mask [B, T, N, tiles]`` or in its place ``visible_images [B, T, 2]``
+            (`ds_lvx.models.mllama.visible_images`: no mask at all); ``cross_attention_states`` in
+            place of ``pixel_values``. On any device; only the shard is moved to the model's.
+        model: the model that will get the shard, e.g. ``engine.module``.
+        groups: the groups; None is the current ones, or all ranks as one group.
+        frames: ``"all"``: the batch holds every frame, and this rank's are cut out.
+            ``"local"``: it holds this rank's frames already (any number, none included, as long as
+            the ranks' frames are those of the sample in order), while masks are of the whole.
+
+    Returns:
+        Keyword arguments for the model: text with its positions in the whole, ``labels``,
+        ``shift_labels`` (shifted before the cut) and ``num_items_in_batch``, local frames,
+        ``use_cache=False``, and ``ds_lvx``, which the patched attention reads.
+
+    Raises:
+        ValueError: on all ranks of the group, naming the rank that is wrong: unknown or misshapen
+            entries, texts that differ between ranks, fewer tokens than ranks, a mask that is not
+            of the processor's kind.
+        NotImplementedError: the model is of no supported family.
+
+    Collectives: one agreement of 2 KiB a rank on the control plane; no data moves.
+    """
+    family, inside = family_of(model)
+    current = SequenceParallelGroups.current() if groups is None else groups
+    return family.shard(
+        batch,
+        inside,
+        channel=resolve(groups),
+        frames=frames,
+        always_vision=current is not None and current.dp_size > 1,
+    )
+
+
+def mean_loss(loss: Tensor, *, groups: SequenceParallelGroups | None = None) -> Tensor:
+    """The loss one process would have computed, on every rank, for logging.
+
+    Args:
+        loss: ``out.loss`` of this rank's shard, a scalar of any floating dtype.
+        groups: the groups; None is the current ones, or all ranks as one group.
+
+    Returns:
+        fp32 scalar without gradient: the sum over each sequence-parallel group, averaged over the
+        data-parallel replicas.
+
+    Collectives: one all-reduce of 4 bytes over all ranks.
+    """
+    current = SequenceParallelGroups.current() if groups is None else groups
+    value = loss.detach().to(torch.float32)
+    if current is None:
+        return resolve(None).all_reduce(value)
+    return current.world_channel.all_reduce(value) / current.dp_size
