@@ -57,6 +57,10 @@ class RankError(Exception):
         super().__init__("\n".join([f"ranks {sorted(errors)} failed", *texts, note]).rstrip())
 
 
+class _OrderlyRankError(RankError):
+    """All ranks raised and have left their group since: the processes can serve on."""
+
+
 class Worker:
     """One process and this end of its pipe."""
 
@@ -168,20 +172,12 @@ def run_ranks(
     try:
         workers = pool.take(world_size)
         results = _run(workers, call, timeout_s=timeout_s)
-    except _AllRanksRaised as failure:
-        raise RankError(failure.errors) from None
+    except _OrderlyRankError:
+        raise
     except BaseException:  # Ctrl-C and pytest-timeout too: no process may stay half-way
         pool.discard()
         raise
     return results
-
-
-class _AllRanksRaised(Exception):
-    """Every rank raised and has left its group, so that the processes can serve on."""
-
-    def __init__(self, errors: dict[int, str]) -> None:
-        super().__init__("all ranks raised")
-        self.errors = errors
 
 
 def _pickled_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
@@ -215,7 +211,7 @@ def _run(workers: list[Worker], call: bytes, *, timeout_s: float) -> list[Any]:
         raise RankError(errors, note=_stacks(workers, silent))
     left = _leave(workers, package=all(answer.has_shutdown for answer in answers.values()))
     if errors:
-        raise RankError(errors) if left else _AllRanksRaised(errors)
+        raise RankError(errors) if left else _OrderlyRankError(errors)
     if left:
         raise RankError(left, note="The function itself had returned on every rank.")
     return [pickle.loads(answers[rank].result or b"") for rank in range(len(workers))]
