@@ -76,13 +76,17 @@ def check_ds_config(ds_config: Mapping[str, Any], sequence_parallel_size: int) -
         problems += _mesh_problems(ds_config) + _reduction_problems(ds_config)
     if problems:
         raise ValueError("\n".join(problems))
-    tensor_parallel = ds_config.get("tensor_parallel") or {}
-    if size > 1 and tensor_parallel.get("autotp_size", 0) not in (0, 1):
+    if size > 1 and (autotp_size := _autotp_size(ds_config)) > 1:
         raise NotImplementedError(
-            f"tensor_parallel.autotp_size: got {tensor_parallel['autotp_size']}, but tensor and "
-            "sequence parallelism do not work together; remove it, or set "
-            f"{SECTION}.sequence_parallel_size to 1"
+            f"tensor_parallel.autotp_size: got {autotp_size}, but tensor and sequence parallelism "
+            f"do not work together; remove it, or set {SECTION}.sequence_parallel_size to 1"
         )
+
+
+def _autotp_size(ds_config: Mapping[str, Any]) -> int:
+    section = ds_config.get("tensor_parallel")
+    size = section.get("autotp_size") if isinstance(section, Mapping) else None
+    return size if isinstance(size, int) else 0
 
 
 def _mesh_problems(ds_config: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,536 @@
+"""The `ds_lvx` section: every mistake is named, and every shipped config is sound."""
+
+import base64
+import json
+import re
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+from torch import nn
+from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
+
+from ds_lvx.config import (
+    LayerRule,
+    LVXConfig,
+    check_ds_config,
+    read_ds_config,
+    summarise_names,
+    zero_stage,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+LONG_NAMES = [
+    f"model.language_model.layers.{i}.{'cross' if i % 5 == 3 else 'self'}_attn" for i in range(40)
+] + [f"model.vision_model.transformer.layers.{i}.self_attn" for i in range(32)]
+
+by_file = pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+
+
+def section(**keys: Any) -> dict[str, Any]:
+    return {"train_batch_size": 1, "ds_lvx": keys}
+
+
+def one_rule(**keys: Any) -> dict[str, Any]:
+    return section(layers=[{"match": "*.cross_attn", "method": "lvx"}, keys])
+
+
+def message_of(ds_config: Any, error: type[Exception] = ValueError) -> str:
+    with pytest.raises(error) as caught:
+        LVXConfig.from_ds_config(ds_config)
+    assert type(caught.value) is error
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def mllama_layers() -> list[str]:
+    """The attention layers of a tiny Llama-3.2-Vision, found in the model itself."""
+    vision = MllamaVisionConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_global_layers=1,
+        attention_heads=2,
+        intermediate_size=32,
+        image_size=28,
+        patch_size=14,
+        max_num_tiles=2,
+        supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+        intermediate_layers_indices=[0, 1],
+        vision_output_dim=48,
+    )
+    text = MllamaTextConfig(
+        vocab_size=128,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        cross_attention_layers=[1, 3],
+        max_position_embeddings=64,
+        pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    config = MllamaConfig(vision_config=vision, text_config=text, image_token_index=128)
+    model: nn.Module = MllamaForConditionalGeneration(config)
+    return [n for n, m in model.named_modules() if type(m).__name__.endswith("Attention")]
+
+
+# What is right
+
+
+def test_defaults_and_full_rule() -> None:
+    empty = LVXConfig.from_ds_config(section())
+    assert (empty.sequence_parallel_size, empty.layers) == (1, [])
+    rule = LVXConfig.from_ds_config(one_rule(match="a", method="ring")).layers[1]
+    assert rule == LayerRule(
+        match="a", method="ring", schedule="auto", recompute_kv=False, kernel="auto"
+    )
+
+
+def test_path_base64_and_dict_give_the_same(tmp_path: Path) -> None:
+    ds_config = one_rule(
+        match="b", method="lvx", schedule="gather", recompute_kv=True, kernel="native"
+    )
+    before = deepcopy(ds_config)
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps(ds_config))
+    encoded = base64.urlsafe_b64encode(file.read_bytes()).decode()
+    expected = LVXConfig.from_ds_config(ds_config)
+    assert expected.layers[1].schedule == "gather"
+    for form in (file, str(file), encoded):
+        assert LVXConfig.from_ds_config(form) == expected
+    assert ds_config == before
+    assert read_ds_config(file) == ds_config
+    assert read_ds_config(ds_config) is not ds_config
+
+
+# Mistakes in the section
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "path", "got", "hint"),
+    [
+        (section(sequence_parallel_sise=2), "sequence_parallel_sise", "", "sequence_parallel_size"),
+        (section(sequence_parallel_size=0), "sequence_parallel_size", "0", "1 or more"),
+        (section(sequence_parallel_size=-2), "sequence_parallel_size", "-2", "1 or more"),
+        (section(sequence_parallel_size="4"), "sequence_parallel_size", '"4"', "an integer"),
+        (section(sequence_parallel_size=2.0), "sequence_parallel_size", "2.0", "an integer"),
+        (section(sequence_parallel_size=True), "sequence_parallel_size", "true", "an integer"),
+        (section(layers={"match": "a"}), "layers", '{"match": "a"}', "an array"),
+        (section(layers=["lvx"]), "layers[0]", '"lvx"', '"match"'),
+        (one_rule(method="lvx"), "layers[1].match", "", '"match": "*.cross_attn"'),
+        (one_rule(match="a"), "layers[1].method", "", '"method": "lvx"'),
+        (one_rule(match="", method="lvx"), "layers[1].match", '""', "pattern"),
+        (one_rule(match=3, method="lvx"), "layers[1].match", "3", "a string"),
+        (one_rule(match="a", method="lvxx"), "layers[1].method", '"lvxx"', '"lvx"'),
+        (one_rule(match="a", method="Ulyses"), "layers[1].method", '"Ulyses"', '"ulysses"'),
+        (one_rule(match="a", method=None), "layers[1].method", "null", '"none"'),
+        (
+            one_rule(match="a", method="lvx", schedule="gater"),
+            "layers[1].schedule",
+            '"gater"',
+            '"gather"',
+        ),
+        (
+            one_rule(match="a", method="lvx", kernel="natve"),
+            "layers[1].kernel",
+            '"natve"',
+            '"native"',
+        ),
+        (
+            one_rule(match="a", method="lvx", recompute_kv="true"),
+            "layers[1].recompute_kv",
+            '"true"',
+            "true or false",
+        ),
+        (
+            one_rule(match="a", method="lvx", recompute=True),
+            "layers[1].recompute",
+            "",
+            '"recompute_kv"',
+        ),
+    ],
+)
+def test_mistake_names_key_value_and_remedy(
+    ds_config: dict[str, Any], path: str, got: str, hint: str
+) -> None:
+    message = message_of(ds_config)
+    assert message.startswith(f"ds_config: ds_lvx.{path}: ")
+    assert "\n" not in message
+    assert got in message
+    assert hint in message
+
+
+@pytest.mark.parametrize("words", [("method", "lvxx", "lvx"), ("schedule", "rinf", "ring")])
+def test_nearest_word_is_proposed(words: tuple[str, str, str]) -> None:
+    key, typo, meant = words
+    rule = {"match": "a", "method": "lvx"} | {key: typo}
+    assert f'did you mean "{meant}"?' in message_of(one_rule(**rule))
+
+
+def test_nobody_is_led_to_what_does_not_exist() -> None:
+    message = message_of(one_rule(match="a", method="lvx", kernel="tritn"))
+    assert '"triton"' not in message
+    assert '"reference"' in message
+
+
+def test_all_mistakes_are_listed_at_once() -> None:
+    message = message_of(one_rule(mach="a", method="lvxx"))
+    assert [line.split(": ")[1] for line in message.splitlines()] == [
+        "ds_lvx.layers[1].match",
+        "ds_lvx.layers[1].method",
+        "ds_lvx.layers[1].mach",
+    ]
+    assert 'did you mean "match"?' in message
+
+
+@pytest.mark.parametrize("bad", [None, [], "lvx", 2], ids=repr)
+def test_section_must_be_an_object(bad: Any) -> None:
+    message = message_of({"ds_lvx": bad})
+    assert message.startswith(f"ds_config: ds_lvx: got {json.dumps(bad)}, expected an object")
+
+
+def test_missing_section_says_what_to_add() -> None:
+    message = message_of({"train_batch_size": 1})
+    assert 'no "ds_lvx" section' in message
+    example = re.search(r'"ds_lvx": \{"seq.*?\]\}', message)
+    assert example is not None
+    LVXConfig.from_ds_config(json.loads("{" + example[0] + "}"))
+
+
+@pytest.mark.parametrize("typo", ["ds_lxv", "ds-lvx", "LVX"])
+def test_misspelt_section_is_recognised(typo: str) -> None:
+    assert f'did you mean it by "{typo}"?' in message_of({typo: {}, "optimizer": {}})
+
+
+@pytest.mark.parametrize(
+    ("rule", "key", "remedy"),
+    [
+        ({"method": "auto"}, "method", '"ulysses"'),
+        ({"method": "ring", "recompute_kv": True}, "recompute_kv", 'method "lvx"'),
+        ({"method": "ulysses", "recompute_kv": True}, "recompute_kv", 'method "lvx"'),
+        ({"method": "none", "recompute_kv": True}, "recompute_kv", 'method "lvx"'),
+        ({"method": "ring", "schedule": "ring"}, "schedule", 'method "lvx"'),
+        ({"method": "ulysses", "schedule": "gather"}, "schedule", 'method "lvx"'),
+        ({"method": "none", "schedule": "replicated"}, "schedule", 'method "lvx"'),
+        ({"method": "lvx", "kernel": "triton"}, "kernel", '"native"'),
+        ({"method": "none", "kernel": "native"}, "kernel", "remove kernel"),
+    ],
+    ids=str,
+)
+def test_missing_combination_is_refused(rule: dict[str, Any], key: str, remedy: str) -> None:
+    message = message_of(one_rule(match="a", **rule), NotImplementedError)
+    assert message.startswith(f"ds_config: ds_lvx.layers[1].{key}: ")
+    assert remedy in message
+    with pytest.raises(NotImplementedError):
+        LVXConfig(layers=[LayerRule(match="a", **rule)])
+
+
+# Mistakes in the file
+
+
+def test_missing_file_names_the_nearest() -> None:
+    near = DS_CONFIGS[0]
+    message = message_of(near.with_name(near.name.replace("-", "_")))
+    assert "no such file" in message
+    assert f"did you mean {near}?" in message
+    assert "there is no folder" in message_of("no_such_folder/config.json")
+    assert "expected the path of a JSON file" in message_of("zzzz.qqq")
+
+
+def test_folder_or_wrong_type_is_not_a_config(tmp_path: Path) -> None:
+    assert message_of(tmp_path).startswith(f"{tmp_path}: cannot be read")
+    assert "got 3" in message_of(3)
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_bytes(b'{"ds_lvx": {}, "a": "\xff"}')
+    assert message_of(file).startswith(f"{file}: cannot be read ('utf-8' codec")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{\n  "ds_lvx": {},\n}', ":3:1: not valid JSON"),
+        ('{\n  "a": 1, // a comment\n  "ds_lvx": {}}', ":2:11: not valid JSON"),
+        ('{"ds_lvx": {"layers": [{"match": "*", "method": lvx}]}}', ":1:49: not valid JSON"),
+        ("", ":1:1: not valid JSON"),
+        ("[1]", ": got [1], expected a JSON object"),
+        ('{"ds_lvx": {}, "ds_lvx": {}}', ": ds_lvx: the key occurs twice"),
+        (
+            '{"ds_lvx": {"layers": [{}, {"match": "a", "method": "lvx", "method": "ring"}]}}',
+            ": ds_lvx.layers[1].method: the key occurs twice",
+        ),
+    ],
+)
+def test_bad_json_gives_the_place(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "c.json"
+    file.write_text(text)
+    assert message_of(file).startswith(f"{file}{expected}")
+
+
+def test_bad_base64_text_is_an_error_of_its_json() -> None:
+    encoded = base64.urlsafe_b64encode(b'{"ds_lvx": }').decode()
+    assert message_of(encoded).startswith("ds_config:1:12: not valid JSON")
+
+
+# Ranks
+
+
+def test_size_must_divide_the_world() -> None:
+    config = LVXConfig(sequence_parallel_size=4)
+    for world_size in (4, 8, 12):
+        config.check_world_size(world_size)
+    with pytest.raises(ValueError, match=r"got 4, .* 6 ranks .* one of 1, 2, 3, 6, or") as caught:
+        config.check_world_size(6)
+    assert str(caught.value).startswith("ds_lvx.sequence_parallel_size: ")
+    with pytest.raises(ValueError, match="one of 1, 2, or start a multiple of 4"):
+        config.check_world_size(2)
+
+
+# Layers
+
+
+def test_first_match_wins_and_case_counts() -> None:
+    config = LVXConfig(
+        layers=[
+            LayerRule(match="*.layers.3.*", method="ring"),
+            LayerRule(match="*.[cC]ross_attn", method="lvx"),
+        ]
+    )
+    names = ["m.layers.8.cross_attn", "m.layers.3.cross_attn", "m.layers.8.CROSS_ATTN"]
+    resolved = config.resolve(names)
+    assert list(resolved) == names
+    assert [r and r.method for r in resolved.values()] == ["lvx", "ring", None]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "proposal"),
+    [
+        ("*.crossattn", "*.cross_attn"),
+        ("cross_attn", "*.cross_attn"),
+        ("*vison_model*", "*vision_model*"),
+        ("*languge_model*.self_attn", "*language_model*.self_attn"),
+        ("language_model.layers.*.cross_attn", "model.language_model.layers.*.cross_attn"),
+        ("*.SELF_ATTN", "*.self_attn"),
+    ],
+)
+def test_rule_without_layer_is_a_mistake(pattern: str, proposal: str) -> None:
+    config = LVXConfig(
+        layers=[
+            LayerRule(match="*vision_model*", method="none"),
+            LayerRule(match=pattern, method="lvx"),
+        ]
+    )
+    with pytest.raises(ValueError, match="matches no attention layer") as caught:
+        config.resolve(LONG_NAMES)
+    message = str(caught.value)
+    assert message.startswith(f'ds_lvx.layers[1].match: got "{pattern}"')
+    assert f'did you mean "{proposal}"?' in message
+    assert "model.language_model.layers.{3,8,13,18,23,28,33,38}.cross_attn" in message
+    corrected = LVXConfig(layers=[LayerRule(match=proposal, method="lvx")])
+    assert any(corrected.resolve(LONG_NAMES).values())
+
+
+def test_pattern_like_nothing_gets_no_proposal() -> None:
+    config = LVXConfig(layers=[LayerRule(match="zzzz", method="lvx")])
+    with pytest.raises(ValueError, match="the nearest layers are") as caught:
+        config.resolve(LONG_NAMES)
+    assert "did you mean" not in str(caught.value)
+    with pytest.raises(ValueError, match="the model has none"):
+        config.resolve([])
+
+
+def test_rule_that_never_decides_is_a_warning() -> None:
+    config = LVXConfig(
+        layers=[
+            LayerRule(match="*", method="ring"),
+            LayerRule(match="*.cross_attn", method="lvx"),
+        ]
+    )
+    with pytest.warns(UserWarning, match=r"ds_lvx\.layers\[1\] .* decides for no layer"):
+        resolved = config.resolve(LONG_NAMES)
+    assert {rule.method for rule in resolved.values() if rule is not None} == {"ring"}
+
+
+def test_names_are_summarised() -> None:
+    assert summarise_names(["a.0.b", "c", "a.2.b", "a.1.b", "a.4.b", "d.7", "e2.x"]) == [
+        "a.{0..2,4}.b",
+        "c",
+        "d.7",
+        "e2.x",
+    ]
+    assert summarise_names([f"x.{2 * i}.y.{i % 2}" for i in range(10)]) == [
+        "x.{0,2,4,...,18}.y.{0..1}"
+    ]
+
+
+# The rest of the ds_config
+
+
+def test_zero_stage_is_what_deepspeed_reads() -> None:
+    configs: list[dict[str, Any]] = [
+        {},
+        {"zero_optimization": {}},
+        {"zero_optimization": True},
+        {"zero_optimization": {"stage": "auto"}},
+    ] + [{"zero_optimization": {"stage": stage}} for stage in range(4)]
+    stages = [zero_stage(config) for config in configs]
+    assert stages == [0, 0, 1, 0, 0, 1, 2, 3]
+    for config, stage in zip(configs, stages, strict=True):
+        theirs = DeepSpeedConfig({"train_batch_size": 1, **deepcopy(config)})
+        assert theirs.zero_optimization_stage == stage
+
+
+@pytest.mark.parametrize(
+    ("zero", "path"),
+    [
+        ([], "zero_optimization: got []"),
+        ({"stage": 7}, "zero_optimization.stage: got 7"),
+        ({"stge": 3}, "zero_optimization.stge: got 3"),
+    ],
+)
+def test_bad_zero_section_is_named(zero: Any, path: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(path)):
+        zero_stage({"zero_optimization": zero})
+
+
+DANGEROUS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"zero_optimization": {"stage": 3, "reduce_scatter": False}},
+        "zero_optimization.reduce_scatter",
+    ),
+    ({"data_parallel_size": 2}, "data_parallel_size"),
+    ({"mesh_param": [2, 2]}, "mesh_param"),
+    (
+        {
+            "zero_optimization": {"stage": 2, "reduce_scatter": False},
+            "gradient_predivide_factor": 4.0,
+        },
+        "gradient_predivide_factor",
+    ),
+]
+
+
+@pytest.mark.parametrize(("ds_config", "key"), DANGEROUS, ids=[key for _, key in DANGEROUS])
+def test_dangerous_setting_is_refused(ds_config: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError, match="remove") as caught:
+        check_ds_config(ds_config, 2)
+    assert str(caught.value).startswith(f"{key}: got ")
+    check_ds_config(ds_config, 1)
+
+
+def test_contradicting_size_is_refused() -> None:
+    check_ds_config({"sequence_parallel_size": 2}, 2)
+    for ours in (1, 4):
+        with pytest.raises(ValueError, match=rf"ds_lvx\.sequence_parallel_size is {ours}"):
+            check_ds_config({"sequence_parallel_size": 2}, ours)
+
+
+def test_tensor_parallelism_is_not_implemented() -> None:
+    ds_config = {"tensor_parallel": {"autotp_size": 2}}
+    with pytest.raises(NotImplementedError, match="autotp_size: got 2"):
+        check_ds_config(ds_config, 2)
+    check_ds_config(ds_config, 1)
+
+
+@pytest.mark.parametrize(
+    "ds_config",
+    [
+        {},
+        {"zero_optimization": {"stage": 3}},
+        {"zero_optimization": {"stage": 2, "reduce_scatter": False}},
+        {"zero_optimization": {"stage": 0, "reduce_scatter": False}},
+        {"tensor_parallel": {"autotp_size": 1}},
+    ],
+    ids=str,
+)
+def test_harmless_setting_passes(ds_config: dict[str, Any]) -> None:
+    check_ds_config(ds_config, 2)
+
+
+# The files of ds_configs/
+
+
+def test_the_files_that_are_promised_exist() -> None:
+    stems = {path.stem for path in DS_CONFIGS}
+    promised = {"mllama-zero3-lvx-ulysses", "mllama-zero3-ulysses", "mllama-zero3-ring"}
+    assert promised | {"quickstart", "finetune-zero2"} <= stems
+    table = (ROOT / "ds_configs" / "README.md").read_text()
+    assert set(re.findall(r"^\| `(.*?)\.json`", table, flags=re.MULTILINE)) == stems
+
+
+@by_file
+def test_shipped_config_decides_for_every_layer(path: Path, mllama_layers: list[str]) -> None:
+    config = LVXConfig.from_ds_config(path)
+    size = config.sequence_parallel_size
+    check_ds_config(read_ds_config(path), size)
+    config.check_world_size(2 * size)
+    resolved = config.resolve(mllama_layers)
+    assert len(resolved) == 7
+    if size == 1:
+        assert set(resolved.values()) == {None}
+        return
+    cross, text = expected_methods(path.stem)
+    for name, rule in resolved.items():
+        assert rule is not None
+        vision = "vision_model" in name
+        assert rule.method == ("none" if vision else cross if "cross_attn" in name else text)
+        assert rule.recompute_kv == (rule.method == "lvx")
+
+
+def expected_methods(stem: str) -> tuple[str, str]:
+    """Cross-attention's and text self-attention's method, which the file's name tells."""
+    named = [word for word in stem.split("-") if word in ("lvx", "ring", "ulysses")]
+    return (named[0], named[-1]) if named else ("lvx", "ulysses")
+
+
+@by_file
+def test_shipped_config_is_what_its_name_says(path: Path) -> None:
+    ds_config = read_ds_config(path)
+    named = re.search(r"zero(\d)", path.stem)
+    assert named is None or zero_stage(ds_config) == int(named[1])
+    on_gpus = named is not None
+    assert ds_config.get("bf16", {}).get("enabled", False) is on_gpus
+
+
+@by_file
+def test_deepspeed_accepts_the_shipped_config(path: Path) -> None:
+    theirs = DeepSpeedConfig(str(path))
+    assert theirs._param_dict["ds_lvx"] == read_ds_config(path)["ds_lvx"]
+    assert theirs.zero_optimization_stage == zero_stage(read_ds_config(path))
+
+
+@by_file
+def test_hugging_face_accepts_the_shipped_config(path: Path) -> None:
+    from accelerate import DeepSpeedPlugin
+
+    plugin = DeepSpeedPlugin(hf_ds_config=str(path))
+    plugin.deepspeed_config_process()
+    assert plugin.deepspeed_config["ds_lvx"] == read_ds_config(path)["ds_lvx"]
+
+
+# The reference
+
+
+def test_every_key_is_documented() -> None:
+    reference = (ROOT / "docs" / "configuration.md").read_text()
+    for model in (LVXConfig, LayerRule):
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name} has no docstring"
+            assert f"### `{name}`" in reference
+
+
+def test_examples_in_the_reference_are_valid() -> None:
+    reference = (ROOT / "docs" / "configuration.md").read_text()
+    examples = re.findall(r"```json\n(.*?)```", reference, flags=re.DOTALL)
+    assert examples
+    for example in examples:
+        config = LVXConfig.from_ds_config(json.loads(example))
+        assert config.layers
+        config.resolve(LONG_NAMES)
