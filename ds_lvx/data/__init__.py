@@ -1,0 +1,1 @@
+"""Training data: conversations with images and videos, of which each rank decodes its own frames."""

@@ -1,0 +1,202 @@
+"""From conversations to a batch: the whole text on every rank, the pixels of its own frames.
+
+Shapes: ``B`` samples, ``T`` tokens, ``N`` frames of the sample with the most, ``n`` of them this
+rank's, ``tiles`` of a frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_lvx.data.chat import Conversation, Part
+from ds_lvx.data.errors import DataError, Source
+from ds_lvx.data.frames import DecodeCount, Video, choose, decode, probe
+from ds_lvx.data.images import load_image
+from ds_lvx.data.text import IGNORED, EncodedText, TextEncoder
+
+
+@dataclass(frozen=True)
+class FrameRate:
+    """Which frames of a video are taken: ``fps`` a second, or ``count`` in all, or every one."""
+
+    fps: float | None = None
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Consecutive visual inputs of a sample that one file holds.
+
+    Attributes:
+        path: the file.
+        video: what its container says, or None for an image.
+        indices: the chosen frames of the video; ``(0,)`` for an image.
+    """
+
+    path: str
+    video: Video | None
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation made ready: its text, and where its frames are to be found."""
+
+    source: Source
+    text: EncodedText
+    frames: tuple[Frames, ...]
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of all its media."""
+        return sum(len(frames.indices) for frames in self.frames)
+
+
+class BatchMaker:
+    """Makes one rank's batches.
+
+    Args:
+        encoder: for the text.
+        image_processor: mllama's, for the pixels.
+        rate: which frames of a video are taken.
+        owned: the number of frames of a sample to those that this rank holds (`ds_lvx.owned`).
+        min_tokens: text tokens a sample must have: one for each rank that shares it.
+        dtype: of ``pixel_values``.
+
+    Attributes:
+        counter: frames decoded so far.
+    """
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        image_processor: Any,
+        rate: FrameRate,
+        *,
+        owned: Callable[[int], range],
+        min_tokens: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.encoder = encoder
+        self.counter = DecodeCount()
+        self._image_processor = image_processor
+        self._rate = rate
+        self._owned = owned
+        self._min_tokens = min_tokens
+        self._dtype = dtype
+        # A probe reads the whole file; every epoch comes back to the same ones.
+        self._probe = lru_cache(maxsize=256)(probe)
+
+    def sample(self, conversation: Conversation) -> Sample:
+        """Look at the media of a conversation, choose frames and write its text. Decodes nothing.
+
+        Raises:
+            DataError: with file and line, for media that cannot be read and text that does not fit.
+        """
+        source = conversation.source
+        try:
+            frames = tuple(self._frames(part) for part in conversation.media)
+        except ValueError as error:
+            raise DataError(f"{source}: {error}") from None
+        text = self.encoder.encode(conversation, [len(f.indices) for f in frames])
+        if len(text.input_ids) < self._min_tokens:
+            raise DataError.at(
+                source,
+                got=f"{len(text.input_ids)} text tokens",
+                expected=f"at least {self._min_tokens}, one for each rank that shares a sample",
+                do="lengthen the text or lower sequence_parallel_size",
+            )
+        return Sample(source, text, frames)
+
+    def batch(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+        """The batch of some conversations, for ``ds_lvx.shard_batch(..., frames="local")``.
+
+        Args:
+            conversations: B of them, the same on every rank that shares them.
+
+        Returns:
+            ``input_ids``, ``attention_mask``, ``labels`` int64 ``[B, T]``, padded at the end; where
+            a sample has frames also ``visible_images`` int32 ``[B, T, 2]`` (the run of images that a
+            token sees), ``pixel_values [B, n, tiles, 3, height, width]``, ``aspect_ratio_ids``
+            ``[B, n]`` and ``aspect_ratio_mask [B, n, tiles]``: of this rank's frames alone.
+
+        Raises:
+            DataError: with file and line.
+        """
+        from ds_lvx.models.mllama import visible_images
+
+        samples = [self.sample(conversation) for conversation in conversations]
+        batch = self._text(samples)
+        most = max(sample.num_frames for sample in samples)
+        if most > 0:
+            image_token_id = self.encoder.image_token_id
+            batch["visible_images"] = visible_images(batch["input_ids"], image_token_id)
+            batch.update(self._pixels(samples, self._owned(most)))
+        return batch
+
+    def _frames(self, part: Part) -> Frames:
+        if part.kind == "image":
+            return Frames(part.value, None, (0,))
+        video = self._probe(part.value)
+        chosen = choose(video, fps=self._rate.fps, count=self._rate.count)
+        return Frames(part.value, video, chosen)
+
+    def _text(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        length = max(len(sample.text.input_ids) for sample in samples)
+
+        def padded(rows: list[list[int]], fill: int) -> Tensor:
+            return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+
+        ids = [sample.text.input_ids for sample in samples]
+        return {
+            "input_ids": padded(ids, self.encoder.pad_token_id),
+            "attention_mask": padded([[1] * len(row) for row in ids], 0),
+            "labels": padded([sample.text.labels for sample in samples], IGNORED),
+        }
+
+    def _pixels(self, samples: Sequence[Sample], mine: range) -> dict[str, Tensor]:
+        """This rank's frames; a sample with fewer is padded as mllama's processor pads it."""
+        size, tiles = self._image_processor.size, self._image_processor.max_image_tiles
+        shape = (len(samples), len(mine))
+        pixels = torch.zeros(*shape, tiles, 3, size["height"], size["width"], dtype=self._dtype)
+        ratio_ids = torch.zeros(shape, dtype=torch.int64)
+        ratio_mask = torch.zeros(*shape, tiles, dtype=torch.int64)
+        ratio_mask[:, :, 0] = 1
+        for row, sample in enumerate(samples):
+            for place, image in enumerate(_pictures(sample, mine, self.counter)):
+                done = self._image_processor(images=[[image]], return_tensors="pt")
+                # In place, one at a time: float32 tiles of all frames at once would be twice the
+                # memory of what is kept in bfloat16.
+                pixels[row, place] = done["pixel_values"][0, 0]
+                ratio_ids[row, place] = done["aspect_ratio_ids"][0, 0]
+                ratio_mask[row, place] = done["aspect_ratio_mask"][0, 0]
+        return {
+            "pixel_values": pixels,
+            "aspect_ratio_ids": ratio_ids,
+            "aspect_ratio_mask": ratio_mask,
+        }
+
+
+def _pictures(sample: Sample, mine: range, counter: DecodeCount) -> Iterator[Any]:
+    """Decode the frames ``mine`` of a sample, file by file, and no others."""
+    first = 0
+    for frames in sample.frames:
+        count = len(frames.indices)
+        cut = slice(max(mine.start - first, 0), max(mine.stop - first, 0))
+        wanted = frames.indices[cut]
+        first += count
+        try:
+            if not wanted:
+                continue
+            if frames.video is None:
+                yield load_image(frames.path)
+            else:
+                yield from decode(frames.video, wanted, counter=counter)
+        except ValueError as error:
+            raise DataError(f"{sample.source}: {error}") from None

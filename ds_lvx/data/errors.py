@@ -1,0 +1,30 @@
+"""Where a sample came from, and the one error that the data modules raise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Source:
+    """A line of a JSONL file.
+
+    Attributes:
+        path: the file as the caller named it.
+        line: counted from 1.
+    """
+
+    path: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}"
+
+
+class DataError(ValueError):
+    """Something in the caller's data is wrong: where, what was found, what belongs there, what to do."""
+
+    @classmethod
+    def at(cls, source: Source | str, *, got: str, expected: str, do: str) -> DataError:
+        """The error with its four parts in the usual order."""
+        return cls(f"{source}: got {got}; expected {expected}; {do}")

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ds_lvx.data.batch import BatchMaker, FrameRate
+from ds_lvx.data.chat import Conversation, read_conversations
+from ds_lvx.data.errors import DataError
+from ds_lvx.data.frames import decode, probe
+from ds_lvx.data.order import SampleOrder
+from ds_lvx.data.text import TextEncoder
+from ds_lvx.training.tiny import tiny_processor
+from tests.data.media import BUNNY, chat, write_image, write_jsonl, write_png_header, write_video
+
+
+def _maker(count: int, owned: range | None = None, *, min_tokens: int = 1) -> BatchMaker:
+    processor = tiny_processor()
+    processor.image_processor.max_image_tiles = 2
+    return BatchMaker(
+        TextEncoder(processor, 500),
+        processor.image_processor,
+        FrameRate(count=count),
+        owned=lambda total: range(total) if owned is None else owned,
+        min_tokens=min_tokens,
+    )
+
+
+@pytest.fixture
+def conversations(tmp_path: Path) -> list[Conversation]:
+    """Five frames in two places of the text; and one."""
+    write_video(tmp_path / "a.mp4")
+    write_image(tmp_path / "a.png", (100, 40))
+    write_image(tmp_path / "b.jpg")
+    first = chat(("text", "look"), ("video", "a.mp4"), ("image", "a.png"), ("text", "here"))
+    more = chat(("image", "b.jpg"), ("text", "and here?"), answer="No")
+    first["messages"] += more["messages"]
+    second = chat(("text", "What?"), ("image", "b.jpg"), answer="Red")
+    return read_conversations(write_jsonl(tmp_path / "d.jsonl", first, second))
+
+
+def test_a_batch_is_what_the_processor_makes(conversations: list[Conversation]) -> None:
+    maker = _maker(3)
+    batch = maker.batch(conversations)
+
+    processor = tiny_processor()
+    processor.image_processor.max_image_tiles = 2
+    folder = Path(conversations[0].source.path).parent
+    video = probe(str(folder / "a.mp4"))
+    images = [*decode(video, (6, 20, 33))]
+    images += [Image.open(folder / name).convert("RGB") for name in ("a.png", "b.jpg")]
+    texts = [maker.encoder.tokenizer.decode(row) for row in batch["input_ids"]]
+    texts = [text.replace("<|end_of_text|>", "") for text in texts]
+    expected = processor(
+        text=texts,
+        images=[images, [images[-1]]],
+        add_special_tokens=False,
+        padding=True,
+        return_tensors="pt",
+    )
+    for key in ("input_ids", "attention_mask", "pixel_values", "aspect_ratio_ids"):
+        torch.testing.assert_close(batch[key], expected[key], rtol=0, atol=0, msg=key)
+    torch.testing.assert_close(batch["aspect_ratio_mask"], expected["aspect_ratio_mask"])
+
+    index = torch.arange(5)
+    start, end = batch["visible_images"][..., :1], batch["visible_images"][..., 1:]
+    seen = (start <= index) & (index < end)
+    tiles = torch.ones(2, 5, 2, dtype=torch.bool)
+    tiles[:, :, 1] = batch["aspect_ratio_ids"] > 1
+    dense = seen[..., None] & tiles[:, None]
+    torch.testing.assert_close(dense.long(), expected["cross_attention_mask"])
+    assert 262 not in batch["labels"], "the image token is nothing to learn"
+
+
+def test_ranks_hold_and_decode_their_own_frames(conversations: list[Conversation]) -> None:
+    whole = _maker(3).batch(conversations)
+    parts, decoded = [], []
+    for mine in (range(0, 2), range(2, 2), range(2, 5)):
+        maker = _maker(3, mine)
+        parts.append(maker.batch(conversations))
+        decoded.append(maker.counter.frames)
+    assert decoded == [7 + 1, 0, 4]  # frames 6 and 20 (a keyframe); none; 33 from 30 on
+    for key in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
+        joined = torch.cat([part[key] for part in parts], dim=1)
+        torch.testing.assert_close(joined, whole[key], rtol=0, atol=0, msg=key)
+    for key in ("input_ids", "labels", "visible_images"):
+        assert all(torch.equal(part[key], whole[key]) for part in parts), key
+
+
+def test_text_alone_has_no_pixels(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", chat(("text", "Hi")))
+    assert set(_maker(3).batch(read_conversations(path))) == {
+        "input_ids",
+        "attention_mask",
+        "labels",
+    }
+
+
+def test_a_bad_file_is_named_with_its_line_by_the_rank_that_decodes_it(tmp_path: Path) -> None:
+    damaged = bytearray(BUNNY.read_bytes())
+    damaged[800_000:1_000_000] = bytes(7 * n % 256 for n in range(200_000))
+    (tmp_path / "bad.mp4").write_bytes(damaged)
+    write_png_header(tmp_path / "huge.png", 40_000, 25_000)
+    (tmp_path / "text.mp4").write_text("hello")
+    samples = read_conversations(
+        write_jsonl(
+            tmp_path / "d.jsonl",
+            chat(("video", "bad.mp4")),
+            chat(("image", "huge.png")),
+            chat(("video", "text.mp4")),
+        )
+    )
+    _maker(132, range(0, 20)).batch(samples[:1])  # the damage lies in the second half
+    for number, mine in ((1, range(66, 132)), (2, range(1)), (3, range(0))):
+        with pytest.raises(DataError, match=rf"d\.jsonl:{number}: .*(mp4|png): got"):
+            _maker(132, mine).batch(samples[number - 1 : number])
+
+
+def test_every_rank_needs_a_token(conversations: list[Conversation]) -> None:
+    tokens = len(_maker(3).sample(conversations[1]).text.input_ids)
+    assert _maker(3, min_tokens=tokens).batch(conversations[1:])
+    with pytest.raises(DataError, match=rf"d\.jsonl:2: got {tokens} text tokens"):
+        _maker(3, min_tokens=tokens + 1).batch(conversations[1:])
+
+
+def test_order_is_a_permutation_each_epoch_and_knows_its_place() -> None:
+    order = SampleOrder(5, seed=3)
+    epochs = [[order.sample(5 * epoch + n) for n in range(5)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    stream = [n for epoch in epochs for n in epoch]
+    both = [order.micro_batch(4, 2, replica=r) for r in range(2)]
+    assert both == [stream[4:6], stream[6:8]]
+    assert [SampleOrder(5, seed=3).sample(n) for n in range(15)] == stream
+    assert [SampleOrder(5, seed=4).sample(n) for n in range(15)] != stream
+    assert [SampleOrder(3, seed=4, shuffle=False).sample(n) for n in range(4)] == [0, 1, 2, 0]
