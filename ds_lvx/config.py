@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -77,7 +77,7 @@ class LVXConfig(BaseModel):
     """Rules in order of precedence: the first whose pattern matches a layer decides for it."""
 
     @model_validator(mode="after")
-    def _refuse_missing_combinations(self) -> Self:
+    def _refuse_missing_combinations(self) -> "LVXConfig":
         """Raise NotImplementedError, which pydantic lets through, for what does not exist."""
         problems = [
             f"{SECTION}.layers[{index}].{problem}"

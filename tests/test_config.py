@@ -245,6 +245,7 @@ def test_missing_file_names_the_nearest() -> None:
 def test_folder_or_wrong_type_is_not_a_config(tmp_path: Path) -> None:
     assert message_of(tmp_path).startswith(f"{tmp_path}: cannot be read")
     assert "got 3" in message_of(3)
+    assert "got {1}" in message_of({"ds_lvx": {1}})
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
