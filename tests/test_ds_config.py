@@ -25,7 +25,7 @@ by_file = pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem
 
 
 def message_of(ds_config: Any) -> str:
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError) as caught:
         LVXConfig.from_ds_config(ds_config)
     return str(caught.value)
 
