@@ -26,9 +26,7 @@ class Session:
         patch: what was done to the model.
     """
 
-    def __init__(
-        self, config: LVXConfig, groups: SequenceParallelGroups, patch: Patch
-    ) -> None:
+    def __init__(self, config: LVXConfig, groups: SequenceParallelGroups, patch: Patch) -> None:
         self.config = config
         self.groups = groups
         self.patch = patch
@@ -83,9 +81,7 @@ def initialize(
             "expected a torch.nn.Module and neither mpu nor mesh_param: the groups come from "
             "ds_lvx.sequence_parallel_size in the ds_config"
         )
-    lvx = _read_config(
-        _config_source(args, config, config_params), port=distributed_port
-    )
+    lvx = _read_config(_config_source(args, config, config_params), port=distributed_port)
     groups = SequenceParallelGroups(lvx.sequence_parallel_size)
     session = None
     try:
@@ -167,9 +163,7 @@ def _patch_on_all_ranks(
         raise
     assert patch is not None
     if groups.world_channel.rank == 0:
-        print(
-            f"ds_lvx: {groups.dp_size} x {groups.sp_size} ranks (data x sequence parallel)"
-        )
+        print(f"ds_lvx: {groups.dp_size} x {groups.sp_size} ranks (data x sequence parallel)")
         print(lines, flush=True)
     return patch
 

@@ -49,7 +49,8 @@ def shard_batch(
 
     Args:
         batch: for mllama ``input_ids [B, T]``, and where they apply ``attention_mask [B, T]``,
-            ``position_ids [B or 1, T]``, ``labels [B, T]``, ``pixel_values [B, N, tiles, C, h, w]``,
+            ``position_ids [B or 1, T]``, ``labels [B, T]``,
+            ``pixel_values [B, N, tiles, channels, height, width]``,
             ``aspect_ratio_ids [B, N]``, ``aspect_ratio_mask [B, N, tiles]``, and
             ``cross_attention_mask [B, T, N, tiles]`` or in its place ``visible_images [B, T, 2]``
             (`ds_lvx.models.mllama.visible_images`: no mask at all); ``cross_attention_states`` in

@@ -32,9 +32,7 @@ class Family(Protocol):
     def attention_layers(self, model: Any) -> list[Layer]:
         """Every attention module of the model."""
 
-    def patch(
-        self, model: Any, config: LVXConfig, groups: SequenceParallelGroups
-    ) -> Patch:
+    def patch(self, model: Any, config: LVXConfig, groups: SequenceParallelGroups) -> Patch:
         """Patch the model's instances."""
 
     def shard(
@@ -55,9 +53,7 @@ def family_of(model: nn.Module) -> tuple[Family, Any]:
     Raises:
         NotImplementedError: no family that is supported.
     """
-    types = {
-        getattr(getattr(m, "config", None), "model_type", None) for m in model.modules()
-    }
+    types = {getattr(getattr(m, "config", None), "model_type", None) for m in model.modules()}
     for model_type, path in FAMILIES.items():
         if model_type in types:
             family = cast(Family, import_module(path))
@@ -70,9 +66,7 @@ def family_of(model: nn.Module) -> tuple[Family, Any]:
     )
 
 
-def patch_model(
-    model: nn.Module, config: LVXConfig, groups: SequenceParallelGroups
-) -> Patch:
+def patch_model(model: nn.Module, config: LVXConfig, groups: SequenceParallelGroups) -> Patch:
     """Make the attention of this instance run as the config says.
 
     Class, parameter names, state dict and ``save_pretrained`` stay as they were. A forward without

@@ -117,12 +117,7 @@ class Text:
         elif self.position_ids is not None:
             starts = torch.zeros(self.position_ids.shape, dtype=torch.bool)
             starts[:, 1:] = self.position_ids.cpu().diff(dim=-1) != 1
-            start = (
-                (index * starts)
-                .cummax(dim=-1)
-                .values.to(torch.int32)
-                .expand(batch, length)
-            )
+            start = (index * starts).cummax(dim=-1).values.to(torch.int32).expand(batch, length)
         end = (index + 1).expand(batch, length)
         return Visibility(
             start[:, here].contiguous(),
@@ -145,9 +140,7 @@ class Text:
             "position_ids": positions[:, here],
         }
         if self.labels is not None:
-            shifted = torch.nn.functional.pad(
-                self.labels[:, 1:], (0, 1), value=IGNORED_LABEL
-            )
+            shifted = torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED_LABEL)
             shard["labels"] = self.labels[:, here]
             shard["shift_labels"] = shifted[:, here].contiguous()
             # No label at all: the sum of the losses is 0, and so is the loss.
@@ -162,9 +155,7 @@ def digest(*tensors: Tensor | None) -> int:
         if tensor is None:
             value = zlib.crc32(b"none", value)
         else:
-            value = zlib.crc32(
-                tensor.detach().cpu().to(torch.int64).numpy().tobytes(), value
-            )
+            value = zlib.crc32(tensor.detach().cpu().to(torch.int64).numpy().tobytes(), value)
     return value
 
 
@@ -188,8 +179,4 @@ def _check_like(key: str, value: Any, input_ids: Tensor, *, one_row: bool) -> No
 
 
 def _shape(value: Any) -> str:
-    return (
-        str(tuple(value.shape))
-        if isinstance(value, Tensor)
-        else f"of {type(value).__name__}"
-    )
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"of {type(value).__name__}"

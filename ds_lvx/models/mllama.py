@@ -38,9 +38,7 @@ _KINDS: dict[type[nn.Module], Kind] = {
 
 def find(model: nn.Module) -> MllamaForConditionalGeneration | None:
     """The mllama inside a model: itself, or inside peft's or DeepSpeed's wrappers."""
-    inside = (
-        m for m in model.modules() if isinstance(m, MllamaForConditionalGeneration)
-    )
+    inside = (m for m in model.modules() if isinstance(m, MllamaForConditionalGeneration))
     return next(inside, None)
 
 
@@ -111,9 +109,7 @@ class _PrepareText(Hook):
         states, row_mask = kwargs.get("cross_attention_states"), batch.row_mask
         if states is not None and batch.kv_lengths is not None:
             batch_size = kwargs["input_ids"].shape[0]
-            states = _by_sample(
-                states, batch_size, batch.kv_lengths[batch.channel.rank]
-            )
+            states = _by_sample(states, batch_size, batch.kv_lengths[batch.channel.rank])
             row_mask = None if row_mask is None else row_mask.to(states.dtype)
         prepared = {
             "cross_attention_states": states,
@@ -180,9 +176,7 @@ class _CrossAttention(ShardedForward):
         def project_kv(features: Tensor) -> tuple[Tensor, Tensor]:
             # Looked up at every call: LoRA and ZeRO-3 act on the modules' own calls.
             k = _heads(module.k_proj(features), module.head_dim)
-            return module.k_norm(k).to(k.dtype), _heads(
-                module.v_proj(features), module.head_dim
-            )
+            return module.k_norm(k).to(k.dtype), _heads(module.v_proj(features), module.head_dim)
 
         out = attend(
             self.plan,
@@ -216,9 +210,7 @@ class _SelfAttention(ShardedForward):
 
         def project_kv(features: Tensor) -> tuple[Tensor, Tensor]:
             k = _heads(module.k_proj(features), module.head_dim)
-            return _rotate(k, cos, sin), _heads(
-                module.v_proj(features), module.head_dim
-            )
+            return _rotate(k, cos, sin), _heads(module.v_proj(features), module.head_dim)
 
         out = attend(
             self.plan,

@@ -74,9 +74,7 @@ class _Draft:
     share: int
 
     @classmethod
-    def of(
-        cls, batch: Mapping[str, Any], model: Any, *, channel: Channel, frames: str
-    ) -> _Draft:
+    def of(cls, batch: Mapping[str, Any], model: Any, *, channel: Channel, frames: str) -> _Draft:
         batch = {key: value for key, value in batch.items() if value is not None}
         _check_keys(batch, frames)
         text = Text.of(batch)
@@ -101,14 +99,11 @@ class _Draft:
             "frames": self.frames,
             "shape of input_ids": list(self.text.shape),
             "contents of the text (a checksum)": self.text.digest(),
-            "visibility of the images (a checksum)": runs
-            and digest(runs.start, runs.end),
+            "visibility of the images (a checksum)": runs and digest(runs.start, runs.end),
         }
         if self.frames == "all":
             record["number of images"] = self.share
-            record["visual tokens given"] = (
-                None if self.states is None else self.states.shape[1]
-            )
+            record["visual tokens given"] = None if self.states is None else self.states.shape[1]
         return record
 
     def record(self) -> dict[str, Any]:
@@ -125,9 +120,7 @@ class _Draft:
         vision, kv_lengths, cross, row_mask = self._vision(here, shares)
         if kv_lengths is None and always_vision:
             vision, kv_lengths = self._dummy(), (0,) * channel.size
-            row_mask = torch.zeros(
-                self.text.shape[0], 1, here.stop - here.start, 1
-            ).bool()
+            row_mask = torch.zeros(self.text.shape[0], 1, here.stop - here.start, 1).bool()
         keyword = ShardedBatch(
             channel=channel,
             text_lengths=lengths,
@@ -139,9 +132,7 @@ class _Draft:
         shard = {key: move(value, device) for key, value in {**shard, **vision}.items()}
         return {**shard, "use_cache": False, "ds_lvx": keyword}
 
-    def _vision(
-        self, here: slice, shares: tuple[int, ...]
-    ) -> tuple[Any, Any, Any, Any]:
+    def _vision(self, here: slice, shares: tuple[int, ...]) -> tuple[Any, Any, Any, Any]:
         """Model arguments, visual tokens by rank, visibility and row mask."""
         if self.states is not None:
             return self._given_states(here)
@@ -159,9 +150,7 @@ class _Draft:
         if self.runs is not None:
             self.runs.check_images(sum(shares))
             tiles = self._tiles(mine, cut)
-            cross = self.runs.visibility(
-                here, first_image=mine.start, tiles=tiles, patches=patches
-            )
+            cross = self.runs.visibility(here, first_image=mine.start, tiles=tiles, patches=patches)
             row_mask = ~self.runs.sees_nothing[:, None, here, None]
         if shares[self.channel.rank] == 0:
             vision = self._dummy()
@@ -198,16 +187,14 @@ class _Draft:
         kv_lengths = tuple(share * per_image for share in shares)
         features = self.states[:, span(kv_lengths, self.channel.rank)]
         tiles = self._tiles(mine, mine)
-        cross = self.runs.visibility(
-            here, first_image=mine.start, tiles=tiles, patches=patches
-        )
+        cross = self.runs.visibility(here, first_image=mine.start, tiles=tiles, patches=patches)
         row_mask = ~self.runs.sees_nothing[:, None, here, None]
         return {"cross_attention_states": features}, kv_lengths, cross, row_mask
 
     def _dummy(self) -> dict[str, Tensor]:
         """One blank frame. A rank without frames runs it through the vision tower and drops the
         result, so that it takes part in ZeRO-3's gathers and its gradients are 0, not absent."""
-        config = self.model.config.vision_config
+        config = _vision_config(self.model)
         tiles, size = config.max_num_tiles, config.image_size
         mask = torch.zeros(1, 1, tiles, dtype=torch.long)
         mask[..., 0] = 1
@@ -229,13 +216,9 @@ def _check_keys(batch: Mapping[str, Any], frames: str) -> None:
                 f"{near[0]!r}): remove it, or pass it to the model yourself"
             )
     if all(key in batch for key in _MASK_KEYS):
-        raise ValueError(
-            "got cross_attention_mask and visible_images; expected one of them"
-        )
+        raise ValueError("got cross_attention_mask and visible_images; expected one of them")
     if "cross_attention_states" in batch and "pixel_values" in batch:
-        raise ValueError(
-            "got pixel_values and cross_attention_states; expected one of them"
-        )
+        raise ValueError("got pixel_values and cross_attention_states; expected one of them")
     if "cross_attention_states" in batch and frames == "local":
         raise ValueError(
             'got cross_attention_states with frames="local"; expected the features of the whole '
@@ -253,10 +236,8 @@ def _check_pixels(
         return
     missing = [key for key in _FRAME_KEYS if key not in pixels]
     if missing:
-        raise ValueError(
-            f"got pixel_values without {missing[0]}; the vision tower needs both"
-        )
-    config = model.config.vision_config
+        raise ValueError(f"got pixel_values without {missing[0]}; the vision tower needs both")
+    config = _vision_config(model)
     found = tuple(pixels["pixel_values"].shape)
     images = found[1] if len(found) > 1 else 0
     tile = (config.num_channels, config.image_size, config.image_size)
@@ -298,7 +279,7 @@ def _states_by_token(
     batch_size: int,
 ) -> Tensor:
     """``[B * N * tiles, P, hidden]`` or ``[B, S, hidden]`` as ``[B, S, hidden]``."""
-    hidden = model.config.text_config.hidden_size
+    hidden = model.lm_head.in_features
     if states.ndim != 3 or states.shape[2] != hidden or states.shape[0] % batch_size:
         raise ValueError(
             f"got cross_attention_states {tuple(states.shape)}; expected [batch * images * tiles, "
@@ -320,6 +301,10 @@ def _tile_shape(model: MllamaForConditionalGeneration) -> tuple[int, int]:
         model.config.vision_config.max_num_tiles,
         model.model.vision_model.num_patches,
     )
+
+
+def _vision_config(model: MllamaForConditionalGeneration) -> Any:
+    return model.config.vision_config
 
 
 def _device(model: torch.nn.Module) -> torch.device:

@@ -62,9 +62,7 @@ class Runs:
     @classmethod
     def of_visible_images(cls, visible: Tensor) -> Runs:
         """The runs as the caller gives them, int ``[B, T, 2]`` (`visible_images`)."""
-        start, end = (
-            part.to(torch.int32) for part in visible.detach().cpu().unbind(dim=-1)
-        )
+        start, end = (part.to(torch.int32) for part in visible.detach().cpu().unbind(dim=-1))
         return cls(start, torch.maximum(start, end), None, None)
 
     def check_images(self, images: int) -> None:
@@ -124,9 +122,7 @@ class Runs:
                     self.end[sample, rows, None],
                 )
                 run = (start <= index) & (index < end)
-                wrong = _seen(mask[sample, rows]) != (
-                    run[..., None] & self.tiles[sample]
-                )
+                wrong = _seen(mask[sample, rows]) != (run[..., None] & self.tiles[sample])
                 if wrong.any():
                     token = rows.start + int(wrong.flatten(1).any(dim=1).nonzero()[0])
                     raise ValueError(
@@ -175,9 +171,7 @@ def _first_and_last(seen: Tensor) -> tuple[Tensor, Tensor]:
     """First image seen and one past the last, of ``seen`` bool ``[rows, N]``; 0 and 0 if none."""
     rows, images = seen.shape
     if images == 0:
-        return torch.zeros(rows, dtype=torch.int32), torch.zeros(
-            rows, dtype=torch.int32
-        )
+        return torch.zeros(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
     index = torch.arange(images, dtype=torch.int32)
     end = torch.where(seen, index + 1, 0).amax(dim=1)
     start = torch.where(seen, index, images).amin(dim=1)

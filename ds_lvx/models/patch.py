@@ -7,14 +7,13 @@ of it as well.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ds_lvx.attention import lvx, ring, ulysses
+from ds_lvx.attention import lvx, recompute, ring, ulysses
 from ds_lvx.attention.call import Call, choose_schedule
 from ds_lvx.kernels import choose
 from ds_lvx.models.batch import ShardedBatch
@@ -37,9 +36,7 @@ class ShardedForward:
         # Whoever patched the instance before us (accelerate, for one) gets its place back.
         self.previous = module.__dict__.get("forward")
 
-    def __call__(
-        self, *args: Any, ds_lvx: ShardedBatch | None = None, **kwargs: Any
-    ) -> Any:
+    def __call__(self, *args: Any, ds_lvx: ShardedBatch | None = None, **kwargs: Any) -> Any:
         if ds_lvx is None:
             forward = type(self.module).forward
             if self.previous is not None:
@@ -49,13 +46,11 @@ class ShardedForward:
 
     def sharded(self, batch: ShardedBatch, *args: Any, **kwargs: Any) -> Any:
         """The attention of this rank's shard. A model family fills it in."""
-        raise NotImplementedError(
-            f"{type(self).__name__} has no forward for a sharded batch"
-        )
+        raise NotImplementedError(f"{type(self).__name__} has no forward for a sharded batch")
 
     def install(self) -> None:
         """Put this in the place of the module's forward."""
-        self.module.forward = self  # type: ignore[assignment]
+        self.module.forward = self
 
     def remove(self) -> None:
         """Give the module its forward back."""
@@ -74,9 +69,7 @@ class ScaleLoss(Hook):
     def __init__(self, factor: float) -> None:
         self.factor = factor
 
-    def __call__(
-        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any
-    ) -> Any:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> Any:
         if kwargs.get(KEYWORD) is None or kwargs.get("labels") is None:
             return None
         if isinstance(out, tuple):
@@ -128,9 +121,7 @@ def unpatch(model: nn.Module) -> None:
         _drop_hooks(module._forward_hooks, module._forward_hooks_with_kwargs)
 
 
-def _drop_hooks(
-    hooks: OrderedDict[int, Callable], with_kwargs: OrderedDict[int, bool]
-) -> None:
+def _drop_hooks(hooks: dict[int, Callable[..., Any]], with_kwargs: dict[int, bool]) -> None:
     for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
         del hooks[key]
         with_kwargs.pop(key, None)
@@ -138,9 +129,7 @@ def _drop_hooks(
 
 def is_patched(model: nn.Module) -> bool:
     """Whether an attention module of the model has a forward of ds_lvx's."""
-    return any(
-        isinstance(m.__dict__.get("forward"), ShardedForward) for m in model.modules()
-    )
+    return any(isinstance(m.__dict__.get("forward"), ShardedForward) for m in model.modules())
 
 
 def attend(
@@ -181,14 +170,18 @@ def attend(
         schedule=choose_schedule(
             plan.schedule, batch.text_lengths, row_bytes=q[:1, :1].nbytes * q.shape[0]
         ),
-        requires_grad=wanted and torch.is_grad_enabled(),
+        # A projection that runs again in backward knows only there who wants a gradient.
+        requires_grad=(wanted or plan.recompute_kv) and torch.is_grad_enabled(),
     )
     if plan.recompute_kv:
-        return lvx.attend_recompute(call, q, features, project_kv, visibility)[0]
+        return recompute.attend_recompute(call, q, features, project_kv, visibility)[0]
     k, v = project_kv(features)
-    if plan.method == "lvx":
-        return lvx.attend(call, q, k, v, visibility)[0]
     if plan.method == "ulysses":
-        return ulysses.attend(call, q, k, v, visibility)
-    # "none" gets here in a group of one rank only, where ring attention is the local one.
-    return ring.attend(call, q, k, v, visibility)[0]
+        out = ulysses.attend(call, q, k, v, visibility)
+    else:
+        # "none" gets here in a group of one rank only, where ring attention is the local one.
+        out, _ = (lvx if plan.method == "lvx" else ring).attend(call, q, k, v, visibility)
+    if not any(kv_lengths):
+        # Sums over nothing: they tie the projections to the graph, for gradients of 0 and not none.
+        out = out + k.sum() + v.sum()
+    return out

@@ -53,9 +53,7 @@ class LayerPlan:
         return asdict(self)
 
 
-def make_plans(
-    layers: Sequence[Layer], config: LVXConfig, *, sp_size: int
-) -> list[LayerPlan]:
+def make_plans(layers: Sequence[Layer], config: LVXConfig, *, sp_size: int) -> list[LayerPlan]:
     """Decide for every attention layer how it runs.
 
     Raises:
@@ -65,10 +63,7 @@ def make_plans(
     """
     rules = config.resolve([layer.name for layer in layers])
     plans = [_plan(layer, rules) for layer in layers]
-    problems = [
-        _problem(layer, plan, sp_size)
-        for layer, plan in zip(layers, plans, strict=True)
-    ]
+    problems = [_problem(layer, plan, sp_size) for layer, plan in zip(layers, plans, strict=True)]
     found = list(dict.fromkeys(problem for problem in problems if problem is not None))
     missing = _without_method(plans, sp_size)
     if missing:
@@ -108,9 +103,7 @@ def _without_method(plans: Sequence[LayerPlan], sp_size: int) -> list[str]:
     return lines
 
 
-def _problem(
-    layer: Layer, plan: LayerPlan, sp_size: int
-) -> tuple[type[Exception], str] | None:
+def _problem(layer: Layer, plan: LayerPlan, sp_size: int) -> tuple[type[Exception], str] | None:
     if layer.kind == "local" and plan.method != "none":
         return NotImplementedError, (
             f'ds_lvx.layers: got method "{plan.method}" for {summarise_names([layer.name])[0]}, '
@@ -139,10 +132,8 @@ def table(plans: Sequence[LayerPlan]) -> str:
         schedule = plan.schedule if plan.method == "lvx" else "-"
         kernel = "-" if plan.method == "none" else plan.kernel
         recompute = "yes" if plan.recompute_kv else "no"
-        groups.setdefault((plan.method, schedule, kernel, recompute), []).append(
-            plan.name
-        )
-    rows = [header]
+        groups.setdefault((plan.method, schedule, kernel, recompute), []).append(plan.name)
+    rows: list[tuple[str, ...]] = [header]
     for columns, names in groups.items():
         rows += [(name, *columns) for name in summarise_names(names)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
