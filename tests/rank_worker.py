@@ -76,7 +76,8 @@ def _environment(task: Task) -> dict[str, str]:
         "RANK": str(task.rank),
         "WORLD_SIZE": str(task.world_size),
         "LOCAL_RANK": str(task.rank),
-        "LOCAL_SIZE": str(task.world_size),
+        # No LOCAL_SIZE: with it DeepSpeed opens shared memory between the ranks, once for the life
+        # of the process, and a later task with more ranks waits for it forever.
         "LOCAL_WORLD_SIZE": str(task.world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(task.port),

@@ -1,0 +1,231 @@
+"""What one attention call needs to know about all ranks of its group, settled before it starts.
+
+The lengths of every rank's shard size the messages; signatures that differ would hang or corrupt.
+`settle` asks the other ranks, once, on the control plane. Code that knows all of it already (a
+patched model under `ds_lvx.shard_batch`) builds the `Call` itself and asks nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_lvx import comm
+from ds_lvx.comm import Channel, ProcessGroup
+from ds_lvx.groups import SequenceParallelGroups, resolve
+from ds_lvx.kernels import Kernel, choose
+from ds_lvx.visibility import Visibility
+
+SCHEDULES = ("auto", "ring", "gather", "replicated")
+Group = ProcessGroup | SequenceParallelGroups | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """The settled facts of a call, the same on all ranks but for ``channel.rank``.
+
+    Attributes:
+        channel: the ranks that share the sequence.
+        q_lengths: seqlen_q of every rank.
+        kv_lengths: seqlen_kv of every rank.
+        kernel: who computes a block.
+        softmax_scale: factor on the scores.
+        schedule: lvx's way to move queries, not ``auto`` any more; ignored by other methods.
+        requires_grad: some rank needs a gradient, so every rank takes part in backward.
+        returns_lse: lse is an output that may get a gradient of its own.
+    """
+
+    channel: Channel
+    q_lengths: tuple[int, ...]
+    kv_lengths: tuple[int, ...]
+    kernel: Kernel
+    softmax_scale: float
+    schedule: str = "gather"
+    requires_grad: bool = False
+    returns_lse: bool = False
+
+    def anchor(self, device: torch.device) -> Tensor:
+        """An input that makes the output of a Function require a gradient on every rank or on none.
+
+        A rank whose own q, k and v need none would otherwise stay out of backward's collectives.
+        """
+        return torch.zeros((), device=device, requires_grad=self.requires_grad)
+
+
+def settle(
+    operation: str,
+    q: Tensor,
+    keys: Mapping[str, Tensor],
+    *,
+    group: Group,
+    visibility: Visibility | None,
+    softmax_scale: float | None,
+    kernel: str,
+    schedule: str = "auto",
+    return_lse: bool = False,
+) -> Call:
+    """Check a call on this rank and agree on it with the other ranks of the group.
+
+    Args:
+        operation: the public function's name; ranks that call different ones get an error.
+        q: ``[batch, seqlen_q, num_heads, head_dim]``.
+        keys: ``{"k": k, "v": v}`` or ``{"features": features}``.
+        group, visibility, softmax_scale, kernel, schedule, return_lse: the function's arguments.
+
+    Raises:
+        ValueError, NotImplementedError: on all ranks, naming the rank that got something wrong, or
+            what the ranks disagree on.
+
+    Collectives: one all-gather of 2 KiB a rank on the control group; none for a group of one.
+    """
+    channel = resolve(group)
+    error: Exception | None = None
+    record: dict[str, Any] = {}
+    try:
+        chosen = _check(q, keys, visibility, kernel=kernel, schedule=schedule)
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+        record = _signature(operation, q, keys, visibility)
+        record |= {"softmax_scale": scale, "kernel": kernel, "schedule": schedule}
+        record |= {"return_lse": return_lse, "grad_enabled": torch.is_grad_enabled()}
+    except (ValueError, NotImplementedError) as raised:
+        error = raised
+    same = record.keys() - {"q_length", "kv_length"}
+    tensors = (q, *keys.values())
+    wants_grad = any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    record["requires_grad"] = wants_grad
+    records = channel.agree(record, error)
+    comm.require_same(records, sorted(same), what=operation)
+    q_lengths = tuple(other["q_length"] for other in records)
+    if schedule == "replicated" and len(set(q_lengths)) > 1:
+        raise ValueError(
+            f"{operation}: schedule 'replicated' wants the same queries on every rank; got "
+            f"seqlen_q {list(q_lengths)}; use 'ring' or 'gather' for sharded queries"
+        )
+    return Call(
+        channel=channel,
+        q_lengths=q_lengths,
+        kv_lengths=tuple(other["kv_length"] for other in records),
+        kernel=chosen,
+        softmax_scale=scale,
+        schedule=choose_schedule(schedule, q_lengths, row_bytes=q[0:1, 0:1].nbytes),
+        requires_grad=torch.is_grad_enabled() and any(r["requires_grad"] for r in records),
+        returns_lse=return_lse,
+    )
+
+
+_MAX_GATHERED_BYTES = 2**30
+
+
+def choose_schedule(schedule: str, q_lengths: tuple[int, ...], *, row_bytes: int) -> str:
+    """Resolve ``auto``: ``gather``, unless all ranks' queries would take more than 1 GiB a rank.
+
+    Gather sends the same bytes in two messages instead of 2 n and gives the kernel all queries at
+    once, but holds q, out and their gradients of the whole sequence; the ring holds one shard's.
+    """
+    if schedule != "auto":
+        return schedule
+    return "gather" if sum(q_lengths) * row_bytes <= _MAX_GATHERED_BYTES else "ring"
+
+
+def _signature(
+    operation: str, q: Tensor, keys: Mapping[str, Tensor], visibility: Visibility | None
+) -> dict[str, Any]:
+    first = next(iter(keys.values()))
+    return {
+        "operation": operation,
+        "batch": q.shape[0],
+        "num_heads": q.shape[2],
+        "head_dim": q.shape[3],
+        "q_length": q.shape[1],
+        "kv_length": first.shape[1],
+        "the shape of a key": list(first.shape[2:]),
+        "dtype": str(q.dtype),
+        "device": q.device.type,
+        "visibility": visibility is not None,
+    }
+
+
+def _check(
+    q: Tensor,
+    keys: Mapping[str, Tensor],
+    visibility: Visibility | None,
+    *,
+    kernel: str,
+    schedule: str,
+) -> Kernel:
+    for name, tensor in {"q": q, **keys}.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: got {type(tensor).__name__}; expected a tensor")
+    if q.dim() != 4:
+        raise ValueError(
+            f"q: got shape {list(q.shape)}; expected [batch, seqlen_q, num_heads, head_dim]"
+        )
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule: got {schedule!r}; expected one of {list(SCHEDULES)}")
+    chosen = choose(kernel, q.dtype)
+    if "k" in keys:
+        check_keys(q, keys["k"], keys["v"])
+    else:
+        _check_features(q, keys["features"])
+    if visibility is not None:
+        length = None if "features" in keys else keys["k"].shape[1]
+        check_visibility(q, length, visibility)
+    return chosen
+
+
+def check_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise a ValueError unless k and v fit q."""
+    batch, _, heads, head_dim = q.shape
+    for name, tensor in {"k": k, "v": v}.items():
+        fits = tensor.dim() == 4 and tensor.shape[0] == batch and tensor.shape[3] == head_dim
+        if not fits:
+            raise ValueError(
+                f"{name}: got shape {list(tensor.shape)} for q {list(q.shape)}; expected "
+                f"[{batch}, seqlen_kv, num_kv_heads, {head_dim}]"
+            )
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"{name}: got {tensor.dtype} on {tensor.device} for q {q.dtype} on {q.device}; "
+                "expected the same dtype and device; convert one with .to(...)"
+            )
+    if k.shape != v.shape:
+        raise ValueError(
+            f"v: got shape {list(v.shape)} for k {list(k.shape)}; expected the same shape"
+        )
+    if k.shape[2] == 0 or heads % k.shape[2] != 0:
+        raise ValueError(
+            f"k, v: got {k.shape[2]} heads for {heads} query heads; expected a divisor of {heads}"
+        )
+
+
+def _check_features(q: Tensor, features: Tensor) -> None:
+    if features.dim() < 2 or features.shape[0] != q.shape[0] or features.device != q.device:
+        raise ValueError(
+            f"features: got shape {list(features.shape)} on {features.device} for q "
+            f"{list(q.shape)} on {q.device}; expected [{q.shape[0]}, seqlen_kv, ...] on the same "
+            "device"
+        )
+
+
+def check_visibility(q: Tensor, seqlen_kv: int | None, visibility: Visibility) -> None:
+    """Raise a ValueError unless the rule is for these queries and keys."""
+    if not isinstance(visibility, Visibility):
+        raise ValueError(
+            f"visibility: got {type(visibility).__name__}; expected ds_lvx.Visibility or None"
+        )
+    wanted = (q.shape[0], q.shape[1])
+    if tuple(visibility.q_start.shape) != wanted or visibility.q_start.device != q.device:
+        raise ValueError(
+            f"visibility: got q_start {list(visibility.q_start.shape)} on "
+            f"{visibility.q_start.device} for q {list(q.shape)} on {q.device}; expected "
+            f"{list(wanted)}, this rank's queries, on q's device"
+        )
+    if seqlen_kv is not None and visibility.kv_pos.shape[1] != seqlen_kv:
+        raise ValueError(
+            f"visibility: got kv_pos {list(visibility.kv_pos.shape)} for {seqlen_kv} keys; "
+            "expected one position a key of this rank"
+        )

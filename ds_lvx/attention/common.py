@@ -1,0 +1,65 @@
+"""Small things that every method's backward shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_lvx.attention.call import Call
+from ds_lvx.visibility import Visibility
+
+
+def delta_of(out: Tensor, dout: Tensor | None, dlse: Tensor | None, lse: Tensor) -> Tensor:
+    """``rowsum(dout * out) - dlse``, ``[batch, num_heads, seqlen_q]`` in lse's dtype.
+
+    A row that saw nothing gets 0: nothing flows back through it, whatever arrives.
+    """
+    delta = torch.zeros_like(lse)
+    if dout is not None:
+        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1).transpose(1, 2)
+    if dlse is not None:
+        delta = delta - dlse
+    return delta.masked_fill(lse == -torch.inf, 0.0)
+
+
+class LocalAttention(torch.autograd.Function):
+    """Attention of this rank's queries over this rank's keys: no communication."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Call,
+        visibility: Visibility | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the kernel; ``(out, lse)``, both differentiable."""
+        out, lse = call.kernel.forward(
+            q, k, v, visibility=visibility, softmax_scale=call.softmax_scale
+        )
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.call, ctx.visibility = call, visibility
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+        """Gradients of q, k and v."""
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = ctx.call.kernel.backward(
+            q,
+            k,
+            v,
+            torch.zeros_like(out) if dout is None else dout,
+            lse,
+            delta_of(out, dout, dlse, lse),
+            visibility=ctx.visibility,
+            softmax_scale=ctx.call.softmax_scale,
+            has_dlse=dlse is not None,
+        )
+        return None, None, dq.to(q.dtype), dk, dv

@@ -1,0 +1,345 @@
+"""The schedules of lvx: how queries meet the keys of every rank while the keys stay at home.
+
+A schedule is a pair of functions. Both take K and V as a *source*: a function called once the
+first transfer is under way, so that a projection which it runs hides that transfer. Backward hands
+dk and dv to a *sink* while the last transfer of dq is under way, for the same reason.
+
+Legend: n ranks, s this rank's queries, H heads, D head_dim, e bytes an element. Forward sends
+``(n - 1) s H (2 D e + 4)`` bytes a rank, backward ``(n - 1) s H (3 D e + 8)``, and 8 bytes a query
+for visibility, in ``ring`` and in ``gather`` alike (LV-XAttn, arXiv:2502.02406, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ds_lvx.attention.call import Call
+from ds_lvx.bundles import Bundle, Spec
+from ds_lvx.comm import Pending
+from ds_lvx.kernels.merge import accumulation_dtype, merge, merge_
+from ds_lvx.visibility import Visibility
+
+Source: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
+Sink: TypeAlias = Callable[[Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What backward starts from: q, dout ``[B, s, H, D]``; lse, delta ``[B, H, s]``; s queries.
+
+    ``out`` stays at home: ``delta`` is all that a block needs of it.
+    """
+
+    q: Tensor
+    dout: Tensor
+    lse: Tensor
+    delta: Tensor
+
+    def bundle(self) -> Bundle:
+        """The tensors that travel."""
+        return [self.q, self.dout.to(self.q.dtype), self.lse, self.delta]
+
+
+class Schedule(Protocol):
+    """Moves queries."""
+
+    def forward(
+        self, call: Call, q: Tensor, visibility: Visibility | None, source: Source
+    ) -> tuple[Tensor, Tensor]:
+        """``(out, lse)`` of this rank's queries over all ranks' keys, both in fp32."""
+        ...
+
+    def backward(
+        self, call: Call, saved: Saved, visibility: Visibility | None, source: Source, sink: Sink
+    ) -> Tensor:
+        """dq of this rank's queries, in fp32; ``sink(dk, dv)`` is called once."""
+        ...
+
+
+class Gather:
+    """All-gather the queries, one kernel over all of them, scatter-reduce the parts by lse."""
+
+    def forward(
+        self, call: Call, q: Tensor, visibility: Visibility | None, source: Source
+    ) -> tuple[Tensor, Tensor]:
+        """See `Schedule.forward`."""
+        specs = [_query_specs(call, q, visibility, rank) for rank in range(call.channel.size)]
+        arriving = call.channel.gather([q, *_ranges(visibility)], specs)
+        k, v = source()
+        bundles = arriving.wait()
+        everyone = torch.cat([bundle[0] for bundle in bundles], dim=1)
+        out, lse = call.kernel.forward(
+            everyone,
+            k,
+            v,
+            visibility=_of_everyone(visibility, bundles, 1),
+            softmax_scale=call.softmax_scale,
+        )
+        mine = _part_specs(call, q, lse.dtype, call.channel.rank)
+        arriving = call.channel.exchange(
+            _by_owner(call, out, lse, wire=q.dtype), [mine] * call.channel.size
+        )
+        return merge([(out, lse) for out, lse in arriving.wait()], accumulation_dtype(q.dtype))
+
+    def backward(
+        self, call: Call, saved: Saved, visibility: Visibility | None, source: Source, sink: Sink
+    ) -> Tensor:
+        """See `Schedule.backward`."""
+        channel, q = call.channel, saved.q
+        specs = [_gradient_specs(call, saved, visibility, rank) for rank in range(channel.size)]
+        arriving = channel.gather([*saved.bundle(), *_ranges(visibility)], specs)
+        k, v = source()
+        bundles = arriving.wait()
+        dq, dk, dv = call.kernel.backward(
+            torch.cat([bundle[0] for bundle in bundles], dim=1),
+            k,
+            v,
+            torch.cat([bundle[1] for bundle in bundles], dim=1),
+            torch.cat([bundle[2] for bundle in bundles], dim=2),
+            torch.cat([bundle[3] for bundle in bundles], dim=2),
+            visibility=_of_everyone(visibility, bundles, 4),
+            softmax_scale=call.softmax_scale,
+            has_dlse=call.returns_lse,
+        )
+        parts = [[part] for part in dq.to(q.dtype).split(list(call.q_lengths), dim=1)]
+        arriving = channel.exchange(parts, [[Spec.of(q)]] * channel.size)
+        sink(dk, dv)
+        total = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
+        for (part,) in arriving.wait():
+            total += part
+        return total
+
+
+class Ring:
+    """The paper's: query shards rotate, and their parts rotate after them, merging on the way.
+
+    At each step the next queries and the last part are under way while the kernel runs. A part
+    is sent on by n - 1 ranks and merged at home with the home rank's own.
+    """
+
+    def forward(
+        self, call: Call, q: Tensor, visibility: Visibility | None, source: Source
+    ) -> tuple[Tensor, Tensor]:
+        """See `Schedule.forward`."""
+        channel, dtype = call.channel, accumulation_dtype(q.dtype)
+        queries: Bundle = [q, *_ranges(visibility)]
+        home: tuple[Tensor, Tensor] | None = None
+        carried: Pending[Bundle] | None = None
+        keys: tuple[Tensor, Tensor] | None = None
+        for step in range(channel.size):
+            following = _next_queries(call, queries, step, visibility)
+            if keys is None:
+                keys = source()
+            out, lse = call.kernel.forward(
+                queries[0],
+                *keys,
+                visibility=_under(visibility, queries, 1),
+                softmax_scale=call.softmax_scale,
+            )
+            out, lse = out.to(dtype), lse.to(dtype)
+            if carried is not None:
+                merge_(out, lse, *carried.wait())
+            if step == 0:
+                home = (out, lse)
+            else:
+                specs = _part_specs(call, q, lse.dtype, _owner(call, step + 1))
+                carried = channel.shift([out.to(q.dtype), lse], specs)
+            if following is not None:
+                queries = following.wait()
+        assert home is not None
+        if carried is not None:
+            merge_(*home, *carried.wait())
+        return home
+
+    def backward(
+        self, call: Call, saved: Saved, visibility: Visibility | None, source: Source, sink: Sink
+    ) -> Tensor:
+        """See `Schedule.backward`. dk and dv add up over the steps in fp32."""
+        channel, q = call.channel, saved.q
+        rows: Bundle = [*saved.bundle(), *_ranges(visibility)]
+        home: Tensor | None = None
+        carried: Pending[Bundle] | None = None
+        keys: tuple[Tensor, Tensor] | None = None
+        totals: tuple[Tensor, Tensor] | None = None
+        for step in range(channel.size):
+            following = _next_queries(call, rows, step, visibility, saved=saved)
+            if keys is None:
+                keys = source()
+            dq, dk, dv = call.kernel.backward(
+                rows[0],
+                *keys,
+                *rows[1:4],
+                visibility=_under(visibility, rows, 4),
+                softmax_scale=call.softmax_scale,
+                has_dlse=call.returns_lse,
+            )
+            totals = _add(totals, dk, dv, last=channel.size == 1)
+            dq = dq.to(accumulation_dtype(q.dtype))
+            if carried is not None:
+                dq += carried.wait()[0]
+            if step == 0:
+                home = dq
+            else:
+                spec = _rows_like(q, call.q_lengths[_owner(call, step + 1)], dim=1)
+                carried = channel.shift([dq.to(q.dtype)], [spec])
+            if following is not None:
+                rows = following.wait()
+        assert home is not None
+        assert totals is not None
+        assert keys is not None
+        sink(totals[0].to(keys[0].dtype), totals[1].to(keys[1].dtype))
+        if carried is not None:
+            home = home + carried.wait()[0]
+        return home
+
+
+class Replicated:
+    """Every rank holds the same queries: no query moves, parts are reduced by lse.
+
+    What follows must be replicated as well: backward takes the same dout on every rank for
+    granted, and gives every rank the whole dq.
+    """
+
+    def forward(
+        self, call: Call, q: Tensor, visibility: Visibility | None, source: Source
+    ) -> tuple[Tensor, Tensor]:
+        """See `Schedule.forward`. Sends the lse of a part, and out in fp32 by all-reduce."""
+        k, v = source()
+        dtype = accumulation_dtype(q.dtype)
+        out, lse = call.kernel.forward(
+            q, k, v, visibility=visibility, softmax_scale=call.softmax_scale
+        )
+        specs = [[Spec.of(lse)]] * call.channel.size
+        parts = torch.stack([part for (part,) in call.channel.gather([lse], specs).wait()])
+        total = parts.logsumexp(dim=0)
+        finite = total.masked_fill(total == -torch.inf, 0.0)
+        weight = torch.exp(lse - finite).transpose(1, 2).unsqueeze(-1)
+        return call.channel.all_reduce(out.to(dtype) * weight), total
+
+    def backward(
+        self, call: Call, saved: Saved, visibility: Visibility | None, source: Source, sink: Sink
+    ) -> Tensor:
+        """See `Schedule.backward`. Sends dq in fp32 by all-reduce."""
+        k, v = source()
+        dq, dk, dv = call.kernel.backward(
+            saved.q,
+            k,
+            v,
+            saved.dout,
+            saved.lse,
+            saved.delta,
+            visibility=visibility,
+            softmax_scale=call.softmax_scale,
+            has_dlse=call.returns_lse,
+        )
+        sink(dk, dv)
+        return call.channel.all_reduce(dq.to(accumulation_dtype(saved.q.dtype)))
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "ring": Ring(),
+    "gather": Gather(),
+    "replicated": Replicated(),
+}
+
+
+# --------------------------------------------------------------------------------------------
+# Who owns what arrives, and its shape
+
+
+def _owner(call: Call, step: int) -> int:
+    """The rank whose queries this rank holds at ``step`` of the ring."""
+    return (call.channel.rank - step) % call.channel.size
+
+
+def _next_queries(
+    call: Call,
+    mine: Bundle,
+    step: int,
+    visibility: Visibility | None,
+    *,
+    saved: Saved | None = None,
+) -> Pending[Bundle] | None:
+    """Start to pass the rows at hand on and to receive the next ones; None at the last step."""
+    if step == call.channel.size - 1:
+        return None
+    owner = _owner(call, step + 1)
+    if saved is None:
+        specs = _query_specs(call, mine[0], visibility, owner)
+    else:
+        specs = _gradient_specs(call, saved, visibility, owner)
+    return call.channel.shift(mine, specs)
+
+
+def _rows_like(tensor: Tensor, rows: int, *, dim: int) -> Spec:
+    shape = list(tensor.shape)
+    shape[dim] = rows
+    return Spec(tuple(shape), tensor.dtype)
+
+
+def _ranges(visibility: Visibility | None) -> Bundle:
+    return [] if visibility is None else [visibility.ranges]
+
+
+def _range_specs(call: Call, q: Tensor, visibility: Visibility | None, rank: int) -> list[Spec]:
+    if visibility is None:
+        return []
+    return [Spec((2, q.shape[0], call.q_lengths[rank]), torch.int32)]
+
+
+def _query_specs(call: Call, q: Tensor, visibility: Visibility | None, rank: int) -> list[Spec]:
+    queries = _rows_like(q, call.q_lengths[rank], dim=1)
+    return [queries, *_range_specs(call, q, visibility, rank)]
+
+
+def _gradient_specs(
+    call: Call, saved: Saved, visibility: Visibility | None, rank: int
+) -> list[Spec]:
+    rows = call.q_lengths[rank]
+    queries = _rows_like(saved.q, rows, dim=1)
+    statistics = [_rows_like(saved.lse, rows, dim=2), _rows_like(saved.delta, rows, dim=2)]
+    return [queries, queries, *statistics, *_range_specs(call, saved.q, visibility, rank)]
+
+
+def _part_specs(call: Call, q: Tensor, lse_dtype: torch.dtype, owner: int) -> list[Spec]:
+    batch, _, heads, _ = q.shape
+    rows = call.q_lengths[owner]
+    return [_rows_like(q, rows, dim=1), Spec((batch, heads, rows), lse_dtype)]
+
+
+def _by_owner(call: Call, out: Tensor, lse: Tensor, *, wire: torch.dtype) -> list[Bundle]:
+    """Each rank's rows; in the dtype of the wire, but for this rank's own, which stay here."""
+    lengths = list(call.q_lengths)
+    pairs = zip(out.split(lengths, dim=1), lse.split(lengths, dim=2), strict=True)
+    return [
+        [out if rank == call.channel.rank else out.to(wire), lse]
+        for rank, (out, lse) in enumerate(pairs)
+    ]
+
+
+def _under(visibility: Visibility | None, bundle: Bundle, index: int) -> Visibility | None:
+    return None if visibility is None else visibility.with_queries(bundle[index])
+
+
+def _of_everyone(
+    visibility: Visibility | None, bundles: list[Bundle], index: int
+) -> Visibility | None:
+    if visibility is None:
+        return None
+    return visibility.with_queries(torch.cat([bundle[index] for bundle in bundles], dim=2))
+
+
+def _add(
+    totals: tuple[Tensor, Tensor] | None, dk: Tensor, dv: Tensor, *, last: bool
+) -> tuple[Tensor, Tensor]:
+    if last:
+        return dk, dv
+    dtype = accumulation_dtype(dk.dtype)
+    if totals is None:
+        return dk.to(dtype), dv.to(dtype)
+    return totals[0].add_(dk), totals[1].add_(dv)

@@ -1,0 +1,80 @@
+"""Putting a split sequence together again, with gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_lvx.bundles import Spec
+from ds_lvx.comm import Channel, require_same
+from ds_lvx.groups import SequenceParallelGroups, resolve
+from ds_lvx.kernels.merge import accumulation_dtype
+
+
+def gather_sequence(
+    x: Tensor, dim: int = 1, *, groups: SequenceParallelGroups | None = None
+) -> Tensor:
+    """This rank's shard of a sequence -> the whole, on every rank, differentiable.
+
+    Args:
+        x: this rank's shard, any dtype; any length along ``dim``, 0 included.
+        dim: the dimension that is split.
+        groups: the groups; None is the current ones, or all ranks as one group.
+
+    Returns:
+        The shards of all ranks, one after the other along ``dim``. In backward every rank's
+        gradient of the whole is summed, in fp32, and each gets its shard of the sum.
+
+    Raises:
+        ValueError: shapes that differ elsewhere than in ``dim``, or dtypes that differ, on all
+            ranks; a ``dim`` that x does not have.
+
+    Collectives: one agreement on the CPU; an all-gather of ``(n - 1)`` times x's bytes, and in
+    backward an all-to-all of as many as the other ranks' shards have.
+    """
+    channel = resolve(groups)
+    record, error = {}, None
+    if not -x.dim() <= dim < x.dim():
+        error = ValueError(f"dim: got {dim} for a tensor of {x.dim()} dimensions")
+    else:
+        dim %= x.dim()
+        rest = [size for axis, size in enumerate(x.shape) if axis != dim]
+        record = {"length": x.shape[dim], "dim": dim, "other dimensions": rest}
+        record |= {"dtype": str(x.dtype), "needs_grad": x.requires_grad}
+    records = channel.agree(record, error)
+    require_same(records, ("dim", "other dimensions", "dtype"), what="gather_sequence")
+    lengths = tuple(other["length"] for other in records)
+    wants_grad = torch.is_grad_enabled() and any(other["needs_grad"] for other in records)
+    anchor = torch.zeros((), device=x.device, requires_grad=wants_grad)
+    whole: Tensor = _GatherSequence.apply(channel, lengths, dim, anchor, x)
+    return whole
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, channel: Channel, lengths: tuple[int, ...], dim: int, anchor: Tensor, x: Tensor
+    ) -> Tensor:
+        ctx.channel, ctx.lengths, ctx.dim = channel, lengths, dim
+        specs = [[_like(x, dim, length)] for length in lengths]
+        bundles = channel.gather([x], specs).wait()
+        return torch.cat([shard for (shard,) in bundles], dim=dim)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        shards = [[shard] for shard in gradient.split(list(ctx.lengths), dim=ctx.dim)]
+        mine = [Spec.of(shard) for shard in shards[ctx.channel.rank]]
+        arrived = ctx.channel.exchange(shards, [mine] * ctx.channel.size).wait()
+        total = torch.zeros_like(arrived[0][0], dtype=accumulation_dtype(gradient.dtype))
+        for (shard,) in arrived:
+            total += shard
+        return None, None, None, None, total.to(gradient.dtype)
+
+
+def _like(x: Tensor, dim: int, length: int) -> Spec:
+    shape = list(x.shape)
+    shape[dim] = length
+    return Spec(tuple(shape), x.dtype)

@@ -1,0 +1,367 @@
+"""Communication between the ranks of one group. The only module that imports ``torch.distributed``.
+
+A `Channel` has two planes. The *data plane* is the process group itself: tensors of known shape,
+asynchronously where there is something to run meanwhile. The *control plane* is a gloo group on
+the CPU: small JSON records, so that agreeing on lengths never makes an accelerator's stream wait
+for the host. Every transfer takes the `Spec` of what arrives; `ds_lvx.traffic` counts what leaves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_lvx.bundles import Bundle, Spec, bundle_nbytes, pack, unpack
+from ds_lvx.counting import count, count_control
+
+ProcessGroup: TypeAlias = dist.ProcessGroup
+T = TypeVar("T")
+
+_RECORD_BYTES = 2048
+
+
+class Pending(Generic[T]):
+    """A transfer under way. On an accelerator only the stream waits for it, not the host."""
+
+    def __init__(self, works: Sequence[Any], finish: Callable[[], T], keep: Any = None) -> None:
+        self._works = works
+        self._finish = finish
+        self._keep = keep  # buffers that must outlive the transfer
+
+    def wait(self) -> T:
+        """Wait for the transfer and return what arrived."""
+        for work in self._works:
+            work.wait()
+        self._works = ()
+        result = self._finish()
+        self._keep = None
+        return result
+
+
+# --------------------------------------------------------------------------------------------
+# The channel
+
+
+class Channel:
+    """One group of ranks: its data plane, its control plane, and this rank's place in it.
+
+    Args:
+        group: a process group of which this rank is a member; ``None`` is a group of this
+            process alone, which communicates with nobody.
+    """
+
+    # One gloo group for every accelerator group that asked for a control plane.
+    _control_groups: ClassVar[WeakKeyDictionary[ProcessGroup, ProcessGroup]] = WeakKeyDictionary()
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError(
+                "got a process group that this rank does not belong to; pass the group that "
+                "this rank shares its sequence with"
+            )
+
+    @classmethod
+    def world(cls) -> Channel:
+        """All ranks of the job; this process alone when ``torch.distributed`` does not run."""
+        return cls(dist.group.WORLD if is_initialized() else None)
+
+    @property
+    def previous_rank(self) -> int:
+        """The rank before this one on the ring."""
+        return (self.rank - 1) % self.size
+
+    @property
+    def next_rank(self) -> int:
+        """The rank after this one on the ring."""
+        return (self.rank + 1) % self.size
+
+    # ---- control plane
+
+    def agree(self, record: dict[str, Any], error: Exception | None = None) -> list[dict[str, Any]]:
+        """Exchange one small JSON record between all ranks of the group, on the CPU.
+
+        Args:
+            record: what this rank has to say; must be JSON.
+            error: what this rank found wrong. Then every rank raises, and none is left waiting.
+
+        Returns:
+            The records by rank.
+
+        Raises:
+            ValueError: a rank passed an error (also for its subclasses).
+            NotImplementedError, RuntimeError: likewise; the error names its rank.
+
+        Collectives: one all-gather of 2 KiB a rank on the control group; a second one when a
+        record is longer.
+        """
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return [record]
+        message: dict[str, Any] = {"record": record}
+        if error is not None:
+            message = {"record": {}, "error": str(error), "kind": _kind(error).__name__}
+        answers = [json.loads(text) for text in self._exchange(json.dumps(message).encode())]
+        failed = {rank: answer for rank, answer in enumerate(answers) if "error" in answer}
+        if failed:
+            kind = _KINDS[next(iter(failed.values()))["kind"]]
+            raise kind(_describe(failed, self.size)) from error
+        return [answer["record"] for answer in answers]
+
+    def agree_on(self, record: dict[str, Any], *, what: str) -> None:
+        """Check a record that must be the same on every rank.
+
+        Raises:
+            ValueError: on all ranks, naming the key, the values and who has which.
+        """
+        require_same(self.agree(record), record.keys(), what=what)
+
+    def _exchange(self, payload: bytes) -> list[bytes]:
+        capacity = _RECORD_BYTES
+        while True:
+            texts, longest = self._exchange_once(payload, capacity)
+            if longest + 8 <= capacity:
+                return texts
+            capacity = longest + 8
+
+    def _exchange_once(self, payload: bytes, capacity: int) -> tuple[list[bytes], int]:
+        framed = len(payload).to_bytes(8, "little") + payload[: capacity - 8]
+        mine = torch.frombuffer(bytearray(framed.ljust(capacity, b"\0")), dtype=torch.uint8)
+        everyone = torch.empty(self.size * capacity, dtype=torch.uint8)
+        dist.all_gather_into_tensor(everyone, mine, group=self._control())
+        count_control((self.size - 1) * capacity)
+        rows = [bytes(row) for row in everyone.view(self.size, capacity).numpy()]
+        lengths = [int.from_bytes(row[:8], "little") for row in rows]
+        texts = [row[8 : 8 + length] for row, length in zip(rows, lengths, strict=True)]
+        return texts, max(lengths)
+
+    def _control(self) -> ProcessGroup:
+        assert self.group is not None
+        config = str(dist.get_backend_config(self.group))
+        if "cpu:gloo" in config:
+            return self.group
+        if self.group not in Channel._control_groups:
+            ranks = dist.get_process_group_ranks(self.group)
+            Channel._control_groups[self.group] = dist.new_group(
+                ranks, backend="gloo", use_local_synchronization=True
+            )
+        return Channel._control_groups[self.group]
+
+    # ---- data plane
+
+    def gather(self, mine: Bundle, specs: Sequence[Sequence[Spec]]) -> Pending[list[Bundle]]:
+        """All-gather one bundle of tensors a rank, of any lengths, as one message.
+
+        Args:
+            mine: this rank's tensors, on one device.
+            specs: the specs of every rank's bundle, by rank.
+
+        Returns:
+            A `Pending` of every rank's bundle, by rank.
+
+        Bytes sent: ``(n - 1)`` times this rank's bundle.
+        """
+        if self.size == 1:
+            return Pending((), lambda: [mine])
+        buffer = pack(mine)
+        sizes = [bundle_nbytes(theirs) for theirs in specs]
+        arrived = torch.empty(sum(sizes), dtype=torch.uint8, device=buffer.device)
+        count("all_gather", (self.size - 1) * buffer.numel())
+        if min(sizes) == max(sizes):
+            work = dist.all_gather_into_tensor(arrived, buffer, group=self.group, async_op=True)
+        else:
+            # An all-gather of unequal shards: gloo has none, so each rank writes to each other.
+            buffer = buffer.repeat(self.size)
+            work = self._all_to_all(arrived, buffer, sizes, [sizes[self.rank]] * self.size)
+        return Pending([work], lambda: _split(arrived, sizes, specs), keep=buffer)
+
+    def exchange(
+        self, bundles: Sequence[Bundle], specs: Sequence[Sequence[Spec]]
+    ) -> Pending[list[Bundle]]:
+        """Send each rank its own bundle, and receive one from each, as one message each.
+
+        Args:
+            bundles: what goes to rank 0, 1, ...; this rank's own is handed through untouched.
+            specs: the specs of what arrives from rank 0, 1, ...
+
+        Returns:
+            A `Pending` of the bundles that arrived, by sender.
+
+        Bytes sent: those of the bundles for other ranks.
+        """
+        if self.size == 1:
+            return Pending((), lambda: list(bundles))
+        own = bundles[self.rank]
+        others = [pack(b) for rank, b in enumerate(bundles) if rank != self.rank]
+        buffer = torch.cat(others)
+        in_sizes = [0 if r == self.rank else bundle_nbytes(s) for r, s in enumerate(specs)]
+        out_sizes = [piece.numel() for piece in others]
+        out_sizes.insert(self.rank, 0)
+        arrived = torch.empty(sum(in_sizes), dtype=torch.uint8, device=buffer.device)
+        count("all_to_all", buffer.numel())
+        work = self._all_to_all(arrived, buffer, in_sizes, out_sizes)
+
+        def finish() -> list[Bundle]:
+            pieces = arrived.split(in_sizes)
+            return [
+                own if rank == self.rank else unpack(pieces[rank], specs[rank])
+                for rank in range(self.size)
+            ]
+
+        return Pending([work], finish, keep=buffer)
+
+    def shift(self, mine: Bundle, specs: Sequence[Spec]) -> Pending[Bundle]:
+        """Send a bundle to the next rank of the ring and receive one from the previous rank.
+
+        Args:
+            mine: this rank's tensors. Sent from where they lie when they are contiguous.
+            specs: the specs of what the previous rank sends.
+
+        Returns:
+            A `Pending` of the previous rank's bundle.
+
+        Bytes sent: those of ``mine``.
+        """
+        sent = [tensor.contiguous() for tensor in mine]
+        arrived = [spec.empty(mine[0].device) for spec in specs]
+        assert self.group is not None
+        next_rank = dist.get_global_rank(self.group, self.next_rank)
+        previous_rank = dist.get_global_rank(self.group, self.previous_rank)
+        operations = [
+            dist.P2POp(dist.isend, tensor, next_rank, self.group)
+            for tensor in sent
+            if tensor.numel()
+        ]
+        operations += [
+            dist.P2POp(dist.irecv, tensor, previous_rank, self.group)
+            for tensor in arrived
+            if tensor.numel()
+        ]
+        count("send_recv", sum(tensor.nbytes for tensor in sent))
+        works = dist.batch_isend_irecv(operations) if operations else []
+        return Pending(works, lambda: arrived, keep=sent)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum of ``tensor`` over the group, in its own dtype; ``tensor`` is left as it is.
+
+        Bytes sent: ``2 (n - 1) / n`` of the tensor.
+        """
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        if self.size > 1:
+            dist.all_reduce(total, group=self.group)
+            count("all_reduce", 2 * (self.size - 1) * total.nbytes // self.size)
+        return total
+
+    def barrier(self) -> None:
+        """Wait on the CPU until every rank of the group is here."""
+        self.agree({})
+
+    def _all_to_all(
+        self, arrived: Tensor, sent: Tensor, in_sizes: list[int], out_sizes: list[int]
+    ) -> Any:
+        return dist.all_to_all_single(
+            arrived, sent, in_sizes, out_sizes, group=self.group, async_op=True
+        )
+
+
+def _split(buffer: Tensor, sizes: list[int], specs: Sequence[Sequence[Spec]]) -> list[Bundle]:
+    pieces = buffer.split(sizes)
+    return [unpack(piece, theirs) for piece, theirs in zip(pieces, specs, strict=True)]
+
+
+# --------------------------------------------------------------------------------------------
+# Errors on all ranks
+
+_KINDS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (ValueError, NotImplementedError, RuntimeError)
+}
+
+
+def _kind(error: Exception) -> type[Exception]:
+    # NotImplementedError is a RuntimeError: the most special kind is asked for first.
+    for kind in (NotImplementedError, ValueError, RuntimeError):
+        if isinstance(error, kind):
+            return kind
+    return ValueError
+
+
+def _describe(failed: dict[int, dict[str, Any]], size: int) -> str:
+    ranks_by_text: dict[str, list[int]] = {}
+    for rank, answer in failed.items():
+        ranks_by_text.setdefault(answer["error"], []).append(rank)
+    return "; ".join(f"{_name(ranks, size)}: {text}" for text, ranks in ranks_by_text.items())
+
+
+def _name(ranks: Sequence[int], size: int) -> str:
+    if len(ranks) == size:
+        return "all ranks"
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def require_same(records: Sequence[dict[str, Any]], keys: Any, *, what: str) -> None:
+    """Raise a ValueError, the same on every rank, unless all records agree in ``keys``."""
+    for key in keys:
+        ranks_by_value: dict[str, list[int]] = {}
+        for rank, record in enumerate(records):
+            ranks_by_value.setdefault(str(record.get(key)), []).append(rank)
+        if len(ranks_by_value) > 1:
+            found = ", ".join(
+                f"{value} on {_name(ranks, len(records))}"
+                for value, ranks in ranks_by_value.items()
+            )
+            raise ValueError(
+                f"{what}: the ranks disagree on {key}: got {found}; expected the same on every "
+                "rank of the group"
+            )
+
+
+# --------------------------------------------------------------------------------------------
+# Groups
+
+
+def is_initialized() -> bool:
+    """Whether ``torch.distributed`` runs in this process."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def new_groups(ranks_by_group: Sequence[Sequence[int]]) -> ProcessGroup:
+    """Make process groups on every rank of the world; return the one that this rank is in."""
+    mine = None
+    for ranks in ranks_by_group:
+        group = dist.new_group(list(ranks), timeout=_timeout())
+        if dist.get_rank() in ranks:
+            mine = group
+    assert mine is not None, "the groups must cover the world"
+    return mine
+
+
+def _timeout() -> timedelta | None:
+    # New groups wait as long as the world does: torch would give them 30 minutes whatever the user
+    # asked of init_process_group.
+    world = dist.group.WORLD
+    assert world is not None
+    device = world._device_types[-1]
+    options = getattr(world._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None)
+
+
+def destroy_group(group: ProcessGroup) -> None:
+    """End a process group, unless the whole of ``torch.distributed`` has ended already."""
+    if is_initialized():
+        dist.destroy_process_group(group)
+
+
+def destroy_all() -> None:
+    """End ``torch.distributed`` in this process."""
+    if is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,152 @@
+"""PyTorch's fused attention kernels with what autograd hides: lse out, a given lse back in.
+
+Both take ``[batch, seqlen, num_heads, head_dim]`` here; the transposes to PyTorch's own layout are
+views. The backward kernels want ``out`` only to form ``rowsum(dout * out)``; what travels between
+ranks is ``delta``, so they get an ``out`` that has just this row sum (`_stand_in`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
+CUDA_HEAD_DIM_MULTIPLE = 8
+CUDA_MAX_HEAD_DIM = 256
+
+
+def cuda_can(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether PyTorch's CUDA flash kernel does this request: no mask, 16 bits, head_dim 8..256."""
+    head_dim = q.shape[-1]
+    return (
+        mask is None
+        and q.dtype in CUDA_DTYPES
+        and head_dim <= CUDA_MAX_HEAD_DIM
+        and head_dim % CUDA_HEAD_DIM_MULTIPLE == 0
+    )
+
+
+def cpu_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention over one block of keys on a CPU; see `ds_lvx.kernels.dense.forward`.
+
+    Returns:
+        ``out [B, S, H, D]`` in q's dtype and ``lse [B, H, S]`` in fp32 (fp64 for fp64).
+    """
+    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        0.0,
+        False,
+        attn_mask=_bias(mask, q.dtype),
+        scale=softmax_scale,
+    )
+    if mask is not None:
+        # The kernel reports lse = 0 for a row that sees nothing, as if it had seen one key.
+        lse = lse.masked_fill(~mask.any(dim=-1)[:, None], -torch.inf)
+    return out.transpose(1, 2), lse
+
+
+def cpu_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    *,
+    mask: Tensor | None,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one block on a CPU; see `ds_lvx.kernels.dense.backward`. In q's dtype."""
+    dout = dout.to(q.dtype)
+    gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout.transpose(1, 2),
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        _stand_in(dout, delta).transpose(1, 2),
+        lse.masked_fill(lse == -torch.inf, 0.0),
+        0.0,
+        False,
+        attn_mask=_bias(mask, q.dtype),
+        scale=softmax_scale,
+    )
+    dq, dk, dv = (gradient.transpose(1, 2) for gradient in gradients)
+    return dq, dk, dv
+
+
+def cuda_forward(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over all keys with PyTorch's CUDA flash kernel; no mask."""
+    out, lse, *_ = _aten._scaled_dot_product_flash_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        0.0,
+        False,
+        False,
+        scale=softmax_scale,
+    )
+    return out.transpose(1, 2), lse[..., : q.shape[1]]
+
+
+def cuda_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    *,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with PyTorch's CUDA flash kernel; no mask."""
+    dout = dout.to(q.dtype)
+    # Without dropout the generator's state is not read; its shape and dtype are checked.
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    offset = torch.zeros((), dtype=torch.uint64, device=q.device)
+    gradients = _aten._scaled_dot_product_flash_attention_backward(
+        dout.transpose(1, 2),
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        _stand_in(dout, delta).transpose(1, 2),
+        lse.contiguous(),
+        None,
+        None,
+        q.shape[1],
+        k.shape[1],
+        0.0,
+        False,
+        seed,
+        offset,
+        scale=softmax_scale,
+    )
+    dq, dk, dv = (gradient.transpose(1, 2) for gradient in gradients)
+    return dq, dk, dv
+
+
+def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Bool ``[batch, queries, keys]`` to the additive ``[batch, 1, queries, keys]`` of PyTorch."""
+    if mask is None:
+        return None
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(~mask, -torch.inf).unsqueeze(1)
+
+
+def _stand_in(dout: Tensor, delta: Tensor) -> Tensor:
+    """An ``out`` whose row sum with ``dout`` is ``delta``: ``dout * delta / rowsum(dout^2)``.
+
+    Right as long as delta holds no gradient of lse: then dout = 0 implies delta = 0, and
+    ``|delta| / |dout| <= |out|`` fits in any dtype. It is formed from unit vectors, so that a tiny
+    dout does not underflow when it is squared.
+    """
+    wide = dout.to(delta.dtype)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    norm = norm.clamp_min(torch.finfo(delta.dtype).tiny)
+    length = delta.transpose(1, 2).unsqueeze(-1) / norm
+    return ((wide / norm) * length).to(dout.dtype)

@@ -1,0 +1,57 @@
+"""Merging attention over disjoint keys, in fp32 (facts of softmax, no approximation).
+
+    lse = logsumexp_j lse_j          out = sum_j exp(lse_j - lse) out_j
+
+A part that saw no key is ``(0, -inf)``; merging two of them gives ``(0, -inf)``, not NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def empty_part(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``(0, -inf)`` for queries ``[batch, seqlen_q, num_heads, head_dim]``: attention to no key."""
+    batch, seqlen, heads, _ = q.shape
+    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    lse = torch.full((batch, heads, seqlen), -torch.inf, dtype=dtype, device=q.device)
+    return out, lse
+
+
+def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """Merge a part into ``out`` and ``lse``, in place.
+
+    Args:
+        out: fp32 (or fp64) ``[batch, seqlen_q, num_heads, head_dim]``.
+        lse: the same dtype, ``[batch, num_heads, seqlen_q]``.
+        part_out: any dtype, out's shape.
+        part_lse: lse's shape.
+    """
+    total = torch.logaddexp(lse, part_lse)
+    # Where both are -inf, exp(-inf - 0) = 0 is what we want and exp(-inf + inf) is NaN.
+    finite = total.masked_fill(total == -torch.inf, 0.0)
+    out.mul_(_per_row(torch.exp(lse - finite)))
+    out.add_(part_out * _per_row(torch.exp(part_lse - finite)))
+    lse.copy_(total)
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Merge ``(out, lse)`` parts over disjoint keys in order; the result is ``dtype`` (fp32)."""
+    (first_out, first_lse), *others = parts
+    out = first_out.to(dtype, copy=True)
+    lse = first_lse.to(dtype, copy=True)
+    for part_out, part_lse in others:
+        merge_(out, lse, part_out, part_lse)
+    return out, lse
+
+
+def _per_row(weight: Tensor) -> Tensor:
+    return weight.transpose(1, 2).unsqueeze(-1)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which parts are merged and gradients added up: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,131 @@
+"""The ``native`` kernel: PyTorch's own fused attention, on CPU and CUDA, forward and backward.
+
+Without visibility it is one call. With it, keys are cut into blocks: a block that no query sees is
+left out, one that all see needs no mask, and no mask is larger than a block. Where no fused kernel
+does a block (`ds_lvx.kernels.flash`), matrix products do (`ds_lvx.kernels.dense`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds_lvx.kernels import dense, flash
+from ds_lvx.kernels.merge import accumulation_dtype, empty_part, merge_
+from ds_lvx.visibility import Block, Visibility, blocks
+
+# Large enough that a block's kernel dwarfs its launch, small enough for its mask to be cheap.
+_MASK_ELEMENTS = 2**24
+_SCORE_ELEMENTS = 2**25
+_MIN_KEYS, _MAX_KEYS = 256, 4096
+
+
+class NativeKernel:
+    """PyTorch's fused kernels; see the module. Stateless."""
+
+    name = "native"
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        visibility: Visibility | None,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """See `ds_lvx.kernels.Kernel.forward`."""
+        dtype = accumulation_dtype(q.dtype)
+        if q.numel() == 0 or k.numel() == 0:  # the fused kernels end the process on these
+            return empty_part(q, dtype)
+        if visibility is None and _fused(q, None):
+            return _forward(q, k, v, None, softmax_scale)
+        out, lse = empty_part(q, dtype)
+        for block in _blocks(q, k, visibility, fused=_fused(q, visibility)):
+            rows, keys = block.queries, block.keys
+            part = _forward(q[:, rows], k[:, keys], v[:, keys], block.mask, softmax_scale)
+            merge_(out[:, rows], lse[:, :, rows], *part)
+        return out, lse
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dout: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        *,
+        visibility: Visibility | None,
+        softmax_scale: float,
+        has_dlse: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `ds_lvx.kernels.Kernel.backward`."""
+        if q.numel() == 0 or k.numel() == 0:
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        fused = not has_dlse and _fused(q, visibility)
+        if visibility is None and fused:
+            return _backward(q, k, v, dout, lse, delta, None, softmax_scale, fused=True)
+        dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        for block in _blocks(q, k, visibility, fused=fused):
+            rows, keys = block.queries, block.keys
+            part_dq, dk[:, keys], dv[:, keys] = _backward(
+                q[:, rows],
+                k[:, keys],
+                v[:, keys],
+                dout[:, rows],
+                lse[:, :, rows],
+                delta[:, :, rows],
+                block.mask,
+                softmax_scale,
+                fused=fused,
+            )
+            dq[:, rows] += part_dq
+        return dq, dk, dv
+
+
+def _fused(q: Tensor, visibility: Visibility | None) -> bool:
+    if q.device.type == "cpu":
+        return True
+    mask = None if visibility is None else visibility.kv_pos
+    return q.device.type == "cuda" and flash.cuda_can(q, mask)
+
+
+def _blocks(q: Tensor, k: Tensor, visibility: Visibility | None, *, fused: bool) -> list[Block]:
+    batch, seqlen_q, heads, _ = q.shape
+    budget = _MASK_ELEMENTS // batch if fused else _SCORE_ELEMENTS // (batch * heads)
+    keys = min(max(budget // seqlen_q, _MIN_KEYS), _MAX_KEYS)
+    return list(blocks(visibility, seqlen_q=seqlen_q, seqlen_kv=k.shape[1], keys_per_block=keys))
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return flash.cpu_forward(q, k, v, mask=mask, softmax_scale=softmax_scale)
+    if q.device.type == "cuda" and flash.cuda_can(q, mask):
+        return flash.cuda_forward(q, k, v, softmax_scale=softmax_scale)
+    dtype = accumulation_dtype(q.dtype)
+    return dense.forward(q, k, v, mask=mask, softmax_scale=softmax_scale, dtype=dtype)
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    mask: Tensor | None,
+    softmax_scale: float,
+    *,
+    fused: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (q, k, v, dout, lse, delta)
+    if fused and q.device.type == "cpu":
+        return flash.cpu_backward(*tensors, mask=mask, softmax_scale=softmax_scale)
+    if fused:
+        return flash.cuda_backward(*tensors, softmax_scale=softmax_scale)
+    dtype = accumulation_dtype(q.dtype)
+    return dense.backward(*tensors, mask=mask, softmax_scale=softmax_scale, dtype=dtype)
