@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import deepspeed
 import torch
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration
@@ -191,13 +192,18 @@ def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: str
 
 def start_engine(config: dict[str, Any], model: Any = None) -> Any:
     """An engine over a tiny model with plain SGD."""
-    # DeepSpeed's shared-memory operator keeps the size of the first world of its process, and a
-    # rank process serves worlds of several sizes.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _restart_numbering()
     model = tiny_model() if model is None else model
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)
     return initialize(model=model, optimizer=optimizer, config=copy.deepcopy(config))[0]
+
+
+def _restart_numbering() -> None:
+    # ZeRO-3 numbers modules and parameters through the life of a process and wants the same numbers
+    # on all ranks; the processes behind the ranks may have served different tests before.
+    Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
 
 
 def sharded_steps(
