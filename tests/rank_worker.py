@@ -108,9 +108,10 @@ def _leave(leave: Leave) -> Left:
         shutdown = _shutdown_function()
         if leave.package and shutdown is not None and dist.is_initialized():
             shutdown()
-        if "deepspeed" in sys.modules:
+        deepspeed_comm: Any = sys.modules.get("deepspeed.comm.comm")
+        if deepspeed_comm is not None:
             # DeepSpeed keeps the first backend of a process; the next task needs its own.
-            sys.modules["deepspeed.comm.comm"].cdb = None  # type: ignore[attr-defined]
+            deepspeed_comm.cdb = None
         gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()

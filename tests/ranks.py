@@ -42,7 +42,7 @@ from torch.distributed import TCPStore
 from tests.rank_worker import Answer, Leave, Left, Quit, Task
 
 MAX_RANKS = 4
-GRACE_S = 5.0
+GRACE_S = 4.0
 LEAVE_S = 30.0
 OUTPUT_CHARACTERS = 6000
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,7 +162,7 @@ def run_ranks(
 
     Raises:
         ValueError: `world_size` is not 1 to 4, or `fn` or an argument cannot be pickled.
-        RankError: a rank raised or died. The others get five seconds more.
+        RankError: a rank raised or died. The others get four seconds more.
         TimeoutError: ranks had not answered after `timeout_s`; it names them.
     """
     if not 1 <= world_size <= MAX_RANKS:
