@@ -1,1 +1,1 @@
-"""Training data: conversations with images and videos, of which each rank decodes its own frames."""
+"""Training data: chats with images and videos, of which each rank decodes its own frames."""

@@ -58,6 +58,21 @@ class Sample:
         return sum(len(frames.indices) for frames in self.frames)
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One rank's batch.
+
+    Attributes:
+        inputs: for ``ds_lvx.shard_batch(..., frames="local")``.
+        num_tokens: text tokens of all samples, padding left out.
+        num_frames: frames of all samples and all ranks, padding left out.
+    """
+
+    inputs: dict[str, Tensor]
+    num_tokens: int
+    num_frames: int
+
+
 class BatchMaker:
     """Makes one rank's batches.
 
@@ -114,17 +129,18 @@ class BatchMaker:
             )
         return Sample(source, text, frames)
 
-    def batch(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+    def batch(self, conversations: Sequence[Conversation]) -> Batch:
         """The batch of some conversations, for ``ds_lvx.shard_batch(..., frames="local")``.
 
         Args:
             conversations: B of them, the same on every rank that shares them.
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``labels`` int64 ``[B, T]``, padded at the end; where
-            a sample has frames also ``visible_images`` int32 ``[B, T, 2]`` (the run of images that a
-            token sees), ``pixel_values [B, n, tiles, 3, height, width]``, ``aspect_ratio_ids``
-            ``[B, n]`` and ``aspect_ratio_mask [B, n, tiles]``: of this rank's frames alone.
+            Its inputs: ``input_ids``, ``attention_mask``, ``labels`` int64 ``[B, T]``, padded at
+            the end; where a sample has frames also ``visible_images`` int32 ``[B, T, 2]`` (the run
+            of images that a token sees) and, of this rank's frames alone, ``pixel_values``
+            ``[B, n, tiles, 3, height, width]``, ``aspect_ratio_ids [B, n]`` and
+            ``aspect_ratio_mask [B, n, tiles]``.
 
         Raises:
             DataError: with file and line.
@@ -132,13 +148,14 @@ class BatchMaker:
         from ds_lvx.models.mllama import visible_images
 
         samples = [self.sample(conversation) for conversation in conversations]
-        batch = self._text(samples)
-        most = max(sample.num_frames for sample in samples)
-        if most > 0:
+        inputs = self._text(samples)
+        frames = [sample.num_frames for sample in samples]
+        if max(frames) > 0:
             image_token_id = self.encoder.image_token_id
-            batch["visible_images"] = visible_images(batch["input_ids"], image_token_id)
-            batch.update(self._pixels(samples, self._owned(most)))
-        return batch
+            inputs["visible_images"] = visible_images(inputs["input_ids"], image_token_id)
+            inputs.update(self._pixels(samples, self._owned(max(frames))))
+        tokens = sum(len(sample.text.input_ids) for sample in samples)
+        return Batch(inputs, tokens, sum(frames))
 
     def _frames(self, part: Part) -> Frames:
         if part.kind == "image":

@@ -122,14 +122,13 @@ class _Line:
             found = f"the keys {sorted(record)}" if isinstance(record, dict) else _name(record)
             raise self.error(found, f'a list "messages": {_EXAMPLE}', "rewrite the line")
         messages = tuple(self.message(item, n) for n, item in enumerate(record["messages"]))
-        found = Conversation(self.source, messages)
         if not any(message.role == "assistant" and message.text.strip() for message in messages):
             raise self.error(
                 f"roles {[message.role for message in messages]} and no assistant's text",
                 "at least one assistant message with text, which is what is learnt",
                 "add the answer",
             )
-        return found
+        return Conversation(self.source, messages)
 
     def message(self, item: Any, number: int) -> Message:
         where = f"messages[{number}]"

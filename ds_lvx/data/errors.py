@@ -22,7 +22,7 @@ class Source:
 
 
 class DataError(ValueError):
-    """Something in the caller's data is wrong: where, what was found, what belongs there, what to do."""
+    """What is wrong in the caller's data: where, what was found, what belongs there, what to do."""
 
     @classmethod
     def at(cls, source: Source | str, *, got: str, expected: str, do: str) -> DataError:

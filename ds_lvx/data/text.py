@@ -6,7 +6,7 @@ works that copies answers verbatim or stripped, whatever it makes of the rest::
 
     written   <|user|>Who is it?<|assistant|>A rabbit.<|end|>
     marked    <|user|>Who is it?<|assistant|>#0#<|end|>
-    learnt                                 ^^^^^^^^^^^^^^^^     the answer, and the token that ends it
+    learnt                                 ^^^^^^^^^^^^^^^^     answer, and end token
 """
 
 from __future__ import annotations

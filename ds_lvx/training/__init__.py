@@ -1,1 +1,1 @@
-"""The parts of `launch/finetune.py`: options, model and engine, checkpoints, export and the loop."""
+"""The parts of `launch/finetune.py`: options, model, checkpoints, export and the loop."""

@@ -43,7 +43,9 @@ def conversations(tmp_path: Path) -> list[Conversation]:
 
 def test_a_batch_is_what_the_processor_makes(conversations: list[Conversation]) -> None:
     maker = _maker(3)
-    batch = maker.batch(conversations)
+    made = maker.batch(conversations)
+    batch = made.inputs
+    assert (made.num_tokens, made.num_frames) == (int(batch["attention_mask"].sum()), 6)
 
     processor = tiny_processor()
     processor.image_processor.max_image_tiles = 2
@@ -75,11 +77,11 @@ def test_a_batch_is_what_the_processor_makes(conversations: list[Conversation]) 
 
 
 def test_ranks_hold_and_decode_their_own_frames(conversations: list[Conversation]) -> None:
-    whole = _maker(3).batch(conversations)
+    whole = _maker(3).batch(conversations).inputs
     parts, decoded = [], []
-    for mine in (range(0, 2), range(2, 2), range(2, 5)):
+    for mine in (range(2), range(2, 2), range(2, 5)):
         maker = _maker(3, mine)
-        parts.append(maker.batch(conversations))
+        parts.append(maker.batch(conversations).inputs)
         decoded.append(maker.counter.frames)
     assert decoded == [7 + 1, 0, 4]  # frames 6 and 20 (a keyframe); none; 33 from 30 on
     for key in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
@@ -91,7 +93,7 @@ def test_ranks_hold_and_decode_their_own_frames(conversations: list[Conversation
 
 def test_text_alone_has_no_pixels(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", chat(("text", "Hi")))
-    assert set(_maker(3).batch(read_conversations(path))) == {
+    assert set(_maker(3).batch(read_conversations(path)).inputs) == {
         "input_ids",
         "attention_mask",
         "labels",
@@ -112,7 +114,7 @@ def test_a_bad_file_is_named_with_its_line_by_the_rank_that_decodes_it(tmp_path:
             chat(("video", "text.mp4")),
         )
     )
-    _maker(132, range(0, 20)).batch(samples[:1])  # the damage lies in the second half
+    _maker(132, range(20)).batch(samples[:1])  # the damage lies in the second half
     for number, mine in ((1, range(66, 132)), (2, range(1)), (3, range(0))):
         with pytest.raises(DataError, match=rf"d\.jsonl:{number}: .*(mp4|png): got"):
             _maker(132, mine).batch(samples[number - 1 : number])

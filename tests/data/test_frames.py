@@ -80,6 +80,11 @@ def test_a_rotated_video_comes_upright(monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(decode(video, [0])).size == (720, 1280)
 
 
+def _decode_all(path: str) -> None:
+    video = probe(path)
+    list(decode(video, range(len(video))))
+
+
 def _bad_files(folder: Path) -> dict[str, Path]:
     whole = BUNNY.read_bytes()
     damaged = bytearray(whole)
@@ -113,8 +118,7 @@ def _bad_files(folder: Path) -> dict[str, Path]:
 def test_files_that_are_no_good_video(tmp_path: Path, name: str, expected: str) -> None:
     path = _bad_files(tmp_path)[name]
     with pytest.raises(ValueError, match=expected) as caught:
-        video = probe(str(path))
-        list(decode(video, range(len(video))))
+        _decode_all(str(path))
     assert str(path) in str(caught.value)
 
 

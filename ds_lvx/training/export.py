@@ -1,0 +1,77 @@
+"""The trained model in Hugging Face's format, whatever the ZeRO stage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from torch import Tensor, nn
+
+from ds_lvx.comm import Channel
+from ds_lvx.training.together import together
+
+
+def save_pretrained(
+    engine: Any, processor: Any, folder: Path, *, world: Channel, adapter: bool
+) -> None:
+    """Write what ``from_pretrained`` reads: weights, config and processor; for LoRA the adapter.
+
+    The folder appears when it is complete; one that was there before is replaced.
+
+    Args:
+        engine: DeepSpeed's.
+        processor: goes into the same folder.
+        folder: to write to, by rank 0.
+        world: all ranks.
+        adapter: the model is peft's: write the adapter alone.
+
+    Raises:
+        ValueError, RuntimeError: rank 0 could not write; on all ranks.
+
+    Collectives: at stage 3 one all-gather a parameter; two agreements.
+    """
+    model = engine.module
+    partitioned = engine.zero_optimization_stage() == 3
+    weights = gather_weights(
+        model, partitioned=partitioned, only_trained=adapter, keep=world.rank == 0
+    )
+
+    def write() -> None:
+        if world.rank != 0:
+            return
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        extra = {"save_embedding_layers": False} if adapter else {}
+        model.save_pretrained(partial, state_dict=weights, **extra)
+        processor.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    together(world, write)
+
+
+def gather_weights(
+    model: nn.Module, *, partitioned: bool, only_trained: bool, keep: bool
+) -> dict[str, Tensor]:
+    """A model's state dict on the CPU, whole.
+
+    Args:
+        model: may be partitioned by ZeRO-3.
+        partitioned: whether it is.
+        only_trained: leave out what does not require a gradient.
+        keep: whether this rank wants the weights; the others take part and get an empty dict.
+
+    Collectives: one all-gather a parameter where ``partitioned``, over all ranks.
+    """
+    weights = {}
+    # One parameter at a time: more would fill the accelerator with weights that nobody computes on.
+    for name, value in model.state_dict(keep_vars=True).items():
+        if only_trained and not value.requires_grad:
+            continue
+        gathered = partitioned and hasattr(value, "ds_id")
+        with deepspeed.zero.GatheredParameters([value] if gathered else [], enabled=gathered):
+            if keep:
+                weights[name] = value.detach().cpu().clone()
+    return weights

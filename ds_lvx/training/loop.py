@@ -1,0 +1,246 @@
+"""The training loop: DeepSpeed's step, with the batch sharded before it."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+import ds_lvx
+from ds_lvx.comm import Channel
+from ds_lvx.data.ahead import Ahead
+from ds_lvx.data.batch import Batch, BatchMaker
+from ds_lvx.data.order import SampleOrder
+from ds_lvx.data.text import IGNORED
+from ds_lvx.groups import SequenceParallelGroups
+from ds_lvx.training.checkpoints import Checkpoints, RunState
+from ds_lvx.training.export import save_pretrained
+from ds_lvx.training.inputs import Inputs
+from ds_lvx.training.model import parameter_groups, training_dtype
+from ds_lvx.training.options import Options
+from ds_lvx.training.progress import Progress
+from ds_lvx.training.together import together
+
+
+def make_engine(model: Any, inputs: Inputs, options: Options) -> Any:
+    """The engine, with AdamW and the schedule of the options where the ds_config has none.
+
+    Raises:
+        ValueError, NotImplementedError: what ``ds_lvx.initialize`` finds wrong.
+    """
+    groups = parameter_groups(model, options.weight_decay)
+    optimizer = None
+    if "optimizer" not in inputs.ds_config:
+        optimizer = torch.optim.AdamW(groups, lr=options.learning_rate)
+
+    def schedule(of_engine: Any) -> Any:
+        return get_scheduler(
+            options.lr_scheduler,
+            of_engine,
+            num_warmup_steps=options.warmup_steps,
+            num_training_steps=inputs.total_steps,
+        )
+
+    engine, *_ = ds_lvx.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=groups,
+        lr_scheduler=None if "scheduler" in inputs.ds_config else schedule,
+        config=inputs.ds_config,
+    )
+    return engine
+
+
+class Trainer:
+    """One run: its engine, its data and where it stands.
+
+    Args:
+        engine: from `make_engine`.
+        inputs: from `read_inputs`.
+        options: of the run.
+        world: all ranks.
+
+    Attributes:
+        step: optimizer steps done.
+        samples_seen: by all replicas.
+        maker: makes the batches.
+    """
+
+    def __init__(self, engine: Any, inputs: Inputs, options: Options, world: Channel) -> None:
+        self.engine = engine
+        self.step = 0
+        self.samples_seen = 0
+        self._inputs = inputs
+        self._options = options
+        self._world = world
+        self._groups: SequenceParallelGroups = engine.ds_lvx.groups
+        self._folder = Path(options.output_dir)
+        self.maker = BatchMaker(
+            inputs.encoder,
+            inputs.processor.image_processor,
+            inputs.rate,
+            owned=ds_lvx.owned,
+            min_tokens=self._groups.sp_size,
+            dtype=training_dtype(inputs.ds_config),
+        )
+        self._order = SampleOrder(len(inputs.training), options.seed)
+        self._checkpoints = Checkpoints(
+            self._folder / "checkpoints",
+            world,
+            keep=options.keep_checkpoints,
+            only_trained=options.lora_r > 0,
+        )
+        self._progress = Progress(self._folder, rank=world.rank, total_steps=inputs.total_steps)
+        vision = engine.ds_lvx.patch.model.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2 + 1
+        self._tokens_of_a_frame = vision.max_num_tiles * patches
+
+    def run(self) -> None:
+        """Resume where asked, train to the end, evaluate, and write the model.
+
+        Raises:
+            ValueError: bad data, on all ranks; checkpoints written before stay as they are.
+        """
+        try:
+            self.resume()
+            self._progress.start(self.step)
+            self.train()
+            if self._inputs.evaluation and not self._due(self._options.eval_steps):
+                self.evaluate()
+            self.export()
+        finally:
+            self._progress.close()
+
+    def resume(self) -> None:
+        """Go on from a checkpoint, where the options ask for it."""
+        if self._options.resume is None:
+            return
+        path = Path(self._options.resume)
+        if self._options.resume == "latest":
+            latest = self._checkpoints.latest
+            if latest is None:
+                raise ValueError(
+                    f"--resume: got {self._folder} without a checkpoint; expected one that a run "
+                    "with --save_steps wrote; leave --resume out to start anew"
+                )
+            path = latest
+        state = self._checkpoints.load(self.engine, path, self._state())
+        self.step, self.samples_seen = state.step, state.samples_seen
+        self._progress.say(f"resumed from {path} at step {self.step}")
+
+    def train(self) -> None:
+        """Take the steps that are left."""
+        options, sizes = self._options, self._inputs.sizes
+        end = self._inputs.total_steps * sizes.per_step
+        ahead = Ahead(self._make, step=sizes.per_forward, end=end)
+        self.engine.train()
+        try:
+            while self.step < self._inputs.total_steps:
+                loss = self._take_step(ahead)
+                if self._due(options.log_steps) or self.step == self._inputs.total_steps:
+                    self._log(loss)
+                if self._inputs.evaluation and self._due(options.eval_steps):
+                    self.evaluate()
+                if self._due(options.save_steps):
+                    self._checkpoints.save(self.engine, self._state())
+        finally:
+            ahead.close()
+
+    def evaluate(self) -> float:
+        """The mean loss of the labelled tokens of all evaluation samples, logged and returned."""
+        size, count = self._inputs.sizes.per_forward, len(self._inputs.evaluation)
+        total, tokens = 0.0, 0
+        self.engine.eval()
+        with torch.no_grad():
+            for place in range(0, count, size):
+                batch = together(self._world, partial(self._make_evaluation, place))
+                labelled = int((batch.inputs["labels"][:, 1:] != IGNORED).sum())
+                total += float(self._forward(batch).detach()) * labelled
+                tokens += labelled
+        self.engine.train()
+        records = self._world.agree({"total": total, "tokens": tokens})
+        # Each rank has its share of a replica's loss, and all of the replica's tokens.
+        everyone = sum(record["tokens"] for record in records) / self._groups.sp_size
+        loss = sum(record["total"] for record in records) / everyone
+        self._progress.log_evaluation(step=self.step, eval_loss=loss)
+        return loss
+
+    def export(self) -> None:
+        """Write the model in Hugging Face's format to ``output_dir/model``."""
+        folder = self._folder / "model"
+        save_pretrained(
+            self.engine,
+            self._inputs.processor,
+            folder,
+            world=self._world,
+            adapter=self._options.lora_r > 0,
+        )
+        self._progress.say(f"saved {folder}")
+
+    def _take_step(self, ahead: Ahead[Batch]) -> Tensor:
+        """One optimizer step; returns the mean loss of its forwards, this rank's share."""
+        sizes = self._inputs.sizes
+        losses, tokens = [], 0
+        for _ in range(sizes.accumulation):
+            batch = together(self._world, lambda: ahead.get(self.samples_seen))
+            loss = self._forward(batch)
+            self.engine.backward(loss)
+            self.engine.step()
+            losses.append(loss.detach())
+            tokens += batch.num_tokens + batch.num_frames * self._tokens_of_a_frame
+            self.samples_seen += sizes.per_forward
+        self.step += 1
+        self._progress.advance(tokens * sizes.replicas)
+        return torch.stack(losses).mean()
+
+    def _forward(self, batch: Batch) -> Tensor:
+        shard = ds_lvx.shard_batch(batch.inputs, model=self.engine.module, frames="local")
+        loss: Tensor = self.engine(**shard).loss
+        return loss
+
+    def _make(self, place: int) -> Batch:
+        replica = self._groups.dp_rank
+        numbers = self._order.micro_batch(place, self._inputs.sizes.micro, replica=replica)
+        return self.maker.batch([self._inputs.training[number] for number in numbers])
+
+    def _make_evaluation(self, place: int) -> Batch:
+        """A batch in the file's order; past the end the last sample, with nothing to learn."""
+        micro, samples = self._inputs.sizes.micro, self._inputs.evaluation
+        first = place + self._groups.dp_rank * micro
+        places = range(first, first + micro)
+        batch = self.maker.batch([samples[min(p, len(samples) - 1)] for p in places])
+        for row, p in enumerate(places):
+            if p >= len(samples):
+                batch.inputs["labels"][row] = IGNORED
+        return batch
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _log(self, loss: Tensor) -> None:
+        self._progress.log(
+            step=self.step,
+            epoch=round(self.samples_seen / len(self._inputs.training), 4),
+            loss=float(ds_lvx.mean_loss(loss)),
+            learning_rate=float(self.engine.get_lr()[0]),
+        )
+
+    def _state(self) -> RunState:
+        named = self.engine.module.named_parameters()
+        shapes = [(n, tuple(getattr(p, "ds_shape", p.shape))) for n, p in named if p.requires_grad]
+        return RunState(
+            step=self.step,
+            samples_seen=self.samples_seen,
+            world_size=self._world.size,
+            sequence_parallel_size=self._groups.sp_size,
+            zero_stage=self.engine.zero_optimization_stage(),
+            samples_per_step=self._inputs.sizes.per_step,
+            seed=self._options.seed,
+            data=self._inputs.fingerprint,
+            trained=hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
+        )

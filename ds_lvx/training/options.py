@@ -1,0 +1,150 @@
+"""The command line of `launch/finetune.py`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; `parser` has the meaning of each."""
+
+    model: str
+    data: str
+    eval_data: str | None
+    fps: float | None
+    frames: int | None
+    max_length: int | None
+    deepspeed_config: str
+    output_dir: str
+    epochs: float
+    max_steps: int | None
+    learning_rate: float
+    lr_scheduler: str
+    warmup_steps: int
+    weight_decay: float
+    lora_r: int
+    lora_alpha: int | None
+    lora_dropout: float
+    freeze_vision: bool
+    gradient_checkpointing: bool
+    seed: int
+    eval_steps: int | None
+    save_steps: int | None
+    keep_checkpoints: int
+    resume: str | None
+    log_steps: int
+    traceback: bool
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line.
+
+    Raises:
+        SystemExit: with a usage message, for an unknown option or an impossible value.
+    """
+    values = vars(parser().parse_args(arguments))
+    del values["local_rank"]  # from the launcher; the environment says the same
+    return Options(**values)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser, with one line of help for each option."""
+    top = argparse.ArgumentParser(
+        prog="finetune.py",
+        description="Fine-tune Llama-3.2-Vision on your own images and videos, with the visual "
+        "tokens of a sample split over the ranks of a sequence-parallel group.",
+    )
+    top.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    _add_inputs(top.add_argument_group("model and data"))
+    _add_training(top.add_argument_group("training"))
+    _add_outputs(top.add_argument_group("output"))
+    return top
+
+
+def _add_inputs(group: Any) -> None:
+    group.add_argument(
+        "--model",
+        required=True,
+        help="folder or hub name of a checkpoint; `tiny`: a tiny one with random weights",
+    )
+    group.add_argument("--data", required=True, help="JSONL file of chats to train on")
+    group.add_argument("--eval_data", help="JSONL file of chats to evaluate on")
+    rate = group.add_mutually_exclusive_group()
+    rate.add_argument("--fps", type=_above(float, 0), help="frames a second of video (default: 1)")
+    rate.add_argument("--frames", type=_above(int, 0), help="frames a video, evenly spaced")
+    group.add_argument(
+        "--max_length",
+        type=_above(int, 1),
+        help="text tokens a sample may have (default: the model's positions); more is an error",
+    )
+    group.add_argument("--deepspeed_config", required=True, help="a ds_config with `ds_lvx`")
+
+
+def _add_training(group: Any) -> None:
+    group.add_argument("--epochs", type=_above(float, 0), default=1.0)
+    group.add_argument("--max_steps", type=_above(int, 0), help="in place of --epochs")
+    group.add_argument("--learning_rate", type=_above(float, 0), default=1e-5)
+    group.add_argument("--lr_scheduler", choices=SCHEDULERS, default="cosine")
+    group.add_argument("--warmup_steps", type=_from(int, 0), default=0)
+    group.add_argument("--weight_decay", type=_from(float, 0), default=0.0)
+    group.add_argument(
+        "--lora_r",
+        type=_from(int, 0),
+        default=0,
+        help="rank of LoRA on q, k, v, o of the text layers; 0 (default) trains the weights",
+    )
+    group.add_argument("--lora_alpha", type=_above(int, 0), help="default: twice --lora_r")
+    group.add_argument("--lora_dropout", type=_from(float, 0), default=0.0)
+    group.add_argument("--freeze_vision", action="store_true", help="leave the vision tower as is")
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="keep one tensor a layer and compute the rest again in backward",
+    )
+    group.add_argument("--seed", type=_from(int, 0), default=0)
+
+
+def _add_outputs(group: Any) -> None:
+    group.add_argument("--output_dir", required=True, help="where everything goes, on all nodes")
+    group.add_argument("--eval_steps", type=_above(int, 0), help="default: only at the end")
+    group.add_argument("--save_steps", type=_above(int, 0), help="steps between checkpoints")
+    group.add_argument(
+        "--keep_checkpoints", type=_above(int, 0), default=2, help="older ones are deleted"
+    )
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        help="go on from the latest checkpoint in --output_dir, or from the folder given",
+    )
+    group.add_argument("--log_steps", type=_above(int, 0), default=1)
+    group.add_argument("--traceback", action="store_true", help="show where an error was raised")
+
+
+def _above(kind: Callable[[str], Any], low: float) -> Callable[[str], Any]:
+    return _checked(kind, lambda value: value > low, f"more than {low}")
+
+
+def _from(kind: Callable[[str], Any], low: float) -> Callable[[str], Any]:
+    return _checked(kind, lambda value: value >= low, f"{low} or more")
+
+
+def _checked(
+    kind: Callable[[str], Any], good: Callable[[Any], bool], expected: str
+) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not good(value):
+            raise argparse.ArgumentTypeError(f"got {text!r}; expected a number, {expected}")
+        return value
+
+    return convert

@@ -1,0 +1,92 @@
+"""What a run tells about itself: a progress bar on rank 0 and a line of JSON a step."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
+
+
+class Progress:
+    """Progress bar and ``metrics.jsonl``; silent on all ranks but the first.
+
+    Args:
+        folder: where ``metrics.jsonl`` is written.
+        rank: of this process.
+        total_steps: of the run.
+    """
+
+    def __init__(self, folder: Path, *, rank: int, total_steps: int) -> None:
+        self._file = folder / "metrics.jsonl"
+        self._writes = rank == 0
+        self._bar: Any = tqdm(total=total_steps, disable=rank != 0, unit="step", desc="training")
+        self._since = time.perf_counter()
+        self._tokens = 0
+        if self._writes:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def start(self, step: int) -> None:
+        """Begin at a step: forget what an interrupted run wrote about later ones."""
+        if self._writes:
+            rows = self._file.read_text().splitlines() if self._file.is_file() and step else []
+            kept = [row for row in rows if json.loads(row)["step"] <= step]
+            self._file.write_text("".join(row + "\n" for row in kept))
+        self._bar.update(step)
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def advance(self, tokens: int) -> None:
+        """One step is done; it took in so many tokens, text and visual, of all replicas."""
+        self._bar.update()
+        self._tokens += tokens
+
+    def log(self, **values: float) -> None:
+        """Show and write values of a step, with tokens a second since the last time, and memory.
+
+        Args:
+            values: ``step`` among them.
+        """
+        seconds = time.perf_counter() - self._since
+        row: dict[str, float] = {
+            **values,
+            "tokens_per_second": round(self._tokens / max(seconds, 1e-9), 1),
+            "memory_gib": round(peak_memory_bytes() / 2**30, 3),
+        }
+        self._write(row)
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s, "
+            f"{row['memory_gib']:.2f} GiB"
+        )
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def log_evaluation(self, **values: float) -> None:
+        """Write the values of an evaluation; its time does not count as training."""
+        self._write(values)
+        self.say(", ".join(f"{key} {value:.6g}" for key, value in values.items()))
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._writes:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+    def _write(self, row: dict[str, float]) -> None:
+        if self._writes:
+            with self._file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def peak_memory_bytes() -> int:
+    """The most memory in use so far: the accelerator's, or the process's where there is none."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return int(accelerator.max_memory_allocated())

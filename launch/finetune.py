@@ -1,0 +1,62 @@
+#!/usr/bin/env python
+"""Fine-tune Llama-3.2-Vision on your own images and videos, the visual tokens sharded over ranks.
+
+    deepspeed --num_gpus 4 launch/finetune.py \\
+        --model meta-llama/Llama-3.2-11B-Vision-Instruct --data train.jsonl \\
+        --deepspeed_config ds_configs/mllama-zero3-lvx-ulysses.json --output_dir runs/mine
+
+`docs/fine-tuning.md` has the format of the data, all options and a tutorial. Each rank decodes only
+the frames that it holds; what one rank finds wrong in the data is an error on all of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import deepspeed
+
+import ds_lvx
+from ds_lvx.comm import Channel
+from ds_lvx.training.inputs import read_inputs
+from ds_lvx.training.loop import Trainer, make_engine
+from ds_lvx.training.model import load_model
+from ds_lvx.training.options import Options, parse
+from ds_lvx.training.together import together
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script; returns the exit code of this rank."""
+    options = parse(arguments)
+    deepspeed.init_distributed()
+    world = Channel.world()
+    try:
+        finetune(options, world)
+    except (ValueError, NotImplementedError) as error:
+        if options.traceback:
+            raise
+        print(f"[rank {world.rank}] error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def finetune(options: Options, world: Channel) -> None:
+    """Train, evaluate and save as the options say.
+
+    Raises:
+        ValueError: something that the user gave is wrong; on all ranks.
+        NotImplementedError: a combination that does not exist; on all ranks.
+    """
+    engine = None
+    try:
+        inputs = together(world, lambda: read_inputs(options, world.size))
+        model = load_model(options, inputs.ds_config, inputs.processor)
+        engine = make_engine(model, inputs, options)
+        del model  # the engine's alone, so that nothing of it outlives the shutdown
+        Trainer(engine, inputs, options, world).run()
+    finally:
+        ds_lvx.shutdown(engine)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
