@@ -29,7 +29,7 @@ def _describe() -> dict[str, Any]:
         "world_size": dist.get_world_size(),
         "threads": torch.get_num_threads(),
         "seed": torch.initial_seed(),
-        "environment": " ".join(os.environ[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_SIZE")),
+        "environment": " ".join(os.environ[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
         "left_behind": os.environ.get("LEFT_BEHIND", ""),
         "dtype": str(torch.get_default_dtype()),
     }
@@ -78,7 +78,7 @@ def test_every_rank_is_its_own_process_with_a_launcher_s_environment() -> None:
     descriptions = run_ranks(_describe, 3)
     assert [description["rank"] for description in descriptions] == [0, 1, 2]
     assert [description["environment"] for description in descriptions] == [
-        f"{rank} 3 3" for rank in range(3)
+        f"{rank} 3 {rank}" for rank in range(3)
     ]
     assert {description["world_size"] for description in descriptions} == {3}
     assert {description["threads"] for description in descriptions} == {1}
