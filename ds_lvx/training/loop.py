@@ -141,9 +141,10 @@ class Trainer:
         self.engine.train()
         try:
             while self.step < self._inputs.total_steps:
+                learning_rate = float(self.engine.get_lr()[0])  # the step's own, not the next's
                 loss = self._take_step(ahead)
                 if self._due(options.log_steps) or self.step == self._inputs.total_steps:
-                    self._log(loss)
+                    self._log(loss, learning_rate)
                 if self._inputs.evaluation and self._due(options.eval_steps):
                     self.evaluate()
                 if self._due(options.save_steps):
@@ -222,12 +223,12 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _log(self, loss: Tensor) -> None:
+    def _log(self, loss: Tensor, learning_rate: float) -> None:
         self._progress.log(
             step=self.step,
             epoch=round(self.samples_seen / len(self._inputs.training), 4),
             loss=float(ds_lvx.mean_loss(loss)),
-            learning_rate=float(self.engine.get_lr()[0]),
+            learning_rate=learning_rate,
         )
 
     def _state(self) -> RunState:

@@ -13,7 +13,7 @@ from transformers.models.mllama.modeling_mllama import MllamaForConditionalGener
 
 from ds_lvx.config import zero_stage
 from ds_lvx.training.options import Options
-from ds_lvx.training.tiny import tiny_config, tiny_processor
+from ds_lvx.training.tiny import MAX_POSITIONS, tiny_config, tiny_processor
 
 TINY = "tiny"
 TINY_GATE = 0.5
@@ -45,8 +45,10 @@ def max_positions(name: str, max_length: int | None) -> int:
     Raises:
         ValueError: the option asks for more than the model has.
     """
-    text = (tiny_config(0) if name == TINY else AutoConfig.from_pretrained(name)).get_text_config()
-    positions = int(text.max_position_embeddings)
+    positions = MAX_POSITIONS
+    if name != TINY:
+        text = AutoConfig.from_pretrained(name).get_text_config()
+        positions = int(text.max_position_embeddings)
     if max_length is not None and max_length > positions:
         raise ValueError(
             f"--max_length: got {max_length}; expected at most {positions}, the positions of "

@@ -1,0 +1,141 @@
+"""Runs of `launch/finetune.py` on real ranks, and the same loss in one process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoProcessor, get_scheduler
+
+from ds_lvx.data.chat import read_conversations
+from ds_lvx.data.frames import choose, decode, probe
+from ds_lvx.data.images import load_image
+from ds_lvx.data.order import SampleOrder
+from ds_lvx.data.text import TextEncoder
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPT = ROOT / "launch" / "finetune.py"
+Row = dict[str, float]
+
+
+def finetune(*arguments: str) -> None:
+    """The script's own main, on a rank of `tests.ranks`; what it finds wrong is raised."""
+    spec = importlib.util.spec_from_file_location("finetune", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.main([*arguments, "--traceback"]) == 0, "exit code"
+
+
+def write_config(
+    path: Path,
+    *,
+    stage: int,
+    sp_size: int = 2,
+    micro: int = 1,
+    accumulation: int = 1,
+    cross: str = "lvx",
+    **more: Any,
+) -> str:
+    """A ds_config with lvx and ulysses."""
+    layers = [
+        {"match": "*vision_model*", "method": "none"},
+        {"match": "*.cross_attn", "method": cross, "recompute_kv": cross == "lvx"},
+        {"match": "*language_model*.self_attn", "method": "ulysses"},
+    ]
+    config = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 1000,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100},
+        "ds_lvx": {"sequence_parallel_size": sp_size, "layers": layers if sp_size > 1 else []},
+        **more,
+    }
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def metrics(folder: Path) -> tuple[list[Row], list[Row]]:
+    """The rows of training and of evaluation."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
+
+
+def one_process_samples(folder: Path, data: Path, *, frames: int) -> list[dict[str, Any]]:
+    """Every line of a file as transformers' own processor makes it, mask and all.
+
+    Args:
+        folder: of the processor.
+        data: JSONL file.
+        frames: of a video.
+    """
+    processor = AutoProcessor.from_pretrained(folder)
+    encoder = TextEncoder(processor, 10_000)
+    samples = []
+    for conversation in read_conversations(data):
+        images: list[list[Any]] = []
+        for part in conversation.media:
+            if part.kind == "image":
+                images.append([load_image(part.value)])
+            else:
+                video = probe(part.value)
+                images.append(list(decode(video, choose(video, count=frames))))
+        text = encoder.encode(conversation, [len(group) for group in images])
+        inputs = processor(
+            text=processor.tokenizer.decode(text.input_ids),
+            images=[image for group in images for image in group],
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        assert inputs["input_ids"][0].tolist() == text.input_ids
+        samples.append({**inputs, "labels": torch.tensor([text.labels])})
+    return samples
+
+
+def one_process_loss(model: Any, samples: Sequence[dict[str, Any]]) -> float:
+    """The mean loss of all labelled tokens by transformers alone, one sample at a time."""
+    total, count = 0.0, 0
+    for sample in samples:
+        with torch.no_grad():
+            loss = model.eval()(**sample).loss
+        labelled = int((sample["labels"][:, 1:] != -100).sum())
+        total += float(loss) * labelled
+        count += labelled
+    return total / count
+
+
+def one_process_training(
+    model: Any, samples: Sequence[dict[str, Any]], *, steps: int, accumulation: int
+) -> list[float]:
+    """The losses of plain training by transformers and torch alone, seed 0, cosine from 1e-2."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=steps)
+    order = SampleOrder(len(samples), 0)
+    losses = []
+    for step in range(steps):
+        places = range(step * accumulation, (step + 1) * accumulation)
+        step_losses = [model.train()(**samples[order.sample(place)]).loss for place in places]
+        mean = torch.stack(step_losses).mean()
+        mean.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(mean.detach()))
+    return losses
+
+
+def arguments(**options: Any) -> Sequence[str]:
+    """Options as the command line has them; True is a flag, None is left out."""
+    words: list[str] = []
+    for name, value in options.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
