@@ -161,12 +161,17 @@ def reference_steps(
         if "grads" not in result:
             result["grads"] = {
                 name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-                for name, p in model.named_parameters()
+                for name, p in trained(model)
             }
         optimizer.step()
         optimizer.zero_grad()
-    result["weights"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result["weights"] = {name: p.detach().clone() for name, p in trained(model)}
     return result
+
+
+def trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters that are not frozen, by name."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: str) -> dict[str, Any]:
@@ -235,7 +240,7 @@ def sharded_steps(
         result["logits"].append(out.logits.detach())
         if "grads" not in result:
             result["grads"] = {
-                name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()
+                name: safe_get_full_grad(p).clone() for name, p in trained(engine.module)
             }
         engine.step()
     result["weights"] = weights(engine)
@@ -244,11 +249,12 @@ def sharded_steps(
 
 
 def weights(engine: Any) -> dict[str, Tensor]:
-    """Every parameter of an engine's model, whole."""
-    if engine.zero_optimization_stage() == 3:
-        named = engine.module.named_parameters()
-        return {name: safe_get_full_fp32_param(p).clone() for name, p in named}
-    return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    """Every parameter that an engine trains, whole."""
+    full = engine.zero_optimization_stage() == 3
+    return {
+        name: safe_get_full_fp32_param(p).clone() if full else p.detach().clone()
+        for name, p in trained(engine.module)
+    }
 
 
 def end_engine(engine: Any) -> None:

@@ -1,0 +1,331 @@
+"""What patching changes, what it leaves alone, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import MllamaForConditionalGeneration
+
+from ds_lvx.config import LVXConfig
+from ds_lvx.groups import SequenceParallelGroups
+from ds_lvx.models import family_of, patch_model, unpatch
+from ds_lvx.models.mllama import attention_layers
+from ds_lvx.models.patch import is_patched, scale_gradient
+from ds_lvx.models.plan import make_plans, table
+from ds_lvx.sharding import shard_batch
+from tests.models.mllama_case import (
+    VISION_RULE,
+    Batch,
+    assert_same_training,
+    ds_config,
+    hard_batch,
+    plain_step,
+    reference_steps,
+    sharded_steps,
+    tiny_model,
+)
+from tests.ranks import RankError, run_ranks
+
+LVX = ds_config(stage=0, sp_size=1, cross={"method": "lvx"}, self_attn="ring")
+
+
+class _OneRank:
+    """Stands for the groups of a single process without ``torch.distributed``."""
+
+    sp_size = 1
+
+
+def patched(model: nn.Module) -> Any:
+    groups: Any = _OneRank()
+    return patch_model(model, LVXConfig.from_ds_config(LVX), groups)
+
+
+def insides(model: nn.Module) -> dict[str, Any]:
+    """Everything a patch could leave behind, by module."""
+    return {
+        name: (
+            type(module),
+            sorted(module.__dict__),
+            dict(module._forward_pre_hooks),
+            dict(module._forward_pre_hooks_with_kwargs),
+            dict(module._forward_hooks),
+            dict(module._forward_hooks_with_kwargs),
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def test_names_class_and_state_stay_and_unpatch_leaves_nothing(tmp_path: Path) -> None:
+    model, untouched = tiny_model(), tiny_model()
+    before, state = insides(model), model.state_dict()
+    patch = patched(model)
+    assert type(model) is MllamaForConditionalGeneration
+    assert list(model.state_dict()) == list(state)
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in untouched.named_parameters()]
+    assert not is_patched(untouched)
+    model.save_pretrained(tmp_path)
+    loaded = MllamaForConditionalGeneration.from_pretrained(tmp_path)
+    for name, value in untouched.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, msg=name)
+    patch.unpatch()
+    patch.unpatch()
+    assert insides(model) == before
+
+
+def test_without_the_keyword_a_patched_model_is_its_own_self() -> None:
+    model = tiny_model().eval()
+    batch = hard_batch()
+    prompt = {key: value for key, value in batch.items() if key != "labels"}
+    before = model(**batch).logits
+    generated = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    patched(model)
+    assert torch.equal(model(**batch).logits, before)
+    assert torch.equal(model.generate(**prompt, max_new_tokens=4, do_sample=False), generated)
+
+
+def test_a_deep_copy_has_its_own_weights_and_can_be_unpatched() -> None:
+    model = tiny_model().eval()
+    batch = hard_batch()
+    patched(model)
+    other = copy.deepcopy(model)
+    assert is_patched(other)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    expected = tiny_model().eval()
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.mul_(1.1)
+    logits = other(**shard_batch(batch, model=other)).logits
+    torch.testing.assert_close(logits, expected(**batch).logits, atol=1e-5, rtol=1e-5)
+    unpatch(other)
+    assert not is_patched(other)
+    assert is_patched(model)
+
+
+def test_an_earlier_patch_of_the_instance_gets_its_place_back() -> None:
+    model = tiny_model()
+    module = attention_layers(model)[-1].module
+    calls: list[str] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append("called")
+        return type(module).forward(module, *args, **kwargs)
+
+    module.forward = counted
+    patch = patched(model)
+    model(**hard_batch())
+    assert calls == ["called"]
+    patch.unpatch()
+    assert module.forward is counted
+
+
+def test_outputs_that_transformers_records() -> None:
+    model = tiny_model().eval()
+    batch = hard_batch()
+    expected = model(**batch, output_hidden_states=True)
+    patched(model)
+    out = model(**shard_batch(batch, model=model), output_hidden_states=True)
+    assert len(out.hidden_states) == len(expected.hidden_states)
+    first = model(**shard_batch(batch, model=model), return_dict=False)[0]
+    torch.testing.assert_close(first, expected.loss)
+
+
+def test_patching_twice_is_refused() -> None:
+    model = tiny_model()
+    patched(model)
+    with pytest.raises(ValueError, match="patched already"):
+        patched(model)
+
+
+# ---- plans
+
+
+def plans_of(layers: list[dict[str, Any]], *, sp_size: int, **text: Any) -> Any:
+    config = LVXConfig(sequence_parallel_size=sp_size, layers=layers)  # type: ignore[arg-type]
+    return make_plans(attention_layers(tiny_model(**text)), config, sp_size=sp_size)
+
+
+CROSS = {"match": "*.cross_attn", "method": "lvx", "recompute_kv": True}
+TEXT = {"match": "*language_model*.self_attn", "method": "ulysses"}
+
+
+def test_the_table_collapses_layers() -> None:
+    text = table(plans_of([VISION_RULE, CROSS, TEXT], sp_size=2))
+    lines = text.splitlines()
+    assert lines[0].split() == ["layer", "method", "schedule", "kernel", "recompute_kv"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:]}
+    assert rows["model.language_model.layers.{1,3}.cross_attn"] == ["lvx", "auto", "auto", "yes"]
+    assert rows["model.language_model.layers.{0,2}.self_attn"] == ["ulysses", "-", "auto", "no"]
+    assert rows["model.vision_model.transformer.layers.{0..1}.self_attn"][0] == "none"
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ([VISION_RULE, CROSS], ["layers.{0,2}.self_attn", '"*.self_attn"', "ulysses"]),
+        ([VISION_RULE, TEXT], ["layers.{1,3}.cross_attn", '"*.cross_attn"', '"lvx"']),
+        ([VISION_RULE, CROSS, {**TEXT, "method": "none"}], ["text is sharded"]),
+        ([VISION_RULE, {"match": "*.crossattn", "method": "lvx"}], ["*.crossattn"]),
+    ],
+)
+def test_a_layer_over_sharded_tokens_needs_a_method(layers: Any, words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"ds_lvx\.layers") as caught:
+        plans_of(layers, sp_size=2)
+    for word in words:
+        assert word in str(caught.value)
+    if "crossattn" not in words[0]:
+        plans_of(layers, sp_size=1)
+
+
+def test_the_vision_tower_has_no_method() -> None:
+    every = {"match": "*.self_attn", "method": "ring"}
+    with pytest.raises(NotImplementedError, match=r"vision_model.*none"):
+        plans_of([CROSS, every], sp_size=2)
+
+
+def test_ulysses_with_more_ranks_than_heads() -> None:
+    with pytest.raises(ValueError, match="4 heads on 5 ranks"):
+        plans_of([VISION_RULE, CROSS, TEXT], sp_size=5)
+    plans_of([VISION_RULE, CROSS, {**TEXT, "method": "ring"}], sp_size=5)
+
+
+def test_replicated_queries_are_not_what_a_sharded_text_has() -> None:
+    cross = {"match": "*.cross_attn", "method": "lvx", "schedule": "replicated"}
+    with pytest.raises(NotImplementedError, match="the text is sharded"):
+        plans_of([VISION_RULE, cross, TEXT], sp_size=2)
+
+
+def test_a_model_of_no_supported_family() -> None:
+    with pytest.raises(NotImplementedError, match=r"Linear.*mllama"):
+        family_of(nn.Linear(2, 2))
+
+
+def test_rotary_frequencies_that_follow_the_length() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    groups: Any = _OneRank()
+    groups.sp_size = 2
+    config = ds_config(stage=0, sp_size=2, cross={"method": "lvx"}, self_attn="ring")
+    with pytest.raises(NotImplementedError, match='rope_type "dynamic"'):
+        patch_model(tiny_model(rope_parameters=rope), LVXConfig.from_ds_config(config), groups)
+
+
+# ---- forwards that are refused
+
+
+def test_a_batch_that_is_not_sharded() -> None:
+    with pytest.raises(RankError, match="ValueError: got a batch that is not sharded over the 2"):
+        run_ranks(forward_unsharded, 2)
+
+
+def forward_unsharded() -> None:
+    config = LVXConfig.from_ds_config(
+        ds_config(stage=0, sp_size=2, cross={"method": "lvx"}, self_attn="ring")
+    )
+    model = tiny_model()
+    patch_model(model, config, SequenceParallelGroups(2))
+    model(**hard_batch())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"use_cache": True}, NotImplementedError, "cache of sharded keys"),
+        ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, ValueError, "17 tokens of this rank"),
+        ({"pixel_values": None}, ValueError, "visual input of another batch"),
+    ],
+)
+def test_a_shard_that_was_tampered_with(
+    change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    model = tiny_model()
+    patched(model)
+    with pytest.raises(error, match=words):
+        model(**{**shard_batch(hard_batch(), model=model), **change})
+
+
+def test_attention_dropout_is_refused_in_training_only() -> None:
+    model = tiny_model(dropout=0.1)
+    patched(model)
+    with pytest.raises(NotImplementedError, match=r"dropout 0\.1"):
+        model(**shard_batch(hard_batch(), model=model))
+    model.eval()(**shard_batch(hard_batch(), model=model))
+
+
+def test_scaling_a_gradient_leaves_the_value() -> None:
+    x = torch.tensor(3.0, requires_grad=True)
+    y = scale_gradient(x, 4.0)
+    y.backward()
+    assert (y.item(), x.grad) == (3.0, torch.tensor(4.0))
+
+
+# ---- LoRA and checkpointing
+
+
+def lora_model() -> Any:
+    torch.manual_seed(3)
+    config = LoraConfig(
+        r=2,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        lora_dropout=0.0,
+        init_lora_weights=False,  # B would start at 0, and the gradients of A with it
+    )
+    return get_peft_model(tiny_model(), config)
+
+
+def train_lora(config: dict[str, Any], batches: list[list[Batch]]) -> dict[str, Any]:
+    return sharded_steps(config, batches, model=lora_model())
+
+
+@pytest.mark.parametrize(("stage", "recompute"), [(2, False), (3, True)])
+def test_lora_trains_as_in_one_process(stage: int, recompute: bool) -> None:
+    batches = [[hard_batch(0)], [hard_batch(1)]]
+    expected = reference_steps(batches, lora_model())
+    assert all("lora_" in name for name in expected["grads"])
+    assert all(grad.any() for grad in expected["grads"].values())
+    cross = {"method": "lvx", "recompute_kv": recompute}
+    config = ds_config(stage=stage, sp_size=2, cross=cross, self_attn="ulysses")
+    assert_same_training(run_ranks(train_lora, 2, config, batches), expected, sp_size=2)
+
+
+def step_checkpointed(each: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    results = []
+    for config in each:
+        model = tiny_model()
+        model.gradient_checkpointing_enable()
+        results.append(plain_step(config, hard_batch(2), model=model.train()))
+    return results
+
+
+def train_checkpointed(config: dict[str, Any], batches: list[list[Batch]]) -> dict[str, Any]:
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    return sharded_steps(config, batches, model=model.train())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    methods: list[dict[str, Any]] = [
+        {"method": "lvx"},
+        {"method": "lvx", "recompute_kv": True},
+        {"method": "ring"},
+        {"method": "ulysses"},
+    ]
+    each = [ds_config(stage=0, sp_size=2, cross=m, self_attn="ulysses") for m in methods]
+    results = run_ranks(step_checkpointed, 2, each)
+    expected = reference_steps([[hard_batch(2)]])
+    for index in range(len(methods)):
+        assert_same_training([r[index] for r in results], expected, sp_size=2)
+
+
+def test_gradient_checkpointing_at_stage_3() -> None:
+    cross = {"method": "lvx", "recompute_kv": True}
+    config = ds_config(stage=3, sp_size=2, cross=cross, self_attn="ulysses")
+    batches = [[hard_batch(0)], [hard_batch(1)]]
+    results = run_ranks(train_checkpointed, 2, config, batches)
+    assert_same_training(results, reference_steps(batches), sp_size=2)
