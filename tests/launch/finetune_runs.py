@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import Init
 from transformers import AutoProcessor, get_scheduler
 
 from ds_lvx.data.chat import read_conversations
@@ -24,6 +27,20 @@ Row = dict[str, float]
 
 def finetune(*arguments: str) -> None:
     """The script's own main, on a rank of `tests.ranks`; what it finds wrong is raised."""
+    _as_in_a_fresh_process()
+    _main(*arguments)
+
+
+def _as_in_a_fresh_process() -> None:
+    # DeepSpeed's shared-memory operator keeps the size of the first world of its process.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # ZeRO-3 numbers modules and parameters through the life of a process, and compares the numbers
+    # between ranks; those of `tests.ranks` have different lives behind them.
+    Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+
+
+def _main(*arguments: str) -> None:
     spec = importlib.util.spec_from_file_location("finetune", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
