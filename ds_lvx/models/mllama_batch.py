@@ -99,7 +99,8 @@ class _Draft:
             "frames": self.frames,
             "shape of input_ids": list(self.text.shape),
             "contents of the text (a checksum)": self.text.digest(),
-            "visibility of the images (a checksum)": runs and digest(runs.start, runs.end),
+            "visibility of the images (a checksum)": runs
+            and digest(runs.start, runs.end, runs.tiles),
         }
         if self.frames == "all":
             record["number of images"] = self.share

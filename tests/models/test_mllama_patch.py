@@ -272,6 +272,7 @@ def lora_model() -> Any:
     torch.manual_seed(3)
     config = LoraConfig(
         r=2,
+        lora_alpha=1,  # of the size of the weights beside it
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
         lora_dropout=0.0,
         init_lora_weights=False,  # B would start at 0, and the gradients of A with it

@@ -1,0 +1,216 @@
+"""`owned`, `shard_batch` and `mean_loss`, and what happens when ranks do not agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ds_lvx.groups import SequenceParallelGroups
+from ds_lvx.models.batch import split
+from ds_lvx.sharding import mean_loss, owned, shard_batch
+from tests.models.mllama_case import TILES, hard_batch, make_batch, tiny_model
+from tests.ranks import RankError, run_ranks
+
+
+@pytest.mark.parametrize(
+    ("count", "parts", "lengths"),
+    [(7, 3, (3, 2, 2)), (6, 3, (2, 2, 2)), (1, 3, (1, 0, 0)), (0, 2, (0, 0)), (5, 1, (5,))],
+)
+def test_split_is_balanced(count: int, parts: int, lengths: tuple[int, ...]) -> None:
+    assert split(count, parts) == lengths
+
+
+def test_one_process_owns_everything() -> None:
+    assert owned(5) == range(5)
+    with pytest.raises(ValueError, match="count=-1"):
+        owned(-1)
+
+
+def owned_by_me(count: int) -> tuple[range, range]:
+    whole_world = owned(count)
+    groups = SequenceParallelGroups(2)
+    assert owned(count, groups=groups) == owned(count)
+    return whole_world, owned(count)
+
+
+def test_ranks_of_a_group_own_the_frames_between_them() -> None:
+    results = run_ranks(owned_by_me, 4, 5)
+    assert [world for world, _ in results] == [range(2), range(2, 3), range(3, 4), range(4, 5)]
+    assert [mine for _, mine in results] == [range(3), range(3, 5)] * 2
+
+
+def loss_means(value: float) -> tuple[float, float, bool]:
+    loss = torch.tensor(value * (1 + torch.distributed.get_rank()), requires_grad=True)
+    world = mean_loss(loss)
+    SequenceParallelGroups(2)
+    mean = mean_loss(loss.to(torch.bfloat16))
+    return world.item(), mean.item(), mean.requires_grad or mean.dtype != torch.float32
+
+
+def test_mean_loss_sums_over_the_sequence_and_averages_over_replicas() -> None:
+    # (1 + 2) and (3 + 4) are the losses of two samples.
+    assert run_ranks(loss_means, 4, 1.0) == [(10.0, 5.0, False)] * 4
+
+
+def shards(ranks: int) -> list[dict[str, Any]]:
+    return run_ranks(shard_here, ranks)
+
+
+def shard_here() -> dict[str, Any]:
+    shard = shard_batch(hard_batch(), model=tiny_model())
+    keyword = shard.pop("ds_lvx")
+    return {
+        **shard,
+        "text_lengths": keyword.text_lengths,
+        "kv_lengths": keyword.kv_lengths,
+        "row_mask": keyword.row_mask,
+    }
+
+
+def test_what_a_shard_holds() -> None:
+    batch, parts = hard_batch(), shards(3)
+    for key in ("input_ids", "labels"):
+        assert torch.equal(torch.cat([part[key] for part in parts], dim=1), batch[key])
+    positions = torch.cat([part["position_ids"] for part in parts], dim=1)
+    assert torch.equal(positions, torch.arange(17)[None])
+    shifted = torch.cat([part["shift_labels"] for part in parts], dim=1)
+    assert torch.equal(shifted[:, :-1], batch["labels"][:, 1:])
+    assert (shifted[:, -1] == -100).all()
+    pixels = torch.cat([part["pixel_values"] for part in parts], dim=1)
+    assert torch.equal(pixels, batch["pixel_values"])
+    labelled = int((batch["labels"][:, 1:] != -100).sum())
+    for part in parts:
+        assert part["num_items_in_batch"] == labelled
+        assert part["use_cache"] is False
+        assert part["text_lengths"] == (6, 6, 5)
+        assert part["kv_lengths"] == (TILES * 5,) * 3
+    rows = torch.cat([part["row_mask"] for part in parts], dim=2)
+    assert torch.equal(rows[:, 0, :, 0], batch["cross_attention_mask"].flatten(2).any(dim=2))
+
+
+def test_a_batch_without_any_label() -> None:
+    batch = hard_batch()
+    batch["labels"][:] = -100
+    model = tiny_model()
+    assert shard_batch(batch, model=model)["num_items_in_batch"] == 1
+
+
+def test_a_batch_without_labels() -> None:
+    batch = {key: value for key, value in hard_batch().items() if key != "labels"}
+    shard = shard_batch(batch, model=tiny_model())
+    assert not {"labels", "shift_labels", "num_items_in_batch"} & set(shard)
+
+
+# ---- mistakes
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return {**hard_batch(), **changes}
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": (changed(pixel_value=1), r"got 'pixel_value'.*nearest: 'pixel_values'"),
+    "no ids": (changed(input_ids=None), "got input_ids of NoneType"),
+    "a list": (changed(input_ids=[[1]]), "got input_ids of list"),
+    "labels": (changed(labels=torch.ones(2, 5)), r"got labels \(2, 5\).*\(2, 17\)"),
+    "4-D mask": (changed(attention_mask=torch.ones(2, 1, 17, 17)), "got attention_mask"),
+    "two masks": (changed(visible_images=torch.zeros(2, 17, 2)), "expected one of them"),
+    "both inputs": (changed(cross_attention_states=torch.zeros(6, 5, 32)), "one of them"),
+    "ratio ids": (changed(aspect_ratio_ids=None), "pixel_values without aspect_ratio_ids"),
+    "tiles": (changed(pixel_values=torch.zeros(2, 3, 4, 3, 28, 28)), "got pixel_values"),
+    "mask of a shard": (
+        changed(cross_attention_mask=torch.ones(2, 9, 3, TILES)),
+        "the whole sequence, never a shard",
+    ),
+    "mask of other images": (
+        changed(cross_attention_mask=torch.ones(2, 17, 2, TILES)),
+        "mask for 2 images a sample, and 3 images",
+    ),
+    "mask without images": (
+        {k: v for k, v in hard_batch().items() if not k.startswith(("pixel", "aspect"))},
+        "mask for 3 images a sample, and 0 images",
+    ),
+    "features": (
+        {
+            "input_ids": torch.ones(2, 17, dtype=torch.long),
+            "cross_attention_states": torch.zeros(2, 7, 9),
+        },
+        r"got cross_attention_states \(2, 7, 9\)",
+    ),
+    "features of half an image": (
+        {
+            "input_ids": torch.ones(2, 17, dtype=torch.long),
+            "cross_attention_states": torch.zeros(2, 7, 32),
+            "cross_attention_mask": torch.ones(2, 17, 1, TILES),
+        },
+        "got 7 visual tokens a sample",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_the_batch(name: str) -> None:
+    batch, words = MISTAKES[name]
+    with pytest.raises(ValueError, match=words):
+        shard_batch(batch, model=tiny_model())
+
+
+def test_words_for_frames() -> None:
+    with pytest.raises(ValueError, match='expected "all" or "local"'):
+        shard_batch(hard_batch(), model=tiny_model(), frames="mine")
+    batch = {
+        "input_ids": torch.ones(1, 4, dtype=torch.long),
+        "cross_attention_states": torch.zeros(1, 10, 32),
+    }
+    with pytest.raises(ValueError, match='cross_attention_states with frames="local"'):
+        shard_batch(batch, model=tiny_model(), frames="local")
+
+
+def differ(what: str) -> None:
+    rank = torch.distributed.get_rank()
+    batch = hard_batch()
+    if rank == 1:
+        if what == "text":
+            batch["input_ids"][0, 0] += 1
+        elif what == "length":
+            batch = make_batch([[4, 5, 9], [3]], length=16, num_tiles=[[2, 1, 2], [1]])
+        elif what == "mask":
+            batch["cross_attention_mask"][0, 16] = 0
+        elif what == "images":
+            batch = make_batch([[4, 5], [3]], length=17, num_tiles=[[2, 1], [1]])
+        else:
+            batch["nonsense"] = torch.zeros(1)
+    shard_batch(batch, model=tiny_model())
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("text", "the ranks disagree on contents of the text"),
+        ("length", "the ranks disagree on shape of input_ids"),
+        ("mask", "the ranks disagree on visibility of the images"),
+        ("images", "the ranks disagree on"),
+        ("nonsense", "rank 1: got 'nonsense' in the batch"),
+    ],
+)
+def test_what_one_rank_gets_wrong_raises_on_all(what: str, words: str) -> None:
+    with pytest.raises(RankError) as caught:
+        run_ranks(differ, 2, what)
+    assert set(caught.value.errors) == {0, 1}
+    for text in caught.value.errors.values():
+        assert "ValueError" in text
+        assert words in text
+
+
+def too_short() -> None:
+    batch = {"input_ids": torch.ones(1, 2, dtype=torch.long)}
+    shard_batch(batch, model=tiny_model())
+
+
+def test_more_ranks_than_text_tokens() -> None:
+    with pytest.raises(RankError) as caught:
+        run_ranks(too_short, 3)
+    assert set(caught.value.errors) == {0, 1, 2}
+    assert all("got 2 text tokens for 3 ranks" in t for t in caught.value.errors.values())
