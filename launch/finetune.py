@@ -32,10 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world = Channel.world()
     try:
         finetune(options, world)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError):
         if options.traceback:
             raise
-        print(f"[rank {world.rank}] error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
 
@@ -54,6 +53,10 @@ def finetune(options: Options, world: Channel) -> None:
         engine = make_engine(model, inputs, options)
         del model  # the engine's alone, so that nothing of it outlives the shutdown
         Trainer(engine, inputs, options, world).run()
+    except (ValueError, NotImplementedError) as error:
+        # Before the shutdown, in which the launcher may end this rank for the failure of another.
+        print(f"[rank {world.rank}] error: {error}", file=sys.stderr, flush=True)
+        raise
     finally:
         ds_lvx.shutdown(engine)
 

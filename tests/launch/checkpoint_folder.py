@@ -47,7 +47,7 @@ def write_checkpoint(
     positions: int = 512,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Weights, config, tokenizer and processor, in the files that Llama-3.2-Vision's repository has.
+    """Weights, config, tokenizer and processor, in the files of Llama-3.2-Vision's repository.
 
     Args:
         folder: to write to.

@@ -1,0 +1,193 @@
+"""What a user can get wrong: an error with file and line, on every rank, in seconds."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_lvx.data.order import SampleOrder
+from ds_lvx.training.options import parse
+from tests.data.media import (
+    BUNNY,
+    chat,
+    write_image,
+    write_jsonl,
+    write_png_header,
+    write_video,
+)
+from tests.launch.checkpoint_folder import write_checkpoint
+from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.ranks import RankError, run_ranks
+
+SECONDS = 30.0
+
+
+def _damaged_video(path: Path) -> str:
+    """A video whose first frames can be decoded, and whose last cannot."""
+    data = bytearray(BUNNY.read_bytes())
+    data[800_000:1_000_000] = bytes(7 * n % 256 for n in range(200_000))
+    path.write_bytes(data)
+    return path.name
+
+
+def _fails(ranks: int, *given: str, expected: str) -> RankError:
+    """Every rank raises a ValueError with the expected text, in seconds."""
+    start = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        run_ranks(finetune, ranks, *given)
+    assert time.monotonic() - start < SECONDS
+    errors = caught.value.errors
+    assert sorted(errors) == list(range(ranks)), caught.value
+    for rank, text in errors.items():
+        assert re.search(expected, text), f"rank {rank} says:\n{text}"
+    return caught.value
+
+
+Write = Callable[[Path], Any]
+
+
+def _missing(folder: Path) -> Any:
+    return chat(("video", "none.mp4"))
+
+
+def _no_video(folder: Path) -> Any:
+    (folder / "notes.mp4").write_text("no video at all\n" * 20)
+    return chat(("video", "notes.mp4"))
+
+
+def _damaged(folder: Path) -> Any:
+    return chat(("video", _damaged_video(folder / "damaged.mp4")))
+
+
+def _huge_image(folder: Path) -> Any:
+    write_png_header(folder / "huge.png", 40_000, 25_000)
+    return chat(("image", "huge.png"))
+
+
+def _long_text(folder: Path) -> Any:
+    write_image(folder / "a.png")
+    return chat(("image", "a.png"), ("text", "x?" * 3000))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (_missing, r"train\.jsonl:2: got no such file: .*none\.mp4"),
+        (lambda folder: '{"messages": ', r"train\.jsonl:2: got .* expected one JSON object"),
+        (_no_video, r"train\.jsonl:2: .*notes\.mp4: got a file that cannot be decoded"),
+        (_damaged, r"rank 1.*train\.jsonl:2: .*damaged\.mp4: got"),
+        (_huge_image, r"train\.jsonl:2: .*huge\.png: .*1000000000 pixels"),
+        (_long_text, r"train\.jsonl:2: got \d+ tokens \(1 of them frames\); expected at most 4096"),
+    ],
+    ids=["missing", "no json", "no video", "damaged", "huge image", "long text"],
+)
+def test_a_bad_sample_is_named_on_all_ranks(tmp_path: Path, line: Write, expected: str) -> None:
+    write_image(tmp_path / "good.png")
+    data = write_jsonl(tmp_path / "train.jsonl", chat(("image", "good.png")), line(tmp_path))
+    config = write_config(tmp_path / "ds.json", stage=2)
+    out = tmp_path / "out"
+    options = {"frames": 132, "deepspeed_config": config, "output_dir": out, "epochs": 2}
+    _fails(2, *arguments(model="tiny", data=data, **options), expected=expected)
+
+
+def test_an_empty_file_and_a_typo_in_the_config(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "train.jsonl", "")
+    config = write_config(tmp_path / "ds.json", stage=2)
+    out = tmp_path / "out"
+    given = {"model": "tiny", "data": data, "output_dir": out}
+    _fails(2, *arguments(deepspeed_config=config, **given), expected="got an empty file")
+    wrong = Path(config)
+    wrong.write_text(wrong.read_text().replace("ulysses", "ulises"))
+    _fails(2, *arguments(deepspeed_config=config, **given), expected='"ulises".*"ulysses"')
+
+
+def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
+    """Heads that ulysses cannot split, and fewer tokens than ranks."""
+    write_image(tmp_path / "a.png")
+    data = write_jsonl(tmp_path / "train.jsonl", chat(("image", "a.png"), answer="a"))
+    one_head = write_checkpoint(tmp_path / "one_head", num_heads=1)
+    config = write_config(tmp_path / "ds.json", stage=0, cross="ulysses")
+    given = {"data": data, "output_dir": tmp_path / "out"}
+    words = arguments(model=one_head, deepspeed_config=config, **given)
+    _fails(2, *words, expected="ulysses for attention with 1 heads on 2 ranks")
+    nothing = arguments(model=tmp_path / "nothing", deepspeed_config=config, **given)
+    _fails(2, *nothing, expected="--model: got .*nothing.*, which cannot be read")
+
+    short = "<|image|>{{ messages[1].content[0].text }}"
+    brief = write_checkpoint(tmp_path / "brief", template=short)
+    config = write_config(tmp_path / "ds4.json", stage=0, sp_size=4)
+    words = arguments(model=brief, deepspeed_config=config, **given)
+    _fails(4, *words, expected=r"train\.jsonl:1: got 3 text tokens; expected at least 4")
+
+
+def test_the_last_checkpoint_survives_bad_data_and_serves(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4")
+    samples = [chat(("video", "a.mp4"), ("text", f"{n}?")) for n in range(3)]
+    data = write_jsonl(tmp_path / "train.jsonl", *samples, chat(("video", "later.mp4")))
+    _damaged_video(tmp_path / "later.mp4")
+    config = write_config(tmp_path / "ds.json", stage=3)
+    out = tmp_path / "out"
+    given = {"data": data, "deepspeed_config": config, "output_dir": out}
+    seed = next(n for n in range(99) if SampleOrder(4, n).sample(3) == 3)  # the damaged one last
+    words = arguments(model="tiny", frames=132, save_steps=1, seed=seed, **given)
+    _fails(2, *words, expected=r"rank 1.*train\.jsonl:4: .*later\.mp4")
+    checkpoints = out / "checkpoints"
+    assert (checkpoints / "latest").read_text() == "step-00000003\n"
+    folders = sorted(path.name for path in checkpoints.iterdir() if path.is_dir())
+    assert folders == ["step-00000002", "step-00000003"]  # the newest two are kept
+    assert not (out / "model").exists()
+
+    (tmp_path / "later.mp4").write_bytes((tmp_path / "a.mp4").read_bytes())
+    _fails(2, *words, expected="holds checkpoints of a run")
+    other = rf"seed: got 99 for a checkpoint with {seed}; pass it as --seed"
+    _fails(2, *words, "--resume", "--seed", "99", expected=other)
+    run_ranks(finetune, 2, *words, "--resume")
+    assert [row["step"] for row in metrics(out)[0]] == [1, 2, 3, 4]
+    assert (out / "model" / "config.json").is_file()
+
+
+def test_another_world_size_cannot_resume(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    data = write_jsonl(tmp_path / "train.jsonl", chat(("image", "a.png")))
+    config = write_config(tmp_path / "ds.json", stage=1)
+    given = {"data": data, "output_dir": tmp_path / "out", "save_steps": 1, "max_steps": 1}
+    words = arguments(model="tiny", **given)
+    run_ranks(finetune, 2, *words, "--deepspeed_config", config)
+    alone = write_config(tmp_path / "alone.json", stage=1, sp_size=1)
+    _fails(
+        1,
+        *words,
+        *("--resume", "--deepspeed_config", alone),
+        expected=r"world_size: got 1 for a checkpoint with 2; start as many processes"
+        r"(.|\n)*sequence_parallel_size: got 1",
+    )
+    nowhere = tmp_path / "nowhere"
+    words = arguments(model="tiny", deepspeed_config=config, **{**given, "output_dir": nowhere})
+    _fails(2, *words, "--resume", expected="nowhere without a checkpoint")
+    _fails(2, *words, "--resume", str(nowhere), expected="is no checkpoint of this script")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--fps", "0"],
+        ["--fps", "1", "--frames", "3"],
+        ["--max_steps", "0"],
+        ["--learning_rate", "fast"],
+        ["--lr_scheduler", "cosin"],
+        ["--lora_r", "-1"],
+    ],
+)
+def test_impossible_options_end_with_usage(
+    wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = arguments(model="tiny", data="a", deepspeed_config="b", output_dir="c")
+    assert parse(good).lr_scheduler == "cosine"
+    with pytest.raises(SystemExit):
+        parse([*good, *wrong])
+    assert wrong[0] in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""The script as users start it: by the `deepspeed` launcher, on a real video."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from ds_lvx.training.model import load_model, load_processor
+from ds_lvx.training.options import parse
+from tests.data.media import BUNNY, chat, write_jsonl
+from tests.launch.finetune_runs import (
+    ROOT,
+    SCRIPT,
+    arguments,
+    metrics,
+    one_process_loss,
+    one_process_samples,
+)
+
+CONFIG = ROOT / "ds_configs" / "finetune-cpu.json"
+
+
+def _deepspeed(*words: str) -> subprocess.CompletedProcess[str]:
+    launcher = Path(sys.executable).with_name("deepspeed")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # The launcher looks for its Python on the path.
+    environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment['PATH']}"
+    port = str(29600 + os.getpid() % 300)
+    command = [str(launcher), "--num_gpus", "2", "--master_port", port, str(SCRIPT), *words]
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def test_all_132_frames_of_a_real_video_over_two_ranks(tmp_path: Path) -> None:
+    data = write_jsonl(
+        tmp_path / "train.jsonl", chat(("video", str(BUNNY)), ("text", "What animal is it?"))
+    )
+    words = arguments(
+        model="tiny",
+        data=data,
+        eval_data=data,
+        fps=25,
+        deepspeed_config=CONFIG,
+        output_dir=tmp_path / "out",
+        learning_rate=1e-3,
+        max_steps=1,
+    )
+    done = _deepspeed(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 x 2 ranks" in done.stdout
+    assert "tokens/s" in done.stderr
+    training, evaluation = metrics(tmp_path / "out")
+
+    # The same model and the whole video in one process, by transformers alone.
+    options = parse(words)
+    processor = load_processor("tiny")
+    saved = tmp_path / "out" / "model"
+    samples = one_process_samples(saved, data, frames=132)
+    assert samples[0]["pixel_values"].shape[1] == 132
+    torch.set_num_threads(1)
+    before = one_process_loss(load_model(options, {}, processor), samples)
+    after = one_process_loss(AutoModelForImageTextToText.from_pretrained(saved), samples)
+    assert training[0]["loss"] == pytest.approx(before, abs=1e-5)
+    assert evaluation[0]["eval_loss"] == pytest.approx(after, abs=1e-5)
+    assert after < before - 0.05
+
+
+def test_an_error_ends_all_ranks_in_seconds_with_one_line_each(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "train.jsonl", chat(("video", "none.mp4")))
+    start = time.monotonic()
+    done = _deepspeed(
+        *arguments(model="tiny", data=data, deepspeed_config=CONFIG, output_dir=tmp_path / "out")
+    )
+    assert done.returncode != 0
+    assert time.monotonic() - start < 60
+    for rank in range(2):
+        assert re.search(rf"\[rank {rank}\] error: .*{data}:1: got no such file", done.stderr)
+    assert "Traceback" not in done.stderr
