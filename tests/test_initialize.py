@@ -1,0 +1,250 @@
+"""`initialize`: deepspeed.initialize's call, the table, mistakes on all ranks, precision."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_grad
+from torch import nn
+
+from ds_lvx.groups import SequenceParallelGroups
+from ds_lvx.initialize import initialize
+from ds_lvx.models.patch import is_patched
+from ds_lvx.sharding import mean_loss, shard_batch
+from ds_lvx.shutdown import shutdown
+from tests.models.mllama_case import (
+    LEARNING_RATE,
+    ds_config,
+    end_engine,
+    hard_batch,
+    reference_steps,
+    start_engine,
+    tiny_model,
+    trained,
+)
+from tests.ranks import RankError, run_ranks
+
+RECOMPUTE = {"method": "lvx", "recompute_kv": True}
+
+
+def config_of(*, stage: int = 1, sp_size: int = 2, **sections: Any) -> dict[str, Any]:
+    config = ds_config(stage=stage, sp_size=sp_size, cross=RECOMPUTE, self_attn="ulysses")
+    return {**config, **sections}
+
+
+def test_signature_is_that_of_deepspeed() -> None:
+    ours = inspect.signature(initialize).parameters
+    theirs = inspect.signature(deepspeed.initialize).parameters
+    assert list(ours) == list(theirs)
+    for name, parameter in theirs.items():
+        assert ours[name].default == parameter.default, name
+        assert ours[name].kind == parameter.kind, name
+
+
+def start_and_describe(config: Any) -> dict[str, Any]:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        engine = start_engine(config)
+    session = engine.ds_lvx
+    described = {
+        "printed": printed.getvalue(),
+        "patched": is_patched(engine.module),
+        "sizes": (session.groups.dp_size, session.groups.sp_size),
+        "current": SequenceParallelGroups.current() is session.groups,
+        "batch": engine.train_batch_size(),
+    }
+    module = engine.module
+    shutdown(engine)
+    return {**described, "left": is_patched(module) or bool(SequenceParallelGroups.current())}
+
+
+def test_rank_0_prints_one_table_and_shutdown_ends_everything() -> None:
+    results = run_ranks(start_and_describe, 4, config_of())
+    for rank, result in enumerate(results):
+        assert ("recompute_kv" in result["printed"]) == (rank == 0)
+        assert result["patched"]
+        assert result["current"]
+        assert not result["left"]
+        assert result["sizes"] == (2, 2)
+        assert result["batch"] == 2  # two replicas, not four ranks
+    lines = results[0]["printed"].splitlines()
+    (row,) = [line.split() for line in lines if "cross_attn" in line]
+    assert row == ["model.language_model.layers.{1,3}.cross_attn", "lvx", "auto", "auto", "yes"]
+
+
+def ways_to_say_it(folder: str) -> list[int]:
+    """The config as a path, in args, and as config_params; an optimizer from the config."""
+    config = config_of(optimizer={"type": "SGD", "params": {"lr": LEARNING_RATE}})
+    rank = torch.distributed.get_rank()
+    path = str(Path(folder, f"config{rank}.json"))
+    Path(path).write_text(json.dumps(config))
+    stages = []
+    for given in (
+        {"config": path},
+        {"args": types.SimpleNamespace(deepspeed_config=path, local_rank=rank)},
+        {"config_params": config},
+    ):
+        model = tiny_model()
+        returned = initialize(model=model, model_parameters=model.parameters(), **given)
+        assert len(returned) == 4
+        assert returned[1] is returned[0].optimizer
+        stages.append(returned[0].zero_optimization_stage())
+        end_engine(returned[0])
+    return stages
+
+
+def test_the_config_comes_from_where_deepspeed_takes_it(tmp_path: Path) -> None:
+    assert run_ranks(ways_to_say_it, 2, str(tmp_path)) == [[1, 1, 1]] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "got no ds_config"),
+        (
+            {"config": {}, "args": types.SimpleNamespace(deepspeed_config="x.json")},
+            "expected one of them",
+        ),
+        ({"config": {}, "mpu": object()}, "neither mpu nor mesh_param"),
+        ({"config": {}, "model": None}, "got model of type NoneType"),
+        ({"config": {"ds_lvx": {"layer": []}}}, '"layers"'),
+        ({"config": "no/such/file.json"}, "no such file"),
+    ],
+)
+def test_mistakes_that_need_no_ranks(
+    arguments: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match=words):
+        initialize(**{"model": nn.Linear(1, 1), **arguments})
+
+
+# ---- mistakes on ranks
+
+
+def mistake(what: str) -> tuple[str, bool, bool]:
+    """Make a mistake, then start an engine in the same process as if nothing had been."""
+    rank = torch.distributed.get_rank()
+    config, model = config_of(), tiny_model()
+    if what == "typo on one rank" and rank == 1:
+        config["ds_lvx"]["layers"][1]["metod"] = "lvx"
+    elif what == "other method on one rank" and rank == 0:
+        config["ds_lvx"]["layers"][2]["method"] = "ring"
+    elif what == "other model on one rank" and rank == 1:
+        model = tiny_model(num_hidden_layers=6)
+    elif what == "no family":
+        model = nn.Linear(2, 2)
+    elif what == "size":
+        config["ds_lvx"]["sequence_parallel_size"] = 3
+    elif what == "mesh":
+        config["data_parallel_size"] = 1
+    elif what == "no rule":
+        del config["ds_lvx"]["layers"][2]
+    elif what == "heads":
+        model = tiny_model(num_attention_heads=1, num_key_value_heads=1)
+    elif what == "deepspeed":
+        config |= {"train_batch_size": 7, "gradient_accumulation_steps": 2}
+    try:
+        start_engine(config, model)
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        text = f"{type(error).__name__}: {error}"
+    else:
+        text = "no error"
+    clean = not is_patched(model) and SequenceParallelGroups.current() is None
+    engine = start_engine(config_of())
+    loss = engine(**shard_batch(hard_batch(), model=engine.module)).loss
+    works = bool(torch.isfinite(loss))
+    end_engine(engine)
+    return text, clean, works
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("typo on one rank", ["ValueError: rank 1: ", "metod", '"method"']),
+        ("other method on one rank", ["ValueError", "the ranks disagree"]),
+        ("other model on one rank", ["ValueError", "the ranks disagree on layers"]),
+        ("no family", ["NotImplementedError", "Linear", "mllama"]),
+        ("size", ["ValueError", "ds_lvx.sequence_parallel_size: got 3", "1, 2"]),
+        ("mesh", ["ValueError", "data_parallel_size"]),
+        ("no rule", ["ValueError", "self_attn", '"*.self_attn"']),
+        ("heads", ["ValueError", "1 heads on 2 ranks"]),
+        ("deepspeed", ["AssertionError", "train_batch_size"]),
+    ],
+)
+def test_a_mistake_raises_on_all_ranks_and_leaves_nothing(what: str, words: list[str]) -> None:
+    for text, clean, works in run_ranks(mistake, 2, what):
+        for word in words:
+            assert word in text
+        assert clean
+        assert works
+
+
+# ---- precision, accumulation, evaluation
+
+
+def gradient_scale(stage: int, sections: dict[str, Any]) -> float:
+    """The norm of all gradients of a step."""
+    engine = start_engine(config_of(stage=stage, **sections))
+    out = engine(**shard_batch(hard_batch(), model=engine.module))
+    engine.backward(out.loss)
+    grads = [safe_get_full_grad(p).double().norm() for _, p in trained(engine.module)]
+    end_engine(engine)
+    return float(torch.stack(grads).norm())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_has_the_gradients_of_one_process(stage: int) -> None:
+    """Exact parity is fp32's; a factor of the group's size would show at any precision."""
+    grads = reference_steps([[hard_batch()]])["grads"].values()
+    expected = float(torch.stack([grad.double().norm() for grad in grads]).norm())
+    sections = {"bf16": {"enabled": True}}
+    for norm in run_ranks(gradient_scale, 2, stage, sections):
+        assert norm == pytest.approx(expected, rel=0.1)
+
+
+def accumulated_weights(stage: int) -> dict[str, Any]:
+    engine = start_engine(config_of(stage=stage, gradient_accumulation_steps=2))
+    for seed in (0, 1):
+        out = engine(**shard_batch(hard_batch(seed), model=engine.module))
+        engine.backward(out.loss)
+        engine.step()
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
+        result = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    engine.eval()
+    with torch.no_grad():
+        loss = mean_loss(engine(**shard_batch(hard_batch(2), model=engine.module)).loss)
+    end_engine(engine)
+    return {"weights": result, "evaluation": loss.item()}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accumulated_steps_and_evaluation(stage: int) -> None:
+    model = tiny_model()
+    expected = reference_steps([[hard_batch(0), hard_batch(1)]], model)["weights"]
+    with torch.no_grad():
+        evaluation = model(**hard_batch(2), use_cache=False).loss.item()
+    for result in run_ranks(accumulated_weights, 2, stage):
+        assert result["evaluation"] == pytest.approx(evaluation, abs=1e-4)
+        for name, weight in expected.items():
+            torch.testing.assert_close(
+                result["weights"][name], weight, atol=1e-5, rtol=1e-5, msg=name
+            )
+
+
+def train_unmatched() -> None:
+    start_engine({"train_micro_batch_size_per_gpu": 1})
+
+
+def test_a_config_without_our_section() -> None:
+    with pytest.raises(RankError, match='no "ds_lvx" section'):
+        run_ranks(train_unmatched, 2)
