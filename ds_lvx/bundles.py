@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-_ALIGNMENT_BYTES = 16
+_ALIGNMENT_BYTES = 8  # the widest dtype: a view wants its offset to be a multiple of its item
 
 
 @dataclass(frozen=True)

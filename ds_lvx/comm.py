@@ -75,16 +75,6 @@ class Channel:
         """All ranks of the job; this process alone when ``torch.distributed`` does not run."""
         return cls(dist.group.WORLD if is_initialized() else None)
 
-    @property
-    def previous_rank(self) -> int:
-        """The rank before this one on the ring."""
-        return (self.rank - 1) % self.size
-
-    @property
-    def next_rank(self) -> int:
-        """The rank after this one on the ring."""
-        return (self.rank + 1) % self.size
-
     # ---- control plane
 
     def agree(self, record: dict[str, Any], error: Exception | None = None) -> list[dict[str, Any]]:
@@ -220,30 +210,31 @@ class Channel:
 
         return Pending([work], finish, keep=buffer)
 
-    def shift(self, mine: Bundle, specs: Sequence[Spec]) -> Pending[Bundle]:
-        """Send a bundle to the next rank of the ring and receive one from the previous rank.
+    def shift(self, mine: Bundle, specs: Sequence[Spec], *, hops: int = 1) -> Pending[Bundle]:
+        """Send a bundle ``hops`` ranks ahead on the ring and receive one from as far behind.
 
         Args:
             mine: this rank's tensors. Sent from where they lie when they are contiguous.
-            specs: the specs of what the previous rank sends.
+            specs: the specs of what rank ``rank - hops`` sends.
+            hops: distance on the ring; negative is backwards.
 
         Returns:
-            A `Pending` of the previous rank's bundle.
+            A `Pending` of the bundle that arrives.
 
         Bytes sent: those of ``mine``.
         """
+        assert self.group is not None
         sent = [tensor.contiguous() for tensor in mine]
         arrived = [spec.empty(mine[0].device) for spec in specs]
-        assert self.group is not None
-        next_rank = dist.get_global_rank(self.group, self.next_rank)
-        previous_rank = dist.get_global_rank(self.group, self.previous_rank)
+        receiver = dist.get_global_rank(self.group, (self.rank + hops) % self.size)
+        sender = dist.get_global_rank(self.group, (self.rank - hops) % self.size)
         operations = [
-            dist.P2POp(dist.isend, tensor, next_rank, self.group)
+            dist.P2POp(dist.isend, tensor, receiver, self.group)
             for tensor in sent
             if tensor.numel()
         ]
         operations += [
-            dist.P2POp(dist.irecv, tensor, previous_rank, self.group)
+            dist.P2POp(dist.irecv, tensor, sender, self.group)
             for tensor in arrived
             if tensor.numel()
         ]

@@ -72,8 +72,8 @@ def ring_attention(
         RuntimeError: a rank is gone or the network failed.
 
     Collectives: one agreement of 2 KiB on the CPU. With t keys a rank and K key/value heads, a rank
-    sends ``2 (n-1) t K D e`` bytes in forward and ``(4 n - 2) t K D e`` in backward (k, v, and dk
-    and dv home), plus 4 a key for visibility. The next keys travel while a block is computed.
+    sends ``2 (n-1) t K D e`` bytes in forward and ``4 (n-1) t K D e`` in backward (k and v, dk and
+    dv), plus ``4 (n-1) t`` for visibility. The next keys travel while a block is computed.
     """
     call = settle(
         "ring_attention",
@@ -136,6 +136,7 @@ def _forward(
             *keys[:2],
             visibility=_over(visibility, keys),
             softmax_scale=call.softmax_scale,
+            partial=call.channel.size > 1,
         )
         if merged is None:
             dtype = accumulation_dtype(q.dtype)
@@ -151,13 +152,13 @@ def _forward(
 def _backward(
     call: Call, saved: Saved, k: Tensor, v: Tensor, visibility: Visibility | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dk and dv of a shard travel after it, adding up, and take one hop more to get home."""
+    """Each block's dk and dv go straight home and add up there, in fp32."""
     channel = call.channel
     dtype = accumulation_dtype(k.dtype)
     keys: Bundle = [k, v, *_positions(visibility)]
-    carried: Pending[Bundle] | None = None
+    returning: Pending[Bundle] | None = None
     total = torch.zeros(saved.q.shape, dtype=dtype, device=saved.q.device)
-    dk = dv = k
+    home: list[Tensor] = []
     for step in range(channel.size):
         following = _next_keys(call, keys, step)
         dq, dk, dv = call.kernel.backward(
@@ -172,18 +173,23 @@ def _backward(
             has_dlse=call.returns_lse,
         )
         total += dq
-        if carried is not None:
-            before = carried.wait()
-            dk = (dk.to(dtype) + before[0]).to(k.dtype)
-            dv = (dv.to(dtype) + before[1]).to(k.dtype)
-        if channel.size > 1:
-            rows = call.kv_lengths[(channel.rank - step - 1) % channel.size]
-            carried = channel.shift([dk, dv], [_keys_like(k, rows)] * 2)
+        if step == 0:
+            home = [dk.to(dtype), dv.to(dtype)]
+        else:
+            if returning is not None:
+                _add_to(home, returning.wait())
+            specs = [Spec.of(k), Spec.of(v)]
+            returning = channel.shift([dk.to(k.dtype), dv.to(v.dtype)], specs, hops=-step)
         if following is not None:
             keys = following.wait()
-    if carried is not None:
-        dk, dv = carried.wait()
-    return total, dk, dv
+    if returning is not None:
+        _add_to(home, returning.wait())
+    return total, home[0].to(k.dtype), home[1].to(v.dtype)
+
+
+def _add_to(totals: list[Tensor], parts: Bundle) -> None:
+    for total, part in zip(totals, parts, strict=True):
+        total += part
 
 
 def _next_keys(call: Call, keys: Bundle, step: int) -> Pending[Bundle] | None:

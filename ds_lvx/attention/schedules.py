@@ -18,6 +18,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from ds_lvx.attention import wire
 from ds_lvx.attention.call import Call
 from ds_lvx.bundles import Bundle, Spec
 from ds_lvx.comm import Pending
@@ -79,12 +80,14 @@ class Gather:
             v,
             visibility=_of_everyone(visibility, bundles, 1),
             softmax_scale=call.softmax_scale,
+            partial=call.channel.size > 1,
         )
-        mine = _part_specs(call, q, lse.dtype, call.channel.rank)
+        mine = _part_specs(q, lse)
         arriving = call.channel.exchange(
-            _by_owner(call, out, lse, wire=q.dtype), [mine] * call.channel.size
+            _parts_by_owner(call, out, lse, dtype=q.dtype), [mine] * call.channel.size
         )
-        return merge([(out, lse) for out, lse in arriving.wait()], accumulation_dtype(q.dtype))
+        parts = [_decode_part(bundle) for bundle in arriving.wait()]
+        return merge(parts, accumulation_dtype(q.dtype))
 
     def backward(
         self, call: Call, saved: Saved, visibility: Visibility | None, source: Source, sink: Sink
@@ -106,20 +109,22 @@ class Gather:
             softmax_scale=call.softmax_scale,
             has_dlse=call.returns_lse,
         )
-        parts = [[part] for part in dq.to(q.dtype).split(list(call.q_lengths), dim=1)]
-        arriving = channel.exchange(parts, [[Spec.of(q)]] * channel.size)
+        arriving = channel.exchange(
+            _gradients_by_owner(call, dq, dtype=q.dtype), [_gradient_part_specs(q)] * channel.size
+        )
         sink(dk, dv)
         total = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
-        for (part,) in arriving.wait():
-            total += part
+        for bundle in arriving.wait():
+            total += wire.decode(bundle)
         return total
 
 
 class Ring:
-    """The paper's: query shards rotate, and their parts rotate after them, merging on the way.
+    """The paper's: query shards rotate. Each block's part goes straight home and is merged there.
 
-    At each step the next queries and the last part are under way while the kernel runs. A part
-    is sent on by n - 1 ranks and merged at home with the home rank's own.
+    While a kernel runs, the next queries are on their way here and the last part on its way home.
+    The paper lets parts rotate and merge on the way, for the same bytes; then every hop rounds
+    the running result to 16 bits, where here every part is rounded once and merged in fp32.
     """
 
     def forward(
@@ -128,33 +133,31 @@ class Ring:
         """See `Schedule.forward`."""
         channel, dtype = call.channel, accumulation_dtype(q.dtype)
         queries: Bundle = [q, *_ranges(visibility)]
-        home: tuple[Tensor, Tensor] | None = None
-        carried: Pending[Bundle] | None = None
         keys: tuple[Tensor, Tensor] | None = None
+        home: list[Tensor] = []
+        returning: Pending[Bundle] | None = None
         for step in range(channel.size):
             following = _next_queries(call, queries, step, visibility)
-            if keys is None:
-                keys = source()
+            keys = source() if keys is None else keys
             out, lse = call.kernel.forward(
                 queries[0],
                 *keys,
                 visibility=_under(visibility, queries, 1),
                 softmax_scale=call.softmax_scale,
+                partial=call.channel.size > 1,
             )
-            out, lse = out.to(dtype), lse.to(dtype)
-            if carried is not None:
-                merge_(out, lse, *carried.wait())
             if step == 0:
-                home = (out, lse)
+                home = [out.to(dtype), lse.to(dtype)]
             else:
-                specs = _part_specs(call, q, lse.dtype, _owner(call, step + 1))
-                carried = channel.shift([out.to(q.dtype), lse], specs)
+                if returning is not None:
+                    merge_(home[0], home[1], *_decode_part(returning.wait()))
+                part = [lse, *wire.encode(out, q.dtype)]
+                returning = channel.shift(part, _part_specs(q, home[1]), hops=-step)
             if following is not None:
                 queries = following.wait()
-        assert home is not None
-        if carried is not None:
-            merge_(*home, *carried.wait())
-        return home
+        if returning is not None:
+            merge_(home[0], home[1], *_decode_part(returning.wait()))
+        return home[0], home[1]
 
     def backward(
         self, call: Call, saved: Saved, visibility: Visibility | None, source: Source, sink: Sink
@@ -162,14 +165,13 @@ class Ring:
         """See `Schedule.backward`. dk and dv add up over the steps in fp32."""
         channel, q = call.channel, saved.q
         rows: Bundle = [*saved.bundle(), *_ranges(visibility)]
-        home: Tensor | None = None
-        carried: Pending[Bundle] | None = None
         keys: tuple[Tensor, Tensor] | None = None
-        totals: tuple[Tensor, Tensor] | None = None
+        gradients = _KeyGradients(steps=channel.size)
+        home = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
+        returning: Pending[Bundle] | None = None
         for step in range(channel.size):
             following = _next_queries(call, rows, step, visibility, saved=saved)
-            if keys is None:
-                keys = source()
+            keys = source() if keys is None else keys
             dq, dk, dv = call.kernel.backward(
                 rows[0],
                 *keys,
@@ -178,24 +180,45 @@ class Ring:
                 softmax_scale=call.softmax_scale,
                 has_dlse=call.returns_lse,
             )
-            totals = _add(totals, dk, dv, last=channel.size == 1)
-            dq = dq.to(accumulation_dtype(q.dtype))
-            if carried is not None:
-                dq += carried.wait()[0]
+            gradients.add(dk, dv)
             if step == 0:
-                home = dq
+                home += dq
             else:
-                spec = _rows_like(q, call.q_lengths[_owner(call, step + 1)], dim=1)
-                carried = channel.shift([dq.to(q.dtype)], [spec])
+                if returning is not None:
+                    home += wire.decode(returning.wait())
+                part = wire.encode(dq, q.dtype)
+                returning = channel.shift(part, _gradient_part_specs(q), hops=-step)
             if following is not None:
                 rows = following.wait()
-        assert home is not None
-        assert totals is not None
-        assert keys is not None
-        sink(totals[0].to(keys[0].dtype), totals[1].to(keys[1].dtype))
-        if carried is not None:
-            home = home + carried.wait()[0]
+        gradients.hand_to(sink)
+        if returning is not None:
+            home += wire.decode(returning.wait())
         return home
+
+
+class _KeyGradients:
+    """dk and dv of this rank's keys, added up over the steps of a ring in fp32."""
+
+    def __init__(self, *, steps: int) -> None:
+        self._steps = steps
+        self._totals: list[Tensor] = []
+        self._dtypes: list[torch.dtype] = []
+
+    def add(self, dk: Tensor, dv: Tensor) -> None:
+        """Add one step's. A single step's stay in their own dtype: nothing is added to them."""
+        if not self._totals:
+            self._dtypes = [dk.dtype, dv.dtype]
+            wide = self._steps > 1
+            self._totals = [t.to(accumulation_dtype(t.dtype)) if wide else t for t in (dk, dv)]
+            return
+        for total, part in zip(self._totals, (dk, dv), strict=True):
+            total += part
+
+    def hand_to(self, sink: Sink) -> None:
+        """Give the sums to the sink in the dtype of the keys, and let go of them."""
+        dk, dv = (t.to(dtype) for t, dtype in zip(self._totals, self._dtypes, strict=True))
+        self._totals.clear()
+        sink(dk, dv)
 
 
 class Replicated:
@@ -212,7 +235,12 @@ class Replicated:
         k, v = source()
         dtype = accumulation_dtype(q.dtype)
         out, lse = call.kernel.forward(
-            q, k, v, visibility=visibility, softmax_scale=call.softmax_scale
+            q,
+            k,
+            v,
+            visibility=visibility,
+            softmax_scale=call.softmax_scale,
+            partial=call.channel.size > 1,
         )
         specs = [[Spec.of(lse)]] * call.channel.size
         parts = torch.stack([part for (part,) in call.channel.gather([lse], specs).wait()])
@@ -306,19 +334,36 @@ def _gradient_specs(
     return [queries, queries, *statistics, *_range_specs(call, saved.q, visibility, rank)]
 
 
-def _part_specs(call: Call, q: Tensor, lse_dtype: torch.dtype, owner: int) -> list[Spec]:
-    batch, _, heads, _ = q.shape
-    rows = call.q_lengths[owner]
-    return [_rows_like(q, rows, dim=1), Spec((batch, heads, rows), lse_dtype)]
+def _part_specs(q: Tensor, lse: Tensor) -> list[Spec]:
+    """What a part of this rank's own rows looks like on its way home."""
+    batch, rows, heads, _ = q.shape
+    return [Spec((batch, heads, rows), lse.dtype), *wire.specs(tuple(q.shape), q.dtype)]
 
 
-def _by_owner(call: Call, out: Tensor, lse: Tensor, *, wire: torch.dtype) -> list[Bundle]:
-    """Each rank's rows; in the dtype of the wire, but for this rank's own, which stay here."""
+def _gradient_part_specs(q: Tensor) -> list[Spec]:
+    return wire.specs(tuple(q.shape), q.dtype)
+
+
+def _decode_part(bundle: Bundle) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of a part that arrived."""
+    return wire.decode(bundle[1:]), bundle[0]
+
+
+def _parts_by_owner(call: Call, out: Tensor, lse: Tensor, *, dtype: torch.dtype) -> list[Bundle]:
+    """Each rank's rows as they travel; this rank's own stay here as they are."""
     lengths = list(call.q_lengths)
     pairs = zip(out.split(lengths, dim=1), lse.split(lengths, dim=2), strict=True)
     return [
-        [out if rank == call.channel.rank else out.to(wire), lse]
+        [lse, out] if rank == call.channel.rank else [lse, *wire.encode(out, dtype)]
         for rank, (out, lse) in enumerate(pairs)
+    ]
+
+
+def _gradients_by_owner(call: Call, dq: Tensor, *, dtype: torch.dtype) -> list[Bundle]:
+    parts = dq.split(list(call.q_lengths), dim=1)
+    return [
+        [part] if rank == call.channel.rank else wire.encode(part, dtype)
+        for rank, part in enumerate(parts)
     ]
 
 
@@ -332,14 +377,3 @@ def _of_everyone(
     if visibility is None:
         return None
     return visibility.with_queries(torch.cat([bundle[index] for bundle in bundles], dim=2))
-
-
-def _add(
-    totals: tuple[Tensor, Tensor] | None, dk: Tensor, dv: Tensor, *, last: bool
-) -> tuple[Tensor, Tensor]:
-    if last:
-        return dk, dv
-    dtype = accumulation_dtype(dk.dtype)
-    if totals is None:
-        return dk.to(dtype), dv.to(dtype)
-    return totals[0].add_(dk), totals[1].add_(dv)

@@ -35,6 +35,7 @@ class Kernel(Protocol):
         *,
         visibility: Visibility | None,
         softmax_scale: float,
+        partial: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Attention over these keys alone.
 
@@ -43,6 +44,8 @@ class Kernel(Protocol):
             k, v: ``[B, T, K, D]``, q's dtype.
             visibility: of these queries over these keys.
             softmax_scale: factor on the scores.
+            partial: the result is a part that will be merged with others: a kernel that can do so
+                at little cost returns ``out`` unrounded.
 
         Returns:
             ``out [B, S, H, D]`` in q's dtype or wider, ``lse [B, H, S]`` in fp32 (fp64 for fp64);

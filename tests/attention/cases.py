@@ -1,8 +1,7 @@
-"""Sharded attention problems, and the run of one on this rank: shared by the tests of all methods."""
+"""Sharded attention problems and the run of one on this rank, for the tests of all methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,7 +120,7 @@ def _slice(lengths: tuple[int, ...], rank: int) -> slice:
 
 
 def run_problem(problem: Problem, method: str) -> dict[str, Any]:
-    """Run one problem on this rank; what comes back are this rank's shards of out, lse, gradients."""
+    """Run one problem on this rank; returns its shards of out, lse and gradients."""
     rank = torch.distributed.get_rank()
     shard = problem.shard(rank)
     arguments = {"visibility": shard["visibility"], "softmax_scale": problem.scale, **problem.extra}
@@ -139,9 +138,7 @@ def run_problem(problem: Problem, method: str) -> dict[str, Any]:
             )
         else:
             function = ds_lvx.lv_xattn if method == "lvx" else ds_lvx.ring_attention
-            out, lse = function(
-                shard["q"], shard["k"], shard["v"], return_lse=True, **arguments
-            )
+            out, lse = function(shard["q"], shard["k"], shard["v"], return_lse=True, **arguments)
     with ds_lvx.traffic() as backward:
         problem.loss(out, lse, shard["dout"], shard["dlse"]).backward()
     return {
@@ -182,6 +179,3 @@ def largest_error(result: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[s
         difference = (value.double() - wanted)[finite].abs()
         errors[name] = difference.max().item() if difference.numel() else 0.0
     return errors
-
-
-Runner = Callable[[list[tuple[Problem, str]]], list[dict[str, Any]]]

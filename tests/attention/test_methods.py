@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import ds_lvx
 from tests.attention.cases import Problem, assemble, largest_error, run_problems
 from tests.ranks import run_ranks
 
@@ -22,7 +25,7 @@ LIMIT = 1e-5
 def _case(problem: Problem, method: str) -> tuple[Problem, str]:
     name, _, schedule = method.partition("-")
     extra = {"schedule": schedule} if schedule else {}
-    return Problem(**{**problem.__dict__, "extra": extra}), name
+    return replace(problem, extra=extra), name
 
 
 def _grid(ranks: int) -> list[tuple[Problem, str]]:
@@ -49,3 +52,89 @@ def test_every_method_matches_the_oracle_in_fp32(ranks: int) -> None:
     for index, (problem, method) in enumerate(cases):
         errors = largest_error(assemble([a[index] for a in answers]), problem.oracle())
         assert max(errors.values()) < LIMIT, (method, problem, errors)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("returned", [0.7, 0.0])
+def test_lse_is_a_differentiable_output(ranks: int, returned: float) -> None:
+    """Both outputs get a gradient; with ``returned`` 0 the gradient of lse is all zeros."""
+    methods = [method for method in METHODS if method != "ulysses"]
+    q_lengths, kv_lengths = SHARDS[ranks][1]
+    problem = Problem(q_lengths, kv_lengths, visibility="frames", lse_weight=returned)
+    cases = [_case(problem, method) for method in methods]
+    answers = run_ranks(run_problems, ranks, cases)
+    for index, (problem, method) in enumerate(cases):
+        errors = largest_error(assemble([a[index] for a in answers]), problem.oracle())
+        assert max(errors.values()) < LIMIT, (method, errors)
+
+
+def test_the_reference_kernel_and_fp64_are_exact() -> None:
+    cases = []
+    for dtype, kernel in ((torch.float64, "native"), (torch.float32, "reference")):
+        for method in ("lvx-ring", "lvx-gather", "ring"):
+            problem = Problem((5, 3), (20, 9), dtype=dtype, visibility="frames")
+            problem, name = _case(problem, method)
+            cases.append((replace(problem, extra={**problem.extra, "kernel": kernel}), name))
+    answers = run_ranks(run_problems, 2, cases)
+    for index, (problem, method) in enumerate(cases):
+        errors = largest_error(assemble([a[index] for a in answers]), problem.oracle())
+        limit = 1e-12 if problem.dtype == torch.float64 else 1e-6
+        assert max(errors.values()) < limit, (method, problem.dtype, errors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_16_bits_err_at_most_twice_as_much_as_pytorch(ranks: int, dtype: torch.dtype) -> None:
+    """PyTorch's own attention over the whole sequence, same dtype, is the measure."""
+    problem = Problem(
+        (48,) * ranks, (256,) * ranks, batch=1, heads=4, kv_heads=2, head_dim=64, dtype=dtype
+    )
+    cases = [_case(problem, method) for method in METHODS]
+    exact, allowed = problem.oracle(), _error_of_pytorch(problem)
+    answers = run_ranks(run_problems, ranks, cases)
+    for index, (_, method) in enumerate(cases):
+        errors = largest_error(assemble([a[index] for a in answers]), exact)
+        for name, limit in allowed.items():
+            assert errors[name] <= 2 * limit, (method, name, errors[name], limit)
+
+
+def _error_of_pytorch(problem: Problem) -> dict[str, float]:
+    tensors = problem.tensors()
+    leaves = [tensors[name].transpose(1, 2).clone().requires_grad_() for name in "qkv"]
+    out = torch.nn.functional.scaled_dot_product_attention(*leaves, enable_gqa=True)
+    out.backward(tensors["dout"].transpose(1, 2))
+    result = {"out": out.detach().transpose(1, 2)}
+    for name, leaf in zip("qkv", leaves, strict=True):
+        assert leaf.grad is not None
+        result[f"d{name}"] = leaf.grad.transpose(1, 2)
+    return largest_error(result, problem.oracle())
+
+
+def run_replicated(problem: Problem) -> dict[str, torch.Tensor]:
+    """Every rank holds all queries and the same loss; keys are sharded."""
+    rank = torch.distributed.get_rank()
+    shard, whole = problem.shard(rank), problem.tensors()
+    q = whole["q"].clone().requires_grad_()
+    rule = problem.whole_visibility()
+    visibility = None
+    if rule is not None:
+        visibility = ds_lvx.Visibility(rule.q_start, rule.q_end, shard["visibility"].kv_pos)
+    out, lse = ds_lvx.lv_xattn(
+        q, shard["k"], shard["v"], visibility=visibility, schedule="replicated", return_lse=True
+    )
+    problem.loss(out, lse, whole["dout"], whole["dlse"]).backward()
+    return {"out": out, "lse": lse, "dq": q.grad, "dk": shard["k"].grad, "dv": shard["v"].grad}
+
+
+@pytest.mark.parametrize("visibility", ["none", "frames"])
+def test_replicated_queries_get_the_whole_result_on_every_rank(visibility: str) -> None:
+    problem = Problem((7, 0, 0), (13, 0, 30), visibility=visibility, lse_weight=0.5)
+    answers = run_ranks(run_replicated, 3, problem)
+    exact = problem.oracle()
+    for answer in answers:
+        whole = {name: answer[name].detach() for name in ("out", "lse", "dq")}
+        errors = largest_error(whole, exact)
+        assert max(errors.values()) < LIMIT, errors
+    for name in ("dk", "dv"):
+        together = torch.cat([answer[name] for answer in answers], dim=1)
+        assert largest_error({name: together}, exact)[name] < LIMIT

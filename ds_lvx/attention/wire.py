@@ -1,0 +1,56 @@
+"""How parts of a result travel: in 16 bits where q has 16 bits, but as precisely as those allow.
+
+A part that is merged elsewhere is rounded once on the way and once more after the merge. In bf16,
+with its 8 significant bits, the two together can exceed twice the error of attention in one piece.
+fp16 has 11; what it lacks is range, which one power of two a message gives back. Both factors are
+exact. A value smaller than the largest of its message by 2^-29 or more loses bits again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds_lvx.bundles import Bundle, Spec
+
+_FP16_EXPONENT = 15  # the largest fp16 is just below 2^16
+
+
+def encode(part: Tensor, dtype: torch.dtype) -> Bundle:
+    """The tensors to send for ``part``, a tensor of a shape that the receiver knows.
+
+    Args:
+        part: fp32 or fp64, or ``dtype``; any shape.
+        dtype: q's dtype, which decides the number of bits.
+    """
+    if dtype != torch.bfloat16:
+        return [part.to(dtype)]
+    wide = part.to(torch.float32)
+    scale = _scale(wide)
+    return [(wide * scale).to(torch.float16), scale.reciprocal()]
+
+
+def specs(shape: tuple[int, ...], dtype: torch.dtype) -> list[Spec]:
+    """The specs of `encode`'s tensors for a part of this shape."""
+    if dtype != torch.bfloat16:
+        return [Spec(shape, dtype)]
+    return [Spec(shape, torch.float16), Spec((1,), torch.float32)]
+
+
+def decode(bundle: Bundle) -> Tensor:
+    """The part that arrived, in fp32 where it was scaled."""
+    if len(bundle) == 1:
+        return bundle[0]
+    part, factor = bundle
+    return part.to(torch.float32) * factor
+
+
+def _scale(part: Tensor) -> Tensor:
+    """fp32 ``[1]``: the power of two that brings the largest finite value just below 2^15."""
+    if part.numel() == 0:
+        return torch.ones(1, device=part.device)
+    largest = torch.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0).abs().amax().view(1)
+    _, exponent = torch.frexp(largest)
+    # Between 2^-100 and 2^100 the factor and its reciprocal are both normal numbers.
+    exponent = (_FP16_EXPONENT - exponent).clamp(-100, 100)
+    return torch.ldexp(torch.ones_like(largest), exponent)
