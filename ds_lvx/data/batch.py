@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -107,6 +108,9 @@ class BatchMaker:
         self._dtype = dtype
         # A probe reads the whole file; every epoch comes back to the same ones.
         self._probe = lru_cache(maxsize=256)(probe)
+        # Training batches are made ahead in a thread while another evaluates, and a fast
+        # tokenizer serves one thread at a time.
+        self._lock = Lock()
 
     def sample(self, conversation: Conversation) -> Sample:
         """Look at the media of a conversation, choose frames and write its text. Decodes nothing.
@@ -147,7 +151,8 @@ class BatchMaker:
         """
         from ds_lvx.models.mllama import visible_images
 
-        samples = [self.sample(conversation) for conversation in conversations]
+        with self._lock:
+            samples = [self.sample(conversation) for conversation in conversations]
         inputs = self._text(samples)
         frames = [sample.num_frames for sample in samples]
         if max(frames) > 0:

@@ -27,11 +27,12 @@ Row = dict[str, float]
 
 def finetune(*arguments: str) -> None:
     """The script's own main, on a rank of `tests.ranks`; what it finds wrong is raised."""
-    _as_in_a_fresh_process()
+    as_in_a_fresh_process()
     _main(*arguments)
 
 
-def _as_in_a_fresh_process() -> None:
+def as_in_a_fresh_process() -> None:
+    """Drop what DeepSpeed keeps from earlier engines of this process."""
     # DeepSpeed's shared-memory operator keeps the size of the first world of its process.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # ZeRO-3 numbers modules and parameters through the life of a process, and compares the numbers

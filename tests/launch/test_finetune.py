@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from ds_lvx.training.model import load_model, load_processor
+from ds_lvx.training.options import parse
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.checkpoint_folder import write_checkpoint
 from tests.launch.finetune_runs import (
     arguments,
+    as_in_a_fresh_process,
     finetune,
     metrics,
     one_process_loss,
@@ -132,9 +138,14 @@ def test_lora_saves_an_adapter_that_gives_the_same_loss(folder: Path, tmp_path: 
 
 
 def test_bf16_and_a_frozen_vision_tower(folder: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "ds.json", stage=2, bf16={"enabled": True})
+    config = write_config(tmp_path / "ds.json", stage=2, micro=2, bf16={"enabled": True})
     out = tmp_path / "out"
-    run_ranks(finetune, 2, *_arguments(folder, out, config, freeze_vision=True))
+    options = {"eval_data": folder / "eval.jsonl", "eval_steps": 1, "epochs": 2}
+    run_ranks(finetune, 2, *_arguments(folder, out, config, freeze_vision=True, **options))
+    training, evaluation = metrics(out)
+    assert [row["epoch"] for row in training] == [0.5, 1.0, 1.5, 2.0]
+    assert [row["step"] for row in evaluation] == [1, 2, 3, 4]
+    assert evaluation[3]["eval_loss"] < evaluation[0]["eval_loss"]
 
     before = AutoModelForImageTextToText.from_pretrained(folder / "checkpoint").state_dict()
     model = AutoModelForImageTextToText.from_pretrained(out / "model")
@@ -170,3 +181,23 @@ def test_a_resumed_run_has_the_same_losses(
     assert len({row["loss"] for row in whole}) == 4
     weights = [next((folder / "model").glob("*.safetensors")) for folder in (out, again)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def partitioned_parameters(*words: str, config: dict[str, Any]) -> list[tuple[int, int]]:
+    """On a rank: what it holds of each parameter after loading, and the whole."""
+    as_in_a_fresh_process()
+    deepspeed.init_distributed()
+    options = parse(words)
+    model = load_model(options, config, load_processor(options.model))
+    return [(p.numel() + p.ds_tensor.numel(), p.ds_numel) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["tiny", "checkpoint"])
+def test_under_zero3_no_rank_ever_holds_the_model(folder: Path, tmp_path: Path, name: str) -> None:
+    config_path = write_config(tmp_path / "ds.json", stage=3)
+    words = _arguments(folder, tmp_path / "out", config_path)
+    words[words.index("--model") + 1] = name if name == "tiny" else str(folder / name)
+    config = json.loads(Path(config_path).read_text())
+    for held in run_ranks(partitioned_parameters, 2, *words, config=config):
+        assert len(held) > 50
+        assert all(here <= (whole + 1) // 2 for here, whole in held)

@@ -47,7 +47,6 @@ def test_all_132_frames_of_a_real_video_over_two_ranks(tmp_path: Path) -> None:
     words = arguments(
         model="tiny",
         data=data,
-        eval_data=data,
         fps=25,
         deepspeed_config=CONFIG,
         output_dir=tmp_path / "out",
@@ -58,7 +57,7 @@ def test_all_132_frames_of_a_real_video_over_two_ranks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 x 2 ranks" in done.stdout
     assert "tokens/s" in done.stderr
-    training, evaluation = metrics(tmp_path / "out")
+    training, _ = metrics(tmp_path / "out")
 
     # The same model and the whole video in one process, by transformers alone.
     options = parse(words)
@@ -70,7 +69,6 @@ def test_all_132_frames_of_a_real_video_over_two_ranks(tmp_path: Path) -> None:
     before = one_process_loss(load_model(options, {}, processor), samples)
     after = one_process_loss(AutoModelForImageTextToText.from_pretrained(saved), samples)
     assert training[0]["loss"] == pytest.approx(before, abs=1e-5)
-    assert evaluation[0]["eval_loss"] == pytest.approx(after, abs=1e-5)
     assert after < before - 0.05
 
 
