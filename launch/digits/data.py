@@ -1,0 +1,105 @@
+"""Scikit-learn's handwritten digits as the frames of multimodal sequences. Nothing is downloaded.
+
+A sequence is ``<|image|> 7 <|image|> 2 ...``: frames, each followed in the text by its digit. By
+the rule of mllama's processor a token sees the latest frame only, so that the model has to read the
+digit of an image token off that one frame.
+
+Legend: B sequences of a batch, N frames of a sequence, T = 2 N text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from transformers.models.mllama.processing_mllama import (
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
+
+IMAGE_TOKEN = 10  # the digits are tokens 0 to 9
+FRAME_SIZE = 32
+HELD_OUT = 360
+NOT_A_LABEL = -100
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Frames ``[count, 3, 32, 32]`` between -1 and 1, and their digits ``[count]``."""
+
+    frames: Tensor
+    digits: Tensor
+
+    def __len__(self) -> int:
+        return len(self.digits)
+
+    def batch(self, chosen: Tensor) -> Batch:
+        """The batch of the frames ``chosen [B, N]``, as mllama's processor would return it."""
+        samples, count = chosen.shape
+        digits = self.digits[chosen]
+        input_ids = torch.stack([torch.full_like(digits, IMAGE_TOKEN), digits], dim=2).flatten(1)
+        tiles = torch.ones(samples, count, 1, dtype=torch.long)
+        return {
+            "input_ids": input_ids,
+            "labels": input_ids.masked_fill(input_ids == IMAGE_TOKEN, NOT_A_LABEL),
+            "pixel_values": self.frames[chosen][:, :, None],
+            "aspect_ratio_ids": tiles[:, :, 0],
+            "aspect_ratio_mask": tiles,
+            "cross_attention_mask": _cross_attention_mask(input_ids, count),
+        }
+
+
+def load() -> tuple[Digits, Digits]:
+    """The digits to train on (1,437) and those held out (360): always the same."""
+    source = load_digits()
+    small = torch.from_numpy(source.images).float() / 8 - 1
+    factor = FRAME_SIZE // small.shape[-1]
+    large = small.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+    frames = large[:, None].expand(-1, 3, -1, -1)
+    digits = torch.from_numpy(source.target).long()
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
+    held_out, training = order[:HELD_OUT], order[HELD_OUT:]
+    return Digits(frames[training], digits[training]), Digits(frames[held_out], digits[held_out])
+
+
+def training_batches(
+    digits: Digits, *, steps: int, batch_size: int, frames: int, seed: int
+) -> Iterator[Batch]:
+    """``steps`` batches, the digits shuffled anew in every epoch; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    needed = batch_size * frames
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(order) < needed:
+            order = torch.cat([order, torch.randperm(len(digits), generator=generator)])
+        chosen, order = order[:needed], order[needed:]
+        yield digits.batch(chosen.view(batch_size, frames))
+
+
+def evaluation_batches(digits: Digits, *, batch_size: int, frames: int) -> Iterator[Batch]:
+    """Every digit once. Their number has to be a multiple of ``frames``."""
+    for chosen in torch.arange(len(digits)).view(-1, frames).split(batch_size):
+        yield digits.batch(chosen)
+
+
+def count_correct(logits: Tensor, batch: Batch) -> int:
+    """How many digits are foretold at their image tokens, from the logits ``[B, T, vocabulary]``."""
+    at_images = logits[:, 0::2].argmax(dim=-1).cpu()
+    return int((at_images == batch["input_ids"][:, 1::2]).sum())
+
+
+def _cross_attention_mask(input_ids: Tensor, count: int) -> Tensor:
+    """``[B, T, N, 1]``, made by the processor's own functions."""
+    spans = [get_cross_attention_token_mask(row, IMAGE_TOKEN) for row in input_ids.tolist()]
+    mask = convert_sparse_cross_attention_mask_to_dense(
+        spans,
+        num_tiles=[[1] * count] * len(spans),
+        max_num_tiles=1,
+        length=input_ids.shape[1],
+    )
+    return torch.from_numpy(mask)
