@@ -82,24 +82,29 @@ def initialize(
             "ds_lvx.sequence_parallel_size in the ds_config"
         )
     lvx = _read_config(_config_source(args, config, config_params), port=distributed_port)
+    return _start(
+        lvx,
+        model,
+        args=args,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        distributed_port=distributed_port,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        config=config,
+        config_params=config_params,
+    )
+
+
+def _start(lvx: LVXConfig, model: nn.Module, **arguments: Any) -> tuple[Any, Any, Any, Any]:
+    """Make the groups, patch the model, and let DeepSpeed make the engine."""
     groups = SequenceParallelGroups(lvx.sequence_parallel_size)
     session = None
     try:
         session = Session(lvx, groups, _patch_on_all_ranks(model, lvx, groups))
-        returned = deepspeed.initialize(
-            args=args,
-            model=model,
-            optimizer=optimizer,
-            model_parameters=model_parameters,
-            training_data=training_data,
-            lr_scheduler=lr_scheduler,
-            distributed_port=distributed_port,
-            mpu=groups,
-            dist_init_required=dist_init_required,
-            collate_fn=collate_fn,
-            config=config,
-            config_params=config_params,
-        )
+        returned = deepspeed.initialize(model=model, mpu=groups, **arguments)
     except BaseException:
         # Whoever catches the error gets the model back as it was.
         (groups if session is None else session).close()

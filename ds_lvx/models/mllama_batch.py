@@ -298,10 +298,7 @@ def _states_by_token(
 
 def _tile_shape(model: MllamaForConditionalGeneration) -> tuple[int, int]:
     """Tiles of an image, and visual tokens of a tile."""
-    return (
-        model.config.vision_config.max_num_tiles,
-        model.model.vision_model.num_patches,
-    )
+    return _vision_config(model).max_num_tiles, model.model.vision_model.num_patches
 
 
 def _vision_config(model: MllamaForConditionalGeneration) -> Any:
