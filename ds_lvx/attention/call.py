@@ -94,9 +94,10 @@ def settle(
     except (ValueError, NotImplementedError) as raised:
         error = raised
     same = record.keys() - {"q_length", "kv_length"}
-    tensors = (q, *keys.values())
-    wants_grad = any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
-    record["requires_grad"] = wants_grad
+    # Only the projection of features knows whether its parameters need a gradient: assume so.
+    record["requires_grad"] = "features" in keys or any(
+        isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (q, *keys.values())
+    )
     records = channel.agree(record, error)
     comm.require_same(records, sorted(same), what=operation)
     q_lengths = tuple(other["q_length"] for other in records)

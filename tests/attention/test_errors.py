@@ -1,0 +1,125 @@
+"""What one rank gets wrong raises on all ranks, names the rank, and hangs nobody."""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ds_lvx
+from tests.ranks import RankError, run_ranks
+
+FUNCTIONS = ("lv_xattn", "ring_attention", "ulysses_attention", "lv_xattn_recompute")
+
+
+def wrong_inputs(wrong: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """q, k, v and keyword arguments as the rank passes them that goes wrong."""
+    q, k = torch.randn(1, 4, 4, 8), torch.randn(1, 6, 2, 8)
+    wide = torch.randn(1, 6, 3, 8)
+    tensors = {
+        "shape": [torch.randn(1, 4, 32), k, k],
+        "dtype": [q.int(), k.int(), k.int()],
+        "another dtype": [q.bfloat16(), k.bfloat16(), k.bfloat16()],
+        "heads": [q, wide, wide],
+        "batch": [q.expand(2, -1, -1, -1), *[k.expand(2, -1, -1, -1)] * 2],
+        "lengths": [torch.randn(1, 5, 4, 8), k, k],
+    }
+    arguments: dict[str, dict[str, Any]] = {
+        "kernel": {"kernel": "fast"},
+        "triton": {"kernel": "triton"},
+        "scale": {"softmax_scale": 0.5},
+        "visibility": {"visibility": ds_lvx.Visibility.all(1, 5, 6, device=q.device)},
+        "no visibility elsewhere": {"visibility": ds_lvx.Visibility.all(1, 4, 6, device=q.device)},
+        "schedule": {"schedule": "star"},
+        "schedules": {"schedule": "ring"},
+        "lengths": {"schedule": "replicated"},
+    }
+    return tensors.get(wrong, [q, k, k]), arguments.get(wrong, {})
+
+
+def call(name: str, wrong: str, rank: int) -> None:
+    """One call of a public function that goes wrong on one rank."""
+    here = torch.distributed.get_rank() == rank
+    (q, k, v), arguments = wrong_inputs(wrong if here else "nothing")
+    if not here and wrong in ("schedules", "lengths"):
+        arguments["schedule"] = "gather" if wrong == "schedules" else "replicated"
+    if here and wrong == "function":
+        name = "ring_attention"
+    with torch.set_grad_enabled(not (here and wrong == "grad mode")):
+        if name == "lv_xattn_recompute":
+            ds_lvx.lv_xattn_recompute(q, k, lambda features: (features, features), **arguments)
+        else:
+            getattr(ds_lvx, name)(q, k, v, **arguments)
+
+
+def messages(cases: list[tuple[str, str]]) -> list[str]:
+    """The error of each case on this rank."""
+    found = []
+    for name, wrong in cases:
+        try:
+            call(name, wrong, rank=1)
+            found.append("no error")
+        except (ValueError, NotImplementedError) as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+EVERYWHERE = {
+    "shape": r"ValueError: rank 1: q: got shape \[1, 4, 32\]; expected \[batch",
+    "dtype": r"ValueError: rank 1: q, k, v: got torch.int32; expected one of torch.float32",
+    "another dtype": r"disagree on dtype: got torch.float32 on ranks 0, 2, .*bfloat16 on rank 1",
+    "kernel": r"ValueError: rank 1: kernel: got 'fast'; expected one of \['auto', 'native'",
+    "triton": r"NotImplementedError: rank 1: kernel: got 'triton', which this version.*'native'",
+    "scale": r"ValueError: .*disagree on softmax_scale.*0.5 on rank 1",
+    "batch": r"ValueError: .*disagree on batch: got 1 on ranks 0, 2, 2 on rank 1",
+    "visibility": r"ValueError: rank 1: visibility: got q_start \[1, 5\].*expected \[1, 4\]",
+    "no visibility elsewhere": r"disagree on visibility: got False on ranks 0, 2, True on rank 1",
+}
+SOME = {
+    ("lv_xattn", "heads"): r"ValueError: rank 1: k, v: got 3 heads for 4 .*a divisor of 4",
+    ("lv_xattn", "schedule"): r"rank 1: schedule: got 'star'; expected one of \['auto', 'ring'",
+    ("lv_xattn", "schedules"): r"disagree on schedule: got gather on ranks 0, 2, ring on rank 1",
+    ("lv_xattn", "lengths"): r"'replicated' wants the same queries.*seqlen_q \[4, 5, 4\]",
+    ("lv_xattn", "function"): r"disagree on operation: got lv_xattn on .*ring_attention on rank 1",
+    ("lv_xattn", "grad mode"): r"disagree on grad_enabled: got True on ranks 0, 2, False on rank 1",
+}
+
+
+def test_one_ranks_mistake_is_every_ranks_error() -> None:
+    cases = {(name, wrong): text for name in FUNCTIONS for wrong, text in EVERYWHERE.items()}
+    cases |= SOME
+    for answer in run_ranks(messages, 3, list(cases), timeout_s=60):
+        for (case, text), message in zip(cases.items(), answer, strict=True):
+            assert re.search(text, message, re.DOTALL), (case, message)
+
+
+def too_few_heads() -> str:
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(ValueError, match=r"2 query heads for 3 ranks.*'ring'") as caught:
+        ds_lvx.ulysses_attention(q, q, q)
+    return str(caught.value)
+
+
+def test_ulysses_wants_a_head_a_rank() -> None:
+    assert len(set(run_ranks(too_few_heads, 3))) == 1
+
+
+def one_rank_leaves() -> None:
+    """A rank that dies under the others' transfer: they fail, they do not wait forever."""
+    group = torch.distributed.new_group(timeout=timedelta(seconds=5))
+    q = torch.randn(1, 4, 2, 8)
+    ds_lvx.lv_xattn(q, q, q, group=group)
+    if torch.distributed.get_rank() == 1:
+        os._exit(3)
+    ds_lvx.lv_xattn(q, q, q, group=group)
+
+
+def test_a_dead_rank_is_an_error_for_the_others() -> None:
+    with pytest.raises(RankError) as caught:
+        run_ranks(one_rank_leaves, 2, timeout_s=60)
+    assert "RuntimeError" in str(caught.value)

@@ -1,0 +1,126 @@
+"""Transfers are posted before the work that hides them, and waited for after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ds_lvx
+from ds_lvx.comm import Channel, Pending
+from ds_lvx.kernels.native import NativeKernel
+from tests.attention.cases import Problem
+from tests.ranks import run_ranks
+
+
+class Journal:
+    """Writes down, in order, transfers posted, transfers waited for, kernels and projections."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def watch(self, patch: Any) -> None:
+        for name in ("gather", "exchange", "shift"):
+            self._watch_transfer(patch, name)
+        for name in ("forward", "backward"):
+            self._watch_kernel(patch, name)
+
+    def _watch_transfer(self, patch: Any, name: str) -> None:
+        original = getattr(Channel, name)
+
+        def posted(channel: Channel, *args: Any, **kwargs: Any) -> Pending[Any]:
+            number = sum(event.startswith("post") for event in self.events)
+            self.events.append(f"post {number}")
+            pending = original(channel, *args, **kwargs)
+            wait = pending.wait
+
+            def waited() -> Any:
+                self.events.append(f"wait {number}")
+                return wait()
+
+            pending.wait = waited
+            return pending
+
+        patch.setattr(Channel, name, posted)
+
+    def _watch_kernel(self, patch: Any, name: str) -> None:
+        original = getattr(NativeKernel, name)
+
+        def computed(kernel: NativeKernel, *args: Any, **kwargs: Any) -> Any:
+            self.events.append("kernel")
+            return original(kernel, *args, **kwargs)
+
+        patch.setattr(NativeKernel, name, computed)
+
+    def take(self) -> list[str]:
+        events, self.events = self.events, []
+        return events
+
+
+def run_journal(method: str, schedule: str) -> tuple[list[str], list[str]]:
+    """The events of a forward and of a backward."""
+    problem = Problem((4,) * 3, (8,) * 3)
+    shard = problem.shard(torch.distributed.get_rank())
+    journal = Journal()
+    with pytest.MonkeyPatch.context() as patch:
+        journal.watch(patch)
+
+        def project(features: Tensor) -> tuple[Tensor, Tensor]:
+            journal.events.append("project")
+            features = _Watch.apply(journal, features)
+            return features[:, :, 0], features[:, :, 1]
+
+        if method == "ring_attention":
+            out = ds_lvx.ring_attention(shard["q"], shard["k"], shard["v"])
+        elif method == "recompute":
+            features = torch.stack((shard["k"], shard["v"]), dim=2)
+            out = ds_lvx.lv_xattn_recompute(shard["q"], features, project, schedule=schedule)
+        else:
+            out = ds_lvx.lv_xattn(shard["q"], shard["k"], shard["v"], schedule=schedule)
+        forward = journal.take()
+        out.sum().backward()
+    return forward, journal.take()
+
+
+class _Watch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, journal: Journal, features: Tensor) -> Tensor:
+        ctx.journal = journal
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.journal.events.append("project backward")
+        return None, gradient
+
+
+# Three ranks. Rows travel under the first two kernels (transfers 0 and 1), parts return under the
+# third (2) and after it (3).
+ROWS_AND_PARTS = (
+    "post 0, kernel, wait 0, post 1, kernel, post 2, wait 1, kernel, wait 2, post 3, wait 3"
+)
+ROWS_ALONE = "post 0, kernel, wait 0, post 1, kernel, wait 1, kernel"
+
+
+@pytest.mark.parametrize(
+    ("method", "forward"), [("lvx", ROWS_AND_PARTS), ("ring_attention", ROWS_ALONE)]
+)
+def test_the_ring_transfers_under_the_kernel(method: str, forward: str) -> None:
+    for answer in run_ranks(run_journal, 3, method, "ring"):
+        assert answer == (forward.split(", "), ROWS_AND_PARTS.split(", "))
+
+
+def test_the_ring_hides_its_first_and_last_transfer_under_the_projection() -> None:
+    forward = ROWS_AND_PARTS.replace("post 0,", "post 0, project,")
+    backward = forward.replace("post 3,", "post 3, project backward,")
+    for answer in run_ranks(run_journal, 3, "recompute", "ring"):
+        assert answer == (forward.split(", "), backward.split(", "))
+
+
+def test_gather_hides_under_the_projection_in_both_directions() -> None:
+    forward = "post 0, project, wait 0, kernel, post 1, wait 1"
+    backward = forward.replace("post 1,", "post 1, project backward,")
+    for answer in run_ranks(run_journal, 3, "recompute", "gather"):
+        assert answer == (forward.split(", "), backward.split(", "))
