@@ -55,7 +55,7 @@ def finetune(options: Options, world: Channel) -> None:
         Trainer(engine, inputs, options, world).run()
     except (ValueError, NotImplementedError) as error:
         # Before the shutdown, in which the launcher may end this rank for the failure of another.
-        print(f"[rank {world.rank}] error: {error}", file=sys.stderr, flush=True)
+        print(f"\n[rank {world.rank}] error: {error}", file=sys.stderr, flush=True)
         raise
     finally:
         ds_lvx.shutdown(engine)
