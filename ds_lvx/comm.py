@@ -216,7 +216,7 @@ class Channel:
         Args:
             mine: this rank's tensors. Sent from where they lie when they are contiguous.
             specs: the specs of what rank ``rank - hops`` sends.
-            hops: distance on the ring; negative is backwards.
+            hops: distance on the ring, not a multiple of its size; negative is backwards.
 
         Returns:
             A `Pending` of the bundle that arrives.

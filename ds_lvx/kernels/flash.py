@@ -142,11 +142,12 @@ def _stand_in(dout: Tensor, delta: Tensor) -> Tensor:
     """An ``out`` whose row sum with ``dout`` is ``delta``: ``dout * delta / rowsum(dout^2)``.
 
     Right as long as delta holds no gradient of lse: then dout = 0 implies delta = 0, and
-    ``|delta| / |dout| <= |out|`` fits in any dtype. It is formed from unit vectors, so that a tiny
-    dout does not underflow when it is squared.
+    ``|delta| / |dout| <= |out|`` fits in any dtype. Rows are scaled by their largest element first,
+    so that the square of a tiny dout does not underflow.
     """
     wide = dout.to(delta.dtype)
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    norm = norm.clamp_min(torch.finfo(delta.dtype).tiny)
-    length = delta.transpose(1, 2).unsqueeze(-1) / norm
-    return ((wide / norm) * length).to(dout.dtype)
+    largest = wide.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)
+    unit = wide / largest
+    squares = (unit * unit).sum(dim=-1, keepdim=True).clamp_min(1.0)  # at least 1 unless dout is 0
+    length = delta.transpose(1, 2).unsqueeze(-1) / largest / squares
+    return (unit * length).to(dout.dtype)

@@ -1,0 +1,211 @@
+"""Kernels in one process: forward and backward given a lse, against the float64 oracle."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_lvx import Visibility
+from ds_lvx.attention.oracle import attention_oracle
+from ds_lvx.kernels import choose, flash
+from ds_lvx.kernels.merge import merge
+from ds_lvx.kernels.native import NativeKernel
+
+SHAPES = [  # batch, queries, keys, heads, kv heads, head_dim
+    (1, 1, 1, 1, 1, 16),
+    (2, 7, 300, 4, 2, 16),
+    (1, 33, 1000, 6, 1, 64),
+    (2, 5, 4500, 2, 2, 24),
+    (1, 3, 40, 3, 3, 80),
+    (1, 2, 9, 2, 1, 256),
+]
+
+
+def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    batch, queries, keys, heads, kv_heads, head_dim = shape
+    torch.manual_seed(0)
+    return [
+        torch.randn(batch, length, count, head_dim).to(dtype)
+        for length, count in ((queries, heads), (keys, kv_heads), (keys, kv_heads))
+    ]
+
+
+def rule(shape: tuple[int, ...], name: str) -> Visibility | None:
+    batch, queries, keys = shape[:3]
+    if name == "none":
+        return None
+    row, position = torch.arange(queries), torch.arange(keys) // 3
+    start, end = row * 2, row * 2 + 40
+    start[::4] = -1
+    end[1::4] = start[1::4]
+    position[::11] = -1
+    if name == "shuffled":
+        position = position[torch.randperm(keys)]
+    return Visibility(*(t.int().repeat(batch, 1) for t in (start, end, position)))
+
+
+@pytest.mark.parametrize("visibility", ["none", "frames", "shuffled"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_forward_and_backward(name: str, shape: tuple[int, ...], visibility: str) -> None:
+    kernel = choose(name, torch.float32)
+    q, k, v = tensors(shape, torch.float32)
+    sees, scale = rule(shape, visibility), 0.3
+    leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
+    exact_out, exact_lse = attention_oracle(*leaves, visibility=sees, softmax_scale=scale)
+    dout = torch.randn(q.shape)
+    (exact_out * dout).sum().backward()
+
+    out, lse = kernel.forward(q, k, v, visibility=sees, softmax_scale=scale)
+    assert torch.equal(lse == -torch.inf, exact_lse == -torch.inf)
+    torch.testing.assert_close(out.double(), exact_out, atol=1e-5, rtol=0)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=0)
+    delta = (dout * out).sum(-1).transpose(1, 2)
+    for has_dlse in (False, True):
+        gradients = kernel.backward(
+            q, k, v, dout, lse, delta, visibility=sees, softmax_scale=scale, has_dlse=has_dlse
+        )
+        for gradient, leaf in zip(gradients, leaves, strict=True):
+            assert leaf.grad is not None
+            torch.testing.assert_close(gradient.double(), leaf.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("visibility", ["none", "frames"])
+def test_blocks_of_keys_add_up_to_the_whole(visibility: str) -> None:
+    """The heart of every method: parts merge, and dk, dv of a block are exact given the lse."""
+    shape = (2, 9, 600, 4, 2, 32)
+    kernel = NativeKernel()
+    q, k, v = tensors(shape, torch.float32)
+    sees, dout = rule(shape, visibility), torch.randn(q.shape)
+    cuts = (0, 200, 200, 597, 600)
+    blocks = [slice(a, b) for a, b in itertools.pairwise(cuts)]
+    parts = [None if sees is None else sees.with_keys(sees.kv_pos[:, b]) for b in blocks]
+    out, lse = merge(
+        [
+            kernel.forward(q, k[:, b], v[:, b], visibility=p, softmax_scale=0.2, partial=True)
+            for b, p in zip(blocks, parts, strict=True)
+        ],
+        torch.float32,
+    )
+    whole_out, whole_lse = kernel.forward(q, k, v, visibility=sees, softmax_scale=0.2)
+    torch.testing.assert_close(out, whole_out)
+    torch.testing.assert_close(lse, whole_lse)
+    delta = (dout * out).sum(-1).transpose(1, 2)
+
+    def gradients(keys: slice, part: Visibility | None) -> tuple[Tensor, Tensor, Tensor]:
+        return kernel.backward(
+            q,
+            k[:, keys],
+            v[:, keys],
+            dout,
+            lse,
+            delta,
+            visibility=part,
+            softmax_scale=0.2,
+            has_dlse=False,
+        )
+
+    pieces = [gradients(b, p) for b, p in zip(blocks, parts, strict=True)]
+    whole = gradients(slice(None), sees)
+    torch.testing.assert_close(sum(piece[0] for piece in pieces), whole[0])
+    for index in (1, 2):
+        together = torch.cat([piece[index] for piece in pieces], dim=1)
+        torch.testing.assert_close(together, whole[index])
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
+def test_lengths_of_zero(name: str, queries: int, keys: int) -> None:
+    kernel = choose(name, torch.bfloat16)
+    q, k, v = tensors((2, queries, keys, 4, 2, 16), torch.bfloat16)
+    out, lse = kernel.forward(q, k, v, visibility=None, softmax_scale=1.0)
+    assert out.shape == q.shape
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+    dq, dk, dv = kernel.backward(
+        q, k, v, q, lse, lse, visibility=None, softmax_scale=1.0, has_dlse=False
+    )
+    assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
+    assert not any(gradient.isnan().any() for gradient in (dq, dk, dv))
+
+
+def test_a_tiny_dout_does_not_underflow() -> None:
+    """delta is what travels: the out that stands in for it must not divide by a square of 1e-30."""
+    shape = (1, 4, 50, 2, 2, 16)
+    q, k, v = tensors(shape, torch.float32)
+    kernel = NativeKernel()
+    out, lse = kernel.forward(q, k, v, visibility=None, softmax_scale=0.25)
+    dout = torch.randn(q.shape)
+
+    def gradients(factor: float) -> list[Tensor]:
+        delta = (factor * dout * out).sum(-1).transpose(1, 2)
+        parts = kernel.backward(
+            q,
+            k,
+            v,
+            factor * dout,
+            lse,
+            delta,
+            visibility=None,
+            softmax_scale=0.25,
+            has_dlse=False,
+        )
+        return [part / factor for part in parts]
+
+    for tiny, plain in zip(gradients(1e-25), gradients(1.0), strict=True):
+        torch.testing.assert_close(tiny, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_the_cuda_kernels_are_called_as_pytorch_declares_them() -> None:
+    """No GPU here: PyTorch's shape inference checks the arguments."""
+    q, k, v = (t.to("meta") for t in tensors((2, 8, 64, 4, 2, 64), torch.bfloat16))
+    out, lse = flash.cuda_forward(q, k, v, softmax_scale=0.1)
+    assert out.shape == q.shape
+    assert lse.shape == (2, 4, 8)
+    gradients = flash.cuda_backward(q, k, v, q, lse, lse, softmax_scale=0.1)
+    assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]
+    assert flash.cuda_can(q, None)
+    assert not flash.cuda_can(q, lse)
+    assert not flash.cuda_can(q.float(), None)
+    assert not flash.cuda_can(q[..., :12], None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("visibility", ["none", "frames"])
+def test_cuda_against_the_oracle(visibility: str, dtype: torch.dtype) -> None:
+    shape = (2, 33, 1000, 8, 2, 64)
+    q, k, v = (t.cuda() for t in tensors(shape, dtype))
+    sees = rule(shape, visibility)
+    if sees is not None:
+        sees = Visibility(sees.q_start.cuda(), sees.q_end.cuda(), sees.kv_pos.cuda())
+    leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
+    exact_out, exact_lse = attention_oracle(*leaves, visibility=sees, softmax_scale=0.1)
+    dout = torch.randn_like(q)
+    (exact_out * dout).sum().backward()
+    kernel = choose("native", dtype)
+    out, lse = kernel.forward(q, k, v, visibility=sees, softmax_scale=0.1)
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), exact_out, atol=limit, rtol=limit)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=limit, rtol=limit)
+    delta = (dout.float() * exact_out.float()).sum(-1).transpose(1, 2)
+    gradients = kernel.backward(
+        q, k, v, dout, lse, delta, visibility=sees, softmax_scale=0.1, has_dlse=False
+    )
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(gradient.double(), leaf.grad, atol=limit, rtol=limit)
+
+
+def test_choosing() -> None:
+    assert choose("auto", torch.bfloat16).name == choose("native", torch.float32).name == "native"
+    assert choose("reference", torch.float16).name == "reference"
+    with pytest.raises(ValueError, match=r"'flash3'.*'native'"):
+        choose("flash3", torch.float32)
+    with pytest.raises(ValueError, match=r"got torch.int64; expected one of torch.float32"):
+        choose("native", torch.int64)
+    with pytest.raises(NotImplementedError, match="'triton'"):
+        choose("triton", torch.float32)

@@ -1,0 +1,161 @@
+"""Channels: bundles of any lengths, records, and errors that reach every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ds_lvx
+from ds_lvx.bundles import Bundle, Spec, pack, unpack
+from ds_lvx.comm import Channel, require_same
+from tests.ranks import RankError, run_ranks
+
+DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.bool, torch.float64)
+
+
+def bundle_of(rank: int, salt: int = 0) -> Bundle:
+    """Five odd tensors whose lengths depend on the rank."""
+    generator = torch.Generator().manual_seed(100 * salt + rank)
+    return [
+        torch.randint(0, 2, (2, rank + index % 2, 3), generator=generator).to(dtype)
+        for index, dtype in enumerate(DTYPES)
+    ]
+
+
+def specs_of(rank: int) -> list[Spec]:
+    return [Spec.of(tensor) for tensor in bundle_of(rank)]
+
+
+def same(one: Bundle, other: Bundle) -> bool:
+    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(one, other, strict=True))
+
+
+def test_a_bundle_is_one_buffer_and_comes_back() -> None:
+    for rank in range(3):
+        assert same(unpack(pack(bundle_of(rank)), specs_of(rank)), bundle_of(rank))
+    strided = torch.arange(12.0).view(3, 4).t()
+    assert same(unpack(pack([strided]), [Spec.of(strided)]), [strided])
+
+
+def run_transfers() -> None:
+    channel = Channel.world()
+    rank, size = channel.rank, channel.size
+    specs = [specs_of(other) for other in range(size)]
+    gathered = channel.gather(bundle_of(rank), specs).wait()
+    assert all(same(gathered[r], bundle_of(r)) for r in range(size)), "gather"
+    even = channel.gather([torch.tensor([rank])], [[Spec((1,), torch.int64)]] * size).wait()
+    assert [int(b[0]) for b in even] == list(range(size)), "gather of equal shards"
+
+    # To rank r goes a bundle of r's lengths, so that lengths differ both ways.
+    outgoing = [bundle_of(other, salt=rank) for other in range(size)]
+    arrived = channel.exchange(outgoing, [specs_of(rank)] * size).wait()
+    assert all(same(arrived[r], bundle_of(rank, salt=r)) for r in range(size)), "exchange"
+
+    for hops in (h for h in (1, -1, 2) if h % size):
+        source = (rank - hops) % size
+        first = channel.shift(bundle_of(rank), specs_of(source), hops=hops)
+        second = channel.shift(bundle_of(rank, salt=9), specs_of(source), hops=hops)
+        assert same(first.wait(), bundle_of(source)), f"shift by {hops}"
+        assert same(second.wait(), bundle_of(source, salt=9)), f"second shift by {hops}"
+
+    value = torch.tensor([1.0, rank])
+    total = channel.all_reduce(value)
+    assert total.tolist() == [size, sum(range(size))], "all_reduce"
+    assert value.tolist() == [1.0, rank], "all_reduce changed its input"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_transfers(ranks: int) -> None:
+    if ranks > 1:
+        run_ranks(run_transfers, ranks)
+    else:
+        channel = Channel(None)
+        mine = bundle_of(1)
+        assert same(channel.gather(mine, [specs_of(1)]).wait()[0], mine)
+        assert same(channel.exchange([mine], [specs_of(1)]).wait()[0], mine)
+        assert channel.agree({"a": 1}) == [{"a": 1}]
+
+
+def run_agreements() -> list[Any]:
+    channel = Channel.world()
+    small = channel.agree({"rank": channel.rank, "nested": [1, {"x": None}]})
+    long = channel.agree({"text": "é" * (5000 if channel.rank == 1 else 3)})
+    channel.agree_on({"size": channel.size}, what="test")
+    channel.barrier()
+    with ds_lvx.traffic() as counted:
+        channel.agree({})
+    assert counted.bytes_sent == 0
+    assert counted.control.bytes_sent > 0
+    return [small, [len(record["text"]) for record in long]]
+
+
+def test_records_of_any_length_reach_every_rank() -> None:
+    for small, lengths in run_ranks(run_agreements, 3):
+        assert small == [{"rank": rank, "nested": [1, {"x": None}]} for rank in range(3)]
+        assert lengths == [3, 5000, 3]
+
+
+def run_errors(kinds: dict[int, str]) -> None:
+    channel = Channel.world()
+    kind = kinds.get(channel.rank)
+    error = {
+        "value": ValueError("too long; shorten it"),
+        "missing": NotImplementedError("no such thing"),
+        "file": FileNotFoundError("a.mp4"),
+    }.get(kind or "")
+    channel.agree({}, error)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "text"),
+    [
+        ({1: "value"}, "ValueError: rank 1: too long; shorten it"),
+        ({0: "missing", 2: "missing"}, "NotImplementedError: ranks 0, 2: no such thing"),
+        ({0: "value", 1: "value", 2: "value"}, "ValueError: all ranks: too long"),
+        ({0: "value", 1: "missing"}, "rank 0: too long; shorten it; rank 1: no such thing"),
+        ({2: "file"}, "ValueError: rank 2: a.mp4"),
+    ],
+)
+def test_an_error_of_one_is_an_error_of_all(kinds: dict[int, str], text: str) -> None:
+    with pytest.raises(RankError) as caught:
+        run_ranks(run_errors, 3, kinds)
+    assert set(caught.value.errors) == {0, 1, 2}
+    assert all(text in error for error in caught.value.errors.values())
+
+
+def test_what_must_be_the_same() -> None:
+    records = [{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a": 1, "b": 2}]
+    require_same(records, ["a"], what="call")
+    with pytest.raises(ValueError, match=r"call: .*b: got 2 on ranks 0, 2, 3 on rank 1"):
+        require_same(records, ["a", "b"], what="call")
+
+
+def test_counting_nests_and_ends() -> None:
+    from ds_lvx.counting import count
+
+    with ds_lvx.traffic() as outer:
+        count("all_gather", 5)
+        with ds_lvx.traffic() as inner:
+            count("all_gather", 7)
+    count("all_gather", 100)
+    assert (outer.bytes_sent, outer.calls, inner.bytes_sent, inner.calls) == (12, 2, 7, 1)
+
+
+def run_in_a_subgroup() -> list[float] | None:
+    """A group of ranks 1 and 3 of four: local and global ranks differ."""
+    group = torch.distributed.new_group([1, 3])
+    if torch.distributed.get_rank() in (0, 2):
+        try:
+            Channel(group)
+        except ValueError as error:
+            assert "does not belong to" in str(error)  # noqa: PT017  (runs on a rank)
+        return None
+    channel = Channel(group)
+    theirs = channel.shift([torch.full((2,), float(channel.rank))], [Spec((2,), torch.float32)])
+    return theirs.wait()[0].tolist()
+
+
+def test_groups_other_than_the_world() -> None:
+    assert run_ranks(run_in_a_subgroup, 4) == [None, [1.0, 1.0], None, [0.0, 0.0]]

@@ -1,0 +1,161 @@
+"""Groups, the mpu, and that nothing of a run poisons the next one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ds_lvx
+from ds_lvx.groups import resolve, resolve_groups
+from tests.ranks import RankError, run_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def describe(size: int) -> dict[str, Any]:
+    groups = ds_lvx.SequenceParallelGroups(size)
+    inside = torch.ones(1) * torch.distributed.get_rank()
+    torch.distributed.all_reduce(inside, group=groups.get_sequence_parallel_group())
+    assert ds_lvx.SequenceParallelGroups.current() is groups
+    assert resolve(None).size == size
+    assert resolve_groups(None) is groups
+    described = {
+        "sp": (groups.sp_rank, groups.sp_size),
+        "dp": (groups.dp_rank, groups.dp_size),
+        "sum of the group's ranks": int(inside),
+        "mpu sp": (
+            groups.get_sequence_parallel_rank(),
+            groups.get_sequence_parallel_world_size(),
+        ),
+        "mpu dp": (groups.get_data_parallel_rank(), groups.get_data_parallel_world_size()),
+        "mpu dp x sp": (
+            groups.get_sequence_data_parallel_rank(),
+            groups.get_sequence_data_parallel_world_size(),
+            torch.distributed.get_world_size(groups.get_sequence_data_parallel_group()),
+        ),
+        "mpu mp": (groups.get_model_parallel_rank(), groups.get_model_parallel_world_size()),
+        "markers": (
+            hasattr(groups, "initialize_sequence_parallel"),
+            hasattr(groups, "get_data_parallel_group"),
+        ),
+    }
+    groups.close()
+    groups.close()
+    assert ds_lvx.SequenceParallelGroups.current() is None
+    return described
+
+
+def test_adjacent_ranks_share_a_sequence() -> None:
+    answers = run_ranks(describe, 4, 2)
+    assert [a["sp"] for a in answers] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    assert [a["dp"] for a in answers] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert [a["sum of the group's ranks"] for a in answers] == [1, 1, 5, 5]
+    for rank, answer in enumerate(answers):
+        assert answer["mpu sp"] == answer["sp"]
+        assert answer["mpu dp"] == answer["dp"]
+        assert answer["mpu dp x sp"] == (rank, 4, 4)
+        assert answer["mpu mp"] == (0, 1)
+        assert answer["markers"] == (True, False)
+
+
+def make_groups(size: Any) -> None:
+    ds_lvx.SequenceParallelGroups(size)
+
+
+@pytest.mark.parametrize("size", [2, 0, -1, True, 1.5])
+def test_a_size_that_does_not_divide_the_world(size: Any) -> None:
+    with pytest.raises(RankError, match=r"got .* for a world of 3 ranks; expected one of \[1, 3\]"):
+        run_ranks(make_groups, 3, size)
+
+
+def test_without_distributed() -> None:
+    with pytest.raises(RuntimeError, match="init_distributed"):
+        ds_lvx.SequenceParallelGroups(1)
+    with pytest.raises(RuntimeError, match="no sequence-parallel groups"):
+        resolve_groups(None)
+    assert resolve(None).size == 1
+
+
+def train_twice() -> list[list[float]]:
+    """Two engines in one process: ours with sequence parallelism, then DeepSpeed's own alone."""
+    import deepspeed
+    from deepspeed.utils import groups as deepspeed_groups
+
+    deepspeed.init_distributed(verbose=False)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0,
+    }
+    weights = []
+    for size in (2, None, 1):
+        torch.manual_seed(0)
+        model = nn.Linear(2, 1, bias=False)
+        groups = None if size is None else ds_lvx.SequenceParallelGroups(size)
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+            config=config,
+            mpu=groups,
+        )
+        x = torch.full((1, 2), float(torch.distributed.get_rank() + 1))
+        engine.backward(engine(x).sum())
+        engine.step()
+        weights.append(model.weight.detach().flatten().tolist())
+        engine.destroy()
+        if groups is not None:
+            groups.close()
+        assert deepspeed_groups.mpu is None
+    return weights
+
+
+def test_a_second_engine_is_not_poisoned() -> None:
+    """Sequence parallel: gradients add up (1 + 2). Plain data parallel: they are averaged."""
+    for first, second, third in run_ranks(train_twice, 2):
+        drop = [a - b for a, b in zip(second, first, strict=True)]
+        assert drop == pytest.approx([1.5, 1.5])
+        assert second == pytest.approx(third)
+
+
+SCRIPT = """
+import sys
+import torch, ds_lvx, deepspeed
+deepspeed.init_distributed(verbose=False)
+groups = ds_lvx.SequenceParallelGroups(2)
+q = torch.randn(1, 4, 2, 8, requires_grad=True)
+try:
+    ds_lvx.lv_xattn(q, q, q).sum().backward()
+    if sys.argv[-1] == "fail" and groups.sp_rank == 1:
+        raise KeyError("something of the user's")
+finally:
+    ds_lvx.shutdown()
+assert not torch.distributed.is_initialized()
+assert ds_lvx.SequenceParallelGroups.current() is None
+"""
+
+
+@pytest.mark.parametrize("end", ["well", "fail"])
+def test_a_script_ends_cleanly(end: str, tmp_path: Path) -> None:
+    """With shutdown the launcher ends at once, with 0 or the error of the rank that failed."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
+    done = subprocess.run(
+        [*command, "--no_local_rank", "--master_port", "29731", str(script), end],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode == 0) == (end == "well"), done.stdout + done.stderr
+    assert ("KeyError" in done.stdout + done.stderr) == (end == "fail")
