@@ -112,7 +112,7 @@ def settle(
         kv_lengths=tuple(other["kv_length"] for other in records),
         kernel=chosen,
         softmax_scale=scale,
-        schedule=choose_schedule(schedule, q_lengths, row_bytes=q[0:1, 0:1].nbytes),
+        schedule=choose_schedule(schedule, q_lengths, q),
         requires_grad=torch.is_grad_enabled() and any(r["requires_grad"] for r in records),
         returns_lse=return_lse,
     )
@@ -121,15 +121,18 @@ def settle(
 _MAX_GATHERED_BYTES = 2**30
 
 
-def choose_schedule(schedule: str, q_lengths: tuple[int, ...], *, row_bytes: int) -> str:
+def choose_schedule(schedule: str, q_lengths: tuple[int, ...], q: Tensor) -> str:
     """Resolve ``auto``: ``gather``, unless all ranks' queries would take more than 1 GiB a rank.
 
     Gather sends the same bytes in two messages instead of 2 n and gives the kernel all queries at
     once, but holds q, out and their gradients of the whole sequence; the ring holds one shard's.
+    The answer is the same on every rank: only the dimensions that ranks share count.
     """
     if schedule != "auto":
         return schedule
-    return "gather" if sum(q_lengths) * row_bytes <= _MAX_GATHERED_BYTES else "ring"
+    batch, _, heads, head_dim = q.shape
+    gathered_bytes = sum(q_lengths) * batch * heads * head_dim * q.element_size()
+    return "gather" if gathered_bytes <= _MAX_GATHERED_BYTES else "ring"
 
 
 def _signature(

@@ -167,9 +167,7 @@ def attend(
         kv_lengths=kv_lengths,
         kernel=choose(plan.kernel, q.dtype),
         softmax_scale=scale,
-        schedule=choose_schedule(
-            plan.schedule, batch.text_lengths, row_bytes=q[:1, :1].nbytes * q.shape[0]
-        ),
+        schedule=choose_schedule(plan.schedule, batch.text_lengths, q),
         # A projection that runs again in backward knows only there who wants a gradient.
         requires_grad=(wanted or plan.recompute_kv) and torch.is_grad_enabled(),
     )
