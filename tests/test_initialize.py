@@ -18,7 +18,7 @@ from torch import nn
 
 from ds_lvx.groups import SequenceParallelGroups
 from ds_lvx.initialize import initialize
-from ds_lvx.models.patch import is_patched
+from ds_lvx.models.patch import Hook, is_patched
 from ds_lvx.sharding import mean_loss, shard_batch
 from ds_lvx.shutdown import shutdown
 from tests.models.mllama_case import (
@@ -63,16 +63,24 @@ def start_and_describe(config: Any) -> dict[str, Any]:
         "batch": engine.train_batch_size(),
     }
     module = engine.module
+    described["hooks"] = len(hooks_of_ours(module))
     shutdown(engine)
-    return {**described, "left": is_patched(module) or bool(SequenceParallelGroups.current())}
+    left = is_patched(module) or hooks_of_ours(module) or SequenceParallelGroups.current()
+    return {**described, "left": bool(left)}
+
+
+def hooks_of_ours(model: nn.Module) -> list[Hook]:
+    hooks = [(*m._forward_hooks.values(), *m._forward_pre_hooks.values()) for m in model.modules()]
+    return [hook for some in hooks for hook in some if isinstance(hook, Hook)]
 
 
 def test_rank_0_prints_one_table_and_shutdown_ends_everything() -> None:
-    results = run_ranks(start_and_describe, 4, config_of())
+    results = run_ranks(start_and_describe, 4, config_of(stage=3))
     for rank, result in enumerate(results):
         assert ("recompute_kv" in result["printed"]) == (rank == 0)
         assert result["patched"]
         assert result["current"]
+        assert result["hooks"] == 2  # the text's masks, and the scale of the loss at stage 3
         assert not result["left"]
         assert result["sizes"] == (2, 2)
         assert result["batch"] == 2  # two replicas, not four ranks
@@ -131,8 +139,17 @@ def test_mistakes_that_need_no_ranks(
 # ---- mistakes on ranks
 
 
-def mistake(what: str) -> tuple[str, bool, bool]:
-    """Make a mistake, then start an engine in the same process as if nothing had been."""
+def make_mistakes(whats: list[str]) -> list[tuple[str, bool]]:
+    """Make one mistake after the other, then start an engine as if nothing had been."""
+    found = [make_mistake(what) for what in whats]
+    engine = start_engine(config_of())
+    assert torch.isfinite(engine(**shard_batch(hard_batch(), model=engine.module)).loss)
+    end_engine(engine)
+    return found
+
+
+def make_mistake(what: str) -> tuple[str, bool]:
+    """The error's text, and whether model and process are as they were."""
     rank = torch.distributed.get_rank()
     config, model = config_of(), tiny_model()
     if what == "typo on one rank" and rank == 1:
@@ -159,34 +176,27 @@ def mistake(what: str) -> tuple[str, bool, bool]:
         text = f"{type(error).__name__}: {error}"
     else:
         text = "no error"
-    clean = not is_patched(model) and SequenceParallelGroups.current() is None
-    engine = start_engine(config_of())
-    loss = engine(**shard_batch(hard_batch(), model=engine.module)).loss
-    works = bool(torch.isfinite(loss))
-    end_engine(engine)
-    return text, clean, works
+    return text, not is_patched(model) and SequenceParallelGroups.current() is None
 
 
-@pytest.mark.parametrize(
-    ("what", "words"),
-    [
-        ("typo on one rank", ["ValueError: rank 1: ", "metod", '"method"']),
-        ("other method on one rank", ["ValueError", "the ranks disagree"]),
-        ("other model on one rank", ["ValueError", "the ranks disagree on layers"]),
-        ("no family", ["NotImplementedError", "Linear", "mllama"]),
-        ("size", ["ValueError", "ds_lvx.sequence_parallel_size: got 3", "1, 2"]),
-        ("mesh", ["ValueError", "data_parallel_size"]),
-        ("no rule", ["ValueError", "self_attn", '"*.self_attn"']),
-        ("heads", ["ValueError", "1 heads on 2 ranks"]),
-        ("deepspeed", ["AssertionError", "train_batch_size"]),
-    ],
-)
-def test_a_mistake_raises_on_all_ranks_and_leaves_nothing(what: str, words: list[str]) -> None:
-    for text, clean, works in run_ranks(mistake, 2, what):
-        for word in words:
-            assert word in text
-        assert clean
-        assert works
+MISTAKES = {
+    "typo on one rank": ["ValueError: rank 1: ", "metod", '"method"'],
+    "other method on one rank": ["ValueError", "the ranks disagree"],
+    "other model on one rank": ["ValueError", "the ranks disagree on layers"],
+    "no family": ["NotImplementedError", "Linear", "mllama"],
+    "size": ["ValueError", "ds_lvx.sequence_parallel_size: got 3", "1, 2"],
+    "mesh": ["ValueError", "data_parallel_size"],
+    "no rule": ["ValueError", "self_attn", '"*.self_attn"'],
+    "heads": ["ValueError", "1 heads on 2 ranks"],
+    "deepspeed": ["AssertionError", "train_batch_size"],
+}
+
+
+def test_mistakes_raise_on_all_ranks_and_leave_nothing() -> None:
+    for found in run_ranks(make_mistakes, 2, list(MISTAKES)):
+        for (what, words), (text, clean) in zip(MISTAKES.items(), found, strict=True):
+            assert all(word in text for word in words), f"{what}: {text}"
+            assert clean, what
 
 
 # ---- precision, accumulation, evaluation

@@ -214,8 +214,11 @@ def _as_in_a_fresh_process() -> None:
     # Without DeepSpeed's shared-memory operator, which is compiled at first use and keeps the size
     # of the first world of its process.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # ZeRO-3 numbers modules and parameters through the life of a process and wants the same numbers
-    # on all ranks; the processes behind the ranks may have served different tests before.
+    # What ZeRO-3 leaves behind must be the same on all ranks, and the processes behind them may
+    # have served different tests before: it numbers modules and parameters through the life of a
+    # process, and keeps a linear function of its own, with another order of gradients, in the
+    # place of torch's.
+    torch.nn.functional.linear = torch._C._nn.linear
     Init.param_id = 0
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
 

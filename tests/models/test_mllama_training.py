@@ -117,6 +117,19 @@ def test_a_replica_without_images_beside_one_with_images(stage: int, name: str) 
     )
 
 
+@pytest.mark.parametrize(("stage", "name"), [(2, "lvx recompute"), (3, "ring")])
+def test_a_rank_without_frames_trains_along(stage: int, name: str) -> None:
+    batches = [[make_batch([[1], [3]], length=9, num_tiles=[[2], [1]], seed=s)] for s in (21, 22)]
+    check(
+        stage,
+        ranks=3,
+        sp_size=3,
+        names=(name,),
+        batches=batches,
+        reference=reference_steps(batches),
+    )
+
+
 def test_one_rank_a_sample_needs_no_method() -> None:
     config = ds_config(stage=1, sp_size=1, cross={"method": "lvx"}, self_attn="ring")
     config["ds_lvx"]["layers"] = []
