@@ -51,6 +51,6 @@ def _scale(part: Tensor) -> Tensor:
         return torch.ones(1, device=part.device)
     largest = torch.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0).abs().amax().view(1)
     _, exponent = torch.frexp(largest)
-    # Between 2^-100 and 2^100 the factor and its reciprocal are both normal numbers.
-    exponent = (_FP16_EXPONENT - exponent).clamp(-100, 100)
+    # Between 2^-120 and 2^120 the factor and its reciprocal are both normal numbers.
+    exponent = (_FP16_EXPONENT - exponent).clamp(-120, 120)
     return torch.ldexp(torch.ones_like(largest), exponent)
