@@ -77,7 +77,13 @@ def write_config(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,
         "steps_per_print": 1000,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100},
+        # At stage 3 nothing stays gathered, as with a model that is too large for that.
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+        },
         "ds_lvx": {"sequence_parallel_size": sp_size, "layers": layers if sp_size > 1 else []},
         **more,
     }

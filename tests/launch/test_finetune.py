@@ -43,6 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chat(("video", "b.mp4"), ("image", "a.png"), ("text", "And now?"), answer="A butterfly."),
         chat(("text", "Look"), ("video", "b.mp4"), ("text", "here"), answer="It is green."),
     ]
+    # Two groups of images: the second question does not see those of the first.
+    samples[1]["messages"] += chat(("image", "a.png"), ("text", "And?"), answer="Blue")["messages"]
     write_jsonl(folder / "train.jsonl", *samples)
     write_jsonl(folder / "eval.jsonl", *samples[1:])
     return folder

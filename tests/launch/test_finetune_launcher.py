@@ -79,7 +79,7 @@ def test_an_error_ends_all_ranks_in_seconds_with_one_line_each(tmp_path: Path) -
         *arguments(model="tiny", data=data, deepspeed_config=CONFIG, output_dir=tmp_path / "out")
     )
     assert done.returncode != 0
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 120  # starting the ranks included
     for rank in range(2):
         assert re.search(rf"\[rank {rank}\] error: .*{data}:1: got no such file", done.stderr)
     assert "Traceback" not in done.stderr
