@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from digits.data import Batch, Digits, count_correct, evaluation_batches, load, training_batches
 from digits.model import tiny_mllama
 from digits.report import Run, report
+from transformers import get_cosine_schedule_with_warmup
 
 import ds_lvx
 
@@ -79,7 +81,7 @@ def train_alone(options: argparse.Namespace, training: Digits, held_out: Digits)
     device = get_accelerator().current_device_name()
     model = tiny_mllama(options.seed).to(device)
     optimizer = make_optimizer(model.parameters())
-    scheduler = make_scheduler(optimizer)
+    scheduler = make_scheduler(optimizer, steps=options.steps)
     clip = ds_config(options)["gradient_clipping"]
     losses, start = [], time.perf_counter()
     for batch in batches(options, training):
@@ -133,7 +135,7 @@ def make_engine(options: argparse.Namespace, config: dict[str, Any]) -> Any:
     engine, _, _, _ = ds_lvx.initialize(
         model=model,
         optimizer=make_optimizer(model.parameters()),
-        lr_scheduler=make_scheduler,
+        lr_scheduler=functools.partial(make_scheduler, steps=options.steps),
         config=config,
     )
     return engine
@@ -146,13 +148,14 @@ def close(engine: Any) -> None:
 
 
 def make_optimizer(parameters: Iterator[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=2e-3)
+    return torch.optim.AdamW(parameters, lr=2e-3, eps=1e-6)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.LinearLR(
-        optimizer, start_factor=1 / WARM_UP_STEPS, total_iters=WARM_UP_STEPS
-    )
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, *, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Warm-up, then a cosine down to 0, which also keeps the rounding of two runs from growing."""
+    return get_cosine_schedule_with_warmup(optimizer, WARM_UP_STEPS, steps)
 
 
 def batches(options: argparse.Namespace, training: Digits) -> Iterator[Batch]:

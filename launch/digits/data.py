@@ -88,7 +88,7 @@ def evaluation_batches(digits: Digits, *, batch_size: int, frames: int) -> Itera
 
 
 def count_correct(logits: Tensor, batch: Batch) -> int:
-    """How many digits are foretold at their image tokens, from the logits ``[B, T, vocabulary]``."""
+    """How many digits are named at their image tokens, from logits ``[B, T, vocabulary]``."""
     at_images = logits[:, 0::2].argmax(dim=-1).cpu()
     return int((at_images == batch["input_ids"][:, 1::2]).sum())
 

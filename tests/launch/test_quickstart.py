@@ -27,10 +27,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment['PATH']}"
     port = str(29900 + os.getpid() % 90)
-    script = [str(ROOT / "launch" / "quickstart.py"), "--steps", str(STEPS)]
+    script = str(ROOT / "launch" / "quickstart.py")
+    words = ["--num_gpus", "2", "--master_port", port, script, "--output_dir", str(folder)]
     done = subprocess.run(
-        [str(launcher), "--num_gpus", "2", "--master_port", port, *script]
-        + ["--output_dir", str(folder)],
+        [str(launcher), *words, "--steps", str(STEPS)],
         env=environment,
         cwd=ROOT,
         capture_output=True,
