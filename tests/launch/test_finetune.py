@@ -37,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_video(folder / "a.mp4")
     write_video(folder / "b.mp4", frames=3)
     write_image(folder / "a.png", (100, 40))
+    write_image(folder / "b.png", (40, 40), colour=255)
     samples = [
         chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
         chat(("image", "a.png"), ("text", "Where is it?"), answer="In a green meadow."),
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chat(("text", "Look"), ("video", "b.mp4"), ("text", "here"), answer="It is green."),
     ]
     # Two groups of images: the second question does not see those of the first.
-    samples[1]["messages"] += chat(("image", "a.png"), ("text", "And?"), answer="Blue")["messages"]
+    samples[1]["messages"] += chat(("image", "b.png"), ("text", "And?"), answer="Blue")["messages"]
     write_jsonl(folder / "train.jsonl", *samples)
     write_jsonl(folder / "eval.jsonl", *samples[1:])
     return folder
