@@ -1,0 +1,99 @@
+"""A checkpoint that cannot be finished leaves the one before it in force, on all ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_lvx.comm import Channel
+from ds_lvx.data.ahead import Ahead
+from ds_lvx.training.checkpoints import Checkpoints, RunState
+from ds_lvx.training.inputs import BatchSizes, batch_sizes
+from tests.ranks import run_ranks
+
+
+class _Engine:
+    """Saves one small file a rank, or fails."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def save_checkpoint(self, folder: str, tag: str, **_options: Any) -> None:
+        target = Path(folder) / tag
+        target.mkdir(exist_ok=True)
+        (target / f"weights-{self.rank}").write_text("w")
+
+
+def _state(step: int) -> RunState:
+    return RunState(step, step, 2, 2, 3, 1, 0, "data", "names")
+
+
+def save_three(folder: Path) -> list[str]:
+    """Save step 1, fail on rank 1 at step 2, save step 3; what is there after each."""
+    world = Channel.world()
+    checkpoints = Checkpoints(folder, world, keep=1, only_trained=False)
+    engine = _Engine(world.rank)
+    latest = []
+    for step in (1, 2, 3):
+        if step == 2 and world.rank == 1:
+            checkpoints._write_own = _disk_full  # type: ignore[method-assign]
+        try:
+            checkpoints.save(engine, _state(step))
+        except ValueError as error:
+            latest.append(str(error))
+        finally:
+            checkpoints.__dict__.pop("_write_own", None)
+        assert checkpoints.latest is not None
+        latest.append(checkpoints.latest.name)
+    return latest
+
+
+def _disk_full(partial: Path, state: RunState) -> None:
+    raise OSError("no space left on device")
+
+
+def test_a_save_that_fails_on_one_rank_changes_nothing(tmp_path: Path) -> None:
+    for latest in run_ranks(save_three, 2, tmp_path):
+        assert latest[0] == "step-00000001"
+        assert "rank 1" in latest[1]
+        assert "no space left" in latest[1]
+        assert latest[2:] == ["step-00000001", "step-00000003"]
+    # The unfinished one is gone, and so is the first, of which one was to be kept.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
+    files = sorted(path.name for path in (tmp_path / "step-00000003").iterdir())
+    assert files == ["random-0.pt", "random-1.pt", "run.json", "weights-0", "weights-1"]
+
+
+def test_batch_sizes_are_deepspeeds() -> None:
+    both = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}
+    assert batch_sizes(both, 4) == BatchSizes(2, 3, 4)
+    assert batch_sizes(both, 4).per_step == 24
+    assert batch_sizes({"train_batch_size": 24}, 4) == BatchSizes(6, 1, 4)
+    partly = {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2}
+    assert batch_sizes(partly, 4) == BatchSizes(2, 3, 4)
+    partly = {"train_batch_size": 24, "gradient_accumulation_steps": 3}
+    assert batch_sizes(partly, 4) == BatchSizes(2, 3, 4)
+    assert batch_sizes({"train_micro_batch_size_per_gpu": 2}, 4) == BatchSizes(2, 1, 4)
+    for wrong in ({}, {"train_batch_size": 3}, {**both, "train_batch_size": 23}):
+        with pytest.raises(ValueError, match="leave train_batch_size out"):
+            batch_sizes(wrong, 4)
+
+
+def test_batches_are_made_one_ahead_and_errors_come_in_their_place() -> None:
+    made = []
+
+    def make(place: int) -> int:
+        made.append(place)
+        if place == 4:
+            raise ValueError("bad sample")
+        return place
+
+    ahead = Ahead(make, step=2, end=6)
+    assert ahead.get(0) == 0
+    assert ahead.get(2) == 2
+    with pytest.raises(ValueError, match="bad sample"):
+        ahead.get(4)
+    ahead.close()
+    assert made == [0, 2, 4]
