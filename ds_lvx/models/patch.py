@@ -37,12 +37,11 @@ class ShardedForward:
         self.previous = module.__dict__.get("forward")
 
     def __call__(self, *args: Any, ds_lvx: ShardedBatch | None = None, **kwargs: Any) -> Any:
-        if ds_lvx is None:
-            forward = type(self.module).forward
-            if self.previous is not None:
-                return self.previous(*args, **kwargs)
-            return forward(self.module, *args, **kwargs)
-        return self.sharded(ds_lvx, *args, **kwargs)
+        if ds_lvx is not None:
+            return self.sharded(ds_lvx, *args, **kwargs)
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     def sharded(self, batch: ShardedBatch, *args: Any, **kwargs: Any) -> Any:
         """The attention of this rank's shard. A model family fills it in."""
