@@ -30,8 +30,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 import ds_lvx
 
-BATCH_SIZE = 8
-FRAMES = 8
+FRAMES = 8  # of a sequence
+HELD_OUT_BATCH = 15  # sequences; they come out even
 WARM_UP_STEPS = 20
 TEXT_KEYS = ("input_ids", "labels")
 
@@ -68,7 +68,7 @@ def train_sharded(options: argparse.Namespace, training: Digits, held_out: Digit
     engine.eval()
     correct = 0
     with torch.no_grad():
-        for batch in evaluation_batches(held_out, batch_size=BATCH_SIZE, frames=FRAMES):
+        for batch in evaluation_batches(held_out, batch_size=HELD_OUT_BATCH, frames=FRAMES):
             out = engine(**ds_lvx.shard_batch(batch, model=engine.module))
             correct += count_correct(ds_lvx.gather_sequence(out.logits), batch)
     ranks = engine.ds_lvx.groups.sp_size
@@ -96,7 +96,7 @@ def train_alone(options: argparse.Namespace, training: Digits, held_out: Digits)
 
     correct = 0
     with torch.no_grad():
-        for batch in evaluation_batches(held_out, batch_size=BATCH_SIZE, frames=FRAMES):
+        for batch in evaluation_batches(held_out, batch_size=HELD_OUT_BATCH, frames=FRAMES):
             out = model(**to_device(batch, device), use_cache=False)
             correct += count_correct(out.logits, batch)
     return Run(losses, correct / len(held_out), seconds, 1)
@@ -148,7 +148,7 @@ def close(engine: Any) -> None:
 
 
 def make_optimizer(parameters: Iterator[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=2e-3, eps=1e-6)
+    return torch.optim.AdamW(parameters, lr=1.5e-3, eps=1e-6)
 
 
 def make_scheduler(
@@ -160,8 +160,9 @@ def make_scheduler(
 
 def batches(options: argparse.Namespace, training: Digits) -> Iterator[Batch]:
     """The batches of a run: the same for both runs, and on every rank."""
+    size = ds_config(options)["train_micro_batch_size_per_gpu"]
     return training_batches(
-        training, steps=options.steps, batch_size=BATCH_SIZE, frames=FRAMES, seed=options.seed
+        training, steps=options.steps, batch_size=size, frames=FRAMES, seed=options.seed
     )
 
 

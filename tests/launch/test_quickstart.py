@@ -59,9 +59,9 @@ def test_two_ranks_learn_what_one_process_learns(metrics: dict[str, Any]) -> Non
 
 
 def test_bytes_of_the_methods(metrics: dict[str, Any]) -> None:
-    # 2 layers; 8 samples of 16 text tokens and 8 frames of 17 visual tokens, over 2 ranks;
+    # 2 layers; 12 samples of 16 text tokens and 8 frames of 17 visual tokens, over 2 ranks;
     # 4 heads, 2 of K and V, of 16 numbers in fp32; 8 bytes of visibility a query.
-    queries, keys = 8 * 16 // 2, 8 * 8 * 17 // 2
+    queries, keys = 12 * 16 // 2, 12 * 8 * 17 // 2
     heads, kv_heads, head_dim, size = 4, 2, 16, 4
     forward = heads * (2 * head_dim * size + 4) + 8
     backward = heads * (3 * head_dim * size + 8) + 8
