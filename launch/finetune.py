@@ -11,10 +11,12 @@ the frames that it holds; what one rank finds wrong in the data is an error on a
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 
 import ds_lvx
 from ds_lvx.comm import Channel
@@ -28,6 +30,8 @@ from ds_lvx.training.together import together
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code of this rank."""
     options = parse(arguments)
+    # Before anything is put on a device: several ranks share a node.
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed()
     world = Channel.world()
     try:
@@ -52,7 +56,7 @@ def finetune(options: Options, world: Channel) -> None:
         model = load_model(options, inputs.ds_config, inputs.processor)
         engine = make_engine(model, inputs, options)
         del model  # the engine's alone, so that nothing of it outlives the shutdown
-        Trainer(engine, inputs, options, world).run()
+        Trainer(engine, inputs, options, world=world).run()
     except (ValueError, NotImplementedError) as error:
         # Before the shutdown, in which the launcher may end this rank for the failure of another.
         print(f"\n[rank {world.rank}] error: {error}", file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from ds_lvx.data.errors import DataError, Source
 from ds_lvx.data.frames import DecodeCount, Video, choose, decode, probe
 from ds_lvx.data.images import load_image
 from ds_lvx.data.text import IGNORED, EncodedText, TextEncoder
+from ds_lvx.models.mllama_mask import visible_images
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,6 @@ class BatchMaker:
         Raises:
             DataError: with file and line.
         """
-        from ds_lvx.models.mllama import visible_images
-
         with self._lock:
             samples = [self.sample(conversation) for conversation in conversations]
         inputs = self._text(samples)

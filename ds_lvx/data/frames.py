@@ -144,7 +144,7 @@ def decode(
             # earlier keyframe, twice as far back each time.
             targets = [video.keyframes[max(place - back, 0)] for back in (0, 1, 2, 4, 8)]
             targets.append(min(video.timestamps[0], 0))
-            frames = _frames_from(container, stream, targets, wanted[0])
+            frames = _frames_from(container, stream, targets, first=wanted[0])
             yield from _pick(frames, wanted, counter, time_base=video.time_base)
 
 
@@ -187,7 +187,9 @@ def _rotation(frame: Any) -> int:
     return int(frame.rotation)
 
 
-def _frames_from(container: Any, stream: Any, targets: Sequence[int], first: int) -> Iterator[Any]:
+def _frames_from(
+    container: Any, stream: Any, targets: Sequence[int], *, first: int
+) -> Iterator[Any]:
     """Decoded frames, from the first target that leads to one no later than ``first``."""
     for target in targets:
         container.seek(target, stream=stream, backward=True, any_frame=False)

@@ -71,7 +71,7 @@ class Trainer:
         maker: makes the batches.
     """
 
-    def __init__(self, engine: Any, inputs: Inputs, options: Options, world: Channel) -> None:
+    def __init__(self, engine: Any, inputs: Inputs, options: Options, *, world: Channel) -> None:
         self.engine = engine
         self.step = 0
         self.samples_seen = 0

@@ -60,7 +60,7 @@ def tiny_processor() -> MllamaProcessor:
 
 
 def tiny_config(vocab_size: int, *, num_heads: int = 4, num_kv_heads: int = 2) -> MllamaConfig:
-    """A model of about 100,000 parameters: 4 text layers, 2 of them cross-attention, 2 of vision.
+    """A model of about 200,000 parameters: 4 text layers, 2 of them cross-attention, 2 of vision.
 
     Args:
         vocab_size: of the output; the image token's id is this number.

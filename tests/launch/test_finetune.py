@@ -159,9 +159,32 @@ def test_bf16_and_a_frozen_vision_tower(folder: Path, tmp_path: Path) -> None:
     assert not any("vision_model" in name for name in changed)
 
 
+def test_optimizer_and_schedule_of_the_ds_config_are_taken(folder: Path, tmp_path: Path) -> None:
+    sections = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "torch_adam": True}},
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_max_lr": 3e-3, "warmup_num_steps": 2, "warmup_type": "linear"},
+        },
+    }
+    config = write_config(tmp_path / "ds.json", stage=1, **sections)
+    out = tmp_path / "out"
+    run_ranks(finetune, 2, *_arguments(folder, out, config, max_steps=5, log_steps=4))
+    training, _ = metrics(out)
+    assert [row["step"] for row in training] == [4, 5]
+    assert training[1]["learning_rate"] == pytest.approx(3e-3)
+    assert training[1]["loss"] < 6
+
+
 @pytest.mark.parametrize(
     ("stage", "options"),
-    [(2, {}), (3, {}), (3, {"lora_r": 2, "lora_dropout": 0.3, "learning_rate": 0.1})],
+    [
+        (0, {}),
+        (1, {"lora_r": 2}),
+        (2, {}),
+        (3, {}),
+        (3, {"lora_r": 2, "lora_dropout": 0.3, "learning_rate": 0.1}),
+    ],
 )
 def test_a_resumed_run_has_the_same_losses(
     folder: Path, tmp_path: Path, stage: int, options: dict[str, float]
