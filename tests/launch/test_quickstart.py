@@ -47,6 +47,7 @@ def metrics(finished: tuple[Path, str]) -> dict[str, Any]:
     return json.loads((finished[0] / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_process_learns(metrics: dict[str, Any]) -> None:
     assert metrics["sequence_parallel_size"] == 2
     assert len(metrics["losses"]) == len(metrics["losses_one_process"]) == STEPS
@@ -58,6 +59,7 @@ def test_two_ranks_learn_what_one_process_learns(metrics: dict[str, Any]) -> Non
     assert abs(metrics["heldout_accuracy"] - metrics["heldout_accuracy_one_process"]) < 0.005
 
 
+@pytest.mark.slow
 def test_bytes_of_the_methods(metrics: dict[str, Any]) -> None:
     # 2 layers; 12 samples of 16 text tokens and 8 frames of 17 visual tokens, over 2 ranks;
     # 4 heads, 2 of K and V, of 16 numbers in fp32; 8 bytes of visibility a query.
@@ -72,6 +74,7 @@ def test_bytes_of_the_methods(metrics: dict[str, Any]) -> None:
     assert sent["lvx"] < sent["ulysses"] < sent["ring"]
 
 
+@pytest.mark.slow
 def test_picture_and_table(finished: tuple[Path, str], metrics: dict[str, Any]) -> None:
     folder, printed = finished
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
