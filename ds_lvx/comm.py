@@ -25,6 +25,8 @@ ProcessGroup: TypeAlias = dist.ProcessGroup
 T = TypeVar("T")
 
 _RECORD_BYTES = 2048
+# torch 2.13 gave the collective a new name and warns at the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Pending(Generic[T]):
@@ -128,7 +130,7 @@ class Channel:
         framed = len(payload).to_bytes(8, "little") + payload[: capacity - 8]
         mine = torch.frombuffer(bytearray(framed.ljust(capacity, b"\0")), dtype=torch.uint8)
         everyone = torch.empty(self.size * capacity, dtype=torch.uint8)
-        dist.all_gather_into_tensor(everyone, mine, group=self._control())
+        _all_gather(everyone, mine, group=self._control())
         count_control((self.size - 1) * capacity)
         rows = [bytes(row) for row in everyone.view(self.size, capacity).numpy()]
         lengths = [int.from_bytes(row[:8], "little") for row in rows]
@@ -143,7 +145,10 @@ class Channel:
         if self.group not in Channel._control_groups:
             ranks = dist.get_process_group_ranks(self.group)
             Channel._control_groups[self.group] = dist.new_group(
-                ranks, backend="gloo", use_local_synchronization=True
+                ranks,
+                timeout=_timeout(self.group),
+                backend="gloo",
+                use_local_synchronization=True,
             )
         return Channel._control_groups[self.group]
 
@@ -168,7 +173,7 @@ class Channel:
         arrived = torch.empty(sum(sizes), dtype=torch.uint8, device=buffer.device)
         count("all_gather", (self.size - 1) * buffer.numel())
         if min(sizes) == max(sizes):
-            work = dist.all_gather_into_tensor(arrived, buffer, group=self.group, async_op=True)
+            work = _all_gather(arrived, buffer, group=self.group, async_op=True)
         else:
             # An all-gather of unequal shards: gloo has none, so each rank writes to each other.
             buffer = buffer.repeat(self.size)
@@ -329,27 +334,27 @@ def new_groups(ranks_by_group: Sequence[Sequence[int]]) -> ProcessGroup:
     """Make process groups on every rank of the world; return the one that this rank is in."""
     mine = None
     for ranks in ranks_by_group:
-        group = dist.new_group(list(ranks), timeout=_timeout())
+        group = dist.new_group(list(ranks), timeout=_timeout(dist.group.WORLD))
         if dist.get_rank() in ranks:
             mine = group
     assert mine is not None, "the groups must cover the world"
     return mine
 
 
-def _timeout() -> timedelta | None:
-    # New groups wait as long as the world does: torch would give them 30 minutes whatever the user
-    # asked of init_process_group.
-    world = dist.group.WORLD
-    assert world is not None
-    device = world._device_types[-1]
-    options = getattr(world._get_backend(device), "options", None)
+def _timeout(group: ProcessGroup | None) -> timedelta | None:
+    """How long the group waits for a rank; a new group would get torch's 30 minutes instead."""
+    assert group is not None
+    options = getattr(group._get_backend(group._device_types[-1]), "options", None)
     return getattr(options, "_timeout", None)
 
 
 def destroy_group(group: ProcessGroup) -> None:
-    """End a process group, unless the whole of ``torch.distributed`` has ended already."""
+    """End a process group and its control plane, unless ``torch.distributed`` has ended already."""
+    control = Channel._control_groups.pop(group, None)
     if is_initialized():
-        dist.destroy_process_group(group)
+        for ended in (control, group):
+            if ended is not None:
+                dist.destroy_process_group(ended)
 
 
 def destroy_all() -> None:

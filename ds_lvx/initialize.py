@@ -15,6 +15,7 @@ from ds_lvx.groups import SequenceParallelGroups
 from ds_lvx.models import Patch, patch_model
 from ds_lvx.models.patch import ScaleLoss
 from ds_lvx.models.plan import table
+from ds_lvx.start import init_distributed
 
 
 class Session:
@@ -139,7 +140,7 @@ def _read_config(source: Any, *, port: int) -> LVXConfig:
         error = caught
     if error is not None and not is_initialized() and "RANK" not in os.environ:
         raise error  # no launcher started this process: there is nobody to tell
-    deepspeed.init_distributed(distributed_port=port)
+    init_distributed(distributed_port=port)
     world = Channel.world()
     world.agree({}, error)
     assert lvx is not None

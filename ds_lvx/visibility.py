@@ -21,7 +21,7 @@ EVERYTHING = torch.iinfo(torch.int32).max
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which keys each query may attend to. What nobody sees costs nothing: blocks are skipped.
+    """Which keys each query may attend to. On a CPU, blocks of keys that nobody sees are skipped.
 
     Args:
         q_start: int32 ``[batch, seqlen_q]``, first key position that a query of this rank sees.

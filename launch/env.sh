@@ -55,24 +55,11 @@ lvx_check_compiler() {
   fi
 }
 
-# PyTorch guards the building and loading of an operator with a file. A process that was killed in
-# there leaves it behind, and every later one would wait for it without a word.
-lvx_remove_stale_locks() {
-  local lock holders
-  for lock in "$TORCH_EXTENSIONS_DIR"/*/lock "$TORCH_EXTENSIONS_DIR"/*/*/lock; do
-    [ -e "$lock" ] || continue
-    holders=$(find /proc/[0-9]*/fd -lname "$lock" 2>/dev/null || true)
-    [ -n "$holders" ] || rm -f "$lock"
-  done
-}
-
 lvx_check_compiler
 if [ ! -x .venv/bin/python ] || [ "$(cat .venv/stamp 2>/dev/null)" != "$(lvx_stamp)" ]; then
   lvx_install
 fi
 export VIRTUAL_ENV="$PWD/.venv"
 export PATH="$VIRTUAL_ENV/bin:$PATH" # DeepSpeed looks for ninja there
-export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VIRTUAL_ENV/torch_extensions}"
-lvx_remove_stale_locks
 # Ranks share the cores: more threads a rank are slower, unless you have cores to spare.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -15,11 +15,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-import deepspeed
 from deepspeed.accelerator import get_accelerator
 
 import ds_lvx
 from ds_lvx.comm import Channel
+from ds_lvx.start import init_distributed
 from ds_lvx.training.inputs import read_inputs
 from ds_lvx.training.loop import Trainer, make_engine
 from ds_lvx.training.model import load_model
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     # Before anything is put on a device: several ranks share a node.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    deepspeed.init_distributed()
+    init_distributed()
     world = Channel.world()
     try:
         finetune(options, world)

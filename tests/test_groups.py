@@ -14,6 +14,7 @@ from torch import nn
 
 import ds_lvx
 from ds_lvx.groups import resolve, resolve_groups
+from ds_lvx.start import init_distributed
 from tests.ranks import RankError, run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +89,7 @@ def train_twice() -> list[list[float]]:
     import deepspeed
     from deepspeed.utils import groups as deepspeed_groups
 
-    deepspeed.init_distributed(verbose=False)
+    init_distributed(verbose=False)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 1},

@@ -85,7 +85,8 @@ def lv_xattn_recompute(
             shape, on the ranks whose ``project_kv`` made them.
 
     Collectives: those of `lv_xattn`, the first under the projection, in backward the last as well.
-    Kept for backward: q, out, lse, and references to features and visibility.
+    Kept for backward: q, out, lse, the state of the random generators, and references to features
+    and visibility.
 
     Source: the paper's section 3.2.
     """

@@ -5,8 +5,9 @@ first transfer is under way, so that a projection which it runs hides that trans
 dk and dv to a *sink* while the last transfer of dq is under way, for the same reason.
 
 Legend: n ranks, s this rank's queries, H heads, D head_dim, e bytes an element. Forward sends
-``(n - 1) s H (2 D e + 4)`` bytes a rank, backward ``(n - 1) s H (3 D e + 8)``, and 8 bytes a query
-for visibility, in ``ring`` and in ``gather`` alike (LV-XAttn, arXiv:2502.02406, section 3).
+``(n - 1) s H (2 D e + 4)`` bytes a rank, backward ``(n - 1) s H (3 D e + 8)``, and each
+``8 (n - 1) s`` for visibility, in ``ring`` and in ``gather`` alike (LV-XAttn, arXiv:2502.02406,
+section 3).
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ class Gather:
 class Ring:
     """The paper's: query shards rotate. Each block's part goes straight home and is merged there.
 
-    While a kernel runs, the next queries are on their way here and the last part on its way home.
+    While a kernel runs, the next queries are on their way here and the last part on its way home;
+    only the very last part has no kernel to hide under (in backward it has the projection's own).
     The paper lets parts rotate and merge on the way, for the same bytes; then every hop rounds
     the running result to 16 bits, where here every part is rounded once and merged in fp32.
     """

@@ -20,6 +20,7 @@ from ds_lvx.attention.common import LocalAttention
 from ds_lvx.bundles import Spec
 from ds_lvx.comm import Channel
 from ds_lvx.counting import count
+from ds_lvx.start import init_distributed
 from ds_lvx.visibility import EVERYTHING, Visibility
 
 
@@ -177,4 +178,4 @@ def _ensure_deepspeed_comm() -> None:
     # DistributedAttention talks through deepspeed.comm, which a script without an engine may not
     # have started; it takes over the process group that is there.
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(verbose=False)
+        init_distributed(verbose=False)

@@ -46,7 +46,7 @@ def decode(bundle: Bundle) -> Tensor:
 
 
 def _scale(part: Tensor) -> Tensor:
-    """fp32 ``[1]``: the power of two that brings the largest finite value just below 2^15."""
+    """fp32 ``[1]``: the power of two that brings the largest finite value into [2^14, 2^15)."""
     if part.numel() == 0:
         return torch.ones(1, device=part.device)
     largest = torch.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0).abs().amax().view(1)

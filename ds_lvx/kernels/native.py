@@ -1,8 +1,8 @@
 """The ``native`` kernel: PyTorch's own fused attention, on CPU and CUDA, forward and backward.
 
-Without visibility it is one call. With it, keys are cut into blocks: a block that no query sees is
-left out, one that all see needs no mask, and no mask is larger than a block. Where no fused kernel
-does a block (`ds_lvx.kernels.flash`), matrix products do (`ds_lvx.kernels.dense`).
+Without visibility it is one call. With it, keys are cut into blocks, and no mask is larger than a
+block; on a CPU a block that no query sees is left out, and one that all see needs no mask. Where no
+fused kernel does a block (`ds_lvx.kernels.flash`), matrix products do (`ds_lvx.kernels.dense`).
 
 PyTorch's kernels round their output to q's dtype. A part that is still to be merged would be
 rounded twice, so on a CPU, where it costs next to nothing, 16-bit parts are computed block by

@@ -130,6 +130,8 @@ def _with_lora(model: nn.Module, options: Options) -> nn.Module:
         lora_dropout=options.lora_dropout,
         target_modules=LORA_TARGETS,
     )
+    # Loading draws random numbers, and how many depends on the ZeRO stage.
+    torch.manual_seed(options.seed)
     return get_peft_model(model, config)
 
 
