@@ -1,0 +1,79 @@
+"""The names and signatures that users build on."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+from pathlib import Path
+
+import deepspeed
+import pytest
+
+import ds_lvx
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMON = "group=None, visibility=None, softmax_scale=None"
+
+SIGNATURES = {
+    "lv_xattn": f"q, k, v, *, {COMMON}, schedule='auto', kernel='auto', return_lse=False",
+    "lv_xattn_recompute": (
+        f"q, features, project_kv, *, {COMMON}, schedule='auto', kernel='auto', return_lse=False"
+    ),
+    "ring_attention": f"q, k, v, *, {COMMON}, kernel='auto', return_lse=False",
+    "ulysses_attention": f"q, k, v, *, {COMMON}, kernel='auto'",
+    "Visibility": "q_start, q_end, kv_pos",
+    "SequenceParallelGroups": "sequence_parallel_size",
+    "owned": "count, *, groups=None",
+    "shard_batch": "batch, *, model, groups=None, frames='all'",
+    "gather_sequence": "x, dim=1, *, groups=None",
+    "mean_loss": "loss, *, groups=None",
+    "shutdown": "engine=None",
+    "traffic": "",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name: str) -> None:
+    parameters = inspect.signature(getattr(ds_lvx, name)).parameters.values()
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+    assert str(inspect.Signature(bare)) == f"({SIGNATURES[name]})"
+
+
+def test_initialize_has_the_signature_of_deepspeed() -> None:
+    ours, theirs = (
+        inspect.signature(f).parameters for f in (ds_lvx.initialize, deepspeed.initialize)
+    )
+    assert list(ours) == list(theirs)
+    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+
+
+def test_every_public_name_exists_and_says_what_it_does() -> None:
+    for name in ds_lvx.__all__:
+        assert inspect.getdoc(getattr(ds_lvx, name)), name
+
+
+def test_only_comm_imports_torch_distributed() -> None:
+    for path in (ROOT / "ds_lvx").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            if any(name.startswith("torch.distributed") for name in names):
+                assert path.name == "comm.py", path
+
+
+def test_the_readmes_config_is_one() -> None:
+    (block,) = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert ds_lvx.LVXConfig.from_ds_config(json.loads(block)).sequence_parallel_size == 4
+
+
+def test_the_documents_point_to_files_that_exist() -> None:
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("ds_configs/*.md")]
+    for document in documents:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):
+            if "://" not in target:
+                assert (document.parent / target).exists(), (document.name, target)
