@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from ds_lvx import SequenceParallelGroups, owned
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import Conversation, read_conversations
 from ds_lvx.data.errors import DataError
@@ -14,6 +16,7 @@ from ds_lvx.data.order import SampleOrder
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.training.tiny import tiny_processor
 from tests.data.media import BUNNY, chat, write_image, write_jsonl, write_png_header, write_video
+from tests.ranks import run_ranks
 
 
 def _maker(count: int, owned: range | None = None, *, min_tokens: int = 1) -> BatchMaker:
@@ -89,6 +92,32 @@ def test_ranks_hold_and_decode_their_own_frames(conversations: list[Conversation
         torch.testing.assert_close(joined, whole[key], rtol=0, atol=0, msg=key)
     for key in ("input_ids", "labels", "visible_images"):
         assert all(torch.equal(part[key], whole[key]) for part in parts), key
+
+
+def _parts() -> tuple[TextEncoder, Any]:
+    processor = tiny_processor()
+    return TextEncoder(processor, 500), processor.image_processor
+
+
+def decoded_on_this_rank(data: Path) -> tuple[int, int, torch.Tensor]:
+    """On a rank: frames in the batch, frames that left the decoder, and the pixels' sums."""
+    SequenceParallelGroups(2)
+    maker = BatchMaker(*_parts(), FrameRate(fps=25), owned=owned)
+    pixels = maker.batch(read_conversations(data)).inputs["pixel_values"]
+    return pixels.shape[1], maker.counter.frames, pixels.flatten(2).sum(dim=-1)[0]
+
+
+def test_two_ranks_share_the_132_frames_of_a_real_video(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", chat(("video", str(BUNNY))))
+    (held, decoded, sums), (held_too, decoded_too, sums_too) = run_ranks(
+        decoded_on_this_rank, 2, data
+    )
+    assert (held, held_too) == (66, 66)
+    # The only keyframe is the first frame: the second rank's lead-in is the first rank's half.
+    assert (decoded, decoded_too) == (66, 132)
+    maker = BatchMaker(*_parts(), FrameRate(fps=25), owned=range)
+    whole = maker.batch(read_conversations(data)).inputs["pixel_values"]
+    torch.testing.assert_close(torch.cat([sums, sums_too]), whole.flatten(2).sum(dim=-1)[0])
 
 
 def test_text_alone_has_no_pixels(tmp_path: Path) -> None:
