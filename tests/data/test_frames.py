@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
 import av
 import pytest
+from PIL import Image
 
 from ds_lvx.data.frames import DecodeCount, choose, decode, probe
 from ds_lvx.data.images import load_image
@@ -74,10 +76,17 @@ def test_choosing_frames(tmp_path: Path) -> None:
             choose(video, **wrong)
 
 
-def test_a_rotated_video_comes_upright(monkeypatch: pytest.MonkeyPatch) -> None:
-    video = probe(str(BUNNY))
-    monkeypatch.setattr("ds_lvx.data.frames._rotation", lambda frame: -90)
-    assert next(decode(video, [0])).size == (720, 1280)
+def test_a_rotated_video_comes_upright(tmp_path: Path) -> None:
+    # As a phone held upright writes it: "turn a quarter clockwise" in the track's header.
+    data = bytearray(BUNNY.read_bytes())
+    one, place = 1 << 16, data.index(b"tkhd") + 44
+    matrix = struct.pack(">9i", 0, one, 0, -one, 0, 0, 720 * one, 0, 1 << 30)
+    data[place : place + len(matrix)] = matrix
+    (tmp_path / "phone.mp4").write_bytes(data)
+    upright = next(decode(probe(str(tmp_path / "phone.mp4")), [0]))
+    lying = next(decode(probe(str(BUNNY)), [0]))
+    assert upright.size == (720, 1280)
+    assert upright.tobytes() == lying.transpose(Image.Transpose.ROTATE_270).tobytes()
 
 
 def _decode_all(path: str) -> None:
