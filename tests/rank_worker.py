@@ -90,6 +90,7 @@ def _run(task: Task) -> Answer:
     torch.set_num_threads(1)
     try:
         fn, args, kwargs = pickle.loads(task.call)
+        _as_in_a_fresh_process()
         timeout = datetime.timedelta(seconds=GLOO_TIMEOUT_S)
         # The store is served by the pytest process, on a port that the system chose: no race.
         store = dist.TCPStore("127.0.0.1", task.port, is_master=False, timeout=timeout)
@@ -100,6 +101,27 @@ def _run(task: Task) -> Answer:
     except BaseException:  # noqa: BLE001  (SystemExit is an answer of the task as well)
         return Answer(None, traceback.format_exc(), _shutdown_function() is not None)
     return Answer(result, None, _shutdown_function() is not None)
+
+
+def _as_in_a_fresh_process() -> None:
+    """Drop what earlier tasks left in DeepSpeed, where the task's module has imported it.
+
+    The ranks of a run may have served different tests before, and these differ between them then.
+    """
+    if "deepspeed" in sys.modules:
+        import deepspeed
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+        from deepspeed.runtime.zero.partition_parameters import Init
+
+        # The shared-memory operator keeps the size of the first world of its process.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # ZeRO-3 numbers modules and parameters through the life of a process, and leaves a linear
+        # function of its own, with another order of gradients, in the place of torch's.
+        torch.nn.functional.linear = torch._C._nn.linear
+        Init.param_id = 0
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    # Collections at the end of a run look at what the run made, not at every module imported.
+    gc.freeze()
 
 
 def _leave(leave: Leave) -> Left:

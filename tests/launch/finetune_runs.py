@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-from deepspeed.runtime.zero.partition_parameters import Init
 from transformers import AutoProcessor, get_scheduler
 
 from ds_lvx.data.chat import read_conversations
@@ -21,7 +17,7 @@ from ds_lvx.data.images import load_image
 from ds_lvx.data.order import SampleOrder
 from ds_lvx.data.text import TextEncoder
 
-# Here and not in the script alone: what is imported before a run is frozen by it, see below.
+# Here, not in the script alone: what is imported before a run costs its collections nothing.
 import ds_lvx.training.loop  # noqa: F401  isort: skip
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -31,23 +27,6 @@ Row = dict[str, float]
 
 def finetune(*arguments: str) -> None:
     """The script's own main, on a rank of `tests.ranks`; what it finds wrong is raised."""
-    as_in_a_fresh_process()
-    _main(*arguments)
-
-
-def as_in_a_fresh_process() -> None:
-    """Drop what DeepSpeed keeps from earlier engines of this process."""
-    # DeepSpeed's shared-memory operator keeps the size of the first world of its process.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # ZeRO-3 numbers modules and parameters through the life of a process, and compares the numbers
-    # between ranks; those of `tests.ranks` have different lives behind them.
-    Init.param_id = 0
-    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
-    # The collections at the end of a run look at what the run made, not at every module imported.
-    gc.freeze()
-
-
-def _main(*arguments: str) -> None:
     spec = importlib.util.spec_from_file_location("finetune", SCRIPT)
     assert spec is not None
     assert spec.loader is not None

@@ -16,7 +16,6 @@ from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.checkpoint_folder import write_checkpoint
 from tests.launch.finetune_runs import (
     arguments,
-    as_in_a_fresh_process,
     finetune,
     metrics,
     one_process_loss,
@@ -218,7 +217,6 @@ def test_a_resumed_run_has_the_same_losses(
 
 def partitioned_parameters(*words: str, config: dict[str, Any]) -> list[tuple[int, int]]:
     """On a rank: what it holds of each parameter after loading, and the whole."""
-    as_in_a_fresh_process()
     deepspeed.init_distributed()
     options = parse(words)
     model = load_model(options, config, load_processor(options.model))

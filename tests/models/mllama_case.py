@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration
@@ -203,24 +200,10 @@ def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: str
 
 def start_engine(config: dict[str, Any], model: Any = None) -> Any:
     """An engine over a tiny model with plain SGD."""
-    _as_in_a_fresh_process()
     model = tiny_model() if model is None else model
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)
     return initialize(model=model, optimizer=optimizer, config=copy.deepcopy(config))[0]
-
-
-def _as_in_a_fresh_process() -> None:
-    # Without DeepSpeed's shared-memory operator, which is compiled at first use and keeps the size
-    # of the first world of its process.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # What ZeRO-3 leaves behind must be the same on all ranks, and the processes behind them may
-    # have served different tests before: it numbers modules and parameters through the life of a
-    # process, and keeps a linear function of its own, with another order of gradients, in the
-    # place of torch's.
-    torch.nn.functional.linear = torch._C._nn.linear
-    Init.param_id = 0
-    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
 
 
 def sharded_steps(
@@ -274,7 +257,6 @@ def plain_step(
     Returns:
         ``losses``, ``logits`` of this rank's shard and ``grads``, summed over the group.
     """
-    _as_in_a_fresh_process()
     model = tiny_model() if model is None else model
     lvx_config = LVXConfig.from_ds_config(config)
     groups = SequenceParallelGroups(lvx_config.sequence_parallel_size)
