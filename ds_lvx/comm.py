@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,9 @@ class Pending(Generic[T]):
 class Channel:
     """One group of ranks: its data plane, its control plane, and this rank's place in it.
 
+    It refers to its group weakly: an autograd graph or a `SequenceParallelGroups` that a script
+    still holds at its end must not keep the group's threads alive (see `ds_lvx.shutdown`).
+
     Args:
         group: a process group of which this rank is a member; ``None`` is a group of this
             process alone, which communicates with nobody.
@@ -63,14 +66,31 @@ class Channel:
     _control_groups: ClassVar[WeakKeyDictionary[ProcessGroup, ProcessGroup]] = WeakKeyDictionary()
 
     def __init__(self, group: ProcessGroup | None) -> None:
-        self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
-        self.size = 1 if group is None else dist.get_world_size(group)
         if self.rank < 0:
             raise ValueError(
                 "got a process group that this rank does not belong to; pass the group that "
                 "this rank shares its sequence with"
             )
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self._group = None if group is None else ref(group)
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The process group; None for a process alone.
+
+        Raises:
+            RuntimeError: the group has ended.
+        """
+        if self._group is None:
+            return None
+        group = self._group()
+        if group is None:
+            raise RuntimeError(
+                "got a process group that has ended; make a new one, and call ds_lvx.shutdown or "
+                "close the groups only after the last use"
+            )
+        return group
 
     @classmethod
     def world(cls) -> Channel:

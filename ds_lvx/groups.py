@@ -26,7 +26,7 @@ class SequenceParallelGroups:
         sequence_parallel_size: ranks that share one sample; must divide the world.
 
     Attributes:
-        sp_group, sp_rank, sp_size: the sequence-parallel group, this rank's place in it, its size.
+        sp_rank, sp_size: this rank's place in its sequence-parallel group, and the group's size.
         dp_rank, dp_size: which replica this rank is part of, and how many there are.
         channel: the `Channel` of the sequence-parallel group.
         world_channel: the `Channel` of all ranks (data x sequence parallel).
@@ -50,11 +50,10 @@ class SequenceParallelGroups:
         _check_size(sequence_parallel_size, world.size)
         starts = range(0, world.size, sequence_parallel_size)
         ranks_by_group = [range(start, start + sequence_parallel_size) for start in starts]
-        self.sp_group: ProcessGroup = new_groups(ranks_by_group)
+        self.channel = Channel(new_groups(ranks_by_group))
         self.sp_size = sequence_parallel_size
         self.dp_rank, self.sp_rank = divmod(world.rank, sequence_parallel_size)
         self.dp_size = world.size // sequence_parallel_size
-        self.channel = Channel(self.sp_group)
         self.world_channel = world
         self._open.append(self)
 
@@ -70,6 +69,13 @@ class SequenceParallelGroups:
         self._open.remove(self)
         destroy_group(self.sp_group)
         _forget_in_deepspeed(self)
+
+    @property
+    def sp_group(self) -> ProcessGroup:
+        """The process group whose ranks share a sample."""
+        group = self.channel.group
+        assert group is not None
+        return group
 
     # ---- what DeepSpeed asks an mpu
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import sys
+from types import ModuleType
 from typing import Any
 
 from ds_lvx import comm
-from ds_lvx.comm import Channel
+from ds_lvx.comm import Channel, ProcessGroup
 from ds_lvx.groups import SequenceParallelGroups
 
 
@@ -16,8 +17,9 @@ def shutdown(engine: Any = None) -> None:
 
     A process that just returns after training aborts now and then (SIGABRT, exit code -6): gloo's
     thread drops its last references into an interpreter that is going down. Call this last, on
-    every rank, and keep nothing of the engine alive behind it. In a ``finally`` under an exception
-    it waits for nobody, so that a rank that failed can leave and the launcher can end the others.
+    every rank; the engine and process groups are of no use afterwards. In a ``finally`` under an
+    exception it waits for nobody, so that a rank that failed can leave and the launcher can end the
+    others.
 
     Args:
         engine: what `ds_lvx.initialize` returned; None when there is none.
@@ -32,17 +34,42 @@ def shutdown(engine: Any = None) -> None:
         session.close()
     if engine is not None:
         engine.destroy()
-    del engine
     while (groups := SequenceParallelGroups.current()) is not None:
         groups.close()
     _forget_deepspeed()
     gc.collect()
     comm.destroy_all()
+    _let_go_of_groups()
     gc.collect()
 
 
+def _let_go_of_groups() -> None:
+    """Drop every object's references to process groups: a group's threads live as long as it does.
+
+    The engine, its optimizer, every ZeRO parameter and every autograd graph that passed through an
+    all-to-all refer to their groups, and a script holds some of these to its end.
+    """
+    for holder in gc.get_objects():
+        kind = type(holder)
+        if issubclass(kind, ModuleType | type) or not kind.__dictoffset__:
+            continue
+        try:
+            # Not getattr, which some objects answer with code of their own.
+            attributes = object.__getattribute__(holder, "__dict__")
+        except AttributeError:
+            continue
+        for name in [key for key, value in attributes.items() if _is_group(value)]:
+            attributes[name] = None
+
+
+def _is_group(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(isinstance(item, ProcessGroup) for item in value)
+    return isinstance(value, ProcessGroup)
+
+
 def _forget_deepspeed() -> None:
-    """Drop what DeepSpeed keeps in its modules: the backend and the mpu of the last engine."""
+    """Drop what DeepSpeed keeps in its modules: backend, mpu and groups of the last engine."""
     if "deepspeed" not in sys.modules:
         return
     import deepspeed.comm.comm as deepspeed_comm
@@ -51,3 +78,6 @@ def _forget_deepspeed() -> None:
     deepspeed_comm.cdb = None
     deepspeed_groups.mpu = None
     deepspeed_groups.mesh_device = None
+    for name, value in list(vars(deepspeed_groups).items()):
+        if isinstance(value, ProcessGroup):
+            setattr(deepspeed_groups, name, None)
