@@ -249,23 +249,18 @@ class Channel:
         Bytes sent: those of ``mine``.
         """
         assert self.group is not None
-        sent = [tensor.contiguous() for tensor in mine]
         arrived = [spec.empty(mine[0].device) for spec in specs]
+        # NCCL wants every rank in its first exchange: where there is nothing, one byte goes.
+        nothing = torch.zeros(1, dtype=torch.uint8, device=mine[0].device)
+        sent = [tensor.contiguous() if tensor.numel() else nothing for tensor in mine]
+        landing = [tensor if tensor.numel() else nothing.clone() for tensor in arrived]
         receiver = dist.get_global_rank(self.group, (self.rank + hops) % self.size)
         sender = dist.get_global_rank(self.group, (self.rank - hops) % self.size)
-        operations = [
-            dist.P2POp(dist.isend, tensor, receiver, self.group)
-            for tensor in sent
-            if tensor.numel()
-        ]
-        operations += [
-            dist.P2POp(dist.irecv, tensor, sender, self.group)
-            for tensor in arrived
-            if tensor.numel()
-        ]
+        operations = [dist.P2POp(dist.isend, tensor, receiver, self.group) for tensor in sent]
+        operations += [dist.P2POp(dist.irecv, tensor, sender, self.group) for tensor in landing]
         count("send_recv", sum(tensor.nbytes for tensor in sent))
-        works = dist.batch_isend_irecv(operations) if operations else []
-        return Pending(works, lambda: arrived, keep=sent)
+        works = dist.batch_isend_irecv(operations)
+        return Pending(works, lambda: arrived, keep=(sent, landing))
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum of ``tensor`` over the group, in its own dtype; ``tensor`` is left as it is.
@@ -359,6 +354,11 @@ def new_groups(ranks_by_group: Sequence[Sequence[int]]) -> ProcessGroup:
             mine = group
     assert mine is not None, "the groups must cover the world"
     return mine
+
+
+def new_group_alone() -> ProcessGroup:
+    """A process group of this rank alone; no other rank has to take part."""
+    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
 def _timeout(group: ProcessGroup | None) -> timedelta | None:

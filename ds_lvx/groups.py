@@ -14,7 +14,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ds_lvx.comm import Channel, ProcessGroup, destroy_group, is_initialized, new_groups
+from ds_lvx.comm import (
+    Channel,
+    ProcessGroup,
+    destroy_group,
+    is_initialized,
+    new_group_alone,
+    new_groups,
+    require_same,
+)
 
 
 class SequenceParallelGroups:
@@ -47,7 +55,7 @@ class SequenceParallelGroups:
                 "SequenceParallelGroups, or let ds_lvx.initialize do both"
             )
         world = Channel.world()
-        _check_size(sequence_parallel_size, world.size)
+        _agree_on_size(sequence_parallel_size, world)
         starts = range(0, world.size, sequence_parallel_size)
         ranks_by_group = [range(start, start + sequence_parallel_size) for start in starts]
         self.channel = Channel(new_groups(ranks_by_group))
@@ -55,6 +63,8 @@ class SequenceParallelGroups:
         self.dp_rank, self.sp_rank = divmod(world.rank, sequence_parallel_size)
         self.dp_size = world.size // sequence_parallel_size
         self.world_channel = world
+        # DeepSpeed takes None for the world, and would sum gradient norms over it.
+        self._alone = Channel(new_group_alone())
         self._open.append(self)
 
     @classmethod
@@ -68,6 +78,7 @@ class SequenceParallelGroups:
             return
         self._open.remove(self)
         destroy_group(self.sp_group)
+        destroy_group(self.get_model_parallel_group())
         _forget_in_deepspeed(self)
 
     @property
@@ -123,9 +134,11 @@ class SequenceParallelGroups:
         """0: there is no tensor parallelism here."""
         return 0
 
-    def get_model_parallel_group(self) -> ProcessGroup | None:
-        """None: there is no tensor parallelism here."""
-        return None
+    def get_model_parallel_group(self) -> ProcessGroup:
+        """A group of this rank alone: there is no tensor parallelism here."""
+        group = self._alone.group
+        assert group is not None
+        return group
 
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
     get_tensor_model_parallel_rank = get_model_parallel_rank
@@ -155,6 +168,16 @@ def resolve_groups(groups: SequenceParallelGroups | None) -> SequenceParallelGro
             "ds_lvx.SequenceParallelGroups(size) first, or pass groups="
         )
     return found
+
+
+def _agree_on_size(size: int, world: Channel) -> None:
+    error = None
+    try:
+        _check_size(size, world.size)
+    except ValueError as raised:
+        error = raised
+    records = world.agree({"sequence_parallel_size": size if error is None else None}, error)
+    require_same(records, ["sequence_parallel_size"], what="SequenceParallelGroups")
 
 
 def _check_size(size: int, world_size: int) -> None:

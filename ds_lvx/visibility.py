@@ -105,33 +105,40 @@ class Block:
 
 
 def blocks(
-    visibility: Visibility | None, *, seqlen_q: int, seqlen_kv: int, keys_per_block: int
+    visibility: Visibility | None,
+    *,
+    seqlen_q: int,
+    seqlen_kv: int,
+    queries_per_block: int,
+    keys_per_block: int,
 ) -> Iterator[Block]:
-    """Cut the keys into blocks; leave out what no query sees; a mask only where one is needed.
+    """Cut queries and keys into blocks; leave out what no query sees; mask only where needed.
 
     On a CPU, blocks that nobody sees are skipped and each block's queries are narrowed to the run
     that sees any of it. On an accelerator this would make its stream wait for the host, so every
-    block comes whole and with its mask.
+    block comes whole and with its mask. A mask lives as long as its block is held.
     """
-    for start in range(0, seqlen_kv, keys_per_block):
-        keys = slice(start, min(start + keys_per_block, seqlen_kv))
-        if visibility is None:
-            yield Block(slice(0, seqlen_q), keys, None)
-        elif visibility.kv_pos.device.type != "cpu":
-            queries = slice(0, seqlen_q)
-            yield Block(queries, keys, visibility.mask(queries, keys))
-        else:
-            yield from _narrowed(visibility, keys)
+    for first_key in range(0, seqlen_kv, keys_per_block):
+        keys = slice(first_key, min(first_key + keys_per_block, seqlen_kv))
+        for first_query in range(0, seqlen_q, queries_per_block):
+            queries = slice(first_query, min(first_query + queries_per_block, seqlen_q))
+            if visibility is None:
+                yield Block(queries, keys, None)
+            elif visibility.kv_pos.device.type != "cpu":
+                yield Block(queries, keys, visibility.mask(queries, keys))
+            else:
+                yield from _narrowed(visibility, queries, keys)
 
 
-def _narrowed(visibility: Visibility, keys: slice) -> Iterator[Block]:
+def _narrowed(visibility: Visibility, queries: slice, keys: slice) -> Iterator[Block]:
     position = visibility.kv_pos[:, keys]
     first = position.amin(dim=1, keepdim=True)
     last = position.amax(dim=1, keepdim=True)
-    start, end = visibility.q_start, visibility.q_end
+    start, end = visibility.q_start[:, queries], visibility.q_end[:, queries]
     sees_some = ((start <= last) & (first < end) & (start < end)).any(dim=0).nonzero()
     if sees_some.numel() == 0:
         return
-    queries = slice(int(sees_some[0]), int(sees_some[-1]) + 1)
-    sees_all = (start[:, queries] <= first) & (last < end[:, queries])
-    yield Block(queries, keys, None if sees_all.all() else visibility.mask(queries, keys))
+    low, high = int(sees_some[0]), int(sees_some[-1]) + 1
+    sees_all = ((start <= first) & (last < end))[:, low:high].all()
+    run = slice(queries.start + low, queries.start + high)
+    yield Block(run, keys, None if sees_all else visibility.mask(run, keys))

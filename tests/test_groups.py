@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
+from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 import ds_lvx
@@ -86,9 +89,6 @@ def test_without_distributed() -> None:
 
 def train_twice() -> list[list[float]]:
     """Two engines in one process: ours with sequence parallelism, then DeepSpeed's own alone."""
-    import deepspeed
-    from deepspeed.utils import groups as deepspeed_groups
-
     init_distributed(verbose=False)
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -124,6 +124,54 @@ def test_a_second_engine_is_not_poisoned() -> None:
         drop = [a - b for a, b in zip(second, first, strict=True)]
         assert drop == pytest.approx([1.5, 1.5])
         assert second == pytest.approx(third)
+
+
+def clipped_steps() -> dict[str, float]:
+    """How far a step of SGD goes with gradients of norm 4 (2 from each rank) clipped to 0.5."""
+    init_distributed(verbose=False)
+    lengths = {}
+    for stage, bf16 in ((0, False), (1, False), (2, False), (3, False), (0, True)):
+        model = nn.Linear(4, 1, bias=False)
+        before = torch.zeros(1, 4)
+        model.weight.data.copy_(before)
+        groups = ds_lvx.SequenceParallelGroups(2)
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_optimization": {"stage": stage},
+                "zero_allow_untested_optimizer": True,
+                "gradient_clipping": 0.5,
+                "bf16": {"enabled": bf16},
+            },
+            mpu=groups,
+        )
+        x = torch.ones(1, 4, dtype=torch.bfloat16 if bf16 else torch.float32)
+        engine.backward(engine(x).sum() * (2 if stage == 3 else 1))
+        engine.step()
+        parameter = next(engine.module.parameters())
+        weight = safe_get_full_fp32_param(parameter)
+        weight = parameter.detach() if weight is None else weight  # stage 0 in fp32
+        lengths[f"{stage} {bf16}"] = float(weight.float().norm())
+        engine.destroy()
+        groups.close()
+    return lengths
+
+
+def test_clipping_uses_the_norm_of_one_process() -> None:
+    """DeepSpeed would sum the norm over the world if the model-parallel group were None."""
+    for lengths in run_ranks(clipped_steps, 2):
+        assert lengths == pytest.approx(dict.fromkeys(lengths, 0.5), rel=5e-3)
+
+
+def different_sizes() -> None:
+    ds_lvx.SequenceParallelGroups(1 + torch.distributed.get_rank())
+
+
+def test_ranks_must_ask_for_the_same_size() -> None:
+    with pytest.raises(RankError, match="disagree on sequence_parallel_size: got 1 on rank 0"):
+        run_ranks(different_sizes, 2)
 
 
 SCRIPT = """

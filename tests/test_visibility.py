@@ -44,7 +44,9 @@ def test_blocks_cover_exactly_what_is_visible(seed: int) -> None:
     start = torch.randint(-1, 6, (2, queries), generator=generator).int()
     rule = Visibility(start, start + torch.randint(0, 3, (2, queries)).int(), position)
     covered = torch.zeros(2, queries, keys, dtype=torch.int32)
-    for block in blocks(rule, seqlen_q=queries, seqlen_kv=keys, keys_per_block=7):
+    for block in blocks(
+        rule, seqlen_q=queries, seqlen_kv=keys, queries_per_block=5, keys_per_block=7
+    ):
         part = covered[:, block.queries, block.keys]
         part += torch.ones_like(part) if block.mask is None else block.mask.int()
     assert torch.equal(covered, rule.mask().int())
@@ -53,7 +55,7 @@ def test_blocks_cover_exactly_what_is_visible(seed: int) -> None:
 def test_blocks_that_nobody_sees_are_left_out() -> None:
     rows = torch.arange(8, dtype=torch.int32)[None]
     rule = Visibility(rows, rows + 1, torch.arange(800, dtype=torch.int32)[None] // 10)
-    found = list(blocks(rule, seqlen_q=8, seqlen_kv=800, keys_per_block=10))
+    found = list(blocks(rule, seqlen_q=8, seqlen_kv=800, queries_per_block=8, keys_per_block=10))
     assert [(b.queries, b.keys, b.mask) for b in found] == [
         (slice(i, i + 1), slice(10 * i, 10 * i + 10), None) for i in range(8)
     ]

@@ -91,15 +91,17 @@ def settle(
         record = _signature(operation, q, keys, visibility)
         record |= {"softmax_scale": scale, "kernel": kernel, "schedule": schedule}
         record |= {"return_lse": return_lse, "grad_enabled": torch.is_grad_enabled()}
-    except (ValueError, NotImplementedError) as raised:
+    # Whatever it is: the other ranks must not wait for this one.
+    except Exception as raised:  # noqa: BLE001
         error = raised
-    same = record.keys() - {"q_length", "kv_length"}
+    # The operation first: where ranks call different ones, nothing else is comparable.
+    same = ["operation", *sorted(record.keys() - {"operation", "q_length", "kv_length"})]
     # Only the projection of features knows whether its parameters need a gradient: assume so.
     record["requires_grad"] = "features" in keys or any(
         isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (q, *keys.values())
     )
     records = channel.agree(record, error)
-    comm.require_same(records, sorted(same), what=operation)
+    comm.require_same(records, same, what=operation)
     q_lengths = tuple(other["q_length"] for other in records)
     if schedule == "replicated" and len(set(q_lengths)) > 1:
         raise ValueError(
@@ -167,6 +169,11 @@ def _check(
     if q.dim() != 4:
         raise ValueError(
             f"q: got shape {list(q.shape)}; expected [batch, seqlen_q, num_heads, head_dim]"
+        )
+    if 0 in (q.shape[2], q.shape[3]):
+        raise ValueError(
+            f"q: got shape {list(q.shape)}; expected at least one head and a head_dim of at least "
+            "1: only the batch and the lengths may be 0"
         )
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: got {schedule!r}; expected one of {list(SCHEDULES)}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from deepspeed.sequence.layer import apply_rotary_pos_emb
 from torch import Tensor, nn
 
 from ds_lvx.attention.call import Group
 from ds_lvx.attention.lvx import lv_xattn
+from ds_lvx.comm import require_same
 from ds_lvx.groups import resolve
 from ds_lvx.visibility import Visibility
 
@@ -80,13 +81,15 @@ class LVXAttention(nn.Module):
         Collectives: those of `lv_xattn`; with ``rotary_pos_emb`` one more agreement.
         """
         if batch_dim_idx not in (0, 1):
-            raise ValueError(f"batch_dim_idx: got {batch_dim_idx!r}; expected 0 or 1")
+            self._refuse(ValueError(f"batch_dim_idx: got {batch_dim_idx!r}; expected 0 or 1"))
         unknown = [f"argument {i + 6}" for i, value in enumerate(args) if value is not None]
         unknown += [name for name, value in kwargs.items() if value is not None]
         if unknown:
-            raise NotImplementedError(
-                f"LVXAttention: got {', '.join(unknown)}, which would go to local_attention; no "
-                "local attention runs here; describe masks by visibility=ds_lvx.Visibility(...)"
+            self._refuse(
+                NotImplementedError(
+                    f"LVXAttention: got {', '.join(unknown)}, which would go to local_attention; "
+                    "none runs here; describe masks by visibility=ds_lvx.Visibility(...)"
+                )
             )
         if batch_dim_idx == 1:
             query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
@@ -104,11 +107,18 @@ class LVXAttention(nn.Module):
         )
         return out.transpose(0, 1) if batch_dim_idx == 1 else out
 
+    def _refuse(self, error: Exception) -> NoReturn:
+        """Raise on every rank: the others are in, or on their way to, an agreement of their own."""
+        resolve(self.spg).agree({}, error)
+        raise error
+
     def _rotate(
         self, query: Tensor, key: Tensor, rotary_pos_emb: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         channel = resolve(self.spg)
-        shards = channel.agree({"q": query.shape[1], "kv": key.shape[1]})
+        record = {"operation": "rotary_pos_emb", "q": query.shape[1], "kv": key.shape[1]}
+        shards = channel.agree(record)
+        require_same(shards, ["operation"], what="LVXAttention")
         rotated = []
         for name, tensor in (("q", query), ("kv", key)):
             start = sum(shard[name] for shard in shards[: channel.rank])

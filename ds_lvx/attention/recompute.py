@@ -14,11 +14,13 @@ from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ds_lvx.attention.call import Call, Group, check_keys, check_visibility, settle
 from ds_lvx.attention.lvx import saved_for
 from ds_lvx.attention.schedules import SCHEDULES
+from ds_lvx.comm import Channel
 from ds_lvx.visibility import Visibility
 
 ProjectKV: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -74,17 +76,19 @@ def lv_xattn_recompute(
         project_kv: ``features -> (k, v)``, each ``[batch, seqlen_kv, num_kv_heads, head_dim]`` in
             q's dtype. It runs once in forward and once in backward, with the same random numbers
             and autocast. Parameters that it uses get their gradients in ``.grad``, by way of
-            ``torch.autograd.backward`` (``torch.autograd.grad`` does not see them).
+            ``torch.autograd.backward`` (``torch.autograd.grad`` does not see them). Anything else
+            that needs a gradient must come in through ``features``.
         group, visibility, softmax_scale, schedule, kernel, return_lse: as in `lv_xattn`.
 
     Returns:
         As `lv_xattn`. Gradients reach q, features, and every parameter that ``project_kv`` uses.
 
     Raises:
-        ValueError, NotImplementedError: bad arguments of any rank, on every rank; keys of another
-            shape, on the ranks whose ``project_kv`` made them.
+        ValueError, NotImplementedError: bad arguments of any rank, on every rank; also keys of
+            another shape, or an error, from the ``project_kv`` of any rank.
 
-    Collectives: those of `lv_xattn`, the first under the projection, in backward the last as well.
+    Collectives: those of `lv_xattn`, the first under the projection, in backward the last as well;
+    and an agreement of 2 KiB on the CPU after the projection in forward.
     Kept for backward: q, out, lse, the state of the random generators, and references to features
     and visibility.
 
@@ -101,7 +105,9 @@ def lv_xattn_recompute(
         schedule=schedule,
         return_lse=return_lse,
     )
-    out, lse = attend_recompute(call, q, features, project_kv, visibility)
+    # Ranks that agree on a call may still project something else.
+    checked = _agreeing(call.channel, project_kv, q, visibility)
+    out, lse = attend_recompute(call, q, features, checked, visibility)
     return (out, lse) if return_lse else out
 
 
@@ -135,7 +141,7 @@ class _LVXRecompute(torch.autograd.Function):
         ctx.setting = _Setting(features) if call.requires_grad else None
 
         def source() -> tuple[Tensor, Tensor]:
-            return _checked(q, visibility, project_kv(features))
+            return project_kv(features)
 
         out, lse = SCHEDULES[call.schedule].forward(call, q, visibility, source)
         out = out.to(q.dtype)
@@ -158,15 +164,44 @@ class _LVXRecompute(torch.autograd.Function):
             return k.detach(), v.detach()
 
         def sink(dk: Tensor, dv: Tensor) -> None:
-            pairs = [(t, g) for t, g in zip(projected, (dk, dv), strict=True) if t.requires_grad]
+            # Edges of the graph, not its tensors: K and V themselves are needed no more.
+            pairs = [
+                (get_gradient_edge(tensor), gradient)
+                for tensor, gradient in zip(projected, (dk, dv), strict=True)
+                if tensor.requires_grad
+            ]
             projected.clear()
             if pairs:
-                torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+                torch.autograd.backward([edge for edge, _ in pairs], [g for _, g in pairs])
 
         dq = SCHEDULES[ctx.call.schedule].backward(
             ctx.call, saved_for(q, out, lse, dout, dlse), ctx.visibility, source, sink
         )
         return None, None, None, None, dq.to(q.dtype), leaf.grad
+
+
+def _agreeing(
+    channel: Channel, project_kv: ProjectKV, q: Tensor, visibility: Visibility | None
+) -> ProjectKV:
+    """``project_kv`` whose first run, in forward, ends on all ranks alike."""
+    agreed = False
+
+    def projection(features: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal agreed
+        if agreed:
+            return project_kv(features)
+        projected, error = None, None
+        try:
+            projected = _checked(q, visibility, project_kv(features))
+        # Whatever it is: the other ranks must not wait for this one.
+        except Exception as raised:  # noqa: BLE001
+            error = raised
+        channel.agree({}, error)
+        agreed = True
+        assert projected is not None
+        return projected
+
+    return projection
 
 
 def _checked(

@@ -113,6 +113,7 @@ class Gather:
         arriving = channel.exchange(
             _gradients_by_owner(call, dq, dtype=q.dtype), [_gradient_part_specs(q)] * channel.size
         )
+        del k, v, bundles  # the sink needs the room
         sink(dk, dv)
         total = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
         for bundle in arriving.wait():
@@ -192,6 +193,7 @@ class Ring:
                 returning = channel.shift(part, _gradient_part_specs(q), hops=-step)
             if following is not None:
                 rows = following.wait()
+        keys = None  # the sink needs the room
         gradients.hand_to(sink)
         if returning is not None:
             home += wire.decode(returning.wait())

@@ -32,24 +32,38 @@ def gather_sequence(
             ranks; a ``dim`` that x does not have.
 
     Collectives: one agreement on the CPU; an all-gather of ``(n - 1)`` times x's bytes, and in
-    backward an all-to-all of as many as the other ranks' shards have.
+    backward an all-to-all of as many as the other ranks' shards have. Every rank must run backward
+    if one does.
     """
     channel = resolve(groups)
     record, error = {}, None
-    if not -x.dim() <= dim < x.dim():
-        error = ValueError(f"dim: got {dim} for a tensor of {x.dim()} dimensions")
-    else:
-        dim %= x.dim()
-        rest = [size for axis, size in enumerate(x.shape) if axis != dim]
-        record = {"length": x.shape[dim], "dim": dim, "other dimensions": rest}
-        record |= {"dtype": str(x.dtype), "needs_grad": x.requires_grad}
+    try:
+        record = _record(x, dim)
+    except ValueError as raised:
+        error = raised
     records = channel.agree(record, error)
     require_same(records, ("dim", "other dimensions", "dtype"), what="gather_sequence")
-    lengths = tuple(other["length"] for other in records)
+    lengths, dim = tuple(other["length"] for other in records), record["dim"]
     wants_grad = torch.is_grad_enabled() and any(other["needs_grad"] for other in records)
     anchor = torch.zeros((), device=x.device, requires_grad=wants_grad)
     whole: Tensor = _GatherSequence.apply(channel, lengths, dim, anchor, x)
     return whole
+
+
+def _record(x: Any, dim: Any) -> dict[str, Any]:
+    if not isinstance(x, Tensor) or not isinstance(dim, int):
+        kinds = f"{type(x).__name__} and {type(dim).__name__}"
+        raise ValueError(f"gather_sequence: got {kinds}; expected a tensor and an int")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim: got {dim} for a tensor of {x.dim()} dimensions")
+    dim %= x.dim()
+    return {
+        "length": x.shape[dim],
+        "dim": dim,
+        "other dimensions": [size for axis, size in enumerate(x.shape) if axis != dim],
+        "dtype": str(x.dtype),
+        "needs_grad": x.requires_grad,
+    }
 
 
 class _GatherSequence(torch.autograd.Function):

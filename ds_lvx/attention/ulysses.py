@@ -85,17 +85,26 @@ def attend(call: Call, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility |
         batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
         visibility = Visibility.all(batch, queries, keys, device=q.device)
     whole = None if visibility is None else _whole(channel, visibility, seqlen_q, seqlen_kv)
-    anchor = call.anchor(q.device).to(q.dtype)
+    if call.requires_grad:
+        # The all-to-alls of q, k and v each run backward on every rank or on none.
+        anchor = call.anchor(q.device).to(q.dtype)
+        q, k, v = (t if t.requires_grad else t + anchor for t in (q, k, v))
+    if seqlen_q == 0 or seqlen_kv == 0:
+        return _nothing(q, k, v)
     repeats, padding = _head_layout(q.shape[2], k.shape[2], channel.size)
-    padded_q = _pad(q + anchor, seqlen_q, padding * (q.shape[2] // (k.shape[2] * repeats)))
+    padded_q = _pad(q, seqlen_q, padding * (q.shape[2] // (k.shape[2] * repeats)))
     padded_k, padded_v = (
         _pad(t.repeat_interleave(repeats, dim=2) if repeats > 1 else t, seqlen_kv, padding)
         for t in (k, v)
     )
-    if seqlen_q == 0 or seqlen_kv == 0:
-        return q + anchor if seqlen_q == 0 else (q + anchor) * 0
     out = _all_to_all(call, padded_q, padded_k, padded_v, whole)
     return out[:, : q.shape[1], : q.shape[2]]
+
+
+def _nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The attention of no query, or to no key: zeros that pass a gradient of 0 to all three."""
+    ties = sum(tensor.flatten()[:0].sum() for tensor in (q, k, v))
+    return torch.zeros_like(q) + ties
 
 
 def _all_to_all(

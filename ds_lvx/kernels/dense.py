@@ -9,10 +9,31 @@ Query head ``h`` attends with key/value head ``h // G``; K and V are not repeate
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+def _as_written(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep autocast from computing in another dtype than asked for."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@_as_written
 def forward(
     q: Tensor,
     k: Tensor,
@@ -41,6 +62,7 @@ def forward(
     return out, lse.flatten(1, 2)
 
 
+@_as_written
 def backward(
     q: Tensor,
     k: Tensor,

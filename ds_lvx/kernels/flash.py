@@ -15,13 +15,19 @@ _aten = torch.ops.aten
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_HEAD_DIM_MULTIPLE = 8
 CUDA_MAX_HEAD_DIM = 256
+CUDA_CAPABILITY = (8, 0)
 
 
 def cuda_can(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether PyTorch's CUDA flash kernel does this request: no mask, 16 bits, head_dim 8..256."""
+    """Whether PyTorch's CUDA flash kernel does this request.
+
+    It wants no mask, 16 bits, a head_dim that is a multiple of 8 up to 256, and Ampere or newer.
+    """
     head_dim = q.shape[-1]
+    able = not q.is_cuda or torch.cuda.get_device_capability(q.device) >= CUDA_CAPABILITY
     return (
-        mask is None
+        able
+        and mask is None
         and q.dtype in CUDA_DTYPES
         and head_dim <= CUDA_MAX_HEAD_DIM
         and head_dim % CUDA_HEAD_DIM_MULTIPLE == 0
@@ -37,9 +43,9 @@ def cpu_forward(
         ``out [B, S, H, D]`` in q's dtype and ``lse [B, H, S]`` in fp32 (fp64 for fp64).
     """
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
+        _heads_first(q),
+        _heads_first(k),
+        _heads_first(v),
         0.0,
         False,
         attn_mask=_bias(mask, q.dtype),
@@ -65,11 +71,11 @@ def cpu_backward(
     """Gradients of one block on a CPU; see `ds_lvx.kernels.dense.backward`. In q's dtype."""
     dout = dout.to(q.dtype)
     gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout.transpose(1, 2),
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        _stand_in(dout, delta).transpose(1, 2),
+        _heads_first(dout),
+        _heads_first(q),
+        _heads_first(k),
+        _heads_first(v),
+        _heads_first(_stand_in(dout, delta)),
         lse.masked_fill(lse == -torch.inf, 0.0),
         0.0,
         False,
@@ -83,9 +89,9 @@ def cpu_backward(
 def cuda_forward(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> tuple[Tensor, Tensor]:
     """Attention over all keys with PyTorch's CUDA flash kernel; no mask."""
     out, lse, *_ = _aten._scaled_dot_product_flash_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
+        _heads_first(q),
+        _heads_first(k),
+        _heads_first(v),
         0.0,
         False,
         False,
@@ -110,11 +116,11 @@ def cuda_backward(
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
     offset = torch.zeros((), dtype=torch.uint64, device=q.device)
     gradients = _aten._scaled_dot_product_flash_attention_backward(
-        dout.transpose(1, 2),
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        _stand_in(dout, delta).transpose(1, 2),
+        _heads_first(dout),
+        _heads_first(q),
+        _heads_first(k),
+        _heads_first(v),
+        _heads_first(_stand_in(dout, delta)),
         lse.contiguous(),
         None,
         None,
@@ -128,6 +134,15 @@ def cuda_backward(
     )
     dq, dk, dv = (gradient.transpose(1, 2) for gradient in gradients)
     return dq, dk, dv
+
+
+def _heads_first(tensor: Tensor) -> Tensor:
+    """``[B, S, H, D]`` as ``[B, H, S, D]``: a view, unless a head's numbers lie apart.
+
+    The kernels read a row of D numbers in one go, and do not check that it is one.
+    """
+    dense = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return dense.transpose(1, 2)
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

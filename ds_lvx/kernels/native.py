@@ -11,6 +11,8 @@ block in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -77,10 +79,12 @@ class NativeKernel:
         if visibility is None and fused:
             return _backward(q, k, v, dout, lse, delta, None, softmax_scale, fused=True)
         dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        # Without a fused kernel, a key may get its gradient from several blocks of queries.
+        key_dtype = k.dtype if fused else accumulation_dtype(k.dtype)
+        dk, dv = torch.zeros_like(k, dtype=key_dtype), torch.zeros_like(v, dtype=key_dtype)
         for block in _blocks(q, k, visibility, fused=fused):
             rows, keys = block.queries, block.keys
-            part_dq, dk[:, keys], dv[:, keys] = _backward(
+            part_dq, part_dk, part_dv = _backward(
                 q[:, rows],
                 k[:, keys],
                 v[:, keys],
@@ -92,7 +96,9 @@ class NativeKernel:
                 fused=fused,
             )
             dq[:, rows] += part_dq
-        return dq, dk, dv
+            dk[:, keys] += part_dk
+            dv[:, keys] += part_dv
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _fused(q: Tensor, visibility: Visibility | None) -> bool:
@@ -102,11 +108,18 @@ def _fused(q: Tensor, visibility: Visibility | None) -> bool:
     return q.device.type == "cuda" and flash.cuda_can(q, mask)
 
 
-def _blocks(q: Tensor, k: Tensor, visibility: Visibility | None, *, fused: bool) -> list[Block]:
+def _blocks(q: Tensor, k: Tensor, visibility: Visibility | None, *, fused: bool) -> Iterator[Block]:
+    """Blocks, one at a time, whose masks (or unfused scores) stay within a budget."""
     batch, seqlen_q, heads, _ = q.shape
     budget = _MASK_ELEMENTS // batch if fused else _SCORE_ELEMENTS // (batch * heads)
-    keys = min(max(budget // seqlen_q, _MIN_KEYS), _MAX_KEYS)
-    return list(blocks(visibility, seqlen_q=seqlen_q, seqlen_kv=k.shape[1], keys_per_block=keys))
+    rows = seqlen_q if fused else min(seqlen_q, max(budget // _MIN_KEYS, 1))
+    return blocks(
+        visibility,
+        seqlen_q=seqlen_q,
+        seqlen_kv=k.shape[1],
+        queries_per_block=rows,
+        keys_per_block=min(max(budget // rows, _MIN_KEYS), _MAX_KEYS),
+    )
 
 
 def _forward(

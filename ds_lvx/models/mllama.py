@@ -105,6 +105,12 @@ class _PrepareText(Hook):
                     "sequence-parallel group; call model(**ds_lvx.shard_batch(batch, model=model))"
                 )
             return None
+        if batch.channel.size != self.sp_size:
+            raise ValueError(
+                f"got a batch sharded over {batch.channel.size} ranks for a model that shares its "
+                f"batches between {self.sp_size}; pass shard_batch the groups of this model's "
+                "engine: groups=engine.ds_lvx.groups"
+            )
         _check_arguments(batch, kwargs)
         states, row_mask = kwargs.get("cross_attention_states"), batch.row_mask
         if states is not None and batch.kv_lengths is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +29,7 @@ def wrong_inputs(wrong: str) -> tuple[list[Tensor], dict[str, Any]]:
         "heads": [q, wide, wide],
         "batch": [q.expand(2, -1, -1, -1), *[k.expand(2, -1, -1, -1)] * 2],
         "lengths": [torch.randn(1, 5, 4, 8), k, k],
+        "no head_dim": [q[..., :0], k[..., :0], k[..., :0]],
     }
     arguments: dict[str, dict[str, Any]] = {
         "kernel": {"kernel": "fast"},
@@ -35,6 +37,7 @@ def wrong_inputs(wrong: str) -> tuple[list[Tensor], dict[str, Any]]:
         "scale": {"softmax_scale": 0.5},
         "visibility": {"visibility": ds_lvx.Visibility.all(1, 5, 6, device=q.device)},
         "no visibility elsewhere": {"visibility": ds_lvx.Visibility.all(1, 4, 6, device=q.device)},
+        "a list": {"softmax_scale": [1]},
         "schedule": {"schedule": "star"},
         "schedules": {"schedule": "ring"},
         "lengths": {"schedule": "replicated"},
@@ -73,6 +76,8 @@ EVERYWHERE = {
     "shape": r"ValueError: rank 1: q: got shape \[1, 4, 32\]; expected \[batch",
     "dtype": r"ValueError: rank 1: q, k, v: got torch.int32; expected one of torch.float32",
     "another dtype": r"disagree on dtype: got torch.float32 on ranks 0, 2, .*bfloat16 on rank 1",
+    "a list": r"ValueError: rank 1: .*float",
+    "no head_dim": r"ValueError: rank 1: q: got shape \[1, 4, 4, 0\]; expected at least one head",
     "kernel": r"ValueError: rank 1: kernel: got 'fast'; expected one of \['auto', 'native'",
     "triton": r"NotImplementedError: rank 1: kernel: got 'triton', which this version.*'native'",
     "scale": r"ValueError: .*disagree on softmax_scale.*0.5 on rank 1",
@@ -96,6 +101,57 @@ def test_one_ranks_mistake_is_every_ranks_error() -> None:
     for answer in run_ranks(messages, 3, list(cases), timeout_s=60):
         for (case, text), message in zip(cases.items(), answer, strict=True):
             assert re.search(text, message, re.DOTALL), (case, message)
+
+
+def others() -> list[str]:
+    """Mistakes of rank 1 alone in the other public operators."""
+    here = torch.distributed.get_rank() == 1
+    q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 6, 2, 8)
+    module = ds_lvx.LVXAttention()
+    tables = (torch.ones(1, 8, 1, 4), torch.ones(1, 8, 1, 4)) if here else None
+
+    def project(features: Tensor) -> tuple[Tensor, Tensor]:
+        return (features, features[..., :3]) if here else (features, features)
+
+    calls = {
+        "gather_sequence: got Tensor and str": lambda: ds_lvx.gather_sequence(
+            q,
+            "1" if here else 1,  # type: ignore[arg-type]
+        ),
+        "rank 1: batch_dim_idx: got 2": lambda: module(q, k, k, 2 if here else 0),
+        "rank 1: LVXAttention: got mask": lambda: module(q, k, k, 0, mask=q if here else None),
+        "disagree on operation": lambda: module(q, q, q, 0, tables),
+        "rank 1: v: got shape": lambda: ds_lvx.lv_xattn_recompute(q, k, project),
+    }
+    return [text for text, call in calls.items() if text not in error_of(call)]
+
+
+def error_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except (ValueError, NotImplementedError) as error:
+        return str(error)
+    return "no error"
+
+
+def test_other_operators_leave_nobody_waiting() -> None:
+    assert run_ranks(others, 2, timeout_s=60) == [[], []]
+
+
+def needs(method: str, wanted: dict[int, str]) -> list[bool]:
+    """Which of q, k and v have a gradient after a step in which ranks want different ones."""
+    names = wanted[torch.distributed.get_rank()]
+    tensors = {name: torch.randn(1, 4, 4, 8) for name in "qkv"}
+    for name in names:
+        tensors[name].requires_grad_()
+    getattr(ds_lvx, method)(*tensors.values()).sum().backward()
+    return [tensors[name].grad is not None for name in "qkv"]
+
+
+@pytest.mark.parametrize("method", ["lv_xattn", "ring_attention", "ulysses_attention"])
+def test_ranks_may_want_different_gradients(method: str) -> None:
+    answers = run_ranks(needs, 3, method, {0: "qk", 1: "", 2: "v"}, timeout_s=60)
+    assert answers == [[True, True, False], [False] * 3, [False, False, True]]
 
 
 def too_few_heads() -> str:

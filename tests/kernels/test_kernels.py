@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.kernels import choose, flash
+from ds_lvx.kernels import choose, dense, flash
 from ds_lvx.kernels.merge import merge
 from ds_lvx.kernels.native import NativeKernel
 
@@ -130,6 +131,93 @@ def test_lengths_of_zero(name: str, queries: int, keys: int) -> None:
     )
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
     assert not any(gradient.isnan().any() for gradient in (dq, dk, dv))
+
+
+@pytest.mark.parametrize("visibility", ["none", "frames"])
+@pytest.mark.parametrize("layout", ["strided", "transposed", "expanded"])
+def test_any_layout_of_the_inputs(layout: str, visibility: str) -> None:
+    """The fused kernels read a head's numbers in one go and do not check that they lie together."""
+    shape = (2, 7, 40, 4, 2, 16)
+    kernel, sees = NativeKernel(), rule(shape, visibility)
+    q, k, v = tensors(shape, torch.float32)
+    if layout == "expanded":
+        k, v = (t[:1].expand_as(t) for t in (k, v))
+
+    def lay_out(tensor: Tensor) -> Tensor:
+        if layout == "strided":
+            return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+        if layout == "transposed":
+            return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+        return tensor
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        arguments = {"visibility": sees, "softmax_scale": 0.3}
+        out, lse = kernel.forward(*inputs[:3], **arguments)
+        delta = (inputs[3] * out).sum(-1).transpose(1, 2)
+        rest = (inputs[3], lse, delta)
+        return [out, lse, *kernel.backward(*inputs[:3], *rest, **arguments, has_dlse=False)]
+
+    dout = torch.randn(q.shape)
+    inputs = [lay_out(t) for t in (q, k, v, dout)]
+    for got, wanted in zip(run(*inputs), run(q, k.clone(), v.clone(), dout), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_only_one_blocks_mask_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive, most = 0, 0
+    original = Visibility.mask
+
+    def ended() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def counted(*args: slice) -> Tensor:
+        nonlocal alive, most
+        mask = original(*args)  # type: ignore[arg-type]
+        alive += 1
+        most = max(most, alive)
+        weakref.finalize(mask, ended)
+        return mask
+
+    monkeypatch.setattr(Visibility, "mask", counted)
+    shape = (1, 5, 40_000, 1, 1, 8)
+    q, k, v = tensors(shape, torch.float32)
+    sees = rule(shape, "shuffled")
+    kernel = NativeKernel()
+    out, lse = kernel.forward(q, k, v, visibility=sees, softmax_scale=1.0)
+    kernel.backward(q, k, v, q, lse, lse, visibility=sees, softmax_scale=1.0, has_dlse=False)
+    assert out.shape == q.shape
+    assert 1 <= most <= 2
+
+
+def test_autocast_does_not_reach_the_dense_kernel() -> None:
+    q, k, v = tensors((1, 3, 9, 2, 2, 8), torch.float32)
+    plain = dense.forward(q, k, v, mask=None, softmax_scale=1.0, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = dense.forward(q, k, v, mask=None, softmax_scale=1.0, dtype=torch.float32)
+        gradients = dense.backward(
+            q, k, v, q, plain[1], plain[1], mask=None, softmax_scale=1.0, dtype=torch.float32
+        )
+    for one, other in zip(plain, cast, strict=True):
+        assert torch.equal(one, other)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+
+
+def test_many_queries_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a fused kernel the scores of a block stay within a budget; gradients add up."""
+    monkeypatch.setattr("ds_lvx.kernels.native._SCORE_ELEMENTS", 2**11)
+    shape = (1, 50, 300, 2, 1, 8)
+    q, k, v = tensors(shape, torch.float32)
+    out, lse = NativeKernel().forward(q, k, v, visibility=None, softmax_scale=0.3)
+    delta = (q * out).sum(-1).transpose(1, 2)
+    gradients = [
+        choose(name, torch.float32).backward(
+            q, k, v, q, lse, delta, visibility=None, softmax_scale=0.3, has_dlse=True
+        )
+        for name in ("native", "reference")
+    ]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 def test_a_tiny_dout_does_not_underflow() -> None:

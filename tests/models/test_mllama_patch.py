@@ -224,6 +224,22 @@ def test_a_batch_that_is_not_sharded() -> None:
         run_ranks(forward_unsharded, 2)
 
 
+def test_a_batch_of_other_groups() -> None:
+    with pytest.raises(RankError, match=r"sharded over 1 ranks for a model that shares .* 2"):
+        run_ranks(forward_of_other_groups, 2)
+
+
+def forward_of_other_groups() -> None:
+    """The newest groups are the default of `shard_batch`; they need not be the model's."""
+    config = LVXConfig.from_ds_config(
+        ds_config(stage=0, sp_size=2, cross={"method": "lvx"}, self_attn="ring")
+    )
+    model = tiny_model()
+    patch_model(model, config, SequenceParallelGroups(2))
+    SequenceParallelGroups(1)
+    model(**shard_batch(hard_batch(), model=model))
+
+
 def forward_unsharded() -> None:
     config = LVXConfig.from_ds_config(
         ds_config(stage=0, sp_size=2, cross={"method": "lvx"}, self_attn="ring")
