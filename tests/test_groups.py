@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -196,9 +197,12 @@ def test_a_script_ends_cleanly(end: str, tmp_path: Path) -> None:
     """With shutdown the launcher ends at once, with 0 or the error of the rank that failed."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
     done = subprocess.run(
-        [*command, "--no_local_rank", "--master_port", "29731", str(script), end],
+        [*command, "--no_local_rank", "--master_port", port, str(script), end],
         cwd=ROOT,
         check=False,
         capture_output=True,
