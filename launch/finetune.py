@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from deepspeed.accelerator import get_accelerator
+from transformers.utils import logging
 
 import ds_lvx
 from ds_lvx.comm import Channel
@@ -30,6 +32,9 @@ from ds_lvx.training.together import together
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code of this rank."""
     options = parse(arguments)
+    # torch 2.13 renamed collectives that DeepSpeed calls by their old names: a warning each.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+    logging.disable_progress_bar()  # of loading and saving: they would tear the training's apart
     # Before anything is put on a device: several ranks share a node.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     init_distributed()

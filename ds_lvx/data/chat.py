@@ -134,7 +134,9 @@ class _Line:
         where = f"messages[{number}]"
         if not isinstance(item, dict) or item.get("role") not in ROLES:
             found = f"role {item.get('role')!r}" if isinstance(item, dict) else _name(item)
-            raise self.error(f"{found} in {where}", f"one of {ROLES}", "correct the role")
+            raise self.error(
+                f"{found} in {where}", f"one of {', '.join(ROLES)}", "correct the role"
+            )
         content = item.get("content")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]

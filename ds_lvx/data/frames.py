@@ -210,7 +210,7 @@ def _opened(path: str) -> Iterator[tuple[Any, Any]]:
             name = container.format.name
             if name.startswith(_NO_VIDEO_FORMATS) or name.endswith("_pipe"):
                 raise ValueError(
-                    f"got a file of the kind {name}; expected a video; "
+                    f"got a picture or text ({name}); expected a video; "
                     'give a picture as {"type": "image"}'
                 )
             if not container.streams.video:

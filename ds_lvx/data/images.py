@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,7 +44,12 @@ def load_image(path: str) -> Image:
             check_size(*image.size)
             return ImageOps.exif_transpose(image).convert("RGB")
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: got {error}; scale the image down") from None
+        # PIL's limit of its own, found before there is an image to ask: "Image size (N pixels) ..."
+        pixels = int(re.findall(r"\d+", str(error))[0])
+        raise ValueError(
+            f"{path}: got {pixels:,} pixels; expected at most {Image.MAX_IMAGE_PIXELS:,}; "
+            "scale it down"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (OSError, SyntaxError) as error:  # PIL's readers raise both for broken files

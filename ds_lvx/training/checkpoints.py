@@ -151,7 +151,9 @@ class Checkpoints:
         pointer = self.folder / (_LATEST + _PARTIAL)
         pointer.write_text(name + "\n")
         os.replace(pointer, self.folder / _LATEST)
-        for old in sorted(self.folder.glob("step-*"))[: -self._keep]:
+        # Later steps are of a run that this one left behind, and do not count.
+        earlier = [old for old in sorted(self.folder.glob("step-*")) if old.name < name]
+        for old in earlier[: max(len(earlier) + 1 - self._keep, 0)]:
             shutil.rmtree(old)
 
     def _read(self, path: Path, expected: RunState) -> RunState:

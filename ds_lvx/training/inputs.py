@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,11 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
         ValueError: whatever is wrong with config, data, checkpoint or output folder.
     """
     ds_config = read_ds_config(options.deepspeed_config)
-    lvx = LVXConfig.from_ds_config(ds_config)
-    lvx.check_world_size(world_size)
+    lvx = LVXConfig.from_ds_config(options.deepspeed_config)
+    try:
+        lvx.check_world_size(world_size)
+    except ValueError as error:
+        raise ValueError(f"{options.deepspeed_config}: {error}") from None
     sizes = batch_sizes(ds_config, world_size // lvx.sequence_parallel_size)
     _check_output(options)
     training = read_conversations(options.data)
@@ -142,6 +146,14 @@ def _check_output(options: Options) -> None:
             f"--output_dir: got {folder}, which holds checkpoints of a run; expected a new folder, "
             "or --resume to go on with that run"
         )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir: got {folder}, which cannot be written ({error.strerror}); expected a "
+            "folder that can; name another"
+        ) from None
 
 
 def _fingerprint(data: str, rate: FrameRate, encoder: TextEncoder) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 import ds_lvx
@@ -54,6 +55,21 @@ def make_engine(model: Any, inputs: Inputs, options: Options) -> Any:
         config=inputs.ds_config,
     )
     return engine
+
+
+def renew_learning_rate(engine: Any) -> None:
+    """After a resume, the learning rate of the schedule as it is now.
+
+    The one restored with the optimizer is that of the schedule as it was: with another
+    ``--max_steps`` they differ.
+    """
+    scheduler = engine.lr_scheduler
+    if not isinstance(scheduler, LambdaLR):
+        return  # DeepSpeed's own, from the ds_config: of no known length
+    for group, base, factor in zip(
+        engine.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(scheduler.last_epoch)
 
 
 class Trainer:
@@ -131,6 +147,7 @@ class Trainer:
             path = latest
         state = self._checkpoints.load(self.engine, path, self._state())
         self.step, self.samples_seen = state.step, state.samples_seen
+        renew_learning_rate(self.engine)
         self._progress.say(f"resumed from {path} at step {self.step}")
 
     def train(self) -> None:

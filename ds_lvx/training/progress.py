@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from pathlib import Path
@@ -34,7 +35,7 @@ class Progress:
         """Begin at a step: forget what an interrupted run wrote about later ones."""
         if self._writes:
             rows = self._file.read_text().splitlines() if self._file.is_file() and step else []
-            kept = [row for row in rows if json.loads(row)["step"] <= step]
+            kept = [row for row in rows if _step_of(row) <= step]
             self._file.write_text("".join(row + "\n" for row in kept))
         self._bar.update(step)
         self._since, self._tokens = time.perf_counter(), 0
@@ -82,6 +83,14 @@ class Progress:
         if self._writes:
             with self._file.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def _step_of(row: str) -> float:
+    """The step of a line of metrics; beyond all steps for one that was cut off when a run ended."""
+    try:
+        return float(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def peak_memory_bytes() -> int:

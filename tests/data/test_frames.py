@@ -117,7 +117,7 @@ def _bad_files(folder: Path) -> dict[str, Path]:
         ("cut.mp4", "cannot be decoded"),
         ("damaged.mp4", "cannot be decoded|no frame at"),
         ("text.mp4", "cannot be decoded"),
-        ("a.txt", "of the kind tty"),
+        ("a.txt", r"picture or text \(tty\)"),
         ("empty.mp4", "cannot be decoded"),
         ("image.mp4", "give a picture as"),
         ("raw.h264", "without timestamps"),
@@ -135,7 +135,7 @@ def test_files_that_are_no_good_video(tmp_path: Path, name: str, expected: str) 
 def test_images(tmp_path: Path) -> None:
     assert load_image(str(write_image(tmp_path / "a.png"))).size == (50, 40)
     huge = write_png_header(tmp_path / "huge.png", 40_000, 25_000)
-    with pytest.raises(ValueError, match=r"huge\.png: .*1000000000 pixels"):
+    with pytest.raises(ValueError, match=r"huge\.png: .*1,000,000,000 pixels"):
         load_image(str(huge))
     large = write_png_header(tmp_path / "large.png", 10_000, 10_000)
     with pytest.raises(ValueError, match=r"large\.png: .*100,000,000 pixels"):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ds_lvx.comm import Channel
 from ds_lvx.data.ahead import Ahead
 from ds_lvx.training.checkpoints import Checkpoints, RunState
-from ds_lvx.training.inputs import BatchSizes, batch_sizes
+from ds_lvx.training.inputs import BatchSizes, batch_sizes, read_inputs
+from ds_lvx.training.loop import renew_learning_rate
+from ds_lvx.training.options import parse
+from ds_lvx.training.progress import Progress
 from tests.ranks import run_ranks
 
 
@@ -64,6 +69,52 @@ def test_a_save_that_fails_on_one_rank_changes_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
     files = sorted(path.name for path in (tmp_path / "step-00000003").iterdir())
     assert files == ["random-0.pt", "random-1.pt", "run.json", "weights-0", "weights-1"]
+
+
+def save_in_the_past(folder: Path) -> str:
+    """Steps 7 and 8 are there, and a run that resumed from step 3 saves its step 4."""
+    world = Channel.world()
+    checkpoints = Checkpoints(folder, world, keep=1, only_trained=False)
+    if world.rank == 0:
+        for step in (3, 7, 8):
+            (folder / f"step-{step:08d}").mkdir()
+    checkpoints.save(_Engine(world.rank), _state(4))
+    assert checkpoints.latest is not None
+    assert checkpoints.latest.is_dir()
+    return checkpoints.latest.name
+
+
+def test_a_checkpoint_just_written_stays(tmp_path: Path) -> None:
+    assert set(run_ranks(save_in_the_past, 2, tmp_path)) == {"step-00000004"}
+    kept = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert kept == [f"step-{step:08d}" for step in (4, 7, 8)]
+
+
+def test_metrics_that_were_cut_off_do_not_stop_a_resume(tmp_path: Path) -> None:
+    rows = ['{"step": 1, "loss": 2.0}', '{"step": 2, "loss": 1.0}', '{"step": 2, "lo']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    progress = Progress(tmp_path, rank=0, total_steps=3)
+    progress.start(1)
+    progress.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == rows[0] + "\n"
+
+
+def test_the_learning_rate_after_a_resume_is_that_of_the_schedule() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
+    scheduler.last_epoch = 4
+    optimizer.param_groups[0]["lr"] = 0.0  # as a schedule of 4 steps left it
+    renew_learning_rate(SimpleNamespace(lr_scheduler=scheduler, optimizer=optimizer))
+    assert optimizer.param_groups[0]["lr"] == 0.6
+
+
+@pytest.mark.parametrize("name", ["a-file", "/proc/nowhere/out"])
+def test_an_output_folder_that_cannot_be_written(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a-file").touch()
+    config = Path(__file__).parents[2] / "ds_configs" / "finetune-cpu.json"
+    words = ["--model", "tiny", "--data", "none.jsonl", "--deepspeed_config", str(config)]
+    with pytest.raises(ValueError, match=r"--output_dir: got .*name another"):
+        read_inputs(parse([*words, "--output_dir", str(tmp_path / name)]), 2)
 
 
 def test_batch_sizes_are_deepspeeds() -> None:

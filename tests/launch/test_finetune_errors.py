@@ -81,7 +81,7 @@ def _long_text(folder: Path) -> Any:
         (lambda folder: '{"messages": ', r"train\.jsonl:2: got .* expected one JSON object"),
         (_no_video, r"train\.jsonl:2: .*notes\.mp4: got a file that cannot be decoded"),
         (_damaged, r"rank 1.*train\.jsonl:2: .*damaged\.mp4: got"),
-        (_huge_image, r"train\.jsonl:2: .*huge\.png: .*1000000000 pixels"),
+        (_huge_image, r"train\.jsonl:2: .*huge\.png: .*1,000,000,000 pixels"),
         (_long_text, r"train\.jsonl:2: got \d+ tokens \(1 of them frames\); expected at most 4096"),
     ],
     ids=["missing", "no json", "no video", "damaged", "huge image", "long text"],
