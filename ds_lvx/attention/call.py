@@ -103,11 +103,7 @@ def settle(
     records = channel.agree(record, error)
     comm.require_same(records, same, what=operation)
     q_lengths = tuple(other["q_length"] for other in records)
-    if schedule == "replicated" and len(set(q_lengths)) > 1:
-        raise ValueError(
-            f"{operation}: schedule 'replicated' wants the same queries on every rank; got "
-            f"seqlen_q {list(q_lengths)}; use 'ring' or 'gather' for sharded queries"
-        )
+    _check_replicated(operation, schedule, q_lengths)
     return Call(
         channel=channel,
         q_lengths=q_lengths,
@@ -118,6 +114,14 @@ def settle(
         requires_grad=torch.is_grad_enabled() and any(r["requires_grad"] for r in records),
         returns_lse=return_lse,
     )
+
+
+def _check_replicated(operation: str, schedule: str, q_lengths: tuple[int, ...]) -> None:
+    if schedule == "replicated" and len(set(q_lengths)) > 1:
+        raise ValueError(
+            f"{operation}: schedule 'replicated' wants the same queries on every rank; got "
+            f"seqlen_q {list(q_lengths)}; use 'ring' or 'gather' for sharded queries"
+        )
 
 
 _MAX_GATHERED_BYTES = 2**30
