@@ -140,10 +140,9 @@ class _LVXRecompute(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.setting = _Setting(features) if call.requires_grad else None
 
-        def source() -> tuple[Tensor, Tensor]:
-            return project_kv(features)
-
-        out, lse = SCHEDULES[call.schedule].forward(call, q, visibility, source)
+        out, lse = SCHEDULES[call.schedule].forward(
+            call, q, visibility, lambda: project_kv(features)
+        )
         out = out.to(q.dtype)
         ctx.save_for_backward(q, features, out, lse)
         ctx.call, ctx.visibility, ctx.project_kv = call, visibility, project_kv
