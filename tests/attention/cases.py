@@ -25,6 +25,7 @@ class Problem:
     head_dim: int = 16
     dtype: torch.dtype = torch.float32
     visibility: str = "none"
+    out_weight: float = 1.0
     lse_weight: float = 0.0
     seed: int = 0
     scale: float | None = None
@@ -46,7 +47,7 @@ class Problem:
             "q": draw(self.batch, queries, self.heads, self.head_dim),
             "k": draw(self.batch, keys, self.kv_heads, self.head_dim),
             "v": draw(self.batch, keys, self.kv_heads, self.head_dim),
-            "dout": draw(self.batch, queries, self.heads, self.head_dim),
+            "dout": draw(self.batch, queries, self.heads, self.head_dim) * self.out_weight,
             "dlse": draw(self.batch, self.heads, queries) * self.lse_weight,
         }
 

@@ -56,12 +56,13 @@ def test_every_method_matches_the_oracle_in_fp32(ranks: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("returned", [0.7, 0.0])
-def test_lse_is_a_differentiable_output(ranks: int, returned: float) -> None:
-    """Both outputs get a gradient; with ``returned`` 0 the gradient of lse is all zeros."""
+@pytest.mark.parametrize(("of_out", "of_lse"), [(1.0, 0.7), (1.0, 0.0), (0.0, 0.7)])
+def test_lse_is_a_differentiable_output(ranks: int, of_out: float, of_lse: float) -> None:
+    """Both outputs get a gradient, or all zeros; with dout = 0 no out can stand in for delta."""
     methods = [method for method in METHODS if method != "ulysses"]
     q_lengths, kv_lengths = SHARDS[ranks][1]
-    problem = Problem(q_lengths, kv_lengths, visibility="frames", lse_weight=returned)
+    weights = {"out_weight": of_out, "lse_weight": of_lse}
+    problem = Problem(q_lengths, kv_lengths, visibility="frames", **weights)
     cases = [_case(problem, method) for method in methods]
     answers = run_ranks(run_problems, ranks, cases)
     for index, (problem, method) in enumerate(cases):
