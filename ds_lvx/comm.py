@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ds_lvx.bundles import Bundle, Spec, bundle_nbytes, pack, unpack
 from ds_lvx.counting import count, count_control
+from ds_lvx.notes import explained
 
 ProcessGroup: TypeAlias = dist.ProcessGroup
 T = TypeVar("T")
@@ -38,9 +39,14 @@ class Pending(Generic[T]):
         self._keep = keep  # buffers that must outlive the transfer
 
     def wait(self) -> T:
-        """Wait for the transfer and return what arrived."""
-        for work in self._works:
-            work.wait()
+        """Wait for the transfer and return what arrived.
+
+        Raises:
+            RuntimeError: a rank has ended; the error says why where that rank left a note.
+        """
+        with explained():
+            for work in self._works:
+                work.wait()
         self._works = ()
         result = self._finish()
         self._keep = None
@@ -150,7 +156,8 @@ class Channel:
         framed = len(payload).to_bytes(8, "little") + payload[: capacity - 8]
         mine = torch.frombuffer(bytearray(framed.ljust(capacity, b"\0")), dtype=torch.uint8)
         everyone = torch.empty(self.size * capacity, dtype=torch.uint8)
-        _all_gather(everyone, mine, group=self._control())
+        with explained():
+            _all_gather(everyone, mine, group=self._control())
         count_control((self.size - 1) * capacity)
         rows = [bytes(row) for row in everyone.view(self.size, capacity).numpy()]
         lengths = [int.from_bytes(row[:8], "little") for row in rows]
@@ -269,7 +276,8 @@ class Channel:
         """
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         if self.size > 1:
-            dist.all_reduce(total, group=self.group)
+            with explained():
+                dist.all_reduce(total, group=self.group)
             count("all_reduce", 2 * (self.size - 1) * total.nbytes // self.size)
         return total
 

@@ -15,6 +15,7 @@ from ds_lvx.groups import SequenceParallelGroups
 from ds_lvx.models import Patch, patch_model
 from ds_lvx.models.patch import ScaleLoss
 from ds_lvx.models.plan import table
+from ds_lvx.out_of_memory import Guard
 from ds_lvx.start import init_distributed
 
 
@@ -25,15 +26,18 @@ class Session:
         config: the ``ds_lvx`` section.
         groups: the process groups, also DeepSpeed's ``mpu``.
         patch: what was done to the model.
+        guard: names the rank that runs out of memory.
     """
 
     def __init__(self, config: LVXConfig, groups: SequenceParallelGroups, patch: Patch) -> None:
         self.config = config
         self.groups = groups
         self.patch = patch
+        self.guard = Guard(groups)
 
     def close(self) -> None:
         """Give the model back as it was and end the groups. Calling it twice is allowed."""
+        self.guard.close()
         self.patch.unpatch()
         self.groups.close()
 
@@ -73,8 +77,10 @@ def initialize(
         ValueError: a mistake in the config, on all ranks; a layer over sharded tokens without a
             method; heads that ulysses cannot split; ranks that were given different configs.
         NotImplementedError: a model of no supported family, or a combination that does not exist.
+        RankOutOfMemoryError: a ``torch.OutOfMemoryError`` that names its rank and the size asked
+            for, here as in the engine's forward, backward and step.
 
-    Collectives: making the groups, and one agreement on the control plane; then DeepSpeed's.
+    Collectives: making the groups, and agreements on the control plane; then DeepSpeed's.
     """
     if not isinstance(model, nn.Module) or mpu is not None or mesh_param is not None:
         raise ValueError(
@@ -105,13 +111,15 @@ def _start(lvx: LVXConfig, model: nn.Module, **arguments: Any) -> tuple[Any, Any
     session = None
     try:
         session = Session(lvx, groups, _patch_on_all_ranks(model, lvx, groups))
-        returned = deepspeed.initialize(model=model, mpu=groups, **arguments)
+        with session.guard.named("deepspeed.initialize"):
+            returned = deepspeed.initialize(model=model, mpu=groups, **arguments)
     except BaseException:
         # Whoever catches the error gets the model back as it was.
         (groups if session is None else session).close()
         raise
     engine = returned[0]
     _scale_loss(session, stage=engine.zero_optimization_stage())
+    session.guard.watch(engine)
     engine.ds_lvx = session
     return returned
 

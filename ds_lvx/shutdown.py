@@ -10,6 +10,7 @@ from typing import Any
 from ds_lvx import comm
 from ds_lvx.comm import Channel, ProcessGroup
 from ds_lvx.groups import SequenceParallelGroups
+from ds_lvx.notes import Mailbox
 
 
 def shutdown(engine: Any = None) -> None:
@@ -18,16 +19,15 @@ def shutdown(engine: Any = None) -> None:
     A process that just returns after training aborts now and then (SIGABRT, exit code -6): gloo's
     thread drops its last references into an interpreter that is going down. Call this last, on
     every rank; the engine and process groups are of no use afterwards. In a ``finally`` under an
-    exception it waits for nobody, so that a rank that failed can leave and the launcher can end the
-    others.
+    exception, or when a rank has run out of memory, it waits for nobody, so that a rank that failed
+    can leave and the launcher can end the others.
 
     Args:
         engine: what `ds_lvx.initialize` returned; None when there is none.
 
-    Collectives: a barrier over all ranks, unless an exception is under way.
+    Collectives: a barrier over all ranks, unless something has failed.
     """
-    failing = sys.exc_info()[0] is not None
-    if comm.is_initialized() and not failing:
+    if comm.is_initialized() and not _has_failed():
         Channel.world().barrier()
     session = getattr(engine, "ds_lvx", None)
     if session is not None:
@@ -41,6 +41,13 @@ def shutdown(engine: Any = None) -> None:
     comm.destroy_all()
     _let_go_of_groups()
     gc.collect()
+
+
+def _has_failed() -> bool:
+    """Whether an exception is under way, or some rank has told that it ends."""
+    mailbox = Mailbox.current()
+    told = mailbox is not None and (mailbox.has_sent or mailbox.has_notes())
+    return told or sys.exc_info()[0] is not None
 
 
 def _let_go_of_groups() -> None:

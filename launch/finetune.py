@@ -21,12 +21,17 @@ from transformers.utils import logging
 
 import ds_lvx
 from ds_lvx.comm import Channel
+from ds_lvx.notes import PeerError
+from ds_lvx.out_of_memory import RankOutOfMemoryError, named
 from ds_lvx.start import init_distributed
 from ds_lvx.training.inputs import read_inputs
 from ds_lvx.training.loop import Trainer, make_engine
 from ds_lvx.training.model import load_model
 from ds_lvx.training.options import Options, parse
 from ds_lvx.training.together import together
+
+# What is said in a line; whatever else fails shows where.
+REPORTED = (ValueError, NotImplementedError, RankOutOfMemoryError, PeerError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world = Channel.world()
     try:
         finetune(options, world)
-    except (ValueError, NotImplementedError):
+    except REPORTED:
         if options.traceback:
             raise
         return 1
@@ -54,15 +59,18 @@ def finetune(options: Options, world: Channel) -> None:
     Raises:
         ValueError: something that the user gave is wrong; on all ranks.
         NotImplementedError: a combination that does not exist; on all ranks.
+        RankOutOfMemoryError: this rank has no more memory.
+        PeerError: another rank has none.
     """
     engine = None
     try:
-        inputs = together(world, lambda: read_inputs(options, world.size))
-        model = load_model(options, inputs.ds_config, inputs.processor)
-        engine = make_engine(model, inputs, options)
-        del model  # the engine's alone, so that nothing of it outlives the shutdown
-        Trainer(engine, inputs, options, world=world).run()
-    except (ValueError, NotImplementedError) as error:
+        with named("finetune.py"):
+            inputs = together(world, lambda: read_inputs(options, world.size))
+            model = load_model(options, inputs.ds_config, inputs.processor)
+            engine = make_engine(model, inputs, options)
+            del model  # the engine's alone, so that nothing of it outlives the shutdown
+            Trainer(engine, inputs, options, world=world).run()
+    except REPORTED as error:
         # Before the shutdown, in which the launcher may end this rank for the failure of another.
         print(f"\n[rank {world.rank}] error: {error}", file=sys.stderr, flush=True)
         raise
