@@ -12,6 +12,7 @@ from ds_lvx.attention import (
     ring_attention,
     ulysses_attention,
 )
+from ds_lvx.checkpointing import checkpointing
 from ds_lvx.config import LVXConfig
 from ds_lvx.counting import traffic
 from ds_lvx.groups import SequenceParallelGroups
@@ -25,6 +26,7 @@ __all__ = [
     "LVXConfig",
     "SequenceParallelGroups",
     "Visibility",
+    "checkpointing",
     "gather_sequence",
     "initialize",
     "lv_xattn",

@@ -38,6 +38,7 @@ __all__ = [
 Method: TypeAlias = Literal["lvx", "ring", "ulysses", "none", "auto"]
 Schedule: TypeAlias = Literal["auto", "ring", "gather", "replicated"]
 Kernel: TypeAlias = Literal["auto", "native", "triton", "reference"]
+Features: TypeAlias = Literal["keep", "offload"]
 
 
 class LayerRule(BaseModel):
@@ -58,6 +59,14 @@ class LayerRule(BaseModel):
 
     recompute_kv: bool = False
     """Project K and V again in backward instead of keeping them (lvx only)."""
+
+    features: Features = "keep"
+    """Where the visual features wait between layers: `keep` (on the device) or `offload`, pinned
+    host memory, from which every layer streams them under its projection. Needs `recompute_kv`."""
+
+    kv_chunk_tokens: int | None = Field(default=None, ge=1)
+    """Project and attend K and V of so many visual tokens at a time, forward and backward, so that
+    a layer's K and V never exist whole. Needs `recompute_kv`."""
 
     kernel: Kernel = "auto"
     """Who computes one block on one device: `native`, `triton`, `reference` or `auto`."""
@@ -208,6 +217,7 @@ def _missing_combinations(rule: LayerRule) -> Iterator[str]:
             f'recompute_kv: does not exist for method "{method}"; use method "lvx", or remove '
             "recompute_kv"
         )
+    yield from _without_recomputation(rule)
     if method not in ("lvx", "auto") and rule.schedule != "auto":
         yield (
             f'schedule: got "{rule.schedule}", but method "{method}" has no schedules; use method '
@@ -223,6 +233,23 @@ def _missing_combinations(rule: LayerRule) -> Iterator[str]:
             'kernel: "triton" is not in this version; use "auto", "native" (PyTorch\'s own '
             'kernels) or "reference" (float64, for checking)'
         )
+
+
+def _without_recomputation(rule: LayerRule) -> Iterator[str]:
+    """What only a layer that projects K and V again in backward can do."""
+    asked = {"features": rule.features == "offload", "kv_chunk_tokens": rule.kv_chunk_tokens}
+    for key, value in asked.items():
+        if value and not rule.recompute_kv:
+            yield (
+                f"{key}: got {shown(getattr(rule, key))} without recompute_kv, which keeps K and V "
+                f'whole for backward; add "recompute_kv": true, or remove {key}'
+            )
+        elif value and rule.schedule == "ring":
+            yield (
+                f'{key}: got {shown(getattr(rule, key))} with schedule "ring", which needs a '
+                "layer's K and V whole for every query shard that passes; use schedule "
+                '"gather" or "auto"'
+            )
 
 
 # Words for error messages
@@ -246,7 +273,12 @@ def _explain(details: ErrorDetails) -> str:
     return f"{path}: got {got}, expected {_EXPECTED.get(kind, details['msg'])}"
 
 
-_LITERALS: dict[str, Any] = {"method": Method, "schedule": Schedule, "kernel": Kernel}
+_LITERALS: dict[str, Any] = {
+    "method": Method,
+    "schedule": Schedule,
+    "kernel": Kernel,
+    "features": Features,
+}
 # Valid words that this version refuses: nobody should be led to them.
 _NOT_YET = {"method": "auto", "kernel": "triton"}
 _EXAMPLES = {

@@ -9,6 +9,8 @@ import deepspeed
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from torch import nn
 
+from ds_lvx.activation_checkpointing import ActivationCheckpointing
+from ds_lvx.activation_checkpointing import forget as forget_checkpoints
 from ds_lvx.comm import Channel, is_initialized
 from ds_lvx.config import LVXConfig, check_ds_config, read_ds_config
 from ds_lvx.groups import SequenceParallelGroups
@@ -26,11 +28,21 @@ class Session:
         config: the ``ds_lvx`` section.
         groups: the process groups, also DeepSpeed's ``mpu``.
         patch: what was done to the model.
+        checkpoints: the ``activation_checkpointing`` section, or None.
         guard: names the rank that runs out of memory.
     """
 
-    def __init__(self, config: LVXConfig, groups: SequenceParallelGroups, patch: Patch) -> None:
+    def __init__(
+        self,
+        config: LVXConfig,
+        groups: SequenceParallelGroups,
+        patch: Patch,
+        checkpoints: ActivationCheckpointing | None,
+    ) -> None:
         self.config = config
+        self.checkpoints = checkpoints
+        if checkpoints is not None:
+            checkpoints.configure(groups)
         self.groups = groups
         self.patch = patch
         self.guard = Guard(groups)
@@ -39,6 +51,8 @@ class Session:
         """Give the model back as it was and end the groups. Calling it twice is allowed."""
         self.guard.close()
         self.patch.unpatch()
+        if self.checkpoints is not None:
+            forget_checkpoints()
         self.groups.close()
 
 
@@ -62,7 +76,9 @@ def initialize(
     Reads the ``ds_lvx`` section of the ds_config, makes the sequence-parallel groups, patches the
     instance ``model`` and hands everything on to DeepSpeed. Rank 0 prints one table: layer,
     method, schedule, kernel, recomputation. Whatever the ZeRO stage, ``engine.backward(out.loss)``
-    then gives the gradients of one process.
+    then gives the gradients of one process. A section ``activation_checkpointing`` checkpoints the
+    model's layers by DeepSpeed's own function, and attention runs once all the same
+    (`ds_lvx.checkpointing`), as it does under transformers' ``gradient_checkpointing_enable``.
 
     Args:
         args, model, optimizer, model_parameters, training_data, lr_scheduler, distributed_port,
@@ -88,9 +104,11 @@ def initialize(
             "expected a torch.nn.Module and neither mpu nor mesh_param: the groups come from "
             "ds_lvx.sequence_parallel_size in the ds_config"
         )
-    lvx = _read_config(_config_source(args, config, config_params), port=distributed_port)
+    source = _config_source(args, config, config_params)
+    lvx, checkpoints = _read_config(source, port=distributed_port)
     return _start(
         lvx,
+        checkpoints,
         model,
         args=args,
         optimizer=optimizer,
@@ -105,12 +123,18 @@ def initialize(
     )
 
 
-def _start(lvx: LVXConfig, model: nn.Module, **arguments: Any) -> tuple[Any, Any, Any, Any]:
+def _start(
+    lvx: LVXConfig,
+    checkpoints: ActivationCheckpointing | None,
+    model: nn.Module,
+    **arguments: Any,
+) -> tuple[Any, Any, Any, Any]:
     """Make the groups, patch the model, and let DeepSpeed make the engine."""
     groups = SequenceParallelGroups(lvx.sequence_parallel_size)
     session = None
     try:
-        session = Session(lvx, groups, _patch_on_all_ranks(model, lvx, groups))
+        patch = _patch_on_all_ranks(model, lvx, groups, checkpoints)
+        session = Session(lvx, groups, patch, checkpoints)
         with session.guard.named("deepspeed.initialize"):
             returned = deepspeed.initialize(model=model, mpu=groups, **arguments)
     except BaseException:
@@ -137,13 +161,14 @@ def _config_source(args: Any, config: Any, config_params: Any) -> Any:
     return from_args if source is None else source
 
 
-def _read_config(source: Any, *, port: int) -> LVXConfig:
+def _read_config(source: Any, *, port: int) -> tuple[LVXConfig, ActivationCheckpointing | None]:
     """Read the config on every rank, start ``torch.distributed``, and compare what was read."""
-    lvx, error = None, None
+    lvx, checkpoints, error = None, None, None
     try:
         ds_config = read_ds_config(source)
         lvx = LVXConfig.from_ds_config(source if isinstance(source, str) else ds_config)
         check_ds_config(ds_config, sequence_parallel_size=lvx.sequence_parallel_size)
+        checkpoints = ActivationCheckpointing.from_ds_config(ds_config)
     except (ValueError, NotImplementedError) as caught:
         error = caught
     if error is not None and not is_initialized() and "RANK" not in os.environ:
@@ -152,17 +177,24 @@ def _read_config(source: Any, *, port: int) -> LVXConfig:
     world = Channel.world()
     world.agree({}, error)
     assert lvx is not None
-    world.agree_on({"the ds_lvx section": lvx.model_dump()}, what="ds_lvx.initialize")
+    sections = {
+        "the ds_lvx section": lvx.model_dump(),
+        "the activation_checkpointing section": checkpoints and checkpoints.model_dump(),
+    }
+    world.agree_on(sections, what="ds_lvx.initialize")
     lvx.check_world_size(world.size)
-    return lvx
+    return lvx, checkpoints
 
 
 def _patch_on_all_ranks(
-    model: nn.Module, config: LVXConfig, groups: SequenceParallelGroups
+    model: nn.Module,
+    config: LVXConfig,
+    groups: SequenceParallelGroups,
+    checkpoints: ActivationCheckpointing | None,
 ) -> Patch:
     patch, error = None, None
     try:
-        patch = patch_model(model, config, groups)
+        patch = patch_model(model, config, groups, checkpoints=checkpoints)
     # Whatever it is: the other ranks must not wait for this one.
     except Exception as caught:  # noqa: BLE001
         error = caught

@@ -38,6 +38,7 @@ class Mailbox:
         agree: exchanges a record with all ranks, as `Channel.agree` does.
 
     Attributes:
+        address: this rank's, or None where it has no socket.
         has_sent: a note of this rank's stands.
 
     Collectives: one agreement.
@@ -50,9 +51,9 @@ class Mailbox:
         self._rank = rank
         self._notes: dict[int, str] = {}
         self._socket = _open_socket()
-        mine = None if self._socket is None else self._socket.getsockname()
+        self.address = None if self._socket is None else self._socket.getsockname()
         # Whatever else arrives at the port does not have the job's word.
-        records = agree({"address": mine, "word": secrets.token_hex(8)})
+        records = agree({"address": self.address, "word": secrets.token_hex(8)})
         self._word = records[0]["word"]
         self._addresses = [record["address"] for record in records]
         self._open.append(self)

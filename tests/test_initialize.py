@@ -80,7 +80,8 @@ def test_rank_0_prints_one_table_and_shutdown_ends_everything() -> None:
         assert ("recompute_kv" in result["printed"]) == (rank == 0)
         assert result["patched"]
         assert result["current"]
-        assert result["hooks"] == 2  # the text's masks, and the scale of the loss at stage 3
+        # The text's masks, three for the features, the checkpoints, the loss's scale at stage 3.
+        assert result["hooks"] == 6
         assert not result["left"]
         assert result["sizes"] == (2, 2)
         assert result["batch"] == 2  # two replicas, not four ranks

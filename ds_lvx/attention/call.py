@@ -8,13 +8,14 @@ patched model under `ds_lvx.shard_batch`) builds the `Call` itself and asks nobo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_lvx import comm
+from ds_lvx.attention.replay import once, replaying
 from ds_lvx.comm import Channel, ProcessGroup
 from ds_lvx.groups import SequenceParallelGroups, resolve
 from ds_lvx.kernels import Kernel, choose
@@ -67,6 +68,7 @@ def settle(
     kernel: str,
     schedule: str = "auto",
     return_lse: bool = False,
+    kv_chunk_tokens: int | None = None,
 ) -> Call:
     """Check a call on this rank and agree on it with the other ranks of the group.
 
@@ -74,23 +76,58 @@ def settle(
         operation: the public function's name; ranks that call different ones get an error.
         q: ``[batch, seqlen_q, num_heads, head_dim]``.
         keys: ``{"k": k, "v": v}`` or ``{"features": features}``.
-        group, visibility, softmax_scale, kernel, schedule, return_lse: the function's arguments.
+        group, visibility, softmax_scale, kernel, schedule, return_lse,
+            kv_chunk_tokens: the function's arguments.
 
     Raises:
         ValueError, NotImplementedError: on all ranks, naming the rank that got something wrong, or
             what the ranks disagree on.
 
-    Collectives: one all-gather of 2 KiB a rank on the control group; none for a group of one.
+    Collectives: one all-gather of 2 KiB a rank on the control group; none for a group of one, or
+    when a checkpointed layer runs again.
     """
-    channel = resolve(group)
+    call = once(
+        operation,
+        lambda: _settle(
+            operation,
+            q,
+            keys,
+            channel=resolve(group),
+            visibility=visibility,
+            softmax_scale=softmax_scale,
+            kernel=kernel,
+            schedule=schedule,
+            return_lse=return_lse,
+            kv_chunk_tokens=kv_chunk_tokens,
+        ),
+    )
+    # A checkpoint's first pass may run without gradients; its second has them, on every rank.
+    return replace(call, requires_grad=True) if replaying() else call
+
+
+def _settle(
+    operation: str,
+    q: Tensor,
+    keys: Mapping[str, Tensor],
+    *,
+    channel: Channel,
+    visibility: Visibility | None,
+    softmax_scale: float | None,
+    kernel: str,
+    schedule: str,
+    return_lse: bool,
+    kv_chunk_tokens: int | None,
+) -> Call:
     error: Exception | None = None
     record: dict[str, Any] = {}
     try:
         chosen = _check(q, keys, visibility, kernel=kernel, schedule=schedule)
+        _check_chunks(kv_chunk_tokens, schedule)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
         record = _signature(operation, q, keys, visibility)
         record |= {"softmax_scale": scale, "kernel": kernel, "schedule": schedule}
         record |= {"return_lse": return_lse, "grad_enabled": torch.is_grad_enabled()}
+        record |= {"kv_chunk_tokens": kv_chunk_tokens}
     # Whatever it is: the other ranks must not wait for this one.
     except Exception as raised:  # noqa: BLE001
         error = raised
@@ -121,6 +158,21 @@ def _check_replicated(operation: str, schedule: str, q_lengths: tuple[int, ...])
         raise ValueError(
             f"{operation}: schedule 'replicated' wants the same queries on every rank; got "
             f"seqlen_q {list(q_lengths)}; use 'ring' or 'gather' for sharded queries"
+        )
+
+
+def _check_chunks(kv_chunk_tokens: int | None, schedule: str) -> None:
+    if kv_chunk_tokens is None:
+        return
+    if not isinstance(kv_chunk_tokens, int) or kv_chunk_tokens < 1:
+        raise ValueError(
+            f"kv_chunk_tokens: got {kv_chunk_tokens!r}; expected 1 or more tokens, or None for all "
+            "at once"
+        )
+    if schedule == "ring":
+        raise NotImplementedError(
+            f"kv_chunk_tokens: got {kv_chunk_tokens} with schedule 'ring', which needs K and V "
+            "whole for every query shard that passes; use schedule 'gather' or 'auto'"
         )
 
 
@@ -187,8 +239,7 @@ def _check(
     else:
         _check_features(q, keys["features"])
     if visibility is not None:
-        length = None if "features" in keys else keys["k"].shape[1]
-        check_visibility(q, length, visibility)
+        check_visibility(q, next(iter(keys.values())).shape[1], visibility)
     return chosen
 
 
@@ -218,15 +269,16 @@ def check_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_features(q: Tensor, features: Tensor) -> None:
-    if features.dim() < 2 or features.shape[0] != q.shape[0] or features.device != q.device:
+    elsewhere = features.device != q.device and features.device.type != "cpu"
+    if features.dim() < 2 or features.shape[0] != q.shape[0] or elsewhere:
         raise ValueError(
             f"features: got shape {list(features.shape)} on {features.device} for q "
             f"{list(q.shape)} on {q.device}; expected [{q.shape[0]}, seqlen_kv, ...] on the same "
-            "device"
+            "device or on the host"
         )
 
 
-def check_visibility(q: Tensor, seqlen_kv: int | None, visibility: Visibility) -> None:
+def check_visibility(q: Tensor, seqlen_kv: int, visibility: Visibility) -> None:
     """Raise a ValueError unless the rule is for these queries and keys."""
     if not isinstance(visibility, Visibility):
         raise ValueError(
@@ -239,7 +291,7 @@ def check_visibility(q: Tensor, seqlen_kv: int | None, visibility: Visibility) -
             f"{visibility.q_start.device} for q {list(q.shape)} on {q.device}; expected "
             f"{list(wanted)}, this rank's queries, on q's device"
         )
-    if seqlen_kv is not None and visibility.kv_pos.shape[1] != seqlen_kv:
+    if visibility.kv_pos.shape[1] != seqlen_kv:
         raise ValueError(
             f"visibility: got kv_pos {list(visibility.kv_pos.shape)} for {seqlen_kv} keys; "
             "expected one position a key of this rank"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.attention.call import Call
+from ds_lvx.attention.replay import once
 from ds_lvx.visibility import Visibility
 
 
@@ -37,10 +38,14 @@ class LocalAttention(torch.autograd.Function):
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Run the kernel; ``(out, lse)``, both differentiable."""
-        out, lse = call.kernel.forward(
-            q, k, v, visibility=visibility, softmax_scale=call.softmax_scale
-        )
-        out = out.to(q.dtype)
+
+        def attend() -> tuple[Tensor, Tensor]:
+            out, lse = call.kernel.forward(
+                q, k, v, visibility=visibility, softmax_scale=call.softmax_scale
+            )
+            return out.to(q.dtype), lse
+
+        out, lse = once("local attention", attend)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call, ctx.visibility = call, visibility
         ctx.set_materialize_grads(False)

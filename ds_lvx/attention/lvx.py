@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ds_lvx.attention.call import Call, Group, settle
 from ds_lvx.attention.common import delta_of
-from ds_lvx.attention.schedules import SCHEDULES, Saved
+from ds_lvx.attention.keys import Saved, WholeKeys
+from ds_lvx.attention.replay import once
+from ds_lvx.attention.schedules import SCHEDULES
 from ds_lvx.visibility import Visibility
 
 
@@ -127,8 +129,12 @@ class _LVXAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = SCHEDULES[call.schedule].forward(call, q, visibility, lambda: (k, v))
-        out = out.to(q.dtype)
+        def attend() -> tuple[Tensor, Tensor]:
+            keys = WholeKeys(lambda: (k, v))
+            out, lse = SCHEDULES[call.schedule].forward(call, q, visibility, keys)
+            return out.to(q.dtype), lse
+
+        out, lse = once("lv_xattn's attention", attend)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call, ctx.visibility = call, visibility
         ctx.set_materialize_grads(False)
@@ -139,13 +145,9 @@ class _LVXAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
         gradients: list[Tensor] = []
-        dq = SCHEDULES[ctx.call.schedule].backward(
-            ctx.call,
-            saved_for(q, out, lse, dout, dlse),
-            ctx.visibility,
-            lambda: (k, v),
-            lambda dk, dv: gradients.extend((dk, dv)),
-        )
+        keys = WholeKeys(lambda: (k, v), lambda dk, dv: gradients.extend((dk, dv)))
+        saved = saved_for(q, out, lse, dout, dlse)
+        dq = SCHEDULES[ctx.call.schedule].backward(ctx.call, saved, ctx.visibility, keys)
         return None, None, None, dq.to(q.dtype), *gradients
 
 

@@ -8,22 +8,26 @@ parameters' own hooks fire (ZeRO 1, 2 and 3 depend on them). LV-XAttn, section 3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias, overload
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
-from torch.utils.checkpoint import get_device_states, set_device_states
 
-from ds_lvx.attention.call import Call, Group, check_keys, check_visibility, settle
+from ds_lvx.attention.call import Call, Group, check_keys, settle
+from ds_lvx.attention.features import Chunks, chunk_lengths
+from ds_lvx.attention.keys import ChunkedKeys, Keys, WholeKeys
 from ds_lvx.attention.lvx import saved_for
+from ds_lvx.attention.projection import Projection, ProjectionAgain, ProjectKV
+from ds_lvx.attention.random_state import Setting
+from ds_lvx.attention.replay import once, recording, replaying
 from ds_lvx.attention.schedules import SCHEDULES
 from ds_lvx.comm import Channel
 from ds_lvx.visibility import Visibility
 
-ProjectKV: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+STREAMED_TOKENS = 16_384
+"""Tokens of a chunk of features that come from the host, where nothing else is asked for."""
 
 
 @overload
@@ -38,6 +42,7 @@ def lv_xattn_recompute(
     schedule: str = ...,
     kernel: str = ...,
     return_lse: Literal[False] = ...,
+    kv_chunk_tokens: int | None = ...,
 ) -> Tensor: ...
 
 
@@ -53,6 +58,7 @@ def lv_xattn_recompute(
     schedule: str = ...,
     kernel: str = ...,
     return_lse: Literal[True],
+    kv_chunk_tokens: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -67,18 +73,25 @@ def lv_xattn_recompute(
     schedule: str = "auto",
     kernel: str = "auto",
     return_lse: bool = False,
+    kv_chunk_tokens: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`lv_xattn` over ``project_kv(features)``, which runs again in backward instead of being kept.
 
     Args:
         q: ``[batch, seqlen_q, num_heads, head_dim]``, this rank's queries.
-        features: ``[batch, seqlen_kv, ...]``, this rank's visual features, shared by all layers.
+        features: ``[batch, seqlen_kv, ...]``, this rank's visual features, shared by all layers;
+            on q's device, or on the host (pinned, to be fast), from which they are streamed in
+            chunks of 16,384 tokens, or of ``kv_chunk_tokens``.
         project_kv: ``features -> (k, v)``, each ``[batch, seqlen_kv, num_kv_heads, head_dim]`` in
             q's dtype. It runs once in forward and once in backward, with the same random numbers
             and autocast. Parameters that it uses get their gradients in ``.grad``, by way of
             ``torch.autograd.backward`` (``torch.autograd.grad`` does not see them). Anything else
             that needs a gradient must come in through ``features``.
         group, visibility, softmax_scale, schedule, kernel, return_lse: as in `lv_xattn`.
+        kv_chunk_tokens: project and attend so many tokens at a time, so that K and V never exist
+            whole, forward or backward; then ``project_kv`` runs once for each chunk, on
+            ``features[:, a:b]``, and equally often on every rank. None is all at once. Schedules
+            ``gather`` and ``replicated`` only; ``auto`` is ``gather``.
 
     Returns:
         As `lv_xattn`. Gradients reach q, features, and every parameter that ``project_kv`` uses.
@@ -104,10 +117,13 @@ def lv_xattn_recompute(
         kernel=kernel,
         schedule=schedule,
         return_lse=return_lse,
+        kv_chunk_tokens=kv_chunk_tokens,
     )
     # Ranks that agree on a call may still project something else.
-    checked = _agreeing(call.channel, project_kv, q, visibility)
-    out, lse = attend_recompute(call, q, features, checked, visibility)
+    checked = project_kv if replaying() else _agreeing(call.channel, project_kv, q)
+    out, lse = attend_recompute(
+        call, q, features, checked, visibility, kv_chunk_tokens=kv_chunk_tokens
+    )
     return (out, lse) if return_lse else out
 
 
@@ -117,13 +133,21 @@ def attend_recompute(
     features: Tensor,
     project_kv: ProjectKV,
     visibility: Visibility | None,
+    *,
+    kv_chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`lv_xattn_recompute` for a call that is settled: ``(out, lse)``.
 
     The call must be settled with ``requires_grad`` wherever gradients are enabled: only the
     projection knows whether its parameters need one.
     """
-    out, lse = _LVXRecompute.apply(call, visibility, project_kv, call.anchor(q.device), q, features)
+    if kv_chunk_tokens is None and features.device != q.device:
+        kv_chunk_tokens = STREAMED_TOKENS
+    lengths = chunk_lengths(call.kv_lengths, call.channel.rank, kv_chunk_tokens)
+    if len(lengths) > 1 and call.schedule == "ring":
+        call = replace(call, schedule="gather")  # the ring would want all chunks at every step
+    anchor = call.anchor(q.device)
+    out, lse = _LVXRecompute.apply(call, visibility, project_kv, lengths, anchor, q, features)
     return out, lse
 
 
@@ -134,18 +158,25 @@ class _LVXRecompute(torch.autograd.Function):
         call: Call,
         visibility: Visibility | None,
         project_kv: ProjectKV,
+        lengths: list[int],
         anchor: Tensor,
         q: Tensor,
         features: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.setting = _Setting(features) if call.requires_grad else None
+        def attend() -> tuple[Any, ...]:
+            setting = Setting(q) if call.requires_grad or recording() else None
+            chunks = Chunks(features, lengths, q.device)
+            keys = _keys(Projection(project_kv, chunks), chunks)
+            out, lse = SCHEDULES[call.schedule].forward(call, q, visibility, keys)
+            after = None if setting is None else setting.change()
+            return out.to(q.dtype), lse, setting, after
 
-        out, lse = SCHEDULES[call.schedule].forward(
-            call, q, visibility, lambda: project_kv(features)
-        )
-        out = out.to(q.dtype)
+        out, lse, setting, after = once("lv_xattn_recompute's attention", attend)
+        if replaying() and after is not None:
+            after.restore()  # the projection did not run: what follows it must not notice
         ctx.save_for_backward(q, features, out, lse)
-        ctx.call, ctx.visibility, ctx.project_kv = call, visibility, project_kv
+        ctx.call, ctx.visibility, ctx.setting = call, visibility, setting
+        ctx.project_kv, ctx.lengths = project_kv, lengths
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -153,35 +184,30 @@ class _LVXRecompute(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         q, features, out, lse = ctx.saved_tensors
-        leaf = features.detach().requires_grad_(ctx.needs_input_grad[5])
-        projected: list[Tensor] = []
-
-        def source() -> tuple[Tensor, Tensor]:
-            with torch.enable_grad(), ctx.setting.restored():
-                projected.extend(ctx.project_kv(leaf))
-            k, v = projected
-            return k.detach(), v.detach()
-
-        def sink(dk: Tensor, dv: Tensor) -> None:
-            # Edges of the graph, not its tensors: K and V themselves are needed no more.
-            pairs = [
-                (get_gradient_edge(tensor), gradient)
-                for tensor, gradient in zip(projected, (dk, dv), strict=True)
-                if tensor.requires_grad
-            ]
-            projected.clear()
-            if pairs:
-                torch.autograd.backward([edge for edge, _ in pairs], [g for _, g in pairs])
-
-        dq = SCHEDULES[ctx.call.schedule].backward(
-            ctx.call, saved_for(q, out, lse, dout, dlse), ctx.visibility, source, sink
+        chunks = Chunks(features, ctx.lengths, q.device)
+        projection = ProjectionAgain(
+            ctx.project_kv,
+            chunks,
+            playback=ctx.setting.playback(),
+            needs_gradient=ctx.needs_input_grad[6],
         )
-        return None, None, None, None, dq.to(q.dtype), leaf.grad
+        saved = saved_for(q, out, lse, dout, dlse)
+        del out, lse
+        dq = SCHEDULES[ctx.call.schedule].backward(
+            ctx.call, saved, ctx.visibility, _keys(projection, chunks)
+        )
+        if chunks.on_host and projection.gradient is not None:
+            torch.accelerator.synchronize(q.device)  # autograd adds it up on the host
+        return None, None, None, None, None, dq.to(q.dtype), projection.gradient
 
 
-def _agreeing(
-    channel: Channel, project_kv: ProjectKV, q: Tensor, visibility: Visibility | None
-) -> ProjectKV:
+def _keys(projection: Projection, chunks: Chunks) -> Keys:
+    if len(chunks) > 1:
+        return ChunkedKeys(projection)
+    return WholeKeys(projection.whole, partial(projection.push, last=True))
+
+
+def _agreeing(channel: Channel, project_kv: ProjectKV, q: Tensor) -> ProjectKV:
     """``project_kv`` whose first run, in forward, ends on all ranks alike."""
     agreed = False
 
@@ -191,7 +217,7 @@ def _agreeing(
             return project_kv(features)
         projected, error = None, None
         try:
-            projected = _checked(q, visibility, project_kv(features))
+            projected = _checked(q, features, project_kv(features))
         # Whatever it is: the other ranks must not wait for this one.
         except Exception as raised:  # noqa: BLE001
             error = raised
@@ -204,7 +230,7 @@ def _agreeing(
 
 
 def _checked(
-    q: Tensor, visibility: Visibility | None, projected: tuple[Tensor, Tensor]
+    q: Tensor, features: Tensor, projected: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     try:
         k, v = projected
@@ -213,38 +239,9 @@ def _checked(
             f"project_kv: got {type(projected).__name__}; expected it to return (k, v)"
         ) from error
     check_keys(q, k, v)
-    if visibility is not None:
-        check_visibility(q, k.shape[1], visibility)
-    return k, v
-
-
-class _Setting:
-    """Random state and autocast of forward's projection, for the one in backward."""
-
-    def __init__(self, features: Tensor) -> None:
-        self._device = features.device.type
-        self._cpu_state = torch.get_rng_state()
-        self._devices, self._states = get_device_states(features)
-        self._autocast = (
-            torch.is_autocast_enabled(self._device),
-            torch.get_autocast_dtype(self._device),
+    if k.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"project_kv: got {k.shape[1]} keys from {features.shape[1]} tokens of features; "
+            "expected one key a token"
         )
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Run with forward's random numbers and autocast; leave the generators as they are."""
-        enabled, dtype = self._autocast
-        devices = self._devices if self._device != "cpu" else []
-        with (
-            torch.random.fork_rng(devices=devices, device_type=_fork_type(self._device)),
-            torch.autocast(self._device, dtype=dtype, enabled=enabled),
-        ):
-            torch.set_rng_state(self._cpu_state)
-            if devices:
-                set_device_states(self._devices, self._states, device_type=self._device)
-            yield
-
-
-def _fork_type(device: str) -> str:
-    # fork_rng asks for a device module even when there are no devices to fork.
-    return "cuda" if device == "cpu" else device
+    return k, v

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ds_lvx.attention.call import Call, Group, settle
+from ds_lvx.attention.keys import Saved
 from ds_lvx.attention.lvx import saved_for
-from ds_lvx.attention.schedules import Saved
+from ds_lvx.attention.replay import once
 from ds_lvx.bundles import Bundle, Spec
 from ds_lvx.comm import Pending
 from ds_lvx.kernels.merge import accumulation_dtype, merge_
@@ -108,8 +109,7 @@ class _RingAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(call, q, k, v, visibility)
-        out = out.to(q.dtype)
+        out, lse = once("ring_attention's attention", lambda: _forward(call, q, k, v, visibility))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call, ctx.visibility = call, visibility
         ctx.set_materialize_grads(False)
@@ -146,7 +146,8 @@ def _forward(
         if following is not None:
             keys = following.wait()
     assert merged is not None
-    return merged
+    out, lse = merged
+    return out.to(q.dtype), lse
 
 
 def _backward(

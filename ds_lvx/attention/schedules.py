@@ -1,8 +1,8 @@
 """The schedules of lvx: how queries meet the keys of every rank while the keys stay at home.
 
-A schedule is a pair of functions. Both take K and V as a *source*: a function called once the
-first transfer is under way, so that a projection which it runs hides that transfer. Backward hands
-dk and dv to a *sink* while the last transfer of dq is under way, for the same reason.
+A schedule is a pair of functions. Both take this rank's keys as `Keys`, and call ``prepare`` once
+the first transfer is under way, so that a projection which it runs hides that transfer. Backward
+calls ``finish`` while the last transfer of dq is under way, for the same reason.
 
 Legend: n ranks, s this rank's queries, H heads, D head_dim, e bytes an element. Forward sends
 ``(n - 1) s H (2 D e + 4)`` bytes a rank, backward ``(n - 1) s H (3 D e + 8)``, and each
@@ -12,54 +12,33 @@ section 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ds_lvx.attention import wire
 from ds_lvx.attention.call import Call
+from ds_lvx.attention.keys import Keys, Saved
 from ds_lvx.bundles import Bundle, Spec
 from ds_lvx.comm import Pending
 from ds_lvx.kernels.merge import accumulation_dtype, merge, merge_
 from ds_lvx.visibility import Visibility
-
-Source: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
-Sink: TypeAlias = Callable[[Tensor, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What backward starts from: q, dout ``[B, s, H, D]``; lse, delta ``[B, H, s]``; s queries.
-
-    ``out`` stays at home: ``delta`` is all that a block needs of it.
-    """
-
-    q: Tensor
-    dout: Tensor
-    lse: Tensor
-    delta: Tensor
-
-    def bundle(self) -> Bundle:
-        """The tensors that travel."""
-        return [self.q, self.dout.to(self.q.dtype), self.lse, self.delta]
 
 
 class Schedule(Protocol):
     """Moves queries."""
 
     def forward(
-        self, call: Call, q: Tensor, visibility: Visibility | None, source: Source
+        self, call: Call, q: Tensor, visibility: Visibility | None, keys: Keys
     ) -> tuple[Tensor, Tensor]:
         """``(out, lse)`` of this rank's queries over all ranks' keys, both in fp32."""
         ...
 
     def backward(
-        self, call: Call, saved: Saved, visibility: Visibility | None, source: Source, sink: Sink
+        self, call: Call, saved: Saved, visibility: Visibility | None, keys: Keys
     ) -> Tensor:
-        """dq of this rank's queries, in fp32; ``sink(dk, dv)`` is called once."""
+        """dq of this rank's queries, in fp32."""
         ...
 
 
@@ -67,22 +46,15 @@ class Gather:
     """All-gather the queries, one kernel over all of them, scatter-reduce the parts by lse."""
 
     def forward(
-        self, call: Call, q: Tensor, visibility: Visibility | None, source: Source
+        self, call: Call, q: Tensor, visibility: Visibility | None, keys: Keys
     ) -> tuple[Tensor, Tensor]:
         """See `Schedule.forward`."""
         specs = [_query_specs(call, q, visibility, rank) for rank in range(call.channel.size)]
         arriving = call.channel.gather([q, *_ranges(visibility)], specs)
-        k, v = source()
+        keys.prepare()
         bundles = arriving.wait()
         everyone = torch.cat([bundle[0] for bundle in bundles], dim=1)
-        out, lse = call.kernel.forward(
-            everyone,
-            k,
-            v,
-            visibility=_of_everyone(visibility, bundles, 1),
-            softmax_scale=call.softmax_scale,
-            partial=call.channel.size > 1,
-        )
+        out, lse = keys.attend(call, everyone, _of_everyone(visibility, bundles, 1))
         mine = _part_specs(q, lse)
         arriving = call.channel.exchange(
             _parts_by_owner(call, out, lse, dtype=q.dtype), [mine] * call.channel.size
@@ -91,30 +63,26 @@ class Gather:
         return merge(parts, accumulation_dtype(q.dtype))
 
     def backward(
-        self, call: Call, saved: Saved, visibility: Visibility | None, source: Source, sink: Sink
+        self, call: Call, saved: Saved, visibility: Visibility | None, keys: Keys
     ) -> Tensor:
         """See `Schedule.backward`."""
         channel, q = call.channel, saved.q
         specs = [_gradient_specs(call, saved, visibility, rank) for rank in range(channel.size)]
         arriving = channel.gather([*saved.bundle(), *_ranges(visibility)], specs)
-        k, v = source()
+        keys.prepare()
         bundles = arriving.wait()
-        dq, dk, dv = call.kernel.backward(
+        everyone = Saved(
             torch.cat([bundle[0] for bundle in bundles], dim=1),
-            k,
-            v,
             torch.cat([bundle[1] for bundle in bundles], dim=1),
             torch.cat([bundle[2] for bundle in bundles], dim=2),
             torch.cat([bundle[3] for bundle in bundles], dim=2),
-            visibility=_of_everyone(visibility, bundles, 4),
-            softmax_scale=call.softmax_scale,
-            has_dlse=call.returns_lse,
         )
+        dq = keys.gradients(call, everyone, _of_everyone(visibility, bundles, 4))
         arriving = channel.exchange(
             _gradients_by_owner(call, dq, dtype=q.dtype), [_gradient_part_specs(q)] * channel.size
         )
-        del k, v, bundles  # the sink needs the room
-        sink(dk, dv)
+        del everyone, bundles  # the projection's backward needs the room
+        keys.finish()
         total = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
         for bundle in arriving.wait():
             total += wire.decode(bundle)
@@ -131,24 +99,18 @@ class Ring:
     """
 
     def forward(
-        self, call: Call, q: Tensor, visibility: Visibility | None, source: Source
+        self, call: Call, q: Tensor, visibility: Visibility | None, keys: Keys
     ) -> tuple[Tensor, Tensor]:
         """See `Schedule.forward`."""
         channel, dtype = call.channel, accumulation_dtype(q.dtype)
         queries: Bundle = [q, *_ranges(visibility)]
-        keys: tuple[Tensor, Tensor] | None = None
         home: list[Tensor] = []
         returning: Pending[Bundle] | None = None
         for step in range(channel.size):
             following = _next_queries(call, queries, step, visibility)
-            keys = source() if keys is None else keys
-            out, lse = call.kernel.forward(
-                queries[0],
-                *keys,
-                visibility=_under(visibility, queries, 1),
-                softmax_scale=call.softmax_scale,
-                partial=call.channel.size > 1,
-            )
+            if step == 0:
+                keys.prepare()
+            out, lse = keys.attend(call, queries[0], _under(visibility, queries, 1))
             if step == 0:
                 home = [out.to(dtype), lse.to(dtype)]
             else:
@@ -163,27 +125,18 @@ class Ring:
         return home[0], home[1]
 
     def backward(
-        self, call: Call, saved: Saved, visibility: Visibility | None, source: Source, sink: Sink
+        self, call: Call, saved: Saved, visibility: Visibility | None, keys: Keys
     ) -> Tensor:
-        """See `Schedule.backward`. dk and dv add up over the steps in fp32."""
+        """See `Schedule.backward`."""
         channel, q = call.channel, saved.q
         rows: Bundle = [*saved.bundle(), *_ranges(visibility)]
-        keys: tuple[Tensor, Tensor] | None = None
-        gradients = _KeyGradients(steps=channel.size)
         home = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
         returning: Pending[Bundle] | None = None
         for step in range(channel.size):
             following = _next_queries(call, rows, step, visibility, saved=saved)
-            keys = source() if keys is None else keys
-            dq, dk, dv = call.kernel.backward(
-                rows[0],
-                *keys,
-                *rows[1:4],
-                visibility=_under(visibility, rows, 4),
-                softmax_scale=call.softmax_scale,
-                has_dlse=call.returns_lse,
-            )
-            gradients.add(dk, dv)
+            if step == 0:
+                keys.prepare()
+            dq = keys.gradients(call, Saved(*rows[:4]), _under(visibility, rows, 4))
             if step == 0:
                 home += dq
             else:
@@ -193,36 +146,10 @@ class Ring:
                 returning = channel.shift(part, _gradient_part_specs(q), hops=-step)
             if following is not None:
                 rows = following.wait()
-        keys = None  # the sink needs the room
-        gradients.hand_to(sink)
+        keys.finish()
         if returning is not None:
             home += wire.decode(returning.wait())
         return home
-
-
-class _KeyGradients:
-    """dk and dv of this rank's keys, added up over the steps of a ring in fp32."""
-
-    def __init__(self, *, steps: int) -> None:
-        self._steps = steps
-        self._totals: list[Tensor] = []
-        self._dtypes: list[torch.dtype] = []
-
-    def add(self, dk: Tensor, dv: Tensor) -> None:
-        """Add one step's. A single step's stay in their own dtype: nothing is added to them."""
-        if not self._totals:
-            self._dtypes = [dk.dtype, dv.dtype]
-            wide = self._steps > 1
-            self._totals = [t.to(accumulation_dtype(t.dtype)) if wide else t for t in (dk, dv)]
-            return
-        for total, part in zip(self._totals, (dk, dv), strict=True):
-            total += part
-
-    def hand_to(self, sink: Sink) -> None:
-        """Give the sums to the sink in the dtype of the keys, and let go of them."""
-        dk, dv = (t.to(dtype) for t, dtype in zip(self._totals, self._dtypes, strict=True))
-        self._totals.clear()
-        sink(dk, dv)
 
 
 class Replicated:
@@ -233,19 +160,12 @@ class Replicated:
     """
 
     def forward(
-        self, call: Call, q: Tensor, visibility: Visibility | None, source: Source
+        self, call: Call, q: Tensor, visibility: Visibility | None, keys: Keys
     ) -> tuple[Tensor, Tensor]:
         """See `Schedule.forward`. Sends the lse of a part, and out in fp32 by all-reduce."""
-        k, v = source()
+        keys.prepare()
         dtype = accumulation_dtype(q.dtype)
-        out, lse = call.kernel.forward(
-            q,
-            k,
-            v,
-            visibility=visibility,
-            softmax_scale=call.softmax_scale,
-            partial=call.channel.size > 1,
-        )
+        out, lse = keys.attend(call, q, visibility)
         specs = [[Spec.of(lse)]] * call.channel.size
         parts = torch.stack([part for (part,) in call.channel.gather([lse], specs).wait()])
         total = parts.logsumexp(dim=0)
@@ -254,22 +174,12 @@ class Replicated:
         return call.channel.all_reduce(out.to(dtype) * weight), total
 
     def backward(
-        self, call: Call, saved: Saved, visibility: Visibility | None, source: Source, sink: Sink
+        self, call: Call, saved: Saved, visibility: Visibility | None, keys: Keys
     ) -> Tensor:
         """See `Schedule.backward`. Sends dq in fp32 by all-reduce."""
-        k, v = source()
-        dq, dk, dv = call.kernel.backward(
-            saved.q,
-            k,
-            v,
-            saved.dout,
-            saved.lse,
-            saved.delta,
-            visibility=visibility,
-            softmax_scale=call.softmax_scale,
-            has_dlse=call.returns_lse,
-        )
-        sink(dk, dv)
+        keys.prepare()
+        dq = keys.gradients(call, saved, visibility)
+        keys.finish()
         return call.channel.all_reduce(dq.to(accumulation_dtype(saved.q.dtype)))
 
 

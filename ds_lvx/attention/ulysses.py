@@ -1,8 +1,9 @@
 """DeepSpeed-Ulysses: all-to-alls turn a split sequence into split heads and back.
 
-DeepSpeed's own `DistributedAttention` does the all-to-alls (Jacobs et al., arXiv:2309.14509). What
-is added here is what it leaves to its caller: shards of unequal length (padded with keys that
-nobody sees), heads that do not divide (repeated or padded), visibility, and S_q != S_kv.
+DeepSpeed's own `single_all_to_all` sends (Jacobs et al., arXiv:2309.14509). What is added here is
+what its `DistributedAttention` leaves to the caller: shards of unequal length (padded with keys
+that nobody sees), heads that do not divide (repeated or padded), visibility, S_q != S_kv, and a
+checkpointed layer that sends nothing twice.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import Any
 import deepspeed
 import torch
 import torch.nn.functional as F
-from deepspeed.sequence.layer import DistributedAttention
-from torch import Tensor, nn
+from deepspeed.sequence.layer import single_all_to_all
+from torch import Tensor
 
 from ds_lvx.attention.call import Call, Group, settle
-from ds_lvx.attention.common import LocalAttention
+from ds_lvx.attention.common import LocalAttention, delta_of
+from ds_lvx.attention.replay import once
 from ds_lvx.bundles import Spec
 from ds_lvx.comm import Channel
 from ds_lvx.counting import count
@@ -84,20 +86,20 @@ def attend(call: Call, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility |
     if uneven and visibility is None:
         batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
         visibility = Visibility.all(batch, queries, keys, device=q.device)
-    whole = None if visibility is None else _whole(channel, visibility, seqlen_q, seqlen_kv)
-    if call.requires_grad:
-        # The all-to-alls of q, k and v each run backward on every rank or on none.
-        anchor = call.anchor(q.device).to(q.dtype)
-        q, k, v = (t if t.requires_grad else t + anchor for t in (q, k, v))
     if seqlen_q == 0 or seqlen_kv == 0:
         return _nothing(q, k, v)
+    whole = None
+    if visibility is not None:
+        mine = visibility
+        whole = once("visibility", lambda: _whole(channel, mine, seqlen_q, seqlen_kv))
     repeats, padding = _head_layout(q.shape[2], k.shape[2], channel.size)
     padded_q = _pad(q, seqlen_q, padding * (q.shape[2] // (k.shape[2] * repeats)))
     padded_k, padded_v = (
         _pad(t.repeat_interleave(repeats, dim=2) if repeats > 1 else t, seqlen_kv, padding)
         for t in (k, v)
     )
-    out = _all_to_all(call, padded_q, padded_k, padded_v, whole)
+    anchor = call.anchor(q.device)
+    out = _UlyssesAttention.apply(call, whole, anchor, padded_q, padded_k, padded_v)
     return out[:, : q.shape[1], : q.shape[2]]
 
 
@@ -107,47 +109,73 @@ def _nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.zeros_like(q) + ties
 
 
-def _all_to_all(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | None
-) -> Tensor:
-    _ensure_deepspeed_comm()
-    attention = DistributedAttention(_Local(call), call.channel.group, scatter_idx=2, gather_idx=1)
-    q, k, v = (_Counted.apply(call.channel, tensor) for tensor in (q, k, v))
-    return _Counted.apply(call.channel, attention(q, k, v, 0, visibility=visibility))
+class _UlyssesAttention(torch.autograd.Function):
+    """All queries and keys, this rank's heads, between all-to-alls.
 
-
-class _Local(nn.Module):
-    """What runs between the all-to-alls: all queries and keys, this rank's heads."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__()
-        self._call = call
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, visibility: Visibility | None) -> Tensor:
-        out: Tensor = LocalAttention.apply(self._call, visibility, q, k, v)[0]
-        return out
-
-
-class _Counted(torch.autograd.Function):
-    """The identity; counts the all-to-all of a tensor, in forward and in backward.
-
-    DeepSpeed sends behind our back, so its bytes are counted where its tensors pass by.
+    Inside a checkpointed layer everything that backward needs is kept from the first pass, K and V
+    of this rank's heads included: without them they would have to be sent again.
     """
 
     @staticmethod
-    def forward(ctx: Any, channel: Channel, tensor: Tensor) -> Tensor:
-        ctx.sent = channel.size, tensor.nbytes
-        _count(*ctx.sent)
-        return tensor.view_as(tensor)
+    def forward(
+        ctx: Any,
+        call: Call,
+        visibility: Visibility | None,
+        anchor: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> Tensor:
+        def attend_by_heads() -> tuple[Tensor, ...]:
+            by_heads = [_to_heads(call.channel, tensor) for tensor in (q, k, v)]
+            out, lse = call.kernel.forward(
+                *by_heads, visibility=visibility, softmax_scale=call.softmax_scale
+            )
+            out = out.to(q.dtype)
+            return *by_heads, out, lse, _to_sequence(call.channel, out)
+
+        *saved, out = once("ulysses_attention's attention", attend_by_heads)
+        ctx.save_for_backward(*saved)
+        ctx.call, ctx.visibility = call, visibility
+        return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        _count(*ctx.sent)
-        return None, gradient
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        q, k, v, out, lse = ctx.saved_tensors
+        channel = ctx.call.channel
+        dout = _to_heads(channel, dout)
+        dq, dk, dv = ctx.call.kernel.backward(
+            q,
+            k,
+            v,
+            dout,
+            lse,
+            delta_of(out, dout, None, lse),
+            visibility=ctx.visibility,
+            softmax_scale=ctx.call.softmax_scale,
+            has_dlse=False,
+        )
+        gradients = (dq.to(q.dtype), dk, dv)
+        return None, None, None, *(_to_sequence(channel, gradient) for gradient in gradients)
 
 
-def _count(ranks: int, nbytes: int) -> None:
-    count("all_to_all", (ranks - 1) * nbytes // ranks)
+def _to_heads(channel: Channel, tensor: Tensor) -> Tensor:
+    """``[B, s, H, D]`` of this rank's part of the sequence -> ``[B, S, H / n, D]``, all of it."""
+    return _all_to_all(channel, tensor, scatter=2, gather=1)
+
+
+def _to_sequence(channel: Channel, tensor: Tensor) -> Tensor:
+    """The way back."""
+    return _all_to_all(channel, tensor, scatter=1, gather=2)
+
+
+def _all_to_all(channel: Channel, tensor: Tensor, *, scatter: int, gather: int) -> Tensor:
+    _ensure_deepspeed_comm()
+    # DeepSpeed sends behind our back, so its bytes are counted here.
+    count("all_to_all", (channel.size - 1) * tensor.nbytes // channel.size)
+    sent: Tensor = single_all_to_all(tensor.contiguous(), scatter, gather, 0, channel.group)
+    return sent
 
 
 def _whole(channel: Channel, visibility: Visibility, seqlen_q: int, seqlen_kv: int) -> Visibility:
@@ -184,7 +212,7 @@ def _pad(tensor: Tensor, seqlen: int, heads: int) -> Tensor:
 
 
 def _ensure_deepspeed_comm() -> None:
-    # DistributedAttention talks through deepspeed.comm, which a script without an engine may not
-    # have started; it takes over the process group that is there.
+    # It talks through deepspeed.comm, which a script without an engine may not have started; that
+    # takes over the process group that is there.
     if not deepspeed.comm.is_initialized():
         init_distributed(verbose=False)

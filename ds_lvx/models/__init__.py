@@ -11,9 +11,11 @@ from typing import Any, Protocol, cast
 
 from torch import nn
 
+from ds_lvx.activation_checkpointing import ActivationCheckpointing
 from ds_lvx.comm import Channel
 from ds_lvx.config import LVXConfig
 from ds_lvx.groups import SequenceParallelGroups
+from ds_lvx.models.checkpointed import CheckpointLayers
 from ds_lvx.models.patch import Patch, unpatch
 from ds_lvx.models.plan import Layer
 
@@ -66,7 +68,13 @@ def family_of(model: nn.Module) -> tuple[Family, Any]:
     )
 
 
-def patch_model(model: nn.Module, config: LVXConfig, groups: SequenceParallelGroups) -> Patch:
+def patch_model(
+    model: nn.Module,
+    config: LVXConfig,
+    groups: SequenceParallelGroups,
+    *,
+    checkpoints: ActivationCheckpointing | None = None,
+) -> Patch:
     """Make the attention of this instance run as the config says.
 
     Class, parameter names, state dict and ``save_pretrained`` stay as they were. A forward without
@@ -77,6 +85,8 @@ def patch_model(model: nn.Module, config: LVXConfig, groups: SequenceParallelGro
         model: a supported model, or one inside wrappers.
         config: the rules; patterns match names inside the supported model, without wrappers.
         groups: the sequence-parallel groups that will share batches.
+        checkpoints: how to checkpoint the layers; None leaves it to transformers'
+            ``gradient_checkpointing_enable``. Attention runs once either way.
 
     Returns:
         The `Patch`; its ``unpatch()`` undoes everything.
@@ -85,4 +95,11 @@ def patch_model(model: nn.Module, config: LVXConfig, groups: SequenceParallelGro
         ValueError, NotImplementedError: what `ds_lvx.initialize` raises for a model.
     """
     family, inside = family_of(model)
-    return family.patch(inside, config, groups)
+    patch = family.patch(inside, config, groups)
+    try:
+        hook = CheckpointLayers(patch.model, checkpoints)
+    except BaseException:
+        patch.unpatch()
+        raise
+    patch.model.register_forward_pre_hook(hook, with_kwargs=True)
+    return patch

@@ -21,6 +21,7 @@ from transformers.models.mllama.modeling_mllama import (
 
 from ds_lvx.config import LVXConfig
 from ds_lvx.groups import SequenceParallelGroups
+from ds_lvx.models import mllama_features
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.mllama_batch import shard
 from ds_lvx.models.mllama_mask import visible_images
@@ -75,6 +76,7 @@ def patch(
             _SelfAttention(layer.module, plan).install()
     hook = _PrepareText(groups.sp_size)
     model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    mllama_features.install(model, offloads=any(plan.features == "offload" for plan in plans))
     return Patch(model, plans)
 
 

@@ -61,6 +61,10 @@ class ShardedForward:
 class Hook:
     """Base of the hooks that ds_lvx puts on a model."""
 
+    def undo(self) -> None:
+        """What has to happen when the hook is taken off."""
+        return
+
 
 class ScaleLoss(Hook):
     """A forward hook that multiplies the gradient of a sharded batch's loss, not the loss."""
@@ -120,10 +124,12 @@ def unpatch(model: nn.Module) -> None:
         _drop_hooks(module._forward_hooks, module._forward_hooks_with_kwargs)
 
 
-def _drop_hooks(hooks: dict[int, Callable[..., Any]], with_kwargs: dict[int, bool]) -> None:
-    for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
-        del hooks[key]
-        with_kwargs.pop(key, None)
+def _drop_hooks(hooks: dict[int, Any], with_kwargs: dict[int, bool]) -> None:
+    for key, hook in list(hooks.items()):
+        if isinstance(hook, Hook):
+            hook.undo()
+            del hooks[key]
+            with_kwargs.pop(key, None)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -171,7 +177,9 @@ def attend(
         requires_grad=(wanted or plan.recompute_kv) and torch.is_grad_enabled(),
     )
     if plan.recompute_kv:
-        return recompute.attend_recompute(call, q, features, project_kv, visibility)[0]
+        return recompute.attend_recompute(
+            call, q, features, project_kv, visibility, kv_chunk_tokens=plan.kv_chunk_tokens
+        )[0]
     k, v = project_kv(features)
     if plan.method == "ulysses":
         out = ulysses.attend(call, q, k, v, visibility)

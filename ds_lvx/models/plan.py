@@ -47,6 +47,8 @@ class LayerPlan:
     schedule: str
     kernel: str
     recompute_kv: bool
+    features: str = "keep"
+    kv_chunk_tokens: int | None = None
 
     def record(self) -> dict[str, Any]:
         """The plan as JSON."""
@@ -85,6 +87,8 @@ def _plan(layer: Layer, rules: Mapping[str, LayerRule | None]) -> LayerPlan:
         rule.schedule,
         rule.kernel,
         rule.recompute_kv,
+        rule.features,
+        rule.kv_chunk_tokens,
     )
 
 
@@ -116,6 +120,13 @@ def _problem(layer: Layer, plan: LayerPlan, sp_size: int) -> tuple[type[Exceptio
             "ranks; expected at least one head a rank: use lvx or ring, or a smaller "
             "sequence_parallel_size"
         )
+    for key in ("features", "kv_chunk_tokens"):
+        if layer.kind == "self" and getattr(plan, key) not in ("keep", None):
+            return NotImplementedError, (
+                f"ds_lvx.layers: got {key} for {summarise_names([layer.name])[0]}, which attends "
+                "to text; it is for cross-attention to visual features: give its rule a pattern "
+                "that matches those layers only"
+            )
     if plan.schedule == "replicated" and sp_size > 1:
         return NotImplementedError, (
             'ds_lvx.layers: got schedule "replicated", which needs the same queries on every '
@@ -131,11 +142,22 @@ def table(plans: Sequence[LayerPlan]) -> str:
     for plan in plans:
         schedule = plan.schedule if plan.method == "lvx" else "-"
         kernel = "-" if plan.method == "none" else plan.kernel
-        recompute = "yes" if plan.recompute_kv else "no"
-        groups.setdefault((plan.method, schedule, kernel, recompute), []).append(plan.name)
+        settings = (plan.method, schedule, kernel, _recomputation(plan))
+        groups.setdefault(settings, []).append(plan.name)
     rows: list[tuple[str, ...]] = [header]
     for columns, names in groups.items():
         rows += [(name, *columns) for name in summarise_names(names)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(lines)
+
+
+def _recomputation(plan: LayerPlan) -> str:
+    if not plan.recompute_kv:
+        return "no"
+    words = ["yes"]
+    if plan.features == "offload":
+        words.append("features on the host")
+    if plan.kv_chunk_tokens is not None:
+        words.append(f"{plan.kv_chunk_tokens} tokens at a time")
+    return ", ".join(words)

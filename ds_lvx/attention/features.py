@@ -1,0 +1,119 @@
+"""Visual features in chunks of tokens, on the device or streamed to it from the host.
+
+The features of a long video are gigabytes that every cross-attention layer needs once. `offload`
+moves them to pinned host memory; a layer then streams them back, one chunk under the projection of
+the one before, so that the device holds two chunks of them at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+
+def chunk_lengths(kv_lengths: Sequence[int], rank: int, chunk_tokens: int | None) -> list[int]:
+    """Tokens of each chunk of a rank's features: at most ``chunk_tokens`` each, evenly split.
+
+    Every rank has the same number of chunks, empty ones included: a layer's projection then runs
+    equally often everywhere, which ZeRO-3's gathering of its weights depends on.
+    """
+    longest = max(kv_lengths)
+    count = 1 if chunk_tokens is None else max(-(-longest // chunk_tokens), 1)
+    each, more = divmod(kv_lengths[rank], count)
+    return [each + (index < more) for index in range(count)]
+
+
+class Chunks:
+    """Features ``[B, T, ...]``, a slice of T at a time, on the device that computes.
+
+    Args:
+        features: on that device, or on the host.
+        lengths: tokens of each chunk; they add up to T.
+        device: where the chunks are needed.
+    """
+
+    def __init__(self, features: Tensor, lengths: Sequence[int], device: torch.device) -> None:
+        self.features = features.detach()
+        stops = accumulate(lengths, initial=0)
+        self.slices = [slice(start, stop) for start, stop in pairwise(stops)]
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the features have to be streamed to the device."""
+        return self.features.device != self._device
+
+    def empty_like(self) -> Tensor:
+        """An uninitialised tensor of the features' shape, where they are."""
+        return host_like(self.features) if self.on_host else torch.empty_like(self.features)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the tokens, and their features."""
+        if self.on_host:
+            yield from self._streamed()
+        elif len(self.slices) == 1:
+            yield self.slices[0], self.features
+        else:
+            for tokens in self.slices:
+                yield tokens, self.features[:, tokens]
+
+    def _streamed(self) -> Iterator[tuple[slice, Tensor]]:
+        """With the copy of the next chunk under way while its predecessor is in use."""
+        current = torch.accelerator.current_stream(self._device)
+        copies = torch.Stream(self._device)
+        copies.wait_stream(current)  # which may still be writing the features to the host
+        arriving = self._start(self.slices[0], copies)
+        for index, tokens in enumerate(self.slices):
+            current.wait_stream(copies)
+            chunk = arriving
+            chunk.record_stream(current)
+            if index + 1 < len(self.slices):
+                arriving = self._start(self.slices[index + 1], copies)
+            yield tokens, chunk
+
+    def _start(self, tokens: slice, copies: torch.Stream) -> Tensor:
+        part = self.features[:, tokens]
+        with copies:
+            arriving = torch.empty(part.shape, dtype=part.dtype, device=self._device)
+            # Rows of a batch one by one: each is contiguous, so that its copy is asynchronous.
+            for row, source in zip(arriving, part, strict=True):
+                row.copy_(source, non_blocking=True)
+        return arriving
+
+
+def offload(features: Tensor) -> Tensor:
+    """Features in pinned host memory; on a CPU, whose memory is the host's, as they are.
+
+    Args:
+        features: ``[B, T, ...]`` on an accelerator.
+
+    Returns:
+        The same values on the host, differentiable: the gradient comes back on the device.
+    """
+    if features.device.type == "cpu":
+        return features
+    return cast(Tensor, _Offload.apply(features))
+
+
+class _Offload(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        ctx.device = features.device
+        return host_like(features).copy_(features, non_blocking=True)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].to(ctx.device, non_blocking=True)
+
+
+def host_like(features: Tensor) -> Tensor:
+    """An uninitialised tensor of features' shape on the host, pinned where there is a device."""
+    pinned = torch.accelerator.is_available()
+    return torch.empty(features.shape, dtype=features.dtype, pin_memory=pinned)

@@ -1,0 +1,199 @@
+"""This rank's keys and values as a schedule sees them: it attends to them, and asks for gradients.
+
+Where K and V come from, and whether they ever exist whole, is no business of a schedule's.
+
+Legend: B batch, S queries, T keys of this rank, H query heads, K key/value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ds_lvx.attention.call import Call
+from ds_lvx.attention.projection import Part, Projection
+from ds_lvx.bundles import Bundle
+from ds_lvx.kernels.merge import accumulation_dtype, empty_part, merge_
+from ds_lvx.visibility import Visibility
+
+Source: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
+Sink: TypeAlias = Callable[[Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What backward starts from: q, dout ``[B, s, H, D]``; lse, delta ``[B, H, s]``; s queries.
+
+    ``out`` stays at home: ``delta`` is all that a block needs of it.
+    """
+
+    q: Tensor
+    dout: Tensor
+    lse: Tensor
+    delta: Tensor
+
+    def bundle(self) -> Bundle:
+        """The tensors that travel."""
+        return [self.q, self.dout.to(self.q.dtype), self.lse, self.delta]
+
+
+class Keys(Protocol):
+    """Keys and values of one rank, for one forward or one backward."""
+
+    def prepare(self) -> None:
+        """Make K and V, or the first of them; called once, with a transfer under way."""
+        ...
+
+    def attend(self, call: Call, q: Tensor, visibility: Visibility | None) -> tuple[Tensor, Tensor]:
+        """``out [B, S, H, D]`` and ``lse [B, H, S]`` of queries ``q`` over these keys alone."""
+        ...
+
+    def gradients(self, call: Call, rows: Saved, visibility: Visibility | None) -> Tensor:
+        """These keys' part of dq ``[B, S, H, D]``; their own gradients add up in here."""
+        ...
+
+    def finish(self) -> None:
+        """Hand the keys' gradients on; called once, with a transfer under way."""
+        ...
+
+
+class WholeKeys:
+    """K and V whole, from a source; every schedule can attend to them, in several calls.
+
+    Args:
+        source: makes K and V ``[B, T, K, D]``.
+        sink: takes dk and dv in the keys' dtype.
+    """
+
+    def __init__(self, source: Source, sink: Sink | None = None) -> None:
+        self._source = source
+        self._sink = sink
+        self._keys: tuple[Tensor, Tensor] | None = None
+        self._totals: tuple[Tensor, Tensor] | None = None
+
+    def prepare(self) -> None:
+        """See `Keys.prepare`."""
+        self._keys = self._source()
+
+    def attend(self, call: Call, q: Tensor, visibility: Visibility | None) -> tuple[Tensor, Tensor]:
+        """See `Keys.attend`."""
+        assert self._keys is not None
+        return call.kernel.forward(
+            q,
+            *self._keys,
+            visibility=visibility,
+            softmax_scale=call.softmax_scale,
+            partial=call.channel.size > 1,
+        )
+
+    def gradients(self, call: Call, rows: Saved, visibility: Visibility | None) -> Tensor:
+        """See `Keys.gradients`. Over several calls dk and dv add up in fp32."""
+        assert self._keys is not None
+        dq, dk, dv = _backward(call, rows, self._keys, visibility)
+        if self._totals is None:
+            self._totals = (dk, dv)
+            return dq
+        wide = accumulation_dtype(dk.dtype)
+        old_dk, old_dv = self._totals
+        self._totals = (old_dk.to(wide).add_(dk), old_dv.to(wide).add_(dv))
+        return dq
+
+    def finish(self) -> None:
+        """See `Keys.finish`."""
+        assert self._keys is not None
+        assert self._totals is not None
+        assert self._sink is not None
+        (k, v), (dk, dv) = self._keys, self._totals
+        dk, dv = dk.to(k.dtype), dv.to(v.dtype)
+        self._keys = self._totals = None
+        del k, v  # the sink needs the room
+        self._sink(dk, dv)
+
+
+class ChunkedKeys:
+    """K and V projected and attended to chunk by chunk, so that they never exist whole.
+
+    Only for schedules that bring all queries at once (gather, replicated).
+
+    Args:
+        projection: of this forward or backward.
+    """
+
+    def __init__(self, projection: Projection) -> None:
+        self._projection = projection
+        self._parts = projection.parts()
+        self._first: Part | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def prepare(self) -> None:
+        """See `Keys.prepare`: the first chunk."""
+        self._first = next(self._parts)
+
+    def attend(self, call: Call, q: Tensor, visibility: Visibility | None) -> tuple[Tensor, Tensor]:
+        """See `Keys.attend`. Chunks are merged in fp32."""
+        out, lse = empty_part(q, accumulation_dtype(q.dtype))
+        part, self._first = self._first, None
+        while part is not None:
+            merge_(
+                out,
+                lse,
+                *call.kernel.forward(
+                    q,
+                    part.k,
+                    part.v,
+                    visibility=_of_part(visibility, part),
+                    softmax_scale=call.softmax_scale,
+                    partial=True,
+                ),
+            )
+            part = None  # before the next one is made
+            part = next(self._parts, None)
+        return out, lse
+
+    def gradients(self, call: Call, rows: Saved, visibility: Visibility | None) -> Tensor:
+        """See `Keys.gradients`. All chunks but the last go through the projection at once."""
+        dq = torch.zeros(rows.q.shape, dtype=accumulation_dtype(rows.q.dtype), device=rows.q.device)
+        part, self._first = self._first, None
+        while part is not None:
+            seen = _of_part(visibility, part)
+            part_dq, dk, dv = _backward(call, rows, (part.k, part.v), seen)
+            dq += part_dq
+            if part.last:
+                self._last = (dk, dv)
+            else:
+                self._projection.push(dk, dv, last=False)
+            part = None  # before the next one is made
+            del part_dq, dk, dv
+            part = next(self._parts, None)
+        return dq
+
+    def finish(self) -> None:
+        """See `Keys.finish`: the last chunk's gradients, and with them the parameters'."""
+        assert self._last is not None
+        last, self._last = self._last, None
+        self._projection.push(*last, last=True)
+
+
+def _of_part(visibility: Visibility | None, part: Part) -> Visibility | None:
+    if visibility is None:
+        return None
+    return visibility.with_keys(visibility.kv_pos[:, part.tokens])
+
+
+def _backward(
+    call: Call, rows: Saved, keys: tuple[Tensor, Tensor], visibility: Visibility | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return call.kernel.backward(
+        rows.q,
+        *keys,
+        rows.dout,
+        rows.lse,
+        rows.delta,
+        visibility=visibility,
+        softmax_scale=call.softmax_scale,
+        has_dlse=call.returns_lse,
+    )

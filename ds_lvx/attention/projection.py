@@ -1,0 +1,194 @@
+"""A layer's projection of visual features to K and V: run, run again, and its gradients pushed.
+
+In backward the projection runs again under a graph of its own, and dk and dv are pushed through
+it. Chunk by chunk, a parameter gets a gradient from each; they are added up in fp32 and arrive in
+one piece, because ZeRO's hooks expect a parameter's gradient once a backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from ds_lvx.attention.features import Chunks
+from ds_lvx.attention.random_state import Playback
+from ds_lvx.kernels.merge import accumulation_dtype
+
+ProjectKV: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """K and V ``[B, t, K, D]`` of some tokens.
+
+    Attributes:
+        tokens: which of this rank's visual tokens.
+        k, v: without a graph.
+        last: no part follows.
+    """
+
+    tokens: slice
+    k: Tensor
+    v: Tensor
+    last: bool
+
+
+class Projection:
+    """The projection in forward: runs, and keeps nothing.
+
+    Args:
+        project_kv: features ``[B, t, ...]`` -> K, V ``[B, t, K, D]``, token by token.
+        chunks: the features.
+    """
+
+    def __init__(self, project_kv: ProjectKV, chunks: Chunks) -> None:
+        self._project_kv = project_kv
+        self._chunks = chunks
+
+    def parts(self) -> Iterator[Part]:
+        """K and V, a chunk of tokens at a time."""
+        for number, (tokens, features) in enumerate(self._chunks, start=1):
+            k, v = self._run(tokens, features)
+            part = Part(tokens, k, v, last=number == len(self._chunks))
+            del features, k, v
+            yield part
+            del part
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """K and V of features that are one chunk."""
+        (part,) = self.parts()
+        return part.k, part.v
+
+    def push(self, dk: Tensor, dv: Tensor, *, last: bool) -> None:
+        """Hand gradients of the part made last to features and parameters; in backward only."""
+        raise NotImplementedError(f"{type(self).__name__} has no graph to push gradients through")
+
+    def _run(self, tokens: slice, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self._project_kv(features)
+
+
+class ProjectionAgain(Projection):
+    """The projection in backward: runs under a graph, and pushes gradients through it.
+
+    Args:
+        project_kv, chunks: as in forward.
+        playback: random numbers and autocast of forward.
+        needs_gradient: whether the features want one.
+
+    Attributes:
+        gradient: of the features, where they are; None when they want none.
+    """
+
+    def __init__(
+        self, project_kv: ProjectKV, chunks: Chunks, *, playback: Playback, needs_gradient: bool
+    ) -> None:
+        super().__init__(project_kv, chunks)
+        self._playback = playback
+        self._needs_gradient = needs_gradient
+        self._graph: _Graph | None = None
+        self._totals: dict[Tensor, Tensor] = {}
+        self.gradient: Tensor | None = None
+
+    def push(self, dk: Tensor, dv: Tensor, *, last: bool) -> None:
+        """See `Projection.push`. With the last part, the parameters' own hooks fire."""
+        graph, self._graph = self._graph, None
+        assert graph is not None
+        if last:
+            self._collect(graph, graph.push(dk, dv, self._totals))
+            self._totals.clear()
+            return
+        d_features, of_parameters = graph.gradients(dk, dv)
+        self._collect(graph, d_features)
+        for parameter, gradient in of_parameters:
+            total = self._totals.get(parameter)
+            wide = gradient.to(accumulation_dtype(gradient.dtype))
+            self._totals[parameter] = wide if total is None else total.add_(wide)
+
+    def _run(self, tokens: slice, features: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = features.detach().requires_grad_(self._needs_gradient)
+        with torch.enable_grad(), self._playback.piece():
+            k, v = self._project_kv(leaf)
+        self._graph = _Graph(tokens, leaf, (k, v))
+        return k.detach(), v.detach()
+
+    def _collect(self, graph: _Graph, gradient: Tensor | None) -> None:
+        """Put a chunk's gradient in its place."""
+        if not self._needs_gradient:
+            return
+        if len(self._chunks) == 1 and not self._chunks.on_host:
+            self.gradient = gradient
+            return
+        if self.gradient is None:
+            self.gradient = self._chunks.empty_like()
+        place = self.gradient[:, graph.tokens]
+        if gradient is None:
+            place.zero_()
+        else:
+            place.copy_(gradient, non_blocking=True)
+
+
+class _Graph:
+    """The autograd graph of one part, without K and V themselves: they are needed no more."""
+
+    def __init__(self, tokens: slice, leaf: Tensor, projected: Sequence[Tensor]) -> None:
+        self.tokens = tokens
+        self._leaf = leaf
+        self._edges = [get_gradient_edge(t) if t.requires_grad else None for t in projected]
+
+    def gradients(
+        self, dk: Tensor, dv: Tensor
+    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
+        """Gradients of the features and of the parameters; no hook of a parameter fires."""
+        edges, gradients = self._wanted(dk, dv)
+        parameters = _leaves(edges, but=self._leaf)
+        inputs = [*parameters, *([self._leaf] if self._leaf.requires_grad else [])]
+        if not edges or not inputs:
+            return None, []
+        results = list(torch.autograd.grad(edges, inputs, gradients, allow_unused=True))
+        of_leaf = results.pop() if self._leaf.requires_grad else None
+        found = zip(parameters, results, strict=True)
+        return of_leaf, [(p, g) for p, g in found if g is not None]
+
+    def push(self, dk: Tensor, dv: Tensor, totals: dict[Tensor, Tensor]) -> Tensor | None:
+        """Run backward, hooks and all, with ``totals`` added to the parameters' gradients."""
+        edges, gradients = self._wanted(dk, dv)
+        if not edges:
+            return None
+        with ExitStack() as stack:
+            for parameter, total in totals.items():
+                hook = parameter.register_hook(partial(_added, total=total))
+                stack.callback(hook.remove)
+            torch.autograd.backward(edges, gradients)
+        return self._leaf.grad
+
+    def _wanted(self, dk: Tensor, dv: Tensor) -> tuple[list[GradientEdge], list[Tensor]]:
+        pairs = [(e, g) for e, g in zip(self._edges, (dk, dv), strict=True) if e is not None]
+        return [edge for edge, _ in pairs], [gradient for _, gradient in pairs]
+
+
+def _added(gradient: Tensor, *, total: Tensor) -> Tensor:
+    return (gradient.to(total.dtype) + total).to(gradient.dtype)
+
+
+def _leaves(edges: Sequence[GradientEdge], *, but: Tensor) -> list[Tensor]:
+    """The leaves of a graph that want a gradient: parameters, mostly."""
+    leaves: dict[Tensor, None] = {}
+    pending: list[Node | None] = [edge.node for edge in edges]
+    seen: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # an AccumulateGrad has one
+        if leaf is not None and leaf is not but:
+            leaves[leaf] = None
+        pending += [following for following, _ in node.next_functions]
+    return list(leaves)

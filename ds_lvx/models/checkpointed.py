@@ -1,0 +1,162 @@
+"""Checkpointed layers of a Hugging Face model: each call of theirs goes through `checkpointing`.
+
+transformers gives every layer a checkpoint function when checkpointing is switched on, at any time
+before or after `ds_lvx.initialize`. A hook on the model looks at them before each forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ds_lvx.activation_checkpointing import ActivationCheckpointing
+from ds_lvx.checkpointing import Checkpointing, checkpointing
+from ds_lvx.models.patch import Hook, ShardedForward
+
+_FUNCTION = "_gradient_checkpointing_func"
+_FLAG = "gradient_checkpointing"
+
+
+class LayerCheckpointing:
+    """Takes the place of a layer's checkpoint function.
+
+    transformers hands a layer's tensors over as keywords inside a ``functools.partial``, out of
+    sight of the reentrant variants, which lose their gradients. Here every tensor that wants a
+    gradient is an argument.
+
+    Args:
+        layer: whose function it is.
+        previous: the function, as it was found.
+        function: the one to use.
+        keeps_arguments: the layer's positional arguments are used elsewhere, too, so DeepSpeed
+            must not empty them.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        previous: Callable[..., Any],
+        *,
+        function: Checkpointing,
+        keeps_arguments: bool,
+    ) -> None:
+        self.layer = layer
+        self.previous = previous
+        self.function = function
+        self._keeps_arguments = keeps_arguments
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(*args)``, checkpointed."""
+        trains = any(parameter.requires_grad for parameter in self.layer.parameters())
+        run, lifted = _lift(function, count=len(args))
+        wanted = [t for t in (*args, *lifted) if isinstance(t, Tensor) and t.requires_grad]
+        if not torch.is_grad_enabled() or not (wanted or trains):
+            return function(*args)
+        if not wanted:
+            # The reentrant variants give no gradient to parameters when no argument wants one.
+            lifted = (torch.zeros((), requires_grad=True, device=_device(args)),)
+        for tensor in (*args, *lifted) if self._keeps_arguments else lifted:
+            if isinstance(tensor, Tensor):
+                tensor.no_checkpointing = True  # type: ignore[attr-defined]
+        return self.function(run, *args, *lifted)
+
+
+def _lift(
+    function: Callable[..., Any], *, count: int
+) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    """A function that takes the gradient-wanting tensors of its keywords as further arguments."""
+    if not isinstance(function, functools.partial):
+        return (lambda *args: function(*args[:count])), ()
+    leaves, structure = tree_flatten(function.keywords)
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+    lifted = tuple(leaves[place] for place in places)
+    # What is lifted must not be held back here: a checkpoint decides where it lies.
+    leaves = [None if place in places else leaf for place, leaf in enumerate(leaves)]
+
+    def run(*args: Any) -> Any:
+        filled = list(leaves)
+        for place, tensor in zip(places, args[count:], strict=False):
+            filled[place] = tensor
+        keywords = tree_unflatten(filled, structure)
+        return function.func(*function.args, *args[:count], **keywords)
+
+    return run, lifted
+
+
+def _device(args: Sequence[Any]) -> torch.device | None:
+    return next((a.device for a in args if isinstance(a, Tensor)), None)
+
+
+class CheckpointLayers(Hook):
+    """A forward pre-hook of the model: sees to it that checkpointed layers attend once.
+
+    Args:
+        model: a transformers model whose attention modules are patched.
+        section: of the ds_config; None leaves it to transformers whether layers are checkpointed,
+            and how.
+    """
+
+    def __init__(self, model: nn.Module, section: ActivationCheckpointing | None) -> None:
+        self._layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self._before = [(m, m.__dict__.get(_FLAG)) for m in model.modules() if hasattr(m, _FLAG)]
+        self._section = section
+        if section is not None:
+            section.check_layers(sum(_attends(layer) for layer in self._layers))
+            self._switch_on(model)
+        self._wrap()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._wrap()
+        asks = kwargs.get("output_hidden_states")
+        if asks and self._section is not None and self._section.empties_arguments:
+            raise ValueError(
+                "got output_hidden_states=True with partition_activations or cpu_checkpointing, "
+                "under which DeepSpeed empties the states between layers; leave it out, or remove "
+                "those keys from activation_checkpointing"
+            )
+
+    def undo(self) -> None:
+        """Give the layers back as they were."""
+        for layer in self._layers:
+            function = layer.__dict__.get(_FUNCTION)
+            if isinstance(function, LayerCheckpointing):
+                setattr(layer, _FUNCTION, function.previous)
+        if self._section is None:
+            return
+        for module, flag in self._before:
+            if flag is None:
+                module.__dict__.pop(_FLAG, None)
+            else:
+                setattr(module, _FLAG, flag)
+
+    def _switch_on(self, model: Any) -> None:
+        if not any(layer.gradient_checkpointing for layer in self._layers):
+            model._set_gradient_checkpointing(True, deepspeed.checkpointing.checkpoint)
+
+    def _wrap(self) -> None:
+        for layer in self._layers:
+            found = layer.__dict__.get(_FUNCTION)
+            if found is None or not layer.gradient_checkpointing:
+                continue
+            if isinstance(found, LayerCheckpointing):
+                continue
+            chosen = found if self._section is None else deepspeed.checkpointing.checkpoint
+            wrapped = LayerCheckpointing(
+                layer,
+                found,
+                function=checkpointing(chosen),
+                keeps_arguments=not _attends(layer),
+            )
+            setattr(layer, _FUNCTION, wrapped)
+
+
+def _attends(layer: nn.Module) -> bool:
+    """Whether a layer has patched attention in it: a text layer, not one of an encoder."""
+    return any(isinstance(m.__dict__.get("forward"), ShardedForward) for m in layer.modules())
