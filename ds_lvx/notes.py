@@ -92,11 +92,12 @@ class Mailbox:
             self._open.remove(self)
             if self._socket is not None:
                 self._socket.close()
+                self._socket = None
 
     def _take_what_arrived(self, wait_s: float) -> None:
         if self._socket is None:
             return
-        # A time-out, an empty queue and a closed socket are all an OSError.
+        # A time-out and an empty queue are both an OSError.
         with suppress(OSError):
             self._socket.settimeout(wait_s)
             while True:

@@ -36,6 +36,8 @@ def shutdown(engine: Any = None) -> None:
         engine.destroy()
     while (groups := SequenceParallelGroups.current()) is not None:
         groups.close()
+    while (mailbox := Mailbox.current()) is not None:
+        mailbox.close()
     _forget_deepspeed()
     gc.collect()
     comm.destroy_all()

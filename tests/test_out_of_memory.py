@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import socket
 from typing import Any
@@ -11,16 +13,17 @@ import pytest
 import torch
 
 from ds_lvx.comm import Channel
-from ds_lvx.notes import Mailbox, PeerError, explained
+from ds_lvx.initialize import initialize
+from ds_lvx.models.patch import is_patched
+from ds_lvx.notes import Mailbox, PeerError, explain, explained
 from ds_lvx.out_of_memory import RankOutOfMemoryError, named
 from ds_lvx.sharding import mean_loss, shard_batch
 from ds_lvx.shutdown import shutdown
-from tests.models.mllama_case import ds_config, hard_batch, start_engine
-from tests.ranks import RankError, run_ranks
+from tests.models.mllama_case import ds_config, hard_batch, start_engine, tiny_model
+from tests.ranks import run_ranks
 
 TOO_MUCH = 2**46  # bytes: no machine has them
 SIZE = "65,536.00 GiB (70,368,744,177,664 bytes)"
-CALLS = ("forward", "backward", "step")
 
 
 def allocate_too_much(*_: Any) -> None:
@@ -62,6 +65,9 @@ def train_step(engine: Any) -> None:
     engine.step()
 
 
+# ---- on real ranks
+
+
 def run_out(call: str, *, failing: int, stage: int, sp_size: int) -> tuple[str, str, str]:
     """Train; one rank runs out in the second step. The error's kind, text and cause."""
     engine = start(stage=stage, sp_size=sp_size)
@@ -80,27 +86,30 @@ def run_out(call: str, *, failing: int, stage: int, sp_size: int) -> tuple[str, 
 
 
 @pytest.mark.parametrize(
-    ("call", "failing", "stage", "sp_size"),
+    ("call", "failing", "stage", "sp_size", "ranks"),
     [
-        ("forward", 0, 1, 2),
-        ("forward", 2, 3, 3),
-        ("backward", 1, 2, 2),
-        ("backward", 0, 3, 3),
-        ("step", 0, 0, 2),
-        ("step", 1, 3, 2),
+        ("forward", 0, 1, 2, 2),
+        ("forward", 2, 3, 3, 3),
+        ("backward", 1, 2, 2, 2),
+        ("backward", 3, 1, 2, 4),
+        ("step", 0, 0, 2, 2),
+        ("step", 1, 3, 2, 2),
     ],
 )
 def test_all_ranks_name_the_rank_and_the_size(
-    call: str, failing: int, stage: int, sp_size: int
+    call: str, failing: int, stage: int, sp_size: int, ranks: int
 ) -> None:
-    results = run_ranks(
-        run_out, sp_size, call, failing=failing, stage=stage, sp_size=sp_size, timeout_s=60
-    )
-    where = rf"rank {failing} \(rank {failing} of the {sp_size} that share a sample, host "
+    """A rank that went on waiting would be a TimeoutError here, or a RankError of `shutdown`."""
+    given = {"failing": failing, "stage": stage, "sp_size": sp_size}
+    results = run_ranks(run_out, ranks, call, **given, timeout_s=60)
+    place = f"rank {failing % sp_size} of the {sp_size} that share a sample"
     host = re.escape(socket.gethostname())
-    what = rf"{host}\) ran out of memory in {call}: asked for {re.escape(SIZE)} on cpu"
+    what = (
+        rf"rank {failing} \({place}, host {host}\) ran out of memory in {call}: "
+        rf"asked for {re.escape(SIZE)} on cpu"
+    )
     for rank, (kind, text, cause) in enumerate(results):
-        assert re.match(where + what, text), text
+        assert re.match(what, text), text
         assert re.search(r"where this process holds \d[\d.]* of \d[\d.]* GiB", text), text
         if rank == failing:
             assert kind == "RankOutOfMemoryError"
@@ -111,3 +120,210 @@ def test_all_ranks_name_the_rank_and_the_size(
         else:
             assert kind == "PeerError"
             assert "Connection closed by peer" in cause
+
+
+def run_out_while_starting() -> str:
+    def optimizer(parameters: Any) -> Any:
+        if Channel.world().rank == 1:
+            numpy.empty(2**50, numpy.uint8)
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    model = tiny_model()
+    config = ds_config(stage=2, sp_size=2, cross={"method": "lvx"}, self_attn="ulysses")
+    text = "no error"
+    try:
+        engine, *_ = initialize(
+            model=model, model_parameters=model.parameters(), optimizer=optimizer, config=config
+        )
+        train_step(engine)
+    except RuntimeError as error:
+        text = f"{type(error).__name__}: {error}"
+        assert is_patched(model) == (Channel.world().rank == 0), "rank 1's is given back at once"
+        shutdown(None)
+    return text
+
+
+def test_starting_is_watched_too() -> None:
+    other, failing = run_ranks(run_out_while_starting, 2, timeout_s=60)
+    what = (
+        r"rank 1 \(.*\) ran out of memory in deepspeed\.initialize: "
+        r"asked for 1,048,576\.00 GiB \(about 1,125,899,906,842,624 bytes\) on cpu"
+    )
+    assert re.match(f"RankOutOfMemoryError: {what}.*offload_param", failing), failing
+    assert re.match(f"PeerError: {what}", other), other
+
+
+def run_out_and_go_on() -> None:
+    """Every rank runs out at once, catches it, and trains on with less."""
+    engine = start(stage=1)
+    layer = engine.module.get_decoder().layers[1]
+    hook = layer.register_forward_hook(allocate_too_much)
+    try:
+        train_step(engine)
+    except torch.OutOfMemoryError:
+        hook.remove()
+    for _ in range(2):
+        train_step(engine)
+    Channel.world().barrier()
+    error = RuntimeError("of another kind")
+    assert explain(error) is None, "a note that nobody stands by any more explains nothing"
+    engine.ds_lvx.close()
+    assert not {"forward", "backward", "step"} & vars(engine).keys(), "still watched"
+
+
+def test_who_catches_it_can_go_on() -> None:
+    run_ranks(run_out_and_go_on, 2)
+
+
+def raise_and_close() -> None:
+    engine = start(stage=1)
+    error = RuntimeError("size mismatch, got 2, expected 3")
+
+    def refuse(*_: Any) -> None:
+        raise error
+
+    handle = engine.module.register_forward_hook(refuse)
+    with pytest.raises(RuntimeError) as caught:
+        train_step(engine)
+    assert caught.value is error, "the error is another"
+    assert error.__cause__ is None, "the error has got a cause"
+    handle.remove()
+
+    theirs = functools.partial(engine.step)
+    engine.step = theirs  # as accelerate does
+    engine.ds_lvx.close()
+    engine.ds_lvx.close()
+    assert engine.step is theirs, "a patch that is not ours is gone"
+    assert "forward" not in vars(engine), "still watched"
+
+
+def test_other_errors_pass_and_other_patches_stay() -> None:
+    run_ranks(raise_and_close, 2)
+
+
+# ---- errors and notes by themselves
+
+CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.1 GiB"
+
+
+def agreed() -> RuntimeError:
+    """What `Channel.agree` raises on the rank whose error it is."""
+    error = RuntimeError(f"rank 1: {CUDA}")
+    error.__cause__ = torch.OutOfMemoryError(CUDA)
+    return error
+
+
+def errors() -> dict[str, tuple[Exception, str]]:
+    return {
+        "cuda": (torch.OutOfMemoryError(CUDA), "2.50 GiB (about 2,684,354,560 bytes)"),
+        "small": (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512 bytes. GPU 0"),
+            "0.00 GiB (512 bytes)",
+        ),
+        "agreed": (agreed(), "2.50 GiB (about 2,684,354,560 bytes)"),
+        "python": (MemoryError(), "a size that its error does not give"),
+        "numpy": (
+            MemoryError("Unable to allocate 16.0 MiB for an array with shape (4096, 4096)"),
+            "0.02 GiB (about 16,777,216 bytes)",
+        ),
+        "C++": (RuntimeError("std::bad_alloc"), "a size that its error does not give"),
+        "cublas": (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+            "a size that its error does not give",
+        ),
+        "shared": (
+            RuntimeError("unable to mmap 4096 bytes from file <x>: Cannot allocate memory (12)"),
+            "0.00 GiB (4,096 bytes)",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", errors())
+def test_every_kind_of_it_is_recognised(name: str) -> None:
+    error, size = errors()[name]
+    with pytest.raises(torch.OutOfMemoryError) as caught, named("forward"):
+        raise error
+    text = str(caught.value)
+    assert text.startswith(f"rank 0 (host {socket.gethostname()}) ran out of memory in forward")
+    assert f"asked for {size} on cpu" in text
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError(f"rank 1: {CUDA}"),  # agreed on, and another rank's
+        NotImplementedError("no offload of memory on a CPU"),
+        ValueError("got too little memory"),
+        KeyboardInterrupt(),
+    ],
+    ids=["shapes", "other rank", "not implemented", "value", "interrupt"],
+)
+def test_no_other_error_is_touched(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, named("forward"):
+        raise error
+    assert caught.value is error
+    assert error.__cause__ is None
+
+
+def test_an_error_is_named_once() -> None:
+    with pytest.raises(RankOutOfMemoryError) as caught, named("outside"), named("inside"):
+        raise MemoryError
+    assert "in inside" in str(caught.value)
+    assert isinstance(caught.value.__cause__, MemoryError)
+
+
+def exchange_notes() -> list[str | None]:
+    """Rank 0 leaves notes with rank 1, which looks after each; strangers write too."""
+    world = Channel.world()
+    mailbox = Mailbox(world.rank, world.agree)
+    found = []
+    for text in ("first", "second", ""):
+        if world.rank == 0:
+            mailbox.send(text)
+        world.barrier()
+        found.append(mailbox.read())
+        world.barrier()
+    (address,) = [tuple(r["at"]) for r in world.agree({"at": mailbox.address})][1:]
+    if world.rank == 0:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+            for message in (b"{", b"7", b"\xff", b'{"word": "x", "rank": 0, "text": "lie"}'):
+                stranger.sendto(message, address)
+    world.barrier()
+    found.append(mailbox.read())
+    with pytest.raises(RuntimeError, match="unexplained"), explained():
+        raise RuntimeError("unexplained")
+    if world.rank == 0:
+        mailbox.send("third")
+    world.barrier()
+    if world.rank == 1:
+        with pytest.raises(PeerError, match="third"), explained():
+            raise RuntimeError("Connection closed by peer")
+    mailbox.close()
+    mailbox.close()
+    mailbox.send("nobody hears it")
+    assert Mailbox.current() is None, "closed, and still the current one"
+    return found
+
+
+def test_notes_arrive_and_can_be_taken_back() -> None:
+    sender, receiver = run_ranks(exchange_notes, 2)
+    assert sender == [None] * 4
+    assert receiver == ["first", "second", None, None]
+
+
+def live_without_a_mailbox() -> None:
+    """Where the master's name leads nowhere, errors are what they were."""
+    os.environ["MASTER_ADDR"] = "no.such.host.invalid"
+    world = Channel.world()
+    mailbox = Mailbox(world.rank, world.agree)
+    assert mailbox.address is None
+    mailbox.send("nobody hears it")
+    with pytest.raises(RuntimeError, match="unexplained"), explained():
+        raise RuntimeError("unexplained")
+    mailbox.close()
+
+
+def test_without_a_socket_nothing_breaks() -> None:
+    run_ranks(live_without_a_mailbox, 2)
