@@ -19,7 +19,8 @@ COMMON = "group=None, visibility=None, softmax_scale=None"
 SIGNATURES = {
     "lv_xattn": f"q, k, v, *, {COMMON}, schedule='auto', kernel='auto', return_lse=False",
     "lv_xattn_recompute": (
-        f"q, features, project_kv, *, {COMMON}, schedule='auto', kernel='auto', return_lse=False"
+        f"q, features, project_kv, *, {COMMON}, schedule='auto', kernel='auto', return_lse=False, "
+        "kv_chunk_tokens=None"
     ),
     "ring_attention": f"q, k, v, *, {COMMON}, kernel='auto', return_lse=False",
     "ulysses_attention": f"q, k, v, *, {COMMON}, kernel='auto'",
@@ -29,6 +30,7 @@ SIGNATURES = {
     "shard_batch": "batch, *, model, groups=None, frames='all'",
     "gather_sequence": "x, dim=1, *, groups=None",
     "mean_loss": "loss, *, groups=None",
+    "checkpointing": "checkpoint_function",
     "shutdown": "engine=None",
     "traffic": "",
 }

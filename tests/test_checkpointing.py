@@ -1,0 +1,331 @@
+"""Checkpointed functions in which attention runs once: the operators under all four functions."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+import ds_lvx
+from ds_lvx.attention.replay import Box
+from ds_lvx.kernels.native import NativeKernel
+from tests.ranks import run_ranks
+
+HEADS, KV_HEADS, HEAD_DIM, WIDTH = 4, 2, 8, 12
+HIDDEN = HEADS * HEAD_DIM
+VARIANTS = ("deepspeed", "deepspeed non-reentrant", "torch", "torch reentrant")
+METHODS = ("lvx ring", "lvx gather", "lvx recompute", "lvx chunks", "ring", "ulysses")
+
+
+def plain(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def variant(name: str) -> Callable[..., Any]:
+    """One of the four checkpoint functions, wrapped."""
+    if name == "none":
+        return plain
+    return ds_lvx.checkpointing(
+        {
+            "deepspeed": deepspeed.checkpointing.checkpoint,
+            "deepspeed non-reentrant": deepspeed.checkpointing.non_reentrant_checkpoint,
+            "torch": partial(torch_checkpoint, use_reentrant=False),
+            "torch reentrant": partial(torch_checkpoint, use_reentrant=True),
+        }[name]
+    )
+
+
+class Layer(nn.Module):
+    """Cross-attention with a projection of its own, and dropout around it."""
+
+    def __init__(self, method: str, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.method = method
+        self.q_proj = nn.Linear(HIDDEN, HIDDEN)
+        self.kv_proj = nn.Linear(WIDTH, 2 * KV_HEADS * HEAD_DIM)
+        self.o_proj = nn.Linear(HIDDEN, HIDDEN)
+        self.dropout = nn.Dropout(dropout)
+        self.projections = 0
+
+    def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        self.projections += 1
+        both = self.kv_proj(self.dropout(features)).unflatten(-1, (2, KV_HEADS, HEAD_DIM))
+        return both[:, :, 0].contiguous(), both[:, :, 1].contiguous()
+
+    def attend(self, q: Tensor, features: Tensor) -> Tensor:
+        match self.method.split():
+            case ["lvx", "recompute"]:
+                return ds_lvx.lv_xattn_recompute(q, features, self.project)
+            case ["lvx", "chunks"]:
+                return ds_lvx.lv_xattn_recompute(q, features, self.project, kv_chunk_tokens=4)
+            case ["lvx", schedule]:
+                return ds_lvx.lv_xattn(q, *self.project(features), schedule=schedule)
+            case ["ring"]:
+                return ds_lvx.ring_attention(q, *self.project(features))
+        return ds_lvx.ulysses_attention(q, *self.project(features))
+
+    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (HEADS, HEAD_DIM))
+        out = self.attend(q, features).flatten(2)
+        return x + self.dropout(torch.tanh(self.o_proj(out)))
+
+
+class Counts:
+    """Kernels and messages of this rank, of all that runs inside."""
+
+    def __enter__(self) -> Counts:
+        self.forwards = self.backwards = 0
+        self._originals = NativeKernel.forward, NativeKernel.backward
+        NativeKernel.forward = self._counting("forwards", NativeKernel.forward)  # type: ignore[method-assign]
+        NativeKernel.backward = self._counting("backwards", NativeKernel.backward)  # type: ignore[method-assign]
+        self._traffic = ds_lvx.traffic()
+        self.traffic = self._traffic.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._traffic.__exit__(None, None, None)
+        NativeKernel.forward, NativeKernel.backward = self._originals  # type: ignore[method-assign]
+
+    def _counting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            setattr(self, name, getattr(self, name) + 1)
+            return function(*args, **kwargs)
+
+        return counted
+
+    def figures(self) -> tuple[int, ...]:
+        traffic = self.traffic
+        control = traffic.control.calls
+        return self.forwards, self.backwards, traffic.calls, traffic.bytes_sent, control
+
+
+def boxes() -> int:
+    return sum(isinstance(thing, Box) for thing in gc.get_objects())
+
+
+def setup(
+    method: str, *, layers: int = 2, dropout: float = 0.0
+) -> tuple[nn.ModuleList, Tensor, Tensor]:
+    """Layers, and this rank's shards of x and features; the lengths differ between the ranks."""
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    stack = nn.ModuleList(Layer(method, dropout=dropout) for _ in range(2))
+    torch.manual_seed(rank)
+    x = torch.randn(1, 5 + rank, HIDDEN, requires_grad=True)
+    features = torch.randn(1, 9 + 4 * rank, WIDTH, requires_grad=True)
+    return stack, x, features
+
+
+def run(stack: nn.ModuleList, x: Tensor, features: Tensor, wrap: Callable[..., Any]) -> Tensor:
+    for layer in stack:
+        x = wrap(layer, x, features)
+    return x
+
+
+def gradients(stack: nn.Module, *leaves: Tensor) -> list[Tensor]:
+    return [leaf.grad for leaf in (*leaves, *stack.parameters()) if leaf.grad is not None]
+
+
+def step(method: str, name: str, scenario: str) -> dict[str, Any]:
+    """One of the scenarios, on this rank."""
+    stack, x, features = setup(method, dropout=0.2 if scenario == "dropout" else 0.0)
+    wrap = variant(name)
+    torch.manual_seed(7)
+    with Counts() as counts:
+        SCENARIOS[scenario](stack, x, features, wrap)
+    state = torch.get_rng_state()
+    return {
+        "gradients": gradients(stack, x, features),
+        "counts": counts.figures(),
+        "projections": [layer.projections for layer in stack],
+        "boxes": boxes(),
+        "state": state,
+    }
+
+
+def steps(method: str, scenario: str) -> dict[str, dict[str, Any]]:
+    """The scenario without checkpoints and under each of the functions."""
+    return {name: step(method, name, scenario) for name in ("none", *VARIANTS)}
+
+
+def once_through(stack: nn.ModuleList, x: Tensor, features: Tensor, wrap: Any) -> None:
+    run(stack, x, features, wrap).square().sum().backward()
+
+
+def several_forwards(
+    order: int, stack: nn.ModuleList, x: Tensor, features: Tensor, wrap: Any
+) -> None:
+    outs = [run(stack, x * scale, features, wrap) for scale in (1.0, 0.5, -1.0)]
+    for out in outs[::order]:
+        out.square().sum().backward()
+
+
+def evaluation_between(stack: nn.ModuleList, x: Tensor, features: Tensor, wrap: Any) -> None:
+    out = run(stack, x, features, wrap)
+    with torch.no_grad():
+        run(stack, 2 * x, features, wrap)
+    out.square().sum().backward()
+
+
+def exception_between(stack: nn.ModuleList, x: Tensor, features: Tensor, wrap: Any) -> None:
+    def failing(*args: Tensor) -> Tensor:
+        run(stack, *args, wrap)
+        raise KeyError("in the middle of a checkpointed function")
+
+    out = run(stack, x, features, wrap)
+    with pytest.raises(KeyError):
+        wrap(failing, x, features)
+    out.square().sum().backward()
+
+
+def nested(stack: nn.ModuleList, x: Tensor, features: Tensor, wrap: Any) -> None:
+    outer = partial(run, stack, wrap=wrap)
+    wrap(outer, x, features).square().sum().backward()
+
+
+def accumulation(stack: nn.ModuleList, x: Tensor, features: Tensor, wrap: Any) -> None:
+    for scale in (1.0, 0.5):
+        run(stack, x * scale, features, wrap).square().sum().backward()
+
+
+def frozen_projections(stack: nn.ModuleList, x: Tensor, features: Tensor, wrap: Any) -> None:
+    for layer in stack:
+        layer.kv_proj.requires_grad_(False)
+    run(stack, x, features.detach(), wrap).square().sum().backward()
+
+
+SCENARIOS: dict[str, Callable[..., None]] = {
+    "once": once_through,
+    "dropout": once_through,
+    "first in first out": partial(several_forwards, 1),
+    "last in first out": partial(several_forwards, -1),
+    "evaluation": evaluation_between,
+    "exception": exception_between,
+    "nested": nested,
+    "accumulation": accumulation,
+    "frozen": frozen_projections,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_second_pass_runs_no_kernel_and_sends_nothing(method: str) -> None:
+    for scenario in ("once", "dropout"):
+        check(method, scenario)
+
+
+@pytest.mark.parametrize(
+    "scenario", [name for name in SCENARIOS if name not in ("once", "dropout")]
+)
+def test_whatever_happens_between_the_passes(scenario: str) -> None:
+    for method in ("lvx recompute", "ulysses"):
+        check(method, scenario)
+
+
+def check(method: str, scenario: str) -> None:
+    """Compare checkpointed runs with the same one without checkpoints."""
+    for answers in run_ranks(steps, 2, method, scenario):
+        wanted = answers.pop("none")
+        for name, got in answers.items():
+            where = f"{method}, {scenario}, {name}"
+            assert got["counts"] == wanted["counts"], where
+            assert len(got["gradients"]) == len(wanted["gradients"]) > 2, where
+            for one, other in zip(got["gradients"], wanted["gradients"], strict=True):
+                torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6, msg=where)
+            assert got["boxes"] == 0, where
+            if method in ("lvx recompute", "lvx chunks"):
+                assert got["projections"] == wanted["projections"], where
+            if scenario == "dropout":
+                assert torch.equal(got["state"], wanted["state"]), where
+
+
+def retained(method: str) -> dict[str, Any]:
+    stack, x, features = setup(method)
+    loss = run(stack, x, features, variant("torch")).square().sum()
+    with Counts() as first:
+        loss.backward(retain_graph=True)
+    once = [gradient.clone() for gradient in gradients(stack, x, features)]
+    with Counts() as second:
+        loss.backward()
+    del loss
+    twice = gradients(stack, x, features)
+    return {
+        "first": first.figures(),
+        "second": second.figures(),
+        "doubled": all(
+            torch.allclose(2 * a, b, atol=1e-6) for a, b in zip(once, twice, strict=True)
+        ),
+        "boxes": boxes(),
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_second_backward_computes_for_real(method: str) -> None:
+    for answer in run_ranks(retained, 2, method):
+        assert answer["first"][0] == 0
+        assert answer["second"][0] > 0
+        assert answer["doubled"]
+        assert answer["boxes"] == 0
+
+
+def kept_bytes(method: str, tokens: int) -> int:
+    """Bytes of the tensors in the boxes after a forward, alone in a group of one."""
+    layer = Layer(method)
+    x = torch.randn(1, 6, HIDDEN, requires_grad=True)
+    features = torch.randn(1, tokens, WIDTH, requires_grad=True)
+    out = variant("torch")(layer, x, features)
+    kept = [tensor for box in gc.get_objects() if isinstance(box, Box) for tensor in _tensors(box)]
+    assert out.requires_grad
+    return sum(tensor.nbytes for tensor in kept)
+
+
+def _tensors(box: Box) -> list[Tensor]:
+    results = [result for _, result in box._kept if isinstance(result, tuple)]
+    return [item for result in results for item in result if isinstance(item, Tensor)]
+
+
+@pytest.mark.parametrize("method", ["lvx gather", "lvx recompute", "lvx chunks", "ring"])
+def test_what_is_kept_does_not_depend_on_the_number_of_keys(method: str) -> None:
+    (few,) = run_ranks(kept_bytes, 1, method, 10)
+    (many,) = run_ranks(kept_bytes, 1, method, 1000)
+    assert few == many == 6 * HIDDEN * 4 + 6 * HEADS * 4  # out and lse
+
+
+class Changing:
+    """A function that attends once in its first pass and twice in its second."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.runs = 0
+
+    def __call__(self, x: Tensor, features: Tensor) -> Tensor:
+        self.runs += 1
+        for _ in range(self.runs):
+            x = self.layer(x, features)
+        return x
+
+
+def test_a_function_that_changes_is_an_error() -> None:
+    layer = Layer("lvx gather")
+    x, features = torch.randn(1, 3, HIDDEN, requires_grad=True), torch.randn(1, 4, WIDTH)
+    out = variant("torch reentrant")(Changing(layer), x, features)
+    with pytest.raises(RuntimeError, match=r"got lv_xattn as its .* expected nothing more"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("wrong", [torch.nn.functional.relu, lambda f, *a: f(*a), 3])
+def test_another_function_is_an_error(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"got .*; expected\s+deepspeed.checkpointing.checkpoint"):
+        ds_lvx.checkpointing(wrong)
+
+
+def test_what_is_wrapped_stays_as_it_is() -> None:
+    wrapped = ds_lvx.checkpointing(torch_checkpoint)
+    assert ds_lvx.checkpointing(wrapped) is wrapped
+    assert ds_lvx.checkpointing(partial(torch_checkpoint, use_reentrant=True)) is not wrapped
