@@ -294,6 +294,7 @@ def exchange_notes() -> list[str | None]:
     found.append(mailbox.read())
     with pytest.raises(RuntimeError, match="unexplained"), explained():
         raise RuntimeError("unexplained")
+    world.barrier()
     if world.rank == 0:
         mailbox.send("third")
     world.barrier()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,21 @@ def finetune(*arguments: str) -> None:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.main([*arguments, "--traceback"]) == 0, "exit code"
+
+
+def deepspeed(
+    *words: str, script: Path = SCRIPT, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """The script on two ranks of the `deepspeed` launcher, with variables of the environment."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    # The launcher looks for its Python on the path.
+    environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment['PATH']}"
+    port = str(29600 + os.getpid() % 300)
+    command = [str(launcher), "--num_gpus", "2", "--master_port", port, str(script), *words]
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
 
 
 def write_config(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,26 +15,14 @@ from ds_lvx.training.options import parse
 from tests.data.media import BUNNY, chat, write_jsonl
 from tests.launch.finetune_runs import (
     ROOT,
-    SCRIPT,
     arguments,
+    deepspeed,
     metrics,
     one_process_loss,
     one_process_samples,
 )
 
 CONFIG = ROOT / "ds_configs" / "finetune-cpu.json"
-
-
-def _deepspeed(*words: str) -> subprocess.CompletedProcess[str]:
-    launcher = Path(sys.executable).with_name("deepspeed")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    # The launcher looks for its Python on the path.
-    environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment['PATH']}"
-    port = str(29600 + os.getpid() % 300)
-    command = [str(launcher), "--num_gpus", "2", "--master_port", port, str(SCRIPT), *words]
-    return subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
-    )
 
 
 def test_all_132_frames_of_a_real_video_over_two_ranks(tmp_path: Path) -> None:
@@ -53,7 +38,7 @@ def test_all_132_frames_of_a_real_video_over_two_ranks(tmp_path: Path) -> None:
         learning_rate=1e-3,
         max_steps=1,
     )
-    done = _deepspeed(*words)
+    done = deepspeed(*words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 x 2 ranks" in done.stdout
     assert "tokens/s" in done.stderr
@@ -75,7 +60,7 @@ def test_all_132_frames_of_a_real_video_over_two_ranks(tmp_path: Path) -> None:
 def test_an_error_ends_all_ranks_in_seconds_with_one_line_each(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "train.jsonl", chat(("video", "none.mp4")))
     start = time.monotonic()
-    done = _deepspeed(
+    done = deepspeed(
         *arguments(model="tiny", data=data, deepspeed_config=CONFIG, output_dir=tmp_path / "out")
     )
     assert done.returncode != 0

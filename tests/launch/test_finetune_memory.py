@@ -1,0 +1,87 @@
+"""A run of which one rank has too little memory: how it ends, with a launcher and without."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
+
+from tests.data.media import chat, write_image, write_jsonl
+from tests.launch.finetune_runs import ROOT, arguments, deepspeed, finetune, write_config
+from tests.ranks import run_ranks
+
+SCRIPT = Path(__file__).with_name("finetune_out_of_memory.py")
+SIZE = r"65,536\.00 GiB \(70,368,744,177,664 bytes\)"
+
+
+def words(folder: Path) -> Sequence[str]:
+    write_image(folder / "a.png")
+    return arguments(
+        model="tiny",
+        data=write_jsonl(folder / "train.jsonl", chat(("image", "a.png"))),
+        deepspeed_config=write_config(folder / "ds.json", stage=2),
+        output_dir=folder / "out",
+        max_steps=3,
+        save_steps=2,
+    )
+
+
+def without_a_launcher(given: Sequence[str], runs_out: int) -> list[tuple[int, str]]:
+    """Exit codes and what was printed to stderr, by rank; nobody ends one rank for the other."""
+    probe = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = str(probe.port)
+    del probe
+    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RUNS_OUT": str(runs_out)}
+    common |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), *given],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        printed = [rank.communicate(timeout=120)[1] for rank in ranks]
+        return [(rank.returncode, text) for rank, text in zip(ranks, printed, strict=True)]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def said(rank: int, runs_out: int) -> str:
+    what = rf"rank {runs_out} \(.*\) ran out of memory in forward: asked for {SIZE} on cpu"
+    return rf"\[rank {rank}\] error: {what}"
+
+
+@pytest.mark.parametrize("runs_out", [0, 1])
+def test_every_rank_ends_with_a_line_and_without_help(tmp_path: Path, runs_out: int) -> None:
+    """Rank 0 takes the job's store with it when it ends; what it said arrives all the same."""
+    given = words(tmp_path)
+    for rank, (code, printed) in enumerate(without_a_launcher(given, runs_out)):
+        assert code == 1, printed
+        assert "Traceback" not in printed, printed
+        last = printed.rstrip().splitlines()[-1]
+        assert re.match(said(rank, runs_out), last), printed
+        assert ("docs/memory.md" in last) == (rank == runs_out), last
+    # The checkpoint written before is whole: a run with enough memory goes on from it.
+    checkpoints = tmp_path / "out" / "checkpoints"
+    assert (checkpoints / "latest").read_text() == "step-00000002\n"
+    run_ranks(finetune, 2, *given, "--resume")
+    assert (tmp_path / "out" / "model" / "config.json").is_file()
+
+
+def test_the_launcher_ends_with_an_error(tmp_path: Path) -> None:
+    done = deepspeed(*words(tmp_path), script=SCRIPT, RUNS_OUT="1")
+    assert done.returncode == 1, done.stderr
+    assert re.search(said(1, 1), done.stderr), done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
