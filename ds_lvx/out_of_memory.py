@@ -1,9 +1,10 @@
 """A rank that runs out of memory says so by name, with the size it asked for, to all ranks.
 
 The other ranks learn of it when their communication with it fails. On gloo, and in every agreement
-on the control plane, that is when its process or its groups end. A rank in an NCCL collective waits
-on the device, where nothing here can reach it: the launcher ends it (on the same node within
-seconds), or NCCL's watchdog does, at the latest after the group's time-out.
+on the control plane, that is as soon as its groups or its process end. A rank in an NCCL collective
+waits on the device, and one in DeepSpeed's shared-memory collective spins: nothing here reaches
+them. The launcher ends them on the same node, within seconds; on others NCCL's watchdog does, at
+the latest after the group's time-out.
 
 A process that the operating system's out-of-memory killer ends (exit code -9) says nothing at all.
 """
