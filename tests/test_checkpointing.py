@@ -72,7 +72,8 @@ class Layer(nn.Module):
         return ds_lvx.ulysses_attention(q, *self.project(features))
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (HEADS, HEAD_DIM))
+        q = self.q_proj(x if self.q_proj.weight.requires_grad else x.detach())
+        q = q.unflatten(-1, (HEADS, HEAD_DIM))
         out = self.attend(q, features).flatten(2)
         return x + self.dropout(torch.tanh(self.o_proj(out)))
 
@@ -201,6 +202,16 @@ def frozen_projections(stack: nn.ModuleList, x: Tensor, features: Tensor, wrap: 
     run(stack, x, features.detach(), wrap).square().sum().backward()
 
 
+def wanted_by_one_rank(stack: nn.ModuleList, x: Tensor, features: Tensor, wrap: Any) -> None:
+    """Only rank 0 has a gradient to pass through attention; rank 1 still has its part to send."""
+    for layer in stack:
+        layer.kv_proj.requires_grad_(False)
+        layer.q_proj.requires_grad_(False)
+    if torch.distributed.get_rank() == 1:
+        features = features.detach()
+    run(stack, x, features, wrap).square().sum().backward()
+
+
 SCENARIOS: dict[str, Callable[..., None]] = {
     "once": once_through,
     "dropout": once_through,
@@ -211,6 +222,7 @@ SCENARIOS: dict[str, Callable[..., None]] = {
     "nested": nested,
     "accumulation": accumulation,
     "frozen": frozen_projections,
+    "wanted by one rank": wanted_by_one_rank,
 }
 
 
