@@ -50,10 +50,6 @@ class Chunks:
         """Whether the features have to be streamed to the device."""
         return self.features.device != self._device
 
-    def empty_like(self) -> Tensor:
-        """An uninitialised tensor of the features' shape, where they are."""
-        return host_like(self.features) if self.on_host else torch.empty_like(self.features)
-
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the tokens, and their features."""
         if self.on_host:
@@ -86,6 +82,84 @@ class Chunks:
             for row, source in zip(arriving, part, strict=True):
                 row.copy_(source, non_blocking=True)
         return arriving
+
+
+class FeatureGradient:
+    """The gradient of features, added up in one tensor by all the layers that share them.
+
+    Autograd would hold the sum so far beside every layer's own gradient, each as large as the
+    features; here a layer adds its own to the sum, a chunk at a time.
+
+    Attributes:
+        total: in the features' dtype and place; None as long as no layer has added to it.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self._complete = False  # a layer has been through all tokens
+
+    def add(self, chunks: Chunks, tokens: slice, gradient: Tensor | None) -> None:
+        """Add one layer's gradient ``[B, t, ...]`` of a chunk; None is 0."""
+        whole = len(chunks) == 1 and not chunks.on_host
+        if self.total is None:
+            if whole and gradient is not None:
+                self.total = gradient  # nobody else has it
+                return
+            like = host_like if chunks.on_host else torch.empty_like
+            self.total = like(chunks.features)
+        place = self.total[:, tokens]
+        if gradient is None:
+            if not self._complete:
+                place.zero_()
+        elif not self._complete:
+            place.copy_(gradient, non_blocking=True)
+        elif chunks.on_host:
+            # On the device and back, in its stream: the host neither waits nor computes.
+            gradient.add_(place.to(gradient.device, non_blocking=True))
+            place.copy_(gradient, non_blocking=True)
+        else:
+            place.add_(gradient)
+
+    def end_of_layer(self) -> None:
+        """A layer has added all its chunks."""
+        self._complete = True
+
+    def take(self) -> Tensor | None:
+        """The sum, which starts anew."""
+        total, self.total, self._complete = self.total, None, False
+        return total
+
+
+def share(features: Tensor) -> tuple[Tensor, FeatureGradient | None]:
+    """Features for several layers, and the place where they add up its gradient.
+
+    Returns:
+        The features, to be given to every layer; and None where they want no gradient.
+    """
+    if not (features.requires_grad and torch.is_grad_enabled()):
+        return features, None
+    gradient = FeatureGradient()
+    return cast(Tensor, _Share.apply(features, gradient)), gradient
+
+
+class _Share(torch.autograd.Function):
+    """The identity; its backward, which autograd runs after all layers', hands the sum on."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, gradient: FeatureGradient) -> Tensor:
+        ctx.gradient = gradient
+        ctx.set_materialize_grads(False)
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, *others: Tensor | None) -> tuple[Tensor | None, None]:
+        total = ctx.gradient.take()
+        (other,) = others  # of layers that keep K and V: autograd's own sum
+        if total is None or other is None:
+            return (other if total is None else total), None
+        if total.device.type == "cpu" and torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # the host adds what the device may still be writing
+        return total.add_(other), None
 
 
 def offload(features: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ds_lvx.kernels.merge import accumulation_dtype, empty_part, merge_
 from ds_lvx.visibility import Visibility
 
 Source: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
-Sink: TypeAlias = Callable[[Tensor, Tensor], None]
+Sink: TypeAlias = Callable[[list[Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class WholeKeys:
 
     Args:
         source: makes K and V ``[B, T, K, D]``.
-        sink: takes dk and dv in the keys' dtype.
+        sink: takes ``[dk, dv]`` in the keys' dtype, and may empty the list to let go of them.
     """
 
     def __init__(self, source: Source, sink: Sink | None = None) -> None:
@@ -107,11 +107,11 @@ class WholeKeys:
         assert self._keys is not None
         assert self._totals is not None
         assert self._sink is not None
-        (k, v), (dk, dv) = self._keys, self._totals
-        dk, dv = dk.to(k.dtype), dv.to(v.dtype)
-        self._keys = self._totals = None
-        del k, v  # the sink needs the room
-        self._sink(dk, dv)
+        pairs = zip(self._totals, self._keys, strict=True)
+        gradients = [gradient.to(key.dtype) for gradient, key in pairs]
+        del pairs
+        self._keys = self._totals = None  # the sink needs the room
+        self._sink(gradients)
 
 
 class ChunkedKeys:
@@ -127,7 +127,7 @@ class ChunkedKeys:
         self._projection = projection
         self._parts = projection.parts()
         self._first: Part | None = None
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: list[Tensor] | None = None
 
     def prepare(self) -> None:
         """See `Keys.prepare`: the first chunk."""
@@ -160,22 +160,20 @@ class ChunkedKeys:
         part, self._first = self._first, None
         while part is not None:
             seen = _of_part(visibility, part)
-            part_dq, dk, dv = _backward(call, rows, (part.k, part.v), seen)
+            part_dq, *gradients = _backward(call, rows, (part.k, part.v), seen)
             dq += part_dq
-            if part.last:
-                self._last = (dk, dv)
+            last, part = part.last, None  # the projection's backward needs the room
+            if last:
+                self._last = gradients
             else:
-                self._projection.push(dk, dv, last=False)
-            part = None  # before the next one is made
-            del part_dq, dk, dv
+                self._projection.push(gradients, last=False)
             part = next(self._parts, None)
         return dq
 
     def finish(self) -> None:
         """See `Keys.finish`: the last chunk's gradients, and with them the parameters'."""
         assert self._last is not None
-        last, self._last = self._last, None
-        self._projection.push(*last, last=True)
+        self._projection.push(self._last, last=True)
 
 
 def _of_part(visibility: Visibility | None, part: Part) -> Visibility | None:

@@ -145,7 +145,7 @@ class _LVXAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
         gradients: list[Tensor] = []
-        keys = WholeKeys(lambda: (k, v), lambda dk, dv: gradients.extend((dk, dv)))
+        keys = WholeKeys(lambda: (k, v), gradients.extend)
         saved = saved_for(q, out, lse, dout, dlse)
         dq = SCHEDULES[ctx.call.schedule].backward(ctx.call, saved, ctx.visibility, keys)
         return None, None, None, dq.to(q.dtype), *gradients

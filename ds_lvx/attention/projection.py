@@ -7,7 +7,7 @@ one piece, because ZeRO's hooks expect a parameter's gradient once a backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, KeysView, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from ds_lvx.attention.features import Chunks
+from ds_lvx.attention.features import Chunks, FeatureGradient
 from ds_lvx.attention.random_state import Playback
 from ds_lvx.kernels.merge import accumulation_dtype
 
@@ -66,8 +66,11 @@ class Projection:
         (part,) = self.parts()
         return part.k, part.v
 
-    def push(self, dk: Tensor, dv: Tensor, *, last: bool) -> None:
-        """Hand gradients of the part made last to features and parameters; in backward only."""
+    def push(self, gradients: list[Tensor], *, last: bool) -> None:
+        """Hand ``[dk, dv]`` of the part made last to features and parameters; in backward only.
+
+        The list is emptied on the way: dk and dv are let go as soon as they are used.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no graph to push gradients through")
 
     def _run(self, tokens: slice, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,58 +83,47 @@ class ProjectionAgain(Projection):
     Args:
         project_kv, chunks: as in forward.
         playback: random numbers and autocast of forward.
-        needs_gradient: whether the features want one.
-
-    Attributes:
-        gradient: of the features, where they are; None when they want none.
+        gradient: where the features' gradient adds up; None when they want none.
     """
 
     def __init__(
-        self, project_kv: ProjectKV, chunks: Chunks, *, playback: Playback, needs_gradient: bool
+        self,
+        project_kv: ProjectKV,
+        chunks: Chunks,
+        *,
+        playback: Playback,
+        gradient: FeatureGradient | None,
     ) -> None:
         super().__init__(project_kv, chunks)
         self._playback = playback
-        self._needs_gradient = needs_gradient
+        self._gradient = gradient
         self._graph: _Graph | None = None
         self._totals: dict[Tensor, Tensor] = {}
-        self.gradient: Tensor | None = None
 
-    def push(self, dk: Tensor, dv: Tensor, *, last: bool) -> None:
+    def push(self, gradients: list[Tensor], *, last: bool) -> None:
         """See `Projection.push`. With the last part, the parameters' own hooks fire."""
         graph, self._graph = self._graph, None
         assert graph is not None
         if last:
-            self._collect(graph, graph.push(dk, dv, self._totals))
+            of_features = graph.push(gradients, self._totals)
             self._totals.clear()
-            return
-        d_features, of_parameters = graph.gradients(dk, dv)
-        self._collect(graph, d_features)
-        for parameter, gradient in of_parameters:
-            total = self._totals.get(parameter)
-            wide = gradient.to(accumulation_dtype(gradient.dtype))
-            self._totals[parameter] = wide if total is None else total.add_(wide)
+        else:
+            of_features, of_parameters = graph.gradients(gradients)
+            for parameter, gradient in of_parameters:
+                total = self._totals.get(parameter)
+                wide = gradient.to(accumulation_dtype(gradient.dtype))
+                self._totals[parameter] = wide if total is None else total.add_(wide)
+        if self._gradient is not None:
+            self._gradient.add(self._chunks, graph.tokens, of_features)
+            if last:
+                self._gradient.end_of_layer()
 
     def _run(self, tokens: slice, features: Tensor) -> tuple[Tensor, Tensor]:
-        leaf = features.detach().requires_grad_(self._needs_gradient)
+        leaf = features.detach().requires_grad_(self._gradient is not None)
         with torch.enable_grad(), self._playback.piece():
             k, v = self._project_kv(leaf)
         self._graph = _Graph(tokens, leaf, (k, v))
         return k.detach(), v.detach()
-
-    def _collect(self, graph: _Graph, gradient: Tensor | None) -> None:
-        """Put a chunk's gradient in its place."""
-        if not self._needs_gradient:
-            return
-        if len(self._chunks) == 1 and not self._chunks.on_host:
-            self.gradient = gradient
-            return
-        if self.gradient is None:
-            self.gradient = self._chunks.empty_like()
-        place = self.gradient[:, graph.tokens]
-        if gradient is None:
-            place.zero_()
-        else:
-            place.copy_(gradient, non_blocking=True)
 
 
 class _Graph:
@@ -143,34 +135,42 @@ class _Graph:
         self._edges = [get_gradient_edge(t) if t.requires_grad else None for t in projected]
 
     def gradients(
-        self, dk: Tensor, dv: Tensor
+        self, gradients: list[Tensor]
     ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
         """Gradients of the features and of the parameters; no hook of a parameter fires."""
-        edges, gradients = self._wanted(dk, dv)
+        edges = [edge for edge in self._edges if edge is not None]
+        given = self._given(gradients)
         parameters = _leaves(edges, but=self._leaf)
         inputs = [*parameters, *([self._leaf] if self._leaf.requires_grad else [])]
-        if not edges or not inputs:
+        if not inputs:
             return None, []
-        results = list(torch.autograd.grad(edges, inputs, gradients, allow_unused=True))
+        results = list(torch.autograd.grad(edges, inputs, given, allow_unused=True))
         of_leaf = results.pop() if self._leaf.requires_grad else None
         found = zip(parameters, results, strict=True)
         return of_leaf, [(p, g) for p, g in found if g is not None]
 
-    def push(self, dk: Tensor, dv: Tensor, totals: dict[Tensor, Tensor]) -> Tensor | None:
+    def push(self, gradients: list[Tensor], totals: dict[Tensor, Tensor]) -> Tensor | None:
         """Run backward, hooks and all, with ``totals`` added to the parameters' gradients."""
-        edges, gradients = self._wanted(dk, dv)
-        if not edges:
-            return None
+        edges = [edge for edge in self._edges if edge is not None]
+        given = self._given(gradients)
         with ExitStack() as stack:
             for parameter, total in totals.items():
                 hook = parameter.register_hook(partial(_added, total=total))
                 stack.callback(hook.remove)
-            torch.autograd.backward(edges, gradients)
+            if len(edges) == 2 and not _nodes(edges[:1], self._leaf) & _nodes(
+                edges[1:], self._leaf
+            ):
+                # K first: what its norm's backward needs is gone before V's gradient arrives.
+                torch.autograd.backward([edges.pop(0)], [given.pop(0)])
+            if edges:
+                torch.autograd.backward(edges, given)
         return self._leaf.grad
 
-    def _wanted(self, dk: Tensor, dv: Tensor) -> tuple[list[GradientEdge], list[Tensor]]:
-        pairs = [(e, g) for e, g in zip(self._edges, (dk, dv), strict=True) if e is not None]
-        return [edge for edge, _ in pairs], [gradient for _, gradient in pairs]
+    def _given(self, gradients: list[Tensor]) -> list[Tensor]:
+        pairs = zip(self._edges, gradients, strict=True)
+        given = [gradient for edge, gradient in pairs if edge is not None]
+        gradients.clear()
+        return given
 
 
 def _added(gradient: Tensor, *, total: Tensor) -> Tensor:
@@ -179,16 +179,19 @@ def _added(gradient: Tensor, *, total: Tensor) -> Tensor:
 
 def _leaves(edges: Sequence[GradientEdge], *, but: Tensor) -> list[Tensor]:
     """The leaves of a graph that want a gradient: parameters, mostly."""
-    leaves: dict[Tensor, None] = {}
+    # An AccumulateGrad has its leaf for a variable.
+    variables = (getattr(node, "variable", None) for node in _nodes(edges, but))
+    return list(dict.fromkeys(leaf for leaf in variables if leaf is not None))
+
+
+def _nodes(edges: Sequence[GradientEdge], but: Tensor) -> KeysView[Node]:
+    """Every node of a graph, in a fixed order, except that of the leaf ``but``."""
+    found: dict[Node, None] = {}
     pending: list[Node | None] = [edge.node for edge in edges]
-    seen: set[Node] = set()
     while pending:
         node = pending.pop()
-        if node is None or node in seen:
+        if node is None or node in found or getattr(node, "variable", None) is but:
             continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)  # an AccumulateGrad has one
-        if leaf is not None and leaf is not but:
-            leaves[leaf] = None
+        found[node] = None
         pending += [following for following, _ in node.next_functions]
-    return list(leaves)
+    return found.keys()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.attention.call import Call, Group, check_keys, settle
-from ds_lvx.attention.features import Chunks, chunk_lengths
+from ds_lvx.attention.features import Chunks, FeatureGradient, chunk_lengths
 from ds_lvx.attention.keys import ChunkedKeys, Keys, WholeKeys
 from ds_lvx.attention.lvx import saved_for
 from ds_lvx.attention.projection import Projection, ProjectionAgain, ProjectKV
@@ -135,11 +135,13 @@ def attend_recompute(
     visibility: Visibility | None,
     *,
     kv_chunk_tokens: int | None = None,
+    shared: FeatureGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`lv_xattn_recompute` for a call that is settled: ``(out, lse)``.
 
     The call must be settled with ``requires_grad`` wherever gradients are enabled: only the
-    projection knows whether its parameters need one.
+    projection knows whether its parameters need one. ``shared`` is what `share` returned with the
+    features; then their gradient adds up there.
     """
     if kv_chunk_tokens is None and features.device != q.device:
         kv_chunk_tokens = STREAMED_TOKENS
@@ -147,7 +149,9 @@ def attend_recompute(
     if len(lengths) > 1 and call.schedule == "ring":
         call = replace(call, schedule="gather")  # the ring would want all chunks at every step
     anchor = call.anchor(q.device)
-    out, lse = _LVXRecompute.apply(call, visibility, project_kv, lengths, anchor, q, features)
+    out, lse = _LVXRecompute.apply(
+        call, visibility, project_kv, lengths, shared, anchor, q, features
+    )
     return out, lse
 
 
@@ -159,6 +163,7 @@ class _LVXRecompute(torch.autograd.Function):
         visibility: Visibility | None,
         project_kv: ProjectKV,
         lengths: list[int],
+        shared: FeatureGradient | None,
         anchor: Tensor,
         q: Tensor,
         features: Tensor,
@@ -176,7 +181,7 @@ class _LVXRecompute(torch.autograd.Function):
             after.restore()  # the projection did not run: what follows it must not notice
         ctx.save_for_backward(q, features, out, lse)
         ctx.call, ctx.visibility, ctx.setting = call, visibility, setting
-        ctx.project_kv, ctx.lengths = project_kv, lengths
+        ctx.project_kv, ctx.lengths, ctx.shared = project_kv, lengths, shared
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -185,20 +190,21 @@ class _LVXRecompute(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         q, features, out, lse = ctx.saved_tensors
         chunks = Chunks(features, ctx.lengths, q.device)
+        gradient = None
+        if ctx.needs_input_grad[7]:
+            gradient = FeatureGradient() if ctx.shared is None else ctx.shared
         projection = ProjectionAgain(
-            ctx.project_kv,
-            chunks,
-            playback=ctx.setting.playback(),
-            needs_gradient=ctx.needs_input_grad[6],
+            ctx.project_kv, chunks, playback=ctx.setting.playback(), gradient=gradient
         )
         saved = saved_for(q, out, lse, dout, dlse)
-        del out, lse
+        del out, lse, dout
         dq = SCHEDULES[ctx.call.schedule].backward(
             ctx.call, saved, ctx.visibility, _keys(projection, chunks)
         )
-        if chunks.on_host and projection.gradient is not None:
+        own = None if gradient is None or gradient is ctx.shared else gradient.take()
+        if own is not None and chunks.on_host:
             torch.accelerator.synchronize(q.device)  # autograd adds it up on the host
-        return None, None, None, None, None, dq.to(q.dtype), projection.gradient
+        return None, None, None, None, None, None, dq.to(q.dtype), own
 
 
 def _keys(projection: Projection, chunks: Chunks) -> Keys:

@@ -181,6 +181,7 @@ def _backward(
                 _add_to(home, returning.wait())
             specs = [Spec.of(k), Spec.of(v)]
             returning = channel.shift([dk.to(k.dtype), dv.to(v.dtype)], specs, hops=-step)
+        del dq, dk, dv  # the next step's need the room
         if following is not None:
             keys = following.wait()
     if returning is not None:

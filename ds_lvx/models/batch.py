@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_lvx.attention.features import FeatureGradient
 from ds_lvx.comm import Channel
 from ds_lvx.visibility import Visibility
 
@@ -31,6 +32,8 @@ class ShardedBatch:
         cross_visibility: which visual tokens this rank's text sees; None when it sees all.
         row_mask: bool ``[B, 1, s, 1]``, False where a text token may see no image at all; None
             when every token sees some.
+        features_gradient: where layers that project K and V again add up the gradient of the
+            visual features; the running forward fills it in.
     """
 
     channel: Channel
@@ -39,6 +42,7 @@ class ShardedBatch:
     text_visibility: Visibility
     cross_visibility: Visibility | None
     row_mask: Tensor | None
+    features_gradient: FeatureGradient | None = None
 
 
 def split(count: int, parts: int) -> tuple[int, ...]:

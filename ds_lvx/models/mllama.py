@@ -8,6 +8,7 @@ rank's images. Shapes: ``B`` samples, ``s`` text tokens and ``s_kv`` visual toke
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from transformers.models.mllama.modeling_mllama import (
     apply_rotary_pos_emb,
 )
 
+from ds_lvx.attention.features import share
 from ds_lvx.config import LVXConfig
 from ds_lvx.groups import SequenceParallelGroups
 from ds_lvx.models import mllama_features
@@ -118,8 +120,11 @@ class _PrepareText(Hook):
         if states is not None and batch.kv_lengths is not None:
             batch_size = kwargs["input_ids"].shape[0]
             states = _by_sample(states, batch_size, batch.kv_lengths[batch.channel.rank])
+            states, gradient = share(states)
+            batch = replace(batch, features_gradient=gradient)
             row_mask = None if row_mask is None else row_mask.to(states.dtype)
         prepared = {
+            KEYWORD: batch,
             "cross_attention_states": states,
             "full_text_row_masked_out_mask": row_mask,
             # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.

@@ -178,7 +178,13 @@ def attend(
     )
     if plan.recompute_kv:
         return recompute.attend_recompute(
-            call, q, features, project_kv, visibility, kv_chunk_tokens=plan.kv_chunk_tokens
+            call,
+            q,
+            features,
+            project_kv,
+            visibility,
+            kv_chunk_tokens=plan.kv_chunk_tokens,
+            shared=batch.features_gradient if plan.kind == "cross" else None,
         )[0]
     k, v = project_kv(features)
     if plan.method == "ulysses":

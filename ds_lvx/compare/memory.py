@@ -1,0 +1,176 @@
+"""Memory of a training step by setting: bytes a visual token, and the most tokens that fit.
+
+Every size is measured in fresh processes. The slope over three sizes is what a visual token costs;
+weights, gradients, the text and everything else that does not grow with the visual input are in the
+intercept. Tokens are those of one rank.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ds_lvx.compare.case import Case, ds_config
+from ds_lvx.compare.fresh import run_fresh
+from ds_lvx.compare.rank import Request
+from ds_lvx.plan.memory import CrossAttention, Load, Setting, kept, peak_per_key
+
+GIB = 2**30
+HEAVY_BYTES = 65_536
+"""A setting that needs more than this a token is measured at smaller sizes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the settings are measured.
+
+    Attributes:
+        case: what is trained; its ``features`` are set by each measurement.
+        ranks: that share the sample; each is a process.
+        frames: the smallest visual input of a rank, at which step times are compared.
+        steps: measured at that size; one at all others.
+        budget_bytes: what the largest run may add to a rank's memory; 0 leaves that run out.
+        threads: of a rank on a CPU.
+    """
+
+    case: Case
+    ranks: int = 2
+    frames: int = 64
+    steps: int = 3
+    budget_bytes: int = GIB
+    threads: int = 1
+
+
+def settings(chunk_tokens: int) -> dict[str, Setting]:
+    """What is compared, by name."""
+    recompute = Setting(recompute_kv=True)
+    both = replace(recompute, checkpointing=True)
+    chunks = replace(both, kv_chunk_tokens=chunk_tokens)
+    return {
+        "lvx": Setting(),
+        "lvx, recompute": recompute,
+        "lvx, recompute, checkpointing": both,
+        "lvx, recompute, checkpointing, offload": replace(both, features="offload"),
+        "lvx, recompute, checkpointing, chunks": chunks,
+        "lvx, recompute, checkpointing, chunks, offload": replace(chunks, features="offload"),
+        "ulysses": Setting(method="ulysses"),
+        "ulysses, checkpointing": Setting(method="ulysses", checkpointing=True),
+        "ring": Setting(method="ring"),
+        "ring, checkpointing": Setting(method="ring", checkpointing=True),
+    }
+
+
+def measure(
+    name: str, setting: Setting, plan: Plan, *, features: str, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Measure one setting: three sizes, their slope, and the largest run.
+
+    Args:
+        name: of the setting.
+        setting: how the cross-attention layers run.
+        plan: sizes and steps.
+        features: ``"trained"`` or ``"frozen"``: whether they want a gradient.
+        say: gets a line about every run.
+
+    Returns:
+        A record for the JSON: the ds_config, predicted and measured bytes a token, every sample.
+    """
+    case = replace(plan.case, features=features)
+    predicted = predict(setting, case, ranks=plan.ranks)
+    factors = (1, 2, 3) if predicted["peak_bytes_per_token"] > HEAVY_BYTES else (1, 3, 5)
+    runs = [
+        _run(
+            Request(
+                case,
+                setting,
+                ranks=plan.ranks,
+                frames=factor * plan.frames,
+                warm_up_frames=plan.frames if factor == 1 else 1,
+                steps=plan.steps if factor == 1 else 1,
+            ),
+            plan,
+        )
+        for factor in factors
+    ]
+    tokens = [run["tokens"] for run in runs]
+    kept_slope, _ = np.polyfit(tokens, [run["kept_bytes"] for run in runs], 1)
+    slope, intercept = np.polyfit(tokens, [run["peak_bytes"] for run in runs], 1)
+    record = {
+        "name": name,
+        "features": features,
+        "setting": asdict(setting),
+        "ds_config": ds_config(setting, case, ranks=plan.ranks),
+        "predicted": predicted,
+        "kept_bytes_per_token": float(kept_slope),
+        "peak_bytes_per_token": float(slope),
+        "tokens_per_gib": GIB / float(slope),
+        "measured_over_predicted": float(slope) / predicted["peak_bytes_per_token"],
+        "step_s": spread(runs[0]["step_s"]),
+        "runs": runs,
+    }
+    say(f"{name}, features {features}: {slope:,.0f} bytes a token, {_last(runs[0]):.1f} s")
+    if plan.budget_bytes > 0:
+        frames = int((plan.budget_bytes - intercept) / slope / case.frame_tokens)
+        largest = Request(
+            case, setting, ranks=plan.ranks, frames=max(frames, 1), warm_up_frames=1, steps=1
+        )
+        run = _run(largest, plan)
+        record["largest"] = {"budget_bytes": plan.budget_bytes, **run}
+        say(f"  {run['tokens']:,} tokens: {run['peak_bytes'] / GIB:.3f} GiB, {_last(run):.1f} s")
+    return record
+
+
+def predict(setting: Setting, case: Case, *, ranks: int) -> dict[str, float]:
+    """Bytes that a visual token costs by the formulas of `ds_lvx.plan.memory`, here and on CUDA."""
+    attention = CrossAttention(
+        hidden=case.hidden,
+        heads=case.heads,
+        kv_heads=case.kv_heads,
+        head_dim=case.hidden // case.heads,
+        layers=case.cross_layers,
+    )
+    cpu = Load(
+        keys=1,
+        ranks=ranks,
+        features_train=case.features != "frozen",
+        host_is_device=not torch.cuda.is_available(),
+    )
+    cuda = replace(cpu, host_is_device=False)
+    saved = kept(attention, setting, cpu)
+    return {
+        "kept_bytes_per_token": saved.features + attention.layers * saved.of_keys,
+        "kept_by_a_layer_bytes_per_token": saved.of_keys,
+        "peak_bytes_per_token": peak_per_key(attention, setting, cpu),
+        "peak_bytes_per_token_of_an_accelerator": peak_per_key(attention, setting, cuda),
+    }
+
+
+def _run(request: Request, plan: Plan) -> dict[str, Any]:
+    """One run: each rank's samples, and the rank that needs most."""
+    ranks = run_fresh(request, threads=plan.threads)
+    return {
+        "tokens": request.frames * request.case.frame_tokens,
+        "kept_bytes": max(statistics.median(rank["kept_bytes"]) for rank in ranks),
+        "peak_bytes": max(statistics.median(rank["peak_bytes"]) for rank in ranks),
+        "step_s": [max(times) for times in zip(*(rank["step_s"] for rank in ranks), strict=True)],
+        "ranks": ranks,
+    }
+
+
+def _last(run: Mapping[str, Any]) -> float:
+    return float(run["step_s"][-1])
+
+
+def spread(samples: list[float]) -> dict[str, Any]:
+    """Median, 10th and 90th percentile, and all samples."""
+    return {
+        "median": statistics.median(samples),
+        "p10": float(np.percentile(samples, 10)),
+        "p90": float(np.percentile(samples, 90)),
+        "samples": samples,
+    }

@@ -1,0 +1,141 @@
+"""The memory benchmark's results as tables in Markdown and as a plot.
+
+Tables stand in a document between two comment lines, and are written there again by every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+BEGIN = "<!-- written by launch/bench_memory.py: begin -->"
+END = "<!-- written by launch/bench_memory.py: end -->"
+PLAIN = "lvx"
+_COLOURS = {"trained": "C0", "frozen": "C1"}
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """All tables of ``memory.json``, as Markdown."""
+    parts = [_memory_table(results["memory"], results)]
+    if results["step_time"]:
+        parts.append(_time_table(results["step_time"]))
+    return "\n\n".join(parts)
+
+
+def write_into(document: Path, results: Mapping[str, Any]) -> None:
+    """Replace what stands between the comment lines of ``document``.
+
+    Raises:
+        ValueError: the document does not have both lines, in order.
+    """
+    text = document.read_text()
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(
+            f"{document}: got no {BEGIN!r} followed by {END!r}; expected both, as lines of their "
+            "own, where the tables go"
+        )
+    document.write_text(f"{head}{BEGIN}\n\n{tables(results)}\n\n{END}{tail}")
+
+
+def _memory_table(records: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
+    plain = {r["features"]: r["tokens_per_gib"] for r in records if r["name"] == PLAIN}
+    rows = [
+        (
+            "features",
+            "setting",
+            "kept, bytes a token",
+            "peak, bytes a token",
+            "formula",
+            "measured / formula",
+            "tokens per GiB",
+            "x plain",
+            "step, s",
+            "largest run: tokens, GiB",
+        )
+    ]
+    for record in records:
+        gain = record["tokens_per_gib"] / plain.get(record["features"], float("nan"))
+        rows.append(
+            (
+                record["features"],
+                record["name"],
+                f"{record['kept_bytes_per_token']:,.0f}",
+                f"{record['peak_bytes_per_token']:,.0f}",
+                f"{record['predicted']['peak_bytes_per_token']:,.0f}",
+                f"{record['measured_over_predicted']:.3f}",
+                f"{record['tokens_per_gib']:,.0f}",
+                f"{gain:.1f}",
+                f"{record['step_s']['median']:.2f}",
+                _largest(record),
+            )
+        )
+    case, ranks = results["case"], results["ranks"]
+    title = (
+        f"{case['cross_layers']} cross-attention layers of {case['hidden']}, {case['heads']} heads "
+        f"and {case['kv_heads']} of K and V, bf16; {ranks} ranks, tokens and bytes of one; "
+        f"{case['text_tokens']} text tokens. Step times at {records[0]['runs'][0]['tokens']:,} "
+        f"tokens. {results['hardware']['device']}."
+    )
+    return f"{title}\n\n{_markdown(rows)}"
+
+
+def _largest(record: Mapping[str, Any]) -> str:
+    if "largest" not in record:
+        return "-"
+    return f"{record['largest']['tokens']:,}, {record['largest']['peak_bytes'] / 2**30:.2f}"
+
+
+def _time_table(records: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        ("vision tower", "checkpointing", "K, V kept: step, s", "recomputed: step, s", "costs"),
+    ]
+    for record in records:
+        kept, again = (_seconds(record["step_s"][name]) for name in ("kept", "recomputed"))
+        rows.append(
+            (
+                record["vision_tower"],
+                "yes" if record["checkpointing"] else "no",
+                kept,
+                again,
+                f"{record['recomputation_costs']:+.1%}",
+            )
+        )
+    tokens = records[0]["visual_tokens"]
+    title = (
+        "A whole step of one eighth of the model at its real dimensions, "
+        f"{tokens:,} visual tokens, one process; median (10th to 90th percentile)."
+    )
+    return f"{title}\n\n{_markdown(rows)}"
+
+
+def _seconds(spread: Mapping[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['p10']:.2f} to {spread['p90']:.2f})"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def draw(results: Mapping[str, Any]) -> Figure:
+    """Visual tokens per GiB by setting, with what the formula says as a mark."""
+    records = list(results["memory"])[::-1]
+    figure = Figure(figsize=(9, 1.2 + 0.34 * len(records)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(records))
+    values = [record["tokens_per_gib"] for record in records]
+    bars = axes.barh(places, values, color=[_COLOURS[record["features"]] for record in records])
+    axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=8, fontsize=8)
+    predicted = [2**30 / record["predicted"]["peak_bytes_per_token"] for record in records]
+    axes.plot(predicted, places, "k|", markersize=12, label="formula")
+    axes.set_yticks(places, [f"{r['name']} ({r['features']})" for r in records], fontsize=8)
+    axes.set_xlim(0, 1.12 * max(values))
+    axes.set_xlabel("visual tokens per GiB of a rank, at the peak of a training step")
+    axes.set_title("Room for visual tokens; in brackets, whether their features want a gradient")
+    axes.legend(loc="lower right")
+    return figure

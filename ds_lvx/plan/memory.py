@@ -1,0 +1,232 @@
+"""What cross-attention layers keep for backward, and the most that a training step needs.
+
+The formulas follow what autograd saves and what is alive when memory peaks; docs/memory.md tells
+the same in words. `tests/plan/test_memory.py` counts the saved bytes of real layers, and
+`launch/bench_memory.py` measures both.
+
+Legend: B batch, s queries and t keys (visual tokens) of a rank, n ranks, H query heads, K key/value
+heads, D head_dim, e bytes an element; fp32 has 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+FP32_BYTES = 4
+
+STREAMED_TOKENS = 16_384
+"""Tokens of a chunk of features that come from the host, unless kv_chunk_tokens says else."""
+
+# The backward of transformers' RMSNorm over K, operation by operation in fp32, has its input and
+# five temporaries of K's size at its worst.
+_NORM_BACKWARD_TENSORS = 6
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """The cross-attention layers of a model; the defaults are Llama-3.2-11B-Vision in bf16.
+
+    Attributes:
+        hidden: width of the text's hidden states and of the visual features.
+        heads, kv_heads, head_dim: of a layer.
+        layers: how many there are; all share the same features.
+        element_bytes: of weights and activations.
+    """
+
+    hidden: int = 4096
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    layers: int = 8
+    element_bytes: int = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How these layers run: a rule of the ds_config, and whether layers are checkpointed.
+
+    Attributes:
+        method: ``"lvx"``, ``"ring"`` or ``"ulysses"``.
+        recompute_kv, features, kv_chunk_tokens: as in the rule; lvx only.
+        checkpointing: the ds_config has a section ``activation_checkpointing``.
+    """
+
+    method: str = "lvx"
+    recompute_kv: bool = False
+    checkpointing: bool = False
+    features: str = "keep"
+    kv_chunk_tokens: int | None = None
+
+    def rule(self) -> dict[str, Any]:
+        """The keys of this setting in a rule of the ``ds_lvx`` section."""
+        keys: dict[str, Any] = {"method": self.method}
+        if self.recompute_kv:
+            keys["recompute_kv"] = True
+        if self.features != "keep":
+            keys["features"] = self.features
+        if self.kv_chunk_tokens is not None:
+            keys["kv_chunk_tokens"] = self.kv_chunk_tokens
+        return keys
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one rank works on.
+
+    Attributes:
+        keys: visual tokens of a sample on this rank.
+        queries: text tokens of a sample on this rank.
+        batch: samples.
+        ranks: that share a sample.
+        features_train: the features want a gradient, because something before them trains.
+        host_is_device: the device is a CPU: features on the host are where they were.
+    """
+
+    keys: int
+    queries: int = 0
+    batch: int = 1
+    ranks: int = 1
+    features_train: bool = True
+    host_is_device: bool = False
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that stay on the device from forward to backward.
+
+    Attributes:
+        features: the visual features, once for all layers.
+        of_keys: of each layer, proportional to the visual tokens.
+        of_queries: of each layer, proportional to the text tokens.
+    """
+
+    features: int
+    of_keys: int
+    of_queries: int
+
+    def total(self, layers: int) -> int:
+        """Bytes of all layers together."""
+        return self.features + layers * (self.of_keys + self.of_queries)
+
+
+def kept(attention: CrossAttention, setting: Setting, load: Load) -> Kept:
+    """What the layers keep after forward.
+
+    With ``recompute_kv``, ``of_keys`` is 0: nothing that a layer keeps grows with the visual input.
+    """
+    keys, queries = load.batch * load.keys, load.batch * load.queries
+    return Kept(
+        features=0 if _on_host(setting, load) else keys * _feature_bytes(attention),
+        of_keys=keys * _kept_per_key(attention, setting, load),
+        of_queries=queries * _kept_per_query(attention, setting, load),
+    )
+
+
+def peak(attention: CrossAttention, setting: Setting, load: Load) -> int:
+    """The most that a step holds on a rank above weights, gradients and optimizer: a prediction.
+
+    Counts what grows with the visual tokens, and what attention keeps of the text; the vision tower
+    and the rest of the text model come on top. Memory peaks in backward: in the last layer, while
+    all others still wait, or in the one before it, when the features have a gradient already.
+    """
+    a, keys = attention, load.batch * load.keys
+    saved = kept(a, setting, load)
+    gradient = keys * _feature_gradient_bytes(a, load)
+    waiting = 0 if _on_host(setting, load) or a.layers == 1 else gradient
+    one_layer = _layer_backward(a, setting, load)
+    in_last = saved.of_keys * (a.layers - 1) + one_layer
+    in_next = saved.of_keys * max(a.layers - 2, 0) + waiting + one_layer
+    # Features that wait on the host are made on the device, and their gradient ends there.
+    whole = keys * _feature_bytes(a)
+    return max(saved.features + max(in_last, in_next), whole) + saved.of_queries * a.layers
+
+
+def peak_per_key(attention: CrossAttention, setting: Setting, load: Load) -> float:
+    """Bytes that one more visual token of this rank adds to `peak`, where there are many."""
+    few, many = 2**22, 2**23
+    low, high = (peak(attention, setting, replace(load, keys=keys)) for keys in (few, many))
+    return (high - low) / (many - few) / load.batch
+
+
+def _layer_backward(a: CrossAttention, setting: Setting, load: Load) -> int:
+    """The most that one layer's backward holds, without what is there for all layers."""
+    at_once = chunk_tokens(setting, load)
+    transient = load.batch * at_once * _transient_per_key(a, setting, load)
+    if at_once == load.keys:
+        return transient
+    if _on_host(setting, load):
+        return transient + load.batch * at_once * _feature_bytes(a)  # the chunk that arrives next
+    # Chunks come and go; the layer's gradient of the features fills up.
+    return transient + load.batch * load.keys * _feature_gradient_bytes(a, load)
+
+
+def chunk_tokens(setting: Setting, load: Load) -> int:
+    """Visual tokens of a sample whose K and V exist at a time."""
+    chunk = setting.kv_chunk_tokens
+    if chunk is None and _on_host(setting, load):
+        chunk = STREAMED_TOKENS
+    return load.keys if chunk is None else min(chunk, load.keys)
+
+
+def _transient_per_key(a: CrossAttention, setting: Setting, load: Load) -> int:
+    """Bytes a visual token at the worst moment of a layer's backward, its saved tensors included.
+
+    The moments are the attention's backward, that of K's norm, and that of the linear layers.
+    """
+    width = a.kv_heads * a.head_dim
+    d_features = _feature_gradient_bytes(a, load)
+    k_and_v = 2 * a.element_bytes * width  # dk and dv are as large
+    attention = _norm_graph(a) + 2 * k_and_v
+    if setting.method == "ring" and load.ranks > 1:
+        # The next block's K and V, the last one's dk and dv, and this rank's own in fp32.
+        attention += 2 * k_and_v + 2 * FP32_BYTES * width
+    # When recomputed keys take dk and dv through the projection, their caller still holds both.
+    held = k_and_v if setting.recompute_kv else 0
+    norm = _NORM_BACKWARD_TENSORS * FP32_BYTES * width + d_features + held
+    linear = a.element_bytes * width + 2 * d_features + held
+    return max(attention, norm, linear)
+
+
+def _kept_per_key(a: CrossAttention, setting: Setting, load: Load) -> int:
+    if setting.recompute_kv:
+        return 0
+    heads, ranks = a.kv_heads, load.ranks
+    scattered = setting.method == "ulysses" and ranks > 1
+    if scattered:
+        heads = -(-max(heads, ranks) // ranks) * ranks  # repeated or padded: as many on every rank
+    k_and_v = 2 * a.element_bytes * heads * a.head_dim
+    if setting.checkpointing:
+        # What came by an all-to-all is kept, because it must not be sent again.
+        return k_and_v if scattered else 0
+    return k_and_v + _norm_graph(a)
+
+
+def _norm_graph(a: CrossAttention) -> int:
+    """What the RMSNorm over K saves: its input and its factors in fp32, and the normed input."""
+    width = a.kv_heads * a.head_dim
+    return FP32_BYTES * (width + a.kv_heads) + a.element_bytes * width
+
+
+def _kept_per_query(a: CrossAttention, setting: Setting, load: Load) -> int:
+    e, width = a.element_bytes, a.heads * a.head_dim
+    scattered = setting.method == "ulysses" and load.ranks > 1
+    out_and_lse = e * width * (2 if scattered else 1) + FP32_BYTES * a.heads
+    if setting.checkpointing:
+        # The layer's input, and the results of attention.
+        return e * a.hidden + out_and_lse + (e * width if scattered else 0)
+    # q_proj's input; what the norm over q saves, as over k; q.
+    norm = FP32_BYTES * (width + a.heads) + e * width
+    return e * a.hidden + norm + e * width + out_and_lse
+
+
+def _feature_bytes(a: CrossAttention) -> int:
+    return a.element_bytes * a.hidden
+
+
+def _feature_gradient_bytes(a: CrossAttention, load: Load) -> int:
+    return _feature_bytes(a) if load.features_train else 0
+
+
+def _on_host(setting: Setting, load: Load) -> bool:
+    return setting.features == "offload" and not load.host_is_device
