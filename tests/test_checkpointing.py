@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import ds_lvx
 from ds_lvx.attention.replay import Box
-from ds_lvx.kernels.native import NativeKernel
+from tests.counts import Counts, boxes
 from tests.ranks import run_ranks
 
 HEADS, KV_HEADS, HEAD_DIM, WIDTH = 4, 2, 8, 12
@@ -76,39 +76,6 @@ class Layer(nn.Module):
         q = q.unflatten(-1, (HEADS, HEAD_DIM))
         out = self.attend(q, features).flatten(2)
         return x + self.dropout(torch.tanh(self.o_proj(out)))
-
-
-class Counts:
-    """Kernels and messages of this rank, of all that runs inside."""
-
-    def __enter__(self) -> Counts:
-        self.forwards = self.backwards = 0
-        self._originals = NativeKernel.forward, NativeKernel.backward
-        NativeKernel.forward = self._counting("forwards", NativeKernel.forward)  # type: ignore[method-assign]
-        NativeKernel.backward = self._counting("backwards", NativeKernel.backward)  # type: ignore[method-assign]
-        self._traffic = ds_lvx.traffic()
-        self.traffic = self._traffic.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._traffic.__exit__(None, None, None)
-        NativeKernel.forward, NativeKernel.backward = self._originals  # type: ignore[method-assign]
-
-    def _counting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            setattr(self, name, getattr(self, name) + 1)
-            return function(*args, **kwargs)
-
-        return counted
-
-    def figures(self) -> tuple[int, ...]:
-        traffic = self.traffic
-        control = traffic.control.calls
-        return self.forwards, self.backwards, traffic.calls, traffic.bytes_sent, control
-
-
-def boxes() -> int:
-    return sum(isinstance(thing, Box) for thing in gc.get_objects())
 
 
 def setup(

@@ -5,7 +5,7 @@ A family is a module of functions (see `Family`); it is imported when a model of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol, cast
 
@@ -33,6 +33,9 @@ class Family(Protocol):
 
     def attention_layers(self, model: Any) -> list[Layer]:
         """Every attention module of the model."""
+
+    def encoders(self, model: Any) -> Sequence[nn.Module]:
+        """Encoders of images whose ``layers`` transformers does not checkpoint itself."""
 
     def patch(self, model: Any, config: LVXConfig, groups: SequenceParallelGroups) -> Patch:
         """Patch the model's instances."""
@@ -97,7 +100,7 @@ def patch_model(
     family, inside = family_of(model)
     patch = family.patch(inside, config, groups)
     try:
-        hook = CheckpointLayers(patch.model, checkpoints)
+        hook = CheckpointLayers(patch.model, checkpoints, family.encoders(inside))
     except BaseException:
         patch.unpatch()
         raise

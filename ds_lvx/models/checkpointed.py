@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -94,6 +94,49 @@ def _device(args: Sequence[Any]) -> torch.device | None:
     return next((a.device for a in args if isinstance(a, Tensor)), None)
 
 
+class EncoderForward:
+    """Takes the place of an encoder layer's ``forward``: checkpointed when its encoder says so.
+
+    transformers' encoders of images have the switch, but do nothing with it.
+
+    Args:
+        layer: of the encoder.
+        encoder: which transformers tells whether to checkpoint, and how.
+        function: the one to use; None is what transformers gave the encoder.
+    """
+
+    def __init__(
+        self, layer: nn.Module, encoder: nn.Module, function: Checkpointing | None
+    ) -> None:
+        self.layer = layer
+        self.encoder = encoder
+        self.function = function
+        self._previous = layer.__dict__.get("forward")
+        layer.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward."""
+        forward = self._previous
+        if forward is None:
+            forward = functools.partial(type(self.layer).forward, self.layer)
+        given = getattr(self.encoder, _FUNCTION, None)
+        if given is None or not (getattr(self.encoder, _FLAG) and self.layer.training):
+            return forward(*args, **kwargs)
+        run = LayerCheckpointing(
+            self.layer,
+            given,
+            function=checkpointing(given) if self.function is None else self.function,
+            keeps_arguments=True,
+        )
+        return run(functools.partial(forward, **kwargs), *args)
+
+    def remove(self) -> None:
+        """Give the layer its forward back."""
+        del self.layer.__dict__["forward"]
+        if self._previous is not None:
+            self.layer.forward = self._previous
+
+
 class CheckpointLayers(Hook):
     """A forward pre-hook of the model: sees to it that checkpointed layers attend once.
 
@@ -101,9 +144,15 @@ class CheckpointLayers(Hook):
         model: a transformers model whose attention modules are patched.
         section: of the ds_config; None leaves it to transformers whether layers are checkpointed,
             and how.
+        encoders: encoders of images, with ``layers``.
     """
 
-    def __init__(self, model: nn.Module, section: ActivationCheckpointing | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        section: ActivationCheckpointing | None,
+        encoders: Sequence[nn.Module] = (),
+    ) -> None:
         self._layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self._before = [(m, m.__dict__.get(_FLAG)) for m in model.modules() if hasattr(m, _FLAG)]
         self._section = section
@@ -111,6 +160,12 @@ class CheckpointLayers(Hook):
             section.check_layers(sum(_attends(layer) for layer in self._layers))
             self._switch_on(model)
         self._wrap()
+        function = None if section is None else checkpointing(deepspeed.checkpointing.checkpoint)
+        self._encoder_layers = [
+            EncoderForward(layer, encoder, function)
+            for encoder in encoders
+            for layer in cast(Sequence[nn.Module], encoder.layers)
+        ]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._wrap()
@@ -124,6 +179,8 @@ class CheckpointLayers(Hook):
 
     def undo(self) -> None:
         """Give the layers back as they were."""
+        for forward in self._encoder_layers:
+            forward.remove()
         for layer in self._layers:
             function = layer.__dict__.get(_FUNCTION)
             if isinstance(function, LayerCheckpointing):

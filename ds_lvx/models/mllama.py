@@ -30,7 +30,7 @@ from ds_lvx.models.mllama_mask import visible_images
 from ds_lvx.models.patch import KEYWORD, Hook, Patch, ShardedForward, attend, is_patched
 from ds_lvx.models.plan import Kind, Layer, make_plans
 
-__all__ = ["attention_layers", "find", "patch", "shard", "visible_images"]
+__all__ = ["attention_layers", "encoders", "find", "patch", "shard", "visible_images"]
 
 _KINDS: dict[type[nn.Module], Kind] = {
     MllamaTextCrossAttention: "cross",
@@ -55,6 +55,12 @@ def _layers(model: nn.Module) -> Iterator[Layer]:
         for module_type, kind in _KINDS.items():
             if isinstance(module, module_type):
                 yield Layer(name, kind, module, int(module.num_heads))  # type: ignore[arg-type]
+
+
+def encoders(model: MllamaForConditionalGeneration) -> list[nn.Module]:
+    """The two encoders of the vision tower."""
+    tower = model.model.vision_model
+    return [tower.transformer, tower.global_transformer]
 
 
 def patch(

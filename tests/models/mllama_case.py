@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
@@ -72,6 +73,19 @@ def tiny_model(**text: Any) -> MllamaForConditionalGeneration:
             if name.endswith("gate") or "gate_" in name.rpartition(".")[2]:
                 torch.nn.init.constant_(parameter, 0.5)
     return model
+
+
+def lora_model(dropout: float = 0.0) -> Any:
+    """`tiny_model` inside peft's wrapper: only adapters of the attention layers train."""
+    torch.manual_seed(3)
+    config = LoraConfig(
+        r=2,
+        lora_alpha=1,  # of the size of the weights beside it
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        lora_dropout=dropout,
+        init_lora_weights=False,  # B would start at 0, and the gradients of A with it
+    )
+    return get_peft_model(tiny_model(), config)
 
 
 def processor_mask(input_ids: Tensor, num_tiles: list[list[int]]) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import MllamaForConditionalGeneration
 
@@ -25,7 +24,7 @@ from tests.models.mllama_case import (
     assert_same_training,
     ds_config,
     hard_batch,
-    plain_step,
+    lora_model,
     reference_steps,
     sharded_steps,
     tiny_model,
@@ -284,18 +283,6 @@ def test_scaling_a_gradient_leaves_the_value() -> None:
 # ---- LoRA and checkpointing
 
 
-def lora_model() -> Any:
-    torch.manual_seed(3)
-    config = LoraConfig(
-        r=2,
-        lora_alpha=1,  # of the size of the weights beside it
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        lora_dropout=0.0,
-        init_lora_weights=False,  # B would start at 0, and the gradients of A with it
-    )
-    return get_peft_model(tiny_model(), config)
-
-
 def train_lora(config: dict[str, Any], batches: list[list[Batch]]) -> dict[str, Any]:
     return sharded_steps(config, batches, model=lora_model())
 
@@ -309,40 +296,3 @@ def test_lora_trains_as_in_one_process(stage: int, recompute: bool) -> None:
     cross = {"method": "lvx", "recompute_kv": recompute}
     config = ds_config(stage=stage, sp_size=2, cross=cross, self_attn="ulysses")
     assert_same_training(run_ranks(train_lora, 2, config, batches), expected, sp_size=2)
-
-
-def step_checkpointed(each: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    results = []
-    for config in each:
-        model = tiny_model()
-        model.gradient_checkpointing_enable()
-        results.append(plain_step(config, hard_batch(2), model=model.train()))
-    return results
-
-
-def train_checkpointed(config: dict[str, Any], batches: list[list[Batch]]) -> dict[str, Any]:
-    model = tiny_model()
-    model.gradient_checkpointing_enable()
-    return sharded_steps(config, batches, model=model.train())
-
-
-def test_gradient_checkpointing_gives_the_same_gradients() -> None:
-    methods: list[dict[str, Any]] = [
-        {"method": "lvx"},
-        {"method": "lvx", "recompute_kv": True},
-        {"method": "ring"},
-        {"method": "ulysses"},
-    ]
-    each = [ds_config(stage=0, sp_size=2, cross=m, self_attn="ulysses") for m in methods]
-    results = run_ranks(step_checkpointed, 2, each)
-    expected = reference_steps([[hard_batch(2)]])
-    for index in range(len(methods)):
-        assert_same_training([r[index] for r in results], expected, sp_size=2)
-
-
-def test_gradient_checkpointing_at_stage_3() -> None:
-    cross = {"method": "lvx", "recompute_kv": True}
-    config = ds_config(stage=3, sp_size=2, cross=cross, self_attn="ulysses")
-    batches = [[hard_batch(0)], [hard_batch(1)]]
-    results = run_ranks(train_checkpointed, 2, config, batches)
-    assert_same_training(results, reference_steps(batches), sp_size=2)
