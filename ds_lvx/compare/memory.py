@@ -81,7 +81,7 @@ def measure(
         A record for the JSON: the ds_config, predicted and measured bytes a token, every sample.
     """
     case = replace(plan.case, features=features)
-    predicted = predict(setting, case, ranks=plan.ranks)
+    predicted = predict(setting, case, ranks=plan.ranks, cuda=torch.cuda.is_available())
     factors = (1, 2, 3) if predicted["peak_bytes_per_token"] > HEAVY_BYTES else (1, 3, 5)
     runs = [
         _run(
@@ -104,12 +104,11 @@ def measure(
         "name": name,
         "features": features,
         "setting": asdict(setting),
+        "case": asdict(case),
         "ds_config": ds_config(setting, case, ranks=plan.ranks),
-        "predicted": predicted,
         "kept_bytes_per_token": float(kept_slope),
         "peak_bytes_per_token": float(slope),
         "tokens_per_gib": GIB / float(slope),
-        "measured_over_predicted": float(slope) / predicted["peak_bytes_per_token"],
         "step_s": spread(runs[0]["step_s"]),
         "runs": runs,
     }
@@ -122,11 +121,24 @@ def measure(
         run = _run(largest, plan)
         record["largest"] = {"budget_bytes": plan.budget_bytes, **run}
         say(f"  {run['tokens']:,} tokens: {run['peak_bytes'] / GIB:.3f} GiB, {_last(run):.1f} s")
-    return record
+    return record | compared(record, ranks=plan.ranks, cuda=torch.cuda.is_available())
 
 
-def predict(setting: Setting, case: Case, *, ranks: int) -> dict[str, float]:
-    """Bytes that a visual token costs by the formulas of `ds_lvx.plan.memory`, here and on CUDA."""
+def compared(record: Mapping[str, Any], *, ranks: int, cuda: bool) -> dict[str, Any]:
+    """The formulas' side of a record, and how the measured slope compares."""
+    setting, case = Setting(**record["setting"]), Case(**record["case"])
+    predicted = predict(setting, case, ranks=ranks, cuda=cuda)
+    ratio = record["peak_bytes_per_token"] / predicted["peak_bytes_per_token"]
+    return {"predicted": predicted, "measured_over_predicted": ratio}
+
+
+def predict(setting: Setting, case: Case, *, ranks: int, cuda: bool) -> dict[str, float]:
+    """Bytes that a visual token costs by the formulas of `ds_lvx.plan.memory`.
+
+    Args:
+        setting, case, ranks: what is measured.
+        cuda: where; on a CPU the same is predicted for an accelerator as well.
+    """
     attention = CrossAttention(
         hidden=case.hidden,
         heads=case.heads,
@@ -134,19 +146,19 @@ def predict(setting: Setting, case: Case, *, ranks: int) -> dict[str, float]:
         head_dim=case.hidden // case.heads,
         layers=case.cross_layers,
     )
-    cpu = Load(
+    here = Load(
         keys=1,
         ranks=ranks,
         features_train=case.features != "frozen",
-        host_is_device=not torch.cuda.is_available(),
+        host_is_device=not cuda,
     )
-    cuda = replace(cpu, host_is_device=False)
-    saved = kept(attention, setting, cpu)
+    saved = kept(attention, setting, here)
+    accelerator = replace(here, host_is_device=False)
     return {
         "kept_bytes_per_token": saved.features + attention.layers * saved.of_keys,
         "kept_by_a_layer_bytes_per_token": saved.of_keys,
-        "peak_bytes_per_token": peak_per_key(attention, setting, cpu),
-        "peak_bytes_per_token_of_an_accelerator": peak_per_key(attention, setting, cuda),
+        "peak_bytes_per_token": peak_per_key(attention, setting, here),
+        "peak_bytes_per_token_on_an_accelerator": peak_per_key(attention, setting, accelerator),
     }
 
 

@@ -1,6 +1,6 @@
 """The memory benchmark's results as tables in Markdown and as a plot.
 
-Tables stand in a document between two comment lines, and are written there again by every run.
+A table stands in a document between two comment lines, and is written there again by every run.
 """
 
 from __future__ import annotations
@@ -11,38 +11,36 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-BEGIN = "<!-- written by launch/bench_memory.py: begin -->"
-END = "<!-- written by launch/bench_memory.py: end -->"
+NAMES = ("memory", "step_time")
 PLAIN = "lvx"
 _COLOURS = {"trained": "C0", "frozen": "C1"}
 
 
-def tables(results: Mapping[str, Any]) -> str:
-    """All tables of ``memory.json``, as Markdown."""
-    parts = [_memory_table(results["memory"], results)]
-    if results["step_time"]:
-        parts.append(_time_table(results["step_time"]))
-    return "\n\n".join(parts)
+def table(name: str, results: Mapping[str, Any]) -> str:
+    """``memory.json`` or ``step_time.json`` as a table in Markdown."""
+    return _memory_table(results) if name == "memory" else _time_table(results)
 
 
-def write_into(document: Path, results: Mapping[str, Any]) -> None:
-    """Replace what stands between the comment lines of ``document``.
+def write_into(document: Path, name: str, results: Mapping[str, Any]) -> None:
+    """Replace the table between the comment lines of ``document`` that are for it.
 
     Raises:
         ValueError: the document does not have both lines, in order.
     """
     text = document.read_text()
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
+    begin, end = (f"<!-- bench_memory.py, {name}: {edge} -->" for edge in ("begin", "end"))
+    head, found_begin, rest = text.partition(begin)
+    _, found_end, tail = rest.partition(end)
+    if not found_begin or not found_end:
         raise ValueError(
-            f"{document}: got no {BEGIN!r} followed by {END!r}; expected both, as lines of their "
-            "own, where the tables go"
+            f"{document}: got no {begin!r} followed by {end!r}; expected both, as lines of their "
+            "own, where the table goes"
         )
-    document.write_text(f"{head}{BEGIN}\n\n{tables(results)}\n\n{END}{tail}")
+    document.write_text(f"{head}{begin}\n\n{table(name, results)}\n\n{end}{tail}")
 
 
-def _memory_table(records: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
+def _memory_table(results: Mapping[str, Any]) -> str:
+    records = results["records"]
     plain = {r["features"]: r["tokens_per_gib"] for r in records if r["name"] == PLAIN}
     rows = [
         (
@@ -90,7 +88,8 @@ def _largest(record: Mapping[str, Any]) -> str:
     return f"{record['largest']['tokens']:,}, {record['largest']['peak_bytes'] / 2**30:.2f}"
 
 
-def _time_table(records: Sequence[Mapping[str, Any]]) -> str:
+def _time_table(results: Mapping[str, Any]) -> str:
+    records = results["records"]
     rows = [
         ("vision tower", "checkpointing", "K, V kept: step, s", "recomputed: step, s", "costs"),
     ]
@@ -108,7 +107,8 @@ def _time_table(records: Sequence[Mapping[str, Any]]) -> str:
     tokens = records[0]["visual_tokens"]
     title = (
         "A whole step of one eighth of the model at its real dimensions, "
-        f"{tokens:,} visual tokens, one process; median (10th to 90th percentile)."
+        f"{tokens:,} visual tokens, {results['case']['text_tokens']} text tokens, one process; "
+        f"median (10th to 90th percentile). {results['hardware']['device']}."
     )
     return f"{title}\n\n{_markdown(rows)}"
 
@@ -124,7 +124,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def draw(results: Mapping[str, Any]) -> Figure:
     """Visual tokens per GiB by setting, with what the formula says as a mark."""
-    records = list(results["memory"])[::-1]
+    records = list(results["records"])[::-1]
     figure = Figure(figsize=(9, 1.2 + 0.34 * len(records)), layout="constrained")
     axes = figure.subplots()
     places = range(len(records))

@@ -133,10 +133,12 @@ def peak(attention: CrossAttention, setting: Setting, load: Load) -> int:
     a, keys = attention, load.batch * load.keys
     saved = kept(a, setting, load)
     gradient = keys * _feature_gradient_bytes(a, load)
-    waiting = 0 if _on_host(setting, load) or a.layers == 1 else gradient
+    # Layers that recompute add theirs to one gradient of the features; autograd adds up the rest.
+    chunked = chunk_tokens(setting, load) < load.keys
+    summed = 0 if _on_host(setting, load) else gradient
     one_layer = _layer_backward(a, setting, load)
-    in_last = saved.of_keys * (a.layers - 1) + one_layer
-    in_next = saved.of_keys * max(a.layers - 2, 0) + waiting + one_layer
+    in_last = saved.of_keys * (a.layers - 1) + one_layer + (summed if chunked else 0)
+    in_next = saved.of_keys * (a.layers - 2) + one_layer + summed if a.layers > 1 else 0
     # Features that wait on the host are made on the device, and their gradient ends there.
     whole = keys * _feature_bytes(a)
     return max(saved.features + max(in_last, in_next), whole) + saved.of_queries * a.layers
@@ -151,14 +153,9 @@ def peak_per_key(attention: CrossAttention, setting: Setting, load: Load) -> flo
 
 def _layer_backward(a: CrossAttention, setting: Setting, load: Load) -> int:
     """The most that one layer's backward holds, without what is there for all layers."""
-    at_once = chunk_tokens(setting, load)
-    transient = load.batch * at_once * _transient_per_key(a, setting, load)
-    if at_once == load.keys:
-        return transient
-    if _on_host(setting, load):
-        return transient + load.batch * at_once * _feature_bytes(a)  # the chunk that arrives next
-    # Chunks come and go; the layer's gradient of the features fills up.
-    return transient + load.batch * load.keys * _feature_gradient_bytes(a, load)
+    tokens = load.batch * chunk_tokens(setting, load)
+    arriving = 2 * _feature_bytes(a) if _on_host(setting, load) else 0  # this chunk and the next
+    return tokens * (_transient_per_key(a, setting, load) + arriving)
 
 
 def chunk_tokens(setting: Setting, load: Load) -> int:
@@ -181,11 +178,13 @@ def _transient_per_key(a: CrossAttention, setting: Setting, load: Load) -> int:
     if setting.method == "ring" and load.ranks > 1:
         # The next block's K and V, the last one's dk and dv, and this rank's own in fp32.
         attention += 2 * k_and_v + 2 * FP32_BYTES * width
-    # When recomputed keys take dk and dv through the projection, their caller still holds both.
-    held = k_and_v if setting.recompute_kv else 0
-    norm = _NORM_BACKWARD_TENSORS * FP32_BYTES * width + d_features + held
-    linear = a.element_bytes * width + 2 * d_features + held
-    return max(attention, norm, linear)
+    norm = _NORM_BACKWARD_TENSORS * FP32_BYTES * width
+    linear = a.element_bytes * width + d_features
+    if setting.recompute_kv:
+        # First K, then V goes back through its projection; dv waits, and dk is not let go.
+        return max(attention, norm + k_and_v, linear + k_and_v)
+    # Autograd's own order: V has been through its projection when K's norm runs.
+    return max(attention, norm + d_features, linear + d_features)
 
 
 def _kept_per_key(a: CrossAttention, setting: Setting, load: Load) -> int:

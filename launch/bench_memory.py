@@ -1,0 +1,200 @@
+"""Measure what visual tokens cost in memory, by setting, and what recomputation costs in time.
+
+    python launch/bench_memory.py                     all settings; most of an hour on two cores
+    python launch/bench_memory.py --quick --output_dir /tmp/memory    tiny shapes, seconds
+
+Trains the real path: a Llama-3.2-Vision model whose cross-attention has its real dimensions, under
+`ds_lvx.initialize`, in fresh processes for each setting and size. Writes memory.json, memory.png
+and step_time.json into --output_dir, and tables into --document. Where there are GPUs, each rank
+takes one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_lvx.compare import memory, memory_report, step_time
+from ds_lvx.compare.case import Case
+from ds_lvx.compare.fresh import RunError
+from ds_lvx.compare.peak import PROMPT_FREEING, meter
+from ds_lvx.plan.memory import Setting
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("ds_lvx", "torch", "transformers", "deepspeed")
+FEATURES = ("trained", "frozen")
+TINY = {"hidden": 64, "heads": 4, "kv_heads": 2, "cross_layers": 2, "text_tokens": 8}
+
+
+def main() -> None:
+    """Measure, then write JSON, plot and tables."""
+    options = parse_options()
+    measurements = {"memory": measure_memory, "step_time": measure_time}
+    for part in options.parts:
+        path = options.output_dir / f"{part}.json"
+        if options.render:
+            results = json.loads(path.read_text())
+        else:
+            try:
+                results = measurements[part](options)
+            except RunError as error:
+                sys.exit(f"bench_memory: {error}")
+        write(part, results, options)
+
+
+def write(part: str, results: dict[str, Any], options: argparse.Namespace) -> None:
+    """The JSON, for memory the plot, and the table, also into the document."""
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    if part == "memory":
+        for record in results["records"]:
+            # The formulas as they are now, beside what was measured.
+            ranks, cuda = results["ranks"], results["device"] == "cuda"
+            record |= memory.compared(record, ranks=ranks, cuda=cuda)
+        memory_report.draw(results).savefig(options.output_dir / "memory.png", dpi=110)
+    text = json.dumps(results, indent=1) + "\n"
+    (options.output_dir / f"{part}.json").write_text(text)
+    if options.document is not None:
+        memory_report.write_into(options.document, part, results)
+    print(memory_report.table(part, results), flush=True)
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "benchmarks")
+    parser.add_argument("--document", type=Path, help="Markdown file that gets the tables")
+    parser.add_argument("--only", nargs="+", metavar="SETTING", help="some of the settings")
+    parser.add_argument(
+        "--parts", nargs="+", choices=memory_report.NAMES, default=memory_report.NAMES
+    )
+    parser.add_argument("--features", nargs="+", choices=FEATURES, default=FEATURES)
+    parser.add_argument("--ranks", type=int, default=min(torch.cuda.device_count(), 2) or 2)
+    parser.add_argument("--frames", type=int, default=1024 if cuda else 64, help="of 65 tokens")
+    parser.add_argument("--chunk_tokens", type=int, default=8192 if cuda else 1024)
+    parser.add_argument("--steps", type=int, default=3, help="measured for a step time")
+    parser.add_argument("--rounds", type=int, default=2, help="of the step times' processes")
+    parser.add_argument(
+        "--budget_gib",
+        type=float,
+        default=16.0 if cuda else 1.0,
+        help="memory of a rank that the largest runs may fill; 0 leaves them out",
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to try the script")
+    parser.add_argument("--render", action="store_true", help="nothing measured: from the JSON")
+    options = parser.parse_args()
+    for name in ("ranks", "frames", "chunk_tokens", "steps", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: got {getattr(options, name)}; expected at least 1")
+    if options.budget_gib < 0:
+        parser.error(f"--budget_gib: got {options.budget_gib}; expected 0 or more")
+    if cuda and options.ranks > torch.cuda.device_count():
+        parser.error(
+            f"--ranks: got {options.ranks} for {torch.cuda.device_count()} GPUs; expected a GPU "
+            "for each rank"
+        )
+    known = memory.settings(options.chunk_tokens)
+    for name in options.only or ():
+        if name not in known:
+            parser.error(f"--only: got {name!r}; expected some of: {'; '.join(known)}")
+    for part in options.parts if options.render else ():
+        if not (options.output_dir / f"{part}.json").exists():
+            parser.error(f"--render: got no {part}.json in {options.output_dir}")
+    return options
+
+
+def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """All settings with features that want a gradient; those of lvx also with frozen features."""
+    case = Case(**TINY) if options.quick else Case()
+    threads = max(cores() // options.ranks, 1)
+    plan = memory.Plan(
+        case=case,
+        ranks=options.ranks,
+        frames=options.frames,
+        steps=options.steps,
+        budget_bytes=int(options.budget_gib * memory.GIB),
+        threads=threads,
+    )
+    unfilled = replace(plan, budget_bytes=0)
+    records = []
+    for features in options.features:
+        for name, setting in memory.settings(options.chunk_tokens).items():
+            chosen = name in options.only if options.only else _differs_here(setting)
+            if (features == "frozen" and setting.method != "lvx") or not chosen:
+                continue
+            own = plan if features == "trained" else unfilled
+            records.append(memory.measure(name, setting, own, features=features))
+    return {
+        **header(),
+        "ranks": options.ranks,
+        "threads_per_rank": threads,
+        "memory_measured_by": meter().source,
+        "environment_of_the_ranks": PROMPT_FREEING,
+        "units": "bytes and tokens of one rank, the one that needs most; bytes above what was "
+        "there before the step; seconds of the slowest rank",
+        "case": asdict(case),
+        "records": records,
+    }
+
+
+def _differs_here(setting: Setting) -> bool:
+    # On a CPU the host's memory is the device's: there is nowhere to offload to.
+    return torch.cuda.is_available() or setting.features == "keep"
+
+
+def measure_time(options: argparse.Namespace) -> dict[str, Any]:
+    """Step times with and without recomputation."""
+    case = step_time.EIGHTH
+    if options.quick:
+        case = replace(case, **TINY, mlp=64, vision_hidden=32, vision_heads=2, vision_mlp=32)
+        case = replace(case, cross_layers=1, vision_layers=1, image_size=28)
+    records = step_time.measure(
+        case, frames=1, steps=options.steps, rounds=options.rounds, threads=cores()
+    )
+    return {**header(), "threads": cores(), "case": asdict(case), "records": records}
+
+
+def header() -> dict[str, Any]:
+    """What every JSON begins with."""
+    return {
+        "kind": "measured",
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "hardware": hardware(),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """What it ran on."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return {"device": properties.name, "memory_bytes": properties.total_memory}
+    cpu = Path("/proc/cpuinfo").read_text()
+    models = [line for line in cpu.splitlines() if line.startswith("model name")]
+    name = models[0].partition(":")[2].strip() if models else platform.machine()
+    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return {
+        "device": f"{name}, {cores()} cores",
+        "memory_bytes": pages * page_bytes,
+        "flags": [f for f in ("avx512_bf16", "amx_bf16") if f in cpu],
+    }
+
+
+def cores() -> int:
+    """Of this machine that the ranks may use."""
+    return len(os.sched_getaffinity(0))
+
+
+if __name__ == "__main__":
+    main()
