@@ -183,7 +183,7 @@ def attend(
             features,
             project_kv,
             visibility,
-            kv_chunk_tokens=plan.kv_chunk_tokens,
+            kv_chunk_tokens=_chunk_tokens(plan),
             shared=batch.features_gradient if plan.kind == "cross" else None,
         )[0]
     k, v = project_kv(features)
@@ -196,3 +196,9 @@ def attend(
         # Sums over nothing: they tie the projections to the graph, for gradients of 0 and not none.
         out = out + k.sum() + v.sum()
     return out
+
+
+def _chunk_tokens(plan: LayerPlan) -> int | None:
+    if plan.kv_chunk_tokens is None and plan.features == "offload":
+        return recompute.STREAMED_TOKENS  # on a CPU, too, where nothing has to be streamed
+    return plan.kv_chunk_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable
 from functools import partial
@@ -131,6 +132,34 @@ SECTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("stage", [1, 3])
 def test_deepspeeds_own_settings(name: str, stage: int) -> None:
     check([(config_of(name, stage), tiny_model), *((config_of(name, stage, s),) for s in SECTIONS)])
+
+
+def kept_by_a_forward(section: dict[str, Any] | None) -> dict[str, Any]:
+    """The features that live after a forward, and how often a layer projects K in a step."""
+    model = tiny_model()
+    engine = start_engine(config_of("recompute", 1, section), model)
+    projections, shapes = [], []
+    k_proj = model.model.language_model.layers[1].cross_attn.k_proj
+
+    def project(module: Any, args: Any, k: torch.Tensor) -> None:
+        projections.append(torch.is_grad_enabled())
+        shapes.append(args[0].shape)
+
+    k_proj.register_forward_hook(project)
+    out = engine(**shard_batch(hard_batch(0), model=model))
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    features = {x.data_ptr() for x in tensors if x.shape == shapes[0]}
+    engine.backward(out.loss)
+    end_engine(engine)
+    return {"features": len(features), "projections": projections}
+
+
+@pytest.mark.parametrize("section", [{}, *SECTIONS])
+def test_features_are_kept_once_and_projected_twice(section: dict[str, Any]) -> None:
+    """K and V once in forward and once in backward, never for the second run of the layer."""
+    for answer in run_ranks(kept_by_a_forward, 2, section):
+        assert answer["features"] == 1
+        assert answer["projections"] == [False, True]
 
 
 def vision_runs(section: dict[str, Any] | None) -> dict[str, Any]:
