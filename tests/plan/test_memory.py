@@ -1,0 +1,114 @@
+"""The formulas of memory, against what autograd saves and what is alive in real layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ds_lvx.compare.case import Case
+from ds_lvx.plan.memory import CrossAttention, Load, Setting, kept, peak, peak_per_key
+from tests.plan.counting import TINY, peak_bytes, saved_bytes
+from tests.ranks import run_ranks
+
+RECOMPUTE = Setting(recompute_kv=True)
+CHUNKS = replace(RECOMPUTE, kv_chunk_tokens=32)
+SAVED = {
+    "lvx": Setting(),
+    "recompute": RECOMPUTE,
+    "chunks": replace(RECOMPUTE, kv_chunk_tokens=8),
+    "ring": Setting(method="ring"),
+    "ulysses": Setting(method="ulysses"),
+}
+MLLAMA = CrossAttention()
+
+
+def dimensions(case: Case, element_bytes: int) -> CrossAttention:
+    return CrossAttention(
+        hidden=case.hidden,
+        heads=case.heads,
+        kv_heads=case.kv_heads,
+        head_dim=case.hidden // case.heads,
+        layers=case.cross_layers,
+        element_bytes=element_bytes,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("frames", [2, 7])
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_layers_save_exactly_what_the_formula_says(
+    ranks: int, name: str, frames: int, dtype: torch.dtype
+) -> None:
+    setting = SAVED[name]
+    load = Load(keys=frames * TINY.frame_tokens, queries=TINY.text_tokens // ranks, ranks=ranks)
+    expected = kept(dimensions(TINY, dtype.itemsize), setting, load)
+    results = run_ranks(_saved, ranks, setting, frames, dtype)
+    for features, of_layers in results:
+        assert features == expected.features
+        assert of_layers == [expected.of_keys + expected.of_queries] * TINY.cross_layers
+
+
+def _saved(setting: Setting, frames: int, dtype: torch.dtype) -> tuple[int, list[int]]:
+    return saved_bytes(setting, frames=frames, dtype=dtype)
+
+
+@pytest.mark.parametrize("features", ["trained", "frozen"])
+@pytest.mark.parametrize("kv_heads", [1, 4], ids=["one key head", "four key heads"])
+@pytest.mark.parametrize("setting", [Setting(), RECOMPUTE, CHUNKS], ids=["kept", "again", "chunks"])
+def test_a_token_adds_to_the_peak_what_the_formula_says(
+    setting: Setting, kv_heads: int, features: str
+) -> None:
+    case = replace(TINY, hidden=128, kv_heads=kv_heads, text_tokens=2, features=features)
+    few, many = 4096, 8192
+    (low,) = run_ranks(_peak, 1, setting, case, few)
+    (high,) = run_ranks(_peak, 1, setting, case, many)
+    load = Load(keys=1, features_train=features == "trained", host_is_device=True)
+    expected = peak_per_key(dimensions(case, 2), setting, load)
+    assert (high - low) / (many - few) == pytest.approx(expected, rel=0.05)
+
+
+def _peak(setting: Setting, case: Case, keys: int) -> int:
+    return peak_bytes(setting, case, keys=keys)
+
+
+def test_what_a_layer_keeps_does_not_grow_with_the_visual_input() -> None:
+    short, long = (kept(MLLAMA, RECOMPUTE, Load(keys=n, queries=9)) for n in (10, 10**6))
+    assert (short.of_keys, short.of_queries) == (long.of_keys, long.of_queries)
+    assert short.of_keys == 0
+    assert long.features == 10**6 * 4096 * 2
+    assert long.total(layers=8) == long.features + 8 * long.of_queries
+
+
+def test_eight_times_as_many_tokens_on_an_accelerator() -> None:
+    smallest = Setting(
+        recompute_kv=True, checkpointing=True, features="offload", kv_chunk_tokens=8192
+    )
+    for trained in (True, False):
+        load = Load(keys=1, ranks=2, features_train=trained)
+        plain = peak_per_key(MLLAMA, Setting(), load)
+        assert plain > 8 * peak_per_key(MLLAMA, smallest, load)
+
+
+def test_offloading_saves_nothing_where_the_host_is_the_device() -> None:
+    offload = replace(CHUNKS, features="offload")
+    here = Load(keys=10**5, host_is_device=True)
+    assert peak(MLLAMA, offload, here) == peak(MLLAMA, CHUNKS, here)
+    assert kept(MLLAMA, offload, here) == kept(MLLAMA, CHUNKS, here)
+    elsewhere = replace(here, host_is_device=False)
+    assert kept(MLLAMA, offload, elsewhere).features == 0
+    # Without a chunk length features are streamed in chunks all the same.
+    unchunked = replace(offload, kv_chunk_tokens=None)
+    assert peak(MLLAMA, unchunked, elsewhere) < 0.5 * peak(MLLAMA, RECOMPUTE, elsewhere)
+
+
+def test_ulysses_keeps_its_keys_when_checkpointed() -> None:
+    load = Load(keys=100, ranks=4)
+    checkpointed = Setting(method="ulysses", checkpointing=True)
+    one_head = replace(MLLAMA, kv_heads=1)
+    assert kept(MLLAMA, checkpointed, load).of_keys == 100 * 2 * 2 * 8 * 128
+    # A single head of K and V is repeated, so that each of the four ranks has one.
+    assert kept(one_head, checkpointed, load).of_keys == 100 * 2 * 2 * 4 * 128
+    assert kept(MLLAMA, replace(checkpointed, method="lvx"), load).of_keys == 0
