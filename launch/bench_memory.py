@@ -125,7 +125,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
         budget_bytes=int(options.budget_gib * memory.GIB),
         threads=threads,
     )
-    unfilled = replace(plan, budget_bytes=0)
+    unfilled, before = replace(plan, budget_bytes=0), os.getloadavg()
     records = []
     for features in options.features:
         for name, setting in memory.settings(options.chunk_tokens).items():
@@ -142,6 +142,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
         "environment_of_the_ranks": PROMPT_FREEING,
         "units": "bytes and tokens of one rank, the one that needs most; bytes above what was "
         "there before the step; seconds of the slowest rank",
+        "load_average_before_and_after": [before, os.getloadavg()],
         "case": asdict(case),
         "records": records,
     }
@@ -158,10 +159,26 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
     if options.quick:
         case = replace(case, **TINY, mlp=64, vision_hidden=32, vision_heads=2, vision_mlp=32)
         case = replace(case, cross_layers=1, vision_layers=1, image_size=28)
-    records = step_time.measure(
-        case, frames=1, steps=options.steps, rounds=options.rounds, threads=cores()
-    )
-    return {**header(), "threads": cores(), "case": asdict(case), "records": records}
+    before = os.getloadavg()
+    records = [
+        step_time.measure(
+            replace(case, features=features),
+            checkpointing=checkpointing,
+            frames=1,
+            steps=options.steps,
+            rounds=options.rounds,
+            threads=cores(),
+        )
+        for features in (("frozen",) if options.quick else ("frozen", "tower"))
+        for checkpointing in ((False,) if options.quick else (False, True))
+    ]
+    return {
+        **header(),
+        "threads": cores(),
+        "load_average_before_and_after": [before, os.getloadavg()],
+        "case": asdict(case),
+        "records": records,
+    }
 
 
 def header() -> dict[str, Any]:

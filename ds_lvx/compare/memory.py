@@ -8,7 +8,7 @@ intercept. Tokens are those of one rank.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -82,7 +82,7 @@ def measure(
     """
     case = replace(plan.case, features=features)
     predicted = predict(setting, case, ranks=plan.ranks, cuda=torch.cuda.is_available())
-    factors = (1, 2, 3) if predicted["peak_bytes_per_token"] > HEAVY_BYTES else (1, 3, 5)
+    factors = (1, 2, 3) if predicted["peak_bytes_per_token"] > HEAVY_BYTES else (1, 2, 4)
     runs = [
         _run(
             Request(
@@ -110,6 +110,7 @@ def measure(
         "peak_bytes_per_token": float(slope),
         "tokens_per_gib": GIB / float(slope),
         "step_s": spread(runs[0]["step_s"]),
+        "processor_s": spread(runs[0]["processor_s"]),
         "runs": runs,
     }
     say(f"{name}, features {features}: {slope:,.0f} bytes a token, {_last(runs[0]):.1f} s")
@@ -169,9 +170,15 @@ def _run(request: Request, plan: Plan) -> dict[str, Any]:
         "tokens": request.frames * request.case.frame_tokens,
         "kept_bytes": max(statistics.median(rank["kept_bytes"]) for rank in ranks),
         "peak_bytes": max(statistics.median(rank["peak_bytes"]) for rank in ranks),
-        "step_s": [max(times) for times in zip(*(rank["step_s"] for rank in ranks), strict=True)],
+        "step_s": slowest(ranks, "step_s"),
+        "processor_s": slowest(ranks, "processor_s"),
         "ranks": ranks,
     }
+
+
+def slowest(ranks: Sequence[Mapping[str, Any]], column: str) -> list[float]:
+    """Seconds of each step on the rank that took longest."""
+    return [max(times) for times in zip(*(rank[column] for rank in ranks), strict=True)]
 
 
 def _last(run: Mapping[str, Any]) -> float:

@@ -67,7 +67,8 @@ def measure(request: Request) -> dict[str, Any]:
     Returns:
         ``before_bytes`` (before the first measured step), and lists with one entry a measured step:
         ``kept_bytes`` (after forward), ``peak_bytes``, both above what was there before the step,
-        ``forward_s``, ``backward_s``, ``step_s`` (with the optimizer's), and ``loss``.
+        ``forward_s``, ``backward_s``, ``step_s`` (with the optimizer's), ``processor_s`` (of all
+        threads in the same time, which neighbours on the machine do not lengthen), and ``loss``.
     """
     torch.manual_seed(0)
     model = build_model(request.case)
@@ -93,7 +94,7 @@ def _step(engine: Any, request: Request, frames: int) -> dict[str, float]:
     memory = meter()
     memory.reset()
     before = memory.now_bytes()
-    times = [_now()]
+    times, worked = [_now()], time.process_time()
     out = engine(**shard)
     times.append(_now())
     kept = memory.now_bytes() - before
@@ -109,6 +110,7 @@ def _step(engine: Any, request: Request, frames: int) -> dict[str, float]:
         "forward_s": times[1] - times[0],
         "backward_s": times[2] - times[1],
         "step_s": times[3] - times[0],
+        "processor_s": time.process_time() - worked,
         "loss": out.loss.item(),
     }
 

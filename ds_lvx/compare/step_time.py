@@ -37,57 +37,59 @@ EIGHTH = Case(
 def measure(
     case: Case,
     *,
+    checkpointing: bool,
     frames: int,
     steps: int,
     rounds: int,
     threads: int,
     say: Callable[[str], None] = print,
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Step times without and with ``recompute_kv``.
 
     Args:
-        case: what is trained; vision tower frozen and trained, in turns.
+        case: what is trained; its ``features`` say whether the vision tower is.
+        checkpointing: of the layers, without and with.
         frames: of the sample.
         steps: measured in each process, after one to warm up.
-        rounds: processes for each setting, in turns, so that both see the same neighbours.
+        rounds: processes for each, in turns, so that both see the same neighbours.
         threads: of the one process on a CPU.
-        say: gets a line about every comparison.
+        say: gets a line about the comparison.
 
     Returns:
-        One record for each of: tower frozen or trained, layers checkpointed or not.
+        A record for the JSON; ``recomputation_costs`` are shares of the step without it, in wall
+        time and in processor time.
     """
-    records = []
-    for features in ("frozen", "tower"):
-        for checkpointing in (False, True):
-            without = Setting(checkpointing=checkpointing)
-            pair = {"kept": without, "recomputed": replace(without, recompute_kv=True)}
-            times: dict[str, list[float]] = {name: [] for name in pair}
-            parts: dict[str, list[Any]] = {name: [] for name in pair}
-            for _ in range(rounds):
-                for name, setting in pair.items():
-                    request = Request(
-                        replace(case, features=features),
-                        setting,
-                        ranks=1,
-                        frames=frames,
-                        warm_up_frames=frames,
-                        steps=steps,
-                    )
-                    (answer,) = run_fresh(request, threads=threads)
-                    times[name] += answer["step_s"]
-                    parts[name].append(answer)
-            spreads = {name: spread(samples) for name, samples in times.items()}
-            cost = spreads["recomputed"]["median"] / spreads["kept"]["median"] - 1.0
-            records.append(
-                {
-                    "vision_tower": "trained" if features == "tower" else "frozen",
-                    "checkpointing": checkpointing,
-                    "visual_tokens": frames * case.frame_tokens,
-                    "recomputation_costs": cost,
-                    "step_s": spreads,
-                    "case": asdict(replace(case, features=features)),
-                    "runs": parts,
-                }
+    without = Setting(checkpointing=checkpointing)
+    pair = {"kept": without, "recomputed": replace(without, recompute_kv=True)}
+    runs: dict[str, list[Any]] = {name: [] for name in pair}
+    for _ in range(rounds):
+        for name, setting in pair.items():
+            request = Request(
+                case, setting, ranks=1, frames=frames, warm_up_frames=frames, steps=steps
             )
-            say(f"vision tower {features}, checkpointing {checkpointing}: {cost:+.1%} of a step")
-    return records
+            runs[name] += run_fresh(request, threads=threads)
+    times = {
+        column: {
+            name: spread([seconds for run in own for seconds in run[column]])
+            for name, own in runs.items()
+        }
+        for column in ("step_s", "processor_s")
+    }
+    costs = {
+        column: pairs["recomputed"]["median"] / pairs["kept"]["median"] - 1.0
+        for column, pairs in times.items()
+    }
+    tower = "trained" if case.features == "tower" else "frozen"
+    say(
+        f"vision tower {tower}, checkpointing {checkpointing}: "
+        f"{costs['step_s']:+.1%} of a step, {costs['processor_s']:+.1%} of processor time"
+    )
+    return {
+        "vision_tower": tower,
+        "checkpointing": checkpointing,
+        "visual_tokens": frames * case.frame_tokens,
+        "recomputation_costs": costs,
+        **times,
+        "case": asdict(case),
+        "runs": runs,
+    }
