@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +31,7 @@ def shutdown(engine: Any = None) -> None:
     """
     if comm.is_initialized() and not _has_failed():
         Channel.world().barrier()
+        _remove_shared_memory()
     session = getattr(engine, "ds_lvx", None)
     if session is not None:
         session.close()
@@ -90,3 +93,15 @@ def _forget_deepspeed() -> None:
     for name, value in list(vars(deepspeed_groups).items()):
         if isinstance(value, ProcessGroup):
             setattr(deepspeed_groups, name, None)
+
+
+def _remove_shared_memory() -> None:
+    """Remove this rank's file of DeepSpeed's CPU operator, which leaves 66 MiB of memory behind.
+
+    Only behind a barrier: a rank that has not mapped it yet would look for it without end.
+    """
+    parts = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
+    if all(parts) and hasattr(os, "getuid"):
+        rank = str(Channel.world().rank)
+        names = ["deepspeed_allreduce_buffer", str(os.getuid()), *parts, rank]
+        Path("/dev/shm", "_".join(names)).unlink(missing_ok=True)
