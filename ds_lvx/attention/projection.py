@@ -55,11 +55,8 @@ class Projection:
     def parts(self) -> Iterator[Part]:
         """K and V, a chunk of tokens at a time."""
         for number, (tokens, features) in enumerate(self._chunks, start=1):
-            k, v = self._run(tokens, features)
-            part = Part(tokens, k, v, last=number == len(self._chunks))
-            del features, k, v
-            yield part
-            del part
+            # In no variable: what is yielded lives only as long as who asked for it holds it.
+            yield Part(tokens, *self._run(tokens, features), last=number == len(self._chunks))
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """K and V of features that are one chunk."""
