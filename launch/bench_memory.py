@@ -80,7 +80,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=FEATURES)
     parser.add_argument("--ranks", type=int, default=min(torch.cuda.device_count(), 2) or 2)
-    parser.add_argument("--frames", type=int, default=1024 if cuda else 64, help="of 65 tokens")
+    parser.add_argument("--frames", type=int, default=1024 if cuda else 32, help="of 65 tokens")
     parser.add_argument("--chunk_tokens", type=int, default=8192 if cuda else 1024)
     parser.add_argument("--steps", type=int, default=3, help="measured for a step time")
     parser.add_argument("--rounds", type=int, default=2, help="of the step times' processes")
@@ -114,7 +114,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """All settings with features that want a gradient; those of lvx also with frozen features."""
+    """All settings with features that want a gradient, and some with frozen features."""
     case = Case(**TINY) if options.quick else Case()
     threads = max(cores() // options.ranks, 1)
     plan = memory.Plan(
@@ -129,8 +129,9 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
     records = []
     for features in options.features:
         for name, setting in memory.settings(options.chunk_tokens).items():
-            chosen = name in options.only if options.only else _differs_here(setting)
-            if (features == "frozen" and setting.method != "lvx") or not chosen:
+            if features == "frozen" and name not in memory.ALSO_FROZEN:
+                continue
+            if not (name in options.only if options.only else _differs_here(setting)):
                 continue
             own = plan if features == "trained" else unfilled
             records.append(memory.measure(name, setting, own, features=features))

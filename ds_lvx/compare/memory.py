@@ -24,6 +24,14 @@ GIB = 2**30
 HEAVY_BYTES = 65_536
 """A setting that needs more than this a token is measured at smaller sizes."""
 
+ALSO_FROZEN = (
+    "lvx",
+    "lvx, recompute",
+    "lvx, recompute, checkpointing, chunks",
+    "lvx, recompute, checkpointing, chunks, offload",
+)
+"""Settings that are measured with frozen features too."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -40,7 +48,7 @@ class Plan:
 
     case: Case
     ranks: int = 2
-    frames: int = 64
+    frames: int = 32
     steps: int = 3
     budget_bytes: int = GIB
     threads: int = 1
@@ -82,7 +90,7 @@ def measure(
     """
     case = replace(plan.case, features=features)
     predicted = predict(setting, case, ranks=plan.ranks, cuda=torch.cuda.is_available())
-    factors = (1, 2, 3) if predicted["peak_bytes_per_token"] > HEAVY_BYTES else (1, 2, 4)
+    factors = (1, 2, 3) if predicted["peak_bytes_per_token"] > HEAVY_BYTES else (1, 3, 6)
     runs = [
         _run(
             Request(
@@ -100,7 +108,7 @@ def measure(
     tokens = [run["tokens"] for run in runs]
     kept_slope, _ = np.polyfit(tokens, [run["kept_bytes"] for run in runs], 1)
     slope, intercept = np.polyfit(tokens, [run["peak_bytes"] for run in runs], 1)
-    record = {
+    record: dict[str, Any] = {
         "name": name,
         "features": features,
         "setting": asdict(setting),
@@ -113,16 +121,19 @@ def measure(
         "processor_s": spread(runs[0]["processor_s"]),
         "runs": runs,
     }
+    record |= compared(record, ranks=plan.ranks, cuda=torch.cuda.is_available())
     say(f"{name}, features {features}: {slope:,.0f} bytes a token, {_last(runs[0]):.1f} s")
     if plan.budget_bytes > 0:
-        frames = int((plan.budget_bytes - intercept) / slope / case.frame_tokens)
+        # Where sizes are too small for a slope, the formula keeps the run from being endless.
+        cost = max(float(slope), record["predicted"]["peak_bytes_per_token"])
+        frames = int((plan.budget_bytes - intercept) / cost / case.frame_tokens)
         largest = Request(
             case, setting, ranks=plan.ranks, frames=max(frames, 1), warm_up_frames=1, steps=1
         )
         run = _run(largest, plan)
         record["largest"] = {"budget_bytes": plan.budget_bytes, **run}
         say(f"  {run['tokens']:,} tokens: {run['peak_bytes'] / GIB:.3f} GiB, {_last(run):.1f} s")
-    return record | compared(record, ranks=plan.ranks, cuda=torch.cuda.is_available())
+    return record
 
 
 def compared(record: Mapping[str, Any], *, ranks: int, cuda: bool) -> dict[str, Any]:

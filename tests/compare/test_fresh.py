@@ -1,0 +1,51 @@
+"""Fresh processes for a measurement, and the meter that they read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_lvx.compare.case import Case
+from ds_lvx.compare.fresh import RunError, run_fresh
+from ds_lvx.compare.peak import ResidentMemory
+from ds_lvx.compare.rank import Request
+from ds_lvx.plan.memory import Setting
+
+TINY = Case(hidden=32, heads=4, kv_heads=2, cross_layers=1, mlp=8, vocabulary=16, text_tokens=4)
+MIB = 2**20
+
+
+def request(setting: Setting) -> Request:
+    return Request(TINY, setting, ranks=2, frames=2, warm_up_frames=1, steps=2)
+
+
+def test_every_rank_answers_with_every_sample() -> None:
+    answers = run_fresh(request(Setting(recompute_kv=True, checkpointing=True)), timeout_s=120)
+    assert len(answers) == 2
+    for answer in answers:
+        assert {len(answer[name]) for name in ("kept_bytes", "peak_bytes", "step_s", "loss")} == {2}
+        assert answer["before_bytes"] > 0
+        for step, forward in zip(answer["step_s"], answer["forward_s"], strict=True):
+            assert step > forward > 0
+
+
+def test_a_rank_that_fails_says_why_and_leaves_nothing() -> None:
+    buffers = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+    with pytest.raises(RunError, match=r"(?s)rank \d ended with code 1; .*features") as raised:
+        run_fresh(request(Setting(method="ring", features="offload")), timeout_s=120)
+    assert "Traceback" in str(raised.value) or "Error" in str(raised.value)
+    assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= buffers
+
+
+def test_resident_memory_has_a_peak_that_is_set_back() -> None:
+    memory = ResidentMemory()
+    memory.reset()
+    before = memory.now_bytes()
+    block = torch.ones(64 * MIB, dtype=torch.uint8)
+    assert memory.now_bytes() - before > 48 * MIB
+    del block
+    assert memory.peak_bytes() - before > 48 * MIB
+    memory.reset()
+    assert memory.peak_bytes() - memory.now_bytes() < 48 * MIB

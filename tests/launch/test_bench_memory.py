@@ -1,0 +1,139 @@
+"""The memory benchmark: what it writes, what it refuses, and what is committed of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_lvx.compare import memory_report
+from ds_lvx.compare.memory import compared
+from launch import bench_memory
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DOCUMENT = ROOT / "docs" / "memory.md"
+EMPTY = "".join(
+    f"<!-- bench_memory.py, {name}: begin -->\n<!-- bench_memory.py, {name}: end -->\n"
+    for name in memory_report.NAMES
+)
+
+
+def quick(folder: Path, part: str, *words: str) -> tuple[dict[str, Any], str]:
+    """The JSON of a quick run of one part, and the document that it wrote its table into."""
+    document = folder / "document.md"
+    document.write_text(f"before\n{EMPTY}after\n")
+    words = ("--quick", "--ranks", "1", "--frames", "4", "--rounds", "1", "--parts", part, *words)
+    places = ("--output_dir", str(folder), "--document", str(document))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "bench_memory.py"), *words, *places],
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = document.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    results = json.loads((folder / f"{part}.json").read_text())
+    assert results["kind"] == "measured"
+    assert results["command"].split()[1].endswith("bench_memory.py")
+    assert memory_report.table(part, results) in text
+    return results, text
+
+
+@pytest.mark.slow
+def test_quick_run_writes_json_table_and_plot(tmp_path: Path) -> None:
+    words = ("--only", "lvx", "--features", "trained", "--steps", "2", "--budget_gib", "0.02")
+    results, _ = quick(tmp_path, "memory", *words)
+    (record,) = results["records"]
+    assert [run["tokens"] for run in record["runs"]] in ([260, 520, 780], [260, 780, 1560])
+    assert all(len(run["ranks"]) == 1 for run in record["runs"])
+    assert len(record["step_s"]["samples"]) == 2
+    assert record["peak_bytes_per_token"] > 0
+    assert record["largest"]["tokens"] >= 65
+    assert record["ds_config"]["ds_lvx"]["sequence_parallel_size"] == 1
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_quick_run_times_steps(tmp_path: Path) -> None:
+    results, text = quick(tmp_path, "step_time", "--steps", "1")
+    (record,) = results["records"]
+    assert set(record["step_s"]) == {"kept", "recomputed"}
+    assert f"{record['recomputation_costs']['step_s']:+.1%} |" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ranks", "0"], "--ranks: got 0; expected at least 1"),
+        (["--budget_gib", "-1"], "--budget_gib: got -1.0; expected 0 or more"),
+        (["--only", "lvxx"], "--only: got 'lvxx'; expected some of: lvx; lvx, recompute;"),
+        (["--render", "--output_dir", "/nowhere"], "got no memory.json in /nowhere"),
+    ],
+)
+def test_bad_arguments(
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_memory.py", *words])
+    with pytest.raises(SystemExit):
+        bench_memory.parse_options()
+    assert message in capsys.readouterr().err
+
+
+def test_a_document_without_a_place_for_the_table(tmp_path: Path) -> None:
+    document = tmp_path / "document.md"
+    document.write_text("nothing\n")
+    with pytest.raises(ValueError, match="memory: begin -->' followed by '<!-- bench"):
+        memory_report.write_into(document, "memory", {})
+    assert document.read_text() == "nothing\n"
+
+
+def committed(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "docs" / "benchmarks" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", memory_report.NAMES)
+def test_the_document_has_the_figures_of_the_committed_json(name: str) -> None:
+    results = committed(name)
+    assert results["kind"] == "measured"
+    assert memory_report.table(name, results) in DOCUMENT.read_text()
+
+
+def test_committed_predictions_are_those_of_the_formulas_and_hold() -> None:
+    results = committed("memory")
+    for record in results["records"]:
+        now = compared(record, ranks=results["ranks"], cuda=results["device"] == "cuda")
+        assert record["predicted"] == now["predicted"]
+        assert record["measured_over_predicted"] == pytest.approx(1.0, abs=0.05), record["name"]
+        by_formula = now["predicted"]["kept_bytes_per_token"]
+        assert record["kept_bytes_per_token"] == pytest.approx(by_formula, rel=0.05)
+
+
+def test_the_document_names_the_bytes_of_the_formulas() -> None:
+    text = DOCUMENT.read_text()
+    records = {(r["name"], r["features"]): r for r in committed("memory")["records"]}
+    rows = {
+        "| lvx |": ("lvx", "peak_bytes_per_token"),
+        "| `recompute_kv` |": ("lvx, recompute", "peak_bytes_per_token"),
+        "| `recompute_kv`, `kv_chunk_tokens` |": (
+            "lvx, recompute, checkpointing, chunks",
+            "peak_bytes_per_token",
+        ),
+    }
+    for begin, (name, column) in rows.items():
+        trained, frozen = (
+            records[name, features]["predicted"][column] for features in ("trained", "frozen")
+        )
+        assert f"{begin} {trained:,.0f} | {frozen:,.0f} |" in text
