@@ -54,18 +54,24 @@ def main() -> None:
 
 def write(part: str, results: dict[str, Any], options: argparse.Namespace) -> None:
     """The JSON, for memory the plot, and the table, also into the document."""
-    options.output_dir.mkdir(parents=True, exist_ok=True)
     if part == "memory":
         for record in results["records"]:
             # The formulas as they are now, beside what was measured.
             ranks, cuda = results["ranks"], results["device"] == "cuda"
             record |= memory.compared(record, ranks=ranks, cuda=cuda)
+    save(part, results, options)
+    if part == "memory":
         memory_report.draw(results).savefig(options.output_dir / "memory.png", dpi=110)
-    text = json.dumps(results, indent=1) + "\n"
-    (options.output_dir / f"{part}.json").write_text(text)
     if options.document is not None:
         memory_report.write_into(options.document, part, results)
     print(memory_report.table(part, results), flush=True)
+
+
+def save(part: str, results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write the JSON."""
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=1) + "\n"
+    (options.output_dir / f"{part}.json").write_text(text)
 
 
 def parse_options() -> argparse.Namespace:
@@ -92,6 +98,9 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--render", action="store_true", help="nothing measured: from the JSON")
+    parser.add_argument(
+        "--resume", action="store_true", help="measure only settings that memory.json lacks"
+    )
     options = parser.parse_args()
     for name in ("ranks", "frames", "chunk_tokens", "steps", "rounds"):
         if getattr(options, name) < 1:
@@ -107,9 +116,11 @@ def parse_options() -> argparse.Namespace:
     for name in options.only or ():
         if name not in known:
             parser.error(f"--only: got {name!r}; expected some of: {'; '.join(known)}")
-    for part in options.parts if options.render else ():
+    wanted = options.parts if options.render else ["memory"] * options.resume
+    for part in wanted:
         if not (options.output_dir / f"{part}.json").exists():
-            parser.error(f"--render: got no {part}.json in {options.output_dir}")
+            word = "--render" if options.render else "--resume"
+            parser.error(f"{word}: got no {part}.json in {options.output_dir}")
     return options
 
 
@@ -125,17 +136,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
         budget_bytes=int(options.budget_gib * memory.GIB),
         threads=threads,
     )
-    unfilled, before = replace(plan, budget_bytes=0), os.getloadavg()
-    records = []
-    for features in options.features:
-        for name, setting in memory.settings(options.chunk_tokens).items():
-            if features == "frozen" and name not in memory.ALSO_FROZEN:
-                continue
-            if not (name in options.only if options.only else _differs_here(setting)):
-                continue
-            own = plan if features == "trained" else unfilled
-            records.append(memory.measure(name, setting, own, features=features))
-    return {
+    results = {
         **header(),
         "ranks": options.ranks,
         "threads_per_rank": threads,
@@ -143,10 +144,36 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
         "environment_of_the_ranks": PROMPT_FREEING,
         "units": "bytes and tokens of one rank, the one that needs most; bytes above what was "
         "there before the step; seconds of the slowest rank",
-        "load_average_before_and_after": [before, os.getloadavg()],
         "case": asdict(case),
-        "records": records,
+        "records": earlier(options, case) if options.resume else [],
     }
+    records = results["records"]
+    done = {(record["name"], record["features"]) for record in records}
+    for features in options.features:
+        for name, setting in memory.settings(options.chunk_tokens).items():
+            if features == "frozen" and name not in memory.ALSO_FROZEN:
+                continue
+            if not (name in options.only if options.only else _differs_here(setting)):
+                continue
+            if (name, features) in done:
+                continue
+            budget = plan.budget_bytes if features == "trained" else 0
+            own = replace(plan, budget_bytes=budget)
+            records.append(memory.measure(name, setting, own, features=features))
+            save("memory", results, options)  # of use even if the rest is never measured
+    return results
+
+
+def earlier(options: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
+    """The records that memory.json has already, if they are of the same kind."""
+    results: dict[str, Any] = json.loads((options.output_dir / "memory.json").read_text())
+    if (results["case"], results["ranks"]) != (asdict(case), options.ranks):
+        sys.exit(
+            f"bench_memory: --resume: got a memory.json of another model or of {results['ranks']} "
+            "ranks; expected the same ones: measure anew, or into another --output_dir"
+        )
+    records: list[dict[str, Any]] = results["records"]
+    return records
 
 
 def _differs_here(setting: Setting) -> bool:

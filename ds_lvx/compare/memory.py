@@ -7,6 +7,7 @@ intercept. Tokens are those of one rank.
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -89,25 +90,14 @@ def measure(
         A record for the JSON: the ds_config, predicted and measured bytes a token, every sample.
     """
     case = replace(plan.case, features=features)
-    predicted = predict(setting, case, ranks=plan.ranks, cuda=torch.cuda.is_available())
+    cuda = torch.cuda.is_available()
+    predicted = predict(setting, case, ranks=plan.ranks, cuda=cuda)
     factors = (1, 2, 3) if predicted["peak_bytes_per_token"] > HEAVY_BYTES else (1, 3, 6)
-    runs = [
-        _run(
-            Request(
-                case,
-                setting,
-                ranks=plan.ranks,
-                frames=factor * plan.frames,
-                warm_up_frames=plan.frames if factor == 1 else 1,
-                steps=plan.steps if factor == 1 else 1,
-            ),
-            plan,
-        )
-        for factor in factors
-    ]
+    runs = [_run(case, setting, plan, frames=factor * plan.frames) for factor in factors]
     tokens = [run["tokens"] for run in runs]
     kept_slope, _ = np.polyfit(tokens, [run["kept_bytes"] for run in runs], 1)
     slope, intercept = np.polyfit(tokens, [run["peak_bytes"] for run in runs], 1)
+    say(f"{name}, features {features}: {slope:,.0f} bytes a token, {_last(runs[0]):.1f} s")
     record: dict[str, Any] = {
         "name": name,
         "features": features,
@@ -119,18 +109,15 @@ def measure(
         "tokens_per_gib": GIB / float(slope),
         "step_s": spread(runs[0]["step_s"]),
         "processor_s": spread(runs[0]["processor_s"]),
+        "load_average": os.getloadavg(),
         "runs": runs,
     }
-    record |= compared(record, ranks=plan.ranks, cuda=torch.cuda.is_available())
-    say(f"{name}, features {features}: {slope:,.0f} bytes a token, {_last(runs[0]):.1f} s")
+    record |= compared(record, ranks=plan.ranks, cuda=cuda)
     if plan.budget_bytes > 0:
         # Where sizes are too small for a slope, the formula keeps the run from being endless.
-        cost = max(float(slope), record["predicted"]["peak_bytes_per_token"])
+        cost = max(float(slope), predicted["peak_bytes_per_token"])
         frames = int((plan.budget_bytes - intercept) / cost / case.frame_tokens)
-        largest = Request(
-            case, setting, ranks=plan.ranks, frames=max(frames, 1), warm_up_frames=1, steps=1
-        )
-        run = _run(largest, plan)
+        run = _run(case, setting, plan, frames=max(frames, 1))
         record["largest"] = {"budget_bytes": plan.budget_bytes, **run}
         say(f"  {run['tokens']:,} tokens: {run['peak_bytes'] / GIB:.3f} GiB, {_last(run):.1f} s")
     return record
@@ -174,11 +161,20 @@ def predict(setting: Setting, case: Case, *, ranks: int, cuda: bool) -> dict[str
     }
 
 
-def _run(request: Request, plan: Plan) -> dict[str, Any]:
+def _run(case: Case, setting: Setting, plan: Plan, *, frames: int) -> dict[str, Any]:
     """One run: each rank's samples, and the rank that needs most."""
+    timed = frames == plan.frames
+    request = Request(
+        case,
+        setting,
+        ranks=plan.ranks,
+        frames=frames,
+        warm_up_frames=frames if timed else 1,
+        steps=plan.steps if timed else 1,
+    )
     ranks = run_fresh(request, threads=plan.threads)
     return {
-        "tokens": request.frames * request.case.frame_tokens,
+        "tokens": frames * case.frame_tokens,
         "kept_bytes": max(statistics.median(rank["kept_bytes"]) for rank in ranks),
         "peak_bytes": max(statistics.median(rank["peak_bytes"]) for rank in ranks),
         "step_s": slowest(ranks, "step_s"),
