@@ -107,8 +107,32 @@ class ActivationCheckpointing(BaseModel):
                 f"least {count}, or twice as many when two forwards run before a backward"
             )
 
+    def make_room(self, count: int) -> None:
+        """Start a new contiguous buffer where the present one has no room for ``count`` layers.
+
+        DeepSpeed starts one in backward only; a forward that failed, or whose loss was dropped,
+        would leave the next one without. Checkpoints that still wait hold on to their own memory.
+        """
+        if not self.contiguous_memory_optimization or self.number_checkpoints is None:
+            return
+        used = max(deepspeed.checkpointing.data_offsets, default=0)
+        if used + count > self.number_checkpoints:
+            deepspeed.checkpointing.reset()
+
     def configure(self, groups: SequenceParallelGroups) -> None:
-        """Put the section into force in this process."""
+        """Put the section into force in this process, where DeepSpeed has one for all engines.
+
+        Raises:
+            ValueError: the engine of another section is still there.
+        """
+        others = [section for section in _in_force.values() if section != self]
+        if others:
+            raise ValueError(
+                f"{SECTION}: got {self.model_dump_json()} while an engine with "
+                f"{others[0].model_dump_json()} is there; DeepSpeed has one setting a process: "
+                "call ds_lvx.shutdown on that engine first, or give both the same section"
+            )
+        _in_force[groups] = self
         deepspeed.checkpointing.configure(
             groups,
             partition_activations=self.partition_activations,
@@ -120,8 +144,14 @@ class ActivationCheckpointing(BaseModel):
         )
 
 
-def forget() -> None:
-    """Undo `ActivationCheckpointing.configure`: DeepSpeed's settings, buffers and groups."""
+# The sections of the engines that are there: DeepSpeed's settings are the process's.
+_in_force: dict[SequenceParallelGroups, ActivationCheckpointing] = {}
+
+
+def forget(groups: SequenceParallelGroups) -> None:
+    """Undo `ActivationCheckpointing.configure`; with the last engine go DeepSpeed's settings."""
+    if _in_force.pop(groups, None) is None or _in_force:
+        return
     module = deepspeed.checkpointing
     module.reset()
     module.configure(None)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import deepspeed
 import torch
 import torch.utils.checkpoint
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from ds_lvx.attention.replay import Box
@@ -45,10 +47,13 @@ class Checkpointing:
             )
         if not torch.is_grad_enabled():
             return self.function(function, *args, **kwargs)
-        box = Box()
+        box, autocast = Box(), _autocast()
 
         def run(*arguments: Any, **keywords: Any) -> Any:
-            with box.open():
+            # DeepSpeed's reentrant function runs again outside the caller's autocast.
+            with box.open(), ExitStack() as stack:
+                for device, enabled, dtype in autocast:
+                    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
                 return function(*arguments, **keywords)
 
         return self.function(run, *args, **kwargs)
@@ -60,8 +65,12 @@ def checkpointing(checkpoint_function: Callable[..., Any]) -> Checkpointing:
     A checkpointed layer runs again in backward. With this one, its attention does not: a call keeps
     ``out`` and ``lse`` of ds_lvx's attention from the first pass (`ulysses_attention`: q, k and v
     behind the all-to-alls as well), and the second pass runs no kernel and no collective. Whatever
-    else the layer does runs again as before. What was kept goes when its backward is done; a
-    second backward through a retained graph computes for real.
+    else the layer does runs again as before, under the autocast of the first pass. What was kept
+    goes when its backward is done; a second backward through a retained graph computes for real
+    (with ``deepspeed.checkpointing.checkpoint`` there is none: DeepSpeed raises a TypeError).
+
+    The reentrant functions give gradients to positional tensors only; in a patched model ds_lvx
+    passes a layer's keywords by position.
 
     Under ``partition_activations`` or ``cpu_checkpointing`` DeepSpeed empties a call's arguments
     after saving them; mark tensors that several layers share, ``features.no_checkpointing = True``,
@@ -86,6 +95,12 @@ def checkpointing(checkpoint_function: Callable[..., Any]) -> Checkpointing:
     if isinstance(checkpoint_function, Checkpointing):
         return checkpoint_function
     return Checkpointing(checkpoint_function)
+
+
+def _autocast() -> list[tuple[str, bool, torch.dtype]]:
+    """The autocast in force: device, whether enabled, dtype."""
+    devices = sorted({"cpu", get_accelerator().device_name()})
+    return [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
 
 
 def _unpacked(function: Callable[..., Any]) -> Callable[..., Any]:

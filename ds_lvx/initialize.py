@@ -41,8 +41,6 @@ class Session:
     ) -> None:
         self.config = config
         self.checkpoints = checkpoints
-        if checkpoints is not None:
-            checkpoints.configure(groups)
         self.groups = groups
         self.patch = patch
         self.guard = Guard(groups)
@@ -51,8 +49,7 @@ class Session:
         """Give the model back as it was and end the groups. Calling it twice is allowed."""
         self.guard.close()
         self.patch.unpatch()
-        if self.checkpoints is not None:
-            forget_checkpoints()
+        forget_checkpoints(self.groups)
         self.groups.close()
 
 
@@ -135,6 +132,8 @@ def _start(
     try:
         patch = _patch_on_all_ranks(model, lvx, groups, checkpoints)
         session = Session(lvx, groups, patch, checkpoints)
+        if checkpoints is not None:
+            checkpoints.configure(groups)
         with session.guard.named("deepspeed.initialize"):
             returned = deepspeed.initialize(model=model, mpu=groups, **arguments)
     except BaseException:

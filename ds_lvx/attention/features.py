@@ -97,6 +97,17 @@ class FeatureGradient:
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self._complete = False  # a layer has been through all tokens
+        self._layers: set[str] = set()
+
+    def begin(self, layer: str) -> None:
+        """A layer is about to add its gradient.
+
+        One that has done so before belongs to a new backward: the sum so far is left over from one
+        that failed.
+        """
+        if layer in self._layers:
+            self.take()
+        self._layers.add(layer)
 
     def add(self, chunks: Chunks, tokens: slice, gradient: Tensor | None) -> None:
         """Add one layer's gradient ``[B, t, ...]`` of a chunk; None is 0."""
@@ -112,11 +123,14 @@ class FeatureGradient:
             if not self._complete:
                 place.zero_()
         elif not self._complete:
-            place.copy_(gradient, non_blocking=True)
+            for mine, row in zip(gradient, place, strict=True):
+                row.copy_(mine, non_blocking=True)
         elif chunks.on_host:
-            # On the device and back, in its stream: the host neither waits nor computes.
-            gradient.add_(place.to(gradient.device, non_blocking=True))
-            place.copy_(gradient, non_blocking=True)
+            # On the device and back, in its stream: the host neither waits nor computes. Row by row
+            # of the batch: those are contiguous, which pinned memory wants.
+            for mine, row in zip(gradient, place, strict=True):
+                mine.add_(row.to(gradient.device, non_blocking=True))
+                row.copy_(mine, non_blocking=True)
         else:
             place.add_(gradient)
 
@@ -127,6 +141,7 @@ class FeatureGradient:
     def take(self) -> Tensor | None:
         """The sum, which starts anew."""
         total, self.total, self._complete = self.total, None, False
+        self._layers.clear()
         return total
 
 

@@ -3,6 +3,11 @@
 In backward the projection runs again under a graph of its own, and dk and dv are pushed through
 it. Chunk by chunk, a parameter gets a gradient from each; they are added up in fp32 and arrive in
 one piece, because ZeRO's hooks expect a parameter's gradient once a backward.
+
+Worked example, two chunks of one layer's features. Chunk 1 is projected under a graph, the kernel
+gives dk and dv, and `_Graph.gradients` takes those of the features (into their place) and of the
+weights (into ``totals``), without a hook firing. Chunk 2 likewise, but `_Graph.push` runs backward
+for real: a hook on each weight adds the total of chunk 1 before the weight's own hooks see it.
 """
 
 from __future__ import annotations
@@ -150,17 +155,18 @@ class _Graph:
         """Run backward, hooks and all, with ``totals`` added to the parameters' gradients."""
         edges = [edge for edge in self._edges if edge is not None]
         given = self._given(gradients)
+        waiting = dict(totals)
         with ExitStack() as stack:
-            for parameter, total in totals.items():
-                hook = parameter.register_hook(partial(_added, total=total))
+            for parameter in totals:
+                hook = parameter.register_hook(partial(_added, waiting, parameter))
                 stack.callback(hook.remove)
-            if len(edges) == 2 and not _nodes(edges[:1], self._leaf) & _nodes(
-                edges[1:], self._leaf
-            ):
+            if len(edges) == 2 and _are_apart(*edges, but=self._leaf):
                 # K first: what its norm's backward needs is gone before V's gradient arrives.
                 torch.autograd.backward([edges.pop(0)], [given.pop(0)])
             if edges:
                 torch.autograd.backward(edges, given)
+        for parameter, total in waiting.items():
+            _accumulate(parameter, total)
         return self._leaf.grad
 
     def _given(self, gradients: list[Tensor]) -> list[Tensor]:
@@ -170,8 +176,25 @@ class _Graph:
         return given
 
 
-def _added(gradient: Tensor, *, total: Tensor) -> Tensor:
+def _added(waiting: dict[Tensor, Tensor], parameter: Tensor, gradient: Tensor) -> Tensor:
+    total = waiting.pop(parameter)
     return (gradient.to(total.dtype) + total).to(gradient.dtype)
+
+
+def _accumulate(parameter: Tensor, total: Tensor) -> None:
+    """Give a parameter what earlier chunks have for it, when the last one did not use it."""
+    if parameter.shape != total.shape:
+        raise RuntimeError(
+            f"project_kv: got a parameter of shape {list(total.shape)} that the last chunk of "
+            "tokens did not use and earlier ones did, under ZeRO-3; expected the same parameters "
+            "for every chunk, one without tokens included"
+        )
+    torch.autograd.backward([parameter], [total.to(parameter.dtype)])
+
+
+def _are_apart(one: GradientEdge, other: GradientEdge, *, but: Tensor) -> bool:
+    """Whether two results have nothing in common but the leaf."""
+    return not _nodes([one], but) & _nodes([other], but)
 
 
 def _leaves(edges: Sequence[GradientEdge], *, but: Tensor) -> list[Tensor]:

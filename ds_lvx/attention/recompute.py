@@ -136,12 +136,13 @@ def attend_recompute(
     *,
     kv_chunk_tokens: int | None = None,
     shared: FeatureGradient | None = None,
+    layer: str = "",
 ) -> tuple[Tensor, Tensor]:
     """`lv_xattn_recompute` for a call that is settled: ``(out, lse)``.
 
     The call must be settled with ``requires_grad`` wherever gradients are enabled: only the
     projection knows whether its parameters need one. ``shared`` is what `share` returned with the
-    features; then their gradient adds up there.
+    features; then their gradient adds up there, under the name of the layer.
     """
     if kv_chunk_tokens is None and features.device != q.device:
         kv_chunk_tokens = STREAMED_TOKENS
@@ -150,7 +151,7 @@ def attend_recompute(
         call = replace(call, schedule="gather")  # the ring would want all chunks at every step
     anchor = call.anchor(q.device)
     out, lse = _LVXRecompute.apply(
-        call, visibility, project_kv, lengths, shared, anchor, q, features
+        call, visibility, project_kv, lengths, (shared, layer), anchor, q, features
     )
     return out, lse
 
@@ -163,7 +164,7 @@ class _LVXRecompute(torch.autograd.Function):
         visibility: Visibility | None,
         project_kv: ProjectKV,
         lengths: list[int],
-        shared: FeatureGradient | None,
+        shared: tuple[FeatureGradient | None, str],
         anchor: Tensor,
         q: Tensor,
         features: Tensor,
@@ -190,9 +191,11 @@ class _LVXRecompute(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         q, features, out, lse = ctx.saved_tensors
         chunks = Chunks(features, ctx.lengths, q.device)
+        shared, layer = ctx.shared
         gradient = None
-        if ctx.needs_input_grad[7]:
-            gradient = FeatureGradient() if ctx.shared is None else ctx.shared
+        if ctx.needs_input_grad[7] and _is_wanted(ctx.next_functions[-1][0]):
+            gradient = FeatureGradient() if shared is None else shared
+            gradient.begin(layer)
         projection = ProjectionAgain(
             ctx.project_kv, chunks, playback=ctx.setting.playback(), gradient=gradient
         )
@@ -201,10 +204,16 @@ class _LVXRecompute(torch.autograd.Function):
         dq = SCHEDULES[ctx.call.schedule].backward(
             ctx.call, saved, ctx.visibility, _keys(projection, chunks)
         )
-        own = None if gradient is None or gradient is ctx.shared else gradient.take()
+        own = None if gradient is None or gradient is shared else gradient.take()
         if own is not None and chunks.on_host:
             torch.accelerator.synchronize(q.device)  # autograd adds it up on the host
         return None, None, None, None, None, None, dq.to(q.dtype), own
+
+
+def _is_wanted(node: Any) -> bool:
+    """Whether this backward goes on to a node: ``torch.autograd.grad`` may want others only."""
+    # The public register_multi_grad_hook asks the same way.
+    return bool(torch._C._will_engine_execute_node(node))
 
 
 def _keys(projection: Projection, chunks: Chunks) -> Keys:

@@ -157,7 +157,7 @@ class CheckpointLayers(Hook):
         self._before = [(m, m.__dict__.get(_FLAG)) for m in model.modules() if hasattr(m, _FLAG)]
         self._section = section
         if section is not None:
-            section.check_layers(sum(_attends(layer) for layer in self._layers))
+            section.check_layers(self._count())
             self._switch_on(model)
         self._wrap()
         function = None if section is None else checkpointing(deepspeed.checkpointing.checkpoint)
@@ -169,12 +169,16 @@ class CheckpointLayers(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._wrap()
-        asks = kwargs.get("output_hidden_states")
-        if asks and self._section is not None and self._section.empties_arguments:
+        if self._section is None:
+            return
+        self._section.make_room(self._count())
+        asks = kwargs.get("output_hidden_states") or _configured(module, "output_hidden_states")
+        if asks and self._section.empties_arguments:
             raise ValueError(
-                "got output_hidden_states=True with partition_activations or cpu_checkpointing, "
-                "under which DeepSpeed empties the states between layers; leave it out, or remove "
-                "those keys from activation_checkpointing"
+                "got output_hidden_states=True, in the call or in the model's config, with "
+                "partition_activations or cpu_checkpointing, under which DeepSpeed empties the "
+                "states between layers; leave it out, or remove those keys from "
+                "activation_checkpointing"
             )
 
     def undo(self) -> None:
@@ -192,6 +196,9 @@ class CheckpointLayers(Hook):
                 module.__dict__.pop(_FLAG, None)
             else:
                 setattr(module, _FLAG, flag)
+
+    def _count(self) -> int:
+        return sum(map(_attends, self._layers))
 
     def _switch_on(self, model: Any) -> None:
         if not any(layer.gradient_checkpointing for layer in self._layers):
@@ -212,6 +219,11 @@ class CheckpointLayers(Hook):
                 keeps_arguments=not _attends(layer),
             )
             setattr(layer, _FUNCTION, wrapped)
+
+
+def _configured(model: nn.Module, key: str) -> bool:
+    config = getattr(model, "config", None)
+    return any(getattr(c, key, False) for c in (config, getattr(config, "text_config", None)))
 
 
 def _attends(layer: nn.Module) -> bool:

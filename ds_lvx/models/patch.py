@@ -185,6 +185,7 @@ def attend(
             visibility,
             kv_chunk_tokens=_chunk_tokens(plan),
             shared=batch.features_gradient if plan.kind == "cross" else None,
+            layer=plan.name,
         )[0]
     k, v = project_kv(features)
     if plan.method == "ulysses":

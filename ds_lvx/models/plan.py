@@ -66,6 +66,7 @@ def make_plans(layers: Sequence[Layer], config: LVXConfig, *, sp_size: int) -> l
     rules = config.resolve([layer.name for layer in layers])
     plans = [_plan(layer, rules) for layer in layers]
     problems = [_problem(layer, plan, sp_size) for layer, plan in zip(layers, plans, strict=True)]
+    problems.append(_mixed_features(plans))
     found = list(dict.fromkeys(problem for problem in problems if problem is not None))
     missing = _without_method(plans, sp_size)
     if missing:
@@ -133,6 +134,18 @@ def _problem(layer: Layer, plan: LayerPlan, sp_size: int) -> tuple[type[Exceptio
             'rank, but the text is sharded; use "ring", "gather" or "auto"'
         )
     return None
+
+
+def _mixed_features(plans: Sequence[LayerPlan]) -> tuple[type[Exception], str] | None:
+    """Layers share one tensor of features: it is on the host for all of them, or for none."""
+    kept = [p.name for p in plans if p.kind == "cross" and p.features == "keep"]
+    if not kept or all(p.features == "keep" for p in plans):
+        return None
+    return NotImplementedError, (
+        f'ds_lvx.layers: got features "offload" for some cross-attention layers and not for '
+        f"{', '.join(summarise_names(kept))}; all of them share the same features: offload them in "
+        "every rule for cross-attention, or in none"
+    )
 
 
 def table(plans: Sequence[LayerPlan]) -> str:

@@ -152,6 +152,34 @@ def test_k_and_v_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(seen) <= 8
 
 
+class Branching(Projection):
+    """A projection that uses one of its parameters for chunks of more than one token only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.full((24,), 1.5))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(features * self.gain if features.shape[1] > 1 else features)
+
+
+def test_a_parameter_that_the_last_chunk_does_not_use_keeps_its_gradient() -> None:
+    torch.manual_seed(2)
+    q, features = torch.randn(1, 4, 4, 16), torch.randn(1, 5, 24)
+    projection = Branching()
+    fired: list[Tensor] = []
+    projection.gain.register_post_accumulate_grad_hook(fired.append)
+    ds_lvx.lv_xattn_recompute(q, features, projection, kv_chunk_tokens=2).square().sum().backward()
+    chunked = Branching()
+    parts = [chunked(part) for part in features.split([2, 2, 1], dim=1)]
+    k, v = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+    ds_lvx.lv_xattn(q, k, v).square().sum().backward()
+    assert len(fired) == 1
+    for name, parameter in chunked.named_parameters():
+        found = dict(projection.named_parameters())[name].grad
+        torch.testing.assert_close(found, parameter.grad, atol=1e-5, rtol=1e-5)
+
+
 def run_16_bits(chunk: int | None) -> dict[str, Tensor]:
     torch.manual_seed(0)
     q = torch.randn(1, 32, 4, 16).bfloat16().requires_grad_()
