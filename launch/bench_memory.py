@@ -27,7 +27,7 @@ import torch
 from ds_lvx.compare import memory, memory_report, step_time
 from ds_lvx.compare.case import Case
 from ds_lvx.compare.fresh import RunError
-from ds_lvx.compare.peak import PROMPT_FREEING, meter
+from ds_lvx.compare.peak import meter
 from ds_lvx.plan.memory import Setting
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +87,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=FEATURES)
     parser.add_argument("--ranks", type=int, default=min(torch.cuda.device_count(), 2) or 2)
     parser.add_argument("--frames", type=int, default=1024 if cuda else 32, help="of 65 tokens")
-    parser.add_argument("--chunk_tokens", type=int, default=8192 if cuda else 1024)
+    # Sizes are multiples of it, so that chunks, which are of one length, have the same everywhere.
+    parser.add_argument("--chunk_tokens", type=int, default=65 * (128 if cuda else 16))
     parser.add_argument("--steps", type=int, default=3, help="measured for a step time")
     parser.add_argument("--rounds", type=int, default=2, help="of the step times' processes")
     parser.add_argument(
@@ -141,7 +142,6 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
         "ranks": options.ranks,
         "threads_per_rank": threads,
         "memory_measured_by": meter().source,
-        "environment_of_the_ranks": PROMPT_FREEING,
         "units": "bytes and tokens of one rank, the one that needs most; bytes above what was "
         "there before the step; seconds of the slowest rank",
         "case": asdict(case),

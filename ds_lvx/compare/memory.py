@@ -18,6 +18,7 @@ import torch
 
 from ds_lvx.compare.case import Case, ds_config
 from ds_lvx.compare.fresh import run_fresh
+from ds_lvx.compare.peak import PROMPT_FREEING
 from ds_lvx.compare.rank import Request
 from ds_lvx.plan.memory import CrossAttention, Load, Setting, kept, peak_per_key
 
@@ -110,6 +111,7 @@ def measure(
         "step_s": spread(runs[0]["step_s"]),
         "processor_s": spread(runs[0]["processor_s"]),
         "load_average": os.getloadavg(),
+        "environment_of_the_ranks": PROMPT_FREEING,
         "runs": runs,
     }
     record |= compared(record, ranks=plan.ranks, cuda=cuda)

@@ -14,9 +14,9 @@ import torch
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 # glibc keeps freed memory for later by default, and a process's resident memory would show tensors
-# that are long gone. With these, a tensor of a MiB or more is mapped alone and goes back at once.
+# that are long gone. With these, one of 64 KiB or more is mapped alone and goes back at once.
 PROMPT_FREEING = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    "MALLOC_MMAP_THRESHOLD_": str(2**16),
     "MALLOC_TRIM_THRESHOLD_": "0",
     "MALLOC_TOP_PAD_": "0",
     "MALLOC_ARENA_MAX": "1",
