@@ -43,8 +43,8 @@ class Plan:
         case: what is trained; its ``features`` are set by each measurement.
         ranks: that share the sample; each is a process.
         frames: the smallest visual input of a rank, at which step times are compared.
-        steps: measured at that size; one at all others.
-        budget_bytes: what the largest run may add to a rank's memory; 0 leaves that run out.
+        steps: measured at that size; one at others.
+        budget_bytes: what the largest run may add to a rank's memory; 0: it is not so large.
         threads: of a rank on a CPU.
     """
 
@@ -78,7 +78,7 @@ def settings(chunk_tokens: int) -> dict[str, Setting]:
 def measure(
     name: str, setting: Setting, plan: Plan, *, features: str, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Measure one setting: three sizes, their slope, and the largest run.
+    """Measure one setting: step times at one size, bytes at three, the last as large as fits.
 
     Args:
         name: of the setting.
@@ -91,46 +91,58 @@ def measure(
         A record for the JSON: the ds_config, predicted and measured bytes a token, every sample.
     """
     case = replace(plan.case, features=features)
-    cuda = torch.cuda.is_available()
-    predicted = predict(setting, case, ranks=plan.ranks, cuda=cuda)
-    factors = (1, 2, 3) if predicted["peak_bytes_per_token"] > HEAVY_BYTES else (1, 3, 6)
-    runs = [_run(case, setting, plan, frames=factor * plan.frames) for factor in factors]
-    tokens = [run["tokens"] for run in runs]
-    kept_slope, _ = np.polyfit(tokens, [run["kept_bytes"] for run in runs], 1)
-    slope, intercept = np.polyfit(tokens, [run["peak_bytes"] for run in runs], 1)
-    say(f"{name}, features {features}: {slope:,.0f} bytes a token, {_last(runs[0]):.1f} s")
-    record: dict[str, Any] = {
+    predicted = predict(setting, case, ranks=plan.ranks, cuda=torch.cuda.is_available())
+    cost = predicted["peak_bytes_per_token"]
+    timed = _run(case, setting, plan, frames=plan.frames, timed=True)
+    say(f"{name}, features {features}: {timed['step_s'][-1]:.1f} s a step")
+    first, second, third = (2, 3, 4) if cost > HEAVY_BYTES else (3, 6, 9)
+    runs = [_run(case, setting, plan, frames=factor * plan.frames) for factor in (first, second)]
+    frames = third * plan.frames
+    if plan.budget_bytes > 0:
+        # Where sizes are too small for a slope, the formula keeps the run from being endless.
+        line = _line(runs, "peak_bytes")
+        room = plan.budget_bytes - line[1]
+        frames = max(int(room / max(line[0], cost) / case.frame_tokens), 1)
+    runs.append(_run(case, setting, plan, frames=frames))
+    record = {
         "name": name,
         "features": features,
         "setting": asdict(setting),
         "case": asdict(case),
         "ds_config": ds_config(setting, case, ranks=plan.ranks),
-        "kept_bytes_per_token": float(kept_slope),
-        "peak_bytes_per_token": float(slope),
-        "tokens_per_gib": GIB / float(slope),
-        "step_s": spread(runs[0]["step_s"]),
-        "processor_s": spread(runs[0]["processor_s"]),
+        "budget_bytes": plan.budget_bytes,
         "load_average": os.getloadavg(),
         "environment_of_the_ranks": PROMPT_FREEING,
+        "timed": timed,
         "runs": runs,
     }
-    record |= compared(record, ranks=plan.ranks, cuda=cuda)
-    if plan.budget_bytes > 0:
-        # Where sizes are too small for a slope, the formula keeps the run from being endless.
-        cost = max(float(slope), predicted["peak_bytes_per_token"])
-        frames = int((plan.budget_bytes - intercept) / cost / case.frame_tokens)
-        run = _run(case, setting, plan, frames=max(frames, 1))
-        record["largest"] = {"budget_bytes": plan.budget_bytes, **run}
-        say(f"  {run['tokens']:,} tokens: {run['peak_bytes'] / GIB:.3f} GiB, {_last(run):.1f} s")
+    record |= compared(record, ranks=plan.ranks, cuda=torch.cuda.is_available())
+    say(f"  {record['peak_bytes_per_token']:,.0f} bytes a token; {runs[-1]['tokens']:,} tokens:")
+    say(f"  {runs[-1]['peak_bytes'] / GIB:.3f} GiB, {runs[-1]['step_s'][-1]:.1f} s")
     return record
 
 
+def _line(runs: Sequence[Mapping[str, Any]], column: str) -> tuple[float, float]:
+    """Slope and intercept of bytes over tokens."""
+    tokens = [run["tokens"] for run in runs]
+    slope, intercept = np.polyfit(tokens, [run[column] for run in runs], 1)
+    return float(slope), float(intercept)
+
+
 def compared(record: Mapping[str, Any], *, ranks: int, cuda: bool) -> dict[str, Any]:
-    """The formulas' side of a record, and how the measured slope compares."""
+    """What follows from a record's samples: slopes, times, and the formulas beside them."""
     setting, case = Setting(**record["setting"]), Case(**record["case"])
     predicted = predict(setting, case, ranks=ranks, cuda=cuda)
-    ratio = record["peak_bytes_per_token"] / predicted["peak_bytes_per_token"]
-    return {"predicted": predicted, "measured_over_predicted": ratio}
+    slope, _ = _line(record["runs"], "peak_bytes")
+    return {
+        "kept_bytes_per_token": _line(record["runs"], "kept_bytes")[0],
+        "peak_bytes_per_token": slope,
+        "tokens_per_gib": GIB / slope,
+        "predicted": predicted,
+        "measured_over_predicted": slope / predicted["peak_bytes_per_token"],
+        "step_s": spread(record["timed"]["step_s"]),
+        "processor_s": spread(record["timed"]["processor_s"]),
+    }
 
 
 def predict(setting: Setting, case: Case, *, ranks: int, cuda: bool) -> dict[str, float]:
@@ -163,9 +175,14 @@ def predict(setting: Setting, case: Case, *, ranks: int, cuda: bool) -> dict[str
     }
 
 
-def _run(case: Case, setting: Setting, plan: Plan, *, frames: int) -> dict[str, Any]:
-    """One run: each rank's samples, and the rank that needs most."""
-    timed = frames == plan.frames
+def _run(
+    case: Case, setting: Setting, plan: Plan, *, frames: int, timed: bool = False
+) -> dict[str, Any]:
+    """One run: each rank's samples, and the rank that needs most.
+
+    A run for times warms up at full size. One for bytes does not: what malloc has left over from a
+    step of the same size would count as there before.
+    """
     request = Request(
         case,
         setting,
@@ -188,10 +205,6 @@ def _run(case: Case, setting: Setting, plan: Plan, *, frames: int) -> dict[str, 
 def slowest(ranks: Sequence[Mapping[str, Any]], column: str) -> list[float]:
     """Seconds of each step on the rank that took longest."""
     return [max(times) for times in zip(*(rank[column] for rank in ranks), strict=True)]
-
-
-def _last(run: Mapping[str, Any]) -> float:
-    return float(run["step_s"][-1])
 
 
 def spread(samples: list[float]) -> dict[str, Any]:

@@ -78,16 +78,17 @@ def _memory_table(results: Mapping[str, Any]) -> str:
     title = (
         f"{case['cross_layers']} cross-attention layers of {case['hidden']}, {case['heads']} heads "
         f"and {case['kv_heads']} of K and V, bf16; {ranks} ranks, tokens and bytes of one; "
-        f"{case['text_tokens']} text tokens. Step times at {records[0]['runs'][0]['tokens']:,} "
+        f"{case['text_tokens']} text tokens. Step times at {records[0]['timed']['tokens']:,} "
         f"tokens. {results['hardware']['device']}."
     )
     return f"{title}\n\n{_markdown(rows)}"
 
 
 def _largest(record: Mapping[str, Any]) -> str:
-    if "largest" not in record:
+    if not record["budget_bytes"]:
         return "-"
-    return f"{record['largest']['tokens']:,}, {record['largest']['peak_bytes'] / 2**30:.2f}"
+    run = record["runs"][-1]
+    return f"{run['tokens']:,}, {run['peak_bytes'] / 2**30:.2f}"
 
 
 def _time_table(results: Mapping[str, Any]) -> str:
