@@ -228,11 +228,6 @@ def _missing_combinations(rule: LayerRule) -> Iterator[str]:
             f'kernel: got "{rule.kernel}", but a layer with method "none" runs the model\'s own '
             "attention; remove kernel"
         )
-    elif rule.kernel == "triton":
-        yield (
-            'kernel: "triton" is not in this version; use "auto", "native" (PyTorch\'s own '
-            'kernels) or "reference" (float64, for checking)'
-        )
 
 
 def _without_recomputation(rule: LayerRule) -> Iterator[str]:
@@ -280,7 +275,7 @@ _LITERALS: dict[str, Any] = {
     "features": Features,
 }
 # Valid words that this version refuses: nobody should be led to them.
-_NOT_YET = {"method": "auto", "kernel": "triton"}
+_NOT_YET = {"method": "auto"}
 _EXAMPLES = {
     "match": 'a pattern such as "match": "*.cross_attn"',
     "method": 'for example "method": "lvx"',

@@ -233,7 +233,7 @@ def _check(
         )
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: got {schedule!r}; expected one of {list(SCHEDULES)}")
-    chosen = choose(kernel, q.dtype)
+    chosen = choose(kernel, q)
     if "k" in keys:
         check_keys(q, keys["k"], keys["v"])
     else:

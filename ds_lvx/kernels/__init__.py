@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -82,23 +83,35 @@ class Kernel(Protocol):
         ...
 
 
-def choose(name: str, dtype: torch.dtype) -> Kernel:
-    """The kernel of this name; ``auto`` is ``native``.
+def choose(name: str, q: Tensor) -> Kernel:
+    """The kernel of this name for queries like ``q``; ``auto`` is ``native``.
 
     Raises:
-        ValueError: an unknown name, or a dtype that no kernel takes.
-        NotImplementedError: ``triton``, which this version does not have.
+        ValueError: an unknown name, or a dtype, head_dim or device that the kernel cannot do; names
+            the kernels that can.
     """
     if name not in KERNELS:
         raise ValueError(f"kernel: got {name!r}; expected one of {list(KERNELS)}")
-    if name == "triton":
-        raise NotImplementedError(
-            "kernel: got 'triton', which this version of ds_lvx does not have; use 'native' "
-            "(PyTorch's fused kernels) or 'reference' (float64)"
-        )
-    if dtype not in DTYPES:
+    if q.dtype not in DTYPES:
         expected = ", ".join(str(dtype) for dtype in DTYPES)
         raise ValueError(
-            f"q, k, v: got {dtype}; expected one of {expected}; convert them with .to(...)"
+            f"q, k, v: got {q.dtype}; expected one of {expected}; convert them with .to(...)"
         )
+    if name == "triton":
+        return _triton(q)
     return ReferenceKernel() if name == "reference" else NativeKernel()
+
+
+def _triton(q: Tensor) -> Kernel:
+    if find_spec("triton") is None:
+        raise ValueError(
+            "kernel: got 'triton', which is not installed; pip install triton (Linux), or use "
+            "'native' or 'reference'"
+        )
+    # Here, not above: Triton takes a second to import, and decides then whether to interpret.
+    from ds_lvx.kernels.triton_kernel import TritonKernel, problem
+
+    found = problem(q)
+    if found is not None:
+        raise ValueError(f"kernel: got 'triton' for {found}; use 'native' or 'reference'")
+    return TritonKernel()

@@ -170,7 +170,7 @@ def attend(
         channel=batch.channel,
         q_lengths=batch.text_lengths,
         kv_lengths=kv_lengths,
-        kernel=choose(plan.kernel, q.dtype),
+        kernel=choose(plan.kernel, q),
         softmax_scale=scale,
         schedule=choose_schedule(plan.schedule, batch.text_lengths, q),
         # A projection that runs again in backward knows only there who wants a gradient.

@@ -79,7 +79,7 @@ EVERYWHERE = {
     "a list": r"ValueError: rank 1: .*float",
     "no head_dim": r"ValueError: rank 1: q: got shape \[1, 4, 4, 0\]; expected at least one head",
     "kernel": r"ValueError: rank 1: kernel: got 'fast'; expected one of \['auto', 'native'",
-    "triton": r"NotImplementedError: rank 1: kernel: got 'triton', which this version.*'native'",
+    "triton": r"ValueError: rank 1: kernel: got 'triton' for head_dim 8, .* use 'native'",
     "scale": r"ValueError: .*disagree on softmax_scale.*0.5 on rank 1",
     "batch": r"ValueError: .*disagree on batch: got 1 on ranks 0, 2, 2 on rank 1",
     "visibility": r"ValueError: rank 1: visibility: got q_start \[1, 5\].*expected \[1, 4\]",

@@ -25,6 +25,11 @@ SHAPES = [  # batch, queries, keys, heads, kv heads, head_dim
 ]
 
 
+def like(dtype: torch.dtype, head_dim: int = 16) -> Tensor:
+    """Queries as `choose` looks at them."""
+    return torch.empty(1, 1, 1, head_dim, dtype=dtype)
+
+
 def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     batch, queries, keys, heads, kv_heads, head_dim = shape
     torch.manual_seed(0)
@@ -52,7 +57,7 @@ def rule(shape: tuple[int, ...], name: str) -> Visibility | None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["native", "reference"])
 def test_forward_and_backward(name: str, shape: tuple[int, ...], visibility: str) -> None:
-    kernel = choose(name, torch.float32)
+    kernel = choose(name, like(torch.float32))
     q, k, v = tensors(shape, torch.float32)
     sees, scale = rule(shape, visibility), 0.3
     leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
@@ -120,7 +125,7 @@ def test_blocks_of_keys_add_up_to_the_whole(visibility: str) -> None:
 @pytest.mark.parametrize("name", ["native", "reference"])
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
 def test_lengths_of_zero(name: str, queries: int, keys: int) -> None:
-    kernel = choose(name, torch.bfloat16)
+    kernel = choose(name, like(torch.bfloat16))
     q, k, v = tensors((2, queries, keys, 4, 2, 16), torch.bfloat16)
     out, lse = kernel.forward(q, k, v, visibility=None, softmax_scale=1.0)
     assert out.shape == q.shape
@@ -211,7 +216,7 @@ def test_many_queries_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
     out, lse = NativeKernel().forward(q, k, v, visibility=None, softmax_scale=0.3)
     delta = (q * out).sum(-1).transpose(1, 2)
     gradients = [
-        choose(name, torch.float32).backward(
+        choose(name, like(torch.float32)).backward(
             q, k, v, q, lse, delta, visibility=None, softmax_scale=0.3, has_dlse=True
         )
         for name in ("native", "reference")
@@ -274,7 +279,7 @@ def test_cuda_against_the_oracle(visibility: str, dtype: torch.dtype) -> None:
     exact_out, exact_lse = attention_oracle(*leaves, visibility=sees, softmax_scale=0.1)
     dout = torch.randn_like(q)
     (exact_out * dout).sum().backward()
-    kernel = choose("native", dtype)
+    kernel = choose("native", like(dtype))
     out, lse = kernel.forward(q, k, v, visibility=sees, softmax_scale=0.1)
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.double(), exact_out, atol=limit, rtol=limit)
@@ -289,11 +294,15 @@ def test_cuda_against_the_oracle(visibility: str, dtype: torch.dtype) -> None:
 
 
 def test_choosing() -> None:
-    assert choose("auto", torch.bfloat16).name == choose("native", torch.float32).name == "native"
-    assert choose("reference", torch.float16).name == "reference"
+    assert (
+        choose("auto", like(torch.bfloat16)).name
+        == choose("native", like(torch.float32)).name
+        == "native"
+    )
+    assert choose("reference", like(torch.float16)).name == "reference"
     with pytest.raises(ValueError, match=r"'flash3'.*'native'"):
-        choose("flash3", torch.float32)
+        choose("flash3", like(torch.float32))
     with pytest.raises(ValueError, match=r"got torch.int64; expected one of torch.float32"):
-        choose("native", torch.int64)
-    with pytest.raises(NotImplementedError, match="'triton'"):
-        choose("triton", torch.float32)
+        choose("native", like(torch.int64))
+    with pytest.raises(ValueError, match=r"'triton' for torch.float64.*use 'native'"):
+        choose("triton", like(torch.float64))

@@ -1,0 +1,278 @@
+"""The ``triton`` kernel: attention of few queries over very many keys; see the two kernel files."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from ds_lvx.kernels import triton_backward, triton_forward
+from ds_lvx.kernels.merge import empty_part
+from ds_lvx.kernels.triton_tiles import Seen, Tiles, count, padded, shape_options, splits
+from ds_lvx.visibility import Visibility
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+MIN_CAPABILITY = (8, 0)
+_ROWS_OF_A_MERGE = 32
+
+
+def problem(q: Tensor) -> str | None:
+    """Why these kernels cannot do queries like ``q``; None when they can."""
+    if q.dtype not in DTYPES:
+        expected = ", ".join(str(dtype) for dtype in DTYPES)
+        return f"{q.dtype}, where it does {expected}"
+    if not MIN_HEAD_DIM <= q.shape[-1] <= MAX_HEAD_DIM:
+        return f"head_dim {q.shape[-1]}, where it does {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+    if isinstance(triton_forward.forward_kernel, InterpretedFunction):
+        return None
+    if q.device.type != "cuda":
+        return (
+            f"tensors on {q.device.type}, where it needs an NVIDIA GPU (or TRITON_INTERPRET=1 in "
+            "the environment, to try it slowly on a CPU)"
+        )
+    if torch.cuda.get_device_capability(q.device) < MIN_CAPABILITY:
+        return "a GPU before Ampere (compute capability 8.0)"
+    return None
+
+
+class TritonKernel:
+    """Forward and backward in Triton. Stateless; K and V are read in place, at any strides."""
+
+    name = "triton"
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        visibility: Visibility | None,
+        softmax_scale: float,
+        partial: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See `ds_lvx.kernels.Kernel.forward`."""
+        if q.numel() == 0 or k.numel() == 0:
+            return empty_part(q, torch.float32)
+        parts, lses = self._parts(q, k, v, visibility, softmax_scale)
+        if len(parts) == 1:
+            out = parts[0] if partial else parts[0].to(q.dtype)
+            return out, lses[0]
+        out = torch.empty(q.shape, dtype=torch.float32 if partial else q.dtype, device=q.device)
+        lse = torch.empty_like(lses[0])
+        _merge(parts, lses, out, lse, fold=False)
+        return out, lse
+
+    def fold(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        running: tuple[Tensor, Tensor],
+        *,
+        visibility: Visibility | None,
+        softmax_scale: float,
+    ) -> None:
+        """`forward`, merged into a running ``(out, lse)`` in fp32, in place, by the same kernel."""
+        if q.numel() and k.numel():
+            parts, lses = self._parts(q, k, v, visibility, softmax_scale)
+            _merge(parts, lses, *running, fold=True)
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dout: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        *,
+        visibility: Visibility | None,
+        softmax_scale: float,
+        has_dlse: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `ds_lvx.kernels.Kernel.backward`. dq in fp32."""
+        if q.numel() == 0 or k.numel() == 0:
+            dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+            return dq, torch.zeros_like(k), torch.zeros_like(v)
+        q, k, v, dout = (_last_dim_dense(t) for t in (q, k, v, dout.to(q.dtype)))
+        # In base 2; +inf where a row saw nothing, so that its weights are exp2(-inf) = 0.
+        norm = (lse * math.log2(math.e)).masked_fill(lse == -torch.inf, torch.inf).contiguous()
+        inputs = (q, k, v, dout, norm, delta.to(torch.float32).contiguous())
+        scale = (softmax_scale, softmax_scale * math.log2(math.e))
+        dq = _queries_gradient(inputs, visibility, scale)
+        dk, dv = _keys_gradient(inputs, visibility, scale)
+        return dq, dk, dv
+
+    def _parts(
+        self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | None, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """out ``[splits, B, S, H, D]`` and lse ``[splits, B, H, S]`` of every split, in fp32."""
+        q, k, v = (_last_dim_dense(t) for t in (q, k, v))
+        batch, seqlen_q, heads, head_dim = q.shape
+        seqlen_kv, kv_heads = k.shape[1:3]
+        tiles = forward_tiles(q, k)
+        shape = shape_options(q, k, visibility)
+        numbers = count(seqlen_q * shape["GROUP"], tiles.rows), batch * kv_heads
+        parts = splits(math.prod(numbers), count(seqlen_kv, tiles.keys), _processors(q))
+        out = torch.empty(parts, batch, seqlen_q, heads, head_dim, device=q.device)
+        lse = torch.empty(parts, batch, heads, seqlen_q, device=q.device)
+        rule = _rule(visibility, q, shape["GROUP"], tiles)
+        triton_forward.forward_kernel[(numbers[0], parts, numbers[1])](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            *rule,
+            softmax_scale * math.log2(math.e),
+            seqlen_q,
+            seqlen_kv,
+            kv_heads,
+            *(stride for tensor in (q, k, v) for stride in tensor.stride()[:3]),
+            **shape,
+            **tiles.options(),
+        )
+        return out, lse
+
+
+def forward_tiles(q: Tensor, k: Tensor) -> Tiles:
+    """Tiles of the forward kernel."""
+    rows, wide = _rows(q, k), padded(q.shape[3])
+    if q.dtype == torch.float32:
+        return _FP32 if wide <= 128 else Tiles(16, 16, 8, 1)
+    if wide > 128:
+        return Tiles(_least(rows, 64), 64, 8, 2)
+    if rows <= 64:
+        return Tiles(_least(rows, 64), 64, 4, 3)
+    return Tiles(128, 64 if wide > 64 else 128, 8, 3)
+
+
+def queries_tiles(q: Tensor, k: Tensor) -> Tiles:
+    """Tiles of the kernel that makes dq."""
+    rows, wide = _rows(q, k), padded(q.shape[3])
+    if q.dtype == torch.float32:
+        return _FP32
+    if wide > 128:
+        return Tiles(_least(rows, 64), 32, 8, 2)
+    return Tiles(128, 64, 8, 2) if rows > 64 else Tiles(_least(rows, 64), 64, 4, 2)
+
+
+def keys_tiles(q: Tensor, k: Tensor) -> Tiles:
+    """Tiles of the kernel that makes dk and dv."""
+    rows, wide = _rows(q, k), padded(q.shape[3])
+    if q.dtype == torch.float32:
+        return _FP32
+    if wide > 128:
+        return Tiles(_least(rows, 32), 32, 8, 2)
+    return Tiles(_least(rows, 64), 64, 8, 2) if wide > 64 else Tiles(_least(rows, 64), 128, 8, 3)
+
+
+# Exact fp32 has no tensor cores to feed; more would not fit the registers at head_dim 256.
+_FP32 = Tiles(16, 32, 8, 1)
+
+
+def _rows(q: Tensor, k: Tensor) -> int:
+    return q.shape[1] * (q.shape[2] // k.shape[2])
+
+
+def _least(rows: int, at_most: int) -> int:
+    return min(at_most, padded(rows))
+
+
+def _queries_gradient(
+    inputs: tuple[Tensor, ...], visibility: Visibility | None, scale: tuple[float, float]
+) -> Tensor:
+    q, k = inputs[:2]
+    batch, seqlen_q, heads, head_dim = q.shape
+    seqlen_kv, kv_heads = k.shape[1:3]
+    tiles = queries_tiles(q, k)
+    shape = shape_options(q, k, visibility)
+    numbers = count(seqlen_q * shape["GROUP"], tiles.rows), batch * kv_heads
+    parts = splits(math.prod(numbers), count(seqlen_kv, tiles.keys), _processors(q))
+    dq = torch.empty(parts, batch, seqlen_q, heads, head_dim, device=q.device)
+    triton_backward.queries_kernel[(numbers[0], parts, numbers[1])](
+        *inputs,
+        dq,
+        *_rule(visibility, q, shape["GROUP"], tiles),
+        *scale,
+        seqlen_q,
+        seqlen_kv,
+        kv_heads,
+        *_strides(inputs),
+        **shape,
+        **tiles.options(),
+    )
+    return dq[0] if parts == 1 else dq.sum(dim=0)
+
+
+def _keys_gradient(
+    inputs: tuple[Tensor, ...], visibility: Visibility | None, scale: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    q, k = inputs[:2]
+    batch, seqlen_kv, kv_heads, _ = k.shape
+    tiles = keys_tiles(q, k)
+    shape = shape_options(q, k, visibility)
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    triton_backward.keys_kernel[(count(seqlen_kv, tiles.keys), batch * kv_heads)](
+        *inputs,
+        dk,
+        dv,
+        *_rule(visibility, q, shape["GROUP"], tiles, of_keys=True),
+        *scale,
+        q.shape[1],
+        seqlen_kv,
+        kv_heads,
+        *_strides(inputs),
+        **shape,
+        **tiles.options(),
+    )
+    return dk, dv
+
+
+def _strides(inputs: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(stride for tensor in inputs[:4] for stride in tensor.stride()[:3])
+
+
+def _rule(
+    visibility: Visibility | None, q: Tensor, group: int, tiles: Tiles, *, of_keys: bool = False
+) -> tuple[Any, ...]:
+    """Ranges, positions and the lists of what meets; where all see all, pointers nobody reads."""
+    if visibility is None:
+        return (q,) * 5
+    seen = Seen(visibility, group=group, tiles=tiles)
+    lists = seen.tiles_of_blocks() if of_keys else seen.blocks_of_tiles()
+    ranges = (visibility.q_start, visibility.q_end, visibility.kv_pos)
+    return *(tensor.contiguous() for tensor in ranges), *lists
+
+
+def _merge(parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor, *, fold: bool) -> None:
+    batch, seqlen_q, heads, head_dim = out.shape
+    rows = batch * seqlen_q * heads
+    triton_forward.merge_kernel[(count(rows, _ROWS_OF_A_MERGE),)](
+        parts,
+        lses,
+        out,
+        lse,
+        rows,
+        seqlen_q,
+        heads,
+        len(parts),
+        HEAD_DIM=head_dim,
+        BLOCK_D=padded(head_dim),
+        BLOCK_R=_ROWS_OF_A_MERGE,
+        FOLD=fold,
+    )
+
+
+def _last_dim_dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _processors(tensor: Tensor) -> int:
+    if tensor.device.type != "cuda":
+        return 1  # the interpreter
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
