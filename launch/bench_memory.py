@@ -187,26 +187,25 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
     if options.quick:
         case = replace(case, **TINY, mlp=64, vision_hidden=32, vision_heads=2, vision_mlp=32)
         case = replace(case, cross_layers=1, vision_layers=1, image_size=28)
-    before = os.getloadavg()
-    records = [
-        step_time.measure(
-            replace(case, features=features),
-            checkpointing=checkpointing,
-            frames=1,
-            steps=options.steps,
-            rounds=options.rounds,
-            threads=cores(),
-        )
-        for features in (("frozen",) if options.quick else ("frozen", "tower"))
-        for checkpointing in ((False,) if options.quick else (False, True))
-    ]
-    return {
+    results: dict[str, Any] = {
         **header(),
         "threads": cores(),
-        "load_average_before_and_after": [before, os.getloadavg()],
         "case": asdict(case),
-        "records": records,
+        "records": [],
     }
+    for checkpointing in (False,) if options.quick else (False, True):
+        for features in ("frozen",) if options.quick else ("frozen", "tower"):
+            record = step_time.measure(
+                replace(case, features=features),
+                checkpointing=checkpointing,
+                frames=1,
+                steps=options.steps,
+                rounds=options.rounds,
+                threads=cores(),
+            )
+            results["records"].append(record)
+            save("step_time", results, options)
+    return results
 
 
 def header() -> dict[str, Any]:

@@ -8,6 +8,7 @@ tower, one frame of four tiles), in one process, with and without recomputation,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -91,5 +92,6 @@ def measure(
         "recomputation_costs": costs,
         **times,
         "case": asdict(case),
+        "load_average": os.getloadavg(),
         "runs": runs,
     }
