@@ -145,8 +145,8 @@ def draw(results: Mapping[str, Any]) -> Figure:
     predicted = [2**30 / record["predicted"]["peak_bytes_per_token"] for record in records]
     axes.plot(predicted, places, "k|", markersize=12, label="formula")
     axes.set_yticks(places, [f"{r['name']} ({r['features']})" for r in records], fontsize=8)
-    axes.set_xlim(0, 1.12 * max(values))
+    axes.set_xlim(0, 1.15 * max(values))
     axes.set_xlabel("visual tokens per GiB of a rank, at the peak of a training step")
     axes.set_title("Room for visual tokens; in brackets, whether their features want a gradient")
-    axes.legend(loc="lower right")
+    axes.legend(loc="center right")
     return figure
