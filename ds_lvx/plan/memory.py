@@ -13,10 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-FP32_BYTES = 4
+from ds_lvx.attention.recompute import STREAMED_TOKENS
 
-STREAMED_TOKENS = 16_384
-"""Tokens of a chunk of features that come from the host, unless kv_chunk_tokens says else."""
+FP32_BYTES = 4
 
 # The backward of transformers' RMSNorm over K, operation by operation in fp32, has its input and
 # five temporaries of K's size at its worst.
