@@ -71,11 +71,9 @@ def initialize(
     """``deepspeed.initialize`` for a model whose visual tokens are sharded.
 
     Reads the ``ds_lvx`` section of the ds_config, makes the sequence-parallel groups, patches the
-    instance ``model`` and hands everything on to DeepSpeed. Rank 0 prints one table: layer,
-    method, schedule, kernel, recomputation. Whatever the ZeRO stage, ``engine.backward(out.loss)``
-    then gives the gradients of one process. A section ``activation_checkpointing`` checkpoints the
-    model's layers by DeepSpeed's own function, and attention runs once all the same
-    (`ds_lvx.checkpointing`), as it does under transformers' ``gradient_checkpointing_enable``.
+    instance ``model`` and hands everything on to DeepSpeed. Rank 0 prints how each layer runs.
+    Whatever the ZeRO stage, ``engine.backward(out.loss)`` then gives the gradients of one process.
+    A section ``activation_checkpointing`` checkpoints the model's layers (`ds_lvx.checkpointing`).
 
     Args:
         args, model, optimizer, model_parameters, training_data, lr_scheduler, distributed_port,
@@ -87,11 +85,9 @@ def initialize(
         `Session`; ``ds_lvx.shutdown(engine)`` ends it.
 
     Raises:
-        ValueError: a mistake in the config, on all ranks; a layer over sharded tokens without a
-            method; heads that ulysses cannot split; ranks that were given different configs.
+        ValueError: a mistake in the config, on all ranks; ranks that were given different ones.
         NotImplementedError: a model of no supported family, or a combination that does not exist.
-        RankOutOfMemoryError: a ``torch.OutOfMemoryError`` that names its rank and the size asked
-            for, here as in the engine's forward, backward and step.
+        RankOutOfMemoryError: names its rank and the size, here as in the engine's own calls.
 
     Collectives: making the groups, and agreements on the control plane; then DeepSpeed's.
     """

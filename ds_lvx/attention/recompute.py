@@ -81,17 +81,16 @@ def lv_xattn_recompute(
         q: ``[batch, seqlen_q, num_heads, head_dim]``, this rank's queries.
         features: ``[batch, seqlen_kv, ...]``, this rank's visual features, shared by all layers;
             on q's device, or on the host (pinned, to be fast), from which they are streamed in
-            chunks of 16,384 tokens, or of ``kv_chunk_tokens``.
+            chunks of ``kv_chunk_tokens``, 16,384 when None (the schedule is not ``ring`` then).
         project_kv: ``features -> (k, v)``, each ``[batch, seqlen_kv, num_kv_heads, head_dim]`` in
             q's dtype. It runs once in forward and once in backward, with the same random numbers
             and autocast. Parameters that it uses get their gradients in ``.grad``, by way of
             ``torch.autograd.backward`` (``torch.autograd.grad`` does not see them). Anything else
             that needs a gradient must come in through ``features``.
         group, visibility, softmax_scale, schedule, kernel, return_lse: as in `lv_xattn`.
-        kv_chunk_tokens: project and attend so many tokens at a time, so that K and V never exist
-            whole, forward or backward; then ``project_kv`` runs once for each chunk, on
-            ``features[:, a:b]``, and equally often on every rank. None is all at once. Schedules
-            ``gather`` and ``replicated`` only; ``auto`` is ``gather``.
+        kv_chunk_tokens: K and V of so many tokens exist at a time; ``project_kv`` runs for each
+            chunk, on ``features[:, a:b]``, equally often on every rank. None is all at once. Not
+            with schedule ``ring``; ``auto`` is ``gather``.
 
     Returns:
         As `lv_xattn`. Gradients reach q, features, and every parameter that ``project_kv`` uses.
@@ -102,8 +101,7 @@ def lv_xattn_recompute(
 
     Collectives: those of `lv_xattn`, the first under the projection, in backward the last as well;
     and an agreement of 2 KiB on the CPU after the projection in forward.
-    Kept for backward: q, out, lse, the state of the random generators, and references to features
-    and visibility.
+    Kept for backward: q, out, lse, the random state, references to features and visibility.
 
     Source: the paper's section 3.2.
     """

@@ -19,6 +19,7 @@ from tests.attention.test_recompute import (
     KV_LENGTHS,
     Q_LENGTHS,
     Projection,
+    assert_gradients,
     cut,
     inputs,
 )
@@ -85,20 +86,7 @@ def test_chunks_give_the_gradients_of_the_whole(chunk: int, sees: bool) -> None:
     for projection in projections:
         x = x + attention_oracle(x, *projection(exact["features"]), visibility=visibility)[0]
     (x * exact["dout"]).sum().backward()
-
-    def check(name: str, got: Tensor, expected: Tensor | None) -> None:
-        assert expected is not None
-        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5, msg=name)
-
-    for name, expected in (
-        ("out", x.detach()),
-        ("dq", exact["q"].grad),
-        ("dfeatures", exact["features"].grad),
-    ):
-        check(name, torch.cat([answer[name] for answer in answers], dim=1), expected)
-    for layer, projection in enumerate(projections):
-        total = torch.stack([answer["dweights"][layer] for answer in answers]).sum(0)
-        check(f"weight {layer}", total, projection.weight.grad)
+    assert_gradients(answers, x, exact, projections)
     chunks = -(-max(KV_LENGTHS) // chunk)
     for answer in answers:
         assert answer["calls"] == [2 * chunks] * 2  # as often on every rank: ZeRO-3 needs that

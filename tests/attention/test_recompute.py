@@ -80,12 +80,23 @@ def test_gradients_reach_queries_features_and_projections(schedule: str) -> None
         x = x + attention_oracle(x, *projection(whole["features"]))[0]
     (x * whole["dout"]).sum().backward()
 
+    assert_gradients(answers, x, whole, projections)
+
+
+def assert_gradients(
+    answers: list[dict[str, Any]],
+    out: Tensor,
+    whole: dict[str, Tensor],
+    projections: list[Projection],
+) -> None:
+    """Compare what the ranks found with the whole in float64, its backward done."""
+
     def check(name: str, got: Tensor, exact: Tensor | None) -> None:
         assert exact is not None
         torch.testing.assert_close(got.double(), exact, atol=1e-5, rtol=1e-5, msg=name)
 
     for name, exact in (
-        ("out", x.detach()),
+        ("out", out.detach()),
         ("dq", whole["q"].grad),
         ("dfeatures", whole["features"].grad),
     ):
