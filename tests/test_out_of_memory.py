@@ -119,7 +119,8 @@ def test_all_ranks_name_the_rank_and_the_size(
             assert "docs/memory.md" in text
         else:
             assert kind == "PeerError"
-            assert "Connection closed by peer" in cause
+            # What gloo says depends on whether the peer left unread bytes behind.
+            assert re.search(r"Connection (closed|reset) by peer", cause), cause
 
 
 def run_out_while_starting() -> str:
