@@ -149,18 +149,20 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
     }
     records = results["records"]
     done = {(record["name"], record["features"]) for record in records}
-    for features in options.features:
-        for name, setting in memory.settings(options.chunk_tokens).items():
-            if features == "frozen" and name not in memory.ALSO_FROZEN:
-                continue
-            if not (name in options.only if options.only else _differs_here(setting)):
-                continue
-            if (name, features) in done:
-                continue
-            budget = plan.budget_bytes if features == "trained" else 0
-            own = replace(plan, budget_bytes=budget)
-            records.append(memory.measure(name, setting, own, features=features))
-            save("memory", results, options)  # of use even if the rest is never measured
+    wanted = [
+        (name, setting, features)
+        for features in options.features
+        for name, setting in memory.settings(options.chunk_tokens).items()
+        if _wanted(name, setting, features, options) and (name, features) not in done
+    ]
+    # Times first, all of them: they are what neighbours on the machine would disturb.
+    times = [memory.time_steps(setting, plan, features=f) for _, setting, f in wanted]
+    print("all settings are timed; the rest measures bytes", flush=True)
+    for (name, setting, features), timed in zip(wanted, times, strict=True):
+        budget = plan.budget_bytes if features == "trained" else 0
+        own = replace(plan, budget_bytes=budget)
+        records.append(memory.measure(name, setting, own, features=features, timed=timed))
+        save("memory", results, options)  # of use even if the rest is never measured
     return results
 
 
@@ -176,7 +178,11 @@ def earlier(options: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
     return records
 
 
-def _differs_here(setting: Setting) -> bool:
+def _wanted(name: str, setting: Setting, features: str, options: argparse.Namespace) -> bool:
+    if features == "frozen" and name not in memory.ALSO_FROZEN:
+        return False
+    if options.only:
+        return name in options.only
     # On a CPU the host's memory is the device's: there is nowhere to offload to.
     return torch.cuda.is_available() or setting.features == "keep"
 

@@ -1,21 +1,23 @@
-"""Runs a request in fresh processes, one a rank, and collects what they measured."""
+"""Runs a module in fresh processes, one a rank, and collects what they answer.
+
+The parent calls `run_fresh` with the name of a module; the module's ``main`` calls `answer` with the
+function that does the work. Request and answers are JSON.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from ds_lvx.compare.peak import PROMPT_FREEING
-from ds_lvx.compare.rank import Request
 
 _LINES_OF_A_FAILURE = 25
 _POLL_S = 0.1
@@ -25,33 +27,66 @@ class RunError(RuntimeError):
     """A rank ended with an error; the message has the end of its output."""
 
 
-def run_fresh(request: Request, *, threads: int = 1, timeout_s: float = 3600) -> list[Any]:
-    """Measure a request on ranks that are new processes.
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs.
+
+    Attributes:
+        prefix: a command that runs the rank's, such as ``ip netns exec name``.
+        environment: variables on top of this process's.
+    """
+
+    prefix: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def run_fresh(
+    module: str,
+    request: Mapping[str, Any],
+    *,
+    ranks: int,
+    threads: int = 1,
+    timeout_s: float = 3600,
+    environment: Mapping[str, str] | None = None,
+    places: Sequence[Place] | None = None,
+    master: str = "127.0.0.1",
+) -> list[Any]:
+    """Run a module's ``main`` on ranks that are new processes.
 
     Args:
-        request: what to measure.
+        module: name of a module that calls `answer`.
+        request: for the module, JSON.
+        ranks: processes; RANK and the other variables of a launcher are set.
         threads: of a rank.
         timeout_s: for the whole run.
+        environment: further variables, of all ranks.
+        places: one a rank, where they do not all run here.
+        master: address of rank 0 as every rank sees it.
 
     Returns:
-        What `ds_lvx.compare.rank.measure` returned, by rank.
+        What the module's function returned, by rank.
 
     Raises:
         RunError: a rank failed or took too long; all are ended.
     """
+    places = [Place()] * ranks if places is None else places
     with tempfile.TemporaryDirectory(prefix="ds_lvx_") as name:
         folder = Path(name)
         path = folder / "request.json"
-        path.write_text(json.dumps(asdict(request)))
-        port = _free_port()
+        path.write_text(json.dumps(request))
+        here = master == "127.0.0.1"
+        # Elsewhere this process cannot try which port is free.
+        port = _free_port() if here else random.randrange(20_000, 30_000)
         processes = []
         try:
-            for rank in range(request.ranks):
+            for rank, place in enumerate(places):
+                own = _environment(rank, ranks, master=master, port=port, threads=threads)
+                command = [*place.prefix, sys.executable, "-m", module, str(path)]
                 with (folder / f"log-{rank}").open("w") as log:
                     processes.append(
                         subprocess.Popen(
-                            [sys.executable, "-m", "ds_lvx.compare.rank", str(path)],
-                            env=_environment(rank, request.ranks, port=port, threads=threads),
+                            command,
+                            env={**os.environ, **own, **(environment or {}), **place.environment},
                             stdout=log,
                             stderr=subprocess.STDOUT,
                         )
@@ -59,22 +94,24 @@ def run_fresh(request: Request, *, threads: int = 1, timeout_s: float = 3600) ->
             _wait(processes, folder, timeout_s)
         finally:
             _end(processes)
-            _remove_shared_buffers(port)
-        return [
-            json.loads((folder / f"answer-{rank}.json").read_text())
-            for rank in range(request.ranks)
-        ]
+            _remove_shared_buffers(master, port)
+        return [json.loads((folder / f"answer-{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def _environment(rank: int, ranks: int, *, port: int, threads: int) -> dict[str, str]:
+def answer(function: Callable[[Any], Any]) -> None:
+    """In a rank: call the function with the request, and leave what it returns for the parent."""
+    path = Path(sys.argv[1])
+    result = function(json.loads(path.read_text()))
+    path.with_name(f"answer-{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
+def _environment(rank: int, ranks: int, *, master: str, port: int, threads: int) -> dict[str, str]:
     return {
-        **os.environ,
-        **PROMPT_FREEING,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": master,
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": str(threads),
     }
@@ -114,7 +151,7 @@ def _free_port() -> int:
         return port
 
 
-def _remove_shared_buffers(port: int) -> None:
+def _remove_shared_buffers(master: str, port: int) -> None:
     """DeepSpeed's operator for CPUs leaves a buffer a rank in shared memory for ever."""
-    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_127.0.0.1_{port}_*"):
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{master}_{port}_*"):
         buffer.unlink(missing_ok=True)

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 
 from ds_lvx.compare.case import Case, ds_config
-from ds_lvx.compare.fresh import run_fresh
 from ds_lvx.compare.peak import PROMPT_FREEING
-from ds_lvx.compare.rank import Request
+from ds_lvx.compare.rank import Request, run
 from ds_lvx.plan.memory import CrossAttention, Load, Setting, kept, peak_per_key
 
 GIB = 2**30
@@ -75,16 +74,31 @@ def settings(chunk_tokens: int) -> dict[str, Setting]:
     }
 
 
+def time_steps(setting: Setting, plan: Plan, *, features: str) -> dict[str, Any]:
+    """Step times of one setting at the plan's smallest size; see `measure`."""
+    case = replace(plan.case, features=features)
+    timed = _run(case, setting, plan, frames=plan.frames, timed=True)
+    return {**timed, "load_average": os.getloadavg()}
+
+
 def measure(
-    name: str, setting: Setting, plan: Plan, *, features: str, say: Callable[[str], None] = print
+    name: str,
+    setting: Setting,
+    plan: Plan,
+    *,
+    features: str,
+    timed: Mapping[str, Any],
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Measure one setting: step times at one size, bytes at three, the last as large as fits.
+    """Measure one setting: bytes at three sizes, the last as large as fits.
 
     Args:
         name: of the setting.
         setting: how the cross-attention layers run.
         plan: sizes and steps.
         features: ``"trained"`` or ``"frozen"``: whether they want a gradient.
+        timed: what `time_steps` measured; neighbours disturb times and not bytes, so that all
+            settings are timed before any of these long runs.
         say: gets a line about every run.
 
     Returns:
@@ -93,7 +107,6 @@ def measure(
     case = replace(plan.case, features=features)
     predicted = predict(setting, case, ranks=plan.ranks, cuda=torch.cuda.is_available())
     cost = predicted["peak_bytes_per_token"]
-    timed = _run(case, setting, plan, frames=plan.frames, timed=True)
     say(f"{name}, features {features}: {timed['step_s'][-1]:.1f} s a step")
     first, second, third = (2, 3, 4) if cost > HEAVY_BYTES else (3, 6, 9)
     runs = [_run(case, setting, plan, frames=factor * plan.frames) for factor in (first, second)]
@@ -111,7 +124,6 @@ def measure(
         "case": asdict(case),
         "ds_config": ds_config(setting, case, ranks=plan.ranks),
         "budget_bytes": plan.budget_bytes,
-        "load_average": os.getloadavg(),
         "environment_of_the_ranks": PROMPT_FREEING,
         "timed": timed,
         "runs": runs,
@@ -191,7 +203,7 @@ def _run(
         warm_up_frames=frames if timed else 1,
         steps=plan.steps if timed else 1,
     )
-    ranks = run_fresh(request, threads=plan.threads)
+    ranks = run(request, threads=plan.threads)
     return {
         "tokens": frames * case.frame_tokens,
         "kept_bytes": max(statistics.median(rank["kept_bytes"]) for rank in ranks),

@@ -8,12 +8,8 @@ The request says what to train and how often; the answer, beside it, has every s
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,7 +17,8 @@ from deepspeed.accelerator import get_accelerator
 
 import ds_lvx
 from ds_lvx.compare.case import Case, build_model, ds_config, make_batch
-from ds_lvx.compare.peak import meter
+from ds_lvx.compare.fresh import answer, run_fresh
+from ds_lvx.compare.peak import PROMPT_FREEING, meter
 from ds_lvx.plan.memory import Setting
 
 
@@ -52,13 +49,20 @@ class Request:
         return cls(**{**record, **parts})
 
 
+def run(request: Request, *, threads: int) -> list[Any]:
+    """Measure a request on fresh processes: what `measure` returned, by rank."""
+    return run_fresh(
+        __name__,
+        asdict(request),
+        ranks=request.ranks,
+        threads=threads,
+        environment=PROMPT_FREEING,
+    )
+
+
 def main() -> None:
     """Run the request, write this rank's answer."""
-    path = Path(sys.argv[1])
-    request = Request.of(json.loads(path.read_text()))
-    answer = measure(request)
-    rank = int(os.environ["RANK"])
-    path.with_name(f"answer-{rank}.json").write_text(json.dumps(answer))
+    answer(lambda record: measure(Request.of(record)))
 
 
 def measure(request: Request) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ds_lvx.compare.case import Case
-from ds_lvx.compare.fresh import run_fresh
 from ds_lvx.compare.memory import spread
-from ds_lvx.compare.rank import Request
+from ds_lvx.compare.rank import Request, run
 from ds_lvx.plan.memory import Setting
 
 EIGHTH = Case(
@@ -68,7 +67,7 @@ def measure(
             request = Request(
                 case, setting, ranks=1, frames=frames, warm_up_frames=frames, steps=steps
             )
-            runs[name] += run_fresh(request, threads=threads)
+            runs[name] += run(request, threads=threads)
     times = {
         column: {
             name: spread([seconds for run in own for seconds in run[column]])

@@ -1,0 +1,33 @@
+"""The command ``ds-lvx``: each subcommand is a module with ``add_arguments`` and ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS: dict[str, tuple[str, str]] = {}
+"""Module and one line of help, by the name of the subcommand."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; its exit status. A ValueError of a user's input ends it in one line."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="ds-lvx", description="Long visual inputs in DeepSpeed")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, text) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text, description=text)
+        if words[:1] == [name]:  # the others' imports can wait
+            import_module(module).add_arguments(subparser)
+    options = parser.parse_args(words)
+    module = import_module(COMMANDS[options.command][0])
+    try:
+        return int(module.run(options))
+    except (ValueError, NotImplementedError) as error:
+        print(f"ds-lvx {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
