@@ -1,7 +1,7 @@
 """Runs a module in fresh processes, one a rank, and collects what they answer.
 
-The parent calls `run_fresh` with the name of a module; the module's ``main`` calls `answer` with the
-function that does the work. Request and answers are JSON.
+The parent calls `run_fresh` with the name of a module; the module's ``main`` calls `answer` with
+the function that does the work. Request and answers are JSON.
 """
 
 from __future__ import annotations
