@@ -1,0 +1,146 @@
+"""Which method and schedule the planner takes for an attention call.
+
+Pure and deterministic: the same shape and the same cluster give the same answer on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ds_lvx.plan.cluster import Cluster
+from ds_lvx.plan.cost import Cost, cost
+from ds_lvx.plan.shape import AttentionShape
+
+MAX_GATHERED_BYTES = 2**30
+"""Queries of all ranks that the schedule ``gather`` may hold on each."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs, and why.
+
+    Attributes:
+        method: ``"lvx"``, ``"ring"`` or ``"ulysses"``.
+        schedule: of lvx; ``"gather"``, without a meaning, for the others.
+        seconds: predicted, forward and backward.
+        reason: one line for a person.
+        alone_seconds: the same call with all keys and queries on one rank, without any transfer.
+        others: what else was looked at: name and seconds, fastest first.
+        left_out: what could not run, with the reason.
+    """
+
+    method: str
+    schedule: str
+    seconds: float
+    reason: str
+    alone_seconds: float
+    others: tuple[tuple[str, float], ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def one_rank_serves_best(self) -> bool:
+        """Whether the input is so small that splitting it over ranks costs time."""
+        return self.alone_seconds < self.seconds
+
+
+@lru_cache(maxsize=1024)
+def choose(
+    shape: AttentionShape,
+    cluster: Cluster,
+    *,
+    methods: tuple[str, ...] = ("lvx", "ring", "ulysses"),
+    schedules: tuple[str, ...] = ("ring", "gather"),
+) -> Choice:
+    """The fastest method and schedule for a call, as predicted.
+
+    Args:
+        shape: the call, with the lengths of all ranks.
+        cluster: see `ds_lvx.plan.profile.current`. Every rank must use the same one.
+        methods: those allowed; the first of equally fast ones is taken.
+        schedules: those of lvx that are allowed.
+
+    Raises:
+        ValueError: none of the methods can run this call; says why for each.
+    """
+    costs: dict[tuple[str, str], Cost] = {}
+    left_out: list[str] = []
+    for method, schedule in candidates(methods, schedules):
+        problem = obstacle(shape, method, schedule)
+        if problem is None:
+            costs[method, schedule] = cost(shape, cluster, method=method, schedule=schedule)
+        else:
+            left_out.append(problem)
+    if not costs:
+        raise ValueError(f"got no method that can run this call: {'; '.join(left_out)}")
+    # min and sorted keep the order of equal ones: the answer is the same everywhere.
+    best = min(costs, key=lambda pair: costs[pair].seconds)
+    others = sorted(
+        ((label(*pair), each.seconds) for pair, each in costs.items() if pair != best),
+        key=lambda pair: pair[1],
+    )
+    alone = cost(shape, cluster, method="none").seconds
+    return Choice(
+        method=best[0],
+        schedule=best[1],
+        seconds=costs[best].seconds,
+        reason=_reason(label(*best), costs[best], others, alone),
+        alone_seconds=alone,
+        others=tuple(others),
+        left_out=tuple(left_out),
+    )
+
+
+def candidates(methods: Sequence[str], schedules: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of method and schedule, in order; a method without schedules stands once."""
+    return [
+        (method, schedule)
+        for method in methods
+        for schedule in (schedules if method == "lvx" else ("gather",))
+    ]
+
+
+def label(method: str, schedule: str) -> str:
+    """``"lvx ring"``, ``"ulysses"``."""
+    return f"{method} {schedule}" if method == "lvx" else method
+
+
+def obstacle(shape: AttentionShape, method: str, schedule: str) -> str | None:
+    """Why a method cannot or should not run a call; None where it can."""
+    if method == "ulysses" and shape.heads < shape.ranks:
+        return f"ulysses: {shape.heads} heads do not reach {shape.ranks} ranks"
+    width = shape.batch * shape.heads * shape.head_dim * shape.element_bytes
+    gathered_bytes = sum(shape.q_lengths) * width
+    if method == "lvx" and schedule == "gather" and gathered_bytes > MAX_GATHERED_BYTES:
+        return f"lvx gather: the queries of all ranks are {gathered_bytes / 2**30:.1f} GiB"
+    return None
+
+
+def limit(each: Cost) -> str:
+    """What most of a call's time goes to."""
+    parts = {
+        "attention kernels": each.forward.kernel_s + each.backward.kernel_s,
+        "the projection of K and V": each.forward.projection_s + each.backward.projection_s,
+        "the network": each.exposed_s,
+        "calls, merging and copies": each.forward.other_s + each.backward.other_s,
+    }
+    return max(parts, key=lambda part: parts[part])
+
+
+def duration(seconds: float) -> str:
+    """For people: three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size or unit == "us":
+            return f"{seconds / size:.3g} {unit}"
+    raise AssertionError("unreachable")
+
+
+def _reason(name: str, best: Cost, others: Sequence[tuple[str, float]], alone: float) -> str:
+    text = f"{name}: {duration(best.seconds)} predicted, most of it {limit(best)}"
+    if others:
+        second, seconds = others[0]
+        text += f"; next {second} with {duration(seconds)}"
+    if alone < best.seconds:
+        text += f"; so small that one rank alone would be faster, {duration(alone)}"
+    return text

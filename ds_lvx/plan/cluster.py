@@ -1,0 +1,241 @@
+"""A cluster as the planner sees it: what one device computes, and what the links carry.
+
+The numbers come from data sheets (`from_card`) or were measured (`ds_lvx.plan.profile`). Which of
+both they are, and what they rest on, stands in `Cluster.source`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ds_lvx.plan.cards import Card
+
+# What well-written programs reach of a data sheet; docs/planning.md has the sources.
+FORWARD_SHARE = 0.6
+BACKWARD_SHARE = 0.5
+MATMUL_SHARE = 0.7
+MEMORY_SHARE = 0.85
+LINK_SHARE = 0.8
+
+PCIE_BYTES_PER_S = 32e9
+"""PCIe 4.0 with 16 lanes, one way: neighbours without NVLink."""
+NETWORK_BYTES_PER_S = 25e9
+"""200 Gbit/s a node, one way, where nothing is said about the network."""
+WITHIN_LATENCY_S = 10e-6
+ACROSS_LATENCY_S = 20e-6
+_LAUNCH_S = 5e-6
+_OPERATOR_S = 50e-6
+_TILE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Wire:
+    """One kind of transfer.
+
+    Attributes:
+        bytes_per_s: that a rank sends, one way.
+        latency_s: until a message of no length has arrived.
+    """
+
+    bytes_per_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins ranks, by the kind of transfer; on real networks the kinds differ.
+
+    Attributes:
+        shift: from rank to rank, point to point.
+        gather: a hop of an all-gather.
+        exchange: an all-to-all; its latency counts once for each peer.
+    """
+
+    shift: Wire
+    gather: Wire
+    exchange: Wire
+
+    @classmethod
+    def of(cls, bytes_per_s: float, latency_s: float) -> Link:
+        """A link that carries every kind alike."""
+        wire = Wire(bytes_per_s, latency_s)
+        return cls(wire, wire, wire)
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """How long one attention kernel takes: a cost a call, and terms by shape.
+
+    Attributes:
+        call_s: of a call on next to nothing.
+        pair_s: of a query row against a key, for one number of head_dim (``B s t H D`` of them).
+        key_s: of a number of K, and of V beside it (``B t K D`` of them).
+        row_s: of a number of q (``B s H D`` of them).
+        overlapped: computing and moving K and V hide each other (a GPU); else they add up.
+        tile_rows: queries are computed in so many at a time.
+    """
+
+    call_s: float
+    pair_s: float
+    key_s: float
+    row_s: float
+    overlapped: bool = False
+    tile_rows: int = 1
+
+    def seconds(self, *, pairs: float, keys: float, rows: float, scale: float = 1.0) -> float:
+        """A call on so many numbers of each kind; ``scale`` is for wider elements."""
+        computing, moving = pairs * self.pair_s, keys * self.key_s
+        shape = max(computing, moving) if self.overlapped else computing + moving
+        return self.call_s + scale * (shape + rows * self.row_s)
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU, or one rank on a CPU, while all its neighbours work too.
+
+    Attributes:
+        name: of the card.
+        memory_bytes: of the device.
+        whole: attention whose result is final.
+        partial: attention whose result is still to be merged.
+        backward: of attention.
+        matmul_flops: multiplications and additions a second, in large matrix products.
+        stream_bytes_per_s: read and written together by elementwise operations.
+        operation_s: of a small operation.
+        call_s: of an operator's call, forward or backward, beside all kernels and messages.
+        element_bytes: that the times were taken with; others are scaled.
+    """
+
+    name: str
+    memory_bytes: int
+    whole: KernelTime
+    partial: KernelTime
+    backward: KernelTime
+    matmul_flops: float
+    stream_bytes_per_s: float
+    operation_s: float
+    call_s: float
+    element_bytes: int = 2
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices and what joins them.
+
+    Attributes:
+        device: every rank's.
+        gpus: in all.
+        gpus_per_node: adjacent ranks of a node.
+        within: links inside a node, a rank's own.
+        across: links between nodes; a node's, which its ranks share.
+        source: where the numbers come from.
+    """
+
+    device: Device
+    gpus: int
+    gpus_per_node: int
+    within: Link
+    across: Link
+    source: str
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected at least 1")
+
+    def with_gpus(self, gpus: int, gpus_per_node: int | None = None) -> Cluster:
+        """The same devices and links, as many as given."""
+        per_node = self.gpus_per_node if gpus_per_node is None else gpus_per_node
+        return replace(self, gpus=gpus, gpus_per_node=min(per_node, gpus))
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Cluster:
+        """From `record`.
+
+        Raises:
+            ValueError: the record is not one of a cluster.
+        """
+        try:
+            device = dict(record["device"])
+            for kernel in ("whole", "partial", "backward"):
+                device[kernel] = KernelTime(**device[kernel])
+            links = {
+                side: Link(**{kind: Wire(**wire) for kind, wire in record[side].items()})
+                for side in ("within", "across")
+            }
+            return cls(**{**record, **links, "device": Device(**device)})
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"got a record that is not a cluster's ({error}); expected what "
+                "ds-lvx plan --calibrate writes"
+            ) from error
+
+
+def from_card(
+    card: Card,
+    *,
+    gpus: int,
+    gpus_per_node: int = 8,
+    within: Link | None = None,
+    across: Link | None = None,
+) -> Cluster:
+    """A cluster by its card's data sheet.
+
+    Args:
+        card: of every rank.
+        gpus, gpus_per_node: see `Cluster`.
+        within, across: links where they are known; else the card's NVLink (or PCIe) and a network
+            of 200 Gbit/s a node.
+    """
+    if within is None:
+        rate = LINK_SHARE * (card.link_bytes_per_s or PCIE_BYTES_PER_S)
+        within = Link.of(rate, WITHIN_LATENCY_S)
+    if across is None:
+        across = Link.of(LINK_SHARE * NETWORK_BYTES_PER_S, ACROSS_LATENCY_S)
+    return Cluster(
+        device=_device(card),
+        gpus=gpus,
+        gpus_per_node=min(gpus_per_node, gpus),
+        within=within,
+        across=across,
+        source=card.source,
+    )
+
+
+def _device(card: Card) -> Device:
+    memory = MEMORY_SHARE * card.memory_bytes_per_s
+    # Forward: 4 operations a pair, K and V read once (2 bytes each). Backward: 10, and dk, dv are
+    # written as well.
+    forward = KernelTime(
+        call_s=_LAUNCH_S,
+        pair_s=4 / (FORWARD_SHARE * card.matrix_flops),
+        key_s=4 / memory,
+        row_s=4 / memory,
+        overlapped=True,
+        tile_rows=_TILE_ROWS,
+    )
+    backward = KernelTime(
+        call_s=3 * _LAUNCH_S,
+        pair_s=10 / (BACKWARD_SHARE * card.matrix_flops),
+        key_s=8 / memory,
+        row_s=10 / memory,
+        overlapped=True,
+        tile_rows=_TILE_ROWS,
+    )
+    return Device(
+        name=card.name,
+        memory_bytes=card.memory_bytes,
+        whole=forward,
+        partial=forward,
+        backward=backward,
+        matmul_flops=MATMUL_SHARE * card.matrix_flops,
+        stream_bytes_per_s=memory,
+        operation_s=_LAUNCH_S,
+        call_s=_OPERATOR_S,
+    )

@@ -1,0 +1,149 @@
+"""Predicted time and bytes of one attention call, by method and schedule.
+
+Legend: B batch, n ranks, s queries and t keys of a rank, S and T of all, H query heads, K key/value
+heads, D head_dim, e bytes an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from ds_lvx.plan import lvx, peers
+from ds_lvx.plan.cluster import Cluster
+from ds_lvx.plan.shape import AttentionShape
+from ds_lvx.plan.transfers import Timeline
+from ds_lvx.plan.work import Work
+
+METHODS = ("lvx", "ring", "ulysses", "none")
+SCHEDULES = ("ring", "gather", "replicated")
+
+_AGREEMENT_BYTES = 2048
+
+_Walk = Callable[[Work, Timeline], None]
+_PASSES: dict[str, tuple[_Walk, _Walk]] = {
+    "none": (peers.alone_forward, peers.alone_backward),
+    "lvx gather": (lvx.gather_forward, lvx.gather_backward),
+    "lvx ring": (lvx.ring_forward, lvx.ring_backward),
+    "lvx replicated": (lvx.replicated_forward, lvx.replicated_backward),
+    "ring": (peers.ring_forward, peers.ring_backward),
+    "ulysses": (peers.ulysses_forward, peers.ulysses_backward),
+}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward or a backward of one rank.
+
+    Attributes:
+        seconds: in all.
+        kernel_s: in attention kernels.
+        projection_s: in the projection of K and V, or its backward.
+        other_s: in merging, copying, calls.
+        exposed_s: waiting for the network; these four add up to ``seconds``.
+        wire_s: that the network is used, hidden or not.
+        bytes_sent: as `ds_lvx.traffic` counts them; of the rank that sends most.
+        messages: sent.
+    """
+
+    seconds: float = 0.0
+    kernel_s: float = 0.0
+    projection_s: float = 0.0
+    other_s: float = 0.0
+    exposed_s: float = 0.0
+    wire_s: float = 0.0
+    bytes_sent: float = 0.0
+    messages: int = 0
+
+    @classmethod
+    def of(cls, timeline: Timeline) -> Pass:
+        """What a timeline came to."""
+        return cls(
+            seconds=timeline.now_s,
+            kernel_s=timeline.computed_s.get("kernel", 0.0),
+            projection_s=timeline.computed_s.get("projection", 0.0),
+            other_s=timeline.computed_s.get("other", 0.0),
+            exposed_s=timeline.exposed_s,
+            wire_s=timeline.wire_s,
+            bytes_sent=timeline.sent_bytes,
+            messages=timeline.messages,
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A call's forward and backward (zeros where there is none)."""
+
+    forward: Pass
+    backward: Pass
+
+    @property
+    def seconds(self) -> float:
+        """Both passes."""
+        return self.forward.seconds + self.backward.seconds
+
+    @property
+    def exposed_s(self) -> float:
+        """Waiting for the network, in both passes."""
+        return self.forward.exposed_s + self.backward.exposed_s
+
+    @property
+    def bytes_sent(self) -> float:
+        """By the rank that sends most, in both passes."""
+        return self.forward.bytes_sent + self.backward.bytes_sent
+
+
+@lru_cache(maxsize=4096)
+def cost(
+    shape: AttentionShape,
+    cluster: Cluster,
+    *,
+    method: str,
+    schedule: str = "gather",
+    overlap: bool = True,
+    settled: bool = True,
+) -> Cost:
+    """Predict one call.
+
+    Args:
+        shape: the call.
+        cluster: where it runs; the group's ranks are adjacent.
+        method: ``"lvx"``, ``"ring"``, ``"ulysses"``, or ``"none"``: everything on one rank.
+        schedule: of lvx.
+        overlap: False waits for each transfer at once.
+        settled: False adds the agreement of an operator that is called by itself.
+
+    Raises:
+        ValueError: an unknown method or schedule, or a method that cannot split these heads.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}; expected one of {list(METHODS)}")
+    if method == "lvx" and schedule not in SCHEDULES:
+        raise ValueError(f"schedule: got {schedule!r}; expected one of {list(SCHEDULES)}")
+    if method == "ulysses" and shape.heads < shape.ranks:
+        raise ValueError(
+            f"ulysses: got {shape.heads} query heads for {shape.ranks} ranks; expected at least "
+            "one head a rank"
+        )
+    work = Work(shape, cluster)
+    alone = method == "none" or shape.ranks == 1
+    name = "none" if alone else f"lvx {schedule}" if method == "lvx" else method
+    forward, backward = _PASSES[name]
+    passes = [forward, backward] if shape.backward else [forward]
+    results = []
+    for index, walk in enumerate(passes):
+        timeline = Timeline(overlap=overlap)
+        timeline.compute(cluster.device.call_s, "other")
+        if index == 0 and not settled and not alone:
+            for _ in range(2 if shape.recompute and method == "lvx" else 1):
+                _agree(work, timeline)
+        walk(work, timeline)
+        results.append(Pass.of(timeline))
+    return Cost(results[0], results[1] if shape.backward else Pass())
+
+
+def _agree(work: Work, timeline: Timeline) -> None:
+    transfer = work.ranks.gather(_AGREEMENT_BYTES)
+    # The control plane is not part of the bytes.
+    timeline.wait(timeline.post(replace(transfer, sent_bytes=0.0, messages=0)))

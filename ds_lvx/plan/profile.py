@@ -1,0 +1,151 @@
+"""Where the planner's numbers come from: a measured profile, a data sheet, or a default.
+
+A profile is a JSON file that ``ds-lvx plan --calibrate`` writes into the user's cache folder:
+device, number of ranks, versions, host, every sample, and the `Cluster` that follows from them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_lvx.plan.cards import CARDS, Card
+from ds_lvx.plan.cluster import Cluster, Device, KernelTime, Link, from_card
+
+FORMAT = 1
+"""Of the profiles; one of another format is not used."""
+
+
+def current(device: Any, world: int) -> Cluster:
+    """The cluster that this process runs on, as well as it is known.
+
+    Args:
+        device: ``torch.device`` or its name, of the tensors.
+        world: ranks in all.
+
+    Returns:
+        The profile of this device with the nearest number of ranks, if one has been measured; else
+        the card's data sheet; else, on a CPU, a cautious guess, and on an unknown accelerator the
+        data sheet of an A100. `Cluster.source` says which it is. Ranks of a node are those that
+        the launcher names in LOCAL_WORLD_SIZE or LOCAL_SIZE.
+
+    Hosts may have different profiles: let one rank ask, and give the others its answer.
+    """
+    name = device_name(device)
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    per_node = int(local) if local else world
+    measured = _nearest(name, world)
+    if measured is not None:
+        return measured.with_gpus(world, per_node)
+    return guess(name, gpus=world, gpus_per_node=per_node)
+
+
+def guess(name: str, *, gpus: int, gpus_per_node: int) -> Cluster:
+    """A cluster by the name that a driver has for its devices, without any measurement."""
+    card = _card_of(name)
+    if card is not None:
+        return from_card(card, gpus=gpus, gpus_per_node=gpus_per_node)
+    if name == "cpu" or name.startswith("cpu "):
+        return _some_cpu(gpus, gpus_per_node)
+    cluster = from_card(CARDS["A100-40"], gpus=gpus, gpus_per_node=gpus_per_node)
+    return Cluster.of({**cluster.record(), "source": f"{name} is unknown: {cluster.source}"})
+
+
+def device_name(device: Any) -> str:
+    """What a profile calls a device: the card's name, or ``cpu`` and the processor's."""
+    kind = str(device).partition(":")[0]
+    if kind == "cpu":
+        return f"cpu {_processor()}"
+    import torch
+
+    if kind == "cuda" and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name(device))
+    return kind
+
+
+def folder() -> Path:
+    """Where profiles are kept: ``$XDG_CACHE_HOME/ds_lvx``, or ``~/.cache/ds_lvx``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "ds_lvx"
+
+
+def path_of(name: str, ranks: int) -> Path:
+    """The file of a device's profile with so many ranks."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return folder() / f"profile-{slug}-{ranks}.json"
+
+
+def read(path: Path) -> Cluster:
+    """The cluster of a profile.
+
+    Raises:
+        ValueError: no such file, or not a profile of this version.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"profile: got {path}, which does not exist; write one with ds-lvx plan --calibrate"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"profile: got {path}, which is not JSON: {error}") from error
+    if not isinstance(record, Mapping) or record.get("format") != FORMAT:
+        raise ValueError(
+            f"profile: got {path}, which is not a profile of format {FORMAT}; write a new one with "
+            "ds-lvx plan --calibrate"
+        )
+    return Cluster.of(record["cluster"])
+
+
+def _nearest(name: str, world: int) -> Cluster | None:
+    found = {}
+    for path in sorted(folder().glob(path_of(name, 0).name.replace("-0.json", "-*.json"))):
+        ranks = path.stem.rpartition("-")[2]
+        if ranks.isdigit():
+            found[int(ranks)] = path
+    for ranks in sorted(found, key=lambda ranks: (abs(ranks - world), ranks)):
+        try:
+            return read(found[ranks])
+        except ValueError:
+            continue  # of another version: the next one, or the data sheet
+    return None
+
+
+def _card_of(name: str) -> Card | None:
+    upper = name.upper().replace("NVIDIA", "")
+    if "A100" in upper:
+        return CARDS["A100-80" if "80" in upper.replace("A100", "") else "A100-40"]
+    return next((card for known, card in CARDS.items() if re.search(rf"\b{known}\b", upper)), None)
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "of an unknown kind"
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else "of an unknown kind"
+
+
+def _some_cpu(gpus: int, gpus_per_node: int) -> Cluster:
+    """One core a rank, on the low side of what servers have; gloo over loopback."""
+    kernel = KernelTime(call_s=1e-4, pair_s=4 / 40e9, key_s=4 / 4e9, row_s=4 / 4e9)
+    backward = KernelTime(call_s=3e-4, pair_s=10 / 40e9, key_s=8 / 4e9, row_s=10 / 4e9)
+    device = Device(
+        name="cpu",
+        memory_bytes=16 * 2**30,
+        whole=kernel,
+        partial=kernel,
+        backward=backward,
+        matmul_flops=40e9,
+        stream_bytes_per_s=4e9,
+        operation_s=5e-6,
+        call_s=3e-4,
+    )
+    link = Link.of(1e9, 1e-4)
+    source = "a guess for one core of a CPU; measure with ds-lvx plan --calibrate"
+    return Cluster(device, gpus, min(gpus_per_node, gpus), link, link, source)

@@ -1,0 +1,66 @@
+"""The shape of one attention call, as the planner is asked about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """One attention call.
+
+    Attributes:
+        batch: samples.
+        q_lengths, kv_lengths: queries and keys by rank.
+        heads, kv_heads, head_dim: of the layer.
+        element_bytes: of q, k and v.
+        recompute: K and V are projected again in backward (lvx only).
+        visibility: a rule travels with the queries or keys.
+        backward: is run too.
+        features_dim: width of what K and V are projected from; 0 leaves the projection out.
+        features_train: the features want a gradient.
+    """
+
+    batch: int
+    q_lengths: tuple[int, ...]
+    kv_lengths: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    element_bytes: int = 2
+    recompute: bool = False
+    visibility: bool = False
+    backward: bool = True
+    features_dim: int = 0
+    features_train: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.q_lengths or len(self.q_lengths) != len(self.kv_lengths):
+            raise ValueError(
+                f"q_lengths, kv_lengths: got {len(self.q_lengths)} and {len(self.kv_lengths)} "
+                "lengths; expected one of each for every rank"
+            )
+        if min(self.batch, self.heads, self.kv_heads, self.head_dim, self.element_bytes) < 1:
+            raise ValueError(
+                "batch, heads, kv_heads, head_dim, element_bytes: got "
+                f"{(self.batch, self.heads, self.kv_heads, self.head_dim, self.element_bytes)}; "
+                "expected at least 1 each"
+            )
+
+    @classmethod
+    def even(
+        cls, *, queries: int, keys: int, ranks: int, heads: int, kv_heads: int, head_dim: int
+    ) -> AttentionShape:
+        """One sample, bf16, forward and backward, in equal shards (the last may be shorter)."""
+        lengths = [tuple(evenly(total, ranks)) for total in (queries, keys)]
+        return cls(1, lengths[0], lengths[1], heads, kv_heads, head_dim)
+
+    @property
+    def ranks(self) -> int:
+        """That share the sequence."""
+        return len(self.q_lengths)
+
+
+def evenly(total: int, parts: int) -> list[int]:
+    """``total`` in ``parts`` that differ by one at most."""
+    return [total * (i + 1) // parts - total * i // parts for i in range(parts)]

@@ -1,0 +1,122 @@
+"""How long a transfer takes between the ranks of a group that lie side by side on nodes.
+
+Legend: n ranks of the group, g of them on a node. Links inside a node are a rank's own; the link of
+a node to the others is shared by its g ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ds_lvx.plan.cluster import Cluster
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A transfer that a rank takes part in.
+
+    Attributes:
+        busy_s: in which the link carries nothing else.
+        latency_s: after which it has arrived besides.
+        sent_bytes: by this rank.
+        messages: by this rank.
+    """
+
+    busy_s: float
+    latency_s: float
+    sent_bytes: float
+    messages: int
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of one group on a cluster; the first one is the first of its node."""
+
+    cluster: Cluster
+    size: int
+
+    @property
+    def per_node(self) -> int:
+        """Ranks of the group on one node."""
+        return min(self.cluster.gpus_per_node, self.size)
+
+    def shift(self, nbytes: float, *, hops: int = 1) -> Transfer:
+        """Every rank sends ``nbytes`` to the one ``hops`` ahead on the ring."""
+        n, g = self.size, self.per_node
+        hops %= n
+        leaving = 0 if n <= g else min(hops, g, n - hops)  # of a node's ranks
+        busy = latency = 0.0
+        if leaving < g:
+            wire = self.cluster.within.shift
+            busy, latency = nbytes / wire.bytes_per_s, wire.latency_s
+        if leaving:
+            wire = self.cluster.across.shift
+            busy = max(busy, leaving * nbytes / wire.bytes_per_s)
+            latency = max(latency, wire.latency_s)
+        return Transfer(busy, latency, nbytes, 1)
+
+    def gather(self, nbytes: float) -> Transfer:
+        """An all-gather of ``nbytes`` a rank, as a ring of ``n - 1`` hops."""
+        wires = [self.cluster.within.gather] if self.per_node > 1 else []
+        if self.size > self.per_node:
+            wires.append(self.cluster.across.gather)
+        others = self.size - 1
+        slowest = min((wire.bytes_per_s for wire in wires), default=1.0)
+        latency = max((wire.latency_s for wire in wires), default=0.0)
+        return Transfer(others * nbytes / slowest, others * latency, others * nbytes, others)
+
+    def exchange(self, nbytes: float) -> Transfer:
+        """An all-to-all: every rank sends ``nbytes`` to each other one."""
+        n, g = self.size, self.per_node
+        within, across = self.cluster.within, self.cluster.across
+        busy = (g - 1) * nbytes / within.exchange.bytes_per_s
+        latency = within.shift.latency_s + (g - 1) * within.exchange.latency_s if g > 1 else 0.0
+        if n > g:
+            busy = max(busy, g * (n - g) * nbytes / across.exchange.bytes_per_s)
+            latency = max(latency, across.shift.latency_s + (n - g) * across.exchange.latency_s)
+        return Transfer(busy, latency, (n - 1) * nbytes, n - 1)
+
+    def all_reduce(self, nbytes: float) -> Transfer:
+        """A sum of ``nbytes`` over all ranks: a reduce-scatter and an all-gather, as rings."""
+        part = self.gather(nbytes / self.size)
+        return Transfer(2 * part.busy_s, 2 * part.latency_s, 2 * part.sent_bytes, 2 * part.messages)
+
+
+class Timeline:
+    """The time of one rank: what it computes, and what its link carries meanwhile.
+
+    Args:
+        overlap: False makes the rank wait for each transfer at once.
+    """
+
+    def __init__(self, *, overlap: bool = True) -> None:
+        self.now_s = 0.0
+        self.exposed_s = 0.0
+        self.wire_s = 0.0
+        self.sent_bytes = 0.0
+        self.messages = 0
+        self.computed_s: dict[str, float] = {}
+        self._overlap = overlap
+        self._link_free_s = 0.0
+
+    def compute(self, seconds: float, what: str) -> None:
+        """Compute for so long."""
+        self.now_s += seconds
+        self.computed_s[what] = self.computed_s.get(what, 0.0) + seconds
+
+    def post(self, transfer: Transfer) -> float:
+        """Start a transfer behind those under way; when it will have arrived."""
+        self._link_free_s = max(self.now_s, self._link_free_s) + transfer.busy_s
+        self.wire_s += transfer.busy_s + transfer.latency_s
+        self.sent_bytes += transfer.sent_bytes
+        self.messages += transfer.messages
+        arrives_s = self._link_free_s + transfer.latency_s
+        if not self._overlap:
+            self.wait(arrives_s)
+        return arrives_s
+
+    def wait(self, arrives_s: float) -> None:
+        """Wait until then."""
+        if arrives_s > self.now_s:
+            self.exposed_s += arrives_s - self.now_s
+            self.now_s = arrives_s
