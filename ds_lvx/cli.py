@@ -21,9 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:1] == [name]:  # the others' imports can wait
             import_module(module).add_arguments(subparser)
     options = parser.parse_args(words)
-    module = import_module(COMMANDS[options.command][0])
+    command = import_module(COMMANDS[options.command][0])
     try:
-        return int(module.run(options))
+        return int(command.run(options))
     except (ValueError, NotImplementedError) as error:
         print(f"ds-lvx {options.command}: {error}", file=sys.stderr)
         return 2

@@ -9,9 +9,9 @@ for the host. Every transfer takes the `Spec` of what arrives; `ds_lvx.traffic` 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -20,37 +20,13 @@ from torch import Tensor
 
 from ds_lvx.bundles import Bundle, Spec, bundle_nbytes, pack, unpack
 from ds_lvx.counting import count, count_control
-from ds_lvx.notes import explained
+from ds_lvx.pending import Pending, blocking
 
 ProcessGroup: TypeAlias = dist.ProcessGroup
-T = TypeVar("T")
 
 _RECORD_BYTES = 2048
 # torch 2.13 gave the collective a new name and warns at the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-class Pending(Generic[T]):
-    """A transfer under way. On an accelerator only the stream waits for it, not the host."""
-
-    def __init__(self, works: Sequence[Any], finish: Callable[[], T], keep: Any = None) -> None:
-        self._works = works
-        self._finish = finish
-        self._keep = keep  # buffers that must outlive the transfer
-
-    def wait(self) -> T:
-        """Wait for the transfer and return what arrived.
-
-        Raises:
-            RuntimeError: a rank has ended; the error says why where that rank left a note.
-        """
-        with explained():
-            for work in self._works:
-                work.wait()
-        self._works = ()
-        result = self._finish()
-        self._keep = None
-        return result
 
 
 # --------------------------------------------------------------------------------------------
@@ -156,7 +132,7 @@ class Channel:
         framed = len(payload).to_bytes(8, "little") + payload[: capacity - 8]
         mine = torch.frombuffer(bytearray(framed.ljust(capacity, b"\0")), dtype=torch.uint8)
         everyone = torch.empty(self.size * capacity, dtype=torch.uint8)
-        with explained():
+        with blocking("agreement"):
             _all_gather(everyone, mine, group=self._control())
         count_control((self.size - 1) * capacity)
         rows = [bytes(row) for row in everyone.view(self.size, capacity).numpy()]
@@ -194,7 +170,7 @@ class Channel:
         Bytes sent: ``(n - 1)`` times this rank's bundle.
         """
         if self.size == 1:
-            return Pending((), lambda: [mine])
+            return Pending(None, (), lambda: [mine])
         buffer = pack(mine)
         sizes = [bundle_nbytes(theirs) for theirs in specs]
         arrived = torch.empty(sum(sizes), dtype=torch.uint8, device=buffer.device)
@@ -205,7 +181,7 @@ class Channel:
             # An all-gather of unequal shards: gloo has none, so each rank writes to each other.
             buffer = buffer.repeat(self.size)
             work = self._all_to_all(arrived, buffer, sizes, [sizes[self.rank]] * self.size)
-        return Pending([work], lambda: _split(arrived, sizes, specs), keep=buffer)
+        return Pending("all_gather", [work], lambda: _split(arrived, sizes, specs), keep=buffer)
 
     def exchange(
         self, bundles: Sequence[Bundle], specs: Sequence[Sequence[Spec]]
@@ -222,7 +198,7 @@ class Channel:
         Bytes sent: those of the bundles for other ranks.
         """
         if self.size == 1:
-            return Pending((), lambda: list(bundles))
+            return Pending(None, (), lambda: list(bundles))
         own = bundles[self.rank]
         others = [pack(b) for rank, b in enumerate(bundles) if rank != self.rank]
         buffer = torch.cat(others)
@@ -240,7 +216,7 @@ class Channel:
                 for rank in range(self.size)
             ]
 
-        return Pending([work], finish, keep=buffer)
+        return Pending("all_to_all", [work], finish, keep=buffer)
 
     def shift(self, mine: Bundle, specs: Sequence[Spec], *, hops: int = 1) -> Pending[Bundle]:
         """Send a bundle ``hops`` ranks ahead on the ring and receive one from as far behind.
@@ -267,7 +243,7 @@ class Channel:
         operations += [dist.P2POp(dist.irecv, tensor, sender, self.group) for tensor in landing]
         count("send_recv", sum(tensor.nbytes for tensor in sent))
         works = dist.batch_isend_irecv(operations)
-        return Pending(works, lambda: arrived, keep=(sent, landing))
+        return Pending("send_recv", works, lambda: arrived, keep=(sent, landing))
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum of ``tensor`` over the group, in its own dtype; ``tensor`` is left as it is.
@@ -276,7 +252,7 @@ class Channel:
         """
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         if self.size > 1:
-            with explained():
+            with blocking("all_reduce"):
                 dist.all_reduce(total, group=self.group)
             count("all_reduce", 2 * (self.size - 1) * total.nbytes // self.size)
         return total

@@ -16,8 +16,9 @@ class Counts:
 
     def __enter__(self) -> Counts:
         self.forwards = self.backwards = 0
-        self._originals = NativeKernel.forward, NativeKernel.backward
+        self._originals = NativeKernel.forward, NativeKernel.fold, NativeKernel.backward
         NativeKernel.forward = self._counting("forwards", NativeKernel.forward)
+        NativeKernel.fold = self._counting("forwards", NativeKernel.fold)
         NativeKernel.backward = self._counting("backwards", NativeKernel.backward)
         self._traffic = ds_lvx.traffic()
         self.traffic = self._traffic.__enter__()
@@ -25,7 +26,7 @@ class Counts:
 
     def __exit__(self, *exc: object) -> None:
         self._traffic.__exit__(None, None, None)
-        NativeKernel.forward, NativeKernel.backward = self._originals
+        NativeKernel.forward, NativeKernel.fold, NativeKernel.backward = self._originals
 
     def _counting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.projection import Part, Projection
 from ds_lvx.bundles import Bundle
-from ds_lvx.kernels.merge import accumulation_dtype, empty_part, merge_
+from ds_lvx.kernels.merge import accumulation_dtype, empty_part
 from ds_lvx.visibility import Visibility
 
 Source: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
@@ -138,17 +138,13 @@ class ChunkedKeys:
         out, lse = empty_part(q, accumulation_dtype(q.dtype))
         part, self._first = self._first, None
         while part is not None:
-            merge_(
-                out,
-                lse,
-                *call.kernel.forward(
-                    q,
-                    part.k,
-                    part.v,
-                    visibility=_of_part(visibility, part),
-                    softmax_scale=call.softmax_scale,
-                    partial=True,
-                ),
+            call.kernel.fold(
+                q,
+                part.k,
+                part.v,
+                (out, lse),
+                visibility=_of_part(visibility, part),
+                softmax_scale=call.softmax_scale,
             )
             part = None  # before the next one is made
             part = next(self._parts, None)

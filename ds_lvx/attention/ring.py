@@ -16,8 +16,8 @@ from ds_lvx.attention.keys import Saved
 from ds_lvx.attention.lvx import saved_for
 from ds_lvx.attention.replay import once
 from ds_lvx.bundles import Bundle, Spec
-from ds_lvx.comm import Pending
-from ds_lvx.kernels.merge import accumulation_dtype, merge_
+from ds_lvx.kernels.merge import accumulation_dtype
+from ds_lvx.pending import Pending
 from ds_lvx.visibility import Visibility
 
 
@@ -128,25 +128,21 @@ def _forward(
     call: Call, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | None
 ) -> tuple[Tensor, Tensor]:
     keys: Bundle = [k, v, *_positions(visibility)]
-    merged: tuple[Tensor, Tensor] | None = None
+    dtype = accumulation_dtype(q.dtype)
     for step in range(call.channel.size):
         following = _next_keys(call, keys, step)
-        part = call.kernel.forward(
-            q,
-            *keys[:2],
-            visibility=_over(visibility, keys),
-            softmax_scale=call.softmax_scale,
-            partial=call.channel.size > 1,
-        )
-        if merged is None:
-            dtype = accumulation_dtype(q.dtype)
-            merged = (part[0].to(dtype), part[1].to(dtype))
+        seen, scale = _over(visibility, keys), call.softmax_scale
+        block = keys[0], keys[1]
+        if step == 0:
+            partial = call.channel.size > 1
+            out, lse = call.kernel.forward(
+                q, *block, visibility=seen, softmax_scale=scale, partial=partial
+            )
+            out, lse = out.to(dtype), lse.to(dtype)
         else:
-            merge_(*merged, *part)
+            call.kernel.fold(q, *block, (out, lse), visibility=seen, softmax_scale=scale)
         if following is not None:
             keys = following.wait()
-    assert merged is not None
-    out, lse = merged
     return out.to(q.dtype), lse
 
 

@@ -21,8 +21,8 @@ from ds_lvx.attention import wire
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.keys import Keys, Saved
 from ds_lvx.bundles import Bundle, Spec
-from ds_lvx.comm import Pending
 from ds_lvx.kernels.merge import accumulation_dtype, merge, merge_
+from ds_lvx.pending import Pending
 from ds_lvx.visibility import Visibility
 
 

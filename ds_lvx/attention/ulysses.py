@@ -22,6 +22,7 @@ from ds_lvx.attention.replay import once
 from ds_lvx.bundles import Spec
 from ds_lvx.comm import Channel
 from ds_lvx.counting import count
+from ds_lvx.pending import blocking
 from ds_lvx.start import init_distributed
 from ds_lvx.visibility import EVERYTHING, Visibility
 
@@ -172,9 +173,10 @@ def _to_sequence(channel: Channel, tensor: Tensor) -> Tensor:
 
 def _all_to_all(channel: Channel, tensor: Tensor, *, scatter: int, gather: int) -> Tensor:
     _ensure_deepspeed_comm()
-    # DeepSpeed sends behind our back, so its bytes are counted here.
+    # DeepSpeed sends behind our back, so its bytes are counted and its waits are told here.
     count("all_to_all", (channel.size - 1) * tensor.nbytes // channel.size)
-    sent: Tensor = single_all_to_all(tensor.contiguous(), scatter, gather, 0, channel.group)
+    with blocking("all_to_all"):
+        sent: Tensor = single_all_to_all(tensor.contiguous(), scatter, gather, 0, channel.group)
     return sent
 
 

@@ -1,90 +1,29 @@
-"""Who computes attention on one device: the kernel interface, and the choice of one."""
+"""Who computes attention on one device: the choice of a kernel."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ds_lvx.kernels import cudnn
+from ds_lvx.kernels.auto import TRUSTED, AutoKernel, table_of
+from ds_lvx.kernels.interface import Kernel
 from ds_lvx.kernels.native import NativeKernel
 from ds_lvx.kernels.reference import ReferenceKernel
-from ds_lvx.visibility import Visibility
+
+__all__ = ["DTYPES", "KERNELS", "Kernel", "candidates", "choose", "describe", "unavailable"]
 
 KERNELS = ("auto", "native", "triton", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class Kernel(Protocol):
-    """Attention of some queries over the keys of one rank.
-
-    Legend: B batch, S queries, T keys, H query heads, K key/value heads (K divides H), D head_dim.
-    Lengths of 0 are allowed.
-    """
-
-    @property
-    def name(self) -> str:
-        """The kernel's name in the configuration."""
-        ...
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        visibility: Visibility | None,
-        softmax_scale: float,
-        partial: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Attention over these keys alone.
-
-        Args:
-            q: ``[B, S, H, D]``, fp32, bf16, fp16 or fp64.
-            k, v: ``[B, T, K, D]``, q's dtype.
-            visibility: of these queries over these keys.
-            softmax_scale: factor on the scores.
-            partial: the result is a part that will be merged with others: a kernel that can do so
-                at little cost returns ``out`` unrounded.
-
-        Returns:
-            ``out [B, S, H, D]`` in q's dtype or wider, ``lse [B, H, S]`` in fp32 (fp64 for fp64);
-            ``(0, -inf)`` for a query that sees none of these keys.
-        """
-        ...
-
-    def backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dout: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        *,
-        visibility: Visibility | None,
-        softmax_scale: float,
-        has_dlse: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients through these keys, given the softmax over all keys of all ranks.
-
-        Args:
-            q, k, v, visibility, softmax_scale: as in `forward`.
-            dout: ``[B, S, H, D]``.
-            lse: ``[B, H, S]``, over all keys of all ranks.
-            delta: ``[B, H, S]``, ``rowsum(dout * out) - dlse``.
-            has_dlse: whether ``delta`` may hold a gradient of lse.
-
-        Returns:
-            A part of dq ``[B, S, H, D]`` in q's dtype or wider (parts of all ranks add up), and the
-            exact dk and dv ``[B, T, K, D]``.
-        """
-        ...
-
-
 def choose(name: str, q: Tensor) -> Kernel:
-    """The kernel of this name for queries like ``q``; ``auto`` is ``native``.
+    """The kernel of this name for queries like ``q``.
+
+    ``auto`` is, on CUDA, the fastest of `candidates` for each kind of request
+    (`ds_lvx.kernels.auto`), and ``native`` elsewhere.
 
     Raises:
         ValueError: an unknown name, or a dtype, head_dim or device that the kernel cannot do; names
@@ -97,21 +36,62 @@ def choose(name: str, q: Tensor) -> Kernel:
         raise ValueError(
             f"q, k, v: got {q.dtype}; expected one of {expected}; convert them with .to(...)"
         )
+    if name == "auto":
+        found = candidates(q)
+        return found[TRUSTED] if len(found) == 1 else AutoKernel(found, table_of(q.device))
     if name == "triton":
         return _triton(q)
     return ReferenceKernel() if name == "reference" else NativeKernel()
 
 
-def _triton(q: Tensor) -> Kernel:
+def candidates(q: Tensor) -> dict[str, Kernel]:
+    """The kernels that ``auto`` chooses from for queries like ``q``, by name.
+
+    None of them materialises S_q x S_kv. Off CUDA there is one: PyTorch's own.
+    """
+    found: dict[str, Kernel] = {TRUSTED: NativeKernel()}
+    if q.device.type != "cuda":
+        return found
+    if cudnn.can(q):
+        found["cudnn"] = cudnn.CudnnKernel()
+    if unavailable(q) is None:
+        found["triton"] = _triton(q)
+    return found
+
+
+def describe(q: Tensor) -> list[str]:
+    """What ``auto`` takes for queries like ``q``, and why, in lines for a reader."""
+    names = list(candidates(q))
+    if names == [TRUSTED]:
+        return [f"{TRUSTED}: the only one for {q.dtype} on {q.device.type} that is made for speed"]
+    table = table_of(q.device)
+    lines = [f"the fastest of {', '.join(names)} for each kind of call, as measured at the first"]
+    lines.append(f"{len(table.entries())} kinds measured so far, in {table.path}")
+    for kind, entry in table.entries().items():
+        times = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in entry["seconds"].items())
+        out = "".join(f"; not {name}: {why}" for name, why in entry["excluded"].items())
+        lines.append(f"{kind}: {entry['chosen']} ({times}{out})")
+    return lines
+
+
+def unavailable(q: Tensor) -> str | None:
+    """Why the kernel ``triton`` cannot do queries like ``q``; None when it can."""
     if find_spec("triton") is None:
-        raise ValueError(
+        return (
             "kernel: got 'triton', which is not installed; pip install triton (Linux), or use "
             "'native' or 'reference'"
         )
     # Here, not above: Triton takes a second to import, and decides then whether to interpret.
-    from ds_lvx.kernels.triton_kernel import TritonKernel, problem
+    from ds_lvx.kernels.triton_kernel import problem
 
     found = problem(q)
+    return found and f"kernel: got 'triton' for {found}; use 'native' or 'reference'"
+
+
+def _triton(q: Tensor) -> Kernel:
+    found = unavailable(q)
     if found is not None:
-        raise ValueError(f"kernel: got 'triton' for {found}; use 'native' or 'reference'")
+        raise ValueError(found)
+    from ds_lvx.kernels.triton_kernel import TritonKernel
+
     return TritonKernel()

@@ -2,7 +2,7 @@
 
 Both take ``[batch, seqlen, num_heads, head_dim]`` here; the transposes to PyTorch's own layout are
 views. The backward kernels want ``out`` only to form ``rowsum(dout * out)``; what travels between
-ranks is ``delta``, so they get an ``out`` that has just this row sum (`_stand_in`).
+ranks is ``delta``, so they get an ``out`` that has just this row sum (`stand_in`).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def cpu_forward(
         ``out [B, S, H, D]`` in q's dtype and ``lse [B, H, S]`` in fp32 (fp64 for fp64).
     """
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        _heads_first(q),
-        _heads_first(k),
-        _heads_first(v),
+        heads_first(q),
+        heads_first(k),
+        heads_first(v),
         0.0,
         False,
         attn_mask=_bias(mask, q.dtype),
@@ -71,11 +71,11 @@ def cpu_backward(
     """Gradients of one block on a CPU; see `ds_lvx.kernels.dense.backward`. In q's dtype."""
     dout = dout.to(q.dtype)
     gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _heads_first(dout),
-        _heads_first(q),
-        _heads_first(k),
-        _heads_first(v),
-        _heads_first(_stand_in(dout, delta)),
+        heads_first(dout),
+        heads_first(q),
+        heads_first(k),
+        heads_first(v),
+        heads_first(stand_in(dout, delta)),
         lse.masked_fill(lse == -torch.inf, 0.0),
         0.0,
         False,
@@ -89,9 +89,9 @@ def cpu_backward(
 def cuda_forward(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> tuple[Tensor, Tensor]:
     """Attention over all keys with PyTorch's CUDA flash kernel; no mask."""
     out, lse, *_ = _aten._scaled_dot_product_flash_attention(
-        _heads_first(q),
-        _heads_first(k),
-        _heads_first(v),
+        heads_first(q),
+        heads_first(k),
+        heads_first(v),
         0.0,
         False,
         False,
@@ -116,11 +116,11 @@ def cuda_backward(
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
     offset = torch.zeros((), dtype=torch.uint64, device=q.device)
     gradients = _aten._scaled_dot_product_flash_attention_backward(
-        _heads_first(dout),
-        _heads_first(q),
-        _heads_first(k),
-        _heads_first(v),
-        _heads_first(_stand_in(dout, delta)),
+        heads_first(dout),
+        heads_first(q),
+        heads_first(k),
+        heads_first(v),
+        heads_first(stand_in(dout, delta)),
         lse.contiguous(),
         None,
         None,
@@ -136,7 +136,7 @@ def cuda_backward(
     return dq, dk, dv
 
 
-def _heads_first(tensor: Tensor) -> Tensor:
+def heads_first(tensor: Tensor) -> Tensor:
     """``[B, S, H, D]`` as ``[B, H, S, D]``: a view, unless a head's numbers lie apart.
 
     The kernels read a row of D numbers in one go, and do not check that it is one.
@@ -153,7 +153,7 @@ def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return bias.masked_fill_(~mask, -torch.inf).unsqueeze(1)
 
 
-def _stand_in(dout: Tensor, delta: Tensor) -> Tensor:
+def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
     """An ``out`` whose row sum with ``dout`` is ``delta``: ``dout * delta / rowsum(dout^2)``.
 
     Right as long as delta holds no gradient of lse: then dout = 0 implies delta = 0, and

@@ -45,19 +45,25 @@ class NativeKernel:
         dtype = accumulation_dtype(q.dtype)
         if q.numel() == 0 or k.numel() == 0:  # the fused kernels end the process on these
             return empty_part(q, dtype)
-        cpu = q.device.type == "cpu"
-        one_call = visibility is None and _fused(q, None)
-        if one_call and not (cpu and partial and q.dtype != dtype):
+        if _in_one_call(q, visibility, partial=partial):
             return _forward(q, k, v, None, softmax_scale)
-        out, lse = empty_part(q, dtype)
-        if cpu:
-            q = q.to(dtype)
-        for block in _blocks(q, k, visibility, fused=_fused(q, visibility)):
-            rows, keys = block.queries, block.keys
-            block_k, block_v = (t[:, keys].to(dtype) if cpu else t[:, keys] for t in (k, v))
-            part = _forward(q[:, rows], block_k, block_v, block.mask, softmax_scale)
-            merge_(out[:, rows], lse[:, :, rows], *part)
-        return out, lse
+        running = empty_part(q, dtype)
+        _fold_blocks(q, k, v, running, visibility=visibility, softmax_scale=softmax_scale)
+        return running
+
+    def fold(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        running: tuple[Tensor, Tensor],
+        *,
+        visibility: Visibility | None,
+        softmax_scale: float,
+    ) -> None:
+        """See `ds_lvx.kernels.Kernel.fold`."""
+        if q.numel() and k.numel():
+            _fold_blocks(q, k, v, running, visibility=visibility, softmax_scale=softmax_scale)
 
     def backward(
         self,
@@ -99,6 +105,35 @@ class NativeKernel:
             dk[:, keys] += part_dk
             dv[:, keys] += part_dv
         return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _fold_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    running: tuple[Tensor, Tensor],
+    *,
+    visibility: Visibility | None,
+    softmax_scale: float,
+) -> None:
+    """Merge attention over these keys into a running result, block by block."""
+    out, lse = running
+    if _in_one_call(q, visibility, partial=True):
+        merge_(out, lse, *_forward(q, k, v, None, softmax_scale))
+        return
+    cpu, dtype = q.device.type == "cpu", accumulation_dtype(q.dtype)
+    if cpu:
+        q = q.to(dtype)
+    for block in _blocks(q, k, visibility, fused=_fused(q, visibility)):
+        rows, keys = block.queries, block.keys
+        block_k, block_v = (t[:, keys].to(dtype) if cpu else t[:, keys] for t in (k, v))
+        part = _forward(q[:, rows], block_k, block_v, block.mask, softmax_scale)
+        merge_(out[:, rows], lse[:, :, rows], *part)
+
+
+def _in_one_call(q: Tensor, visibility: Visibility | None, *, partial: bool) -> bool:
+    widened = partial and q.device.type == "cpu" and q.dtype != accumulation_dtype(q.dtype)
+    return visibility is None and _fused(q, None) and not widened
 
 
 def _fused(q: Tensor, visibility: Visibility | None) -> bool:

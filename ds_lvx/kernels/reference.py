@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels import dense
-from ds_lvx.kernels.merge import accumulation_dtype, empty_part
+from ds_lvx.kernels.merge import accumulation_dtype, empty_part, merge_
 from ds_lvx.visibility import Visibility
 
 
@@ -35,6 +35,20 @@ class ReferenceKernel:
             q, k, v, mask=mask, softmax_scale=softmax_scale, dtype=torch.float64
         )
         return out.to(dtype), lse.to(dtype)
+
+    def fold(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        running: tuple[Tensor, Tensor],
+        *,
+        visibility: Visibility | None,
+        softmax_scale: float,
+    ) -> None:
+        """See `ds_lvx.kernels.Kernel.fold`."""
+        part = self.forward(q, k, v, visibility=visibility, softmax_scale=softmax_scale)
+        merge_(*running, *part)
 
     def backward(
         self,

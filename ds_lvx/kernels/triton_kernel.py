@@ -76,7 +76,7 @@ class TritonKernel:
         visibility: Visibility | None,
         softmax_scale: float,
     ) -> None:
-        """`forward`, merged into a running ``(out, lse)`` in fp32, in place, by the same kernel."""
+        """See `ds_lvx.kernels.Kernel.fold`. The kernel that merges split keys does it."""
         if q.numel() and k.numel():
             parts, lses = self._parts(q, k, v, visibility, softmax_scale)
             _merge(parts, lses, *running, fold=True)

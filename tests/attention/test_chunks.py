@@ -131,7 +131,7 @@ def test_k_and_v_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return spied
 
-    for name in ("forward", "backward"):
+    for name in ("forward", "fold", "backward"):
         monkeypatch.setattr(NativeKernel, name, spying(getattr(NativeKernel, name)))
     q, features = torch.randn(1, 4, 4, 16, requires_grad=True), torch.randn(1, 50, 24)
     projection = Projection()

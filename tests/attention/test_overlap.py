@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import ds_lvx
-from ds_lvx.comm import Channel, Pending
+from ds_lvx.comm import Channel
 from ds_lvx.kernels.native import NativeKernel
+from ds_lvx.pending import Pending
 from tests.attention.cases import Problem
 from tests.ranks import run_ranks
 
@@ -24,7 +25,7 @@ class Journal:
     def watch(self, patch: Any) -> None:
         for name in ("gather", "exchange", "shift"):
             self._watch_transfer(patch, name)
-        for name in ("forward", "backward"):
+        for name in ("forward", "fold", "backward"):
             self._watch_kernel(patch, name)
 
     def _watch_transfer(self, patch: Any, name: str) -> None:

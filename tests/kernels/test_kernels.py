@@ -12,7 +12,7 @@ from torch import Tensor
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
 from ds_lvx.kernels import choose, dense, flash
-from ds_lvx.kernels.merge import merge
+from ds_lvx.kernels.merge import empty_part, merge
 from ds_lvx.kernels.native import NativeKernel
 
 SHAPES = [  # batch, queries, keys, heads, kv heads, head_dim
@@ -120,6 +120,24 @@ def test_blocks_of_keys_add_up_to_the_whole(visibility: str) -> None:
     for index in (1, 2):
         together = torch.cat([piece[index] for piece in pieces], dim=1)
         torch.testing.assert_close(together, whole[index])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("visibility", ["none", "frames"])
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_keys_fold_into_a_running_result(name: str, visibility: str, dtype: torch.dtype) -> None:
+    shape = (2, 9, 600, 4, 2, 32)
+    kernel = choose(name, like(dtype))
+    q, k, v = tensors(shape, dtype)
+    sees = rule(shape, visibility)
+    running = empty_part(q, torch.float32)
+    for keys in (slice(0, 200), slice(200, 200), slice(200, 600)):
+        part = None if sees is None else sees.with_keys(sees.kv_pos[:, keys])
+        kernel.fold(q, k[:, keys], v[:, keys], running, visibility=part, softmax_scale=0.2)
+    exact = attention_oracle(q.double(), k.double(), v.double(), visibility=sees, softmax_scale=0.2)
+    for found, expected in zip(running, exact, strict=True):
+        # Inputs are exact in 16 bits, and nothing on the way is rounded to them.
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["native", "reference"])
