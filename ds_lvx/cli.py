@@ -7,7 +7,20 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "compare": (
+        "ds_lvx.compare.command",
+        "measure the methods side by side, on your shapes and network",
+    ),
+    "doctor": (
+        "ds_lvx.doctor.command",
+        "what this machine has, and whether attention is exact on it",
+    ),
+    "plan": (
+        "ds_lvx.plan.command",
+        "predict time, bytes and memory of a training step on any cluster",
+    ),
+}
 """Module and one line of help, by the name of the subcommand."""
 
 

@@ -25,6 +25,8 @@ NETWORK_BYTES_PER_S = 25e9
 """200 Gbit/s a node, one way, where nothing is said about the network."""
 WITHIN_LATENCY_S = 10e-6
 ACROSS_LATENCY_S = 20e-6
+_HOP_SHARE = 0.2
+_PEER_SHARE = 0.1
 _LAUNCH_S = 5e-6
 _OPERATOR_S = 50e-6
 _TILE_ROWS = 64
@@ -59,9 +61,15 @@ class Link:
 
     @classmethod
     def of(cls, bytes_per_s: float, latency_s: float) -> Link:
-        """A link that carries every kind alike."""
-        wire = Wire(bytes_per_s, latency_s)
-        return cls(wire, wire, wire)
+        """A link of one rate; ``latency_s`` is that of a message from rank to rank.
+
+        Inside one collective a hop costs less, because nothing is started for it.
+        """
+        return cls(
+            shift=Wire(bytes_per_s, latency_s),
+            gather=Wire(bytes_per_s, _HOP_SHARE * latency_s),
+            exchange=Wire(bytes_per_s, _PEER_SHARE * latency_s),
+        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ class Device:
         operation_s: of a small operation.
         call_s: of an operator's call, forward or backward, beside all kernels and messages.
         element_bytes: that the times were taken with; others are scaled.
+        alone: share of a kernel's time that it takes while the neighbours are idle.
     """
 
     name: str
@@ -118,6 +127,7 @@ class Device:
     operation_s: float
     call_s: float
     element_bytes: int = 2
+    alone: float = 1.0
 
 
 @dataclass(frozen=True)

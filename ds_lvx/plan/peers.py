@@ -19,18 +19,20 @@ _ULYSSES_COPIES = (8, 2)  # before and after an all-to-all
 
 
 def alone_forward(work: Work, timeline: Timeline) -> None:
-    """All queries and keys on one rank."""
-    timeline.compute(work.projection(work.keys), "projection")
-    timeline.compute(work.attend(work.device.whole, work.queries, work.keys), "kernel")
+    """All queries and keys on one rank, whose neighbours are idle."""
+    share = work.device.alone
+    timeline.compute(share * work.projection(work.keys), "projection")
+    timeline.compute(share * work.attend(work.device.whole, work.queries, work.keys), "kernel")
 
 
 def alone_backward(work: Work, timeline: Timeline) -> None:
-    """All queries and keys on one rank."""
-    timeline.compute(work.touch(work.rows(work.queries), DELTA), "other")
+    """The same."""
+    share = work.device.alone
+    timeline.compute(share * work.touch(work.rows(work.queries), DELTA), "other")
     if work.shape.recompute:
-        timeline.compute(work.projection(work.keys), "projection")
-    timeline.compute(work.attend(work.device.backward, work.queries, work.keys), "kernel")
-    timeline.compute(work.projection(work.keys, backward=True), "projection")
+        timeline.compute(share * work.projection(work.keys), "projection")
+    timeline.compute(share * work.attend(work.device.backward, work.queries, work.keys), "kernel")
+    timeline.compute(share * work.projection(work.keys, backward=True), "projection")
 
 
 # --------------------------------------------------------------------------------------------

@@ -10,11 +10,14 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ds_lvx import cache
 from ds_lvx.plan.cards import CARDS, Card
-from ds_lvx.plan.cluster import Cluster, Device, KernelTime, Link, from_card
+from ds_lvx.plan.cluster import ACROSS_LATENCY_S, Cluster, Device, KernelTime, Link, from_card
+from ds_lvx.plan.units import bytes_per_s, seconds
 
 FORMAT = 1
 """Of the profiles; one of another format is not used."""
@@ -31,17 +34,29 @@ def current(device: Any, world: int) -> Cluster:
         The profile of this device with the nearest number of ranks, if one has been measured; else
         the card's data sheet; else, on a CPU, a cautious guess, and on an unknown accelerator the
         data sheet of an A100. `Cluster.source` says which it is. Ranks of a node are those that
-        the launcher names in LOCAL_WORLD_SIZE or LOCAL_SIZE.
+        the launcher names in LOCAL_WORLD_SIZE or LOCAL_SIZE. On an emulated network (NETLAB), the
+        profile is one that was measured over it; else its rate stands for the link.
 
     Hosts may have different profiles: let one rank ask, and give the others its answer.
     """
     name = device_name(device)
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     per_node = int(local) if local else world
-    measured = _nearest(name, world)
+    network = os.environ.get("NETLAB") or None
+    measured = _nearest(name, world, network)
+    if measured is None and network is not None:
+        emulated = _emulated(network)
+        known = _nearest(name, world, None) or guess(name, gpus=world, gpus_per_node=per_node)
+        measured = replace(known, across=emulated, source=f"{known.source}; network {network}")
     if measured is not None:
         return measured.with_gpus(world, per_node)
     return guess(name, gpus=world, gpus_per_node=per_node)
+
+
+def _emulated(network: str) -> Link:
+    rate, _, latency = network.partition(",")
+    delay_s = seconds(latency) if latency else 0.0
+    return Link.of(bytes_per_s(rate), ACROSS_LATENCY_S + delay_s)
 
 
 def guess(name: str, *, gpus: int, gpus_per_node: int) -> Cluster:
@@ -67,16 +82,14 @@ def device_name(device: Any) -> str:
     return kind
 
 
-def folder() -> Path:
-    """Where profiles are kept: ``$XDG_CACHE_HOME/ds_lvx``, or ``~/.cache/ds_lvx``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ds_lvx"
+def path_of(name: str, ranks: int, network: str | None = None) -> Path:
+    """The file of a device's profile with so many ranks, over an emulated network or without."""
+    words = [name, str(ranks)] + ([network] if network is not None else [])
+    return cache.folder() / f"profile-{'--'.join(_slug(word) for word in words)}.json"
 
 
-def path_of(name: str, ranks: int) -> Path:
-    """The file of a device's profile with so many ranks."""
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return folder() / f"profile-{slug}-{ranks}.json"
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def read(path: Path) -> Cluster:
@@ -101,11 +114,11 @@ def read(path: Path) -> Cluster:
     return Cluster.of(record["cluster"])
 
 
-def _nearest(name: str, world: int) -> Cluster | None:
+def _nearest(name: str, world: int, network: str | None) -> Cluster | None:
     found = {}
-    for path in sorted(folder().glob(path_of(name, 0).name.replace("-0.json", "-*.json"))):
-        ranks = path.stem.rpartition("-")[2]
-        if ranks.isdigit():
+    for path in sorted(cache.folder().glob(f"profile-{_slug(name)}--*.json")):
+        _, ranks, *rest = path.stem.split("--")
+        if ranks.isdigit() and rest == ([] if network is None else [_slug(network)]):
             found[int(ranks)] = path
     for ranks in sorted(found, key=lambda ranks: (abs(ranks - world), ranks)):
         try:

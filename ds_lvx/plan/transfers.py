@@ -57,13 +57,13 @@ class Ranks:
 
     def gather(self, nbytes: float) -> Transfer:
         """An all-gather of ``nbytes`` a rank, as a ring of ``n - 1`` hops."""
-        wires = [self.cluster.within.gather] if self.per_node > 1 else []
-        if self.size > self.per_node:
-            wires.append(self.cluster.across.gather)
+        within, across = self.cluster.within.gather, self.cluster.across.gather
         others = self.size - 1
+        between_nodes = -(-self.size // self.per_node) - 1
+        wires = [within] * (self.per_node > 1) + [across] * (between_nodes > 0)
         slowest = min((wire.bytes_per_s for wire in wires), default=1.0)
-        latency = max((wire.latency_s for wire in wires), default=0.0)
-        return Transfer(others * nbytes / slowest, others * latency, others * nbytes, others)
+        latency = between_nodes * across.latency_s + (others - between_nodes) * within.latency_s
+        return Transfer(others * nbytes / slowest, latency, others * nbytes, others)
 
     def exchange(self, nbytes: float) -> Transfer:
         """An all-to-all: every rank sends ``nbytes`` to each other one."""

@@ -1,0 +1,160 @@
+"""``ds-lvx plan --calibrate``: measure this machine and its network, and keep the result.
+
+Takes less than a minute or two. What it writes is what `ds_lvx.plan.profile.current` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_lvx.compare.fresh import run_fresh
+from ds_lvx.compare.machine import cores, header
+from ds_lvx.compare.network import MASTER, Lab, Network
+from ds_lvx.plan import fit, measure, profile
+from ds_lvx.plan.cluster import Cluster
+
+_CPU = measure.Request(
+    heads=8,
+    kv_heads=8,
+    head_dim=64,
+    lengths=(
+        (1, 256),
+        (16, 1024),
+        (16, 16_384),
+        (64, 4096),
+        (64, 16_384),
+        (64, 32_768),
+        (256, 2048),
+        (256, 8192),
+        (1024, 1024),
+        (1024, 2048),
+    ),
+    message_bytes=(2**10, 2**14, 2**17, 2**19, 2**21, 2**23),
+    elements=2**22,
+    repeats=5,
+)
+_GPU = measure.Request(
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    lengths=(
+        (1, 1024),
+        (64, 16_384),
+        (64, 131_072),
+        (384, 16_384),
+        (384, 131_072),
+        (2048, 16_384),
+        (2048, 65_536),
+        (8192, 8192),
+    ),
+    message_bytes=(2**10, 2**14, 2**18, 2**22, 2**26, 2**29),
+    elements=2**26,
+    repeats=10,
+)
+_QUICK = replace(
+    _CPU,
+    heads=2,
+    kv_heads=2,
+    head_dim=16,
+    lengths=((1, 16), (8, 64), (8, 256), (64, 64), (64, 256)),
+    message_bytes=(2**10, 2**14, 2**16),
+    elements=2**12,
+    repeats=2,
+)
+
+
+def calibrate(*, ranks: int, network: Network | None = None, quick: bool = False) -> dict[str, Any]:
+    """Measure on ``ranks`` fresh processes of this machine.
+
+    Args:
+        ranks: a GPU each; on a CPU, processes that share its cores.
+        network: an emulated one between them.
+        quick: tiny shapes, to try it; the result is of no use.
+
+    Returns:
+        The profile: what it was measured with, every sample, what the fit leaves, ``cluster``.
+
+    Raises:
+        ValueError: more ranks than GPUs.
+        RuntimeError: a rank failed, or the network cannot be made.
+    """
+    cuda = torch.cuda.is_available() and network is None
+    if cuda and ranks > torch.cuda.device_count():
+        raise ValueError(
+            f"--ranks: got {ranks} for {torch.cuda.device_count()} GPUs; expected one for each rank"
+        )
+    request = _QUICK if quick else _GPU if cuda else _CPU
+    threads = max(cores() // ranks, 1)
+    lab = None if network is None else Lab(network, ranks=ranks, name=f"lvxplan{os.getpid()}")
+    with nullcontext() if lab is None else lab:
+        answers = run_fresh(
+            measure.__name__,
+            asdict(request),
+            ranks=ranks,
+            threads=threads,
+            environment={} if cuda else {"DS_ACCELERATOR": "cpu"},
+            places=None if lab is None else lab.places(),
+            master="127.0.0.1" if lab is None else MASTER,
+        )
+    return _assemble(answers, request, network=network, threads=threads, cuda=cuda)
+
+
+def _assemble(
+    answers: Sequence[Mapping[str, Any]],
+    request: measure.Request,
+    *,
+    network: Network | None,
+    threads: int,
+    cuda: bool,
+) -> dict[str, Any]:
+    begin = header(emulated=network is not None, device="cuda" if cuda else "cpu")
+    ranks = len(answers)
+    found = fit.device(
+        answers,
+        asdict(request),
+        memory_bytes=begin["hardware"]["memory_bytes"] // (1 if cuda else ranks),
+    )
+    links = fit.link(answers) if ranks > 1 else None
+    guessed = profile.guess(found.name, gpus=ranks, gpus_per_node=ranks)
+    where = "" if network is None else f" over an emulated network of {network}"
+    cluster = Cluster(
+        device=found,
+        gpus=ranks,
+        gpus_per_node=ranks if network is None else 1,
+        # One machine shows one kind of link: it stands for both.
+        within=links or guessed.within,
+        across=links or guessed.across,
+        source=f"measured on {platform.node()} with {ranks} ranks{where}",
+    )
+    return {
+        "format": profile.FORMAT,
+        **begin,
+        "host": platform.node(),
+        "ranks": ranks,
+        "threads_per_rank": threads,
+        "network": None if network is None else str(network),
+        "request": asdict(request),
+        "cluster": cluster.record(),
+        "predicted_over_measured": fit.errors(answers, found, asdict(request)),
+        "answers": list(answers),
+    }
+
+
+def write(record: Mapping[str, Any], path: Path | None = None) -> Path:
+    """Keep a profile, by default where `profile.current` finds it; where it is."""
+    if path is None:
+        path = profile.path_of(
+            record["cluster"]["device"]["name"], record["ranks"], record["network"]
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path

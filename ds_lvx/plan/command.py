@@ -1,0 +1,192 @@
+"""``ds-lvx plan``: what a training step will take on a cluster, before anybody has one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_lvx.plan import profile
+from ds_lvx.plan.cards import CARDS, card
+from ds_lvx.plan.cluster import ACROSS_LATENCY_S, WITHIN_LATENCY_S, Cluster, Link, from_card
+from ds_lvx.plan.job import TRAINED, Job
+from ds_lvx.plan.models import model
+from ds_lvx.plan.report import as_record, as_text
+from ds_lvx.plan.search import plan
+from ds_lvx.plan.units import bytes_per_s, count, seconds
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``ds-lvx plan``."""
+    _add_job(parser)
+    _add_cluster(parser)
+    group = parser.add_argument_group("measuring this machine")
+    group.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure kernels and links here, and keep the result for later plans and for auto",
+    )
+    group.add_argument("--ranks", type=int, help="to measure with; default: one a GPU, or 2")
+    group.add_argument(
+        "--network",
+        metavar="RATE[,LATENCY]",
+        help="measure over an emulated network, such as 200mbit (needs root)",
+    )
+    group.add_argument("--quick", action="store_true", help="tiny shapes, to try it")
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print JSON, not text")
+    group.add_argument(
+        "--plot", type=Path, metavar="FILE", help="speed-up over ring attention by S_q / S_kv"
+    )
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is trained")
+    group.add_argument("--model", help="name on the Hugging Face hub, or path of a config.json")
+    group.add_argument("--text", default="4096", help="text tokens of a sample (64K is 65,536)")
+    visual = group.add_mutually_exclusive_group()
+    visual.add_argument("--frames", help="frames of a sample")
+    visual.add_argument("--visual-tokens", help="of a sample, such as 100M, in place of --frames")
+    group.add_argument("--zero", type=int, default=3, help="ZeRO stage, 0 to 3")
+    both = argparse.BooleanOptionalAction
+    group.add_argument(
+        "--recompute", action=both, default=True, help="lvx projects K and V again in backward"
+    )
+    group.add_argument("--checkpointing", action=both, default=True, help="checkpoint the layers")
+    group.add_argument(
+        "--train", choices=TRAINED, default="all", help="all weights, or cross-attention alone"
+    )
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("on what")
+    group.add_argument("--gpus", type=int, default=8, help="in all")
+    group.add_argument("--gpus-per-node", type=int, default=8)
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--card", help=f"one of {', '.join(CARDS)}")
+    source.add_argument("--profile", type=Path, metavar="FILE", help="written by --calibrate")
+    group.add_argument("--within", metavar="RATE", help="a GPU's link in its node, as 300GB/s")
+    group.add_argument("--within-latency", metavar="TIME", help="as 10us")
+    group.add_argument("--across", metavar="RATE", help="a node's link to others, as 25GB/s")
+    group.add_argument("--across-latency", metavar="TIME", help="as 20us")
+    group.add_argument("--group", type=int, help="ranks that share a sample; default: the best")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Plan or calibrate; the exit status."""
+    if options.calibrate:
+        return _calibrate(options)
+    job, cluster = job_of(options), cluster_of(options)
+    found = plan(job, cluster, group=options.group)
+    if options.plot is not None:
+        _plot(job, cluster, found.best.ranks, options.plot)
+    if options.json:
+        print(json.dumps(as_record(job, cluster, found), indent=1))
+    else:
+        print(as_text(job, cluster, found))
+    return 0
+
+
+def _plot(job: Job, cluster: Cluster, ranks: int, path: Path) -> None:
+    try:
+        from ds_lvx.plan.figure import save
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--plot: {error}; pip install 'ds_lvx[plots]'") from error
+    save(job, cluster, ranks, path)
+
+
+def job_of(options: argparse.Namespace) -> Job:
+    """What the options say about the training.
+
+    Raises:
+        ValueError: an option that is missing, unknown, or out of its range.
+    """
+    if options.model is None:
+        raise ValueError("--model: got none; expected a name, or the path of a config.json")
+    wanted = model(options.model)
+    if options.visual_tokens is not None:
+        tokens = count(options.visual_tokens, what="--visual-tokens")
+        frames = -(-tokens // wanted.frame_tokens)
+    else:
+        frames = count(options.frames or "1", what="--frames")
+    return Job(
+        model=wanted,
+        text_tokens=count(options.text, what="--text"),
+        frames=frames,
+        zero_stage=options.zero,
+        recompute=options.recompute,
+        checkpointing=options.checkpointing,
+        trains=options.train,
+    )
+
+
+def cluster_of(options: argparse.Namespace) -> Cluster:
+    """What the options say about the cluster: a profile, a card, or this machine.
+
+    Raises:
+        ValueError: an unknown card, a profile that cannot be read, a rate without its unit.
+    """
+    for name in ("gpus", "gpus_per_node"):
+        if getattr(options, name) < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: got {getattr(options, name)}; expected at least 1"
+            )
+    if options.card is None and options.profile is None:
+        raise ValueError(
+            f"--card: got neither a card nor a profile; expected --card with one of {list(CARDS)}, "
+            "or --profile with a file that ds-lvx plan --calibrate wrote"
+        )
+    if options.profile is not None:
+        known = profile.read(options.profile).with_gpus(options.gpus, options.gpus_per_node)
+    else:
+        known = from_card(
+            card(options.card), gpus=options.gpus, gpus_per_node=options.gpus_per_node
+        )
+    changes = {
+        "within": _link(options, "within", known.within, WITHIN_LATENCY_S),
+        "across": _link(options, "across", known.across, ACROSS_LATENCY_S),
+    }
+    return Cluster.of({**known.record(), **{side: _record(each) for side, each in changes.items()}})
+
+
+def _link(options: argparse.Namespace, side: str, known: Link, latency_s: float) -> Link:
+    rate, latency = getattr(options, side), getattr(options, f"{side}_latency")
+    if rate is None and latency is None:
+        return known
+    return Link.of(
+        known.shift.bytes_per_s if rate is None else bytes_per_s(rate, what=f"--{side}"),
+        latency_s if latency is None else seconds(latency, what=f"--{side}-latency"),
+    )
+
+
+def _record(link: Link) -> Mapping[str, Any]:
+    return {kind: vars(getattr(link, kind)) for kind in ("shift", "gather", "exchange")}
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    import torch
+
+    from ds_lvx.compare.fresh import RunError
+    from ds_lvx.compare.network import Network, NetworkError
+    from ds_lvx.plan import calibrate
+
+    ranks = options.ranks
+    if ranks is None:
+        ranks = torch.cuda.device_count() or 2
+    if ranks < 1:
+        raise ValueError(f"--ranks: got {ranks}; expected at least 1")
+    network = None if options.network is None else Network.parse(options.network)
+    print(f"measuring on {ranks} ranks ...", file=sys.stderr)
+    try:
+        record = calibrate.calibrate(ranks=ranks, network=network, quick=options.quick)
+    except (RunError, NetworkError) as error:
+        print(f"ds-lvx plan: {error}", file=sys.stderr)
+        return 1
+    if options.quick and options.profile is None:
+        raise ValueError("--quick: got no --profile FILE; its result must not serve later plans")
+    path = calibrate.write(record, options.profile)
+    print(json.dumps(record["cluster"], indent=1) if options.json else f"written to {path}")
+    return 0

@@ -1,0 +1,220 @@
+"""From a job and a cluster to a plan: every group size and method, what fits, and what is best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ds_lvx.plan.choose import candidates, label, obstacle
+from ds_lvx.plan.cluster import Cluster
+from ds_lvx.plan.footprint import footprint
+from ds_lvx.plan.job import Job
+from ds_lvx.plan.step import Step, step
+
+METHODS = ("lvx", "ulysses", "ring")
+SCHEDULES = ("gather", "ring")
+MEMORY_SHARE = 0.92
+"""Of a device's memory that a plan may fill; the rest is the driver's and the allocator's."""
+_MOST_GPUS = 2**20
+
+
+@dataclass(frozen=True)
+class Stop:
+    """How far a method goes on these GPUs.
+
+    Attributes:
+        name: of the method and schedule.
+        fits_from: the smallest group whose memory suffices; None where none does.
+        fastest_at: the group with the shortest step among those it can run.
+        ends_at: the largest group it can run.
+        reason: in one line, why it stops.
+    """
+
+    name: str
+    fits_from: int | None
+    fastest_at: int
+    ends_at: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer.
+
+    Attributes:
+        steps: every group size, method and schedule that can run.
+        best: the one with the most samples a second that fits.
+        quickest: the one with the shortest step that fits.
+        stops: by method.
+        limit_bytes: memory of a device that a plan may fill.
+    """
+
+    steps: tuple[Step, ...]
+    best: Step
+    quickest: Step
+    stops: tuple[Stop, ...]
+    limit_bytes: int
+
+    def at(self, ranks: int) -> list[Step]:
+        """All methods with one group size, fastest first."""
+        found = [each for each in self.steps if each.ranks == ranks]
+        return sorted(found, key=lambda each: each.seconds)
+
+    def fits(self, each: Step) -> bool:
+        """Whether a step's memory suffices."""
+        return each.footprint.peak <= self.limit_bytes
+
+
+def plan(job: Job, cluster: Cluster, *, group: int | None = None) -> Plan:
+    """Look at all groups that divide the GPUs, or at one.
+
+    Raises:
+        ValueError: ``group`` does not divide the GPUs, or nothing fits; says by how much, and what
+            would.
+    """
+    groups = divisors(cluster.gpus) if group is None else [group]
+    if cluster.gpus % groups[0]:
+        raise ValueError(
+            f"group: got {group} for {cluster.gpus} GPUs; expected one of {divisors(cluster.gpus)}"
+        )
+    steps = tuple(_steps(job, cluster, groups))
+    limit_bytes = int(MEMORY_SHARE * cluster.device.memory_bytes)
+    fitting = [each for each in steps if each.footprint.peak <= limit_bytes]
+    if not fitting:
+        raise ValueError(_nothing_fits(job, cluster, steps, limit_bytes))
+    return Plan(
+        steps=steps,
+        best=min(fitting, key=lambda each: each.seconds * each.ranks),
+        quickest=min(fitting, key=lambda each: each.seconds),
+        stops=tuple(_stops(steps, groups, limit_bytes, job)),
+        limit_bytes=limit_bytes,
+    )
+
+
+def divisors(number: int) -> list[int]:
+    """In order."""
+    small = [each for each in range(1, int(number**0.5) + 1) if number % each == 0]
+    return sorted({*small, *(number // each for each in small)})
+
+
+def _steps(job: Job, cluster: Cluster, groups: Sequence[int]) -> list[Step]:
+    found = []
+    for ranks in groups:
+        if ranks == 1:
+            # One rank needs no method; lvx stands for all, as it can recompute.
+            found.append(step(job, cluster, ranks=1, method="lvx", schedule="gather"))
+            continue
+        for method, schedule in candidates(METHODS, SCHEDULES):
+            shape = job.cross_shape(ranks, recompute=job.recompute and method == "lvx")
+            if obstacle(shape, method, schedule) is None:
+                found.append(step(job, cluster, ranks=ranks, method=method, schedule=schedule))
+    return found
+
+
+# --------------------------------------------------------------------------------------------
+# Where each method stops
+
+
+def _stops(steps: Sequence[Step], groups: Sequence[int], limit_bytes: int, job: Job) -> list[Stop]:
+    found = []
+    for method, schedule in candidates(METHODS, SCHEDULES):
+        own = [each for each in steps if (each.method, each.schedule) == (method, schedule)]
+        own = [each for each in own if each.ranks > 1]
+        if not own:
+            continue
+        fitting = [each.ranks for each in own if each.footprint.peak <= limit_bytes]
+        fastest = min(own, key=lambda each: each.seconds)
+        ends_at = max(each.ranks for each in own)
+        found.append(
+            Stop(
+                name=label(method, schedule),
+                fits_from=min(fitting, default=None),
+                fastest_at=fastest.ranks,
+                ends_at=ends_at,
+                reason=_reason(own, fastest, ends_at, groups, fitting=bool(fitting), job=job),
+            )
+        )
+    return found
+
+
+def _reason(
+    own: Sequence[Step],
+    fastest: Step,
+    ends_at: int,
+    groups: Sequence[int],
+    *,
+    fitting: bool,
+    job: Job,
+) -> str:
+    if not fitting:
+        return "memory: no group of these GPUs is large enough"
+    if fastest.ranks < ends_at:
+        beyond = next(each for each in own if each.ranks > fastest.ranks)
+        growing = {name: beyond.parts[name] - fastest.parts[name] for name in fastest.parts}
+        part = max(growing, key=lambda name: growing[name])
+        return f"latency: beyond {fastest.ranks} ranks the step gets longer ({part})"
+    if ends_at < max(groups):
+        problem = obstacle(
+            job.cross_shape(min(each for each in groups if each > ends_at), recompute=False),
+            fastest.method,
+            fastest.schedule,
+        )
+        return f"{'heads' if fastest.method == 'ulysses' else 'memory'}: {problem}"
+    return "does not stop on these GPUs"
+
+
+# --------------------------------------------------------------------------------------------
+# Where nothing fits
+
+
+def _nothing_fits(job: Job, cluster: Cluster, steps: Sequence[Step], limit_bytes: int) -> str:
+    least = min(steps, key=lambda each: each.footprint.peak)
+    need, have = (size / 2**30 for size in (least.footprint.peak, limit_bytes))
+    name = label(least.method, least.schedule)
+    text = (
+        f"memory: no plan fits {cluster.gpus} x {cluster.device.name}; the smallest, {name} on "
+        f"groups of {least.ranks}, needs {need:.1f} GiB a rank and {have:.1f} GiB may be filled: "
+        f"{need - have:.1f} GiB too much. What would fit: "
+    )
+    return text + "; ".join(_remedies(job, cluster, least, limit_bytes))
+
+
+def _remedies(job: Job, cluster: Cluster, least: Step, limit_bytes: int) -> list[str]:
+    found = []
+
+    def needs(changed: Job, gpus: int, ranks: int) -> int:
+        schedule = least.schedule if least.method == "lvx" else "gather"
+        return footprint(
+            changed, gpus=gpus, ranks=ranks, method=least.method, schedule=schedule
+        ).peak
+
+    frames = _most(
+        job.frames,
+        lambda count: needs(replace(job, frames=count), cluster.gpus, least.ranks) <= limit_bytes,
+    )
+    if frames:
+        found.append(f"{frames} of the {job.frames} frames")
+    gpus = cluster.gpus
+    while gpus < _MOST_GPUS and needs(job, gpus, gpus) > limit_bytes:
+        gpus *= 2
+    if needs(job, gpus, gpus) <= limit_bytes:
+        found.append(f"{gpus} GPUs in one group")
+    for changed, words in (
+        (replace(job, recompute=True, checkpointing=True), "--recompute and --checkpointing"),
+        (replace(job, zero_stage=3), "--zero 3"),
+        (replace(job, trains="cross"), "--train cross"),
+    ):
+        if changed != job and needs(changed, cluster.gpus, least.ranks) <= limit_bytes:
+            found.append(words)
+    if not found:
+        found.append("a card with more memory")
+    return found
+
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest count up to ``limit`` that fits; 0 where 1 does not."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
