@@ -52,10 +52,11 @@ class LayerRule(BaseModel):
     """Shell pattern on the layer's qualified module name, e.g. `*.cross_attn`; `*` crosses dots."""
 
     method: Method
-    """Who computes the layer: `lvx`, `ring`, `ulysses`, `none` (this rank alone) or `auto`."""
+    """Who computes the layer: `lvx`, `ring`, `ulysses`, `none` (this rank alone) or `auto`: what
+    the planner predicts to be fastest for the batch at hand; with `recompute_kv`, that is lvx."""
 
     schedule: Schedule = "auto"
-    """How lvx moves the queries: `ring`, `gather`, `replicated` or `auto`."""
+    """How lvx moves the queries: `ring`, `gather`, `replicated` or `auto`, the planner's choice."""
 
     recompute_kv: bool = False
     """Project K and V again in backward instead of keeping them (lvx only)."""
@@ -206,13 +207,7 @@ def summarise_names(names: Iterable[str]) -> list[str]:
 
 def _missing_combinations(rule: LayerRule) -> Iterator[str]:
     method = rule.method
-    if method == "auto":
-        yield (
-            'method: "auto" needs the planner, which this version does not have; name a method: '
-            '"lvx" for cross-attention to visual tokens, "ulysses" or "ring" for text, "none" for '
-            "layers that stay on one rank"
-        )
-    elif method != "lvx" and rule.recompute_kv:
+    if method not in ("lvx", "auto") and rule.recompute_kv:
         yield (
             f'recompute_kv: does not exist for method "{method}"; use method "lvx", or remove '
             "recompute_kv"
@@ -261,7 +256,7 @@ def _explain(details: ErrorDetails) -> str:
     if kind == "missing":
         return f"{path}: missing; every rule needs it, {_EXAMPLES[str(loc[-1])]}"
     if kind == "literal_error":
-        words = [w for w in get_args(_LITERALS[str(loc[-1])]) if w != _NOT_YET.get(str(loc[-1]))]
+        words = list(get_args(_LITERALS[str(loc[-1])]))
         word = details["input"]
         hint = _did_you_mean(word, words) if isinstance(word, str) else ""
         return f"{path}: got {got}{hint}, expected one of {_list(words)}"
@@ -274,8 +269,6 @@ _LITERALS: dict[str, Any] = {
     "kernel": Kernel,
     "features": Features,
 }
-# Valid words that this version refuses: nobody should be led to them.
-_NOT_YET = {"method": "auto"}
 _EXAMPLES = {
     "match": 'a pattern such as "match": "*.cross_attn"',
     "method": 'for example "method": "lvx"',

@@ -6,17 +6,20 @@ import os
 from typing import Any
 
 import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from torch import nn
 
 from ds_lvx.activation_checkpointing import ActivationCheckpointing
 from ds_lvx.activation_checkpointing import forget as forget_checkpoints
+from ds_lvx.attention.auto import CLUSTERS
 from ds_lvx.comm import Channel, is_initialized
 from ds_lvx.config import LVXConfig, check_ds_config, read_ds_config
 from ds_lvx.groups import SequenceParallelGroups
 from ds_lvx.models import Patch, patch_model
 from ds_lvx.models.patch import ScaleLoss
-from ds_lvx.models.plan import table
+from ds_lvx.models.plan import explain_auto, table
 from ds_lvx.out_of_memory import Guard
 from ds_lvx.start import init_distributed
 
@@ -203,10 +206,22 @@ def _patch_on_all_ranks(
             patch.unpatch()
         raise
     assert patch is not None
+    explanation = _explain_auto(patch, groups)
     if groups.world_channel.rank == 0:
         print(f"ds_lvx: {groups.dp_size} x {groups.sp_size} ranks (data x sequence parallel)")
-        print(lines, flush=True)
+        print("\n".join([lines, *explanation]), flush=True)
     return patch
+
+
+def _explain_auto(patch: Patch, groups: SequenceParallelGroups) -> list[str]:
+    """Agree on what the planner goes by, where it has to choose; lines for the start table."""
+    is_open = any(p.wanted().is_open and p.kind != "local" for p in patch.plans)
+    if groups.sp_size == 1 or not is_open:
+        return []
+    device = torch.device(get_accelerator().device_name())
+    # One answer for all replicas, though their hosts may know different ones.
+    cluster = CLUSTERS.of(groups.channel, device, over=groups.world_channel)
+    return explain_auto(patch.layers, patch.plans, cluster, sp_size=groups.sp_size)
 
 
 def _scale_loss(session: Session, *, stage: int) -> None:

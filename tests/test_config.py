@@ -123,17 +123,14 @@ def test_mistake_names_key_value_and_remedy(
     assert hint in message
 
 
-@pytest.mark.parametrize("words", [("method", "lvxx", "lvx"), ("schedule", "rinf", "ring")])
+@pytest.mark.parametrize(
+    "words",
+    [("method", "lvxx", "lvx"), ("method", "autoo", "auto"), ("schedule", "rinf", "ring")],
+)
 def test_nearest_word_is_proposed(words: tuple[str, str, str]) -> None:
     key, typo, meant = words
     rule = {"match": "a", "method": "lvx"} | {key: typo}
     assert f'did you mean "{meant}"?' in message_of(one_rule(**rule))
-
-
-def test_nobody_is_led_to_what_does_not_exist() -> None:
-    message = message_of(one_rule(match="a", method="autoo"))
-    assert '"auto"' not in message
-    assert '"ulysses"' in message
 
 
 def test_all_mistakes_are_listed_at_once() -> None:
@@ -168,7 +165,6 @@ def test_misspelt_section_is_recognised(typo: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "key", "remedy"),
     [
-        ({"method": "auto"}, "method", '"ulysses"'),
         ({"method": "ring", "recompute_kv": True}, "recompute_kv", 'method "lvx"'),
         ({"method": "ulysses", "recompute_kv": True}, "recompute_kv", 'method "lvx"'),
         ({"method": "none", "recompute_kv": True}, "recompute_kv", 'method "lvx"'),

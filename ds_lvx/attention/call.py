@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from ds_lvx import comm
+from ds_lvx.attention.auto import Wanted, decide
 from ds_lvx.attention.replay import once, replaying
 from ds_lvx.comm import Channel, ProcessGroup
 from ds_lvx.groups import SequenceParallelGroups, resolve
 from ds_lvx.kernels import Kernel, choose
+from ds_lvx.plan.shape import AttentionShape
 from ds_lvx.visibility import Visibility
 
 SCHEDULES = ("auto", "ring", "gather", "replicated")
@@ -66,7 +68,7 @@ def settle(
     visibility: Visibility | None,
     softmax_scale: float | None,
     kernel: str,
-    schedule: str = "auto",
+    schedule: str | None = None,
     return_lse: bool = False,
     kv_chunk_tokens: int | None = None,
 ) -> Call:
@@ -76,8 +78,9 @@ def settle(
         operation: the public function's name; ranks that call different ones get an error.
         q: ``[batch, seqlen_q, num_heads, head_dim]``.
         keys: ``{"k": k, "v": v}`` or ``{"features": features}``.
-        group, visibility, softmax_scale, kernel, schedule, return_lse,
-            kv_chunk_tokens: the function's arguments.
+        group, visibility, softmax_scale, kernel, return_lse, kv_chunk_tokens: the function's
+            arguments.
+        schedule: likewise; None for a method without schedules.
 
     Raises:
         ValueError, NotImplementedError: on all ranks, naming the rank that got something wrong, or
@@ -114,7 +117,7 @@ def _settle(
     visibility: Visibility | None,
     softmax_scale: float | None,
     kernel: str,
-    schedule: str,
+    schedule: str | None,
     return_lse: bool,
     kv_chunk_tokens: int | None,
 ) -> Call:
@@ -139,17 +142,46 @@ def _settle(
     )
     records = channel.agree(record, error)
     comm.require_same(records, same, what=operation)
-    q_lengths = tuple(other["q_length"] for other in records)
-    _check_replicated(operation, schedule, q_lengths)
-    return Call(
+    call = Call(
         channel=channel,
-        q_lengths=q_lengths,
+        q_lengths=tuple(other["q_length"] for other in records),
         kv_lengths=tuple(other["kv_length"] for other in records),
         kernel=chosen,
         softmax_scale=scale,
-        schedule=choose_schedule(schedule, q_lengths, q),
         requires_grad=torch.is_grad_enabled() and any(r["requires_grad"] for r in records),
         returns_lse=return_lse,
+    )
+    if schedule is None:
+        return call
+    _check_replicated(operation, schedule, call.q_lengths)
+    # Features on the host come in chunks as well.
+    chunked = kv_chunk_tokens is not None or any(t.device != q.device for t in keys.values())
+    wanted = Wanted("lvx", schedule, recompute_kv="features" in keys, chunked=chunked)
+    shape = _shape(call, q, keys, has_visibility=visibility is not None)
+    choice = decide(wanted, shape, channel, q.device)
+    # A group of one runs all at once, whatever it is called.
+    return replace(call, schedule=schedule if choice is None else choice.schedule)
+
+
+def _shape(
+    call: Call, q: Tensor, keys: Mapping[str, Tensor], *, has_visibility: bool
+) -> AttentionShape:
+    """The call as the planner is asked about it: only what is the same on every rank."""
+    batch, _, heads, head_dim = q.shape
+    features = keys.get("features")
+    return AttentionShape(
+        batch=batch,
+        q_lengths=call.q_lengths,
+        kv_lengths=call.kv_lengths,
+        heads=heads,
+        # What a projection makes of its features is not known before it has run.
+        kv_heads=heads if features is not None else keys["k"].shape[2],
+        head_dim=head_dim,
+        element_bytes=q.element_size(),
+        recompute=features is not None,
+        visibility=has_visibility,
+        backward=call.requires_grad,
+        features_dim=0 if features is None else features.shape[-1],
     )
 
 
@@ -161,7 +193,7 @@ def _check_replicated(operation: str, schedule: str, q_lengths: tuple[int, ...])
         )
 
 
-def _check_chunks(kv_chunk_tokens: int | None, schedule: str) -> None:
+def _check_chunks(kv_chunk_tokens: int | None, schedule: str | None) -> None:
     if kv_chunk_tokens is None:
         return
     if not isinstance(kv_chunk_tokens, int) or kv_chunk_tokens < 1:
@@ -217,7 +249,7 @@ def _check(
     visibility: Visibility | None,
     *,
     kernel: str,
-    schedule: str,
+    schedule: str | None,
 ) -> Kernel:
     for name, tensor in {"q": q, **keys}.items():
         if not isinstance(tensor, Tensor):
@@ -231,7 +263,7 @@ def _check(
             f"q: got shape {list(q.shape)}; expected at least one head and a head_dim of at least "
             "1: only the batch and the lengths may be 0"
         )
-    if schedule not in SCHEDULES:
+    if schedule is not None and schedule not in SCHEDULES:
         raise ValueError(f"schedule: got {schedule!r}; expected one of {list(SCHEDULES)}")
     chosen = choose(kernel, q)
     if "k" in keys:

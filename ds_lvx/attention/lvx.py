@@ -75,8 +75,10 @@ def lv_xattn(
         softmax_scale: factor on the scores; ``head_dim ** -0.5`` when None.
         schedule: ``"gather"``, ``"ring"``, ``"replicated"`` (every rank holds the same queries and
             does the same with the result; dout is the same on every rank, and so is dq), or
-            ``"auto"``: gather, and ring above 1 GiB of gathered queries.
-        kernel: ``"native"``, ``"reference"`` or ``"auto"`` (native).
+            ``"auto"``: what the planner predicts to be faster of gather and ring, and ring above
+            1 GiB of gathered queries.
+        kernel: ``"native"``, ``"triton"``, ``"reference"`` or ``"auto"``: native on a CPU, on CUDA
+            the fastest one that can do the call, as measured at the first call of its kind.
         return_lse: also return lse, differentiable.
 
     Returns:
@@ -87,11 +89,11 @@ def lv_xattn(
         ValueError, NotImplementedError: bad arguments of any rank, on every rank.
         RuntimeError: a rank is gone or the network failed.
 
-    Collectives: one agreement of 2 KiB on the CPU; then a rank sends ``(n-1) s H (2 D e + 4)``
-    bytes in forward and ``(n-1) s H (3 D e + 8)`` in backward, and ``8 (n-1) s`` in each for
-    visibility (a sample; n ranks, s = seqlen_q, e bytes an element). ``replicated`` sends instead
-    ``(n-1) s H 4`` and an all-reduce of ``s H D`` fp32 numbers in forward, the all-reduce alone in
-    backward. Every rank must run backward.
+    Collectives: one agreement of 2 KiB on the CPU (two at a group's first call with ``auto``); then
+    a rank sends ``(n-1) s H (2 D e + 4)`` bytes in forward and ``(n-1) s H (3 D e + 8)`` in
+    backward, and ``8 (n-1) s`` in each for visibility (a sample; n ranks, s = seqlen_q, e bytes an
+    element). ``replicated`` sends instead ``(n-1) s H 4`` and an all-reduce of ``s H D`` fp32
+    numbers in forward, the all-reduce alone in backward. Every rank must run backward.
 
     Source: the paper's section 3.1; the gather schedule and visibility are ours.
     """

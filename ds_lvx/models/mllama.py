@@ -54,7 +54,13 @@ def _layers(model: nn.Module) -> Iterator[Layer]:
     for name, module in model.named_modules():
         for module_type, kind in _KINDS.items():
             if isinstance(module, module_type):
-                yield Layer(name, kind, module, int(module.num_heads))  # type: ignore[arg-type]
+                yield _layer(name, kind, module)
+
+
+def _layer(name: str, kind: Kind, module: Any) -> Layer:
+    heads = int(module.num_heads)
+    kv_heads = int(getattr(module, "num_key_value_heads", heads))
+    return Layer(name, kind, module, heads, kv_heads, int(module.head_dim))
 
 
 def encoders(model: MllamaForConditionalGeneration) -> list[nn.Module]:
@@ -85,7 +91,7 @@ def patch(
     hook = _PrepareText(groups.sp_size)
     model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
     mllama_features.install(model, offloads=any(plan.features == "offload" for plan in plans))
-    return Patch(model, plans)
+    return Patch(model, layers, plans)
 
 
 def _check_rope(model: MllamaForConditionalGeneration, sp_size: int) -> None:
@@ -204,6 +210,7 @@ class _CrossAttention(ShardedForward):
             features=cross_attention_states,
             project_kv=project_kv,
             trains=_trains(module.k_proj, module.v_proj, module.k_norm),
+            kv_heads=module.num_key_value_heads,
             kv_lengths=batch.kv_lengths,
             visibility=batch.cross_visibility,
             scale=module.scaling,
@@ -238,6 +245,7 @@ class _SelfAttention(ShardedForward):
             features=hidden_states,
             project_kv=project_kv,
             trains=_trains(module.k_proj, module.v_proj),
+            kv_heads=module.num_key_value_heads,
             kv_lengths=batch.text_lengths,
             visibility=batch.text_visibility,
             scale=module.scaling,

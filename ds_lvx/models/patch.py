@@ -14,10 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.attention import lvx, recompute, ring, ulysses
-from ds_lvx.attention.call import Call, choose_schedule
+from ds_lvx.attention.auto import NOTES, decide
+from ds_lvx.attention.call import Call
+from ds_lvx.attention.replay import once, recording
+from ds_lvx.comm import Channel
 from ds_lvx.kernels import choose
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.plan import LayerPlan
+from ds_lvx.models.plan import Layer, LayerPlan
+from ds_lvx.plan.shape import AttentionShape
 from ds_lvx.visibility import Visibility
 
 KEYWORD = "ds_lvx"
@@ -102,11 +106,15 @@ class Patch:
 
     Attributes:
         model: the model that was patched, without wrappers.
-        plans: how each of its attention layers runs.
+        layers: its attention layers.
+        plans: how each of them runs.
     """
 
-    def __init__(self, model: nn.Module, plans: Sequence[LayerPlan]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], plans: Sequence[LayerPlan]
+    ) -> None:
         self.model = model
+        self.layers = tuple(layers)
         self.plans = tuple(plans)
 
     def unpatch(self) -> None:
@@ -145,6 +153,7 @@ def attend(
     features: Tensor,
     project_kv: Callable[[Tensor], tuple[Tensor, Tensor]],
     trains: bool,
+    kv_heads: int,
     kv_lengths: tuple[int, ...],
     visibility: Visibility | None,
     scale: float,
@@ -158,6 +167,7 @@ def attend(
         features: what K and V are projected from, ``[B, s_kv, hidden]``, this rank's.
         project_kv: features -> K, V ``[B, s_kv, H_kv, D]``.
         trains: whether a parameter of ``project_kv`` wants a gradient.
+        kv_heads: H_kv.
         kv_lengths: s_kv by rank.
         visibility: this rank's, or None where every query sees every key.
         scale: factor of the scores.
@@ -166,15 +176,31 @@ def attend(
         ``[B, s, H, D]``.
     """
     wanted = trains or q.requires_grad or features.requires_grad
+    # A projection that runs again in backward knows only there who wants a gradient.
+    requires_grad = (wanted or plan.recompute_kv) and torch.is_grad_enabled()
+    shape = AttentionShape(
+        batch=q.shape[0],
+        q_lengths=batch.text_lengths,
+        kv_lengths=kv_lengths,
+        heads=q.shape[2],
+        kv_heads=kv_heads,
+        head_dim=q.shape[3],
+        element_bytes=q.element_size(),
+        recompute=plan.recompute_kv,
+        visibility=visibility is not None,
+        # Not whether this rank wants a gradient: the answer must be the same on all.
+        backward=torch.is_grad_enabled() or recording(),
+        features_dim=features.shape[-1],
+    )
+    method, schedule = _resolved(plan, shape, batch.channel, q.device)
     call = Call(
         channel=batch.channel,
         q_lengths=batch.text_lengths,
         kv_lengths=kv_lengths,
         kernel=choose(plan.kernel, q),
         softmax_scale=scale,
-        schedule=choose_schedule(plan.schedule, batch.text_lengths, q),
-        # A projection that runs again in backward knows only there who wants a gradient.
-        requires_grad=(wanted or plan.recompute_kv) and torch.is_grad_enabled(),
+        schedule=schedule,
+        requires_grad=requires_grad,
     )
     if plan.recompute_kv:
         return recompute.attend_recompute(
@@ -183,23 +209,33 @@ def attend(
             features,
             project_kv,
             visibility,
-            kv_chunk_tokens=_chunk_tokens(plan),
+            kv_chunk_tokens=plan.chunk_tokens(),
             shared=batch.features_gradient if plan.kind == "cross" else None,
             layer=plan.name,
         )[0]
     k, v = project_kv(features)
-    if plan.method == "ulysses":
+    if method == "ulysses":
         out = ulysses.attend(call, q, k, v, visibility)
     else:
         # "none" gets here in a group of one rank only, where ring attention is the local one.
-        out, _ = (lvx if plan.method == "lvx" else ring).attend(call, q, k, v, visibility)
+        out, _ = (lvx if method == "lvx" else ring).attend(call, q, k, v, visibility)
     if not any(kv_lengths):
         # Sums over nothing: they tie the projections to the graph, for gradients of 0 and not none.
         out = out + k.sum() + v.sum()
     return out
 
 
-def _chunk_tokens(plan: LayerPlan) -> int | None:
-    if plan.kv_chunk_tokens is None and plan.features == "offload":
-        return recompute.STREAMED_TOKENS  # on a CPU, too, where nothing has to be streamed
-    return plan.kv_chunk_tokens
+def _resolved(
+    plan: LayerPlan, shape: AttentionShape, channel: Channel, device: torch.device
+) -> tuple[str, str]:
+    """Method and schedule of this call, where the plan leaves them to the planner."""
+    wanted = plan.wanted()
+    if not wanted.is_open or channel.size == 1:
+        method = "lvx" if plan.method == "auto" else plan.method
+        return method, "gather" if plan.schedule == "auto" else plan.schedule
+    # The passes of a checkpoint must not decide differently.
+    choice = once("auto", lambda: decide(wanted, shape, channel, device))
+    assert choice is not None
+    if plan.method == "auto":
+        NOTES.about(choice, shape, name=plan.name, rank=channel.rank)
+    return choice.method, choice.schedule

@@ -8,7 +8,10 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
+from ds_lvx.attention.auto import Wanted, explain
+from ds_lvx.attention.recompute import STREAMED_TOKENS
 from ds_lvx.config import LayerRule, LVXConfig, summarise_names
+from ds_lvx.plan.cluster import Cluster
 
 Kind: TypeAlias = Literal["self", "cross", "local"]
 """Text to text, text to images, or an encoder's layer that never leaves its rank."""
@@ -29,12 +32,16 @@ class Layer:
         kind: what it attends to.
         module: the attention module itself.
         num_heads: query heads.
+        num_kv_heads: key/value heads.
+        head_dim: of both.
     """
 
     name: str
     kind: Kind
     module: nn.Module
     num_heads: int
+    num_kv_heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,17 @@ class LayerPlan:
     recompute_kv: bool
     features: str = "keep"
     kv_chunk_tokens: int | None = None
+
+    def chunk_tokens(self) -> int | None:
+        """Visual tokens whose K and V exist at a time; None for all."""
+        if self.kv_chunk_tokens is None and self.features == "offload":
+            return STREAMED_TOKENS  # on a CPU, too, where nothing has to be streamed
+        return self.kv_chunk_tokens
+
+    def wanted(self) -> Wanted:
+        """What the planner is to choose, and from what."""
+        chunked = self.chunk_tokens() is not None
+        return Wanted(self.method, self.schedule, self.recompute_kv, chunked)
 
     def record(self) -> dict[str, Any]:
         """The plan as JSON."""
@@ -79,7 +97,8 @@ def make_plans(layers: Sequence[Layer], config: LVXConfig, *, sp_size: int) -> l
 
 def _plan(layer: Layer, rules: Mapping[str, LayerRule | None]) -> LayerPlan:
     rule = rules[layer.name]
-    if rule is None:
+    # An image is encoded on the rank that holds it: there is nothing to choose.
+    if rule is None or (layer.kind == "local" and rule.method == "auto"):
         return LayerPlan(layer.name, layer.kind, "none", "auto", "auto", False)
     return LayerPlan(
         layer.name,
@@ -163,6 +182,36 @@ def table(plans: Sequence[LayerPlan]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(lines)
+
+
+_EXAMPLES = {
+    "cross": ((256, 1_000_000), (4_096, 100_000), (2_048, 2_048)),
+    "self": ((1_024, 1_024), (16_384, 16_384)),
+}
+"""Text tokens, and tokens that they attend to, at which `explain_auto` says what it would take."""
+
+
+def explain_auto(
+    layers: Sequence[Layer], plans: Sequence[LayerPlan], cluster: Cluster, *, sp_size: int
+) -> list[str]:
+    """What ``auto`` would take in a group of ``sp_size`` ranks: a line for each kind of layer."""
+    kinds: dict[tuple[Any, ...], list[str]] = {}
+    for layer, plan in zip(layers, plans, strict=True):
+        if plan.wanted().is_open and layer.kind != "local":
+            heads = (layer.num_heads, layer.num_kv_heads, layer.head_dim)
+            kinds.setdefault((plan.wanted(), layer.kind, heads), []).append(layer.name)
+    lines = []
+    for (wanted, kind, heads), names in kinds.items():
+        sizes = _EXAMPLES[kind]
+        words = dict(zip(("heads", "kv_heads", "head_dim"), heads, strict=True))
+        example = explain(wanted, cluster, heads=words, ranks=sp_size, sizes=sizes)
+        lines += [
+            f"auto, {name}: by the shapes of each batch, such as {example}"
+            for name in summarise_names(names)
+        ]
+    if lines:
+        lines.append(f"auto: predicted from {cluster.source}")
+    return lines
 
 
 def _recomputation(plan: LayerPlan) -> str:

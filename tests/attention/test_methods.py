@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import ds_lvx
-from ds_lvx.attention.call import choose_schedule
 from tests.attention.cases import Problem, assemble, largest_error, run_problems
 from tests.ranks import run_ranks
 
@@ -140,12 +139,3 @@ def test_replicated_queries_get_the_whole_result_on_every_rank(visibility: str) 
     for name in ("dk", "dv"):
         together = torch.cat([answer[name] for answer in answers], dim=1)
         assert largest_error({name: together}, exact)[name] < LIMIT
-
-
-def test_auto_gathers_while_the_queries_are_few() -> None:
-    """The same answer on a rank without queries."""
-    for rows in (0, 7):
-        q = torch.empty(1, rows, 32, 128, dtype=torch.bfloat16, device="meta")
-        assert choose_schedule("auto", (2**17 - 1, 0), q) == "gather"
-        assert choose_schedule("auto", (2**17, 1), q) == "ring"
-        assert choose_schedule("ring", (1, 1), q) == "ring"

@@ -1,0 +1,173 @@
+"""``auto``: the planner's choice of method and schedule for the real shapes of a call.
+
+The planner is arithmetic (`ds_lvx.plan.choose`); what it needs to know of devices and links, every
+rank takes from the first rank of the group, so that all of them decide alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ds_lvx.comm import Channel, ProcessGroup
+from ds_lvx.plan.choose import Choice, choose, label
+from ds_lvx.plan.cluster import Cluster
+from ds_lvx.plan.profile import current
+from ds_lvx.plan.shape import AttentionShape
+
+_logger = logging.getLogger("ds_lvx")
+
+METHODS = ("lvx", "ulysses", "ring")
+_SCHEDULES = ("gather", "ring")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a rule leaves open.
+
+    Attributes:
+        method: one of `METHODS`, or ``"auto"``.
+        schedule: of lvx, or ``"auto"``.
+        recompute_kv: K and V are projected again in backward, which lvx alone can do.
+        chunked: K and V exist in chunks, which the schedule ``ring`` cannot do.
+    """
+
+    method: str = "auto"
+    schedule: str = "auto"
+    recompute_kv: bool = False
+    chunked: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is anything to choose."""
+        return self.method == "auto" or (self.method == "lvx" and self.schedule == "auto")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Those that may run."""
+        if self.method != "auto":
+            return (self.method,)
+        return ("lvx",) if self.recompute_kv else METHODS
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """Those of lvx that may run."""
+        if self.schedule != "auto":
+            return (self.schedule,)
+        return ("gather",) if self.chunked else _SCHEDULES
+
+
+class Clusters:
+    """What the ranks of each group agreed on; it lives as long as the group."""
+
+    def __init__(self) -> None:
+        self._by_group: WeakKeyDictionary[ProcessGroup, Cluster] = WeakKeyDictionary()
+
+    def of(self, channel: Channel, device: torch.device, *, over: Channel | None = None) -> Cluster:
+        """The cluster of a group, as its first rank knows it.
+
+        Args:
+            channel: the group.
+            device: where its tensors are.
+            over: the ranks that share one answer; the group itself when None.
+
+        Collectives: the first time, an agreement of 2 KiB on the CPU over these ranks.
+        """
+        group = channel.group
+        if group is None or channel.size == 1:
+            return current(device, 1)
+        if group not in self._by_group:
+            mine = current(device, channel.size).record()
+            records = (channel if over is None else over).agree({"cluster": mine})
+            self._by_group[group] = Cluster.of(records[0]["cluster"])
+        return self._by_group[group]
+
+
+CLUSTERS = Clusters()
+
+
+class Notes:
+    """Says once, on the first rank, that a group is larger than its inputs deserve."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def about(self, choice: Choice, shape: AttentionShape, *, name: str, rank: int) -> None:
+        """Tell what was chosen, and warn where one rank alone would be faster."""
+        if rank != 0:
+            return
+        queries, keys = sum(shape.q_lengths), sum(shape.kv_lengths)
+        chosen = label(choice.method, choice.schedule)
+        if self._first(f"{name}: {chosen}"):
+            _logger.info(
+                "%s: auto is %s for %d queries and %d keys; %s",
+                name,
+                chosen,
+                queries,
+                keys,
+                choice.reason,
+            )
+        if choice.one_rank_serves_best and self._first(name):
+            _logger.warning(
+                "%s: %d queries and %d keys are so few that one rank alone would be faster "
+                "(%.3g ms predicted, %.3g ms on %d ranks); with sequence_parallel_size 1 the "
+                "ranks can take different samples instead",
+                name,
+                queries,
+                keys,
+                1e3 * choice.alone_seconds,
+                1e3 * choice.seconds,
+                shape.ranks,
+            )
+
+    def _first(self, text: str) -> bool:
+        new = text not in self._said
+        self._said.add(text)
+        return new
+
+
+NOTES = Notes()
+
+
+def decide(
+    wanted: Wanted, shape: AttentionShape, channel: Channel, device: torch.device
+) -> Choice | None:
+    """The planner's choice for a call; None where nothing is open, or nobody to share with.
+
+    Collectives: those of `Clusters.of`.
+    """
+    if not wanted.is_open or channel.size == 1:
+        return None
+    cluster = CLUSTERS.of(channel, device)
+    return choose(shape, cluster, methods=wanted.methods, schedules=wanted.schedules)
+
+
+def explain(
+    wanted: Wanted,
+    cluster: Cluster,
+    *,
+    heads: Mapping[str, int],
+    ranks: int,
+    sizes: tuple[tuple[int, int], ...],
+) -> str:
+    """What would be chosen at some sizes, in one line for the start table.
+
+    Args:
+        wanted: what is open.
+        cluster: what the choice rests on.
+        heads: ``heads``, ``kv_heads`` and ``head_dim`` of the layer.
+        ranks: of the group.
+        sizes: pairs of queries and keys, over all ranks.
+    """
+    words = []
+    for queries, keys in sizes:
+        shape = AttentionShape.even(queries=queries, keys=keys, ranks=ranks, **heads)
+        choice = choose(shape, cluster, methods=wanted.methods, schedules=wanted.schedules)
+        alone = ", though one rank serves best" if choice.one_rank_serves_best else ""
+        chosen = label(choice.method, choice.schedule)
+        words.append(f"{queries:,} x {keys:,}: {chosen}{alone}")
+    return "; ".join(words)
