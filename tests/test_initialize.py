@@ -86,7 +86,7 @@ def test_rank_0_prints_one_table_and_shutdown_ends_everything() -> None:
         assert result["sizes"] == (2, 2)
         assert result["batch"] == 2  # two replicas, not four ranks
     lines = results[0]["printed"].splitlines()
-    (row,) = [line.split() for line in lines if "cross_attn" in line]
+    (row,) = [line.split() for line in lines if "cross_attn  " in line]
     assert row == ["model.language_model.layers.{1,3}.cross_attn", "lvx", "auto", "auto", "yes"]
 
 

@@ -169,5 +169,5 @@ def explain(
         choice = choose(shape, cluster, methods=wanted.methods, schedules=wanted.schedules)
         alone = ", though one rank serves best" if choice.one_rank_serves_best else ""
         chosen = label(choice.method, choice.schedule)
-        words.append(f"{queries:,} x {keys:,}: {chosen}{alone}")
+        words.append(f"{queries:,} queries x {keys:,} keys: {chosen}{alone}")
     return "; ".join(words)

@@ -159,8 +159,9 @@ def _settle(
     wanted = Wanted("lvx", schedule, recompute_kv="features" in keys, chunked=chunked)
     shape = _shape(call, q, keys, has_visibility=visibility is not None)
     choice = decide(wanted, shape, channel, q.device)
-    # A group of one runs all at once, whatever it is called.
-    return replace(call, schedule=schedule if choice is None else choice.schedule)
+    if choice is None:  # named, or a group of one, where every schedule is the same
+        return replace(call, schedule="gather" if schedule == "auto" else schedule)
+    return replace(call, schedule=choice.schedule)
 
 
 def _shape(

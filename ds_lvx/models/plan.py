@@ -206,7 +206,7 @@ def explain_auto(
         words = dict(zip(("heads", "kv_heads", "head_dim"), heads, strict=True))
         example = explain(wanted, cluster, heads=words, ranks=sp_size, sizes=sizes)
         lines += [
-            f"auto, {name}: by the shapes of each batch, such as {example}"
+            f"auto, {name}, by the lengths of each batch: {example}"
             for name in summarise_names(names)
         ]
     if lines:

@@ -44,8 +44,8 @@ def test_the_explanation_names_a_choice_for_each_size() -> None:
         Wanted(), cluster(SLOW), heads=HEADS, ranks=4, sizes=((192, 750_000), (65_536, 65_536))
     )
     first, second = text.split("; ")
-    assert first.startswith("192 x 750,000: lvx ")
-    assert second.startswith("65,536 x 65,536: ")
+    assert first.startswith("192 queries x 750,000 keys: lvx ")
+    assert second.startswith("65,536 queries x 65,536 keys: ")
 
 
 # ---- in a model
@@ -138,8 +138,10 @@ def test_the_start_table_explains_auto() -> None:
     text, source = run_ranks(start_table, 2, AUTO)[0]
     lines = [line for line in text.splitlines() if line.startswith("auto")]
     assert len(lines) == 3
-    assert any("cross_attn" in line and "256 x 1,000,000: lvx" in line for line in lines)
-    assert any("self_attn" in line and "16,384 x 16,384: " in line for line in lines)
+    assert any(
+        "cross_attn" in line and "256 queries x 1,000,000 keys: lvx" in line for line in lines
+    )
+    assert any("self_attn" in line and "16,384 queries x 16,384 keys: " in line for line in lines)
     assert lines[-1] == f"auto: predicted from {source}"
     fixed = {"cross": {"method": "lvx", "schedule": "ring"}, "self_attn": "ring"}
     assert "auto:" not in run_ranks(start_table, 2, fixed)[0][0]
