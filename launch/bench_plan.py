@@ -1,0 +1,326 @@
+"""Show how right the planner is: against measured runs, and against the paper's table.
+
+    python launch/bench_plan.py --parts published                   no measurement, a second
+    python launch/bench_plan.py --parts network                     as root; a quarter of an hour
+    python launch/bench_plan.py --parts network --rates 200mbit --ranks 2      one piece of it
+    python launch/bench_plan.py --render --document docs/planning.md           tables from the JSON
+
+``network`` measures every method over an emulated network (`ds-lvx compare`), at several rates,
+shapes and numbers of ranks, and beside it, by itself, a profile of this machine on that network
+(`ds-lvx plan --calibrate`). The prediction sees the profile and nothing of the runs. Writes
+plan_network.json and plan_published.json, with plots, into --output_dir.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ds_lvx.compare.inputs import split
+from ds_lvx.compare.machine import header
+from ds_lvx.compare.network import Network
+from ds_lvx.plan import calibrate, published
+from ds_lvx.plan.cluster import Cluster
+from ds_lvx.plan.cost import cost
+from ds_lvx.plan.shape import AttentionShape
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("published", "network")
+RATES = ("200mbit", "500mbit", "2gbit")
+SHAPES = ("64x32768", "256x16384", "1024x4096")
+READINGS = ("both ways", "one way")
+
+
+def main() -> None:
+    """Measure or predict, then write JSON, tables and plots."""
+    options = parse_options()
+    for part in options.parts:
+        path = options.output_dir / f"plan_{part}.json"
+        if part == "published":
+            results = published_results()
+        elif options.render:
+            results = json.loads(path.read_text())
+            results["errors"] = errors(results["pieces"])  # by the formulas as they are now
+        else:
+            results = network_results(options, path)
+        save(results, path)
+        text = table(part, results)
+        if options.document is not None:
+            write_into(options.document, part, text)
+        print(text, flush=True)
+        if part == "network":
+            draw(results).savefig(path.with_suffix(".png"), dpi=110)
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--rates", nargs="+", default=RATES, help="of the emulated network")
+    parser.add_argument("--ranks", nargs="+", type=int, default=(2, 4))
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="queries x keys")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "benchmarks")
+    parser.add_argument("--document", type=Path, help="Markdown file that gets the tables")
+    parser.add_argument("--render", action="store_true", help="nothing measured: from the JSON")
+    parser.add_argument("--quick", action="store_true", help="a useless profile, to try it")
+    return parser.parse_args()
+
+
+def save(results: dict[str, Any], path: Path) -> None:
+    """Write the JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+KINDS = ("measured", "predicted")
+
+# --------------------------------------------------------------------------------------------
+# The paper's table
+
+
+def published_results() -> dict[str, Any]:
+    """The table beside the prediction, by how its bandwidths are read."""
+    begin = header(device="cpu")
+    del begin["hardware"]  # nothing was measured
+    return {
+        **begin,
+        "kind": "predicted",
+        "device": "6 A100 of 40 GB, 3 a node, from the data sheet",
+        "units": "seconds of all 8 cross-attention layers, forward and backward",
+        "records": {
+            reading: [
+                published.compare(row, published.cluster(both_ways=reading == "both ways"))
+                for row in published.TABLE
+            ]
+            for reading in READINGS
+        },
+        # What their times say by themselves about the network.
+        "least_bytes_per_s": [published.ring_bytes(row) / row.ring_s for row in published.TABLE],
+    }
+
+
+# --------------------------------------------------------------------------------------------
+# Runs over an emulated network
+
+
+def network_results(options: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Profile and runs for every rate and number of ranks; what is there already is replaced."""
+    results: dict[str, Any] = {**header(emulated=True, device="cpu"), "pieces": []}
+    if path.exists():
+        results["pieces"] = json.loads(path.read_text())["pieces"]
+    for rate in options.rates:
+        for ranks in options.ranks:
+            pieces = [p for p in results["pieces"] if (p["network"], p["ranks"]) != (rate, ranks)]
+            pieces.append(measure_piece(rate, ranks, options))
+            results["pieces"] = pieces
+            results["errors"] = errors(pieces)
+            save(results, path)
+    return results
+
+
+def measure_piece(rate: str, ranks: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One profile, and every shape's runs."""
+    profile = calibrate.calibrate(ranks=ranks, network=Network.parse(rate), quick=options.quick)
+    runs = [measure_runs(rate, ranks, shape, options) for shape in options.shapes]
+    profile["answers"] = [slim(answer) for answer in profile["answers"]]
+    return {"network": rate, "ranks": ranks, "profile": profile, "runs": runs}
+
+
+def slim(answer: dict[str, Any]) -> dict[str, Any]:
+    """A rank's samples, to four digits."""
+    text = json.dumps(answer)
+    return json.loads(text, parse_float=lambda digits: float(f"{float(digits):.4g}"))
+
+
+def measure_runs(rate: str, ranks: int, shape: str, options: argparse.Namespace) -> dict[str, Any]:
+    """`ds-lvx compare` on one shape: seconds by method."""
+    queries, keys = shape.split("x")
+    words = ["compare", "--network", rate, "--ranks", str(ranks)]
+    words += ["--seqlen-q", queries, "--seqlen-kv", keys]
+    words += ["--methods", "lvx", "ulysses", "ring", "none"]
+    words += ["--warmup", "1", "--repeats", str(options.repeats), "--json"]
+    print("ds-lvx", shlex.join(words), file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ds_lvx.cli", *words], stdout=subprocess.PIPE, check=True, text=True
+    )
+    found = json.loads(done.stdout)
+    return {
+        "command": shlex.join(["ds-lvx", *words]),
+        "seqlen_q": int(queries),
+        "seqlen_kv": int(keys),
+        "heads": found["shape"]["heads"],
+        "kv_heads": found["shape"]["kv_heads"],
+        "head_dim": found["shape"]["head_dim"],
+        "step_s": {record["method"]: record["step_s"] for record in found["records"]},
+    }
+
+
+def predict(piece: dict[str, Any], run: dict[str, Any], method: str) -> float:
+    """Seconds of a step, from the profile and the shape alone."""
+    ranks = piece["ranks"]
+    shape = AttentionShape(
+        batch=1,
+        q_lengths=split(run["seqlen_q"], ranks),
+        kv_lengths=split(run["seqlen_kv"], ranks),
+        heads=run["heads"],
+        kv_heads=run["kv_heads"],
+        head_dim=run["head_dim"],
+    )
+    name, _, schedule = method.partition("-")
+    cluster = Cluster.of(piece["profile"]["cluster"])
+    return cost(shape, cluster, method=name, schedule=schedule or "gather", settled=False).seconds
+
+
+def comparisons(pieces: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every measured step beside its prediction."""
+    found = []
+    for piece in pieces:
+        for run in piece["runs"]:
+            for method, step_s in run["step_s"].items():
+                predicted, measured = predict(piece, run, method), step_s["median"]
+                found.append(
+                    {
+                        "network": piece["network"],
+                        "ranks": piece["ranks"],
+                        "seqlen_q": run["seqlen_q"],
+                        "seqlen_kv": run["seqlen_kv"],
+                        "method": method,
+                        "measured_s": measured,
+                        "predicted_s": predicted,
+                        "error": abs(predicted - measured) / measured,
+                    }
+                )
+    return found
+
+
+def errors(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Median and worst error, over all and by method."""
+    found = comparisons(pieces)
+    by_method = {
+        method: [each["error"] for each in found if each["method"] == method]
+        for method in dict.fromkeys(each["method"] for each in found)
+    }
+    return {
+        "count": len(found),
+        "median": statistics.median(each["error"] for each in found),
+        "worst": max(each["error"] for each in found),
+        "by_method": {
+            method: {"median": statistics.median(own), "worst": max(own)}
+            for method, own in by_method.items()
+        },
+        "comparisons": found,
+    }
+
+
+# --------------------------------------------------------------------------------------------
+# Tables and plots
+
+
+def table(part: str, results: dict[str, Any]) -> str:
+    """Markdown."""
+    return published_table(results) if part == "published" else network_table(results)
+
+
+def published_table(results: dict[str, Any]) -> str:
+    """One row for each line of the paper's table and each reading of its bandwidths."""
+    head = ["text", "frames", "links read", "ring, s", "predicted", "LV-XAttn, s", "predicted"]
+    rows = [[*head, "speed-up", "predicted", "predicted / published"]]
+    for reading, records in results["records"].items():
+        rows += [
+            [
+                f"{each['text_tokens']}",
+                f"{each['frames']}",
+                reading,
+                f"{each['ring_s']:.2f}",
+                f"{each['predicted_ring_s']:.2f}",
+                f"{each['lvx_s']:.2f}",
+                f"{each['predicted_lvx_s']:.2f}",
+                f"{each['speedup']:.1f}",
+                f"{each['predicted_speedup']:.1f}",
+                f"{each['predicted_over_published']:.2f}",
+            ]
+            for each in records
+        ]
+    return markdown(rows)
+
+
+def network_table(results: dict[str, Any]) -> str:
+    """One row for each rate, number of ranks and shape; measured and predicted by method."""
+    found = results["errors"]["comparisons"]
+    methods = list(results["errors"]["by_method"])
+    rows = [["network", "ranks", "S_q", "S_kv", *(f"{method}, ms" for method in methods)]]
+    cells: dict[tuple[Any, ...], dict[str, str]] = {}
+    for each in found:
+        key = (each["network"], each["ranks"], each["seqlen_q"], each["seqlen_kv"])
+        text = f"{each['measured_s'] * 1e3:.0f} / {each['predicted_s'] * 1e3:.0f}"
+        cells.setdefault(key, {})[each["method"]] = text
+    for key, row in cells.items():
+        rows.append([*map(str, key), *(row.get(method, "-") for method in methods)])
+    each = results["errors"]["by_method"]
+    rows += [
+        [f"{name} error", "", "", "", *(f"{each[m][name]:.1%}" for m in methods)]
+        for name in ("median", "worst")
+    ]
+    whole = results["errors"]
+    title = (
+        f"Measured / predicted, milliseconds of a forward and backward, bf16, 8 heads of 64; "
+        f"{whole['count']} comparisons: median error {whole['median']:.1%}, worst "
+        f"{whole['worst']:.1%}. {results['hardware']['device']}; emulated network."
+    )
+    return f"{title}\n\n{markdown(rows)}"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def write_into(document: Path, part: str, text: str) -> None:
+    """Replace what stands between the comment lines of this part."""
+    begin, end = (f"<!-- bench_plan.py, {part}: {edge} -->" for edge in ("begin", "end"))
+    head, found_begin, rest = document.read_text().partition(begin)
+    _, found_end, tail = rest.partition(end)
+    if not found_begin or not found_end:
+        sys.exit(f"bench_plan: {document}: expected the lines {begin!r} and {end!r}")
+    document.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}")
+
+
+def draw(results: dict[str, Any]) -> Figure:
+    """Predicted against measured."""
+    figure = Figure(figsize=(6, 5.5), layout="constrained")
+    axes = figure.subplots()
+    found = results["errors"]["comparisons"]
+    for method in results["errors"]["by_method"]:
+        own = [each for each in found if each["method"] == method]
+        measured, predicted = ([each[f"{name}_s"] for each in own] for name in KINDS)
+        axes.plot(measured, predicted, "o", markersize=5, label=method)
+    ends = [
+        min(each["measured_s"] for each in found) / 2,
+        2 * max(each["measured_s"] for each in found),
+    ]
+    axes.plot(ends, ends, color="grey", linewidth=0.8)
+    axes.fill_between(
+        ends, [0.85 * e for e in ends], [1.15 * e for e in ends], color="grey", alpha=0.2
+    )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("measured over an emulated network, s")
+    axes.set_ylabel("predicted, s (band: 15%)")
+    axes.set_title("A forward and a backward of attention")
+    axes.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    main()

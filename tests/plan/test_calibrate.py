@@ -1,0 +1,86 @@
+"""Measuring this machine: the fit, and one run from end to end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ds_lvx.plan import command, fit, profile
+from ds_lvx.plan.cluster import KernelTime
+
+HEADS = {"heads": 8, "kv_heads": 2, "head_dim": 64}
+
+
+def test_the_fit_finds_what_made_the_samples() -> None:
+    true = KernelTime(call_s=2e-5, pair_s=3e-12, key_s=4e-10, row_s=5e-10)
+    shapes = [{"seqlen_q": s, "seqlen_kv": t} for s in (1, 64, 1024) for t in (128, 4096, 65_536)]
+    seconds = [
+        true.seconds(
+            pairs=each["seqlen_q"] * each["seqlen_kv"] * 8 * 64,
+            keys=each["seqlen_kv"] * 2 * 64,
+            rows=each["seqlen_q"] * 8 * 64,
+        )
+        for each in shapes
+    ]
+    found = fit.kernel_time(shapes, seconds, **HEADS)
+    for name in ("call_s", "pair_s", "key_s", "row_s"):
+        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-6)
+
+
+def test_no_term_is_below_zero_however_the_samples_lie() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        columns = generator.uniform(0.1, 10, size=(12, 4))
+        seconds = generator.uniform(0.1, 10, size=12)
+        factors = fit.not_negative([list(row) for row in columns], list(seconds))
+        assert min(factors) >= 0
+        assert max(factors) > 0
+
+
+def test_a_link_is_its_latency_and_its_rate() -> None:
+    sizes = [2.0**power for power in range(10, 24, 2)]
+    found = fit.wire(sizes, [1e-4 + size / 25e6 for size in sizes])
+    assert found.latency_s == pytest.approx(1e-4)
+    assert found.bytes_per_s == pytest.approx(25e6)
+
+
+def test_the_slowest_rank_counts() -> None:
+    assert fit.slowest([[1.0, 5.0, 2.0], [3.0, 1.0, 2.5]]) == 3.0
+
+
+def options(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_a_calibration_from_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    words = ("--calibrate", "--ranks", "2", "--quick", "--profile", str(path))
+    assert command.run(options(*words)) == 0
+    cluster = profile.read(path)
+    assert (cluster.gpus, cluster.gpus_per_node) == (2, 2)
+    record = json.loads(path.read_text())
+    assert record["kind"] == "measured"
+    assert record["versions"]["torch"]
+    assert len(record["answers"]) == 2
+    for kernel in (cluster.device.whole, cluster.device.partial, cluster.device.backward):
+        assert kernel.seconds(pairs=1e6, keys=1e4, rows=1e4) > 0
+    assert 0 < cluster.device.alone <= 1
+    assert cluster.device.stream_bytes_per_s > 1e7
+    for wire in vars(cluster.within).values():
+        assert 1e5 < wire.bytes_per_s < 1e13
+    # And it serves a plan.
+    asked = ("--model", "OpenFlamingo-3B", "--frames", "64", "--gpus", "4096", "--json")
+    assert command.run(options(*asked, "--profile", str(path))) == 0
+
+
+def test_what_serves_no_plan_is_not_kept() -> None:
+    with pytest.raises(ValueError, match="expected at least 1"):
+        command.run(options("--calibrate", "--ranks", "0"))
+    with pytest.raises(ValueError, match="has no unit of a rate"):
+        command.run(options("--calibrate", "--network", "200"))

@@ -1,0 +1,161 @@
+"""``ds-lvx plan`` as its users call it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ds_lvx.cli import main
+from ds_lvx.plan.cards import CARDS
+from ds_lvx.plan.cluster import from_card
+from ds_lvx.plan.footprint import footprint
+from ds_lvx.plan.job import Job
+from ds_lvx.plan.models import known, model
+from ds_lvx.plan.search import divisors, plan
+
+LLAMA = ("plan", "--model", "Llama-3.2-11B-Vision", "--text", "384", "--card", "H100")
+
+
+def record(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    assert main([*LLAMA, *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def failure(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(list(words)) == 2
+    return capsys.readouterr().err
+
+
+def test_text_has_the_answer_and_where_it_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LLAMA, "--frames", "120", "--gpus", "16"]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "768,480 visual tokens",
+        "Best: lvx gather on groups of",
+        "sequence parallel",
+        "cross-attention, network",
+        "vision",
+        "why it stops",
+        "Predicted, nothing was run",
+        CARDS["H100"].source,
+    ):
+        assert words in text
+
+
+def test_json_has_every_method_and_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    found = record(capsys, "--frames", "120", "--gpus", "16")
+    assert found["kind"] == "predicted"
+    methods = {(s["method"], s["schedule"]) for s in found["steps"] if s["ranks"] == 8}
+    assert methods == {("lvx", "gather"), ("lvx", "ring"), ("ulysses", None), ("ring", None)}
+    for each in found["steps"]:
+        assert sum(each["parts"].values()) == pytest.approx(each["seconds"])
+        assert each["memory"]["peak"] > 0
+    at_8 = {s["method"]: s for s in found["steps"] if s["ranks"] == 8 and s["schedule"] != "ring"}
+    # Ring sends K and V of 16,000 tokens where lvx sends 48 queries.
+    assert at_8["ring"]["bytes_sent"] > 100 * at_8["lvx"]["bytes_sent"]
+    assert at_8["lvx"]["cross_seconds"] < at_8["ring"]["cross_seconds"]
+
+
+def test_thousands_of_gpus_and_a_hundred_million_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    found = record(capsys, "--visual-tokens", "100M", "--gpus", "4096")
+    assert found["job"]["visual_tokens"] >= 10**8
+    assert {s["ranks"] for s in found["steps"]} == {2**power for power in range(13)}
+    assert found["best"]["method"] == "lvx"
+    stops = {stop["name"]: stop for stop in found["stops"]}
+    assert stops["ulysses"]["ends_at"] == 32
+    assert "heads" in stops["ulysses"]["reason"]
+    assert "latency" in stops["lvx gather"]["reason"]
+    assert stops["lvx gather"]["fits_from"] > 1
+
+
+def test_more_gpus_in_a_group_take_less_memory() -> None:
+    job = Job(model("Llama-3.2-11B-Vision"), text_tokens=384, frames=1024)
+    peaks = [
+        footprint(job, gpus=64, ranks=ranks, method="lvx", schedule="gather").peak
+        for ranks in (8, 16, 32, 64)
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_zero_stages_and_training_less_take_less_memory() -> None:
+    def peak(**settings: object) -> int:
+        job = Job(model("Llama-3.2-11B-Vision"), text_tokens=384, frames=64, **settings)
+        return footprint(job, gpus=16, ranks=16, method="lvx", schedule="gather").peak
+
+    peaks = [peak(zero_stage=stage) for stage in range(4)]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peak(trains="cross") < peak()
+    assert peak(recompute=False, checkpointing=False) > peak()
+    # Stage 0 keeps 16 bytes a weight.
+    parameters = model("Llama-3.2-11B-Vision").parameters
+    assert peaks[0] - peaks[3] == pytest.approx(16 * parameters * 15 / 16, rel=1e-6)
+
+
+def test_a_plan_that_fits_nothing_says_by_how_much_and_what_would_fit() -> None:
+    job = Job(model("Llama-3.2-11B-Vision"), text_tokens=4096, frames=2000)
+    cluster = from_card(CARDS["A30"], gpus=8)
+    with pytest.raises(ValueError, match="GiB too much") as error:
+        plan(job, cluster)
+    text = str(error.value)
+    gpus = int(text.partition(" GPUs in one group")[0].rpartition(" ")[2])
+    assert plan(job, cluster.with_gpus(gpus)).best.ranks > 8
+    frames = text.partition(" of the 2000 frames")[0].rpartition(" ")[2]
+    fewer = Job(job.model, text_tokens=4096, frames=int(frames))
+    assert plan(fewer, cluster).best.ranks <= 8
+    with pytest.raises(ValueError, match="GiB too much"):
+        plan(Job(job.model, text_tokens=4096, frames=int(frames) + 8), cluster)
+
+
+@pytest.mark.parametrize("each", known(), ids=lambda each: each.name)
+def test_every_model_can_be_planned(each: object) -> None:
+    job = Job(each, text_tokens=2048, frames=256)
+    found = plan(job, from_card(CARDS["H200"], gpus=64))
+    assert found.best.seconds > 0
+
+
+def test_a_group_may_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    found = record(capsys, "--frames", "120", "--gpus", "16", "--group", "8")
+    assert {step["ranks"] for step in found["steps"]} == {8}
+    assert "expected one of [1, 2, 4, 8, 16]" in failure(
+        capsys, *LLAMA, "--frames", "120", "--gpus", "16", "--group", "3"
+    )
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+
+
+def test_links_may_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--frames", "120", "--gpus", "16", "--across", "200mbit", "--across-latency", "1ms")
+    slow, fast = record(capsys, *words), record(capsys, *words[:4])
+    across = slow["cluster"]["across"]["shift"]
+    assert (across["bytes_per_s"], across["latency_s"]) == (25e6, 1e-3)
+
+    def ring(found: dict) -> float:
+        wanted = (s for s in found["steps"] if s["method"] == "ring" and s["ranks"] == 16)
+        return next(wanted)["cross_seconds"]
+
+    assert ring(slow) > 100 * ring(fast)
+
+
+def test_bad_input_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, expected in (
+        (("plan", "--card", "H100"), "--model: got none"),
+        (("plan", "--model", "GPT-7", "--card", "H100"), "mPLUG-Owl3-7B"),
+        (("plan", "--model", "idefics-9b", "--card", "K80"), "'B200'"),
+        (("plan", "--model", "idefics-9b"), "--card: got neither"),
+        ((*LLAMA, "--across", "25"), "--across: got '25', which has no unit"),
+        ((*LLAMA, "--within-latency", "5"), "--within-latency: got '5'"),
+        ((*LLAMA, "--gpus", "0"), "--gpus: got 0"),
+        ((*LLAMA, "--zero", "4"), "zero: got 4"),
+        ((*LLAMA, "--frames", "none"), "--frames: got 'none'"),
+        (("plan", "--model", "idefics-9b", "--profile", "none.json"), "does not exist"),
+    ):
+        text = failure(capsys, *words)
+        assert expected in text, words
+        assert text.count("\n") == 1
+
+
+def test_the_plot_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "plan.png"
+    assert main([*LLAMA, "--frames", "120", "--gpus", "16", "--plot", str(path)]) == 0
+    assert path.read_bytes()[:4] == b"\x89PNG"

@@ -1,0 +1,151 @@
+"""Predicted bytes and times of one attention call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ds_lvx.attention.ulysses import _head_layout
+from ds_lvx.plan.cards import CARDS
+from ds_lvx.plan.cluster import Cluster, Link, from_card
+from ds_lvx.plan.cost import Cost, cost
+from ds_lvx.plan.peers import head_layout
+from ds_lvx.plan.shape import AttentionShape
+
+SHAPE = AttentionShape.even(queries=384, keys=768_000, ranks=8, heads=32, kv_heads=8, head_dim=128)
+
+
+def cluster(gpus: int = 8, per_node: int = 8, **links: Link) -> Cluster:
+    return from_card(CARDS["A100-40"], gpus=gpus, gpus_per_node=per_node, **links)
+
+
+def both(method: str, shape: AttentionShape = SHAPE, schedule: str = "ring") -> tuple[float, float]:
+    found = cost(shape, cluster(shape.ranks), method=method, schedule=schedule)
+    return found.forward.bytes_sent, found.backward.bytes_sent
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+@pytest.mark.parametrize("visibility", [False, True])
+def test_bytes_are_those_of_the_documents(n: int, *, visibility: bool) -> None:
+    """docs/how-it-works.md, Bytes; `traffic()` is held against the same formulas elsewhere."""
+    s, t, h, k, d, e = 48, 96_000, 32, 8, 128, 2
+    shape = AttentionShape(1, (s,) * n, (t,) * n, h, k, d, e, visibility=visibility)
+    queries, keys = (8 * (n - 1) * s, 4 * (n - 1) * t) if visibility else (0, 0)
+    lvx = (n - 1) * s * h * (2 * d * e + 4), (n - 1) * s * h * (3 * d * e + 8)
+    expected = {
+        ("lvx", "ring"): (lvx[0] + queries, lvx[1] + queries),
+        ("lvx", "gather"): (lvx[0] + queries, lvx[1] + queries),
+        ("ring", "gather"): (
+            2 * (n - 1) * t * k * d * e + keys,
+            4 * (n - 1) * t * k * d * e + keys,
+        ),
+    }
+    if k % n == 0:
+        each = (n - 1) / n * (2 * s * h + 2 * t * k) * d * e
+        expected["ulysses", "gather"] = (each + (n - 1) * (8 * s + 4 * t) * visibility, each)
+    for (method, schedule), wanted in expected.items():
+        assert both(method, shape, schedule) == pytest.approx(wanted, rel=1e-9), method
+
+
+def test_replicated_sends_lse_and_sums_out() -> None:
+    n, s = 4, 48
+    shape = AttentionShape(1, (s,) * n, (1000,) * n, 32, 8, 128)
+    summed = 2 * (n - 1) / n * s * 32 * 128 * 4
+    expected = (n - 1) * s * 32 * 4 + summed, summed
+    assert both("lvx", shape, "replicated") == pytest.approx(expected)
+
+
+def test_heads_of_ulysses_are_laid_out_as_it_does() -> None:
+    for heads, kv_heads in ((32, 8), (28, 4), (8, 8), (4, 2), (14, 2), (12, 1)):
+        for ranks in range(1, heads + 1):
+            assert head_layout(heads, kv_heads, ranks) == _head_layout(heads, kv_heads, ranks)
+
+
+@pytest.mark.parametrize("schedule", ["ring", "gather", "replicated"])
+@pytest.mark.parametrize("method", ["lvx", "ring", "ulysses", "none"])
+def test_parts_add_up_to_the_whole(method: str, schedule: str) -> None:
+    shape = replace(SHAPE, recompute=True, features_dim=4096, visibility=True)
+    found = cost(shape, cluster(), method=method, schedule=schedule)
+    for each in (found.forward, found.backward):
+        parts = each.kernel_s + each.projection_s + each.other_s + each.exposed_s
+        assert parts == pytest.approx(each.seconds)
+        assert each.exposed_s <= each.wire_s + 1e-12
+
+
+def slow_network() -> Cluster:
+    return cluster(8, 1, across=Link.of(1e8, 1e-4))
+
+
+def test_a_slow_network_costs_ring_and_ulysses_but_not_lvx() -> None:
+    fast, slow = cluster(), slow_network()
+
+    def ratio(method: str, schedule: str = "gather") -> float:
+        times = [cost(SHAPE, c, method=method, schedule=schedule).seconds for c in (slow, fast)]
+        return times[0] / times[1]
+
+    assert ratio("ring") > 50
+    assert ratio("ulysses") > 50
+    assert ratio("lvx", "ring") < ratio("ring") / 10
+
+
+def test_overlap_hides_the_transfers_of_ring_attention_under_its_kernels() -> None:
+    # Many queries: kernels take longer than transfers.
+    shape = replace(SHAPE, q_lengths=(8192,) * 8)
+    hidden = cost(shape, cluster(), method="ring")
+    shown = cost(shape, cluster(), method="ring", overlap=False)
+    assert hidden.forward.exposed_s < 0.01 * hidden.forward.wire_s
+    assert shown.forward.exposed_s == pytest.approx(shown.forward.wire_s)
+    assert shown.seconds > hidden.seconds
+
+
+def test_recomputation_hides_the_gathers_under_the_projection() -> None:
+    """Forward and backward: the first transfer; backward: the last one too."""
+    shape = replace(SHAPE, features_dim=4096)
+    kept = cost(shape, cluster(), method="lvx")
+    again = cost(replace(shape, recompute=True), cluster(), method="lvx")
+    assert again.backward.exposed_s == 0
+    assert again.forward.exposed_s < kept.forward.exposed_s
+    extra = again.backward.projection_s - kept.backward.projection_s
+    assert extra == pytest.approx(kept.forward.projection_s)
+
+
+def test_ranks_of_a_node_share_its_link() -> None:
+    """An all-to-all crosses with every rank at once, a ring only with one."""
+    link = Link.of(1e9, 1e-5)
+    few, many = (cluster(8, per_node, across=link) for per_node in (1, 4))
+    method = {"method": "ulysses"}
+    assert cost(SHAPE, many, **method).seconds > 2 * cost(SHAPE, few, **method).seconds
+    ring = [cost(SHAPE, c, method="ring").forward.seconds for c in (few, many)]
+    assert ring[1] == pytest.approx(ring[0], rel=0.05)
+
+
+def test_the_longest_shard_of_what_stays_counts() -> None:
+    uneven = replace(SHAPE, kv_lengths=(768_000 - 7 * 1000,) + (1000,) * 7)
+    assert lvx(uneven).forward.kernel_s > 6 * lvx(SHAPE).forward.kernel_s
+    # In ring attention the keys rotate: every rank meets all of them either way.
+    ring = [cost(shape, cluster(), method="ring").forward.kernel_s for shape in (uneven, SHAPE)]
+    assert ring[0] == pytest.approx(ring[1])
+
+
+def lvx(shape: AttentionShape) -> Cost:
+    return cost(shape, cluster(), method="lvx")
+
+
+def test_a_call_by_itself_agrees_first() -> None:
+    bare = cost(SHAPE, cluster(), method="lvx", settled=False)
+    settled = lvx(SHAPE)
+    assert bare.seconds > settled.seconds
+    assert bare.bytes_sent == settled.bytes_sent
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="method: got 'lvxx'"):
+        cost(SHAPE, cluster(), method="lvxx")
+    with pytest.raises(ValueError, match="schedule: got 'tree'"):
+        cost(SHAPE, cluster(), method="lvx", schedule="tree")
+    many = AttentionShape.even(queries=64, keys=640, ranks=64, heads=32, kv_heads=8, head_dim=64)
+    with pytest.raises(ValueError, match="32 query heads for 64 ranks"):
+        cost(many, cluster(64), method="ulysses")
+    with pytest.raises(ValueError, match="expected one of each for every rank"):
+        AttentionShape(1, (1, 2), (3,), 1, 1, 64)

@@ -1,0 +1,70 @@
+"""What the planner knows of models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import MllamaConfig
+
+from ds_lvx.plan.models import known, model
+
+
+def test_llama_vision_has_the_dimensions_of_transformers_config(tmp_path: Path) -> None:
+    config = MllamaConfig()
+    config.vision_config.image_size = 560
+    config.text_config.cross_attention_layers = [3, 8, 13, 18, 23, 28, 33, 38]
+    config.save_pretrained(tmp_path)
+    written, built_in = model(str(tmp_path)), model("meta-llama/Llama-3.2-11B-Vision")
+    assert {**vars(written), "name": "", "source": ""} == {
+        **vars(built_in),
+        "name": "",
+        "source": "",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "frame_tokens", "cross"),
+    [
+        ("Llama-3.2-11B-Vision-Instruct", 10.6, 6404, (8, 32, 8, 128)),
+        ("Llama-3.2-90B-Vision", 88.6, 6404, (20, 64, 8, 128)),
+        ("mPLUG-Owl3-7B", 8.1, 729, (4, 28, 4, 128)),
+        ("mPLUG-Owl3-1B", 1.0, 729, (4, 14, 2, 64)),
+        ("mPLUG-Owl3-2B", 2.2, 729, (4, 12, 2, 128)),
+        ("OpenFlamingo-9B", 8.4, 64, (8, 8, 8, 64)),
+        ("OpenFlamingo-3B", 2.6, 64, (24, 8, 8, 64)),
+        ("idefics-9b", 9.0, 64, (8, 32, 32, 128)),
+    ],
+)
+def test_known_models(
+    name: str, billions: float, frame_tokens: int, cross: tuple[int, int, int, int]
+) -> None:
+    found = model(name)
+    assert found.parameters == pytest.approx(billions * 1e9, rel=0.06)
+    assert found.frame_tokens == frame_tokens
+    layers = found.cross
+    assert (layers.count, layers.heads, layers.kv_heads, layers.head_dim) == cross
+
+
+def test_an_unknown_model_lists_the_known_and_the_nearest() -> None:
+    with pytest.raises(
+        ValueError, match=r"did you mean meta-llama/Llama-3.2-11B-Vision\?"
+    ) as error:
+        model("Lama-3.2-11B-Vision")
+    for each in known():
+        assert each.name in str(error.value)
+
+
+def test_a_config_that_does_not_serve_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for text, words in (
+        ("{", "cannot be read"),
+        ('{"model_type": "bert"}', "got .* of model_type 'bert'"),
+        (json.dumps({"model_type": "mllama", "text_config": {}}), "lacks"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            model(str(path))
+    with pytest.raises(ValueError, match="cannot be read"):
+        model(str(tmp_path / "none.json"))
