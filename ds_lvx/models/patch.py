@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ds_lvx.attention import lvx, recompute, ring, ulysses
 from ds_lvx.attention.auto import NOTES, decide
 from ds_lvx.attention.call import Call
-from ds_lvx.attention.replay import once, recording
+from ds_lvx.attention.replay import recording
 from ds_lvx.comm import Channel
 from ds_lvx.kernels import choose
 from ds_lvx.models.batch import ShardedBatch
@@ -188,7 +188,8 @@ def attend(
         element_bytes=q.element_size(),
         recompute=plan.recompute_kv,
         visibility=visibility is not None,
-        # Not whether this rank wants a gradient: the answer must be the same on all.
+        # Not whether this rank wants a gradient: the answer must be the same on all ranks, and in
+        # both passes of a checkpoint.
         backward=torch.is_grad_enabled() or recording(),
         features_dim=features.shape[-1],
     )
@@ -229,13 +230,10 @@ def _resolved(
     plan: LayerPlan, shape: AttentionShape, channel: Channel, device: torch.device
 ) -> tuple[str, str]:
     """Method and schedule of this call, where the plan leaves them to the planner."""
-    wanted = plan.wanted()
-    if not wanted.is_open or channel.size == 1:
+    choice = decide(plan.wanted(), shape, channel, device)
+    if choice is None:
         method = "lvx" if plan.method == "auto" else plan.method
         return method, "gather" if plan.schedule == "auto" else plan.schedule
-    # The passes of a checkpoint must not decide differently.
-    choice = once("auto", lambda: decide(wanted, shape, channel, device))
-    assert choice is not None
     if plan.method == "auto":
         NOTES.about(choice, shape, name=plan.name, rank=channel.rank)
     return choice.method, choice.schedule

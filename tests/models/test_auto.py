@@ -14,7 +14,7 @@ from ds_lvx.attention.auto import CLUSTERS, METHODS, Notes, Wanted, explain
 from ds_lvx.attention.call import settle
 from ds_lvx.comm import Channel
 from ds_lvx.plan.cards import CARDS
-from ds_lvx.plan.choose import choose
+from ds_lvx.plan.choose import Choice, choose
 from ds_lvx.plan.cluster import Cluster, Link, from_card
 from ds_lvx.plan.shape import AttentionShape
 from tests.models.mllama_case import ds_config, hard_batch, start_engine, tiny_model
@@ -92,15 +92,38 @@ def test_auto_trains_as_a_named_method_does(checkpoint: bool) -> None:
         assert weights == pytest.approx(others, rel=1e-5)
 
 
-def test_ranks_that_know_different_links_take_the_first_ranks() -> None:
-    """Each would choose for itself: they would wait for each other for ever."""
-    clusters = [record(FAST), record(SLOW)]
-    given = {"stage": 0, "checkpoint": False}
-    first, second = run_ranks(run_auto, 2, AUTO, clusters, **given, timeout_s=60)
-    assert first[0] == second[0]
-    assert first[2] == second[2]
-    alike = run_ranks(run_auto, 2, AUTO, [record(FAST)] * 2, **given)
-    assert alike[0][2] == first[2]
+def run_by_source(sources: list[str], *, checkpoint: bool) -> list[str]:
+    """A step in which what is chosen depends on where the facts come from; what ran."""
+    known = cluster(SLOW, gpus=2)
+    mine = replace(known, source=sources[Channel.world().rank])
+
+    def by_source(shape: AttentionShape, found: Cluster, **options: Any) -> Choice:
+        # Under a checkpoint the second pass has a gradient, and must not be asked again.
+        method = found.source if shape.backward else "ulysses"
+        return replace(choose(shape, found, **options), method=method, schedule="gather")
+
+    config = ds_config(stage=0, sp_size=2, **AUTO)
+    if checkpoint:
+        config["activation_checkpointing"] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ds_lvx.attention.auto.current", lambda device, world: mine)
+        patch.setattr("ds_lvx.attention.auto.choose", by_source)
+        engine = start_engine(config)
+        with ds_lvx.traffic() as counted:
+            out = engine(**ds_lvx.shard_batch(hard_batch(), model=engine.module))
+            engine.backward(out.loss)
+        ds_lvx.shutdown(engine)
+    return sorted(counted.per_collective)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_ranks_that_know_different_links_take_the_first_ranks(checkpoint: bool) -> None:
+    """Each by its own facts, they would wait for each other for ever."""
+    given = {"checkpoint": checkpoint, "timeout_s": 60}
+    found = run_ranks(run_by_source, 2, ["lvx", "ring"], **given)
+    assert found == [["all_gather", "all_to_all"]] * 2
+    found = run_ranks(run_by_source, 2, ["ring", "lvx"], **given)
+    assert found == [["send_recv"]] * 2
 
 
 def settled_schedules() -> list[str]:
