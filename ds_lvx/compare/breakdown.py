@@ -1,0 +1,284 @@
+"""Where the time of a training step goes: cross-attention, text, vision, communication, the rest.
+
+At every moment a rank is in one phase (forward, backward, optimizer) and in one part of the model.
+`Parts` follows it: by hooks on modules in forward, and in backward by hooks on the tensors between
+the parts, because autograd runs the operations of a part together (later ones first). A moment is
+noted at each change; of the time between two changes, what the rank waits for transfers is exposed
+communication, and the remainder belongs to the part. So the parts add up to the step.
+
+A checkpointed layer that runs again in backward is told by its modules' hooks, which run again too.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from operator import itemgetter
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from ds_lvx.compare.marks import Marks, marks
+from ds_lvx.compare.zero_transfers import ZERO, zero_watched
+from ds_lvx.pending import Transfer, watching
+
+PHASES = ("forward", "backward", "optimizer")
+PARTS = ("vision", "text", "cross_attention", "rest")
+EXPOSED = tuple(f"exposed_{where}" for where in ("cross_attention", "text", "zero", "rest"))
+COLUMNS = (*PARTS, *EXPOSED)
+"""Parts of a phase: computing in a part of the model; waiting in one, or for ZeRO's transfers."""
+
+Regions: TypeAlias = Mapping[str, str]
+Span: TypeAlias = tuple[float, float, bool]
+"""From, to, and whether it is ZeRO's."""
+
+MLLAMA: Regions = {
+    r".*\bcross_attn": "cross_attention",
+    # Its layers as well: one that is checkpointed runs again by itself.
+    r".*\blanguage_model(\.layers\.\d+)?": "text",
+    r".*\blm_head": "text",
+    r".*\bvision_model": "vision",
+    r".*\bmulti_modal_projector": "vision",
+}
+"""Part of the model, by a regular expression for the whole name of a module."""
+
+
+@dataclass
+class Breakdown:
+    """One step of one rank, in seconds.
+
+    Attributes:
+        whole_s: the step by a clock of its own; set by whoever timed it.
+        parts_s: phase -> `COLUMNS` -> seconds; they add up to the step.
+        hidden_s: phase -> seconds in which a transfer was under way while the rank did something
+            else. A transfer counts from its start until its result has arrived and been asked for,
+            so this is the most that it can have hidden.
+    """
+
+    whole_s: float = 0.0
+    parts_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    hidden_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sum_s(self) -> float:
+        """All parts together."""
+        return sum(sum(columns.values()) for columns in self.parts_s.values())
+
+
+class Parts:
+    """Follows which part of a model computes; one step at a time, inside `recording`.
+
+    Args:
+        model: with its hooks for ``regions`` until `remove`.
+        regions: which modules are which part; a module in none belongs to its nearest ancestor in
+            one, and to ``"rest"`` where there is none.
+        timing: opens the marks of a step.
+
+    Raises:
+        ValueError: the model has none of these modules.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        regions: Regions = MLLAMA,
+        *,
+        timing: Callable[[], AbstractContextManager[Marks]] = marks,
+    ) -> None:
+        self._timing = timing
+        self._marks: Marks | None = None
+        self._changes: list[tuple[int, str, str]] = []
+        self._phase = self._part = ""
+        self._outer: list[str] = []
+        self._handles: list[Any] = []
+        of_module = {
+            name: part
+            for name, _ in model.named_modules()
+            for pattern, part in regions.items()
+            if re.fullmatch(pattern, name)
+        }
+        if not of_module:
+            raise ValueError(
+                f"got a {type(model).__name__} without a module named like {list(regions)}; pass "
+                "regions with the names of its vision, text and cross-attention modules"
+            )
+        for name, module in model.named_modules():
+            if name in of_module:
+                self._follow(module, of_module[name], around=_parent(name, of_module))
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def recording(self) -> Iterator[Breakdown]:
+        """Record the step that runs inside; the `Breakdown` is filled in at the end."""
+        result = Breakdown()
+        transfers: list[Transfer] = []
+        changes: list[tuple[int, str, str]] = []
+        self._changes = changes
+        self._outer, self._phase, self._part = [], "", ""
+        with self._timing() as found:
+            self._marks, clock = found, partial(_now, found)
+            try:
+                with (
+                    watching(transfers.append, clock=clock),
+                    zero_watched(transfers.append, clock=clock),
+                ):
+                    self._change(PHASES[0], "rest")
+                    yield result
+                    end = found.mark()
+            finally:
+                self._marks = None
+        times = found.read()
+        moments = [(times[mark], phase, part) for mark, phase, part in changes]
+        filled = broken_down(moments, times[end], [_at(times, t) for t in transfers])
+        result.parts_s, result.hidden_s = filled.parts_s, filled.hidden_s
+
+    def enter(self, phase: str) -> None:
+        """The step goes on to another of `PHASES`."""
+        self._change(phase, "rest")
+
+    # ---- hooks
+
+    def _follow(self, module: nn.Module, part: str, *, around: str) -> None:
+        before = module.register_forward_pre_hook(
+            partial(self._begin, part, around), with_kwargs=True
+        )
+        # Also when a recomputation ends in the middle of a module, by an exception of its own.
+        after = module.register_forward_hook(partial(self._end, part), always_call=True)
+        self._handles += [before, after]
+
+    def _begin(self, part: str, around: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._marks is None:
+            return
+        given = args[0] if args else kwargs.get("hidden_states", kwargs.get("inputs_embeds"))
+        self._in_backward(given, around)
+        self._outer.append(self._part)
+        self._change(self._phase, part)
+
+    def _end(self, part: str, module: nn.Module, args: Any, output: Any) -> None:
+        if self._marks is None:
+            return
+        self._in_backward(_first_tensor(output), part)
+        self._change(self._phase, self._outer.pop())
+
+    def _in_backward(self, tensor: Any, part: str) -> None:
+        """When backward gets to what made this tensor, that is of ``part``: the first to say so."""
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad or tensor.is_leaf:
+            return
+        if not hasattr(tensor, "_ds_lvx_part"):
+            tensor._ds_lvx_part = part  # type: ignore[attr-defined]
+            tensor.register_hook(partial(self._arrived, part))
+
+    def _arrived(self, part: str, gradient: Tensor) -> None:
+        if self._marks is None:
+            return
+        if self._part == "rest":
+            # What follows autograd (ZeRO's last bucket) is no part of the model's last layer.
+            Variable._execution_engine.queue_callback(partial(self._change, "backward", "rest"))
+        self._change(self._phase, part)
+
+    def _change(self, phase: str, part: str) -> None:
+        if self._marks is not None and (phase, part) != (self._phase, self._part):
+            self._phase, self._part = phase, part
+            self._changes.append((self._marks.mark(), phase, part))
+
+
+def _now(of: Marks) -> float:
+    return float(of.mark())
+
+
+def _at(times: Sequence[float], transfer: Transfer) -> Transfer:
+    """A transfer whose times were numbers of marks, in seconds."""
+    numbers = (transfer.started_s, transfer.waited_s, transfer.done_s)
+    return Transfer(transfer.collective, *(times[int(number)] for number in numbers))
+
+
+def _parent(name: str, parts: Mapping[str, str]) -> str:
+    while name:
+        name = name.rpartition(".")[0]
+        if name in parts:
+            return parts[name]
+    return "rest"
+
+
+def _first_tensor(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    return output[0] if isinstance(output, Sequence) and output else output
+
+
+# --------------------------------------------------------------------------------------------
+# From moments to parts
+
+
+def broken_down(
+    changes: Sequence[tuple[float, str, str]], end: float, transfers: Sequence[Transfer]
+) -> Breakdown:
+    """The parts of a step.
+
+    Args:
+        changes: when the step went on to which phase and part; seconds, in order.
+        end: when it was over.
+        transfers: those of ZeRO are named ``"zero ..."``.
+    """
+    result = Breakdown(
+        parts_s={phase: dict.fromkeys(COLUMNS, 0.0) for phase in PHASES},
+        hidden_s=dict.fromkeys(PHASES, 0.0),
+    )
+    waits = _apart(transfers)
+    under_way = _union([(t.started_s, t.done_s, False) for t in transfers if t.hidden_s > 0])
+    ends = [start for start, _, _ in changes[1:]] + [end]
+    for (start, phase, part), stop in zip(changes, ends, strict=True):
+        columns = result.parts_s[phase]
+        columns[part] += stop - start
+        result.hidden_s[phase] += _length(under_way, start, stop)
+        for low, high, of_zero in _within(waits, start, stop):
+            columns[part] -= high - low
+            columns[_exposed(part, of_zero)] += high - low
+            result.hidden_s[phase] -= _length(under_way, low, high)
+    return result
+
+
+def _exposed(part: str, of_zero: bool) -> str:
+    column = "exposed_zero" if of_zero else f"exposed_{part}"
+    return column if column in EXPOSED else "exposed_rest"
+
+
+def _apart(transfers: Sequence[Transfer]) -> list[Span]:
+    """Waits in order; where one is inside another, the outer one counts."""
+    waits: list[Span] = []
+    for transfer in sorted(transfers, key=lambda t: (t.waited_s, -t.done_s)):
+        low = max(transfer.waited_s, waits[-1][1]) if waits else transfer.waited_s
+        if transfer.done_s > low:
+            waits.append((low, transfer.done_s, transfer.collective.startswith(ZERO)))
+    return waits
+
+
+def _union(spans: Sequence[Span]) -> list[Span]:
+    joined: list[Span] = []
+    for low, high, kind in sorted(spans):
+        if joined and low <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(high, joined[-1][1]), kind)
+        else:
+            joined.append((low, high, kind))
+    return joined
+
+
+def _within(spans: Sequence[Span], start: float, stop: float) -> list[Span]:
+    """Of spans that are in order and apart, what lies between two moments."""
+    first = bisect_right(spans, start, key=itemgetter(1))
+    last = bisect_left(spans, stop, key=itemgetter(0))
+    return [(max(low, start), min(high, stop), kind) for low, high, kind in spans[first:last]]
+
+
+def _length(spans: Sequence[Span], start: float, stop: float) -> float:
+    return sum(high - low for low, high, _ in _within(spans, start, stop))

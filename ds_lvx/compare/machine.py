@@ -1,0 +1,57 @@
+"""What the JSON of a measurement begins with: kind, command, versions, hardware."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("ds_lvx", "torch", "transformers", "deepspeed")
+
+
+def header(*, emulated: bool = False, device: str | None = None) -> dict[str, Any]:
+    """Kind, command, versions and hardware.
+
+    Args:
+        emulated: the ranks were real, but the network between them was slowed down on purpose.
+        device: ``"cpu"`` where the ranks did not use the accelerator of this machine.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    program = Path(sys.argv[0]).name
+    return {
+        "kind": "emulated" if emulated else "measured",
+        "command": shlex.join([program, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "device": device,
+        "hardware": hardware(device),
+        "load_average_before": os.getloadavg(),
+    }
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """The accelerator, or the processor."""
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        return {"device": properties.name, "memory_bytes": properties.total_memory}
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = cpuinfo.read_text() if cpuinfo.exists() else ""
+    models = [line for line in cpu.splitlines() if line.startswith("model name")]
+    name = models[0].partition(":")[2].strip() if models else platform.machine()
+    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return {
+        "device": f"{name}, {cores()} cores",
+        "memory_bytes": pages * page_bytes,
+        "flags": [flag for flag in ("avx512_bf16", "amx_bf16") if flag in cpu],
+    }
+
+
+def cores() -> int:
+    """Of this machine that the ranks may use."""
+    return len(os.sched_getaffinity(0))
