@@ -1,0 +1,106 @@
+"""``ds-lvx doctor``: looks at this machine and checks that attention is exact on it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ds_lvx.doctor import check, devices, kernels, measurements, network, system, versions
+from ds_lvx.doctor.findings import Finding, Section, State, count
+
+_TIMEOUT_S = 300.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``ds-lvx doctor``."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--no-check", action="store_true", help="leave the self-check out")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=_TIMEOUT_S,
+        metavar="SECONDS",
+        help="for the self-check on 1 rank, and again on 2 (default: %(default).0f)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report; 1 when it has an error, else 0.
+
+    Raises:
+        ValueError: a time-out that is no positive number.
+    """
+    if not options.timeout > 0:
+        raise ValueError(f"--timeout: got {options.timeout}; expected seconds above 0")
+
+    def show(text: str) -> None:
+        if not options.json:
+            print(text, flush=True)
+
+    sections = []
+    for section in examine(checks=not options.no_check, timeout_s=options.timeout, tell=show):
+        sections.append(section)
+        show(section.text() + "\n")
+    errors, warnings = (count(sections, state) for state in (State.ERROR, State.WARNING))
+    if options.json:
+        print(json.dumps(_record(sections, errors, warnings), indent=1))
+    else:
+        print(_summary(errors, warnings, checked=not options.no_check))
+    return 1 if errors else 0
+
+
+def examine(
+    *, checks: bool, timeout_s: float, tell: Callable[[str], None] = lambda line: None
+) -> Iterator[Section]:
+    """The report, section by section.
+
+    Args:
+        checks: run the self-check as well.
+        timeout_s: for each of its two parts.
+        tell: gets a line before something that takes long.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    yield _section("Versions", versions.findings)
+    yield _section("Devices", devices.findings)
+    talk = _section("Communication", lambda: network.findings(device))
+    yield talk
+    yield _section(f"Kernels on {device}", lambda: kernels.findings(device))
+    yield _section("System", lambda: system.findings(device))
+    yield _section("Measured on this machine", lambda: measurements.findings(device))
+    if checks:
+        faults = [one.value for one in talk.findings if one.state is State.ERROR]
+        blocked = f"communication cannot work here ({faults[0]})" if faults else ""
+        yield from check.sections(device, timeout_s=timeout_s, blocked=blocked, tell=tell)
+
+
+def _section(title: str, look: Callable[[], list[Finding]]) -> Section:
+    try:
+        return Section(title, look())
+    # A part that cannot be looked at must not hide the others.
+    except Exception as error:  # noqa: BLE001
+        value = f"could not be looked at: {type(error).__name__}: {error}"
+        return Section(title, [Finding(title, value, State.ERROR, advice="report this line")])
+
+
+def _record(sections: list[Section], errors: int, warnings: int) -> dict[str, Any]:
+    return {
+        "errors": errors,
+        "warnings": warnings,
+        "sections": [
+            {"title": section.title, "findings": [one.record() for one in section.findings]}
+            for section in sections
+        ],
+    }
+
+
+def _summary(errors: int, warnings: int, *, checked: bool) -> str:
+    if errors or warnings:
+        parts = [f"{n} {w}{'s' * (n > 1)}" for n, w in ((errors, "error"), (warnings, "warning"))]
+        return f"{' and '.join(part for part in parts if part[0] != '0')}: see FAIL and warn above"
+    if not checked:
+        return "nothing amiss; exactness was not checked"
+    return "nothing amiss; attention is exact on 1 and on 2 ranks"

@@ -1,0 +1,191 @@
+"""Which network the ranks would talk over."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+from deepspeed.accelerator import get_accelerator
+
+from ds_lvx.doctor.findings import Finding, State
+
+GLOO = "GLOO_SOCKET_IFNAME"
+NCCL = "NCCL_SOCKET_IFNAME"
+INFINIBAND = Path("/sys/class/infiniband")
+
+
+@dataclass(frozen=True)
+class Interface:
+    """A network interface of this machine.
+
+    Attributes:
+        name: the kernel's.
+        addresses: IPv4 and IPv6.
+        is_up: its state.
+        speed_mbit_per_s: of the link; 0 where the driver does not say (virtual ones).
+        mtu: longest packet, bytes.
+    """
+
+    name: str
+    addresses: tuple[str, ...]
+    is_up: bool
+    speed_mbit_per_s: int
+    mtu: int
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether it leads to this machine alone."""
+        return any(address.startswith("127.") or address == "::1" for address in self.addresses)
+
+    def usable(self) -> bool:
+        """Whether a rank could listen on it."""
+        return self.is_up and bool(self.addresses)
+
+
+def findings(device: str) -> list[Finding]:
+    """The backend, the interface that it takes, and all interfaces."""
+    known = interfaces()
+    selected = [_backend(device), gloo(known, os.environ), nccl(known, os.environ, device)]
+    return selected + _infiniband(INFINIBAND) + [_describe(one) for one in known.values()]
+
+
+def interfaces() -> dict[str, Interface]:
+    """Every interface of this machine, by name."""
+    addresses, known = psutil.net_if_addrs(), {}
+    for name, stats in psutil.net_if_stats().items():
+        own = tuple(
+            entry.address.partition("%")[0]
+            for entry in addresses.get(name, ())
+            if entry.family in (socket.AF_INET, socket.AF_INET6)
+        )
+        known[name] = Interface(name, own, stats.isup, stats.speed, stats.mtu)
+    return known
+
+
+def _backend(device: str) -> Finding:
+    accelerator = get_accelerator()
+    name = accelerator.communication_backend_name()
+    facts = {"backend": name, "accelerator": accelerator.device_name()}
+    if accelerator.device_name() == device:
+        value = name if device == "cpu" else f"{name} for tensors, gloo for lengths and signatures"
+        return Finding("backend", f"{value} (DeepSpeed's accelerator is {device})", facts=facts)
+    value = f"{name}: DeepSpeed's accelerator is {accelerator.device_name()}, torch's is {device}"
+    advice = f"unset DS_ACCELERATOR, or set it to {device}"
+    return Finding("backend", value, State.ERROR, advice=advice, facts=facts)
+
+
+def gloo(known: Mapping[str, Interface], environment: Mapping[str, str]) -> Finding:
+    """The interface that gloo takes: those of GLOO_SOCKET_IFNAME, or the host name's address."""
+    setting = environment.get(GLOO)
+    if not setting:
+        return _gloo_by_hostname(known)
+    names = setting.split(",")
+    bad = [name for name in names if name not in known or not known[name].usable()]
+    if bad:
+        value = f"nothing: {GLOO} is {setting!r}, and " + "; ".join(_fault(n, known) for n in bad)
+        advice = f"unset {GLOO}, or set it to one of {_usable(known)}"
+        return Finding("gloo takes", value, State.ERROR, advice=advice)
+    return Finding("gloo takes", f"{setting}, by {GLOO}", facts={"interfaces": names})
+
+
+def _gloo_by_hostname(known: Mapping[str, Interface]) -> Finding:
+    host = socket.gethostname()
+    try:
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None)]
+    except OSError:
+        found = []
+    names = [one.name for address in found for one in known.values() if address in one.addresses]
+    # 127.0.1.1, Debian's address for a host name, is not listed but is the loopback's.
+    names += [one.name for one in known.values() if one.is_loopback]
+    if not names:
+        advice = f"set {GLOO} to one of {_usable(known)}"
+        return Finding("gloo takes", "no interface that is up", State.ERROR, advice=advice)
+    chosen, facts = known[names[0]], {"interfaces": names[:1], "host": host}
+    if not chosen.is_loopback:
+        return Finding("gloo takes", f"{chosen.name}: {host} resolves to it", facts=facts)
+    value = f"{chosen.name}, which serves this machine alone ({host} resolves to nothing else)"
+    far = {name: one for name, one in known.items() if not one.is_loopback}
+    advice = f"for several machines set {GLOO} to one of {_usable(far)}"
+    return Finding("gloo takes", value, State.NOTE, advice=advice, facts=facts)
+
+
+def nccl(known: Mapping[str, Interface], environment: Mapping[str, str], device: str) -> Finding:
+    """The interfaces that NCCL may take, by its own rules for NCCL_SOCKET_IFNAME."""
+    setting = environment.get(NCCL, "")
+    names = nccl_selection(setting, known)
+    facts = {"interfaces": names}
+    if names and setting:
+        return Finding("NCCL takes", f"{', '.join(names)}, by {NCCL}={setting}", facts=facts)
+    if names:
+        value = f"InfiniBand where there is one, then {', '.join(names)}"
+        if device == "cuda":
+            return Finding("NCCL takes", value, facts=facts)
+        return Finding("NCCL takes", f"not used on CPUs ({value})", State.NOTE, facts=facts)
+    value = f"nothing: {NCCL} is {setting!r}, which selects no interface that is up"
+    advice = f"unset {NCCL}, or set it to one of {_usable(known)}"
+    state = State.ERROR if device == "cuda" else State.WARNING
+    return Finding("NCCL takes", value, state, advice=advice, facts=facts)
+
+
+def nccl_selection(setting: str, known: Mapping[str, Interface]) -> list[str]:
+    """Names that NCCL_SOCKET_IFNAME selects: prefixes, ``=`` for whole names, ``^`` for all but.
+
+    Unset, NCCL leaves the loopback and docker's bridges for the last.
+    """
+    usable = [one.name for one in known.values() if one.usable()]
+    if not setting:
+        far = [n for n in usable if not known[n].is_loopback and not n.startswith("docker")]
+        return far or usable
+    excluding = setting.startswith("^")
+    rest = setting.removeprefix("^")
+    exact = rest.startswith("=")
+    words = rest.removeprefix("=").split(",")
+
+    def matches(name: str) -> bool:
+        return any(name == word if exact else name.startswith(word) for word in words)
+
+    return [name for name in usable if matches(name) != excluding]
+
+
+def _fault(name: str, known: Mapping[str, Interface]) -> str:
+    if name not in known:
+        return f"there is no interface {name!r}"
+    return f"{name!r} {'has no address' if known[name].is_up else 'is down'}"
+
+
+def _usable(known: Mapping[str, Interface]) -> str:
+    return ", ".join(one.name for one in known.values() if one.usable()) or "(none is up)"
+
+
+def _infiniband(root: Path) -> list[Finding]:
+    found = []
+    for port in sorted(root.glob("*/ports/*")):
+        rate, state = (_read(port / name) for name in ("rate", "state"))
+        up = "ACTIVE" in state
+        found.append(
+            Finding(
+                f"{port.parent.parent.name} port {port.name}",
+                f"{rate}, {state}",
+                State.OK if up else State.NOTE,
+                facts={"rate": rate, "state": state},
+            )
+        )
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def _describe(one: Interface) -> Finding:
+    speed = f"{one.speed_mbit_per_s:,} Mbit/s" if one.speed_mbit_per_s > 0 else "speed not told"
+    address = ", ".join(one.addresses) or "no address"
+    value = f"{address}; {'up' if one.is_up else 'down'}, {speed}, MTU {one.mtu}"
+    return Finding(one.name, value, State.OK if one.usable() else State.NOTE, facts=asdict(one))
