@@ -1,0 +1,126 @@
+"""Whether methods compute the same: against each other, and against the float64 oracle."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ds_lvx.attention.oracle import attention_oracle
+from ds_lvx.compare.inputs import Shape, make_inputs
+
+Results = Mapping[str, Tensor]
+
+TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
+"""Largest difference, as a share of the tensor's largest value. Rounding stays well below; a lost
+shard, mask or factor is far above."""
+EXACT = "float64 oracle"
+_SCORES, _QUERIES = 2**21, 256
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference between two results of one tensor on one rank.
+
+    Attributes:
+        one, other: who computed them.
+        tensor: ``out``, or ``d`` and the name of an input.
+        error: as a share of the largest value of both; infinite where one is not a number.
+        index: where it is, in this rank's shard.
+        values: one's and the other's there.
+        tolerance: what ``error`` may be.
+        rank: on which rank.
+        shape: whether it is of the ``"whole"`` shape, or of a ``"small"`` one like it.
+    """
+
+    one: str
+    other: str
+    tensor: str
+    error: float
+    index: tuple[int, ...]
+    values: tuple[float, float]
+    tolerance: float
+    rank: int
+    shape: str
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the two disagree."""
+        return not self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        return (
+            f"{self.one} and {self.other} disagree on {self.tensor}: the largest error is "
+            f"{self.error:.2g} of the largest value (expected at most {self.tolerance:.2g}), on "
+            f"rank {self.rank} at {list(self.index)} of its shard: {self.values[0]:.6g} and "
+            f"{self.values[1]:.6g} ({self.shape} shape)"
+        )
+
+
+def small(shape: Shape) -> Shape:
+    """A shape like this one whose scores fit the oracle; this one where it does already."""
+    queries = min(shape.seqlen_q, _QUERIES)
+    keys = max(_SCORES // (shape.batch * shape.heads * queries), 1)
+    return replace(shape, seqlen_q=queries, seqlen_kv=min(shape.seqlen_kv, keys))
+
+
+def differences(
+    results: Mapping[str, Results], *, dtype: str, rank: int, shape: str
+) -> list[Difference]:
+    """The largest difference of every tensor, between all methods that have it."""
+    found = []
+    for (one, own), (other, others) in itertools.combinations(results.items(), 2):
+        for tensor in (name for name in own if name in others and own[name].numel()):
+            error, index = _largest(own[tensor], others[tensor])
+            values = own[tensor][index].item(), others[tensor][index].item()
+            found.append(
+                Difference(one, other, tensor, error, index, values, TOLERANCES[dtype], rank, shape)
+            )
+    return found
+
+
+def _largest(one: Tensor, other: Tensor) -> tuple[float, tuple[int, ...]]:
+    one, other = one.double(), other.double()
+    difference = (one - other).abs()
+    difference = torch.where(difference.isnan(), torch.inf, difference)
+    place = int(difference.argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), difference.shape))
+    scale = max(one.abs().max().item(), other.abs().max().item())
+    largest = difference.flatten()[place].item()
+    if not math.isfinite(scale) or math.isinf(largest):
+        return math.inf, index
+    return largest / scale if scale else 0.0, index
+
+
+def exact(shape: Shape, *, ranks: int, rank: int, device: torch.device) -> dict[str, Tensor]:
+    """This rank's shards of what every method should compute, in float64.
+
+    Weights of a projection have this rank's part of their gradient, as in a run.
+    """
+    parts = [
+        make_inputs(shape, ranks=ranks, shards=[r], device=device).in_float64()
+        for r in range(ranks)
+    ]
+    whole = make_inputs(shape, ranks=ranks, shards=range(ranks), device=device)
+    keys = [part.k_and_v() for part in parts]
+    out, _ = attention_oracle(
+        torch.cat([part.q for part in parts], dim=1),
+        torch.cat([k for k, _ in keys], dim=1),
+        torch.cat([v for _, v in keys], dim=1),
+        visibility=whole.visibility,
+    )
+    out.backward(torch.cat([part.dout for part in parts], dim=1))
+    rows = [part.q.shape[1] for part in parts]
+    gradients = {f"d{name}": leaf.grad for name, leaf in parts[rank].leaves.items()}
+    return {"out": out.detach().split(rows, dim=1)[rank]} | {
+        name: gradient for name, gradient in gradients.items() if gradient is not None
+    }
+
+
+def disagreements(found: Sequence[Difference]) -> list[Difference]:
+    """Those that are too large, the largest first."""
+    return sorted((d for d in found if d.is_too_large), key=lambda d: -d.error)

@@ -1,0 +1,208 @@
+"""Random tensors for a comparison: the same for every method, on any number of ranks.
+
+Each shard is drawn by itself, so a rank draws only its own, and one process can draw them all.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_lvx.visibility import Visibility
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+}
+VISIBILITIES = ("all", "causal", "frames")
+FRAMES = 16
+FRAMES_SEEN = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention over a whole sequence; it is split over the ranks as evenly as it goes.
+
+    Attributes:
+        seqlen_q, seqlen_kv: of all ranks together.
+        batch, heads, kv_heads, head_dim: as in `ds_lvx.lv_xattn`.
+        dtype: its name in torch.
+        visibility: ``"all"``; ``"causal"``, where the last query sees all keys and the others
+            their share from the front; ``"frames"``, where the keys are 16 frames and a query sees
+            four in a row, later ones the later the query is.
+        features_dim: width of the features that K and V are projected from; None for K and V as
+            they are.
+    """
+
+    seqlen_q: int = 256
+    seqlen_kv: int = 32768
+    batch: int = 1
+    heads: int = 8
+    kv_heads: int = 8
+    head_dim: int = 64
+    dtype: str = "bfloat16"
+    visibility: str = "all"
+    features_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("seqlen_q", "seqlen_kv", "batch", "heads", "kv_heads", "head_dim"):
+            _check_positive(name, getattr(self, name))
+        if self.features_dim is not None:
+            _check_positive("features_dim", self.features_dim)
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"--kv-heads: got {self.kv_heads} for {self.heads} query heads; expected a divisor "
+                f"of {self.heads}"
+            )
+        for name, known in (("dtype", tuple(DTYPES)), ("visibility", VISIBILITIES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"--{name}: got {getattr(self, name)!r}; expected one of {list(known)}"
+                )
+
+    @property
+    def tensor_dtype(self) -> torch.dtype:
+        """As torch has it."""
+        return DTYPES[self.dtype]
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"--{name.replace('_', '-')}: got {value}; expected at least 1")
+
+
+def split(total: int, ranks: int) -> tuple[int, ...]:
+    """Lengths of the shards: the first ones have one more where it does not divide."""
+    least, more = divmod(total, ranks)
+    return tuple(least + (rank < more) for rank in range(ranks))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of some shards. All but ``dout`` and ``visibility`` are leaves.
+
+    Attributes:
+        q, dout: ``[batch, seqlen_q, heads, head_dim]``.
+        keys: ``{"k": ..., "v": ...}``, each ``[batch, seqlen_kv, kv_heads, head_dim]``; or
+            ``{"features": ..., "k_proj": ..., "v_proj": ...}``, ``[batch, seqlen_kv,
+            features_dim]`` and twice ``[features_dim, kv_heads * head_dim]``.
+        head_dim: of keys that are projected.
+        visibility: of these queries over these keys.
+    """
+
+    q: Tensor
+    dout: Tensor
+    keys: dict[str, Tensor]
+    head_dim: int
+    visibility: Visibility | None
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What gets a gradient, by name."""
+        return {"q": self.q, **self.keys}
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether K and V come from features."""
+        return "features" in self.keys
+
+    def k_and_v(self) -> tuple[Tensor, Tensor]:
+        """K and V, projected where there are features."""
+        if self.is_projected:
+            return self.project(self.keys["features"])
+        return self.keys["k"], self.keys["v"]
+
+    def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of features."""
+        k, v = (
+            (features @ self.keys[name]).unflatten(-1, (-1, self.head_dim))
+            for name in ("k_proj", "v_proj")
+        )
+        return k, v
+
+    def in_float64(self) -> Inputs:
+        """The same values, exactly, as leaves of their own."""
+        return Inputs(
+            _leaf(self.q.double()),
+            self.dout.double(),
+            {name: _leaf(tensor.double()) for name, tensor in self.keys.items()},
+            self.head_dim,
+            self.visibility,
+        )
+
+
+def make_inputs(shape: Shape, *, ranks: int, shards: Sequence[int], device: torch.device) -> Inputs:
+    """The tensors of some shards of ``ranks``, in order; of all, they are the whole sequence.
+
+    Shards of keys differ in scale, from half to one and a half: their parts of a result then have
+    a different lse, and a merge that ignored it would be wrong by far.
+    """
+    q_lengths, kv_lengths = split(shape.seqlen_q, ranks), split(shape.seqlen_kv, ranks)
+
+    def draw(name: str, lengths: Sequence[int], *size: int) -> Tensor:
+        parts = []
+        for shard in shards:
+            wide = _randn((shape.batch, lengths[shard], *size), f"{name} {shard}", device)
+            if name in ("k", "features"):
+                wide *= 0.5 + shard / max(ranks - 1, 1)
+            parts.append(wide.to(shape.tensor_dtype))
+        return torch.cat(parts, dim=1)
+
+    queries = (q_lengths, shape.heads, shape.head_dim)
+    if shape.features_dim is None:
+        one = (kv_lengths, shape.kv_heads, shape.head_dim)
+        keys = {name: _leaf(draw(name, *one)) for name in ("k", "v")}
+    else:
+        keys = {"features": _leaf(draw("features", kv_lengths, shape.features_dim))}
+        size = (shape.features_dim, shape.kv_heads * shape.head_dim)
+        for name in ("k_proj", "v_proj"):
+            weight = _randn(size, name, device) * shape.features_dim**-0.5
+            keys[name] = _leaf(weight.to(shape.tensor_dtype))
+    return Inputs(
+        _leaf(draw("q", *queries)),
+        draw("dout", *queries),
+        keys,
+        shape.head_dim,
+        _visibility(
+            shape,
+            _indices(q_lengths, shards, device),
+            _indices(kv_lengths, shards, device),
+        ),
+    )
+
+
+def _randn(size: Sequence[int], name: str, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(tuple(size), generator=generator, device=device)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _indices(lengths: Sequence[int], shards: Sequence[int], device: torch.device) -> Tensor:
+    """Places of the shards' rows in the whole sequence."""
+
+    def ranges() -> Iterator[Tensor]:
+        for shard in shards:
+            start = sum(lengths[:shard])
+            yield torch.arange(start, start + lengths[shard], device=device)
+
+    return torch.cat(list(ranges()))
+
+
+def _visibility(shape: Shape, rows: Tensor, keys: Tensor) -> Visibility | None:
+    if shape.visibility == "all":
+        return None
+    if shape.visibility == "causal":
+        start, end = torch.zeros_like(rows), (rows + 1) * shape.seqlen_kv // shape.seqlen_q
+        position = keys
+    else:
+        start = rows * (FRAMES - FRAMES_SEEN) // max(shape.seqlen_q - 1, 1)
+        end, position = start + FRAMES_SEEN, keys * FRAMES // shape.seqlen_kv
+    parts = (part.to(torch.int32).repeat(shape.batch, 1) for part in (start, end, position))
+    return Visibility(*parts)

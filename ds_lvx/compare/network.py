@@ -1,0 +1,163 @@
+"""A slow network on this machine, for runs over real sockets: ``netlab.sh``, as a context manager.
+
+What the script needs (root, iproute2, kernel features) it says itself, and `NetworkError` has it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from ds_lvx.compare.fresh import Place
+from ds_lvx.plan.units import bytes_per_s, seconds
+
+SCRIPT = Path(__file__).with_name("netlab.sh")
+INTERFACE = "eth0"
+MASTER = "10.77.0.1"
+HEADER_BYTES = 14 + 20 + 32
+"""Of a TCP packet as an interface counts it: Ethernet, IPv4, TCP with timestamps."""
+
+
+class NetworkError(RuntimeError):
+    """The network cannot be made here; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a rank's link carries.
+
+    Attributes:
+        bits_per_s: in each direction, packet headers included.
+        latency_s: one way, on top of the machine's own.
+    """
+
+    bits_per_s: int
+    latency_s: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Network:
+        """From ``RATE`` or ``RATE,LATENCY``, such as ``200mbit,1ms``.
+
+        Raises:
+            ValueError: not that, or a rate or latency without its unit.
+        """
+        rate, comma, latency = text.partition(",")
+        bits_per_s = round(8 * bytes_per_s(rate, what="--network"))
+        if not bits_per_s:
+            raise ValueError(f"--network: got {rate!r}; expected at least 1 bit a second")
+        return cls(bits_per_s, seconds(latency, what="--network") if comma else 0.0)
+
+    def __str__(self) -> str:
+        units = ((10**9, "gbit"), (10**6, "mbit"), (10**3, "kbit"))
+        factor, unit = next((u for u in units if self.bits_per_s >= u[0]), units[-1])
+        rate = f"{self.bits_per_s / factor:.9g}{unit}"
+        return f"{rate},{self.latency_s * 1e3:.9g}ms" if self.latency_s else rate
+
+
+class Lab:
+    """Network namespaces, one a rank, while the context is open; gone after it, however it ends.
+
+    Args:
+        network: what each rank's link carries.
+        ranks: namespaces.
+        name: theirs begin with it; letters and digits. Labs of other names may stand beside.
+
+    Raises:
+        NetworkError: not root, no iproute2, or a kernel without what it needs; and a lab of this
+            name that is there already.
+    """
+
+    def __init__(self, network: Network, *, ranks: int, name: str) -> None:
+        self.network = network
+        self.ranks = ranks
+        self.name = name
+
+    def __enter__(self) -> Lab:
+        words = [str(self.ranks), *str(self.network).split(",")]
+        try:
+            self._call("up", *words)
+        except NetworkError:
+            raise
+        except BaseException:  # interrupted half-way
+            self._call("down")
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._call("down")
+
+    def places(self) -> list[Place]:
+        """Where each rank runs."""
+        environment = {
+            "GLOO_SOCKET_IFNAME": INTERFACE,
+            "NCCL_SOCKET_IFNAME": INTERFACE,
+            "NETLAB": str(self.network),
+            # Each namespace is a node of its own.
+            "LOCAL_RANK": "0",
+            "LOCAL_SIZE": "1",
+        }
+        return [
+            Place(("ip", "netns", "exec", f"{self.name}-{rank}"), environment)
+            for rank in range(self.ranks)
+        ]
+
+    def _call(self, *words: str) -> None:
+        # In a session of its own, Ctrl-C does not reach it, and it can do its work to the end.
+        done = subprocess.run(
+            ["bash", str(SCRIPT), "--name", self.name, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            start_new_session=True,
+        )
+        if done.returncode != 0:
+            raise NetworkError(done.stderr.strip())
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What an interface has carried since it exists."""
+
+    sent_bytes: int
+    sent_packets: int
+    received_bytes: int
+    received_packets: int
+
+    def since(self, earlier: Counters) -> Counters:
+        """The difference."""
+        return Counters(
+            self.sent_bytes - earlier.sent_bytes,
+            self.sent_packets - earlier.sent_packets,
+            self.received_bytes - earlier.received_bytes,
+            self.received_packets - earlier.received_packets,
+        )
+
+    @property
+    def sent_payload_bytes(self) -> int:
+        """What was sent without the headers of Ethernet, IP and TCP."""
+        return self.sent_bytes - HEADER_BYTES * self.sent_packets
+
+
+def read_counters(interface: str, table: str | None = None) -> Counters | None:
+    """The counters of an interface of this process's network namespace; None where it has none.
+
+    Args:
+        interface: its name.
+        table: in the form of ``/proc/net/dev``, which is read when it is None.
+    """
+    source = Path("/proc/self/net/dev")
+    if table is None:
+        table = source.read_text() if source.exists() else ""
+    for line in table.splitlines():
+        name, colon, values = line.partition(":")
+        if colon and name.strip() == interface:
+            columns = [int(value) for value in values.split()]
+            return Counters(columns[8], columns[9], columns[0], columns[1])
+    return None

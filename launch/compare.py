@@ -1,0 +1,67 @@
+"""Compare the methods on the ranks that a launcher has started: `ds-lvx compare` for a cluster.
+
+    deepspeed --num_gpus 2 launch/compare.py --seqlen-q 256 --seqlen-kv 1M --output runs/compare
+    deepspeed --hostfile hosts --no_ssh --node_rank 0 --master_addr ... launch/compare.py ...
+
+Takes the options of `ds-lvx compare` that say what to measure and what to write; rank 0 reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+import ds_lvx
+from ds_lvx.comm import Channel
+from ds_lvx.compare import command, operators, report
+from ds_lvx.start import init_distributed
+
+
+def main() -> int:
+    """Measure on all ranks; rank 0 shows the result. Exit status 1 where methods disagree."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    command.add_measurement(parser)
+    command.add_output(parser)
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
+    options = parser.parse_args()
+    init_distributed(verbose=False)
+    try:
+        return compare(options)
+    except ValueError as error:
+        if os.environ["RANK"] == "0":  # the same on all ranks
+            print(f"compare.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        ds_lvx.shutdown()
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Measure what the options ask for; the exit status."""
+    world = Channel.world()
+    command.settle_measurement(options)
+    request, skipped = command.request_of(options, world.size)
+    answers = world.agree(operators.measure(request))
+    try:
+        results = command.assemble(
+            request,
+            answers,
+            skipped=skipped,
+            network=os.environ.get("NETLAB"),
+            device=get_accelerator().device_name(),
+            threads=torch.get_num_threads(),
+        )
+    except report.DisagreementError as error:
+        if world.rank == 0:
+            print(f"compare.py: {error}", file=sys.stderr)
+        return 1
+    if world.rank == 0:
+        command.show(results, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

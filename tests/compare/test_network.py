@@ -1,0 +1,279 @@
+"""The emulated network: what it refuses, what it carries, and that nothing of it stays behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_lvx.compare.command import ending_in_order
+from ds_lvx.compare.network import SCRIPT, Counters, Lab, Network, NetworkError, read_counters
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def script(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(SCRIPT), *words], capture_output=True, text=True, check=False, **options
+    )
+
+
+def namespaces(name: str) -> list[str]:
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False)
+    return [line.split()[0] for line in listed.stdout.splitlines() if line.startswith(f"{name}-")]
+
+
+def why_not() -> str | None:
+    """Why no network can be made here; None where it can."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        return "network namespaces need root and iproute2"
+    try:
+        with Lab(Network(10**9), ranks=1, name="testwhether"):
+            return None
+    except NetworkError as error:
+        return str(error)
+
+
+@pytest.fixture(scope="module")
+def _can() -> None:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+needs_network = pytest.mark.usefixtures("_can")
+
+
+@pytest.mark.parametrize(
+    ("text", "network", "short"),
+    [
+        ("200mbit", Network(200 * 10**6), "200mbit"),
+        ("1.5gbit,1ms", Network(1500 * 10**6, 1e-3), "1.5gbit,1ms"),
+        ("25MB/s", Network(200 * 10**6), "200mbit"),
+        ("800kbit,500us", Network(800_000, 500e-6), "800kbit,0.5ms"),
+    ],
+)
+def test_a_network_is_read_from_words(text: str, network: Network, short: str) -> None:
+    assert Network.parse(text) == network
+    assert str(network) == short
+    assert Network.parse(short) == network
+
+
+@pytest.mark.parametrize("text", ["200", "fast", "200mbit,1", "0mbit", "200mbit,", ""])
+def test_a_rate_or_latency_without_its_unit_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match="--network: got "):
+        Network.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["up", "4", "200"], "RATE: got '200'; expected a number with its unit"),
+        (["up", "4", "0mbit"], "RATE: got '0mbit'; expected more than 0"),
+        (["up", "0", "200mbit"], "N: got '0'; expected a number of namespaces from 1 to 250"),
+        (["up", "2", "200mbit", "1"], "LATENCY: got '1'; expected a time with its unit"),
+        (["up", "2"], "up: got 1 words; expected N RATE [LATENCY]"),
+        (["run"], "run: got no command"),
+        (["--name", "a-b", "down"], "--name: got 'a-b'; expected a letter"),
+        (["--name"], "--name: got ''"),
+        (["sideways"], "got 'sideways'; expected up, run or down"),
+    ],
+)
+def test_the_script_refuses_what_it_does_not_understand(words: list[str], message: str) -> None:
+    done = script(*words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ({"id": "echo 1000"}, "making network namespaces needs root"),
+        ({"id": "echo 0"}, "got no command 'ip'; it is part of iproute2"),
+        (
+            {
+                "id": "echo 0",
+                "tc": "true",
+                "ip": 'case "$*" in *"netns add"*) echo no such right >&2; exit 1;; esac',
+            },
+            "got 'no such right' from: ip netns add absent-hub netlab: It needs CAP_SYS_ADMIN",
+        ),
+        (
+            {
+                "id": "echo 0",
+                "ip": "true",
+                "tc": 'case "$*" in *netem*) echo no netem >&2; exit 2;; esac',
+            },
+            "It needs a kernel with the netem qdisc (CONFIG_NET_SCH_NETEM); without it leave",
+        ),
+    ],
+)
+def test_the_script_says_what_it_needs(tools: dict[str, str], message: str, tmp_path: Path) -> None:
+    for name, body in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    for name in ("bash", "awk", "sh", "sed", "grep", "sleep"):
+        found = shutil.which(name)
+        assert found is not None
+        (tmp_path / name).symlink_to(found)
+    words = ("--name", "absent", "up", "2", "200mbit", "1ms")
+    done = script(*words, env={"PATH": str(tmp_path)})
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+
+
+def test_counters_are_those_of_the_interface() -> None:
+    table = (
+        "Inter-|   Receive                                                |  Transmit\n"
+        " face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs\n"
+        "    lo:       1       2    0    0    0     0          0         0       1       2    0 0\n"
+        "  eth0:    5000      40    0    0    0     0          0         0    9000      50    0 0\n"
+    )
+    found = read_counters("eth0", table)
+    assert found == Counters(9000, 50, 5000, 40)
+    assert found.sent_payload_bytes == 9000 - 50 * 66
+    assert found.since(Counters(1000, 10, 500, 4)) == Counters(8000, 40, 4500, 36)
+    assert read_counters("eth1", table) is None
+
+
+def interfaces() -> set[str]:
+    return {name for _, name in socket.if_nameindex()}
+
+
+SEND = """
+import os, socket, sys, time
+rank, host, size = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], {size}
+port = int(os.environ["MASTER_PORT"])
+def counters():
+    line = next(l for l in open("/proc/self/net/dev") if "eth0:" in l).split(":")[1].split()
+    return int(line[8]), int(line[0])
+if rank == 0:
+    with socket.create_server((host, port)) as server:
+        connection, _ = server.accept()
+else:
+    for _ in range(200):
+        try:
+            connection = socket.create_connection((host, port))
+            break
+        except OSError:
+            time.sleep(0.05)
+for sender in (0, 1):
+    begin, before = time.perf_counter(), counters()
+    if rank == sender:
+        connection.sendall(bytes(size))
+        assert connection.recv(1) == b"x"
+        sent = counters()[0] - before[0]
+        print(f"rate {{8 * sent / (time.perf_counter() - begin):.0f}} {{sent}}")
+    else:
+        left = size
+        while left:
+            left -= len(connection.recv(min(left, 1 << 20)))
+        connection.sendall(b"x")
+"""
+
+
+@needs_network
+def test_a_transfer_has_the_rate_that_was_asked_for_both_ways() -> None:
+    before = interfaces()
+    with Lab(Network(100 * 10**6), ranks=2, name="testrate") as lab:
+        assert interfaces() == before, "something was made outside of the lab's namespaces"
+        assert len(namespaces("testrate")) == 3
+        done = script("--name", lab.name, "run", sys.executable, "-c", SEND.format(size=2_500_000))
+        assert done.returncode == 0, done.stderr
+    rates = [int(line.split()[1]) for line in re.findall(r"rate \d+ \d+", done.stdout)]
+    assert len(rates) == 2
+    for rate in rates:
+        assert rate == pytest.approx(100e6, rel=0.05)
+    assert not namespaces("testrate")
+
+
+@needs_network
+def test_labs_stand_side_by_side_and_their_ranks_know_their_places() -> None:
+    network = Network(10**9)
+    command = 'echo "$RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $GLOO_SOCKET_IFNAME $NETLAB"'
+    with Lab(network, ranks=2, name="testone"), Lab(network, ranks=3, name="testtwo"):
+        with pytest.raises(NetworkError, match="'testone' that is up already"):
+            Lab(network, ranks=2, name="testone").__enter__()
+        assert len(namespaces("testone")) == 3, "a second lab took the first one's place"
+        done = script("--name", "testtwo", "run", "bash", "-c", command)
+    assert sorted(done.stdout.splitlines()) == [
+        f"{rank} 3 0 10.77.0.1 eth0 1gbit" for rank in range(3)
+    ]
+    for _ in range(2):
+        assert script("--name", "testtwo", "down").returncode == 0
+
+
+@needs_network
+def test_a_rank_that_fails_ends_the_others() -> None:
+    with Lab(Network(10**9), ranks=2, name="testfail") as lab:
+        begin = time.monotonic()
+        done = script(
+            "--name", lab.name, "run", "bash", "-c", '[ "$RANK" = 1 ] && exit 7; sleep 60'
+        )
+        assert done.returncode == 7
+        assert time.monotonic() - begin < 30
+    none = script("--name", lab.name, "run", "true")
+    assert none.returncode == 2
+    assert "got no network 'testfail' to run in; make one first" in none.stderr
+
+
+def interrupted(command: list[str], ending: signal.Signals) -> None:
+    """Start a command, wait until it says "up", end it, and wait until it has ended."""
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    ) as process:
+        watchdog = threading.Timer(60, process.kill)
+        watchdog.start()
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"up\n"
+            assert namespaces("testend")
+            process.send_signal(ending)
+            assert process.wait(30) not in (0, -signal.SIGKILL)
+        finally:
+            watchdog.cancel()
+
+
+@needs_network
+def test_a_comparison_that_is_ended_takes_its_network_down() -> None:
+    def end() -> None:
+        assert len(namespaces("testend")) == 3
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ending_in_order(),
+        Lab(Network(10**9), ranks=2, name="testend"),
+    ):
+        end()
+    assert not namespaces("testend")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@needs_network
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_its_ranks(ending: signal.Signals, tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    command = f'echo $$ > {mark}-"$RANK"; [ "$RANK" = 0 ] && echo up; sleep 60'
+    with Lab(Network(10**9), ranks=2, name="testend") as lab:
+        interrupted(["bash", str(SCRIPT), "--name", lab.name, "run", "bash", "-c", command], ending)
+        pids = [int(path.read_text()) for path in tmp_path.glob("pid-*")]
+        assert pids
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

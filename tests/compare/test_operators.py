@@ -1,0 +1,295 @@
+"""The comparison of operators: what it measures, checks, refuses and writes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ds_lvx import cli
+from ds_lvx.attention import ring
+from ds_lvx.comm import Channel
+from ds_lvx.compare import agreement, command, operators, plots, report
+from ds_lvx.compare.inputs import Shape, make_inputs, split
+from ds_lvx.compare.network import Network, NetworkError
+from ds_lvx.compare.operators import METHODS, Request
+from tests.ranks import run_ranks
+
+TINY = Shape(seqlen_q=9, seqlen_kv=30, batch=2, heads=4, kv_heads=2, head_dim=8, dtype="float32")
+ONCE = Request(TINY, METHODS, warmup=0, repeats=2)
+DEVICE = torch.device("cpu")
+
+
+def options(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def measured(requests: list[Request]) -> list[dict[str, Any]]:
+    return [operators.measure(request) for request in requests]
+
+
+def assembled(request: Request, answers: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    given = {"skipped": {}, "network": None, "device": "cpu", "threads": 1, **changes}
+    return command.assemble(request, answers, **given)
+
+
+# ---- measuring
+
+
+def test_every_method_is_checked_counted_and_timed(tmp_path: Path) -> None:
+    seen = replace(TINY, visibility="frames", features_dim=12)
+    requests = [
+        ONCE,
+        replace(ONCE, shape=seen, overlap=False),
+        replace(ONCE, shape=seen, recompute=True),
+        replace(ONCE, shape=replace(TINY, visibility="causal", dtype="bfloat16")),
+    ]
+    by_rank = run_ranks(measured, 3, requests)
+    for request, *answers in zip(requests, *by_rank, strict=True):
+        results = assembled(request, json.loads(json.dumps(answers)))
+        assert [record["method"] for record in results["records"]] == list(METHODS)
+        for record in results["records"]:
+            assert len(record["ranks"]) == (1 if record["method"] == "none" else 3)
+            assert len(record["step_s"]["samples"]) == 2
+            assert record["step_s"]["median"] >= record["forward_s"]["median"] > 0
+            assert record["kernels_s"]["median"] > 0
+        exact = [d for d in results["largest_differences"] if d["other"] == agreement.EXACT]
+        tensors = {"out", "dq", "dfeatures", "dk_proj", "dv_proj"}
+        assert {d["tensor"] for d in exact} == (
+            tensors if request.shape.features_dim else {"out", "dq", "dk", "dv"}
+        )
+        assert {d["one"] for d in exact} == set(METHODS) - {"none"}
+    command.show(results, options("--output", str(tmp_path), "--json"))
+    (written,) = tmp_path.glob("*.json")
+    assert json.loads(written.read_text()) == json.loads(json.dumps(results))
+    assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bytes_are_those_of_the_formulas() -> None:
+    answers = [answer for (answer,) in run_ranks(measured, 3, [ONCE])]
+    found = {record["method"]: record for record in assembled(ONCE, answers)["records"]}
+    rows, keys, width = TINY.batch * 3 * 4, TINY.batch * 10 * 2 * 8 * 4, 8 * 4
+    lvx = 2 * rows * (2 * width + 4 + 3 * width + 8)
+    assert found["lvx-gather"]["bytes_sent"] == pytest.approx(lvx, rel=0.02)
+    assert found["lvx-ring"]["bytes_sent"] == pytest.approx(lvx, rel=0.02)
+    assert found["ring"]["bytes_sent"] == 2 * 6 * keys
+    assert found["none"]["bytes_sent"] == 0
+
+
+def disagreeing() -> dict[str, Any]:
+    def wrong(*tensors: Any) -> Any:
+        out, lse = right(*tensors)
+        if Channel.world().rank == 1:
+            out = out + 1e-3 * out.detach().abs().max() * (torch.arange(8) == 5)
+        return out, lse
+
+    right = ring.attend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring, "attend", wrong)
+        return operators.measure(replace(ONCE, methods=("lvx-gather", "ring")))
+
+
+def test_methods_that_disagree_are_named_and_not_timed() -> None:
+    answers = run_ranks(disagreeing, 2)
+    assert [answer["methods"] for answer in answers] == [{}, {}]
+    with pytest.raises(report.DisagreementError) as raised:
+        assembled(ONCE, answers)
+    lines = str(raised.value).splitlines()
+    pairs = {line.split(" disagree")[0].strip() for line in lines[1:]}
+    assert pairs == {"lvx-gather and ring", "ring and float64 oracle"}
+    for line in lines[1:]:
+        assert " disagree on out: the largest error is 0.001 of the largest value" in line
+        assert "on rank 1 at [" in line
+        assert ", 5] of its shard: " in line
+
+
+def test_what_is_not_a_number_disagrees() -> None:
+    ones = torch.ones(2, 3)
+    broken = ones.clone()
+    broken[1, 2] = torch.nan
+    (found,) = agreement.differences(
+        {"ring": {"out": ones}, "lvx": {"out": broken}}, dtype="float32", rank=0, shape="whole"
+    )
+    assert found.is_too_large
+    assert found.index == (1, 2)
+    same = {"ring": {"out": ones * 0, "dk": ones[:0]}, "lvx": {"out": ones * 0, "dk": ones[:0]}}
+    (found,) = agreement.differences(same, dtype="float32", rank=0, shape="whole")
+    assert found.error == 0.0
+
+
+def test_the_small_shape_is_the_whole_one_where_the_oracle_can_do_it() -> None:
+    assert agreement.small(TINY) == TINY
+    large = Shape(seqlen_q=4096, seqlen_kv=2**20, heads=32)
+    small = agreement.small(large)
+    assert small.seqlen_q * small.seqlen_kv * small.heads <= 2**21
+    assert replace(small, seqlen_q=4096, seqlen_kv=2**20) == large
+
+
+# ---- inputs
+
+
+@pytest.mark.parametrize("features_dim", [None, 6])
+@pytest.mark.parametrize("visibility", ["all", "causal", "frames"])
+def test_shards_make_up_the_whole(features_dim: int | None, visibility: str) -> None:
+    shape = replace(TINY, features_dim=features_dim, visibility=visibility)
+    parts = [make_inputs(shape, ranks=4, shards=[r], device=DEVICE) for r in range(4)]
+    whole = make_inputs(shape, ranks=4, shards=range(4), device=DEVICE)
+    assert whole.q.shape == (2, 9, 4, 8)
+    assert torch.equal(torch.cat([part.q for part in parts], dim=1), whole.q)
+    k = torch.cat([part.k_and_v()[0] for part in parts], dim=1)
+    torch.testing.assert_close(k, whole.k_and_v()[0])
+    assert k[:, :8].std() < k[:, -7:].std(), "shards differ in scale"
+    if whole.visibility is not None:
+        shards = [part.visibility for part in parts]
+        for name in ("q_start", "q_end", "kv_pos"):
+            pieces = [getattr(shard, name) for shard in shards]
+            assert torch.equal(torch.cat(pieces, dim=1), getattr(whole.visibility, name))
+        seen = whole.visibility.mask()[0].float().mean(dim=1)
+        assert seen[-1] == (1.0 if visibility == "causal" else pytest.approx(0.25, abs=0.05))
+
+
+def test_lengths_are_as_even_as_they_go() -> None:
+    assert split(10, 4) == (3, 3, 2, 2)
+    assert split(1, 3) == (1, 0, 0)
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "rign"], "--methods: got 'rign'; expected some of .*did you mean 'ring'"),
+        (["--network", "200"], "--network: got '200', which has no unit"),
+        (["--network", "200mbit", "--device", "accelerator"], "leave one of both away"),
+        (["--ranks", "0"], "--ranks: got 0; expected at least 1"),
+        (["--repeats", "0"], "--repeats: got 0; expected at least 1"),
+        (["--threads", "0"], "--threads: got 0; expected at least 1"),
+        (["--seqlen-q", "64X"], "--seqlen-q: got '64X'; expected a whole number"),
+        (["--kv-heads", "3"], "--kv-heads: got 3 for 8 query heads; expected a divisor of 8"),
+        (["--head-dim", "0"], "--head-dim: got 0; expected at least 1"),
+        (["--features-dim", "0"], "--features-dim: got 0; expected at least 1"),
+        (["--methods", "ulysses", "--heads", "2"], "none is left: got 2 query heads for 4 ranks"),
+    ],
+)
+def test_bad_options_are_named(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compare", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ds-lvx compare: ")
+    assert re.search(message, error), error
+
+
+def test_a_method_that_cannot_do_the_shape_is_skipped_with_the_reason() -> None:
+    chosen = options("--heads", "2", "--ranks", "4", "--recompute")
+    command.settle(chosen)
+    request, skipped = command.request_of(chosen, 4)
+    assert request.methods == ("lvx-gather", "lvx-ring", "ring", "none")
+    assert list(skipped) == ["ulysses"]
+    assert skipped["ulysses"].startswith("got 2 query heads for 4 ranks")
+    assert request.shape.features_dim == 128
+    assert request.recompute
+
+
+def test_defaults_are_both_schedules_and_all_peers() -> None:
+    chosen = options("--seqlen-q", "64", "--seqlen-kv", "64K", "--no-overlap")
+    command.settle(chosen)
+    request, _ = command.request_of(chosen, 4)
+    assert request.methods == ("lvx-gather", "lvx-ring", "ulysses", "ring", "none")
+    assert (request.shape.seqlen_q, request.shape.seqlen_kv) == (64, 65536)
+    assert not request.overlap
+    assert not request.recompute
+    assert Request.of(json.loads(json.dumps(asdict(request)))) == replace(
+        request, methods=list(request.methods)
+    )
+
+
+def test_without_root_the_command_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(lab: Any) -> Any:
+        raise NetworkError("netlab: got user somebody; making network namespaces needs root.")
+
+    monkeypatch.setattr(command.Lab, "__enter__", refuse)
+    assert cli.main(["compare", "--network", "200mbit"]) == 1
+    assert "making network namespaces needs root" in capsys.readouterr().err
+
+
+# ---- the report
+
+
+def answer(seconds: dict[str, float], payload: int = 1010) -> dict[str, Any]:
+    return {
+        "differences": [],
+        "methods": {
+            method: {
+                "step": {"forward_s": [own, own], "backward_s": [2 * own, 3 * own]},
+                "kernels": {"forward_s": [0.5, 0.5], "backward_s": [0.5, 0.5]},
+                "traffic": {"bytes_sent": 900, "calls": 2, "control_bytes": 100},
+                "interface": {"sent_payload_bytes": payload},
+                "schedule": "gather",
+            }
+            for method, own in seconds.items()
+        },
+    }
+
+
+def test_the_slowest_rank_counts_and_ratios_are_rounded_down() -> None:
+    times = ({"lvx-gather": 0.3, "ring": 7.0}, {"lvx-gather": 0.4, "ring": 6.0})
+    answers = [answer(times[0]), answer(times[1], payload=980)]
+    results = assembled(ONCE, answers, network="200mbit,1ms", skipped={"ulysses": "no"})
+    lvx, _ = results["records"]
+    assert lvx["step_s"]["samples"] == pytest.approx([1.2, 1.6])
+    assert lvx["step_s"]["median"] == pytest.approx(1.4)
+    assert lvx["step_s"]["p10"] == pytest.approx(1.24)
+    assert lvx["step_over_kernels"] == pytest.approx(1.4)
+    assert lvx["exposed_s"] == pytest.approx(0.4)
+    assert lvx["times_faster_than"] == {"ring": pytest.approx(24.5 / 1.4)}
+    assert lvx["interface_over_traffic"] == pytest.approx(0.98)
+    assert results["kind"] == "emulated"
+    assert results["network"]["bits_per_s"] == 200 * 10**6
+    text = report.markdown(results)
+    assert "| 1.400 (1.240 to 1.560) | 1.000 | 1.40 | 0.001 | 17.5 | - |" in text
+    assert math.floor(24.5 / 1.4 * 10) / 10 == 17.5
+    assert "ulysses: skipped, no" in text
+    assert report.name(results) == "compare-q9-kv30-ranks2-200mbit-1ms"
+
+
+def test_the_table_goes_between_its_comment_lines(tmp_path: Path) -> None:
+    results = assembled(ONCE, [answer({"ring": 1.0})])
+    document = tmp_path / "page.md"
+    document.write_text("before\n")
+    with pytest.raises(ValueError, match="followed by"):
+        report.write_into(document, results)
+    lines = [f"<!-- ds-lvx compare, {report.name(results)}: {e} -->" for e in ("begin", "end")]
+    document.write_text("\n".join(["before", *lines, "after\n"]))
+    report.write_into(document, results)
+    report.write_into(document, results)
+    text = document.read_text()
+    assert text.count(report.markdown(results)) == 1
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+
+
+def test_a_plot_without_ring_compares_with_the_slowest(tmp_path: Path) -> None:
+    results = assembled(ONCE, [answer({"lvx-gather": 1.0, "ulysses": 2.0})])
+    plots.save(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_networks_are_recorded_by_their_short_form() -> None:
+    assert report.network_record(None) is None
+    assert report.network_record("") is None
+    record = report.network_record(str(Network(10**9, 1e-3)))
+    assert record is not None
+    assert (record["name"], record["latency_s"]) == ("1gbit,1ms", 1e-3)

@@ -1,0 +1,53 @@
+"""launch/netlab.sh and launch/compare.py together: real ranks on an emulated network."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_lvx.compare.network import Lab, Network
+from tests.compare.test_network import why_not
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def netlab(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(ROOT / "launch" / "netlab.sh"), *words],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_help_is_the_script_s_own_text() -> None:
+    done = netlab("--help")
+    assert done.returncode == 0
+    assert "netlab.sh [--name NAME] up N RATE [LATENCY]" in done.stdout
+    assert "set -euo" not in done.stdout
+
+
+def test_ranks_of_a_launcher_compare_and_the_interfaces_agree(tmp_path: Path) -> None:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    words = ("--methods", "lvx", "ulysses", "ring", "--seqlen-kv", "4K", "--repeats", "1")
+    with Lab(Network(10**9), ranks=2, name="testcompare") as lab:
+        done = netlab(
+            *("--name", lab.name, "run", sys.executable, str(ROOT / "launch" / "compare.py")),
+            *(*words, "--warmup", "0", "--output", str(tmp_path)),
+        )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "compare-q256-kv4K-ranks2-1gbit.json").read_text())
+    assert results["kind"] == "emulated"
+    assert results["ranks"] == 2
+    for record in results["records"]:
+        assert record["interface_over_traffic"] == pytest.approx(1.0, abs=0.02), record["method"]
+    assert "lvx-gather" in done.stdout
