@@ -52,7 +52,11 @@ class NotingKernel:
         partial: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See `ds_lvx.kernels.Kernel.forward`."""
-        options = {"visibility": visibility, "softmax_scale": softmax_scale, "partial": partial}
+        options: dict[str, Any] = {
+            "visibility": visibility,
+            "softmax_scale": softmax_scale,
+            "partial": partial,
+        }
         self._note("forward", (q, k, v), options)
         return self._kernel.forward(q, k, v, **options)
 
@@ -67,7 +71,7 @@ class NotingKernel:
         softmax_scale: float,
     ) -> None:
         """See `ds_lvx.kernels.Kernel.fold`."""
-        options = {"visibility": visibility, "softmax_scale": softmax_scale}
+        options: dict[str, Any] = {"visibility": visibility, "softmax_scale": softmax_scale}
         # The running result changes: what is noted must be nobody's but ours.
         self._note("fold", (q, k, v, running[0].clone(), running[1].clone()), options)
         self._kernel.fold(q, k, v, running, **options)
@@ -86,7 +90,11 @@ class NotingKernel:
         has_dlse: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ds_lvx.kernels.Kernel.backward`."""
-        options = {"visibility": visibility, "softmax_scale": softmax_scale, "has_dlse": has_dlse}
+        options: dict[str, Any] = {
+            "visibility": visibility,
+            "softmax_scale": softmax_scale,
+            "has_dlse": has_dlse,
+        }
         tensors = (q, k, v, dout, lse, delta)
         self._note("backward", tensors, options)
         return self._kernel.backward(*tensors, **options)

@@ -253,10 +253,13 @@ class Run:
 
     def _attend(self) -> Tensor:
         """By the public function."""
-        inputs, options = self._inputs, {"kernel": self._request.kernel}
+        inputs = self._inputs
         if self.method == "none":
             return self._attend_settled(choose(self._request.kernel, inputs.q))
-        seen = {"visibility": inputs.visibility, **options}
+        seen: dict[str, Any] = {
+            "visibility": inputs.visibility,
+            "kernel": self._request.kernel,
+        }
         if self._recomputes:
             return ds_lvx.lv_xattn_recompute(
                 inputs.q,
