@@ -3,9 +3,9 @@
 Operations are those of the matrix products, bytes those of every tensor read or written once. What
 is left out only adds to the time: exponentials, visibility, parts of split keys, and whatever a
 kernel reads or computes twice. Exponentials are no trifle at head_dim 64, where a Hopper card needs
-about as long for them as for the products (FlashAttention-3, arXiv:2407.08608, section 2.2).
+about as long for them as for the products (FlashAttention-3, arXiv:2407.08608).
 
-Legend: B batch, S queries, T keys, H query heads, K key/value heads, D head_dim, e bytes an element.
+Legend: B batch, S queries, T keys, H query heads, K key/value heads, D head_dim, e bytes a number.
 """
 
 from __future__ import annotations

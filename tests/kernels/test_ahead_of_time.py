@@ -10,8 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-# Bytes of shared memory that a block may have (CUDA C programming guide, compute capabilities).
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+from ds_lvx.plan.occupancy import BLOCK_SHARED_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -21,19 +20,19 @@ def compilers() -> Iterator[dict[int, subprocess.Popen[str]]]:
     environment.pop("TRITON_INTERPRET", None)
     started = {
         capability: subprocess.Popen(
-            [sys.executable, "-m", "tests.kernels.ahead_of_time", str(capability)],
+            [sys.executable, "-m", "ds_lvx.compare.compiled", str(capability)],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for capability in SHARED_BYTES
+        for capability in BLOCK_SHARED_BYTES
     }
     yield started
     for process in started.values():
         process.kill()
 
 
-@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("capability", BLOCK_SHARED_BYTES)
 def test_every_configuration_compiles(
     capability: int, compilers: dict[int, subprocess.Popen[str]]
 ) -> None:
@@ -41,7 +40,8 @@ def test_every_configuration_compiles(
     records = json.loads(listing.splitlines()[-1])
     assert len(records) == 3 * 2 * 9
     for record in records:
-        assert record["spilled"] == 0, record
-        assert record["shared"] <= SHARED_BYTES[capability], record
-        if capability == 90 and record["configuration"][1] == "bf16" and record["tiles"][0] >= 64:
+        assert record["spilled_bytes"] == 0, record
+        assert record["shared_bytes"] <= record["most_shared_bytes"], record
+        assert record["programs_per_multiprocessor"] >= 1, record
+        if capability == 90 and record["dtype"] == "bf16" and record["tile_rows"] >= 64:
             assert record["wgmma"], record

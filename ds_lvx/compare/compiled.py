@@ -1,0 +1,157 @@
+"""Compiles every Triton kernel in every configuration that can be chosen, for GPUs not here.
+
+A program of its own, because Triton decides when the kernels are imported whether to interpret:
+
+    python -m ds_lvx.compare.compiled 90
+
+prints JSON for a compute capability (here 9.0), one record a configuration: registers, spilled
+bytes, shared memory, and whether the code has wgmma instructions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ds_lvx.kernels import triton_backward, triton_forward, triton_kernel
+from ds_lvx.kernels.triton_tiles import padded
+from ds_lvx.plan.occupancy import BLOCK_SHARED_BYTES, programs_per_multiprocessor
+
+INT32 = ("q_start", "q_end", "kv_pos", "visible", "counts")
+FP32 = ("out", "lse", "delta", "dq", "parts", "part_lses")
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+KERNELS = {
+    "forward": (triton_forward.forward_kernel, triton_kernel.forward_tiles),
+    "queries": (triton_backward.queries_kernel, triton_kernel.queries_tiles),
+    "keys": (triton_backward.keys_kernel, triton_kernel.keys_tiles),
+}
+_GROUP = 4
+
+
+class Configuration(NamedTuple):
+    """What decides how a kernel is compiled.
+
+    Attributes:
+        kernel: a key of `KERNELS`.
+        dtype: of q, k, v.
+        head_dim: of q, k, v.
+        rows: query rows of a key/value head.
+        visibility: whether there is a rule.
+    """
+
+    kernel: str
+    dtype: torch.dtype
+    head_dim: int
+    rows: int
+    visibility: bool
+
+
+def configurations() -> Iterator[Configuration]:
+    """All that differ in the code: few and many rows, and the widths of a tile."""
+    for name, visibility in product(KERNELS, (False, True)):
+        for head_dim, rows in product((64, 80, 128, 256), (4, 4096)):
+            yield Configuration(name, torch.bfloat16, head_dim, rows, visibility)
+        # fp32 has one tile for all.
+        yield Configuration(name, torch.float32, 256, 4096, visibility)
+
+
+def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
+    """One configuration, and what the compiler made of it."""
+    kernel, choose = KERNELS[configuration.kernel]
+    dtype, head_dim, rows = configuration.dtype, configuration.head_dim, configuration.rows
+    q = torch.empty(1, max(rows // _GROUP, 1), _GROUP, head_dim, dtype=dtype, device="meta")
+    k = torch.empty(1, 100_000, 1, head_dim, dtype=dtype, device="meta")
+    tiles = choose(q, k)
+    constants = {
+        "GROUP": _GROUP,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded(head_dim),
+        "BLOCK_M": tiles.rows,
+        "BLOCK_N": tiles.keys,
+        "VISIBILITY": configuration.visibility,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
+    types, aligned = _signature(kernel, dtype, constants)
+    done = triton.compile(
+        ASTSource(kernel, types, constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": tiles.warps, "num_stages": tiles.stages},
+    )
+    shared = done.metadata.shared
+    registers, spilled = _resources(done.asm["cubin"])
+    return {
+        "capability": capability,
+        **configuration._asdict(),
+        "dtype": NAMES[dtype],
+        "tile_rows": tiles.rows,
+        "tile_keys": tiles.keys,
+        "warps": tiles.warps,
+        "stages": tiles.stages,
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_bytes": shared,
+        "most_shared_bytes": BLOCK_SHARED_BYTES[capability],
+        "wgmma": "wgmma.mma_async" in done.asm["ptx"],
+        "programs_per_multiprocessor": programs_per_multiprocessor(
+            capability, registers=registers, warps=tiles.warps, shared_bytes=shared
+        ),
+    }
+
+
+def _signature(kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> Any:
+    """Types of a kernel's arguments, and which of them are multiples of 16."""
+    types: dict[str, str] = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            types[argument] = "constexpr"
+        elif argument in INT32:
+            types[argument] = "*i32"
+        elif argument in FP32:
+            types[argument] = "*fp32"
+        elif argument in ("q", "k", "v", "dout", "dk", "dv"):
+            types[argument] = f"*{NAMES[dtype]}"
+        else:
+            types[argument] = "fp32" if argument.startswith("scale") else "i32"
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, argument in enumerate(kernel.arg_names)
+        if types[argument].startswith("*") or argument.startswith("stride")
+    }
+    return types, aligned
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and spilled bytes of a thread, from the compiled code."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", listing.stdout + listing.stderr)
+    if found is None:
+        raise ValueError(f"cuobjdump -res-usage: got {listing.stdout!r}; expected registers")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def main() -> None:
+    """Compile all configurations for the capability that the command names."""
+    capability = int(sys.argv[1])
+    print(json.dumps([compiled(each, capability) for each in configurations()]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""The kernel benchmark's results as tables in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ds_lvx.compare.document import markdown
+from ds_lvx.compare.kernel_cases import DIRECTIONS, KernelCase
+from ds_lvx.plan.cards import CARDS
+from ds_lvx.plan.roofline import floor
+
+NOT_MEASURED = "not measured"
+
+PAPER_HEAD_DIMS = (64, 128)
+CARD_NAMES = ("A100-80", "H100", "H200", "B200")
+
+
+def floors(cases: Iterable[KernelCase]) -> list[dict[str, Any]]:
+    """Operations, bytes and the least time by card, by its data sheet, of each case's directions.
+
+    ``seconds`` and ``bound`` are by card; see `ds_lvx.plan.roofline`.
+    """
+    found = []
+    for case in cases:
+        for direction in DIRECTIONS:
+            work = case.work(direction)
+            least = {name: floor(work, CARDS[name]) for name in CARD_NAMES}
+            found.append(
+                {
+                    "case": case.name,
+                    "direction": direction,
+                    "shape": vars(case),
+                    "keys": case.keys,
+                    "flops": work.flops,
+                    "memory_bytes": work.memory_bytes,
+                    "seconds": {name: each.seconds for name, each in least.items()},
+                    "bound": {name: each.bound for name, each in least.items()},
+                }
+            )
+    return found
+
+
+def floors_table(predicted: Mapping[str, Any], measured: Mapping[str, Any] | None) -> str:
+    """Floors by card, with ``auto``'s measured time where there is one from a GPU."""
+    columns = [f"{name}, ms" for name in CARD_NAMES]
+    head = ("case", "direction", "operations, G", "bytes, MB", *columns, "measured, ms")
+    rows: list[Sequence[str]] = [head]
+    times = _auto_times(measured)
+    for record in predicted["records"]:
+        least = [f"{_ms(record['seconds'][name])} {record['bound'][name]}" for name in CARD_NAMES]
+        rows.append(
+            (
+                record["case"],
+                record["direction"],
+                f"{record['flops'] / 1e9:,.1f}",
+                f"{record['memory_bytes'] / 1e6:,.1f}",
+                *least,
+                times.get((record["case"], record["direction"]), NOT_MEASURED),
+            )
+        )
+    device = "" if not times or measured is None else f" Measured: `auto`, {_device(measured)}."
+    title = (
+        "Predicted: the least time by the data sheet, and whether matrix products or memory set "
+        f"it.{device}"
+    )
+    return f"{title}\n\n{markdown(rows)}"
+
+
+def measured_table(results: Mapping[str, Any] | None) -> str:
+    """Every candidate's time, and ours against the best peer; says so where there is none."""
+    if results is None:
+        return "Not measured yet: no file `benchmarks/kernels.json`."
+    head = (
+        "case",
+        "direction",
+        "candidate",
+        "median (p10 to p90), ms",
+        "TFLOP/s",
+        "of matrix rate",
+        "of memory rate",
+        "x best peer",
+        "memory on top, MB",
+    )
+    ratios = {
+        (each["case"], each["direction"]): each["times_best_peer"]
+        for each in results["comparisons"]
+    }
+    rows: list[Sequence[str]] = [head]
+    for record in results["records"]:
+        case = record["name"].partition("/")[0]
+        ratio = ratios.get((case, record["direction"]), {})
+        rows.append((case, record["direction"], _who(record), *_figures(record, ratio)))
+    return f"{_title(results)}\n\n{markdown(rows)}\n\n{_auto(results)}"
+
+
+def compiled_table(compiled: Mapping[str, Any]) -> str:
+    """What the compiler made of the kernels in bf16 at the paper's head_dims, by capability."""
+    records = compiled["records"]
+    capabilities = sorted({record["capability"] for record in records})
+    columns = [f"sm_{each}: registers, shared KB, programs" for each in capabilities]
+    head = ("kernel", "head_dim", "rows", "visibility", "tile", "warps, stages", *columns)
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for record in records:
+        if record["dtype"] != "bf16" or record["head_dim"] not in PAPER_HEAD_DIMS:
+            continue
+        about = (
+            record["kernel"],
+            str(record["head_dim"]),
+            f"{record['rows']:,}",
+            "yes" if record["visibility"] else "no",
+            f"{record['tile_rows']} x {record['tile_keys']}",
+            f"{record['warps']}, {record['stages']}",
+        )
+        figures = (
+            f"{record['registers']}, {record['shared_bytes'] / 1024:.0f}, "
+            f"{record['programs_per_multiprocessor']}"
+        )
+        rows.setdefault(about, []).append(figures)
+    table = markdown([head, *((*about, *figures) for about, figures in rows.items())])
+    notes = "\n".join(_compiled_line(records, each) for each in capabilities)
+    return f"Triton {compiled['versions']['triton']}.\n\n{notes}\n\n{table}"
+
+
+def _compiled_line(records: Sequence[Mapping[str, Any]], capability: int) -> str:
+    """Spills, shared memory and wgmma of all configurations of a capability, in a line."""
+    mine = [record for record in records if record["capability"] == capability]
+    spilling = sum(record["spilled_bytes"] > 0 for record in mine)
+    fullest = max(record["shared_bytes"] / record["most_shared_bytes"] for record in mine)
+    line = (
+        f"- sm_{capability}: {len(mine)} configurations, {spilling} of them spill registers; at "
+        f"most {math.ceil(100 * fullest)}% of the shared memory that a block may have"
+    )
+    if capability != 90:
+        return f"{line}."
+    halves = [record for record in mine if record["dtype"] == "bf16"]
+    fast = sum(record["wgmma"] for record in halves)
+    small = sum(not record["wgmma"] and _product_rows(record) < 64 for record in halves)
+    return (
+        f"{line}; {fast} of the {len(halves)} in bf16 use wgmma, and {small} have products of "
+        "fewer rows than the 64 that a wgmma takes."
+    )
+
+
+def _product_rows(record: Mapping[str, Any]) -> int:
+    """Rows of a program's products: the kernel for dk and dv turns them round."""
+    return int(record["tile_keys" if record["kernel"] == "keys" else "tile_rows"])
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    rates = results["rates"]
+    return (
+        f"{_device(results)}; timed by {rates['clock']}. Measured in the same run: a bf16 product "
+        f"of {rates['matrix_size']:,} x {rates['matrix_size']:,} matrices at "
+        f"{rates['matrix_flops'] / 1e12:.3g} TFLOP/s, a copy in memory at "
+        f"{rates['memory_bytes_per_s'] / 1e12:.3g} TB/s."
+    )
+
+
+def _device(results: Mapping[str, Any]) -> str:
+    return str(results["hardware"]["device"])
+
+
+def _who(record: Mapping[str, Any]) -> str:
+    chosen = record.get("chosen")
+    return f"auto ({chosen})" if record["candidate"] == "auto" and chosen else record["candidate"]
+
+
+def _figures(record: Mapping[str, Any], ratios: Mapping[str, float]) -> Sequence[str]:
+    if record["status"] != "ok":
+        return (f"{record['status']}: {_short(record['reason'])}", *["-"] * 5)
+    spread = record["device_s"]
+    ratio = ratios.get(record["candidate"])
+    extra = record["extra_bytes"]
+    return (
+        f"{_ms(spread['median'])} ({_ms(spread['p10'])} to {_ms(spread['p90'])})",
+        f"{record['tflops_per_s']:.3g}",
+        f"{record['share_of_matrix_rate']:.1%}",
+        f"{record['share_of_memory_rate']:.1%}",
+        "-" if ratio is None else f"{math.floor(100 * ratio) / 100:.2f}",
+        "-" if extra is None else f"{extra / 1e6:,.1f}",
+    )
+
+
+def _auto(results: Mapping[str, Any]) -> str:
+    """One line on the choice of ``auto``, over all cases."""
+    gaps = [
+        (each["auto_over_best"], each)
+        for each in results["comparisons"]
+        if each["auto_over_best"] is not None
+    ]
+    if not gaps:
+        return "`auto` was not measured."
+    worst, where = max(gaps, key=lambda pair: pair[0])
+    return (
+        f"`auto` takes at most {math.ceil(1000 * worst) / 10:.1f}% longer than the best of all "
+        f"({where['case']}, {where['direction']}, where {where['best'][0]} is best)."
+    )
+
+
+def _auto_times(measured: Mapping[str, Any] | None) -> dict[tuple[str, str], str]:
+    if measured is None or measured["device"] != "cuda":
+        return {}
+    return {
+        (record["name"].partition("/")[0], record["direction"]): _ms(record["device_s"]["median"])
+        for record in measured["records"]
+        if record["candidate"] == "auto" and record["status"] == "ok"
+    }
+
+
+def _short(reason: str) -> str:
+    """The first line, and no bar that would end a column."""
+    line = reason.strip().partition("\n")[0].replace("|", "/")
+    return line if len(line) <= 100 else f"{line[:97]}..."
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:,.0f}"

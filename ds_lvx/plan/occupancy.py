@@ -1,0 +1,41 @@
+"""How many programs of a kernel fit on a multiprocessor of an NVIDIA GPU at once.
+
+From the table of technical specifications in the CUDA C++ programming guide (compute capabilities).
+"""
+
+from __future__ import annotations
+
+KIB = 1024
+
+BLOCK_SHARED_BYTES = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
+"""The most shared memory that a program may have, by compute capability."""
+
+_SHARED_BYTES = {80: 164 * KIB, 90: 228 * KIB, 100: 228 * KIB}
+_RESERVED_BYTES = KIB  # of every program's shared memory, for the system
+_REGISTERS = 64 * KIB
+_REGISTERS_UNIT = 256  # a warp gets a multiple of it
+_WARP = 32
+_MOST_WARPS = 64
+_MOST_PROGRAMS = 32
+
+
+def programs_per_multiprocessor(
+    capability: int, *, registers: int, warps: int, shared_bytes: int
+) -> int:
+    """How many programs run on a multiprocessor side by side.
+
+    The tensor memory of compute capability 10.0 is not counted; it may allow fewer.
+
+    Args:
+        capability: 80, 90 or 100.
+        registers: of a thread.
+        warps: of a program.
+        shared_bytes: of a program.
+    """
+    of_warp = -(-registers * _WARP // _REGISTERS_UNIT) * _REGISTERS_UNIT
+    return min(
+        _REGISTERS // (of_warp * warps),
+        _SHARED_BYTES[capability] // (shared_bytes + _RESERVED_BYTES),
+        _MOST_WARPS // warps,
+        _MOST_PROGRAMS,
+    )

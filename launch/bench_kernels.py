@@ -1,0 +1,235 @@
+"""Time attention kernels side by side on the shapes of the paper's models.
+
+    python launch/bench_kernels.py                          one GPU, some minutes
+    python launch/bench_kernels.py --device cpu --quick --output /tmp/kernels.json    to try it
+    python launch/bench_kernels.py --compile                what the compiler makes of ours; no GPU
+    python launch/bench_kernels.py --floors                 the least times by data sheets; no GPU
+
+Each of our kernels, forward and backward, against every backend of PyTorch's attention, and
+against flash-attn where it is installed. A candidate is checked against float64 before it is timed.
+One that is wrong, raises, hangs or runs out of memory is in the JSON with its reason, and the rest
+goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_lvx.compare import kernel_candidates, kernels, kernels_report
+from ds_lvx.compare.document import write_between
+from ds_lvx.compare.fresh import RunError
+from ds_lvx.compare.kernel_cases import PAPER, QUICK
+from ds_lvx.compare.machine import cores, hardware
+from ds_lvx.plan.occupancy import BLOCK_SHARED_BYTES
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("ds_lvx", "torch", "triton", "flash-attn")
+PARTS = ("floors", "compiled", "measured")
+
+
+def main() -> None:
+    """Measure, compile or predict; then write JSON and tables."""
+    options = parse_options()
+    if options.compile:
+        save(path_of("compiled", options), compile_all())
+    elif options.floors:
+        records = kernels_report.floors(PAPER)
+        save(path_of("floors", options), {**header("predicted"), "records": records})
+    elif not options.render:
+        try:
+            results = measure(options)
+        except RunError as error:
+            sys.exit(f"bench_kernels: {error}")
+        if options.document is None:
+            print(kernels_report.measured_table(results))
+    if options.document is not None:
+        render(options)
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=(),
+        metavar="PATTERN",
+        help="of CASE/CANDIDATE/DIRECTION, such as 'mllama-192*/triton/*'",
+    )
+    parser.add_argument("--repeats", type=int, help="samples of a time, at most (50; quick: 3)")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="that the samples of one time should take"
+    )
+    parser.add_argument(
+        "--budget_s", type=float, default=3600.0, help="what has not begun then is left out"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "docs" / "benchmarks" / "kernels.json",
+        help="JSON of the measurement; those of --compile and --floors are named after it",
+    )
+    parser.add_argument("--document", type=Path, help="Markdown file that gets the tables")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to try the script")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--render", action="store_true", help="nothing measured: from the JSON")
+    mode.add_argument("--compile", action="store_true", help="compile for sm_80, sm_90, sm_100")
+    mode.add_argument("--floors", action="store_true", help="predict the least times")
+    options = parser.parse_args()
+    if options.repeats is None:
+        options.repeats = 3 if options.quick else 50
+    for name in ("repeats", "seconds", "budget_s"):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name}: got {getattr(options, name)}; expected more than 0")
+    if options.render and options.document is None:
+        parser.error("--render: got no --document; expected the Markdown file for the tables")
+    measures = not (options.render or options.compile or options.floors)
+    if measures and options.device == "cuda" and not cuda:
+        parser.error(
+            "--device: got cuda, but PyTorch sees no GPU; expected a machine with one, or "
+            "--device cpu --quick to try the script"
+        )
+    try:
+        options.items = kernels.items_of(
+            QUICK if options.quick else PAPER, kernel_candidates.names(), options.only
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All items; the JSON is written anew with every record."""
+    plan = kernels.Plan(
+        device=options.device,
+        repeats=options.repeats,
+        seconds=options.seconds,
+        budget_s=options.budget_s,
+        threads=cores(),
+        quick=options.quick,
+    )
+    results: dict[str, Any] = {
+        **header("measured"),
+        "device": options.device,
+        "hardware": hardware(options.device) | multiprocessors(options.device),
+        "dtype": "bf16",
+        "rates": None,
+        "comparisons": [],
+        "records": [],
+    }
+
+    def take(line: Mapping[str, Any]) -> None:
+        if "rates" in line:
+            results["rates"] = line["rates"]
+            return
+        record = kernels.with_rates(line["record"], results["rates"])
+        results["records"].append(record)
+        results["comparisons"] = kernels.comparisons(results["records"])
+        save(options.output, results)
+        spread = record.get("device_s")
+        said = f"{1e3 * spread['median']:.4g} ms" if spread else record["reason"].partition("\n")[0]
+        print(f"{record['name']}: {record['status']}, {said}", flush=True)
+
+    kernels.measure(options.items, plan, take=take)
+    return results
+
+
+def compile_all() -> dict[str, Any]:
+    """What the compiler makes of our kernels; a process for each capability, side by side."""
+    environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1"}  # as it is; warns when unset
+    environment.pop("TRITON_INTERPRET", None)
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ds_lvx.compare.compiled", str(capability)],
+            env=environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for capability in BLOCK_SHARED_BYTES
+    ]
+    listings = [process.communicate()[0] for process in started]
+    if any(process.returncode != 0 for process in started):
+        sys.exit("bench_kernels: --compile: a compiler failed; its error stands above")
+    records = [record for text in listings for record in json.loads(text.splitlines()[-1])]
+    return {**header("measured"), "device": "none: compiled ahead of time", "records": records}
+
+
+def render(options: argparse.Namespace) -> None:
+    """Write the tables of whatever JSON there is into the document."""
+    found = {part: read(path_of(part, options)) for part in PARTS}
+    tables = {"measured": kernels_report.measured_table(found["measured"])}
+    if found["floors"] is not None:
+        tables["floors"] = kernels_report.floors_table(found["floors"], found["measured"])
+    if found["compiled"] is not None:
+        tables["compiled"] = kernels_report.compiled_table(found["compiled"])
+    for part, table in tables.items():
+        write_between(options.document, f"bench_kernels.py, {part}", table)
+        print(table, flush=True)
+
+
+def path_of(part: str, options: argparse.Namespace) -> Path:
+    """The JSON of a part."""
+    output: Path = options.output
+    return output if part == "measured" else output.with_name(f"{output.stem}-{part}.json")
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """What a JSON file holds; None where there is none."""
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return found
+
+
+def save(path: Path, results: Mapping[str, Any]) -> None:
+    """Write a JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
+def header(kind: str) -> dict[str, Any]:
+    """What every JSON begins with."""
+    versions = {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES}
+    return {
+        "kind": kind,
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": versions
+        | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
+    }
+
+
+def installed(package: str) -> str | None:
+    """The version of a package; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def multiprocessors(device: str) -> dict[str, int]:
+    """What else of a GPU decides a kernel's time."""
+    if device != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "multiprocessors": properties.multi_processor_count,
+        "capability": 10 * properties.major + properties.minor,
+        "l2_bytes": properties.L2_cache_size,
+    }
+
+
+if __name__ == "__main__":
+    main()

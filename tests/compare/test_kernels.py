@@ -1,0 +1,331 @@
+"""The kernel benchmark: its cases, its checks, what it does about bad candidates, its tables."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_lvx.compare import kernels
+from ds_lvx.compare.document import write_between
+from ds_lvx.compare.fresh import RunError
+from ds_lvx.compare.kernel_candidates import LeftOut, make, names
+from ds_lvx.compare.kernel_cases import DIRECTIONS, PAPER, QUICK, KernelCase
+from ds_lvx.compare.kernel_worker import Item, Request, Worker
+from ds_lvx.compare.kernels_report import floors, floors_table, measured_table
+
+GROUPED = QUICK[1]
+"""24 queries, 2 query heads a key/value head, with visibility."""
+
+Bad = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
+def request(path: Path, *items: Item, deadline: float | None = None) -> Request:
+    return Request(
+        items=list(items),
+        device="cpu",
+        repeats=3,
+        seconds=0.01,
+        limit_s=60.0,
+        deadline=time.time() + 600 if deadline is None else deadline,
+        rates=False,
+        quick=True,
+        path=str(path),
+    )
+
+
+def results(path: Path) -> dict[str, Any]:
+    """Records by the name of their item."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["item"]: line["record"] for line in lines if "item" in line}
+
+
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
+def test_a_cases_shares_are_those_of_its_visibility(case: KernelCase) -> None:
+    problem, rule = case.problem(), case.rule(torch.device("cpu"))
+    q, k, _, dout = case.tensors(torch.device("cpu"), torch.bfloat16)
+    assert (q.shape, k.shape[1]) == (dout.shape, case.keys)
+    mask = torch.ones(1, case.queries, case.keys, dtype=torch.bool) if rule is None else rule.mask()
+    assert problem.visible == mask.float().mean().item()
+    assert problem.seen == mask.any(dim=1).float().mean().item()
+    assert problem.visible == (0.25 if case.visibility else 1.0)
+
+
+def test_the_papers_shapes() -> None:
+    shapes = [(c.model, c.queries, c.heads, c.kv_heads, c.head_dim) for c in PAPER[::2]]
+    llama = [("mllama", queries, 32, 8, 128) for queries in (1, 192, 384, 4096)]
+    others = [("mplug_owl3", 4096, 28, 4, 128), ("openflamingo", 32768, 8, 8, 64)]
+    assert shapes == llama + others
+    assert [round(case.keys / 1024) for case in PAPER[::2]] == [125] * 4 + [91, 128]
+    assert all(case.visibility for case in PAPER[1::2])
+
+
+@pytest.mark.parametrize("case", QUICK[:2], ids=lambda case: case.name)
+def test_all_candidates_of_a_cpu_are_right(case: KernelCase, tmp_path: Path) -> None:
+    candidates = ("auto", "native", "sdpa-flash", "sdpa-math")
+    items = [Item(case, name, direction) for name in candidates for direction in DIRECTIONS]
+    Worker(request(tmp_path / "out", *items)).run()
+    found = results(tmp_path / "out")
+    assert len(found) == len(items)
+    for name, record in found.items():
+        assert record["status"] == "ok", (name, record)
+        assert len(record["device_s"]["samples"]) == 3
+        assert 0 < max(record["errors"].values()) < 4e-2
+    peer = found[f"{case.name}/sdpa-math/forward"]
+    assert peer["kv"] == "in place"
+    assert peer["mask_bytes"] == (24 * 320 if case.visibility else 0)
+    assert found[f"{case.name}/auto/forward"]["chosen"] == "native"
+
+
+def test_repeated_heads_are_summed_before_they_are_checked(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As for a backend that wants as many heads of K and V as of q."""
+    monkeypatch.setattr("ds_lvx.compare.kernel_candidates.Sdpa._groups_heads", lambda self: False)
+    items = [Item(GROUPED, "sdpa-math", direction) for direction in DIRECTIONS]
+    Worker(request(tmp_path / "out", *items)).run()
+    for record in results(tmp_path / "out").values():
+        assert record["status"] == "ok", record
+        assert record["kv"] == "repeated beforehand, which is not timed"
+
+
+class Spoiled:
+    """A right candidate whose results something is done to."""
+
+    def __init__(self, inputs: Any, spoil: Bad) -> None:
+        self._right, self._spoil = make("native", inputs), spoil
+        self.notes: dict[str, Any] = {}
+
+    def forward(self) -> tuple[Tensor, ...]:
+        return self._spoil(self._right.forward())
+
+    def backward(self) -> tuple[Tensor, ...]:
+        return self._spoil(self._right.backward())
+
+    def by_key_head(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return gradients
+
+    def active(self) -> Any:
+        return nullcontext()
+
+
+def last_row(place: int, value: float) -> Bad:
+    """Adds to the last row of one of the results."""
+
+    def spoil(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        copies = [tensor.clone() for tensor in found]
+        copies[place].select(1, -1).add_(value)
+        return tuple(copies)
+
+    return spoil
+
+
+def raises(error: Exception) -> Bad:
+    def spoil(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        raise error
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("direction", "spoil", "status", "word"),
+    [
+        ("forward", last_row(0, 0.1), "wrong", "out"),
+        ("forward", last_row(0, float("nan")), "wrong", "out"),
+        ("forward", last_row(1, float("-inf")), "wrong", "lse"),
+        ("backward", last_row(0, 0.1), "wrong", "dq"),
+        ("backward", last_row(1, 1.0), "wrong", "dk"),
+        ("backward", last_row(2, 1.0), "wrong", "dv"),
+        ("backward", last_row(2, float("nan")), "wrong", "dv"),
+        ("forward", raises(torch.OutOfMemoryError("too large")), "failed", "too large"),
+        ("backward", raises(RuntimeError("no kernel")), "failed", "no kernel"),
+        ("forward", raises(LeftOut("no mask")), "left out", "no mask"),
+    ],
+)
+def test_a_bad_candidate_is_told_and_does_not_stop_the_rest(
+    tmp_path: Path, direction: str, spoil: Bad, status: str, word: str
+) -> None:
+    bad, good = Item(GROUPED, "triton", direction), Item(GROUPED, "native", direction)
+
+    def made(name: str, inputs: Any) -> Any:
+        return Spoiled(inputs, spoil) if name == "triton" else make(name, inputs)
+
+    Worker(request(tmp_path / "out", bad, good), made).run()
+    record = results(tmp_path / "out")[bad.name]
+    assert record["status"] == status
+    if status == "wrong":
+        others = {name: error for name, error in record["errors"].items() if name[:3] != word[:3]}
+        assert all(error < 4e-2 for error in others.values()), record
+        assert float(record["errors"][word]) > 4e-2 or record["errors"][word] in ("nan", "inf")
+    else:
+        assert word in record["reason"]
+    assert results(tmp_path / "out")[good.name]["status"] == "ok"
+
+
+def test_what_a_backend_cannot_do_is_told_with_its_reasons(tmp_path: Path) -> None:
+    item = Item(GROUPED, "sdpa-efficient", "forward")
+    Worker(request(tmp_path / "out", item)).run()
+    record = results(tmp_path / "out")[item.name]
+    assert record["status"] == "failed"
+    assert "No viable backend" in record["reason"]
+
+
+def test_scores_beyond_the_budget_are_not_materialised(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr("ds_lvx.compare.kernel_candidates.SCORES_BYTES", 1000)
+    item = Item(GROUPED, "sdpa-math", "forward")
+    Worker(request(tmp_path / "out", item)).run()
+    record = results(tmp_path / "out")[item.name]
+    assert record["status"] == "left out"
+    assert "GiB of scores" in record["reason"]
+
+
+def test_what_begins_too_late_is_left_out(tmp_path: Path) -> None:
+    item = Item(GROUPED, "native", "forward")
+    Worker(request(tmp_path / "out", item, deadline=0.0)).run()
+    assert results(tmp_path / "out")[item.name]["status"] == "left out"
+
+
+def test_inputs_that_cannot_be_made_are_every_candidates_reason(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("ds_lvx.compare.kernel_worker.exact", fail)
+    items = [Item(GROUPED, name, "forward") for name in ("native", "auto")]
+    Worker(request(tmp_path / "out", *items)).run()
+    for record in results(tmp_path / "out").values():
+        assert record["status"] == "failed"
+        assert "the inputs could not be made: no room" in record["reason"]
+
+
+def test_a_candidate_that_ends_the_process_costs_itself_only() -> None:
+    items = kernels.items_of(QUICK[:2], ("triton", "native", "auto"))
+    taken: list[Mapping[str, Any]] = []
+    plan = kernels.Plan(device="cpu", worker="tests.compare.dying_worker")
+    kernels.measure(items, plan, take=taken.append)
+    assert sum("rates" in line for line in taken) == 1
+    records = [line["record"] for line in taken if "record" in line]
+    assert [record["name"] for record in records] == [item.name for item in items]
+    for record in records:
+        dies = record["candidate"] == "triton" and record["direction"] == "forward"
+        assert record["status"] == ("failed" if dies else "left out")
+        assert not dies or "ended with code 3" in record["reason"]
+
+
+def test_a_worker_that_cannot_start_is_an_error() -> None:
+    plan = kernels.Plan(device="cpu", worker="tests.compare.no_such_module")
+    with pytest.raises(RunError, match="No module named"):
+        kernels.measure(kernels.items_of(QUICK[:1], ("auto",)), plan, take=print)
+
+
+def test_only_takes_patterns_and_refuses_what_matches_nothing() -> None:
+    found = kernels.items_of(PAPER, names(), ["mllama-192*/triton/*", "openflamingo*/auto/forward"])
+    assert [item.name for item in found] == [
+        "mllama-192/triton/forward",
+        "mllama-192/triton/backward",
+        "mllama-192-visibility/triton/forward",
+        "mllama-192-visibility/triton/backward",
+        "openflamingo-32768/auto/forward",
+        "openflamingo-32768-visibility/auto/forward",
+    ]
+    with pytest.raises(ValueError, match=r"'lama/\*', which matches nothing.*mllama-192.*sdpa-"):
+        kernels.items_of(PAPER, names(), ["lama/*"])
+
+
+def record(candidate: str, seconds: float | None, *, ours: bool = False) -> dict[str, Any]:
+    about = {
+        "name": f"{PAPER[1].name}/{candidate}/forward",
+        "case": vars(PAPER[1]),
+        "candidate": candidate,
+        "direction": "forward",
+    }
+    if seconds is None:
+        return {**about, "status": "failed", "reason": "a | b\nsecond line"}
+    spread = {"median": seconds, "p10": seconds, "p90": seconds, "samples": [seconds]}
+    return {**about, "status": "ok", "device_s": spread, "extra_bytes": 10**6, "chosen": "triton"}
+
+
+RATES = {
+    "matrix_flops": 800e12,
+    "memory_bytes_per_s": 4e12,
+    "matrix_size": 8192,
+    "clock": "CUDA events",
+}
+
+
+def measured() -> dict[str, Any]:
+    times = {
+        "auto": 1.05e-4,
+        "triton": 1e-4,
+        "sdpa-flash": 4e-4,
+        "sdpa-cudnn": 2e-4,
+        "native": None,
+    }
+    records = [kernels.with_rates(record(name, s), RATES) for name, s in times.items()]
+    return {
+        "device": "cuda",
+        "hardware": {"device": "a card"},
+        "rates": RATES,
+        "records": records,
+        "comparisons": kernels.comparisons(records),
+    }
+
+
+def test_a_time_is_told_against_the_measured_rates() -> None:
+    found = kernels.with_rates(record("triton", 1e-4), RATES)
+    # One query that sees a quarter of 128,080 keys: nobody reads the others.
+    assert found["flops"] == 4 * 128_080 / 4 * 32 * 128
+    assert found["memory_bytes"] == 2 * 32 * 128 * 2 + 32 * 4 + 2 * 128_080 / 4 * 8 * 128 * 2
+    assert found["bound"] == "memory"
+    assert found["share_of_memory_rate"] == pytest.approx(found["floor_s"] / 1e-4)
+    assert found["share_of_matrix_rate"] == pytest.approx(found["flops"] / 1e-4 / 800e12)
+
+
+def test_ours_against_the_best_of_the_others() -> None:
+    (found,) = measured()["comparisons"]
+    assert found["best_peer"] == ("sdpa-cudnn", 2e-4)
+    assert found["best"] == ("triton", 1e-4)
+    assert found["times_best_peer"] == {"auto": 2e-4 / 1.05e-4, "triton": 2.0}
+    assert found["auto_over_best"] == pytest.approx(0.05)
+
+
+def test_tables_never_round_in_our_favour() -> None:
+    text = measured_table(measured())
+    (line,) = [line for line in text.splitlines() if "| auto (triton) |" in line]
+    assert "| 1.90 |" in line  # 1.9047...
+    assert "| native | failed: a / b | - |" in text
+    assert "at most 5.1% longer" in text  # 5.0000000000000044%
+    assert "no file" in measured_table(None)
+
+
+def test_floors_name_what_binds_and_take_times_of_gpus_only() -> None:
+    predicted = {"records": floors(PAPER[:2])}
+    assert floors_table(predicted, None).count("| not measured |") == 4
+    on_gpu = measured()
+    text = floors_table(predicted, on_gpu)
+    assert "Measured: `auto`, a card." in text
+    assert "| 0.105 |" in text
+    assert floors_table(predicted, {**on_gpu, "device": "cpu"}) == floors_table(predicted, None)
+    first = predicted["records"][0]
+    assert first["bound"] == dict.fromkeys(("A100-80", "H100", "H200", "B200"), "memory")
+
+
+def test_a_document_without_its_comment_lines_is_refused(tmp_path: Path) -> None:
+    document = tmp_path / "a.md"
+    document.write_text("<!-- x: end -->\n<!-- x: begin -->\n")
+    with pytest.raises(ValueError, match="got no '<!-- x: begin -->' followed by"):
+        write_between(document, "x", "text")
+
+
+def test_frames_come_in_quarters() -> None:
+    with pytest.raises(ValueError, match="frames: got 6; expected a multiple of 4"):
+        replace(QUICK[0], frames=6)

@@ -1,0 +1,158 @@
+"""The Triton kernels as they are compiled for the GPU at hand, against the float64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_lvx import Visibility
+from ds_lvx.attention.oracle import attention_oracle
+from ds_lvx.kernels import Kernel, choose
+from ds_lvx.kernels.merge import merge_
+from ds_lvx.kernels.native import NativeKernel
+from tests.kernels.test_kernels import rule, tensors
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+SHAPES = [  # batch, queries, keys, heads, kv heads, head_dim
+    (1, 1, 20_000, 32, 8, 128),
+    (2, 192, 3_000, 8, 2, 128),
+    (1, 700, 1_001, 14, 2, 128),
+    (1, 513, 2_000, 4, 4, 64),
+    (1, 33, 500, 6, 1, 80),
+    (1, 150, 450, 2, 2, 256),
+]
+FEW = (SHAPES[1], SHAPES[4])  # every shape is compiled anew, a second for each kernel
+SCALE = 0.2
+
+
+def placed(
+    shape: tuple[int, ...], dtype: torch.dtype, visibility: str
+) -> tuple[list[Tensor], Visibility | None]:
+    """q, k, v, dout and a rule, on the device."""
+    inputs = [tensor.to(DEVICE) for tensor in tensors(shape, dtype)]
+    inputs.append(torch.randn_like(inputs[0]))
+    sees = rule(shape, visibility)
+    if sees is not None:
+        sees = Visibility(*(tensor.to(DEVICE) for tensor in vars(sees).values()))
+    return inputs, sees
+
+
+def errors(kernel: Kernel, inputs: list[Tensor], sees: Visibility | None) -> dict[str, float]:
+    """Largest errors of out, lse and gradients against float64."""
+    *inputs, dout = inputs
+    leaves = [tensor.double().requires_grad_() for tensor in inputs]
+    exact_out, exact_lse = attention_oracle(*leaves, visibility=sees, softmax_scale=SCALE)
+    (exact_out * dout.double()).sum().backward()
+    out, lse = kernel.forward(*inputs, visibility=sees, softmax_scale=SCALE)
+    assert torch.equal(lse == -torch.inf, exact_lse == -torch.inf)
+    delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
+    found = kernel.backward(
+        *inputs, dout, lse, delta, visibility=sees, softmax_scale=SCALE, has_dlse=False
+    )
+    seen = lse != -torch.inf
+    result = {
+        "out": (out.to(inputs[0].dtype).double() - exact_out).abs().max().item(),
+        "lse": (lse.double() - exact_lse)[seen].abs().max().item() if seen.any() else 0.0,
+    }
+    for name, gradient, leaf in zip(("dq", "dk", "dv"), found, leaves, strict=True):
+        assert leaf.grad is not None
+        result[name] = (gradient.double() - leaf.grad).abs().max().item()
+    return result
+
+
+@pytest.mark.parametrize("visibility", ["none", "frames", "shuffled"])
+@pytest.mark.parametrize("shape", FEW, ids=str)
+def test_fp32_is_exact(shape: tuple[int, ...], visibility: str) -> None:
+    inputs, sees = placed(shape, torch.float32, visibility)
+    found = errors(choose("triton", inputs[0]), inputs, sees)
+    assert max(found.values()) <= 1e-4, found
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((shape, torch.bfloat16) for shape in SHAPES), (SHAPES[1], torch.float16)],
+    ids=str,
+)
+def test_16_bits_are_as_exact_as_pytorchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """At most twice the error of PyTorch's fused kernel in the same dtype."""
+    inputs, _ = placed(shape, dtype, "none")
+    found = errors(choose("triton", inputs[0]), inputs, None)
+    peer = errors(NativeKernel(), inputs, None)
+    for name, error in found.items():
+        assert error <= 2 * peer[name] + 1e-4, (name, found, peer)
+
+
+@pytest.mark.parametrize("visibility", ["frames", "shuffled"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_visibility_costs_no_exactness(shape: tuple[int, ...], visibility: str) -> None:
+    """PyTorch's own computes a rule in fp32 here, so its error is not the measure."""
+    inputs, sees = placed(shape, torch.bfloat16, visibility)
+    found = errors(choose("triton", inputs[0]), inputs, sees)
+    assert max(found.values()) <= 5e-2, found
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_every_run_gives_the_same_bits(shape: tuple[int, ...]) -> None:
+    (q, k, v, dout), sees = placed(shape, torch.bfloat16, "shuffled")
+    kernel = choose("triton", q)
+    runs = []
+    for _ in range(3):
+        out, lse = kernel.forward(q, k, v, visibility=sees, softmax_scale=SCALE)
+        delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
+        gradients = kernel.backward(
+            q, k, v, dout, lse, delta, visibility=sees, softmax_scale=SCALE, has_dlse=False
+        )
+        runs.append([out, lse, *gradients])
+    for first, *others in zip(*runs, strict=True):
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_a_part_folds_into_a_running_result() -> None:
+    shape = (2, 192, 3_000, 8, 2, 128)
+    (q, k, v, _), sees = placed(shape, torch.bfloat16, "frames")
+    assert sees is not None
+    kernel = choose("triton", q)
+    halves = [slice(0, 1_700), slice(1_700, 3_000)]
+    first, second = (
+        (k[:, half], v[:, half], sees.with_keys(sees.kv_pos[:, half])) for half in halves
+    )
+    options = {"softmax_scale": SCALE}
+    running = kernel.forward(q, *first[:2], visibility=first[2], partial=True, **options)
+    expected = [tensor.clone() for tensor in running]
+    merge_(
+        *expected, *kernel.forward(q, *second[:2], visibility=second[2], partial=True, **options)
+    )
+    kernel.fold(q, *second[:2], running, visibility=second[2], **options)
+    for one, other in zip(running, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_keys_beyond_2_31_numbers() -> None:
+    """The last keys lie beyond what 32 bits address; only they are visible."""
+    kv_heads, head_dim = 64, 256
+    keys = 2**31 // (kv_heads * head_dim) + 100
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("needs a GPU with 40 GiB")
+    k = torch.randn(1, keys, kv_heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
+    v = torch.randn(1, keys, kv_heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
+    q = torch.randn(1, 3, kv_heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
+    position = torch.zeros(1, keys, dtype=torch.int32, device=DEVICE)
+    position[:, -50:] = 1
+    start = torch.ones(1, 3, dtype=torch.int32, device=DEVICE)
+    sees = Visibility(start, start + 1, position)
+    kernel = choose("triton", q)
+    out, lse = kernel.forward(q, k, v, visibility=sees, softmax_scale=SCALE)
+    few = [t[:, -50:].double() for t in (k, v)]
+    exact_out, exact_lse = attention_oracle(q.double(), *few, softmax_scale=SCALE)
+    torch.testing.assert_close(out.double(), exact_out, atol=2e-2, rtol=0)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=1e-3, rtol=0)
+    delta = (q.float() * out.float()).sum(-1).transpose(1, 2)
+    _, dk, dv = kernel.backward(
+        q, k, v, q, lse, delta, visibility=sees, softmax_scale=SCALE, has_dlse=False
+    )
+    for gradient in (dk, dv):
+        assert not gradient[:, :-50].any()
+        assert gradient[:, -50:].any(dim=(0, 2, 3)).all()

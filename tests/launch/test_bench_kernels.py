@@ -1,0 +1,185 @@
+"""The kernel benchmark's script and `launch/gpu.sh`: what they write, refuse and committed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ds_lvx.compare import kernels_report
+from ds_lvx.compare.kernel_cases import PAPER
+from launch import bench_kernels
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DOCUMENT = ROOT / "docs" / "kernels.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks"
+EMPTY = "".join(
+    f"<!-- bench_kernels.py, {part}: begin -->\n<!-- bench_kernels.py, {part}: end -->\n"
+    for part in bench_kernels.PARTS
+)
+GPU = torch.cuda.is_available()
+
+# Stands for Python on a machine with a GPU, on which the memory benchmark fails.
+PRETENDS = """#!/bin/bash
+if [ "$1" = - ] && [ "$#" -gt 1 ]; then exec {python} "$@"; fi
+echo "$@" >>{log}
+[ "$2" != --parts ] || [ "$3" != memory ]
+"""
+
+
+def bench(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    """Run the script in this process."""
+    monkeypatch.setattr(sys, "argv", ["launch/bench_kernels.py", *words])
+    bench_kernels.main()
+
+
+def test_quick_run_writes_json_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, document = tmp_path / "kernels.json", tmp_path / "kernels.md"
+    document.write_text(EMPTY)
+    words = ("--device", "cpu", "--quick", "--output", str(output), "--document", str(document))
+    bench(monkeypatch, *words, "--only", "tiny-24*/native/*", "tiny-24*/sdpa-*", "*/auto/forward")
+    results = json.loads(output.read_text())
+    assert (results["kind"], results["device"]) == ("measured", "cpu")
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["rates"]["matrix_flops"] > 0
+    status = {record["name"]: record["status"] for record in results["records"]}
+    assert len(status) == 2 * 2 * (1 + 4) + 4
+    assert status["tiny-24-visibility/native/backward"] == "ok"
+    assert status["tiny-24/sdpa-cudnn/forward"] == "failed"
+    compared = {(each["case"], each["direction"]): each for each in results["comparisons"]}
+    assert compared["tiny-24", "forward"]["auto_over_best"] is not None
+    assert "native" in compared["tiny-24", "backward"]["times_best_peer"]
+    assert kernels_report.measured_table(results) in document.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--device", "cpu", "--repeats", "0"], "--repeats: got 0; expected more than 0"),
+        (["--device", "cpu", "--only", "x/*"], "--only: got 'x/*', which matches nothing"),
+        (["--render"], "--render: got no --document"),
+        (["--compile", "--floors"], "not allowed with argument"),
+    ],
+)
+def test_bad_options_are_named(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench(monkeypatch, *words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        bench(monkeypatch)
+    assert "PyTorch sees no GPU" in capsys.readouterr().err
+
+
+def test_committed_floors_are_those_of_the_formulas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench(monkeypatch, "--floors", "--output", str(tmp_path / "kernels.json"))
+    fresh, committed = (
+        json.loads((folder / "kernels-floors.json").read_text())
+        for folder in (tmp_path, BENCHMARKS)
+    )
+    assert fresh["kind"] == committed["kind"] == "predicted"
+    assert len(committed["records"]) == 2 * len(PAPER)
+    assert committed["records"] == fresh["records"]
+
+
+def test_the_documents_tables_are_those_of_the_committed_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = tmp_path / "kernels.md"
+    document.write_text(DOCUMENT.read_text())
+    bench(monkeypatch, "--render", "--document", str(document))
+    assert document.read_text() == DOCUMENT.read_text()
+
+
+def test_committed_compiled_kernels_spill_nothing() -> None:
+    compiled = json.loads((BENCHMARKS / "kernels-compiled.json").read_text())
+    assert compiled["kind"] == "measured"
+    assert {record["capability"] for record in compiled["records"]} == {80, 90, 100}
+    for each in compiled["records"]:
+        assert each["spilled_bytes"] == 0
+        assert each["shared_bytes"] <= each["most_shared_bytes"]
+
+
+def gpu_script(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(ROOT / "launch" / "gpu.sh"), *words],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_dry_run_prints_commands_of_less_than_8_minutes(tmp_path: Path) -> None:
+    (tmp_path / "a.whl").touch()
+    folder = tmp_path / "results"
+    done = gpu_script("--dry-run", "--wheels", str(tmp_path), str(folder))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    limits = [re.match(r"timeout -k (\d+) (\d+) ", line) for line in lines]
+    assert all(limits), done.stdout
+    assert sum(int(number) for limit in limits if limit for number in limit.groups()) < 8 * 60
+    for line, word in zip(
+        lines,
+        ("a.whl", "-m gpu", "bench_kernels.py", "--parts memory", "--parts step_time"),
+        strict=True,
+    ):
+        assert word in line
+    assert "tests/kernels/test_kernels.py" in lines[1]
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--wheels"], "--wheels: got no folder"),
+        (["--wheels", "/nowhere"], "--wheels: got /nowhere, which holds no *.whl"),
+        (["--fast"], "got the unknown option --fast"),
+        (["a", "b"], "got two output folders, a and b"),
+    ],
+)
+def test_gpu_script_refuses_what_it_does_not_know(words: list[str], said: str) -> None:
+    done = gpu_script(*words)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_gpu_script_without_a_gpu_says_so(tmp_path: Path) -> None:
+    done = gpu_script(str(tmp_path), PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert "launch/gpu.sh: no GPU: torch.cuda.is_available() is False" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_gpu_script_goes_on_behind_a_failure_and_ends_with_an_error(tmp_path: Path) -> None:
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(PRETENDS.format(python=sys.executable, log=log))
+    python.chmod(0o755)
+    done = gpu_script(str(tmp_path / "results"), PYTHON=str(python))
+    assert done.returncode == 1
+    assert "memory FAILED: exit code 1" in done.stderr
+    assert "1 failed" in done.stderr
+    assert "step_time" in log.read_text().splitlines()[-1]
+    steps = json.loads((tmp_path / "results" / "gpu.json").read_text())["steps"]
+    assert [(step["step"], step["exit_code"]) for step in steps] == [
+        ("tests", 0),
+        ("kernels", 0),
+        ("memory", 1),
+        ("step_time", 0),
+    ]
