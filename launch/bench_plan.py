@@ -153,7 +153,7 @@ def measure_runs(rate: str, ranks: int, shape: str, options: argparse.Namespace)
     done = subprocess.run(
         [sys.executable, "-m", "ds_lvx.cli", *words], stdout=subprocess.PIPE, check=True, text=True
     )
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout[done.stdout.index("{\n") :])  # DeepSpeed may have said something
     return {
         "command": shlex.join(["ds-lvx", *words]),
         "seqlen_q": int(queries),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from math import log2
 from typing import Any
 
 from ds_lvx.plan.cards import Card
@@ -30,6 +31,7 @@ _PEER_SHARE = 0.1
 _LAUNCH_S = 5e-6
 _OPERATOR_S = 50e-6
 _TILE_ROWS = 64
+_SAME_SHAPE = 1e-4  # squared octaves
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,24 @@ class Wire:
     """One kind of transfer.
 
     Attributes:
-        bytes_per_s: that a rank sends, one way.
+        bytes_per_s: that a rank sends, one way; of large transfers.
         latency_s: until a message of no length has arrived.
+        points: bytes and seconds that were measured, both ascending, the latency not included:
+            between them, smaller transfers may be slower than the rate says.
     """
 
     bytes_per_s: float
     latency_s: float
+    points: tuple[tuple[float, float], ...] = ()
+
+    def busy_s(self, nbytes: float) -> float:
+        """How long so many bytes keep the link busy."""
+        begin, begun = 0.0, 0.0
+        for end, ended in self.points:
+            if nbytes <= end:
+                return begun + (ended - begun) * (nbytes - begin) / (end - begin)
+            begin, begun = end, ended
+        return begun + (nbytes - begin) / self.bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,8 @@ class KernelTime:
         row_s: of a number of q (``B s H D`` of them).
         overlapped: computing and moving K and V hide each other (a GPU); else they add up.
         tile_rows: queries are computed in so many at a time.
+        ratios: what the terms miss, such as caches: queries, numbers of K, and measured over fitted
+            at that shape. Between the shapes it is interpolated.
     """
 
     call_s: float
@@ -91,12 +107,34 @@ class KernelTime:
     row_s: float
     overlapped: bool = False
     tile_rows: int = 1
+    ratios: tuple[tuple[float, float, float], ...] = ()
 
-    def seconds(self, *, pairs: float, keys: float, rows: float, scale: float = 1.0) -> float:
-        """A call on so many numbers of each kind; ``scale`` is for wider elements."""
-        computing, moving = pairs * self.pair_s, keys * self.key_s
+    def seconds(
+        self, queries: float, keys: float, *, width: float, kv_width: float, scale: float = 1.0
+    ) -> float:
+        """A call.
+
+        Args:
+            queries, keys: lengths.
+            width, kv_width: numbers of a query and of a key: ``B H D``, ``B K D``.
+            scale: for wider elements.
+        """
+        tiles = -(-queries // self.tile_rows) * self.tile_rows
+        computing, moving = tiles * keys * width * self.pair_s, keys * kv_width * self.key_s
         shape = max(computing, moving) if self.overlapped else computing + moving
-        return self.call_s + scale * (shape + rows * self.row_s)
+        fitted = self.call_s + scale * (shape + queries * width * self.row_s)
+        return fitted * self._ratio(queries, keys * kv_width)
+
+    def _ratio(self, queries: float, numbers: float) -> float:
+        """The mean of the logarithms, weighted by the inverse square of the distance in octaves."""
+        total = weights = 0.0
+        for near_queries, near_numbers, ratio in self.ratios:
+            across = log2(max(queries, 1.0) / near_queries)
+            along = log2(max(numbers, 1.0) / near_numbers)
+            weight = 1 / (across * across + along * along + _SAME_SHAPE)
+            total += weight * log2(ratio)
+            weights += weight
+        return 2 ** (total / weights) if weights else 1.0
 
 
 @dataclass(frozen=True)
@@ -174,9 +212,10 @@ class Cluster:
         try:
             device = dict(record["device"])
             for kernel in ("whole", "partial", "backward"):
-                device[kernel] = KernelTime(**device[kernel])
+                ratios = tuple(tuple(each) for each in device[kernel]["ratios"])
+                device[kernel] = KernelTime(**{**device[kernel], "ratios": ratios})
             links = {
-                side: Link(**{kind: Wire(**wire) for kind, wire in record[side].items()})
+                side: Link(**{kind: _wire(wire) for kind, wire in record[side].items()})
                 for side in ("within", "across")
             }
             return cls(**{**record, **links, "device": Device(**device)})
@@ -185,6 +224,11 @@ class Cluster:
                 f"got a record that is not a cluster's ({error}); expected what "
                 "ds-lvx plan --calibrate writes"
             ) from error
+
+
+def _wire(record: Mapping[str, Any]) -> Wire:
+    points = ((nbytes, seconds) for nbytes, seconds in record["points"])
+    return Wire(record["bytes_per_s"], record["latency_s"], tuple(points))
 
 
 def from_card(

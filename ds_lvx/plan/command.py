@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def _link(options: argparse.Namespace, side: str, known: Link, latency_s: float)
 
 
 def _record(link: Link) -> Mapping[str, Any]:
-    return {kind: vars(getattr(link, kind)) for kind in ("shift", "gather", "exchange")}
+    return asdict(link)
 
 
 def _calibrate(options: argparse.Namespace) -> int:

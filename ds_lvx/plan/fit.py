@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -31,24 +32,41 @@ def kernel_time(
     kv_heads: int,
     head_dim: int,
 ) -> KernelTime:
-    """A kernel's cost a call, a pair, a number of K, and a number of q."""
+    """A kernel's terms, and what they miss at each shape."""
+    width, kv_width = heads * head_dim, kv_heads * head_dim
+    lengths = [(shape["seqlen_q"], shape["seqlen_kv"]) for shape in shapes]
     columns = [
-        (
-            1.0,
-            float(shape["seqlen_q"] * shape["seqlen_kv"] * heads * head_dim),
-            float(shape["seqlen_kv"] * kv_heads * head_dim),
-            float(shape["seqlen_q"] * heads * head_dim),
-        )
-        for shape in shapes
+        (1.0, float(s * t * width), float(t * kv_width), float(s * width)) for s, t in lengths
     ]
     call_s, pair_s, key_s, row_s = not_negative(columns, seconds)
-    return KernelTime(call_s, pair_s, key_s, row_s)
+    terms = KernelTime(call_s, pair_s, key_s, row_s)
+    ratios = tuple(
+        (
+            float(s),
+            float(t * kv_width),
+            measured / terms.seconds(s, t, width=width, kv_width=kv_width),
+        )
+        for (s, t), measured in zip(lengths, seconds, strict=True)
+    )
+    return replace(terms, ratios=ratios)
 
 
 def wire(nbytes: Sequence[float], seconds: Sequence[float]) -> Wire:
-    """Latency and bytes a second."""
-    latency_s, byte_s = not_negative([(1.0, each) for each in nbytes], seconds)
-    return Wire(bytes_per_s=1 / max(byte_s, 1e-15), latency_s=latency_s)
+    """A link's latency, the rate of its largest transfers, and what lies between.
+
+    Args:
+        nbytes: ascending; the first is next to nothing.
+        seconds: of each.
+    """
+    latency_s = seconds[0]
+    points: list[tuple[float, float]] = []
+    slowest = 0.0
+    for size, each in zip(nbytes[1:], seconds[1:], strict=True):
+        slowest = max(slowest, each - latency_s)  # more bytes never take less: that is noise
+        points.append((size, slowest))
+    (begin, begun), (end, ended) = [(nbytes[0], 0.0), *points][-2:]
+    rate = (end - begin) / (ended - begun) if ended > begun else nbytes[-1] / seconds[-1]
+    return Wire(rate, latency_s, tuple(points))
 
 
 def not_negative(columns: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
@@ -88,12 +106,14 @@ def device(
         for name in ("elementwise", "matmul", "operation", "call")
     }
     # A call is a forward and a backward; their kernels are counted by themselves.
-    own = seconds["call"] - kernels["whole"].call_s - kernels["backward"].call_s
+    own = seconds["call"] - sum(_of_kernels(answers, kind)[1][0] for kind in ("whole", "backward"))
     numbers = elementwise["numbers"] * elementwise["bytes_per_number"]
     return Device(
         name=answers[0]["device"],
         memory_bytes=memory_bytes,
-        **kernels,
+        whole=kernels["whole"],
+        partial=kernels["partial"],
+        backward=kernels["backward"],
         matmul_flops=2 * matmul["side"] ** 3 / seconds["matmul"],
         stream_bytes_per_s=numbers / seconds["elementwise"],
         operation_s=seconds["operation"] / operation["operations"],
@@ -115,27 +135,9 @@ def link(answers: Sequence[Mapping[str, Any]]) -> Link:
     beyond = max(exchange.latency_s - wires["shift"].latency_s, 0.0)
     return Link(
         shift=wires["shift"],
-        gather=Wire(gather.bytes_per_s, gather.latency_s / others),
-        exchange=Wire(exchange.bytes_per_s, beyond / others),
+        gather=replace(gather, latency_s=gather.latency_s / others),
+        exchange=replace(exchange, latency_s=beyond / others),
     )
-
-
-def errors(answers: Sequence[Mapping[str, Any]], of: Device, request: Mapping[str, Any]) -> Any:
-    """What the fit leaves: predicted over measured of every kernel's shape."""
-    width = {kind: request[kind] * request["head_dim"] for kind in ("heads", "kv_heads")}
-    found: dict[str, list[dict[str, float]]] = {}
-    for kind in KINDS:
-        shapes, seconds = _of_kernels(answers, kind)
-        time: KernelTime = getattr(of, kind)
-        for shape, measured in zip(shapes, seconds, strict=True):
-            rows, keys = shape["seqlen_q"], shape["seqlen_kv"]
-            predicted = time.seconds(
-                pairs=rows * keys * width["heads"],
-                keys=keys * width["kv_heads"],
-                rows=rows * width["heads"],
-            )
-            found.setdefault(kind, []).append({**shape, "ratio": predicted / measured})
-    return found
 
 
 def _of_kernels(

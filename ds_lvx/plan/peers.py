@@ -107,11 +107,14 @@ def _padded(work: Work) -> Work:
     repeats, padding = head_layout(shape.heads, shape.kv_heads, work.n)
     kv_heads = shape.kv_heads * repeats + padding
     heads = shape.heads + padding * (shape.heads // (shape.kv_heads * repeats))
-    same = {
-        "q_lengths": (work.most_queries,) * work.n,
-        "kv_lengths": (work.most_keys,) * work.n,
-    }
-    return Work(replace(shape, heads=heads, kv_heads=kv_heads, **same), work.ranks.cluster)
+    padded = replace(
+        shape,
+        q_lengths=(work.most_queries,) * work.n,
+        kv_lengths=(work.most_keys,) * work.n,
+        heads=heads,
+        kv_heads=kv_heads,
+    )
+    return Work(padded, work.ranks.cluster)
 
 
 def _all_to_all(work: Work, timeline: Timeline, numbers: float) -> None:

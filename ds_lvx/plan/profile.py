@@ -120,9 +120,9 @@ def _nearest(name: str, world: int, network: str | None) -> Cluster | None:
         _, ranks, *rest = path.stem.split("--")
         if ranks.isdigit() and rest == ([] if network is None else [_slug(network)]):
             found[int(ranks)] = path
-    for ranks in sorted(found, key=lambda ranks: (abs(ranks - world), ranks)):
+    for _, path in sorted(found.items(), key=lambda item: (abs(item[0] - world), item[0])):
         try:
-            return read(found[ranks])
+            return read(path)
         except ValueError:
             continue  # of another version: the next one, or the data sheet
     return None

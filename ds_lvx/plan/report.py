@@ -18,11 +18,11 @@ _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 def as_text(job: Job, cluster: Cluster, found: Plan) -> str:
     """For people."""
     best = found.best
-    parts = [
-        _question(job, cluster),
-        _answer(cluster, found),
-        f"Groups of {best.ranks}, by method of the cross-attention:",
-        _methods(found, best.ranks),
+    shown = dict.fromkeys((best.ranks, found.quickest.ranks))
+    parts = [_question(job, cluster), _answer(cluster, found)]
+    for ranks in (each for each in shown if each > 1):
+        parts += [f"Groups of {ranks}, by method of the cross-attention:", _methods(found, ranks)]
+    parts += [
         f"The step with {_name(best)}, by part:",
         _table([(part, _time(each)) for part, each in best.parts.items()]),
         "How far each method goes on these GPUs:",
@@ -126,8 +126,8 @@ def _methods(found: Plan, ranks: int) -> str:
 
 
 def _stop(stop: Stop) -> tuple[str, ...]:
-    fits = "-" if stop.fits_from is None else str(stop.fits_from)
-    return (stop.name, fits, str(stop.fastest_at), stop.reason)
+    sizes = ("-" if size is None else str(size) for size in (stop.fits_from, stop.fastest_at))
+    return (stop.name, *sizes, stop.reason)
 
 
 def _name(each: Step) -> str:

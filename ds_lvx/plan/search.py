@@ -25,14 +25,14 @@ class Stop:
     Attributes:
         name: of the method and schedule.
         fits_from: the smallest group whose memory suffices; None where none does.
-        fastest_at: the group with the shortest step among those it can run.
+        fastest_at: the group with the shortest step among those that fit.
         ends_at: the largest group it can run.
         reason: in one line, why it stops.
     """
 
     name: str
     fits_from: int | None
-    fastest_at: int
+    fastest_at: int | None
     ends_at: int
     reason: str
 
@@ -86,7 +86,7 @@ def plan(job: Job, cluster: Cluster, *, group: int | None = None) -> Plan:
         steps=steps,
         best=min(fitting, key=lambda each: each.seconds * each.ranks),
         quickest=min(fitting, key=lambda each: each.seconds),
-        stops=tuple(_stops(steps, groups, limit_bytes, job)),
+        stops=tuple(_stops(job, steps, groups, limit_bytes)),
         limit_bytes=limit_bytes,
     )
 
@@ -115,52 +115,42 @@ def _steps(job: Job, cluster: Cluster, groups: Sequence[int]) -> list[Step]:
 # Where each method stops
 
 
-def _stops(steps: Sequence[Step], groups: Sequence[int], limit_bytes: int, job: Job) -> list[Stop]:
+def _stops(job: Job, steps: Sequence[Step], groups: Sequence[int], limit_bytes: int) -> list[Stop]:
     found = []
     for method, schedule in candidates(METHODS, SCHEDULES):
         own = [each for each in steps if (each.method, each.schedule) == (method, schedule)]
         own = [each for each in own if each.ranks > 1]
         if not own:
             continue
-        fitting = [each.ranks for each in own if each.footprint.peak <= limit_bytes]
-        fastest = min(own, key=lambda each: each.seconds)
-        ends_at = max(each.ranks for each in own)
+        fitting = [each for each in own if each.footprint.peak <= limit_bytes]
+        fastest = min(fitting, key=lambda each: each.seconds, default=None)
+        beyond = [ranks for ranks in groups if ranks > own[-1].ranks]
+        problem = None
+        if beyond:
+            shape = job.cross_shape(beyond[0], recompute=False)
+            problem = obstacle(shape, method, schedule)
         found.append(
             Stop(
                 name=label(method, schedule),
-                fits_from=min(fitting, default=None),
-                fastest_at=fastest.ranks,
-                ends_at=ends_at,
-                reason=_reason(own, fastest, ends_at, groups, fitting=bool(fitting), job=job),
+                fits_from=fitting[0].ranks if fitting else None,
+                fastest_at=None if fastest is None else fastest.ranks,
+                ends_at=own[-1].ranks,
+                reason=_reason(own, fastest, problem),
             )
         )
     return found
 
 
-def _reason(
-    own: Sequence[Step],
-    fastest: Step,
-    ends_at: int,
-    groups: Sequence[int],
-    *,
-    fitting: bool,
-    job: Job,
-) -> str:
-    if not fitting:
-        return "memory: no group of these GPUs is large enough"
-    if fastest.ranks < ends_at:
-        beyond = next(each for each in own if each.ranks > fastest.ranks)
-        growing = {name: beyond.parts[name] - fastest.parts[name] for name in fastest.parts}
+def _reason(own: Sequence[Step], fastest: Step | None, problem: str | None) -> str:
+    """``problem`` is what keeps the method off larger groups."""
+    if fastest is None:
+        return f"memory; {problem}" if problem else "memory: no group of these GPUs is large enough"
+    larger = [each for each in own if each.ranks > fastest.ranks]
+    if larger:
+        growing = {name: larger[0].parts[name] - fastest.parts[name] for name in fastest.parts}
         part = max(growing, key=lambda name: growing[name])
         return f"latency: beyond {fastest.ranks} ranks the step gets longer ({part})"
-    if ends_at < max(groups):
-        problem = obstacle(
-            job.cross_shape(min(each for each in groups if each > ends_at), recompute=False),
-            fastest.method,
-            fastest.schedule,
-        )
-        return f"{'heads' if fastest.method == 'ulysses' else 'memory'}: {problem}"
-    return "does not stop on these GPUs"
+    return problem or "does not stop on these GPUs"
 
 
 # --------------------------------------------------------------------------------------------

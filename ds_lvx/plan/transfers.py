@@ -48,10 +48,10 @@ class Ranks:
         busy = latency = 0.0
         if leaving < g:
             wire = self.cluster.within.shift
-            busy, latency = nbytes / wire.bytes_per_s, wire.latency_s
+            busy, latency = wire.busy_s(nbytes), wire.latency_s
         if leaving:
             wire = self.cluster.across.shift
-            busy = max(busy, leaving * nbytes / wire.bytes_per_s)
+            busy = max(busy, wire.busy_s(leaving * nbytes))
             latency = max(latency, wire.latency_s)
         return Transfer(busy, latency, nbytes, 1)
 
@@ -61,18 +61,18 @@ class Ranks:
         others = self.size - 1
         between_nodes = -(-self.size // self.per_node) - 1
         wires = [within] * (self.per_node > 1) + [across] * (between_nodes > 0)
-        slowest = min((wire.bytes_per_s for wire in wires), default=1.0)
+        busy = max((wire.busy_s(others * nbytes) for wire in wires), default=0.0)
         latency = between_nodes * across.latency_s + (others - between_nodes) * within.latency_s
-        return Transfer(others * nbytes / slowest, latency, others * nbytes, others)
+        return Transfer(busy, latency, others * nbytes, others)
 
     def exchange(self, nbytes: float) -> Transfer:
         """An all-to-all: every rank sends ``nbytes`` to each other one."""
         n, g = self.size, self.per_node
         within, across = self.cluster.within, self.cluster.across
-        busy = (g - 1) * nbytes / within.exchange.bytes_per_s
+        busy = within.exchange.busy_s((g - 1) * nbytes)
         latency = within.shift.latency_s + (g - 1) * within.exchange.latency_s if g > 1 else 0.0
         if n > g:
-            busy = max(busy, g * (n - g) * nbytes / across.exchange.bytes_per_s)
+            busy = max(busy, across.exchange.busy_s(g * (n - g) * nbytes))
             latency = max(latency, across.shift.latency_s + (n - g) * across.exchange.latency_s)
         return Transfer(busy, latency, (n - 1) * nbytes, n - 1)
 

@@ -63,13 +63,11 @@ class Work:
 
     def attend(self, kernel: KernelTime, queries: float, keys: float, *, ranks: int = 1) -> float:
         """A kernel on so many queries and keys; ``ranks`` share the heads."""
-        tile = kernel.tile_rows
-        padded = -(-queries // tile) * tile
-        pairs = self.rows(padded) * keys / ranks
         return kernel.seconds(
-            pairs=pairs,
-            keys=self.numbers(keys) / ranks,
-            rows=self.rows(queries) / ranks,
+            queries,
+            keys,
+            width=self.rows(1) / ranks,
+            kv_width=self.numbers(1) / ranks,
             scale=self._scale,
         )
 

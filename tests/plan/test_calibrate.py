@@ -15,20 +15,27 @@ from ds_lvx.plan.cluster import KernelTime
 HEADS = {"heads": 8, "kv_heads": 2, "head_dim": 64}
 
 
+SHAPES = [{"seqlen_q": s, "seqlen_kv": t} for s in (1, 64, 1024) for t in (128, 4096, 65_536)]
+
+
+def of(time: KernelTime, shape: dict[str, int]) -> float:
+    return time.seconds(shape["seqlen_q"], shape["seqlen_kv"], width=8 * 64, kv_width=2 * 64)
+
+
 def test_the_fit_finds_what_made_the_samples() -> None:
     true = KernelTime(call_s=2e-5, pair_s=3e-12, key_s=4e-10, row_s=5e-10)
-    shapes = [{"seqlen_q": s, "seqlen_kv": t} for s in (1, 64, 1024) for t in (128, 4096, 65_536)]
-    seconds = [
-        true.seconds(
-            pairs=each["seqlen_q"] * each["seqlen_kv"] * 8 * 64,
-            keys=each["seqlen_kv"] * 2 * 64,
-            rows=each["seqlen_q"] * 8 * 64,
-        )
-        for each in shapes
-    ]
-    found = fit.kernel_time(shapes, seconds, **HEADS)
+    found = fit.kernel_time(SHAPES, [of(true, shape) for shape in SHAPES], **HEADS)
     for name in ("call_s", "pair_s", "key_s", "row_s"):
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-6)
+    assert [ratio for _, _, ratio in found.ratios] == pytest.approx([1.0] * len(SHAPES))
+
+
+def test_what_the_terms_miss_is_kept_and_interpolated() -> None:
+    seconds = [1e-3, 2e-3, 9e-2, 1e-3, 3e-2, 5e-1, 4e-2, 1e-1, 4.0]  # as with caches, no terms fit
+    found = fit.kernel_time(SHAPES, seconds, **HEADS)
+    assert [of(found, shape) for shape in SHAPES] == pytest.approx(seconds, rel=2e-3)
+    between = of(found, {"seqlen_q": 64, "seqlen_kv": 16_384})
+    assert seconds[4] < between < seconds[5]
 
 
 def test_no_term_is_below_zero_however_the_samples_lie() -> None:
@@ -41,11 +48,23 @@ def test_no_term_is_below_zero_however_the_samples_lie() -> None:
         assert max(factors) > 0
 
 
-def test_a_link_is_its_latency_and_its_rate() -> None:
-    sizes = [2.0**power for power in range(10, 24, 2)]
-    found = fit.wire(sizes, [1e-4 + size / 25e6 for size in sizes])
+def test_a_link_is_what_was_measured_and_goes_on_at_its_last_rate() -> None:
+    sizes = [1.0, 2.0**14, 2.0**18, 2.0**22]
+    seconds = [1e-4, 1e-3, 2e-2, 2e-1]
+    found = fit.wire(sizes, seconds)
     assert found.latency_s == pytest.approx(1e-4)
-    assert found.bytes_per_s == pytest.approx(25e6)
+    for size, each in zip(sizes, seconds, strict=True):
+        assert found.latency_s + found.busy_s(size) == pytest.approx(each, rel=1e-3)
+    assert found.busy_s(2**23) == pytest.approx(found.busy_s(2**22) + 2**22 / found.bytes_per_s)
+    assert found.bytes_per_s == pytest.approx((2**22 - 2**18) / 0.18)
+    assert found.busy_s(0) == 0
+
+
+def test_noise_does_not_make_larger_messages_faster() -> None:
+    found = fit.wire([1.0, 1e4, 1e5, 1e6], [1e-4, 5e-3, 3e-3, 2e-3])
+    times = [found.busy_s(size) for size in (1e3, 1e4, 1e5, 1e6, 1e7)]
+    assert times == sorted(times)
+    assert found.bytes_per_s > 0
 
 
 def test_the_slowest_rank_counts() -> None:
@@ -69,7 +88,7 @@ def test_a_calibration_from_end_to_end(tmp_path: Path) -> None:
     assert record["versions"]["torch"]
     assert len(record["answers"]) == 2
     for kernel in (cluster.device.whole, cluster.device.partial, cluster.device.backward):
-        assert kernel.seconds(pairs=1e6, keys=1e4, rows=1e4) > 0
+        assert kernel.seconds(100, 100, width=64, kv_width=64) > 0
     assert 0 < cluster.device.alone <= 1
     assert cluster.device.stream_bytes_per_s > 1e7
     for wire in vars(cluster.within).values():
