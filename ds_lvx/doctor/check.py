@@ -16,7 +16,8 @@ BOUNDS = {"float32": 2e-5, "bfloat16": 2e-2}
 """Largest error that is right, relative to the largest value; see docs/doctor.md."""
 
 _SHORT = {"float32": "fp32", "bfloat16": "bf16"}
-_LINES_OF_A_FAILURE = 4
+_LINES_OF_A_FAILURE = 2
+_END_OF_OUTPUT = "; the end of its output:"  # of `RunError`; the details show it
 
 Outcome = Mapping[str, Any]
 
@@ -37,7 +38,7 @@ def sections(
     yield _section(1, device, alone)
     if blocked:
         value = f"not run: {blocked}"
-        yield Section("Self-check on 2 ranks", [Finding("2 ranks", value, State.ERROR)])
+        yield Section("Self-check on 2 ranks", [Finding("2 ranks", value, State.WARNING)])
         return
     place = "cuda" if device == "cuda" and torch.cuda.device_count() > 1 else "cpu"
     names = kernels_of(place)
@@ -102,12 +103,14 @@ def _section(
     rows: dict[tuple[str, str], list[Outcome]] = {}
     for case in outcomes:
         rows.setdefault((case["method"], case["kernel"]), []).append(case)
-    found = [_finding(*row, cases, right_alone=right_alone) for row, cases in rows.items()]
+    found = [_finding(cases, device, right_alone=right_alone) for cases in rows.values()]
     return Section(title, found)
 
 
-def _finding(method: str, kernel: str, cases: list[Outcome], *, right_alone: bool) -> Finding:
-    name, facts = f"{method}, kernel {kernel}", {"cases": [dict(case) for case in cases]}
+def _finding(cases: list[Outcome], device: str, *, right_alone: bool) -> Finding:
+    """One line for the cases of a method and a kernel."""
+    name = f"{cases[0]['method']}, kernel {cases[0]['kernel']}"
+    facts = {"cases": [dict(case) for case in cases]}
     faults = [fault for case in cases if (fault := _fault(case)) is not None]
     if not faults:
         parts = []
@@ -115,7 +118,7 @@ def _finding(method: str, kernel: str, cases: list[Outcome], *, right_alone: boo
             worst = max(_error(case) for case in cases if case["dtype"] == dtype)
             parts.append(f"{_SHORT[dtype]} {worst:.1e} (at most {bound:.0e})")
         return Finding(name, ", ".join(parts), facts=facts)
-    advice = _advice(kernel, right_alone=right_alone)
+    advice = _advice(cases[0]["kernel"], device, right_alone=right_alone)
     return Finding(name, faults[0], State.ERROR, advice=advice, details=faults[1:], facts=facts)
 
 
@@ -135,12 +138,14 @@ def _fault(case: Outcome) -> str | None:
     return f"{what}: {where} is off by {_error(case):.1e}, where {case['bound']:.0e} is allowed"
 
 
-def _advice(kernel: str, *, right_alone: bool) -> str:
+def _advice(kernel: str, device: str, *, right_alone: bool) -> str:
     if right_alone:
-        return (
-            "on 1 rank it is right, so look at the communication: NCCL_DEBUG=INFO says what NCCL "
-            "does, NCCL_P2P_DISABLE=1 does without transfers from GPU to GPU"
-        )
+        means = {
+            "cuda": "NCCL_DEBUG=INFO says what NCCL does, NCCL_P2P_DISABLE=1 forbids transfers "
+            "from GPU to GPU",
+            "cpu": "another interface by GLOO_SOCKET_IFNAME; then report this output",
+        }
+        return f"on 1 rank it is right, so look at the communication: {means[device]}"
     if kernel in ("triton", "auto"):
         return 'do without it: "kernel": "native" in the ds_lvx section; then report this output'
     return "compare the versions with constraints.txt, and report this output"
@@ -156,7 +161,7 @@ def _unfinished(ranks: int, reason: str) -> Finding:
         advice += ", another interface by GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
     return Finding(
         f"{ranks} rank{'s' * (ranks > 1)}",
-        first.rstrip(":"),
+        first.removesuffix(_END_OF_OUTPUT) + ("" if tail else ", and had printed nothing"),
         State.ERROR,
         advice=advice,
         details=[line.strip() for line in tail[-_LINES_OF_A_FAILURE:]],

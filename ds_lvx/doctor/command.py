@@ -99,8 +99,9 @@ def _record(sections: list[Section], errors: int, warnings: int) -> dict[str, An
 
 def _summary(errors: int, warnings: int, *, checked: bool) -> str:
     if errors or warnings:
-        parts = [f"{n} {w}{'s' * (n > 1)}" for n, w in ((errors, "error"), (warnings, "warning"))]
-        return f"{' and '.join(part for part in parts if part[0] != '0')}: see FAIL and warn above"
+        found = ((errors, "error", "FAIL"), (warnings, "warning", "warn"))
+        parts = [f"{n} {w}{'s' * (n > 1)} (look for {mark})" for n, w, mark in found if n]
+        return " and ".join(parts)
     if not checked:
         return "nothing amiss; exactness was not checked"
     return "nothing amiss; attention is exact on 1 and on 2 ranks"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,6 +54,10 @@ class Case:
     kernel: str
     dtype: str
     rule: bool
+
+    def __str__(self) -> str:
+        keys = "some" if self.rule else "all"
+        return f"{self.method}, kernel {self.kernel}, {self.dtype}, {keys} keys visible"
 
     @classmethod
     def all(cls, kernels: list[str]) -> Iterator[Case]:
@@ -103,9 +108,11 @@ def _run(case: Case, device: torch.device, *, ranks: int, rank: int) -> dict[str
         errors = _errors(case, device, ranks=ranks, rank=rank)
     # Whatever a kernel raises is what is looked for.
     except Exception as error:
+        problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if ranks > 1:
-            raise
-        return _record(case, {}, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            traceback.print_exc()
+            raise SystemExit(f"{case}: {problem}") from error  # the log's last line says it all
+        return _record(case, {}, problem)
     strange = [name for name, error in errors.items() if error == torch.inf]
     finite = {name: error for name, error in errors.items() if error != torch.inf}
     return _record(case, finite, f"NaN or inf in {', '.join(strange)}" if strange else "")
