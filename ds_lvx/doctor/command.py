@@ -7,8 +7,6 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from ds_lvx.doctor import check, devices, kernels, measurements, network, system, versions
 from ds_lvx.doctor.findings import Finding, Section, State, count
 
@@ -63,7 +61,7 @@ def examine(
         timeout_s: for each of its two parts.
         tell: gets a line before something that takes long.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = network.device_kind()
     yield _section("Versions", versions.findings)
     yield _section("Devices", devices.findings)
     talk = _section("Communication", lambda: network.findings(device))

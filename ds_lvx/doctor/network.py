@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
+import torch
 from deepspeed.accelerator import get_accelerator
 
 from ds_lvx.doctor.findings import Finding, State
@@ -46,6 +47,12 @@ class Interface:
         return self.is_up and bool(self.addresses)
 
 
+def device_kind() -> str:
+    """Where ds_lvx runs here: on what DeepSpeed takes for its accelerator, if torch has it."""
+    accelerated = get_accelerator().device_name() != "cpu"
+    return "cuda" if accelerated and torch.cuda.is_available() else "cpu"
+
+
 def findings(device: str) -> list[Finding]:
     """The backend, the interface that it takes, and all interfaces."""
     known = interfaces()
@@ -68,14 +75,20 @@ def interfaces() -> dict[str, Interface]:
 
 def _backend(device: str) -> Finding:
     accelerator = get_accelerator()
-    name = accelerator.communication_backend_name()
-    facts = {"backend": name, "accelerator": accelerator.device_name()}
-    if accelerator.device_name() == device:
-        value = name if device == "cpu" else f"{name} for tensors, gloo for lengths and signatures"
-        return Finding("backend", f"{value} (DeepSpeed's accelerator is {device})", facts=facts)
-    value = f"{name}: DeepSpeed's accelerator is {accelerator.device_name()}, torch's is {device}"
-    advice = f"unset DS_ACCELERATOR, or set it to {device}"
-    return Finding("backend", value, State.ERROR, advice=advice, facts=facts)
+    name, kind = accelerator.communication_backend_name(), accelerator.device_name()
+    facts = {"backend": name, "accelerator": kind}
+    if kind != device:
+        value = f"{name}: DeepSpeed takes {kind} for its accelerator, and torch has {device} only"
+        advice = f"unset DS_ACCELERATOR, or set it to {device}"
+        return Finding("backend", value, State.ERROR, advice=advice, facts=facts)
+    if device == "cuda":
+        value = f"{name} for tensors, gloo for lengths and signatures"
+        return Finding("backend", value, facts=facts)
+    if not torch.cuda.is_available():
+        return Finding("backend", name, facts=facts)
+    value = f"{name}: DeepSpeed takes the CPU for its accelerator, and leaves the GPUs unused"
+    advice = "unset DS_ACCELERATOR to run on them"
+    return Finding("backend", value, State.NOTE, advice=advice, facts=facts)
 
 
 def gloo(known: Mapping[str, Interface], environment: Mapping[str, str]) -> Finding:

@@ -12,7 +12,7 @@ import torch
 
 from ds_lvx import cli
 from ds_lvx.compare.fresh import RunError
-from ds_lvx.doctor import check, command, rank
+from ds_lvx.doctor import check, command, network, rank
 from ds_lvx.doctor.findings import Finding, Section, State
 from ds_lvx.doctor.rank import METHODS, RESULTS, Case
 from ds_lvx.kernels.native import NativeKernel
@@ -53,7 +53,7 @@ def test_the_report_has_every_part_and_attention_is_exact(
     text = capsys.readouterr().out
     assert all(f"\n{title}" in f"\n{text}" for title in TITLES)
     assert "\x1b" not in text
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if network.device_kind() == "cuda" else 0
     for ranks, name in ((1, "1 rank "), (2, "2 ranks ")):
         part = text.partition(f"\nSelf-check on {name}")[2].partition("\n\n")[0]
         lines = [line for line in part.splitlines() if "at most" in line]

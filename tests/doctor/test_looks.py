@@ -197,15 +197,29 @@ def test_nccl_matters_only_where_there_is_a_gpu() -> None:
     assert network.nccl(KNOWN, {}, "cpu").state is State.NOTE
 
 
-def test_the_backend_is_the_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator = SimpleNamespace(
-        communication_backend_name=lambda: "gloo", device_name=lambda: "cpu"
+@pytest.mark.parametrize(
+    ("accelerator", "has_gpu", "device", "state"),
+    [
+        ("cpu", False, "cpu", State.OK),
+        ("cuda", True, "cuda", State.OK),
+        ("cpu", True, "cpu", State.NOTE),  # DS_ACCELERATOR=cpu
+        ("cuda", False, "cpu", State.ERROR),
+        ("xpu", False, "cpu", State.ERROR),
+    ],
+)
+def test_the_backend_is_the_accelerators(
+    accelerator: str, has_gpu: bool, device: str, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = "gloo" if accelerator == "cpu" else "nccl"
+    taken = SimpleNamespace(
+        communication_backend_name=lambda: backend, device_name=lambda: accelerator
     )
-    monkeypatch.setattr(network, "get_accelerator", lambda: accelerator)
-    assert by_name(network.findings("cpu"))["backend"].facts["backend"] == "gloo"
-    other = by_name(network.findings("cuda"))["backend"]
-    assert other.state is State.ERROR
-    assert "DS_ACCELERATOR" in other.advice
+    monkeypatch.setattr(network, "get_accelerator", lambda: taken)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert network.device_kind() == device
+    found = by_name(network.findings(device))["backend"]
+    assert (found.state, found.facts["backend"]) == (state, backend)
+    assert ("DS_ACCELERATOR" in found.advice) == (state is not State.OK)
 
 
 def test_infiniband_ports_have_a_rate(tmp_path: Path) -> None:
