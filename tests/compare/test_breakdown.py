@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_lvx.compare.breakdown import PHASES, Breakdown, Parts, broken_down
+from ds_lvx.compare.marks import marks
 from ds_lvx.compare.zero_transfers import zero_watched
 from ds_lvx.pending import Pending, Transfer, blocking
 
@@ -244,3 +245,20 @@ def test_a_model_of_other_names_is_refused() -> None:
 
 def test_phases_are_those_of_a_step() -> None:
     assert PHASES == ("forward", "backward", "optimizer")
+
+
+@pytest.mark.gpu
+def test_on_cuda_moments_are_those_of_the_stream() -> None:
+    a = torch.randn(4096, 4096, device="cuda")
+    with marks() as found:
+        assert found.source == "CUDA events"
+        found.mark()
+        for _ in range(50):
+            a = a @ a
+        found.mark()
+        found.mark()
+    start, worked, end = found.read()
+    # The host is through long before the device: 50 products of 137 GFLOP each take a while.
+    assert start == 0.0
+    assert worked > 1e-3
+    assert 0.0 <= end - worked < worked
