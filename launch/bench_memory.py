@@ -97,10 +97,16 @@ def parse_options() -> argparse.Namespace:
         default=16.0 if cuda else 1.0,
         help="memory of a rank that the largest runs may fill; 0 leaves them out",
     )
+    parser.add_argument(
+        "--brief", action="store_true", help="of the step times only the first comparison"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--render", action="store_true", help="nothing measured: from the JSON")
     parser.add_argument(
         "--resume", action="store_true", help="measure only settings that memory.json lacks"
+    )
+    parser.add_argument(
+        "--retime", action="store_true", help="measure only the step times of memory.json again"
     )
     options = parser.parse_args()
     for name in ("ranks", "frames", "chunk_tokens", "steps", "rounds"):
@@ -117,10 +123,10 @@ def parse_options() -> argparse.Namespace:
     for name in options.only or ():
         if name not in known:
             parser.error(f"--only: got {name!r}; expected some of: {'; '.join(known)}")
-    wanted = options.parts if options.render else ["memory"] * options.resume
-    for part in wanted:
+    later = options.resume or options.retime
+    for part in options.parts if options.render else ["memory"] * later:
         if not (options.output_dir / f"{part}.json").exists():
-            word = "--render" if options.render else "--resume"
+            word = "--render" if options.render else "--resume, --retime"
             parser.error(f"{word}: got no {part}.json in {options.output_dir}")
     return options
 
@@ -145,9 +151,11 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
         "units": "bytes and tokens of one rank, the one that needs most; bytes above what was "
         "there before the step; seconds of the slowest rank",
         "case": asdict(case),
-        "records": earlier(options, case) if options.resume else [],
+        "records": earlier(options, case) if options.resume or options.retime else [],
     }
     records = results["records"]
+    if options.retime:
+        return retimed(results, plan)
     done = {(record["name"], record["features"]) for record in records}
     wanted = [
         (name, setting, features)
@@ -161,8 +169,20 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
     for (name, setting, features), timed in zip(wanted, times, strict=True):
         budget = plan.budget_bytes if features == "trained" else 0
         own = replace(plan, budget_bytes=budget)
-        records.append(memory.measure(name, setting, own, features=features, timed=timed))
+        record = memory.measure(name, setting, own, features=features, timed=timed)
+        # Records of several commands may stand side by side.
+        records.append({**record, "command": results["command"]})
         save("memory", results, options)  # of use even if the rest is never measured
+    return results
+
+
+def retimed(results: dict[str, Any], plan: memory.Plan) -> dict[str, Any]:
+    """Earlier results with new step times; bytes stay as they were measured."""
+    for record in results["records"]:
+        setting = Setting(**record["setting"])
+        timed = memory.time_steps(setting, plan, features=record["features"])
+        record["timed"] = {**timed, "command": results["command"]}
+        print(f"{record['name']}, features {record['features']}: {timed['step_s']}", flush=True)
     return results
 
 
@@ -199,8 +219,9 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
         "case": asdict(case),
         "records": [],
     }
-    for checkpointing in (False,) if options.quick else (False, True):
-        for features in ("frozen",) if options.quick else ("frozen", "tower"):
+    first_alone = options.quick or options.brief
+    for checkpointing in (False,) if first_alone else (False, True):
+        for features in ("frozen",) if first_alone else ("frozen", "tower"):
             record = step_time.measure(
                 replace(case, features=features),
                 checkpointing=checkpointing,

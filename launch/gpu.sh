@@ -67,7 +67,7 @@ steps() {
     --features frozen --only "lvx, recompute, checkpointing, chunks" --budget_gib 4 \
     --output_dir "$output"
   step step_time 90 "$PYTHON" launch/bench_memory.py --parts step_time --ranks 1 --rounds 1 \
-    --steps 3 --output_dir "$output"
+    --steps 3 --brief --output_dir "$output"
 }
 
 failures=0 notes=""

@@ -69,30 +69,69 @@ def floors_table(predicted: Mapping[str, Any], measured: Mapping[str, Any] | Non
 
 
 def measured_table(results: Mapping[str, Any] | None) -> str:
-    """Every candidate's time, and ours against the best peer; says so where there is none."""
+    """Times of all candidates, ours against the best peer, and why times are missing."""
     if results is None:
         return "Not measured yet: no file `benchmarks/kernels.json`."
+    parts = [_title(results), _times(results["records"]), _ours(results), _auto(results)]
+    return "\n\n".join([*parts, *_reasons(results["records"])])
+
+
+def _times(records: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each case and direction, a column for each candidate."""
+    candidates = list(dict.fromkeys(record["candidate"] for record in records))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for record in records:
+        cells.setdefault(_place(record), {})[record["candidate"]] = _time(record)
+    rows: list[Sequence[str]] = [("median (p10 to p90), ms", "", *candidates)]
+    for place, own in cells.items():
+        rows.append((*place, *(own.get(name, "-") for name in candidates)))
+    return markdown(rows)
+
+
+def _ours(results: Mapping[str, Any]) -> str:
+    """What the times of our kernels mean."""
+    compared = {(each["case"], each["direction"]): each for each in results["comparisons"]}
     head = (
         "case",
         "direction",
-        "candidate",
-        "median (p10 to p90), ms",
+        "kernel",
         "TFLOP/s",
-        "of matrix rate",
-        "of memory rate",
-        "x best peer",
+        "of the rate that binds",
+        "best peer",
+        "times as fast as it",
         "memory on top, MB",
     )
-    ratios = {
-        (each["case"], each["direction"]): each["times_best_peer"]
-        for each in results["comparisons"]
-    }
     rows: list[Sequence[str]] = [head]
     for record in results["records"]:
-        case = record["name"].partition("/")[0]
-        ratio = ratios.get((case, record["direction"]), {})
-        rows.append((case, record["direction"], _who(record), *_figures(record, ratio)))
-    return f"{_title(results)}\n\n{markdown(rows)}\n\n{_auto(results)}"
+        if not record["ours"] or record["status"] != "ok":
+            continue
+        place = _place(record)
+        peer = compared[place]["best_peer"]
+        ratio = compared[place]["times_best_peer"].get(record["candidate"])
+        extra = record["extra_bytes"]
+        rows.append(
+            (
+                *place,
+                _who(record),
+                f"{record['tflops_per_s']:.3g}",
+                f"{record['share_of_' + record['bound'] + '_rate']:.1%} {record['bound']}",
+                "-" if peer is None else peer[0],
+                "-" if ratio is None else f"{math.floor(100 * ratio) / 100:.2f}",
+                "-" if extra is None else f"{extra / 1e6:,.1f}",
+            )
+        )
+    return markdown(rows)
+
+
+def _reasons(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why there is no time, each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for record in records:
+        if record["status"] != "ok":
+            text = f"{record['candidate']} {record['status']}: {_short(record['reason'])}"
+            reasons.setdefault(text, []).append("/".join(_place(record)))
+    lines = [f"- {text} ({len(where)}: {where[0]} ...)" for text, where in reasons.items()]
+    return ["Without a time:", "\n".join(lines)] if lines else []
 
 
 def compiled_table(compiled: Mapping[str, Any]) -> str:
@@ -167,20 +206,15 @@ def _who(record: Mapping[str, Any]) -> str:
     return f"auto ({chosen})" if record["candidate"] == "auto" and chosen else record["candidate"]
 
 
-def _figures(record: Mapping[str, Any], ratios: Mapping[str, float]) -> Sequence[str]:
+def _place(record: Mapping[str, Any]) -> tuple[str, str]:
+    return record["name"].partition("/")[0], record["direction"]
+
+
+def _time(record: Mapping[str, Any]) -> str:
     if record["status"] != "ok":
-        return (f"{record['status']}: {_short(record['reason'])}", *["-"] * 5)
+        return str(record["status"])
     spread = record["device_s"]
-    ratio = ratios.get(record["candidate"])
-    extra = record["extra_bytes"]
-    return (
-        f"{_ms(spread['median'])} ({_ms(spread['p10'])} to {_ms(spread['p90'])})",
-        f"{record['tflops_per_s']:.3g}",
-        f"{record['share_of_matrix_rate']:.1%}",
-        f"{record['share_of_memory_rate']:.1%}",
-        "-" if ratio is None else f"{math.floor(100 * ratio) / 100:.2f}",
-        "-" if extra is None else f"{extra / 1e6:,.1f}",
-    )
+    return f"{_ms(spread['median'])} ({_ms(spread['p10'])} to {_ms(spread['p90'])})"
 
 
 def _auto(results: Mapping[str, Any]) -> str:
@@ -203,7 +237,7 @@ def _auto_times(measured: Mapping[str, Any] | None) -> dict[tuple[str, str], str
     if measured is None or measured["device"] != "cuda":
         return {}
     return {
-        (record["name"].partition("/")[0], record["direction"]): _ms(record["device_s"]["median"])
+        _place(record): _ms(record["device_s"]["median"])
         for record in measured["records"]
         if record["candidate"] == "auto" and record["status"] == "ok"
     }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ds_lvx.compare import kernels
+from ds_lvx.compare.clock import CudaClock, Samples, timed
 from ds_lvx.compare.document import write_between
 from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.kernel_candidates import LeftOut, make, names
 from ds_lvx.compare.kernel_cases import DIRECTIONS, PAPER, QUICK, KernelCase
+from ds_lvx.compare.kernel_check import exact, right
 from ds_lvx.compare.kernel_worker import Item, Request, Worker
 from ds_lvx.compare.kernels_report import floors, floors_table, measured_table
 
@@ -170,6 +173,16 @@ def test_a_bad_candidate_is_told_and_does_not_stop_the_rest(
     assert results(tmp_path / "out")[good.name]["status"] == "ok"
 
 
+def test_a_gradient_that_is_not_finite_beside_the_checked_keys_is_wrong() -> None:
+    known = exact(GROUPED, torch.device("cpu"), torch.bfloat16)
+    found = list(make("native", known.inputs).backward())
+    assert right(known.errors_of_backward(found), torch.bfloat16)
+    unchecked = sorted(set(range(GROUPED.keys)) - set(known.keys.tolist()))
+    found[1] = found[1].clone()
+    found[1][0, unchecked[0], 0, 0] = float("nan")
+    assert not right(known.errors_of_backward(found), torch.bfloat16)
+
+
 def test_what_a_backend_cannot_do_is_told_with_its_reasons(tmp_path: Path) -> None:
     item = Item(GROUPED, "sdpa-efficient", "forward")
     Worker(request(tmp_path / "out", item)).run()
@@ -241,11 +254,12 @@ def test_only_takes_patterns_and_refuses_what_matches_nothing() -> None:
         kernels.items_of(PAPER, names(), ["lama/*"])
 
 
-def record(candidate: str, seconds: float | None, *, ours: bool = False) -> dict[str, Any]:
+def record(candidate: str, seconds: float | None) -> dict[str, Any]:
     about = {
         "name": f"{PAPER[1].name}/{candidate}/forward",
         "case": vars(PAPER[1]),
         "candidate": candidate,
+        "ours": candidate in kernels.OURS,
         "direction": "forward",
     }
     if seconds is None:
@@ -301,9 +315,11 @@ def test_ours_against_the_best_of_the_others() -> None:
 def test_tables_never_round_in_our_favour() -> None:
     text = measured_table(measured())
     (line,) = [line for line in text.splitlines() if "| auto (triton) |" in line]
-    assert "| 1.90 |" in line  # 1.9047...
-    assert "| native | failed: a / b | - |" in text
+    assert "| sdpa-cudnn | 1.90 |" in line  # 1.9047...
     assert "at most 5.1% longer" in text  # 5.0000000000000044%
+    (times,) = [line for line in text.splitlines() if "0.105 (0.105 to 0.105)" in line]
+    assert times.endswith("| 0.4 (0.4 to 0.4) | 0.2 (0.2 to 0.2) | failed |")
+    assert "- native failed: a / b (1: mllama-1-visibility/forward ...)" in text
     assert "no file" in measured_table(None)
 
 
@@ -324,6 +340,48 @@ def test_a_document_without_its_comment_lines_is_refused(tmp_path: Path) -> None
     document.write_text("<!-- x: end -->\n<!-- x: begin -->\n")
     with pytest.raises(ValueError, match="got no '<!-- x: begin -->' followed by"):
         write_between(document, "x", "text")
+
+
+class FakeEvent:
+    """Stands for torch.cuda.Event: notes how many flushes there were when it was recorded."""
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+        self.place = -1
+
+    def record(self) -> None:
+        self._log.append("event")
+        self.place = len(self._log)
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return float(other.place - self.place)
+
+
+def test_the_clock_of_a_gpu_flushes_before_and_not_within_the_time(monkeypatch: Any) -> None:
+    """On a fake device: a CPU cannot show more than the order."""
+    log: list[str] = []
+    clock = CudaClock.__new__(CudaClock)
+    clock._flushed = SimpleNamespace(zero_=lambda: log.append("flush"))  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(log))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    samples = clock.samples(lambda: log.append("run"), 2)
+    assert log == ["wait", *["flush", "event", "run", "event"] * 2, "wait"]
+    assert samples.device_s == [0.002, 0.002]
+    assert len(samples.host_s) == 2
+
+
+@pytest.mark.parametrize(("seconds", "taken"), [(0.5, 50), (0.02, 20), (0.001, 5)])
+def test_slow_functions_run_less_often(seconds: float, taken: int) -> None:
+    class Clock:
+        source = "a test"
+
+        def once(self, run: Any) -> float:
+            return 0.001
+
+        def samples(self, run: Any, repeats: int) -> Samples:
+            return Samples([0.001] * repeats, [0.0] * repeats)
+
+    assert len(timed(Clock(), print, repeats=50, seconds=seconds).device_s) == taken
 
 
 def test_frames_come_in_quarters() -> None:

@@ -91,7 +91,7 @@ def test_visibility_costs_no_exactness(shape: tuple[int, ...], visibility: str) 
     """PyTorch's own computes a rule in fp32 here, so its error is not the measure."""
     inputs, sees = placed(shape, torch.bfloat16, visibility)
     found = errors(choose("triton", inputs[0]), inputs, sees)
-    assert max(found.values()) <= 5e-2, found
+    assert max(found.values()) <= 8e-2, found
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)

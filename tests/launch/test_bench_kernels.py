@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from ds_lvx.compare import kernels_report
 from ds_lvx.compare.kernel_cases import PAPER
-from launch import bench_kernels
+from launch import bench_kernels, bench_memory
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT = ROOT / "docs" / "kernels.md"
@@ -143,6 +144,24 @@ def test_dry_run_prints_commands_of_less_than_8_minutes(tmp_path: Path) -> None:
         assert word in line
     assert "tests/kernels/test_kernels.py" in lines[1]
     assert not folder.exists()
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_the_benchmarks_know_the_options_of_the_gpu_script(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scripts = {"bench_kernels.py": bench_kernels, "bench_memory.py": bench_memory}
+    found = []
+    for line in gpu_script("--dry-run", "out").stdout.splitlines():
+        words = shlex.split(line)
+        for number, word in enumerate(words):
+            name = word.rpartition("/")[2]
+            if name in scripts:
+                there = ["--device", "cpu"] if name == "bench_kernels.py" else []
+                monkeypatch.setattr(sys, "argv", [*words[number:], *there])
+                scripts[name].parse_options()
+                found.append(name)
+    assert found == ["bench_kernels.py", "bench_memory.py", "bench_memory.py"]
 
 
 @pytest.mark.parametrize(
