@@ -47,15 +47,20 @@ def main() -> None:
     elif options.floors:
         records = kernels_report.floors(PAPER)
         save(path_of("floors", options), {**header("predicted"), "records": records})
-    elif not options.render:
+    bad: list[str] = []
+    if not (options.compile or options.floors or options.render):
         try:
             results = measure(options)
         except RunError as error:
             sys.exit(f"bench_kernels: {error}")
         if options.document is None:
             print(kernels_report.measured_table(results))
+        # Without a GPU `triton` cannot run; that is no fault.
+        bad = kernels.faults(results["records"]) if options.device == "cuda" else []
     if options.document is not None:
         render(options)
+    if bad:
+        sys.exit(f"bench_kernels: wrong or failed, see the JSON: {', '.join(bad)}")
 
 
 def parse_options() -> argparse.Namespace:

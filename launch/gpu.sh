@@ -52,7 +52,8 @@ fi
 mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | sort)
 site=""
 
-# Seconds for each; together with what `timeout` waits after its signal, less than 8 minutes.
+# Seconds for each. With what `timeout` waits after its signal, and 20 s for the checks before, less
+# than 8 minutes.
 install() {
   if [ -n "$wheels" ]; then
     step wheels 20 "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$site" \
@@ -60,13 +61,14 @@ install() {
   fi
 }
 steps() {
-  step tests 110 "$PYTHON" -m pytest -q -m gpu -o junit_family=xunit2 \
+  step tests 100 "$PYTHON" -m pytest -q -m gpu -o junit_family=xunit2 \
     --junitxml="$output/tests.xml" "${gpu_tests[@]}"
-  step kernels 150 "$PYTHON" launch/bench_kernels.py --budget_s 120 --output "$output/kernels.json"
-  step memory 75 "$PYTHON" launch/bench_memory.py --parts memory --ranks 1 --steps 1 \
+  step kernels 165 "$PYTHON" launch/bench_kernels.py --budget_s 145 --seconds 0.2 \
+    --output "$output/kernels.json"
+  step memory 65 "$PYTHON" launch/bench_memory.py --parts memory --ranks 1 --steps 1 \
     --features frozen --only "lvx, recompute, checkpointing, chunks" --budget_gib 4 \
     --output_dir "$output"
-  step step_time 90 "$PYTHON" launch/bench_memory.py --parts step_time --ranks 1 --rounds 1 \
+  step step_time 80 "$PYTHON" launch/bench_memory.py --parts step_time --ranks 1 --rounds 1 \
     --steps 3 --brief --output_dir "$output"
 }
 

@@ -175,7 +175,8 @@ class Worker:
             except Exception as error:  # noqa: BLE001
                 self._exact = error.with_traceback(None)
         if not isinstance(self._exact, Exact):
-            raise RuntimeError(f"the inputs could not be made: {self._exact}")
+            what = f"{type(self._exact).__name__}: {self._exact}"
+            raise RuntimeError(f"the inputs could not be made: {what}")
         return self._exact
 
     def _memory_bytes(self, *, reset: bool = False) -> int | None:

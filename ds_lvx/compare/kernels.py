@@ -24,7 +24,7 @@ from ds_lvx.compare.kernel_cases import DIRECTIONS, KernelCase
 from ds_lvx.compare.kernel_worker import Item, Request, failed
 from ds_lvx.plan.roofline import floor
 
-LIMIT_S = 90.0
+LIMIT_S = 60.0
 """Of one candidate on one case, compiling included; longer is taken for hanging."""
 
 _START_S = 120.0  # of a worker, imports and the device's rates included
@@ -242,6 +242,17 @@ def comparisons(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def faults(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of ours that are wrong or fail, for another reason than too little memory."""
+    return [
+        record["name"]
+        for record in records
+        if record["ours"]
+        and record["status"] in ("wrong", "failed")
+        and "OutOfMemoryError" not in record["reason"]
+    ]
 
 
 def _least(times: Mapping[str, float]) -> tuple[str, float] | None:

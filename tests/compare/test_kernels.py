@@ -217,7 +217,7 @@ def test_inputs_that_cannot_be_made_are_every_candidates_reason(
     Worker(request(tmp_path / "out", *items)).run()
     for record in results(tmp_path / "out").values():
         assert record["status"] == "failed"
-        assert "the inputs could not be made: no room" in record["reason"]
+        assert "the inputs could not be made: OutOfMemoryError: no room" in record["reason"]
 
 
 def test_a_candidate_that_ends_the_process_costs_itself_only() -> None:
@@ -310,6 +310,14 @@ def test_ours_against_the_best_of_the_others() -> None:
     assert found["best"] == ("triton", 1e-4)
     assert found["times_best_peer"] == {"auto": 2e-4 / 1.05e-4, "triton": 2.0}
     assert found["auto_over_best"] == pytest.approx(0.05)
+
+
+def test_faults_are_ours_and_more_than_a_lack_of_memory() -> None:
+    bad = [record("native", None), record("sdpa-flash", None), record("triton", 1.0)]
+    bad.append({**record("auto", None), "reason": "OutOfMemoryError: tried to allocate"})
+    bad.append({**record("triton", None), "status": "wrong"})
+    names = [f"mllama-1-visibility/{candidate}/forward" for candidate in ("native", "triton")]
+    assert kernels.faults(bad) == names
 
 
 def test_tables_never_round_in_our_favour() -> None:
