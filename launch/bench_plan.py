@@ -36,7 +36,7 @@ from ds_lvx.plan.shape import AttentionShape
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("published", "network")
 RATES = ("200mbit", "500mbit", "2gbit")
-SHAPES = ("64x32768", "256x16384", "1024x4096")
+SHAPES = ("64x16384", "256x16384", "1024x4096")
 READINGS = ("both ways", "one way")
 
 

@@ -28,7 +28,7 @@ from ds_lvx.kernels import Kernel, choose
 from ds_lvx.plan.profile import device_name
 from ds_lvx.start import init_distributed
 
-_SLOW_S = 0.5
+_SLOW_S = 0.25
 """A transfer that takes longer is the largest that is measured."""
 
 
