@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import socket
@@ -151,50 +150,74 @@ def interfaces() -> set[str]:
     return {name for _, name in socket.if_nameindex()}
 
 
-SEND = """
-import os, socket, sys, time
-rank, host, size = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], {size}
+# Rank 0 sends to rank 1; then ranks 1 and 2 both send to rank 0, as fast as they can.
+TRANSFERS = """
+import os, socket, sys, threading, time
+rank, address, size = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], int(sys.argv[1])
 port = int(os.environ["MASTER_PORT"])
-def counters():
+
+def carried():
     line = next(l for l in open("/proc/self/net/dev") if "eth0:" in l).split(":")[1].split()
-    return int(line[8]), int(line[0])
+    return {"sent": int(line[8]), "received": int(line[0])}
+
+def receive(connection, count):
+    while count:
+        count -= len(connection.recv(min(count, 1 << 20)))
+
+def report(direction, begin, before):
+    count = carried()[direction] - before[direction]
+    print(direction, 8 * count / (time.perf_counter() - begin))
+
 if rank == 0:
-    with socket.create_server((host, port)) as server:
-        connection, _ = server.accept()
+    with socket.create_server((address, port)) as server:
+        peers = {}
+        while len(peers) < 2:
+            connection, _ = server.accept()
+            peers[connection.recv(1)] = connection
+    begin, before = time.perf_counter(), carried()
+    peers[b"1"].sendall(bytes(size))
+    receive(peers[b"1"], 1)
+    report("sent", begin, before)
+    begin, before = time.perf_counter(), carried()
+    for peer in peers.values():
+        peer.sendall(b"g")
+    threads = [threading.Thread(target=receive, args=(p, size)) for p in peers.values()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    report("received", begin, before)
 else:
     for _ in range(200):
         try:
-            connection = socket.create_connection((host, port))
+            connection = socket.create_connection((address, port))
             break
         except OSError:
             time.sleep(0.05)
-for sender in (0, 1):
-    begin, before = time.perf_counter(), counters()
-    if rank == sender:
-        connection.sendall(bytes(size))
-        assert connection.recv(1) == b"x"
-        sent = counters()[0] - before[0]
-        print(f"rate {{8 * sent / (time.perf_counter() - begin):.0f}} {{sent}}")
-    else:
-        left = size
-        while left:
-            left -= len(connection.recv(min(left, 1 << 20)))
+    connection.sendall(str(rank).encode())
+    if rank == 1:
+        receive(connection, size)
         connection.sendall(b"x")
+    receive(connection, 1)
+    connection.sendall(bytes(size))
+    connection.recv(1)
 """
 
 
 @needs_network
-def test_a_transfer_has_the_rate_that_was_asked_for_both_ways() -> None:
+def test_a_rank_sends_and_receives_at_the_rate_that_was_asked_for() -> None:
     before = interfaces()
-    with Lab(Network(100 * 10**6), ranks=2, name="testrate") as lab:
+    with Lab(Network(100 * 10**6), ranks=3, name="testrate") as lab:
         assert interfaces() == before, "something was made outside of the lab's namespaces"
-        assert len(namespaces("testrate")) == 3
-        done = script("--name", lab.name, "run", sys.executable, "-c", SEND.format(size=2_500_000))
+        assert len(namespaces("testrate")) == 4
+        program = (sys.executable, "-c", TRANSFERS, "2500000")
+        done = script("--name", lab.name, "run", *program)
         assert done.returncode == 0, done.stderr
-    rates = [int(line.split()[1]) for line in re.findall(r"rate \d+ \d+", done.stdout)]
-    assert len(rates) == 2
-    for rate in rates:
-        assert rate == pytest.approx(100e6, rel=0.05)
+    rates = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
+    assert rates == {
+        "sent": pytest.approx(100e6, rel=0.05),
+        "received": pytest.approx(100e6, rel=0.05),
+    }
     assert not namespaces("testrate")
 
 
