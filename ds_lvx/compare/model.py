@@ -21,7 +21,16 @@ from ds_lvx.compare.document import write_between
 from ds_lvx.compare.fresh import run_fresh
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.memory import slowest, spread
-from ds_lvx.compare.model_job import DTYPES, METHODS, RANDOM, Job, cut, ds_config
+from ds_lvx.compare.model_job import (
+    DTYPES,
+    METHODS,
+    RANDOM,
+    Job,
+    check_checkpoint,
+    cut,
+    ds_config,
+    text_heads,
+)
 from ds_lvx.compare.model_rank import Request
 from ds_lvx.compare.model_report import draw, table
 from ds_lvx.compare.network import MASTER, Lab, Network
@@ -134,6 +143,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
                 f"--model: got {options.model} with {', '.join(given)}; expected these only with "
                 f"random weights ({', '.join(RANDOM)}): a checkpoint has its own sizes"
             )
+        check_checkpoint(options.model)
     else:
         case = replace(cut(case, **sizes), text_tokens=options.text_tokens)
     job = Job(
@@ -187,14 +197,14 @@ def check(plan: Plan) -> None:
 
 def skipped(plan: Plan) -> dict[str, str]:
     """Methods that cannot do the job, and why."""
-    reasons = {}
-    case = plan.job.case
-    if case is not None and case.heads < plan.ranks:
-        why = f"{case.heads} query heads for {plan.ranks} ranks"
-        reasons = {name: why for name in plan.methods if name == "ulysses"}
-        if plan.job.text_method == "ulysses" and case.self_layers:
-            reasons = {name: f"{why}, in the text" for name in plan.methods if name != "none"}
-    return reasons
+    heads = text_heads(plan.job)
+    if heads >= plan.ranks:
+        return {}
+    why = f"{heads} query heads for {plan.ranks} ranks"
+    of_text_too = plan.job.case is None or plan.job.case.self_layers > 0
+    if plan.job.text_method == "ulysses" and of_text_too:
+        return {name: f"{why}, in the text" for name in plan.methods if name != "none"}
+    return {name: why for name in plan.methods if name == "ulysses"}
 
 
 def compare(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, Any]:

@@ -159,22 +159,41 @@ def build(job: Job) -> nn.Module:
 
 
 def _checkpoint(name: str, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForImageTextToText
     from transformers.models.mllama.modeling_mllama import MllamaForConditionalGeneration
 
+    check_checkpoint(name)
+    model: nn.Module = MllamaForConditionalGeneration.from_pretrained(name, dtype=dtype)
+    return model
+
+
+def check_checkpoint(name: str) -> Any:
+    """The config of a checkpoint.
+
+    Raises:
+        ValueError: it cannot be read, or is of another kind than mllama.
+    """
+    from transformers import AutoConfig
+
     try:
-        model: nn.Module = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--model: got {name!r}, which cannot be read ({error}); expected {', '.join(RANDOM)}, "
             "or folder or hub name of a checkpoint"
         ) from error
-    if not isinstance(model, MllamaForConditionalGeneration):
+    if config.model_type != "mllama":
         raise ValueError(
-            f"--model: got {name!r}, a {type(model).__name__}; expected a "
-            "MllamaForConditionalGeneration (Llama-3.2-Vision)"
+            f"--model: got {name!r}, a model of type {config.model_type!r}; expected one of type "
+            "'mllama' (Llama-3.2-Vision)"
         )
-    return model
+    return config
+
+
+def text_heads(job: Job) -> int:
+    """Query heads of the text model; reads the config of a checkpoint."""
+    if job.case is not None:
+        return job.case.heads
+    return int(check_checkpoint(job.model).get_text_config().num_attention_heads)
 
 
 def make_batch(job: Job, config: Any, *, frames: range) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ds_lvx.compare.breakdown import PHASES
@@ -74,7 +75,7 @@ def title(results: Mapping[str, Any]) -> str:
     network = plan["network"]
     where = "" if network is None else f", over an emulated network of {network} a rank"
     return (
-        f"A training step of {job['model']}: {found.get('visual_tokens', 0):,} visual tokens, "
+        f"A training step of {Path(job['model']).name}: {found.get('visual_tokens', 0):,} visual tokens, "
         f"{job['text_tokens']:,} text tokens, {job['dtype']}, ZeRO stage {job['zero_stage']}, text "
         f"by {job['text_method']}; {plan['ranks']} ranks (none: 1){where}. Median (10th to 90th "
         f"percentile) of {plan['repeats']}. {results['hardware']['device']}."

@@ -145,7 +145,6 @@ def test_options_become_a_plan() -> None:
     assert plan.job.case == replace(TINY, text_tokens=256, **sizes)
     assert (plan.job.frames, plan.job.text_tokens, plan.repeats) == (4, 256, 2)
     assert plan.methods == ("lvx-gather", "ring")
-    assert plan_of(options(model="some/checkpoint")).job.case is None
 
 
 @pytest.mark.parametrize(
@@ -163,6 +162,18 @@ def test_options_become_a_plan() -> None:
 def test_bad_options_are_said(words: list[str], more: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_of(options(*words, **more))
+
+
+def test_a_checkpoint_s_own_sizes_count(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="which cannot be read"):
+        plan_of(options(model=str(tmp_path)))
+    build(JOB).config.save_pretrained(tmp_path)
+    plan = plan_of(options(model=str(tmp_path), ranks=9, methods=("ulysses", "none")))
+    assert plan.job.case is None
+    assert skipped(plan) == {"ulysses": "8 query heads for 9 ranks, in the text"}
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="a model of type 'llama'; expected one of type 'mllama'"):
+        plan_of(options(model=str(tmp_path)))
 
 
 def test_methods_without_enough_heads_are_skipped_with_the_reason() -> None:
