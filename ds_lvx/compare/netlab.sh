@@ -155,8 +155,8 @@ up() {
 }
 
 end_run() {
-  local groups=("${pids[@]/#/-}")
-  [ ${#pids[@]} -eq 0 ] || end "${groups[@]}"
+  # A process that has just begun is not the leader of its group yet.
+  [ ${#pids[@]} -eq 0 ] || end "${pids[@]/#/-}" "${pids[@]}"
 }
 
 run() {
