@@ -21,6 +21,11 @@ from ds_lvx.compare.network import SCRIPT, Counters, Lab, Network, NetworkError,
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+def own(name: str) -> str:
+    """A lab's name that no other test run on this machine has."""
+    return f"{name}{os.getpid()}"
+
+
 def script(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(SCRIPT), *words], capture_output=True, text=True, check=False, **options
@@ -37,7 +42,7 @@ def why_not() -> str | None:
     if os.geteuid() != 0 or shutil.which("ip") is None:
         return "network namespaces need root and iproute2"
     try:
-        with Lab(Network(10**9), ranks=1, name="testwhether"):
+        with Lab(Network(10**9), ranks=1, name=own("whether")):
             return None
     except NetworkError as error:
         return str(error)
@@ -208,9 +213,9 @@ else:
 def test_a_rank_sends_and_receives_at_the_rate_that_was_asked_for() -> None:
     before = interfaces()
     best = {"sent": 0.0, "received": 0.0}
-    with Lab(Network(100 * 10**6), ranks=3, name="testrate") as lab:
+    with Lab(Network(100 * 10**6), ranks=3, name=own("rate")) as lab:
         assert interfaces() == before, "something was made outside of the lab's namespaces"
-        assert len(namespaces("testrate")) == 4
+        assert len(namespaces(own("rate"))) == 4
         for _ in range(5):  # a busy machine may not keep up with the link
             program = (sys.executable, "-c", TRANSFERS, "2500000")
             done = script("--name", lab.name, "run", *program)
@@ -222,28 +227,28 @@ def test_a_rank_sends_and_receives_at_the_rate_that_was_asked_for() -> None:
                 break
     assert min(best.values()) > 95e6, best
     assert max(best.values()) < 105e6, best
-    assert not namespaces("testrate")
+    assert not namespaces(own("rate"))
 
 
 @needs_network
 def test_labs_stand_side_by_side_and_their_ranks_know_their_places() -> None:
     network = Network(10**9)
     command = 'echo "$RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $GLOO_SOCKET_IFNAME $NETLAB"'
-    with Lab(network, ranks=2, name="testone"), Lab(network, ranks=3, name="testtwo"):
-        with pytest.raises(NetworkError, match="'testone' that is up already"):
-            Lab(network, ranks=2, name="testone").__enter__()
-        assert len(namespaces("testone")) == 3, "a second lab took the first one's place"
-        done = script("--name", "testtwo", "run", "bash", "-c", command)
+    with Lab(network, ranks=2, name=own("one")), Lab(network, ranks=3, name=own("two")):
+        with pytest.raises(NetworkError, match=f"'{own('one')}' that is up already"):
+            Lab(network, ranks=2, name=own("one")).__enter__()
+        assert len(namespaces(own("one"))) == 3, "a second lab took the first one's place"
+        done = script("--name", own("two"), "run", "bash", "-c", command)
     assert sorted(done.stdout.splitlines()) == [
         f"{rank} 3 0 10.77.0.1 eth0 1gbit" for rank in range(3)
     ]
     for _ in range(2):
-        assert script("--name", "testtwo", "down").returncode == 0
+        assert script("--name", own("two"), "down").returncode == 0
 
 
 @needs_network
 def test_a_rank_that_fails_ends_the_others() -> None:
-    with Lab(Network(10**9), ranks=2, name="testfail") as lab:
+    with Lab(Network(10**9), ranks=2, name=own("fail")) as lab:
         begin = time.monotonic()
         done = script(
             "--name", lab.name, "run", "bash", "-c", '[ "$RANK" = 1 ] && exit 7; sleep 60'
@@ -252,7 +257,7 @@ def test_a_rank_that_fails_ends_the_others() -> None:
         assert time.monotonic() - begin < 30
     none = script("--name", lab.name, "run", "true")
     assert none.returncode == 2
-    assert "got no network 'testfail' to run in; make one first" in none.stderr
+    assert f"got no network '{lab.name}' to run in; make one first" in none.stderr
 
 
 def interrupted(command: list[str], ending: signal.Signals) -> None:
@@ -269,7 +274,7 @@ def interrupted(command: list[str], ending: signal.Signals) -> None:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == b"up\n"
-            assert namespaces("testend")
+            assert namespaces(own("end"))
             process.send_signal(ending)
             assert process.wait(30) not in (0, -signal.SIGKILL)
         finally:
@@ -279,7 +284,7 @@ def interrupted(command: list[str], ending: signal.Signals) -> None:
 @needs_network
 def test_a_comparison_that_is_ended_takes_its_network_down() -> None:
     def end() -> None:
-        assert len(namespaces("testend")) == 3
+        assert len(namespaces(own("end"))) == 3
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)
 
@@ -287,10 +292,10 @@ def test_a_comparison_that_is_ended_takes_its_network_down() -> None:
     with (
         pytest.raises(KeyboardInterrupt),
         ending_in_order(),
-        Lab(Network(10**9), ranks=2, name="testend"),
+        Lab(Network(10**9), ranks=2, name=own("end")),
     ):
         end()
-    assert not namespaces("testend")
+    assert not namespaces(own("end"))
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -299,7 +304,7 @@ def test_a_comparison_that_is_ended_takes_its_network_down() -> None:
 def test_an_interrupted_run_ends_its_ranks(ending: signal.Signals, tmp_path: Path) -> None:
     mark = tmp_path / "pid"
     command = f'echo $$ > {mark}-"$RANK"; [ "$RANK" = 0 ] && echo up; sleep 60'
-    with Lab(Network(10**9), ranks=2, name="testend") as lab:
+    with Lab(Network(10**9), ranks=2, name=own("end")) as lab:
         interrupted(["bash", str(SCRIPT), "--name", lab.name, "run", "bash", "-c", command], ending)
         pids = [int(path.read_text()) for path in tmp_path.glob("pid-*")]
         assert pids

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ds_lvx.compare.network import Lab, Network
-from tests.compare.test_network import why_not
+from tests.compare.test_network import own, why_not
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -39,7 +39,7 @@ def test_ranks_of_a_launcher_compare_and_the_interfaces_agree(tmp_path: Path) ->
     if reason is not None:
         pytest.skip(reason)
     words = ("--methods", "lvx", "ulysses", "ring", "--seqlen-kv", "4K", "--repeats", "1")
-    with Lab(Network(10**9), ranks=2, name="testcompare") as lab:
+    with Lab(Network(10**9), ranks=2, name=own("compare")) as lab:
         done = netlab(
             *("--name", lab.name, "run", sys.executable, str(ROOT / "launch" / "compare.py")),
             *(*words, "--warmup", "0", "--output", str(tmp_path)),
