@@ -74,8 +74,9 @@ def title(results: Mapping[str, Any]) -> str:
     found: Mapping[str, int] = next((record["sizes"] for record in results["records"]), {})
     network = plan["network"]
     where = "" if network is None else f", over an emulated network of {network} a rank"
+    name, visual = Path(job["model"]).name, found.get("visual_tokens", 0)
     return (
-        f"A training step of {Path(job['model']).name}: {found.get('visual_tokens', 0):,} visual tokens, "
+        f"A training step of {name}: {visual:,} visual tokens, "
         f"{job['text_tokens']:,} text tokens, {job['dtype']}, ZeRO stage {job['zero_stage']}, text "
         f"by {job['text_method']}; {plan['ranks']} ranks (none: 1){where}. Median (10th to 90th "
         f"percentile) of {plan['repeats']}. {results['hardware']['device']}."
