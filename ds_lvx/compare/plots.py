@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_lvx.compare.report import title
+from ds_lvx.compare.report import times, title
 
 COLOURS = {"lvx": "C2", "ring": "C3", "ulysses": "C0", "none": "C7"}
 
@@ -30,17 +30,15 @@ def save(results: Mapping[str, Any], path: Path) -> None:
 
 def _draw_seconds(axes: Any, found: list[Any]) -> None:
     places = range(len(found))
-    steps = [record["step_s"] for record in found]
-    medians = [step["median"] for step in steps]
-    spread = [
-        [step["median"] - step["p10"] for step in steps],
-        [step["p90"] - step["median"] for step in steps],
-    ]
-    axes.barh(places, medians, xerr=spread, capsize=3, color=[_colour(r) for r in found])
+    for place, record in enumerate(found):
+        step = record["step_s"]
+        spread = [[step["median"] - step["p10"]], [step["p90"] - step["median"]]]
+        axes.errorbar(step["median"], place, xerr=spread, fmt="o", capsize=3, color=_colour(record))
     kernels = [record["kernels_s"]["median"] for record in found]
     axes.plot(kernels, places, "k|", markersize=14, label="its kernels alone")
     axes.set_yticks(places, [record["method"] for record in found])
     axes.set_xscale("log")
+    axes.grid(axis="x", which="both", alpha=0.3)
     axes.set_xlabel("seconds, forward + backward; median, p10 to p90")
     axes.legend(fontsize=8)
 
@@ -52,7 +50,7 @@ def _draw_speedups(axes: Any, found: list[Any]) -> None:
     peer = "ring" if "ring" in peers else slowest
     ratios = [record["times_faster_than"].get(peer, 1.0) for record in found]
     bars = axes.barh(range(len(found)), ratios, color=[_colour(record) for record in found])
-    axes.bar_label(bars, [f"{ratio:.3g} x" for ratio in ratios], padding=3, fontsize=8)
+    axes.bar_label(bars, [f"{times(ratio)} x" for ratio in ratios], padding=3, fontsize=8)
     axes.set_xlim(0, 1.2 * max(ratios))
     axes.set_xlabel(f"times faster than {peer}")
 

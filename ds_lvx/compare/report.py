@@ -167,7 +167,7 @@ def rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
             _seconds(record["kernels_s"]["median"]),
             f"{math.ceil(record['step_over_kernels'] * 100) / 100:.2f}",
             f"{record['bytes_sent'] / 1e6:.3f}",
-            *(_times(record["times_faster_than"].get(peer)) for peer in PEERS),
+            *(times(record["times_faster_than"].get(peer)) for peer in PEERS),
         )
         for record in results["records"]
     ]
@@ -182,7 +182,8 @@ def _seconds(value: float) -> str:
     return f"{value:.3f}" if value >= 0.1 else f"{value:.4f}"
 
 
-def _times(ratio: float | None) -> str:
+def times(ratio: float | None) -> str:
+    """How many times faster, rounded down."""
     if ratio is None:
         return "-"
     digits = 2 if ratio < 10 else 1

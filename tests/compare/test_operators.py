@@ -18,6 +18,7 @@ from ds_lvx.attention import ring
 from ds_lvx.comm import Channel
 from ds_lvx.compare import agreement, command, operators, plots, report
 from ds_lvx.compare.inputs import Shape, make_inputs, split
+from ds_lvx.compare.kernel_calls import NotingKernel
 from ds_lvx.compare.network import Network, NetworkError
 from ds_lvx.compare.operators import METHODS, Request
 from tests.ranks import run_ranks
@@ -132,6 +133,51 @@ def test_the_small_shape_is_the_whole_one_where_the_oracle_can_do_it() -> None:
     small = agreement.small(large)
     assert small.seqlen_q * small.seqlen_kv * small.heads <= 2**21
     assert replace(small, seqlen_q=4096, seqlen_kv=2**20) == large
+
+
+class CountingKernel:
+    """Writes down its calls."""
+
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def forward(self, q: Any, k: Any, v: Any, **options: Any) -> Any:
+        self.seen.append(("forward", q, options))
+        return q, q
+
+    def fold(self, q: Any, k: Any, v: Any, running: Any, **options: Any) -> None:
+        self.seen.append(("fold", q, options))
+        running[0].add_(1)
+
+    def backward(self, q: Any, *tensors: Any, **options: Any) -> Any:
+        self.seen.append(("backward", q, options))
+        return q, q, q
+
+
+def test_noted_calls_are_made_again() -> None:
+    inner = CountingKernel()
+    noting = NotingKernel(inner)
+    how: dict[str, Any] = {"visibility": None, "softmax_scale": 0.5}
+    one, two, long = torch.zeros(3), torch.ones(3), torch.zeros(5)
+    noting.forward(one, one, one, **how, partial=True)
+    running = (torch.zeros(3), torch.zeros(3))
+    noting.fold(two, two, two, running, **how)
+    noting.forward(long, one, one, **how)
+    noting.backward(*[one] * 6, **how, has_dlse=False)
+    assert running[0].tolist() == [1, 1, 1]
+    begun = inner.seen
+    inner.seen = []
+    noting.repeat(0, 4)
+    assert [(name, q.shape, options) for name, q, options in inner.seen] == [
+        (name, q.shape, options) for name, q, options in begun
+    ]
+    assert inner.seen[1][1] is one, "one tensor serves for all that look like it"
+    assert running[0].tolist() == [1, 1, 1], "a repeated fold changed the real result"
+    inner.seen = []
+    noting.repeat(3, 4)
+    assert [name for name, *_ in inner.seen] == ["backward"]
 
 
 # ---- inputs

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Measure what docs/comparing.md shows, into docs/benchmarks and the document. Needs root, ds-lvx in
+# PATH, and a machine that does nothing else; ten minutes on two cores.
+#     sudo -E env "PATH=$PATH" bash launch/bench_compare.sh
+#     sudo -E env "PATH=$PATH" bash launch/bench_compare.sh long short     (some of the comparisons)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+compare() {
+  ds-lvx compare --ranks 4 --output docs/benchmarks --document docs/comparing.md "$@"
+}
+
+# Few queries over many keys, on a slow network.
+long() {
+  compare --network 200mbit --seqlen-q 64 --seqlen-kv 64K --warmup 1 --repeats 7
+}
+
+short() {
+  compare --network 200mbit --seqlen-q 256 --seqlen-kv 32K --repeats 10
+}
+
+# The same without overlap, and with K and V projected again in backward or kept.
+ablations() {
+  compare --network 200mbit --seqlen-q 256 --seqlen-kv 32K --methods lvx ring --no-overlap --repeats 5
+  compare --network 200mbit --seqlen-q 256 --seqlen-kv 32K --methods lvx --recompute --repeats 10
+  compare --network 200mbit --seqlen-q 256 --seqlen-kv 32K --methods lvx --features-dim 512 \
+    --no-recompute --repeats 10
+}
+
+# As many queries as keys; and one image of 1,601 tokens.
+even() {
+  compare --network 200mbit --seqlen-q 2K --seqlen-kv 2K --repeats 10
+  compare --network 200mbit --seqlen-q 64 --seqlen-kv 1601 --repeats 20
+}
+
+for part in "${@:-long short ablations even}"; do
+  for name in $part; do
+    "$name"
+  done
+done
