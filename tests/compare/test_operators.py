@@ -173,7 +173,9 @@ def test_noted_calls_are_made_again() -> None:
     assert [(name, q.shape, options) for name, q, options in inner.seen] == [
         (name, q.shape, options) for name, q, options in begun
     ]
-    assert inner.seen[1][1] is one, "one tensor serves for all that look like it"
+    assert inner.seen[1][1].data_ptr() == one.data_ptr(), (
+        "one tensor serves for all that look like it"
+    )
     assert running[0].tolist() == [1, 1, 1], "a repeated fold changed the real result"
     inner.seen = []
     noting.repeat(3, 4)
