@@ -13,12 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import shlex
 import sys
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +23,11 @@ import torch
 from ds_lvx.compare import memory, memory_report, step_time
 from ds_lvx.compare.case import Case
 from ds_lvx.compare.fresh import RunError
+from ds_lvx.compare.machine import cores, header
 from ds_lvx.compare.peak import meter
 from ds_lvx.plan.memory import Setting
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("ds_lvx", "torch", "transformers", "deepspeed")
 FEATURES = ("trained", "frozen")
 TINY = {"hidden": 64, "heads": 4, "kv_heads": 2, "cross_layers": 2, "text_tokens": 8}
 
@@ -233,38 +229,6 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
             results["records"].append(record)
             save("step_time", results, options)
     return results
-
-
-def header() -> dict[str, Any]:
-    """What every JSON begins with."""
-    return {
-        "kind": "measured",
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "hardware": hardware(),
-    }
-
-
-def hardware() -> dict[str, Any]:
-    """What it ran on."""
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        return {"device": properties.name, "memory_bytes": properties.total_memory}
-    cpu = Path("/proc/cpuinfo").read_text()
-    models = [line for line in cpu.splitlines() if line.startswith("model name")]
-    name = models[0].partition(":")[2].strip() if models else platform.machine()
-    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return {
-        "device": f"{name}, {cores()} cores",
-        "memory_bytes": pages * page_bytes,
-        "flags": [f for f in ("avx512_bf16", "amx_bf16") if f in cpu],
-    }
-
-
-def cores() -> int:
-    """Of this machine that the ranks may use."""
-    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

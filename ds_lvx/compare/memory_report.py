@@ -5,11 +5,13 @@ A table stands in a document between two comment lines, and is written there aga
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from ds_lvx.compare.document import markdown, write_between
 
 NAMES = ("memory", "step_time")
 PLAIN = "lvx"
@@ -22,21 +24,8 @@ def table(name: str, results: Mapping[str, Any]) -> str:
 
 
 def write_into(document: Path, name: str, results: Mapping[str, Any]) -> None:
-    """Replace the table between the comment lines of ``document`` that are for it.
-
-    Raises:
-        ValueError: the document does not have both lines, in order.
-    """
-    text = document.read_text()
-    begin, end = (f"<!-- bench_memory.py, {name}: {edge} -->" for edge in ("begin", "end"))
-    head, found_begin, rest = text.partition(begin)
-    _, found_end, tail = rest.partition(end)
-    if not found_begin or not found_end:
-        raise ValueError(
-            f"{document}: got no {begin!r} followed by {end!r}; expected both, as lines of their "
-            "own, where the table goes"
-        )
-    document.write_text(f"{head}{begin}\n\n{table(name, results)}\n\n{end}{tail}")
+    """Replace the table in a document; see `ds_lvx.compare.document.write_between`."""
+    write_between(document, f"bench_memory.py, {name}", table(name, results))
 
 
 def _memory_table(results: Mapping[str, Any]) -> str:
@@ -81,7 +70,7 @@ def _memory_table(results: Mapping[str, Any]) -> str:
         f"{case['text_tokens']} text tokens. Step times at {records[0]['timed']['tokens']:,} "
         f"tokens. {results['hardware']['device']}."
     )
-    return f"{title}\n\n{_markdown(rows)}"
+    return f"{title}\n\n{markdown(rows)}"
 
 
 def _largest(record: Mapping[str, Any]) -> str:
@@ -121,16 +110,11 @@ def _time_table(results: Mapping[str, Any]) -> str:
         f"{tokens:,} visual tokens, {results['case']['text_tokens']} text tokens, one process; "
         f"median (10th to 90th percentile). {results['hardware']['device']}."
     )
-    return f"{title}\n\n{_markdown(rows)}"
+    return f"{title}\n\n{markdown(rows)}"
 
 
 def _seconds(spread: Mapping[str, float]) -> str:
     return f"{spread['median']:.2f} ({spread['p10']:.2f} to {spread['p90']:.2f})"
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
 def draw(results: Mapping[str, Any]) -> Figure:
