@@ -72,6 +72,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "benchmarks")
     parser.add_argument("--document", type=Path, help="Markdown file that gets the tables")
     parser.add_argument("--render", action="store_true", help="nothing measured: from the JSON")
+    parser.add_argument(
+        "--profiles", action="store_true", help="measure the profiles again, and keep the runs"
+    )
     parser.add_argument("--quick", action="store_true", help="a useless profile, to try it")
     return parser.parse_args()
 
@@ -121,17 +124,26 @@ def network_results(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     for rate in options.rates:
         for ranks in options.ranks:
             pieces = [p for p in results["pieces"] if (p["network"], p["ranks"]) != (rate, ranks)]
-            pieces.append(measure_piece(rate, ranks, options))
+            old = [p["runs"] for p in results["pieces"] if p not in pieces]
+            runs = old[0] if options.profiles and old else None
+            pieces.append(measure_piece(rate, ranks, options, runs=runs))
             results["pieces"] = pieces
             results["errors"] = errors(pieces)
             save(results, path)
     return results
 
 
-def measure_piece(rate: str, ranks: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One profile, and every shape's runs."""
+def measure_piece(
+    rate: str,
+    ranks: int,
+    options: argparse.Namespace,
+    *,
+    runs: list[dict[str, Any]] | None,
+) -> dict[str, Any]:
+    """One profile, and every shape's runs, unless there are some."""
     profile = calibrate.calibrate(ranks=ranks, network=Network.parse(rate), quick=options.quick)
-    runs = [measure_runs(rate, ranks, shape, options) for shape in options.shapes]
+    if runs is None:
+        runs = [measure_runs(rate, ranks, shape, options) for shape in options.shapes]
     profile["answers"] = [slim(answer) for answer in profile["answers"]]
     return {"network": rate, "ranks": ranks, "profile": profile, "runs": runs}
 
@@ -161,7 +173,10 @@ def measure_runs(rate: str, ranks: int, shape: str, options: argparse.Namespace)
         "heads": found["shape"]["heads"],
         "kv_heads": found["shape"]["kv_heads"],
         "head_dim": found["shape"]["head_dim"],
-        "step_s": {record["method"]: record["step_s"] for record in found["records"]},
+        **{
+            part: {record["method"]: record[part] for record in found["records"]}
+            for part in ("step_s", "forward_s", "backward_s")
+        },
     }
 
 

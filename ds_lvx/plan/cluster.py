@@ -67,11 +67,17 @@ class Link:
         shift: from rank to rank, point to point.
         gather: a hop of an all-gather.
         exchange: an all-to-all; its latency counts once for each peer.
+        shifts: two shifts at once, to both sides; bytes of both.
+        drag_s, drag_byte_s: by how much a shift under way slows down what the rank computes, a
+            message and a byte. Nothing on a GPU; on a CPU somebody has to copy.
     """
 
     shift: Wire
     gather: Wire
     exchange: Wire
+    shifts: Wire
+    drag_s: float = 0.0
+    drag_byte_s: float = 0.0
 
     @classmethod
     def of(cls, bytes_per_s: float, latency_s: float) -> Link:
@@ -83,6 +89,7 @@ class Link:
             shift=Wire(bytes_per_s, latency_s),
             gather=Wire(bytes_per_s, _HOP_SHARE * latency_s),
             exchange=Wire(bytes_per_s, _PEER_SHARE * latency_s),
+            shifts=Wire(bytes_per_s, latency_s),
         )
 
 
@@ -214,10 +221,7 @@ class Cluster:
             for kernel in ("whole", "partial", "backward"):
                 ratios = tuple(tuple(each) for each in device[kernel]["ratios"])
                 device[kernel] = KernelTime(**{**device[kernel], "ratios": ratios})
-            links = {
-                side: Link(**{kind: _wire(wire) for kind, wire in record[side].items()})
-                for side in ("within", "across")
-            }
+            links = {side: _link(record[side]) for side in ("within", "across")}
             return cls(**{**record, **links, "device": Device(**device)})
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -226,9 +230,12 @@ class Cluster:
             ) from error
 
 
-def _wire(record: Mapping[str, Any]) -> Wire:
-    points = ((nbytes, seconds) for nbytes, seconds in record["points"])
-    return Wire(record["bytes_per_s"], record["latency_s"], tuple(points))
+def _link(record: Mapping[str, Any]) -> Link:
+    wires = {}
+    for kind in ("shift", "gather", "exchange", "shifts"):
+        points = ((nbytes, seconds) for nbytes, seconds in record[kind]["points"])
+        wires[kind] = Wire(**{**record[kind], "points": tuple(points)})
+    return Link(**wires, drag_s=record["drag_s"], drag_byte_s=record["drag_byte_s"])
 
 
 def from_card(

@@ -125,19 +125,39 @@ def device(
 def link(answers: Sequence[Mapping[str, Any]]) -> Link:
     """The links of a calibration's answers: a hop of each kind of transfer."""
     others = len(answers) - 1
-    wires = {
-        kind: wire(*_of_transfers(answers, kind, others if kind != "shift" else 1))
-        for kind in ("shift", "gather", "exchange")
-    }
+    times = {"shift": 1, "gather": others, "exchange": others, "shifts": 2}
+    wires = {kind: wire(*_of_transfers(answers, kind, each)) for kind, each in times.items()}
     gather, exchange = wires["gather"], wires["exchange"]
     # Of an all-gather every hop has its latency; of an all-to-all, what the first message's does
     # not explain is for each peer.
     beyond = max(exchange.latency_s - wires["shift"].latency_s, 0.0)
+    drag_s, drag_byte_s = _drag(answers)
     return Link(
         shift=wires["shift"],
         gather=replace(gather, latency_s=gather.latency_s / others),
         exchange=replace(exchange, latency_s=beyond / others),
+        shifts=wires["shifts"],
+        drag_s=drag_s,
+        drag_byte_s=drag_byte_s,
     )
+
+
+def _drag(answers: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """What one of two shifts costs the kernel above it: a message, and a byte.
+
+    Counted are the pairs of which the kernel takes longer; of others the network is the limit.
+    """
+    found = []
+    for each in zip(*(answer["hidden"] for answer in answers), strict=True):
+        times = {name: slowest([r[name] for r in each]) for name in ("kernel", "shifts", "both")}
+        if times["kernel"] > times["shifts"]:
+            found.append((each[0]["bytes"], max(times["both"] - times["kernel"], 0.0) / 2))
+    if not found:
+        return 0.0, 0.0
+    nbytes, drag_s = found[0]
+    rates = [(later - drag_s) / (more - nbytes) for more, later in found[1:]]
+    byte_s = max(statistics.median(rates), 0.0) if rates else 0.0
+    return max(drag_s - nbytes * byte_s, 0.0), byte_s
 
 
 def _of_kernels(

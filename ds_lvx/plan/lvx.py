@@ -83,7 +83,8 @@ def _rotate_queries(work: Work, timeline: Timeline, *, backward: bool) -> None:
     """The ring of lvx: the next queries and the last part travel under each kernel."""
     device, ranks, n = work.device, work.ranks, work.n
     rows = work.rows(work.mean_queries)
-    queries = ranks.shift(_query_bytes(work, work.mean_queries, backward=backward))
+    sent = _query_bytes(work, work.mean_queries, backward=backward)
+    queries = ranks.shift(sent, crowded=True)
     lse = 0.0 if backward else work.statistics(work.mean_queries)
     part_bytes = work.sent(rows) + lse
     kernel = device.backward if backward else device.partial
@@ -103,7 +104,7 @@ def _rotate_queries(work: Work, timeline: Timeline, *, backward: bool) -> None:
                 timeline.wait(returning)
                 timeline.compute(adding, "other")
             timeline.compute(encoding, "other")
-            returning = timeline.post(ranks.shift(part_bytes, hops=-step))
+            returning = timeline.post(ranks.shift(part_bytes, hops=-step, crowded=True))
         if following is not None:
             timeline.wait(following)
     if backward:

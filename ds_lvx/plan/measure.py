@@ -40,6 +40,7 @@ class Request:
         heads, kv_heads, head_dim: of the attention kernels.
         lengths: pairs of seqlen_q and seqlen_kv.
         message_bytes: of the transfers, ascending.
+        hidden: bytes of a shift, and seqlen_q and seqlen_kv of the kernel above it.
         elements: of elementwise operations, and the square of a matrix product's side.
         repeats: of each.
     """
@@ -49,6 +50,7 @@ class Request:
     head_dim: int
     lengths: tuple[tuple[int, int], ...]
     message_bytes: tuple[int, ...]
+    hidden: tuple[tuple[int, int, int], ...]
     elements: int
     repeats: int
 
@@ -79,9 +81,10 @@ def measure(request: Request) -> dict[str, Any]:
     """Every sample of this rank, in seconds; every rank of the world calls it.
 
     Returns:
-        ``device``; ``kernels`` (by kind, a list of shape and samples), ``alone`` (the same for
-        rank 0 while the others wait), ``elementwise``, ``operation``, ``matmul``, ``call``, and
-        ``transfers`` (by kind, a list of bytes and samples).
+        ``device``; ``kernels`` (by kind, a list of shape and samples; ``alone`` is the same for
+        rank 0 while the others wait), ``elementwise``, ``operation``, ``matmul``, ``call``,
+        ``transfers`` (by kind, a list of bytes and samples), and ``hidden`` (transfers under a
+        kernel).
 
     Collectives: those that are measured, and agreements of 2 KiB on the CPU.
     """
@@ -92,6 +95,7 @@ def measure(request: Request) -> dict[str, Any]:
         "kernels": _kernels(bench, request),
         **_pieces(bench, request),
         "transfers": _transfers(bench, request) if bench.world.size > 1 else {},
+        "hidden": _hidden(bench, request) if bench.world.size > 1 else [],
     }
 
 
@@ -215,7 +219,7 @@ def _call(bench: _Bench, request: Request) -> Callable[[], object]:
 def _transfers(bench: _Bench, request: Request) -> dict[str, list[dict[str, Any]]]:
     """Seconds of a transfer of so many bytes a rank (or a peer), by kind."""
     found: dict[str, list[dict[str, Any]]] = {}
-    kinds = {"shift": _shift, "gather": _gather, "exchange": _exchange}
+    kinds = {"shift": _shift, "gather": _gather, "exchange": _exchange, "shifts": _shifts}
     for kind, make in kinds.items():
         for nbytes in request.message_bytes:
             seconds = bench.samples(make(bench, nbytes))
@@ -223,6 +227,23 @@ def _transfers(bench: _Bench, request: Request) -> dict[str, list[dict[str, Any]
             slowest = max(each["s"] for each in bench.world.agree({"s": min(seconds)}))
             if slowest > _SLOW_S:
                 break
+    return found
+
+
+def _hidden(bench: _Bench, request: Request) -> list[dict[str, Any]]:
+    """Kernels alone, two shifts alone, and both at the same time."""
+    found = []
+    for nbytes, seqlen_q, seqlen_kv in request.hidden:
+        kernel = _kernel_runs(bench, request, seqlen_q, seqlen_kv)["partial"]
+        shifts = _shifts(bench, nbytes)
+        found.append(
+            {
+                "bytes": nbytes,
+                "kernel": bench.samples(kernel),
+                "shifts": bench.samples(shifts),
+                "both": bench.samples(_shifts(bench, nbytes, under=kernel)),
+            }
+        )
     return found
 
 
@@ -234,6 +255,24 @@ def _message(bench: _Bench, nbytes: int) -> tuple[Tensor, Spec]:
 def _shift(bench: _Bench, nbytes: int) -> Callable[[], object]:
     message, spec = _message(bench, nbytes)
     return lambda: bench.world.shift([message], [spec]).wait()
+
+
+def _shifts(
+    bench: _Bench, nbytes: int, *, under: Callable[[], object] | None = None
+) -> Callable[[], object]:
+    """Two shifts at once, to both sides, perhaps under something else."""
+    message, spec = _message(bench, nbytes)
+    other = message.clone()
+
+    def run() -> None:
+        ahead = bench.world.shift([message], [spec])
+        back = bench.world.shift([other], [spec], hops=-1)
+        if under is not None:
+            under()
+        ahead.wait()
+        back.wait()
+
+    return run
 
 
 def _gather(bench: _Bench, nbytes: int) -> Callable[[], object]:

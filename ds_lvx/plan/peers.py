@@ -59,7 +59,8 @@ def ring_backward(work: Work, timeline: Timeline) -> None:
     """The next keys, and dk and dv of the last block, travel under each kernel."""
     rows = work.rows(work.most_queries)
     keys = 2 * work.numbers(work.mean_keys)  # of k and v, or of dk and dv
-    transfer = work.ranks.shift(work.sent(keys) + work.positions(work.mean_keys))
+    sent = work.sent(keys) + work.positions(work.mean_keys)
+    transfer = work.ranks.shift(sent, crowded=True)
     attending = work.attend(work.device.backward, work.most_queries, work.mean_keys)
     adding = work.touch(keys, ADD_16_TO_FP32)
     timeline.compute(work.touch(rows, DELTA), "other")
@@ -74,7 +75,8 @@ def ring_backward(work: Work, timeline: Timeline) -> None:
             if returning is not None:
                 timeline.wait(returning)
                 timeline.compute(adding, "other")
-            returning = timeline.post(work.ranks.shift(work.sent(keys), hops=-step))
+            gradients = work.ranks.shift(work.sent(keys), hops=-step, crowded=True)
+            returning = timeline.post(gradients)
         if following is not None:
             timeline.wait(following)
     if returning is not None:

@@ -20,12 +20,14 @@ class Transfer:
         latency_s: after which it has arrived besides.
         sent_bytes: by this rank.
         messages: by this rank.
+        drag_s: by which it slows down what the rank computes.
     """
 
     busy_s: float
     latency_s: float
     sent_bytes: float
     messages: int
+    drag_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,26 @@ class Ranks:
         """Ranks of the group on one node."""
         return min(self.cluster.gpus_per_node, self.size)
 
-    def shift(self, nbytes: float, *, hops: int = 1) -> Transfer:
-        """Every rank sends ``nbytes`` to the one ``hops`` ahead on the ring."""
+    def shift(self, nbytes: float, *, hops: int = 1, crowded: bool = False) -> Transfer:
+        """Every rank sends ``nbytes`` to the one ``hops`` ahead on the ring.
+
+        Args:
+            nbytes: of a rank.
+            hops: on the ring, backwards when negative.
+            crowded: another shift, to the other side, is under way at the same time.
+        """
         n, g = self.size, self.per_node
         hops %= n
         leaving = 0 if n <= g else min(hops, g, n - hops)  # of a node's ranks
-        busy = latency = 0.0
-        if leaving < g:
-            wire = self.cluster.within.shift
-            busy, latency = wire.busy_s(nbytes), wire.latency_s
-        if leaving:
-            wire = self.cluster.across.shift
-            busy = max(busy, wire.busy_s(leaving * nbytes))
-            latency = max(latency, wire.latency_s)
-        return Transfer(busy, latency, nbytes, 1)
+        busy = latency = drag = 0.0
+        sides = [(self.cluster.within, 1)] if leaving < g else []
+        sides += [(self.cluster.across, leaving)] if leaving else []
+        for link, sharing in sides:
+            sent = sharing * nbytes
+            own = link.shifts.busy_s(2 * sent) / 2 if crowded else link.shift.busy_s(sent)
+            busy, latency = max(busy, own), max(latency, link.shift.latency_s)
+            drag = max(drag, link.drag_s + nbytes * link.drag_byte_s)
+        return Transfer(busy, latency, nbytes, 1, drag)
 
     def gather(self, nbytes: float) -> Transfer:
         """An all-gather of ``nbytes`` a rank, as a ring of ``n - 1`` hops."""
@@ -111,7 +119,9 @@ class Timeline:
         self.sent_bytes += transfer.sent_bytes
         self.messages += transfer.messages
         arrives_s = self._link_free_s + transfer.latency_s
-        if not self._overlap:
+        if self._overlap:
+            self.compute(transfer.drag_s, "other")
+        else:
             self.wait(arrives_s)
         return arrives_s
 

@@ -110,6 +110,20 @@ def test_recomputation_hides_the_gathers_under_the_projection() -> None:
     assert extra == pytest.approx(kept.forward.projection_s)
 
 
+def test_two_transfers_at_once_and_their_drag_count() -> None:
+    link = Link.of(1e9, 1e-5)
+    slow = replace(link, shifts=replace(link.shifts, bytes_per_s=0.5e9))
+    times = [cost(SHAPE, cluster(within=each), method="ring") for each in (link, slow)]
+    # Forward of ring attention has one transfer at a time, backward has two.
+    assert times[0].forward == times[1].forward
+    assert times[1].backward.seconds > 1.5 * times[0].backward.seconds
+    heavy = replace(link, drag_s=1e-3)
+    call = {"method": "lvx", "schedule": "ring"}
+    light, dragged = (cost(SHAPE, cluster(within=each), **call) for each in (link, heavy))
+    messages = dragged.forward.messages + dragged.backward.messages
+    assert dragged.seconds - light.seconds == pytest.approx(1e-3 * messages, rel=0.05)
+
+
 def test_ranks_of_a_node_share_its_link() -> None:
     """An all-to-all crosses with every rank at once, a ring only with one."""
     link = Link.of(1e9, 1e-5)
