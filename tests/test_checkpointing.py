@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import ds_lvx
+from ds_lvx.attention.auto import CLUSTERS
 from ds_lvx.attention.replay import Box
+from ds_lvx.comm import Channel
 from tests.counts import Counts, boxes
 from tests.ranks import run_ranks
 
@@ -105,6 +107,8 @@ def step(method: str, name: str, scenario: str) -> dict[str, Any]:
     """One of the scenarios, on this rank."""
     stack, x, features = setup(method, dropout=0.2 if scenario == "dropout" else 0.0)
     wrap = variant(name)
+    # Once for each group, whoever comes first: not what a scenario is compared by.
+    CLUSTERS.of(Channel.world(), x.device)
     torch.manual_seed(7)
     with Counts() as counts:
         SCENARIOS[scenario](stack, x, features, wrap)

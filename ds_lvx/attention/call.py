@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ds_lvx import comm
 from ds_lvx.attention.auto import Wanted, decide
-from ds_lvx.attention.replay import once, replaying
+from ds_lvx.attention.replay import once, recording, replaying
 from ds_lvx.comm import Channel, ProcessGroup
 from ds_lvx.groups import SequenceParallelGroups, resolve
 from ds_lvx.kernels import Kernel, choose
@@ -181,7 +181,8 @@ def _shape(
         element_bytes=q.element_size(),
         recompute=features is not None,
         visibility=has_visibility,
-        backward=call.requires_grad,
+        # A checkpoint's first pass may run without gradients; both have to decide alike.
+        backward=call.requires_grad or recording(),
         features_dim=0 if features is None else features.shape[-1],
     )
 
