@@ -84,7 +84,8 @@ def _rotate_queries(work: Work, timeline: Timeline, *, backward: bool) -> None:
     device, ranks, n = work.device, work.ranks, work.n
     rows = work.rows(work.mean_queries)
     sent = _query_bytes(work, work.mean_queries, backward=backward)
-    queries = ranks.shift(sent, crowded=True)
+    crowded = n > 2  # two ranks have one step, and the part leaves after it
+    queries = ranks.shift(sent, crowded=crowded)
     lse = 0.0 if backward else work.statistics(work.mean_queries)
     part_bytes = work.sent(rows) + lse
     kernel = device.backward if backward else device.partial
@@ -104,7 +105,7 @@ def _rotate_queries(work: Work, timeline: Timeline, *, backward: bool) -> None:
                 timeline.wait(returning)
                 timeline.compute(adding, "other")
             timeline.compute(encoding, "other")
-            returning = timeline.post(ranks.shift(part_bytes, hops=-step, crowded=True))
+            returning = timeline.post(ranks.shift(part_bytes, hops=-step, crowded=crowded))
         if following is not None:
             timeline.wait(following)
     if backward:

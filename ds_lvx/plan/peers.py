@@ -60,7 +60,8 @@ def ring_backward(work: Work, timeline: Timeline) -> None:
     rows = work.rows(work.most_queries)
     keys = 2 * work.numbers(work.mean_keys)  # of k and v, or of dk and dv
     sent = work.sent(keys) + work.positions(work.mean_keys)
-    transfer = work.ranks.shift(sent, crowded=True)
+    crowded = work.n > 2  # of two ranks, the gradients leave when the keys have arrived
+    transfer = work.ranks.shift(sent, crowded=crowded)
     attending = work.attend(work.device.backward, work.most_queries, work.mean_keys)
     adding = work.touch(keys, ADD_16_TO_FP32)
     timeline.compute(work.touch(rows, DELTA), "other")
@@ -75,7 +76,7 @@ def ring_backward(work: Work, timeline: Timeline) -> None:
             if returning is not None:
                 timeline.wait(returning)
                 timeline.compute(adding, "other")
-            gradients = work.ranks.shift(work.sent(keys), hops=-step, crowded=True)
+            gradients = work.ranks.shift(work.sent(keys), hops=-step, crowded=crowded)
             returning = timeline.post(gradients)
         if following is not None:
             timeline.wait(following)

@@ -1,0 +1,66 @@
+"""The planner's validation: what it makes of measured runs, without measuring any."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_lvx.plan.cards import CARDS
+from ds_lvx.plan.cluster import from_card
+from launch import bench_plan as bench
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "bench_plan.py"
+
+
+def piece(**step_s: float) -> dict[str, Any]:
+    run = {"seqlen_q": 64, "seqlen_kv": 8192, "heads": 8, "kv_heads": 8, "head_dim": 64}
+    cluster = from_card(CARDS["A30"], gpus=2).record()
+    medians = {name.replace("_", "-"): {"median": seconds} for name, seconds in step_s.items()}
+    runs = [{**run, "step_s": medians}]
+    return {"network": "1gbit", "ranks": 2, "profile": {"cluster": cluster}, "runs": runs}
+
+
+def test_errors_are_those_of_the_prediction() -> None:
+    one = piece(lvx_gather=1.0, ring=1.0, none=1.0)
+    exact = {name: bench.predict(one, one["runs"][0], name) for name in ("lvx-gather", "ring")}
+    # A tenth longer, half as long, and right.
+    measured = {"lvx_gather": exact["lvx-gather"] / 0.9, "ring": exact["ring"] / 2}
+    measured["none"] = bench.predict(one, one["runs"][0], "none")
+    found = bench.errors([piece(**measured)])
+    assert found["count"] == 3
+    assert found["by_method"]["lvx-gather"]["worst"] == pytest.approx(0.1)
+    assert found["worst"] == pytest.approx(1.0)
+    assert found["median"] == pytest.approx(0.1)
+    assert exact["ring"] != exact["lvx-gather"]
+
+
+def test_tables_have_every_case_and_every_method() -> None:
+    pieces = [piece(lvx_gather=0.25, ring=0.5)]
+    results = {"errors": bench.errors(pieces), "hardware": {"device": "some CPU"}}
+    text = bench.network_table(results)
+    assert "| 1gbit | 2 | 64 | 8192 | 250 / " in text
+    assert "worst error" in text
+    assert bench.draw(results).axes
+
+
+def test_the_papers_table_is_written_into_a_document(tmp_path: Path) -> None:
+    document = tmp_path / "planning.md"
+    edges = [f"<!-- bench_plan.py, published: {edge} -->" for edge in ("begin", "end")]
+    document.write_text(f"before\n{edges[0]}\nold\n{edges[1]}\nafter\n")
+    words = ["--parts", "published", "--output_dir", str(tmp_path), "--document", str(document)]
+    subprocess.run([sys.executable, str(SCRIPT), *words], check=True, capture_output=True)
+    text = document.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    record = json.loads((tmp_path / "plan_published.json").read_text())
+    assert record["kind"] == "predicted"
+    for row in record["records"]["both ways"]:
+        assert 1 / 1.5 < row["predicted_over_published"] < 1.5
+        assert f"| {row['speedup']:.1f} | {row['predicted_speedup']:.1f} |" in text
