@@ -17,7 +17,7 @@ from ds_lvx.plan.cluster import Cluster, Link, from_card
 from ds_lvx.plan.cost import cost
 from ds_lvx.plan.models import model
 from ds_lvx.plan.shape import AttentionShape
-from ds_lvx.plan.transfers import Timeline
+from ds_lvx.plan.transfers import Timeline, Transfer
 from ds_lvx.plan.work import COPY, DELTA, MERGE, Work
 
 # Two fp16 tensors read, one written.
@@ -77,8 +77,8 @@ def compare(row: Row, on: Cluster) -> dict[str, Any]:
         head_dim=llama.cross.head_dim,
     )
     repeated = Work(replace(shape, kv_heads=shape.heads), on)
-    ring_s = layers * (_ring_forward(repeated) + _ring_backward(repeated))
-    lvx_s = layers * (_lvx_forward(repeated) + _lvx_backward(repeated))
+    ring_s = layers * _ring_seconds(repeated)
+    lvx_s = layers * _lvx_seconds(repeated)
     speedup, published = ring_s / lvx_s, row.ring_s / row.lvx_s
     ours = {
         "ring": layers * cost(shape, on, method="ring").seconds,
@@ -104,80 +104,65 @@ def ring_bytes(row: Row) -> float:
     return llama.cross.count * (3 * ranks - 2) * block
 
 
-def _ring_forward(work: Work) -> float:
-    timeline = Timeline()
+def _ring_seconds(work: Work) -> float:
+    """Forward and backward of a layer in which K and V rotate."""
     keys = 2 * work.numbers(work.mean_keys)
-    transfer = work.ranks.shift(work.sent(keys))
-    timeline.compute(work.touch(keys, COPY), "other")
-    for step in range(work.n):
-        following = timeline.post(transfer) if step < work.n - 1 else None
-        kernel = work.attend(work.device.partial, work.most_queries, work.mean_keys)
-        timeline.compute(kernel, "kernel")
-        if following is not None:
-            timeline.wait(following)
-    return timeline.now_s
+    block = work.ranks.shift(work.sent(keys))
+    shape = (work.most_queries, work.mean_keys)
+    copying, adding = work.touch(keys, COPY), work.touch(keys, _ADD_16)
+    forward = _rotate(work, work.attend(work.device.partial, *shape), 0.0, ahead=block)
+    backward = _rotate(
+        work, work.attend(work.device.backward, *shape), adding, ahead=block, back=block
+    )
+    return forward + backward + 2 * copying
 
 
-def _ring_backward(work: Work) -> float:
-    timeline = Timeline()
-    keys = 2 * work.numbers(work.mean_keys)
-    transfer = work.ranks.shift(work.sent(keys))
-    kernel = work.attend(work.device.backward, work.most_queries, work.mean_keys)
-    timeline.compute(work.touch(keys, COPY), "other")
-    gradients: float | None = None
-    for step in range(work.n):
-        following = timeline.post(transfer) if step < work.n - 1 else None
-        timeline.compute(kernel, "kernel")
-        if gradients is not None:
-            timeline.wait(gradients)
-        timeline.compute(work.touch(keys, _ADD_16), "other")
-        gradients = timeline.post(transfer)  # dk and dv are as large as k and v
-        if following is not None:
-            timeline.wait(following)
-    assert gradients is not None
-    timeline.wait(gradients)
-    return timeline.now_s
-
-
-def _lvx_forward(work: Work) -> float:
-    timeline = Timeline()
-    rows = work.rows(work.mean_queries)
-    queries = work.ranks.shift(work.sent(rows))
-    results = work.ranks.shift(work.sent(rows) + work.statistics(work.mean_queries))
-    returning: float | None = None
-    for step in range(work.n):
-        following = timeline.post(queries) if step < work.n - 1 else None
-        kernel = work.attend(work.device.partial, work.mean_queries, work.most_keys)
-        timeline.compute(kernel, "kernel")
-        if returning is not None:
-            timeline.wait(returning)
-        timeline.compute(work.touch(rows, MERGE), "other")
-        returning = timeline.post(results)
-        if following is not None:
-            timeline.wait(following)
-    assert returning is not None
-    timeline.wait(returning)
-    return timeline.now_s
-
-
-def _lvx_backward(work: Work) -> float:
-    timeline = Timeline()
+def _lvx_seconds(work: Work) -> float:
+    """Forward and backward of a layer in which queries rotate."""
     rows, keys = work.rows(work.mean_queries), 2 * work.numbers(work.most_keys)
-    # q, out, dout and lse; then dq.
-    queries = work.ranks.shift(3 * work.sent(rows) + work.statistics(work.mean_queries))
-    results = work.ranks.shift(work.sent(rows))
-    timeline.compute(work.touch(rows, DELTA), "other")
+    sent, lse = work.sent(rows), work.statistics(work.mean_queries)
+    shape = (work.mean_queries, work.most_keys)
+    forward = _rotate(
+        work,
+        work.attend(work.device.partial, *shape),
+        work.touch(rows, MERGE),
+        ahead=work.ranks.shift(sent),
+        back=work.ranks.shift(sent + lse),
+    )
+    backward = _rotate(
+        work,
+        work.attend(work.device.backward, *shape),
+        work.touch(keys, _ADD_16),
+        ahead=work.ranks.shift(3 * sent + lse),  # q, out, dout
+        back=work.ranks.shift(sent),  # dq
+    )
+    return forward + backward + work.touch(rows, DELTA)
+
+
+def _rotate(
+    work: Work,
+    kernel_s: float,
+    adding_s: float,
+    *,
+    ahead: Transfer,
+    back: Transfer | None = None,
+) -> float:
+    """One pass: the next block travels under each kernel, and so does what the last one gave.
+
+    Results rotate all the way round, one hop more than what they are made from.
+    """
+    timeline = Timeline()
     returning: float | None = None
     for step in range(work.n):
-        following = timeline.post(queries) if step < work.n - 1 else None
-        kernel = work.attend(work.device.backward, work.mean_queries, work.most_keys)
-        timeline.compute(kernel, "kernel")
-        timeline.compute(work.touch(keys, _ADD_16), "other")
+        following = timeline.post(ahead) if step < work.n - 1 else None
+        timeline.compute(kernel_s, "kernel")
         if returning is not None:
             timeline.wait(returning)
-        returning = timeline.post(results)
+        timeline.compute(adding_s, "other")
+        if back is not None:
+            returning = timeline.post(back)
         if following is not None:
             timeline.wait(following)
-    assert returning is not None
-    timeline.wait(returning)
+    if returning is not None:
+        timeline.wait(returning)
     return timeline.now_s
