@@ -130,10 +130,9 @@ def limit(each: Cost) -> str:
 
 def duration(seconds: float) -> str:
     """For people: three digits and a unit."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size or unit == "us":
-            return f"{seconds / size:.3g} {unit}"
-    raise AssertionError("unreachable")
+    units = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
+    unit, size = next((each for each in units if seconds >= each[1]), units[-1])
+    return f"{seconds / size:.3g} {unit}"
 
 
 def _reason(name: str, best: Cost, others: Sequence[tuple[str, float]], alone: float) -> str:

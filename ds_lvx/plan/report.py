@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,7 +20,7 @@ def as_text(job: Job, cluster: Cluster, found: Plan) -> str:
     """For people."""
     best = found.best
     shown = dict.fromkeys((best.ranks, found.quickest.ranks))
-    parts = [_question(job, cluster), _answer(cluster, found)]
+    parts = [_question(job, cluster), f"{_answer(cluster, found)}\n{_config(job, best)}"]
     for ranks in (each for each in shown if each > 1):
         parts += [f"Groups of {ranks}, by method of the cross-attention:", _methods(found, ranks)]
     parts += [
@@ -99,6 +100,18 @@ def _answer(cluster: Cluster, found: Plan) -> str:
             f"{_time(quickest.seconds)}"
         )
     return text
+
+
+def _config(job: Job, best: Step) -> str:
+    """What stands in the ds_config for it."""
+    rule: dict[str, Any] = {"method": best.method}
+    if best.method == "lvx":
+        rule |= {"schedule": best.schedule} if best.ranks > 1 else {}
+        rule |= {"recompute_kv": True} if job.recompute else {}
+    return (
+        f'In the ds_config: "sequence_parallel_size": {best.ranks}; cross-attention '
+        f"{json.dumps(rule)}; text {json.dumps({'method': best.text_method})}"
+    )
 
 
 def _methods(found: Plan, ranks: int) -> str:

@@ -36,6 +36,8 @@ def test_text_has_the_answer_and_where_it_comes_from(capsys: pytest.CaptureFixtu
         "768,480 visual tokens",
         "Best: lvx gather on groups of",
         "sequence parallel",
+        '"sequence_parallel_size": ',
+        '{"method": "lvx", "schedule": "gather", "recompute_kv": true}',
         "cross-attention, network",
         "vision",
         "why it stops",
