@@ -135,6 +135,26 @@ def test_the_small_shape_is_the_whole_one_where_the_oracle_can_do_it() -> None:
     assert replace(small, seqlen_q=4096, seqlen_kv=2**20) == large
 
 
+@pytest.mark.parametrize(
+    ("cores", "ranks", "shares"),
+    [
+        ({0, 1}, 4, [[0], [0], [1], [1]]),
+        ({2, 3, 5, 7}, 2, [[2, 3], [5, 7]]),
+        ({0, 1, 2}, 2, [[0], [1, 2]]),
+        ({4}, 2, [[4], [4]]),
+    ],
+)
+def test_ranks_share_the_cores(
+    cores: set[int], ranks: int, shares: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound = []
+    monkeypatch.setattr(operators.os, "sched_getaffinity", lambda pid: cores)
+    monkeypatch.setattr(operators.os, "sched_setaffinity", lambda pid, own: bound.append(own))
+    for rank in range(ranks):
+        operators.bind(rank, ranks)
+    assert bound == shares
+
+
 class CountingKernel:
     """Writes down its calls."""
 
