@@ -68,8 +68,8 @@ class Link:
         gather: a hop of an all-gather.
         exchange: an all-to-all; its latency counts once for each peer.
         shifts: two shifts at once, to both sides; bytes of both.
-        drag_s, drag_byte_s: by how much a shift under way slows down what the rank computes, a
-            message and a byte. Nothing on a GPU; on a CPU somebody has to copy.
+        drag_s: by how much a shift under way slows down what the rank computes. Nothing on a GPU;
+            on a CPU somebody has to send.
     """
 
     shift: Wire
@@ -77,7 +77,6 @@ class Link:
     exchange: Wire
     shifts: Wire
     drag_s: float = 0.0
-    drag_byte_s: float = 0.0
 
     @classmethod
     def of(cls, bytes_per_s: float, latency_s: float) -> Link:
@@ -235,7 +234,7 @@ def _link(record: Mapping[str, Any]) -> Link:
     for kind in ("shift", "gather", "exchange", "shifts"):
         points = ((nbytes, seconds) for nbytes, seconds in record[kind]["points"])
         wires[kind] = Wire(**{**record[kind], "points": tuple(points)})
-    return Link(**wires, drag_s=record["drag_s"], drag_byte_s=record["drag_byte_s"])
+    return Link(**wires, drag_s=record["drag_s"])
 
 
 def from_card(

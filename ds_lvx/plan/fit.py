@@ -131,33 +131,25 @@ def link(answers: Sequence[Mapping[str, Any]]) -> Link:
     # Of an all-gather every hop has its latency; of an all-to-all, what the first message's does
     # not explain is for each peer.
     beyond = max(exchange.latency_s - wires["shift"].latency_s, 0.0)
-    drag_s, drag_byte_s = _drag(answers)
     return Link(
         shift=wires["shift"],
         gather=replace(gather, latency_s=gather.latency_s / others),
         exchange=replace(exchange, latency_s=beyond / others),
         shifts=wires["shifts"],
-        drag_s=drag_s,
-        drag_byte_s=drag_byte_s,
+        drag_s=_drag(answers),
     )
 
 
-def _drag(answers: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """What one of two shifts costs the kernel above it: a message, and a byte.
+def _drag(answers: Sequence[Mapping[str, Any]]) -> float:
+    """What one of two small shifts costs the kernel above it.
 
-    Counted are the pairs of which the kernel takes longer; of others the network is the limit.
+    Of large ones nothing can be said: their transfer may itself take longer than the kernel.
     """
-    found = []
-    for each in zip(*(answer["hidden"] for answer in answers), strict=True):
-        times = {name: slowest([r[name] for r in each]) for name in ("kernel", "shifts", "both")}
-        if times["kernel"] > times["shifts"]:
-            found.append((each[0]["bytes"], max(times["both"] - times["kernel"], 0.0) / 2))
-    if not found:
-        return 0.0, 0.0
-    nbytes, drag_s = found[0]
-    rates = [(later - drag_s) / (more - nbytes) for more, later in found[1:]]
-    byte_s = max(statistics.median(rates), 0.0) if rates else 0.0
-    return max(drag_s - nbytes * byte_s, 0.0), byte_s
+    first = [answer["hidden"][0] for answer in answers]
+    kernel, shifts, both = (
+        slowest([each[name] for each in first]) for name in ("kernel", "shifts", "both")
+    )
+    return max(both - max(kernel, shifts), 0.0) / 2
 
 
 def _of_kernels(
