@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ds_lvx.plan import calibrate, command, fit, profile
-from ds_lvx.plan.cluster import KernelTime
+from ds_lvx.plan.cluster import Cluster, KernelTime
 
 HEADS = {"heads": 8, "kv_heads": 2, "head_dim": 64}
 
@@ -108,7 +108,7 @@ def test_a_calibration_from_end_to_end(tmp_path: Path) -> None:
     for wire in (cluster.within.shift, cluster.within.gather, cluster.within.exchange):
         assert 1e5 < wire.bytes_per_s < 1e13
     again = calibrate.refit(record)
-    assert again["cluster"] == record["cluster"]
+    assert Cluster.of(again["cluster"]) == cluster
     # And it serves a plan.
     asked = ("--model", "OpenFlamingo-3B", "--frames", "64", "--gpus", "4096", "--json")
     assert command.run(options(*asked, "--profile", str(path))) == 0
