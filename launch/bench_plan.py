@@ -82,9 +82,10 @@ def parse_options() -> argparse.Namespace:
 
 
 def save(results: dict[str, Any], path: Path) -> None:
-    """Write the JSON."""
+    """Write the JSON; of profiles, with all their samples, without line breaks."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    indent = None if "pieces" in results else 1
+    path.write_text(json.dumps(results, indent=indent) + "\n")
 
 
 KINDS = ("measured", "predicted")
@@ -129,10 +130,13 @@ def network_results(options: argparse.Namespace, path: Path) -> dict[str, Any]:
             old = [p["runs"] for p in results["pieces"] if p not in pieces]
             runs = old[0] if options.profiles and old else None
             pieces.append(measure_piece(rate, ranks, options, runs=runs))
-            results["pieces"] = pieces
-            results["errors"] = errors(pieces)
+            results["pieces"] = sorted(pieces, key=_order)
             save(results, path)
-    return results
+    return {**results, "errors": errors(results["pieces"])}
+
+
+def _order(piece: dict[str, Any]) -> tuple[int, float]:
+    return piece["ranks"], Network.parse(piece["network"]).bits_per_s
 
 
 def measure_piece(

@@ -64,3 +64,19 @@ def test_the_papers_table_is_written_into_a_document(tmp_path: Path) -> None:
     for row in record["records"]["both ways"]:
         assert 1 / 1.5 < row["predicted_over_published"] < 1.5
         assert f"| {row['speedup']:.1f} | {row['predicted_speedup']:.1f} |" in text
+
+
+@pytest.mark.parametrize("part", bench.PARTS)
+def test_the_document_has_what_is_committed(part: str) -> None:
+    results = json.loads((ROOT / "docs" / "benchmarks" / f"plan_{part}.json").read_text())
+    assert bench.table(part, results) in (ROOT / "docs" / "planning.md").read_text()
+
+
+def test_what_is_committed_is_right_enough() -> None:
+    results = json.loads((ROOT / "docs" / "benchmarks" / "plan_network.json").read_text())
+    assert results["kind"] == "emulated"
+    predicted = [each["predicted_s"] for each in bench.comparisons(results["pieces"])]
+    written = [each["predicted_s"] for each in results["errors"]["comparisons"]]
+    assert predicted == pytest.approx(written, rel=1e-3)  # the formulas have not changed since
+    assert results["errors"]["median"] < 0.15
+    assert results["errors"]["worst"] < 0.40
