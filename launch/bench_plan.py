@@ -121,7 +121,10 @@ def published_results() -> dict[str, Any]:
 
 def network_results(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     """Profile and runs for every rate and number of ranks; what is there already is replaced."""
+    words = ["python", "launch/bench_plan.py", "--parts", "network"]
+    words += ["--rates", *options.rates, "--ranks", *map(str, options.ranks)]
     results: dict[str, Any] = {**header(emulated=True, device="cpu"), "pieces": []}
+    results["command"] = shlex.join([*words, "--repeats", str(options.repeats)])
     if path.exists():
         results["pieces"] = json.loads(path.read_text())["pieces"]
     for rate in options.rates:
@@ -150,6 +153,7 @@ def measure_piece(
     profile = calibrate.calibrate(ranks=ranks, network=Network.parse(rate), quick=options.quick)
     if runs is None:
         runs = [measure_runs(rate, ranks, shape, options) for shape in options.shapes]
+    profile["command"] = f"ds-lvx plan --calibrate --ranks {ranks} --network {rate}"
     profile["answers"] = [slim(answer) for answer in profile["answers"]]
     return {"network": rate, "ranks": ranks, "profile": profile, "runs": runs}
 
