@@ -12,11 +12,11 @@ compare() {
 
 # Few queries over many keys, on a slow network.
 long() {
-  compare --network 200mbit --seqlen-q 64 --seqlen-kv 64K --warmup 1 --repeats 7
+  compare --network 200mbit --seqlen-q 64 --seqlen-kv 64K --warmup 1 --repeats 5
 }
 
 short() {
-  compare --network 200mbit --seqlen-q 256 --seqlen-kv 32K --repeats 10
+  compare --network 200mbit --seqlen-q 256 --seqlen-kv 32K --warmup 1 --repeats 7
 }
 
 # The same without overlap, and with K and V projected again in backward or kept.
