@@ -23,6 +23,7 @@ from ds_lvx.bundles import Spec
 from ds_lvx.comm import Channel
 from ds_lvx.counting import count
 from ds_lvx.pending import blocking
+from ds_lvx.plan.peers import head_layout
 from ds_lvx.start import init_distributed
 from ds_lvx.visibility import EVERYTHING, Visibility
 
@@ -93,7 +94,7 @@ def attend(call: Call, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility |
     if visibility is not None:
         mine = visibility
         whole = once("visibility", lambda: _whole(channel, mine, seqlen_q, seqlen_kv))
-    repeats, padding = _head_layout(q.shape[2], k.shape[2], channel.size)
+    repeats, padding = head_layout(q.shape[2], k.shape[2], channel.size)
     padded_q = _pad(q, seqlen_q, padding * (q.shape[2] // (k.shape[2] * repeats)))
     padded_k, padded_v = (
         _pad(t.repeat_interleave(repeats, dim=2) if repeats > 1 else t, seqlen_kv, padding)
@@ -192,20 +193,6 @@ def _whole(channel: Channel, visibility: Visibility, seqlen_q: int, seqlen_kv: i
     bundles = channel.gather(padded, specs).wait()
     ranges = torch.cat([bundle[0] for bundle in bundles], dim=2)
     return Visibility(ranges[0], ranges[1], torch.cat([bundle[1] for bundle in bundles], dim=1))
-
-
-def _head_layout(num_heads: int, num_kv_heads: int, ranks: int) -> tuple[int, int]:
-    """How often to repeat K and V heads, and how many heads of zeros to add then.
-
-    With fewer K/V heads than ranks each is repeated, by the least factor that gives every rank
-    one and keeps groups of query heads whole; what still does not divide is padded.
-    """
-    group = num_heads // num_kv_heads
-    factors = [f for f in range(1, group + 1) if group % f == 0]
-    enough = [f for f in factors if num_kv_heads * f >= ranks]
-    even = [f for f in enough if num_kv_heads * f % ranks == 0]
-    repeats = even[0] if num_kv_heads < ranks and even else enough[0]
-    return repeats, -num_kv_heads * repeats % ranks
 
 
 def _pad(tensor: Tensor, seqlen: int, heads: int) -> Tensor:

@@ -94,8 +94,8 @@ def ring_backward(work: Work, timeline: Timeline) -> None:
 def head_layout(heads: int, kv_heads: int, ranks: int) -> tuple[int, int]:
     """How often Ulysses repeats K and V heads, and how many heads of zeros it adds then.
 
-    The same as in `ds_lvx.attention.ulysses`, which cannot be imported from here: attention asks
-    the planner.
+    With fewer K/V heads than ranks each is repeated, by the least factor that gives every rank
+    one and keeps groups of query heads whole; what still does not divide is padded.
     """
     group = heads // kv_heads
     enough = [f for f in range(1, group + 1) if group % f == 0 and kv_heads * f >= ranks]

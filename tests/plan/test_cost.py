@@ -6,11 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from ds_lvx.attention.ulysses import _head_layout
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import Cluster, Link, from_card
 from ds_lvx.plan.cost import Cost, cost
-from ds_lvx.plan.peers import head_layout
 from ds_lvx.plan.shape import AttentionShape
 
 SHAPE = AttentionShape.even(queries=384, keys=768_000, ranks=8, heads=32, kv_heads=8, head_dim=128)
@@ -54,12 +52,6 @@ def test_replicated_sends_lse_and_sums_out() -> None:
     summed = 2 * (n - 1) / n * s * 32 * 128 * 4
     expected = (n - 1) * s * 32 * 4 + summed, summed
     assert both("lvx", shape, "replicated") == pytest.approx(expected)
-
-
-def test_heads_of_ulysses_are_laid_out_as_it_does() -> None:
-    for heads, kv_heads in ((32, 8), (28, 4), (8, 8), (4, 2), (14, 2), (36, 3)):
-        for ranks in range(1, heads + 1):
-            assert head_layout(heads, kv_heads, ranks) == _head_layout(heads, kv_heads, ranks)
 
 
 @pytest.mark.parametrize("schedule", ["ring", "gather", "replicated"])
