@@ -361,3 +361,14 @@ def test_networks_are_recorded_by_their_short_form() -> None:
     record = report.network_record(str(Network(10**9, 1e-3)))
     assert record is not None
     assert (record["name"], record["latency_s"]) == ("1gbit,1ms", 1e-3)
+
+
+def test_the_document_has_the_tables_of_the_committed_json() -> None:
+    root = Path(__file__).resolve().parent.parent.parent
+    text = (root / "docs" / "comparing.md").read_text()
+    names = re.findall(r"<!-- ds-lvx compare, (\S+): begin -->", text)
+    assert names
+    for name in names:
+        results = json.loads((root / "docs" / "benchmarks" / f"{name}.json").read_text())
+        assert results["kind"] == "emulated"
+        assert report.markdown(results) in text, name
