@@ -25,10 +25,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ds_lvx.compare.document import markdown, write_between
 from ds_lvx.compare.inputs import split
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
 from ds_lvx.plan import calibrate, published
+from ds_lvx.plan.choose import choose, label
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.cost import cost
 from ds_lvx.plan.shape import AttentionShape
@@ -57,7 +59,7 @@ def main() -> None:
         save(results, path)
         text = table(part, results)
         if options.document is not None:
-            write_into(options.document, part, text)
+            write_between(options.document, f"bench_plan.py, {part}", text)
         print(text, flush=True)
         if part == "network":
             draw(results).savefig(path.with_suffix(".png"), dpi=110)
@@ -192,8 +194,15 @@ def measure_runs(rate: str, ranks: int, shape: str, options: argparse.Namespace)
 
 def predict(piece: dict[str, Any], run: dict[str, Any], method: str) -> float:
     """Seconds of a step, from the profile and the shape alone."""
+    shape, cluster = shape_of(piece, run), Cluster.of(piece["profile"]["cluster"])
+    name, _, schedule = method.partition("-")
+    return cost(shape, cluster, method=name, schedule=schedule or "gather", settled=False).seconds
+
+
+def shape_of(piece: dict[str, Any], run: dict[str, Any]) -> AttentionShape:
+    """What ran."""
     ranks = piece["ranks"]
-    shape = AttentionShape(
+    return AttentionShape(
         batch=1,
         q_lengths=split(run["seqlen_q"], ranks),
         kv_lengths=split(run["seqlen_kv"], ranks),
@@ -201,9 +210,22 @@ def predict(piece: dict[str, Any], run: dict[str, Any], method: str) -> float:
         kv_heads=run["kv_heads"],
         head_dim=run["head_dim"],
     )
-    name, _, schedule = method.partition("-")
-    cluster = Cluster.of(piece["profile"]["cluster"])
-    return cost(shape, cluster, method=name, schedule=schedule or "gather", settled=False).seconds
+
+
+def chosen(piece: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """What ``auto`` takes, and its measured time over the best of all that share the sequence."""
+    choice = choose(shape_of(piece, run), Cluster.of(piece["profile"]["cluster"]))
+    name = label(choice.method, choice.schedule).replace(" ", "-")
+    shared = {m: s["median"] for m, s in run["step_s"].items() if m != "none"}
+    case = {key: run[key] for key in ("seqlen_q", "seqlen_kv")}
+    over_best = shared[name] / min(shared.values()) if name in shared else None
+    return {
+        "network": piece["network"],
+        "ranks": piece["ranks"],
+        **case,
+        "method": name,
+        "measured_over_best": over_best,
+    }
 
 
 def comparisons(pieces: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -244,6 +266,7 @@ def errors(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for method, own in by_method.items()
         },
         "comparisons": found,
+        "auto": [chosen(piece, run) for piece in pieces for run in piece["runs"]],
     }
 
 
@@ -283,17 +306,20 @@ def network_table(results: dict[str, Any]) -> str:
     """One row for each rate, number of ranks and shape; measured and predicted by method."""
     found = results["errors"]["comparisons"]
     methods = list(results["errors"]["by_method"])
-    rows = [["network", "ranks", "S_q", "S_kv", *(f"{method}, ms" for method in methods)]]
+    head = ["network", "ranks", "S_q", "S_kv", *(f"{method}, ms" for method in methods)]
+    rows = [[*head, "auto takes", "auto / best"]]
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for each in found:
         key = (each["network"], each["ranks"], each["seqlen_q"], each["seqlen_kv"])
         text = f"{each['measured_s'] * 1e3:.0f} / {each['predicted_s'] * 1e3:.0f}"
         cells.setdefault(key, {})[each["method"]] = text
-    for key, row in cells.items():
-        rows.append([*map(str, key), *(row.get(method, "-") for method in methods)])
+    for (key, row), auto in zip(cells.items(), results["errors"]["auto"], strict=True):
+        over = auto["measured_over_best"]
+        last = [auto["method"], "-" if over is None else f"{over:.3f}"]
+        rows.append([*map(str, key), *(row.get(method, "-") for method in methods), *last])
     each = results["errors"]["by_method"]
     rows += [
-        [f"{name} error", "", "", "", *(f"{each[m][name]:.1%}" for m in methods)]
+        [f"{name} error", "", "", "", *(f"{each[m][name]:.1%}" for m in methods), "", ""]
         for name in ("median", "worst")
     ]
     whole = results["errors"]
@@ -303,22 +329,6 @@ def network_table(results: dict[str, Any]) -> str:
         f"{whole['worst']:.1%}. {results['hardware']['device']}; emulated network."
     )
     return f"{title}\n\n{markdown(rows)}"
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
-
-
-def write_into(document: Path, part: str, text: str) -> None:
-    """Replace what stands between the comment lines of this part."""
-    begin, end = (f"<!-- bench_plan.py, {part}: {edge} -->" for edge in ("begin", "end"))
-    head, found_begin, rest = document.read_text().partition(begin)
-    _, found_end, tail = rest.partition(end)
-    if not found_begin or not found_end:
-        sys.exit(f"bench_plan: {document}: expected the lines {begin!r} and {end!r}")
-    document.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}")
 
 
 def draw(results: dict[str, Any]) -> Figure:

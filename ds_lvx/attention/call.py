@@ -210,23 +210,6 @@ def _check_chunks(kv_chunk_tokens: int | None, schedule: str | None) -> None:
         )
 
 
-_MAX_GATHERED_BYTES = 2**30
-
-
-def choose_schedule(schedule: str, q_lengths: tuple[int, ...], q: Tensor) -> str:
-    """Resolve ``auto``: ``gather``, unless all ranks' queries would take more than 1 GiB a rank.
-
-    Gather sends the same bytes in two messages instead of 2 n and gives the kernel all queries at
-    once, but holds q, out and their gradients of the whole sequence; the ring holds one shard's.
-    The answer is the same on every rank: only the dimensions that ranks share count.
-    """
-    if schedule != "auto":
-        return schedule
-    batch, _, heads, head_dim = q.shape
-    gathered_bytes = sum(q_lengths) * batch * heads * head_dim * q.element_size()
-    return "gather" if gathered_bytes <= _MAX_GATHERED_BYTES else "ring"
-
-
 def _signature(
     operation: str, q: Tensor, keys: Mapping[str, Tensor], visibility: Visibility | None
 ) -> dict[str, Any]:
