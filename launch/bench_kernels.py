@@ -27,10 +27,12 @@ from typing import Any
 
 import torch
 
-from ds_lvx.compare import kernel_candidates, kernels, kernels_report
 from ds_lvx.compare.document import write_between
 from ds_lvx.compare.fresh import RunError
-from ds_lvx.compare.kernel_cases import PAPER, QUICK
+from ds_lvx.compare.kernels import candidates as kernel_candidates
+from ds_lvx.compare.kernels import measure as kernels
+from ds_lvx.compare.kernels import report as kernels_report
+from ds_lvx.compare.kernels.cases import PAPER, QUICK
 from ds_lvx.compare.machine import cores, hardware
 from ds_lvx.plan.occupancy import BLOCK_SHARED_BYTES
 
@@ -159,7 +161,7 @@ def compile_all() -> dict[str, Any]:
     environment.pop("TRITON_INTERPRET", None)
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "ds_lvx.compare.compiled", str(capability)],
+            [sys.executable, "-m", "ds_lvx.compare.kernels.compiled", str(capability)],
             env=environment,
             cwd=ROOT,
             stdout=subprocess.PIPE,

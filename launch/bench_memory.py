@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 
-from ds_lvx.compare import memory, memory_report, step_time
 from ds_lvx.compare.case import Case
 from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.machine import cores, header
-from ds_lvx.compare.peak import meter
+from ds_lvx.compare.memory import measure as memory
+from ds_lvx.compare.memory import report as memory_report
+from ds_lvx.compare.memory import step_time
+from ds_lvx.compare.memory.peak import meter
 from ds_lvx.plan.memory import Setting
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,9 @@ from deepspeed.accelerator import get_accelerator
 
 import ds_lvx
 from ds_lvx.comm import Channel
-from ds_lvx.compare import command, operators, report
+from ds_lvx.compare import command
+from ds_lvx.compare.operators import rank as operators
+from ds_lvx.compare.operators import report
 from ds_lvx.start import init_distributed
 
 

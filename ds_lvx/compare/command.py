@@ -18,12 +18,14 @@ from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 
 from ds_lvx.attention.ulysses import check_heads
-from ds_lvx.compare import model, operators, plots, report
 from ds_lvx.compare.fresh import RunError, run_fresh
-from ds_lvx.compare.inputs import DTYPES, VISIBILITIES, Shape
 from ds_lvx.compare.machine import cores, header
+from ds_lvx.compare.model import measure as model
 from ds_lvx.compare.network import MASTER, Lab, Network, NetworkError
-from ds_lvx.compare.operators import METHODS, Request
+from ds_lvx.compare.operators import plots, report
+from ds_lvx.compare.operators import rank as operators
+from ds_lvx.compare.operators.inputs import DTYPES, VISIBILITIES, Shape
+from ds_lvx.compare.operators.rank import METHODS, Request
 from ds_lvx.kernels import KERNELS
 from ds_lvx.plan.units import count
 

@@ -13,7 +13,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Do what `ds_lvx.compare.kernel_worker` does, by the same file."""
+    """Do what `ds_lvx.compare.kernels.worker` does, by the same file."""
     request = json.loads(Path(sys.argv[1]).read_text())
     with Path(request["path"]).open("a", buffering=1) as file:
 

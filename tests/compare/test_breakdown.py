@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_lvx.compare.breakdown import PHASES, Breakdown, Parts, broken_down
-from ds_lvx.compare.marks import marks
-from ds_lvx.compare.zero_transfers import zero_watched
+from ds_lvx.compare.model.breakdown import PHASES, Breakdown, Parts, broken_down
+from ds_lvx.compare.model.marks import marks
+from ds_lvx.compare.model.zero_transfers import zero_watched
 from ds_lvx.pending import Pending, Transfer, blocking
 
 

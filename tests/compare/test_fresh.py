@@ -9,8 +9,8 @@ import torch
 
 from ds_lvx.compare.case import Case
 from ds_lvx.compare.fresh import RunError, run_fresh
-from ds_lvx.compare.peak import ResidentMemory
-from ds_lvx.compare.rank import Request
+from ds_lvx.compare.memory.peak import ResidentMemory
+from ds_lvx.compare.memory.rank import Request
 from ds_lvx.plan.memory import Setting
 
 TINY = Case(hidden=32, heads=4, kv_heads=2, cross_layers=1, mlp=8, vocabulary=16, text_tokens=4)

@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_lvx.compare import kernels
-from ds_lvx.compare.clock import CudaClock, Samples, timed
 from ds_lvx.compare.document import write_between
 from ds_lvx.compare.fresh import RunError
-from ds_lvx.compare.kernel_candidates import LeftOut, make, names
-from ds_lvx.compare.kernel_cases import DIRECTIONS, PAPER, QUICK, KernelCase
-from ds_lvx.compare.kernel_check import exact, right
-from ds_lvx.compare.kernel_worker import Item, Request, Worker
-from ds_lvx.compare.kernels_report import floors, floors_table, measured_table
+from ds_lvx.compare.kernels import measure as kernels
+from ds_lvx.compare.kernels.candidates import LeftOut, make, names
+from ds_lvx.compare.kernels.cases import DIRECTIONS, PAPER, QUICK, KernelCase
+from ds_lvx.compare.kernels.check import exact, right
+from ds_lvx.compare.kernels.clock import CudaClock, Samples, timed
+from ds_lvx.compare.kernels.report import floors, floors_table, measured_table
+from ds_lvx.compare.kernels.worker import Item, Request, Worker
 
 GROUPED = QUICK[1]
 """24 queries, 2 query heads a key/value head, with visibility."""
@@ -92,7 +92,7 @@ def test_repeated_heads_are_summed_before_they_are_checked(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     """As for a backend that wants as many heads of K and V as of q."""
-    monkeypatch.setattr("ds_lvx.compare.kernel_candidates.Sdpa._groups_heads", lambda self: False)
+    monkeypatch.setattr("ds_lvx.compare.kernels.candidates.Sdpa._groups_heads", lambda self: False)
     items = [Item(GROUPED, "sdpa-math", direction) for direction in DIRECTIONS]
     Worker(request(tmp_path / "out", *items)).run()
     for record in results(tmp_path / "out").values():
@@ -192,7 +192,7 @@ def test_what_a_backend_cannot_do_is_told_with_its_reasons(tmp_path: Path) -> No
 
 
 def test_scores_beyond_the_budget_are_not_materialised(monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setattr("ds_lvx.compare.kernel_candidates.SCORES_BYTES", 1000)
+    monkeypatch.setattr("ds_lvx.compare.kernels.candidates.SCORES_BYTES", 1000)
     item = Item(GROUPED, "sdpa-math", "forward")
     Worker(request(tmp_path / "out", item)).run()
     record = results(tmp_path / "out")[item.name]
@@ -212,7 +212,7 @@ def test_inputs_that_cannot_be_made_are_every_candidates_reason(
     def fail(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("ds_lvx.compare.kernel_worker.exact", fail)
+    monkeypatch.setattr("ds_lvx.compare.kernels.worker.exact", fail)
     items = [Item(GROUPED, name, "forward") for name in ("native", "auto")]
     Worker(request(tmp_path / "out", *items)).run()
     for record in results(tmp_path / "out").values():

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from ds_lvx.compare import model, model_rank
-from ds_lvx.compare.breakdown import COLUMNS, PHASES
 from ds_lvx.compare.machine import header
-from ds_lvx.compare.model import Plan, add_arguments, disagreements, plan_of, skipped
-from ds_lvx.compare.model_job import TINY, Job, build, cut, make_batch
-from ds_lvx.compare.model_rank import Request
-from ds_lvx.compare.model_report import draw, table, totals
+from ds_lvx.compare.model import measure as model
+from ds_lvx.compare.model import rank as model_rank
+from ds_lvx.compare.model.breakdown import COLUMNS, PHASES
+from ds_lvx.compare.model.job import TINY, Job, build, cut, make_batch
+from ds_lvx.compare.model.measure import Plan, add_arguments, disagreements, plan_of, skipped
+from ds_lvx.compare.model.rank import Request
+from ds_lvx.compare.model.report import draw, table, totals
 from tests.ranks import run_ranks
 
 CASE = replace(TINY, hidden=64, mlp=64, text_tokens=24, image_size=28)

@@ -20,7 +20,7 @@ def compilers() -> Iterator[dict[int, subprocess.Popen[str]]]:
     environment.pop("TRITON_INTERPRET", None)
     started = {
         capability: subprocess.Popen(
-            [sys.executable, "-m", "ds_lvx.compare.compiled", str(capability)],
+            [sys.executable, "-m", "ds_lvx.compare.kernels.compiled", str(capability)],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from ds_lvx.compare import kernels_report
-from ds_lvx.compare.kernel_cases import PAPER
+from ds_lvx.compare.kernels import report as kernels_report
+from ds_lvx.compare.kernels.cases import PAPER
 from launch import bench_kernels, bench_memory
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ds_lvx.compare import memory_report
-from ds_lvx.compare.memory import compared
+from ds_lvx.compare.memory import report as memory_report
+from ds_lvx.compare.memory.measure import compared
 from launch import bench_memory
 
 ROOT = Path(__file__).resolve().parent.parent.parent

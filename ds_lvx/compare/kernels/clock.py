@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ds_lvx.compare.memory import spread
+from ds_lvx.compare.memory.measure import spread
 
 LEAST_SAMPLES = 5
 _FLUSHED_BYTES = 2**29  # no card's L2 is half as large

@@ -1,6 +1,6 @@
 """One rank of a comparison of operators: the same tensors through every method, in turns.
 
-    python -m ds_lvx.compare.operators REQUEST.json
+    python -m ds_lvx.compare.operators.rank REQUEST.json
 
 Started by `ds_lvx.compare.fresh`; `measure` also serves ranks that a launcher has started.
 """
@@ -23,11 +23,11 @@ from ds_lvx.attention import lvx, recompute, ring, ulysses
 from ds_lvx.attention.call import Call, settle
 from ds_lvx.attention.common import LocalAttention
 from ds_lvx.comm import Channel
-from ds_lvx.compare import agreement
 from ds_lvx.compare.fresh import answer
-from ds_lvx.compare.inputs import Inputs, Shape, make_inputs
-from ds_lvx.compare.kernel_calls import NotingKernel
 from ds_lvx.compare.network import Counters, read_counters
+from ds_lvx.compare.operators import agreement
+from ds_lvx.compare.operators.inputs import Inputs, Shape, make_inputs
+from ds_lvx.compare.operators.kernel_calls import NotingKernel
 from ds_lvx.counting import Traffic, traffic
 from ds_lvx.kernels import Kernel, choose
 from ds_lvx.pending import without_overlap

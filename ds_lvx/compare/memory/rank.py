@@ -1,6 +1,6 @@
 """One rank of one measured run, in a process of its own.
 
-    python -m ds_lvx.compare.rank REQUEST.json
+    python -m ds_lvx.compare.memory.rank REQUEST.json
 
 The request says what to train and how often; the answer, beside it, has every sample. The parent
 (`ds_lvx.compare.fresh`) sets RANK and the like.
@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 import ds_lvx
 from ds_lvx.compare.case import Case, build_model, ds_config, make_batch
 from ds_lvx.compare.fresh import answer, run_fresh
-from ds_lvx.compare.peak import PROMPT_FREEING, meter
+from ds_lvx.compare.memory.peak import PROMPT_FREEING, meter
 from ds_lvx.plan.memory import Setting
 
 

@@ -14,8 +14,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ds_lvx.compare.case import Case
-from ds_lvx.compare.memory import spread
-from ds_lvx.compare.rank import Request, run
+from ds_lvx.compare.memory.measure import spread
+from ds_lvx.compare.memory.rank import Request, run
 from ds_lvx.plan.memory import Setting
 
 EIGHTH = Case(

@@ -2,7 +2,7 @@
 
 A program of its own, because Triton decides when the kernels are imported whether to interpret:
 
-    python -m ds_lvx.compare.compiled 90
+    python -m ds_lvx.compare.kernels.compiled 90
 
 prints JSON for a compute capability (here 9.0), one record a configuration: registers, spilled
 bytes, shared memory, and whether the code has wgmma instructions.

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from ds_lvx.compare.case import Case, ds_config
-from ds_lvx.compare.peak import PROMPT_FREEING
-from ds_lvx.compare.rank import Request, run
+from ds_lvx.compare.memory.peak import PROMPT_FREEING
+from ds_lvx.compare.memory.rank import Request, run
 from ds_lvx.plan.memory import CrossAttention, Load, Setting, kept, peak_per_key
 
 GIB = 2**30

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_lvx.compare.report import times, title
+from ds_lvx.compare.operators.report import times, title
 
 COLOURS = {"lvx": "C2", "ring": "C3", "ulysses": "C0", "none": "C7"}
 

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ds_lvx.compare.breakdown import COLUMNS, PHASES
 from ds_lvx.compare.document import write_between
 from ds_lvx.compare.fresh import run_fresh
 from ds_lvx.compare.machine import header
-from ds_lvx.compare.memory import slowest, spread
-from ds_lvx.compare.model_job import (
+from ds_lvx.compare.memory.measure import slowest, spread
+from ds_lvx.compare.model.breakdown import COLUMNS, PHASES
+from ds_lvx.compare.model.job import (
     DTYPES,
     METHODS,
     RANDOM,
@@ -31,8 +31,8 @@ from ds_lvx.compare.model_job import (
     ds_config,
     text_heads,
 )
-from ds_lvx.compare.model_rank import Request
-from ds_lvx.compare.model_report import draw, table
+from ds_lvx.compare.model.rank import Request
+from ds_lvx.compare.model.report import draw, table
 from ds_lvx.compare.network import MASTER, Lab, Network
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
@@ -260,7 +260,7 @@ def _measured(plan: Plan, method: str) -> dict[str, Any]:
     lab = None if plan.network is None else Lab(plan.network, ranks=ranks, name=f"lvx{os.getpid()}")
     with nullcontext() if lab is None else lab:
         answers = run_fresh(
-            "ds_lvx.compare.model_rank",
+            "ds_lvx.compare.model.rank",
             request,
             ranks=ranks,
             threads=plan.threads,

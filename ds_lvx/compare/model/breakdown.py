@@ -23,8 +23,8 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from ds_lvx.compare.marks import Marks, marks
-from ds_lvx.compare.zero_transfers import ZERO, zero_watched
+from ds_lvx.compare.model.marks import Marks, marks
+from ds_lvx.compare.model.zero_transfers import ZERO, zero_watched
 from ds_lvx.pending import Transfer, watching
 
 PHASES = ("forward", "backward", "optimizer")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ds_lvx.compare.document import markdown
-from ds_lvx.compare.kernel_cases import DIRECTIONS, KernelCase
+from ds_lvx.compare.kernels.cases import DIRECTIONS, KernelCase
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.roofline import floor
 

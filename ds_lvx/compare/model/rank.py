@@ -1,10 +1,10 @@
 """One rank of a fine-tuning job by one method, in a process of its own.
 
-    python -m ds_lvx.compare.model_rank REQUEST.json
+    python -m ds_lvx.compare.model.rank REQUEST.json
 
 The first step is for comparing: its loss and the norm of every gradient. Then come steps to warm
-up, steps that are timed as they are, and as many that are broken down (`ds_lvx.compare.breakdown`),
-which costs some time of its own.
+up, steps that are timed as they are, and as many that are broken down
+(`ds_lvx.compare.model.breakdown`), which costs some time of its own.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 import ds_lvx
-from ds_lvx.compare.breakdown import Parts
 from ds_lvx.compare.fresh import answer
-from ds_lvx.compare.model_job import Job, build, ds_config, make_batch, sizes
+from ds_lvx.compare.model.breakdown import Parts
+from ds_lvx.compare.model.job import Job, build, ds_config, make_batch, sizes
 from ds_lvx.compare.network import read_counters
 from ds_lvx.pending import without_overlap
 

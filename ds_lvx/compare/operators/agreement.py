@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.compare.inputs import Shape, make_inputs
+from ds_lvx.compare.operators.inputs import Shape, make_inputs
 
 Results = Mapping[str, Tensor]
 

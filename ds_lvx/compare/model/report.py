@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_lvx.compare.breakdown import PHASES
 from ds_lvx.compare.document import markdown
+from ds_lvx.compare.model.breakdown import PHASES
 
 _BARS: Mapping[str, tuple[Sequence[str], str]] = {
     "vision": (("vision",), "#4c9a6a"),

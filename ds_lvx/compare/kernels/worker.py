@@ -1,10 +1,10 @@
 """The process that runs the kernel benchmark's candidates, one after the other.
 
-    python -m ds_lvx.compare.kernel_worker REQUEST.json
+    python -m ds_lvx.compare.kernels.worker REQUEST.json
 
 Every result goes into a file at once: a candidate may end the process (an illegal address, after
-which CUDA does nothing more) or hang, and `ds_lvx.compare.kernels` then starts it again behind that
-candidate. Which one it was stands in the file too.
+which CUDA does nothing more) or hang, and `ds_lvx.compare.kernels.measure` then starts it again
+behind that candidate. Which one it was stands in the file too.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from warnings import catch_warnings, simplefilter
 
 import torch
 
-from ds_lvx.compare import kernel_candidates
-from ds_lvx.compare.clock import Clock, clock_of, measured_rates, timed
 from ds_lvx.compare.fresh import answer
-from ds_lvx.compare.kernel_candidates import Candidate, LeftOut, Ours
-from ds_lvx.compare.kernel_cases import KernelCase
-from ds_lvx.compare.kernel_check import Exact, exact, right
+from ds_lvx.compare.kernels import candidates as kernel_candidates
+from ds_lvx.compare.kernels.candidates import Candidate, LeftOut, Ours
+from ds_lvx.compare.kernels.cases import KernelCase
+from ds_lvx.compare.kernels.check import Exact, exact, right
+from ds_lvx.compare.kernels.clock import Clock, clock_of, measured_rates, timed
 
 DTYPE = torch.bfloat16
 

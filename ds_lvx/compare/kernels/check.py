@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_lvx.compare.kernel_candidates import Inputs
-from ds_lvx.compare.kernel_cases import KernelCase
+from ds_lvx.compare.kernels.candidates import Inputs
+from ds_lvx.compare.kernels.cases import KernelCase
 from ds_lvx.kernels.merge import empty_part
 from ds_lvx.kernels.native import NativeKernel
 from ds_lvx.kernels.reference import ReferenceKernel

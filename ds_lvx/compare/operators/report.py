@@ -10,9 +10,9 @@ from typing import Any
 from rich.table import Table
 
 from ds_lvx.compare import document
-from ds_lvx.compare.agreement import Difference, disagreements
-from ds_lvx.compare.memory import spread
+from ds_lvx.compare.memory.measure import spread
 from ds_lvx.compare.network import Network
+from ds_lvx.compare.operators.agreement import Difference, disagreements
 
 PEERS = ("ring", "ulysses")
 

@@ -1,6 +1,6 @@
 """Attention kernels side by side on one device: the run, and what its records say together.
 
-The candidates run in a process of their own (`ds_lvx.compare.kernel_worker`), which is started
+The candidates run in a process of their own (`ds_lvx.compare.kernels.worker`), which is started
 again when one of them ends it.
 """
 
@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_lvx.compare import kernel_worker
 from ds_lvx.compare.fresh import RunError, run_fresh
-from ds_lvx.compare.kernel_candidates import OURS
-from ds_lvx.compare.kernel_cases import DIRECTIONS, KernelCase
-from ds_lvx.compare.kernel_worker import Item, Request, failed
+from ds_lvx.compare.kernels import worker as kernel_worker
+from ds_lvx.compare.kernels.candidates import OURS
+from ds_lvx.compare.kernels.cases import DIRECTIONS, KernelCase
+from ds_lvx.compare.kernels.worker import Item, Request, failed
 from ds_lvx.plan.roofline import floor
 
 LIMIT_S = 60.0

@@ -1,0 +1,1 @@
+"""What visual tokens cost in memory, and what recomputation costs in time."""

@@ -1,0 +1,1 @@
+"""One attention call by every method."""
