@@ -12,4 +12,5 @@ mypy ds_lvx
 if [ "$#" -gt 0 ]; then
   exec python -m pytest "$@"
 fi
-exec python -m pytest --cov --cov-report=term --cov-report=xml --cov-fail-under=90
+# Two at a time: many tests wait for processes to start. A file stays on one worker.
+exec python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-report=xml --cov-fail-under=90
