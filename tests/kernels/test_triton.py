@@ -210,7 +210,7 @@ def test_splits_fill_the_multiprocessors(blocks: int, programs: int) -> None:
         (torch.empty(1, 1, 1, 64).double(), "torch.float64, where it does torch.bfloat16"),
         (torch.empty(1, 1, 1, 64), "tensors on cpu, where it needs an NVIDIA GPU"),
     ],
-    ids=str,
+    ids=["head_dim", "dtype", "device"],
 )
 def test_what_it_cannot_do_names_those_that_can(
     q: Tensor, words: str, monkeypatch: pytest.MonkeyPatch
