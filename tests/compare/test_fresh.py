@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ds_lvx.compare.case import Case
-from ds_lvx.compare.fresh import RunError, run_fresh
+from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.memory.peak import ResidentMemory
-from ds_lvx.compare.memory.rank import Request
+from ds_lvx.compare.memory.rank import Request, run
 from ds_lvx.plan.memory import Setting
 
 TINY = Case(hidden=32, heads=4, kv_heads=2, cross_layers=1, mlp=8, vocabulary=16, text_tokens=4)
@@ -22,7 +22,7 @@ def request(setting: Setting) -> Request:
 
 
 def test_every_rank_answers_with_every_sample() -> None:
-    answers = run_fresh(request(Setting(recompute_kv=True, checkpointing=True)), timeout_s=120)
+    answers = run(request(Setting(recompute_kv=True, checkpointing=True)), threads=1)
     assert len(answers) == 2
     for answer in answers:
         assert {len(answer[name]) for name in ("kept_bytes", "peak_bytes", "step_s", "loss")} == {2}
@@ -34,7 +34,7 @@ def test_every_rank_answers_with_every_sample() -> None:
 def test_a_rank_that_fails_says_why_and_leaves_nothing() -> None:
     buffers = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
     with pytest.raises(RunError, match=r"(?s)rank \d ended with code 1; .*features") as raised:
-        run_fresh(request(Setting(method="ring", features="offload")), timeout_s=120)
+        run(request(Setting(method="ring", features="offload")), threads=1)
     assert "Traceback" in str(raised.value) or "Error" in str(raised.value)
     assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= buffers
 

@@ -263,7 +263,8 @@ def test_a_rank_that_fails_ends_the_others() -> None:
 def interrupted(command: list[str], ending: signal.Signals) -> None:
     """Start a command, wait until it says "up", end it, and wait until it has ended."""
     with subprocess.Popen(
-        command,
+        # Whoever runs the tests in the background may ignore Ctrl-C, which a child inherits.
+        ["env", "--default-signal=INT", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         cwd=ROOT,
