@@ -7,19 +7,19 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 compare() {
-  ds-lvx compare --ranks 4 --network 200mbit --output docs/benchmarks "$@"
+  ds-lvx compare --ranks 4 --network 200mbit --output docs/benchmarks --document docs/comparing.md "$@"
 }
 
 # Few queries over many keys, on a slow network.
 long() {
-  compare --document docs/comparing.md --seqlen-q 64 --seqlen-kv 64K --warmup 1 --repeats 5
+  compare --seqlen-q 64 --seqlen-kv 64K --warmup 1 --repeats 5
 }
 
 short() {
-  compare --document docs/comparing.md --seqlen-q 256 --seqlen-kv 32K --warmup 1 --repeats 7
+  compare --seqlen-q 256 --seqlen-kv 32K --warmup 1 --repeats 7
 }
 
-# The same without overlap, and with K and V projected again in backward or kept. JSON and plot only.
+# The same without overlap, and with K and V projected again in backward or kept.
 ablations() {
   compare --seqlen-q 256 --seqlen-kv 32K --methods lvx ring --no-overlap --repeats 5
   compare --seqlen-q 256 --seqlen-kv 32K --methods lvx --recompute --repeats 10
@@ -27,7 +27,7 @@ ablations() {
     --no-recompute --repeats 10
 }
 
-# As many queries as keys; and one image of 1,601 tokens. JSON and plot only.
+# As many queries as keys; and one image of 1,601 tokens.
 even() {
   compare --seqlen-q 2K --seqlen-kv 2K --repeats 10
   compare --seqlen-q 64 --seqlen-kv 1601 --repeats 20
