@@ -175,25 +175,17 @@ def attend(
     Returns:
         ``[B, s, H, D]``.
     """
-    wanted = trains or q.requires_grad or features.requires_grad
-    # A projection that runs again in backward knows only there who wants a gradient.
-    requires_grad = (wanted or plan.recompute_kv) and torch.is_grad_enabled()
-    shape = AttentionShape(
-        batch=q.shape[0],
+    shape = _shape(
+        q,
+        features,
         q_lengths=batch.text_lengths,
         kv_lengths=kv_lengths,
-        heads=q.shape[2],
         kv_heads=kv_heads,
-        head_dim=q.shape[3],
-        element_bytes=q.element_size(),
         recompute=plan.recompute_kv,
         visibility=visibility is not None,
-        # Not whether this rank wants a gradient: the answer must be the same on all ranks, and in
-        # both passes of a checkpoint.
-        backward=torch.is_grad_enabled() or recording(),
-        features_dim=features.shape[-1],
     )
     method, schedule = _resolved(plan, shape, batch.channel, q.device)
+    wanted = trains or q.requires_grad or features.requires_grad
     call = Call(
         channel=batch.channel,
         q_lengths=batch.text_lengths,
@@ -201,7 +193,8 @@ def attend(
         kernel=choose(plan.kernel, q),
         softmax_scale=scale,
         schedule=schedule,
-        requires_grad=requires_grad,
+        # A projection that runs again in backward knows only there who wants a gradient.
+        requires_grad=(wanted or plan.recompute_kv) and torch.is_grad_enabled(),
     )
     if plan.recompute_kv:
         return recompute.attend_recompute(
@@ -214,16 +207,42 @@ def attend(
             shared=batch.features_gradient if plan.kind == "cross" else None,
             layer=plan.name,
         )[0]
-    k, v = project_kv(features)
+    return _attend_kept(method, call, q, project_kv(features), visibility)
+
+
+def _attend_kept(
+    method: str,
+    call: Call,
+    q: Tensor,
+    keys: tuple[Tensor, Tensor],
+    visibility: Visibility | None,
+) -> Tensor:
+    """Attention to K and V that autograd keeps for backward."""
+    k, v = keys
     if method == "ulysses":
         out = ulysses.attend(call, q, k, v, visibility)
     else:
         # "none" gets here in a group of one rank only, where ring attention is the local one.
         out, _ = (lvx if method == "lvx" else ring).attend(call, q, k, v, visibility)
-    if not any(kv_lengths):
+    if not any(call.kv_lengths):
         # Sums over nothing: they tie the projections to the graph, for gradients of 0 and not none.
         out = out + k.sum() + v.sum()
     return out
+
+
+def _shape(q: Tensor, features: Tensor, **known: Any) -> AttentionShape:
+    """This call as the planner is asked about it: only what is the same on every rank."""
+    return AttentionShape(
+        batch=q.shape[0],
+        heads=q.shape[2],
+        head_dim=q.shape[3],
+        element_bytes=q.element_size(),
+        # Not whether this rank wants a gradient: the answer must be the same on all ranks, and in
+        # both passes of a checkpoint.
+        backward=torch.is_grad_enabled() or recording(),
+        features_dim=features.shape[-1],
+        **known,
+    )
 
 
 def _resolved(
