@@ -224,6 +224,8 @@ def _signature(
         "the shape of a key": list(first.shape[2:]),
         "dtype": str(q.dtype),
         "device": q.device.type,
+        # Features on the host come in chunks, for which not every schedule serves.
+        "the device of the keys": first.device.type,
         "visibility": visibility is not None,
     }
 
