@@ -133,7 +133,7 @@ class Channel:
         mine = torch.frombuffer(bytearray(framed.ljust(capacity, b"\0")), dtype=torch.uint8)
         everyone = torch.empty(self.size * capacity, dtype=torch.uint8)
         with blocking("agreement"):
-            _all_gather(everyone, mine, group=self._control())
+            dist.all_to_all_single(everyone, mine.repeat(self.size), group=self._control())
         count_control((self.size - 1) * capacity)
         rows = [bytes(row) for row in everyone.view(self.size, capacity).numpy()]
         lengths = [int.from_bytes(row[:8], "little") for row in rows]
@@ -175,10 +175,11 @@ class Channel:
         sizes = [bundle_nbytes(theirs) for theirs in specs]
         arrived = torch.empty(sum(sizes), dtype=torch.uint8, device=buffer.device)
         count("all_gather", (self.size - 1) * buffer.numel())
-        if min(sizes) == max(sizes):
+        if min(sizes) == max(sizes) and buffer.device.type != "cpu":
             work = _all_gather(arrived, buffer, group=self.group, async_op=True)
         else:
-            # An all-gather of unequal shards: gloo has none, so each rank writes to each other.
+            # Each rank writes to each other: for unequal shards, and because gloo's all-gather
+            # goes round a ring, which takes three times as long for messages of some kilobytes.
             buffer = buffer.repeat(self.size)
             work = self._all_to_all(arrived, buffer, sizes, [sizes[self.rank]] * self.size)
         return Pending("all_gather", [work], lambda: _split(arrived, sizes, specs), keep=buffer)

@@ -106,6 +106,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--retime", action="store_true", help="measure only the step times of memory.json again"
     )
+    parser.add_argument(
+        "--enlarge",
+        action="store_true",
+        help="add to each setting of memory.json one run, as large as --budget_gib allows",
+    )
     options = parser.parse_args()
     for name in ("ranks", "frames", "chunk_tokens", "steps", "rounds"):
         if getattr(options, name) < 1:
@@ -121,10 +126,10 @@ def parse_options() -> argparse.Namespace:
     for name in options.only or ():
         if name not in known:
             parser.error(f"--only: got {name!r}; expected some of: {'; '.join(known)}")
-    later = options.resume or options.retime
+    later = options.resume or options.retime or options.enlarge
     for part in options.parts if options.render else ["memory"] * later:
         if not (options.output_dir / f"{part}.json").exists():
-            word = "--render" if options.render else "--resume, --retime"
+            word = "--render" if options.render else "--resume, --retime, --enlarge"
             parser.error(f"{word}: got no {part}.json in {options.output_dir}")
     return options
 
@@ -149,11 +154,15 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
         "units": "bytes and tokens of one rank, the one that needs most; bytes above what was "
         "there before the step; seconds of the slowest rank",
         "case": asdict(case),
-        "records": earlier(options, case) if options.resume or options.retime else [],
+        "records": [],
     }
+    if options.resume or options.retime or options.enlarge:
+        results["records"] = earlier(options, case)
     records = results["records"]
     if options.retime:
         return retimed(results, plan)
+    if options.enlarge:
+        return enlarged(results, plan, options)
     done = {(record["name"], record["features"]) for record in records}
     wanted = [
         (name, setting, features)
@@ -184,13 +193,31 @@ def retimed(results: dict[str, Any], plan: memory.Plan) -> dict[str, Any]:
     return results
 
 
+def enlarged(
+    results: dict[str, Any], plan: memory.Plan, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Earlier results with one larger run each; nothing is timed."""
+    for index, record in enumerate(results["records"]):
+        name, features = record["name"], record["features"]
+        if features not in options.features or (options.only and name not in options.only):
+            continue
+        larger = memory.enlarge(record, plan, command=results["command"])
+        results["records"][index] = larger
+        run = larger["runs"][-1]
+        print(f"{name}, features {features}: {run['tokens']:,} tokens", flush=True)
+        print(f"  {run['peak_bytes'] / memory.GIB:.3f} GiB, {run['step_s'][-1]:.1f} s", flush=True)
+        save("memory", results, options)  # of use even if the rest is never measured
+    return results
+
+
 def earlier(options: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
     """The records that memory.json has already, if they are of the same kind."""
     results: dict[str, Any] = json.loads((options.output_dir / "memory.json").read_text())
     if (results["case"], results["ranks"]) != (asdict(case), options.ranks):
         sys.exit(
-            f"bench_memory: --resume: got a memory.json of another model or of {results['ranks']} "
-            "ranks; expected the same ones: measure anew, or into another --output_dir"
+            "bench_memory: --resume, --retime, --enlarge: got a memory.json of another model or "
+            f"of {results['ranks']} ranks; expected the same ones: measure anew, or into another "
+            "--output_dir"
         )
     records: list[dict[str, Any]] = results["records"]
     return records

@@ -36,24 +36,46 @@ class Saved:
     lse: Tensor
     delta: Tensor
 
+    def of_heads(self, heads: slice) -> Saved:
+        """The same for some of the heads."""
+        return Saved(
+            self.q[:, :, heads], self.dout[:, :, heads], self.lse[:, heads], self.delta[:, heads]
+        )
+
     def bundle(self) -> Bundle:
         """The tensors that travel."""
         return [self.q, self.dout.to(self.q.dtype), self.lse, self.delta]
 
 
 class Keys(Protocol):
-    """Keys and values of one rank, for one forward or one backward."""
+    """Keys and values of one rank, for one forward or one backward.
+
+    Some of the heads can be attended to, and asked for gradients, by themselves: ``heads`` are
+    those of K and V, and the queries come with the heads that use them.
+    """
+
+    @property
+    def kv_heads(self) -> int | None:
+        """Heads of K and V; None where heads cannot be had by themselves."""
+        ...
 
     def prepare(self) -> None:
         """Make K and V, or the first of them; called once, with a transfer under way."""
         ...
 
-    def attend(self, call: Call, q: Tensor, visibility: Visibility | None) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, call: Call, q: Tensor, visibility: Visibility | None, *, heads: slice | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``out [B, S, H, D]`` and ``lse [B, H, S]`` of queries ``q`` over these keys alone."""
         ...
 
-    def gradients(self, call: Call, rows: Saved, visibility: Visibility | None) -> Tensor:
-        """These keys' part of dq ``[B, S, H, D]``; their own gradients add up in here."""
+    def gradients(
+        self, call: Call, rows: Saved, visibility: Visibility | None, *, heads: slice | None = None
+    ) -> Tensor:
+        """These keys' part of dq ``[B, S, H, D]``; their own gradients add up in here.
+
+        With ``heads`` all heads must have their turn, once each, before ``finish``.
+        """
         ...
 
     def finish(self) -> None:
@@ -67,40 +89,63 @@ class WholeKeys:
     Args:
         source: makes K and V ``[B, T, K, D]``.
         sink: takes ``[dk, dv]`` in the keys' dtype, and may empty the list to let go of them.
+        kv_heads: K, where the source has it before it runs.
     """
 
-    def __init__(self, source: Source, sink: Sink | None = None) -> None:
+    def __init__(
+        self, source: Source, sink: Sink | None = None, *, kv_heads: int | None = None
+    ) -> None:
         self._source = source
         self._sink = sink
+        self._kv_heads = kv_heads
         self._keys: tuple[Tensor, Tensor] | None = None
         self._totals: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def kv_heads(self) -> int | None:
+        """See `Keys.kv_heads`."""
+        return self._kv_heads
 
     def prepare(self) -> None:
         """See `Keys.prepare`."""
         self._keys = self._source()
 
-    def attend(self, call: Call, q: Tensor, visibility: Visibility | None) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, call: Call, q: Tensor, visibility: Visibility | None, *, heads: slice | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Keys.attend`."""
-        assert self._keys is not None
         return call.kernel.forward(
             q,
-            *self._keys,
+            *self._of(heads),
             visibility=visibility,
             softmax_scale=call.softmax_scale,
             partial=call.channel.size > 1,
         )
 
-    def gradients(self, call: Call, rows: Saved, visibility: Visibility | None) -> Tensor:
-        """See `Keys.gradients`. Over several calls dk and dv add up in fp32."""
-        assert self._keys is not None
-        dq, dk, dv = _backward(call, rows, self._keys, visibility)
-        if self._totals is None:
+    def gradients(
+        self, call: Call, rows: Saved, visibility: Visibility | None, *, heads: slice | None = None
+    ) -> Tensor:
+        """See `Keys.gradients`. Over several calls for all heads dk and dv add up in fp32."""
+        dq, dk, dv = _backward(call, rows, self._of(heads), visibility)
+        if heads is not None:
+            if self._totals is None:
+                assert self._keys is not None
+                k, v = self._keys
+                self._totals = k.new_empty(k.shape), v.new_empty(v.shape)
+            for total, part in zip(self._totals, (dk, dv), strict=True):
+                total[:, :, heads] = part
+        elif self._totals is None:
             self._totals = (dk, dv)
-            return dq
-        wide = accumulation_dtype(dk.dtype)
-        old_dk, old_dv = self._totals
-        self._totals = (old_dk.to(wide).add_(dk), old_dv.to(wide).add_(dv))
+        else:
+            wide = accumulation_dtype(dk.dtype)
+            old_dk, old_dv = self._totals
+            self._totals = (old_dk.to(wide).add_(dk), old_dv.to(wide).add_(dv))
         return dq
+
+    def _of(self, heads: slice | None) -> tuple[Tensor, Tensor]:
+        assert self._keys is not None
+        k, v = self._keys
+        return (k, v) if heads is None else (k[:, :, heads], v[:, :, heads])
 
     def finish(self) -> None:
         """See `Keys.finish`."""
@@ -129,12 +174,20 @@ class ChunkedKeys:
         self._first: Part | None = None
         self._last: list[Tensor] | None = None
 
+    @property
+    def kv_heads(self) -> None:
+        """See `Keys.kv_heads`: a chunk is projected once, for all heads."""
+        return
+
     def prepare(self) -> None:
         """See `Keys.prepare`: the first chunk."""
         self._first = next(self._parts)
 
-    def attend(self, call: Call, q: Tensor, visibility: Visibility | None) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, call: Call, q: Tensor, visibility: Visibility | None, *, heads: slice | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Keys.attend`. Chunks are merged in fp32."""
+        assert heads is None
         out, lse = empty_part(q, accumulation_dtype(q.dtype))
         part, self._first = self._first, None
         while part is not None:
@@ -150,8 +203,11 @@ class ChunkedKeys:
             part = next(self._parts, None)
         return out, lse
 
-    def gradients(self, call: Call, rows: Saved, visibility: Visibility | None) -> Tensor:
+    def gradients(
+        self, call: Call, rows: Saved, visibility: Visibility | None, *, heads: slice | None = None
+    ) -> Tensor:
         """See `Keys.gradients`. All chunks but the last go through the projection at once."""
+        assert heads is None
         dq = torch.zeros(rows.q.shape, dtype=accumulation_dtype(rows.q.dtype), device=rows.q.device)
         part, self._first = self._first, None
         while part is not None:

@@ -132,7 +132,7 @@ class _LVXAttention(torch.autograd.Function):
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:
         def attend() -> tuple[Tensor, Tensor]:
-            keys = WholeKeys(lambda: (k, v))
+            keys = WholeKeys(lambda: (k, v), kv_heads=k.shape[2])
             out, lse = SCHEDULES[call.schedule].forward(call, q, visibility, keys)
             return out.to(q.dtype), lse
 
@@ -147,7 +147,7 @@ class _LVXAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
         gradients: list[Tensor] = []
-        keys = WholeKeys(lambda: (k, v), gradients.extend)
+        keys = WholeKeys(lambda: (k, v), gradients.extend, kv_heads=k.shape[2])
         saved = saved_for(q, out, lse, dout, dlse)
         dq = SCHEDULES[ctx.call.schedule].backward(ctx.call, saved, ctx.visibility, keys)
         return None, None, None, dq.to(q.dtype), *gradients

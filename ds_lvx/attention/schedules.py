@@ -17,11 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ds_lvx.attention import wire
+from ds_lvx.attention import rows, wire
 from ds_lvx.attention.call import Call
+from ds_lvx.attention.gather import Gather
 from ds_lvx.attention.keys import Keys, Saved
 from ds_lvx.bundles import Bundle, Spec
-from ds_lvx.kernels.merge import accumulation_dtype, merge, merge_
+from ds_lvx.kernels.merge import accumulation_dtype, merge_
 from ds_lvx.pending import Pending
 from ds_lvx.visibility import Visibility
 
@@ -42,53 +43,6 @@ class Schedule(Protocol):
         ...
 
 
-class Gather:
-    """All-gather the queries, one kernel over all of them, scatter-reduce the parts by lse."""
-
-    def forward(
-        self, call: Call, q: Tensor, visibility: Visibility | None, keys: Keys
-    ) -> tuple[Tensor, Tensor]:
-        """See `Schedule.forward`."""
-        specs = [_query_specs(call, q, visibility, rank) for rank in range(call.channel.size)]
-        arriving = call.channel.gather([q, *_ranges(visibility)], specs)
-        keys.prepare()
-        bundles = arriving.wait()
-        everyone = torch.cat([bundle[0] for bundle in bundles], dim=1)
-        out, lse = keys.attend(call, everyone, _of_everyone(visibility, bundles, 1))
-        mine = _part_specs(q, lse)
-        arriving = call.channel.exchange(
-            _parts_by_owner(call, out, lse, dtype=q.dtype), [mine] * call.channel.size
-        )
-        parts = [_decode_part(bundle) for bundle in arriving.wait()]
-        return merge(parts, accumulation_dtype(q.dtype))
-
-    def backward(
-        self, call: Call, saved: Saved, visibility: Visibility | None, keys: Keys
-    ) -> Tensor:
-        """See `Schedule.backward`."""
-        channel, q = call.channel, saved.q
-        specs = [_gradient_specs(call, saved, visibility, rank) for rank in range(channel.size)]
-        arriving = channel.gather([*saved.bundle(), *_ranges(visibility)], specs)
-        keys.prepare()
-        bundles = arriving.wait()
-        everyone = Saved(
-            torch.cat([bundle[0] for bundle in bundles], dim=1),
-            torch.cat([bundle[1] for bundle in bundles], dim=1),
-            torch.cat([bundle[2] for bundle in bundles], dim=2),
-            torch.cat([bundle[3] for bundle in bundles], dim=2),
-        )
-        dq = keys.gradients(call, everyone, _of_everyone(visibility, bundles, 4))
-        arriving = channel.exchange(
-            _gradients_by_owner(call, dq, dtype=q.dtype), [_gradient_part_specs(q)] * channel.size
-        )
-        del everyone, bundles  # the projection's backward needs the room
-        keys.finish()
-        total = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
-        for bundle in arriving.wait():
-            total += wire.decode(bundle)
-        return total
-
-
 class Ring:
     """The paper's: query shards rotate. Each block's part goes straight home and is merged there.
 
@@ -103,7 +57,7 @@ class Ring:
     ) -> tuple[Tensor, Tensor]:
         """See `Schedule.forward`."""
         channel, dtype = call.channel, accumulation_dtype(q.dtype)
-        queries: Bundle = [q, *_ranges(visibility)]
+        queries: Bundle = [q, *rows.ranges(visibility)]
         home: list[Tensor] = []
         returning: Pending[Bundle] | None = None
         for step in range(channel.size):
@@ -115,13 +69,15 @@ class Ring:
                 home = [out.to(dtype), lse.to(dtype)]
             else:
                 if returning is not None:
-                    merge_(home[0], home[1], *_decode_part(returning.wait()))
-                part = [lse, *wire.encode(out, q.dtype)]
-                returning = channel.shift(part, _part_specs(q, home[1]), hops=-step)
+                    merge_(home[0], home[1], *rows.decode_part(returning.wait()))
+                part = rows.encode_part(out, lse, q.dtype)
+                returning = channel.shift(
+                    part, rows.part_specs(home[0], home[1], q.dtype), hops=-step
+                )
             if following is not None:
                 queries = following.wait()
         if returning is not None:
-            merge_(home[0], home[1], *_decode_part(returning.wait()))
+            merge_(home[0], home[1], *rows.decode_part(returning.wait()))
         return home[0], home[1]
 
     def backward(
@@ -129,23 +85,23 @@ class Ring:
     ) -> Tensor:
         """See `Schedule.backward`."""
         channel, q = call.channel, saved.q
-        rows: Bundle = [*saved.bundle(), *_ranges(visibility)]
+        moving: Bundle = [*saved.bundle(), *rows.ranges(visibility)]
         home = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
         returning: Pending[Bundle] | None = None
         for step in range(channel.size):
-            following = _next_queries(call, rows, step, visibility, saved=saved)
+            following = _next_queries(call, moving, step, visibility, saved=saved)
             if step == 0:
                 keys.prepare()
-            dq = keys.gradients(call, Saved(*rows[:4]), _under(visibility, rows, 4))
+            dq = keys.gradients(call, Saved(*moving[:4]), _under(visibility, moving, 4))
             if step == 0:
                 home += dq
             else:
                 if returning is not None:
                     home += wire.decode(returning.wait())
                 part = wire.encode(dq, q.dtype)
-                returning = channel.shift(part, _gradient_part_specs(q), hops=-step)
+                returning = channel.shift(part, wire.specs(tuple(q.shape), q.dtype), hops=-step)
             if following is not None:
-                rows = following.wait()
+                moving = following.wait()
         keys.finish()
         if returning is not None:
             home += wire.decode(returning.wait())
@@ -190,15 +146,6 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-# --------------------------------------------------------------------------------------------
-# Who owns what arrives, and its shape
-
-
-def _owner(call: Call, step: int) -> int:
-    """The rank whose queries this rank holds at ``step`` of the ring."""
-    return (call.channel.rank - step) % call.channel.size
-
-
 def _next_queries(
     call: Call,
     mine: Bundle,
@@ -210,84 +157,13 @@ def _next_queries(
     """Start to pass the rows at hand on and to receive the next ones; None at the last step."""
     if step == call.channel.size - 1:
         return None
-    owner = _owner(call, step + 1)
+    owner = (call.channel.rank - step - 1) % call.channel.size
     if saved is None:
-        specs = _query_specs(call, mine[0], visibility, owner)
+        specs = rows.query_specs(call, mine[0], visibility, owner)
     else:
-        specs = _gradient_specs(call, saved, visibility, owner)
+        specs = rows.gradient_specs(call, saved, visibility, owner)
     return call.channel.shift(mine, specs)
-
-
-def _rows_like(tensor: Tensor, rows: int, *, dim: int) -> Spec:
-    shape = list(tensor.shape)
-    shape[dim] = rows
-    return Spec(tuple(shape), tensor.dtype)
-
-
-def _ranges(visibility: Visibility | None) -> Bundle:
-    return [] if visibility is None else [visibility.ranges]
-
-
-def _range_specs(call: Call, q: Tensor, visibility: Visibility | None, rank: int) -> list[Spec]:
-    if visibility is None:
-        return []
-    return [Spec((2, q.shape[0], call.q_lengths[rank]), torch.int32)]
-
-
-def _query_specs(call: Call, q: Tensor, visibility: Visibility | None, rank: int) -> list[Spec]:
-    queries = _rows_like(q, call.q_lengths[rank], dim=1)
-    return [queries, *_range_specs(call, q, visibility, rank)]
-
-
-def _gradient_specs(
-    call: Call, saved: Saved, visibility: Visibility | None, rank: int
-) -> list[Spec]:
-    rows = call.q_lengths[rank]
-    queries = _rows_like(saved.q, rows, dim=1)
-    statistics = [_rows_like(saved.lse, rows, dim=2), _rows_like(saved.delta, rows, dim=2)]
-    return [queries, queries, *statistics, *_range_specs(call, saved.q, visibility, rank)]
-
-
-def _part_specs(q: Tensor, lse: Tensor) -> list[Spec]:
-    """What a part of this rank's own rows looks like on its way home."""
-    batch, rows, heads, _ = q.shape
-    return [Spec((batch, heads, rows), lse.dtype), *wire.specs(tuple(q.shape), q.dtype)]
-
-
-def _gradient_part_specs(q: Tensor) -> list[Spec]:
-    return wire.specs(tuple(q.shape), q.dtype)
-
-
-def _decode_part(bundle: Bundle) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of a part that arrived."""
-    return wire.decode(bundle[1:]), bundle[0]
-
-
-def _parts_by_owner(call: Call, out: Tensor, lse: Tensor, *, dtype: torch.dtype) -> list[Bundle]:
-    """Each rank's rows as they travel; this rank's own stay here as they are."""
-    lengths = list(call.q_lengths)
-    pairs = zip(out.split(lengths, dim=1), lse.split(lengths, dim=2), strict=True)
-    return [
-        [lse, out] if rank == call.channel.rank else [lse, *wire.encode(out, dtype)]
-        for rank, (out, lse) in enumerate(pairs)
-    ]
-
-
-def _gradients_by_owner(call: Call, dq: Tensor, *, dtype: torch.dtype) -> list[Bundle]:
-    parts = dq.split(list(call.q_lengths), dim=1)
-    return [
-        [part] if rank == call.channel.rank else wire.encode(part, dtype)
-        for rank, part in enumerate(parts)
-    ]
 
 
 def _under(visibility: Visibility | None, bundle: Bundle, index: int) -> Visibility | None:
     return None if visibility is None else visibility.with_queries(bundle[index])
-
-
-def _of_everyone(
-    visibility: Visibility | None, bundles: list[Bundle], index: int
-) -> Visibility | None:
-    if visibility is None:
-        return None
-    return visibility.with_queries(torch.cat([bundle[index] for bundle in bundles], dim=2))

@@ -6,7 +6,8 @@ fused kernel does a block (`ds_lvx.kernels.flash`), matrix products do (`ds_lvx.
 
 PyTorch's kernels round their output to q's dtype. A part that is still to be merged would be
 rounded twice, so on a CPU, where it costs next to nothing, 16-bit parts are computed block by
-block in fp32.
+block in fp32. So are 16-bit gradients of few queries, because it is faster: what makes 16 bits fast
+there are large matrix products.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from ds_lvx.visibility import Block, Visibility, blocks
 _MASK_ELEMENTS = 2**24
 _SCORE_ELEMENTS = 2**25
 _MIN_KEYS, _MAX_KEYS = 256, 4096
+_CPU_BLOCK_BYTES = 2**22  # of K and V in fp32: they stay in the cache from one product to the next
+_FEW_QUERIES = 128
 
 
 class NativeKernel:
@@ -82,18 +85,22 @@ class NativeKernel:
         if q.numel() == 0 or k.numel() == 0:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         fused = not has_dlse and _fused(q, visibility)
-        if visibility is None and fused:
+        few = q.device.type == "cpu" and q.shape[1] <= _FEW_QUERIES
+        if visibility is None and fused and not (few and _is_narrow(q)):
             return _backward(q, k, v, dout, lse, delta, None, softmax_scale, fused=True)
-        dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
+        dtype = accumulation_dtype(q.dtype)
+        dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         # Without a fused kernel, a key may get its gradient from several blocks of queries.
-        key_dtype = k.dtype if fused else accumulation_dtype(k.dtype)
+        key_dtype = k.dtype if fused else dtype
         dk, dv = torch.zeros_like(k, dtype=key_dtype), torch.zeros_like(v, dtype=key_dtype)
+        wide = dtype if few else q.dtype
+        q, dout = q.to(wide), dout.to(wide)
         for block in _blocks(q, k, visibility, fused=fused):
             rows, keys = block.queries, block.keys
             part_dq, part_dk, part_dv = _backward(
                 q[:, rows],
-                k[:, keys],
-                v[:, keys],
+                k[:, keys].to(wide),
+                v[:, keys].to(wide),
                 dout[:, rows],
                 lse[:, :, rows],
                 delta[:, :, rows],
@@ -132,8 +139,12 @@ def _fold_blocks(
 
 
 def _in_one_call(q: Tensor, visibility: Visibility | None, *, partial: bool) -> bool:
-    widened = partial and q.device.type == "cpu" and q.dtype != accumulation_dtype(q.dtype)
+    widened = partial and q.device.type == "cpu" and _is_narrow(q)
     return visibility is None and _fused(q, None) and not widened
+
+
+def _is_narrow(q: Tensor) -> bool:
+    return q.dtype != accumulation_dtype(q.dtype)
 
 
 def _fused(q: Tensor, visibility: Visibility | None) -> bool:
@@ -148,12 +159,16 @@ def _blocks(q: Tensor, k: Tensor, visibility: Visibility | None, *, fused: bool)
     batch, seqlen_q, heads, _ = q.shape
     budget = _MASK_ELEMENTS // batch if fused else _SCORE_ELEMENTS // (batch * heads)
     rows = seqlen_q if fused else min(seqlen_q, max(budget // _MIN_KEYS, 1))
+    most = _MAX_KEYS
+    if q.device.type == "cpu":
+        key_bytes = 2 * batch * k.shape[2] * k.shape[3] * accumulation_dtype(k.dtype).itemsize
+        most = min(most, _CPU_BLOCK_BYTES // key_bytes)
     return blocks(
         visibility,
         seqlen_q=seqlen_q,
         seqlen_kv=k.shape[1],
         queries_per_block=rows,
-        keys_per_block=min(max(budget // rows, _MIN_KEYS), _MAX_KEYS),
+        keys_per_block=max(min(budget // rows, most), _MIN_KEYS),
     )
 
 

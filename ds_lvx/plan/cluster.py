@@ -173,6 +173,11 @@ class Device:
     element_bytes: int = 2
     alone: float = 1.0
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether this is a rank on a CPU."""
+        return self.name.partition(" ")[0] == "cpu"
+
 
 @dataclass(frozen=True)
 class Cluster:

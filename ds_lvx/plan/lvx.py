@@ -34,47 +34,56 @@ def finish(work: Work, timeline: Timeline) -> None:
 
 
 def _query_bytes(work: Work, queries: float, *, backward: bool) -> float:
+    """Without the visibility."""
     tensors, statistics = (2, 2) if backward else (1, 0)
-    rows, lse = work.sent(work.rows(queries)), work.statistics(queries)
-    return tensors * rows + statistics * lse + work.ranges(queries)
+    return tensors * work.sent(work.rows(queries)) + statistics * work.statistics(queries)
+
+
+def _gather(work: Work, timeline: Timeline, *, backward: bool) -> None:
+    """All queries arrive, one kernel, the parts go home; a group of heads after the other."""
+    shares = work.head_shares
+    copies = (COPY, COPY) if backward else (COPY,)
+    mine, everyone = work.rows(work.most_queries), work.rows(work.queries)
+    sent = _query_bytes(work, work.most_queries, backward=backward)
+    part = work.sent(mine) + (0.0 if backward else work.statistics(work.most_queries))
+    kernel = work.device.backward if backward else work.device.partial
+    timeline.compute(work.touch(shares[0] * mine, *copies), "other")
+    ranges = work.ranges(work.most_queries)
+    arrives = timeline.post(work.ranks.gather(shares[0] * sent + ranges))
+    if work.shape.recompute:
+        prepare(work, timeline, backward=backward)
+    returning = []
+    for share, following in zip(shares, (*shares[1:], 0.0), strict=True):
+        timeline.wait(arrives)
+        if following:
+            timeline.compute(work.touch(following * mine, *copies), "other")
+            arrives = timeline.post(work.ranks.gather(following * sent))
+        timeline.compute(work.touch(share * everyone, *copies), "other")
+        attending = work.attend(kernel, work.queries, work.most_keys, share=share)
+        timeline.compute(attending, "kernel")
+        timeline.compute(work.n * work.touch(share * everyone / work.n, ENCODE), "other")
+        returning.append(timeline.post(work.ranks.exchange(share * part)))
+    if backward and len(shares) > 1:
+        timeline.compute(work.touch(2 * work.numbers(work.most_keys), COPY), "other")
+    if backward and work.shape.recompute:
+        finish(work, timeline)
+    for share, arrives in zip(shares, returning, strict=True):
+        timeline.wait(arrives)
+        adding = work.touch(share * mine, DECODE, ADD_FP32 if backward else MERGE)
+        timeline.compute(work.n * adding, "other")
 
 
 def gather_forward(work: Work, timeline: Timeline) -> None:
-    """All queries arrive, one kernel, the parts go home."""
-    mine, everyone = work.rows(work.most_queries), work.rows(work.queries)
-    timeline.compute(work.touch(mine, COPY), "other")
-    sent = _query_bytes(work, work.most_queries, backward=False)
-    if work.shape.recompute:
-        arrives = timeline.post(work.ranks.gather(sent))
+    """Queries come together, parts go home."""
+    if not work.shape.recompute:
         prepare(work, timeline)
-    else:
-        prepare(work, timeline)
-        arrives = timeline.post(work.ranks.gather(sent))
-    timeline.wait(arrives)
-    timeline.compute(work.touch(everyone, COPY), "other")
-    timeline.compute(work.attend(work.device.partial, work.queries, work.most_keys), "kernel")
-    timeline.compute(work.n * work.touch(everyone / work.n, ENCODE), "other")
-    part = work.sent(work.rows(work.most_queries)) + work.statistics(work.most_queries)
-    timeline.wait(timeline.post(work.ranks.exchange(part)))
-    timeline.compute(work.n * work.touch(mine, DECODE, MERGE), "other")
+    _gather(work, timeline, backward=False)
 
 
 def gather_backward(work: Work, timeline: Timeline) -> None:
     """The same with dout, lse and delta; dq goes home."""
-    mine, everyone = work.rows(work.most_queries), work.rows(work.queries)
-    timeline.compute(work.touch(mine, DELTA, COPY, COPY), "other")
-    sent = _query_bytes(work, work.most_queries, backward=True)
-    arrives = timeline.post(work.ranks.gather(sent))
-    prepare(work, timeline, backward=True)
-    timeline.wait(arrives)
-    timeline.compute(work.touch(everyone, COPY, COPY), "other")
-    timeline.compute(work.attend(work.device.backward, work.queries, work.most_keys), "kernel")
-    timeline.compute(work.n * work.touch(everyone / work.n, ENCODE), "other")
-    arrives = timeline.post(work.ranks.exchange(work.sent(mine)))
-    if work.shape.recompute:
-        finish(work, timeline)
-    timeline.wait(arrives)
-    timeline.compute(work.n * work.touch(mine, DECODE, ADD_FP32), "other")
+    timeline.compute(work.touch(work.rows(work.most_queries), DELTA), "other")
+    _gather(work, timeline, backward=True)
     if not work.shape.recompute:
         finish(work, timeline)
 
@@ -83,7 +92,7 @@ def _rotate_queries(work: Work, timeline: Timeline, *, backward: bool) -> None:
     """The ring of lvx: the next queries and the last part travel under each kernel."""
     device, ranks, n = work.device, work.ranks, work.n
     rows = work.rows(work.mean_queries)
-    sent = _query_bytes(work, work.mean_queries, backward=backward)
+    sent = _query_bytes(work, work.mean_queries, backward=backward) + work.ranges(work.mean_queries)
     crowded = n > 2  # two ranks have one step, and the part leaves after it
     queries = ranks.shift(sent, crowded=crowded)
     lse = 0.0 if backward else work.statistics(work.mean_queries)

@@ -137,7 +137,7 @@ def ulysses_forward(work: Work, timeline: Timeline) -> None:
     for numbers in (rows, keys, keys):
         _all_to_all(work, timeline, numbers)
     whole = work.device.whole
-    attending = work.attend(whole, work.queries, work.keys, ranks=work.n)
+    attending = work.attend(whole, work.queries, work.keys, share=1 / work.n)
     timeline.compute(attending, "kernel")
     _all_to_all(work, timeline, rows)
 
@@ -149,7 +149,7 @@ def ulysses_backward(work: Work, timeline: Timeline) -> None:
     _all_to_all(padded, timeline, rows)
     timeline.compute(padded.touch(rows, DELTA), "other")
     backward = padded.device.backward
-    attending = padded.attend(backward, padded.queries, padded.keys, ranks=padded.n)
+    attending = padded.attend(backward, padded.queries, padded.keys, share=1 / padded.n)
     timeline.compute(attending, "kernel")
     for numbers in (rows, keys, keys):
         _all_to_all(padded, timeline, numbers)

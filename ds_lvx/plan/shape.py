@@ -61,6 +61,32 @@ class AttentionShape:
         return len(self.q_lengths)
 
 
+UNDIVIDED_BYTES = {"cpu": 2**15, "cuda": 2**22}
+"""Of a rank's queries: up to so many, more messages cost more than they hide."""
+_FIRST_SHARE = 8  # of the first and of the last group: one of so many heads
+
+
+def head_groups(*, kv_heads: int, q_bytes: int, on_cpu: bool) -> tuple[int, ...]:
+    """Heads of K and V that the gather schedule of lvx attends to together, group after group.
+
+    What cannot hide is the first group's transfer here and the last one's home. A kernel on an
+    eighth of the heads is long enough to hide the transfer of the others where keys are many.
+
+    Args:
+        kv_heads: of K and V; a group has at least one.
+        q_bytes: of the longest shard of q.
+        on_cpu: where the kernels run.
+
+    Returns:
+        Sizes that add up to ``kv_heads``; the same on every rank.
+    """
+    if kv_heads < 2 or q_bytes <= UNDIVIDED_BYTES["cpu" if on_cpu else "cuda"]:
+        return (kv_heads,)
+    edge = max(kv_heads // _FIRST_SHARE, 1)
+    middle = kv_heads - 2 * edge
+    return (edge, middle, edge) if middle else (edge, edge)
+
+
 def evenly(total: int, parts: int) -> list[int]:
     """``total`` in ``parts`` that differ by one at most."""
     return [total * (i + 1) // parts - total * i // parts for i in range(parts)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ds_lvx.plan.cluster import Cluster, KernelTime
-from ds_lvx.plan.shape import AttentionShape
+from ds_lvx.plan.shape import AttentionShape, head_groups
 from ds_lvx.plan.transfers import Ranks
 
 FP32_BYTES = 4
@@ -33,6 +33,18 @@ class Work:
         self.mean_queries, self.mean_keys = self.queries / self.n, self.keys / self.n
         self._scale = shape.element_bytes / cluster.device.element_bytes
 
+    @property
+    def head_shares(self) -> tuple[float, ...]:
+        """Of the gather schedule's groups; what recomputes K and V attends to all heads at once."""
+        if self.shape.recompute:
+            return (1.0,)
+        sizes = head_groups(
+            kv_heads=self.shape.kv_heads,
+            q_bytes=int(self.sent(self.rows(self.most_queries))),
+            on_cpu=self.device.on_cpu,
+        )
+        return tuple(size / self.shape.kv_heads for size in sizes)
+
     # ---- numbers and bytes
 
     def rows(self, queries: float) -> float:
@@ -61,13 +73,15 @@ class Work:
 
     # ---- seconds
 
-    def attend(self, kernel: KernelTime, queries: float, keys: float, *, ranks: int = 1) -> float:
-        """A kernel on so many queries and keys; ``ranks`` share the heads."""
+    def attend(
+        self, kernel: KernelTime, queries: float, keys: float, *, share: float = 1.0
+    ) -> float:
+        """A kernel on so many queries and keys, for a share of the heads."""
         return kernel.seconds(
             queries,
             keys,
-            width=self.rows(1) / ranks,
-            kv_width=self.numbers(1) / ranks,
+            width=self.rows(1) * share,
+            kv_width=self.numbers(1) * share,
             scale=self._scale,
         )
 

@@ -54,6 +54,32 @@ def test_every_method_matches_the_oracle_in_fp32(ranks: int) -> None:
         assert max(errors.values()) < LIMIT, (method, problem, errors)
 
 
+@pytest.mark.parametrize("visibility", ["none", "frames"])
+def test_heads_in_groups_match_the_oracle(visibility: str) -> None:
+    """Queries so large that gather sends them by groups of heads, as the messages tell."""
+    cases = []
+    for (heads, kv_heads), groups in (((4, 2), 2), ((3, 3), 3), ((16, 8), 3), ((4, 1), 1)):
+        for q_lengths in ((100, 100, 100), (260, 0, 40)):
+            problem = Problem(
+                q_lengths,
+                (70, 0, 41),
+                heads=heads,
+                kv_heads=kv_heads,
+                head_dim=32,
+                visibility=visibility,
+                lse_weight=0.3,
+                extra={"schedule": "gather"},
+            )
+            cases.append((problem, groups))
+    answers = run_ranks(run_problems, 3, [(problem, "lvx") for problem, _ in cases])
+    for index, (problem, groups) in enumerate(cases):
+        errors = largest_error(assemble([a[index] for a in answers]), problem.oracle())
+        assert max(errors.values()) < LIMIT, (problem, errors)
+        for answer in answers:
+            calls = answer[index]["forward"].calls, answer[index]["backward"].calls
+            assert calls == (2 * groups, 2 * groups), problem
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize(("of_out", "of_lse"), [(1.0, 0.7), (1.0, 0.0), (0.0, 0.7)])
 def test_lse_is_a_differentiable_output(ranks: int, of_out: float, of_lse: float) -> None:
@@ -88,7 +114,7 @@ def test_the_reference_kernel_and_fp64_are_exact() -> None:
 def test_16_bits_err_at_most_twice_as_much_as_pytorch(ranks: int, dtype: torch.dtype) -> None:
     """PyTorch's own attention over the whole sequence, same dtype, is the measure."""
     problem = Problem(
-        (48,) * ranks, (256,) * ranks, batch=1, heads=4, kv_heads=2, head_dim=64, dtype=dtype
+        (80,) * ranks, (256,) * ranks, batch=1, heads=4, kv_heads=2, head_dim=64, dtype=dtype
     )
     cases = [_case(problem, method) for method in METHODS]
     exact, allowed = problem.oracle(), _error_of_pytorch(problem)

@@ -60,9 +60,9 @@ class Journal:
         return events
 
 
-def run_journal(method: str, schedule: str) -> tuple[list[str], list[str]]:
+def run_journal(method: str, schedule: str, queries: int = 4) -> tuple[list[str], list[str]]:
     """The events of a forward and of a backward."""
-    problem = Problem((4,) * 3, (8,) * 3)
+    problem = Problem((queries,) * 3, (8,) * 3, heads=8, kv_heads=8)
     shard = problem.shard(torch.distributed.get_rank())
     journal = Journal()
     with pytest.MonkeyPatch.context() as patch:
@@ -125,3 +125,19 @@ def test_gather_hides_under_the_projection_in_both_directions() -> None:
     backward = forward.replace("post 1,", "post 1, project backward,")
     for answer in run_ranks(run_journal, 3, "recompute", "gather"):
         assert answer == (forward.split(", "), backward.split(", "))
+
+
+def test_gather_sends_large_queries_by_groups_of_heads() -> None:
+    """The next group's queries arrive, and the last group's part goes home, under each kernel."""
+    expected = (
+        "post 0, wait 0, post 1, kernel, post 2, wait 1, post 3, kernel, post 4, wait 3, kernel, "
+        "post 5, wait 2, wait 4, wait 5"
+    )
+    for answer in run_ranks(run_journal, 3, "lvx", "gather", queries=40):
+        assert answer == (expected.split(", "), expected.split(", "))
+
+
+def test_gather_sends_small_queries_at_once() -> None:
+    expected = "post 0, wait 0, kernel, post 1, wait 1"
+    for answer in run_ranks(run_journal, 3, "lvx", "gather"):
+        assert answer == (expected.split(", "), expected.split(", "))

@@ -102,6 +102,19 @@ def test_recomputation_hides_the_gathers_under_the_projection() -> None:
     assert extra == pytest.approx(kept.forward.projection_s)
 
 
+def test_gather_hides_all_but_the_first_and_last_heads() -> None:
+    """Of a slow network: an eighth of the queries and an eighth of the parts stay in the open."""
+    network = cluster(8, 1, across=Link.of(1e9, 1e-4))
+    large = replace(SHAPE, q_lengths=(1024,) * 8, kv_lengths=(10**6,) * 8)
+    found = cost(large, network, method="lvx", schedule="gather")
+    again = cost(replace(large, recompute=True), network, method="lvx", schedule="gather")
+    for passed, whole in ((found.forward, again.forward), (found.backward, again.backward)):
+        assert passed.bytes_sent == pytest.approx(whole.bytes_sent)
+        assert passed.messages == 3 * whole.messages
+        # A little less: the first parts are merged while the last ones travel.
+        assert whole.exposed_s / 16 < passed.exposed_s < 1.02 * whole.exposed_s / 8
+
+
 def test_two_transfers_at_once_and_their_drag_count() -> None:
     link = Link.of(1e9, 1e-5)
     slow = replace(link, shifts=replace(link.shifts, bytes_per_s=0.5e9))

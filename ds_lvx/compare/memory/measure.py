@@ -112,10 +112,7 @@ def measure(
     runs = [_run(case, setting, plan, frames=factor * plan.frames) for factor in (first, second)]
     frames = third * plan.frames
     if plan.budget_bytes > 0:
-        # Where sizes are too small for a slope, the formula keeps the run from being endless.
-        line = _line(runs, "peak_bytes")
-        room = plan.budget_bytes - line[1]
-        frames = max(int(room / max(line[0], cost) / case.frame_tokens), 1)
+        frames = _frames_that_fit(runs, cost, plan.budget_bytes, case.frame_tokens)
     runs.append(_run(case, setting, plan, frames=frames))
     record = {
         "name": name,
@@ -132,6 +129,39 @@ def measure(
     say(f"  {record['peak_bytes_per_token']:,.0f} bytes a token; {runs[-1]['tokens']:,} tokens:")
     say(f"  {runs[-1]['peak_bytes'] / GIB:.3f} GiB, {runs[-1]['step_s'][-1]:.1f} s")
     return record
+
+
+def enlarge(record: Mapping[str, Any], plan: Plan, *, command: str) -> dict[str, Any]:
+    """A record with one more run, the largest that the plan's budget allows.
+
+    Args:
+        record: of `measure`, in the same case and on as many ranks.
+        plan: its budget counts.
+        command: that asked for it, for the JSON.
+
+    Returns:
+        The record as it would be if the run had been its last from the start.
+    """
+    setting, case = Setting(**record["setting"]), Case(**record["case"])
+    cuda = torch.cuda.is_available()
+    cost = predict(setting, case, ranks=plan.ranks, cuda=cuda)["peak_bytes_per_token"]
+    frames = _frames_that_fit(record["runs"], cost, plan.budget_bytes, case.frame_tokens)
+    run = {**_run(case, setting, plan, frames=frames), "command": command}
+    larger = {
+        **record,
+        "budget_bytes": plan.budget_bytes,
+        "runs": sorted([*record["runs"], run], key=lambda each: int(each["tokens"])),
+    }
+    return larger | compared(larger, ranks=plan.ranks, cuda=cuda)
+
+
+def _frames_that_fit(
+    runs: Sequence[Mapping[str, Any]], cost: float, budget_bytes: int, frame_tokens: int
+) -> int:
+    """Frames that fill the budget, from smaller runs and the bytes a token by the formula."""
+    slope, intercept = _line(runs, "peak_bytes")
+    # Where sizes are too small for a slope, the formula keeps the run from being endless.
+    return max(int((budget_bytes - intercept) / max(slope, cost) / frame_tokens), 1)
 
 
 def _line(runs: Sequence[Mapping[str, Any]], column: str) -> tuple[float, float]:

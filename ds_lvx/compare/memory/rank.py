@@ -21,6 +21,9 @@ from ds_lvx.compare.fresh import answer, run_fresh
 from ds_lvx.compare.memory.peak import PROMPT_FREEING, meter
 from ds_lvx.plan.memory import Setting
 
+_TIMEOUT_S = 6 * 3600.0
+"""A step that fills a rank's memory takes most of an hour on a CPU."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -56,6 +59,7 @@ def run(request: Request, *, threads: int) -> list[Any]:
         asdict(request),
         ranks=request.ranks,
         threads=threads,
+        timeout_s=_TIMEOUT_S,
         environment=PROMPT_FREEING,
     )
 
