@@ -122,6 +122,35 @@ def test_blocks_of_keys_add_up_to_the_whole(visibility: str) -> None:
         torch.testing.assert_close(together, whole[index])
 
 
+@pytest.mark.parametrize("visibility", ["none", "frames"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_gradients_of_few_queries_are_rounded_once(
+    dtype: torch.dtype, visibility: str
+) -> None:
+    """By several blocks of keys, in fp32: dq is not rounded at all."""
+    shape = (1, 9, 5000, 4, 2, 32)
+    q, k, v = tensors(shape, dtype)
+    sees = rule(shape, visibility)
+    leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
+    out, lse = attention_oracle(*leaves, visibility=sees, softmax_scale=0.2)
+    dout = torch.randn(q.shape).to(dtype)
+    (out * dout).sum().backward()
+    delta = (dout * out.detach()).sum(-1).transpose(1, 2).float()
+    gradients = NativeKernel().backward(
+        *(q, k, v, dout, lse.detach().float(), delta),
+        visibility=sees,
+        softmax_scale=0.2,
+        has_dlse=False,
+    )
+    assert [gradient.dtype for gradient in gradients] == [torch.float32, dtype, dtype]
+    half_a_step = torch.finfo(dtype).eps / 2
+    for gradient, leaf, rounding in zip(
+        gradients, leaves, (0.0, half_a_step, half_a_step), strict=True
+    ):
+        assert leaf.grad is not None
+        torch.testing.assert_close(gradient.double(), leaf.grad, atol=1e-6, rtol=1.01 * rounding)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("visibility", ["none", "frames"])
 @pytest.mark.parametrize("name", ["native", "reference"])
