@@ -20,6 +20,7 @@ from ds_lvx.comm import Channel
 from ds_lvx.compare import command
 from ds_lvx.compare.operators import rank as operators
 from ds_lvx.compare.operators import report
+from ds_lvx.plan.profile import ranks_of_this_node
 from ds_lvx.start import init_distributed
 
 
@@ -55,6 +56,7 @@ def compare(options: argparse.Namespace) -> int:
             network=os.environ.get("NETLAB"),
             device=get_accelerator().device_name(),
             threads=torch.get_num_threads(),
+            ranks_of_a_node=ranks_of_this_node() or world.size,
         )
     except report.DisagreementError as error:
         if world.rank == 0:

@@ -247,6 +247,7 @@ def assemble(
     network: str | None,
     device: str,
     threads: int,
+    ranks_of_a_node: int = 1,
 ) -> dict[str, Any]:
     """Everything for the JSON.
 
@@ -256,7 +257,7 @@ def assemble(
     largest = report.check(answers)
     return {
         **header(emulated=bool(network), device=device),
-        "network": report.network_record(network),
+        "network": report.network_record(network, ranks_of_a_node=ranks_of_a_node),
         "ranks": len(answers),
         "threads_per_rank": threads,
         "units": "seconds of the slowest rank in each step, begun together; bytes of the rank that "

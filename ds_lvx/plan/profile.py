@@ -40,8 +40,7 @@ def current(device: Any, world: int) -> Cluster:
     Hosts may have different profiles: let one rank ask, and give the others its answer.
     """
     name = device_name(device)
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    per_node = int(local) if local else world
+    per_node = ranks_of_this_node() or world
     network = os.environ.get("NETLAB") or None
     measured = _nearest(name, world, network)
     if measured is None and network is not None:
@@ -51,6 +50,12 @@ def current(device: Any, world: int) -> Cluster:
     if measured is not None:
         return measured.with_gpus(world, per_node)
     return guess(name, gpus=world, gpus_per_node=per_node)
+
+
+def ranks_of_this_node() -> int | None:
+    """As the launcher says it; None where nobody does."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(local) if local else None
 
 
 def _emulated(network: str) -> Link:

@@ -44,5 +44,7 @@ export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
 export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$interface}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
+unset LOCAL_WORLD_SIZE  # of whoever started this script; the launcher says LOCAL_SIZE
+
 exec deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$NODE_RANK" \
   --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" "$@"

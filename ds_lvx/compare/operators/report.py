@@ -243,15 +243,16 @@ def name(results: Mapping[str, Any]) -> str:
     return "-".join(words)
 
 
-def network_record(text: str | None) -> dict[str, Any] | None:
+def network_record(text: str | None, *, ranks_of_a_node: int = 1) -> dict[str, Any] | None:
     """An emulated network for the JSON, from its short form."""
     if not text:
         return None
     network = Network.parse(text)
+    ranks = "a rank" if ranks_of_a_node == 1 else f"for {ranks_of_a_node} ranks"
     return {
         "name": str(network),
         "bits_per_s": network.bits_per_s,
         "latency_s": network.latency_s,
-        "how": "one network namespace a rank, each behind a token bucket in both directions "
+        "how": f"one network namespace {ranks}, each behind a token bucket in both directions "
         "(launch/netlab.sh); real processes and sockets on one machine",
     }
