@@ -1,4 +1,4 @@
-"""Bundles: several tensors as one message.
+"""Bundles: several tensors as one message, one after the other or row by row.
 
 The shapes that a rank will receive are always known beforehand, as `Spec`; nothing is asked on the
 data plane.
@@ -68,6 +68,56 @@ def unpack(buffer: Tensor, specs: Sequence[Spec]) -> list[Tensor]:
 def bundle_nbytes(specs: Sequence[Spec]) -> int:
     """Bytes of a bundle of such tensors."""
     return sum(spec.padded_nbytes for spec in specs)
+
+
+def pack_rows(tensors: Sequence[Tensor], dims: Sequence[int]) -> Tensor:
+    """Copy tensors into one buffer row by row, so that any run of rows is one piece of it.
+
+    Args:
+        tensors: of any shapes, as long as each other in their dimension of rows.
+        dims: which dimension that is, by tensor.
+
+    Returns:
+        uint8 ``[rows, bytes of a row]``.
+    """
+    rows = tensors[0].shape[dims[0]]
+    specs = [_row_of(Spec.of(tensor), dim) for tensor, dim in zip(tensors, dims, strict=True)]
+    device = tensors[0].device
+    buffer = torch.empty(rows, bundle_nbytes(specs), dtype=torch.uint8, device=device)
+    for view, tensor in zip(_unpack_rows(buffer, specs, dims), tensors, strict=True):
+        view.copy_(tensor)
+    return buffer
+
+
+def unpack_rows(buffer: Tensor, like: Sequence[Spec], dims: Sequence[int]) -> list[Tensor]:
+    """The tensors of packed rows, as views into ``buffer``.
+
+    Args:
+        buffer: uint8 ``[..., rows, bytes of a row]``.
+        like: tensors of that kind; how many rows they have does not matter.
+        dims: of the rows.
+
+    Returns:
+        Tensors of those shapes, with the buffer's rows, behind its leading dimensions.
+    """
+    return _unpack_rows(
+        buffer, [_row_of(spec, dim) for spec, dim in zip(like, dims, strict=True)], dims
+    )
+
+
+def _row_of(spec: Spec, dim: int) -> Spec:
+    return Spec((*spec.shape[:dim], *spec.shape[dim + 1 :]), spec.dtype)
+
+
+def _unpack_rows(buffer: Tensor, rows: Sequence[Spec], dims: Sequence[int]) -> list[Tensor]:
+    views, start = [], 0
+    leading = buffer.dim() - 2
+    for spec, dim in zip(rows, dims, strict=True):
+        piece = buffer[..., start : start + spec.nbytes].view(spec.dtype)
+        view = piece.view(*buffer.shape[:-1], *spec.shape)
+        views.append(view.movedim(leading, leading + dim))
+        start += spec.padded_nbytes
+    return views
 
 
 Bundle: TypeAlias = list[Tensor]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_lvx.bundles import Bundle, Spec, bundle_nbytes, pack, unpack
+from ds_lvx.bundles import Bundle, Spec, bundle_nbytes, pack, pack_rows, unpack, unpack_rows
 from ds_lvx.counting import count, count_control
 from ds_lvx.pending import Pending, blocking
 
@@ -175,14 +175,8 @@ class Channel:
         sizes = [bundle_nbytes(theirs) for theirs in specs]
         arrived = torch.empty(sum(sizes), dtype=torch.uint8, device=buffer.device)
         count("all_gather", (self.size - 1) * buffer.numel())
-        if min(sizes) == max(sizes) and buffer.device.type != "cpu":
-            work = _all_gather(arrived, buffer, group=self.group, async_op=True)
-        else:
-            # Each rank writes to each other: for unequal shards, and because gloo's all-gather
-            # goes round a ring, which takes three times as long for messages of some kilobytes.
-            buffer = buffer.repeat(self.size)
-            work = self._all_to_all(arrived, buffer, sizes, [sizes[self.rank]] * self.size)
-        return Pending("all_gather", [work], lambda: _split(arrived, sizes, specs), keep=buffer)
+        work, keep = self._start_gather(arrived, buffer, sizes)
+        return Pending("all_gather", [work], lambda: _split(arrived, sizes, specs), keep=keep)
 
     def exchange(
         self, bundles: Sequence[Bundle], specs: Sequence[Sequence[Spec]]
@@ -218,6 +212,64 @@ class Channel:
             ]
 
         return Pending("all_to_all", [work], finish, keep=buffer)
+
+    def gather_rows(
+        self, mine: Bundle, dims: Sequence[int], lengths: Sequence[int]
+    ) -> Pending[Bundle]:
+        """All-gather tensors that have rows in common, as one message.
+
+        Args:
+            mine: this rank's tensors, on one device.
+            dims: which dimension of each has the rows.
+            lengths: rows of every rank; other dimensions are the same on all.
+
+        Returns:
+            A `Pending` of the same tensors with the rows of all ranks, in the order of ranks.
+
+        Bytes sent: ``(n - 1)`` times this rank's rows.
+        """
+        if self.size == 1:
+            return Pending(None, (), lambda: mine)
+        specs = [Spec.of(tensor) for tensor in mine]
+        packed = pack_rows(mine, dims)
+        row = packed.shape[1]
+        arrived = packed.new_empty(sum(lengths), row)
+        flat, sizes = packed.view(-1), [length * row for length in lengths]
+        count("all_gather", (self.size - 1) * flat.numel())
+        work, keep = self._start_gather(arrived.view(-1), flat, sizes)
+
+        def finish() -> Bundle:
+            return [tensor.contiguous() for tensor in unpack_rows(arrived, specs, dims)]
+
+        return Pending("all_gather", [work], finish, keep=keep)
+
+    def exchange_rows(
+        self, tensors: Bundle, dims: Sequence[int], lengths: Sequence[int]
+    ) -> Pending[Bundle]:
+        """Send every rank its rows of tensors that have rows in common, as one message each.
+
+        Args:
+            tensors: with the rows of all ranks, in the order of ranks, on one device.
+            dims: which dimension of each has the rows.
+            lengths: rows of every rank.
+
+        Returns:
+            A `Pending` of the same tensors with this rank's rows only, those that each rank had:
+            ``[n, ...]``, by sender.
+
+        Bytes sent: the rows of others.
+        """
+        specs = [Spec.of(tensor) for tensor in tensors]
+        packed = pack_rows(tensors, dims)
+        row, own = packed.shape[1], lengths[self.rank]
+        if self.size == 1:
+            return Pending(None, (), lambda: unpack_rows(packed.unsqueeze(0), specs, dims))
+        arrived = packed.new_empty(self.size, own, row)
+        in_sizes, out_sizes = [own * row] * self.size, [length * row for length in lengths]
+        flat = packed.view(-1)
+        count("all_to_all", flat.numel() - own * row)
+        work = self._all_to_all(arrived.view(-1), flat, in_sizes, out_sizes)
+        return Pending("all_to_all", [work], lambda: unpack_rows(arrived, specs, dims), keep=packed)
 
     def shift(self, mine: Bundle, specs: Sequence[Spec], *, hops: int = 1) -> Pending[Bundle]:
         """Send a bundle ``hops`` ranks ahead on the ring and receive one from as far behind.
@@ -261,6 +313,18 @@ class Channel:
     def barrier(self) -> None:
         """Wait on the CPU until every rank of the group is here."""
         self.agree({})
+
+    def _start_gather(
+        self, arrived: Tensor, mine: Tensor, sizes: Sequence[int]
+    ) -> tuple[Any, Tensor]:
+        """Begin an all-gather of bytes; the handle, and the buffer that must outlive it."""
+        if min(sizes) == max(sizes) and mine.device.type != "cpu":
+            return _all_gather(arrived, mine, group=self.group, async_op=True), mine
+        # Each rank writes to each other: for unequal shards, and because gloo's all-gather goes
+        # round a ring, which takes three times as long for messages of some kilobytes.
+        copies = mine.repeat(self.size)
+        own = [sizes[self.rank]] * self.size
+        return self._all_to_all(arrived, copies, list(sizes), own), copies
 
     def _all_to_all(
         self, arrived: Tensor, sent: Tensor, in_sizes: list[int], out_sizes: list[int]

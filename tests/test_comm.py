@@ -66,6 +66,48 @@ def run_transfers() -> None:
     assert value.tolist() == [1.0, rank], "all_reduce changed its input"
 
 
+def rows_of(ranks: list[int], lengths: list[int], salt: int = 0) -> Bundle:
+    """Tensors with the rows of some ranks, in their first, second and third dimension."""
+    generator = torch.Generator().manual_seed(salt)
+    whole = [
+        torch.randint(0, 100, (sum(lengths), 3), generator=generator).to(torch.int32),
+        torch.rand(2, sum(lengths), 5, generator=generator).bfloat16(),
+        torch.rand(2, 1, sum(lengths), 3, generator=generator, dtype=torch.float64),
+    ]
+    pieces = [tensor.split(lengths, dim) for dim, tensor in enumerate(whole)]
+    return [torch.cat([p[rank] for rank in ranks], dim) for dim, p in enumerate(pieces)]
+
+
+def run_row_transfers() -> None:
+    channel = Channel.world()
+    everyone = list(range(channel.size))
+    for lengths in ([2] * channel.size, [(3 * rank) % 4 for rank in everyone]):
+        dims = (0, 1, 2)
+        gathered = channel.gather_rows(rows_of([channel.rank], lengths), dims, lengths)
+        with ds_lvx.traffic() as counted:
+            exchanged = channel.exchange_rows(
+                rows_of(everyone, lengths, salt=channel.rank), dims, lengths
+            )
+        assert same(gathered.wait(), rows_of(everyone, lengths)), "gather_rows"
+        arrived = exchanged.wait()
+        for sender in everyone:
+            parts = [tensor[sender] for tensor in arrived]
+            assert same(parts, rows_of([channel.rank], lengths, salt=sender)), "exchange_rows"
+        row = 16 + 24 + 48  # bytes of a row, each tensor's padded to a multiple of 8
+        assert counted.bytes_sent == row * (sum(lengths) - lengths[channel.rank])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_transfers_by_rows(ranks: int) -> None:
+    if ranks > 1:
+        run_ranks(run_row_transfers, ranks)
+        return
+    channel, mine = Channel(None), rows_of([0], [3])
+    assert same(channel.gather_rows(mine, (0, 1, 2), [3]).wait(), mine)
+    arrived = channel.exchange_rows(mine, (0, 1, 2), [3]).wait()
+    assert same([tensor[0] for tensor in arrived], mine)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_transfers(ranks: int) -> None:
     if ranks > 1:

@@ -14,14 +14,17 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ds_lvx.attention import rows, wire
+from ds_lvx.attention import wire
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.keys import Keys, Saved
 from ds_lvx.bundles import Bundle
-from ds_lvx.kernels.merge import accumulation_dtype, merge
+from ds_lvx.kernels.merge import accumulation_dtype, merge_stacked
 from ds_lvx.pending import Pending
 from ds_lvx.plan.shape import head_groups
 from ds_lvx.visibility import Visibility
+
+# Which dimension of a tensor has the queries.
+_OF_Q, _OF_LSE, _OF_RANGES = 1, 2, 2
 
 
 class Gather:
@@ -31,49 +34,51 @@ class Gather:
         self, call: Call, q: Tensor, visibility: Visibility | None, keys: Keys
     ) -> tuple[Tensor, Tensor]:
         """See `ds_lvx.attention.schedules.Schedule.forward`."""
+        if call.channel.size == 1:
+            keys.prepare()
+            out, lse = keys.attend(call, q, visibility)
+            return out.to(accumulation_dtype(q.dtype)), lse
         groups = _groups(call, q, keys)
         arriving = _gather_queries(call, q, visibility, groups[0])
         keys.prepare()
         seen = visibility
-        returning: list[Pending[list[Bundle]]] = []
+        returning = []
         for index, group in enumerate(groups):
-            bundles = arriving.wait()
+            everyone, *ranges = arriving.wait()
             if index == 0:
-                seen = _of_everyone(visibility, bundles)
+                seen = _of_everyone(visibility, ranges)
             if index + 1 < len(groups):
                 arriving = _gather_queries(call, q, None, groups[index + 1])
-            everyone = _joined(bundles, 0, dim=1)
             out, lse = keys.attend(call, everyone, seen, heads=group.keys)
-            returning.append(_return_parts(call, q, out, lse))
-        parts = [
-            merge([rows.decode_part(bundle) for bundle in each.wait()], accumulation_dtype(q.dtype))
-            for each in returning
-        ]
+            returning.append(_Part(call, out, lse, dtype=q.dtype))
+        parts = [part.merged() for part in returning]
         return _whole([out for out, _ in parts], dim=2), _whole([lse for _, lse in parts], dim=1)
 
     def backward(
         self, call: Call, saved: Saved, visibility: Visibility | None, keys: Keys
     ) -> Tensor:
         """See `ds_lvx.attention.schedules.Schedule.backward`."""
+        if call.channel.size == 1:
+            keys.prepare()
+            dq = keys.gradients(call, saved, visibility)
+            keys.finish()
+            return dq
         groups = _groups(call, saved.q, keys)
         arriving = _gather_gradients(call, saved, visibility, groups[0])
         keys.prepare()
         seen = visibility
-        returning: list[Pending[list[Bundle]]] = []
+        returning = []
         for index, group in enumerate(groups):
-            bundles = arriving.wait()
+            q, dout, lse, delta, *ranges = arriving.wait()
             if index == 0:
-                seen = _of_everyone(visibility, bundles)
+                seen = _of_everyone(visibility, ranges)
             if index + 1 < len(groups):
                 arriving = _gather_gradients(call, saved, None, groups[index + 1])
-            everyone = Saved(*(_joined(bundles, i, dim=dim) for i, dim in enumerate((1, 1, 2, 2))))
-            dq = keys.gradients(call, everyone, seen, heads=group.keys)
-            returning.append(_return_gradients(call, saved.q, dq))
-            del everyone, bundles, dq  # the projection's backward needs the room
+            dq = keys.gradients(call, Saved(q, dout, lse, delta), seen, heads=group.keys)
+            returning.append(_GradientPart(call, dq, dtype=saved.q.dtype))
+            del q, dout, lse, delta, dq  # the projection's backward needs the room
         keys.finish()
-        dtype = accumulation_dtype(saved.q.dtype)
-        parts = [_sum([wire.decode(bundle) for bundle in each.wait()], dtype) for each in returning]
-        return _whole(parts, dim=2)
+        return _whole([part.summed() for part in returning], dim=2)
 
 
 # --------------------------------------------------------------------------------------------
@@ -123,59 +128,72 @@ def _whole(parts: list[Tensor], *, dim: int) -> Tensor:
 
 def _gather_queries(
     call: Call, q: Tensor, visibility: Visibility | None, group: _Group
-) -> Pending[list[Bundle]]:
-    q = q[:, :, group.queries]
-    specs = [rows.query_specs(call, q, visibility, rank) for rank in range(call.channel.size)]
-    return call.channel.gather([q, *rows.ranges(visibility)], specs)
+) -> Pending[Bundle]:
+    return _gather(call, [q[:, :, group.queries]], [_OF_Q], visibility)
 
 
 def _gather_gradients(
     call: Call, saved: Saved, visibility: Visibility | None, group: _Group
-) -> Pending[list[Bundle]]:
-    mine = saved.of_heads(group.queries)
-    specs = [rows.gradient_specs(call, mine, visibility, rank) for rank in range(call.channel.size)]
-    return call.channel.gather([*mine.bundle(), *rows.ranges(visibility)], specs)
+) -> Pending[Bundle]:
+    dims = [_OF_Q, _OF_Q, _OF_LSE, _OF_LSE]
+    return _gather(call, saved.of_heads(group.queries).bundle(), dims, visibility)
 
 
-def _joined(bundles: list[Bundle], index: int, *, dim: int) -> Tensor:
-    """One tensor of every rank's bundle, rank after rank."""
-    return torch.cat([bundle[index] for bundle in bundles], dim=dim)
+def _gather(
+    call: Call, mine: Bundle, dims: list[int], visibility: Visibility | None
+) -> Pending[Bundle]:
+    ranges = [] if visibility is None else [visibility.ranges]
+    return call.channel.gather_rows(
+        [*mine, *ranges], [*dims, *[_OF_RANGES] * len(ranges)], call.q_lengths
+    )
 
 
-def _of_everyone(visibility: Visibility | None, bundles: list[Bundle]) -> Visibility | None:
-    if visibility is None:
-        return None
-    return visibility.with_queries(torch.cat([bundle[-1] for bundle in bundles], dim=2))
+def _of_everyone(visibility: Visibility | None, ranges: list[Tensor]) -> Visibility | None:
+    return None if visibility is None else visibility.with_queries(*ranges)
 
 
 # --------------------------------------------------------------------------------------------
 # Home
 
 
-def _return_parts(call: Call, q: Tensor, out: Tensor, lse: Tensor) -> Pending[list[Bundle]]:
-    """Send each rank the part of its rows; this rank's own stays here as it is."""
-    lengths, channel = list(call.q_lengths), call.channel
-    pairs = zip(out.split(lengths, dim=1), lse.split(lengths, dim=2), strict=True)
-    leaving = [
-        [lse, out] if rank == channel.rank else rows.encode_part(out, lse, q.dtype)
-        for rank, (out, lse) in enumerate(pairs)
-    ]
-    own_lse, own_out = leaving[channel.rank]
-    return channel.exchange(leaving, [rows.part_specs(own_out, own_lse, q.dtype)] * channel.size)
+class _GradientPart:
+    """A part of dq on its way home. This rank's own rows stay as they are, unrounded."""
+
+    def __init__(self, call: Call, dq: Tensor, *, dtype: torch.dtype) -> None:
+        self._rank = call.channel.rank
+        self._own = _own_rows(call, dq, _OF_Q)
+        self._dtype = accumulation_dtype(dtype)
+        self._arriving = _exchange(call, [], wire.encode(dq, dtype))
+
+    def summed(self) -> Tensor:
+        """The sum over all ranks' keys, in fp32."""
+        parts = wire.decode(self._arriving.wait()).to(self._dtype)
+        parts[self._rank] = self._own
+        return parts.sum(dim=0)
 
 
-def _return_gradients(call: Call, q: Tensor, dq: Tensor) -> Pending[list[Bundle]]:
-    channel = call.channel
-    leaving = [
-        [part] if rank == channel.rank else wire.encode(part, q.dtype)
-        for rank, part in enumerate(dq.split(list(call.q_lengths), dim=1))
-    ]
-    specs = wire.specs(tuple(leaving[channel.rank][0].shape), q.dtype)
-    return channel.exchange(leaving, [specs] * channel.size)
+class _Part:
+    """A part of out and lse on its way home."""
+
+    def __init__(self, call: Call, out: Tensor, lse: Tensor, *, dtype: torch.dtype) -> None:
+        self._rank = call.channel.rank
+        self._own = _own_rows(call, out, _OF_Q)
+        self._dtype = accumulation_dtype(dtype)
+        self._arriving = _exchange(call, [lse], wire.encode(out, dtype))
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """``(out, lse)`` over all ranks' keys, in fp32."""
+        lse, *encoded = self._arriving.wait()
+        parts = wire.decode(encoded).to(self._dtype)
+        parts[self._rank] = self._own
+        return merge_stacked(parts, lse.to(self._dtype))
 
 
-def _sum(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    total = torch.zeros(parts[0].shape, dtype=dtype, device=parts[0].device)
-    for part in parts:
-        total += part
-    return total
+def _exchange(call: Call, statistics: Bundle, encoded: Bundle) -> Pending[Bundle]:
+    dims = [_OF_LSE] * len(statistics) + [_OF_Q] * len(encoded)
+    return call.channel.exchange_rows([*statistics, *encoded], dims, call.q_lengths)
+
+
+def _own_rows(call: Call, tensor: Tensor, dim: int) -> Tensor:
+    rank = call.channel.rank
+    return tensor.narrow(dim, sum(call.q_lengths[:rank]), call.q_lengths[rank])

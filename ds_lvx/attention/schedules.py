@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ds_lvx.attention import rows, wire
+from ds_lvx.attention import wire
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.gather import Gather
 from ds_lvx.attention.keys import Keys, Saved
@@ -57,7 +57,7 @@ class Ring:
     ) -> tuple[Tensor, Tensor]:
         """See `Schedule.forward`."""
         channel, dtype = call.channel, accumulation_dtype(q.dtype)
-        queries: Bundle = [q, *rows.ranges(visibility)]
+        queries: Bundle = [q, *_ranges(visibility)]
         home: list[Tensor] = []
         returning: Pending[Bundle] | None = None
         for step in range(channel.size):
@@ -69,15 +69,13 @@ class Ring:
                 home = [out.to(dtype), lse.to(dtype)]
             else:
                 if returning is not None:
-                    merge_(home[0], home[1], *rows.decode_part(returning.wait()))
-                part = rows.encode_part(out, lse, q.dtype)
-                returning = channel.shift(
-                    part, rows.part_specs(home[0], home[1], q.dtype), hops=-step
-                )
+                    merge_(home[0], home[1], *_decode_part(returning.wait()))
+                part = _encode_part(out, lse, q.dtype)
+                returning = channel.shift(part, _part_specs(home[0], home[1], q.dtype), hops=-step)
             if following is not None:
                 queries = following.wait()
         if returning is not None:
-            merge_(home[0], home[1], *rows.decode_part(returning.wait()))
+            merge_(home[0], home[1], *_decode_part(returning.wait()))
         return home[0], home[1]
 
     def backward(
@@ -85,7 +83,7 @@ class Ring:
     ) -> Tensor:
         """See `Schedule.backward`."""
         channel, q = call.channel, saved.q
-        moving: Bundle = [*saved.bundle(), *rows.ranges(visibility)]
+        moving: Bundle = [*saved.bundle(), *_ranges(visibility)]
         home = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
         returning: Pending[Bundle] | None = None
         for step in range(channel.size):
@@ -146,6 +144,10 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
+# --------------------------------------------------------------------------------------------
+# What goes round the ring, and its shape
+
+
 def _next_queries(
     call: Call,
     mine: Bundle,
@@ -159,11 +161,64 @@ def _next_queries(
         return None
     owner = (call.channel.rank - step - 1) % call.channel.size
     if saved is None:
-        specs = rows.query_specs(call, mine[0], visibility, owner)
+        specs = _query_specs(call, mine[0], visibility, owner)
     else:
-        specs = rows.gradient_specs(call, saved, visibility, owner)
+        specs = _gradient_specs(call, saved, visibility, owner)
     return call.channel.shift(mine, specs)
 
 
 def _under(visibility: Visibility | None, bundle: Bundle, index: int) -> Visibility | None:
     return None if visibility is None else visibility.with_queries(bundle[index])
+
+
+def _ranges(visibility: Visibility | None) -> Bundle:
+    """The visibility of queries, as it travels with them."""
+    return [] if visibility is None else [visibility.ranges]
+
+
+def _query_specs(call: Call, q: Tensor, visibility: Visibility | None, rank: int) -> list[Spec]:
+    """What another rank's queries look like."""
+    queries = _rows_like(q, call.q_lengths[rank], dim=1)
+    return [queries, *_range_specs(call, q, visibility, rank)]
+
+
+def _gradient_specs(
+    call: Call, saved: Saved, visibility: Visibility | None, rank: int
+) -> list[Spec]:
+    """What another rank's queries look like in backward, with dout, lse and delta."""
+    length = call.q_lengths[rank]
+    queries = _rows_like(saved.q, length, dim=1)
+    statistics = [_rows_like(saved.lse, length, dim=2), _rows_like(saved.delta, length, dim=2)]
+    return [queries, queries, *statistics, *_range_specs(call, saved.q, visibility, rank)]
+
+
+def _encode_part(out: Tensor, lse: Tensor, dtype: torch.dtype) -> Bundle:
+    """A part on its way home."""
+    return [lse, *wire.encode(out, dtype)]
+
+
+def _part_specs(out: Tensor, lse: Tensor, dtype: torch.dtype) -> list[Spec]:
+    """What a part of this rank's own rows looks like on its way home.
+
+    Args:
+        out, lse: of the same rows and heads.
+        dtype: q's.
+    """
+    return [Spec.of(lse), *wire.specs(tuple(out.shape), dtype)]
+
+
+def _decode_part(bundle: Bundle) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of a part that arrived."""
+    return wire.decode(bundle[1:]), bundle[0]
+
+
+def _rows_like(tensor: Tensor, length: int, *, dim: int) -> Spec:
+    shape = list(tensor.shape)
+    shape[dim] = length
+    return Spec(tuple(shape), tensor.dtype)
+
+
+def _range_specs(call: Call, q: Tensor, visibility: Visibility | None, rank: int) -> list[Spec]:
+    if visibility is None:
+        return []
+    return [Spec((2, q.shape[0], call.q_lengths[rank]), torch.int32)]

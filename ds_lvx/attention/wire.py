@@ -2,8 +2,10 @@
 
 A part that is merged elsewhere is rounded once on the way and once more after the merge. In bf16,
 with its 8 significant bits, the two together can exceed twice the error of attention in one piece.
-fp16 has 11; what it lacks is range, which one power of two a message gives back. Both factors are
-exact. A value smaller than the largest of its message by 2^-29 or more loses bits again.
+fp16 has 11; what it lacks is range, which one power of two a row gives back. Both factors are
+exact. A value smaller than the largest of its row by 2^-29 or more loses bits again.
+
+A row is what belongs to one token of one sample: ``[num_heads, head_dim]``.
 """
 
 from __future__ import annotations
@@ -20,21 +22,21 @@ def encode(part: Tensor, dtype: torch.dtype) -> Bundle:
     """The tensors to send for ``part``, a tensor of a shape that the receiver knows.
 
     Args:
-        part: fp32 or fp64, or ``dtype``; any shape.
+        part: fp32 or fp64, or ``dtype``; ``[..., num_heads, head_dim]``.
         dtype: q's dtype, which decides the number of bits.
     """
     if dtype != torch.bfloat16:
         return [part.to(dtype)]
     wide = part.to(torch.float32)
     scale = _scale(wide)
-    return [(wide * scale).to(torch.float16), scale.reciprocal()]
+    return [(wide * scale[..., None, None]).to(torch.float16), scale.reciprocal()]
 
 
 def specs(shape: tuple[int, ...], dtype: torch.dtype) -> list[Spec]:
     """The specs of `encode`'s tensors for a part of this shape."""
     if dtype != torch.bfloat16:
         return [Spec(shape, dtype)]
-    return [Spec(shape, torch.float16), Spec((1,), torch.float32)]
+    return [Spec(shape, torch.float16), Spec(shape[:-2], torch.float32)]
 
 
 def decode(bundle: Bundle) -> Tensor:
@@ -42,14 +44,14 @@ def decode(bundle: Bundle) -> Tensor:
     if len(bundle) == 1:
         return bundle[0]
     part, factor = bundle
-    return part.to(torch.float32) * factor
+    return part.to(torch.float32) * factor[..., None, None]
 
 
 def _scale(part: Tensor) -> Tensor:
-    """fp32 ``[1]``: the power of two that brings the largest finite value into [2^14, 2^15)."""
+    """fp32, one a row: the power of two that brings its largest finite value into [2^14, 2^15)."""
     if part.numel() == 0:
-        return torch.ones(1, device=part.device)
-    largest = torch.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0).abs().amax().view(1)
+        return torch.ones(part.shape[:-2], device=part.device)
+    largest = torch.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0).abs().amax(dim=(-2, -1))
     _, exponent = torch.frexp(largest)
     # Between 2^-120 and 2^120 the factor and its reciprocal are both normal numbers.
     exponent = (_FP16_EXPONENT - exponent).clamp(-120, 120)

@@ -48,8 +48,21 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[T
     return out, lse
 
 
+def merge_stacked(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge ``n`` parts over disjoint keys at once.
+
+    Args:
+        out: fp32 (or fp64) ``[n, batch, seqlen_q, num_heads, head_dim]``; is written over.
+        lse: the same dtype, ``[n, batch, num_heads, seqlen_q]``.
+    """
+    total = lse.logsumexp(dim=0)
+    finite = total.masked_fill(total == -torch.inf, 0.0)
+    out *= _per_row(torch.exp(lse - finite))
+    return out.sum(dim=0), total
+
+
 def _per_row(weight: Tensor) -> Tensor:
-    return weight.transpose(1, 2).unsqueeze(-1)
+    return weight.transpose(-1, -2).unsqueeze(-1)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -18,6 +18,8 @@ from ds_lvx.plan.work import (
     ENCODE,
     FP32_BYTES,
     MERGE,
+    MERGE_STACKED,
+    SUM_STACKED,
     Work,
 )
 
@@ -61,7 +63,7 @@ def _gather(work: Work, timeline: Timeline, *, backward: bool) -> None:
         timeline.compute(work.touch(share * everyone, *copies), "other")
         attending = work.attend(kernel, work.queries, work.most_keys, share=share)
         timeline.compute(attending, "kernel")
-        timeline.compute(work.n * work.touch(share * everyone / work.n, ENCODE), "other")
+        timeline.compute(work.touch(share * everyone, ENCODE, COPY), "other")
         returning.append(timeline.post(work.ranks.exchange(share * part)))
     if backward and len(shares) > 1:
         timeline.compute(work.touch(2 * work.numbers(work.most_keys), COPY), "other")
@@ -69,8 +71,8 @@ def _gather(work: Work, timeline: Timeline, *, backward: bool) -> None:
         finish(work, timeline)
     for share, arrives in zip(shares, returning, strict=True):
         timeline.wait(arrives)
-        adding = work.touch(share * mine, DECODE, ADD_FP32 if backward else MERGE)
-        timeline.compute(work.n * adding, "other")
+        adding = SUM_STACKED if backward else MERGE_STACKED
+        timeline.compute(work.touch(work.n * share * mine, DECODE, adding), "other")
 
 
 def gather_forward(work: Work, timeline: Timeline) -> None:

@@ -23,7 +23,7 @@ class Journal:
         self.events: list[str] = []
 
     def watch(self, patch: Any) -> None:
-        for name in ("gather", "exchange", "shift"):
+        for name in ("gather_rows", "exchange_rows", "shift"):
             self._watch_transfer(patch, name)
         for name in ("forward", "fold", "backward"):
             self._watch_kernel(patch, name)
