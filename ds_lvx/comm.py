@@ -8,7 +8,6 @@ for the host. Every transfer takes the `Spec` of what arrives; `ds_lvx.traffic` 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, TypeAlias
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_lvx import agreement
 from ds_lvx.bundles import Bundle, Spec, bundle_nbytes, pack, pack_rows, unpack, unpack_rows
 from ds_lvx.counting import count, count_control
 from ds_lvx.pending import Pending, blocking
@@ -102,15 +102,7 @@ class Channel:
             if error is not None:
                 raise error
             return [record]
-        message: dict[str, Any] = {"record": record}
-        if error is not None:
-            message = {"record": {}, "error": str(error), "kind": _kind(error).__name__}
-        answers = [json.loads(text) for text in self._exchange(json.dumps(message).encode())]
-        failed = {rank: answer for rank, answer in enumerate(answers) if "error" in answer}
-        if failed:
-            kind = _KINDS[next(iter(failed.values()))["kind"]]
-            raise kind(_describe(failed, self.size)) from error
-        return [answer["record"] for answer in answers]
+        return agreement.decode(self._exchange(agreement.encode(record, error)), error)
 
     def agree_on(self, record: dict[str, Any], *, what: str) -> None:
         """Check a record that must be the same on every rank.
@@ -118,7 +110,7 @@ class Channel:
         Raises:
             ValueError: on all ranks, naming the key, the values and who has which.
         """
-        require_same(self.agree(record), record.keys(), what=what)
+        agreement.require_same(self.agree(record), record.keys(), what=what)
 
     def _exchange(self, payload: bytes) -> list[bytes]:
         capacity = _RECORD_BYTES
@@ -337,52 +329,6 @@ class Channel:
 def _split(buffer: Tensor, sizes: list[int], specs: Sequence[Sequence[Spec]]) -> list[Bundle]:
     pieces = buffer.split(sizes)
     return [unpack(piece, theirs) for piece, theirs in zip(pieces, specs, strict=True)]
-
-
-# --------------------------------------------------------------------------------------------
-# Errors on all ranks
-
-_KINDS: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (ValueError, NotImplementedError, RuntimeError)
-}
-
-
-def _kind(error: Exception) -> type[Exception]:
-    # NotImplementedError is a RuntimeError: the most special kind is asked for first.
-    for kind in (NotImplementedError, ValueError, RuntimeError):
-        if isinstance(error, kind):
-            return kind
-    return ValueError
-
-
-def _describe(failed: dict[int, dict[str, Any]], size: int) -> str:
-    ranks_by_text: dict[str, list[int]] = {}
-    for rank, answer in failed.items():
-        ranks_by_text.setdefault(answer["error"], []).append(rank)
-    return "; ".join(f"{_name(ranks, size)}: {text}" for text, ranks in ranks_by_text.items())
-
-
-def _name(ranks: Sequence[int], size: int) -> str:
-    if len(ranks) == size:
-        return "all ranks"
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
-
-
-def require_same(records: Sequence[dict[str, Any]], keys: Any, *, what: str) -> None:
-    """Raise a ValueError, the same on every rank, unless all records agree in ``keys``."""
-    for key in keys:
-        ranks_by_value: dict[str, list[int]] = {}
-        for rank, record in enumerate(records):
-            ranks_by_value.setdefault(str(record.get(key)), []).append(rank)
-        if len(ranks_by_value) > 1:
-            found = ", ".join(
-                f"{value} on {_name(ranks, len(records))}"
-                for value, ranks in ranks_by_value.items()
-            )
-            raise ValueError(
-                f"{what}: the ranks disagree on {key}: got {found}; expected the same on every "
-                "rank of the group"
-            )
 
 
 # --------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from ds_lvx.agreement import require_same
 from ds_lvx.comm import (
     Channel,
     ProcessGroup,
@@ -21,7 +22,6 @@ from ds_lvx.comm import (
     is_initialized,
     new_group_alone,
     new_groups,
-    require_same,
 )
 
 

@@ -75,8 +75,8 @@ def initialize(
 
     Reads the ``ds_lvx`` section of the ds_config, makes the sequence-parallel groups, patches the
     instance ``model`` and hands everything on to DeepSpeed. Rank 0 prints how each layer runs.
-    Whatever the ZeRO stage, ``engine.backward(out.loss)`` then gives the gradients of one process.
-    A section ``activation_checkpointing`` checkpoints the model's layers (`ds_lvx.checkpointing`).
+    ``engine.backward(out.loss)`` then gives the gradients of one process at any ZeRO stage, and
+    a section ``activation_checkpointing`` checkpoints the layers (`ds_lvx.checkpointing`).
 
     Args:
         args, model, optimizer, model_parameters, training_data, lr_scheduler, distributed_port,
@@ -84,8 +84,7 @@ def initialize(
         mpu, mesh_param: must stay None; the groups are the mpu.
 
     Returns:
-        ``(engine, optimizer, training_dataloader, lr_scheduler)``. ``engine.ds_lvx`` is the
-        `Session`; ``ds_lvx.shutdown(engine)`` ends it.
+        ``(engine, optimizer, dataloader, lr_scheduler)``; ``engine.ds_lvx`` is the `Session`.
 
     Raises:
         ValueError: a mistake in the config, on all ranks; ranks that were given different ones.

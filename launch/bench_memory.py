@@ -31,7 +31,13 @@ from ds_lvx.plan.memory import Setting
 
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES = ("trained", "frozen")
-TINY = {"hidden": 64, "heads": 4, "kv_heads": 2, "cross_layers": 2, "text_tokens": 8}
+TINY: dict[str, Any] = {
+    "hidden": 64,
+    "heads": 4,
+    "kv_heads": 2,
+    "cross_layers": 2,
+    "text_tokens": 8,
+}
 
 
 def main() -> None:

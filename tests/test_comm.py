@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import ds_lvx
+from ds_lvx.agreement import require_same
 from ds_lvx.bundles import Bundle, Spec, pack, unpack
-from ds_lvx.comm import Channel, require_same
+from ds_lvx.comm import Channel
 from tests.ranks import RankError, run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.bool, torch.float64)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx import comm
+from ds_lvx.agreement import require_same
 from ds_lvx.attention.auto import Wanted, decide
 from ds_lvx.attention.replay import once, recording, replaying
 from ds_lvx.comm import Channel, ProcessGroup
@@ -141,7 +141,7 @@ def _settle(
         isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (q, *keys.values())
     )
     records = channel.agree(record, error)
-    comm.require_same(records, same, what=operation)
+    require_same(records, same, what=operation)
     call = Call(
         channel=channel,
         q_lengths=tuple(other["q_length"] for other in records),

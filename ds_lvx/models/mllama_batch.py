@@ -16,7 +16,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from transformers.models.mllama.modeling_mllama import MllamaForConditionalGeneration
 
-from ds_lvx.comm import Channel, require_same
+from ds_lvx.agreement import require_same
+from ds_lvx.comm import Channel
 from ds_lvx.models.batch import ShardedBatch, Text, digest, move, span, split
 from ds_lvx.models.mllama_mask import Runs
 

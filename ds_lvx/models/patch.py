@@ -161,14 +161,11 @@ def attend(
     """Run one layer's attention by its planned method.
 
     Args:
-        plan: the layer's method, schedule, kernel and whether K and V are kept.
-        batch: the batch that q belongs to.
+        plan, batch: how the layer runs; what q belongs to.
         q: ``[B, s, H, D]``, this rank's queries.
         features: what K and V are projected from, ``[B, s_kv, hidden]``, this rank's.
-        project_kv: features -> K, V ``[B, s_kv, H_kv, D]``.
-        trains: whether a parameter of ``project_kv`` wants a gradient.
-        kv_heads: H_kv.
-        kv_lengths: s_kv by rank.
+        project_kv, trains: features -> K, V ``[B, s_kv, H_kv, D]``; whether its parameters train.
+        kv_heads, kv_lengths: H_kv; s_kv by rank.
         visibility: this rank's, or None where every query sees every key.
         scale: factor of the scores.
 
@@ -185,16 +182,16 @@ def attend(
         visibility=visibility is not None,
     )
     method, schedule = _resolved(plan, shape, batch.channel, q.device)
-    wanted = trains or q.requires_grad or features.requires_grad
+    # A projection that runs again in backward knows only there who wants a gradient.
+    wanted = plan.recompute_kv or trains or q.requires_grad or features.requires_grad
     call = Call(
-        channel=batch.channel,
-        q_lengths=batch.text_lengths,
-        kv_lengths=kv_lengths,
+        batch.channel,
+        batch.text_lengths,
+        kv_lengths,
         kernel=choose(plan.kernel, q),
         softmax_scale=scale,
         schedule=schedule,
-        # A projection that runs again in backward knows only there who wants a gradient.
-        requires_grad=(wanted or plan.recompute_kv) and torch.is_grad_enabled(),
+        requires_grad=wanted and torch.is_grad_enabled(),
     )
     if plan.recompute_kv:
         return recompute.attend_recompute(
