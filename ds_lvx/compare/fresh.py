@@ -21,6 +21,7 @@ from typing import Any
 
 _LINES_OF_A_FAILURE = 25
 _POLL_S = 0.1
+_VICTIMS_S = 2.0
 
 
 class RunError(RuntimeError):
@@ -120,15 +121,23 @@ def _environment(rank: int, ranks: int, *, master: str, port: int, threads: int)
 def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while any(process.poll() is None for process in processes):
-        for rank, process in enumerate(processes):
-            if process.poll() not in (None, 0):
-                raise RunError(_failure(folder, rank, f"ended with code {process.returncode}"))
+        if any(process.poll() not in (None, 0) for process in processes):
+            break
         if time.monotonic() > deadline:
             raise RunError(_failure(folder, 0, f"was not done after {timeout_s:.0f} s"))
         time.sleep(_POLL_S)
-    for rank, process in enumerate(processes):
-        if process.returncode != 0:
-            raise RunError(_failure(folder, rank, f"ended with code {process.returncode}"))
+    if any(process.poll() != 0 for process in processes):
+        rank = _first_to_fail(processes, folder)
+        raise RunError(_failure(folder, rank, f"ended with code {processes[rank].returncode}"))
+
+
+def _first_to_fail(processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> int:
+    """The rank whose last words are the oldest: the others miss it, and end a little later."""
+    deadline = time.monotonic() + _VICTIMS_S
+    while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
+    return min(failed, key=lambda rank: (folder / f"log-{rank}").stat().st_mtime_ns)
 
 
 def _failure(folder: Path, rank: int, what: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ds_lvx.compare.case import Case
-from ds_lvx.compare.fresh import RunError
+from ds_lvx.compare.fresh import RunError, run_fresh
 from ds_lvx.compare.memory.peak import ResidentMemory
 from ds_lvx.compare.memory.rank import Request, run
 from ds_lvx.plan.memory import Setting
@@ -37,6 +37,12 @@ def test_a_rank_that_fails_says_why_and_leaves_nothing() -> None:
         run(request(Setting(method="ring", features="offload")), threads=1)
     assert "Traceback" in str(raised.value) or "Error" in str(raised.value)
     assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= buffers
+
+
+def test_the_rank_that_failed_first_is_named() -> None:
+    """Rank 1 fails; rank 0 ends because of it, and its process is gone first."""
+    with pytest.raises(RunError, match=r"(?s)rank 1 ended with code 5; .*rank 1 is broken"):
+        run_fresh("tests.compare.failing_worker", {}, ranks=2)
 
 
 def test_resident_memory_has_a_peak_that_is_set_back() -> None:
