@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import ds_lvx
+from ds_lvx.attention.common import delta_of
+from ds_lvx.kernels import choose
 from tests.attention.cases import Problem, assemble, largest_error, run_problems
 from tests.ranks import run_ranks
 
@@ -123,6 +125,28 @@ def test_16_bits_err_at_most_twice_as_much_as_pytorch(ranks: int, dtype: torch.d
         errors = largest_error(assemble([a[index] for a in answers]), exact)
         for name, limit in allowed.items():
             assert errors[name] <= 2 * limit, (method, name, errors[name], limit)
+
+
+def run_beside_the_kernel(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's out and dq, and those of one kernel over its own keys, both in q's dtype."""
+    shard = problem.shard(torch.distributed.get_rank())
+    q, k, v = (shard[name] for name in "qkv")
+    out = ds_lvx.lv_xattn(q, k, v, schedule="gather")
+    out.backward(shard["dout"])
+    kernel = choose("native", q)
+    with torch.no_grad():
+        options = {"visibility": None, "softmax_scale": problem.head_dim**-0.5}
+        own, lse = kernel.forward(q, k, v, partial=True, **options)
+        delta = delta_of(own.to(q.dtype), shard["dout"], None, lse)
+        own_dq, *_ = kernel.backward(q, k, v, shard["dout"], lse, delta, has_dlse=False, **options)
+    return (out - own.to(q.dtype)).abs().max(), (q.grad - own_dq.to(q.dtype)).abs().max()
+
+
+def test_a_ranks_own_part_is_not_rounded_on_the_way() -> None:
+    """All keys are rank 0's: its own result is that of the kernel, to the bit."""
+    problem = Problem((40, 40), (64, 0), dtype=torch.bfloat16, head_dim=64)
+    same, _ = run_ranks(run_beside_the_kernel, 2, problem)
+    assert [difference.item() for difference in same] == [0.0, 0.0]
 
 
 def _error_of_pytorch(problem: Problem) -> dict[str, float]:
