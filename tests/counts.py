@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
 import ds_lvx
 from ds_lvx.attention.replay import Box
 from ds_lvx.kernels.native import NativeKernel
+
+_LET_GO_S = 1.0
 
 
 class Counts:
@@ -42,4 +45,12 @@ class Counts:
 
 
 def boxes() -> int:
+    """Boxes that are alive; a backend's thread may hold what it has sent for a moment longer."""
+    deadline = time.monotonic() + _LET_GO_S
+    while (alive := _boxes()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return alive
+
+
+def _boxes() -> int:
     return sum(isinstance(thing, Box) for thing in gc.get_objects())
