@@ -45,10 +45,19 @@ class Counts:
 
 
 def boxes() -> int:
-    """Boxes that are alive; a backend's thread may hold what it has sent for a moment longer."""
+    """Boxes that are alive; another thread may hold one for a moment longer.
+
+    The collector is off meanwhile: what only it can free counts as alive.
+    """
     deadline = time.monotonic() + _LET_GO_S
-    while (alive := _boxes()) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        while (alive := _boxes()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        if was_enabled:
+            gc.enable()
     return alive
 
 

@@ -6,7 +6,7 @@ What the script needs (root, iproute2, kernel features) it says itself, and `Net
 from __future__ import annotations
 
 import subprocess
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -123,21 +123,23 @@ class Lab:
 
 @dataclass(frozen=True)
 class Counters:
-    """What an interface has carried since it exists."""
+    """What an interface has carried since it exists.
+
+    Attributes:
+        segments_sent_again: by TCP, on every interface of the network namespace; the bytes of
+            those are among ``sent_bytes``.
+    """
 
     sent_bytes: int
     sent_packets: int
     received_bytes: int
     received_packets: int
+    segments_sent_again: int = 0
 
     def since(self, earlier: Counters) -> Counters:
         """The difference."""
-        return Counters(
-            self.sent_bytes - earlier.sent_bytes,
-            self.sent_packets - earlier.sent_packets,
-            self.received_bytes - earlier.received_bytes,
-            self.received_packets - earlier.received_packets,
-        )
+        then = asdict(earlier)
+        return Counters(**{name: now - then[name] for name, now in asdict(self).items()})
 
     @property
     def sent_payload_bytes(self) -> int:
@@ -145,19 +147,25 @@ class Counters:
         return self.sent_bytes - HEADER_BYTES * self.sent_packets
 
 
-def read_counters(interface: str, table: str | None = None) -> Counters | None:
+def read_counters(interface: str, folder: Path = Path("/proc/self/net")) -> Counters | None:
     """The counters of an interface of this process's network namespace; None where it has none.
 
     Args:
         interface: its name.
-        table: in the form of ``/proc/net/dev``, which is read when it is None.
+        folder: with the kernel's tables ``dev`` and ``snmp``.
     """
-    source = Path("/proc/self/net/dev")
-    if table is None:
-        table = source.read_text() if source.exists() else ""
-    for line in table.splitlines():
+    for line in _lines(folder / "dev"):
         name, colon, values = line.partition(":")
         if colon and name.strip() == interface:
             columns = [int(value) for value in values.split()]
-            return Counters(columns[8], columns[9], columns[0], columns[1])
+            return Counters(columns[8], columns[9], columns[0], columns[1], _sent_again(folder))
     return None
+
+
+def _sent_again(folder: Path) -> int:
+    names, values = [line.split() for line in _lines(folder / "snmp") if line.startswith("Tcp:")]
+    return int(values[names.index("RetransSegs")])
+
+
+def _lines(table: Path) -> list[str]:
+    return table.read_text().splitlines() if table.exists() else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,9 @@ def test_parts_add_up_to_the_step_and_each_is_there(records: list[dict[str, Any]
         low, high = record["sum_of_parts_over_whole"]
         assert low <= high
         for answer in record["answers"]:
-            # A step during which the machine did something else may miss, all of them may not.
+            # The median of three steps: during one the machine may have done something else.
             missed = [abs(_parts(step) / step["whole_s"] - 1) for step in answer["broken_down"]]
-            assert min(missed) < PARTS_MISS, (record["method"], missed)
+            assert statistics.median(missed) < PARTS_MISS, (record["method"], missed)
         for phase, columns in record["typical"]["parts_s"].items():
             computed = {name for name, seconds in columns.items() if seconds > 0}
             if phase != "optimizer":

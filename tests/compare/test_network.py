@@ -137,18 +137,21 @@ def test_the_script_says_what_it_needs(tools: dict[str, str], message: str, tmp_
     assert message in " ".join(done.stderr.split())
 
 
-def test_counters_are_those_of_the_interface() -> None:
-    table = (
+def test_counters_are_those_of_the_interface(tmp_path: Path) -> None:
+    (tmp_path / "dev").write_text(
         "Inter-|   Receive                                                |  Transmit\n"
         " face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs\n"
         "    lo:       1       2    0    0    0     0          0         0       1       2    0 0\n"
         "  eth0:    5000      40    0    0    0     0          0         0    9000      50    0 0\n"
     )
-    found = read_counters("eth0", table)
-    assert found == Counters(9000, 50, 5000, 40)
+    (tmp_path / "snmp").write_text(
+        "Icmp: InMsgs OutMsgs\nIcmp: 1 2\nTcp: InSegs OutSegs RetransSegs InErrs\nTcp: 5 6 7 8\n"
+    )
+    found = read_counters("eth0", tmp_path)
+    assert found == Counters(9000, 50, 5000, 40, segments_sent_again=7)
     assert found.sent_payload_bytes == 9000 - 50 * 66
-    assert found.since(Counters(1000, 10, 500, 4)) == Counters(8000, 40, 4500, 36)
-    assert read_counters("eth1", table) is None
+    assert found.since(Counters(1000, 10, 500, 4, 5)) == Counters(8000, 40, 4500, 36, 2)
+    assert read_counters("eth1", tmp_path) is None
 
 
 def interfaces() -> set[str]:

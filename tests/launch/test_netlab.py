@@ -14,6 +14,7 @@ from ds_lvx.compare.network import Lab, Network
 from tests.compare.test_network import own, why_not
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+MOST_BYTES_A_SEGMENT = 1448
 
 
 def netlab(*words: str) -> subprocess.CompletedProcess[str]:
@@ -49,5 +50,12 @@ def test_ranks_of_a_launcher_compare_and_the_interfaces_agree(tmp_path: Path) ->
     assert results["kind"] == "emulated"
     assert results["ranks"] == 2
     for record in results["records"]:
-        assert record["interface_over_traffic"] == pytest.approx(1.0, abs=0.02), record["method"]
+        for rank in record["ranks"]:
+            traffic, interface = rank["traffic"], rank["interface"]
+            counted = traffic["bytes_sent"] + traffic["control_bytes"]
+            # On a machine under load, TCP may send again in each of the steps that were counted.
+            again = MOST_BYTES_A_SEGMENT * interface["segments_sent_again"]
+            carried = interface["sent_payload_bytes"]
+            assert counted <= carried < 1.02 * counted + again, (record["method"], rank)
+        assert record["interface_over_traffic"] >= 1.0
     assert "lvx-gather" in done.stdout
