@@ -126,15 +126,15 @@ class WholeKeys:
         self, call: Call, rows: Saved, visibility: Visibility | None, *, heads: slice | None = None
     ) -> Tensor:
         """See `Keys.gradients`. Over several calls for all heads dk and dv add up in fp32."""
-        dq, dk, dv = _backward(call, rows, self._of(heads), visibility)
         if heads is not None:
             if self._totals is None:
                 assert self._keys is not None
                 k, v = self._keys
                 self._totals = k.new_empty(k.shape), v.new_empty(v.shape)
-            for total, part in zip(self._totals, (dk, dv), strict=True):
-                total[:, :, heads] = part
-        elif self._totals is None:
+            dk, dv = (total[:, :, heads] for total in self._totals)
+            return _backward(call, rows, self._of(heads), visibility, into=(dk, dv))[0]
+        dq, dk, dv = _backward(call, rows, self._of(None), visibility)
+        if self._totals is None:
             self._totals = (dk, dv)
         else:
             wide = accumulation_dtype(dk.dtype)
@@ -235,7 +235,12 @@ def _of_part(visibility: Visibility | None, part: Part) -> Visibility | None:
 
 
 def _backward(
-    call: Call, rows: Saved, keys: tuple[Tensor, Tensor], visibility: Visibility | None
+    call: Call,
+    rows: Saved,
+    keys: tuple[Tensor, Tensor],
+    visibility: Visibility | None,
+    *,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return call.kernel.backward(
         rows.q,
@@ -246,4 +251,5 @@ def _backward(
         visibility=visibility,
         softmax_scale=call.softmax_scale,
         has_dlse=call.returns_lse,
+        into=into,
     )

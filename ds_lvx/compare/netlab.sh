@@ -14,10 +14,12 @@ set -euo pipefail
 
 name=lvx
 subnet=10.77.0
+# As clusters set it: here the processor cuts and joins packets, elsewhere a network card does.
+mtu=9000
 # Few packets, so that small messages do not pass at once: a quarter of a millisecond's worth, and
-# two packets at least.
+# one packet at least.
 burst_s=0.00025
-burst_least=3100
+burst_least=9100
 queue_bytes=67108864 # like a switch with room: senders are slowed down, nothing is dropped
 pids=()
 
@@ -112,7 +114,8 @@ add_rank() { # number, latency, and tbf with its arguments
   shift 2
   try "CAP_SYS_ADMIN, which containers have with --privileged" ip netns add "$namespace"
   try "a kernel with veth (CONFIG_VETH)" \
-    ip -n "$hub" link add "port$rank" type veth peer name eth0 netns "$namespace"
+    ip -n "$hub" link add "port$rank" mtu "$mtu" type veth peer name eth0 mtu "$mtu" \
+    netns "$namespace"
   # No address of its own making, so that nothing but the ranks' packets is counted.
   try "iproute2" ip -n "$namespace" link set eth0 addrgenmode none up
   try "iproute2" ip -n "$namespace" address add "$subnet.$((rank + 1))/24" dev eth0

@@ -120,6 +120,7 @@ class AutoKernel:
         visibility: Visibility | None,
         softmax_scale: float,
         has_dlse: bool,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ds_lvx.kernels.Kernel.backward`."""
         options: dict[str, Any] = {
@@ -128,7 +129,8 @@ class AutoKernel:
             "has_dlse": has_dlse,
         }
         tensors = (q, k, v, dout, lse, delta)
-        return self._fastest("backward", tensors, options).backward(*tensors, **options)
+        fastest = self._fastest("backward", tensors, options)
+        return fastest.backward(*tensors, **options, into=into)
 
     def _fastest(
         self, direction: str, tensors: tuple[Tensor, ...], options: Mapping[str, Any]

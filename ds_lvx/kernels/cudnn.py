@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels import flash
+from ds_lvx.kernels.interface import written
 from ds_lvx.kernels.merge import merge_
 from ds_lvx.kernels.native import NativeKernel
 from ds_lvx.visibility import Visibility
@@ -69,10 +70,12 @@ class CudnnKernel(NativeKernel):
         visibility: Visibility | None,
         softmax_scale: float,
         has_dlse: bool,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ds_lvx.kernels.Kernel.backward`."""
         if visibility is None and not has_dlse and q.numel() and k.numel():
-            return backward(q, k, v, dout, lse, delta, softmax_scale=softmax_scale)
+            dq, *gradients = backward(q, k, v, dout, lse, delta, softmax_scale=softmax_scale)
+            return dq, *written((gradients[0], gradients[1]), into)
         return super().backward(
             q,
             k,
@@ -83,6 +86,7 @@ class CudnnKernel(NativeKernel):
             visibility=visibility,
             softmax_scale=softmax_scale,
             has_dlse=has_dlse,
+            into=into,
         )
 
 

@@ -77,6 +77,7 @@ class Kernel(Protocol):
         visibility: Visibility | None,
         softmax_scale: float,
         has_dlse: bool,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients through these keys, given the softmax over all keys of all ranks.
 
@@ -86,9 +87,21 @@ class Kernel(Protocol):
             lse: ``[B, H, S]``, over all keys of all ranks.
             delta: ``[B, H, S]``, ``rowsum(dout * out) - dlse``.
             has_dlse: whether ``delta`` may hold a gradient of lse.
+            into: tensors like k and v, of any strides, that dk and dv are to be written to.
 
         Returns:
             A part of dq ``[B, S, H, D]`` in q's dtype or wider (parts of all ranks add up), and the
-            exact dk and dv ``[B, T, K, D]``.
+            exact dk and dv ``[B, T, K, D]``: ``into`` itself where it was given.
         """
         ...
+
+
+def written(
+    gradients: tuple[Tensor, Tensor], into: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """dk and dv of a kernel that cannot write to given tensors, copied there if need be."""
+    if into is None:
+        return gradients
+    for target, gradient in zip(into, gradients, strict=True):
+        target.copy_(gradient)
+    return into

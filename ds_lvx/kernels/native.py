@@ -2,7 +2,9 @@
 
 Without visibility it is one call. With it, keys are cut into blocks, and no mask is larger than a
 block; on a CPU a block that no query sees is left out, and one that all see needs no mask. Where no
-fused kernel does a block (`ds_lvx.kernels.flash`), matrix products do (`ds_lvx.kernels.dense`).
+fused kernel does a block (`ds_lvx.kernels.flash`), matrix products in fp32 do
+(`ds_lvx.kernels.dense`); so they do on a CPU whose oneDNN makes them faster than PyTorch's kernel
+in 16 bits or 32 (`ds_lvx.kernels.onednn`), unless queries are very few.
 
 PyTorch's kernels round their output to q's dtype. A part that is still to be merged would be
 rounded twice, so on a CPU, where it costs next to nothing, 16-bit parts are computed block by
@@ -13,11 +15,13 @@ there are large matrix products.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from ds_lvx.kernels import dense, flash
+from ds_lvx.kernels import dense, flash, onednn
+from ds_lvx.kernels.interface import written
 from ds_lvx.kernels.merge import accumulation_dtype, empty_part, merge_
 from ds_lvx.visibility import Block, Visibility, blocks
 
@@ -25,8 +29,11 @@ from ds_lvx.visibility import Block, Visibility, blocks
 _MASK_ELEMENTS = 2**24
 _SCORE_ELEMENTS = 2**25
 _MIN_KEYS, _MAX_KEYS = 256, 4096
-_CPU_BLOCK_BYTES = 2**22  # of K and V in fp32: they stay in the cache from one product to the next
+# On a CPU what a block reads and writes stays in the cache from one product to the next.
+_CPU_BLOCK_BYTES = 2**22  # of K and V in fp32
+_CPU_SCORE_ELEMENTS = 2**21
 _FEW_QUERIES = 128
+_FEWEST_ROWS = 16  # for products: queries times the query heads of a key/value head
 
 
 class NativeKernel:
@@ -48,8 +55,8 @@ class NativeKernel:
         dtype = accumulation_dtype(q.dtype)
         if q.numel() == 0 or k.numel() == 0:  # the fused kernels end the process on these
             return empty_part(q, dtype)
-        if _in_one_call(q, visibility, partial=partial):
-            return _forward(q, k, v, None, softmax_scale)
+        if _in_one_call(q, k, visibility, partial=partial):
+            return _forward(q, k, v, None, softmax_scale, fused=True)
         running = empty_part(q, dtype)
         _fold_blocks(q, k, v, running, visibility=visibility, softmax_scale=softmax_scale)
         return running
@@ -80,38 +87,75 @@ class NativeKernel:
         visibility: Visibility | None,
         softmax_scale: float,
         has_dlse: bool,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ds_lvx.kernels.Kernel.backward`."""
         if q.numel() == 0 or k.numel() == 0:
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        fused = not has_dlse and _fused(q, visibility)
+            return torch.zeros_like(q), *written((torch.zeros_like(k), torch.zeros_like(v)), into)
+        fused = not has_dlse and _fused(q, k, visibility)
         few = q.device.type == "cpu" and q.shape[1] <= _FEW_QUERIES
         if visibility is None and fused and not (few and _is_narrow(q)):
-            return _backward(q, k, v, dout, lse, delta, None, softmax_scale, fused=True)
-        dtype = accumulation_dtype(q.dtype)
-        dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
-        # Without a fused kernel, a key may get its gradient from several blocks of queries.
-        key_dtype = k.dtype if fused else dtype
-        dk, dv = torch.zeros_like(k, dtype=key_dtype), torch.zeros_like(v, dtype=key_dtype)
-        wide = dtype if few else q.dtype
-        q, dout = q.to(wide), dout.to(wide)
-        for block in _blocks(q, k, visibility, fused=fused):
-            rows, keys = block.queries, block.keys
-            part_dq, part_dk, part_dv = _backward(
-                q[:, rows],
-                k[:, keys].to(wide),
-                v[:, keys].to(wide),
-                dout[:, rows],
-                lse[:, :, rows],
-                delta[:, :, rows],
-                block.mask,
-                softmax_scale,
-                fused=fused,
-            )
-            dq[:, rows] += part_dq
-            dk[:, keys] += part_dk
-            dv[:, keys] += part_dv
-        return dq, dk.to(k.dtype), dv.to(v.dtype)
+            tensors = (q, k, v, dout, lse, delta)
+            dq, dk, dv = _backward(*tensors, None, softmax_scale, fused=True)
+            return dq, *written((dk, dv), into)
+        return _backward_blocks(
+            *(q, k, v, dout, lse, delta),
+            visibility=visibility,
+            softmax_scale=softmax_scale,
+            fused=fused,
+            wide=accumulation_dtype(q.dtype) if fused and few else q.dtype,
+            into=into,
+        )
+
+
+def _backward_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    *,
+    visibility: Visibility | None,
+    softmax_scale: float,
+    fused: bool,
+    wide: torch.dtype,
+    into: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients block by block; what a block's kernel gets is made ``wide`` first."""
+    dtype = accumulation_dtype(q.dtype)
+    cut = _cut(q, k, fused=fused)
+    # A key gets its gradient from one block of queries at most, or from several.
+    once = cut.queries_per_block >= q.shape[1]
+    write = Tensor.copy_ if once else Tensor.add_
+    if once:
+        dk, dv = into or (torch.empty_like(k), torch.empty_like(v))
+    else:
+        dk, dv = (torch.empty_like(t, dtype=dtype) for t in (k, v))
+    if visibility is not None or not once:  # else all of it is written over
+        dk.zero_()
+        dv.zero_()
+    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    q, dout = q.to(wide), dout.to(wide)
+    for block in cut.blocks(visibility):
+        rows, keys = block.queries, block.keys
+        part_dq, part_dk, part_dv = _backward(
+            q[:, rows],
+            k[:, keys].to(wide),
+            v[:, keys].to(wide),
+            dout[:, rows],
+            lse[:, :, rows],
+            delta[:, :, rows],
+            block.mask,
+            softmax_scale,
+            fused=fused,
+        )
+        dq[:, rows] += part_dq
+        write(dk[:, keys], part_dk)
+        write(dv[:, keys], part_dv)
+    if once:
+        return dq, dk, dv
+    return dq, *written((dk.to(k.dtype), dv.to(v.dtype)), into)
 
 
 def _fold_blocks(
@@ -125,62 +169,74 @@ def _fold_blocks(
 ) -> None:
     """Merge attention over these keys into a running result, block by block."""
     out, lse = running
-    if _in_one_call(q, visibility, partial=True):
-        merge_(out, lse, *_forward(q, k, v, None, softmax_scale))
+    if _in_one_call(q, k, visibility, partial=True):
+        merge_(out, lse, *_forward(q, k, v, None, softmax_scale, fused=True))
         return
-    cpu, dtype = q.device.type == "cpu", accumulation_dtype(q.dtype)
-    if cpu:
-        q = q.to(dtype)
-    for block in _blocks(q, k, visibility, fused=_fused(q, visibility)):
+    fused = _fused(q, k, visibility)
+    wide = accumulation_dtype(q.dtype) if fused and q.device.type == "cpu" else q.dtype
+    q = q.to(wide)
+    for block in _cut(q, k, fused=fused).blocks(visibility):
         rows, keys = block.queries, block.keys
-        block_k, block_v = (t[:, keys].to(dtype) if cpu else t[:, keys] for t in (k, v))
-        part = _forward(q[:, rows], block_k, block_v, block.mask, softmax_scale)
+        block_k, block_v = k[:, keys].to(wide), v[:, keys].to(wide)
+        part = _forward(q[:, rows], block_k, block_v, block.mask, softmax_scale, fused=fused)
         merge_(out[:, rows], lse[:, :, rows], *part)
 
 
-def _in_one_call(q: Tensor, visibility: Visibility | None, *, partial: bool) -> bool:
+def _in_one_call(q: Tensor, k: Tensor, visibility: Visibility | None, *, partial: bool) -> bool:
     widened = partial and q.device.type == "cpu" and _is_narrow(q)
-    return visibility is None and _fused(q, None) and not widened
+    return visibility is None and _fused(q, k, None) and not widened
 
 
 def _is_narrow(q: Tensor) -> bool:
     return q.dtype != accumulation_dtype(q.dtype)
 
 
-def _fused(q: Tensor, visibility: Visibility | None) -> bool:
+def _fused(q: Tensor, k: Tensor, visibility: Visibility | None) -> bool:
+    """Whether PyTorch's fused kernels are to be taken, rather than matrix products."""
     if q.device.type == "cpu":
-        return True
+        rows = q.shape[1] * q.shape[2] // k.shape[2]
+        return rows < _FEWEST_ROWS or q.dtype == torch.float64 or not onednn.serves()
     mask = None if visibility is None else visibility.kv_pos
     return q.device.type == "cuda" and flash.cuda_can(q, mask)
 
 
-def _blocks(q: Tensor, k: Tensor, visibility: Visibility | None, *, fused: bool) -> Iterator[Block]:
-    """Blocks, one at a time, whose masks (or unfused scores) stay within a budget."""
+@dataclass(frozen=True)
+class _Cut:
+    """How queries and keys are cut into blocks."""
+
+    seqlen_q: int
+    seqlen_kv: int
+    queries_per_block: int
+    keys_per_block: int
+
+    def blocks(self, visibility: Visibility | None) -> Iterator[Block]:
+        return blocks(visibility, **asdict(self))
+
+
+def _cut(q: Tensor, k: Tensor, *, fused: bool) -> _Cut:
+    """Blocks whose masks (or unfused scores) stay within a budget."""
     batch, seqlen_q, heads, _ = q.shape
-    budget = _MASK_ELEMENTS // batch if fused else _SCORE_ELEMENTS // (batch * heads)
+    cpu = q.device.type == "cpu"
+    scores = _CPU_SCORE_ELEMENTS if cpu else _SCORE_ELEMENTS
+    budget = _MASK_ELEMENTS // batch if fused else scores // (batch * heads)
     rows = seqlen_q if fused else min(seqlen_q, max(budget // _MIN_KEYS, 1))
     most = _MAX_KEYS
-    if q.device.type == "cpu":
+    if cpu:
         key_bytes = 2 * batch * k.shape[2] * k.shape[3] * accumulation_dtype(k.dtype).itemsize
         most = min(most, _CPU_BLOCK_BYTES // key_bytes)
-    return blocks(
-        visibility,
-        seqlen_q=seqlen_q,
-        seqlen_kv=k.shape[1],
-        queries_per_block=rows,
-        keys_per_block=max(min(budget // rows, most), _MIN_KEYS),
-    )
+    return _Cut(seqlen_q, k.shape[1], rows, max(min(budget // rows, most), _MIN_KEYS))
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax_scale: float, *, fused: bool
 ) -> tuple[Tensor, Tensor]:
-    if q.device.type == "cpu":
+    if fused and q.device.type == "cpu":
         return flash.cpu_forward(q, k, v, mask=mask, softmax_scale=softmax_scale)
-    if q.device.type == "cuda" and flash.cuda_can(q, mask):
+    if fused:
         return flash.cuda_forward(q, k, v, softmax_scale=softmax_scale)
     dtype = accumulation_dtype(q.dtype)
-    return dense.forward(q, k, v, mask=mask, softmax_scale=softmax_scale, dtype=dtype)
+    with onednn.products():
+        return dense.forward(q, k, v, mask=mask, softmax_scale=softmax_scale, dtype=dtype)
 
 
 def _backward(
@@ -201,4 +257,5 @@ def _backward(
     if fused:
         return flash.cuda_backward(*tensors, softmax_scale=softmax_scale)
     dtype = accumulation_dtype(q.dtype)
-    return dense.backward(*tensors, mask=mask, softmax_scale=softmax_scale, dtype=dtype)
+    with onednn.products():
+        return dense.backward(*tensors, mask=mask, softmax_scale=softmax_scale, dtype=dtype)

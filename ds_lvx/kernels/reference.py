@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels import dense
+from ds_lvx.kernels.interface import written
 from ds_lvx.kernels.merge import accumulation_dtype, empty_part, merge_
 from ds_lvx.visibility import Visibility
 
@@ -62,11 +63,12 @@ class ReferenceKernel:
         visibility: Visibility | None,
         softmax_scale: float,
         has_dlse: bool,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ds_lvx.kernels.Kernel.backward`; a gradient of lse is nothing special here."""
         del has_dlse
         if k.numel() == 0:
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            return torch.zeros_like(q), *written((torch.zeros_like(k), torch.zeros_like(v)), into)
         mask = None if visibility is None else visibility.mask()
         dq, dk, dv = dense.backward(
             q,
@@ -79,4 +81,4 @@ class ReferenceKernel:
             softmax_scale=softmax_scale,
             dtype=torch.float64,
         )
-        return dq.to(accumulation_dtype(q.dtype)), dk.to(k.dtype), dv.to(v.dtype)
+        return dq.to(accumulation_dtype(q.dtype)), *written((dk.to(k.dtype), dv.to(v.dtype)), into)

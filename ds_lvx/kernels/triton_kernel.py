@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ds_lvx.kernels import triton_backward, triton_forward
+from ds_lvx.kernels.interface import written
 from ds_lvx.kernels.merge import empty_part
 from ds_lvx.kernels.triton_tiles import Seen, Tiles, count, padded, shape_options, splits
 from ds_lvx.visibility import Visibility
@@ -93,19 +94,19 @@ class TritonKernel:
         visibility: Visibility | None,
         softmax_scale: float,
         has_dlse: bool,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ds_lvx.kernels.Kernel.backward`. dq in fp32."""
         if q.numel() == 0 or k.numel() == 0:
             dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-            return dq, torch.zeros_like(k), torch.zeros_like(v)
+            return dq, *written((torch.zeros_like(k), torch.zeros_like(v)), into)
         q, k, v, dout = (_last_dim_dense(t) for t in (q, k, v, dout.to(q.dtype)))
         # In base 2; +inf where a row saw nothing, so that its weights are exp2(-inf) = 0.
         norm = (lse * math.log2(math.e)).masked_fill(lse == -torch.inf, torch.inf).contiguous()
         inputs = (q, k, v, dout, norm, delta.to(torch.float32).contiguous())
         scale = (softmax_scale, softmax_scale * math.log2(math.e))
         dq = _queries_gradient(inputs, visibility, scale)
-        dk, dv = _keys_gradient(inputs, visibility, scale)
-        return dq, dk, dv
+        return dq, *written(_keys_gradient(inputs, visibility, scale), into)
 
     def _parts(
         self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | None, softmax_scale: float

@@ -187,7 +187,8 @@ def test_noted_calls_are_made_again() -> None:
     running = (torch.zeros(3), torch.zeros(3))
     noting.fold(two, two, two, running, **how)
     noting.forward(long, one, one, **how)
-    noting.backward(*[one] * 6, **how, has_dlse=False)
+    noting.backward(*[one] * 6, **how, has_dlse=False, into=(one, one))
+    assert inner.seen[-1][2].pop("into") == (one, one)
     assert running[0].tolist() == [1, 1, 1]
     begun = inner.seen
     inner.seen = []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.kernels import choose, dense, flash
+from ds_lvx.kernels import choose, dense, flash, onednn
 from ds_lvx.kernels.merge import empty_part, merge
 from ds_lvx.kernels.native import NativeKernel
 
@@ -23,6 +23,13 @@ SHAPES = [  # batch, queries, keys, heads, kv heads, head_dim
     (1, 3, 40, 3, 3, 80),
     (1, 2, 9, 2, 1, 256),
 ]
+
+
+@pytest.fixture(autouse=True, params=["as here", "fused"])
+def _products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``native`` takes on this machine's processor, and what it takes on others."""
+    if request.param == "fused":
+        monkeypatch.setattr(onednn, "serves", lambda: False)
 
 
 def like(dtype: torch.dtype, head_dim: int = 16) -> Tensor:
@@ -151,6 +158,30 @@ def test_16_bit_gradients_of_few_queries_are_rounded_once(
         torch.testing.assert_close(gradient.double(), leaf.grad, atol=1e-6, rtol=1.01 * rounding)
 
 
+@pytest.mark.parametrize("has_dlse", [False, True])
+@pytest.mark.parametrize("visibility", ["none", "frames"])
+@pytest.mark.parametrize("queries", [0, 9, 150])
+@pytest.mark.parametrize("name", ["native", "reference", "triton"])
+def test_gradients_are_written_to_given_tensors(
+    name: str, queries: int, visibility: str, has_dlse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ds_lvx.kernels.native._CPU_SCORE_ELEMENTS", 2**16)  # several of queries
+    kernel = choose(name, like(torch.bfloat16))
+    q, k, v = tensors((2, queries, 300, 4, 2, 16), torch.bfloat16)
+    sees = None if visibility == "none" else rule((2, queries, 300), visibility)
+    lse = torch.full((2, 4, queries), 6.0)
+    arguments = {"visibility": sees, "softmax_scale": 0.3, "has_dlse": has_dlse}
+    expected = kernel.backward(q, k, v, q, lse, lse, **arguments)
+    whole = torch.full((2, 2, 300, 4, 16), torch.nan, dtype=torch.bfloat16)
+    into = (whole[0, :, :, 1:3], whole[1, :, :, 1:3])
+    found = kernel.backward(q, k, v, q, lse, lse, **arguments, into=into)
+    assert found[1:] == into
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert whole[:, :, :, 0].isnan().all()
+    assert whole[:, :, :, 3].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("visibility", ["none", "frames"])
 @pytest.mark.parametrize("name", ["native", "reference"])
@@ -257,7 +288,7 @@ def test_autocast_does_not_reach_the_dense_kernel() -> None:
 
 def test_many_queries_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a fused kernel the scores of a block stay within a budget; gradients add up."""
-    monkeypatch.setattr("ds_lvx.kernels.native._SCORE_ELEMENTS", 2**11)
+    monkeypatch.setattr("ds_lvx.kernels.native._CPU_SCORE_ELEMENTS", 2**11)
     shape = (1, 50, 300, 2, 1, 8)
     q, k, v = tensors(shape, torch.float32)
     out, lse = NativeKernel().forward(q, k, v, visibility=None, softmax_scale=0.3)

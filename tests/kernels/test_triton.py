@@ -13,7 +13,7 @@ from triton.runtime import interpreter
 
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.kernels import choose, native, triton_forward, triton_kernel
+from ds_lvx.kernels import choose, native, onednn, triton_forward, triton_kernel
 from ds_lvx.kernels.merge import merge_
 from ds_lvx.kernels.native import NativeKernel
 from ds_lvx.kernels.triton_kernel import TritonKernel
@@ -110,7 +110,9 @@ def test_16_bits_are_as_exact_as_pytorchs(
     shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most twice the error of PyTorch's own kernel in the same dtype."""
-    monkeypatch.setattr(native, "_FEW_QUERIES", 0)  # else it would be PyTorch's in fp32
+    # Else it would be in fp32.
+    monkeypatch.setattr(native, "_FEW_QUERIES", 0)
+    monkeypatch.setattr(onednn, "serves", lambda: False)
     inputs, sees = tensors(shape, dtype), rule(shape, "frames")
     found = errors(TritonKernel(), inputs, sees, 0.2)
     peer = errors(NativeKernel(), inputs, sees, 0.2)

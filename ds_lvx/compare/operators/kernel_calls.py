@@ -88,6 +88,7 @@ class NotingKernel:
         visibility: Visibility | None,
         softmax_scale: float,
         has_dlse: bool,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ds_lvx.kernels.Kernel.backward`."""
         options: dict[str, Any] = {
@@ -96,8 +97,9 @@ class NotingKernel:
             "has_dlse": has_dlse,
         }
         tensors = (q, k, v, dout, lse, delta)
+        # Again it is to write to new memory, as a step does; what was written before is at hand.
         self._note("backward", tensors, options)
-        return self._kernel.backward(*tensors, **options)
+        return self._kernel.backward(*tensors, **options, into=into)
 
     def repeat(self, first: int, last: int) -> None:
         """Make calls ``first`` to ``last`` again, the last one excluded."""
