@@ -284,8 +284,10 @@ class Channel:
         landing = [tensor if tensor.numel() else nothing.clone() for tensor in arrived]
         receiver = dist.get_global_rank(self.group, (self.rank + hops) % self.size)
         sender = dist.get_global_rank(self.group, (self.rank - hops) % self.size)
-        operations = [dist.P2POp(dist.isend, tensor, receiver, self.group) for tensor in sent]
-        operations += [dist.P2POp(dist.irecv, tensor, sender, self.group) for tensor in landing]
+        # gloo tells the sender that it may begin on the connection that the answer takes: behind
+        # what this rank sends, two neighbours would send one after the other.
+        operations = [dist.P2POp(dist.irecv, tensor, sender, self.group) for tensor in landing]
+        operations += [dist.P2POp(dist.isend, tensor, receiver, self.group) for tensor in sent]
         count("send_recv", sum(tensor.nbytes for tensor in sent))
         works = dist.batch_isend_irecv(operations)
         return Pending("send_recv", works, lambda: arrived, keep=(sent, landing))
