@@ -70,7 +70,6 @@ class Link:
         shifts: two shifts at once, to both sides; bytes of both.
         drag_s: by how much a shift under way slows down what the rank computes. Nothing on a GPU;
             on a CPU somebody has to send.
-        drag_s_per_byte: and each byte of it.
     """
 
     shift: Wire
@@ -78,7 +77,6 @@ class Link:
     exchange: Wire
     shifts: Wire
     drag_s: float = 0.0
-    drag_s_per_byte: float = 0.0
 
     @classmethod
     def of(cls, bytes_per_s: float, latency_s: float) -> Link:
@@ -241,8 +239,7 @@ def _link(record: Mapping[str, Any]) -> Link:
     for kind in ("shift", "gather", "exchange", "shifts"):
         points = ((nbytes, seconds) for nbytes, seconds in record[kind]["points"])
         wires[kind] = Wire(**{**record[kind], "points": tuple(points)})
-    per_byte = record.get("drag_s_per_byte", 0.0)  # an older profile has none
-    return Link(**wires, drag_s=record["drag_s"], drag_s_per_byte=per_byte)
+    return Link(**wires, drag_s=record["drag_s"])
 
 
 def from_card(

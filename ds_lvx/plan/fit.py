@@ -130,31 +130,26 @@ def link(answers: Sequence[Mapping[str, Any]]) -> Link:
     gather, exchange = wires["gather"], wires["exchange"]
     # Of an all-gather every hop has its latency; of an all-to-all, what the first message's does
     # not explain is for each peer.
-    drag_s = _drag(answers, 0)
     beyond = max(exchange.latency_s - wires["shift"].latency_s, 0.0)
     return Link(
         shift=wires["shift"],
         gather=replace(gather, latency_s=gather.latency_s / others),
         exchange=replace(exchange, latency_s=beyond / others),
         shifts=wires["shifts"],
-        drag_s=drag_s,
-        drag_s_per_byte=_drag_per_byte(answers, drag_s),
+        drag_s=_drag(answers),
     )
 
 
-def _drag(answers: Sequence[Mapping[str, Any]], index: int) -> float:
-    """What one of two shifts costs the kernel above it."""
-    several = [answer["hidden"][index] for answer in answers]
+def _drag(answers: Sequence[Mapping[str, Any]]) -> float:
+    """What one of two small shifts costs the kernel above it.
+
+    Of large ones nothing can be said: their transfer may itself take longer than the kernel.
+    """
+    first = [answer["hidden"][0] for answer in answers]
     kernel, shifts, both = (
-        slowest([each[name] for each in several]) for name in ("kernel", "shifts", "both")
+        slowest([each[name] for each in first]) for name in ("kernel", "shifts", "both")
     )
     return max(both - max(kernel, shifts), 0.0) / 2
-
-
-def _drag_per_byte(answers: Sequence[Mapping[str, Any]], drag_s: float) -> float:
-    """What a byte of a large shift costs besides."""
-    nbytes = answers[0]["hidden"][-1]["bytes"]
-    return max(_drag(answers, -1) - drag_s, 0.0) / nbytes
 
 
 def _of_kernels(

@@ -281,9 +281,9 @@ def _gather(bench: _Bench, nbytes: int) -> Callable[[], object]:
 
 
 def _exchange(bench: _Bench, nbytes: int) -> Callable[[], object]:
-    message, spec = _message(bench, nbytes)
     n = bench.world.size
-    return lambda: bench.world.exchange([[message]] * n, [[spec]] * n).wait()
+    messages = torch.zeros(n, nbytes, dtype=torch.uint8, device=bench.device)
+    return lambda: bench.world.exchange_rows([messages], [0], [1] * n).wait()
 
 
 def _device() -> torch.device:

@@ -60,7 +60,7 @@ class Ranks:
             sent = sharing * nbytes
             own = link.shifts.busy_s(2 * sent) / 2 if crowded else link.shift.busy_s(sent)
             busy, latency = max(busy, own), max(latency, link.shift.latency_s)
-            drag = max(drag, link.drag_s + sent * link.drag_s_per_byte)
+            drag = max(drag, link.drag_s)
         return Transfer(busy, latency, nbytes, 1, drag)
 
     def gather(self, nbytes: float) -> Transfer:
