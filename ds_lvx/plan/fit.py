@@ -1,9 +1,9 @@
 """From the samples of a calibration to the numbers of a `Cluster`.
 
-A sample is the time of the slowest rank; of each list of samples the median counts, of transfers the
-lower quartile: two that begin in the same instant, as those of a calibration do and those of a step
-do not, can get in each other's way and take up to twice as long. The terms of a kernel's time and of
-a link's are fitted by least squares of the relative error, none below zero.
+A sample is the time of the slowest rank; of each list of samples the median counts. Of transfers it
+is the lower quartile: two that begin in the same instant, as those of a calibration do and those of
+a step do not, can get in each other's way and take twice as long. The terms of a kernel's time and
+of a link's are fitted by least squares of the relative error, none below zero.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ def _of_transfers(
     """Bytes that a rank sends, and seconds."""
     records = [answer["transfers"][kind] for answer in answers]
     nbytes = [float(times * each["bytes"]) for each in records[0]]
-    return nbytes, [undisturbed([r["seconds"] for r in each]) for each in zip(*records, strict=True)]
+    seconds = [[record["seconds"] for record in each] for each in zip(*records, strict=True)]
+    return nbytes, [undisturbed(each) for each in seconds]
 
 
 def _alone(answers: Sequence[Mapping[str, Any]]) -> float:
