@@ -152,6 +152,8 @@ def test_counters_are_those_of_the_interface(tmp_path: Path) -> None:
     assert found.sent_payload_bytes == 9000 - 50 * 66
     assert found.since(Counters(1000, 10, 500, 4, 5)) == Counters(8000, 40, 4500, 36, 2)
     assert read_counters("eth1", tmp_path) is None
+    (tmp_path / "snmp").unlink()
+    assert read_counters("eth0", tmp_path) == Counters(9000, 50, 5000, 40)
 
 
 def interfaces() -> set[str]:
