@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -99,9 +101,9 @@ class NativeKernel:
             dq, dk, dv = _backward(*tensors, None, softmax_scale, fused=True)
             return dq, *written((dk, dv), into)
         return _backward_blocks(
-            *(q, k, v, dout, lse, delta),
-            visibility=visibility,
-            softmax_scale=softmax_scale,
+            (q, k, v, dout, lse, delta),
+            visibility,
+            softmax_scale,
             fused=fused,
             wide=accumulation_dtype(q.dtype) if fused and few else q.dtype,
             into=into,
@@ -109,53 +111,47 @@ class NativeKernel:
 
 
 def _backward_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    *,
+    tensors: tuple[Tensor, ...],
     visibility: Visibility | None,
     softmax_scale: float,
+    *,
     fused: bool,
     wide: torch.dtype,
     into: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients block by block; what a block's kernel gets is made ``wide`` first."""
-    dtype = accumulation_dtype(q.dtype)
-    cut = _cut(q, k, fused=fused)
-    # A key gets its gradient from one block of queries at most, or from several.
-    once = cut.queries_per_block >= q.shape[1]
-    write = Tensor.copy_ if once else Tensor.add_
-    if once:
-        dk, dv = into or (torch.empty_like(k), torch.empty_like(v))
-    else:
-        dk, dv = (torch.empty_like(t, dtype=dtype) for t in (k, v))
-    if visibility is not None or not once:  # else all of it is written over
+    """Gradients block by block; what a block's kernel gets is made ``wide`` first.
+
+    Blocks of queries over the same keys follow each other: their parts of dk and dv add up before
+    they are rounded, and only for these keys.
+    """
+    q, k, v, dout, lse, delta = tensors
+    dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
+    dk, dv = into or (torch.empty_like(k), torch.empty_like(v))
+    if visibility is not None:  # keys that nobody sees have no block
         dk.zero_()
         dv.zero_()
-    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
     q, dout = q.to(wide), dout.to(wide)
-    for block in cut.blocks(visibility):
-        rows, keys = block.queries, block.keys
-        part_dq, part_dk, part_dv = _backward(
-            q[:, rows],
-            k[:, keys].to(wide),
-            v[:, keys].to(wide),
-            dout[:, rows],
-            lse[:, :, rows],
-            delta[:, :, rows],
-            block.mask,
-            softmax_scale,
-            fused=fused,
-        )
-        dq[:, rows] += part_dq
-        write(dk[:, keys], part_dk)
-        write(dv[:, keys], part_dv)
-    if once:
-        return dq, dk, dv
-    return dq, *written((dk.to(k.dtype), dv.to(v.dtype)), into)
+    of_same_keys = groupby(_cut(q, k, fused=fused).blocks(visibility), key=attrgetter("keys"))
+    for keys, blocks_of_queries in of_same_keys:
+        block_k, block_v = k[:, keys].to(wide), v[:, keys].to(wide)
+        sums: list[Tensor] = []
+        for block in blocks_of_queries:
+            rows = block.queries
+            part_dq, *parts = _backward(
+                q[:, rows],
+                block_k,
+                block_v,
+                dout[:, rows],
+                lse[:, :, rows],
+                delta[:, :, rows],
+                block.mask,
+                softmax_scale,
+                fused=fused,
+            )
+            dq[:, rows] += part_dq
+            sums = [one + other for one, other in zip(sums, parts, strict=True)] if sums else parts
+        dk[:, keys], dv[:, keys] = sums
+    return dq, dk, dv
 
 
 def _fold_blocks(
