@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ds_lvx.plan import fit
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import from_card
 from launch import bench_plan as bench
@@ -80,3 +82,12 @@ def test_what_is_committed_is_right_enough() -> None:
     assert predicted == pytest.approx(written, rel=1e-3)  # the formulas have not changed since
     assert results["errors"]["median"] < 0.15
     assert results["errors"]["worst"] < 0.40
+    shared = [each["measured_over_best"] for each in results["errors"]["auto"]]
+    assert max(ratio for ratio in shared if ratio is not None) <= 1.10
+
+
+def test_the_committed_profiles_are_what_calibration_makes_of_their_samples() -> None:
+    results = json.loads((ROOT / "docs" / "benchmarks" / "plan_network.json").read_text())
+    for one in results["pieces"]:
+        link = asdict(fit.link(one["profile"]["answers"]))
+        assert one["profile"]["cluster"]["within"] == json.loads(json.dumps(link))
