@@ -16,7 +16,7 @@ long() {
 }
 
 short() {
-  compare --seqlen-q 256 --seqlen-kv 32K --warmup 1 --repeats 7
+  compare --seqlen-q 256 --seqlen-kv 32K --warmup 1 --repeats 15
 }
 
 # The same without overlap, and with K and V projected again in backward or kept.

@@ -21,6 +21,9 @@ mtu=9000
 burst_s=0.00025
 burst_least=9100
 queue_bytes=67108864 # like a switch with room: senders are slowed down, nothing is dropped
+# The machine's own choice may differ, and with it what methods that send much get. Nothing is lost
+# here, so this one grows until the wire is full and stays there; every kernel has it.
+congestion_control=reno
 pids=()
 
 fail() {
@@ -120,6 +123,8 @@ add_rank() { # number, latency, and tbf with its arguments
   try "iproute2" ip -n "$namespace" link set eth0 addrgenmode none up
   try "iproute2" ip -n "$namespace" address add "$subnet.$((rank + 1))/24" dev eth0
   try "iproute2" ip -n "$namespace" link set lo up
+  try "iproute2" ip -n "$namespace" route replace "$subnet.0/24" dev eth0 proto kernel \
+    scope link src "$subnet.$((rank + 1))" congctl "$congestion_control"
   try "iproute2" ip -n "$hub" link set "port$rank" master bridge addrgenmode none up
   if [ -n "$latency" ]; then
     try "a kernel with the netem qdisc (CONFIG_NET_SCH_NETEM); without it leave LATENCY away" \

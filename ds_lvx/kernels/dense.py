@@ -12,6 +12,7 @@ factor log2(e), since ``exp2`` is several times as fast as ``exp`` on a CPU.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -20,22 +21,47 @@ import torch
 from torch import Tensor
 
 _LN_2 = math.log(2.0)
+_KEPT_BYTES = 2**23  # of each of `_Kept`'s: as large as a block's scores become on a CPU
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def _as_written(function: Callable[P, R]) -> Callable[P, R]:
-    """Keep autocast from computing in another dtype than asked for."""
+    """Keep autocast from computing in another dtype than asked for, and autograd from looking."""
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, Tensor)
-        with torch.autocast(first.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)
 
     return wrapped
+
+
+class _Kept(threading.local):
+    """What a block needs for itself, kept for the next block; each thread has its own.
+
+    malloc gives freed memory at the end of the heap back to the system, and the next block faults
+    it in again page by page: on some ranks, for which the others then wait. CUDA's memory is
+    PyTorch's to keep.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def empty(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialised tensor; the one that had this name before is lost."""
+        nbytes = math.prod(shape) * like.element_size()
+        if like.device.type != "cpu" or nbytes > _KEPT_BYTES:
+            return like.new_empty(shape)
+        if name not in self._buffers or self._buffers[name].numel() < nbytes:
+            self._buffers[name] = torch.empty(nbytes, dtype=torch.uint8)
+        return self._buffers[name][:nbytes].view(like.dtype).view(shape)
+
+
+_kept = _Kept()
 
 
 @_as_written
@@ -62,12 +88,13 @@ def forward(
     """
     batch, seqlen, heads, _ = q.shape
     kv_heads = k.shape[2]
-    queries, keys = _rows(q, kv_heads, dtype), _rows(k, kv_heads, dtype)
+    queries, keys = _rows(q, kv_heads, dtype), _rows(k, kv_heads, dtype, "keys")
     scores = _scores(queries, keys, mask, heads=heads, softmax_scale=softmax_scale)
     largest = _finite(scores.amax(dim=-1, keepdim=True))
     weights = scores.sub_(largest).exp2_()
     total = weights.sum(dim=-1, keepdim=True)
-    out = torch.bmm(weights, _rows(v, kv_heads, dtype)).div_(total.masked_fill(total == 0, 1.0))
+    values = _rows(v, kv_heads, dtype, "values")
+    out = torch.bmm(weights, values).div_(total.masked_fill(total == 0, 1.0))
     lse = largest.add_(total.log2_()).mul_(_LN_2).view(batch, heads, seqlen)
     return _unpacked(out, q), lse
 
@@ -98,11 +125,12 @@ def backward(
     """
     batch, seqlen, kv_heads, head_dim = k.shape
     row = (batch * kv_heads, -1, 1)
-    queries, keys, values, dout = (_rows(t, kv_heads, dtype) for t in (q, k, v, dout))
+    queries, dout = _rows(q, kv_heads, dtype), _rows(dout, kv_heads, dtype)
+    keys, values = _rows(k, kv_heads, dtype, "keys"), _rows(v, kv_heads, dtype, "values")
     weights = _scores(queries, keys, mask, heads=q.shape[2], softmax_scale=softmax_scale)
     weights.sub_(_finite(lse.to(dtype)).reshape(row) / _LN_2).exp2_()
     dv = torch.bmm(weights.transpose(1, 2), dout)
-    dscores = torch.bmm(dout, values.transpose(1, 2))
+    dscores = _product(dout, values.transpose(1, 2), "dscores")
     dscores.sub_(delta.to(dtype).reshape(row)).mul_(weights)
     dq = torch.bmm(dscores, keys).mul_(softmax_scale)
     dk = torch.bmm(dscores.transpose(1, 2), queries * softmax_scale)
@@ -114,19 +142,29 @@ def _scores(
     queries: Tensor, keys: Tensor, mask: Tensor | None, *, heads: int, softmax_scale: float
 ) -> Tensor:
     """``log2(e) softmax_scale q k^T``, ``[B K, G S, T]``, of `_rows`."""
-    scores = torch.bmm(queries * (softmax_scale / _LN_2), keys.transpose(1, 2))
+    scores = _product(queries * (softmax_scale / _LN_2), keys.transpose(1, 2), "scores")
     if mask is not None:
         by_query = scores.view(len(mask), heads, *mask.shape[1:])
         by_query.masked_fill_(~mask[:, None], -torch.inf)
     return scores
 
 
-def _rows(tensor: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """``[B, S, H, D]`` as ``[B K, G S, D]``: a matrix for each head of K and V."""
+def _product(one: Tensor, other: Tensor, name: str) -> Tensor:
+    shape = (len(one), one.shape[1], other.shape[2])
+    return torch.bmm(one, other, out=_kept.empty(name, shape, one))
+
+
+def _rows(tensor: Tensor, kv_heads: int, dtype: torch.dtype, name: str | None = None) -> Tensor:
+    """``[B, S, H, D]`` as ``[B K, G S, D]``: a matrix for each head of K and V.
+
+    Rows that lie apart would make a product take far longer, hence a copy; a kept one by ``name``.
+    """
     batch, _, _, head_dim = tensor.shape
     by_head = tensor.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-    # `to` alone returns rows that lie apart as they are, and a product of those takes far longer.
-    dense = by_head.to(dtype, memory_format=torch.contiguous_format).contiguous()
+    if name is None:
+        dense = by_head.to(dtype, memory_format=torch.contiguous_format).contiguous()
+    else:
+        dense = _kept.empty(name, by_head.shape, tensor.new_empty(0, dtype=dtype)).copy_(by_head)
     return dense.view(batch * kv_heads, -1, head_dim)
 
 

@@ -235,6 +235,30 @@ def test_a_rank_sends_and_receives_at_the_rate_that_was_asked_for() -> None:
     assert not namespaces(own("rate"))
 
 
+CONGESTION_CONTROL = """
+import os, socket, time
+address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+if os.environ["RANK"] == "0":
+    with socket.create_server((address, port)) as server:
+        connection, _ = server.accept()
+else:
+    for _ in range(200):
+        try:
+            connection = socket.create_connection((address, port))
+            break
+        except OSError:
+            time.sleep(0.05)
+print(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).strip(b"\\0").decode())
+"""
+
+
+@needs_network
+def test_what_the_machine_prefers_does_not_count() -> None:
+    with Lab(Network(10**9), ranks=2, name=own("cc")) as lab:
+        done = script("--name", lab.name, "run", sys.executable, "-c", CONGESTION_CONTROL)
+    assert done.stdout.split() == ["reno", "reno"], done.stderr
+
+
 @needs_network
 def test_labs_stand_side_by_side_and_their_ranks_know_their_places() -> None:
     network = Network(10**9)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.kernels import choose, dense, flash, onednn
+from ds_lvx.kernels import choose, flash, onednn
 from ds_lvx.kernels.merge import empty_part, merge
 from ds_lvx.kernels.native import NativeKernel
 
@@ -300,19 +300,6 @@ def test_only_one_blocks_mask_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch
     kernel.backward(q, k, v, q, lse, lse, visibility=sees, softmax_scale=1.0, has_dlse=False)
     assert out.shape == q.shape
     assert 1 <= most <= 2
-
-
-def test_autocast_does_not_reach_the_dense_kernel() -> None:
-    q, k, v = tensors((1, 3, 9, 2, 2, 8), torch.float32)
-    plain = dense.forward(q, k, v, mask=None, softmax_scale=1.0, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = dense.forward(q, k, v, mask=None, softmax_scale=1.0, dtype=torch.float32)
-        gradients = dense.backward(
-            q, k, v, q, plain[1], plain[1], mask=None, softmax_scale=1.0, dtype=torch.float32
-        )
-    for one, other in zip(plain, cast, strict=True):
-        assert torch.equal(one, other)
-    assert all(gradient.dtype == torch.float32 for gradient in gradients)
 
 
 def test_many_queries_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
