@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measure what docs/comparing.md shows, into docs/benchmarks and the document. Needs root, ds-lvx in
-# PATH, and a machine that does nothing else; ten minutes on two cores.
+# PATH, and a machine that does nothing else; a quarter of an hour on two cores.
 #     sudo -E env "PATH=$PATH" bash launch/bench_compare.sh
 #     sudo -E env "PATH=$PATH" bash launch/bench_compare.sh long short     (some of the comparisons)
 set -euo pipefail
