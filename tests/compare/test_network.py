@@ -160,11 +160,25 @@ def interfaces() -> set[str]:
     return {name for _, name in socket.if_nameindex()}
 
 
-# Rank 0 sends to rank 1; then ranks 1 and 2 both send to rank 0, as fast as they can.
-TRANSFERS = """
+# The beginning of what a rank runs.
+PLACE = """
 import os, socket, sys, threading, time
-rank, address, size = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], int(sys.argv[1])
-port = int(os.environ["MASTER_PORT"])
+rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+rank, port = int(rank), int(port)
+
+def reach_rank_0():
+    for _ in range(200):
+        try:
+            return socket.create_connection((address, port))
+        except OSError:
+            time.sleep(0.05)
+"""
+
+# Rank 0 sends to rank 1; then ranks 1 and 2 both send to rank 0, as fast as they can.
+TRANSFERS = (
+    PLACE
+    + """
+size = int(sys.argv[1])
 
 def carried():
     line = next(l for l in open("/proc/self/net/dev") if "eth0:" in l).split(":")[1].split()
@@ -198,12 +212,7 @@ if rank == 0:
         thread.join()
     report("received", begin, before)
 else:
-    for _ in range(200):
-        try:
-            connection = socket.create_connection((address, port))
-            break
-        except OSError:
-            time.sleep(0.05)
+    connection = reach_rank_0()
     connection.sendall(str(rank).encode())
     if rank == 1:
         receive(connection, size)
@@ -212,6 +221,7 @@ else:
     connection.sendall(bytes(size))
     connection.recv(1)
 """
+)
 
 
 @needs_network
@@ -235,21 +245,17 @@ def test_a_rank_sends_and_receives_at_the_rate_that_was_asked_for() -> None:
     assert not namespaces(own("rate"))
 
 
-CONGESTION_CONTROL = """
-import os, socket, time
-address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-if os.environ["RANK"] == "0":
+CONGESTION_CONTROL = (
+    PLACE
+    + """
+if rank == 0:
     with socket.create_server((address, port)) as server:
         connection, _ = server.accept()
 else:
-    for _ in range(200):
-        try:
-            connection = socket.create_connection((address, port))
-            break
-        except OSError:
-            time.sleep(0.05)
+    connection = reach_rank_0()
 print(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).strip(b"\\0").decode())
 """
+)
 
 
 @needs_network
