@@ -1,7 +1,7 @@
 """Show how right the planner is: against measured runs, and against the paper's table.
 
     python launch/bench_plan.py --parts published                   no measurement, a second
-    python launch/bench_plan.py --parts network                     as root; a quarter of an hour
+    python launch/bench_plan.py --parts network                     as root; twenty minutes
     python launch/bench_plan.py --parts network --rates 200mbit --ranks 2      one piece of it
     python launch/bench_plan.py --render --document docs/planning.md           tables from the JSON
 
@@ -151,13 +151,19 @@ def measure_piece(
     *,
     runs: list[dict[str, Any]] | None,
 ) -> dict[str, Any]:
-    """One profile, and every shape's runs, unless there are some."""
-    profile = calibrate.calibrate(ranks=ranks, network=Network.parse(rate), quick=options.quick)
+    """Every shape's runs, unless there are some, and one profile of before and after them."""
+    before = measure_profile(rate, ranks, options)
     if runs is None:
         runs = [measure_runs(rate, ranks, shape, options) for shape in options.shapes]
+    profile = calibrate.pooled(before, measure_profile(rate, ranks, options))
     profile["command"] = f"ds-lvx plan --calibrate --ranks {ranks} --network {rate}"
-    profile["answers"] = [slim(answer) for answer in profile["answers"]]
     return {"network": rate, "ranks": ranks, "profile": profile, "runs": runs}
+
+
+def measure_profile(rate: str, ranks: int, options: argparse.Namespace) -> dict[str, Any]:
+    """A calibration, with the digits of its samples that are committed."""
+    profile = calibrate.calibrate(ranks=ranks, network=Network.parse(rate), quick=options.quick)
+    return {**profile, "answers": [slim(answer) for answer in profile["answers"]]}
 
 
 def slim(answer: dict[str, Any]) -> dict[str, Any]:

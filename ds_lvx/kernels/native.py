@@ -34,6 +34,7 @@ _MIN_KEYS, _MAX_KEYS = 256, 4096
 # On a CPU what a block reads and writes stays in the cache from one product to the next.
 _CPU_BLOCK_BYTES = 2**22  # of K and V in fp32
 _CPU_SCORE_ELEMENTS = 2**21
+_CPU_MIN_KEYS = 512  # of products: with fewer, merging their results takes longer
 _FEW_QUERIES = 128
 _FEWEST_ROWS = 16  # for products: queries times the query heads of a key/value head
 
@@ -215,11 +216,12 @@ def _cut(q: Tensor, k: Tensor, *, fused: bool) -> _Cut:
     cpu = q.device.type == "cpu"
     scores = _CPU_SCORE_ELEMENTS if cpu else _SCORE_ELEMENTS
     budget = _MASK_ELEMENTS // batch if fused else scores // (batch * heads)
-    rows = seqlen_q if fused else min(seqlen_q, max(budget // _MIN_KEYS, 1))
-    most = _MAX_KEYS
+    fewest, most = _MIN_KEYS, _MAX_KEYS
     if cpu:
         key_bytes = 2 * batch * k.shape[2] * k.shape[3] * accumulation_dtype(k.dtype).itemsize
-        most = min(most, _CPU_BLOCK_BYTES // key_bytes)
+        most = max(min(most, _CPU_BLOCK_BYTES // key_bytes), _MIN_KEYS)
+        fewest = min(_CPU_MIN_KEYS, most)
+    rows = seqlen_q if fused else min(seqlen_q, max(budget // fewest, 1))
     return _Cut(seqlen_q, k.shape[1], rows, max(min(budget // rows, most), _MIN_KEYS))
 
 

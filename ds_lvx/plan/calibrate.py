@@ -166,6 +166,36 @@ def refit(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "format": profile.FORMAT, "cluster": Cluster.of(changed).record()}
 
 
+def pooled(first: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
+    """The first profile with the samples of all, which were measured with the same request.
+
+    A machine's speed drifts; calibrated before and after something, both ends count.
+
+    Raises:
+        ValueError: the requests differ.
+    """
+    answers = first["answers"]
+    for other in others:
+        same = json.dumps(other["request"]) == json.dumps(first["request"])  # read or just made
+        if not same or len(other["answers"]) != len(answers):
+            raise ValueError(
+                "got profiles of different requests or ranks; expected the same, so that their "
+                "samples belong together"
+            )
+        answers = [_joined(a, b) for a, b in zip(answers, other["answers"], strict=True)]
+    return refit({**first, "answers": answers})
+
+
+def _joined(one: Any, other: Any) -> Any:
+    """Two answers as one: lists of numbers are samples, lists of records the same in both."""
+    if isinstance(one, Mapping):
+        return {key: _joined(one[key], other[key]) for key in one}
+    if isinstance(one, list) and one and isinstance(one[0], Mapping):
+        # Transfers end at a size that takes long: what only one of the two reached is left out.
+        return [_joined(a, b) for a, b in zip(one, other, strict=False)]
+    return [*one, *other] if isinstance(one, list) else one
+
+
 def write(record: Mapping[str, Any], path: Path | None = None) -> Path:
     """Keep a profile, by default where `profile.current` finds it; where it is."""
     if path is None:

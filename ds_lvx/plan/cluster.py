@@ -67,9 +67,11 @@ class Link:
         shift: from rank to rank, point to point.
         gather: a hop of an all-gather.
         exchange: an all-to-all; its latency counts once for each peer.
-        shifts: two shifts at once, to both sides; bytes of both.
+        shifts: two shifts, to both sides, of many such pairs that overlap; bytes of both.
         drag_s: by how much a shift under way slows down what the rank computes. Nothing on a GPU;
             on a CPU somebody has to send.
+        processor_s: of the rank, that each byte sent takes besides, as one comes in for it. Nothing
+            on a GPU.
     """
 
     shift: Wire
@@ -77,6 +79,7 @@ class Link:
     exchange: Wire
     shifts: Wire
     drag_s: float = 0.0
+    processor_s: float = 0.0
 
     @classmethod
     def of(cls, bytes_per_s: float, latency_s: float) -> Link:
@@ -158,7 +161,8 @@ class Device:
         operation_s: of a small operation.
         call_s: of an operator's call, forward or backward, beside all kernels and messages.
         element_bytes: that the times were taken with; others are scaled.
-        alone: share of a kernel's time that it takes while the neighbours are idle.
+        whole_alone, backward_alone: the kernels while all neighbours are idle, where these matter.
+        alone: share of the time that all else takes then.
     """
 
     name: str
@@ -171,6 +175,8 @@ class Device:
     operation_s: float
     call_s: float
     element_bytes: int = 2
+    whole_alone: KernelTime | None = None
+    backward_alone: KernelTime | None = None
     alone: float = 1.0
 
     @property
@@ -222,9 +228,10 @@ class Cluster:
         """
         try:
             device = dict(record["device"])
-            for kernel in ("whole", "partial", "backward"):
-                ratios = tuple(tuple(each) for each in device[kernel]["ratios"])
-                device[kernel] = KernelTime(**{**device[kernel], "ratios": ratios})
+            for name in ("whole", "partial", "backward", "whole_alone", "backward_alone"):
+                if device[name] is not None:
+                    ratios = tuple(tuple(each) for each in device[name]["ratios"])
+                    device[name] = KernelTime(**{**device[name], "ratios": ratios})
             links = {side: _link(record[side]) for side in ("within", "across")}
             return cls(**{**record, **links, "device": Device(**device)})
         except (KeyError, TypeError) as error:
@@ -239,7 +246,7 @@ def _link(record: Mapping[str, Any]) -> Link:
     for kind in ("shift", "gather", "exchange", "shifts"):
         points = ((nbytes, seconds) for nbytes, seconds in record[kind]["points"])
         wires[kind] = Wire(**{**record[kind], "points": tuple(points)})
-    return Link(**wires, drag_s=record["drag_s"])
+    return Link(**wires, drag_s=record["drag_s"], processor_s=record["processor_s"])
 
 
 def from_card(

@@ -105,6 +105,10 @@ def device(
     """The device of a calibration's answers, by rank."""
     heads = {name: request[name] for name in ("heads", "kv_heads", "head_dim")}
     kernels = {kind: kernel_time(*_of_kernels(answers, kind), **heads) for kind in KINDS}
+    alone = {
+        kind: kernel_time(*_of_kernels(answers[:1], f"{kind}_alone"), **heads)
+        for kind in ("whole", "backward")
+    }
     elementwise, matmul, operation = (
         answers[0][name] for name in ("elementwise", "matmul", "operation")
     )
@@ -125,6 +129,8 @@ def device(
         stream_bytes_per_s=numbers / seconds["elementwise"],
         operation_s=seconds["operation"] / operation["operations"],
         call_s=max(own / 2, 0.0),
+        whole_alone=alone["whole"],
+        backward_alone=alone["backward"],
         alone=_alone(answers),
     )
 
@@ -133,7 +139,10 @@ def link(answers: Sequence[Mapping[str, Any]]) -> Link:
     """The links of a calibration's answers: a hop of each kind of transfer."""
     others = len(answers) - 1
     times = {"shift": 1, "gather": others, "exchange": others, "shifts": 2}
-    wires = {kind: wire(*_of_transfers(answers, kind, each)) for kind, each in times.items()}
+    transfers = {kind: _of_transfers(answers, kind, each) for kind, each in times.items()}
+    nbytes, seconds = transfers["shifts"]  # as many pairs as there are other ranks
+    transfers["shifts"] = nbytes, [each / others for each in seconds]
+    wires = {kind: wire(*each) for kind, each in transfers.items()}
     gather, exchange = wires["gather"], wires["exchange"]
     # Of an all-gather every hop has its latency; of an all-to-all, what the first message's does
     # not explain is for each peer.
@@ -144,7 +153,23 @@ def link(answers: Sequence[Mapping[str, Any]]) -> Link:
         exchange=replace(exchange, latency_s=beyond / others),
         shifts=wires["shifts"],
         drag_s=_drag(answers),
+        processor_s=_processor(answers),
     )
+
+
+def _processor(answers: Sequence[Mapping[str, Any]]) -> float:
+    """Of a rank's time, what a byte takes that it sends: by the largest shift.
+
+    The clock is the processor's, and ranks that share a core wait for each other besides.
+    """
+    if not answers[0]["device"].startswith("cpu"):
+        return 0.0
+    largest = [answer["transfers"]["shift"][-1] for answer in answers]
+    seconds = statistics.median(
+        statistics.fmean(each)
+        for each in zip(*(r["processor_seconds"] for r in largest), strict=True)
+    )
+    return float(seconds / largest[0]["bytes"] / _alone(answers))
 
 
 def _drag(answers: Sequence[Mapping[str, Any]]) -> float:
@@ -179,16 +204,9 @@ def _of_transfers(
 
 def _alone(answers: Sequence[Mapping[str, Any]]) -> float:
     """What share of the time a kernel takes on rank 0 while all others wait."""
-    shares = []
-    for record in answers[0]["kernels"]["alone"]:
-        same = [
-            next(
-                each["seconds"]
-                for each in answer["kernels"]["partial"]
-                if (each["seqlen_q"], each["seqlen_kv"])
-                == (record["seqlen_q"], record["seqlen_kv"])
-            )
-            for answer in answers
-        ]
-        shares.append(statistics.median(record["seconds"]) / slowest(same))
+    (_, together), (_, alone) = (
+        _of_kernels(answers, "whole"),
+        _of_kernels(answers[:1], "whole_alone"),
+    )
+    shares = [one / other for one, other in zip(alone, together, strict=True)]
     return min(statistics.median(shares), 1.0)

@@ -21,10 +21,12 @@ from torch import Tensor
 import ds_lvx
 from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
-from ds_lvx.bundles import Spec
+from ds_lvx.bundles import Bundle, Spec
 from ds_lvx.comm import Channel
 from ds_lvx.compare.fresh import answer
+from ds_lvx.compare.operators.rank import bind
 from ds_lvx.kernels import Kernel, choose
+from ds_lvx.pending import Pending
 from ds_lvx.plan.profile import device_name
 from ds_lvx.start import init_distributed
 
@@ -70,6 +72,8 @@ def main() -> None:
 
 def alone(request: Request) -> dict[str, Any]:
     """`measure` between the start and the end of ``torch.distributed``."""
+    if get_accelerator().device_name() == "cpu":
+        bind(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     init_distributed(verbose=False)
     try:
         return measure(request)
@@ -81,10 +85,10 @@ def measure(request: Request) -> dict[str, Any]:
     """Every sample of this rank, in seconds; every rank of the world calls it.
 
     Returns:
-        ``device``; ``kernels`` (by kind, a list of shape and samples; ``alone`` is the same for
-        rank 0 while the others wait), ``elementwise``, ``operation``, ``matmul``, ``call``,
-        ``transfers`` (by kind, a list of bytes and samples), and ``hidden`` (transfers under a
-        kernel).
+        ``device``; ``kernels`` (by kind, a list of shape and samples; ``whole_alone`` and
+        ``backward_alone`` are for rank 0 while the others wait), ``elementwise``, ``operation``,
+        ``matmul``, ``call``, ``transfers`` (by kind, a list of bytes and samples), and ``hidden``
+        (transfers under a kernel).
 
     Collectives: those that are measured, and agreements of 2 KiB on the CPU.
     """
@@ -109,17 +113,24 @@ class _Bench:
 
     def samples(self, run: Callable[[], object], *, part: bool = True) -> list[float]:
         """Seconds of each repeat on this rank, after one that is not counted."""
-        found = []
+        return self.both_clocks(run, part=part)["seconds"]
+
+    def both_clocks(
+        self, run: Callable[[], object], *, part: bool = True
+    ) -> dict[str, list[float]]:
+        """`samples`, and the processor's seconds for all threads of this rank."""
+        seconds, processor = [], []
         for repeat in range(self.repeats + 1):
             get_accelerator().synchronize()
             self.world.barrier()
-            start = time.perf_counter()
+            start, started = time.perf_counter(), time.process_time()
             if part:
                 run()
             get_accelerator().synchronize()
             if repeat:
-                found.append(time.perf_counter() - start)
-        return found
+                seconds.append(time.perf_counter() - start)
+                processor.append(time.process_time() - started)
+        return {"seconds": seconds, "processor_seconds": processor}
 
     def random(self, *shape: int) -> Tensor:
         """bf16."""
@@ -128,17 +139,14 @@ class _Bench:
 
 def _kernels(bench: _Bench, request: Request) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
-    first = True
     for seqlen_q, seqlen_kv in request.lengths:
         runs = _kernel_runs(bench, request, seqlen_q, seqlen_kv)
         shape = {"seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv}
         for kind, run in runs.items():
             found.setdefault(kind, []).append({**shape, "seconds": bench.samples(run)})
-        if first or seqlen_q * seqlen_kv == max(s * t for s, t in request.lengths):
-            # What a rank gains where its neighbours are idle.
-            mine = bench.samples(runs["partial"], part=bench.world.rank == 0)
-            found.setdefault("alone", []).append({**shape, "seconds": mine})
-        first = False
+        for kind in ("whole", "backward"):  # what a rank gains where its neighbours are idle
+            mine = bench.samples(runs[kind], part=bench.world.rank == 0)
+            found.setdefault(f"{kind}_alone", []).append({**shape, "seconds": mine})
     return found
 
 
@@ -219,12 +227,13 @@ def _call(bench: _Bench, request: Request) -> Callable[[], object]:
 def _transfers(bench: _Bench, request: Request) -> dict[str, list[dict[str, Any]]]:
     """Seconds of a transfer of so many bytes a rank (or a peer), by kind."""
     found: dict[str, list[dict[str, Any]]] = {}
-    kinds = {"shift": _shift, "gather": _gather, "exchange": _exchange, "shifts": _shifts}
+    kinds = {"shift": _shift, "gather": _gather, "exchange": _exchange, "shifts": _rotation}
     for kind, make in kinds.items():
         for nbytes in request.message_bytes:
-            seconds = bench.samples(make(bench, nbytes))
-            found.setdefault(kind, []).append({"bytes": nbytes, "seconds": seconds})
-            slowest = max(each["s"] for each in bench.world.agree({"s": min(seconds)}))
+            both = bench.both_clocks(make(bench, nbytes))
+            found.setdefault(kind, []).append({"bytes": nbytes, **both})
+            fastest = min(both["seconds"])
+            slowest = max(each["s"] for each in bench.world.agree({"s": fastest}))
             if slowest > _SLOW_S:
                 break
     return found
@@ -271,6 +280,28 @@ def _shifts(
             under()
         ahead.wait()
         back.wait()
+
+    return run
+
+
+def _rotation(bench: _Bench, nbytes: int) -> Callable[[], object]:
+    """The transfers of a ring's backward: at every step one message moves on, one goes home."""
+    message, spec = _message(bench, nbytes)
+    other = message.clone()
+
+    def run() -> None:
+        bench.world.shift([message], [spec]).wait()
+        returning: Pending[Bundle] | None = None
+        for step in range(1, bench.world.size):
+            last = step == bench.world.size - 1
+            following = None if last else bench.world.shift([message], [spec])
+            if returning is not None:
+                returning.wait()
+            returning = bench.world.shift([other], [spec], hops=-step)
+            if following is not None:
+                following.wait()
+        if returning is not None:
+            returning.wait()
 
     return run
 

@@ -20,18 +20,18 @@ _ULYSSES_COPIES = (8, 2)  # before and after an all-to-all
 
 def alone_forward(work: Work, timeline: Timeline) -> None:
     """All queries and keys on one rank, whose neighbours are idle."""
-    share = work.device.alone
+    share, kernel = work.device.alone, work.device.whole_alone or work.device.whole
     timeline.compute(share * work.projection(work.keys), "projection")
-    timeline.compute(share * work.attend(work.device.whole, work.queries, work.keys), "kernel")
+    timeline.compute(work.attend(kernel, work.queries, work.keys), "kernel")
 
 
 def alone_backward(work: Work, timeline: Timeline) -> None:
     """The same."""
-    share = work.device.alone
+    share, kernel = work.device.alone, work.device.backward_alone or work.device.backward
     timeline.compute(share * work.touch(work.rows(work.queries), DELTA), "other")
     if work.shape.recompute:
         timeline.compute(share * work.projection(work.keys), "projection")
-    timeline.compute(share * work.attend(work.device.backward, work.queries, work.keys), "kernel")
+    timeline.compute(work.attend(kernel, work.queries, work.keys), "kernel")
     timeline.compute(share * work.projection(work.keys, backward=True), "projection")
 
 

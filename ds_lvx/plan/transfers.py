@@ -42,6 +42,10 @@ class Ranks:
         """Ranks of the group on one node."""
         return min(self.cluster.gpus_per_node, self.size)
 
+    @property
+    def _processor_s(self) -> float:
+        return max(self.cluster.within.processor_s, self.cluster.across.processor_s)
+
     def shift(self, nbytes: float, *, hops: int = 1, crowded: bool = False) -> Transfer:
         """Every rank sends ``nbytes`` to the one ``hops`` ahead on the ring.
 
@@ -60,7 +64,7 @@ class Ranks:
             sent = sharing * nbytes
             own = link.shifts.busy_s(2 * sent) / 2 if crowded else link.shift.busy_s(sent)
             busy, latency = max(busy, own), max(latency, link.shift.latency_s)
-            drag = max(drag, link.drag_s)
+            drag = max(drag, link.drag_s + nbytes * link.processor_s)
         return Transfer(busy, latency, nbytes, 1, drag)
 
     def gather(self, nbytes: float) -> Transfer:
@@ -71,7 +75,8 @@ class Ranks:
         wires = [within] * (self.per_node > 1) + [across] * (between_nodes > 0)
         busy = max((wire.busy_s(others * nbytes) for wire in wires), default=0.0)
         latency = between_nodes * across.latency_s + (others - between_nodes) * within.latency_s
-        return Transfer(busy, latency, others * nbytes, others)
+        drag = others * nbytes * self._processor_s
+        return Transfer(busy, latency, others * nbytes, others, drag)
 
     def exchange(self, nbytes: float) -> Transfer:
         """An all-to-all: every rank sends ``nbytes`` to each other one."""
@@ -82,7 +87,8 @@ class Ranks:
         if n > g:
             busy = max(busy, across.exchange.busy_s(g * (n - g) * nbytes))
             latency = max(latency, across.shift.latency_s + (n - g) * across.exchange.latency_s)
-        return Transfer(busy, latency, (n - 1) * nbytes, n - 1)
+        drag = (n - 1) * nbytes * self._processor_s
+        return Transfer(busy, latency, (n - 1) * nbytes, n - 1, drag)
 
     def all_reduce(self, nbytes: float) -> Transfer:
         """A sum of ``nbytes`` over all ranks: a reduce-scatter and an all-gather, as rings."""

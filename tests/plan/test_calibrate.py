@@ -78,13 +78,41 @@ def test_what_a_hidden_transfer_costs_the_kernel_above_it() -> None:
     kinds = ("shift", "gather", "exchange", "shifts")
     messages = [{"bytes": size, "seconds": [size / 1e9]} for size in (10**3, 10**6)]
     transfers = dict.fromkeys(kinds, messages)
-    answers = [{"hidden": [{"bytes": 1, **times}], "transfers": transfers}] * 2
+    device = "NVIDIA H100"  # whose transfers take none of the processor's time
+    answers = [{"device": device, "hidden": [{"bytes": 1, **times}], "transfers": transfers}] * 2
     found = fit.link(answers)
     assert found.drag_s == pytest.approx(2e-3)
     assert found.shifts.bytes_per_s == pytest.approx(2e9)
     waiting = {"kernel": [0.05], "shifts": [0.2], "both": [0.2]}  # nothing but the network
-    answers = [{"hidden": [{"bytes": 1, **waiting}], "transfers": transfers}] * 2
+    answers = [{"device": device, "hidden": [{"bytes": 1, **waiting}], "transfers": transfers}] * 2
     assert fit.link(answers).drag_s == 0
+    assert fit.link(answers).processor_s == 0
+
+
+def test_what_sending_takes_of_a_cpu() -> None:
+    """A byte's share of the processor's time, and as much again where two ranks share a core."""
+    kernel = {"seqlen_q": 64, "seqlen_kv": 64}
+    kernels = {
+        "whole": [{**kernel, "seconds": [0.2, 0.2, 0.2]}],
+        "whole_alone": [{**kernel, "seconds": [0.1, 0.1, 0.1]}],
+    }
+    samples = {"seconds": [0.01, 0.01, 0.01], "processor_seconds": [0.003, 0.002, 0.009]}
+    messages = [{"bytes": size, **samples} for size in (10**3, 10**6)]
+    transfers = dict.fromkeys(("shift", "gather", "exchange", "shifts"), messages)
+    hidden = [{"bytes": 1, "kernel": [0.05], "shifts": [0.01], "both": [0.05]}]
+    answer = {"kernels": kernels, "hidden": hidden, "transfers": transfers}
+    assert fit.link([{"device": "cpu X", **answer}] * 2).processor_s == pytest.approx(6e-9)
+
+
+def test_a_rings_transfers_count_by_the_pair() -> None:
+    """Four ranks have three of them; a pair is what two transfers at once are asked for."""
+    messages = [{"bytes": size, "seconds": [3 * size / 1e9]} for size in (10**3, 10**6)]
+    transfers = dict.fromkeys(("shift", "gather", "exchange", "shifts"), messages)
+    hidden = {"kernel": [0.05], "shifts": [0.01], "both": [0.05]}
+    answer = {"device": "NVIDIA H100", "hidden": [{"bytes": 1, **hidden}], "transfers": transfers}
+    found = fit.link([answer] * 4)
+    assert found.shifts.bytes_per_s == pytest.approx(2e9)
+    assert found.shifts.busy_s(2e6) == pytest.approx(1e-3, rel=0.01)
 
 
 def options(*words: str) -> argparse.Namespace:
@@ -103,10 +131,14 @@ def test_a_calibration_from_end_to_end(tmp_path: Path) -> None:
     assert record["kind"] == "measured"
     assert record["versions"]["torch"]
     assert len(record["answers"]) == 2
-    for kernel in (cluster.device.whole, cluster.device.partial, cluster.device.backward):
+    device = cluster.device
+    for kernel in (device.whole, device.partial, device.backward):
         assert kernel.seconds(100, 100, width=64, kv_width=64) > 0
-    assert 0 < cluster.device.alone <= 1
-    assert cluster.device.stream_bytes_per_s > 1e7
+    for kernel in (device.whole_alone, device.backward_alone):
+        assert kernel is not None
+        assert kernel.seconds(100, 100, width=64, kv_width=64) > 0
+    assert 0 < device.alone <= 1
+    assert device.stream_bytes_per_s > 1e7
     for wire in (cluster.within.shift, cluster.within.gather, cluster.within.exchange):
         assert 1e5 < wire.bytes_per_s < 1e13
     again = calibrate.refit(record)
@@ -114,6 +146,19 @@ def test_a_calibration_from_end_to_end(tmp_path: Path) -> None:
     # And it serves a plan.
     asked = ("--model", "OpenFlamingo-3B", "--frames", "64", "--gpus", "4096", "--json")
     assert command.run(options(*asked, "--profile", str(path))) == 0
+
+
+def test_profiles_of_before_and_after_are_one() -> None:
+    words = {"ranks": 1, "quick": True}
+    first, second = (calibrate.calibrate(**words) for _ in range(2))
+    both = calibrate.pooled(first, second)
+    for kind in fit.KINDS:
+        one, other, joined = (each["answers"][0]["kernels"][kind] for each in (first, second, both))
+        for a, b, c in zip(one, other, joined, strict=True):
+            assert c == {**a, "seconds": a["seconds"] + b["seconds"]}
+    assert both["cluster"] == calibrate.refit(both)["cluster"] != first["cluster"]
+    with pytest.raises(ValueError, match="expected the same"):
+        calibrate.pooled(first, {**second, "request": {}})
 
 
 def test_what_serves_no_plan_is_not_kept() -> None:

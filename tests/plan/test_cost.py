@@ -129,6 +129,32 @@ def test_two_transfers_at_once_and_their_drag_count() -> None:
     assert dragged.seconds - light.seconds == pytest.approx(1e-3 * messages, rel=0.05)
 
 
+def test_sending_takes_processor_time_under_a_kernel_too() -> None:
+    """Where a transfer hides, its processor's time does not; where it is waited for, it does."""
+    light = Link.of(1e9, 1e-5)
+    heavy = replace(light, processor_s=0.5e-9)
+    for method, schedule in (("lvx", "ring"), ("ulysses", "gather")):
+        call = {"method": method, "schedule": schedule}
+        before, after = (cost(SHAPE, cluster(within=each), **call) for each in (light, heavy))
+        sent = before.forward.bytes_sent + before.backward.bytes_sent
+        share = (after.seconds - before.seconds) / (sent * heavy.processor_s)
+        # The last part home is waited for.
+        assert 0.8 < share < 1.0 if method == "lvx" else abs(share) < 0.01
+
+
+def test_one_rank_alone_has_the_kernels_of_one_whose_neighbours_are_idle() -> None:
+    shared = cluster()
+    device = shared.device
+    quick = replace(device.whole, pair_s=device.whole.pair_s / 4, key_s=device.whole.key_s / 4)
+    slow = replace(device.backward, pair_s=2 * device.backward.pair_s)
+    alone = replace(shared, device=replace(device, whole_alone=quick, backward_alone=slow))
+    before, after = (cost(SHAPE, each, method="none") for each in (shared, alone))
+    assert after.forward.seconds < 0.5 * before.forward.seconds
+    assert after.backward.seconds > 1.5 * before.backward.seconds
+    for method in ("lvx", "ring"):
+        assert cost(SHAPE, alone, method=method) == cost(SHAPE, shared, method=method)
+
+
 def test_ranks_of_a_node_share_its_link() -> None:
     """An all-to-all crosses with every rank at once, a ring only with one."""
     link = Link.of(1e9, 1e-5)
