@@ -53,12 +53,14 @@ class _Kept(threading.local):
 
     def empty(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """An uninitialised tensor; the one that had this name before is lost."""
-        nbytes = math.prod(shape) * like.element_size()
-        if like.device.type != "cpu" or nbytes > _KEPT_BYTES:
+        numbers = math.prod(shape)
+        if like.device.type != "cpu" or numbers * like.element_size() > _KEPT_BYTES:
             return like.new_empty(shape)
-        if name not in self._buffers or self._buffers[name].numel() < nbytes:
-            self._buffers[name] = torch.empty(nbytes, dtype=torch.uint8)
-        return self._buffers[name][:nbytes].view(like.dtype).view(shape)
+        kept = self._buffers.get(name)
+        if kept is None or kept.dtype != like.dtype or len(kept) < numbers:
+            with torch.inference_mode(False):  # or nothing outside of one could write to it
+                kept = self._buffers[name] = torch.empty(numbers, dtype=like.dtype)
+        return kept[:numbers].view(shape)
 
 
 _kept = _Kept()
