@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, TypeGuard
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_lvx.kernels import dense
+from tests.largest import LargestTensor
 
 OPTIONS: dict[str, Any] = {"mask": None, "softmax_scale": 0.3, "dtype": torch.float32}
 
@@ -74,35 +74,11 @@ def test_threads_do_not_write_over_each_other() -> None:
             assert_right(one, inputs(seed))
 
 
-class Largest(TorchDispatchMode):
-    """The largest tensor that comes to be, in elements."""
-
-    elements = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        before = {t.untyped_storage().data_ptr() for t in [*args, *kwargs.values()] if is_one(t)}
-        made = func(*args, **kwargs)
-        if is_one(made) and made.untyped_storage().data_ptr() not in before:
-            self.elements = max(self.elements, made.numel())
-        return made
-
-
-def is_one(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor)
-
-
 def test_a_block_like_the_last_one_makes_no_scores_anew() -> None:
     tensors = inputs(0)
     scores = 2 * 4 * 32 * 512
     both_passes(tensors)
-    with Largest() as second:
+    with LargestTensor() as second:
         both_passes(tensors)
     assert 0 < second.elements < scores
 

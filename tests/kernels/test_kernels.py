@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
 from ds_lvx.kernels import choose, flash, onednn
 from ds_lvx.kernels.merge import empty_part, merge
 from ds_lvx.kernels.native import NativeKernel
+from tests.largest import LargestTensor
 
 SHAPES = [  # batch, queries, keys, heads, kv heads, head_dim
     (1, 1, 1, 1, 1, 16),
@@ -184,27 +183,13 @@ def test_gradients_are_written_to_given_tensors(
     assert whole[:, :, :, 3].isnan().all()
 
 
-class _LargestInFp32(TorchDispatchMode):
-    """Elements of the largest fp32 tensor that is made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.dtype == torch.float32:
-            self.elements = max(self.elements, result.numel())
-        return result
-
-
 def test_many_queries_make_no_gradients_of_all_keys_in_fp32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("ds_lvx.kernels.native._CPU_SCORE_ELEMENTS", 2**16)
     q, k, v = tensors((1, 150, 4000, 4, 2, 32), torch.bfloat16)
     lse = torch.full((1, 4, 150), 9.0)
-    with _LargestInFp32() as largest:
+    with LargestTensor(torch.float32) as largest:
         NativeKernel().backward(
             q, k, v, q, lse, lse, visibility=None, softmax_scale=0.3, has_dlse=True
         )
