@@ -11,17 +11,17 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from torch import nn
 
-from ds_lvx.activation_checkpointing import ActivationCheckpointing
-from ds_lvx.activation_checkpointing import forget as forget_checkpoints
 from ds_lvx.attention.auto import CLUSTERS
-from ds_lvx.comm import Channel, is_initialized
 from ds_lvx.config import LVXConfig, check_ds_config, read_ds_config
-from ds_lvx.groups import SequenceParallelGroups
+from ds_lvx.config.activation_checkpointing import ActivationCheckpointing
+from ds_lvx.config.activation_checkpointing import forget as forget_checkpoints
+from ds_lvx.distributed.channel import Channel, is_initialized
+from ds_lvx.distributed.failures import Guard
+from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.distributed.start import init_distributed
 from ds_lvx.models import Patch, patch_model
+from ds_lvx.models.layers import explain_auto, table
 from ds_lvx.models.patch import ScaleLoss
-from ds_lvx.models.plan import explain_auto, table
-from ds_lvx.out_of_memory import Guard
-from ds_lvx.start import init_distributed
 
 
 class Session:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_lvx.groups import SequenceParallelGroups, resolve
+from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
 from ds_lvx.models import family_of
 from ds_lvx.models.batch import span, split
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.compare.document import markdown, write_between
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
@@ -33,7 +34,6 @@ from ds_lvx.plan import calibrate, published
 from ds_lvx.plan.choose import choose, label
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.cost import cost
-from ds_lvx.plan.shape import AttentionShape
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("published", "network")

@@ -16,12 +16,12 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 import ds_lvx
-from ds_lvx.comm import Channel
 from ds_lvx.compare import command
 from ds_lvx.compare.operators import rank as operators
 from ds_lvx.compare.operators import report
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.start import init_distributed
 from ds_lvx.plan.profile import ranks_of_this_node
-from ds_lvx.start import init_distributed
 
 
 def main() -> int:

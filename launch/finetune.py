@@ -20,10 +20,10 @@ from deepspeed.accelerator import get_accelerator
 from transformers.utils import logging
 
 import ds_lvx
-from ds_lvx.comm import Channel
-from ds_lvx.notes import PeerError
-from ds_lvx.out_of_memory import RankOutOfMemoryError, named
-from ds_lvx.start import init_distributed
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.failures import RankOutOfMemoryError, named
+from ds_lvx.distributed.notes import PeerError
+from ds_lvx.distributed.start import init_distributed
 from ds_lvx.training.inputs import read_inputs
 from ds_lvx.training.loop import Trainer, make_engine
 from ds_lvx.training.model import load_model

@@ -16,11 +16,11 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
-from ds_lvx.groups import SequenceParallelGroups
+from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.distributed.shutdown import shutdown
 from ds_lvx.initialize import initialize
 from ds_lvx.models.patch import Hook, is_patched
 from ds_lvx.sharding import mean_loss, shard_batch
-from ds_lvx.shutdown import shutdown
 from tests.models.mllama_case import (
     LEARNING_RATE,
     ds_config,

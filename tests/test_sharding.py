@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_lvx.groups import SequenceParallelGroups
+from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models.batch import split
 from ds_lvx.sharding import mean_loss, owned, shard_batch
 from tests.models.mllama_case import TILES, hard_batch, make_batch, tiny_model

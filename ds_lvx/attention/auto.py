@@ -13,11 +13,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ds_lvx.comm import Channel, ProcessGroup
+from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.distributed.channel import Channel, ProcessGroup
 from ds_lvx.plan.choose import Choice, choose, label
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.profile import current
-from ds_lvx.plan.shape import AttentionShape
 
 _logger = logging.getLogger("ds_lvx")
 

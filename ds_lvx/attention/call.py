@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx.agreement import require_same
 from ds_lvx.attention.auto import Wanted, decide
 from ds_lvx.attention.replay import once, recording, replaying
-from ds_lvx.comm import Channel, ProcessGroup
-from ds_lvx.groups import SequenceParallelGroups, resolve
+from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.distributed.agreement import require_same
+from ds_lvx.distributed.channel import Channel, ProcessGroup
+from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
 from ds_lvx.kernels import Kernel, choose
-from ds_lvx.plan.shape import AttentionShape
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 SCHEDULES = ("auto", "ring", "gather", "replicated")
 Group = ProcessGroup | SequenceParallelGroups | None

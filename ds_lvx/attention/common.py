@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.replay import once
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 
 def delta_of(out: Tensor, dout: Tensor | None, dlse: Tensor | None, lse: Tensor) -> Tensor:

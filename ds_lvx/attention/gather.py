@@ -17,11 +17,11 @@ from torch import Tensor
 from ds_lvx.attention import wire
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.keys import Keys, Saved
-from ds_lvx.bundles import Bundle
+from ds_lvx.attention.shape import head_groups
+from ds_lvx.distributed.bundles import Bundle
+from ds_lvx.distributed.pending import Pending
 from ds_lvx.kernels.merge import accumulation_dtype, merge_stacked
-from ds_lvx.pending import Pending
-from ds_lvx.plan.shape import head_groups
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 # Which dimension of a tensor has the queries.
 _OF_Q, _OF_LSE, _OF_RANGES = 1, 2, 2

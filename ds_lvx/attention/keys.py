@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.projection import Part, Projection
-from ds_lvx.bundles import Bundle
+from ds_lvx.distributed.bundles import Bundle
 from ds_lvx.kernels.merge import accumulation_dtype, empty_part
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 Source: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
 Sink: TypeAlias = Callable[[list[Tensor]], None]

@@ -17,7 +17,7 @@ from ds_lvx.attention.common import delta_of
 from ds_lvx.attention.keys import Saved, WholeKeys
 from ds_lvx.attention.replay import once
 from ds_lvx.attention.schedules import SCHEDULES
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 
 @overload

@@ -7,11 +7,11 @@ from typing import Any, NoReturn
 from deepspeed.sequence.layer import apply_rotary_pos_emb
 from torch import Tensor, nn
 
-from ds_lvx.agreement import require_same
 from ds_lvx.attention.call import Group
 from ds_lvx.attention.lvx import lv_xattn
-from ds_lvx.groups import resolve
-from ds_lvx.visibility import Visibility
+from ds_lvx.distributed.agreement import require_same
+from ds_lvx.distributed.groups import resolve
+from ds_lvx.kernels.visibility import Visibility
 
 
 class LVXAttention(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 
 def attention_oracle(

@@ -15,10 +15,10 @@ from ds_lvx.attention.call import Call, Group, settle
 from ds_lvx.attention.keys import Saved
 from ds_lvx.attention.lvx import saved_for
 from ds_lvx.attention.replay import once
-from ds_lvx.bundles import Bundle, Spec
+from ds_lvx.distributed.bundles import Bundle, Spec
+from ds_lvx.distributed.pending import Pending
 from ds_lvx.kernels.merge import accumulation_dtype
-from ds_lvx.pending import Pending
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 
 @overload

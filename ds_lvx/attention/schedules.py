@@ -21,10 +21,10 @@ from ds_lvx.attention import wire
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.gather import Gather
 from ds_lvx.attention.keys import Keys, Saved
-from ds_lvx.bundles import Bundle, Spec
+from ds_lvx.distributed.bundles import Bundle, Spec
+from ds_lvx.distributed.pending import Pending
 from ds_lvx.kernels.merge import accumulation_dtype, merge_
-from ds_lvx.pending import Pending
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 
 class Schedule(Protocol):

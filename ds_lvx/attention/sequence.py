@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx.agreement import require_same
-from ds_lvx.bundles import Spec
-from ds_lvx.comm import Channel
-from ds_lvx.groups import SequenceParallelGroups, resolve
+from ds_lvx.distributed.agreement import require_same
+from ds_lvx.distributed.bundles import Spec
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
 from ds_lvx.kernels.merge import accumulation_dtype
 
 

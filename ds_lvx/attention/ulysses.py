@@ -19,13 +19,13 @@ from torch import Tensor
 from ds_lvx.attention.call import Call, Group, settle
 from ds_lvx.attention.common import LocalAttention, delta_of
 from ds_lvx.attention.replay import once
-from ds_lvx.bundles import Spec
-from ds_lvx.comm import Channel
-from ds_lvx.counting import count
-from ds_lvx.pending import blocking
-from ds_lvx.plan.peers import head_layout
-from ds_lvx.start import init_distributed
-from ds_lvx.visibility import EVERYTHING, Visibility
+from ds_lvx.attention.shape import head_layout
+from ds_lvx.distributed.bundles import Spec
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.pending import blocking
+from ds_lvx.distributed.start import init_distributed
+from ds_lvx.distributed.traffic import count
+from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 
 
 def ulysses_attention(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_lvx.bundles import Bundle, Spec
+from ds_lvx.distributed.bundles import Bundle, Spec
 
 _FP16_EXPONENT = 15  # the largest fp16 is just below 2^16
 

@@ -20,7 +20,7 @@ from ds_lvx.data.errors import DataError, Source
 from ds_lvx.data.frames import DecodeCount, Video, choose, decode, probe
 from ds_lvx.data.images import load_image
 from ds_lvx.data.text import IGNORED, EncodedText, TextEncoder
-from ds_lvx.models.mllama_mask import visible_images
+from ds_lvx.models.mllama.mask import visible_images
 
 
 @dataclass(frozen=True)

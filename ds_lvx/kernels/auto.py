@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ds_lvx import cache
 from ds_lvx.kernels.interface import Kernel
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 TRUSTED = "native"
 """Always a candidate, and what the others are checked against."""

@@ -9,7 +9,7 @@ from ds_lvx.kernels import flash
 from ds_lvx.kernels.interface import written
 from ds_lvx.kernels.merge import merge_
 from ds_lvx.kernels.native import NativeKernel
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 _aten = torch.ops.aten
 MAX_HEAD_DIM = 128

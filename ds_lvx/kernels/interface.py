@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 
 class Kernel(Protocol):

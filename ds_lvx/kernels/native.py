@@ -25,7 +25,7 @@ from torch import Tensor
 from ds_lvx.kernels import dense, flash, onednn
 from ds_lvx.kernels.interface import written
 from ds_lvx.kernels.merge import accumulation_dtype, empty_part, merge_
-from ds_lvx.visibility import Block, Visibility, blocks
+from ds_lvx.kernels.visibility import Block, Visibility, blocks
 
 # Large enough that a block's kernel dwarfs its launch, small enough for its mask to be cheap.
 _MASK_ELEMENTS = 2**24

@@ -8,7 +8,7 @@ from torch import Tensor
 from ds_lvx.kernels import dense
 from ds_lvx.kernels.interface import written
 from ds_lvx.kernels.merge import accumulation_dtype, empty_part, merge_
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 
 class ReferenceKernel:

@@ -13,7 +13,7 @@ from ds_lvx.kernels import triton_backward, triton_forward
 from ds_lvx.kernels.interface import written
 from ds_lvx.kernels.merge import empty_part
 from ds_lvx.kernels.triton_tiles import Seen, Tiles, count, padded, shape_options, splits
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 MIN_ROWS = 16  # the least that a tensor core takes
 _INT32 = torch.iinfo(torch.int32)

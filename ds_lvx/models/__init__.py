@@ -11,13 +11,13 @@ from typing import Any, Protocol, cast
 
 from torch import nn
 
-from ds_lvx.activation_checkpointing import ActivationCheckpointing
-from ds_lvx.comm import Channel
 from ds_lvx.config import LVXConfig
-from ds_lvx.groups import SequenceParallelGroups
-from ds_lvx.models.checkpointed import CheckpointLayers
+from ds_lvx.config.activation_checkpointing import ActivationCheckpointing
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.models.checkpointed_layers import CheckpointLayers
+from ds_lvx.models.layers import Layer
 from ds_lvx.models.patch import Patch, unpatch
-from ds_lvx.models.plan import Layer
 
 __all__ = ["FAMILIES", "Family", "Patch", "family_of", "patch_model", "unpatch"]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ds_lvx.attention.features import FeatureGradient
-from ds_lvx.comm import Channel
-from ds_lvx.visibility import Visibility
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.kernels.visibility import Visibility
 
 IGNORED_LABEL = -100
 

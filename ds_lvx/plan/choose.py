@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.cost import Cost, cost
-from ds_lvx.plan.shape import AttentionShape
 
 MAX_GATHERED_BYTES = 2**30
 """Queries of all ranks that the schedule ``gather`` may hold on each."""

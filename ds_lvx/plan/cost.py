@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan import lvx, peers
 from ds_lvx.plan.cluster import Cluster
-from ds_lvx.plan.shape import AttentionShape
 from ds_lvx.plan.transfers import Timeline
 from ds_lvx.plan.work import Work
 

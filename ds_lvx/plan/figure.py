@@ -7,12 +7,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ds_lvx.attention.shape import evenly
 from ds_lvx.plan.choose import candidates, label, obstacle
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.cost import cost
 from ds_lvx.plan.job import Job
 from ds_lvx.plan.search import METHODS, SCHEDULES
-from ds_lvx.plan.shape import evenly
 
 _POINTS = 33
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_lvx.attention.shape import evenly
 from ds_lvx.plan.job import Job
 from ds_lvx.plan.memory import CrossAttention, Load, Setting, peak
-from ds_lvx.plan.shape import evenly
 
 _LAYER_BYTES = 34
 _LOGIT_BYTES = 10  # bf16, their copy in fp32, its gradient

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_lvx.attention.shape import AttentionShape, evenly
 from ds_lvx.plan.models import Model
-from ds_lvx.plan.shape import AttentionShape, evenly
 
 TRAINED = ("all", "cross")
 

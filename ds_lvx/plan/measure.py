@@ -21,14 +21,14 @@ from torch import Tensor
 import ds_lvx
 from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
-from ds_lvx.bundles import Bundle, Spec
-from ds_lvx.comm import Channel
 from ds_lvx.compare.fresh import answer
 from ds_lvx.compare.operators.rank import bind
+from ds_lvx.distributed.bundles import Bundle, Spec
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.pending import Pending
+from ds_lvx.distributed.start import init_distributed
 from ds_lvx.kernels import Kernel, choose
-from ds_lvx.pending import Pending
 from ds_lvx.plan.profile import device_name
-from ds_lvx.start import init_distributed
 
 _SLOW_S = 0.25
 """A transfer that takes longer is the largest that is measured."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ds_lvx.attention.shape import head_layout
 from ds_lvx.plan.lvx import finish, prepare
 from ds_lvx.plan.transfers import Timeline
 from ds_lvx.plan.work import (
@@ -89,19 +90,6 @@ def ring_backward(work: Work, timeline: Timeline) -> None:
 
 # --------------------------------------------------------------------------------------------
 # Ulysses: all-to-alls over the heads
-
-
-def head_layout(heads: int, kv_heads: int, ranks: int) -> tuple[int, int]:
-    """How often Ulysses repeats K and V heads, and how many heads of zeros it adds then.
-
-    With fewer K/V heads than ranks each is repeated, by the least factor that gives every rank
-    one and keeps groups of query heads whole; what still does not divide is padded.
-    """
-    group = heads // kv_heads
-    enough = [f for f in range(1, group + 1) if group % f == 0 and kv_heads * f >= ranks]
-    even = [f for f in enough if kv_heads * f % ranks == 0]
-    repeats = even[0] if kv_heads < ranks and even else enough[0]
-    return repeats, -kv_heads * repeats % ranks
 
 
 def _padded(work: Work) -> Work:

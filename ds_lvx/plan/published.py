@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import Cluster, Link, from_card
 from ds_lvx.plan.cost import cost
 from ds_lvx.plan.models import model
-from ds_lvx.plan.shape import AttentionShape
 from ds_lvx.plan.transfers import Timeline, Transfer
 from ds_lvx.plan.work import COPY, DELTA, MERGE, Work
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ds_lvx.attention.shape import AttentionShape, head_groups
 from ds_lvx.plan.cluster import Cluster, KernelTime
-from ds_lvx.plan.shape import AttentionShape, head_groups
 from ds_lvx.plan.transfers import Ranks
 
 FP32_BYTES = 4

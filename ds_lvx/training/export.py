@@ -9,7 +9,7 @@ from typing import Any
 import deepspeed
 from torch import Tensor, nn
 
-from ds_lvx.comm import Channel
+from ds_lvx.distributed.channel import Channel
 from ds_lvx.training.together import together
 
 

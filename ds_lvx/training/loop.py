@@ -13,18 +13,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 import ds_lvx
-from ds_lvx.comm import Channel
 from ds_lvx.data.ahead import Ahead
 from ds_lvx.data.batch import Batch, BatchMaker
 from ds_lvx.data.order import SampleOrder
 from ds_lvx.data.text import IGNORED
-from ds_lvx.groups import SequenceParallelGroups
-from ds_lvx.training.checkpoints import Checkpoints, RunState
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.training.export import save_pretrained
 from ds_lvx.training.inputs import Inputs
 from ds_lvx.training.model import parameter_groups, training_dtype
 from ds_lvx.training.options import Options
 from ds_lvx.training.progress import Progress
+from ds_lvx.training.run_state import Checkpoints, RunState
 from ds_lvx.training.together import together
 
 
@@ -94,7 +94,7 @@ class Trainer:
         self._inputs = inputs
         self._options = options
         self._world = world
-        self._groups: SequenceParallelGroups = engine.ds_lvx.groups
+        self._groups: SequenceParallelGroups = engine.ds_lvx.distributed.groups
         self._folder = Path(options.output_dir)
         self.maker = BatchMaker(
             inputs.encoder,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from ds_lvx.comm import Channel
+from ds_lvx.distributed.channel import Channel
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import ds_lvx
-from ds_lvx.comm import Channel
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.pending import Pending
 from ds_lvx.kernels.native import NativeKernel
-from ds_lvx.pending import Pending
 from tests.attention.cases import Problem
 from tests.ranks import run_ranks
 

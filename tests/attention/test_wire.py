@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_lvx.attention import wire
-from ds_lvx.bundles import Spec
+from ds_lvx.distributed.bundles import Spec
 
 
 def sent(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_lvx.compare.model.breakdown import PHASES, Breakdown, Parts, broken_down
 from ds_lvx.compare.model.marks import marks
 from ds_lvx.compare.model.zero_transfers import zero_watched
-from ds_lvx.pending import Pending, Transfer, blocking
+from ds_lvx.distributed.pending import Pending, Transfer, blocking
 
 
 class Clock:

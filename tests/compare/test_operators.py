@@ -15,7 +15,6 @@ import torch
 
 from ds_lvx import cli
 from ds_lvx.attention import ring
-from ds_lvx.comm import Channel
 from ds_lvx.compare import command
 from ds_lvx.compare.network import Network, NetworkError
 from ds_lvx.compare.operators import agreement, plots, report
@@ -23,6 +22,7 @@ from ds_lvx.compare.operators import rank as operators
 from ds_lvx.compare.operators.inputs import Shape, make_inputs, split
 from ds_lvx.compare.operators.kernel_calls import NotingKernel
 from ds_lvx.compare.operators.rank import METHODS, Request
+from ds_lvx.distributed.channel import Channel
 from tests.ranks import run_ranks
 
 TINY = Shape(seqlen_q=9, seqlen_kv=30, batch=2, heads=4, kv_heads=2, head_dim=8, dtype="float32")

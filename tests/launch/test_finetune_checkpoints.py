@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from ds_lvx.comm import Channel
 from ds_lvx.data.ahead import Ahead
-from ds_lvx.training.checkpoints import Checkpoints, RunState
+from ds_lvx.distributed.channel import Channel
 from ds_lvx.training.inputs import BatchSizes, batch_sizes, read_inputs
 from ds_lvx.training.loop import renew_learning_rate
 from ds_lvx.training.options import parse
 from ds_lvx.training.progress import Progress
+from ds_lvx.training.run_state import Checkpoints, RunState
 from tests.ranks import run_ranks
 
 

@@ -17,7 +17,7 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from ds_lvx.config import LVXConfig
-from ds_lvx.groups import SequenceParallelGroups
+from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.initialize import initialize
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import mean_loss, shard_batch
@@ -230,7 +230,7 @@ def sharded_steps(
         rank's shard.
     """
     engine = start_engine(config, model)
-    groups = engine.ds_lvx.groups
+    groups = engine.ds_lvx.distributed.groups
     result: dict[str, Any] = {"losses": [], "logits": []}
     for step in batches:
         shard = shard_batch(step[groups.dp_rank], model=engine.module, frames=frames)

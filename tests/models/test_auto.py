@@ -12,11 +12,11 @@ import torch
 import ds_lvx
 from ds_lvx.attention.auto import CLUSTERS, METHODS, Notes, Wanted, explain
 from ds_lvx.attention.call import settle
-from ds_lvx.comm import Channel
+from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.distributed.channel import Channel
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.choose import Choice, choose
 from ds_lvx.plan.cluster import Cluster, Link, from_card
-from ds_lvx.plan.shape import AttentionShape
 from tests.models.mllama_case import ds_config, hard_batch, start_engine, tiny_model
 from tests.ranks import run_ranks
 
@@ -151,7 +151,7 @@ def start_table(rules: dict[str, Any]) -> tuple[str, str]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         engine = start_engine(ds_config(stage=0, sp_size=2, **rules))
-    group = engine.ds_lvx.groups.channel
+    group = engine.ds_lvx.distributed.groups.channel
     source = CLUSTERS.of(group, torch.device("cpu")).source
     ds_lvx.shutdown(engine)
     return printed.getvalue(), source
@@ -193,8 +193,8 @@ def test_local_layers_are_left_alone() -> None:
     config = ds_config(stage=0, sp_size=1, cross={"method": "auto"}, self_attn="auto")
     config["ds_lvx"]["layers"] = [{"match": "*", "method": "auto"}]
     from ds_lvx.config import LVXConfig
+    from ds_lvx.models.layers import make_plans
     from ds_lvx.models.mllama import attention_layers
-    from ds_lvx.models.plan import make_plans
 
     layers = attention_layers(tiny_model())
     plans = make_plans(layers, LVXConfig.from_ds_config(config), sp_size=2)

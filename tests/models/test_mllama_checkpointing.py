@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from ds_lvx.models.checkpointed import EncoderForward, LayerCheckpointing
+from ds_lvx.models.checkpointed_layers import EncoderForward, LayerCheckpointing
 from ds_lvx.sharding import shard_batch
 from tests.counts import Counts, boxes
 from tests.models.mllama_case import (

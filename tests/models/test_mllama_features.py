@@ -11,7 +11,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from ds_lvx.config import LVXConfig
-from ds_lvx.groups import SequenceParallelGroups
+from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import shard_batch
 from tests.models.mllama_case import (

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.models.mllama.modeling_mllama import _prepare_cross_attention_mask
 
-from ds_lvx.models import mllama_mask
-from ds_lvx.models.mllama_mask import Runs, visible_images
+from ds_lvx.models.mllama import mask as mllama_mask
+from ds_lvx.models.mllama.mask import Runs, visible_images
 from tests.models.mllama_case import IMAGE, PATCHES, TILES, processor_mask
 
 

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import MllamaForConditionalGeneration
 
 from ds_lvx.config import LVXConfig
-from ds_lvx.groups import SequenceParallelGroups
+from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import family_of, patch_model, unpatch
+from ds_lvx.models.layers import make_plans, table
 from ds_lvx.models.mllama import attention_layers
 from ds_lvx.models.patch import is_patched, scale_gradient
-from ds_lvx.models.plan import make_plans, table
 from ds_lvx.sharding import shard_batch
 from tests.models.mllama_case import (
     VISION_RULE,

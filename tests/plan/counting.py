@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ds_lvx.compare.case import Case, build_model, ds_config, make_batch
 from ds_lvx.config import LVXConfig
-from ds_lvx.groups import SequenceParallelGroups
+from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.plan.memory import Setting
 from ds_lvx.sharding import shard_batch

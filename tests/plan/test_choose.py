@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.choose import choose
 from ds_lvx.plan.cluster import Cluster, from_card
 from ds_lvx.plan.cost import cost
-from ds_lvx.plan.shape import AttentionShape
 
 CLUSTER = from_card(CARDS["H100"], gpus=16)
 

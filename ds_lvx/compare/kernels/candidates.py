@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ds_lvx.kernels import Kernel, choose
 from ds_lvx.kernels.auto import AutoKernel, kind_of, table_of
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 SCORES_BYTES = 8 * 2**30
 """A candidate that would materialise more scores than this, in fp32, is left out."""

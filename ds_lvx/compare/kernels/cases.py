@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_lvx.kernels.visibility import Visibility
 from ds_lvx.plan.roofline import Problem, Work, backward_work, forward_work
-from ds_lvx.visibility import Visibility
 
 DIRECTIONS = ("forward", "backward")
 WINDOW = 4

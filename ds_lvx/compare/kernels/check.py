@@ -18,7 +18,7 @@ from ds_lvx.compare.kernels.cases import KernelCase
 from ds_lvx.kernels.merge import empty_part
 from ds_lvx.kernels.native import NativeKernel
 from ds_lvx.kernels.reference import ReferenceKernel
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 1e-2, torch.float32: 1e-3}
 """Largest error, as a share of the largest exact value."""

@@ -25,7 +25,7 @@ from torch.autograd import Variable
 
 from ds_lvx.compare.model.marks import Marks, marks
 from ds_lvx.compare.model.zero_transfers import ZERO, zero_watched
-from ds_lvx.pending import Transfer, watching
+from ds_lvx.distributed.pending import Transfer, watching
 
 PHASES = ("forward", "backward", "optimizer")
 PARTS = ("vision", "text", "cross_attention", "rest")

@@ -27,7 +27,7 @@ from ds_lvx.compare.fresh import answer
 from ds_lvx.compare.model.breakdown import Parts
 from ds_lvx.compare.model.job import Job, build, ds_config, make_batch, sizes
 from ds_lvx.compare.network import read_counters
-from ds_lvx.pending import without_overlap
+from ds_lvx.distributed.pending import without_overlap
 
 LEARNING_RATE = 1e-3
 
@@ -154,7 +154,7 @@ class _Run:
         return sample
 
     def _broken_down(self, parts: Parts) -> dict[str, Any]:
-        self._engine.ds_lvx.groups.world_channel.barrier()
+        self._engine.ds_lvx.distributed.groups.world_channel.barrier()
         with parts.recording() as breakdown:
             start = _now()
             loss = self._step(parts.enter)
@@ -164,7 +164,7 @@ class _Run:
 
     def _begin(self) -> float:
         """The time, with all ranks here."""
-        self._engine.ds_lvx.groups.world_channel.barrier()
+        self._engine.ds_lvx.distributed.groups.world_channel.barrier()
         return _now()
 
     def _keep(self, loss: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import deepspeed.comm.comm as deepspeed_comm
 
-from ds_lvx.pending import Clock, Observer, Transfer
+from ds_lvx.distributed.pending import Clock, Observer, Transfer
 
 ZERO = "zero "
 _COLLECTIVES = frozenset(
@@ -42,7 +42,7 @@ def zero_watched(observer: Observer, *, clock: Clock) -> Iterator[None]:
     Args:
         observer: gets the transfer. One inside an operator of ds_lvx's (an all-to-all of Ulysses)
             is told twice, here and there.
-        clock: as in `ds_lvx.pending.watching`.
+        clock: as in `ds_lvx.distributed.pending.watching`.
     """
     backend = deepspeed_comm.cdb
     deepspeed_comm.cdb = _Watched(backend, observer, clock)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype

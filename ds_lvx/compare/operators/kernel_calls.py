@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_lvx.bundles import Spec
+from ds_lvx.distributed.bundles import Spec
 from ds_lvx.kernels import Kernel
-from ds_lvx.visibility import Visibility
+from ds_lvx.kernels.visibility import Visibility
 
 
 @dataclass(frozen=True)

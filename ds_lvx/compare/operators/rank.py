@@ -22,17 +22,17 @@ import ds_lvx
 from ds_lvx.attention import lvx, recompute, ring, ulysses
 from ds_lvx.attention.call import Call, settle
 from ds_lvx.attention.common import LocalAttention
-from ds_lvx.comm import Channel
 from ds_lvx.compare.fresh import answer
 from ds_lvx.compare.network import read_counters
 from ds_lvx.compare.operators import agreement
 from ds_lvx.compare.operators.inputs import Inputs, Shape, make_inputs
 from ds_lvx.compare.operators.kernel_calls import NotingKernel
-from ds_lvx.counting import Traffic, traffic
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.pending import without_overlap
+from ds_lvx.distributed.start import init_distributed
+from ds_lvx.distributed.traffic import Traffic, traffic
 from ds_lvx.kernels import Kernel, choose
-from ds_lvx.pending import without_overlap
 from ds_lvx.plan.profile import ranks_of_this_node
-from ds_lvx.start import init_distributed
 
 METHODS = ("lvx-gather", "lvx-ring", "lvx-auto", "ulysses", "ring", "none")
 

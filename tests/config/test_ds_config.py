@@ -19,7 +19,7 @@ from ds_lvx.config import (
     zero_stage,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 by_file = pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
 

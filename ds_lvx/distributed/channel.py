@@ -17,10 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_lvx import agreement
-from ds_lvx.bundles import Bundle, Spec, bundle_nbytes, pack, pack_rows, unpack, unpack_rows
-from ds_lvx.counting import count, count_control
-from ds_lvx.pending import Pending, blocking
+from ds_lvx.distributed import agreement
+from ds_lvx.distributed.bundles import (
+    Bundle,
+    Spec,
+    bundle_nbytes,
+    pack,
+    pack_rows,
+    unpack,
+    unpack_rows,
+)
+from ds_lvx.distributed.pending import Pending, blocking
+from ds_lvx.distributed.traffic import count, count_control
 
 ProcessGroup: TypeAlias = dist.ProcessGroup
 

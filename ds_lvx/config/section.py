@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from ds_lvx.ds_config import (
+from ds_lvx.config.ds_config import (
     SECTION,
     DSConfig,
     check_ds_config,

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ds_lvx import comm
-from ds_lvx.comm import Channel, ProcessGroup
-from ds_lvx.groups import SequenceParallelGroups
-from ds_lvx.notes import Mailbox
+from ds_lvx.distributed import channel
+from ds_lvx.distributed.channel import Channel, ProcessGroup
+from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.distributed.notes import Mailbox
 
 
 def shutdown(engine: Any = None) -> None:
@@ -29,7 +29,7 @@ def shutdown(engine: Any = None) -> None:
 
     Collectives: a barrier over all ranks, unless something has failed.
     """
-    if comm.is_initialized() and not _has_failed():
+    if channel.is_initialized() and not _has_failed():
         Channel.world().barrier()
         _remove_shared_memory()
     session = getattr(engine, "ds_lvx", None)
@@ -43,7 +43,7 @@ def shutdown(engine: Any = None) -> None:
         mailbox.close()
     _forget_deepspeed()
     gc.collect()
-    comm.destroy_all()
+    channel.destroy_all()
     _let_go_of_groups()
     gc.collect()
 

@@ -12,13 +12,13 @@ import numpy
 import pytest
 import torch
 
-from ds_lvx.comm import Channel
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.failures import RankOutOfMemoryError, named
+from ds_lvx.distributed.notes import Mailbox, PeerError, explain, explained
+from ds_lvx.distributed.shutdown import shutdown
 from ds_lvx.initialize import initialize
 from ds_lvx.models.patch import is_patched
-from ds_lvx.notes import Mailbox, PeerError, explain, explained
-from ds_lvx.out_of_memory import RankOutOfMemoryError, named
 from ds_lvx.sharding import mean_loss, shard_batch
-from ds_lvx.shutdown import shutdown
 from tests.models.mllama_case import ds_config, hard_batch, start_engine, tiny_model
 from tests.ranks import run_ranks
 

@@ -22,13 +22,14 @@ from transformers.models.mllama.modeling_mllama import (
 
 from ds_lvx.attention.features import share
 from ds_lvx.config import LVXConfig
-from ds_lvx.groups import SequenceParallelGroups
-from ds_lvx.models import mllama_features
+from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.models.attend import attend
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.mllama_batch import shard
-from ds_lvx.models.mllama_mask import visible_images
-from ds_lvx.models.patch import KEYWORD, Hook, Patch, ShardedForward, attend, is_patched
-from ds_lvx.models.plan import Kind, Layer, make_plans
+from ds_lvx.models.layers import Kind, Layer, make_plans
+from ds_lvx.models.mllama import features
+from ds_lvx.models.mllama.batch import shard
+from ds_lvx.models.mllama.mask import visible_images
+from ds_lvx.models.patch import KEYWORD, Hook, Patch, ShardedForward, is_patched
 
 __all__ = ["attention_layers", "encoders", "find", "patch", "shard", "visible_images"]
 
@@ -90,7 +91,7 @@ def patch(
             _SelfAttention(layer.module, plan).install()
     hook = _PrepareText(groups.sp_size)
     model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
-    mllama_features.install(model, offloads=any(plan.features == "offload" for plan in plans))
+    features.install(model, offloads=any(plan.features == "offload" for plan in plans))
     return Patch(model, layers, plans)
 
 
@@ -125,7 +126,7 @@ class _PrepareText(Hook):
             raise ValueError(
                 f"got a batch sharded over {batch.channel.size} ranks for a model that shares its "
                 f"batches between {self.sp_size}; pass shard_batch the groups of this model's "
-                "engine: groups=engine.ds_lvx.groups"
+                "engine: groups=engine.ds_lvx.distributed.groups"
             )
         _check_arguments(batch, kwargs)
         states, row_mask = kwargs.get("cross_attention_states"), batch.row_mask

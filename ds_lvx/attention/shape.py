@@ -87,6 +87,19 @@ def head_groups(*, kv_heads: int, q_bytes: int, on_cpu: bool) -> tuple[int, ...]
     return (edge, middle, edge) if middle else (edge, edge)
 
 
+def head_layout(heads: int, kv_heads: int, ranks: int) -> tuple[int, int]:
+    """How often Ulysses repeats K and V heads, and how many heads of zeros it adds then.
+
+    With fewer K/V heads than ranks each is repeated, by the least factor that gives every rank
+    one and keeps groups of query heads whole; what still does not divide is padded.
+    """
+    group = heads // kv_heads
+    enough = [f for f in range(1, group + 1) if group % f == 0 and kv_heads * f >= ranks]
+    even = [f for f in enough if kv_heads * f % ranks == 0]
+    repeats = even[0] if kv_heads < ranks and even else enough[0]
+    return repeats, -kv_heads * repeats % ranks
+
+
 def evenly(total: int, parts: int) -> list[int]:
     """``total`` in ``parts`` that differ by one at most."""
     return [total * (i + 1) // parts - total * i // parts for i in range(parts)]

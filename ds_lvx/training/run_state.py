@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from ds_lvx.comm import Channel
+from ds_lvx.distributed.channel import Channel
 from ds_lvx.training.together import together
 
 _PARTIAL = ".partial"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_lvx.visibility import EVERYTHING, Visibility
+from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 
 PADDING = -1
 _CHUNK_ELEMENTS = 1 << 22

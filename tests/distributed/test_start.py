@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ds_lvx.start import remove_stale_locks
+from ds_lvx.distributed.start import remove_stale_locks
 
 
 def test_only_locks_that_nobody_holds_are_removed(tmp_path: Path) -> None:

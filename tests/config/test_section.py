@@ -16,7 +16,7 @@ from ds_lvx.config import (
     summarise_names,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LONG_NAMES = [
     f"model.language_model.layers.{i}.{'cross' if i % 5 == 3 else 'self'}_attn" for i in range(40)
 ] + [f"model.vision_model.transformer.layers.{i}.self_attn" for i in range(32)]

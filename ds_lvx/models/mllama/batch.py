@@ -16,10 +16,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from transformers.models.mllama.modeling_mllama import MllamaForConditionalGeneration
 
-from ds_lvx.agreement import require_same
-from ds_lvx.comm import Channel
+from ds_lvx.distributed.agreement import require_same
+from ds_lvx.distributed.channel import Channel
 from ds_lvx.models.batch import ShardedBatch, Text, digest, move, span, split
-from ds_lvx.models.mllama_mask import Runs
+from ds_lvx.models.mllama.mask import Runs
 
 _TEXT_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
 _MASK_KEYS = ("cross_attention_mask", "visible_images")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from ds_lvx.notes import explained
+from ds_lvx.distributed.notes import explained
 
 T = TypeVar("T")
 

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from ds_lvx.comm import Channel
-from ds_lvx.groups import SequenceParallelGroups
-from ds_lvx.notes import Mailbox, PeerError, explain
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.distributed.notes import Mailbox, PeerError, explain
 
 _GIB = 2**30
 # How messages begin that are of no class of their own. An error that all ranks agreed on begins

@@ -17,11 +17,11 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 import ds_lvx
-from ds_lvx.groups import resolve, resolve_groups
-from ds_lvx.start import init_distributed
+from ds_lvx.distributed.groups import resolve, resolve_groups
+from ds_lvx.distributed.start import init_distributed
 from tests.ranks import RankError, run_ranks
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe(size: int) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ds_lvx.activation_checkpointing import ActivationCheckpointing
-from ds_lvx.checkpointing import Checkpointing, checkpointing
+from ds_lvx.attention.checkpointing import Checkpointing, checkpointing
+from ds_lvx.config.activation_checkpointing import ActivationCheckpointing
 from ds_lvx.models.patch import Hook, ShardedForward
 
 _FUNCTION = "_gradient_checkpointing_func"

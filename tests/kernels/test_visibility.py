@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_lvx import Visibility
-from ds_lvx.visibility import EVERYTHING, blocks
+from ds_lvx.kernels.visibility import EVERYTHING, blocks
 
 
 def example() -> Visibility:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ds_lvx.plan.shape import head_groups
+from ds_lvx.attention.shape import head_groups
 
 
 @pytest.mark.parametrize(

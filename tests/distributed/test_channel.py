@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import ds_lvx
-from ds_lvx.agreement import require_same
-from ds_lvx.bundles import Bundle, Spec, pack, unpack
-from ds_lvx.comm import Channel
+from ds_lvx.distributed.agreement import require_same
+from ds_lvx.distributed.bundles import Bundle, Spec, pack, unpack
+from ds_lvx.distributed.channel import Channel
 from tests.ranks import RankError, run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.bool, torch.float64)
@@ -176,7 +176,7 @@ def test_what_must_be_the_same() -> None:
 
 
 def test_counting_nests_and_ends() -> None:
-    from ds_lvx.counting import count
+    from ds_lvx.distributed.traffic import count
 
     with ds_lvx.traffic() as outer:
         count("all_gather", 5)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 import ds_lvx
 from ds_lvx.attention.auto import CLUSTERS
 from ds_lvx.attention.replay import Box
-from ds_lvx.comm import Channel
+from ds_lvx.distributed.channel import Channel
 from tests.counts import Counts, boxes
 from tests.ranks import run_ranks
 

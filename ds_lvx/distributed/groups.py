@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ds_lvx.agreement import require_same
-from ds_lvx.comm import (
+from ds_lvx.distributed.agreement import require_same
+from ds_lvx.distributed.channel import (
     Channel,
     ProcessGroup,
     destroy_group,
