@@ -1,8 +1,8 @@
-"""What one attention call needs to know about all ranks of its group, settled before it starts.
+"""One attention call: the layout of its batch, and what its layer adds to it.
 
-The lengths of every rank's shard size the messages; signatures that differ would hang or corrupt.
-`settle` asks the other ranks, once, on the control plane. Code that knows all of it already (a
-patched model under `ds_lvx.shard_batch`) builds the `Call` itself and asks nobody.
+What ranks disagree on would hang or corrupt. `settle` asks the other ranks, once, on the control
+plane, and makes the layout of a bare operator's call. A patched model has a layout with its batch,
+and asks nobody.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ import torch
 from torch import Tensor
 
 from ds_lvx.attention.auto import Wanted, decide
+from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.replay import once, recording, replaying
 from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.config.registry import AUTO, SCHEDULES, can_chunk, schedule_words
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel, ProcessGroup
 from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
-from ds_lvx.kernels import Kernel, choose
+from ds_lvx.kernels.choice import kernel_for
+from ds_lvx.kernels.interface import Kernel, Problem
+from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import Visibility
 
-SCHEDULES = ("auto", "ring", "gather", "replicated")
 Group = ProcessGroup | SequenceParallelGroups | None
 
 
 @dataclass(frozen=True)
 class Call:
-    """The settled facts of a call, the same on all ranks but for ``channel.rank``.
+    """A call as all ranks agree on it; the same on all of them but for ``channel.rank``.
 
     Attributes:
-        channel: the ranks that share the sequence.
-        q_lengths: seqlen_q of every rank.
-        kv_lengths: seqlen_kv of every rank.
+        layout: who holds and who sees what.
         kernel: who computes a block.
         softmax_scale: factor on the scores.
         schedule: lvx's way to move queries, not ``auto`` any more; ignored by other methods.
@@ -42,14 +43,33 @@ class Call:
         returns_lse: lse is an output that may get a gradient of its own.
     """
 
-    channel: Channel
-    q_lengths: tuple[int, ...]
-    kv_lengths: tuple[int, ...]
+    layout: Layout
     kernel: Kernel
     softmax_scale: float
     schedule: str = "gather"
     requires_grad: bool = False
     returns_lse: bool = False
+
+    @property
+    def channel(self) -> Channel:
+        """The ranks that share the sequence."""
+        return self.layout.channel
+
+    @property
+    def q_lengths(self) -> tuple[int, ...]:
+        """Queries of every rank."""
+        return self.layout.q_lengths
+
+    @property
+    def kv_lengths(self) -> tuple[int, ...]:
+        """Keys of every rank."""
+        return self.layout.kv_lengths
+
+    def problem(
+        self, q: Tensor, k: Tensor, v: Tensor, rule: Rule | None, *, partial: bool = False
+    ) -> Problem:
+        """What its kernel is asked for one block."""
+        return Problem(q, k, v, rule, softmax_scale=self.softmax_scale, partial=partial)
 
     def anchor(self, device: torch.device) -> Tensor:
         """An input that makes the output of a Function require a gradient on every rank or on none.
@@ -142,55 +162,80 @@ def _settle(
     )
     records = channel.agree(record, error)
     require_same(records, same, what=operation)
-    call = Call(
-        channel=channel,
-        q_lengths=tuple(other["q_length"] for other in records),
-        kv_lengths=tuple(other["kv_length"] for other in records),
+    q_lengths = tuple(other["q_length"] for other in records)
+    kv_lengths = tuple(other["kv_length"] for other in records)
+    requires_grad = torch.is_grad_enabled() and any(r["requires_grad"] for r in records)
+    if schedule is not None:
+        _check_replicated(operation, schedule, q_lengths)
+        # A checkpoint's first pass may run without gradients; both have to decide alike.
+        backward = requires_grad or recording()
+        shape = _shape(q, keys, q_lengths, kv_lengths, visibility, backward=backward)
+        # Features on the host come in chunks as well.
+        chunked = kv_chunk_tokens is not None or any(t.device != q.device for t in keys.values())
+        wanted = Wanted("lvx", schedule, recompute_kv="features" in keys, chunked=chunked)
+        choice = decide(wanted, shape, channel, q.device)
+        if choice is not None:
+            schedule = choice.schedule
+        elif schedule == AUTO:  # a group of one, where every schedule is the same
+            schedule = "gather"
+    layout = Layout.of_call(
+        channel,
+        q_lengths,
+        kv_lengths,
+        visibility,
+        device=q.device,
+        **_needs(operation, schedule),
+    )
+    return Call(
+        layout,
         kernel=chosen,
         softmax_scale=scale,
-        requires_grad=torch.is_grad_enabled() and any(r["requires_grad"] for r in records),
+        schedule="gather" if schedule is None else schedule,
+        requires_grad=requires_grad,
         returns_lse=return_lse,
     )
-    if schedule is None:
-        return call
-    _check_replicated(operation, schedule, call.q_lengths)
-    # Features on the host come in chunks as well.
-    chunked = kv_chunk_tokens is not None or any(t.device != q.device for t in keys.values())
-    wanted = Wanted("lvx", schedule, recompute_kv="features" in keys, chunked=chunked)
-    shape = _shape(call, q, keys, has_visibility=visibility is not None)
-    choice = decide(wanted, shape, channel, q.device)
-    if choice is None:  # named, or a group of one, where every schedule is the same
-        return replace(call, schedule="gather" if schedule == "auto" else schedule)
-    return replace(call, schedule=choice.schedule)
+
+
+def _needs(operation: str, schedule: str | None) -> dict[str, bool]:
+    """Whose part of the rule a rank needs: what travels meets the other ranks' part."""
+    if schedule is not None:  # lvx: keys stay
+        return {"all_queries": not SCHEDULES[schedule].same_queries, "all_keys": False}
+    return {"all_queries": operation != "ring_attention", "all_keys": True}
 
 
 def _shape(
-    call: Call, q: Tensor, keys: Mapping[str, Tensor], *, has_visibility: bool
+    q: Tensor,
+    keys: Mapping[str, Tensor],
+    q_lengths: tuple[int, ...],
+    kv_lengths: tuple[int, ...],
+    visibility: Visibility | None,
+    *,
+    backward: bool,
 ) -> AttentionShape:
     """The call as the planner is asked about it: only what is the same on every rank."""
     batch, _, heads, head_dim = q.shape
     features = keys.get("features")
     return AttentionShape(
         batch=batch,
-        q_lengths=call.q_lengths,
-        kv_lengths=call.kv_lengths,
+        q_lengths=q_lengths,
+        kv_lengths=kv_lengths,
         heads=heads,
         # What a projection makes of its features is not known before it has run.
         kv_heads=heads if features is not None else keys["k"].shape[2],
         head_dim=head_dim,
         element_bytes=q.element_size(),
         recompute=features is not None,
-        visibility=has_visibility,
-        # A checkpoint's first pass may run without gradients; both have to decide alike.
-        backward=call.requires_grad or recording(),
+        visibility=visibility is not None,
+        backward=backward,
         features_dim=0 if features is None else features.shape[-1],
     )
 
 
 def _check_replicated(operation: str, schedule: str, q_lengths: tuple[int, ...]) -> None:
-    if schedule == "replicated" and len(set(q_lengths)) > 1:
+    same = schedule != AUTO and SCHEDULES[schedule].same_queries
+    if same and len(set(q_lengths)) > 1:
         raise ValueError(
-            f"{operation}: schedule 'replicated' wants the same queries on every rank; got "
+            f"{operation}: schedule {schedule!r} wants the same queries on every rank; got "
             f"seqlen_q {list(q_lengths)}; use 'ring' or 'gather' for sharded queries"
         )
 
@@ -203,10 +248,10 @@ def _check_chunks(kv_chunk_tokens: int | None, schedule: str | None) -> None:
             f"kv_chunk_tokens: got {kv_chunk_tokens!r}; expected 1 or more tokens, or None for all "
             "at once"
         )
-    if schedule == "ring":
+    if schedule is not None and not can_chunk(schedule):
         raise NotImplementedError(
-            f"kv_chunk_tokens: got {kv_chunk_tokens} with schedule 'ring', which needs K and V "
-            "whole for every query shard that passes; use schedule 'gather' or 'auto'"
+            f"kv_chunk_tokens: got {kv_chunk_tokens} with schedule {schedule!r}, which needs K and "
+            "V whole for every query shard that passes; use schedule 'gather' or 'auto'"
         )
 
 
@@ -250,9 +295,9 @@ def _check(
             f"q: got shape {list(q.shape)}; expected at least one head and a head_dim of at least "
             "1: only the batch and the lengths may be 0"
         )
-    if schedule is not None and schedule not in SCHEDULES:
-        raise ValueError(f"schedule: got {schedule!r}; expected one of {list(SCHEDULES)}")
-    chosen = choose(kernel, q)
+    if schedule is not None and schedule not in schedule_words():
+        raise ValueError(f"schedule: got {schedule!r}; expected one of {list(schedule_words())}")
+    chosen = kernel_for(kernel, q)
     if "k" in keys:
         check_keys(q, keys["k"], keys["v"])
     else:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.replay import once
-from ds_lvx.kernels.visibility import Visibility
+from ds_lvx.kernels.interface import Upstream
 
 
 def delta_of(out: Tensor, dout: Tensor | None, dlse: Tensor | None, lse: Tensor) -> Tensor:
@@ -29,25 +29,17 @@ class LocalAttention(torch.autograd.Function):
     """Attention of this rank's queries over this rank's keys: no communication."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: Call,
-        visibility: Visibility | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Run the kernel; ``(out, lse)``, both differentiable."""
+        rule = call.layout.rule(queries=0, keys=0)
 
         def attend() -> tuple[Tensor, Tensor]:
-            out, lse = call.kernel.forward(
-                q, k, v, visibility=visibility, softmax_scale=call.softmax_scale
-            )
+            out, lse = call.kernel.forward(call.problem(q, k, v, rule))
             return out.to(q.dtype), lse
 
         out, lse = once("local attention", attend)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.call, ctx.visibility = call, visibility
+        ctx.call, ctx.rule = call, rule
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -56,15 +48,12 @@ class LocalAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         """Gradients of q, k and v."""
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = ctx.call.kernel.backward(
-            q,
-            k,
-            v,
+        upstream = Upstream(
             torch.zeros_like(out) if dout is None else dout,
             lse,
             delta_of(out, dout, dlse, lse),
-            visibility=ctx.visibility,
-            softmax_scale=ctx.call.softmax_scale,
             has_dlse=dlse is not None,
         )
-        return None, None, dq.to(q.dtype), dk, dv
+        problem = ctx.call.problem(q, k, v, ctx.rule)
+        dq, dk, dv = ctx.call.kernel.backward(problem, upstream)
+        return None, dq.to(q.dtype), dk, dv

@@ -17,8 +17,9 @@ from torch import Tensor
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.projection import Part, Projection
 from ds_lvx.distributed.bundles import Bundle
+from ds_lvx.kernels.interface import Upstream
 from ds_lvx.kernels.merge import accumulation_dtype, empty_part
-from ds_lvx.kernels.visibility import Visibility
+from ds_lvx.kernels.rule import Rule
 
 Source: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
 Sink: TypeAlias = Callable[[list[Tensor]], None]
@@ -64,13 +65,13 @@ class Keys(Protocol):
         ...
 
     def attend(
-        self, call: Call, q: Tensor, visibility: Visibility | None, *, heads: slice | None = None
+        self, call: Call, q: Tensor, rule: Rule | None, *, heads: slice | None = None
     ) -> tuple[Tensor, Tensor]:
         """``out [B, S, H, D]`` and ``lse [B, H, S]`` of queries ``q`` over these keys alone."""
         ...
 
     def gradients(
-        self, call: Call, rows: Saved, visibility: Visibility | None, *, heads: slice | None = None
+        self, call: Call, rows: Saved, rule: Rule | None, *, heads: slice | None = None
     ) -> Tensor:
         """These keys' part of dq ``[B, S, H, D]``; their own gradients add up in here.
 
@@ -111,19 +112,14 @@ class WholeKeys:
         self._keys = self._source()
 
     def attend(
-        self, call: Call, q: Tensor, visibility: Visibility | None, *, heads: slice | None = None
+        self, call: Call, q: Tensor, rule: Rule | None, *, heads: slice | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `Keys.attend`."""
-        return call.kernel.forward(
-            q,
-            *self._of(heads),
-            visibility=visibility,
-            softmax_scale=call.softmax_scale,
-            partial=call.channel.size > 1,
-        )
+        partial = call.channel.size > 1
+        return call.kernel.forward(call.problem(q, *self._of(heads), rule, partial=partial))
 
     def gradients(
-        self, call: Call, rows: Saved, visibility: Visibility | None, *, heads: slice | None = None
+        self, call: Call, rows: Saved, rule: Rule | None, *, heads: slice | None = None
     ) -> Tensor:
         """See `Keys.gradients`. Over several calls for all heads dk and dv add up in fp32."""
         if heads is not None:
@@ -132,8 +128,8 @@ class WholeKeys:
                 k, v = self._keys
                 self._totals = k.new_empty(k.shape), v.new_empty(v.shape)
             dk, dv = (total[:, :, heads] for total in self._totals)
-            return _backward(call, rows, self._of(heads), visibility, into=(dk, dv))[0]
-        dq, dk, dv = _backward(call, rows, self._of(None), visibility)
+            return _backward(call, rows, self._of(heads), rule, into=(dk, dv))[0]
+        dq, dk, dv = _backward(call, rows, self._of(None), rule)
         if self._totals is None:
             self._totals = (dk, dv)
         else:
@@ -184,34 +180,29 @@ class ChunkedKeys:
         self._first = next(self._parts)
 
     def attend(
-        self, call: Call, q: Tensor, visibility: Visibility | None, *, heads: slice | None = None
+        self, call: Call, q: Tensor, rule: Rule | None, *, heads: slice | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `Keys.attend`. Chunks are merged in fp32."""
         assert heads is None
         out, lse = empty_part(q, accumulation_dtype(q.dtype))
         part, self._first = self._first, None
         while part is not None:
-            call.kernel.fold(
-                q,
-                part.k,
-                part.v,
-                (out, lse),
-                visibility=_of_part(visibility, part),
-                softmax_scale=call.softmax_scale,
-            )
+            problem = call.problem(q, part.k, part.v, _of_part(rule, part), partial=True)
+            call.kernel.fold(problem, (out, lse))
+            del problem
             part = None  # before the next one is made
             part = next(self._parts, None)
         return out, lse
 
     def gradients(
-        self, call: Call, rows: Saved, visibility: Visibility | None, *, heads: slice | None = None
+        self, call: Call, rows: Saved, rule: Rule | None, *, heads: slice | None = None
     ) -> Tensor:
         """See `Keys.gradients`. All chunks but the last go through the projection at once."""
         assert heads is None
         dq = torch.zeros(rows.q.shape, dtype=accumulation_dtype(rows.q.dtype), device=rows.q.device)
         part, self._first = self._first, None
         while part is not None:
-            seen = _of_part(visibility, part)
+            seen = _of_part(rule, part)
             part_dq, *gradients = _backward(call, rows, (part.k, part.v), seen)
             dq += part_dq
             last, part = part.last, None  # the projection's backward needs the room
@@ -228,28 +219,17 @@ class ChunkedKeys:
         self._projection.push(self._last, last=True)
 
 
-def _of_part(visibility: Visibility | None, part: Part) -> Visibility | None:
-    if visibility is None:
-        return None
-    return visibility.with_keys(visibility.kv_pos[:, part.tokens])
+def _of_part(rule: Rule | None, part: Part) -> Rule | None:
+    return None if rule is None else rule.part(keys=part.tokens)
 
 
 def _backward(
     call: Call,
     rows: Saved,
     keys: tuple[Tensor, Tensor],
-    visibility: Visibility | None,
+    rule: Rule | None,
     *,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return call.kernel.backward(
-        rows.q,
-        *keys,
-        rows.dout,
-        rows.lse,
-        rows.delta,
-        visibility=visibility,
-        softmax_scale=call.softmax_scale,
-        has_dlse=call.returns_lse,
-        into=into,
-    )
+    upstream = Upstream(rows.dout, rows.lse, rows.delta, has_dlse=call.returns_lse)
+    return call.kernel.backward(call.problem(rows.q, *keys, rule), upstream, into=into)

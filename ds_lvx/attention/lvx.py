@@ -16,7 +16,7 @@ from ds_lvx.attention.call import Call, Group, settle
 from ds_lvx.attention.common import delta_of
 from ds_lvx.attention.keys import Saved, WholeKeys
 from ds_lvx.attention.replay import once
-from ds_lvx.attention.schedules import SCHEDULES
+from ds_lvx.attention.schedules import schedule_of
 from ds_lvx.kernels.visibility import Visibility
 
 
@@ -108,15 +108,13 @@ def lv_xattn(
         schedule=schedule,
         return_lse=return_lse,
     )
-    out, lse = attend(call, q, k, v, visibility)
+    out, lse = attend(call, q, k, v)
     return (out, lse) if return_lse else out
 
 
-def attend(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | None
-) -> tuple[Tensor, Tensor]:
+def attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """`lv_xattn` for a call that is settled: ``(out, lse)``."""
-    out, lse = _LVXAttention.apply(call, visibility, call.anchor(q.device), q, k, v)
+    out, lse = _LVXAttention.apply(call, call.anchor(q.device), q, k, v)
     return out, lse
 
 
@@ -125,7 +123,6 @@ class _LVXAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: Call,
-        visibility: Visibility | None,
         anchor: Tensor,
         q: Tensor,
         k: Tensor,
@@ -133,12 +130,12 @@ class _LVXAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         def attend() -> tuple[Tensor, Tensor]:
             keys = WholeKeys(lambda: (k, v), kv_heads=k.shape[2])
-            out, lse = SCHEDULES[call.schedule].forward(call, q, visibility, keys)
+            out, lse = schedule_of(call).forward(call, q, keys)
             return out.to(q.dtype), lse
 
         out, lse = once("lv_xattn's attention", attend)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.call, ctx.visibility = call, visibility
+        ctx.call = call
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -149,8 +146,8 @@ class _LVXAttention(torch.autograd.Function):
         gradients: list[Tensor] = []
         keys = WholeKeys(lambda: (k, v), gradients.extend, kv_heads=k.shape[2])
         saved = saved_for(q, out, lse, dout, dlse)
-        dq = SCHEDULES[ctx.call.schedule].backward(ctx.call, saved, ctx.visibility, keys)
-        return None, None, None, dq.to(q.dtype), *gradients
+        dq = schedule_of(ctx.call).backward(ctx.call, saved, keys)
+        return None, None, dq.to(q.dtype), *gradients
 
 
 def saved_for(

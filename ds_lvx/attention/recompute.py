@@ -22,7 +22,8 @@ from ds_lvx.attention.lvx import saved_for
 from ds_lvx.attention.projection import Projection, ProjectionAgain, ProjectKV
 from ds_lvx.attention.random_state import Setting
 from ds_lvx.attention.replay import once, recording, replaying
-from ds_lvx.attention.schedules import SCHEDULES
+from ds_lvx.attention.schedules import schedule_of
+from ds_lvx.config.registry import can_chunk
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.visibility import Visibility
 
@@ -118,9 +119,7 @@ def lv_xattn_recompute(
     )
     # Ranks that agree on a call may still project something else.
     checked = project_kv if replaying() else _agreeing(call.channel, project_kv, q)
-    out, lse = attend_recompute(
-        call, q, features, checked, visibility, kv_chunk_tokens=kv_chunk_tokens
-    )
+    out, lse = attend_recompute(call, q, features, checked, kv_chunk_tokens=kv_chunk_tokens)
     return (out, lse) if return_lse else out
 
 
@@ -129,7 +128,6 @@ def attend_recompute(
     q: Tensor,
     features: Tensor,
     project_kv: ProjectKV,
-    visibility: Visibility | None,
     *,
     kv_chunk_tokens: int | None = None,
     shared: FeatureGradient | None = None,
@@ -144,12 +142,10 @@ def attend_recompute(
     if kv_chunk_tokens is None and features.device != q.device:
         kv_chunk_tokens = STREAMED_TOKENS
     lengths = chunk_lengths(call.kv_lengths, call.channel.rank, kv_chunk_tokens)
-    if len(lengths) > 1 and call.schedule == "ring":
-        call = replace(call, schedule="gather")  # the ring would want all chunks at every step
+    if len(lengths) > 1 and not can_chunk(call.schedule):
+        call = replace(call, schedule="gather")
     anchor = call.anchor(q.device)
-    out, lse = _LVXRecompute.apply(
-        call, visibility, project_kv, lengths, (shared, layer), anchor, q, features
-    )
+    out, lse = _LVXRecompute.apply(call, project_kv, lengths, (shared, layer), anchor, q, features)
     return out, lse
 
 
@@ -158,7 +154,6 @@ class _LVXRecompute(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: Call,
-        visibility: Visibility | None,
         project_kv: ProjectKV,
         lengths: list[int],
         shared: tuple[FeatureGradient | None, str],
@@ -170,7 +165,7 @@ class _LVXRecompute(torch.autograd.Function):
             setting = Setting(q) if call.requires_grad or recording() else None
             chunks = Chunks(features, lengths, q.device)
             keys = _keys(Projection(project_kv, chunks), chunks)
-            out, lse = SCHEDULES[call.schedule].forward(call, q, visibility, keys)
+            out, lse = schedule_of(call).forward(call, q, keys)
             after = None if setting is None else setting.change()
             return out.to(q.dtype), lse, setting, after
 
@@ -178,7 +173,7 @@ class _LVXRecompute(torch.autograd.Function):
         if replaying() and after is not None:
             after.restore()  # the projection did not run: what follows it must not notice
         ctx.save_for_backward(q, features, out, lse)
-        ctx.call, ctx.visibility, ctx.setting = call, visibility, setting
+        ctx.call, ctx.setting = call, setting
         ctx.project_kv, ctx.lengths, ctx.shared = project_kv, lengths, shared
         ctx.set_materialize_grads(False)
         return out, lse
@@ -190,7 +185,7 @@ class _LVXRecompute(torch.autograd.Function):
         chunks = Chunks(features, ctx.lengths, q.device)
         shared, layer = ctx.shared
         gradient = None
-        if ctx.needs_input_grad[7] and _is_wanted(ctx.next_functions[-1][0]):
+        if ctx.needs_input_grad[6] and _is_wanted(ctx.next_functions[-1][0]):
             gradient = FeatureGradient() if shared is None else shared
             gradient.begin(layer)
         projection = ProjectionAgain(
@@ -198,13 +193,11 @@ class _LVXRecompute(torch.autograd.Function):
         )
         saved = saved_for(q, out, lse, dout, dlse)
         del out, lse, dout
-        dq = SCHEDULES[ctx.call.schedule].backward(
-            ctx.call, saved, ctx.visibility, _keys(projection, chunks)
-        )
+        dq = schedule_of(ctx.call).backward(ctx.call, saved, _keys(projection, chunks))
         own = None if gradient is None or gradient is shared else gradient.take()
         if own is not None and chunks.on_host:
             torch.accelerator.synchronize(q.device)  # autograd adds it up on the host
-        return None, None, None, None, None, None, dq.to(q.dtype), own
+        return None, None, None, None, None, dq.to(q.dtype), own
 
 
 def _is_wanted(node: Any) -> bool:

@@ -17,7 +17,9 @@ from ds_lvx.attention.lvx import saved_for
 from ds_lvx.attention.replay import once
 from ds_lvx.distributed.bundles import Bundle, Spec
 from ds_lvx.distributed.pending import Pending
+from ds_lvx.kernels.interface import Upstream
 from ds_lvx.kernels.merge import accumulation_dtype
+from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import Visibility
 
 
@@ -74,7 +76,7 @@ def ring_attention(
 
     Collectives: one agreement of 2 KiB on the CPU. With t keys a rank and K key/value heads, a rank
     sends ``2 (n-1) t K D e`` bytes in forward and ``4 (n-1) t K D e`` in backward (k and v, dk and
-    dv), plus ``4 (n-1) t`` for visibility. The next keys travel while a block is computed.
+    dv), and once ``4 (n-1) t`` for visibility. The next keys travel while a block is computed.
     """
     call = settle(
         "ring_attention",
@@ -86,15 +88,13 @@ def ring_attention(
         kernel=kernel,
         return_lse=return_lse,
     )
-    out, lse = attend(call, q, k, v, visibility)
+    out, lse = attend(call, q, k, v)
     return (out, lse) if return_lse else out
 
 
-def attend(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | None
-) -> tuple[Tensor, Tensor]:
+def attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """`ring_attention` for a call that is settled: ``(out, lse)``."""
-    out, lse = _RingAttention.apply(call, visibility, call.anchor(q.device), q, k, v)
+    out, lse = _RingAttention.apply(call, call.anchor(q.device), q, k, v)
     return out, lse
 
 
@@ -103,15 +103,14 @@ class _RingAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: Call,
-        visibility: Visibility | None,
         anchor: Tensor,
         q: Tensor,
         k: Tensor,
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = once("ring_attention's attention", lambda: _forward(call, q, k, v, visibility))
+        out, lse = once("ring_attention's attention", lambda: _forward(call, q, k, v))
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.call, ctx.visibility = call, visibility
+        ctx.call = call
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -120,55 +119,40 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
         saved = saved_for(q, out, lse, dout, dlse)
-        dq, dk, dv = _backward(ctx.call, saved, k, v, ctx.visibility)
-        return None, None, None, dq.to(q.dtype), dk, dv
+        dq, dk, dv = _backward(ctx.call, saved, k, v)
+        return None, None, dq.to(q.dtype), dk, dv
 
 
-def _forward(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | None
-) -> tuple[Tensor, Tensor]:
-    keys: Bundle = [k, v, *_positions(visibility)]
+def _forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    keys: Bundle = [k, v]
     dtype = accumulation_dtype(q.dtype)
     for step in range(call.channel.size):
         following = _next_keys(call, keys, step)
-        seen, scale = _over(visibility, keys), call.softmax_scale
-        block = keys[0], keys[1]
+        partial = call.channel.size > 1
+        problem = call.problem(q, keys[0], keys[1], _rule(call, step), partial=partial)
         if step == 0:
-            partial = call.channel.size > 1
-            out, lse = call.kernel.forward(
-                q, *block, visibility=seen, softmax_scale=scale, partial=partial
-            )
+            out, lse = call.kernel.forward(problem)
             out, lse = out.to(dtype), lse.to(dtype)
         else:
-            call.kernel.fold(q, *block, (out, lse), visibility=seen, softmax_scale=scale)
+            call.kernel.fold(problem, (out, lse))
         if following is not None:
             keys = following.wait()
     return out.to(q.dtype), lse
 
 
-def _backward(
-    call: Call, saved: Saved, k: Tensor, v: Tensor, visibility: Visibility | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(call: Call, saved: Saved, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each block's dk and dv go straight home and add up there, in fp32."""
     channel = call.channel
     dtype = accumulation_dtype(k.dtype)
-    keys: Bundle = [k, v, *_positions(visibility)]
+    keys: Bundle = [k, v]
     returning: Pending[Bundle] | None = None
     total = torch.zeros(saved.q.shape, dtype=dtype, device=saved.q.device)
     home: list[Tensor] = []
+    upstream = Upstream(saved.dout, saved.lse, saved.delta, has_dlse=call.returns_lse)
     for step in range(channel.size):
         following = _next_keys(call, keys, step)
-        dq, dk, dv = call.kernel.backward(
-            saved.q,
-            keys[0],
-            keys[1],
-            saved.dout,
-            saved.lse,
-            saved.delta,
-            visibility=_over(visibility, keys),
-            softmax_scale=call.softmax_scale,
-            has_dlse=call.returns_lse,
-        )
+        problem = call.problem(saved.q, keys[0], keys[1], _rule(call, step))
+        dq, dk, dv = call.kernel.backward(problem, upstream)
         total += dq
         if step == 0:
             home = [dk.to(dtype), dv.to(dtype)]
@@ -177,7 +161,7 @@ def _backward(
                 _add_to(home, returning.wait())
             specs = [Spec.of(k), Spec.of(v)]
             returning = channel.shift([dk.to(k.dtype), dv.to(v.dtype)], specs, hops=-step)
-        del dq, dk, dv  # the next step's need the room
+        del problem, dq, dk, dv  # the next step's need the room
         if following is not None:
             keys = following.wait()
     if returning is not None:
@@ -190,23 +174,19 @@ def _add_to(totals: list[Tensor], parts: Bundle) -> None:
         total += part
 
 
+def _owner(call: Call, step: int) -> int:
+    """Whose keys are here at a step."""
+    return (call.channel.rank - step) % call.channel.size
+
+
+def _rule(call: Call, step: int) -> Rule | None:
+    """This rank's queries over the keys that are here."""
+    return call.layout.rule(queries=call.channel.rank, keys=_owner(call, step))
+
+
 def _next_keys(call: Call, keys: Bundle, step: int) -> Pending[Bundle] | None:
     if step == call.channel.size - 1:
         return None
-    rows = call.kv_lengths[(call.channel.rank - step - 1) % call.channel.size]
-    specs = [_keys_like(keys[0], rows)] * 2
-    if len(keys) == 3:
-        specs.append(Spec((keys[0].shape[0], rows), torch.int32))
-    return call.channel.shift(keys, specs)
-
-
-def _keys_like(k: Tensor, rows: int) -> Spec:
-    return Spec((k.shape[0], rows, *k.shape[2:]), k.dtype)
-
-
-def _positions(visibility: Visibility | None) -> Bundle:
-    return [] if visibility is None else [visibility.kv_pos]
-
-
-def _over(visibility: Visibility | None, keys: Bundle) -> Visibility | None:
-    return None if visibility is None else visibility.with_keys(keys[2])
+    rows = call.kv_lengths[_owner(call, step + 1)]
+    like = Spec((keys[0].shape[0], rows, *keys[0].shape[2:]), keys[0].dtype)
+    return call.channel.shift(keys, [like, like])

@@ -20,12 +20,12 @@ from ds_lvx.attention.call import Call, Group, settle
 from ds_lvx.attention.common import LocalAttention, delta_of
 from ds_lvx.attention.replay import once
 from ds_lvx.attention.shape import head_layout
-from ds_lvx.distributed.bundles import Spec
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.pending import blocking
 from ds_lvx.distributed.start import init_distributed
 from ds_lvx.distributed.traffic import count
-from ds_lvx.kernels.visibility import EVERYTHING, Visibility
+from ds_lvx.kernels.interface import Upstream
+from ds_lvx.kernels.visibility import Visibility
 
 
 def ulysses_attention(
@@ -66,7 +66,7 @@ def ulysses_attention(
         kernel=kernel,
     )
     check_heads(q.shape[2], call.channel.size)
-    return attend(call, q, k, v, visibility)
+    return attend(call, q, k, v)[0]
 
 
 def check_heads(num_heads: int, sp_size: int) -> None:
@@ -78,22 +78,15 @@ def check_heads(num_heads: int, sp_size: int) -> None:
         )
 
 
-def attend(call: Call, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | None) -> Tensor:
-    """`ulysses_attention` for a call that is settled."""
+def attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`ulysses_attention` for a call that is settled: ``out``, and no lse but in a group of one."""
     channel = call.channel
     if channel.size == 1:
-        return LocalAttention.apply(call, visibility, q, k, v)[0]
+        out, lse = LocalAttention.apply(call, q, k, v)
+        return out, lse
     seqlen_q, seqlen_kv = max(call.q_lengths), max(call.kv_lengths)
-    uneven = len(set(call.q_lengths)) > 1 or len(set(call.kv_lengths)) > 1
-    if uneven and visibility is None:
-        batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-        visibility = Visibility.all(batch, queries, keys, device=q.device)
     if seqlen_q == 0 or seqlen_kv == 0:
-        return _nothing(q, k, v)
-    whole = None
-    if visibility is not None:
-        mine = visibility
-        whole = once("visibility", lambda: _whole(channel, mine, seqlen_q, seqlen_kv))
+        return _nothing(q, k, v), None
     repeats, padding = head_layout(q.shape[2], k.shape[2], channel.size)
     padded_q = _pad(q, seqlen_q, padding * (q.shape[2] // (k.shape[2] * repeats)))
     padded_k, padded_v = (
@@ -101,8 +94,8 @@ def attend(call: Call, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility |
         for t in (k, v)
     )
     anchor = call.anchor(q.device)
-    out = _UlyssesAttention.apply(call, whole, anchor, padded_q, padded_k, padded_v)
-    return out[:, : q.shape[1], : q.shape[2]]
+    out = _UlyssesAttention.apply(call, anchor, padded_q, padded_k, padded_v)
+    return out[:, : q.shape[1], : q.shape[2]], None
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -122,23 +115,22 @@ class _UlyssesAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: Call,
-        visibility: Visibility | None,
         anchor: Tensor,
         q: Tensor,
         k: Tensor,
         v: Tensor,
     ) -> Tensor:
+        rule = call.layout.padded_rule(q.shape[0])
+
         def attend_by_heads() -> tuple[Tensor, ...]:
-            by_heads = [_to_heads(call.channel, tensor) for tensor in (q, k, v)]
-            out, lse = call.kernel.forward(
-                *by_heads, visibility=visibility, softmax_scale=call.softmax_scale
-            )
+            heads_q, heads_k, heads_v = (_to_heads(call.channel, t) for t in (q, k, v))
+            out, lse = call.kernel.forward(call.problem(heads_q, heads_k, heads_v, rule))
             out = out.to(q.dtype)
-            return *by_heads, out, lse, _to_sequence(call.channel, out)
+            return heads_q, heads_k, heads_v, out, lse, _to_sequence(call.channel, out)
 
         *saved, out = once("ulysses_attention's attention", attend_by_heads)
         ctx.save_for_backward(*saved)
-        ctx.call, ctx.visibility = call, visibility
+        ctx.call, ctx.rule = call, rule
         return out
 
     @staticmethod
@@ -147,19 +139,10 @@ class _UlyssesAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         channel = ctx.call.channel
         dout = _to_heads(channel, dout)
-        dq, dk, dv = ctx.call.kernel.backward(
-            q,
-            k,
-            v,
-            dout,
-            lse,
-            delta_of(out, dout, None, lse),
-            visibility=ctx.visibility,
-            softmax_scale=ctx.call.softmax_scale,
-            has_dlse=False,
-        )
+        upstream = Upstream(dout, lse, delta_of(out, dout, None, lse))
+        dq, dk, dv = ctx.call.kernel.backward(ctx.call.problem(q, k, v, ctx.rule), upstream)
         gradients = (dq.to(q.dtype), dk, dv)
-        return None, None, None, *(_to_sequence(channel, gradient) for gradient in gradients)
+        return None, None, *(_to_sequence(channel, gradient) for gradient in gradients)
 
 
 def _to_heads(channel: Channel, tensor: Tensor) -> Tensor:
@@ -179,20 +162,6 @@ def _all_to_all(channel: Channel, tensor: Tensor, *, scatter: int, gather: int) 
     with blocking("all_to_all"):
         sent: Tensor = single_all_to_all(tensor.contiguous(), scatter, gather, 0, channel.group)
     return sent
-
-
-def _whole(channel: Channel, visibility: Visibility, seqlen_q: int, seqlen_kv: int) -> Visibility:
-    """The visibility of the whole padded sequence, on every rank."""
-    queries = seqlen_q - visibility.q_start.shape[1]
-    keys = seqlen_kv - visibility.kv_pos.shape[1]
-    padded = [
-        F.pad(visibility.ranges, (0, queries)),  # [0, 0): a padded query sees nothing
-        F.pad(visibility.kv_pos, (0, keys), value=EVERYTHING),  # and a padded key is seen by none
-    ]
-    specs = [[Spec.of(tensor) for tensor in padded]] * channel.size
-    bundles = channel.gather(padded, specs).wait()
-    ranges = torch.cat([bundle[0] for bundle in bundles], dim=2)
-    return Visibility(ranges[0], ranges[1], torch.cat([bundle[1] for bundle in bundles], dim=1))
 
 
 def _pad(tensor: Tensor, seqlen: int, heads: int) -> Tensor:

@@ -10,8 +10,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ds_lvx.config.ds_config import (
     SECTION,
@@ -25,6 +33,14 @@ from ds_lvx.config.ds_config import (
     source_name,
     zero_stage,
 )
+from ds_lvx.config.registry import (
+    AUTO,
+    METHODS,
+    can_chunk,
+    kernel_words,
+    method_words,
+    schedule_words,
+)
 
 __all__ = [
     "LVXConfig",
@@ -35,10 +51,13 @@ __all__ = [
     "zero_stage",
 ]
 
-Method: TypeAlias = Literal["lvx", "ring", "ulysses", "none", "auto"]
-Schedule: TypeAlias = Literal["auto", "ring", "gather", "replicated"]
-Kernel: TypeAlias = Literal["auto", "native", "triton", "reference"]
 Features: TypeAlias = Literal["keep", "offload"]
+_WORDS: dict[str, tuple[str, ...]] = {
+    "method": method_words(),
+    "schedule": schedule_words(),
+    "kernel": kernel_words(),
+    "features": get_args(Features),
+}
 
 
 class LayerRule(BaseModel):
@@ -51,11 +70,11 @@ class LayerRule(BaseModel):
     match: str = Field(min_length=1)
     """Shell pattern on the layer's qualified module name, e.g. `*.cross_attn`; `*` crosses dots."""
 
-    method: Method
+    method: str
     """Who computes the layer: `lvx`, `ring`, `ulysses`, `none` (this rank alone) or `auto`: what
     the planner predicts to be fastest for the batch at hand; with `recompute_kv`, that is lvx."""
 
-    schedule: Schedule = "auto"
+    schedule: str = "auto"
     """How lvx moves the queries: `ring`, `gather`, `replicated` or `auto`, the planner's choice."""
 
     recompute_kv: bool = False
@@ -69,8 +88,15 @@ class LayerRule(BaseModel):
     """Project and attend K and V of so many visual tokens at a time, forward and backward, so that
     a layer's K and V never exist whole. Needs `recompute_kv`."""
 
-    kernel: Kernel = "auto"
+    kernel: str = "auto"
     """Who computes one block on one device: `native`, `triton`, `reference` or `auto`."""
+
+    @field_validator("method", "schedule", "kernel")
+    @classmethod
+    def _is_known(cls, word: str, info: ValidationInfo) -> str:
+        if word not in _WORDS[str(info.field_name)]:
+            raise PydanticCustomError("literal_error", "an unknown word")
+        return word
 
 
 class LVXConfig(BaseModel):
@@ -207,16 +233,19 @@ def summarise_names(names: Iterable[str]) -> list[str]:
 
 def _missing_combinations(rule: LayerRule) -> Iterator[str]:
     method = rule.method
-    if method not in ("lvx", "auto") and rule.recompute_kv:
+    entry = METHODS.get(method)  # None for auto
+    if entry is not None and not entry.recomputes and rule.recompute_kv:
+        able = " or ".join(f'"{name}"' for name, each in METHODS.items() if each.recomputes)
         yield (
-            f'recompute_kv: does not exist for method "{method}"; use method "lvx", or remove '
+            f'recompute_kv: does not exist for method "{method}"; use method {able}, or remove '
             "recompute_kv"
         )
     yield from _without_recomputation(rule)
-    if method not in ("lvx", "auto") and rule.schedule != "auto":
+    if entry is not None and not entry.has_schedules and rule.schedule != AUTO:
+        able = " or ".join(f'"{name}"' for name, each in METHODS.items() if each.has_schedules)
         yield (
             f'schedule: got "{rule.schedule}", but method "{method}" has no schedules; use method '
-            '"lvx", or remove schedule'
+            f"{able}, or remove schedule"
         )
     if method == "none" and rule.kernel != "auto":
         yield (
@@ -234,10 +263,10 @@ def _without_recomputation(rule: LayerRule) -> Iterator[str]:
                 f"{key}: got {shown(getattr(rule, key))} without recompute_kv, which keeps K and V "
                 f'whole for backward; add "recompute_kv": true, or remove {key}'
             )
-        elif value and rule.schedule == "ring":
+        elif value and not can_chunk(rule.schedule):
             yield (
-                f'{key}: got {shown(getattr(rule, key))} with schedule "ring", which needs a '
-                "layer's K and V whole for every query shard that passes; use schedule "
+                f'{key}: got {shown(getattr(rule, key))} with schedule "{rule.schedule}", which '
+                "needs a layer's K and V whole for every query shard that passes; use schedule "
                 '"gather" or "auto"'
             )
 
@@ -256,19 +285,13 @@ def _explain(details: ErrorDetails) -> str:
     if kind == "missing":
         return f"{path}: missing; every rule needs it, {_EXAMPLES[str(loc[-1])]}"
     if kind == "literal_error":
-        words = list(get_args(_LITERALS[str(loc[-1])]))
+        words = list(_WORDS[str(loc[-1])])
         word = details["input"]
         hint = _did_you_mean(word, words) if isinstance(word, str) else ""
         return f"{path}: got {got}{hint}, expected one of {_list(words)}"
     return f"{path}: got {got}, expected {_EXPECTED.get(kind, details['msg'])}"
 
 
-_LITERALS: dict[str, Any] = {
-    "method": Method,
-    "schedule": Schedule,
-    "kernel": Kernel,
-    "features": Features,
-}
 _EXAMPLES = {
     "match": 'a pattern such as "match": "*.cross_attn"',
     "method": 'for example "method": "lvx"',

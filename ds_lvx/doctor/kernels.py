@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ds_lvx.config.registry import AUTO, kernel_words
 from ds_lvx.doctor.findings import Finding, State
-from ds_lvx.kernels import KERNELS, choose, describe
+from ds_lvx.kernels.choice import describe, kernel_for
 
 _MOST_LINES = 12
 _NEEDLESS = "kernel: got "  # the reader has not asked for it
@@ -20,7 +21,7 @@ def findings(device: str) -> list[Finding]:
         short: torch.empty(1, 1, 8, 128, dtype=dtype, device=device)
         for short, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
     }
-    found = [_kernel(name, probes) for name in KERNELS if name != "auto"]
+    found = [_kernel(name, probes) for name in kernel_words() if name != AUTO]
     for short, q in probes.items():
         lines = describe(q)
         details = lines[1:_MOST_LINES]
@@ -37,13 +38,13 @@ def available(device: str) -> list[str]:
         torch.empty(1, 1, 8, 64, dtype=dtype, device=device)
         for dtype in (torch.bfloat16, torch.float32)
     ]
-    return [name for name in KERNELS if all(why_not(name, q) is None for q in probes)]
+    return [name for name in kernel_words() if all(why_not(name, q) is None for q in probes)]
 
 
 def why_not(name: str, q: Tensor) -> str | None:
     """Why a kernel cannot do queries like ``q``; None when it can."""
     try:
-        choose(name, q)
+        kernel_for(name, q)
     except ValueError as error:
         return str(error).removeprefix(_NEEDLESS)
     return None

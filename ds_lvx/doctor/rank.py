@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx.attention.call import SCHEDULES
 from ds_lvx.attention.lvx import lv_xattn
 from ds_lvx.attention.oracle import attention_oracle
 from ds_lvx.attention.ring import ring_attention

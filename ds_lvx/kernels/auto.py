@@ -1,4 +1,4 @@
-"""The ``auto`` kernel: for each kind of request the fastest of those that can do it, as measured.
+"""The ``auto`` kernel: for each kind of problem the fastest of those that can do it, as measured.
 
 The first call of a kind runs every candidate on the very tensors of the call, checks it against
 the trusted one, and times it; a small table per device keeps the winner, on disk as well, with the
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx import cache
-from ds_lvx.kernels.interface import Kernel
-from ds_lvx.kernels.visibility import Visibility
+from ds_lvx.kernels.interface import Kernel, Problem, Upstream
 
 TRUSTED = "native"
 """Always a candidate, and what the others are checked against."""
@@ -33,7 +32,7 @@ Clock: TypeAlias = Callable[[Callable[[], Any]], float]
 
 
 class Table:
-    """Which kernel was fastest, by kind of request, on one device.
+    """Which kernel was fastest, by kind of problem, on one device.
 
     Args:
         name: of the file in the cache folder.
@@ -57,7 +56,7 @@ class Table:
         self._entries = cache.update(self.name, lambda held: {kind: entry, **held})
 
 
-class AutoKernel:
+class AutoKernel(Kernel):
     """The fastest of some kernels, call by call.
 
     Args:
@@ -75,96 +74,53 @@ class AutoKernel:
         self._table = table
         self._clock = _cuda_seconds if clock is None else clock
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        visibility: Visibility | None,
-        softmax_scale: float,
-        partial: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """See `ds_lvx.kernels.Kernel.forward`."""
-        options: dict[str, Any] = {
-            "visibility": visibility,
-            "softmax_scale": softmax_scale,
-            "partial": partial,
-        }
-        return self._fastest("forward", (q, k, v), options).forward(q, k, v, **options)
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """See `ds_lvx.kernels.interface.Kernel.forward`."""
+        return self._fastest(problem).forward(problem)
 
-    def fold(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        running: tuple[Tensor, Tensor],
-        *,
-        visibility: Visibility | None,
-        softmax_scale: float,
-    ) -> None:
-        """See `ds_lvx.kernels.Kernel.fold`; by the kernel that is fastest in forward."""
-        options: dict[str, Any] = {"visibility": visibility, "softmax_scale": softmax_scale}
-        kernel = self._fastest("forward", (q, k, v), {**options, "partial": True})
-        kernel.fold(q, k, v, running, **options)
+    def fold(self, problem: Problem, running: tuple[Tensor, Tensor]) -> None:
+        """See `ds_lvx.kernels.interface.Kernel.fold`; by the kernel that is fastest in forward."""
+        part = problem.as_part()
+        self._fastest(part).fold(part, running)
 
     def backward(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dout: Tensor,
-        lse: Tensor,
-        delta: Tensor,
+        problem: Problem,
+        upstream: Upstream,
         *,
-        visibility: Visibility | None,
-        softmax_scale: float,
-        has_dlse: bool,
         into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `ds_lvx.kernels.Kernel.backward`."""
-        options: dict[str, Any] = {
-            "visibility": visibility,
-            "softmax_scale": softmax_scale,
-            "has_dlse": has_dlse,
-        }
-        tensors = (q, k, v, dout, lse, delta)
-        fastest = self._fastest("backward", tensors, options)
-        return fastest.backward(*tensors, **options, into=into)
+        """See `ds_lvx.kernels.interface.Kernel.backward`."""
+        return self._fastest(problem, upstream).backward(problem, upstream, into=into)
 
-    def _fastest(
-        self, direction: str, tensors: tuple[Tensor, ...], options: Mapping[str, Any]
-    ) -> Kernel:
+    def _fastest(self, problem: Problem, upstream: Upstream | None = None) -> Kernel:
         trusted = self._candidates[TRUSTED]
-        q, k = tensors[:2]
-        if len(self._candidates) == 1 or q.numel() == 0 or k.numel() == 0:
+        if len(self._candidates) == 1 or problem.is_empty:
             return trusted
-        kind = kind_of(direction, q, k, options)
+        kind = kind_of(problem, upstream)
         entry = self._table.entries().get(kind)
         if entry is None:
-            if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            if problem.q.is_cuda and torch.cuda.is_current_stream_capturing():
                 return trusted  # a graph under capture must not wait for the host
-            entry = self._measure(direction, tensors, options)
+            entry = self._measure(problem, upstream)
             if entry is None:
                 return trusted
             self._table.add(kind, entry)
             entry = self._table.entries()[kind]
         return self._candidates.get(entry["chosen"], trusted)
 
-    def _measure(
-        self, direction: str, tensors: tuple[Tensor, ...], options: Mapping[str, Any]
-    ) -> dict[str, Any] | None:
+    def _measure(self, problem: Problem, upstream: Upstream | None) -> dict[str, Any] | None:
         """An entry of the table; None when nothing can be said by these tensors."""
-        expected = getattr(self._candidates[TRUSTED], direction)(*tensors, **options)
+        expected = _run(self._candidates[TRUSTED], problem, upstream)
         if not bool(expected[0].isfinite().all()):
             return None
         seconds: dict[str, float] = {}
         excluded: dict[str, str] = {}
         for name, kernel in self._candidates.items():
-            run = functools.partial(getattr(kernel, direction), *tensors, **options)
+            run = functools.partial(_run, kernel, problem, upstream)
             try:
                 error = 0.0 if name == TRUSTED else _difference(run(), expected)
-                if error > _TOLERANCE[tensors[0].dtype]:
+                if error > _TOLERANCE[problem.q.dtype]:
                     excluded[name] = f"differs from {TRUSTED} by {error:.1e} of the largest value"
                     continue
                 seconds[name] = statistics.median(self._clock(run) for _ in range(_RUNS))
@@ -177,22 +133,28 @@ class AutoKernel:
         return {"chosen": chosen, "seconds": seconds, "excluded": excluded}
 
 
-def kind_of(direction: str, q: Tensor, k: Tensor, options: Mapping[str, Any]) -> str:
-    """The row of the table for a request; lengths count by powers of two."""
-    batch, seqlen_q, heads, head_dim = q.shape
-    seqlen_kv, kv_heads = k.shape[1:3]
+def _run(kernel: Kernel, problem: Problem, upstream: Upstream | None) -> tuple[Tensor, ...]:
+    if upstream is None:
+        return kernel.forward(problem)
+    return kernel.backward(problem, upstream)
+
+
+def kind_of(problem: Problem, upstream: Upstream | None) -> str:
+    """The row of the table for a problem; lengths count by powers of two."""
+    batch, seqlen_q, heads, head_dim = problem.q.shape
+    seqlen_kv, kv_heads = problem.k.shape[1:3]
     parts = [
-        direction,
-        str(q.dtype).removeprefix("torch."),
+        "forward" if upstream is None else "backward",
+        str(problem.q.dtype).removeprefix("torch."),
         f"head_dim {head_dim}",
         f"{heads // kv_heads} query heads a kv head",
         f"{_power(batch * kv_heads)} kv heads in all",
         f"{_power(seqlen_q)} queries",
         f"{_power(seqlen_kv)} keys",
     ]
-    if options["visibility"] is not None:
-        parts.append("visibility")
-    if options.get("has_dlse"):
+    if problem.rule is not None:
+        parts.append(f"visibility {problem.rule.structure}")
+    if upstream is not None and upstream.has_dlse:
         parts.append("dlse")
     return ", ".join(parts)
 

@@ -6,88 +6,55 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels import flash
-from ds_lvx.kernels.interface import written
-from ds_lvx.kernels.merge import merge_
+from ds_lvx.kernels.interface import Kernel, Problem, Upstream, written
 from ds_lvx.kernels.native import NativeKernel
-from ds_lvx.kernels.visibility import Visibility
 
 _aten = torch.ops.aten
 MAX_HEAD_DIM = 128
 
 
-def can(q: Tensor) -> bool:
-    """Whether cuDNN's kernel does queries like ``q``: 16 bits, head_dim 8, 16, ... 128."""
-    return flash.cuda_can(q, None) and q.shape[-1] <= MAX_HEAD_DIM and torch.backends.cudnn.enabled
+def obstacle(q: Tensor) -> str | None:
+    """Why cuDNN's kernel cannot do queries like ``q``; None where it can."""
+    if flash.cuda_can(q) and q.shape[-1] <= MAX_HEAD_DIM and torch.backends.cudnn.enabled:
+        return None
+    return f"{q.dtype} with head_dim {q.shape[-1]}, where it does 16 bits and 8, 16, ... 128"
 
 
 class CudnnKernel(NativeKernel):
-    """cuDNN's fused kernels where there is no visibility and no gradient of lse. Stateless."""
+    """cuDNN's fused kernels where there is no rule and no gradient of lse. Stateless."""
 
     name = "cudnn"
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        visibility: Visibility | None,
-        softmax_scale: float,
-        partial: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """See `ds_lvx.kernels.Kernel.forward`."""
-        if visibility is None and q.numel() and k.numel():
-            return forward(q, k, v, softmax_scale=softmax_scale)
-        return super().forward(
-            q, k, v, visibility=visibility, softmax_scale=softmax_scale, partial=partial
-        )
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """See `ds_lvx.kernels.interface.Kernel.forward`."""
+        if problem.rule is not None or problem.is_empty:
+            return super().forward(problem)
+        return forward(problem.q, problem.k, problem.v, softmax_scale=problem.softmax_scale)
 
-    def fold(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        running: tuple[Tensor, Tensor],
-        *,
-        visibility: Visibility | None,
-        softmax_scale: float,
-    ) -> None:
-        """See `ds_lvx.kernels.Kernel.fold`."""
-        part = self.forward(
-            q, k, v, visibility=visibility, softmax_scale=softmax_scale, partial=True
-        )
-        merge_(*running, *part)
+    def fold(self, problem: Problem, running: tuple[Tensor, Tensor]) -> None:
+        """See `ds_lvx.kernels.interface.Kernel.fold`."""
+        Kernel.fold(self, problem, running)
 
     def backward(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dout: Tensor,
-        lse: Tensor,
-        delta: Tensor,
+        problem: Problem,
+        upstream: Upstream,
         *,
-        visibility: Visibility | None,
-        softmax_scale: float,
-        has_dlse: bool,
         into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `ds_lvx.kernels.Kernel.backward`."""
-        if visibility is None and not has_dlse and q.numel() and k.numel():
-            dq, *gradients = backward(q, k, v, dout, lse, delta, softmax_scale=softmax_scale)
-            return dq, *written((gradients[0], gradients[1]), into)
-        return super().backward(
-            q,
-            k,
-            v,
-            dout,
-            lse,
-            delta,
-            visibility=visibility,
-            softmax_scale=softmax_scale,
-            has_dlse=has_dlse,
-            into=into,
+        """See `ds_lvx.kernels.interface.Kernel.backward`."""
+        if problem.rule is not None or upstream.has_dlse or problem.is_empty:
+            return super().backward(problem, upstream, into=into)
+        dq, dk, dv = backward(
+            problem.q,
+            problem.k,
+            problem.v,
+            upstream.dout,
+            upstream.lse,
+            upstream.delta,
+            softmax_scale=problem.softmax_scale,
         )
+        return dq, *written((dk, dv), into)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> tuple[Tensor, Tensor]:

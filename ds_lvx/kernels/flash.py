@@ -18,16 +18,15 @@ CUDA_MAX_HEAD_DIM = 256
 CUDA_CAPABILITY = (8, 0)
 
 
-def cuda_can(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether PyTorch's CUDA flash kernel does this request.
+def cuda_can(q: Tensor) -> bool:
+    """Whether PyTorch's CUDA flash kernel does queries like ``q``, where all see all.
 
-    It wants no mask, 16 bits, a head_dim that is a multiple of 8 up to 256, and Ampere or newer.
+    It wants 16 bits, a head_dim that is a multiple of 8 up to 256, and Ampere or newer.
     """
     head_dim = q.shape[-1]
     able = not q.is_cuda or torch.cuda.get_device_capability(q.device) >= CUDA_CAPABILITY
     return (
         able
-        and mask is None
         and q.dtype in CUDA_DTYPES
         and head_dim <= CUDA_MAX_HEAD_DIM
         and head_dim % CUDA_HEAD_DIM_MULTIPLE == 0

@@ -14,8 +14,6 @@ there are large matrix products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from itertools import groupby
 from operator import attrgetter
 
@@ -23,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels import dense, flash, onednn
-from ds_lvx.kernels.interface import written
+from ds_lvx.kernels.interface import Kernel, Problem, Upstream, no_gradients, written
 from ds_lvx.kernels.merge import accumulation_dtype, empty_part, merge_
-from ds_lvx.kernels.visibility import Block, Visibility, blocks
+from ds_lvx.kernels.rule import Block, whole_blocks
 
 # Large enough that a block's kernel dwarfs its launch, small enough for its mask to be cheap.
 _MASK_ELEMENTS = 2**24
@@ -39,82 +37,50 @@ _FEW_QUERIES = 128
 _FEWEST_ROWS = 16  # for products: queries times the query heads of a key/value head
 
 
-class NativeKernel:
+class NativeKernel(Kernel):
     """PyTorch's fused kernels; see the module. Stateless."""
 
     name = "native"
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        visibility: Visibility | None,
-        softmax_scale: float,
-        partial: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """See `ds_lvx.kernels.Kernel.forward`."""
-        dtype = accumulation_dtype(q.dtype)
-        if q.numel() == 0 or k.numel() == 0:  # the fused kernels end the process on these
-            return empty_part(q, dtype)
-        if _in_one_call(q, k, visibility, partial=partial):
-            return _forward(q, k, v, None, softmax_scale, fused=True)
-        running = empty_part(q, dtype)
-        _fold_blocks(q, k, v, running, visibility=visibility, softmax_scale=softmax_scale)
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """See `ds_lvx.kernels.interface.Kernel.forward`."""
+        dtype = accumulation_dtype(problem.q.dtype)
+        if problem.is_empty:  # the fused kernels end the process on these
+            return empty_part(problem.q, dtype)
+        if _in_one_call(problem):
+            return _forward(problem, None, fused=True)
+        running = empty_part(problem.q, dtype)
+        _fold_blocks(problem, running)
         return running
 
-    def fold(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        running: tuple[Tensor, Tensor],
-        *,
-        visibility: Visibility | None,
-        softmax_scale: float,
-    ) -> None:
-        """See `ds_lvx.kernels.Kernel.fold`."""
-        if q.numel() and k.numel():
-            _fold_blocks(q, k, v, running, visibility=visibility, softmax_scale=softmax_scale)
+    def fold(self, problem: Problem, running: tuple[Tensor, Tensor]) -> None:
+        """See `ds_lvx.kernels.interface.Kernel.fold`."""
+        if not problem.is_empty:
+            _fold_blocks(problem.as_part(), running)
 
     def backward(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dout: Tensor,
-        lse: Tensor,
-        delta: Tensor,
+        problem: Problem,
+        upstream: Upstream,
         *,
-        visibility: Visibility | None,
-        softmax_scale: float,
-        has_dlse: bool,
         into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `ds_lvx.kernels.Kernel.backward`."""
-        if q.numel() == 0 or k.numel() == 0:
-            return torch.zeros_like(q), *written((torch.zeros_like(k), torch.zeros_like(v)), into)
-        fused = not has_dlse and _fused(q, k, visibility)
+        """See `ds_lvx.kernels.interface.Kernel.backward`."""
+        q = problem.q
+        if problem.is_empty:
+            return no_gradients(problem, into, q.dtype)
+        fused = not upstream.has_dlse and _fused(problem)
         few = q.device.type == "cpu" and q.shape[1] <= _FEW_QUERIES
-        if visibility is None and fused and not (few and _is_narrow(q)):
-            tensors = (q, k, v, dout, lse, delta)
-            dq, dk, dv = _backward(*tensors, None, softmax_scale, fused=True)
+        if problem.rule is None and fused and not (few and _is_narrow(q)):
+            dq, dk, dv = _backward(problem, upstream, None, fused=True)
             return dq, *written((dk, dv), into)
-        return _backward_blocks(
-            (q, k, v, dout, lse, delta),
-            visibility,
-            softmax_scale,
-            fused=fused,
-            wide=accumulation_dtype(q.dtype) if fused and few else q.dtype,
-            into=into,
-        )
+        wide = accumulation_dtype(q.dtype) if fused and few else q.dtype
+        return _backward_blocks(problem, upstream, fused=fused, wide=wide, into=into)
 
 
 def _backward_blocks(
-    tensors: tuple[Tensor, ...],
-    visibility: Visibility | None,
-    softmax_scale: float,
+    problem: Problem,
+    upstream: Upstream,
     *,
     fused: bool,
     wide: torch.dtype,
@@ -125,28 +91,24 @@ def _backward_blocks(
     Blocks of queries over the same keys follow each other: their parts of dk and dv add up before
     they are rounded, and only for these keys.
     """
-    q, k, v, dout, lse, delta = tensors
+    q, k, v, dout = problem.q, problem.k, problem.v, upstream.dout
+    lse, delta = upstream.lse, upstream.delta
     dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
     dk, dv = into or (torch.empty_like(k), torch.empty_like(v))
-    if visibility is not None:  # keys that nobody sees have no block
+    if problem.rule is not None:  # keys that nobody sees have no block
         dk.zero_()
         dv.zero_()
     q, dout = q.to(wide), dout.to(wide)
-    of_same_keys = groupby(_cut(q, k, fused=fused).blocks(visibility), key=attrgetter("keys"))
+    of_same_keys = groupby(_blocks(problem, fused=fused), key=attrgetter("keys"))
     for keys, blocks_of_queries in of_same_keys:
         block_k, block_v = k[:, keys].to(wide), v[:, keys].to(wide)
         sums: list[Tensor] = []
         for block in blocks_of_queries:
             rows = block.queries
             part_dq, *parts = _backward(
-                q[:, rows],
-                block_k,
-                block_v,
-                dout[:, rows],
-                lse[:, :, rows],
-                delta[:, :, rows],
-                block.mask,
-                softmax_scale,
+                Problem(q[:, rows], block_k, block_v, softmax_scale=problem.softmax_scale),
+                Upstream(dout[:, rows], lse[:, :, rows], delta[:, :, rows]),
+                _mask(problem, block),
                 fused=fused,
             )
             dq[:, rows] += part_dq
@@ -155,63 +117,50 @@ def _backward_blocks(
     return dq, dk, dv
 
 
-def _fold_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    running: tuple[Tensor, Tensor],
-    *,
-    visibility: Visibility | None,
-    softmax_scale: float,
-) -> None:
+def _fold_blocks(problem: Problem, running: tuple[Tensor, Tensor]) -> None:
     """Merge attention over these keys into a running result, block by block."""
+    q, k, v = problem.q, problem.k, problem.v
     out, lse = running
-    if _in_one_call(q, k, visibility, partial=True):
-        merge_(out, lse, *_forward(q, k, v, None, softmax_scale, fused=True))
+    if _in_one_call(problem):
+        merge_(out, lse, *_forward(problem, None, fused=True))
         return
-    fused = _fused(q, k, visibility)
+    fused = _fused(problem)
     wide = accumulation_dtype(q.dtype) if fused and q.device.type == "cpu" else q.dtype
     q = q.to(wide)
-    for block in _cut(q, k, fused=fused).blocks(visibility):
+    for block in _blocks(problem, fused=fused):
         rows, keys = block.queries, block.keys
-        block_k, block_v = k[:, keys].to(wide), v[:, keys].to(wide)
-        part = _forward(q[:, rows], block_k, block_v, block.mask, softmax_scale, fused=fused)
+        tensors = q[:, rows], k[:, keys].to(wide), v[:, keys].to(wide)
+        piece = Problem(*tensors, softmax_scale=problem.softmax_scale)
+        part = _forward(piece, _mask(problem, block), fused=fused)
         merge_(out[:, rows], lse[:, :, rows], *part)
 
 
-def _in_one_call(q: Tensor, k: Tensor, visibility: Visibility | None, *, partial: bool) -> bool:
-    widened = partial and q.device.type == "cpu" and _is_narrow(q)
-    return visibility is None and _fused(q, k, None) and not widened
+def _mask(problem: Problem, block: Block) -> Tensor | None:
+    return None if problem.rule is None else problem.rule.mask(block)
+
+
+def _in_one_call(problem: Problem) -> bool:
+    q = problem.q
+    widened = problem.partial and q.device.type == "cpu" and _is_narrow(q)
+    return problem.rule is None and _fused(problem) and not widened
 
 
 def _is_narrow(q: Tensor) -> bool:
     return q.dtype != accumulation_dtype(q.dtype)
 
 
-def _fused(q: Tensor, k: Tensor, visibility: Visibility | None) -> bool:
+def _fused(problem: Problem) -> bool:
     """Whether PyTorch's fused kernels are to be taken, rather than matrix products."""
+    q, k = problem.q, problem.k
     if q.device.type == "cpu":
         rows = q.shape[1] * q.shape[2] // k.shape[2]
         return rows < _FEWEST_ROWS or q.dtype == torch.float64 or not onednn.serves()
-    mask = None if visibility is None else visibility.kv_pos
-    return q.device.type == "cuda" and flash.cuda_can(q, mask)
+    return q.device.type == "cuda" and problem.rule is None and flash.cuda_can(q)
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """How queries and keys are cut into blocks."""
-
-    seqlen_q: int
-    seqlen_kv: int
-    queries_per_block: int
-    keys_per_block: int
-
-    def blocks(self, visibility: Visibility | None) -> Iterator[Block]:
-        return blocks(visibility, **asdict(self))
-
-
-def _cut(q: Tensor, k: Tensor, *, fused: bool) -> _Cut:
+def _blocks(problem: Problem, *, fused: bool) -> tuple[Block, ...]:
     """Blocks whose masks (or unfused scores) stay within a budget."""
+    q, k = problem.q, problem.k
     batch, seqlen_q, heads, _ = q.shape
     cpu = q.device.type == "cpu"
     scores = _CPU_SCORE_ELEMENTS if cpu else _SCORE_ELEMENTS
@@ -222,38 +171,32 @@ def _cut(q: Tensor, k: Tensor, *, fused: bool) -> _Cut:
         most = max(min(most, _CPU_BLOCK_BYTES // key_bytes), _MIN_KEYS)
         fewest = min(_CPU_MIN_KEYS, most)
     rows = seqlen_q if fused else min(seqlen_q, max(budget // fewest, 1))
-    return _Cut(seqlen_q, k.shape[1], rows, max(min(budget // rows, most), _MIN_KEYS))
+    keys = max(min(budget // rows, most), _MIN_KEYS)
+    if problem.rule is None:
+        return whole_blocks(seqlen_q, k.shape[1], rows, keys, masked=False)
+    return problem.rule.blocks(queries_per_block=rows, keys_per_block=keys)
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax_scale: float, *, fused: bool
-) -> tuple[Tensor, Tensor]:
+def _forward(problem: Problem, mask: Tensor | None, *, fused: bool) -> tuple[Tensor, Tensor]:
+    q, k, v, scale = problem.q, problem.k, problem.v, problem.softmax_scale
     if fused and q.device.type == "cpu":
-        return flash.cpu_forward(q, k, v, mask=mask, softmax_scale=softmax_scale)
+        return flash.cpu_forward(q, k, v, mask=mask, softmax_scale=scale)
     if fused:
-        return flash.cuda_forward(q, k, v, softmax_scale=softmax_scale)
+        return flash.cuda_forward(q, k, v, softmax_scale=scale)
     dtype = accumulation_dtype(q.dtype)
     with onednn.products():
-        return dense.forward(q, k, v, mask=mask, softmax_scale=softmax_scale, dtype=dtype)
+        return dense.forward(q, k, v, mask=mask, softmax_scale=scale, dtype=dtype)
 
 
 def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    mask: Tensor | None,
-    softmax_scale: float,
-    *,
-    fused: bool,
+    problem: Problem, upstream: Upstream, mask: Tensor | None, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (q, k, v, dout, lse, delta)
+    q, scale = problem.q, problem.softmax_scale
+    tensors = (q, problem.k, problem.v, upstream.dout, upstream.lse, upstream.delta)
     if fused and q.device.type == "cpu":
-        return flash.cpu_backward(*tensors, mask=mask, softmax_scale=softmax_scale)
+        return flash.cpu_backward(*tensors, mask=mask, softmax_scale=scale)
     if fused:
-        return flash.cuda_backward(*tensors, softmax_scale=softmax_scale)
+        return flash.cuda_backward(*tensors, softmax_scale=scale)
     dtype = accumulation_dtype(q.dtype)
     with onednn.products():
-        return dense.backward(*tensors, mask=mask, softmax_scale=softmax_scale, dtype=dtype)
+        return dense.backward(*tensors, mask=mask, softmax_scale=scale, dtype=dtype)

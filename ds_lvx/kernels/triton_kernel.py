@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ds_lvx.kernels import triton_backward, triton_forward
-from ds_lvx.kernels.interface import written
+from ds_lvx.kernels.interface import Kernel, Problem, Upstream, no_gradients, written
 from ds_lvx.kernels.merge import empty_part
-from ds_lvx.kernels.triton_tiles import Seen, Tiles, count, padded, shape_options, splits
-from ds_lvx.kernels.visibility import Visibility
+from ds_lvx.kernels.triton_tiles import Tiles, count, padded, shape_options, splits
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 MIN_CAPABILITY = (8, 0)
 _ROWS_OF_A_MERGE = 32
 
 
-def problem(q: Tensor) -> str | None:
-    """Why these kernels cannot do queries like ``q``; None when they can."""
-    if q.dtype not in DTYPES:
-        expected = ", ".join(str(dtype) for dtype in DTYPES)
-        return f"{q.dtype}, where it does {expected}"
-    if not MIN_HEAD_DIM <= q.shape[-1] <= MAX_HEAD_DIM:
-        return f"head_dim {q.shape[-1]}, where it does {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+def obstacle(q: Tensor) -> str | None:
+    """Why these kernels cannot run on q's device; None when they can."""
     if isinstance(triton_forward.forward_kernel, InterpretedFunction):
         return None
     if q.device.type != "cuda":
@@ -40,104 +31,77 @@ def problem(q: Tensor) -> str | None:
     return None
 
 
-class TritonKernel:
+class TritonKernel(Kernel):
     """Forward and backward in Triton. Stateless; K and V are read in place, at any strides."""
 
     name = "triton"
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        visibility: Visibility | None,
-        softmax_scale: float,
-        partial: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """See `ds_lvx.kernels.Kernel.forward`."""
-        if q.numel() == 0 or k.numel() == 0:
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """See `ds_lvx.kernels.interface.Kernel.forward`."""
+        q = problem.q
+        if problem.is_empty:
             return empty_part(q, torch.float32)
-        parts, lses = self._parts(q, k, v, visibility, softmax_scale)
+        parts, lses = _parts(problem)
+        dtype = torch.float32 if problem.partial else q.dtype
         if len(parts) == 1:
-            out = parts[0] if partial else parts[0].to(q.dtype)
-            return out, lses[0]
-        out = torch.empty(q.shape, dtype=torch.float32 if partial else q.dtype, device=q.device)
+            return parts[0].to(dtype), lses[0]
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
         lse = torch.empty_like(lses[0])
         _merge(parts, lses, out, lse, fold=False)
         return out, lse
 
-    def fold(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        running: tuple[Tensor, Tensor],
-        *,
-        visibility: Visibility | None,
-        softmax_scale: float,
-    ) -> None:
-        """See `ds_lvx.kernels.Kernel.fold`. The kernel that merges split keys does it."""
-        if q.numel() and k.numel():
-            parts, lses = self._parts(q, k, v, visibility, softmax_scale)
-            _merge(parts, lses, *running, fold=True)
+    def fold(self, problem: Problem, running: tuple[Tensor, Tensor]) -> None:
+        """See `ds_lvx.kernels.interface.Kernel.fold`. The kernel that merges split keys does it."""
+        if not problem.is_empty:
+            _merge(*_parts(problem), *running, fold=True)
 
     def backward(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dout: Tensor,
-        lse: Tensor,
-        delta: Tensor,
+        problem: Problem,
+        upstream: Upstream,
         *,
-        visibility: Visibility | None,
-        softmax_scale: float,
-        has_dlse: bool,
         into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `ds_lvx.kernels.Kernel.backward`. dq in fp32."""
-        if q.numel() == 0 or k.numel() == 0:
-            dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-            return dq, *written((torch.zeros_like(k), torch.zeros_like(v)), into)
-        q, k, v, dout = (_last_dim_dense(t) for t in (q, k, v, dout.to(q.dtype)))
+        """See `ds_lvx.kernels.interface.Kernel.backward`. dq in fp32."""
+        if problem.is_empty:
+            return no_gradients(problem, into, torch.float32)
+        q, lse = problem.q, upstream.lse
+        tensors = (q, problem.k, problem.v, upstream.dout.to(q.dtype))
         # In base 2; +inf where a row saw nothing, so that its weights are exp2(-inf) = 0.
         norm = (lse * math.log2(math.e)).masked_fill(lse == -torch.inf, torch.inf).contiguous()
-        inputs = (q, k, v, dout, norm, delta.to(torch.float32).contiguous())
-        scale = (softmax_scale, softmax_scale * math.log2(math.e))
-        dq = _queries_gradient(inputs, visibility, scale)
-        return dq, *written(_keys_gradient(inputs, visibility, scale), into)
+        delta = upstream.delta.to(torch.float32).contiguous()
+        inputs = (*map(_last_dim_dense, tensors), norm, delta)
+        dq = _queries_gradient(problem, inputs)
+        return dq, *written(_keys_gradient(problem, inputs), into)
 
-    def _parts(
-        self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | None, softmax_scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """out ``[splits, B, S, H, D]`` and lse ``[splits, B, H, S]`` of every split, in fp32."""
-        q, k, v = (_last_dim_dense(t) for t in (q, k, v))
-        batch, seqlen_q, heads, head_dim = q.shape
-        seqlen_kv, kv_heads = k.shape[1:3]
-        tiles = forward_tiles(q, k)
-        shape = shape_options(q, k, visibility)
-        numbers = count(seqlen_q * shape["GROUP"], tiles.rows), batch * kv_heads
-        parts = splits(math.prod(numbers), count(seqlen_kv, tiles.keys), _processors(q))
-        out = torch.empty(parts, batch, seqlen_q, heads, head_dim, device=q.device)
-        lse = torch.empty(parts, batch, heads, seqlen_q, device=q.device)
-        rule = _rule(visibility, q, shape["GROUP"], tiles)
-        triton_forward.forward_kernel[(numbers[0], parts, numbers[1])](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            *rule,
-            softmax_scale * math.log2(math.e),
-            seqlen_q,
-            seqlen_kv,
-            kv_heads,
-            *(stride for tensor in (q, k, v) for stride in tensor.stride()[:3]),
-            **shape,
-            **tiles.options(),
-        )
-        return out, lse
+
+def _parts(problem: Problem) -> tuple[Tensor, Tensor]:
+    """out ``[splits, B, S, H, D]`` and lse ``[splits, B, H, S]`` of every split, in fp32."""
+    q, k, v = (_last_dim_dense(t) for t in (problem.q, problem.k, problem.v))
+    batch, seqlen_q, heads, head_dim = q.shape
+    seqlen_kv, kv_heads = k.shape[1:3]
+    tiles = forward_tiles(q, k)
+    shape = shape_options(problem)
+    numbers = count(seqlen_q * shape["GROUP"], tiles.rows), batch * kv_heads
+    parts = splits(math.prod(numbers), count(seqlen_kv, tiles.keys), _processors(q))
+    out = torch.empty(parts, batch, seqlen_q, heads, head_dim, device=q.device)
+    lse = torch.empty(parts, batch, heads, seqlen_q, device=q.device)
+    triton_forward.forward_kernel[(numbers[0], parts, numbers[1])](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        *_rule(problem, tiles),
+        problem.softmax_scale * math.log2(math.e),
+        seqlen_q,
+        seqlen_kv,
+        kv_heads,
+        *(stride for tensor in (q, k, v) for stride in tensor.stride()[:3]),
+        **shape,
+        **tiles.options(),
+    )
+    return out, lse
 
 
 def forward_tiles(q: Tensor, k: Tensor) -> Tiles:
@@ -187,22 +151,20 @@ def _least(rows: int, at_most: int) -> int:
     return min(at_most, padded(rows))
 
 
-def _queries_gradient(
-    inputs: tuple[Tensor, ...], visibility: Visibility | None, scale: tuple[float, float]
-) -> Tensor:
+def _queries_gradient(problem: Problem, inputs: tuple[Tensor, ...]) -> Tensor:
     q, k = inputs[:2]
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_kv, kv_heads = k.shape[1:3]
     tiles = queries_tiles(q, k)
-    shape = shape_options(q, k, visibility)
+    shape = shape_options(problem)
     numbers = count(seqlen_q * shape["GROUP"], tiles.rows), batch * kv_heads
     parts = splits(math.prod(numbers), count(seqlen_kv, tiles.keys), _processors(q))
     dq = torch.empty(parts, batch, seqlen_q, heads, head_dim, device=q.device)
     triton_backward.queries_kernel[(numbers[0], parts, numbers[1])](
         *inputs,
         dq,
-        *_rule(visibility, q, shape["GROUP"], tiles),
-        *scale,
+        *_rule(problem, tiles),
+        *_scales(problem),
         seqlen_q,
         seqlen_kv,
         kv_heads,
@@ -213,44 +175,44 @@ def _queries_gradient(
     return dq[0] if parts == 1 else dq.sum(dim=0)
 
 
-def _keys_gradient(
-    inputs: tuple[Tensor, ...], visibility: Visibility | None, scale: tuple[float, float]
-) -> tuple[Tensor, Tensor]:
+def _keys_gradient(problem: Problem, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     q, k = inputs[:2]
     batch, seqlen_kv, kv_heads, _ = k.shape
     tiles = keys_tiles(q, k)
-    shape = shape_options(q, k, visibility)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     triton_backward.keys_kernel[(count(seqlen_kv, tiles.keys), batch * kv_heads)](
         *inputs,
         dk,
         dv,
-        *_rule(visibility, q, shape["GROUP"], tiles, of_keys=True),
-        *scale,
+        *_rule(problem, tiles, of_keys=True),
+        *_scales(problem),
         q.shape[1],
         seqlen_kv,
         kv_heads,
         *_strides(inputs),
-        **shape,
+        **shape_options(problem),
         **tiles.options(),
     )
     return dk, dv
+
+
+def _scales(problem: Problem) -> tuple[float, float]:
+    return problem.softmax_scale, problem.softmax_scale * math.log2(math.e)
 
 
 def _strides(inputs: tuple[Tensor, ...]) -> tuple[int, ...]:
     return tuple(stride for tensor in inputs[:4] for stride in tensor.stride()[:3])
 
 
-def _rule(
-    visibility: Visibility | None, q: Tensor, group: int, tiles: Tiles, *, of_keys: bool = False
-) -> tuple[Any, ...]:
+def _rule(problem: Problem, tiles: Tiles, *, of_keys: bool = False) -> tuple[Tensor, ...]:
     """Ranges, positions and the lists of what meets; where all see all, pointers nobody reads."""
-    if visibility is None:
+    rule, q, k = problem.rule, problem.q, problem.k
+    if rule is None:
         return (q,) * 5
-    seen = Seen(visibility, group=group, tiles=tiles)
-    lists = seen.tiles_of_blocks() if of_keys else seen.blocks_of_tiles()
-    ranges = (visibility.q_start, visibility.q_end, visibility.kv_pos)
-    return *(tensor.contiguous() for tensor in ranges), *lists
+    sees = rule.visibility
+    group = q.shape[2] // k.shape[2]
+    lists = rule.lists(rows=tiles.rows, keys=tiles.keys, group=group, of_keys=of_keys)
+    return *(t.contiguous() for t in (sees.q_start, sees.q_end, sees.kv_pos)), *lists
 
 
 def _merge(parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor, *, fold: bool) -> None:

@@ -269,7 +269,7 @@ def test_without_compiler_or_ninja_a_cpu_cannot_start(monkeypatch: pytest.Monkey
 
 
 def test_a_kernel_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ds_lvx.kernels.find_spec", lambda name: None)
+    monkeypatch.setattr("ds_lvx.kernels.choice.find_spec", lambda name: None)
     found = by_name(kernels.findings("cpu"))
     assert found["native"].value == "available for bf16 and fp32"
     assert found["reference"].facts == {"available": ["bf16", "fp32"]}

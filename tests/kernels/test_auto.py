@@ -11,10 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_lvx import cache
-from ds_lvx.kernels import candidates, choose, cudnn, describe, interface
+from ds_lvx import Visibility, cache
+from ds_lvx.config.registry import KERNELS
+from ds_lvx.kernels import cudnn, interface
 from ds_lvx.kernels.auto import AutoKernel, Table, kind_of
+from ds_lvx.kernels.choice import candidates, describe, kernel_for, obstacle
+from ds_lvx.kernels.interface import Problem, Upstream
 from ds_lvx.kernels.native import NativeKernel
+from ds_lvx.kernels.rule import Rule
+from tests.kernels.asking import backward, fold, forward
 from tests.kernels.test_kernels import rule, tensors
 
 SHAPE = (1, 5, 300, 4, 2, 16)
@@ -73,7 +78,7 @@ def auto(kernels: dict[str, Timed]) -> AutoKernel:
 
 def attend(kernel: interface.Kernel, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     q, k, v = tensors(SHAPE, dtype)
-    return kernel.forward(q, k, v, visibility=rule(SHAPE, "frames"), softmax_scale=0.2)
+    return forward(kernel, q, k, v, visibility=rule(SHAPE, "frames"), softmax_scale=0.2)
 
 
 def entries() -> dict[str, Any]:
@@ -102,10 +107,10 @@ def test_directions_are_measured_apart() -> None:
     kernels = {"native": Timed(3.0), "quick": Timed(1.0)}
     kernel = auto(kernels)
     q, k, v = tensors(SHAPE, torch.float32)
-    out, lse = kernel.forward(q, k, v, visibility=None, softmax_scale=0.2)
+    out, lse = forward(kernel, q, k, v, visibility=None, softmax_scale=0.2)
     kernels["quick"].price = 9.0
     delta = (q * out).sum(-1).transpose(1, 2)
-    kernel.backward(q, k, v, q, lse, delta, visibility=None, softmax_scale=0.2, has_dlse=False)
+    backward(kernel, q, k, v, q, lse, delta, visibility=None, softmax_scale=0.2, has_dlse=False)
     chosen = {kind.partition(",")[0]: entry["chosen"] for kind, entry in entries().items()}
     assert chosen == {"forward": "quick", "backward": "native"}
 
@@ -113,10 +118,10 @@ def test_directions_are_measured_apart() -> None:
 def test_folding_uses_what_is_fastest_in_forward() -> None:
     kernels = {"native": Timed(3.0), "quick": Timed(1.0)}
     q, k, v = tensors(SHAPE, torch.float32)
-    running = NativeKernel().forward(q, k, v, visibility=None, softmax_scale=0.2)
+    running = forward(NativeKernel(), q, k, v, visibility=None, softmax_scale=0.2)
     expected = [tensor.clone() for tensor in running]
-    auto(kernels).fold(q, k, v, running, visibility=None, softmax_scale=0.2)
-    NativeKernel().fold(q, k, v, (expected[0], expected[1]), visibility=None, softmax_scale=0.2)
+    fold(auto(kernels), q, k, v, running, visibility=None, softmax_scale=0.2)
+    fold(NativeKernel(), q, k, v, (expected[0], expected[1]), visibility=None, softmax_scale=0.2)
     assert torch.equal(running[0], expected[0]), "measuring changed the running result"
     assert torch.equal(running[1], expected[1])
     (entry,) = entries().values()
@@ -138,7 +143,7 @@ def test_nothing_is_kept_of_a_call_that_says_nothing() -> None:
     kernels = {"native": Timed(3.0), "quick": Timed(1.0)}
     q, k, v = tensors(SHAPE, torch.float32)
     q[0, 0, 0, 0] = torch.nan
-    auto(kernels).forward(q, k, v, visibility=None, softmax_scale=0.2)
+    forward(auto(kernels), q, k, v, visibility=None, softmax_scale=0.2)
     assert not (cache.folder() / "kernels-test.json").exists()
 
 
@@ -172,21 +177,29 @@ def test_a_damaged_file_is_measured_anew(tmp_path: Path) -> None:
 
 def test_kinds() -> None:
     q, k = torch.empty(2, 192, 32, 128), torch.empty(2, 125_000, 8, 128)
-    options = {"visibility": None, "softmax_scale": 1.0}
-    one = kind_of("forward", q, k, options)
+    lse = torch.empty(2, 32, 192)
+
+    def kind(q: Tensor, k: Tensor, upstream: Upstream | None = None) -> str:
+        return kind_of(Problem(q, k, k, softmax_scale=1.0), upstream)
+
+    one = kind(q, k)
     assert one == (
         "forward, float32, head_dim 128, 4 query heads a kv head, 16 kv heads in all, "
         "256 queries, 131072 keys"
     )
-    assert kind_of("forward", q[:, :150], k[:, :100_000], options) == one
-    assert kind_of("forward", q[:, :100], k, options) != one
-    assert kind_of("backward", q, k, {**options, "has_dlse": True}).endswith(", dlse")
+    assert kind(q[:, :150], k[:, :100_000]) == one
+    assert kind(q[:, :100], k) != one
+    assert kind(q, k, Upstream(q, lse, lse, has_dlse=True)).endswith(", dlse")
+    causal = Visibility(*(torch.arange(n, n + 4).int()[None] for n in (0, 1, 0)))
+    causal.q_start.zero_()
+    seen = Problem(q[:1, :4], k[:1, :4], k[:1, :4], Rule(causal), softmax_scale=1.0)
+    assert kind_of(seen, None).endswith(", visibility causal")
 
 
 def test_off_cuda_there_is_one_candidate() -> None:
     q = torch.empty(1, 1, 1, 16)
     assert list(candidates(q)) == ["native"]
-    assert choose("auto", q).name == "native"
+    assert kernel_for("auto", q).name == "native"
     assert describe(q)[0].startswith("native: the only one for torch.float32 on cpu")
 
 
@@ -198,9 +211,11 @@ def test_cudnn_is_called_as_pytorch_declares_it() -> None:
     assert lse.shape == (2, 4, 8)
     gradients = cudnn.backward(q, k, v, q, lse, lse, softmax_scale=0.1)
     assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]
-    assert cudnn.can(q)
-    assert not cudnn.can(q.float())
-    assert not cudnn.can(torch.empty(1, 1, 1, 256, dtype=torch.bfloat16))
+    able = KERNELS["cudnn"]
+    assert obstacle(able, q) is None
+    assert "torch.float32" in (obstacle(able, q.float()) or "")
+    wide = torch.empty(1, 1, 1, 256, dtype=torch.bfloat16)
+    assert "head_dim 256, where it does 8 to 128" in (obstacle(able, wide) or "")
 
 
 @pytest.mark.gpu
@@ -214,9 +229,9 @@ def test_every_candidate_of_a_gpu_is_usable(visibility: str) -> None:
     found = candidates(q)
     assert list(found) == ["native", "cudnn", "triton"]
     kernel = AutoKernel(found, Table("kernels-test.json"))
-    out, lse = kernel.forward(q, k, v, visibility=sees, softmax_scale=0.1)
+    out, lse = forward(kernel, q, k, v, visibility=sees, softmax_scale=0.1)
     delta = (q.float() * out.float()).sum(-1).transpose(1, 2)
-    kernel.backward(q, k, v, q, lse, delta, visibility=sees, softmax_scale=0.1, has_dlse=False)
+    backward(kernel, q, k, v, q, lse, delta, visibility=sees, softmax_scale=0.1, has_dlse=False)
     for entry in entries().values():
         assert entry["excluded"] == {}
         assert entry["chosen"] in found

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.kernels import choose, flash, onednn
+from ds_lvx.kernels import flash, onednn
+from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.merge import empty_part, merge
 from ds_lvx.kernels.native import NativeKernel
+from tests.kernels.asking import backward, fold, forward
 from tests.largest import LargestTensor
 
 SHAPES = [  # batch, queries, keys, heads, kv heads, head_dim
@@ -34,7 +36,7 @@ def _products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def like(dtype: torch.dtype, head_dim: int = 16) -> Tensor:
-    """Queries as `choose` looks at them."""
+    """Queries as `kernel_for` looks at them."""
     return torch.empty(1, 1, 1, head_dim, dtype=dtype)
 
 
@@ -65,7 +67,7 @@ def rule(shape: tuple[int, ...], name: str) -> Visibility | None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["native", "reference"])
 def test_forward_and_backward(name: str, shape: tuple[int, ...], visibility: str) -> None:
-    kernel = choose(name, like(torch.float32))
+    kernel = kernel_for(name, like(torch.float32))
     q, k, v = tensors(shape, torch.float32)
     sees, scale = rule(shape, visibility), 0.3
     leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
@@ -73,14 +75,23 @@ def test_forward_and_backward(name: str, shape: tuple[int, ...], visibility: str
     dout = torch.randn(q.shape)
     (exact_out * dout).sum().backward()
 
-    out, lse = kernel.forward(q, k, v, visibility=sees, softmax_scale=scale)
+    out, lse = forward(kernel, q, k, v, visibility=sees, softmax_scale=scale)
     assert torch.equal(lse == -torch.inf, exact_lse == -torch.inf)
     torch.testing.assert_close(out.double(), exact_out, atol=1e-5, rtol=0)
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=0)
     delta = (dout * out).sum(-1).transpose(1, 2)
     for has_dlse in (False, True):
-        gradients = kernel.backward(
-            q, k, v, dout, lse, delta, visibility=sees, softmax_scale=scale, has_dlse=has_dlse
+        gradients = backward(
+            kernel,
+            q,
+            k,
+            v,
+            dout,
+            lse,
+            delta,
+            visibility=sees,
+            softmax_scale=scale,
+            has_dlse=has_dlse,
         )
         for gradient, leaf in zip(gradients, leaves, strict=True):
             assert leaf.grad is not None
@@ -96,21 +107,22 @@ def test_blocks_of_keys_add_up_to_the_whole(visibility: str) -> None:
     sees, dout = rule(shape, visibility), torch.randn(q.shape)
     cuts = (0, 200, 200, 597, 600)
     blocks = [slice(a, b) for a, b in itertools.pairwise(cuts)]
-    parts = [None if sees is None else sees.with_keys(sees.kv_pos[:, b]) for b in blocks]
+    parts = [None if sees is None else sees.part(slice(None), b) for b in blocks]
     out, lse = merge(
         [
-            kernel.forward(q, k[:, b], v[:, b], visibility=p, softmax_scale=0.2, partial=True)
+            forward(kernel, q, k[:, b], v[:, b], visibility=p, softmax_scale=0.2, partial=True)
             for b, p in zip(blocks, parts, strict=True)
         ],
         torch.float32,
     )
-    whole_out, whole_lse = kernel.forward(q, k, v, visibility=sees, softmax_scale=0.2)
+    whole_out, whole_lse = forward(kernel, q, k, v, visibility=sees, softmax_scale=0.2)
     torch.testing.assert_close(out, whole_out)
     torch.testing.assert_close(lse, whole_lse)
     delta = (dout * out).sum(-1).transpose(1, 2)
 
     def gradients(keys: slice, part: Visibility | None) -> tuple[Tensor, Tensor, Tensor]:
-        return kernel.backward(
+        return backward(
+            kernel,
             q,
             k[:, keys],
             v[:, keys],
@@ -144,7 +156,8 @@ def test_16_bit_gradients_of_few_queries_are_rounded_once(
     dout = torch.randn(q.shape).to(dtype)
     (out * dout).sum().backward()
     delta = (dout * out.detach()).sum(-1).transpose(1, 2).float()
-    gradients = NativeKernel().backward(
+    gradients = backward(
+        NativeKernel(),
         *(q, k, v, dout, lse.detach().float(), delta),
         visibility=sees,
         softmax_scale=0.2,
@@ -167,15 +180,15 @@ def test_gradients_are_written_to_given_tensors(
     name: str, queries: int, visibility: str, has_dlse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ds_lvx.kernels.native._CPU_SCORE_ELEMENTS", 2**16)  # several of queries
-    kernel = choose(name, like(torch.bfloat16))
+    kernel = kernel_for(name, like(torch.bfloat16))
     q, k, v = tensors((2, queries, 300, 4, 2, 16), torch.bfloat16)
     sees = None if visibility == "none" else rule((2, queries, 300), visibility)
     lse = torch.full((2, 4, queries), 6.0)
     arguments = {"visibility": sees, "softmax_scale": 0.3, "has_dlse": has_dlse}
-    expected = kernel.backward(q, k, v, q, lse, lse, **arguments)
+    expected = backward(kernel, q, k, v, q, lse, lse, **arguments)
     whole = torch.full((2, 2, 300, 4, 16), torch.nan, dtype=torch.bfloat16)
     into = (whole[0, :, :, 1:3], whole[1, :, :, 1:3])
-    found = kernel.backward(q, k, v, q, lse, lse, **arguments, into=into)
+    found = backward(kernel, q, k, v, q, lse, lse, **arguments, into=into)
     assert found[1:] == into
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
@@ -190,8 +203,8 @@ def test_many_queries_make_no_gradients_of_all_keys_in_fp32(
     q, k, v = tensors((1, 150, 4000, 4, 2, 32), torch.bfloat16)
     lse = torch.full((1, 4, 150), 9.0)
     with LargestTensor(torch.float32) as largest:
-        NativeKernel().backward(
-            q, k, v, q, lse, lse, visibility=None, softmax_scale=0.3, has_dlse=True
+        backward(
+            NativeKernel(), q, k, v, q, lse, lse, visibility=None, softmax_scale=0.3, has_dlse=True
         )
     assert 0 < largest.elements < k.numel() // 2
 
@@ -201,13 +214,13 @@ def test_many_queries_make_no_gradients_of_all_keys_in_fp32(
 @pytest.mark.parametrize("name", ["native", "reference"])
 def test_keys_fold_into_a_running_result(name: str, visibility: str, dtype: torch.dtype) -> None:
     shape = (2, 9, 600, 4, 2, 32)
-    kernel = choose(name, like(dtype))
+    kernel = kernel_for(name, like(dtype))
     q, k, v = tensors(shape, dtype)
     sees = rule(shape, visibility)
     running = empty_part(q, torch.float32)
     for keys in (slice(0, 200), slice(200, 200), slice(200, 600)):
-        part = None if sees is None else sees.with_keys(sees.kv_pos[:, keys])
-        kernel.fold(q, k[:, keys], v[:, keys], running, visibility=part, softmax_scale=0.2)
+        part = None if sees is None else sees.part(slice(None), keys)
+        fold(kernel, q, k[:, keys], v[:, keys], running, visibility=part, softmax_scale=0.2)
     exact = attention_oracle(q.double(), k.double(), v.double(), visibility=sees, softmax_scale=0.2)
     for found, expected in zip(running, exact, strict=True):
         # Inputs are exact in 16 bits, and nothing on the way is rounded to them.
@@ -217,14 +230,14 @@ def test_keys_fold_into_a_running_result(name: str, visibility: str, dtype: torc
 @pytest.mark.parametrize("name", ["native", "reference"])
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
 def test_lengths_of_zero(name: str, queries: int, keys: int) -> None:
-    kernel = choose(name, like(torch.bfloat16))
+    kernel = kernel_for(name, like(torch.bfloat16))
     q, k, v = tensors((2, queries, keys, 4, 2, 16), torch.bfloat16)
-    out, lse = kernel.forward(q, k, v, visibility=None, softmax_scale=1.0)
+    out, lse = forward(kernel, q, k, v, visibility=None, softmax_scale=1.0)
     assert out.shape == q.shape
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
-    dq, dk, dv = kernel.backward(
-        q, k, v, q, lse, lse, visibility=None, softmax_scale=1.0, has_dlse=False
+    dq, dk, dv = backward(
+        kernel, q, k, v, q, lse, lse, visibility=None, softmax_scale=1.0, has_dlse=False
     )
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
     assert not any(gradient.isnan().any() for gradient in (dq, dk, dv))
@@ -249,10 +262,10 @@ def test_any_layout_of_the_inputs(layout: str, visibility: str) -> None:
 
     def run(*inputs: Tensor) -> list[Tensor]:
         arguments = {"visibility": sees, "softmax_scale": 0.3}
-        out, lse = kernel.forward(*inputs[:3], **arguments)
+        out, lse = forward(kernel, *inputs[:3], **arguments)
         delta = (inputs[3] * out).sum(-1).transpose(1, 2)
         rest = (inputs[3], lse, delta)
-        return [out, lse, *kernel.backward(*inputs[:3], *rest, **arguments, has_dlse=False)]
+        return [out, lse, *backward(kernel, *inputs[:3], *rest, **arguments, has_dlse=False)]
 
     dout = torch.randn(q.shape)
     inputs = [lay_out(t) for t in (q, k, v, dout)]
@@ -281,8 +294,8 @@ def test_only_one_blocks_mask_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch
     q, k, v = tensors(shape, torch.float32)
     sees = rule(shape, "shuffled")
     kernel = NativeKernel()
-    out, lse = kernel.forward(q, k, v, visibility=sees, softmax_scale=1.0)
-    kernel.backward(q, k, v, q, lse, lse, visibility=sees, softmax_scale=1.0, has_dlse=False)
+    out, lse = forward(kernel, q, k, v, visibility=sees, softmax_scale=1.0)
+    backward(kernel, q, k, v, q, lse, lse, visibility=sees, softmax_scale=1.0, has_dlse=False)
     assert out.shape == q.shape
     assert 1 <= most <= 2
 
@@ -292,11 +305,20 @@ def test_many_queries_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ds_lvx.kernels.native._CPU_SCORE_ELEMENTS", 2**11)
     shape = (1, 50, 300, 2, 1, 8)
     q, k, v = tensors(shape, torch.float32)
-    out, lse = NativeKernel().forward(q, k, v, visibility=None, softmax_scale=0.3)
+    out, lse = forward(NativeKernel(), q, k, v, visibility=None, softmax_scale=0.3)
     delta = (q * out).sum(-1).transpose(1, 2)
     gradients = [
-        choose(name, like(torch.float32)).backward(
-            q, k, v, q, lse, delta, visibility=None, softmax_scale=0.3, has_dlse=True
+        backward(
+            kernel_for(name, like(torch.float32)),
+            q,
+            k,
+            v,
+            q,
+            lse,
+            delta,
+            visibility=None,
+            softmax_scale=0.3,
+            has_dlse=True,
         )
         for name in ("native", "reference")
     ]
@@ -309,12 +331,13 @@ def test_a_tiny_dout_does_not_underflow() -> None:
     shape = (1, 4, 50, 2, 2, 16)
     q, k, v = tensors(shape, torch.float32)
     kernel = NativeKernel()
-    out, lse = kernel.forward(q, k, v, visibility=None, softmax_scale=0.25)
+    out, lse = forward(kernel, q, k, v, visibility=None, softmax_scale=0.25)
     dout = torch.randn(q.shape)
 
     def gradients(factor: float) -> list[Tensor]:
         delta = (factor * dout * out).sum(-1).transpose(1, 2)
-        parts = kernel.backward(
+        parts = backward(
+            kernel,
             q,
             k,
             v,
@@ -339,10 +362,9 @@ def test_the_cuda_kernels_are_called_as_pytorch_declares_them() -> None:
     assert lse.shape == (2, 4, 8)
     gradients = flash.cuda_backward(q, k, v, q, lse, lse, softmax_scale=0.1)
     assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]
-    assert flash.cuda_can(q, None)
-    assert not flash.cuda_can(q, lse)
-    assert not flash.cuda_can(q.float(), None)
-    assert not flash.cuda_can(q[..., :12], None)
+    assert flash.cuda_can(q)
+    assert not flash.cuda_can(q.float())
+    assert not flash.cuda_can(q[..., :12])
 
 
 @pytest.mark.gpu
@@ -358,14 +380,14 @@ def test_cuda_against_the_oracle(visibility: str, dtype: torch.dtype) -> None:
     exact_out, exact_lse = attention_oracle(*leaves, visibility=sees, softmax_scale=0.1)
     dout = torch.randn_like(q)
     (exact_out * dout).sum().backward()
-    kernel = choose("native", like(dtype))
-    out, lse = kernel.forward(q, k, v, visibility=sees, softmax_scale=0.1)
+    kernel = kernel_for("native", like(dtype))
+    out, lse = forward(kernel, q, k, v, visibility=sees, softmax_scale=0.1)
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.double(), exact_out, atol=limit, rtol=limit)
     torch.testing.assert_close(lse.double(), exact_lse, atol=limit, rtol=limit)
     delta = (dout.float() * exact_out.float()).sum(-1).transpose(1, 2)
-    gradients = kernel.backward(
-        q, k, v, dout, lse, delta, visibility=sees, softmax_scale=0.1, has_dlse=False
+    gradients = backward(
+        kernel, q, k, v, dout, lse, delta, visibility=sees, softmax_scale=0.1, has_dlse=False
     )
     for gradient, leaf in zip(gradients, leaves, strict=True):
         assert leaf.grad is not None
@@ -374,14 +396,14 @@ def test_cuda_against_the_oracle(visibility: str, dtype: torch.dtype) -> None:
 
 def test_choosing() -> None:
     assert (
-        choose("auto", like(torch.bfloat16)).name
-        == choose("native", like(torch.float32)).name
+        kernel_for("auto", like(torch.bfloat16)).name
+        == kernel_for("native", like(torch.float32)).name
         == "native"
     )
-    assert choose("reference", like(torch.float16)).name == "reference"
+    assert kernel_for("reference", like(torch.float16)).name == "reference"
     with pytest.raises(ValueError, match=r"'flash3'.*'native'"):
-        choose("flash3", like(torch.float32))
+        kernel_for("flash3", like(torch.float32))
     with pytest.raises(ValueError, match=r"got torch.int64; expected one of torch.float32"):
-        choose("native", like(torch.int64))
+        kernel_for("native", like(torch.int64))
     with pytest.raises(ValueError, match=r"'triton' for torch.float64.*use 'native'"):
-        choose("triton", like(torch.float64))
+        kernel_for("triton", like(torch.float64))

@@ -13,11 +13,14 @@ from triton.runtime import interpreter
 
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.kernels import choose, native, onednn, triton_forward, triton_kernel
+from ds_lvx.kernels import native, onednn, triton_forward, triton_kernel
+from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.merge import merge_
 from ds_lvx.kernels.native import NativeKernel
+from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.triton_kernel import TritonKernel
-from ds_lvx.kernels.triton_tiles import Seen, Tiles, splits
+from ds_lvx.kernels.triton_tiles import splits
+from tests.kernels.asking import backward, fold, forward
 from tests.kernels.test_kernels import rule, tensors
 
 pytestmark = pytest.mark.skipif(
@@ -78,12 +81,12 @@ def errors(
     torch.manual_seed(1)
     dout = torch.randn(inputs[0].shape).to(inputs[0].dtype)
     (exact_out * dout.double()).sum().backward()
-    out, lse = kernel.forward(*inputs, visibility=sees, softmax_scale=scale)
+    out, lse = forward(kernel, *inputs, visibility=sees, softmax_scale=scale)
     assert torch.equal(lse == -torch.inf, exact_lse == -torch.inf)
     out = out.to(inputs[0].dtype)
     delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
-    found = kernel.backward(
-        *inputs, dout, lse, delta, visibility=sees, softmax_scale=scale, has_dlse=False
+    found = backward(
+        kernel, *inputs, dout, lse, delta, visibility=sees, softmax_scale=scale, has_dlse=False
     )
     seen = lse != -torch.inf
     result = {
@@ -127,14 +130,20 @@ def test_a_part_folds_into_a_running_result(processors: int) -> None:
     assert sees is not None
     kernel = TritonKernel()
     halves = [slice(0, 90), slice(90, 200)]
-    parts = [sees.with_keys(sees.kv_pos[:, half]) for half in halves]
-    running = kernel.forward(
-        q, k[:, halves[0]], v[:, halves[0]], visibility=parts[0], softmax_scale=0.2, partial=True
+    parts = [sees.part(slice(None), half) for half in halves]
+    running = forward(
+        kernel,
+        q,
+        k[:, halves[0]],
+        v[:, halves[0]],
+        visibility=parts[0],
+        softmax_scale=0.2,
+        partial=True,
     )
     expected = [tensor.clone() for tensor in running]
     second = k[:, halves[1]], v[:, halves[1]]
-    merge_(*expected, *kernel.forward(q, *second, visibility=parts[1], softmax_scale=0.2))
-    kernel.fold(q, *second, running, visibility=parts[1], softmax_scale=0.2)
+    merge_(*expected, *forward(kernel, q, *second, visibility=parts[1], softmax_scale=0.2))
+    fold(kernel, q, *second, running, visibility=parts[1], softmax_scale=0.2)
     for one, other in zip(running, expected, strict=True):
         torch.testing.assert_close(one, other)
     whole, _ = attention_oracle(
@@ -159,10 +168,19 @@ def test_every_run_gives_the_same_bits(processors: int) -> None:
     sees, dout = rule(shape, "shuffled"), torch.randn(q.shape)
     runs = []
     for _ in range(2):
-        out, lse = TritonKernel().forward(q, k, v, visibility=sees, softmax_scale=0.2)
+        out, lse = forward(TritonKernel(), q, k, v, visibility=sees, softmax_scale=0.2)
         delta = (dout * out).sum(-1).transpose(1, 2)
-        gradients = TritonKernel().backward(
-            q, k, v, dout, lse, delta, visibility=sees, softmax_scale=0.2, has_dlse=False
+        gradients = backward(
+            TritonKernel(),
+            q,
+            k,
+            v,
+            dout,
+            lse,
+            delta,
+            visibility=sees,
+            softmax_scale=0.2,
+            has_dlse=False,
         )
         runs.append([out, lse, *gradients])
     for one, other in zip(*runs, strict=True):
@@ -172,12 +190,12 @@ def test_every_run_gives_the_same_bits(processors: int) -> None:
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0)])
 def test_nothing_to_attend(queries: int, keys: int) -> None:
     q, k, v = tensors((1, queries, keys, 2, 1, 16), torch.float32)
-    out, lse = TritonKernel().forward(q, k, v, visibility=None, softmax_scale=1.0)
+    out, lse = forward(TritonKernel(), q, k, v, visibility=None, softmax_scale=1.0)
     assert out.shape == q.shape
     assert not out.any()
     assert (lse == -torch.inf).all()
-    gradients = TritonKernel().backward(
-        q, k, v, out, lse, lse, visibility=None, softmax_scale=1.0, has_dlse=False
+    gradients = backward(
+        TritonKernel(), q, k, v, out, lse, lse, visibility=None, softmax_scale=1.0, has_dlse=False
     )
     assert [tuple(g.shape) for g in gradients] == [tuple(t.shape) for t in (q, k, v)]
     assert not any(gradient.any() for gradient in gradients)
@@ -187,12 +205,12 @@ def test_blocks_that_nobody_sees_are_skipped() -> None:
     """Frames in order: each tile walks over its own blocks and no others."""
     queries, keys = torch.arange(256), torch.arange(4096)
     rows = [t.int()[None] for t in (queries // 64, queries // 64 + 1, keys // 1024)]
-    seen = Seen(Visibility(*rows), group=2, tiles=Tiles(128, 64, 4, 2))
-    lists, counts = seen.blocks_of_tiles()
+    seen = Rule(Visibility(*rows))
+    lists, counts = seen.lists(rows=128, keys=64, group=2, of_keys=False)
     assert counts.tolist() == [[16, 16, 16, 16]]
     for tile in range(4):
         assert lists[0, tile, :16].tolist() == list(range(16 * tile, 16 * tile + 16))
-    lists, counts = seen.tiles_of_blocks()
+    lists, counts = seen.lists(rows=128, keys=64, group=2, of_keys=True)
     assert counts.unique().tolist() == [1]
     assert lists[0, :, 0].tolist() == [block // 16 for block in range(64)]
 
@@ -223,10 +241,10 @@ def test_what_it_cannot_do_names_those_that_can(
     if "cpu" in words:
         monkeypatch.setattr(triton_forward, "forward_kernel", None)  # not an interpreted one
     with pytest.raises(ValueError, match=f"got 'triton' for {words}.*use 'native' or 'reference'"):
-        choose("triton", q)
+        kernel_for("triton", q)
 
 
 def test_without_triton_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ds_lvx.kernels.find_spec", lambda name: None)
+    monkeypatch.setattr("ds_lvx.kernels.choice.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="not installed; pip install triton"):
-        choose("triton", torch.empty(1, 1, 1, 64))
+        kernel_for("triton", torch.empty(1, 1, 1, 64))

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.kernels import Kernel, choose
+from ds_lvx.kernels.choice import kernel_for
+from ds_lvx.kernels.interface import Kernel
 from ds_lvx.kernels.merge import merge_
 from ds_lvx.kernels.native import NativeKernel
+from tests.kernels.asking import backward, fold, forward
 from tests.kernels.test_kernels import rule, tensors
 
 pytestmark = pytest.mark.gpu
@@ -45,11 +47,11 @@ def errors(kernel: Kernel, inputs: list[Tensor], sees: Visibility | None) -> dic
     leaves = [tensor.double().requires_grad_() for tensor in inputs]
     exact_out, exact_lse = attention_oracle(*leaves, visibility=sees, softmax_scale=SCALE)
     (exact_out * dout.double()).sum().backward()
-    out, lse = kernel.forward(*inputs, visibility=sees, softmax_scale=SCALE)
+    out, lse = forward(kernel, *inputs, visibility=sees, softmax_scale=SCALE)
     assert torch.equal(lse == -torch.inf, exact_lse == -torch.inf)
     delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
-    found = kernel.backward(
-        *inputs, dout, lse, delta, visibility=sees, softmax_scale=SCALE, has_dlse=False
+    found = backward(
+        kernel, *inputs, dout, lse, delta, visibility=sees, softmax_scale=SCALE, has_dlse=False
     )
     seen = lse != -torch.inf
     result = {
@@ -66,7 +68,7 @@ def errors(kernel: Kernel, inputs: list[Tensor], sees: Visibility | None) -> dic
 @pytest.mark.parametrize("shape", FEW, ids=str)
 def test_fp32_is_exact(shape: tuple[int, ...], visibility: str) -> None:
     inputs, sees = placed(shape, torch.float32, visibility)
-    found = errors(choose("triton", inputs[0]), inputs, sees)
+    found = errors(kernel_for("triton", inputs[0]), inputs, sees)
     assert max(found.values()) <= 1e-4, found
 
 
@@ -78,7 +80,7 @@ def test_fp32_is_exact(shape: tuple[int, ...], visibility: str) -> None:
 def test_16_bits_are_as_exact_as_pytorchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """At most twice the error of PyTorch's fused kernel in the same dtype."""
     inputs, _ = placed(shape, dtype, "none")
-    found = errors(choose("triton", inputs[0]), inputs, None)
+    found = errors(kernel_for("triton", inputs[0]), inputs, None)
     peer = errors(NativeKernel(), inputs, None)
     for name, error in found.items():
         assert error <= 2 * peer[name] + 1e-4, (name, found, peer)
@@ -89,20 +91,20 @@ def test_16_bits_are_as_exact_as_pytorchs(shape: tuple[int, ...], dtype: torch.d
 def test_visibility_costs_no_exactness(shape: tuple[int, ...], visibility: str) -> None:
     """PyTorch's own computes a rule in fp32 here, so its error is not the measure."""
     inputs, sees = placed(shape, torch.bfloat16, visibility)
-    found = errors(choose("triton", inputs[0]), inputs, sees)
+    found = errors(kernel_for("triton", inputs[0]), inputs, sees)
     assert max(found.values()) <= 8e-2, found
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
 def test_every_run_gives_the_same_bits(shape: tuple[int, ...]) -> None:
     (q, k, v, dout), sees = placed(shape, torch.bfloat16, "shuffled")
-    kernel = choose("triton", q)
+    kernel = kernel_for("triton", q)
     runs = []
     for _ in range(3):
-        out, lse = kernel.forward(q, k, v, visibility=sees, softmax_scale=SCALE)
+        out, lse = forward(kernel, q, k, v, visibility=sees, softmax_scale=SCALE)
         delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
-        gradients = kernel.backward(
-            q, k, v, dout, lse, delta, visibility=sees, softmax_scale=SCALE, has_dlse=False
+        gradients = backward(
+            kernel, q, k, v, dout, lse, delta, visibility=sees, softmax_scale=SCALE, has_dlse=False
         )
         runs.append([out, lse, *gradients])
     for first, *others in zip(*runs, strict=True):
@@ -113,18 +115,16 @@ def test_a_part_folds_into_a_running_result() -> None:
     shape = (2, 192, 3_000, 8, 2, 128)
     (q, k, v, _), sees = placed(shape, torch.bfloat16, "frames")
     assert sees is not None
-    kernel = choose("triton", q)
+    kernel = kernel_for("triton", q)
     halves = [slice(0, 1_700), slice(1_700, 3_000)]
-    first, second = (
-        (k[:, half], v[:, half], sees.with_keys(sees.kv_pos[:, half])) for half in halves
-    )
+    first, second = ((k[:, half], v[:, half], sees.part(slice(None), half)) for half in halves)
     options = {"softmax_scale": SCALE}
-    running = kernel.forward(q, *first[:2], visibility=first[2], partial=True, **options)
+    running = forward(kernel, q, *first[:2], visibility=first[2], partial=True, **options)
     expected = [tensor.clone() for tensor in running]
     merge_(
-        *expected, *kernel.forward(q, *second[:2], visibility=second[2], partial=True, **options)
+        *expected, *forward(kernel, q, *second[:2], visibility=second[2], partial=True, **options)
     )
-    kernel.fold(q, *second[:2], running, visibility=second[2], **options)
+    fold(kernel, q, *second[:2], running, visibility=second[2], **options)
     for one, other in zip(running, expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -142,15 +142,15 @@ def test_keys_beyond_2_31_numbers() -> None:
     position[:, -50:] = 1
     start = torch.ones(1, 3, dtype=torch.int32, device=DEVICE)
     sees = Visibility(start, start + 1, position)
-    kernel = choose("triton", q)
-    out, lse = kernel.forward(q, k, v, visibility=sees, softmax_scale=SCALE)
+    kernel = kernel_for("triton", q)
+    out, lse = forward(kernel, q, k, v, visibility=sees, softmax_scale=SCALE)
     few = [t[:, -50:].double() for t in (k, v)]
     exact_out, exact_lse = attention_oracle(q.double(), *few, softmax_scale=SCALE)
     torch.testing.assert_close(out.double(), exact_out, atol=2e-2, rtol=0)
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-3, rtol=0)
     delta = (q.float() * out.float()).sum(-1).transpose(1, 2)
-    _, dk, dv = kernel.backward(
-        q, k, v, q, lse, delta, visibility=sees, softmax_scale=SCALE, has_dlse=False
+    _, dk, dv = backward(
+        kernel, q, k, v, q, lse, delta, visibility=sees, softmax_scale=SCALE, has_dlse=False
     )
     for gradient in (dk, dv):
         assert not gradient[:, :-50].any()

@@ -21,60 +21,52 @@ from ds_lvx.attention.shape import head_groups
 from ds_lvx.distributed.bundles import Bundle
 from ds_lvx.distributed.pending import Pending
 from ds_lvx.kernels.merge import accumulation_dtype, merge_stacked
-from ds_lvx.kernels.visibility import Visibility
+from ds_lvx.kernels.rule import Rule
 
 # Which dimension of a tensor has the queries.
-_OF_Q, _OF_LSE, _OF_RANGES = 1, 2, 2
+_OF_Q, _OF_LSE = 1, 2
 
 
 class Gather:
     """All-gather the queries, one kernel over all of them, scatter-reduce the parts by lse."""
 
-    def forward(
-        self, call: Call, q: Tensor, visibility: Visibility | None, keys: Keys
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, call: Call, q: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
         """See `ds_lvx.attention.schedules.Schedule.forward`."""
+        rule = _rule(call)
         if call.channel.size == 1:
             keys.prepare()
-            out, lse = keys.attend(call, q, visibility)
+            out, lse = keys.attend(call, q, rule)
             return out.to(accumulation_dtype(q.dtype)), lse
         groups = _groups(call, q, keys)
-        arriving = _gather_queries(call, q, visibility, groups[0])
+        arriving = _gather_queries(call, q, groups[0])
         keys.prepare()
-        seen = visibility
         returning = []
         for index, group in enumerate(groups):
-            everyone, *ranges = arriving.wait()
-            if index == 0:
-                seen = _of_everyone(visibility, ranges)
+            (everyone,) = arriving.wait()
             if index + 1 < len(groups):
-                arriving = _gather_queries(call, q, None, groups[index + 1])
-            out, lse = keys.attend(call, everyone, seen, heads=group.keys)
+                arriving = _gather_queries(call, q, groups[index + 1])
+            out, lse = keys.attend(call, everyone, rule, heads=group.keys)
             returning.append(_Part(call, out, lse, dtype=q.dtype))
         parts = [part.merged() for part in returning]
         return _whole([out for out, _ in parts], dim=2), _whole([lse for _, lse in parts], dim=1)
 
-    def backward(
-        self, call: Call, saved: Saved, visibility: Visibility | None, keys: Keys
-    ) -> Tensor:
+    def backward(self, call: Call, saved: Saved, keys: Keys) -> Tensor:
         """See `ds_lvx.attention.schedules.Schedule.backward`."""
+        rule = _rule(call)
         if call.channel.size == 1:
             keys.prepare()
-            dq = keys.gradients(call, saved, visibility)
+            dq = keys.gradients(call, saved, rule)
             keys.finish()
             return dq
         groups = _groups(call, saved.q, keys)
-        arriving = _gather_gradients(call, saved, visibility, groups[0])
+        arriving = _gather_gradients(call, saved, groups[0])
         keys.prepare()
-        seen = visibility
         returning = []
         for index, group in enumerate(groups):
-            q, dout, lse, delta, *ranges = arriving.wait()
-            if index == 0:
-                seen = _of_everyone(visibility, ranges)
+            q, dout, lse, delta = arriving.wait()
             if index + 1 < len(groups):
-                arriving = _gather_gradients(call, saved, None, groups[index + 1])
-            dq = keys.gradients(call, Saved(q, dout, lse, delta), seen, heads=group.keys)
+                arriving = _gather_gradients(call, saved, groups[index + 1])
+            dq = keys.gradients(call, Saved(q, dout, lse, delta), rule, heads=group.keys)
             returning.append(_GradientPart(call, dq, dtype=saved.q.dtype))
             del q, dout, lse, delta, dq  # the projection's backward needs the room
         keys.finish()
@@ -126,30 +118,18 @@ def _whole(parts: list[Tensor], *, dim: int) -> Tensor:
 # Out
 
 
-def _gather_queries(
-    call: Call, q: Tensor, visibility: Visibility | None, group: _Group
-) -> Pending[Bundle]:
-    return _gather(call, [q[:, :, group.queries]], [_OF_Q], visibility)
+def _rule(call: Call) -> Rule | None:
+    """Everyone's queries over this rank's keys."""
+    return call.layout.rule(queries=None, keys=call.channel.rank)
 
 
-def _gather_gradients(
-    call: Call, saved: Saved, visibility: Visibility | None, group: _Group
-) -> Pending[Bundle]:
+def _gather_queries(call: Call, q: Tensor, group: _Group) -> Pending[Bundle]:
+    return call.channel.gather_rows([q[:, :, group.queries]], [_OF_Q], call.q_lengths)
+
+
+def _gather_gradients(call: Call, saved: Saved, group: _Group) -> Pending[Bundle]:
     dims = [_OF_Q, _OF_Q, _OF_LSE, _OF_LSE]
-    return _gather(call, saved.of_heads(group.queries).bundle(), dims, visibility)
-
-
-def _gather(
-    call: Call, mine: Bundle, dims: list[int], visibility: Visibility | None
-) -> Pending[Bundle]:
-    ranges = [] if visibility is None else [visibility.ranges]
-    return call.channel.gather_rows(
-        [*mine, *ranges], [*dims, *[_OF_RANGES] * len(ranges)], call.q_lengths
-    )
-
-
-def _of_everyone(visibility: Visibility | None, ranges: list[Tensor]) -> Visibility | None:
-    return None if visibility is None else visibility.with_queries(*ranges)
+    return call.channel.gather_rows(saved.of_heads(group.queries).bundle(), dims, call.q_lengths)
 
 
 # --------------------------------------------------------------------------------------------

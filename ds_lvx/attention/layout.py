@@ -1,0 +1,195 @@
+"""The layout of a batch: what attention needs to know beyond q, k and v, solved once.
+
+A batch is cut on the CPU, where every rank knows all of it: the lengths of all ranks' shards and
+the whole rule of who sees what. A `Layout` holds both, on the CPU and on the device; layers take
+the parts that their method needs, and find again what an earlier layer has found: blocks, lists,
+method, schedule, kernel. Nothing of it is sent. A bare operator, which knows its own shard only,
+makes one for its one call, and gathers what its method needs of the rule.
+
+Legend: n ranks, s queries and t keys of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.kernels.rule import Rule, Structure
+from ds_lvx.kernels.visibility import EVERYTHING, Visibility
+
+T = TypeVar("T")
+
+
+class Layout:
+    """Who holds which queries and keys of a sequence, and who sees what.
+
+    Args:
+        channel: the ranks that share the sequence.
+        q_lengths, kv_lengths: queries and keys of every rank.
+        rule: of the queries from ``first_query`` on over the keys from ``first_key`` on; None
+            where all see all.
+        first_query, first_key: places in the whole sequence.
+        device: the one that computes.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        q_lengths: tuple[int, ...],
+        kv_lengths: tuple[int, ...],
+        rule: Rule | None = None,
+        *,
+        device: torch.device,
+        first_query: int = 0,
+        first_key: int = 0,
+    ) -> None:
+        self.channel = channel
+        self.q_lengths = q_lengths
+        self.kv_lengths = kv_lengths
+        self.device = device
+        self._rule = rule
+        self._first_query, self._first_key = first_query, first_key
+        self._settled: dict[Hashable, Any] = {}
+
+    @classmethod
+    def of_batch(
+        cls,
+        channel: Channel,
+        q_lengths: tuple[int, ...],
+        kv_lengths: tuple[int, ...],
+        visibility: Visibility | None,
+        *,
+        device: torch.device,
+    ) -> Layout:
+        """The layout of a batch that every rank knows whole.
+
+        Args:
+            channel, q_lengths, kv_lengths: as of the class.
+            visibility: of all queries over all keys, ranks in order, on the CPU; None: all see all.
+            device: where attention will run; nobody waits for the copy.
+
+        Raises:
+            ValueError: a rule of other lengths than those of the ranks together.
+        """
+        if visibility is None:
+            return cls(channel, q_lengths, kv_lengths, device=device)
+        found = visibility.q_start.shape[1], visibility.kv_pos.shape[1]
+        if found != (sum(q_lengths), sum(kv_lengths)):
+            raise ValueError(
+                f"visibility: got {found[0]} queries and {found[1]} keys; expected those of all "
+                f"ranks, {sum(q_lengths)} and {sum(kv_lengths)}"
+            )
+        return cls(channel, q_lengths, kv_lengths, Rule.on(visibility, device), device=device)
+
+    @classmethod
+    def of_call(
+        cls,
+        channel: Channel,
+        q_lengths: tuple[int, ...],
+        kv_lengths: tuple[int, ...],
+        visibility: Visibility | None,
+        *,
+        device: torch.device,
+        all_queries: bool,
+        all_keys: bool,
+    ) -> Layout:
+        """The layout of a bare operator's call, from this rank's shard of the rule.
+
+        Args:
+            channel, q_lengths, kv_lengths: as of the class.
+            visibility: of this rank's queries over its keys, or None.
+            device: that of q.
+            all_queries, all_keys: what the method needs of the other ranks' parts.
+
+        Collectives: with a rule an all-gather of ``8 (n - 1) s`` bytes a sample for the queries,
+        one of ``4 (n - 1) t`` for the keys.
+        """
+        if visibility is None:
+            return cls(channel, q_lengths, kv_lengths, device=device)
+        start, end, position = visibility.q_start, visibility.q_end, visibility.kv_pos
+        if all_queries:
+            (ranges,) = channel.gather_rows([torch.stack((start, end))], [2], q_lengths).wait()
+            start, end = ranges.unbind()
+        if all_keys:
+            (position,) = channel.gather_rows([position], [1], kv_lengths).wait()
+        return cls(
+            channel,
+            q_lengths,
+            kv_lengths,
+            Rule(Visibility(start, end, position)),
+            device=device,
+            first_query=0 if all_queries else sum(q_lengths[: channel.rank]),
+            first_key=0 if all_keys else sum(kv_lengths[: channel.rank]),
+        )
+
+    @property
+    def structure(self) -> Structure:
+        """Of the rule; ``ALL`` without one."""
+        return Structure.ALL if self._rule is None else self._rule.structure
+
+    def rule(self, *, queries: int | None, keys: int | None) -> Rule | None:
+        """The rule of one rank's queries over one rank's keys; None where all see all.
+
+        Args:
+            queries, keys: of which rank; None: of all ranks, in order.
+        """
+        if self._rule is None:
+            return None
+        rows = _span(self.q_lengths, queries, self._first_query)
+        return _open(self._rule.part(rows, _span(self.kv_lengths, keys, self._first_key)))
+
+    def padded_rule(self, batch: int) -> Rule | None:
+        """The whole rule with every rank's part as long as the longest: what Ulysses attends by.
+
+        A query that is added sees nothing, and a key that is added is seen by none.
+
+        Args:
+            batch: samples.
+        """
+        return self.settled(("padded rule", batch), lambda: self._padded_rule(batch))
+
+    def _padded_rule(self, batch: int) -> Rule | None:
+        if len(set(self.q_lengths)) == len(set(self.kv_lengths)) == 1:
+            return self.rule(queries=None, keys=None)
+        if self._rule is None:
+            lengths = sum(self.q_lengths), sum(self.kv_lengths)
+            return self._padded(Visibility.all(batch, *lengths, device=torch.device("cpu")))
+        return self._padded(self._rule.host or self._rule.visibility)
+
+    def _padded(self, whole: Visibility) -> Rule:
+        padded = Visibility(
+            _pad_parts(whole.q_start, self.q_lengths, 0),
+            _pad_parts(whole.q_end, self.q_lengths, 0),
+            _pad_parts(whole.kv_pos, self.kv_lengths, EVERYTHING),
+        )
+        return Rule.on(padded, self.device) if padded.kv_pos.is_cpu else Rule(padded)
+
+    def settled(self, what: Hashable, settle: Callable[[], T]) -> T:
+        """``settle()``, or what it returned for the layer that asked first."""
+        if what not in self._settled:
+            self._settled[what] = settle()
+        found: T = self._settled[what]
+        return found
+
+
+def _open(rule: Rule) -> Rule | None:
+    return None if rule.structure is Structure.ALL else rule
+
+
+def _span(lengths: Sequence[int], rank: int | None, first: int) -> slice:
+    """Where a rank's part lies in a rule that begins at ``first``."""
+    if rank is None:
+        return slice(None)
+    start = sum(lengths[:rank]) - first
+    return slice(start, start + lengths[rank])
+
+
+def _pad_parts(whole: Tensor, lengths: Sequence[int], value: int) -> Tensor:
+    longest = max(lengths)
+    parts = zip(whole.split(list(lengths), dim=1), lengths, strict=True)
+    return torch.cat([F.pad(part, (0, longest - n), value=value) for part, n in parts], dim=1)

@@ -1,0 +1,263 @@
+"""A rule of visibility, and what follows from it: found once, used by every layer of a batch.
+
+What a kernel wants to know of a rule are *blocks*: rectangles of queries and keys of which all see
+all, some see some, or none sees any. They follow from the smallest and largest position of each
+block of keys. Nothing here is as large as queries times keys.
+
+Legend: B batch, S queries, T keys, R runs of queries that follow each other and see the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ds_lvx.kernels.visibility import Visibility
+
+ALL = slice(None)
+_INT32 = torch.iinfo(torch.int32)
+
+
+class Structure(StrEnum):
+    """What kind of rule it is; each kind is one of those below it, too."""
+
+    ALL = "all visible"
+    CAUSAL = "causal"
+    """Query i sees keys 0 to i; as many keys as queries."""
+    PACKED = "packed causal"
+    """Query i sees keys from the start of its document to i."""
+    STAIRCASE = "staircase"
+    """Every query sees one run of neighbouring keys (or none), and the runs move forward."""
+    MIXED = "mixed"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of queries and keys that a kernel computes at once.
+
+    ``masked`` is False where every query sees every key.
+    """
+
+    queries: slice
+    keys: slice
+    masked: bool
+
+
+class Rule:
+    """Who sees what, of some queries over some keys, and what was found out about it so far.
+
+    Args:
+        visibility: on the device that computes.
+        host: the same on the CPU. Without it (a bare call on an accelerator) everything is found
+            on the device, whose stream must not wait for the host: blocks then come whole, each
+            with its mask, and the structure is not known.
+    """
+
+    def __init__(self, visibility: Visibility, host: Visibility | None = None) -> None:
+        self.visibility = visibility
+        self.host = visibility if visibility.kv_pos.device.type == "cpu" else host
+        self._parts: dict[tuple[int, int, int, int], Rule] = {}
+        self._blocks: dict[tuple[int, int], tuple[Block, ...]] = {}
+        self._lists: dict[tuple[int, int, int, bool], tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def on(cls, host: Visibility, device: torch.device) -> Rule:
+        """A rule that is known on the CPU, for a device."""
+        return cls(host.to(device), host)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(S, T)``."""
+        return self.visibility.q_start.shape[1], self.visibility.kv_pos.shape[1]
+
+    def part(self, queries: slice = ALL, keys: slice = ALL) -> Rule:
+        """The rule of some queries over some keys; the same object each time."""
+        seqlen_q, seqlen_kv = self.shape
+        rows, columns = queries.indices(seqlen_q)[:2], keys.indices(seqlen_kv)[:2]
+        if (rows, columns) == ((0, seqlen_q), (0, seqlen_kv)):
+            return self
+        place = (*rows, *columns)
+        if place not in self._parts:
+            host = None if self.host is None else self.host.part(queries, keys)
+            self._parts[place] = Rule(self.visibility.part(queries, keys).contiguous(), host)
+        return self._parts[place]
+
+    @cached_property
+    def structure(self) -> Structure:
+        """The first kind that fits; ``MIXED`` where the rule is not known on the CPU."""
+        rule = self.host
+        if rule is None:
+            return Structure.MIXED
+        if _sees_all(rule):
+            return Structure.ALL
+        seqlen_q, seqlen_kv = self.shape
+        index = torch.arange(seqlen_kv, dtype=torch.int32)
+        if seqlen_q == seqlen_kv and bool(
+            (rule.kv_pos == index).all() and (rule.q_end == index + 1).all()
+        ):
+            if bool((rule.q_start <= 0).all()):
+                return Structure.CAUSAL
+            if _rises(rule.q_start) and bool((rule.q_start <= index).all()):
+                return Structure.PACKED
+        if all(map(_rises, (rule.kv_pos, rule.q_start, rule.q_end))):
+            return Structure.STAIRCASE
+        return Structure.MIXED
+
+    def blocks(self, *, queries_per_block: int, keys_per_block: int) -> tuple[Block, ...]:
+        """Queries and keys in blocks, those over the same keys side by side.
+
+        What nobody sees is left out, and the queries of a block are narrowed to the run that sees
+        any of it. Masked are only those blocks of which some query does not see some key.
+        """
+        sizes = (queries_per_block, keys_per_block)
+        if sizes not in self._blocks:
+            found = whole_blocks(*self.shape, *sizes, masked=True)
+            self._blocks[sizes] = found if self.host is None else _narrowed(self.host, *sizes)
+        return self._blocks[sizes]
+
+    def mask(self, block: Block) -> Tensor | None:
+        """bool ``[B, queries, keys]`` of a block that needs one; lives as long as it is held."""
+        return self.visibility.mask(block.queries, block.keys) if block.masked else None
+
+    def lists(self, *, rows: int, keys: int, group: int, of_keys: bool) -> tuple[Tensor, Tensor]:
+        """Which tiles of rows see which blocks of keys, as lists that a kernel walks over.
+
+        Args:
+            rows: of a tile; a query makes ``group`` neighbouring ones.
+            keys: of a block.
+            group: query heads of a key/value head.
+            of_keys: list the tiles of each block of keys, rather than the blocks of each tile.
+
+        Returns:
+            int32 ``[B, tiles, blocks]`` (``of_keys``: ``[B, blocks, tiles]``), in which what is
+            seen stands first, and int32 ``[B, tiles]``, how much of it that is. On the device.
+        """
+        name = (rows, keys, group, of_keys)
+        if name not in self._lists:
+            meet = _meet(self.host or self.visibility, rows=rows, keys=keys, group=group)
+            device = self.visibility.kv_pos.device
+            order, counts = _listed(meet.transpose(1, 2) if of_keys else meet)
+            self._lists[name] = (
+                order.to(device, non_blocking=True),
+                counts.to(device, non_blocking=True),
+            )
+        return self._lists[name]
+
+
+def whole_blocks(
+    seqlen_q: int, seqlen_kv: int, queries_per_block: int, keys_per_block: int, *, masked: bool
+) -> tuple[Block, ...]:
+    """All queries and keys in blocks of these sizes, whoever sees what."""
+    return tuple(
+        Block(queries, keys, masked)
+        for keys in _slices(seqlen_kv, keys_per_block)
+        for queries in _slices(seqlen_q, queries_per_block)
+    )
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
+
+
+def _sees_all(rule: Visibility) -> bool:
+    if 0 in (rule.q_start.numel(), rule.kv_pos.numel()):
+        return False
+    first, last = rule.kv_pos.aminmax(dim=1)
+    return bool((rule.q_start.amax(dim=1) <= first).all() and (last < rule.q_end.amin(dim=1)).all())
+
+
+def _rises(values: Tensor) -> bool:
+    return bool((values[:, 1:] >= values[:, :-1]).all())
+
+
+def _narrowed(rule: Visibility, queries_per_block: int, keys_per_block: int) -> tuple[Block, ...]:
+    """See `Rule.blocks`."""
+    seqlen_q, seqlen_kv = rule.q_start.shape[1], rule.kv_pos.shape[1]
+    if 0 in (seqlen_q, seqlen_kv):
+        return ()
+    starts = _starts_of_runs(rule, queries_per_block)
+    start, end = rule.q_start[:, starts, None], rule.q_end[:, starts, None]
+    low, high = (extremes[:, None] for extremes in _extremes(rule.kv_pos, keys_per_block))
+    sees_some = ((start <= high) & (low < end) & (start < end)).any(dim=0)  # [R, blocks]
+    sees_all = ((start <= low) & (high < end)).all(dim=0)
+    stops = [*starts[1:].tolist(), seqlen_q]
+    firsts = starts.tolist()
+    rows = [i for i, first in enumerate(firsts) if first % queries_per_block == 0]
+    by_rows = [
+        _runs_of_blocks(sees_some[i:j], sees_all[i:j], i)
+        for i, j in zip(rows, [*rows[1:], len(firsts)], strict=True)
+    ]
+    return tuple(
+        Block(slice(firsts[run[0]], stops[run[1]]), keys, masked=not run[2])
+        for number, keys in enumerate(_slices(seqlen_kv, keys_per_block))
+        for runs in by_rows
+        if (run := runs[number])[0] >= 0
+    )
+
+
+def _starts_of_runs(rule: Visibility, size: int) -> Tensor:
+    """Where queries begin that see something else than the one before, or a block of ``size``."""
+    seqlen = rule.q_start.shape[1]
+    begins = torch.zeros(seqlen, dtype=torch.bool)
+    begins[::size] = True
+    for ranges in (rule.q_start, rule.q_end):
+        begins[1:] |= (ranges[:, 1:] != ranges[:, :-1]).any(dim=0)
+    return begins.nonzero()[:, 0]
+
+
+def _runs_of_blocks(some: Tensor, every: Tensor, offset: int) -> list[tuple[int, int, bool]]:
+    """For each block of keys the first and last run that sees some of it, and whether all see all.
+
+    Args:
+        some, every: bool ``[R, blocks]``.
+        offset: added to the numbers of runs; a block that nobody sees has -1.
+    """
+    runs = len(some)
+    marks = some.to(torch.uint8)
+    first = marks.argmax(dim=0)
+    last = runs - 1 - marks.flip(0).argmax(dim=0)
+    before = torch.zeros(1, every.shape[1], dtype=torch.int32)
+    seen = torch.cat((before, every.cumsum(dim=0, dtype=torch.int32)))
+    within = seen.gather(0, last[None] + 1) - seen.gather(0, first[None])
+    whole = (within[0] == last - first + 1).tolist()
+    first = torch.where(some.any(dim=0), first + offset, -1)
+    return list(zip(first.tolist(), (last + offset).tolist(), whole, strict=True))
+
+
+def _meet(rule: Visibility, *, rows: int, keys: int, group: int) -> Tensor:
+    """bool ``[B, tiles, blocks]``: whether some row of a tile may see some key of a block."""
+    start, end = (t.repeat_interleave(group, dim=1) for t in (rule.q_start, rule.q_end))
+    sees = start < end
+    first, _ = _extremes(start.masked_fill(~sees, _INT32.max), rows)
+    _, last = _extremes(end.masked_fill(~sees, _INT32.min), rows)
+    low, high = _extremes(rule.kv_pos, keys)
+    return (high[:, None] >= first[:, :, None]) & (low[:, None] < last[:, :, None])
+
+
+def _extremes(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each run of ``size`` values, ``[B, runs]``."""
+    batch, length = values.shape
+    whole = length // size * size
+    runs = values[:, :whole].unflatten(1, (-1, size)) if whole else values.new_empty(batch, 0, size)
+    low, high = runs.amin(dim=2), runs.amax(dim=2)
+    if whole == length:
+        return low, high
+    least, most = values[:, whole:].aminmax(dim=1, keepdim=True)
+    return torch.cat((low, least), dim=1), torch.cat((high, most), dim=1)
+
+
+def _listed(meet: Tensor) -> tuple[Tensor, Tensor]:
+    """The places that are True, first in their row; and how many they are."""
+    batch, rows, columns = meet.shape
+    place = meet.cumsum(dim=2, dtype=torch.int32)
+    counts = place[:, :, -1].contiguous()
+    # Whatever is not seen lands in a column of its own, which nobody reads.
+    target = torch.where(meet, place - 1, columns).to(torch.int64)
+    order = torch.zeros(batch, rows, columns + 1, dtype=torch.int32, device=meet.device)
+    numbers = torch.arange(columns, dtype=torch.int32, device=meet.device).expand_as(meet)
+    order.scatter_(2, target, numbers)
+    return order[:, :, :columns].contiguous(), counts

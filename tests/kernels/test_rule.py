@@ -1,0 +1,153 @@
+"""What follows from a rule: blocks, lists, structure, parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_lvx import Visibility
+from ds_lvx.kernels import rule as rule_module
+from ds_lvx.kernels.rule import Rule, Structure
+
+
+def random_rule(seed: int, *, batch: int = 2, queries: int = 13, keys: int = 40) -> Visibility:
+    """Runs and holes; every second one with keys in order."""
+    generator = torch.Generator().manual_seed(seed)
+    position = torch.randint(-1, 6, (batch, keys), generator=generator).int()
+    if seed % 2:
+        position = position.sort(dim=1).values
+    start = torch.randint(-1, 6, (batch, queries), generator=generator).int()
+    if seed % 3 == 0:
+        start = start.sort(dim=1).values  # longer runs of queries that see the same
+    length = torch.randint(0, 3, (batch, queries), generator=generator).int()
+    return Visibility(start, start + length, position)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("known", [True, False], ids=["on the host", "on the device"])
+def test_blocks_cover_exactly_what_is_visible(
+    seed: int, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every visible pair lies in one block, and what a block leaves unmasked is visible."""
+    sees = random_rule(seed)
+    rule = Rule(sees)
+    if not known:
+        monkeypatch.setattr(rule, "host", None)
+    covered = torch.zeros(2, 13, 40, dtype=torch.int32)
+    for block in rule.blocks(queries_per_block=5, keys_per_block=7):
+        part = covered[:, block.queries, block.keys]
+        mask = rule.mask(block)
+        part += torch.ones_like(part) if mask is None else mask.int()
+        if known:
+            assert block.masked == (not sees.mask(block.queries, block.keys).all())
+    assert torch.equal(covered, sees.mask().int())
+
+
+def test_blocks_over_the_same_keys_stand_side_by_side() -> None:
+    keys = [
+        block.keys for block in Rule(random_rule(4)).blocks(queries_per_block=3, keys_per_block=9)
+    ]
+    assert keys == sorted(keys, key=lambda each: each.start)
+
+
+def test_blocks_that_nobody_sees_are_left_out() -> None:
+    rows = torch.arange(8, dtype=torch.int32)[None]
+    rule = Rule(Visibility(rows, rows + 1, torch.arange(800, dtype=torch.int32)[None] // 10))
+    found = rule.blocks(queries_per_block=8, keys_per_block=10)
+    assert [(b.queries, b.keys, b.masked) for b in found] == [
+        (slice(i, i + 1), slice(10 * i, 10 * i + 10), False) for i in range(8)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("of_keys", [False, True])
+def test_lists_hold_every_pair_that_meets(seed: int, of_keys: bool) -> None:
+    sees = random_rule(seed)
+    lists, counts = Rule(sees).lists(rows=4, keys=7, group=2, of_keys=of_keys)
+    mask = sees.mask().repeat_interleave(2, dim=1)
+    for sample in range(2):
+        for one in range(counts.shape[1]):
+            listed = lists[sample, one, : counts[sample, one]].tolist()
+            assert listed == sorted(set(listed))
+            for other in range(lists.shape[2]):
+                tile, block = (other, one) if of_keys else (one, other)
+                seen = mask[sample, 4 * tile : 4 * tile + 4, 7 * block : 7 * block + 7].any()
+                assert other in listed or not seen
+
+
+def test_nothing_is_found_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks, lists and parts are found by who asks first."""
+    calls: list[str] = []
+
+    def counting(name: str) -> Any:
+        function = getattr(rule_module, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return counted
+
+    for name in ("_narrowed", "_meet"):
+        monkeypatch.setattr(rule_module, name, counting(name))
+    whole = Rule(random_rule(1))
+    for _ in range(3):
+        part = whole.part(slice(2, 9), slice(0, 20))
+        part.blocks(queries_per_block=5, keys_per_block=7)
+        part.lists(rows=4, keys=7, group=2, of_keys=False)
+    assert calls == ["_narrowed", "_meet"]
+    assert whole.part() is whole
+    assert torch.equal(part.visibility.mask(), whole.visibility.mask()[:, 2:9, :20])
+
+
+def ints(*rows: Tensor) -> Visibility:
+    return Visibility(*(row.int()[None] for row in rows))
+
+
+INDEX = torch.arange(6)
+ZERO = torch.zeros(6)
+STRUCTURES = {
+    Structure.ALL: ints(ZERO - 1, ZERO + 9, INDEX),
+    Structure.CAUSAL: ints(ZERO, INDEX + 1, INDEX),
+    Structure.PACKED: ints(torch.tensor([0, 0, 2, 2, 2, 5]), INDEX + 1, INDEX),
+    Structure.STAIRCASE: ints(INDEX // 2, INDEX // 2 + 2, torch.arange(12) // 3),
+    Structure.MIXED: ints(INDEX // 2, INDEX // 2 + 2, torch.tensor([0, 1, -1, 1, 2, 3])),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_structures(name: Structure) -> None:
+    assert Rule(STRUCTURES[name]).structure is name
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_one_sample_that_differs_makes_it_another_structure(name: Structure) -> None:
+    """The structure is that of all samples."""
+    if name is Structure.MIXED:
+        return
+    one = STRUCTURES[name]
+    other = Visibility(one.q_start, one.q_end, one.kv_pos.flip(1) * 3)
+    both = Visibility(
+        *(torch.cat((getattr(one, f), getattr(other, f))) for f in ("q_start", "q_end", "kv_pos"))
+    )
+    assert Rule(both).structure is Structure.MIXED
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_structures_hold_what_they_say(seed: int) -> None:
+    """Against the dense mask: all, or one run of keys a row that moves forward."""
+    sees = random_rule(seed, batch=1)
+    found, mask = Rule(sees).structure, sees.mask()[0]
+    assert (found is Structure.ALL) == bool(mask.all())
+    if found is Structure.STAIRCASE:
+        changes = torch.nn.functional.pad(mask.int(), (1, 1)).diff(dim=1).abs().sum(dim=1)
+        assert changes.max() <= 2
+
+
+def test_what_the_host_does_not_know_has_no_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = Rule(STRUCTURES[Structure.CAUSAL])
+    monkeypatch.setattr(rule, "host", None)
+    assert rule.structure is Structure.MIXED
