@@ -71,7 +71,7 @@ def train_sharded(options: argparse.Namespace, training: Digits, held_out: Digit
         for batch in evaluation_batches(held_out, batch_size=HELD_OUT_BATCH, frames=FRAMES):
             out = engine(**ds_lvx.shard_batch(batch, model=engine.module))
             correct += count_correct(ds_lvx.gather_sequence(out.logits), batch)
-    ranks = engine.ds_lvx.distributed.groups.sp_size
+    ranks = engine.ds_lvx.groups.sp_size
     close(engine)
     return Run(losses, correct / len(held_out), seconds, ranks)
 

@@ -29,24 +29,22 @@ def attend(
     project_kv: Callable[[Tensor], tuple[Tensor, Tensor]],
     trains: bool,
     kv_heads: int,
-    kv_lengths: tuple[int, ...],
-    visibility: Visibility | None,
     scale: float,
 ) -> Tensor:
     """Run one layer's attention by its planned method.
 
     Args:
-        plan, batch: how the layer runs; what q belongs to.
+        plan, batch: how the layer runs; what q belongs to, and what there is to attend to.
         q: ``[B, s, H, D]``, this rank's queries.
         features: what K and V are projected from, ``[B, s_kv, hidden]``, this rank's.
         project_kv, trains: features -> K, V ``[B, s_kv, H_kv, D]``; whether its parameters train.
-        kv_heads, kv_lengths: H_kv; s_kv by rank.
-        visibility: this rank's, or None where every query sees every key.
+        kv_heads: H_kv.
         scale: factor of the scores.
 
     Returns:
         ``[B, s, H, D]``.
     """
+    kv_lengths, visibility = batch.keys_of(plan.kind)
     shape = _shape(
         q,
         features,

@@ -44,6 +44,49 @@ class ShardedBatch:
     row_mask: Tensor | None
     features_gradient: FeatureGradient | None = None
 
+    @classmethod
+    def of(
+        cls,
+        *,
+        channel: Channel,
+        text_lengths: tuple[int, ...],
+        kv_lengths: tuple[int, ...] | None,
+        text_rule: Visibility,
+        cross_rule: Visibility | None,
+        row_mask: Tensor | None,
+        device: torch.device,
+    ) -> ShardedBatch:
+        """The keyword of this rank, from what holds for the whole batch and every rank knows.
+
+        Args:
+            channel: the sequence-parallel group that shares the batch.
+            text_lengths: text tokens by rank; they add up to T.
+            kv_lengths: visual tokens by rank, or None when no layer is to look at images.
+            text_rule: of the whole text, on the CPU: T queries, T keys.
+            cross_rule: of the whole text and the visual tokens of all ranks in the order of ranks,
+                on the CPU; None where all see all.
+            row_mask: bool ``[B, T]``, False where a text token may see no image at all; None when
+                every token sees some.
+            device: where the model computes.
+        """
+        here = span(text_lengths, channel.rank)
+        mine = span(kv_lengths, channel.rank) if kv_lengths is not None else slice(0, 0)
+        return cls(
+            channel=channel,
+            text_lengths=text_lengths,
+            kv_lengths=kv_lengths,
+            text_visibility=move(_cut(text_rule, here, here), device),
+            cross_visibility=move(cross_rule and _cut(cross_rule, here, mine), device),
+            row_mask=None if row_mask is None else move(row_mask[:, None, here, None], device),
+        )
+
+    def keys_of(self, kind: str) -> tuple[tuple[int, ...], Visibility | None]:
+        """What a layer of a kind attends to: tokens by rank, and which of them this rank sees."""
+        if kind == "self":
+            return self.text_lengths, self.text_visibility
+        assert self.kv_lengths is not None, "cross-attention without images is skipped"
+        return self.kv_lengths, self.cross_visibility
+
 
 def split(count: int, parts: int) -> tuple[int, ...]:
     """Lengths of a balanced contiguous split: the first ``count % parts`` parts hold one more."""
@@ -105,8 +148,8 @@ class Text:
         parts = (self.input_ids, self.attention_mask, self.position_ids, self.labels)
         return digest(*parts)
 
-    def visibility(self, here: slice) -> Visibility:
-        """Causal attention for the shard ``here``; padding and packing as transformers has them.
+    def visibility(self) -> Visibility:
+        """Causal attention of the whole text; padding and packing as transformers has them.
 
         A key that ``attention_mask`` drops is invisible. Without ``attention_mask``, positions
         that do not go up by one start a new document, which sees nothing of those before it
@@ -123,11 +166,7 @@ class Text:
             starts[:, 1:] = self.position_ids.cpu().diff(dim=-1) != 1
             start = (index * starts).cummax(dim=-1).values.to(torch.int32).expand(batch, length)
         end = (index + 1).expand(batch, length)
-        return Visibility(
-            start[:, here].contiguous(),
-            end[:, here].contiguous(),
-            keys[:, here].contiguous(),
-        )
+        return Visibility(start, end, keys)
 
     def shard(self, here: slice) -> dict[str, Any]:
         """The model's text arguments for the shard ``here``.
@@ -150,6 +189,11 @@ class Text:
             # No label at all: the sum of the losses is 0, and so is the loss.
             shard["num_items_in_batch"] = max(int((shifted != IGNORED_LABEL).sum()), 1)
         return shard
+
+
+def _cut(rule: Visibility, queries: slice, keys: slice) -> Visibility:
+    parts = (rule.q_start[:, queries], rule.q_end[:, queries], rule.kv_pos[:, keys])
+    return Visibility(*(part.contiguous() for part in parts))
 
 
 def digest(*tensors: Tensor | None) -> int:

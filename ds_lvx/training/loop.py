@@ -94,7 +94,7 @@ class Trainer:
         self._inputs = inputs
         self._options = options
         self._world = world
-        self._groups: SequenceParallelGroups = engine.ds_lvx.distributed.groups
+        self._groups: SequenceParallelGroups = engine.ds_lvx.groups
         self._folder = Path(options.output_dir)
         self.maker = BatchMaker(
             inputs.encoder,

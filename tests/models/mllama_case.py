@@ -230,7 +230,7 @@ def sharded_steps(
         rank's shard.
     """
     engine = start_engine(config, model)
-    groups = engine.ds_lvx.distributed.groups
+    groups = engine.ds_lvx.groups
     result: dict[str, Any] = {"losses": [], "logits": []}
     for step in batches:
         shard = shard_batch(step[groups.dp_rank], model=engine.module, frames=frames)

@@ -151,7 +151,7 @@ def start_table(rules: dict[str, Any]) -> tuple[str, str]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         engine = start_engine(ds_config(stage=0, sp_size=2, **rules))
-    group = engine.ds_lvx.distributed.groups.channel
+    group = engine.ds_lvx.groups.channel
     source = CLUSTERS.of(group, torch.device("cpu")).source
     ds_lvx.shutdown(engine)
     return printed.getvalue(), source

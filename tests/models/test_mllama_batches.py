@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.mllama import visible_images
+from ds_lvx.models.mllama.mask import Runs
 from ds_lvx.sharding import owned
 from tests.largest import LargestTensor
 from tests.models.mllama_case import (
@@ -165,6 +167,35 @@ def step_local(cuts: list[int] | None, config: dict[str, Any], visible: bool) ->
 def test_local_frames_in_any_contiguous_split(cuts: list[int] | None, visible: bool) -> None:
     results = run_ranks(step_local, 3, cuts, rules(3, 1), visible)
     assert_same_training(results, reference_steps([[hard_batch(3)]]), sp_size=3)
+
+
+def whole_rule(cuts: list[int], visible: bool) -> Any:
+    """The rule of the visual tokens as this rank knows it, its frames being there already."""
+    rules_made = []
+    with pytest.MonkeyPatch.context() as patch:
+        made = ShardedBatch.of
+
+        def noted(**given: Any) -> ShardedBatch:
+            rules_made.append(given["cross_rule"])
+            return made(**given)
+
+        patch.setattr(ShardedBatch, "of", noted)
+        step_local(cuts, rules(3, 1), visible)
+    (rule,) = rules_made
+    return rule
+
+
+@pytest.mark.parametrize("visible", [False, True])
+def test_every_rank_knows_the_whole_rule(visible: bool) -> None:
+    batch = hard_batch(3)
+    runs = Runs.of_mask(batch["cross_attention_mask"])
+    assert runs.tiles is not None
+    expected = runs.visibility(runs.tiles, patches=PATCHES)
+    if visible:  # padding images have a tile there, and no token that sees them
+        tiles = batch["aspect_ratio_mask"].bool()
+        expected = runs.visibility(tiles, patches=PATCHES)
+    for rule in run_ranks(whole_rule, 3, [0, 1, 1, 3], visible):
+        assert torch.equal(rule.mask(), expected.mask())
 
 
 def test_visible_images_in_place_of_the_mask() -> None:

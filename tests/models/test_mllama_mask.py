@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
 from transformers.models.mllama.modeling_mllama import _prepare_cross_attention_mask
 
 from ds_lvx.models.mllama import mask as mllama_mask
-from ds_lvx.models.mllama.mask import Runs, visible_images
+from ds_lvx.models.mllama.mask import Runs, pack_tiles, unpack_tiles, visible_images
+from tests.largest import LargestTensor
 from tests.models.mllama_case import IMAGE, PATCHES, TILES, processor_mask
 
 
@@ -46,28 +45,31 @@ def test_rule_reproduces_the_dense_mask_of_transformers(seed: int) -> None:
     mask = processor_mask(ids, num_tiles)
     runs = Runs.of_mask(mask)
     assert runs.tiles is not None
-    whole = runs.visibility(
-        slice(0, ids.shape[1]), first_image=0, tiles=runs.tiles, patches=PATCHES
-    )
+    whole = runs.visibility(runs.tiles, patches=PATCHES)
     expected, row_mask = dense_by_transformers(mask)
     assert torch.equal(whole.mask(), expected)
     assert torch.equal(~runs.sees_nothing, row_mask[:, 0, :, 0].bool())
 
 
-def test_ranks_parts_together_are_the_whole_mask() -> None:
-    ids, num_tiles = random_streams(3, length=20, seed=5)
-    mask = processor_mask(ids, num_tiles)
-    runs = Runs.of_mask(mask)
-    assert runs.tiles is not None
-    images = mask.shape[2]
-    expected, _ = dense_by_transformers(mask)
-    cuts = [0, 3, 3, images]
-    for here in (slice(0, 7), slice(7, 20)):
-        parts = [
-            runs.visibility(here, first_image=a, tiles=runs.tiles[:, a:b], patches=PATCHES).mask()
-            for a, b in itertools.pairwise(cuts)
-        ]
-        assert torch.equal(torch.cat(parts, dim=2), expected[:, here])
+@pytest.mark.parametrize("images", [0, 1, 7, 3000])
+def test_tiles_travel_in_a_short_text(images: int) -> None:
+    tiles = torch.rand(2, images, 4, generator=torch.Generator().manual_seed(images)) < 0.5
+    assert torch.equal(unpack_tiles(pack_tiles(tiles), (2, images, 4)), tiles)
+    video = torch.zeros(1, images, 4, dtype=torch.bool)
+    video[..., 0] = True
+    assert len(pack_tiles(video)) < 40
+
+
+def test_the_rule_of_a_long_video_is_made_at_once() -> None:
+    """1.5M visual tokens: nothing larger than their positions, and those are int32."""
+    visible = torch.arange(4096)[:, None].expand(-1, 2).contiguous()[None]
+    with LargestTensor() as largest:
+        rule = Runs.of_visible_images(visible).visibility(
+            torch.ones(1, 234, 4).bool(), patches=1601
+        )
+    assert rule.kv_pos.shape == (1, 234 * 4 * 1601)
+    assert rule.kv_pos.dtype == torch.int32
+    assert largest.elements == rule.kv_pos.numel()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -77,9 +79,7 @@ def test_visible_images_is_the_rule_of_the_processor(seed: int) -> None:
     runs = Runs.of_visible_images(visible_images(ids, IMAGE))
     images = mask.shape[2]
     runs.check_images(images)
-    seen = runs.visibility(
-        slice(0, 40), first_image=0, tiles=tiles_of(num_tiles, images), patches=1
-    )
+    seen = runs.visibility(tiles_of(num_tiles, images), patches=1)
     dense = mask.flatten(2) == 1
     expected = dense | ~dense.any(dim=2, keepdim=True)
     assert torch.equal(seen.mask(), expected)
@@ -125,7 +125,7 @@ def test_only_ones_are_visible_as_in_transformers() -> None:
     assert (int(runs.start), int(runs.end)) == (1, 2)
     expected, _ = dense_by_transformers(mask)
     assert runs.tiles is not None
-    rule = runs.visibility(slice(0, 1), first_image=0, tiles=runs.tiles, patches=PATCHES)
+    rule = runs.visibility(runs.tiles, patches=PATCHES)
     assert torch.equal(rule.mask(), expected)
 
 

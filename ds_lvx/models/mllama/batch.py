@@ -7,7 +7,7 @@ padded), ``tiles`` of an image, ``P`` visual tokens of a tile.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.models.mllama.modeling_mllama import MllamaForConditionalGener
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.models.batch import ShardedBatch, Text, digest, move, span, split
-from ds_lvx.models.mllama.mask import Runs
+from ds_lvx.models.mllama.mask import Runs, pack_tiles, unpack_tiles
 
 _TEXT_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
 _MASK_KEYS = ("cross_attention_mask", "visible_images")
@@ -57,8 +57,7 @@ def shard(
     records = channel.agree({} if draft is None else draft.record(), error)
     assert draft is not None
     require_same(records, draft.shared_record(), what="shard_batch")
-    shares = tuple(record["share"] for record in records)
-    return draft.finish(shares, always_vision=always_vision)
+    return draft.finish(records, always_vision=always_vision)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,89 +108,91 @@ class _Draft:
         return record
 
     def record(self) -> dict[str, Any]:
-        return {**self.shared_record(), "share": self.share}
+        tiles = self._tiles() if self._tiles_are_local else None
+        packed = None if tiles is None else pack_tiles(tiles)
+        return {**self.shared_record(), "share": self.share, "tiles": packed}
 
-    def finish(self, shares: tuple[int, ...], *, always_vision: bool) -> dict[str, Any]:
+    def finish(self, records: Sequence[Mapping[str, Any]], *, always_vision: bool) -> Any:
         """Cut out this rank's shard, knowing how many images each rank holds."""
         channel, device = self.channel, _device(self.model)
+        shares = tuple(int(record["share"]) for record in records)
         if self.frames == "all":
             shares = split(self.share, channel.size)
         lengths = split(self.text.shape[1], channel.size)
-        here = span(lengths, channel.rank)
-        shard = self.text.shard(here)
-        vision, kv_lengths, cross, row_mask = self._vision(here, shares)
+        shard = self.text.shard(span(lengths, channel.rank))
+        vision, kv_lengths, cross = self._vision(shares, records)
+        row_mask = None if cross is None or self.runs is None else ~self.runs.sees_nothing
         if kv_lengths is None and always_vision:
             vision, kv_lengths = self._dummy(), (0,) * channel.size
-            row_mask = torch.zeros(self.text.shape[0], 1, here.stop - here.start, 1).bool()
-        keyword = ShardedBatch(
+            row_mask = torch.zeros(self.text.shape).bool()
+        keyword = ShardedBatch.of(
             channel=channel,
             text_lengths=lengths,
             kv_lengths=kv_lengths,
-            text_visibility=move(self.text.visibility(here), device),
-            cross_visibility=move(cross, device),
-            row_mask=move(row_mask, device),
+            text_rule=self.text.visibility(),
+            cross_rule=cross,
+            row_mask=row_mask,
+            device=device,
         )
         shard = {key: move(value, device) for key, value in {**shard, **vision}.items()}
         return {**shard, "use_cache": False, "ds_lvx": keyword}
 
-    def _vision(self, here: slice, shares: tuple[int, ...]) -> tuple[Any, Any, Any, Any]:
-        """Model arguments, visual tokens by rank, visibility and row mask."""
+    def _vision(self, shares: tuple[int, ...], records: Sequence[Mapping[str, Any]]) -> Any:
+        """Model arguments, visual tokens by rank, and the whole rule."""
         if self.states is not None:
-            return self._given_states(here)
+            return self._given_states()
         if sum(shares) == 0:
             if self.runs is not None:
                 self.runs.check_images(0)
-            return {}, None, None, None
+            return {}, None, None
         mine = span(shares, self.channel.rank)
         # With frames="local" the frames at hand are this rank's from the first on.
         cut = mine if self.frames == "all" else slice(0, self.share)
         vision = {key: value[:, cut] for key, value in self.pixels.items()}
         max_tiles, patches = _tile_shape(self.model)
         kv_lengths = tuple(share * max_tiles * patches for share in shares)
-        cross = row_mask = None
+        cross = None
         if self.runs is not None:
             self.runs.check_images(sum(shares))
-            tiles = self._tiles(mine, cut)
-            cross = self.runs.visibility(here, first_image=mine.start, tiles=tiles, patches=patches)
-            row_mask = ~self.runs.sees_nothing[:, None, here, None]
+            tiles = self._tiles()
+            if self._tiles_are_local:
+                shapes = [(self.text.shape[0], share, max_tiles) for share in shares]
+                parts = zip((record["tiles"] for record in records), shapes, strict=True)
+                tiles = torch.cat([unpack_tiles(*part) for part in parts], dim=1)
+            cross = self.runs.visibility(tiles, patches=patches)
         if shares[self.channel.rank] == 0:
             vision = self._dummy()
-        return vision, kv_lengths, cross, row_mask
+        return vision, kv_lengths, cross
 
-    def _tiles(self, mine: slice, cut: slice) -> Tensor:
-        """bool ``[B, n, tiles]``: this rank's tiles that are no padding."""
+    @property
+    def _tiles_are_local(self) -> bool:
+        """Whether other ranks must be told which of this rank's tiles are padding."""
+        return self.frames == "local" and self.runs is not None and self.runs.tiles is None
+
+    def _tiles(self) -> Tensor:
+        """bool ``[B, n, tiles]``: the tiles of the frames at hand that are no padding."""
         assert self.runs is not None
         if self.runs.tiles is not None:
-            return self.runs.tiles[:, mine]
+            return self.runs.tiles
         if "aspect_ratio_mask" in self.pixels:
-            return self.pixels["aspect_ratio_mask"][:, cut].bool()
-        max_tiles, _ = _tile_shape(self.model)
-        return torch.ones(self.text.shape[0], mine.stop - mine.start, max_tiles).bool()
+            return self.pixels["aspect_ratio_mask"].cpu().bool()
+        max_tiles, patches = _tile_shape(self.model)
+        images = 0 if self.states is None else self.states.shape[1] // (max_tiles * patches)
+        return torch.ones(self.text.shape[0], images, max_tiles).bool()
 
-    def _given_states(self, here: slice) -> tuple[Any, Any, Any, Any]:
+    def _given_states(self) -> Any:
         """The features are given: split them by image, or by token where images do not matter."""
         assert self.states is not None
-        if self.runs is None:
-            kv_lengths = split(self.states.shape[1], self.channel.size)
-            mine = span(kv_lengths, self.channel.rank)
-            return (
-                {"cross_attention_states": self.states[:, mine]},
-                kv_lengths,
-                None,
-                None,
-            )
         max_tiles, patches = _tile_shape(self.model)
-        per_image = max_tiles * patches
-        images = self.states.shape[1] // per_image
-        self.runs.check_images(images)
-        shares = split(images, self.channel.size)
-        mine = span(shares, self.channel.rank)
-        kv_lengths = tuple(share * per_image for share in shares)
+        unit = 1 if self.runs is None else max_tiles * patches
+        images = self.states.shape[1] // unit
+        kv_lengths = tuple(share * unit for share in split(images, self.channel.size))
+        cross = None
+        if self.runs is not None:
+            self.runs.check_images(images)
+            cross = self.runs.visibility(self._tiles(), patches=patches)
         features = self.states[:, span(kv_lengths, self.channel.rank)]
-        tiles = self._tiles(mine, mine)
-        cross = self.runs.visibility(here, first_image=mine.start, tiles=tiles, patches=patches)
-        row_mask = ~self.runs.sees_nothing[:, None, here, None]
-        return {"cross_attention_states": features}, kv_lengths, cross, row_mask
+        return {"cross_attention_states": features}, kv_lengths, cross
 
     def _dummy(self) -> dict[str, Tensor]:
         """One blank frame. A rank without frames runs it through the vision tower and drops the

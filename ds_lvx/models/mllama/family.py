@@ -126,7 +126,7 @@ class _PrepareText(Hook):
             raise ValueError(
                 f"got a batch sharded over {batch.channel.size} ranks for a model that shares its "
                 f"batches between {self.sp_size}; pass shard_batch the groups of this model's "
-                "engine: groups=engine.ds_lvx.distributed.groups"
+                "engine: groups=engine.ds_lvx.groups"
             )
         _check_arguments(batch, kwargs)
         states, row_mask = kwargs.get("cross_attention_states"), batch.row_mask
@@ -194,7 +194,6 @@ class _CrossAttention(ShardedForward):
     ) -> tuple[Tensor, None]:
         module: Any = self.module
         _refuse_dropout(module)
-        assert batch.kv_lengths is not None, "cross-attention without images is skipped"
         projected = _heads(module.q_proj(hidden_states), module.head_dim)
         # Under autocast the norm's fp32 weight widens q; SDPA would have narrowed it again.
         q = module.q_norm(projected).to(projected.dtype)
@@ -212,8 +211,6 @@ class _CrossAttention(ShardedForward):
             project_kv=project_kv,
             trains=_trains(module.k_proj, module.v_proj, module.k_norm),
             kv_heads=module.num_key_value_heads,
-            kv_lengths=batch.kv_lengths,
-            visibility=batch.cross_visibility,
             scale=module.scaling,
         )
         return module.o_proj(out.flatten(2)), None
@@ -247,8 +244,6 @@ class _SelfAttention(ShardedForward):
             project_kv=project_kv,
             trains=_trains(module.k_proj, module.v_proj),
             kv_heads=module.num_key_value_heads,
-            kv_lengths=batch.text_lengths,
-            visibility=batch.text_visibility,
             scale=module.scaling,
         )
         return module.o_proj(out.flatten(2)), None

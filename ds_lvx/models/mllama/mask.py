@@ -8,8 +8,12 @@ of a sample, ``tiles`` of an image, ``P`` visual tokens of a tile.
 
 from __future__ import annotations
 
+import base64
+import math
+import zlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,27 +93,22 @@ class Runs:
         see every key, padding included, and drops the output of their MLP instead."""
         return self.start >= self.end
 
-    def visibility(
-        self, here: slice, *, first_image: int, tiles: Tensor, patches: int
-    ) -> Visibility:
-        """The rule for one rank's text and images.
+    def visibility(self, tiles: Tensor, *, patches: int) -> Visibility:
+        """The rule for the whole text and the visual tokens of all its images.
 
         Args:
-            here: this rank's text tokens.
-            first_image: index of this rank's first image in the sample.
-            tiles: bool ``[B, n, tiles]`` of this rank's n images, True where no padding.
+            tiles: bool ``[B, N, tiles]``, True where no padding.
             patches: P.
 
         Returns:
-            `Visibility` with ``kv_pos`` ``[B, n * tiles * P]``: the image's index, -1 for padding.
+            `Visibility` with ``kv_pos`` ``[B, N * tiles * P]``: the image's index, -1 for padding.
         """
-        index = torch.arange(tiles.shape[1], dtype=torch.int32) + first_image
-        position = torch.where(tiles.cpu(), index[None, :, None], PADDING).flatten(1)
-        nothing = self.sees_nothing[:, here]
+        index = torch.arange(tiles.shape[1], dtype=torch.int32)
+        position = torch.where(tiles, index[None, :, None], PADDING).flatten(1)
         return Visibility(
-            self.start[:, here].masked_fill(nothing, PADDING),
-            self.end[:, here].masked_fill(nothing, EVERYTHING),
-            position.repeat_interleave(patches, dim=1).to(torch.int32),
+            self.start.masked_fill(self.sees_nothing, PADDING),
+            self.end.masked_fill(self.sees_nothing, EVERYTHING),
+            position.repeat_interleave(patches, dim=1),
         )
 
     def _check(self, mask: Tensor) -> None:
@@ -131,6 +130,18 @@ class Runs:
                         "all tiles (those without padding, the same for every token) of images "
                         "a, a + 1, ..., b, or no tile at all: the mask that the processor makes"
                     )
+
+
+def pack_tiles(tiles: Tensor) -> str:
+    """bool ``[B, n, tiles]`` as a short text for a record; those of a video, all alike, in 30."""
+    return base64.b85encode(zlib.compress(np.packbits(tiles.numpy()).tobytes())).decode()
+
+
+def unpack_tiles(text: str, shape: tuple[int, int, int]) -> Tensor:
+    """What `pack_tiles` packed."""
+    packed = np.frombuffer(zlib.decompress(base64.b85decode(text)), np.uint8)
+    bits = np.unpackbits(packed, count=math.prod(shape))
+    return torch.from_numpy(bits).bool().view(shape)
 
 
 def visible_images(input_ids: Tensor, image_token_id: int) -> Tensor:
