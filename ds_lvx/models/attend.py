@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_lvx.attention import lvx, recompute, ring, ulysses
+from ds_lvx.attention import recompute
 from ds_lvx.attention.auto import NOTES, decide
 from ds_lvx.attention.call import Call
+from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.replay import recording
 from ds_lvx.attention.shape import AttentionShape
-from ds_lvx.distributed.channel import Channel
-from ds_lvx.kernels import choose
-from ds_lvx.kernels.visibility import Visibility
+from ds_lvx.config.registry import AUTO, METHODS
+from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.layers import LayerPlan
 
@@ -44,24 +43,14 @@ def attend(
     Returns:
         ``[B, s, H, D]``.
     """
-    kv_lengths, visibility = batch.keys_of(plan.kind)
-    shape = _shape(
-        q,
-        features,
-        q_lengths=batch.text_lengths,
-        kv_lengths=kv_lengths,
-        kv_heads=kv_heads,
-        recompute=plan.recompute_kv,
-        visibility=visibility is not None,
-    )
-    method, schedule = _resolved(plan, shape, batch.channel, q.device)
+    layout = batch.layout(plan.kind)
+    method, schedule = _resolved(plan, layout, q, kv_heads=kv_heads, width=features.shape[-1])
     # A projection that runs again in backward knows only there who wants a gradient.
     wanted = plan.recompute_kv or trains or q.requires_grad or features.requires_grad
+    kind = ("kernel", plan.kernel, q.dtype, q.shape[-1], q.device)
     call = Call(
-        batch.channel,
-        batch.text_lengths,
-        kv_lengths,
-        kernel=choose(plan.kernel, q),
+        layout,
+        kernel=layout.settled(kind, lambda: kernel_for(plan.kernel, q)),
         softmax_scale=scale,
         schedule=schedule,
         requires_grad=wanted and torch.is_grad_enabled(),
@@ -72,57 +61,50 @@ def attend(
             q,
             features,
             project_kv,
-            visibility,
             kv_chunk_tokens=plan.chunk_tokens(),
             shared=batch.features_gradient if plan.kind == "cross" else None,
             layer=plan.name,
         )[0]
-    return _attend_kept(method, call, q, project_kv(features), visibility)
+    return _attend_kept(method, call, q, *project_kv(features))
 
 
-def _attend_kept(
-    method: str,
-    call: Call,
-    q: Tensor,
-    keys: tuple[Tensor, Tensor],
-    visibility: Visibility | None,
-) -> Tensor:
+def _attend_kept(method: str, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention to K and V that autograd keeps for backward."""
-    k, v = keys
-    if method == "ulysses":
-        out = ulysses.attend(call, q, k, v, visibility)
-    else:
-        # "none" gets here in a group of one rank only, where ring attention is the local one.
-        out, _ = (lvx if method == "lvx" else ring).attend(call, q, k, v, visibility)
+    # "none" gets here in a group of one rank only, where ring attention is the local one.
+    entry = METHODS[method if METHODS[method].distributed else "ring"]
+    out: Tensor = entry.load()(call, q, k, v)[0]
     if not any(call.kv_lengths):
         # Sums over nothing: they tie the projections to the graph, for gradients of 0 and not none.
         out = out + k.sum() + v.sum()
     return out
 
 
-def _shape(q: Tensor, features: Tensor, **known: Any) -> AttentionShape:
-    """This call as the planner is asked about it: only what is the same on every rank."""
-    return AttentionShape(
+def _resolved(
+    plan: LayerPlan, layout: Layout, q: Tensor, *, kv_heads: int, width: int
+) -> tuple[str, str]:
+    """Method and schedule, where the plan leaves them to the planner: once a batch for a kind."""
+    wanted = plan.wanted()
+    # Not whether this rank wants a gradient: the answer must be the same on all ranks, and in both
+    # passes of a checkpoint.
+    backward = torch.is_grad_enabled() or recording()
+    shape = AttentionShape(
         batch=q.shape[0],
+        q_lengths=layout.q_lengths,
+        kv_lengths=layout.kv_lengths,
         heads=q.shape[2],
+        kv_heads=kv_heads,
         head_dim=q.shape[3],
         element_bytes=q.element_size(),
-        # Not whether this rank wants a gradient: the answer must be the same on all ranks, and in
-        # both passes of a checkpoint.
-        backward=torch.is_grad_enabled() or recording(),
-        features_dim=features.shape[-1],
-        **known,
+        recompute=plan.recompute_kv,
+        backward=backward,
+        features_dim=width,
     )
-
-
-def _resolved(
-    plan: LayerPlan, shape: AttentionShape, channel: Channel, device: torch.device
-) -> tuple[str, str]:
-    """Method and schedule of this call, where the plan leaves them to the planner."""
-    choice = decide(plan.wanted(), shape, channel, device)
+    choice = layout.settled(
+        ("method", wanted, shape), lambda: decide(wanted, shape, layout.channel, q.device)
+    )
     if choice is None:
-        method = "lvx" if plan.method == "auto" else plan.method
-        return method, "gather" if plan.schedule == "auto" else plan.schedule
-    if plan.method == "auto":
-        NOTES.about(choice, shape, name=plan.name, rank=channel.rank)
+        method = "lvx" if plan.method == AUTO else plan.method
+        return method, "gather" if plan.schedule == AUTO else plan.schedule
+    if plan.method == AUTO:
+        NOTES.about(choice, shape, name=plan.name, rank=layout.channel.rank)
     return choice.method, choice.schedule

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.attention.features import FeatureGradient
+from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.visibility import Visibility
 
@@ -25,22 +26,17 @@ class ShardedBatch:
     """What the attention layers must know of a sharded batch; travels as the keyword ``ds_lvx``.
 
     Attributes:
-        channel: the sequence-parallel group that shares the batch.
-        text_lengths: text tokens by rank.
-        kv_lengths: visual tokens by rank, or None when no layer is to look at images.
-        text_visibility: causal text, for this rank's shard.
-        cross_visibility: which visual tokens this rank's text sees; None when it sees all.
+        text: the layout of the text over itself.
+        cross: the layout of the text over the visual tokens, or None when no layer is to look at
+            images.
         row_mask: bool ``[B, 1, s, 1]``, False where a text token may see no image at all; None
             when every token sees some.
         features_gradient: where layers that project K and V again add up the gradient of the
             visual features; the running forward fills it in.
     """
 
-    channel: Channel
-    text_lengths: tuple[int, ...]
-    kv_lengths: tuple[int, ...] | None
-    text_visibility: Visibility
-    cross_visibility: Visibility | None
+    text: Layout
+    cross: Layout | None
     row_mask: Tensor | None
     features_gradient: FeatureGradient | None = None
 
@@ -70,22 +66,34 @@ class ShardedBatch:
             device: where the model computes.
         """
         here = span(text_lengths, channel.rank)
-        mine = span(kv_lengths, channel.rank) if kv_lengths is not None else slice(0, 0)
-        return cls(
-            channel=channel,
-            text_lengths=text_lengths,
-            kv_lengths=kv_lengths,
-            text_visibility=move(_cut(text_rule, here, here), device),
-            cross_visibility=move(cross_rule and _cut(cross_rule, here, mine), device),
-            row_mask=None if row_mask is None else move(row_mask[:, None, here, None], device),
-        )
+        text = Layout.of_batch(channel, text_lengths, text_lengths, text_rule, device=device)
+        cross = None
+        if kv_lengths is not None:
+            cross = Layout.of_batch(channel, text_lengths, kv_lengths, cross_rule, device=device)
+        mask = None if row_mask is None else move(row_mask[:, None, here, None], device)
+        return cls(text, cross, mask)
 
-    def keys_of(self, kind: str) -> tuple[tuple[int, ...], Visibility | None]:
-        """What a layer of a kind attends to: tokens by rank, and which of them this rank sees."""
+    @property
+    def channel(self) -> Channel:
+        """The sequence-parallel group that shares the batch."""
+        return self.text.channel
+
+    @property
+    def text_lengths(self) -> tuple[int, ...]:
+        """Text tokens by rank."""
+        return self.text.q_lengths
+
+    @property
+    def kv_lengths(self) -> tuple[int, ...] | None:
+        """Visual tokens by rank, or None when no layer is to look at images."""
+        return None if self.cross is None else self.cross.kv_lengths
+
+    def layout(self, kind: str) -> Layout:
+        """The layout of a kind of layer: ``self`` or ``cross``."""
         if kind == "self":
-            return self.text_lengths, self.text_visibility
-        assert self.kv_lengths is not None, "cross-attention without images is skipped"
-        return self.kv_lengths, self.cross_visibility
+            return self.text
+        assert self.cross is not None, "cross-attention without images is skipped"
+        return self.cross
 
 
 def split(count: int, parts: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import torch
 
 import ds_lvx
 from ds_lvx.attention.common import delta_of
-from ds_lvx.kernels import choose
+from ds_lvx.kernels.choice import kernel_for
 from tests.attention.cases import Problem, assemble, largest_error, run_problems
 from tests.ranks import run_ranks
 
@@ -133,7 +133,7 @@ def run_beside_the_kernel(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]
     q, k, v = (shard[name] for name in "qkv")
     out = ds_lvx.lv_xattn(q, k, v, schedule="gather")
     out.backward(shard["dout"])
-    kernel = choose("native", q)
+    kernel = kernel_for("native", q)
     with torch.no_grad():
         options = {"visibility": None, "softmax_scale": problem.head_dim**-0.5}
         own, lse = kernel.forward(q, k, v, partial=True, **options)
