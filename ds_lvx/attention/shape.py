@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+STREAMED_TOKENS = 16_384
+"""Tokens of a chunk of features that come from the host, where nothing else is asked for."""
+
 
 @dataclass(frozen=True)
 class AttentionShape:
