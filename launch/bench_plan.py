@@ -31,7 +31,7 @@ from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
 from ds_lvx.compare.operators.inputs import split
 from ds_lvx.plan import calibrate, published
-from ds_lvx.plan.choose import choose, label
+from ds_lvx.plan.choose import cheapest, label
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.cost import cost
 
@@ -220,7 +220,7 @@ def shape_of(piece: dict[str, Any], run: dict[str, Any]) -> AttentionShape:
 
 def chosen(piece: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     """What ``auto`` takes, and its measured time over the best of all that share the sequence."""
-    choice = choose(shape_of(piece, run), Cluster.of(piece["profile"]["cluster"]))
+    choice = cheapest(shape_of(piece, run), Cluster.of(piece["profile"]["cluster"]))
     name = label(choice.method, choice.schedule).replace(" ", "-")
     shared = {m: s["median"] for m, s in run["step_s"].items() if m != "none"}
     case = {key: run[key] for key in ("seqlen_q", "seqlen_kv")}

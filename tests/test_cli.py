@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -67,3 +69,25 @@ def test_the_console_script_is_this_function() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, _, function = project["scripts"]["ds-lvx"].partition(":")
     assert getattr(import_module(module), function) is cli.main
+
+
+PLAN = "plan --model Llama-3.2-11B-Vision --text 384 --frames 120 --gpus 16 --card H100"
+
+
+@pytest.mark.parametrize("words", ["--help", PLAN, f"{PLAN} --json"], ids=["help", "plan", "json"])
+def test_what_computes_nothing_does_not_import_what_computes(words: str) -> None:
+    """Seconds of imports, for a text that is there at once without them."""
+    script = (
+        "import sys\n"
+        "from ds_lvx.cli import main\n"
+        "try:\n"
+        "    status = main(sys.argv[1:])\n"
+        "except SystemExit as ended:\n"
+        "    status = ended.code\n"
+        "heavy = {'torch', 'deepspeed', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'{status} {heavy}' if status or heavy else 0)\n"
+    )
+    command = [sys.executable, "-c", script, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ds-lvx" in done.stdout or "Llama" in done.stdout

@@ -6,6 +6,8 @@ import ast
 import inspect
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import deepspeed
@@ -56,7 +58,32 @@ def test_every_public_name_exists_and_says_what_it_does() -> None:
         assert inspect.getdoc(getattr(ds_lvx, name)), name
 
 
-def test_only_comm_imports_torch_distributed() -> None:
+def test_a_module_does_not_take_the_place_of_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python makes the module ``ds_lvx.initialize``, once imported, an attribute of the package."""
+    script = (
+        "from ds_lvx.initialize import Session, initialize\n"
+        "import ds_lvx, ds_lvx.sharding\n"
+        "assert ds_lvx.initialize is initialize, ds_lvx.initialize\n"
+        "assert ds_lvx.sharding.owned is ds_lvx.owned\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    function = ds_lvx.initialize
+    ds_lvx.initialize = sys.modules["ds_lvx.initialize"]  # as an import after the first use does
+    assert ds_lvx.initialize is function
+    monkeypatch.setattr(ds_lvx, "initialize", len)  # what is no module may take it
+    assert ds_lvx.initialize is len
+
+
+def test_public_names_are_listed_and_others_are_no_attributes() -> None:
+    assert set(ds_lvx.__all__) == set(ds_lvx._HOMES)
+    assert set(ds_lvx.__all__) <= set(dir(ds_lvx))
+    with pytest.raises(AttributeError, match="'ds_lvx' has no attribute 'lv_xatn'"):
+        _ = ds_lvx.lv_xatn
+
+
+def test_only_the_channel_imports_torch_distributed() -> None:
     for path in (ROOT / "ds_lvx").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names: list[str] = []
@@ -65,7 +92,7 @@ def test_only_comm_imports_torch_distributed() -> None:
             elif isinstance(node, ast.ImportFrom):
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             if any(name.startswith("torch.distributed") for name in names):
-                assert path.name == "comm.py", path
+                assert path.name == "channel.py", path
 
 
 def test_the_readmes_config_is_one() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.distributed.channel import Channel, ProcessGroup
-from ds_lvx.plan.choose import Choice, choose, label
+from ds_lvx.plan.choose import Choice, cheapest, label
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.profile import current
 
@@ -143,7 +143,7 @@ def decide(
     if not wanted.is_open or channel.size == 1:
         return None
     cluster = CLUSTERS.of(channel, device)
-    return choose(shape, cluster, methods=wanted.methods, schedules=wanted.schedules)
+    return cheapest(shape, cluster, methods=wanted.methods, schedules=wanted.schedules)
 
 
 def explain(
@@ -166,7 +166,7 @@ def explain(
     words = []
     for queries, keys in sizes:
         shape = AttentionShape.even(queries=queries, keys=keys, ranks=ranks, **heads)
-        choice = choose(shape, cluster, methods=wanted.methods, schedules=wanted.schedules)
+        choice = cheapest(shape, cluster, methods=wanted.methods, schedules=wanted.schedules)
         alone = ", though one rank serves best" if choice.one_rank_serves_best else ""
         chosen = label(choice.method, choice.schedule)
         words.append(f"{queries:,} queries x {keys:,} keys: {chosen}{alone}")

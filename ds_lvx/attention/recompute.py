@@ -23,12 +23,10 @@ from ds_lvx.attention.projection import Projection, ProjectionAgain, ProjectKV
 from ds_lvx.attention.random_state import Setting
 from ds_lvx.attention.replay import once, recording, replaying
 from ds_lvx.attention.schedules import schedule_of
+from ds_lvx.attention.shape import STREAMED_TOKENS
 from ds_lvx.config.registry import can_chunk
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.visibility import Visibility
-
-STREAMED_TOKENS = 16_384
-"""Tokens of a chunk of features that come from the host, where nothing else is asked for."""
 
 
 @overload

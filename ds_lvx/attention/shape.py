@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+STREAMED_TOKENS = 16_384
+"""Tokens of a chunk of features that come from the host, where nothing else is asked for."""
+
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -15,7 +18,7 @@ class AttentionShape:
         heads, kv_heads, head_dim: of the layer.
         element_bytes: of q, k and v.
         recompute: K and V are projected again in backward (lvx only).
-        visibility: a rule travels with the queries or keys.
+        visibility: a bare operator with a rule, whose shares the ranks gather first.
         backward: is run too.
         features_dim: width of what K and V are projected from; 0 leaves the projection out.
         features_train: the features want a gradient.

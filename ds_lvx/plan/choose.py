@@ -46,7 +46,7 @@ class Choice:
 
 
 @lru_cache(maxsize=1024)
-def choose(
+def cheapest(
     shape: AttentionShape,
     cluster: Cluster,
     *,

@@ -1,35 +1,20 @@
-"""Predicted time and bytes of one attention call, by method and schedule.
-
-Legend: B batch, n ranks, s queries and t keys of a rank, S and T of all, H query heads, K key/value
-heads, D head_dim, e bytes an element.
-"""
+"""Predicted time and bytes of one attention call, by method and schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ds_lvx.attention.shape import AttentionShape
-from ds_lvx.plan import lvx, peers
 from ds_lvx.plan.cluster import Cluster
+from ds_lvx.plan.pieces import Pieces
 from ds_lvx.plan.transfers import Timeline
-from ds_lvx.plan.work import Work
+from ds_lvx.plan.walks import WALKS
 
 METHODS = ("lvx", "ring", "ulysses", "none")
 SCHEDULES = ("ring", "gather", "replicated")
 
 _AGREEMENT_BYTES = 2048
-
-_Walk = Callable[[Work, Timeline], None]
-_PASSES: dict[str, tuple[_Walk, _Walk]] = {
-    "none": (peers.alone_forward, peers.alone_backward),
-    "lvx gather": (lvx.gather_forward, lvx.gather_backward),
-    "lvx ring": (lvx.ring_forward, lvx.ring_backward),
-    "lvx replicated": (lvx.replicated_forward, lvx.replicated_backward),
-    "ring": (peers.ring_forward, peers.ring_backward),
-    "ulysses": (peers.ulysses_forward, peers.ulysses_backward),
-}
 
 
 @dataclass(frozen=True)
@@ -126,24 +111,27 @@ def cost(
             f"ulysses: got {shape.heads} query heads for {shape.ranks} ranks; expected at least "
             "one head a rank"
         )
-    work = Work(shape, cluster)
+    pieces = Pieces(shape, cluster)
     alone = method == "none" or shape.ranks == 1
-    name = "none" if alone else f"lvx {schedule}" if method == "lvx" else method
-    forward, backward = _PASSES[name]
-    passes = [forward, backward] if shape.backward else [forward]
-    results = []
-    for index, walk in enumerate(passes):
+    walk = WALKS["none" if alone else f"lvx {schedule}" if method == "lvx" else method]
+    passes = []
+    for backward in (False, True)[: 1 + shape.backward]:
         timeline = Timeline(overlap=overlap)
         timeline.compute(cluster.device.call_s, "other")
-        if index == 0 and not settled and not alone:
-            for _ in range(2 if shape.recompute and method == "lvx" else 1):
-                _agree(work, timeline)
-        walk(work, timeline)
-        results.append(Pass.of(timeline))
-    return Cost(results[0], results[1] if shape.backward else Pass())
+        if not backward and not alone:
+            agreements = 0 if settled else 2 if shape.recompute and method == "lvx" else 1
+            _settle(pieces, timeline, (method, schedule), agreements=agreements)
+        walk(pieces, timeline, backward=backward)
+        passes.append(Pass.of(timeline))
+    return Cost(passes[0], passes[1] if shape.backward else Pass())
 
 
-def _agree(work: Work, timeline: Timeline) -> None:
-    transfer = work.ranks.gather(_AGREEMENT_BYTES)
-    # The control plane is not part of the bytes.
-    timeline.wait(timeline.post(replace(transfer, sent_bytes=0.0, messages=0)))
+def _settle(pieces: Pieces, timeline: Timeline, ways: tuple[str, str], *, agreements: int) -> None:
+    """What a bare operator does before it attends: it agrees, and gathers the rule."""
+    transfer = pieces.ranks.gather(_AGREEMENT_BYTES)
+    for _ in range(agreements):  # the control plane is not part of the bytes
+        timeline.wait(timeline.post(replace(transfer, sent_bytes=0.0, messages=0)))
+    queries, keys = pieces.most_queries, pieces.most_keys
+    rule = pieces.message.rule(*ways, queries=queries, keys=keys)
+    if rule:
+        timeline.wait(timeline.post(pieces.ranks.gather(rule)))

@@ -71,7 +71,6 @@ class Job:
             head_dim=cross.head_dim,
             element_bytes=self.element_bytes,
             recompute=recompute,
-            visibility=True,
             features_dim=cross.features_dim,
         )
 
@@ -86,5 +85,4 @@ class Job:
             kv_heads=text.kv_heads,
             head_dim=text.head_dim,
             element_bytes=self.element_bytes,
-            visibility=True,
         )

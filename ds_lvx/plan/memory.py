@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ds_lvx.attention.recompute import STREAMED_TOKENS
+from ds_lvx.attention.shape import STREAMED_TOKENS
 
 FP32_BYTES = 4
 

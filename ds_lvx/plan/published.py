@@ -17,8 +17,8 @@ from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import Cluster, Link, from_card
 from ds_lvx.plan.cost import cost
 from ds_lvx.plan.models import model
+from ds_lvx.plan.pieces import COPY, DELTA, MERGE, Pieces
 from ds_lvx.plan.transfers import Timeline, Transfer
-from ds_lvx.plan.work import COPY, DELTA, MERGE, Work
 
 # Two fp16 tensors read, one written.
 _ADD_16 = (6, 1)
@@ -76,7 +76,7 @@ def compare(row: Row, on: Cluster) -> dict[str, Any]:
         kv_heads=llama.cross.kv_heads,
         head_dim=llama.cross.head_dim,
     )
-    repeated = Work(replace(shape, kv_heads=shape.heads), on)
+    repeated = Pieces(replace(shape, kv_heads=shape.heads), on)
     ring_s = layers * _ring_seconds(repeated)
     lvx_s = layers * _lvx_seconds(repeated)
     speedup, published = ring_s / lvx_s, row.ring_s / row.lvx_s
@@ -104,45 +104,49 @@ def ring_bytes(row: Row) -> float:
     return llama.cross.count * (3 * ranks - 2) * block
 
 
-def _ring_seconds(work: Work) -> float:
+def _ring_seconds(pieces: Pieces) -> float:
     """Forward and backward of a layer in which K and V rotate."""
-    keys = 2 * work.numbers(work.mean_keys)
-    block = work.ranks.shift(work.sent(keys))
-    shape = (work.most_queries, work.mean_keys)
-    copying, adding = work.touch(keys, COPY), work.touch(keys, _ADD_16)
-    forward = _rotate(work, work.attend(work.device.partial, *shape), 0.0, ahead=block)
+    device, shape = pieces.device, (pieces.most_queries, pieces.mean_keys)
+    keys = pieces.of_k_and_v(pieces.mean_keys)
+    block = pieces.ranks.shift(pieces.message.keys(pieces.mean_keys))
+    forward = _rotate(pieces.n, pieces.attend_s(device.partial, *shape), ahead=block)
     backward = _rotate(
-        work, work.attend(work.device.backward, *shape), adding, ahead=block, back=block
+        pieces.n,
+        pieces.attend_s(device.backward, *shape),
+        pieces.touch_s(keys, _ADD_16),
+        ahead=block,
+        back=block,
     )
-    return forward + backward + 2 * copying
+    return forward + backward + 2 * pieces.touch_s(keys, COPY)
 
 
-def _lvx_seconds(work: Work) -> float:
+def _lvx_seconds(pieces: Pieces) -> float:
     """Forward and backward of a layer in which queries rotate."""
-    rows, keys = work.rows(work.mean_queries), 2 * work.numbers(work.most_keys)
-    sent, lse = work.sent(rows), work.statistics(work.mean_queries)
-    shape = (work.mean_queries, work.most_keys)
+    device, shape = pieces.device, (pieces.mean_queries, pieces.most_keys)
+    rows, shift = pieces.of_q(pieces.mean_queries), pieces.ranks.shift
+    q_bytes = pieces.message.rows(pieces.mean_queries)
+    lse_bytes = pieces.message.statistics(pieces.mean_queries)
     forward = _rotate(
-        work,
-        work.attend(work.device.partial, *shape),
-        work.touch(rows, MERGE),
-        ahead=work.ranks.shift(sent),
-        back=work.ranks.shift(sent + lse),
+        pieces.n,
+        pieces.attend_s(device.partial, *shape),
+        pieces.touch_s(rows, MERGE),
+        ahead=shift(q_bytes),
+        back=shift(q_bytes + lse_bytes),
     )
     backward = _rotate(
-        work,
-        work.attend(work.device.backward, *shape),
-        work.touch(keys, _ADD_16),
-        ahead=work.ranks.shift(3 * sent + lse),  # q, out, dout
-        back=work.ranks.shift(sent),  # dq
+        pieces.n,
+        pieces.attend_s(device.backward, *shape),
+        pieces.touch_s(pieces.of_k_and_v(pieces.most_keys), _ADD_16),
+        ahead=shift(3 * q_bytes + lse_bytes),  # q, out, dout
+        back=shift(q_bytes),  # dq
     )
-    return forward + backward + work.touch(rows, DELTA)
+    return forward + backward + pieces.touch_s(rows, DELTA)
 
 
 def _rotate(
-    work: Work,
+    ranks: int,
     kernel_s: float,
-    adding_s: float,
+    adding_s: float = 0.0,
     *,
     ahead: Transfer,
     back: Transfer | None = None,
@@ -153,8 +157,8 @@ def _rotate(
     """
     timeline = Timeline()
     returning: float | None = None
-    for step in range(work.n):
-        following = timeline.post(ahead) if step < work.n - 1 else None
+    for step in range(ranks):
+        following = timeline.post(ahead) if step < ranks - 1 else None
         timeline.compute(kernel_s, "kernel")
         if returning is not None:
             timeline.wait(returning)

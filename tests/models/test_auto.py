@@ -15,7 +15,7 @@ from ds_lvx.attention.call import settle
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.plan.cards import CARDS
-from ds_lvx.plan.choose import Choice, choose
+from ds_lvx.plan.choose import Choice, cheapest
 from ds_lvx.plan.cluster import Cluster, Link, from_card
 from tests.models.mllama_case import ds_config, hard_batch, start_engine, tiny_model
 from tests.ranks import run_ranks
@@ -100,14 +100,14 @@ def run_by_source(sources: list[str], *, checkpoint: bool) -> list[str]:
     def by_source(shape: AttentionShape, found: Cluster, **options: Any) -> Choice:
         # Under a checkpoint the second pass has a gradient, and must not be asked again.
         method = found.source if shape.backward else "ulysses"
-        return replace(choose(shape, found, **options), method=method, schedule="gather")
+        return replace(cheapest(shape, found, **options), method=method, schedule="gather")
 
     config = ds_config(stage=0, sp_size=2, **AUTO)
     if checkpoint:
         config["activation_checkpointing"] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ds_lvx.attention.auto.current", lambda device, world: mine)
-        patch.setattr("ds_lvx.attention.auto.choose", by_source)
+        patch.setattr("ds_lvx.attention.auto.cheapest", by_source)
         engine = start_engine(config)
         with ds_lvx.traffic() as counted:
             out = engine(**ds_lvx.shard_batch(hard_batch(), model=engine.module))
@@ -175,7 +175,7 @@ def test_the_start_table_explains_auto() -> None:
 
 def test_small_inputs_are_told_once_and_by_one_rank(caplog: pytest.LogCaptureFixture) -> None:
     shape = AttentionShape.even(queries=64, keys=64, ranks=4, **HEADS)
-    choice = choose(shape, cluster(SLOW))
+    choice = cheapest(shape, cluster(SLOW))
     assert choice.one_rank_serves_best
     notes = Notes()
     with caplog.at_level(logging.WARNING, logger="ds_lvx"):
@@ -185,7 +185,7 @@ def test_small_inputs_are_told_once_and_by_one_rank(caplog: pytest.LogCaptureFix
     assert "64 queries and 64 keys are so few that one rank alone would be faster" in record.message
     large = replace(shape, kv_lengths=(250_000,) * 4)
     with caplog.at_level(logging.WARNING, logger="ds_lvx"):
-        notes.about(choose(large, cluster(FAST)), large, name="other", rank=0)
+        notes.about(cheapest(large, cluster(FAST)), large, name="other", rank=0)
     assert len(caplog.records) == 1
 
 

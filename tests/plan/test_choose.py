@@ -9,7 +9,7 @@ import pytest
 
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cards import CARDS
-from ds_lvx.plan.choose import choose
+from ds_lvx.plan.choose import cheapest
 from ds_lvx.plan.cluster import Cluster, from_card
 from ds_lvx.plan.cost import cost
 
@@ -23,7 +23,7 @@ def shape(queries: int, keys: int, ranks: int = 16) -> AttentionShape:
 
 
 def pick(queries: int, keys: int, cluster: Cluster = CLUSTER) -> str:
-    return choose(shape(queries, keys, cluster.gpus), cluster).method
+    return cheapest(shape(queries, keys, cluster.gpus), cluster).method
 
 
 def test_few_queries_over_many_keys_travel() -> None:
@@ -38,7 +38,7 @@ def test_keys_travel_where_they_are_fewer() -> None:
 def test_the_choice_is_the_fastest_of_all() -> None:
     for queries in (64, 4096, 65_536):
         call = shape(queries, 2**20)
-        choice = choose(call, CLUSTER)
+        choice = cheapest(call, CLUSTER)
         times = [
             cost(call, CLUSTER, method=method, schedule=schedule).seconds
             for method, schedule in (
@@ -53,34 +53,34 @@ def test_the_choice_is_the_fastest_of_all() -> None:
 
 
 def test_an_input_that_one_rank_serves_best_is_named_so() -> None:
-    small = choose(shape(64, 64), CLUSTER)
+    small = cheapest(shape(64, 64), CLUSTER)
     assert small.one_rank_serves_best
     assert "one rank alone would be faster" in small.reason
-    large = choose(shape(384, 10**7), CLUSTER)
+    large = cheapest(shape(384, 10**7), CLUSTER)
     assert not large.one_rank_serves_best
     assert "one rank" not in large.reason
 
 
 def test_what_cannot_run_is_left_out_with_the_reason() -> None:
     wide = from_card(CARDS["H100"], gpus=64)
-    choice = choose(shape(384, 10**6, 64), wide)
+    choice = cheapest(shape(384, 10**6, 64), wide)
     assert choice.left_out == ("ulysses: 32 heads do not reach 64 ranks",)
     with pytest.raises(ValueError, match=r"no method.*32 heads do not reach 64 ranks"):
-        choose(shape(384, 10**6, 64), wide, methods=("ulysses",))
+        cheapest(shape(384, 10**6, 64), wide, methods=("ulysses",))
 
 
 def test_queries_that_are_too_many_are_not_gathered() -> None:
-    choice = choose(replace(shape(2**18, 2**20), batch=4), CLUSTER, methods=("lvx",))
+    choice = cheapest(replace(shape(2**18, 2**20), batch=4), CLUSTER, methods=("lvx",))
     assert choice.schedule == "ring"
     assert "lvx gather" in choice.left_out[0]
 
 
 def test_the_answer_is_the_same_every_time_and_for_every_rank() -> None:
-    first = choose(shape(384, 10**6), CLUSTER)
-    again = choose(shape(384, 10**6), Cluster.of(CLUSTER.record()))
+    first = cheapest(shape(384, 10**6), CLUSTER)
+    again = cheapest(shape(384, 10**6), Cluster.of(CLUSTER.record()))
     assert first == again
 
 
 def test_only_what_is_allowed_is_taken() -> None:
-    choice = choose(shape(384, 10**6), CLUSTER, methods=("lvx",), schedules=("ring",))
+    choice = cheapest(shape(384, 10**6), CLUSTER, methods=("lvx",), schedules=("ring",))
     assert (choice.method, choice.schedule, choice.others) == ("lvx", "ring", ())
