@@ -13,10 +13,9 @@ from transformers import MllamaForConditionalGeneration
 
 from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
-from ds_lvx.models import family_of, patch_model, unpatch
+from ds_lvx.models import FAMILIES, family_of, patch_model
 from ds_lvx.models.layers import make_plans, table
-from ds_lvx.models.mllama import attention_layers
-from ds_lvx.models.patch import is_patched, scale_gradient
+from ds_lvx.models.patch import is_patched, scale_gradient, unpatch
 from ds_lvx.sharding import shard_batch
 from tests.models.mllama_case import (
     VISION_RULE,
@@ -31,6 +30,7 @@ from tests.models.mllama_case import (
 )
 from tests.ranks import RankError, run_ranks
 
+MLLAMA = FAMILIES.named("mllama")
 LVX = ds_config(stage=0, sp_size=1, cross={"method": "lvx"}, self_attn="ring")
 
 
@@ -110,7 +110,7 @@ def test_a_deep_copy_has_its_own_weights_and_can_be_unpatched() -> None:
 
 def test_an_earlier_patch_of_the_instance_gets_its_place_back() -> None:
     model = tiny_model()
-    module = attention_layers(model)[-1].module
+    module = MLLAMA.attention_layers(model)[-1].module
     calls: list[str] = []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -148,7 +148,7 @@ def test_patching_twice_is_refused() -> None:
 
 def plans_of(layers: list[dict[str, Any]], *, sp_size: int, **text: Any) -> Any:
     config = LVXConfig(sequence_parallel_size=sp_size, layers=layers)  # type: ignore[arg-type]
-    return make_plans(attention_layers(tiny_model(**text)), config, sp_size=sp_size)
+    return make_plans(MLLAMA.attention_layers(tiny_model(**text)), config, sp_size=sp_size)
 
 
 CROSS = {"match": "*.cross_attn", "method": "lvx", "recompute_kv": True}
