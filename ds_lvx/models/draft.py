@@ -96,14 +96,15 @@ class _Draft:
         rank, size, device = self.channel.rank, self.channel.size, _device(self.model)
         shares = tuple(int(record["share"]) for record in records)
         if self.frames == "all":
-            shares = split(self.visual.count, size)
+            shares = self.visual.shares(size)
         lengths = split(self.text.shape[1], size)
-        arguments, kv_lengths, rule, row_mask = {}, None, None, None
+        arguments: dict[str, Any] = {}
+        kv_lengths, rule, row_mask = None, None, None
         if self.visual.runs is not None:
             self.visual.runs.check_images(sum(shares))
         if sum(shares) > 0:
             arguments = self._arguments(shares)
-            kv_lengths = tuple(share * self.visual.unit_tokens for share in shares)
+            kv_lengths = self.visual.lengths(shares)
             if self.visual.runs is not None:
                 rule = self.visual.rule(self._valid(shares, records))
                 row_mask = ~self.visual.runs.sees_nothing

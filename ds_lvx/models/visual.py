@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import digest
+from ds_lvx.models.batch import digest, split
 
 PADDING = -1
 _CHUNK_ELEMENTS = 1 << 22
@@ -139,6 +139,9 @@ class Runs:
 class Visual:
     """What a family says of the visual part of a batch, on one rank.
 
+    A family whose units differ in tokens, or whose arguments have no dimension of units, derives
+    its own and overrides `shares`, `lengths`, `cut` and `rule`.
+
     Attributes:
         count: units at hand: those of the sample, or with ``frames="local"`` this rank's.
         unit_tokens: visual tokens of a unit, padding included.
@@ -165,6 +168,14 @@ class Visual:
         runs = self.runs
         checksum = None if runs is None else digest(runs.start, runs.end, runs.tiles)
         return {"visibility of the images (a checksum)": checksum}
+
+    def shares(self, parts: int) -> tuple[int, ...]:
+        """How many of the sample's units each of ``parts`` ranks gets."""
+        return split(self.count, parts)
+
+    def lengths(self, shares: Sequence[int]) -> tuple[int, ...]:
+        """Visual tokens by rank, from the units that each rank holds."""
+        return tuple(share * self.unit_tokens for share in shares)
 
     def cut(self, units: slice) -> dict[str, Tensor]:
         """The arguments for some of the units at hand."""
