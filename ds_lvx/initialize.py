@@ -19,9 +19,9 @@ from ds_lvx.distributed.channel import Channel, is_initialized
 from ds_lvx.distributed.failures import Guard
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.distributed.start import init_distributed
-from ds_lvx.models import Patch, patch_model
+from ds_lvx.models import patch_model
 from ds_lvx.models.layers import explain_auto, table
-from ds_lvx.models.patch import ScaleLoss
+from ds_lvx.models.patch import Patch, ScaleLoss
 
 
 class Session:

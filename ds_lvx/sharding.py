@@ -48,13 +48,10 @@ def shard_batch(
     share: summed over the group it is the loss that one process computes (`mean_loss`).
 
     Args:
-        batch: for mllama ``input_ids [B, T]``, and where they apply ``attention_mask [B, T]``,
-            ``position_ids [B or 1, T]``, ``labels [B, T]``,
-            ``pixel_values [B, N, tiles, channels, height, width]``,
-            ``aspect_ratio_ids [B, N]``, ``aspect_ratio_mask [B, N, tiles]``, and
-            ``cross_attention_mask [B, T, N, tiles]`` or in its place ``visible_images [B, T, 2]``
-            (`ds_lvx.models.mllama.visible_images`: no mask at all); ``cross_attention_states`` in
-            place of ``pixel_values``. On any device; only the shard is moved to the model's.
+        batch: what the processor of the model's family returns: ``input_ids [B, T]``, where they
+            apply ``attention_mask [B, T]``, ``position_ids [B or 1, T]`` and ``labels [B, T]``, and
+            the visual input (``docs/configuration.md`` lists the keys of each family). On any
+            device; only the shard is moved to the model's.
         model: the model that will get the shard, e.g. ``engine.module``.
         groups: the groups; None is the current ones, or all ranks as one group.
         frames: ``"all"``: the batch holds every frame, and this rank's are cut out.
@@ -70,9 +67,10 @@ def shard_batch(
         ValueError: on all ranks of the group, naming the rank that is wrong: unknown or misshapen
             entries, texts that differ between ranks, fewer tokens than ranks, a mask that is not
             of the processor's kind.
-        NotImplementedError: the model is of no supported family.
+        NotImplementedError: the model is of no family that is known.
 
-    Collectives: one agreement of 2 KiB a rank on the control plane; no data moves.
+    Collectives: one agreement of 2 KiB a rank on the control plane, and a second one where
+    ``frames="local"`` and padding makes a longer record; no data moves.
     """
     family, inside = family_of(model)
     current = SequenceParallelGroups.current() if groups is None else groups

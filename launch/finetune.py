@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tune Llama-3.2-Vision on your own images and videos, the visual tokens sharded over ranks.
+"""Fine-tune a model on your own images and videos, its visual tokens sharded over ranks.
 
     deepspeed --num_gpus 4 launch/finetune.py \\
         --model meta-llama/Llama-3.2-11B-Vision-Instruct --data train.jsonl \\
@@ -66,7 +66,7 @@ def finetune(options: Options, world: Channel) -> None:
     try:
         with named("finetune.py"):
             inputs = together(world, lambda: read_inputs(options, world.size))
-            model = load_model(options, inputs.ds_config, inputs.processor)
+            model = load_model(options, inputs.ds_config, inputs.source)
             engine = make_engine(model, inputs, options)
             del model  # the engine's alone, so that nothing of it outlives the shutdown
             Trainer(engine, inputs, options, world=world).run()

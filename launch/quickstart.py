@@ -1,4 +1,4 @@
-"""Train a tiny Llama-3.2-Vision model to read handwritten digits, its visual tokens on two ranks.
+"""Train a tiny multimodal model to read handwritten digits, its visual tokens on two ranks.
 
     bash launch/quickstart.sh
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from digits.data import Batch, Digits, count_correct, evaluation_batches, load, training_batches
-from digits.model import tiny_mllama
+from digits.model import tiny_model
 from digits.report import Run, report
 from transformers import get_cosine_schedule_with_warmup
 
@@ -79,7 +79,7 @@ def train_sharded(options: argparse.Namespace, training: Digits, held_out: Digit
 def train_alone(options: argparse.Namespace, training: Digits, held_out: Digits) -> Run:
     """The same in one process: transformers' model and PyTorch, nothing of ds_lvx or DeepSpeed."""
     device = get_accelerator().current_device_name()
-    model = tiny_mllama(options.seed).to(device)
+    model = tiny_model(options.seed).to(device)
     optimizer = make_optimizer(model.parameters())
     scheduler = make_scheduler(optimizer, steps=options.steps)
     clip = ds_config(options)["gradient_clipping"]
@@ -131,7 +131,7 @@ def attention_bytes(engine: Any, batch: Batch) -> int:
 
 def make_engine(options: argparse.Namespace, config: dict[str, Any]) -> Any:
     """A fresh model under DeepSpeed; the same weights every time."""
-    model = tiny_mllama(options.seed)
+    model = tiny_model(options.seed)
     engine, _, _, _ = ds_lvx.initialize(
         model=model,
         optimizer=make_optimizer(model.parameters()),

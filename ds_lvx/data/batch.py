@@ -1,7 +1,6 @@
 """From conversations to a batch: the whole text on every rank, the pixels of its own frames.
 
-Shapes: ``B`` samples, ``T`` tokens, ``N`` frames of the sample with the most, ``n`` of them this
-rank's, ``tiles`` of a frame.
+Shapes: ``B`` samples, ``T`` tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from ds_lvx.data.errors import DataError, Source
 from ds_lvx.data.frames import DecodeCount, Video, choose, decode, probe
 from ds_lvx.data.images import load_image
 from ds_lvx.data.text import IGNORED, EncodedText, TextEncoder
-from ds_lvx.models.mllama.mask import visible_images
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,7 @@ class BatchMaker:
     """Makes one rank's batches.
 
     Args:
-        encoder: for the text.
-        image_processor: mllama's, for the pixels.
+        encoder: for the text; its processor and family make the pixels.
         rate: which frames of a video are taken.
         owned: the number of frames of a sample to those that this rank holds (`ds_lvx.owned`).
         min_tokens: text tokens a sample must have: one for each rank that shares it.
@@ -93,7 +90,6 @@ class BatchMaker:
     def __init__(
         self,
         encoder: TextEncoder,
-        image_processor: Any,
         rate: FrameRate,
         *,
         owned: Callable[[int], range],
@@ -102,7 +98,6 @@ class BatchMaker:
     ) -> None:
         self.encoder = encoder
         self.counter = DecodeCount()
-        self._image_processor = image_processor
         self._rate = rate
         self._owned = owned
         self._min_tokens = min_tokens
@@ -142,10 +137,8 @@ class BatchMaker:
 
         Returns:
             Its inputs: ``input_ids``, ``attention_mask``, ``labels`` int64 ``[B, T]``, padded at
-            the end; where a sample has frames also ``visible_images`` int32 ``[B, T, 2]`` (the run
-            of images that a token sees) and, of this rank's frames alone, ``pixel_values``
-            ``[B, n, tiles, 3, height, width]``, ``aspect_ratio_ids [B, n]`` and
-            ``aspect_ratio_mask [B, n, tiles]``.
+            the end; where a sample has frames also what the family's processor returns for this
+            rank's frames (`ds_lvx.models.contract.Family.frames`).
 
         Raises:
             DataError: with file and line.
@@ -155,9 +148,14 @@ class BatchMaker:
         inputs = self._text(samples)
         frames = [sample.num_frames for sample in samples]
         if max(frames) > 0:
-            image_token_id = self.encoder.image_token_id
-            inputs["visible_images"] = visible_images(inputs["input_ids"], image_token_id)
-            inputs.update(self._pixels(samples, self._owned(max(frames))))
+            mine = self._owned(max(frames))
+            inputs |= self.encoder.family.frames(
+                self.encoder.processor,
+                inputs["input_ids"],
+                [_pictures(sample, mine, self.counter) for sample in samples],
+                count=len(mine),
+                dtype=self._dtype,
+            )
         tokens = sum(len(sample.text.input_ids) for sample in samples)
         return Batch(inputs, tokens, sum(frames))
 
@@ -179,28 +177,6 @@ class BatchMaker:
             "input_ids": padded(ids, self.encoder.pad_token_id),
             "attention_mask": padded([[1] * len(row) for row in ids], 0),
             "labels": padded([sample.text.labels for sample in samples], IGNORED),
-        }
-
-    def _pixels(self, samples: Sequence[Sample], mine: range) -> dict[str, Tensor]:
-        """This rank's frames; a sample with fewer is padded as mllama's processor pads it."""
-        size, tiles = self._image_processor.size, self._image_processor.max_image_tiles
-        shape = (len(samples), len(mine))
-        pixels = torch.zeros(*shape, tiles, 3, size["height"], size["width"], dtype=self._dtype)
-        ratio_ids = torch.zeros(shape, dtype=torch.int64)
-        ratio_mask = torch.zeros(*shape, tiles, dtype=torch.int64)
-        ratio_mask[:, :, 0] = 1
-        for row, sample in enumerate(samples):
-            for place, image in enumerate(_pictures(sample, mine, self.counter)):
-                done = self._image_processor(images=[[image]], return_tensors="pt")
-                # In place, one at a time: float32 tiles of all frames at once would be twice the
-                # memory of what is kept in bfloat16.
-                pixels[row, place] = done["pixel_values"][0, 0]
-                ratio_ids[row, place] = done["aspect_ratio_ids"][0, 0]
-                ratio_mask[row, place] = done["aspect_ratio_mask"][0, 0]
-        return {
-            "pixel_values": pixels,
-            "aspect_ratio_ids": ratio_ids,
-            "aspect_ratio_mask": ratio_mask,
         }
 
 

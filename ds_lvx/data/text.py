@@ -15,20 +15,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.models.mllama.processing_mllama import build_string_from_input
-
 from ds_lvx.data.chat import Conversation
 from ds_lvx.data.errors import DataError
+from ds_lvx.models.contract import Family
 
 IGNORED = -100
 
-# For checkpoints without a chat template of their own (base models).
+# For checkpoints without a chat template of their own (base models); IMAGE is their image token.
 SIMPLE_TEMPLATE = (
     "{{ bos_token or '' }}"
     "{% for message in messages %}"
     "{{ message.role | capitalize }}: "
     "{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}"
+    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}"
     "{% if message.role == 'assistant' %}{{ eos_token or '' }}{% endif %}{{ '\\n' }}"
     "{% endfor %}"
@@ -53,20 +52,24 @@ class TextEncoder:
     """Turns conversations into tokens with a checkpoint's own processor.
 
     Args:
-        processor: a multimodal processor with a fast tokenizer, such as `MllamaProcessor`.
+        processor: a multimodal processor with a fast tokenizer.
         max_length: tokens that a sample may have.
+        family: that the checkpoint belongs to.
 
     Raises:
         ValueError: the tokenizer cannot say which characters a token stands for, or has no image
             token.
     """
 
-    def __init__(self, processor: Any, max_length: int) -> None:
+    def __init__(self, processor: Any, max_length: int, *, family: Family) -> None:
+        self.processor = processor
+        self.family = family
         self.tokenizer = processor.tokenizer
         self.image_token: str = processor.image_token
         self.image_token_id: int = processor.image_token_id
         self.max_length = max_length
-        self._template = processor.chat_template or self.tokenizer.chat_template or SIMPLE_TEMPLATE
+        template = processor.chat_template or self.tokenizer.chat_template
+        self._template = template or SIMPLE_TEMPLATE.replace("IMAGE", self.image_token)
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"got the tokenizer {type(self.tokenizer).__name__}; expected a fast one, which "
@@ -141,8 +144,7 @@ class TextEncoder:
                 do="give the processor another chat template",
             )
         spans = [(start, self._with_end_token(written, end)) for start, end in spans]
-        bos = self.tokenizer.bos_token
-        text = written if bos is None else build_string_from_input(written, bos, self.image_token)
+        text = self.family.finish_text(self.processor, written)
         shift = len(text) - len(written)
         return text, [(start + shift, end + shift) for start, end in spans]
 

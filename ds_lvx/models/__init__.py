@@ -1,74 +1,25 @@
 """Model families: how a model is patched and how its batch is sharded.
 
-A family is a module of functions (see `Family`); it is imported when a model of it turns up.
+`contract` says what a family has to offer, `registry` which there are, a folder each. Importing
+this package imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING
 
-from torch import nn
+from ds_lvx.models.contract import Family
+from ds_lvx.models.registry import FAMILIES, family_of, register_family
 
-from ds_lvx.config import LVXConfig
-from ds_lvx.config.activation_checkpointing import ActivationCheckpointing
-from ds_lvx.distributed.channel import Channel
-from ds_lvx.distributed.groups import SequenceParallelGroups
-from ds_lvx.models.checkpointed_layers import CheckpointLayers
-from ds_lvx.models.layers import Layer
-from ds_lvx.models.patch import Patch, unpatch
+if TYPE_CHECKING:
+    from torch import nn
 
-__all__ = ["FAMILIES", "Family", "Patch", "family_of", "patch_model", "unpatch"]
+    from ds_lvx.config import LVXConfig
+    from ds_lvx.config.activation_checkpointing import ActivationCheckpointing
+    from ds_lvx.distributed.groups import SequenceParallelGroups
+    from ds_lvx.models.patch import Patch
 
-FAMILIES: Mapping[str, str] = {"mllama": "ds_lvx.models.mllama"}
-"""``config.model_type`` of transformers -> the module that knows the family."""
-
-
-class Family(Protocol):
-    """What a family's module offers."""
-
-    def find(self, model: nn.Module) -> Any:
-        """The family's model inside ``model``, wrappers removed, or None."""
-
-    def attention_layers(self, model: Any) -> list[Layer]:
-        """Every attention module of the model."""
-
-    def encoders(self, model: Any) -> Sequence[nn.Module]:
-        """Encoders of images whose ``layers`` transformers does not checkpoint itself."""
-
-    def patch(self, model: Any, config: LVXConfig, groups: SequenceParallelGroups) -> Patch:
-        """Patch the model's instances."""
-
-    def shard(
-        self,
-        batch: Mapping[str, Any],
-        model: Any,
-        *,
-        channel: Channel,
-        frames: str,
-        always_vision: bool,
-    ) -> dict[str, Any]:
-        """This rank's shard of a batch."""
-
-
-def family_of(model: nn.Module) -> tuple[Family, Any]:
-    """The family of a model, and the model itself inside its wrappers (peft, an engine).
-
-    Raises:
-        NotImplementedError: no family that is supported.
-    """
-    types = {getattr(getattr(m, "config", None), "model_type", None) for m in model.modules()}
-    for model_type, path in FAMILIES.items():
-        if model_type in types:
-            family = cast(Family, import_module(path))
-            inside = family.find(model)
-            if inside is not None:
-                return family, inside
-    raise NotImplementedError(
-        f"got a model of class {type(model).__name__}; expected one of the supported families, or "
-        f"a model that wraps one: {', '.join(sorted(FAMILIES))} (MllamaForConditionalGeneration)"
-    )
+__all__ = ["FAMILIES", "Family", "family_of", "patch_model", "register_family"]
 
 
 def patch_model(
@@ -97,12 +48,15 @@ def patch_model(
     Raises:
         ValueError, NotImplementedError: what `ds_lvx.initialize` raises for a model.
     """
+    from ds_lvx.models.checkpointed_layers import CheckpointLayers
+    from ds_lvx.models.prepare import patch
+
     family, inside = family_of(model)
-    patch = family.patch(inside, config, groups)
+    made = patch(family, inside, config, sp_size=groups.sp_size)
     try:
-        hook = CheckpointLayers(patch.model, checkpoints, family.encoders(inside))
+        hook = CheckpointLayers(made.model, checkpoints, family.encoders(inside))
     except BaseException:
-        patch.unpatch()
+        made.unpatch()
         raise
-    patch.model.register_forward_pre_hook(hook, with_kwargs=True)
-    return patch
+    made.model.register_forward_pre_hook(hook, with_kwargs=True)
+    return made

@@ -19,6 +19,7 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.visibility import Visibility
 
 IGNORED_LABEL = -100
+TEXT_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,14 +138,9 @@ class Text:
                 f"got input_ids {_shape(input_ids)}; expected a tensor [batch, seqlen]: pass the "
                 'batch as the processor returns it, with return_tensors="pt"'
             )
-        for key in ("attention_mask", "position_ids", "labels"):
+        for key in TEXT_KEYS[1:]:
             _check_like(key, batch.get(key), input_ids, one_row=key == "position_ids")
-        return cls(
-            input_ids,
-            batch.get("attention_mask"),
-            batch.get("position_ids"),
-            batch.get("labels"),
-        )
+        return cls(input_ids, *(batch.get(key) for key in TEXT_KEYS[1:]))
 
     @property
     def shape(self) -> tuple[int, int]:

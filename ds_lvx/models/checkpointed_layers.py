@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ds_lvx.attention.checkpointing import Checkpointing, checkpointing
 from ds_lvx.config.activation_checkpointing import ActivationCheckpointing
-from ds_lvx.models.patch import Hook, ShardedForward
+from ds_lvx.models.patch import Hook, is_patched
 
 _FUNCTION = "_gradient_checkpointing_func"
 _FLAG = "gradient_checkpointing"
@@ -198,7 +198,7 @@ class CheckpointLayers(Hook):
                 setattr(module, _FLAG, flag)
 
     def _count(self) -> int:
-        return sum(map(_attends, self._layers))
+        return sum(map(is_patched, self._layers))
 
     def _switch_on(self, model: Any) -> None:
         if not any(layer.gradient_checkpointing for layer in self._layers):
@@ -216,7 +216,8 @@ class CheckpointLayers(Hook):
                 layer,
                 found,
                 function=checkpointing(chosen),
-                keeps_arguments=not _attends(layer),
+                # A layer of an encoder: what it is given is used elsewhere, too.
+                keeps_arguments=not is_patched(layer),
             )
             setattr(layer, _FUNCTION, wrapped)
 
@@ -224,8 +225,3 @@ class CheckpointLayers(Hook):
 def _configured(model: nn.Module, key: str) -> bool:
     config = getattr(model, "config", None)
     return any(getattr(c, key, False) for c in (config, getattr(config, "text_config", None)))
-
-
-def _attends(layer: nn.Module) -> bool:
-    """Whether a layer has patched attention in it: a text layer, not one of an encoder."""
-    return any(isinstance(m.__dict__.get("forward"), ShardedForward) for m in layer.modules())

@@ -34,6 +34,7 @@ class Layer:
         num_heads: query heads.
         num_kv_heads: key/value heads.
         head_dim: of both.
+        features_dim: width of what K and V are projected from.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Layer:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    features_dim: int
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Patching instances: a forward of its own for an attention module, hooks, and taking both back.
+"""Patching instances: another attention for a module, hooks, and taking both back.
 
-Nothing here touches a class. A patched module has one more entry in its ``__dict__``; hooks are
-objects of the classes below, so that `unpatch` finds them on the model itself, and on a deep copy
-of it as well.
+Nothing here touches a class. A patched module has one more entry in its ``__dict__``; that, and
+hooks, are objects of the classes below, so that `unpatch` finds them on the model itself, and on a
+deep copy of it as well.
 """
 
 from __future__ import annotations
@@ -17,18 +17,36 @@ from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.layers import Layer, LayerPlan
 
 KEYWORD = "ds_lvx"
+ATTRIBUTE = "_ds_lvx_attention"
+"""Where a `PatchedAttention` lies that is no forward."""
 
 
-class ShardedForward:
+class PatchedAttention:
+    """What ds_lvx puts on an attention module. It refers to its module, so that a deep copy refers
+    to the copy."""
+
+    def __init__(self, module: nn.Module, plan: LayerPlan) -> None:
+        self.module: Any = module
+        self.plan = plan
+
+    def install(self) -> None:
+        """Put it on the module."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is installed")
+
+    def remove(self) -> None:
+        """Give the module back as it was."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is removed")
+
+
+class ShardedForward(PatchedAttention):
     """Takes the place of an attention module's ``forward``.
 
     With a sharded batch (keyword ``ds_lvx``) it runs `sharded`; without one, the module's own
-    forward. It refers to its module, so that a deep copy refers to the copy.
+    forward.
     """
 
     def __init__(self, module: nn.Module, plan: LayerPlan) -> None:
-        self.module = module
-        self.plan = plan
+        super().__init__(module, plan)
         # Whoever patched the instance before us (accelerate, for one) gets its place back.
         self.previous = module.__dict__.get("forward")
 
@@ -52,6 +70,43 @@ class ShardedForward:
         del self.module.__dict__["forward"]
         if self.previous is not None:
             self.module.forward = self.previous
+
+
+def patched_attention(module: nn.Module) -> PatchedAttention | None:
+    """What ds_lvx has put on a module, if anything."""
+    found = (module.__dict__.get("forward"), module.__dict__.get(ATTRIBUTE))
+    return next((each for each in found if isinstance(each, PatchedAttention)), None)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether an attention module of the model is patched by ds_lvx."""
+    return any(patched_attention(module) is not None for module in model.modules())
+
+
+def refuse_dropout(dropout: float) -> None:
+    """Raise where attention is to drop weights.
+
+    Args:
+        dropout: the probability, 0 outside of training.
+
+    Raises:
+        NotImplementedError: it is not 0.
+    """
+    if dropout > 0:
+        raise NotImplementedError(
+            f"got attention dropout {dropout} while training; the sharded attention has none: set "
+            "it to 0 in the model's config"
+        )
+
+
+def trains(*modules: nn.Module) -> bool:
+    """Whether a parameter of the modules wants a gradient."""
+    return any(p.requires_grad for module in modules for p in module.parameters())
+
+
+def heads(x: Tensor, head_dim: int) -> Tensor:
+    """``[B, s, H * D]`` -> ``[B, s, H, D]``."""
+    return x.unflatten(2, (x.shape[2] // head_dim, head_dim))
 
 
 class Hook:
@@ -117,9 +172,9 @@ class Patch:
 def unpatch(model: nn.Module) -> None:
     """Undo everything that ds_lvx did to a model (or to a model inside it), or to a copy of one."""
     for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, ShardedForward):
-            forward.remove()
+        attention = patched_attention(module)
+        if attention is not None:
+            attention.remove()
         _drop_hooks(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
         _drop_hooks(module._forward_hooks, module._forward_hooks_with_kwargs)
 
@@ -130,8 +185,3 @@ def _drop_hooks(hooks: dict[int, Any], with_kwargs: dict[int, bool]) -> None:
             hook.undo()
             del hooks[key]
             with_kwargs.pop(key, None)
-
-
-def is_patched(model: nn.Module) -> bool:
-    """Whether an attention module of the model has a forward of ds_lvx's."""
-    return any(isinstance(m.__dict__.get("forward"), ShardedForward) for m in model.modules())

@@ -14,7 +14,7 @@ from ds_lvx.config import LVXConfig, read_ds_config
 from ds_lvx.data.batch import FrameRate
 from ds_lvx.data.chat import Conversation, read_conversations
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.training.model import load_processor, max_positions
+from ds_lvx.training.model import Source
 from ds_lvx.training.options import Options
 
 DEFAULT_FPS = 1.0
@@ -52,7 +52,7 @@ class Inputs:
     Attributes:
         ds_config: the whole config.
         sizes: of batches.
-        processor: of the checkpoint.
+        source: of the model: its family and processor.
         encoder: for its text.
         rate: which frames of a video are taken.
         training, evaluation: the samples; evaluation may be empty.
@@ -62,7 +62,7 @@ class Inputs:
 
     ds_config: dict[str, Any]
     sizes: BatchSizes
-    processor: Any
+    source: Source
     encoder: TextEncoder
     rate: FrameRate
     training: list[Conversation]
@@ -91,8 +91,10 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     _check_output(options)
     training = read_conversations(options.data)
     evaluation = [] if options.eval_data is None else read_conversations(options.eval_data)
-    processor = load_processor(options.model)
-    encoder = TextEncoder(processor, max_positions(options.model, options.max_length))
+    source = Source.of(options.model)
+    encoder = TextEncoder(
+        source.processor, source.max_length(options.max_length), family=source.family
+    )
     fps = DEFAULT_FPS if options.fps is None and options.frames is None else options.fps
     rate = FrameRate(fps=fps, count=options.frames)
     steps = options.max_steps
@@ -101,7 +103,7 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     return Inputs(
         ds_config=ds_config,
         sizes=sizes,
-        processor=processor,
+        source=source,
         encoder=encoder,
         rate=rate,
         training=training,

@@ -98,7 +98,6 @@ class Trainer:
         self._folder = Path(options.output_dir)
         self.maker = BatchMaker(
             inputs.encoder,
-            inputs.processor.image_processor,
             inputs.rate,
             owned=ds_lvx.owned,
             min_tokens=self._groups.sp_size,
@@ -112,9 +111,7 @@ class Trainer:
             only_trained=options.lora_r > 0,
         )
         self._progress = Progress(self._folder, rank=world.rank, total_steps=inputs.total_steps)
-        vision = engine.ds_lvx.patch.model.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2 + 1
-        self._tokens_of_a_frame = vision.max_num_tiles * patches
+        self._tokens_of_a_frame = inputs.source.family.frame_tokens(inputs.source.config)
 
     def run(self) -> None:
         """Resume where asked, train to the end, evaluate, and write the model.
@@ -193,7 +190,7 @@ class Trainer:
         folder = self._folder / "model"
         save_pretrained(
             self.engine,
-            self._inputs.processor,
+            self._inputs.source.processor,
             folder,
             world=self._world,
             adapter=self._options.lora_r > 0,

@@ -4,57 +4,90 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.models.mllama.modeling_mllama import MllamaForConditionalGeneration
+from transformers import AutoConfig
 
 from ds_lvx.config import zero_stage
+from ds_lvx.models.contract import Family
+from ds_lvx.models.registry import FAMILIES
 from ds_lvx.training.options import Options
-from ds_lvx.training.tiny import MAX_POSITIONS, tiny_config, tiny_processor
 
 TINY = "tiny"
-TINY_GATE = 0.5
-# The text model's attention projections; the vision tower's have other names around them.
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
+TINY_GATE = (
+    0.5  # at 0, as checkpoints of the real size start, nothing visual has an effect at first
+)
 
 
-def load_processor(name: str) -> Any:
-    """The processor of a checkpoint, or of the tiny model.
+@dataclass(frozen=True)
+class Source:
+    """Where the model comes from.
 
-    Raises:
-        ValueError: there is no such checkpoint, or it is of another kind than mllama.
+    Attributes:
+        name: folder or hub name of a checkpoint; ``tiny`` or ``tiny:TYPE``: random weights.
+        family: of the model.
+        config: of the model.
+        processor: that belongs to it.
     """
-    if name == TINY:
-        return tiny_processor()
-    with _readable(name):
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type != "mllama":
+
+    name: str
+    family: Family
+    config: Any
+    processor: Any
+
+    @classmethod
+    def of(cls, name: str) -> Source:
+        """Read config and processor, not the weights.
+
+        Raises:
+            ValueError: there is no such checkpoint, or it is of a type that no family has.
+        """
+        tiny, _, wanted = name.partition(":")
+        if tiny == TINY:
+            family = _family(name, wanted or FAMILIES.default().model_type)
+            return cls(name, family, *family.tiny())
+        with _readable(name):
+            config = AutoConfig.from_pretrained(name)
+            family = _family(name, config.model_type)
+            return cls(name, family, config, family.load_processor(name))
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether the weights are random."""
+        return self.name.partition(":")[0] == TINY
+
+    def max_length(self, wanted: int | None) -> int:
+        """Text tokens that a sample may have: the option, or all positions of the model.
+
+        Raises:
+            ValueError: the option asks for more than the model has.
+        """
+        positions = int(self.config.get_text_config().max_position_embeddings)
+        if wanted is not None and wanted > positions:
             raise ValueError(
-                f"got {name}, a model of type {config.model_type!r}; expected one of type 'mllama' "
-                "(Llama-3.2-Vision); take such a checkpoint"
+                f"--max_length: got {wanted}; expected at most {positions}, the positions of "
+                f"{self.name}; lower it"
             )
-        return AutoProcessor.from_pretrained(name)
+        return positions if wanted is None else wanted
+
+    def load(self, dtype: torch.dtype) -> Any:
+        """The model."""
+        if self.is_tiny:
+            return self.family.build(self.config, gate=TINY_GATE, dtype=dtype)
+        with _readable(self.name):
+            return self.family.load(self.name, dtype)
 
 
-def max_positions(name: str, max_length: int | None) -> int:
-    """Text tokens that a sample may have: the option, or all positions of the model.
-
-    Raises:
-        ValueError: the option asks for more than the model has.
-    """
-    positions = MAX_POSITIONS
-    if name != TINY:
-        text = AutoConfig.from_pretrained(name).get_text_config()
-        positions = int(text.max_position_embeddings)
-    if max_length is not None and max_length > positions:
+def _family(name: str, model_type: str) -> Family:
+    if model_type not in FAMILIES:
         raise ValueError(
-            f"--max_length: got {max_length}; expected at most {positions}, the positions of "
-            f"{name}; lower it"
+            f"--model: got {name}, a model of type {model_type!r}; expected one of type "
+            f"{', '.join(map(repr, FAMILIES))}; take such a checkpoint"
         )
-    return positions if max_length is None else max_length
+    return FAMILIES.named(model_type)
 
 
 def training_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
@@ -65,13 +98,13 @@ def training_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
     return torch.float32
 
 
-def load_model(options: Options, ds_config: Mapping[str, Any], processor: Any) -> nn.Module:
+def load_model(options: Options, ds_config: Mapping[str, Any], source: Source) -> nn.Module:
     """The model, with what trains chosen; under ZeRO-3 no rank ever holds the whole of it.
 
     Args:
-        options: ``model``, ``seed``, ``lora_*``, ``freeze_vision``, ``gradient_checkpointing``.
+        options: ``seed``, ``lora_*``, ``freeze_vision``, ``gradient_checkpointing``.
         ds_config: the whole config: dtype and ZeRO stage count here.
-        processor: of the same checkpoint.
+        source: where the model comes from.
 
     Raises:
         ValueError: the checkpoint cannot be read.
@@ -81,16 +114,14 @@ def load_model(options: Options, ds_config: Mapping[str, Any], processor: Any) -
     dtype = training_dtype(ds_config)
     torch.manual_seed(options.seed)
     with _partitioned(ds_config, dtype):
-        if options.model == TINY:
-            model: Any = _tiny_model(processor, dtype)
-        else:
-            with _readable(options.model):
-                model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype)
+        model = source.load(dtype)
     if options.freeze_vision:
-        model.model.vision_model.requires_grad_(False)
+        source.family.vision_tower(model).requires_grad_(False)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return _with_lora(model, options) if options.lora_r > 0 else model
+    if options.lora_r == 0:
+        return model
+    return _with_lora(model, options, targets=source.family.lora_targets)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -103,32 +134,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
-def _tiny_model(processor: Any, dtype: torch.dtype) -> nn.Module:
-    config = tiny_config(processor.image_token_id)
-    model = MllamaForConditionalGeneration._from_config(config, dtype=dtype)
-    for name, parameter in model.named_parameters():
-        if name.endswith("_attn_gate"):
-            # At 0, as checkpoints of the real size start, nothing visual has any effect at first.
-            _fill(parameter, TINY_GATE)
-    return model
-
-
-def _fill(parameter: nn.Parameter, value: float) -> None:
-    import deepspeed
-
-    partitioned = hasattr(parameter, "ds_id")
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned):
-        nn.init.constant_(parameter, value)
-
-
-def _with_lora(model: nn.Module, options: Options) -> nn.Module:
+def _with_lora(model: nn.Module, options: Options, *, targets: str) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha or 2 * options.lora_r,
         lora_dropout=options.lora_dropout,
-        target_modules=LORA_TARGETS,
+        target_modules=targets,
     )
     # Loading draws random numbers, and how many depends on the ZeRO stage.
     torch.manual_seed(options.seed)

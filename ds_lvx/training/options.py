@@ -57,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
     """The parser, with one line of help for each option."""
     top = argparse.ArgumentParser(
         prog="finetune.py",
-        description="Fine-tune Llama-3.2-Vision on your own images and videos, with the visual "
-        "tokens of a sample split over the ranks of a sequence-parallel group.",
+        description="Fine-tune a model on your own images and videos, with the visual tokens of a "
+        "sample split over the ranks of a sequence-parallel group.",
     )
     top.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     _add_inputs(top.add_argument_group("model and data"))
@@ -71,7 +71,8 @@ def _add_inputs(group: Any) -> None:
     group.add_argument(
         "--model",
         required=True,
-        help="folder or hub name of a checkpoint; `tiny`: a tiny one with random weights",
+        help="folder or hub name of a checkpoint; `tiny`: a tiny one with random weights; "
+        "`tiny:TYPE`: one of another model_type",
     )
     group.add_argument("--data", required=True, help="JSONL file of chats to train on")
     group.add_argument("--eval_data", help="JSONL file of chats to evaluate on")

@@ -1,1 +1,1 @@
-"""The parts of `launch/quickstart.py`: handwritten digits as frames, a tiny mllama, the report."""
+"""The parts of `launch/quickstart.py`: handwritten digits as frames, a tiny model, the report."""

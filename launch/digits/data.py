@@ -1,8 +1,8 @@
 """Scikit-learn's handwritten digits as the frames of multimodal sequences. Nothing is downloaded.
 
 A sequence is ``<|image|> 7 <|image|> 2 ...``: frames, each followed in the text by its digit. By
-the rule of mllama's processor a token sees the latest frame only, so that the model has to read the
-digit of an image token off that one frame.
+the rule of the model's processor a token sees the latest frame only, so that the model has to read
+the digit of an image token off that one frame.
 
 Legend: B sequences of a batch, N frames of a sequence, T = 2 N text tokens.
 """
@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
-from transformers.models.mllama.processing_mllama import (
-    convert_sparse_cross_attention_mask_to_dense,
-    get_cross_attention_token_mask,
-)
+
+from ds_lvx.models import FAMILIES
+from ds_lvx.models.contract import Size
 
 IMAGE_TOKEN = 10  # the digits are tokens 0 to 9
 FRAME_SIZE = 32
@@ -26,6 +27,21 @@ HELD_OUT = 360
 NOT_A_LABEL = -100
 
 Batch = dict[str, Tensor]
+
+
+@cache
+def config() -> Any:
+    """Of the model: its dimensions fit the digits."""
+    size = Size(
+        vocabulary=IMAGE_TOKEN,  # the image token itself is never written
+        vision_hidden=64,
+        vision_heads=4,
+        vision_mlp=128,
+        image_size=FRAME_SIZE,
+        patch_size=8,
+        initializer_range=0.1,
+    )
+    return FAMILIES.default().config(size)
 
 
 @dataclass(frozen=True)
@@ -39,19 +55,12 @@ class Digits:
         return len(self.digits)
 
     def batch(self, chosen: Tensor) -> Batch:
-        """The batch of the frames ``chosen [B, N]``, as mllama's processor would return it."""
-        samples, count = chosen.shape
+        """The batch of the frames ``chosen [B, N]``, as the model's processor would return it."""
         digits = self.digits[chosen]
         input_ids = torch.stack([torch.full_like(digits, IMAGE_TOKEN), digits], dim=2).flatten(1)
-        tiles = torch.ones(samples, count, 1, dtype=torch.long)
-        return {
-            "input_ids": input_ids,
-            "labels": input_ids.masked_fill(input_ids == IMAGE_TOKEN, NOT_A_LABEL),
-            "pixel_values": self.frames[chosen][:, :, None],
-            "aspect_ratio_ids": tiles[:, :, 0],
-            "aspect_ratio_mask": tiles,
-            "cross_attention_mask": _cross_attention_mask(input_ids, count),
-        }
+        labels = input_ids.masked_fill(input_ids == IMAGE_TOKEN, NOT_A_LABEL)
+        batch = FAMILIES.default().pixel_batch(config(), input_ids, self.frames[chosen])
+        return {**batch, "labels": labels}
 
 
 def load() -> tuple[Digits, Digits]:
@@ -91,15 +100,3 @@ def count_correct(logits: Tensor, batch: Batch) -> int:
     """How many digits are named at their image tokens, from logits ``[B, T, vocabulary]``."""
     at_images = logits[:, 0::2].argmax(dim=-1).cpu()
     return int((at_images == batch["input_ids"][:, 1::2]).sum())
-
-
-def _cross_attention_mask(input_ids: Tensor, count: int) -> Tensor:
-    """``[B, T, N, 1]``, made by the processor's own functions."""
-    spans = [get_cross_attention_token_mask(row, IMAGE_TOKEN) for row in input_ids.tolist()]
-    mask = convert_sparse_cross_attention_mask_to_dense(
-        spans,
-        num_tiles=[[1] * count] * len(spans),
-        max_num_tiles=1,
-        length=input_ids.shape[1],
-    )
-    return torch.from_numpy(mask)

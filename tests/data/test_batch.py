@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,17 +13,19 @@ from ds_lvx.data.errors import DataError
 from ds_lvx.data.frames import decode, probe
 from ds_lvx.data.order import SampleOrder
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.training.tiny import tiny_processor
+from ds_lvx.models import FAMILIES
+from ds_lvx.models.mllama.tiny import tiny_processor
 from tests.data.media import BUNNY, chat, write_image, write_jsonl, write_png_header, write_video
 from tests.ranks import run_ranks
+
+MLLAMA = FAMILIES.named("mllama")
 
 
 def _maker(count: int, owned: range | None = None, *, min_tokens: int = 1) -> BatchMaker:
     processor = tiny_processor()
     processor.image_processor.max_image_tiles = 2
     return BatchMaker(
-        TextEncoder(processor, 500),
-        processor.image_processor,
+        TextEncoder(processor, 500, family=MLLAMA),
         FrameRate(count=count),
         owned=lambda total: range(total) if owned is None else owned,
         min_tokens=min_tokens,
@@ -94,15 +95,14 @@ def test_ranks_hold_and_decode_their_own_frames(conversations: list[Conversation
         assert all(torch.equal(part[key], whole[key]) for part in parts), key
 
 
-def _parts() -> tuple[TextEncoder, Any]:
-    processor = tiny_processor()
-    return TextEncoder(processor, 500), processor.image_processor
+def _encoder() -> TextEncoder:
+    return TextEncoder(tiny_processor(), 500, family=MLLAMA)
 
 
 def decoded_on_this_rank(data: Path) -> tuple[int, int, torch.Tensor]:
     """On a rank: frames in the batch, frames that left the decoder, and the pixels' sums."""
     SequenceParallelGroups(2)
-    maker = BatchMaker(*_parts(), FrameRate(fps=25), owned=owned)
+    maker = BatchMaker(_encoder(), FrameRate(fps=25), owned=owned)
     pixels = maker.batch(read_conversations(data)).inputs["pixel_values"]
     return pixels.shape[1], maker.counter.frames, pixels.flatten(2).sum(dim=-1)[0]
 
@@ -115,7 +115,7 @@ def test_two_ranks_share_the_132_frames_of_a_real_video(tmp_path: Path) -> None:
     assert (held, held_too) == (66, 66)
     # The only keyframe is the first frame: the second rank's lead-in is the first rank's half.
     assert (decoded, decoded_too) == (66, 132)
-    maker = BatchMaker(*_parts(), FrameRate(fps=25), owned=range)
+    maker = BatchMaker(_encoder(), FrameRate(fps=25), owned=range)
     whole = maker.batch(read_conversations(data)).inputs["pixel_values"]
     torch.testing.assert_close(torch.cat([sums, sums_too]), whole.flatten(2).sum(dim=-1)[0])
 

@@ -8,8 +8,16 @@ import pytest
 from ds_lvx.data.chat import Conversation, read_conversations
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.training.tiny import tiny_processor
+from ds_lvx.models import FAMILIES
+from ds_lvx.models.mllama.tiny import tiny_processor
 from tests.data.media import chat, write_image, write_jsonl
+
+MLLAMA = FAMILIES.named("mllama")
+
+
+def _encoder(max_length: int, processor: Any = None) -> TextEncoder:
+    processor = tiny_processor() if processor is None else processor
+    return TextEncoder(processor, max_length, family=MLLAMA)
 
 
 def _conversation(folder: Path, record: dict[str, Any]) -> Conversation:
@@ -31,7 +39,7 @@ def _learnt(encoder: TextEncoder, conversation: Conversation, counts: list[int])
 
 
 def test_only_answers_and_their_end_are_learnt(tmp_path: Path) -> None:
-    encoder = TextEncoder(tiny_processor(), 500)
+    encoder = _encoder(500)
     conversation = _conversation(tmp_path, _two_turns())
     assert _learnt(encoder, conversation, [3]) == "In a café.<|eot_id|>Yes<|eot_id|>"
     text = encoder.tokenizer.decode(encoder.encode(conversation, [3]).input_ids)
@@ -59,22 +67,22 @@ def test_only_answers_and_their_end_are_learnt(tmp_path: Path) -> None:
 def test_any_template_that_copies_answers(tmp_path: Path, template: Any, learnt: str) -> None:
     processor = tiny_processor()
     processor.chat_template = template
-    encoder = TextEncoder(processor, 500)
+    encoder = _encoder(500, processor)
     assert _learnt(encoder, _conversation(tmp_path, _two_turns()), [1]) == learnt
 
 
 def test_text_that_does_not_fit(tmp_path: Path) -> None:
     conversation = _conversation(tmp_path, _two_turns())
-    length = len(TextEncoder(tiny_processor(), 500).encode(conversation, [1]).input_ids)
-    TextEncoder(tiny_processor(), length).encode(conversation, [1])
+    length = len(_encoder(500).encode(conversation, [1]).input_ids)
+    _encoder(length).encode(conversation, [1])
     with pytest.raises(DataError, match=rf"d\.jsonl:1: got {length} tokens \(1 of them frames\)"):
-        TextEncoder(tiny_processor(), length - 1).encode(conversation, [1])
+        _encoder(length - 1).encode(conversation, [1])
 
 
 def test_what_the_template_cannot_write_is_named(tmp_path: Path) -> None:
     written_out = _conversation(tmp_path, chat(("text", "is this <|image|> one?")))
     with pytest.raises(DataError, match=r"d\.jsonl:1: got 1 <\|image\|> in the text for 0 frames"):
-        TextEncoder(tiny_processor(), 500).encode(written_out, [])
+        _encoder(500).encode(written_out, [])
     for template, expected in (
         ("{% for m in messages %}{{ m.content[-1].text | upper }}{% endfor %}", "as it is"),
         ("{{ raise_exception('user first') }}", "refuses .user first"),
@@ -82,11 +90,11 @@ def test_what_the_template_cannot_write_is_named(tmp_path: Path) -> None:
         processor = tiny_processor()
         processor.chat_template = template
         with pytest.raises(DataError, match=expected):
-            TextEncoder(processor, 500).encode(_conversation(tmp_path, _two_turns()), [1])
+            _encoder(500, processor).encode(_conversation(tmp_path, _two_turns()), [1])
 
 
 def test_the_tokenizer_must_fit() -> None:
     processor = tiny_processor()
     processor.image_token_id = None
     with pytest.raises(ValueError, match=r"without <\|image\|>"):
-        TextEncoder(processor, 10)
+        _encoder(10, processor)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from ds_lvx.training.model import load_model, load_processor
+from ds_lvx.training.model import Source, load_model
 from ds_lvx.training.options import parse
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.checkpoint_folder import write_checkpoint
@@ -129,7 +129,7 @@ def test_lora_saves_an_adapter_that_gives_the_same_loss(folder: Path, tmp_path: 
     run_ranks(finetune, 2, *words)
 
     given = parse(words)
-    whole = load_model(given, {}, load_processor(given.model))
+    whole = load_model(given, {}, Source.of(given.model))
     samples = one_process_samples(folder / "checkpoint", folder / "train.jsonl", frames=FRAMES)
     expected = one_process_training(whole, samples, steps=4, accumulation=1)
     assert [row["loss"] for row in metrics(out)[0]] == pytest.approx(expected, abs=1e-4)
@@ -219,7 +219,7 @@ def partitioned_parameters(*words: str, config: dict[str, Any]) -> list[tuple[in
     """On a rank: what it holds of each parameter after loading, and the whole."""
     deepspeed.init_distributed()
     options = parse(words)
-    model = load_model(options, config, load_processor(options.model))
+    model = load_model(options, config, Source.of(options.model))
     return [(p.numel() + p.ds_tensor.numel(), p.ds_numel) for p in model.parameters()]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from ds_lvx.training.model import load_model, load_processor
+from ds_lvx.training.model import Source, load_model
 from ds_lvx.training.options import parse
 from tests.data.media import BUNNY, chat, write_jsonl
 from tests.launch.finetune_runs import (
@@ -46,12 +46,12 @@ def test_all_132_frames_of_a_real_video_over_two_ranks(tmp_path: Path) -> None:
 
     # The same model and the whole video in one process, by transformers alone.
     options = parse(words)
-    processor = load_processor("tiny")
+    source = Source.of("tiny")
     saved = tmp_path / "out" / "model"
     samples = one_process_samples(saved, data, frames=132)
     assert samples[0]["pixel_values"].shape[1] == 132
     torch.set_num_threads(1)
-    before = one_process_loss(load_model(options, {}, processor), samples)
+    before = one_process_loss(load_model(options, {}, source), samples)
     after = one_process_loss(AutoModelForImageTextToText.from_pretrained(saved), samples)
     assert training[0]["loss"] == pytest.approx(before, abs=1e-5)
     assert after < before - 0.05

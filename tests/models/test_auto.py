@@ -193,10 +193,11 @@ def test_local_layers_are_left_alone() -> None:
     config = ds_config(stage=0, sp_size=1, cross={"method": "auto"}, self_attn="auto")
     config["ds_lvx"]["layers"] = [{"match": "*", "method": "auto"}]
     from ds_lvx.config import LVXConfig
+    from ds_lvx.models import family_of
     from ds_lvx.models.layers import make_plans
-    from ds_lvx.models.mllama import attention_layers
 
-    layers = attention_layers(tiny_model())
+    family, model = family_of(tiny_model())
+    layers = family.attention_layers(model)
     plans = make_plans(layers, LVXConfig.from_ds_config(config), sp_size=2)
     assert {plan.kind: plan.method for plan in plans} == {
         "local": "none",

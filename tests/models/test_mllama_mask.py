@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers.models.mllama.modeling_mllama import _prepare_cross_attention_mask
 
-from ds_lvx.models.mllama import mask as mllama_mask
-from ds_lvx.models.mllama.mask import Runs, pack_tiles, unpack_tiles, visible_images
+from ds_lvx.models import visual
+from ds_lvx.models.mllama import visible_images
+from ds_lvx.models.visual import Runs, pack_tiles, unpack_tiles
 from tests.largest import LargestTensor
 from tests.models.mllama_case import IMAGE, PATCHES, TILES, processor_mask
 
@@ -45,7 +46,7 @@ def test_rule_reproduces_the_dense_mask_of_transformers(seed: int) -> None:
     mask = processor_mask(ids, num_tiles)
     runs = Runs.of_mask(mask)
     assert runs.tiles is not None
-    whole = runs.visibility(runs.tiles, patches=PATCHES)
+    whole = runs.visibility(runs.tiles, patches=PATCHES, blind_see_all=True)
     expected, row_mask = dense_by_transformers(mask)
     assert torch.equal(whole.mask(), expected)
     assert torch.equal(~runs.sees_nothing, row_mask[:, 0, :, 0].bool())
@@ -79,7 +80,7 @@ def test_visible_images_is_the_rule_of_the_processor(seed: int) -> None:
     runs = Runs.of_visible_images(visible_images(ids, IMAGE))
     images = mask.shape[2]
     runs.check_images(images)
-    seen = runs.visibility(tiles_of(num_tiles, images), patches=1)
+    seen = runs.visibility(tiles_of(num_tiles, images), patches=1, blind_see_all=True)
     dense = mask.flatten(2) == 1
     expected = dense | ~dense.any(dim=2, keepdim=True)
     assert torch.equal(seen.mask(), expected)
@@ -95,7 +96,7 @@ def test_large_masks_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     ids, num_tiles = random_streams(2, length=64, seed=3)
     mask = processor_mask(ids, num_tiles)
     expected = Runs.of_mask(mask)
-    monkeypatch.setattr(mllama_mask, "_CHUNK_ELEMENTS", 3 * mask.shape[2] * TILES)
+    monkeypatch.setattr(visual, "_CHUNK_ELEMENTS", 3 * mask.shape[2] * TILES)
     pieces = Runs.of_mask(mask)
     assert torch.equal(pieces.start, expected.start)
     assert torch.equal(pieces.end, expected.end)
@@ -105,7 +106,7 @@ def test_large_masks_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_mask_that_is_no_run_names_sample_and_token(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mllama_mask, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(visual, "_CHUNK_ELEMENTS", chunk)
     mask = torch.ones(2, 6, 3, TILES, dtype=torch.long)
     mask[1, 4, 1] = 0  # images 0 and 2, but not 1
     with pytest.raises(ValueError, match="token 4 of sample 1"):
@@ -125,7 +126,7 @@ def test_only_ones_are_visible_as_in_transformers() -> None:
     assert (int(runs.start), int(runs.end)) == (1, 2)
     expected, _ = dense_by_transformers(mask)
     assert runs.tiles is not None
-    rule = runs.visibility(runs.tiles, patches=PATCHES)
+    rule = runs.visibility(runs.tiles, patches=PATCHES, blind_see_all=True)
     assert torch.equal(rule.mask(), expected)
 
 

@@ -13,10 +13,9 @@ from transformers import MllamaForConditionalGeneration
 
 from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
-from ds_lvx.models import family_of, patch_model, unpatch
+from ds_lvx.models import FAMILIES, family_of, patch_model
 from ds_lvx.models.layers import make_plans, table
-from ds_lvx.models.mllama import attention_layers
-from ds_lvx.models.patch import is_patched, scale_gradient
+from ds_lvx.models.patch import is_patched, scale_gradient, unpatch
 from ds_lvx.sharding import shard_batch
 from tests.models.mllama_case import (
     VISION_RULE,
@@ -25,12 +24,14 @@ from tests.models.mllama_case import (
     ds_config,
     hard_batch,
     lora_model,
+    plain_step,
     reference_steps,
     sharded_steps,
     tiny_model,
 )
 from tests.ranks import RankError, run_ranks
 
+MLLAMA = FAMILIES.named("mllama")
 LVX = ds_config(stage=0, sp_size=1, cross={"method": "lvx"}, self_attn="ring")
 
 
@@ -69,6 +70,7 @@ def test_names_class_and_state_stay_and_unpatch_leaves_nothing(tmp_path: Path) -
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in untouched.named_parameters()]
     assert not is_patched(untouched)
     model.save_pretrained(tmp_path)
+    assert "ds_lvx" not in (tmp_path / "config.json").read_text()
     loaded = MllamaForConditionalGeneration.from_pretrained(tmp_path)
     for name, value in untouched.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value, msg=name)
@@ -77,8 +79,10 @@ def test_names_class_and_state_stay_and_unpatch_leaves_nothing(tmp_path: Path) -
     assert insides(model) == before
 
 
-def test_without_the_keyword_a_patched_model_is_its_own_self() -> None:
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_without_the_keyword_a_patched_model_is_its_own_self(implementation: str) -> None:
     model = tiny_model().eval()
+    model.set_attn_implementation(implementation)
     batch = hard_batch()
     prompt = {key: value for key, value in batch.items() if key != "labels"}
     before = model(**batch).logits
@@ -86,6 +90,47 @@ def test_without_the_keyword_a_patched_model_is_its_own_self() -> None:
     patched(model)
     assert torch.equal(model(**batch).logits, before)
     assert torch.equal(model.generate(**prompt, max_new_tokens=4, do_sample=False), generated)
+
+
+def test_text_that_dispatches_keeps_its_forward_and_the_models_config() -> None:
+    model = tiny_model()
+    patched(model)
+    attention = model.model.language_model.layers[0].self_attn
+    assert "forward" not in attention.__dict__
+    assert attention.config._attn_implementation == "ds_lvx"
+    assert model.config.text_config._attn_implementation == "sdpa"
+    # Chosen afterwards, it is what runs without the keyword.
+    model.set_attn_implementation("eager")
+    out = model.eval()(**hard_batch(), output_attentions=True)
+    assert out.attentions[0] is not None
+    unpatch(model)
+    assert attention.config is model.config.text_config
+
+
+@pytest.mark.parametrize("key", ["sliding_window", "softcap"])
+def test_text_attention_of_another_kind_is_refused(key: str) -> None:
+    model = tiny_model()
+    patched(model)
+    batch = shard_batch(hard_batch(), model=model)
+    with pytest.raises(NotImplementedError, match=rf"got {key}=4 for model\..*self_attn"):
+        model(**batch, **{key: 4})
+
+
+def test_text_can_project_its_keys_again() -> None:
+    config = ds_config(stage=0, sp_size=2, cross={"method": "lvx"}, self_attn="lvx")
+    config["ds_lvx"]["layers"][2]["recompute_kv"] = True
+    results = run_ranks(plain_step, 2, config, hard_batch())
+    assert_same_training(results, reference_steps([[hard_batch()]]), sp_size=2)
+
+
+def test_under_autocast_the_sharded_text_has_one_dtype() -> None:
+    model = tiny_model().eval()
+    batch = hard_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**batch).logits
+        patched(model)
+        logits = model(**shard_batch(batch, model=model)).logits
+    torch.testing.assert_close(logits, expected, atol=0.05, rtol=0.05)
 
 
 def test_a_deep_copy_has_its_own_weights_and_can_be_unpatched() -> None:
@@ -110,7 +155,7 @@ def test_a_deep_copy_has_its_own_weights_and_can_be_unpatched() -> None:
 
 def test_an_earlier_patch_of_the_instance_gets_its_place_back() -> None:
     model = tiny_model()
-    module = attention_layers(model)[-1].module
+    module = MLLAMA.attention_layers(model)[-1].module
     calls: list[str] = []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -148,7 +193,7 @@ def test_patching_twice_is_refused() -> None:
 
 def plans_of(layers: list[dict[str, Any]], *, sp_size: int, **text: Any) -> Any:
     config = LVXConfig(sequence_parallel_size=sp_size, layers=layers)  # type: ignore[arg-type]
-    return make_plans(attention_layers(tiny_model(**text)), config, sp_size=sp_size)
+    return make_plans(MLLAMA.attention_layers(tiny_model(**text)), config, sp_size=sp_size)
 
 
 CROSS = {"match": "*.cross_attn", "method": "lvx", "recompute_kv": True}

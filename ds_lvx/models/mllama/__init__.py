@@ -1,6 +1,13 @@
-"""Llama-3.2-Vision (mllama)."""
+"""Llama-3.2-Vision (mllama). Importing this package imports no torch."""
 
-from ds_lvx.models.mllama.family import attention_layers, encoders, find, patch, shard
-from ds_lvx.models.mllama.mask import visible_images
+from __future__ import annotations
 
-__all__ = ["attention_layers", "encoders", "find", "patch", "shard", "visible_images"]
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name == "visible_images":
+        from ds_lvx.models.mllama.batch import visible_images
+
+        return visible_images
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,37 +1,36 @@
-"""Llama-3.2-Vision (mllama): which modules are patched, and what their forwards do.
+"""Llama-3.2-Vision (mllama): which modules attend, and what the sharded text model needs.
 
 The text model alternates self-attention layers over the text and cross-attention layers from the
 text to all visual tokens. Both run on this rank's shards; the vision tower runs as it is, on this
-rank's images. Shapes: ``B`` samples, ``s`` text tokens and ``s_kv`` visual tokens of this rank.
+rank's images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import MllamaConfig
 from transformers.models.mllama.modeling_mllama import (
     MllamaForConditionalGeneration,
     MllamaTextCrossAttention,
     MllamaTextSelfAttention,
     MllamaVisionAttention,
-    apply_rotary_pos_emb,
 )
 
-from ds_lvx.attention.features import share
-from ds_lvx.config import LVXConfig
-from ds_lvx.distributed.groups import SequenceParallelGroups
-from ds_lvx.models.attend import attend
-from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.layers import Kind, Layer, make_plans
-from ds_lvx.models.mllama import features
-from ds_lvx.models.mllama.batch import shard
-from ds_lvx.models.mllama.mask import visible_images
-from ds_lvx.models.patch import KEYWORD, Hook, Patch, ShardedForward, is_patched
-
-__all__ = ["attention_layers", "encoders", "find", "patch", "shard", "visible_images"]
+from ds_lvx.models.batch import ShardedBatch, Text
+from ds_lvx.models.contract import Family, Size
+from ds_lvx.models.dimensions import Model
+from ds_lvx.models.dispatch import Dispatched
+from ds_lvx.models.layers import Kind, Layer, LayerPlan
+from ds_lvx.models.mllama import batch as batches
+from ds_lvx.models.mllama import dimensions, features, tiny
+from ds_lvx.models.mllama import frames as framing
+from ds_lvx.models.mllama.attention import CrossAttention, RecomputedSelfAttention
+from ds_lvx.models.patch import PatchedAttention
+from ds_lvx.models.visual import Visual
 
 _KINDS: dict[type[nn.Module], Kind] = {
     MllamaTextCrossAttention: "cross",
@@ -40,233 +39,141 @@ _KINDS: dict[type[nn.Module], Kind] = {
 }
 
 
-def find(model: nn.Module) -> MllamaForConditionalGeneration | None:
-    """The mllama inside a model: itself, or inside peft's or DeepSpeed's wrappers."""
-    inside = (m for m in model.modules() if isinstance(m, MllamaForConditionalGeneration))
-    return next(inside, None)
+class Mllama(Family):
+    """See `ds_lvx.models.contract.Family` for what each part does."""
 
+    keys = batches.KEYS
+    features_key = batches.STATES
+    # The text model's projections; the vision tower's have other names around them.
+    lora_targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
 
-def attention_layers(model: MllamaForConditionalGeneration) -> list[Layer]:
-    """Every attention module of the model, in order."""
-    return list(_layers(model))
+    # ---- patching
 
+    def find(self, model: nn.Module) -> MllamaForConditionalGeneration | None:
+        inside = (m for m in model.modules() if isinstance(m, MllamaForConditionalGeneration))
+        return next(inside, None)
 
-def _layers(model: nn.Module) -> Iterator[Layer]:
-    for name, module in model.named_modules():
-        for module_type, kind in _KINDS.items():
-            if isinstance(module, module_type):
-                yield _layer(name, kind, module)
+    def attention_layers(self, model: MllamaForConditionalGeneration) -> list[Layer]:
+        return [
+            _layer(name, kind, module)
+            for name, module in model.named_modules()
+            for of_kind, kind in _KINDS.items()
+            if isinstance(module, of_kind)
+        ]
+
+    def forward(self, layer: Layer, plan: LayerPlan) -> PatchedAttention:
+        if layer.kind == "cross":
+            return CrossAttention(layer.module, plan)
+        kind = RecomputedSelfAttention if plan.recompute_kv else Dispatched
+        return kind(layer.module, plan)
+
+    def text_model(self, model: MllamaForConditionalGeneration) -> nn.Module:
+        return model.model.language_model
+
+    def check(self, model: MllamaForConditionalGeneration, *, sp_size: int) -> None:
+        rope = model.model.language_model.rotary_emb.rope_type
+        if sp_size > 1 and ("dynamic" in rope or rope == "longrope"):
+            raise NotImplementedError(
+                f'got rope_type "{rope}", whose frequencies depend on the longest position that a '
+                'rank sees; expected "default", "linear", "yarn" or "llama3", or '
+                "sequence_parallel_size 1"
+            )
+
+    def prepare(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        states, rows = arguments[self.features_key], batch.row_mask
+        return {
+            "full_text_row_masked_out_mask": None if rows is None else rows.to(states.dtype),
+            # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.
+            "attention_mask": arguments["input_ids"].new_zeros(1, 1, 1, 1),
+            "use_cache": False,
+        }
+
+    def install(self, model: MllamaForConditionalGeneration, plans: Sequence[LayerPlan]) -> None:
+        features.install(model, offloads=any(plan.features == "offload" for plan in plans))
+
+    def encoders(self, model: MllamaForConditionalGeneration) -> list[nn.Module]:
+        return [self.vision_tower(model).transformer, self.vision_tower(model).global_transformer]
+
+    # ---- batches
+
+    def visual(
+        self, batch: Mapping[str, Any], text: Text, model: MllamaForConditionalGeneration
+    ) -> Visual:
+        return batches.visual(batch, text, model)
+
+    def blank(self, model: MllamaForConditionalGeneration) -> dict[str, Tensor]:
+        return batches.blank(model)
+
+    def finish_text(self, processor: Any, written: str) -> str:
+        return framing.finish_text(processor, written)
+
+    def frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        return framing.processed(processor, input_ids, pictures, count=count, dtype=dtype)
+
+    def pixel_batch(
+        self, config: MllamaConfig, input_ids: Tensor, pixels: Tensor
+    ) -> dict[str, Tensor]:
+        return framing.ready(config, input_ids, pixels)
+
+    def random_frames(
+        self,
+        config: MllamaConfig,
+        *,
+        text_tokens: int,
+        total: int,
+        frames: Iterable[int],
+        seed: int,
+    ) -> dict[str, Tensor]:
+        return framing.random_frames(
+            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
+        )
+
+    # ---- models
+
+    def vision_tower(self, model: MllamaForConditionalGeneration) -> Any:
+        return model.model.vision_model
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
+
+    def frame_tokens(self, config: MllamaConfig) -> int:
+        vision: Any = config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2 + 1
+        return int(vision.max_num_tiles * patches)
+
+    def config(self, size: Size) -> MllamaConfig:
+        return tiny.config_of(size)
+
+    def build(
+        self, config: MllamaConfig, *, gate: float, dtype: torch.dtype
+    ) -> MllamaForConditionalGeneration:
+        return tiny.build(config, gate=gate, dtype=dtype)
+
+    def tiny(self) -> tuple[MllamaConfig, Any]:
+        processor = tiny.tiny_processor()
+        return tiny.tiny_config(processor.image_token_id), processor
+
+    def regions(self) -> Mapping[str, str]:
+        return {
+            r".*\bcross_attn": "cross_attention",
+            # Its layers as well: one that is checkpointed runs again by itself.
+            r".*\blanguage_model(\.layers\.\d+)?": "text",
+            r".*\blm_head": "text",
+            r".*\bvision_model": "vision",
+            r".*\bmulti_modal_projector": "vision",
+        }
 
 
 def _layer(name: str, kind: Kind, module: Any) -> Layer:
     heads = int(module.num_heads)
     kv_heads = int(getattr(module, "num_key_value_heads", heads))
-    return Layer(name, kind, module, heads, kv_heads, int(module.head_dim))
-
-
-def encoders(model: MllamaForConditionalGeneration) -> list[nn.Module]:
-    """The two encoders of the vision tower."""
-    tower = model.model.vision_model
-    return [tower.transformer, tower.global_transformer]
-
-
-def patch(
-    model: MllamaForConditionalGeneration,
-    config: LVXConfig,
-    groups: SequenceParallelGroups,
-) -> Patch:
-    """Make this instance's attention run as the config says; see `ds_lvx.models.patch_model`."""
-    if is_patched(model):
-        raise ValueError(
-            "got a model that ds_lvx has patched already; call ds_lvx.shutdown(engine) on the "
-            "engine that uses it before a second ds_lvx.initialize"
-        )
-    _check_rope(model, groups.sp_size)
-    layers = attention_layers(model)
-    plans = make_plans(layers, config, sp_size=groups.sp_size)
-    for layer, plan in zip(layers, plans, strict=True):
-        if layer.kind == "cross":
-            _CrossAttention(layer.module, plan).install()
-        elif layer.kind == "self":
-            _SelfAttention(layer.module, plan).install()
-    hook = _PrepareText(groups.sp_size)
-    model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
-    features.install(model, offloads=any(plan.features == "offload" for plan in plans))
-    return Patch(model, layers, plans)
-
-
-def _check_rope(model: MllamaForConditionalGeneration, sp_size: int) -> None:
-    rope = model.model.language_model.rotary_emb.rope_type
-    if sp_size > 1 and ("dynamic" in rope or rope == "longrope"):
-        raise NotImplementedError(
-            f'got rope_type "{rope}", whose frequencies depend on the longest position that a '
-            'rank sees; expected "default", "linear", "yarn" or "llama3", or '
-            "sequence_parallel_size 1"
-        )
-
-
-class _PrepareText(Hook):
-    """A forward pre-hook of the language model: hands it the masks of a sharded batch."""
-
-    def __init__(self, sp_size: int) -> None:
-        self.sp_size = sp_size
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        batch: ShardedBatch | None = kwargs.get(KEYWORD)
-        if batch is None:
-            if self.sp_size > 1:
-                raise ValueError(
-                    f"got a batch that is not sharded over the {self.sp_size} ranks of the "
-                    "sequence-parallel group; call model(**ds_lvx.shard_batch(batch, model=model))"
-                )
-            return None
-        if batch.channel.size != self.sp_size:
-            raise ValueError(
-                f"got a batch sharded over {batch.channel.size} ranks for a model that shares its "
-                f"batches between {self.sp_size}; pass shard_batch the groups of this model's "
-                "engine: groups=engine.ds_lvx.groups"
-            )
-        _check_arguments(batch, kwargs)
-        states, row_mask = kwargs.get("cross_attention_states"), batch.row_mask
-        if states is not None and batch.kv_lengths is not None:
-            batch_size = kwargs["input_ids"].shape[0]
-            states = _by_sample(states, batch_size, batch.kv_lengths[batch.channel.rank])
-            states, gradient = share(states)
-            batch = replace(batch, features_gradient=gradient)
-            row_mask = None if row_mask is None else row_mask.to(states.dtype)
-        prepared = {
-            KEYWORD: batch,
-            "cross_attention_states": states,
-            "full_text_row_masked_out_mask": row_mask,
-            # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.
-            "attention_mask": kwargs["input_ids"].new_zeros(1, 1, 1, 1),
-            "use_cache": False,
-        }
-        return args, {**kwargs, **prepared}
-
-
-def _check_arguments(batch: ShardedBatch, kwargs: Mapping[str, Any]) -> None:
-    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
-        raise NotImplementedError(
-            "got past_key_values or use_cache=True with a sharded batch; a cache of sharded keys "
-            "does not exist: pass use_cache=False, as ds_lvx.shard_batch does"
-        )
-    ids = kwargs.get("input_ids")
-    expected = batch.text_lengths[batch.channel.rank]
-    if ids is None or ids.shape[1] != expected:
-        got = "none" if ids is None else f"{ids.shape[1]} tokens"
-        raise ValueError(
-            f"got input_ids with {got}; expected the {expected} tokens of this rank's shard: pass "
-            "what ds_lvx.shard_batch returned as it is"
-        )
-    if (kwargs.get("cross_attention_states") is None) != (batch.kv_lengths is None):
-        raise ValueError(
-            "got the visual input of another batch than the one that was sharded; pass what "
-            "ds_lvx.shard_batch returned as it is"
-        )
-
-
-def _by_sample(states: Tensor, batch_size: int, length: int) -> Tensor:
-    """Visual features as ``[B, s_kv, hidden]``; those of a blank frame are cut to nothing."""
-    if length == 0:
-        return states.reshape(1, -1, states.shape[-1])[:, :0].expand(batch_size, -1, -1)
-    states = states.reshape(batch_size, -1, states.shape[-1])
-    if states.shape[1] != length:
-        raise ValueError(
-            f"got {states.shape[1]} visual tokens a sample; expected the {length} of this rank's "
-            "shard: pass what ds_lvx.shard_batch returned as it is"
-        )
-    return states
-
-
-class _CrossAttention(ShardedForward):
-    """`MllamaTextCrossAttention` with this rank's text and this rank's images."""
-
-    def sharded(
-        self,
-        batch: ShardedBatch,
-        hidden_states: Tensor,
-        *,
-        cross_attention_states: Tensor,
-        **_unused: Any,
-    ) -> tuple[Tensor, None]:
-        module: Any = self.module
-        _refuse_dropout(module)
-        projected = _heads(module.q_proj(hidden_states), module.head_dim)
-        # Under autocast the norm's fp32 weight widens q; SDPA would have narrowed it again.
-        q = module.q_norm(projected).to(projected.dtype)
-
-        def project_kv(features: Tensor) -> tuple[Tensor, Tensor]:
-            # Looked up at every call: LoRA and ZeRO-3 act on the modules' own calls.
-            k = _heads(module.k_proj(features), module.head_dim)
-            return module.k_norm(k).to(k.dtype), _heads(module.v_proj(features), module.head_dim)
-
-        out = attend(
-            self.plan,
-            batch,
-            q,
-            features=cross_attention_states,
-            project_kv=project_kv,
-            trains=_trains(module.k_proj, module.v_proj, module.k_norm),
-            kv_heads=module.num_key_value_heads,
-            scale=module.scaling,
-        )
-        return module.o_proj(out.flatten(2)), None
-
-
-class _SelfAttention(ShardedForward):
-    """`MllamaTextSelfAttention` over the whole text, from this rank's part of it."""
-
-    def sharded(
-        self,
-        batch: ShardedBatch,
-        hidden_states: Tensor,
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
-        **_unused: Any,
-    ) -> tuple[Tensor, None]:
-        module: Any = self.module
-        _refuse_dropout(module)
-        cos, sin = position_embeddings
-        q = _rotate(_heads(module.q_proj(hidden_states), module.head_dim), cos, sin)
-
-        def project_kv(features: Tensor) -> tuple[Tensor, Tensor]:
-            k = _heads(module.k_proj(features), module.head_dim)
-            return _rotate(k, cos, sin), _heads(module.v_proj(features), module.head_dim)
-
-        out = attend(
-            self.plan,
-            batch,
-            q,
-            features=hidden_states,
-            project_kv=project_kv,
-            trains=_trains(module.k_proj, module.v_proj),
-            kv_heads=module.num_key_value_heads,
-            scale=module.scaling,
-        )
-        return module.o_proj(out.flatten(2)), None
-
-
-def _heads(x: Tensor, head_dim: int) -> Tensor:
-    """``[B, s, H * D]`` -> ``[B, s, H, D]``."""
-    return x.unflatten(2, (x.shape[2] // head_dim, head_dim))
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of ``[B, s, H, D]``, in x's dtype."""
-    rotated, _ = apply_rotary_pos_emb(x, x[:, :, :0], cos, sin, unsqueeze_dim=2)
-    return rotated.to(x.dtype)
-
-
-def _trains(*modules: nn.Module) -> bool:
-    return any(p.requires_grad for module in modules for p in module.parameters())
-
-
-def _refuse_dropout(module: Any) -> None:
-    if module.training and module.dropout > 0:
-        raise NotImplementedError(
-            f"got attention dropout {module.dropout} while training; the sharded attention has "
-            "none: set text_config.dropout to 0"
-        )
+    width = int(module.k_proj.in_features)
+    return Layer(name, kind, module, heads, kv_heads, int(module.head_dim), width)

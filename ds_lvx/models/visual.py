@@ -1,9 +1,9 @@
-"""Which images each text token of mllama sees, in O(T + images) instead of O(T x visual tokens).
+"""The visual part of a batch: its units, and which of them each text token sees.
 
-transformers gives mllama a mask ``[B, T, N, tiles]`` and repeats it for every visual token. Its
-processor only ever makes masks of one kind: a token sees a *run* of images, and of those the tiles
-that are no padding. `Runs` holds just that. Shapes: ``B`` samples, ``T`` text tokens, ``N`` images
-of a sample, ``tiles`` of an image, ``P`` visual tokens of a tile.
+In every model of the kind *cross* a token sees a *run* of units (images, frames), and of those what
+is no padding: O(T + units) numbers, where the mask of a processor has T x units, and the one that
+transformers makes of it T x visual tokens. Shapes: ``B`` samples, ``T`` text tokens, ``N`` units of
+a sample, ``parts`` of a unit (mllama's tiles), each of the same number of visual tokens.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from __future__ import annotations
 import base64
 import math
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
+from ds_lvx.models.batch import digest, split
 
 PADDING = -1
 _CHUNK_ELEMENTS = 1 << 22
@@ -89,27 +92,27 @@ class Runs:
 
     @property
     def sees_nothing(self) -> Tensor:
-        """bool ``[B, T]``: tokens that no image is visible to. transformers lets their attention
-        see every key, padding included, and drops the output of their MLP instead."""
+        """bool ``[B, T]``: tokens that no image is visible to."""
         return self.start >= self.end
 
-    def visibility(self, tiles: Tensor, *, patches: int) -> Visibility:
+    def visibility(self, tiles: Tensor, *, patches: int, blind_see_all: bool = False) -> Visibility:
         """The rule for the whole text and the visual tokens of all its images.
 
         Args:
             tiles: bool ``[B, N, tiles]``, True where no padding.
             patches: P.
+            blind_see_all: see `Visual`.
 
         Returns:
             `Visibility` with ``kv_pos`` ``[B, N * tiles * P]``: the image's index, -1 for padding.
         """
         index = torch.arange(tiles.shape[1], dtype=torch.int32)
         position = torch.where(tiles, index[None, :, None], PADDING).flatten(1)
-        return Visibility(
-            self.start.masked_fill(self.sees_nothing, PADDING),
-            self.end.masked_fill(self.sees_nothing, EVERYTHING),
-            position.repeat_interleave(patches, dim=1),
-        )
+        start, end = self.start, self.end
+        if blind_see_all:
+            start = start.masked_fill(self.sees_nothing, PADDING)
+            end = end.masked_fill(self.sees_nothing, EVERYTHING)
+        return Visibility(start, end, position.repeat_interleave(patches, dim=1))
 
     def _check(self, mask: Tensor) -> None:
         assert self.tiles is not None
@@ -132,6 +135,79 @@ class Runs:
                     )
 
 
+@dataclass(frozen=True, eq=False)
+class Visual:
+    """What a family says of the visual part of a batch, on one rank.
+
+    A family whose units differ in tokens, or whose arguments have no dimension of units, derives
+    its own and overrides `shares`, `lengths`, `cut` and `rule`.
+
+    Attributes:
+        count: units at hand: those of the sample, or with ``frames="local"`` this rank's.
+        unit_tokens: visual tokens of a unit, padding included.
+        arguments: what the model takes of the units at hand: each ``[B, count, ...]``, or where
+            they are features already, ``[B, count * unit_tokens, hidden]``.
+        runs: which units each token of the whole text sees; None: all of them.
+        valid: bool ``[B, count, parts]``, the parts of the units at hand that are no padding; None:
+            all are there, or the runs say it.
+        blind_see_all: a token that sees no unit attends to all tokens of all, padding included, and
+            not to nothing.
+        encoded: the units are features already: there is no tower to run, and no blank unit.
+    """
+
+    count: int
+    unit_tokens: int
+    arguments: Mapping[str, Tensor]
+    runs: Runs | None = None
+    valid: Tensor | None = None
+    blind_see_all: bool = False
+    encoded: bool = False
+
+    def shared_record(self) -> dict[str, Any]:
+        """What must be the same on every rank of the group."""
+        runs = self.runs
+        checksum = None if runs is None else digest(runs.start, runs.end, runs.tiles)
+        return {"visibility of the images (a checksum)": checksum}
+
+    def shares(self, parts: int) -> tuple[int, ...]:
+        """How many of the sample's units each of ``parts`` ranks gets."""
+        return split(self.count, parts)
+
+    def lengths(self, shares: Sequence[int]) -> tuple[int, ...]:
+        """Visual tokens by rank, from the units that each rank holds."""
+        return tuple(share * self.unit_tokens for share in shares)
+
+    def cut(self, units: slice) -> dict[str, Tensor]:
+        """The arguments for some of the units at hand."""
+        step = self.unit_tokens if self.encoded else 1
+        here = slice(units.start * step, units.stop * step)
+        return {key: value[:, here] for key, value in self.arguments.items()}
+
+    @property
+    def tells_padding(self) -> bool:
+        """Whether only this rank knows which parts of its units are padding."""
+        return self.runs is not None and self.runs.tiles is None
+
+    def valid_parts(self, batch_size: int) -> Tensor:
+        """bool ``[B, count, parts]``."""
+        if self.runs is not None and self.runs.tiles is not None:
+            return self.runs.tiles
+        if self.valid is not None:
+            return self.valid.cpu().bool()
+        return torch.ones(batch_size, self.count, 1, dtype=torch.bool)
+
+    def rule(self, valid: Tensor) -> Visibility | None:
+        """The rule for the whole text and the visual tokens of all units.
+
+        Args:
+            valid: bool ``[B, N, parts]``, of all units in the order of ranks.
+        """
+        if self.runs is None:
+            return None
+        tokens = self.unit_tokens // valid.shape[2]
+        return self.runs.visibility(valid, patches=tokens, blind_see_all=self.blind_see_all)
+
+
 def pack_tiles(tiles: Tensor) -> str:
     """bool ``[B, n, tiles]`` as a short text for a record; those of a video, all alike, in 30."""
     return base64.b85encode(zlib.compress(np.packbits(tiles.numpy()).tobytes())).decode()
@@ -142,29 +218,6 @@ def unpack_tiles(text: str, shape: tuple[int, int, int]) -> Tensor:
     packed = np.frombuffer(zlib.decompress(base64.b85decode(text)), np.uint8)
     bits = np.unpackbits(packed, count=math.prod(shape))
     return torch.from_numpy(bits).bool().view(shape)
-
-
-def visible_images(input_ids: Tensor, image_token_id: int) -> Tensor:
-    """The images that each token sees by the rule of mllama's processor, without its mask.
-
-    A token sees the images from the start of the latest group of adjacent image tokens to the
-    latest image so far. Pass the result to `ds_lvx.shard_batch` as ``visible_images``.
-
-    Args:
-        input_ids: int ``[B, T]``, the whole text.
-        image_token_id: the id of ``<|image|>``.
-
-    Returns:
-        int32 ``[B, T, 2]``: first image, and one past the last; both 0 before the first image.
-
-    Source: transformers, ``processing_mllama.get_cross_attention_token_mask``.
-    """
-    is_image = input_ids == image_token_id
-    seen = is_image.cumsum(dim=1)
-    follows_image = torch.nn.functional.pad(is_image[:, :-1], (1, 0), value=False)
-    opens = is_image & ~follows_image
-    start = torch.where(opens, seen - 1, 0).cummax(dim=1).values
-    return torch.stack([start, seen], dim=-1).to(torch.int32)
 
 
 def _chunks(length: int, row_elements: int) -> list[slice]:

@@ -1,0 +1,320 @@
+"""The contract of a model family: what ds_lvx asks of a model that it shards.
+
+A family is a class derived from `Family` (or a class or module with the same names), made known by
+`ds_lvx.register_family`; ``docs/adding-a-model.md`` has a whole one that runs. It says what only
+the model can know. All else is shared code of this package: cutting the text, labels and positions,
+balancing images over ranks, agreeing on all ranks, blank frames, refusing what cannot be sharded,
+carrying the keyword ``ds_lvx`` to the layers.
+
+Two kinds of models exist. In a *cross* model text attends to visual features that its layers get
+beside the text; they stay on the rank that encoded them. The parts below are for those. In a
+*concatenated* model visual tokens stand among the text's; such a family overrides `Family.shard`,
+and has layers of kind ``"self"`` and ``"local"`` only.
+
+Shapes: ``B`` samples, ``T`` text tokens of the whole sequence. A *unit* is a piece of the visual
+input that no rank cuts: an image, or a frame of a video.
+
+This module imports no torch: `ds-lvx plan` asks for dimensions without it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from ds_lvx.distributed.channel import Channel
+    from ds_lvx.models.batch import ShardedBatch, Text
+    from ds_lvx.models.dimensions import Model
+    from ds_lvx.models.layers import Layer, LayerPlan
+    from ds_lvx.models.patch import PatchedAttention
+    from ds_lvx.models.visual import Visual
+
+
+@dataclass(frozen=True)
+class Size:
+    """Dimensions of a model with random weights, in words that every family understands.
+
+    Attributes:
+        vocabulary: of the output; the image token's id is this number.
+        hidden, heads, kv_heads, mlp: of the text model.
+        layers: of the text model, cross-attention layers among them.
+        cross_at: which of them attend to images.
+        positions: that the text may have.
+        vision_hidden, vision_heads, vision_mlp, vision_layers, vision_global_layers: of the tower.
+        image_size, patch_size, tiles: of a frame.
+        rope_theta: base of the rotary embedding.
+        initializer_range: standard deviation of the weights.
+        bos, eos, pad: ids of those tokens.
+    """
+
+    vocabulary: int
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 128
+    layers: int = 4
+    cross_at: tuple[int, ...] = (1, 3)
+    positions: int = 256
+    vision_hidden: int = 16
+    vision_heads: int = 2
+    vision_mlp: int = 32
+    vision_layers: int = 2
+    vision_global_layers: int = 1
+    image_size: int = 28
+    patch_size: int = 14
+    tiles: int = 1
+    rope_theta: float = 1e4
+    initializer_range: float = 0.02
+    bos: int = 0
+    eos: int = 0
+    pad: int | None = None
+
+
+class Family(ABC):
+    """What a family offers. Abstract parts are required; a tool names an optional one it misses.
+
+    Attributes:
+        model_type: the key it is registered under, which its models carry as
+            ``model.config.model_type`` or ``model.model_type``; set by the registry.
+        keys: what a batch may hold beside ``input_ids``, ``attention_mask``, ``position_ids`` and
+            ``labels``.
+        features_key: the keyword by which the text model gets its visual features.
+        always: arguments that every shard carries.
+    """
+
+    model_type: str = ""
+    keys: tuple[str, ...] = ()
+    features_key: str = "features"
+    always: Mapping[str, Any] = {"use_cache": False}
+
+    # ---- required: patching a model
+
+    @abstractmethod
+    def find(self, model: nn.Module) -> Any:
+        """The family's model inside ``model``, out of wrappers such as peft's; or None."""
+
+    @abstractmethod
+    def attention_layers(self, model: Any) -> list[Layer]:
+        """Every attention module of the model, by its qualified name, in order."""
+
+    @abstractmethod
+    def forward(self, layer: Layer, plan: LayerPlan) -> PatchedAttention:
+        """What takes the place of an attention module's forward; not asked for ``"local"`` layers.
+
+        A `ds_lvx.models.patch.ShardedForward` whose ``sharded`` hands ``q [B, s, heads, head_dim]``
+        to `ds_lvx.models.attend.attend`; or, for text that calls transformers' attention interface
+        and whose K and V autograd keeps, `ds_lvx.models.dispatch.Dispatched`.
+        """
+
+    @abstractmethod
+    def text_model(self, model: Any) -> nn.Module:
+        """The module that runs the text's layers. It must be called with keywords, get the features
+        as `features_key`, and hand keywords that it does not know on to its attention."""
+
+    # ---- required: cutting a batch
+
+    @abstractmethod
+    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
+        """The visual part of a batch: its units, and which of them each text token sees.
+
+        Args:
+            batch: what the caller gave; entries that are None are left out.
+            text: its text, checked.
+            model: the model that will get the shard.
+
+        Raises:
+            ValueError: entries that contradict each other or the model.
+        """
+
+    @abstractmethod
+    def blank(self, model: Any) -> dict[str, Tensor]:
+        """Model arguments for one sample of one blank unit. A rank without units runs it through
+        the tower and drops the result, so that it takes part in ZeRO-3's gathers and its gradients
+        are 0, not absent."""
+
+    # ---- patching: with defaults
+
+    def check(self, model: Any, *, sp_size: int) -> None:
+        """Refuse a model that cannot be sharded over ``sp_size`` ranks.
+
+        Raises:
+            NotImplementedError: says what of it, and what serves.
+        """
+        return
+
+    def prepare(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Further arguments of the text model for a sharded batch: masks that it would miss.
+
+        Args:
+            batch: the keyword.
+            arguments: of the text model; the features are ``[B, s_kv, hidden]`` already.
+        """
+        return {}
+
+    def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
+        """Put further hooks on the model, of classes derived from `ds_lvx.models.patch.Hook`."""
+        return
+
+    def encoders(self, model: Any) -> Sequence[nn.Module]:
+        """Encoders of images with ``layers``, whose checkpointing transformers leaves undone."""
+        return ()
+
+    def shard(
+        self,
+        batch: Mapping[str, Any],
+        model: Any,
+        *,
+        channel: Channel,
+        frames: str,
+        always_vision: bool,
+    ) -> dict[str, Any]:
+        """This rank's part of a batch, ready for ``model(**shard)``; see `ds_lvx.shard_batch`.
+
+        Args:
+            batch: as the family's processor returns it.
+            model: the model that will get the shard.
+            channel: the sequence-parallel group.
+            frames: ``"all"`` or ``"local"``.
+            always_vision: send a batch without images through tower and cross-attention all the
+                same (with nothing to see, and exactly no effect), so that this group takes part in
+                every collective that groups with images take part in.
+
+        Collectives: one agreement on the control plane.
+        """
+        from ds_lvx.models.draft import shard
+
+        return shard(
+            self, batch, model, channel=channel, frames=frames, always_vision=always_vision
+        )
+
+    # ---- for the planner
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        """What `ds-lvx plan` has to know of a model, from the fields of its ``config.json``.
+
+        Args:
+            config: the file's contents.
+            name, source: go into the result.
+        """
+        raise self.lacks("dimensions", "ds-lvx plan")
+
+    def frame_tokens(self, config: Any) -> int:
+        """Visual tokens that cross-attention sees of a frame, padding included."""
+        raise self.lacks("frame_tokens", "the report of tokens a second")
+
+    # ---- for models with random weights
+
+    def config(self, size: Size) -> Any:
+        """The configuration of a model cut to a size."""
+        raise self.lacks("config", "a model with random weights")
+
+    def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
+        """A model with random weights, by torch's generator, its gates opened to ``gate``.
+
+        Shut, as in a new model, the gradients of K and V would be zeros.
+        """
+        raise self.lacks("build", "a model with random weights")
+
+    def tiny(self) -> tuple[Any, Any]:
+        """Configuration and processor of a tiny model for trying out; nothing is downloaded."""
+        raise self.lacks("tiny", "--model tiny")
+
+    def pixel_batch(self, config: Any, input_ids: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+        """What the processor returns for frames whose pixels are ready.
+
+        Args:
+            config: of the model.
+            input_ids: ``[B, T]`` with an image token for each frame.
+            pixels: ``[B, N, 3, image_size, image_size]``, normalised; a frame fills one tile.
+
+        Returns:
+            A batch for `ds_lvx.shard_batch` as for the model itself.
+        """
+        raise self.lacks("pixel_batch", "a batch of ready pixels")
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]:
+        """One sample of random text and frames whose every token sees every frame, for measuring.
+
+        Args:
+            config: of the model.
+            text_tokens: T.
+            total: frames of the sample, over all ranks.
+            frames: which of them this rank holds; a frame is the same whoever makes it.
+            seed: of text and frames.
+
+        Returns:
+            A batch for ``ds_lvx.shard_batch(..., frames="local")``, pixels in float32.
+        """
+        raise self.lacks("random_frames", "ds-lvx compare")
+
+    def regions(self) -> Mapping[str, str]:
+        """Part of a step (``"vision"``, ``"text"``, ``"cross_attention"``) by a regular expression
+        for the whole name of a module."""
+        raise self.lacks("regions", "the breakdown of a step")
+
+    # ---- for training on users' data
+
+    lora_targets: str = r".*\.(q_proj|k_proj|v_proj|o_proj)"
+    """The text's attention projections, a regular expression for the whole name of a module."""
+
+    def load(self, name: str, dtype: torch.dtype) -> Any:
+        """A checkpoint's model, from a folder or the hub."""
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+
+    def load_processor(self, name: str) -> Any:
+        """A checkpoint's processor, with ``tokenizer``, ``image_token`` and ``image_token_id``."""
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(name)
+
+    def vision_tower(self, model: Any) -> nn.Module:
+        """What ``--freeze_vision`` leaves untrained."""
+        raise self.lacks("vision_tower", "--freeze_vision")
+
+    def finish_text(self, processor: Any, written: str) -> str:
+        """What the processor makes of a text that its chat template wrote, before it is tokenized.
+
+        The text may grow before the first answer only.
+        """
+        return written
+
+    def frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """What the processor returns beside the text, for this rank's frames alone.
+
+        Args:
+            processor: the checkpoint's.
+            input_ids: ``[B, T]``, the whole text of the batch.
+            pictures: of each sample the frames that this rank holds, as PIL images, one at a time;
+                take each once, in order.
+            count: frames that this rank holds of the sample with the most; others are padded.
+            dtype: of the pixels.
+
+        Returns:
+            For ``ds_lvx.shard_batch(..., frames="local")``.
+        """
+        raise self.lacks("frames", "training on images and videos")
+
+    def lacks(self, part: str, what: str) -> NotImplementedError:
+        """The error for an optional part that a tool needs and this family has not."""
+        return NotImplementedError(
+            f"the model family {self.model_type!r} ({type(self).__name__}) has no {part}(), which "
+            f"{what} needs; add it as ds_lvx.models.contract.Family.{part} describes"
+        )

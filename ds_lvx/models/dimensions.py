@@ -1,0 +1,105 @@
+"""What the planner has to know of a model. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Transformer layers of one kind.
+
+    Attributes:
+        count: how many.
+        hidden: width.
+        heads, kv_heads, head_dim: of attention.
+        mlp: inner width; 0 where there is none.
+        mlp_matrices: 3 with a gate, 2 without.
+        features_dim: width of what K and V are made of; 0 is ``hidden``.
+    """
+
+    count: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int = 0
+    mlp_matrices: int = 3
+    features_dim: int = 0
+
+    @property
+    def query_parameters(self) -> int:
+        """Weights of a layer that every token of its own goes through."""
+        attention = 2 * self.hidden * self.heads * self.head_dim
+        return attention + self.mlp_matrices * self.hidden * self.mlp
+
+    @property
+    def key_parameters(self) -> int:
+        """Weights of a layer's projection of K and V."""
+        return 2 * (self.features_dim or self.hidden) * self.kv_heads * self.head_dim
+
+    @property
+    def parameters(self) -> int:
+        """Weights of all layers."""
+        return self.count * (self.query_parameters + self.key_parameters)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A multimodal model with cross-attention.
+
+    Attributes:
+        name: as on the Hugging Face hub.
+        text: its self-attention layers.
+        cross: its cross-attention layers; without an MLP where they sit inside text layers.
+        vocabulary: of the text.
+        tower: the vision tower's layers.
+        tower_tokens: that the tower works on, a frame.
+        frame_tokens: visual tokens that cross-attention sees, a frame.
+        projector_parameters: between tower and cross-attention.
+        tower_states: states of the tower's width that it keeps for each of its tokens, frozen too.
+        source: of all these numbers.
+    """
+
+    name: str
+    text: Layers
+    cross: Layers
+    vocabulary: int
+    tower: Layers
+    tower_tokens: int
+    frame_tokens: int
+    projector_parameters: int
+    tower_states: int
+    source: str
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model, embeddings in and out included; norms and biases left out."""
+        embeddings = 2 * self.vocabulary * self.text.hidden
+        layers = self.text.parameters + self.cross.parameters + self.tower.parameters
+        return layers + embeddings + self.projector_parameters
+
+    @property
+    def cross_parameters(self) -> int:
+        """Weights of the cross-attention layers and the projector."""
+        return self.cross.parameters + self.projector_parameters
+
+
+def decoder(config: Mapping[str, Any], *, count: int) -> Layers:
+    """A text model's layers, from the fields that most configs have."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    return Layers(
+        count=count,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads", heads),
+        head_dim=config.get("head_dim") or hidden // heads,
+        mlp=config["intermediate_size"],
+    )
+
+
+def encoder(depth: int, width: int, *, heads: int, mlp: int) -> Layers:
+    """A vision tower's layers: two matrices an MLP, as many heads of keys as of queries."""
+    return Layers(depth, width, heads, heads, width // heads, mlp, mlp_matrices=2)

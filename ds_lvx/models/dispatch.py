@@ -1,0 +1,125 @@
+"""Text attention that calls transformers' attention interface: no forward of ours is needed.
+
+transformers looks the function up under ``module.config._attn_implementation``. A patched module
+gets a copy of its config with a name of ours; the model's own config keeps its name, so that masks,
+checkpoints and the modules beside stay as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ds_lvx.models.attend import attend
+from ds_lvx.models.batch import ShardedBatch
+from ds_lvx.models.layers import LayerPlan
+from ds_lvx.models.patch import ATTRIBUTE, PatchedAttention, refuse_dropout
+
+IMPLEMENTATION = "ds_lvx"
+_REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias")
+
+
+class Dispatched(PatchedAttention):
+    """Sends an attention module's call of the interface to `attend`.
+
+    Args:
+        module: with ``config``; its layer hands keywords that it does not know on to the interface.
+        plan: how the layer runs.
+
+    Raises:
+        NotImplementedError: the plan is to project K and V again; the interface gets them made.
+    """
+
+    def __init__(self, module: nn.Module, plan: LayerPlan) -> None:
+        super().__init__(module, plan)
+        if plan.recompute_kv:
+            raise NotImplementedError(
+                f"ds_lvx.layers: got recompute_kv for {plan.name}, whose K and V transformers "
+                "projects; expected it for cross-attention only: remove it from this rule"
+            )
+        self.config = self.module.config
+
+    def install(self) -> None:
+        """Give the module a config that names our implementation."""
+        if IMPLEMENTATION not in ALL_ATTENTION_FUNCTIONS:
+            AttentionInterface.register(IMPLEMENTATION, _attention)
+        config = copy.copy(self.config)
+        # Not by the property, which would set the sub-configs as well: those are not copied.
+        config._attn_implementation_internal = IMPLEMENTATION
+        self.module.config = config
+        setattr(self.module, ATTRIBUTE, self)
+
+    def remove(self) -> None:
+        """Give the module its config back."""
+        self.module.config = self.config
+        delattr(self.module, ATTRIBUTE)
+
+    def own(self, *args: Any, **kwargs: Any) -> Any:
+        """The implementation that the module would have called."""
+        eager: Any = vars(sys.modules[type(self.module).__module__]).get("eager_attention_forward")
+        name = self.config._attn_implementation
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)(self.module, *args, **kwargs)
+
+    def sharded(
+        self,
+        batch: ShardedBatch,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention of this rank's text.
+
+        Args:
+            batch: the keyword.
+            tensors: q ``[B, H, s, D]``, k and v ``[B, H_kv, s, D]``.
+            scaling: factor of the scores; None is ``D ** -0.5``.
+            dropout: must be 0.
+
+        Returns:
+            ``[B, s, H, D]``.
+        """
+        refuse_dropout(dropout)
+        refused = [key for key in _REFUSED if kwargs.get(key) is not None]
+        if refused:
+            raise NotImplementedError(
+                f"got {refused[0]}={kwargs[refused[0]]!r} for {self.plan.name}; the sharded "
+                "attention sees the whole text before a token, with plain scores: this model "
+                "needs sequence_parallel_size 1"
+            )
+        value = tensors[2]
+        # Under autocast rotary embeddings widen q and k; SDPA would have narrowed them again.
+        q, k, v = (x.to(value.dtype).transpose(1, 2) for x in tensors)
+        return attend(
+            self.plan,
+            batch,
+            q,
+            features=k.flatten(2),
+            project_kv=lambda _: (k, v),
+            trains=v.requires_grad,
+            kv_heads=k.shape[2],
+            scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
+        )
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    ds_lvx: ShardedBatch | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls."""
+    ours: Dispatched = getattr(module, ATTRIBUTE)
+    if ds_lvx is None:
+        return ours.own(query, key, value, attention_mask, **kwargs)
+    return ours.sharded(ds_lvx, (query, key, value), **kwargs), None

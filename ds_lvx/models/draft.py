@@ -1,0 +1,170 @@
+"""Sharding a batch of any family: the text evenly by token, the visual input by unit."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from ds_lvx.distributed.agreement import require_same
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.models.batch import TEXT_KEYS, ShardedBatch, Text, move, span, split
+from ds_lvx.models.contract import Family
+from ds_lvx.models.patch import KEYWORD
+from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
+
+
+def shard(
+    family: Family,
+    batch: Mapping[str, Any],
+    model: Any,
+    *,
+    channel: Channel,
+    frames: str,
+    always_vision: bool,
+) -> dict[str, Any]:
+    """This rank's part of a batch; see `ds_lvx.models.contract.Family.shard`."""
+    draft, error = None, None
+    try:
+        draft = _Draft.of(family, batch, model, channel=channel, frames=frames)
+    # Whatever it is: the other ranks must not wait for this one.
+    except Exception as caught:  # noqa: BLE001
+        error = caught
+    records = channel.agree({} if draft is None else draft.record(), error)
+    assert draft is not None
+    require_same(records, draft.shared_record(), what="shard_batch")
+    return draft.finish(records, always_vision=always_vision)
+
+
+@dataclass(frozen=True, eq=False)
+class _Draft:
+    """What one rank knows of the batch before it has heard of the others."""
+
+    family: Family
+    model: Any
+    channel: Channel
+    frames: str
+    text: Text
+    visual: Visual
+
+    @classmethod
+    def of(
+        cls, family: Family, batch: Mapping[str, Any], model: Any, *, channel: Channel, frames: str
+    ) -> _Draft:
+        batch = {key: value for key, value in batch.items() if value is not None}
+        _check_keys(batch, family, frames)
+        text = Text.of(batch)
+        if text.shape[1] < channel.size:
+            raise ValueError(
+                f"got {text.shape[1]} text tokens for {channel.size} ranks; expected at least one "
+                "token a rank: use longer texts or a smaller sequence_parallel_size"
+            )
+        visual = family.visual(batch, text, model)
+        if visual.encoded and frames == "local":
+            raise ValueError(
+                f'got {family.features_key} with frames="local"; expected the features of the '
+                'whole batch with frames="all", or the local frames themselves'
+            )
+        return cls(family, model, channel, frames, text, visual)
+
+    def shared_record(self) -> dict[str, Any]:
+        """What must be the same on every rank of the group."""
+        record = {
+            "frames": self.frames,
+            "shape of input_ids": list(self.text.shape),
+            "contents of the text (a checksum)": self.text.digest(),
+            **self.visual.shared_record(),
+        }
+        if self.frames == "all":
+            record["number of images"] = self.visual.count
+            record["whether they are features already"] = self.visual.encoded
+        return record
+
+    def record(self) -> dict[str, Any]:
+        record = {**self.shared_record(), "share": self.visual.count}
+        if self._tells_padding:
+            valid = self.visual.valid_parts(self.text.shape[0])
+            record |= {"parts": valid.shape[2], "valid": pack_tiles(valid)}
+        return record
+
+    def finish(self, records: Sequence[Mapping[str, Any]], *, always_vision: bool) -> Any:
+        """Cut out this rank's shard, knowing how many units each rank holds."""
+        rank, size, device = self.channel.rank, self.channel.size, _device(self.model)
+        shares = tuple(int(record["share"]) for record in records)
+        if self.frames == "all":
+            shares = self.visual.shares(size)
+        lengths = split(self.text.shape[1], size)
+        arguments: dict[str, Any] = {}
+        kv_lengths, rule, row_mask = None, None, None
+        if self.visual.runs is not None:
+            self.visual.runs.check_images(sum(shares))
+        if sum(shares) > 0:
+            arguments = self._arguments(shares)
+            kv_lengths = self.visual.lengths(shares)
+            if self.visual.runs is not None:
+                rule = self.visual.rule(self._valid(shares, records))
+                row_mask = ~self.visual.runs.sees_nothing
+        elif always_vision:
+            arguments, kv_lengths = self.family.blank(self.model), (0,) * size
+            row_mask = torch.zeros(self.text.shape).bool()
+        keyword = ShardedBatch.of(
+            channel=self.channel,
+            text_lengths=lengths,
+            kv_lengths=kv_lengths,
+            text_rule=self.text.visibility(),
+            cross_rule=rule,
+            row_mask=row_mask,
+            device=device,
+        )
+        shard = {**self.text.shard(span(lengths, rank)), **arguments}
+        moved = {key: move(value, device) for key, value in shard.items()}
+        return {**moved, **self.family.always, KEYWORD: keyword}
+
+    def _arguments(self, shares: tuple[int, ...]) -> dict[str, Any]:
+        """What this rank's model gets of the visual input."""
+        mine = span(shares, self.channel.rank)
+        if mine.start == mine.stop and not self.visual.encoded:
+            return self.family.blank(self.model)
+        # With frames="local" the units at hand are this rank's from the first on.
+        return self.visual.cut(mine if self.frames == "all" else slice(0, self.visual.count))
+
+    @property
+    def _tells_padding(self) -> bool:
+        return self.frames == "local" and self.visual.tells_padding
+
+    def _valid(self, shares: tuple[int, ...], records: Sequence[Mapping[str, Any]]) -> Any:
+        """bool ``[B, N, parts]`` of all units."""
+        batch_size = self.text.shape[0]
+        if not self._tells_padding:
+            return self.visual.valid_parts(batch_size)
+        parts = [
+            unpack_tiles(record["valid"], (batch_size, share, record["parts"]))
+            for share, record in zip(shares, records, strict=True)
+            if share > 0
+        ]
+        return torch.cat(parts, dim=1)
+
+
+def _check_keys(batch: Mapping[str, Any], family: Family, frames: str) -> None:
+    if frames not in ("all", "local"):
+        raise ValueError(f'got frames={frames!r}; expected "all" or "local"')
+    keys = (*TEXT_KEYS, *family.keys)
+    for key in batch:
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1) or ["input_ids"]
+            raise ValueError(
+                f"got {key!r} in the batch; expected only {', '.join(keys)} (nearest: "
+                f"{near[0]!r}): remove it, or pass it to the model yourself"
+            )
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    parameter = next(model.parameters())
+    # A parameter that ZeRO-3 keeps elsewhere tells nothing of where the model computes.
+    if hasattr(parameter, "ds_id"):
+        return torch.device(get_accelerator().current_device_name())
+    return parameter.device

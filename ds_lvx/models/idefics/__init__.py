@@ -1,0 +1,1 @@
+"""idefics (v1): its dimensions, for the planner."""

@@ -1,0 +1,1 @@
+"""mPLUG-Owl3: its dimensions, for the planner."""

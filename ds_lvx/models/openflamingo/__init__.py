@@ -1,0 +1,1 @@
+"""OpenFlamingo: its dimensions, for the planner."""

@@ -1,0 +1,113 @@
+"""Patching a model of any family, and what its text model gets of a sharded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ds_lvx.attention.features import share
+from ds_lvx.config import LVXConfig
+from ds_lvx.models.batch import ShardedBatch
+from ds_lvx.models.contract import Family
+from ds_lvx.models.layers import make_plans
+from ds_lvx.models.patch import KEYWORD, Hook, Patch, is_patched
+
+
+def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Patch:
+    """Make this instance's attention run as the config says; see `ds_lvx.models.patch_model`."""
+    if is_patched(model):
+        raise ValueError(
+            "got a model that ds_lvx has patched already; call ds_lvx.shutdown(engine) on the "
+            "engine that uses it before a second ds_lvx.initialize"
+        )
+    family.check(model, sp_size=sp_size)
+    layers = family.attention_layers(model)
+    plans = make_plans(layers, config, sp_size=sp_size)
+    attentions = [
+        family.forward(layer, plan)
+        for layer, plan in zip(layers, plans, strict=True)
+        if layer.kind != "local"
+    ]
+    for attention in attentions:
+        attention.install()
+    hook = PrepareText(family, sp_size)
+    family.text_model(model).register_forward_pre_hook(hook, with_kwargs=True)
+    family.install(model, plans)
+    return Patch(model, layers, plans)
+
+
+class PrepareText(Hook):
+    """A forward pre-hook of the text model: checks a sharded batch and hands it what it misses."""
+
+    def __init__(self, family: Family, sp_size: int) -> None:
+        self.family = family
+        self.sp_size = sp_size
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        batch: ShardedBatch | None = kwargs.get(KEYWORD)
+        if batch is None:
+            if self.sp_size > 1:
+                raise ValueError(
+                    f"got a batch that is not sharded over the {self.sp_size} ranks of the "
+                    "sequence-parallel group; call model(**ds_lvx.shard_batch(batch, model=model))"
+                )
+            return None
+        if batch.channel.size != self.sp_size:
+            raise ValueError(
+                f"got a batch sharded over {batch.channel.size} ranks for a model that shares its "
+                f"batches between {self.sp_size}; pass shard_batch the groups of this model's "
+                "engine: groups=engine.ds_lvx.groups"
+            )
+        key = self.family.features_key
+        features = kwargs.get(key)
+        text = _check_arguments(batch, kwargs, features)
+        if features is not None and batch.kv_lengths is not None:
+            length = batch.kv_lengths[batch.channel.rank]
+            features, gradient = share(_by_sample(features, text.shape[0], length))
+            batch = replace(batch, features_gradient=gradient)
+        prepared = {**kwargs, KEYWORD: batch, key: features}
+        return args, {**prepared, **self.family.prepare(batch, prepared)}
+
+
+def _check_arguments(
+    batch: ShardedBatch, kwargs: Mapping[str, Any], features: Tensor | None
+) -> Tensor:
+    """The text, ``[B, s]`` or embedded ``[B, s, hidden]``."""
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        raise NotImplementedError(
+            "got past_key_values or use_cache=True with a sharded batch; a cache of sharded keys "
+            "does not exist: pass use_cache=False, as ds_lvx.shard_batch does"
+        )
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    text = next((each for each in given if each is not None), None)
+    expected = batch.text_lengths[batch.channel.rank]
+    if text is None or text.shape[1] != expected:
+        got = "none" if text is None else f"{text.shape[1]} tokens"
+        raise ValueError(
+            f"got input_ids with {got}; expected the {expected} tokens of this rank's shard: pass "
+            "what ds_lvx.shard_batch returned as it is"
+        )
+    if (features is None) != (batch.kv_lengths is None):
+        raise ValueError(
+            "got the visual input of another batch than the one that was sharded; pass what "
+            "ds_lvx.shard_batch returned as it is"
+        )
+    return text
+
+
+def _by_sample(features: Tensor, batch_size: int, length: int) -> Tensor:
+    """Visual features as ``[B, s_kv, hidden]``; those of a blank frame are cut to nothing."""
+    if length == 0:
+        return features.reshape(1, -1, features.shape[-1])[:, :0].expand(batch_size, -1, -1)
+    features = features.reshape(batch_size, -1, features.shape[-1])
+    if features.shape[1] != length:
+        raise ValueError(
+            f"got {features.shape[1]} visual tokens a sample; expected the {length} of this rank's "
+            "shard: pass what ds_lvx.shard_batch returned as it is"
+        )
+    return features

@@ -1,0 +1,165 @@
+"""The model families that ds_lvx knows, by ``model_type``; each is imported when it is asked for.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from inspect import isabstract, isclass
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ds_lvx.models.contract import Family
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ds_lvx.models.dimensions import Model
+
+Dimensions: TypeAlias = "Callable[[Mapping[str, Any], str, str], Model]"
+
+BUILT_IN: Mapping[str, str] = {"mllama": "ds_lvx.models.mllama.family:Mllama"}
+"""``model_type`` -> where its `Family` is."""
+
+KNOWN: Mapping[str, str] = {
+    name: f"ds_lvx.models.{name}.dimensions"
+    for name in ("mllama", "mplugowl3", "openflamingo", "idefics")
+}
+"""``model_type`` -> the module with ``known``, a function that returns models known by name, and
+where a config can be read, ``dimensions``, as in `Family`. The planner predicts more models than
+can be sharded."""
+
+
+class Families:
+    """Families by ``model_type``: built in, and registered from outside."""
+
+    def __init__(self, built_in: Mapping[str, str], known: Mapping[str, str]) -> None:
+        self._paths = built_in
+        self._known = known
+        self._made: dict[str, Family] = {}
+        self._given: dict[str, Any] = {}
+
+    def __iter__(self) -> Any:
+        """Every ``model_type``, the built-in ones first."""
+        return iter(dict.fromkeys((*self._paths, *self._given)))
+
+    def register(self, model_type: str, family: Any) -> None:
+        """See `register_family`."""
+        if self._given.get(model_type) is family:
+            return
+        if model_type in self:
+            there = self._given.get(model_type, self._paths.get(model_type))
+            raise ValueError(
+                f"register_family: got {model_type!r}, which {there} has already; register each "
+                "model_type once"
+            )
+        made = _made(model_type, family)
+        self._made[model_type], self._given[model_type] = made, family
+
+    def forget(self, model_type: str) -> None:
+        """Take a registered family out again."""
+        del self._given[model_type], self._made[model_type]
+
+    def named(self, model_type: str) -> Family:
+        """The family of a ``model_type``.
+
+        Raises:
+            NotImplementedError: there is none; names those there are.
+        """
+        if model_type not in self:
+            raise NotImplementedError(
+                f"got a model of type {model_type!r}; expected one of {', '.join(self)}; another "
+                "one needs a family (docs/adding-a-model.md)"
+            )
+        if model_type not in self._made:
+            module, _, name = self._paths[model_type].partition(":")
+            self._made[model_type] = _made(model_type, getattr(import_module(module), name))
+        return self._made[model_type]
+
+    def default(self) -> Family:
+        """The family of tools that were told none."""
+        return self.named(next(iter(self)))
+
+    def dimensions(self) -> dict[str, Dimensions]:
+        """How the planner reads a config, by ``model_type``. Imports no torch by itself."""
+        modules = {name: import_module(path) for name, path in self._known.items()}
+        known = {n: m.dimensions for n, m in modules.items() if hasattr(m, "dimensions")}
+        return {**known, **{name: self._made[name].dimensions for name in self._given}}
+
+    def known(self) -> tuple[Model, ...]:
+        """The models that the planner knows by name."""
+        return tuple(m for path in self._known.values() for m in import_module(path).known())
+
+
+def _made(model_type: str, given: Any) -> Family:
+    """An object that fulfils the contract, from a class or a module."""
+    kind = given
+    if isinstance(given, ModuleType):
+        parts = {
+            name: staticmethod(part) if isinstance(part, FunctionType) else part
+            for name, part in vars(given).items()
+            if not name.startswith("_") and hasattr(Family, name)
+        }
+        kind = type(given.__name__, (Family,), parts)
+    elif not isclass(given):
+        raise ValueError(
+            f"register_family: got {given!r} for {model_type!r}; expected a class or a module with "
+            "the parts of ds_lvx.models.contract.Family"
+        )
+    elif not issubclass(given, Family):
+        kind = type(given.__name__, (given, Family), {})
+    if isabstract(kind):
+        missing = ", ".join(sorted(kind.__abstractmethods__))
+        raise ValueError(
+            f"register_family: got {given.__name__} for {model_type!r}, which lacks {missing}; "
+            "ds_lvx.models.contract.Family says what each has to do"
+        )
+    family: Family = kind()
+    family.model_type = model_type
+    return family
+
+
+FAMILIES = Families(BUILT_IN, KNOWN)
+
+
+def register_family(model_type: str, family: Any) -> None:
+    """Make a model family from outside the package known.
+
+    Args:
+        model_type: what its models carry as ``model.config.model_type`` (as transformers' do) or as
+            ``model.model_type``, on the model itself or on one inside wrappers.
+        family: a class, made once without arguments, or a module, that fulfils the contract
+            (`ds_lvx.models.contract.Family`, ``docs/adding-a-model.md``).
+
+    Raises:
+        ValueError: something else is registered under ``model_type``, or required parts are
+            missing; names them.
+    """
+    FAMILIES.register(model_type, family)
+
+
+def family_of(model: nn.Module) -> tuple[Family, Any]:
+    """The family of a model, and the model itself inside its wrappers (peft, an engine).
+
+    Raises:
+        NotImplementedError: no family that is known.
+    """
+    types = {_model_type(m) for m in model.modules()}
+    for model_type in FAMILIES:
+        if model_type in types:
+            family = FAMILIES.named(model_type)
+            inside = family.find(model)
+            if inside is not None:
+                return family, inside
+    raise NotImplementedError(
+        f"got a model of class {type(model).__name__}; expected one of the model types "
+        f"{', '.join(FAMILIES)}, or a model that wraps one; for another see ds_lvx.register_family "
+        "and docs/adding-a-model.md"
+    )
+
+
+def _model_type(module: nn.Module) -> str:
+    of_config = getattr(getattr(module, "config", None), "model_type", None)
+    return str(getattr(module, "model_type", None) if of_config is None else of_config)
