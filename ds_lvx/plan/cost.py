@@ -8,52 +8,13 @@ from functools import lru_cache
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.pieces import Pieces
-from ds_lvx.plan.transfers import Timeline
+from ds_lvx.plan.transfers import Pass, Timeline
 from ds_lvx.plan.walks import WALKS
 
 METHODS = ("lvx", "ring", "ulysses", "none")
 SCHEDULES = ("ring", "gather", "replicated")
 
 _AGREEMENT_BYTES = 2048
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A forward or a backward of one rank.
-
-    Attributes:
-        seconds: in all.
-        kernel_s: in attention kernels.
-        projection_s: in the projection of K and V, or its backward.
-        other_s: in merging, copying, calls.
-        exposed_s: waiting for the network; these four add up to ``seconds``.
-        wire_s: that the network is used, hidden or not.
-        bytes_sent: as `ds_lvx.traffic` counts them; of the rank that sends most.
-        messages: sent.
-    """
-
-    seconds: float = 0.0
-    kernel_s: float = 0.0
-    projection_s: float = 0.0
-    other_s: float = 0.0
-    exposed_s: float = 0.0
-    wire_s: float = 0.0
-    bytes_sent: float = 0.0
-    messages: int = 0
-
-    @classmethod
-    def of(cls, timeline: Timeline) -> Pass:
-        """What a timeline came to."""
-        return cls(
-            seconds=timeline.now_s,
-            kernel_s=timeline.computed_s.get("kernel", 0.0),
-            projection_s=timeline.computed_s.get("projection", 0.0),
-            other_s=timeline.computed_s.get("other", 0.0),
-            exposed_s=timeline.exposed_s,
-            wire_s=timeline.wire_s,
-            bytes_sent=timeline.sent_bytes,
-            messages=timeline.messages,
-        )
 
 
 @dataclass(frozen=True)
@@ -122,7 +83,7 @@ def cost(
             agreements = 0 if settled else 2 if shape.recompute and method == "lvx" else 1
             _settle(pieces, timeline, (method, schedule), agreements=agreements)
         walk(pieces, timeline, backward=backward)
-        passes.append(Pass.of(timeline))
+        passes.append(timeline.result())
     return Cost(passes[0], passes[1] if shape.backward else Pass())
 
 

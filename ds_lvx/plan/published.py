@@ -169,4 +169,4 @@ def _rotate(
             timeline.wait(following)
     if returning is not None:
         timeline.wait(returning)
-    return timeline.now_s
+    return timeline.result().seconds

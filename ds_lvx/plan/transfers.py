@@ -96,6 +96,31 @@ class Ranks:
         return Transfer(2 * part.busy_s, 2 * part.latency_s, 2 * part.sent_bytes, 2 * part.messages)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A forward or a backward of one rank.
+
+    Attributes:
+        seconds: in all.
+        kernel_s: in attention kernels.
+        projection_s: in the projection of K and V, or its backward.
+        other_s: in merging, copying, calls.
+        exposed_s: waiting for the network; these four add up to ``seconds``.
+        wire_s: that the network is used, hidden or not.
+        bytes_sent: as `ds_lvx.traffic` counts them; of the rank that sends most.
+        messages: sent.
+    """
+
+    seconds: float = 0.0
+    kernel_s: float = 0.0
+    projection_s: float = 0.0
+    other_s: float = 0.0
+    exposed_s: float = 0.0
+    wire_s: float = 0.0
+    bytes_sent: float = 0.0
+    messages: int = 0
+
+
 class Timeline:
     """The time of one rank: what it computes, and what its link carries meanwhile.
 
@@ -104,26 +129,20 @@ class Timeline:
     """
 
     def __init__(self, *, overlap: bool = True) -> None:
-        self.now_s = 0.0
-        self.exposed_s = 0.0
-        self.wire_s = 0.0
-        self.sent_bytes = 0.0
-        self.messages = 0
-        self.computed_s: dict[str, float] = {}
         self._overlap = overlap
-        self._link_free_s = 0.0
+        self._now_s = self._exposed_s = self._link_free_s = 0.0
+        self._computed_s = {"kernel": 0.0, "projection": 0.0, "other": 0.0}
+        self._posted: list[Transfer] = []
 
     def compute(self, seconds: float, what: str) -> None:
-        """Compute for so long."""
-        self.now_s += seconds
-        self.computed_s[what] = self.computed_s.get(what, 0.0) + seconds
+        """Compute a ``"kernel"``, a ``"projection"`` or something ``"other"`` for so long."""
+        self._now_s += seconds
+        self._computed_s[what] += seconds
 
     def post(self, transfer: Transfer) -> float:
         """Start a transfer behind those under way; when it will have arrived."""
-        self._link_free_s = max(self.now_s, self._link_free_s) + transfer.busy_s
-        self.wire_s += transfer.busy_s + transfer.latency_s
-        self.sent_bytes += transfer.sent_bytes
-        self.messages += transfer.messages
+        self._posted.append(transfer)
+        self._link_free_s = max(self._now_s, self._link_free_s) + transfer.busy_s
         arrives_s = self._link_free_s + transfer.latency_s
         if self._overlap:
             self.compute(transfer.drag_s, "other")
@@ -133,6 +152,17 @@ class Timeline:
 
     def wait(self, arrives_s: float) -> None:
         """Wait until then."""
-        if arrives_s > self.now_s:
-            self.exposed_s += arrives_s - self.now_s
-            self.now_s = arrives_s
+        if arrives_s > self._now_s:
+            self._exposed_s += arrives_s - self._now_s
+            self._now_s = arrives_s
+
+    def result(self) -> Pass:
+        """What it came to."""
+        return Pass(
+            seconds=self._now_s,
+            **{f"{what}_s": seconds for what, seconds in self._computed_s.items()},
+            exposed_s=self._exposed_s,
+            wire_s=sum(each.busy_s + each.latency_s for each in self._posted),
+            bytes_sent=sum(each.sent_bytes for each in self._posted),
+            messages=sum(each.messages for each in self._posted),
+        )
