@@ -7,19 +7,24 @@ from ds_lvx.attention.shape import AttentionShape, head_groups
 from ds_lvx.plan.cluster import Cluster, KernelTime
 from ds_lvx.plan.transfers import Ranks
 
-# Bytes that elementwise operations read and write for a number, and how many operations these are:
-# counted in ds_lvx/attention/wire.py, kernels/merge.py and attention/common.py.
-ENCODE = (30, 8)
-DECODE = (14, 2)
-MERGE = (28, 8)
-MERGE_STACKED = (12, 7)
-SUM_STACKED = (4, 1)
-DELTA = (12, 4)
-ADD_FP32 = (12, 1)
-ADD_16_TO_FP32 = (10, 1)
-CAST = (6, 1)
-COPY = (4, 1)
-AROUND_ALL_TO_ALL = (8, 2)
+_TOUCHES = {
+    "encode": (30, 8),
+    "decode": (14, 2),
+    "merge": (28, 8),
+    "merge stacked": (12, 7),
+    "sum stacked": (4, 1),
+    "delta": (12, 4),
+    "add fp32": (12, 1),
+    "add 16 bits to fp32": (10, 1),
+    "add 16 bits": (6, 1),
+    "cast": (6, 1),
+    "copy": (4, 1),
+    "around an all-to-all": (8, 2),
+}
+"""Bytes that elementwise operations read and write for a number, and how many these are.
+
+Counted in ds_lvx/attention/wire.py, kernels/merge.py and attention/common.py.
+"""
 
 
 class Pieces:
@@ -73,10 +78,10 @@ class Pieces:
             scale=self._scale,
         )
 
-    def touch_s(self, numbers: float, *kinds: tuple[int, int]) -> float:
-        """Elementwise operations on so many numbers."""
-        nbytes = sum(each for each, _ in kinds)
-        operations = sum(count for _, count in kinds)
+    def touch_s(self, numbers: float, *kinds: str) -> float:
+        """Elementwise operations on so many numbers; their names are those of a table above."""
+        nbytes = sum(_TOUCHES[kind][0] for kind in kinds)
+        operations = sum(_TOUCHES[kind][1] for kind in kinds)
         device = self.device
         return operations * device.operation_s + numbers * nbytes / device.stream_bytes_per_s
 

@@ -42,10 +42,6 @@ class Ranks:
         """Ranks of the group on one node."""
         return min(self.cluster.gpus_per_node, self.size)
 
-    @property
-    def _processor_s(self) -> float:
-        return max(self.cluster.within.processor_s, self.cluster.across.processor_s)
-
     def shift(self, nbytes: float, *, hops: int = 1, crowded: bool = False) -> Transfer:
         """Every rank sends ``nbytes`` to the one ``hops`` ahead on the ring.
 
@@ -75,8 +71,7 @@ class Ranks:
         wires = [within] * (self.per_node > 1) + [across] * (between_nodes > 0)
         busy = max((wire.busy_s(others * nbytes) for wire in wires), default=0.0)
         latency = between_nodes * across.latency_s + (others - between_nodes) * within.latency_s
-        drag = others * nbytes * self._processor_s
-        return Transfer(busy, latency, others * nbytes, others, drag)
+        return self._to_all(busy, latency, nbytes)
 
     def exchange(self, nbytes: float) -> Transfer:
         """An all-to-all: every rank sends ``nbytes`` to each other one."""
@@ -87,13 +82,18 @@ class Ranks:
         if n > g:
             busy = max(busy, across.exchange.busy_s(g * (n - g) * nbytes))
             latency = max(latency, across.shift.latency_s + (n - g) * across.exchange.latency_s)
-        drag = (n - 1) * nbytes * self._processor_s
-        return Transfer(busy, latency, (n - 1) * nbytes, n - 1, drag)
+        return self._to_all(busy, latency, nbytes)
 
     def all_reduce(self, nbytes: float) -> Transfer:
         """A sum of ``nbytes`` over all ranks: a reduce-scatter and an all-gather, as rings."""
         part = self.gather(nbytes / self.size)
         return Transfer(2 * part.busy_s, 2 * part.latency_s, 2 * part.sent_bytes, 2 * part.messages)
+
+    def _to_all(self, busy_s: float, latency_s: float, nbytes: float) -> Transfer:
+        others = self.size - 1
+        processor_s = max(self.cluster.within.processor_s, self.cluster.across.processor_s)
+        drag_s = others * nbytes * processor_s
+        return Transfer(busy_s, latency_s, others * nbytes, others, drag_s)
 
 
 @dataclass(frozen=True)

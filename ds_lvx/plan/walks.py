@@ -11,20 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ds_lvx.attention.messages import padded
-from ds_lvx.plan.pieces import (
-    ADD_16_TO_FP32,
-    ADD_FP32,
-    AROUND_ALL_TO_ALL,
-    CAST,
-    COPY,
-    DECODE,
-    DELTA,
-    ENCODE,
-    MERGE,
-    MERGE_STACKED,
-    SUM_STACKED,
-    Pieces,
-)
+from ds_lvx.plan.pieces import Pieces
 from ds_lvx.plan.transfers import Timeline, Transfer
 
 
@@ -34,7 +21,7 @@ def _alone(pieces: Pieces, timeline: Timeline, *, backward: bool) -> None:
     kernel = device.whole_alone or device.whole
     if backward:
         kernel = device.backward_alone or device.backward
-        delta = pieces.touch_s(pieces.of_q(pieces.queries), DELTA)
+        delta = pieces.touch_s(pieces.of_q(pieces.queries), "delta")
         timeline.compute(device.alone * delta, "other")
     if not backward or pieces.shape.recompute:
         timeline.compute(device.alone * pieces.project_s(keys), "projection")
@@ -50,7 +37,7 @@ def _alone(pieces: Pieces, timeline: Timeline, *, backward: bool) -> None:
 def _gather(pieces: Pieces, timeline: Timeline, *, backward: bool) -> None:
     """All queries arrive, one kernel, the parts go home; a group of heads after the other."""
     shares, again = pieces.head_shares, pieces.shape.recompute
-    copies = (COPY, COPY) if backward else (COPY,)
+    copies = ("copy", "copy") if backward else ("copy",)
     mine, everyone = pieces.of_q(pieces.most_queries), pieces.of_q(pieces.queries)
     out = pieces.message.queries(pieces.most_queries, backward=backward)
     part = pieces.message.part(pieces.most_queries, backward=backward)
@@ -69,16 +56,16 @@ def _gather(pieces: Pieces, timeline: Timeline, *, backward: bool) -> None:
         timeline.compute(pieces.touch_s(share * everyone, *copies), "other")
         attending = pieces.attend_s(kernel, pieces.queries, pieces.most_keys, share=share)
         timeline.compute(attending, "kernel")
-        timeline.compute(pieces.touch_s(share * everyone, ENCODE, COPY), "other")
+        timeline.compute(pieces.touch_s(share * everyone, "encode", "copy"), "other")
         returning.append(timeline.post(pieces.ranks.exchange(share * part)))
     if backward and len(shares) > 1:
-        timeline.compute(pieces.touch_s(pieces.of_k_and_v(pieces.most_keys), COPY), "other")
+        timeline.compute(pieces.touch_s(pieces.of_k_and_v(pieces.most_keys), "copy"), "other")
     if backward and again:
         _project(pieces, timeline, backward=True)
     for share, arrives in zip(shares, returning, strict=True):
         timeline.wait(arrives)
-        adding = SUM_STACKED if backward else MERGE_STACKED
-        timeline.compute(pieces.touch_s(pieces.n * share * mine, DECODE, adding), "other")
+        adding = "sum stacked" if backward else "merge stacked"
+        timeline.compute(pieces.touch_s(pieces.n * share * mine, "decode", adding), "other")
     if backward and not again:
         _project(pieces, timeline, backward=True)
 
@@ -98,10 +85,10 @@ def _rotate_queries(pieces: Pieces, timeline: Timeline, *, backward: bool) -> No
             # Two ranks have one step, and the part leaves after it.
             crowded=pieces.n > 2,
             kernel_s=pieces.attend_s(kernel, queries, pieces.most_keys),
-            later_s=pieces.touch_s(keys, ADD_16_TO_FP32) if backward else 0.0,
-            encode_s=pieces.touch_s(rows, ENCODE),
-            add_s=pieces.touch_s(rows, DECODE, ADD_FP32 if backward else MERGE),
-            cast_s=pieces.touch_s(keys, CAST, CAST) if backward else 0.0,
+            later_s=pieces.touch_s(keys, "add 16 bits to fp32") if backward else 0.0,
+            encode_s=pieces.touch_s(rows, "encode"),
+            add_s=pieces.touch_s(rows, "decode", "add fp32" if backward else "merge"),
+            cast_s=pieces.touch_s(keys, "cast", "cast") if backward else 0.0,
         ),
         again=again,
         backward=backward,
@@ -114,7 +101,7 @@ def _replicated(pieces: Pieces, timeline: Timeline, *, backward: bool) -> None:
     """Everyone has all queries; lse is gathered and out summed, or dq."""
     queries, device = pieces.most_queries, pieces.device
     if backward:
-        timeline.compute(pieces.touch_s(pieces.of_q(queries), DELTA), "other")
+        timeline.compute(pieces.touch_s(pieces.of_q(queries), "delta"), "other")
     if not backward or pieces.shape.recompute:
         _project(pieces, timeline)
     kernel = device.backward if backward else device.partial
@@ -123,7 +110,7 @@ def _replicated(pieces: Pieces, timeline: Timeline, *, backward: bool) -> None:
         _project(pieces, timeline, backward=True)
     else:
         timeline.wait(timeline.post(pieces.ranks.gather(pieces.message.statistics(queries))))
-        timeline.compute(pieces.touch_s(pieces.of_q(queries), MERGE), "other")
+        timeline.compute(pieces.touch_s(pieces.of_q(queries), "merge"), "other")
     timeline.wait(timeline.post(pieces.ranks.all_reduce(pieces.message.summed(queries))))
 
 
@@ -136,10 +123,10 @@ def _rotate_keys(pieces: Pieces, timeline: Timeline, *, backward: bool) -> None:
     device, rows = pieces.device, pieces.of_q(pieces.most_queries)
     keys, nbytes = pieces.of_k_and_v(pieces.mean_keys), pieces.message.keys(pieces.mean_keys)
     kernel = device.backward if backward else device.partial
-    merging = pieces.touch_s(rows, ADD_FP32 if backward else MERGE)
-    cast = pieces.touch_s(keys, CAST) if backward else 0.0
+    merging = pieces.touch_s(rows, "add fp32" if backward else "merge")
+    cast = pieces.touch_s(keys, "cast") if backward else 0.0
     if backward:
-        timeline.compute(pieces.touch_s(rows, DELTA), "other")
+        timeline.compute(pieces.touch_s(rows, "delta"), "other")
     else:
         _project(pieces, timeline)
     _rotate(
@@ -153,7 +140,7 @@ def _rotate_keys(pieces: Pieces, timeline: Timeline, *, backward: bool) -> None:
             kernel_s=pieces.attend_s(kernel, pieces.most_queries, pieces.mean_keys),
             first_s=merging + cast if backward else 0.0,
             later_s=merging,
-            add_s=pieces.touch_s(keys, ADD_16_TO_FP32),
+            add_s=pieces.touch_s(keys, "add 16 bits to fp32"),
         ),
         backward=backward,
     )
@@ -173,14 +160,14 @@ def _ulysses(pieces: Pieces, timeline: Timeline, *, backward: bool) -> None:
     kernel = wide.device.backward if backward else wide.device.whole
 
     def all_to_all(numbers: float) -> None:
-        timeline.compute(wide.touch_s(numbers, AROUND_ALL_TO_ALL), "other")
+        timeline.compute(wide.touch_s(numbers, "around an all-to-all"), "other")
         nbytes = numbers * wide.shape.element_bytes / wide.n
         timeline.wait(timeline.post(wide.ranks.exchange(nbytes)))
 
     for numbers in arriving:
         all_to_all(numbers)
     if backward:
-        timeline.compute(wide.touch_s(rows, DELTA), "other")
+        timeline.compute(wide.touch_s(rows, "delta"), "other")
     attending = wide.attend_s(kernel, wide.queries, wide.keys, share=1 / wide.n)
     timeline.compute(attending, "kernel")
     for numbers in leaving:
@@ -250,7 +237,7 @@ def _rotate(
 def _begin(pieces: Pieces, timeline: Timeline, queries: float, *, backward: bool) -> None:
     """What comes before lvx's first transfer: delta, or K and V that are kept."""
     if backward:
-        timeline.compute(pieces.touch_s(pieces.of_q(queries), DELTA), "other")
+        timeline.compute(pieces.touch_s(pieces.of_q(queries), "delta"), "other")
     elif not pieces.shape.recompute:
         _project(pieces, timeline)
 
