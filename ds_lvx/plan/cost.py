@@ -72,27 +72,28 @@ def cost(
             f"ulysses: got {shape.heads} query heads for {shape.ranks} ranks; expected at least "
             "one head a rank"
         )
-    pieces = Pieces(shape, cluster)
     alone = method == "none" or shape.ranks == 1
     walk = WALKS["none" if alone else f"lvx {schedule}" if method == "lvx" else method]
     passes = []
     for backward in (False, True)[: 1 + shape.backward]:
-        timeline = Timeline(overlap=overlap)
-        timeline.compute(cluster.device.call_s, "other")
+        pieces = Pieces(shape, cluster, Timeline(overlap=overlap))
+        pieces.timeline.compute(cluster.device.call_s, "other")
         if not backward and not alone:
             agreements = 0 if settled else 2 if shape.recompute and method == "lvx" else 1
-            _settle(pieces, timeline, (method, schedule), agreements=agreements)
-        walk(pieces, timeline, backward=backward)
-        passes.append(timeline.result())
+            _settle(pieces, method, schedule, agreements=agreements)
+        walk(pieces, backward)
+        passes.append(pieces.timeline.result())
     return Cost(passes[0], passes[1] if shape.backward else Pass())
 
 
-def _settle(pieces: Pieces, timeline: Timeline, ways: tuple[str, str], *, agreements: int) -> None:
+def _settle(pieces: Pieces, method: str, schedule: str, *, agreements: int) -> None:
     """What a bare operator does before it attends: it agrees, and gathers the rule."""
-    transfer = pieces.ranks.gather(_AGREEMENT_BYTES)
-    for _ in range(agreements):  # the control plane is not part of the bytes
-        timeline.wait(timeline.post(replace(transfer, sent_bytes=0.0, messages=0)))
+    ranks, timeline = pieces.ranks, pieces.timeline
+    # The control plane is not part of the bytes.
+    agreement = replace(ranks.gather(_AGREEMENT_BYTES), sent_bytes=0.0, messages=0)
+    for _ in range(agreements):
+        timeline.wait(timeline.post(agreement))
     queries, keys = pieces.most_queries, pieces.most_keys
-    rule = pieces.message.rule(*ways, queries=queries, keys=keys)
+    rule = pieces.message.rule(method, schedule, queries=queries, keys=keys)
     if rule:
-        timeline.wait(timeline.post(pieces.ranks.gather(rule)))
+        timeline.wait(timeline.post(ranks.gather(rule)))

@@ -1,11 +1,11 @@
-"""The pieces of an attention call on one rank: their sizes, and how long it takes over each."""
+"""The pieces of an attention call: their sizes, and how long a rank takes over each."""
 
 from __future__ import annotations
 
 from ds_lvx.attention.messages import Messages
 from ds_lvx.attention.shape import AttentionShape, head_groups
 from ds_lvx.plan.cluster import Cluster, KernelTime
-from ds_lvx.plan.transfers import Ranks
+from ds_lvx.plan.transfers import Ranks, Timeline
 
 _TOUCHES = {
     "encode": (30, 8),
@@ -28,16 +28,20 @@ Counted in ds_lvx/attention/wire.py, kernels/merge.py and attention/common.py.
 
 
 class Pieces:
-    """Of a call on a cluster.
+    """Of one pass of a call on a cluster.
 
     Attributes:
+        timeline: what the rank spends on the pieces.
         message: bytes of what travels.
         n: ranks.
         queries, keys: of all ranks; ``most_`` of the rank with most, ``mean_`` of a rank.
     """
 
-    def __init__(self, shape: AttentionShape, cluster: Cluster) -> None:
+    def __init__(
+        self, shape: AttentionShape, cluster: Cluster, timeline: Timeline | None = None
+    ) -> None:
         self.shape, self.device = shape, cluster.device
+        self.timeline = Timeline() if timeline is None else timeline
         self.message = Messages(shape)
         self.ranks = Ranks(cluster, shape.ranks)
         self.n = shape.ranks
@@ -90,3 +94,19 @@ class Pieces:
         products = 2 if backward and self.shape.features_train else 1
         operations = 2 * products * self.shape.features_dim * self.of_k_and_v(keys)
         return self._scale * operations / self.device.matmul_flops
+
+    # ---- and on the timeline
+
+    def attend(
+        self, kernel: KernelTime, queries: float, keys: float, *, share: float = 1.0
+    ) -> None:
+        """Spend `attend_s`."""
+        self.timeline.compute(self.attend_s(kernel, queries, keys, share=share), "kernel")
+
+    def touch(self, numbers: float, *kinds: str) -> None:
+        """Spend `touch_s`."""
+        self.timeline.compute(self.touch_s(numbers, *kinds), "other")
+
+    def project(self, *, backward: bool = False) -> None:
+        """Spend `project_s` on this rank's keys."""
+        self.timeline.compute(self.project_s(self.most_keys, backward=backward), "projection")
