@@ -8,9 +8,11 @@ docs/planning.md has the formulas.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 from ds_lvx.attention.messages import padded
 from ds_lvx.plan.pieces import Pieces
+from ds_lvx.plan.transfers import Transfer
 
 
 def _alone(pieces: Pieces, backward: bool) -> None:
@@ -205,11 +207,16 @@ def _rotate(
         cast_s: at the end.
         backward, again: K and V are projected under the first transfer; backward under the last.
     """
-    timeline = pieces.timeline
+    timeline, n, per_node = pieces.timeline, pieces.n, pieces.ranks.per_node
     ahead = pieces.ranks.shift(ahead_bytes, crowded=crowded)
+
+    @cache
+    def home(hops: int) -> Transfer:
+        return pieces.ranks.shift(home_bytes or 0.0, hops=hops, crowded=crowded)
+
     returning: float | None = None
-    for step in range(pieces.n):
-        following = timeline.post(ahead) if step < pieces.n - 1 else None
+    for step in range(n):
+        following = timeline.post(ahead) if step < n - 1 else None
         if step == 0 and again:
             pieces.project()
         timeline.compute(kernel_s, "kernel")
@@ -219,7 +226,8 @@ def _rotate(
                 timeline.wait(returning)
                 timeline.compute(add_s, "other")
             timeline.compute(encode_s, "other")
-            returning = timeline.post(pieces.ranks.shift(home_bytes, hops=-step, crowded=crowded))
+            # Where all of a node leave it, or as many go the other way, the time is the same.
+            returning = timeline.post(home(min(step, n - step, per_node)))
         if following is not None:
             timeline.wait(following)
     timeline.compute(cast_s, "other")
