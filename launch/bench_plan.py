@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "benchmarks")
     parser.add_argument("--document", type=Path, help="Markdown file that gets the tables")
     parser.add_argument("--render", action="store_true", help="nothing measured: from the JSON")
-    parser.add_argument(
-        "--profiles", action="store_true", help="measure the profiles again, and keep the runs"
-    )
     parser.add_argument("--quick", action="store_true", help="a useless profile, to try it")
     return parser.parse_args()
 
@@ -89,8 +87,6 @@ def save(results: dict[str, Any], path: Path) -> None:
     indent = None if "pieces" in results else 1
     path.write_text(json.dumps(results, indent=indent) + "\n")
 
-
-KINDS = ("measured", "predicted")
 
 # --------------------------------------------------------------------------------------------
 # The paper's table
@@ -129,47 +125,31 @@ def network_results(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     results["command"] = shlex.join([*words, "--repeats", str(options.repeats)])
     if path.exists():
         results["pieces"] = json.loads(path.read_text())["pieces"]
-    for rate in options.rates:
-        for ranks in options.ranks:
-            pieces = [p for p in results["pieces"] if (p["network"], p["ranks"]) != (rate, ranks)]
-            old = [p["runs"] for p in results["pieces"] if p not in pieces]
-            runs = old[0] if options.profiles and old else None
-            pieces.append(measure_piece(rate, ranks, options, runs=runs))
-            results["pieces"] = sorted(pieces, key=_order)
-            save(results, path)
+    for rate, ranks in product(options.rates, options.ranks):
+        pieces = [p for p in results["pieces"] if (p["network"], p["ranks"]) != (rate, ranks)]
+        pieces.append(measure_piece(rate, ranks, options))
+        results["pieces"] = sorted(
+            pieces, key=lambda p: (p["ranks"], Network.parse(p["network"]).bits_per_s)
+        )
+        save(results, path)
     return {**results, "errors": errors(results["pieces"])}
 
 
-def _order(piece: dict[str, Any]) -> tuple[int, float]:
-    return piece["ranks"], Network.parse(piece["network"]).bits_per_s
+def measure_piece(rate: str, ranks: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Every shape's runs, and one profile of before and after them."""
 
+    def calibrated() -> dict[str, Any]:
+        found = calibrate.calibrate(ranks=ranks, network=Network.parse(rate), quick=options.quick)
+        # The digits of its samples that are committed.
+        text = json.dumps(found["answers"])
+        short = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.4g}"))
+        return {**found, "answers": short}
 
-def measure_piece(
-    rate: str,
-    ranks: int,
-    options: argparse.Namespace,
-    *,
-    runs: list[dict[str, Any]] | None,
-) -> dict[str, Any]:
-    """Every shape's runs, unless there are some, and one profile of before and after them."""
-    before = measure_profile(rate, ranks, options)
-    if runs is None:
-        runs = [measure_runs(rate, ranks, shape, options) for shape in options.shapes]
-    profile = calibrate.pooled(before, measure_profile(rate, ranks, options))
+    before = calibrated()
+    runs = [measure_runs(rate, ranks, shape, options) for shape in options.shapes]
+    profile = calibrate.pooled(before, calibrated())
     profile["command"] = f"ds-lvx plan --calibrate --ranks {ranks} --network {rate}"
     return {"network": rate, "ranks": ranks, "profile": profile, "runs": runs}
-
-
-def measure_profile(rate: str, ranks: int, options: argparse.Namespace) -> dict[str, Any]:
-    """A calibration, with the digits of its samples that are committed."""
-    profile = calibrate.calibrate(ranks=ranks, network=Network.parse(rate), quick=options.quick)
-    return {**profile, "answers": [slim(answer) for answer in profile["answers"]]}
-
-
-def slim(answer: dict[str, Any]) -> dict[str, Any]:
-    """A rank's samples, to four digits."""
-    text = json.dumps(answer)
-    return json.loads(text, parse_float=lambda digits: float(f"{float(digits):.4g}"))
 
 
 def measure_runs(rate: str, ranks: int, shape: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -188,9 +168,7 @@ def measure_runs(rate: str, ranks: int, shape: str, options: argparse.Namespace)
         "command": shlex.join(["ds-lvx", *words]),
         "seqlen_q": int(queries),
         "seqlen_kv": int(keys),
-        "heads": found["shape"]["heads"],
-        "kv_heads": found["shape"]["kv_heads"],
-        "head_dim": found["shape"]["head_dim"],
+        **{name: found["shape"][name] for name in ("heads", "kv_heads", "head_dim")},
         **{
             part: {record["method"]: record[part] for record in found["records"]}
             for part in ("step_s", "forward_s", "backward_s")
@@ -198,78 +176,71 @@ def measure_runs(rate: str, ranks: int, shape: str, options: argparse.Namespace)
     }
 
 
+def case_of(piece: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """What the results call a run."""
+    about = {name: piece[name] for name in ("network", "ranks")}
+    return about | {name: run[name] for name in ("seqlen_q", "seqlen_kv")}
+
+
+def call_of(piece: dict[str, Any], run: dict[str, Any]) -> tuple[AttentionShape, Cluster]:
+    """What ran, and what the planner knows of where."""
+    shape = AttentionShape(
+        batch=1,
+        q_lengths=split(run["seqlen_q"], piece["ranks"]),
+        kv_lengths=split(run["seqlen_kv"], piece["ranks"]),
+        **{name: run[name] for name in ("heads", "kv_heads", "head_dim")},
+    )
+    return shape, Cluster.of(piece["profile"]["cluster"])
+
+
 def predict(piece: dict[str, Any], run: dict[str, Any], method: str) -> float:
     """Seconds of a step, from the profile and the shape alone."""
-    shape, cluster = shape_of(piece, run), Cluster.of(piece["profile"]["cluster"])
     name, _, schedule = method.partition("-")
-    return cost(shape, cluster, method=name, schedule=schedule or "gather", settled=False).seconds
-
-
-def shape_of(piece: dict[str, Any], run: dict[str, Any]) -> AttentionShape:
-    """What ran."""
-    ranks = piece["ranks"]
-    return AttentionShape(
-        batch=1,
-        q_lengths=split(run["seqlen_q"], ranks),
-        kv_lengths=split(run["seqlen_kv"], ranks),
-        heads=run["heads"],
-        kv_heads=run["kv_heads"],
-        head_dim=run["head_dim"],
-    )
+    call = call_of(piece, run)
+    return cost(*call, method=name, schedule=schedule or "gather", settled=False).seconds
 
 
 def chosen(piece: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     """What ``auto`` takes, and its measured time over the best of all that share the sequence."""
-    choice = cheapest(shape_of(piece, run), Cluster.of(piece["profile"]["cluster"]))
+    choice = cheapest(*call_of(piece, run))
     name = label(choice.method, choice.schedule).replace(" ", "-")
     shared = {m: s["median"] for m, s in run["step_s"].items() if m != "none"}
-    case = {key: run[key] for key in ("seqlen_q", "seqlen_kv")}
     over_best = shared[name] / min(shared.values()) if name in shared else None
-    return {
-        "network": piece["network"],
-        "ranks": piece["ranks"],
-        **case,
-        "method": name,
-        "measured_over_best": over_best,
-    }
+    return {**case_of(piece, run), "method": name, "measured_over_best": over_best}
 
 
 def comparisons(pieces: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every measured step beside its prediction."""
     found = []
-    for piece in pieces:
-        for run in piece["runs"]:
-            for method, step_s in run["step_s"].items():
-                predicted, measured = predict(piece, run, method), step_s["median"]
-                found.append(
-                    {
-                        "network": piece["network"],
-                        "ranks": piece["ranks"],
-                        "seqlen_q": run["seqlen_q"],
-                        "seqlen_kv": run["seqlen_kv"],
-                        "method": method,
-                        "measured_s": measured,
-                        "predicted_s": predicted,
-                        "error": abs(predicted - measured) / measured,
-                    }
-                )
+    for piece, run in [(one, run) for one in pieces for run in one["runs"]]:
+        for method, step_s in run["step_s"].items():
+            predicted, measured = predict(piece, run, method), step_s["median"]
+            found.append(
+                {
+                    **case_of(piece, run),
+                    "method": method,
+                    "measured_s": measured,
+                    "predicted_s": predicted,
+                    "error": abs(predicted - measured) / measured,
+                }
+            )
     return found
 
 
 def errors(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Median and worst error, over all and by method."""
     found = comparisons(pieces)
-    by_method = {
-        method: [each["error"] for each in found if each["method"] == method]
-        for method in dict.fromkeys(each["method"] for each in found)
-    }
+
+    def spread(some: Sequence[dict[str, Any]]) -> dict[str, float]:
+        own = [each["error"] for each in some]
+        return {"median": statistics.median(own), "worst": max(own)}
+
     return {
         "count": len(found),
-        "median": statistics.median(each["error"] for each in found),
-        "worst": max(each["error"] for each in found),
+        **spread(found),
         "by_method": {
-            method: {"median": statistics.median(own), "worst": max(own)}
-            for method, own in by_method.items()
+            method: spread([each for each in found if each["method"] == method])
+            for method in dict.fromkeys(each["method"] for each in found)
         },
         "comparisons": found,
         "auto": [chosen(piece, run) for piece in pieces for run in piece["runs"]],
@@ -287,24 +258,20 @@ def table(part: str, results: dict[str, Any]) -> str:
 
 def published_table(results: dict[str, Any]) -> str:
     """One row for each line of the paper's table and each reading of its bandwidths."""
-    head = ["text", "frames", "links read", "ring, s", "predicted", "LV-XAttn, s", "predicted"]
-    rows = [[*head, "speed-up", "predicted", "predicted / published"]]
+    columns = (
+        ("ring, s", "ring_s", ".2f"),
+        ("predicted", "predicted_ring_s", ".2f"),
+        ("LV-XAttn, s", "lvx_s", ".2f"),
+        ("predicted", "predicted_lvx_s", ".2f"),
+        ("speed-up", "speedup", ".1f"),
+        ("predicted", "predicted_speedup", ".1f"),
+        ("predicted / published", "predicted_over_published", ".2f"),
+    )
+    rows = [["text", "frames", "links read", *(head for head, _, _ in columns)]]
     for reading, records in results["records"].items():
-        rows += [
-            [
-                f"{each['text_tokens']}",
-                f"{each['frames']}",
-                reading,
-                f"{each['ring_s']:.2f}",
-                f"{each['predicted_ring_s']:.2f}",
-                f"{each['lvx_s']:.2f}",
-                f"{each['predicted_lvx_s']:.2f}",
-                f"{each['speedup']:.1f}",
-                f"{each['predicted_speedup']:.1f}",
-                f"{each['predicted_over_published']:.2f}",
-            ]
-            for each in records
-        ]
+        for each in records:
+            cells = [format(each[name], digits) for _, name, digits in columns]
+            rows.append([f"{each['text_tokens']}", f"{each['frames']}", reading, *cells])
     return markdown(rows)
 
 
@@ -344,7 +311,9 @@ def draw(results: dict[str, Any]) -> Figure:
     found = results["errors"]["comparisons"]
     for method in results["errors"]["by_method"]:
         own = [each for each in found if each["method"] == method]
-        measured, predicted = ([each[f"{name}_s"] for each in own] for name in KINDS)
+        measured, predicted = (
+            [each[name] for each in own] for name in ("measured_s", "predicted_s")
+        )
         axes.plot(measured, predicted, "o", markersize=5, label=method)
     ends = [
         min(each["measured_s"] for each in found) / 2,
@@ -354,11 +323,13 @@ def draw(results: dict[str, Any]) -> Figure:
     axes.fill_between(
         ends, [0.85 * e for e in ends], [1.15 * e for e in ends], color="grey", alpha=0.2
     )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("measured over an emulated network, s")
-    axes.set_ylabel("predicted, s (band: 15%)")
-    axes.set_title("A forward and a backward of attention")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="measured over an emulated network, s",
+        ylabel="predicted, s (band: 15%)",
+        title="A forward and a backward of attention",
+    )
     axes.legend()
     return figure
 

@@ -83,16 +83,33 @@ def test_public_names_are_listed_and_others_are_no_attributes() -> None:
         _ = ds_lvx.lv_xatn
 
 
+def imports(path: Path) -> list[str]:
+    """What a file imports, wherever in it."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
 def test_only_the_channel_imports_torch_distributed() -> None:
     for path in (ROOT / "ds_lvx").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names: list[str] = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-            if any(name.startswith("torch.distributed") for name in names):
-                assert path.name == "channel.py", path
+        if any(name.startswith("torch.distributed") for name in imports(path)):
+            assert path.name == "channel.py", path
+
+
+def test_what_runs_in_a_step_asks_the_planner_through_one_door() -> None:
+    rooms = [ROOT / "ds_lvx" / room for room in ("attention", "kernels", "models")]
+    asking = {
+        path.relative_to(ROOT / "ds_lvx").as_posix()
+        for room in rooms
+        for path in room.rglob("*.py")
+        if any(name.startswith("ds_lvx.plan") for name in imports(path))
+    }
+    # The layers' table names the type of what the door gave it.
+    assert "attention/auto.py" in asking <= {"attention/auto.py", "models/layers.py"}
 
 
 def test_the_readmes_config_is_one() -> None:

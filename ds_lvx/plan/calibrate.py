@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,50 +20,41 @@ from ds_lvx.compare.fresh import run_fresh
 from ds_lvx.compare.machine import cores, header
 from ds_lvx.compare.network import MASTER, Lab, Network
 from ds_lvx.plan import fit, measure, profile
-from ds_lvx.plan.cluster import Cluster
 
-_CPU = measure.Request(
+
+def _pairs(keys_of: Mapping[int, tuple[int, ...]]) -> tuple[tuple[int, int], ...]:
+    """Lengths of queries and keys."""
+    return tuple((queries, keys) for queries, each in keys_of.items() for keys in each)
+
+
+_MANY_KEYS = (1024, 4096, 16_384, 32_768)
+_CPU = measure.Samples(
     heads=8,
     kv_heads=8,
     head_dim=64,
-    lengths=(
-        (1, 16),
-        (16, 1024),
-        (16, 4096),
-        (16, 16_384),
-        (16, 32_768),
-        (64, 1024),
-        (64, 4096),
-        (64, 16_384),
-        (64, 32_768),
-        (256, 1024),
-        (256, 4096),
-        (256, 16_384),
-        (1024, 1024),
-        (1024, 4096),
+    lengths=_pairs(
+        {1: (16,), 16: _MANY_KEYS, 64: _MANY_KEYS, 256: _MANY_KEYS[:3], 1024: _MANY_KEYS[:2]}
     ),
     message_bytes=(2**10, 2**14, 2**17, 2**19, 2**21, 2**23),
-    hidden=((2**14, 16, 4096), (2**16, 64, 4096)),
+    hidden=(2**14, 16, 4096),
     elements=2**22,
     repeats=7,
 )
-_GPU = measure.Request(
+_GPU = measure.Samples(
     heads=32,
     kv_heads=8,
     head_dim=128,
-    lengths=(
-        (1, 16),
-        (1, 16_384),
-        (64, 16_384),
-        (64, 131_072),
-        (384, 16_384),
-        (384, 131_072),
-        (2048, 16_384),
-        (2048, 65_536),
-        (8192, 8192),
+    lengths=_pairs(
+        {
+            1: (16, 16_384),
+            64: (16_384, 131_072),
+            384: (16_384, 131_072),
+            2048: (16_384, 65_536),
+            8192: (8192,),
+        }
     ),
     message_bytes=(2**10, 2**14, 2**18, 2**22, 2**26, 2**29),
-    hidden=((2**18, 384, 16_384), (2**20, 384, 131_072)),
+    hidden=(2**18, 384, 16_384),
     elements=2**26,
     repeats=10,
 )
@@ -72,9 +63,9 @@ _QUICK = replace(
     heads=2,
     kv_heads=2,
     head_dim=16,
-    lengths=((1, 16), (8, 64), (8, 256), (64, 64), (64, 256)),
+    lengths=_pairs({1: (16,), 8: (64, 256), 64: (64, 256)}),
     message_bytes=(2**10, 2**16, 2**21),
-    hidden=((2**10, 8, 64), (2**14, 64, 256)),
+    hidden=(2**10, 8, 64),
     elements=2**12,
     repeats=2,
 )
@@ -89,7 +80,7 @@ def calibrate(*, ranks: int, network: Network | None = None, quick: bool = False
         quick: tiny shapes, to try it; the result is of no use.
 
     Returns:
-        The profile: what it was measured with, every sample, what the fit leaves, ``cluster``.
+        The profile: what it was measured with, every sample, and the ``cluster`` that follows.
 
     Raises:
         ValueError: more ranks than GPUs.
@@ -100,70 +91,48 @@ def calibrate(*, ranks: int, network: Network | None = None, quick: bool = False
         raise ValueError(
             f"--ranks: got {ranks} for {torch.cuda.device_count()} GPUs; expected one for each rank"
         )
-    request = _QUICK if quick else _GPU if cuda else _CPU
+    request = asdict(_QUICK if quick else _GPU if cuda else _CPU)
     threads = max(cores() // ranks, 1)
     lab = None if network is None else Lab(network, ranks=ranks, name=f"lvxplan{os.getpid()}")
     with nullcontext() if lab is None else lab:
         answers = run_fresh(
             measure.__name__,
-            asdict(request),
+            request,
             ranks=ranks,
             threads=threads,
             environment={} if cuda else {"DS_ACCELERATOR": "cpu"},
             places=None if lab is None else lab.places(),
             master="127.0.0.1" if lab is None else MASTER,
         )
-    return _assemble(answers, request, network=network, threads=threads, cuda=cuda)
-
-
-def _assemble(
-    answers: Sequence[Mapping[str, Any]],
-    request: measure.Request,
-    *,
-    network: Network | None,
-    threads: int,
-    cuda: bool,
-) -> dict[str, Any]:
     begin = header(emulated=network is not None, device="cuda" if cuda else "cpu")
-    ranks = len(answers)
-    found = fit.device(
-        answers,
-        asdict(request),
-        memory_bytes=begin["hardware"]["memory_bytes"] // (1 if cuda else ranks),
-    )
-    links = fit.link(answers) if ranks > 1 else None
-    guessed = profile.guess(found.name, gpus=ranks, gpus_per_node=ranks)
+    per_node = ranks if network is None else 1
+    # One rank shows no link: what is guessed of the device stands there.
+    cluster = profile.guess(answers[0]["device"], gpus=ranks, gpus_per_node=per_node).record()
+    cluster["device"]["memory_bytes"] = begin["hardware"]["memory_bytes"] // (1 if cuda else ranks)
     where = "" if network is None else f" over an emulated network of {network}"
-    cluster = Cluster(
-        device=found,
-        gpus=ranks,
-        gpus_per_node=ranks if network is None else 1,
-        # One machine shows one kind of link: it stands for both.
-        within=links or guessed.within,
-        across=links or guessed.across,
-        source=f"measured on {platform.node()} with {ranks} ranks{where}",
+    cluster["source"] = f"measured on {platform.node()} with {ranks} ranks{where}"
+    return refit(
+        {
+            **begin,
+            "host": platform.node(),
+            "ranks": ranks,
+            "threads_per_rank": threads,
+            "network": None if network is None else str(network),
+            "request": request,
+            "cluster": cluster,
+            "answers": answers,
+        }
     )
-    return {
-        "format": profile.FORMAT,
-        **begin,
-        "host": platform.node(),
-        "ranks": ranks,
-        "threads_per_rank": threads,
-        "network": None if network is None else str(network),
-        "request": asdict(request),
-        "cluster": cluster.record(),
-        "answers": list(answers),
-    }
 
 
 def refit(record: Mapping[str, Any]) -> dict[str, Any]:
     """A profile with what its samples come to by the formulas as they are now."""
     old, answers, request = record["cluster"], record["answers"], record["request"]
     found = fit.device(answers, request, memory_bytes=old["device"]["memory_bytes"])
-    changed = {**old, "device": asdict(found)}
-    if len(answers) > 1:
-        changed |= dict.fromkeys(("within", "across"), asdict(fit.link(answers)))
-    return {**record, "format": profile.FORMAT, "cluster": Cluster.of(changed).record()}
+    cluster = {**old, "device": asdict(found)}
+    if len(answers) > 1:  # one machine shows one kind of link: it stands for both
+        cluster |= dict.fromkeys(("within", "across"), asdict(fit.link(answers)))
+    return {**record, "format": profile.FORMAT, "cluster": cluster}
 
 
 def pooled(first: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,22 +64,18 @@ def cheapest(
     Raises:
         ValueError: none of the methods can run this call; says why for each.
     """
-    costs: dict[tuple[str, str], Cost] = {}
-    left_out: list[str] = []
-    for method, schedule in candidates(methods, schedules):
-        problem = obstacle(shape, method, schedule)
-        if problem is None:
-            costs[method, schedule] = cost(shape, cluster, method=method, schedule=schedule)
-        else:
-            left_out.append(problem)
+    problems = {way: obstacle(shape, *way) for way in candidates(methods, schedules)}
+    left_out = tuple(problem for problem in problems.values() if problem is not None)
+    costs = {
+        way: cost(shape, cluster, method=way[0], schedule=way[1])
+        for way, problem in problems.items()
+        if problem is None
+    }
     if not costs:
         raise ValueError(f"got no method that can run this call: {'; '.join(left_out)}")
-    # min and sorted keep the order of equal ones: the answer is the same everywhere.
-    best = min(costs, key=lambda pair: costs[pair].seconds)
-    others = sorted(
-        ((label(*pair), each.seconds) for pair, each in costs.items() if pair != best),
-        key=lambda pair: pair[1],
-    )
+    # sorted keeps the order of equal ones: the answer is the same everywhere.
+    best, *slower = sorted(costs, key=lambda way: costs[way].seconds)
+    others = tuple((label(*way), costs[way].seconds) for way in slower)
     alone = cost(shape, cluster, method="none").seconds
     return Choice(
         method=best[0],
@@ -87,8 +83,8 @@ def cheapest(
         seconds=costs[best].seconds,
         reason=_reason(label(*best), costs[best], others, alone),
         alone_seconds=alone,
-        others=tuple(others),
-        left_out=tuple(left_out),
+        others=others,
+        left_out=left_out,
     )
 
 
@@ -117,17 +113,6 @@ def obstacle(shape: AttentionShape, method: str, schedule: str) -> str | None:
     return None
 
 
-def limit(each: Cost) -> str:
-    """What most of a call's time goes to."""
-    parts = {
-        "attention kernels": each.forward.kernel_s + each.backward.kernel_s,
-        "the projection of K and V": each.forward.projection_s + each.backward.projection_s,
-        "the network": each.exposed_s,
-        "calls, merging and copies": each.forward.other_s + each.backward.other_s,
-    }
-    return max(parts, key=lambda part: parts[part])
-
-
 def duration(seconds: float) -> str:
     """For people: three digits and a unit."""
     units = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
@@ -136,7 +121,15 @@ def duration(seconds: float) -> str:
 
 
 def _reason(name: str, best: Cost, others: Sequence[tuple[str, float]], alone: float) -> str:
-    text = f"{name}: {duration(best.seconds)} predicted, most of it {limit(best)}"
+    passes = (best.forward, best.backward)
+    parts = {
+        "attention kernels": sum(each.kernel_s for each in passes),
+        "the projection of K and V": sum(each.projection_s for each in passes),
+        "the network": best.exposed_s,
+        "calls, merging and copies": sum(each.other_s for each in passes),
+    }
+    most = max(parts, key=lambda part: parts[part])
+    text = f"{name}: {duration(best.seconds)} predicted, most of it {most}"
     if others:
         second, seconds = others[0]
         text += f"; next {second} with {duration(seconds)}"

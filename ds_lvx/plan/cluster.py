@@ -227,26 +227,26 @@ class Cluster:
             ValueError: the record is not one of a cluster.
         """
         try:
-            device = dict(record["device"])
-            for name in ("whole", "partial", "backward", "whole_alone", "backward_alone"):
-                if device[name] is not None:
-                    ratios = tuple(tuple(each) for each in device[name]["ratios"])
-                    device[name] = KernelTime(**{**device[name], "ratios": ratios})
-            links = {side: _link(record[side]) for side in ("within", "across")}
-            return cls(**{**record, **links, "device": Device(**device)})
-        except (KeyError, TypeError) as error:
+            device = Device(**_fields(record["device"], KernelTime, "ratios"))
+            within, across = (
+                Link(**_fields(record[side], Wire, "points")) for side in ("within", "across")
+            )
+            return cls(**{**record, "device": device, "within": within, "across": across})
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"got a record that is not a cluster's ({error}); expected what "
                 "ds-lvx plan --calibrate writes"
             ) from error
 
 
-def _link(record: Mapping[str, Any]) -> Link:
-    wires = {}
-    for kind in ("shift", "gather", "exchange", "shifts"):
-        points = ((nbytes, seconds) for nbytes, seconds in record[kind]["points"])
-        wires[kind] = Wire(**{**record[kind], "points": tuple(points)})
-    return Link(**wires, drag_s=record["drag_s"], processor_s=record["processor_s"])
+def _fields(record: Mapping[str, Any], kind: Any, pairs: str) -> dict[str, Any]:
+    """A record whose records become dataclasses of a kind; JSON has lists for their tuples."""
+    return {
+        name: kind(**{**each, pairs: tuple(map(tuple, each[pairs]))})
+        if isinstance(each, Mapping)
+        else each
+        for name, each in record.items()
+    }
 
 
 def from_card(
@@ -282,30 +282,26 @@ def from_card(
 
 def _device(card: Card) -> Device:
     memory = MEMORY_SHARE * card.memory_bytes_per_s
+
+    def kernel(launches: int, *, flops: float, key_bytes: int, row_bytes: int) -> KernelTime:
+        return KernelTime(
+            call_s=launches * _LAUNCH_S,
+            pair_s=flops / card.matrix_flops,
+            key_s=key_bytes / memory,
+            row_s=row_bytes / memory,
+            overlapped=True,
+            tile_rows=_TILE_ROWS,
+        )
+
     # Forward: 4 operations a pair, K and V read once (2 bytes each). Backward: 10, and dk, dv are
     # written as well.
-    forward = KernelTime(
-        call_s=_LAUNCH_S,
-        pair_s=4 / (FORWARD_SHARE * card.matrix_flops),
-        key_s=4 / memory,
-        row_s=4 / memory,
-        overlapped=True,
-        tile_rows=_TILE_ROWS,
-    )
-    backward = KernelTime(
-        call_s=3 * _LAUNCH_S,
-        pair_s=10 / (BACKWARD_SHARE * card.matrix_flops),
-        key_s=8 / memory,
-        row_s=10 / memory,
-        overlapped=True,
-        tile_rows=_TILE_ROWS,
-    )
+    forward = kernel(1, flops=4 / FORWARD_SHARE, key_bytes=4, row_bytes=4)
     return Device(
         name=card.name,
         memory_bytes=card.memory_bytes,
         whole=forward,
         partial=forward,
-        backward=backward,
+        backward=kernel(3, flops=10 / BACKWARD_SHARE, key_bytes=8, row_bytes=10),
         matmul_flops=MATMUL_SHARE * card.matrix_flops,
         stream_bytes_per_s=memory,
         operation_s=_LAUNCH_S,

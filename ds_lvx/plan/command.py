@@ -5,24 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ds_lvx.plan import profile
 from ds_lvx.plan.cards import CARDS, card
 from ds_lvx.plan.cluster import ACROSS_LATENCY_S, WITHIN_LATENCY_S, Cluster, Link, from_card
-from ds_lvx.plan.job import TRAINED, Job
 from ds_lvx.plan.models import model
-from ds_lvx.plan.report import as_record, as_text
+from ds_lvx.plan.report import as_record, as_text, save_plot
+from ds_lvx.plan.scenario import TRAINED, Scenario
 from ds_lvx.plan.search import plan
 from ds_lvx.plan.units import bytes_per_s, count, seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``ds-lvx plan``."""
-    _add_job(parser)
+    _add_scenario(parser)
     _add_cluster(parser)
     group = parser.add_argument_group("measuring this machine")
     group.add_argument(
@@ -44,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_job(parser: argparse.ArgumentParser) -> None:
+def _add_scenario(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is trained")
     group.add_argument("--model", help="name on the Hugging Face hub, or path of a config.json")
     group.add_argument("--text", default="4096", help="text tokens of a sample (64K is 65,536)")
@@ -80,26 +78,21 @@ def run(options: argparse.Namespace) -> int:
     """Plan or calibrate; the exit status."""
     if options.calibrate:
         return _calibrate(options)
-    job, cluster = job_of(options), cluster_of(options)
-    found = plan(job, cluster, group=options.group)
+    scenario, cluster = scenario_of(options), cluster_of(options)
+    found = plan(scenario, cluster, group=options.group)
     if options.plot is not None:
-        _plot(job, cluster, found.best.ranks, options.plot)
+        try:
+            save_plot(scenario, cluster, found.best.ranks, options.plot)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"--plot: {error}; pip install 'ds_lvx[plots]'") from error
     if options.json:
-        print(json.dumps(as_record(job, cluster, found), indent=1))
+        print(json.dumps(as_record(scenario, cluster, found), indent=1))
     else:
-        print(as_text(job, cluster, found))
+        print(as_text(scenario, cluster, found))
     return 0
 
 
-def _plot(job: Job, cluster: Cluster, ranks: int, path: Path) -> None:
-    try:
-        from ds_lvx.plan.figure import save
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--plot: {error}; pip install 'ds_lvx[plots]'") from error
-    save(job, cluster, ranks, path)
-
-
-def job_of(options: argparse.Namespace) -> Job:
+def scenario_of(options: argparse.Namespace) -> Scenario:
     """What the options say about the training.
 
     Raises:
@@ -113,7 +106,7 @@ def job_of(options: argparse.Namespace) -> Job:
         frames = -(-tokens // wanted.frame_tokens)
     else:
         frames = count(options.frames or "1", what="--frames")
-    return Job(
+    return Scenario(
         model=wanted,
         text_tokens=count(options.text, what="--text"),
         frames=frames,
@@ -146,11 +139,11 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
         known = from_card(
             card(options.card), gpus=options.gpus, gpus_per_node=options.gpus_per_node
         )
-    changes = {
-        "within": _link(options, "within", known.within, WITHIN_LATENCY_S),
-        "across": _link(options, "across", known.across, ACROSS_LATENCY_S),
-    }
-    return Cluster.of({**known.record(), **{side: _record(each) for side, each in changes.items()}})
+    return replace(
+        known,
+        within=_link(options, "within", known.within, WITHIN_LATENCY_S),
+        across=_link(options, "across", known.across, ACROSS_LATENCY_S),
+    )
 
 
 def _link(options: argparse.Namespace, side: str, known: Link, latency_s: float) -> Link:
@@ -161,10 +154,6 @@ def _link(options: argparse.Namespace, side: str, known: Link, latency_s: float)
         known.shift.bytes_per_s if rate is None else bytes_per_s(rate, what=f"--{side}"),
         latency_s if latency is None else seconds(latency, what=f"--{side}-latency"),
     )
-
-
-def _record(link: Link) -> Mapping[str, Any]:
-    return asdict(link)
 
 
 def _calibrate(options: argparse.Namespace) -> int:

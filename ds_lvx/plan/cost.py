@@ -8,52 +8,13 @@ from functools import lru_cache
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.pieces import Pieces
-from ds_lvx.plan.transfers import Timeline
+from ds_lvx.plan.transfers import Pass, Timeline
 from ds_lvx.plan.walks import WALKS
 
 METHODS = ("lvx", "ring", "ulysses", "none")
 SCHEDULES = ("ring", "gather", "replicated")
 
 _AGREEMENT_BYTES = 2048
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A forward or a backward of one rank.
-
-    Attributes:
-        seconds: in all.
-        kernel_s: in attention kernels.
-        projection_s: in the projection of K and V, or its backward.
-        other_s: in merging, copying, calls.
-        exposed_s: waiting for the network; these four add up to ``seconds``.
-        wire_s: that the network is used, hidden or not.
-        bytes_sent: as `ds_lvx.traffic` counts them; of the rank that sends most.
-        messages: sent.
-    """
-
-    seconds: float = 0.0
-    kernel_s: float = 0.0
-    projection_s: float = 0.0
-    other_s: float = 0.0
-    exposed_s: float = 0.0
-    wire_s: float = 0.0
-    bytes_sent: float = 0.0
-    messages: int = 0
-
-    @classmethod
-    def of(cls, timeline: Timeline) -> Pass:
-        """What a timeline came to."""
-        return cls(
-            seconds=timeline.now_s,
-            kernel_s=timeline.computed_s.get("kernel", 0.0),
-            projection_s=timeline.computed_s.get("projection", 0.0),
-            other_s=timeline.computed_s.get("other", 0.0),
-            exposed_s=timeline.exposed_s,
-            wire_s=timeline.wire_s,
-            bytes_sent=timeline.sent_bytes,
-            messages=timeline.messages,
-        )
 
 
 @dataclass(frozen=True)
@@ -111,27 +72,28 @@ def cost(
             f"ulysses: got {shape.heads} query heads for {shape.ranks} ranks; expected at least "
             "one head a rank"
         )
-    pieces = Pieces(shape, cluster)
     alone = method == "none" or shape.ranks == 1
     walk = WALKS["none" if alone else f"lvx {schedule}" if method == "lvx" else method]
     passes = []
     for backward in (False, True)[: 1 + shape.backward]:
-        timeline = Timeline(overlap=overlap)
-        timeline.compute(cluster.device.call_s, "other")
+        pieces = Pieces(shape, cluster, Timeline(overlap=overlap))
+        pieces.timeline.compute(cluster.device.call_s, "other")
         if not backward and not alone:
             agreements = 0 if settled else 2 if shape.recompute and method == "lvx" else 1
-            _settle(pieces, timeline, (method, schedule), agreements=agreements)
-        walk(pieces, timeline, backward=backward)
-        passes.append(Pass.of(timeline))
+            _settle(pieces, method, schedule, agreements=agreements)
+        walk(pieces, backward)
+        passes.append(pieces.timeline.result())
     return Cost(passes[0], passes[1] if shape.backward else Pass())
 
 
-def _settle(pieces: Pieces, timeline: Timeline, ways: tuple[str, str], *, agreements: int) -> None:
+def _settle(pieces: Pieces, method: str, schedule: str, *, agreements: int) -> None:
     """What a bare operator does before it attends: it agrees, and gathers the rule."""
-    transfer = pieces.ranks.gather(_AGREEMENT_BYTES)
-    for _ in range(agreements):  # the control plane is not part of the bytes
-        timeline.wait(timeline.post(replace(transfer, sent_bytes=0.0, messages=0)))
+    ranks, timeline = pieces.ranks, pieces.timeline
+    # The control plane is not part of the bytes.
+    agreement = replace(ranks.gather(_AGREEMENT_BYTES), sent_bytes=0.0, messages=0)
+    for _ in range(agreements):
+        timeline.wait(timeline.post(agreement))
     queries, keys = pieces.most_queries, pieces.most_keys
-    rule = pieces.message.rule(*ways, queries=queries, keys=keys)
+    rule = pieces.message.rule(method, schedule, queries=queries, keys=keys)
     if rule:
-        timeline.wait(timeline.post(pieces.ranks.gather(rule)))
+        timeline.wait(timeline.post(ranks.gather(rule)))

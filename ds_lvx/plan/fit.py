@@ -21,14 +21,14 @@ from ds_lvx.plan.cluster import Device, KernelTime, Link, Wire
 KINDS = ("whole", "partial", "backward")
 
 
-def slowest(answers: Sequence[Any]) -> float:
-    """The median over repeats of the slowest rank's seconds."""
-    return statistics.median(max(each) for each in zip(*answers, strict=True))
+def slowest(answers: Sequence[Any], *, quantile: float = 0.5) -> float:
+    """The median over repeats, or another quantile, of the slowest rank's seconds."""
+    return float(np.quantile([max(each) for each in zip(*answers, strict=True)], quantile))
 
 
 def undisturbed(answers: Sequence[Any]) -> float:
     """The lower quartile over repeats of the slowest rank's seconds."""
-    return float(np.quantile([max(each) for each in zip(*answers, strict=True)], 0.25))
+    return slowest(answers, quantile=0.25)
 
 
 def kernel_time(
@@ -41,21 +41,15 @@ def kernel_time(
 ) -> KernelTime:
     """A kernel's terms, and what they miss at each shape."""
     width, kv_width = heads * head_dim, kv_heads * head_dim
-    lengths = [(shape["seqlen_q"], shape["seqlen_kv"]) for shape in shapes]
-    columns = [
-        (1.0, float(s * t * width), float(t * kv_width), float(s * width)) for s, t in lengths
-    ]
+    lengths = [(float(shape["seqlen_q"]), float(shape["seqlen_kv"])) for shape in shapes]
+    columns = [(1.0, s * t * width, t * kv_width, s * width) for s, t in lengths]
     call_s, pair_s, key_s, row_s = not_negative(columns, seconds)
     terms = KernelTime(call_s, pair_s, key_s, row_s)
-    ratios = tuple(
-        (
-            float(s),
-            float(t * kv_width),
-            measured / terms.seconds(s, t, width=width, kv_width=kv_width),
-        )
+    ratios = (
+        (s, t * kv_width, measured / terms.seconds(s, t, width=width, kv_width=kv_width))
         for (s, t), measured in zip(lengths, seconds, strict=True)
     )
-    return replace(terms, ratios=ratios)
+    return replace(terms, ratios=tuple(ratios))
 
 
 def wire(nbytes: Sequence[float], seconds: Sequence[float]) -> Wire:
@@ -66,14 +60,13 @@ def wire(nbytes: Sequence[float], seconds: Sequence[float]) -> Wire:
         seconds: of each.
     """
     latency_s = seconds[0]
-    points: list[tuple[float, float]] = []
-    slowest = 0.0
-    for size, each in zip(nbytes[1:], seconds[1:], strict=True):
-        slowest = max(slowest, each - latency_s)  # more bytes never take less: that is noise
-        points.append((size, slowest))
-    (begin, begun), (end, ended) = [(nbytes[0], 0.0), *points][-2:]
+    # More bytes never take less: that is noise.
+    points = tuple(
+        (nbytes[i], max(0.0, max(seconds[1 : i + 1]) - latency_s)) for i in range(1, len(nbytes))
+    )
+    (begin, begun), (end, ended) = ((nbytes[0], 0.0), *points)[-2:]
     rate = (end - begin) / (ended - begun) if ended > begun else nbytes[-1] / seconds[-1]
-    return Wire(rate, latency_s, tuple(points))
+    return Wire(rate, latency_s, points)
 
 
 def not_negative(columns: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
@@ -83,20 +76,19 @@ def not_negative(columns: Sequence[Sequence[float]], seconds: Sequence[float]) -
     and the rest is 0.
     """
     weighted = np.asarray(columns, dtype=float) / np.asarray(seconds)[:, None]
-    width = weighted.shape[1]
-    best, least = [0.0] * width, float("inf")
+    weighted /= (scale := np.abs(weighted).max(axis=0))  # by many orders of magnitude
+    width, ones = weighted.shape[1], np.ones(len(seconds))
+    best, least = np.zeros(width), float("inf")
     for size in range(1, width + 1):
-        for chosen in combinations(range(width), size):
-            some = weighted[:, chosen]
-            # Columns differ by many orders of magnitude.
-            scale = np.abs(some).max(axis=0)
-            factors = np.linalg.lstsq(some / scale, np.ones(len(some)), rcond=None)[0] / scale
-            error = float(((some @ factors - 1) ** 2).sum())
+        for chosen in map(list, combinations(range(width), size)):
+            factors = np.zeros(width)
+            factors[chosen] = np.linalg.lstsq(
+                weighted[:, chosen], np.ones(len(seconds)), rcond=None
+            )[0]
+            error = float(((weighted @ factors - ones) ** 2).sum())
             if (factors >= 0).all() and error < least * (1 - 1e-9):
-                least, best = error, [0.0] * width
-                for column, factor in zip(chosen, factors, strict=True):
-                    best[column] = float(factor)
-    return best
+                least, best = error, factors / scale
+    return [float(each) for each in best]
 
 
 def device(
@@ -104,33 +96,27 @@ def device(
 ) -> Device:
     """The device of a calibration's answers, by rank."""
     heads = {name: request[name] for name in ("heads", "kv_heads", "head_dim")}
-    kernels = {kind: kernel_time(*_of_kernels(answers, kind), **heads) for kind in KINDS}
-    alone = {
-        kind: kernel_time(*_of_kernels(answers[:1], f"{kind}_alone"), **heads)
-        for kind in ("whole", "backward")
+    kernels: dict[str, Any] = {
+        kind: kernel_time(*_of_kernels(answers, kind), **heads) for kind in KINDS
     }
-    elementwise, matmul, operation = (
-        answers[0][name] for name in ("elementwise", "matmul", "operation")
-    )
+    for kind in ("whole_alone", "backward_alone"):
+        kernels[kind] = kernel_time(*_of_kernels(answers[:1], kind), **heads)
     seconds = {
         name: slowest([answer[name]["seconds"] for answer in answers])
         for name in ("elementwise", "matmul", "operation", "call")
     }
     # A call is a forward and a backward; their kernels are counted by themselves.
     own = seconds["call"] - sum(_of_kernels(answers, kind)[1][0] for kind in ("whole", "backward"))
-    numbers = elementwise["numbers"] * elementwise["bytes_per_number"]
+    first = answers[0]
+    numbers = first["elementwise"]["numbers"] * first["elementwise"]["bytes_per_number"]
     return Device(
-        name=answers[0]["device"],
+        name=first["device"],
         memory_bytes=memory_bytes,
-        whole=kernels["whole"],
-        partial=kernels["partial"],
-        backward=kernels["backward"],
-        matmul_flops=2 * matmul["side"] ** 3 / seconds["matmul"],
+        **kernels,
+        matmul_flops=2 * first["matmul"]["side"] ** 3 / seconds["matmul"],
         stream_bytes_per_s=numbers / seconds["elementwise"],
-        operation_s=seconds["operation"] / operation["operations"],
+        operation_s=seconds["operation"] / first["operation"]["operations"],
         call_s=max(own / 2, 0.0),
-        whole_alone=alone["whole"],
-        backward_alone=alone["backward"],
         alone=_alone(answers),
     )
 
@@ -138,11 +124,15 @@ def device(
 def link(answers: Sequence[Mapping[str, Any]]) -> Link:
     """The links of a calibration's answers: a hop of each kind of transfer."""
     others = len(answers) - 1
-    times = {"shift": 1, "gather": others, "exchange": others, "shifts": 2}
-    transfers = {kind: _of_transfers(answers, kind, each) for kind, each in times.items()}
-    nbytes, seconds = transfers["shifts"]  # as many pairs as there are other ranks
-    transfers["shifts"] = nbytes, [each / others for each in seconds]
-    wires = {kind: wire(*each) for kind, each in transfers.items()}
+    # Bytes that a rank sends; of two shifts at once there are as many pairs as other ranks.
+    sent = {"shift": (1, 1), "gather": (others, 1), "exchange": (others, 1), "shifts": (2, others)}
+    wires = {}
+    for kind, (messages, times) in sent.items():
+        records = list(zip(*(answer["transfers"][kind] for answer in answers), strict=True))
+        wires[kind] = wire(
+            [float(messages * each[0]["bytes"]) for each in records],
+            [undisturbed([one["seconds"] for one in each]) / times for each in records],
+        )
     gather, exchange = wires["gather"], wires["exchange"]
     # Of an all-gather every hop has its latency; of an all-to-all, what the first message's does
     # not explain is for each peer.
@@ -165,10 +155,8 @@ def _processor(answers: Sequence[Mapping[str, Any]]) -> float:
     if not answers[0]["device"].startswith("cpu"):
         return 0.0
     largest = [answer["transfers"]["shift"][-1] for answer in answers]
-    seconds = statistics.median(
-        statistics.fmean(each)
-        for each in zip(*(r["processor_seconds"] for r in largest), strict=True)
-    )
+    samples = zip(*(each["processor_seconds"] for each in largest), strict=True)
+    seconds = statistics.median(statistics.fmean(each) for each in samples)
     return float(seconds / largest[0]["bytes"] / _alone(answers))
 
 
@@ -177,29 +165,19 @@ def _drag(answers: Sequence[Mapping[str, Any]]) -> float:
 
     Of large ones nothing can be said: their transfer may itself take longer than the kernel.
     """
-    first = [answer["hidden"][0] for answer in answers]
     kernel, shifts, both = (
-        slowest([each[name] for each in first]) for name in ("kernel", "shifts", "both")
+        slowest([answer["hidden"][0][name] for answer in answers])
+        for name in ("kernel", "shifts", "both")
     )
     return max(both - max(kernel, shifts), 0.0) / 2
 
 
 def _of_kernels(
     answers: Sequence[Mapping[str, Any]], kind: str
-) -> tuple[list[dict[str, int]], list[float]]:
+) -> tuple[Sequence[Mapping[str, int]], list[float]]:
     records = [answer["kernels"][kind] for answer in answers]
-    shapes = [{name: each[name] for name in ("seqlen_q", "seqlen_kv")} for each in records[0]]
-    return shapes, [slowest([r["seconds"] for r in each]) for each in zip(*records, strict=True)]
-
-
-def _of_transfers(
-    answers: Sequence[Mapping[str, Any]], kind: str, times: int
-) -> tuple[list[float], list[float]]:
-    """Bytes that a rank sends, and seconds."""
-    records = [answer["transfers"][kind] for answer in answers]
-    nbytes = [float(times * each["bytes"]) for each in records[0]]
-    seconds = [[record["seconds"] for record in each] for each in zip(*records, strict=True)]
-    return nbytes, [undisturbed(each) for each in seconds]
+    by_shape = zip(*records, strict=True)
+    return records[0], [slowest([one["seconds"] for one in each]) for each in by_shape]
 
 
 def _alone(answers: Sequence[Mapping[str, Any]]) -> float:

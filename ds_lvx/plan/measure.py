@@ -3,7 +3,8 @@
     python -m ds_lvx.plan.measure REQUEST.json
 
 Started by `ds_lvx.plan.calibrate`. All ranks measure the same thing at the same time, because they
-will work at the same time: on a machine with fewer cores than ranks that makes a difference.
+will work at the same time: on a machine with fewer cores than ranks that makes a difference. So
+each sample begins at a barrier, which the timers of PyTorch and Triton know nothing of.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from pydantic import TypeAdapter
 from torch import Tensor
 
 import ds_lvx
@@ -32,10 +34,13 @@ from ds_lvx.plan.profile import device_name
 
 _SLOW_S = 0.25
 """A transfer that takes longer is the largest that is measured."""
+_OPERATIONS = 100
+
+Run: TypeAlias = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Request:
+class Samples:
     """What is measured.
 
     Attributes:
@@ -52,36 +57,28 @@ class Request:
     head_dim: int
     lengths: tuple[tuple[int, int], ...]
     message_bytes: tuple[int, ...]
-    hidden: tuple[tuple[int, int, int], ...]
+    hidden: tuple[int, int, int]
     elements: int
     repeats: int
-
-    @classmethod
-    def of(cls, record: dict[str, Any]) -> Request:
-        """From JSON."""
-        lengths = tuple((pair[0], pair[1]) for pair in record["lengths"])
-        return cls(
-            **{**record, "lengths": lengths, "message_bytes": tuple(record["message_bytes"])}
-        )
 
 
 def main() -> None:
     """Run the request, write this rank's answer."""
-    answer(lambda record: alone(Request.of(record)))
+    answer(lambda record: alone(TypeAdapter(Samples).validate_python(record)))
 
 
-def alone(request: Request) -> dict[str, Any]:
+def alone(wanted: Samples) -> dict[str, Any]:
     """`measure` between the start and the end of ``torch.distributed``."""
     if get_accelerator().device_name() == "cpu":
         bind(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     init_distributed(verbose=False)
     try:
-        return measure(request)
+        return measure(wanted)
     finally:
         ds_lvx.shutdown()
 
 
-def measure(request: Request) -> dict[str, Any]:
+def measure(wanted: Samples) -> dict[str, Any]:
     """Every sample of this rank, in seconds; every rank of the world calls it.
 
     Returns:
@@ -92,15 +89,19 @@ def measure(request: Request) -> dict[str, Any]:
 
     Collectives: those that are measured, and agreements of 2 KiB on the CPU.
     """
-    device = _device()
-    bench = _Bench(Channel.world(), device, request.repeats)
-    return {
-        "device": device_name(device),
-        "kernels": _kernels(bench, request),
-        **_pieces(bench, request),
-        "transfers": _transfers(bench, request) if bench.world.size > 1 else {},
-        "hidden": _hidden(bench, request) if bench.world.size > 1 else [],
-    }
+    bench = _Bench(Channel.world(), _device(), wanted)
+    found = {"device": device_name(bench.device), "kernels": _kernels(bench), **_operations(bench)}
+    if bench.world.size == 1:
+        return {**found, "transfers": {}, "hidden": []}
+    return {**found, "transfers": _transfers(bench), "hidden": [_hidden(bench)]}
+
+
+def _device() -> torch.device:
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(accelerator.current_device_name())
 
 
 @dataclass(frozen=True)
@@ -109,81 +110,74 @@ class _Bench:
 
     world: Channel
     device: torch.device
-    repeats: int
+    wanted: Samples
 
-    def samples(self, run: Callable[[], object], *, part: bool = True) -> list[float]:
-        """Seconds of each repeat on this rank, after one that is not counted."""
-        return self.both_clocks(run, part=part)["seconds"]
+    def samples(self, run: Run, *, part: bool = True) -> dict[str, list[float]]:
+        """Seconds of each repeat on this rank, after one that is not counted; of both clocks.
 
-    def both_clocks(
-        self, run: Callable[[], object], *, part: bool = True
-    ) -> dict[str, list[float]]:
-        """`samples`, and the processor's seconds for all threads of this rank."""
-        seconds, processor = [], []
-        for repeat in range(self.repeats + 1):
+        ``processor_seconds`` are those of all threads of this rank.
+        """
+        found: dict[str, list[float]] = {"seconds": [], "processor_seconds": []}
+        for repeat in range(self.wanted.repeats + 1):
             get_accelerator().synchronize()
             self.world.barrier()
-            start, started = time.perf_counter(), time.process_time()
+            begun = time.perf_counter(), time.process_time()
             if part:
                 run()
             get_accelerator().synchronize()
             if repeat:
-                seconds.append(time.perf_counter() - start)
-                processor.append(time.process_time() - started)
-        return {"seconds": seconds, "processor_seconds": processor}
+                found["seconds"].append(time.perf_counter() - begun[0])
+                found["processor_seconds"].append(time.process_time() - begun[1])
+        return found
+
+    def seconds(self, run: Run, *, part: bool = True) -> list[float]:
+        """`samples` of the wall's clock alone."""
+        return self.samples(run, part=part)["seconds"]
 
     def random(self, *shape: int) -> Tensor:
         """bf16."""
         return torch.randn(shape, device=self.device, dtype=torch.bfloat16)
 
 
-def _kernels(bench: _Bench, request: Request) -> dict[str, list[dict[str, Any]]]:
+# --------------------------------------------------------------------------------------------
+# What a device computes
+
+
+def _kernels(bench: _Bench) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
-    for seqlen_q, seqlen_kv in request.lengths:
-        runs = _kernel_runs(bench, request, seqlen_q, seqlen_kv)
-        shape = {"seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv}
-        for kind, run in runs.items():
-            found.setdefault(kind, []).append({**shape, "seconds": bench.samples(run)})
+    for seqlen_q, seqlen_kv in bench.wanted.lengths:
+        runs = _kernel_runs(bench, seqlen_q, seqlen_kv)
+        seconds = {kind: bench.seconds(run) for kind, run in runs.items()}
         for kind in ("whole", "backward"):  # what a rank gains where its neighbours are idle
-            mine = bench.samples(runs[kind], part=bench.world.rank == 0)
-            found.setdefault(f"{kind}_alone", []).append({**shape, "seconds": mine})
+            mine = bench.seconds(runs[kind], part=bench.world.rank == 0)
+            seconds[f"{kind}_alone"] = mine
+        for kind, each in seconds.items():
+            shape = {"seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv}
+            found.setdefault(kind, []).append({**shape, "seconds": each})
     return found
 
 
-def _kernel_runs(
-    bench: _Bench, request: Request, seqlen_q: int, seqlen_kv: int
-) -> dict[str, Callable[[], object]]:
-    q, dout = (bench.random(1, seqlen_q, request.heads, request.head_dim) for _ in range(2))
-    k, v = (bench.random(1, seqlen_kv, request.kv_heads, request.head_dim) for _ in range(2))
+def _kernel_runs(bench: _Bench, seqlen_q: int, seqlen_kv: int) -> dict[str, Run]:
+    wanted = bench.wanted
+    q, dout = (bench.random(1, seqlen_q, wanted.heads, wanted.head_dim) for _ in range(2))
+    k, v = (bench.random(1, seqlen_kv, wanted.kv_heads, wanted.head_dim) for _ in range(2))
     kernel: Kernel = choose("auto", q)
-    scale = request.head_dim**-0.5
-    out, lse = kernel.forward(q, k, v, visibility=None, softmax_scale=scale)
+    common: dict[str, Any] = {"visibility": None, "softmax_scale": wanted.head_dim**-0.5}
+    out, lse = kernel.forward(q, k, v, **common)
     delta = (dout.float() * out.float()).sum(dim=-1).transpose(1, 2).contiguous()
-
-    def forward(*, partial: bool) -> object:
-        return kernel.forward(q, k, v, visibility=None, softmax_scale=scale, partial=partial)
-
-    def backward() -> object:
-        return kernel.backward(
-            q, k, v, dout, lse, delta, visibility=None, softmax_scale=scale, has_dlse=False
-        )
-
     return {
-        "whole": lambda: forward(partial=False),
-        "partial": lambda: forward(partial=True),
-        "backward": backward,
+        "whole": lambda: kernel.forward(q, k, v, **common, partial=False),
+        "partial": lambda: kernel.forward(q, k, v, **common, partial=True),
+        "backward": lambda: kernel.backward(q, k, v, dout, lse, delta, **common, has_dlse=False),
     }
 
 
-_OPERATIONS = 100
-
-
-def _pieces(bench: _Bench, request: Request) -> dict[str, Any]:
+def _operations(bench: _Bench) -> dict[str, Any]:
     """Elementwise operations, small ones, a matrix product, and the call of an operator."""
-    wide = torch.zeros(request.elements, device=bench.device)
-    narrow = bench.random(request.elements)
+    elements = bench.wanted.elements
+    wide, narrow = torch.zeros(elements, device=bench.device), bench.random(elements)
     small = torch.zeros(16, device=bench.device)
-    side = int(request.elements**0.5)
+    side = int(elements**0.5)
     a, b = bench.random(side, side), bench.random(side, side)
 
     def small_ones() -> None:
@@ -192,21 +186,22 @@ def _pieces(bench: _Bench, request: Request) -> dict[str, Any]:
 
     return {
         "elementwise": {
-            "numbers": request.elements,
+            "numbers": elements,
             "bytes_per_number": 10,  # fp32 read and written, bf16 read
-            "seconds": bench.samples(lambda: wide.add_(narrow)),
+            "seconds": bench.seconds(lambda: wide.add_(narrow)),
         },
-        "operation": {"operations": _OPERATIONS, "seconds": bench.samples(small_ones)},
-        "matmul": {"side": side, "seconds": bench.samples(lambda: a @ b)},
-        "call": {"seconds": bench.samples(_call(bench, request))},
+        "operation": {"operations": _OPERATIONS, "seconds": bench.seconds(small_ones)},
+        "matmul": {"side": side, "seconds": bench.seconds(lambda: a @ b)},
+        "call": {"seconds": bench.seconds(_call(bench))},
     }
 
 
-def _call(bench: _Bench, request: Request) -> Callable[[], object]:
+def _call(bench: _Bench) -> Run:
     """Forward and backward of an operator on next to nothing, alone."""
+    wanted = bench.wanted
     q, k, v = (
-        bench.random(1, 1, heads, request.head_dim).requires_grad_()
-        for heads in (request.heads, request.kv_heads, request.kv_heads)
+        bench.random(1, 1, heads, wanted.head_dim).requires_grad_()
+        for heads in (wanted.heads, wanted.kv_heads, wanted.kv_heads)
     )
     call = Call(
         channel=Channel(None),
@@ -217,43 +212,46 @@ def _call(bench: _Bench, request: Request) -> Callable[[], object]:
         requires_grad=True,
     )
     dout = torch.ones_like(q)
-
-    def run() -> None:
-        lvx.attend(call, q, k, v, None)[0].backward(dout)
-
-    return run
+    return lambda: lvx.attend(call, q, k, v, None)[0].backward(dout)
 
 
-def _transfers(bench: _Bench, request: Request) -> dict[str, list[dict[str, Any]]]:
+# --------------------------------------------------------------------------------------------
+# What a link carries
+
+
+def _transfers(bench: _Bench) -> dict[str, list[dict[str, Any]]]:
     """Seconds of a transfer of so many bytes a rank (or a peer), by kind."""
     found: dict[str, list[dict[str, Any]]] = {}
     kinds = {"shift": _shift, "gather": _gather, "exchange": _exchange, "shifts": _rotation}
     for kind, make in kinds.items():
-        for nbytes in request.message_bytes:
-            both = bench.both_clocks(make(bench, nbytes))
+        for nbytes in bench.wanted.message_bytes:
+            both = bench.samples(make(bench, nbytes))
             found.setdefault(kind, []).append({"bytes": nbytes, **both})
             fastest = min(both["seconds"])
-            slowest = max(each["s"] for each in bench.world.agree({"s": fastest}))
-            if slowest > _SLOW_S:
+            if max(each["s"] for each in bench.world.agree({"s": fastest})) > _SLOW_S:
                 break
     return found
 
 
-def _hidden(bench: _Bench, request: Request) -> list[dict[str, Any]]:
-    """Kernels alone, two shifts alone, and both at the same time."""
-    found = []
-    for nbytes, seqlen_q, seqlen_kv in request.hidden:
-        kernel = _kernel_runs(bench, request, seqlen_q, seqlen_kv)["partial"]
-        shifts = _shifts(bench, nbytes)
-        found.append(
-            {
-                "bytes": nbytes,
-                "kernel": bench.samples(kernel),
-                "shifts": bench.samples(shifts),
-                "both": bench.samples(_shifts(bench, nbytes, under=kernel)),
-            }
-        )
-    return found
+def _hidden(bench: _Bench) -> dict[str, Any]:
+    """A kernel alone, two shifts alone, and both at the same time."""
+    nbytes, seqlen_q, seqlen_kv = bench.wanted.hidden
+    kernel = _kernel_runs(bench, seqlen_q, seqlen_kv)["partial"]
+    message, spec = _message(bench, nbytes)
+
+    def shifts(under: Run | None = None) -> None:
+        sides = [bench.world.shift([message], [spec], hops=hops) for hops in (1, -1)]
+        if under is not None:
+            under()
+        for side in sides:
+            side.wait()
+
+    return {
+        "bytes": nbytes,
+        "kernel": bench.seconds(kernel),
+        "shifts": bench.seconds(shifts),
+        "both": bench.seconds(lambda: shifts(kernel)),
+    }
 
 
 def _message(bench: _Bench, nbytes: int) -> tuple[Tensor, Spec]:
@@ -261,30 +259,12 @@ def _message(bench: _Bench, nbytes: int) -> tuple[Tensor, Spec]:
     return message, Spec.of(message)
 
 
-def _shift(bench: _Bench, nbytes: int) -> Callable[[], object]:
+def _shift(bench: _Bench, nbytes: int) -> Run:
     message, spec = _message(bench, nbytes)
     return lambda: bench.world.shift([message], [spec]).wait()
 
 
-def _shifts(
-    bench: _Bench, nbytes: int, *, under: Callable[[], object] | None = None
-) -> Callable[[], object]:
-    """Two shifts at once, to both sides, perhaps under something else."""
-    message, spec = _message(bench, nbytes)
-    other = message.clone()
-
-    def run() -> None:
-        ahead = bench.world.shift([message], [spec])
-        back = bench.world.shift([other], [spec], hops=-1)
-        if under is not None:
-            under()
-        ahead.wait()
-        back.wait()
-
-    return run
-
-
-def _rotation(bench: _Bench, nbytes: int) -> Callable[[], object]:
+def _rotation(bench: _Bench, nbytes: int) -> Run:
     """The transfers of a ring's backward: at every step one message moves on, one goes home."""
     message, spec = _message(bench, nbytes)
     other = message.clone()
@@ -306,23 +286,15 @@ def _rotation(bench: _Bench, nbytes: int) -> Callable[[], object]:
     return run
 
 
-def _gather(bench: _Bench, nbytes: int) -> Callable[[], object]:
+def _gather(bench: _Bench, nbytes: int) -> Run:
     message, spec = _message(bench, nbytes)
     return lambda: bench.world.gather([message], [[spec]] * bench.world.size).wait()
 
 
-def _exchange(bench: _Bench, nbytes: int) -> Callable[[], object]:
+def _exchange(bench: _Bench, nbytes: int) -> Run:
     n = bench.world.size
     messages = torch.zeros(n, nbytes, dtype=torch.uint8, device=bench.device)
     return lambda: bench.world.exchange_rows([messages], [0], [1] * n).wait()
-
-
-def _device() -> torch.device:
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        return torch.device("cpu")
-    accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device(accelerator.current_device_name())
 
 
 if __name__ == "__main__":

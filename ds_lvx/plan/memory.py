@@ -1,8 +1,10 @@
-"""What cross-attention layers keep for backward, and the most that a training step needs.
+"""What cross-attention layers keep for backward, and the most that a rank needs in a step.
 
 The formulas follow what autograd saves and what is alive when memory peaks; docs/memory.md tells
 the same in words. `tests/plan/test_memory.py` counts the saved bytes of real layers, and
-`launch/bench_memory.py` measures both.
+`launch/bench_memory.py` measures both. Of the text it is 34 bytes a token, layer and unit of width
+where attention keeps no scores (Korthikanti et al., arXiv:2205.05198, equation 1 without the
+quadratic term); a checkpointed layer keeps its input.
 
 Legend: B batch, s queries and t keys (visual tokens) of a rank, n ranks, H query heads, K key/value
 heads, D head_dim, e bytes an element; fp32 has 4.
@@ -13,9 +15,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ds_lvx.attention.shape import STREAMED_TOKENS
+from ds_lvx.attention.messages import FP32_BYTES
+from ds_lvx.attention.shape import STREAMED_TOKENS, evenly
+from ds_lvx.plan.scenario import Scenario
 
-FP32_BYTES = 4
+_LAYER_BYTES = 34
+_LOGIT_BYTES = 10  # bf16, their copy in fp32, its gradient
+_OPTIMIZER_BYTES = 12  # fp32 weight and two moments
+# A query that is gathered: q and dout, dq in fp32, what leaves, PyTorch's stand-in for out.
+_GATHERED_BYTES = 14
 
 # The backward of transformers' RMSNorm over K, operation by operation in fp32, has its input and
 # five temporaries of K's size at its worst.
@@ -39,6 +47,17 @@ class CrossAttention:
     head_dim: int = 128
     layers: int = 8
     element_bytes: int = 2
+
+    @property
+    def feature_bytes(self) -> int:
+        """Of a visual token's features."""
+        return self.element_bytes * self.hidden
+
+    @property
+    def norm_graph_bytes(self) -> int:
+        """What the RMSNorm over K saves of a token: input and factors in fp32, the normed input."""
+        width = self.kv_heads * self.head_dim
+        return FP32_BYTES * (width + self.kv_heads) + self.element_bytes * width
 
 
 @dataclass(frozen=True)
@@ -116,7 +135,7 @@ def kept(attention: CrossAttention, setting: Setting, load: Load) -> Kept:
     """
     keys, queries = load.batch * load.keys, load.batch * load.queries
     return Kept(
-        features=0 if _on_host(setting, load) else keys * _feature_bytes(attention),
+        features=0 if _on_host(setting, load) else keys * attention.feature_bytes,
         of_keys=keys * _kept_per_key(attention, setting, load),
         of_queries=queries * _kept_per_query(attention, setting, load),
     )
@@ -139,7 +158,7 @@ def peak(attention: CrossAttention, setting: Setting, load: Load) -> int:
     in_last = saved.of_keys * (a.layers - 1) + one_layer + (summed if chunked else 0)
     in_next = saved.of_keys * (a.layers - 2) + one_layer + summed if a.layers > 1 else 0
     # Features that wait on the host are made on the device, and their gradient ends there.
-    whole = keys * _feature_bytes(a)
+    whole = keys * a.feature_bytes
     return max(saved.features + max(in_last, in_next), whole) + saved.of_queries * a.layers
 
 
@@ -153,7 +172,7 @@ def peak_per_key(attention: CrossAttention, setting: Setting, load: Load) -> flo
 def _layer_backward(a: CrossAttention, setting: Setting, load: Load) -> int:
     """The most that one layer's backward holds, without what is there for all layers."""
     tokens = load.batch * chunk_tokens(setting, load)
-    arriving = 2 * _feature_bytes(a) if _on_host(setting, load) else 0  # this chunk and the next
+    arriving = 2 * a.feature_bytes if _on_host(setting, load) else 0  # this chunk and the next
     return tokens * (_transient_per_key(a, setting, load) + arriving)
 
 
@@ -173,7 +192,7 @@ def _transient_per_key(a: CrossAttention, setting: Setting, load: Load) -> int:
     width = a.kv_heads * a.head_dim
     d_features = _feature_gradient_bytes(a, load)
     k_and_v = 2 * a.element_bytes * width  # dk and dv are as large
-    attention = _norm_graph(a) + 2 * k_and_v
+    attention = a.norm_graph_bytes + 2 * k_and_v
     if setting.method == "ring" and load.ranks > 1:
         # The next block's K and V, the last one's dk and dv, and this rank's own in fp32.
         attention += 2 * k_and_v + 2 * FP32_BYTES * width
@@ -197,13 +216,7 @@ def _kept_per_key(a: CrossAttention, setting: Setting, load: Load) -> int:
     if setting.checkpointing:
         # What came by an all-to-all is kept, because it must not be sent again.
         return k_and_v if scattered else 0
-    return k_and_v + _norm_graph(a)
-
-
-def _norm_graph(a: CrossAttention) -> int:
-    """What the RMSNorm over K saves: its input and its factors in fp32, and the normed input."""
-    width = a.kv_heads * a.head_dim
-    return FP32_BYTES * (width + a.kv_heads) + a.element_bytes * width
+    return k_and_v + a.norm_graph_bytes
 
 
 def _kept_per_query(a: CrossAttention, setting: Setting, load: Load) -> int:
@@ -218,13 +231,105 @@ def _kept_per_query(a: CrossAttention, setting: Setting, load: Load) -> int:
     return e * a.hidden + norm + e * width + out_and_lse
 
 
-def _feature_bytes(a: CrossAttention) -> int:
-    return a.element_bytes * a.hidden
-
-
 def _feature_gradient_bytes(a: CrossAttention, load: Load) -> int:
-    return _feature_bytes(a) if load.features_train else 0
+    return a.feature_bytes if load.features_train else 0
 
 
 def _on_host(setting: Setting, load: Load) -> bool:
     return setting.features == "offload" and not load.host_is_device
+
+
+# --------------------------------------------------------------------------------------------
+# A whole step
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a rank.
+
+    Attributes:
+        states: weights, gradients and optimizer.
+        vision: the vision tower's activations at their peak.
+        cross: the cross-attention's at their peak, features included.
+        text: the text's activations and logits, and the queries of other ranks.
+        vision_stays: what of ``vision`` is still there in the text's backward.
+    """
+
+    states: int
+    vision: int
+    cross: int
+    text: int
+    vision_stays: int
+
+    @property
+    def peak(self) -> int:
+        """The most at any moment: in the vision tower, or in the text's backward."""
+        return self.states + max(self.vision, self.vision_stays + self.cross + self.text)
+
+
+def footprint(
+    scenario: Scenario, *, gpus: int, ranks: int, method: str, schedule: str
+) -> Footprint:
+    """Predict the memory of the rank that needs most."""
+    cross, frames = scenario.model.cross, scenario.frames_of_a_rank(ranks)
+    attention = CrossAttention(
+        hidden=cross.features_dim or cross.hidden,
+        heads=cross.heads,
+        kv_heads=cross.kv_heads,
+        head_dim=cross.head_dim,
+        layers=cross.count,
+        element_bytes=scenario.element_bytes,
+    )
+    setting = Setting(
+        method=method,
+        recompute_kv=scenario.recomputes(method),
+        checkpointing=scenario.checkpointing,
+    )
+    queries = max(evenly(scenario.text_tokens, ranks))
+    load = Load(keys=frames * scenario.model.frame_tokens, queries=queries, ranks=ranks)
+    travelling = 0  # queries of other ranks that are here, with their gradients
+    if method == "lvx" and ranks > 1:
+        here = scenario.text_tokens if schedule == "gather" else 2 * queries
+        travelling = _GATHERED_BYTES * here * cross.heads * cross.head_dim
+    vision, stays = _vision(scenario, frames * scenario.model.tower_tokens)
+    return Footprint(
+        states=_states(scenario, gpus),
+        vision=vision,
+        cross=peak(attention, setting, load),
+        text=_text(scenario, queries) + travelling,
+        vision_stays=stays,
+    )
+
+
+def _states(scenario: Scenario, gpus: int) -> int:
+    """Weights, gradients and optimizer, shared from ZeRO stages 3, 2 and 1 on."""
+    sizes = {
+        3: scenario.element_bytes * scenario.model.parameters,
+        2: scenario.element_bytes * scenario.trained_parameters,
+        1: _OPTIMIZER_BYTES * scenario.trained_parameters,
+    }
+    return sum(
+        -(-size // (gpus if scenario.zero_stage >= stage else 1)) for stage, size in sizes.items()
+    )
+
+
+def _vision(scenario: Scenario, tokens: int) -> tuple[int, int]:
+    """The tower's activations at their peak, and what of them waits for its backward."""
+    tower, states = scenario.model.tower, scenario.model.tower_states
+    layer, state = _LAYER_BYTES * tower.hidden, scenario.element_bytes * tower.hidden
+    if not scenario.trains_all:
+        return tokens * (states * state + layer), 0
+    if not scenario.checkpointing:
+        return tokens * tower.count * layer, tokens * tower.count * layer
+    kept = tokens * max(states, tower.count) * state
+    return kept + tokens * layer, kept
+
+
+def _text(scenario: Scenario, queries: int) -> int:
+    text, cross = scenario.model.text, scenario.model.cross
+    layer = _LAYER_BYTES * text.hidden
+    # Cross-attention layers with an MLP are layers of their own; what attention itself keeps is in
+    # the cross-attention's share.
+    layers = text.count + (cross.count if cross.mlp else 0)
+    kept = layers * (scenario.element_bytes * text.hidden if scenario.checkpointing else layer)
+    return queries * (kept + layer + _LOGIT_BYTES * scenario.model.vocabulary)

@@ -1,38 +1,47 @@
-"""The pieces of an attention call on one rank: their sizes, and how long it takes over each."""
+"""The pieces of an attention call: their sizes, and how long a rank takes over each."""
 
 from __future__ import annotations
 
 from ds_lvx.attention.messages import Messages
 from ds_lvx.attention.shape import AttentionShape, head_groups
 from ds_lvx.plan.cluster import Cluster, KernelTime
-from ds_lvx.plan.transfers import Ranks
+from ds_lvx.plan.transfers import Ranks, Timeline
 
-# Bytes that elementwise operations read and write for a number, and how many operations these are:
-# counted in ds_lvx/attention/wire.py, kernels/merge.py and attention/common.py.
-ENCODE = (30, 8)
-DECODE = (14, 2)
-MERGE = (28, 8)
-MERGE_STACKED = (12, 7)
-SUM_STACKED = (4, 1)
-DELTA = (12, 4)
-ADD_FP32 = (12, 1)
-ADD_16_TO_FP32 = (10, 1)
-CAST = (6, 1)
-COPY = (4, 1)
-AROUND_ALL_TO_ALL = (8, 2)
+_TOUCHES = {
+    "encode": (30, 8),
+    "decode": (14, 2),
+    "merge": (28, 8),
+    "merge stacked": (12, 7),
+    "sum stacked": (4, 1),
+    "delta": (12, 4),
+    "add fp32": (12, 1),
+    "add 16 bits to fp32": (10, 1),
+    "add 16 bits": (6, 1),
+    "cast": (6, 1),
+    "copy": (4, 1),
+    "around an all-to-all": (8, 2),
+}
+"""Bytes that elementwise operations read and write for a number, and how many these are.
+
+Counted in ds_lvx/attention/wire.py, kernels/merge.py and attention/common.py.
+"""
 
 
 class Pieces:
-    """Of a call on a cluster.
+    """Of one pass of a call on a cluster.
 
     Attributes:
+        timeline: what the rank spends on the pieces.
         message: bytes of what travels.
         n: ranks.
         queries, keys: of all ranks; ``most_`` of the rank with most, ``mean_`` of a rank.
     """
 
-    def __init__(self, shape: AttentionShape, cluster: Cluster) -> None:
+    def __init__(
+        self, shape: AttentionShape, cluster: Cluster, timeline: Timeline | None = None
+    ) -> None:
         self.shape, self.device = shape, cluster.device
+        self.timeline = Timeline() if timeline is None else timeline
         self.message = Messages(shape)
         self.ranks = Ranks(cluster, shape.ranks)
         self.n = shape.ranks
@@ -73,10 +82,10 @@ class Pieces:
             scale=self._scale,
         )
 
-    def touch_s(self, numbers: float, *kinds: tuple[int, int]) -> float:
-        """Elementwise operations on so many numbers."""
-        nbytes = sum(each for each, _ in kinds)
-        operations = sum(count for _, count in kinds)
+    def touch_s(self, numbers: float, *kinds: str) -> float:
+        """Elementwise operations on so many numbers; their names are those of a table above."""
+        nbytes = sum(_TOUCHES[kind][0] for kind in kinds)
+        operations = sum(_TOUCHES[kind][1] for kind in kinds)
         device = self.device
         return operations * device.operation_s + numbers * nbytes / device.stream_bytes_per_s
 
@@ -85,3 +94,19 @@ class Pieces:
         products = 2 if backward and self.shape.features_train else 1
         operations = 2 * products * self.shape.features_dim * self.of_k_and_v(keys)
         return self._scale * operations / self.device.matmul_flops
+
+    # ---- and on the timeline
+
+    def attend(
+        self, kernel: KernelTime, queries: float, keys: float, *, share: float = 1.0
+    ) -> None:
+        """Spend `attend_s`."""
+        self.timeline.compute(self.attend_s(kernel, queries, keys, share=share), "kernel")
+
+    def touch(self, numbers: float, *kinds: str) -> None:
+        """Spend `touch_s`."""
+        self.timeline.compute(self.touch_s(numbers, *kinds), "other")
+
+    def project(self, *, backward: bool = False) -> None:
+        """Spend `project_s` on this rank's keys."""
+        self.timeline.compute(self.project_s(self.most_keys, backward=backward), "projection")

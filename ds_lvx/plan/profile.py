@@ -44,8 +44,10 @@ def current(device: Any, world: int) -> Cluster:
     network = os.environ.get("NETLAB") or None
     measured = _nearest(name, world, network)
     if measured is None and network is not None:
-        emulated = _emulated(network)
         known = _nearest(name, world, None) or guess(name, gpus=world, gpus_per_node=per_node)
+        rate, _, latency = network.partition(",")
+        latency_s = ACROSS_LATENCY_S + (seconds(latency) if latency else 0.0)
+        emulated = Link.of(bytes_per_s(rate), latency_s)
         measured = replace(known, across=emulated, source=f"{known.source}; network {network}")
     if measured is not None:
         return measured.with_gpus(world, per_node)
@@ -58,12 +60,6 @@ def ranks_of_this_node() -> int | None:
     return int(local) if local else None
 
 
-def _emulated(network: str) -> Link:
-    rate, _, latency = network.partition(",")
-    delay_s = seconds(latency) if latency else 0.0
-    return Link.of(bytes_per_s(rate), ACROSS_LATENCY_S + delay_s)
-
-
 def guess(name: str, *, gpus: int, gpus_per_node: int) -> Cluster:
     """A cluster by the name that a driver has for its devices, without any measurement."""
     card = _card_of(name)
@@ -72,7 +68,7 @@ def guess(name: str, *, gpus: int, gpus_per_node: int) -> Cluster:
     if name == "cpu" or name.startswith("cpu "):
         return _some_cpu(gpus, gpus_per_node)
     cluster = from_card(CARDS["A100-40"], gpus=gpus, gpus_per_node=gpus_per_node)
-    return Cluster.of({**cluster.record(), "source": f"{name} is unknown: {cluster.source}"})
+    return replace(cluster, source=f"{name} is unknown: {cluster.source}")
 
 
 def device_name(device: Any) -> str:
@@ -141,26 +137,24 @@ def _card_of(name: str) -> Card | None:
 
 
 def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "of an unknown kind"
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
     match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return match[1].strip() if match else "of an unknown kind"
 
 
 def _some_cpu(gpus: int, gpus_per_node: int) -> Cluster:
     """One core a rank, on the low side of what servers have; gloo over loopback."""
-    kernel = KernelTime(call_s=1e-4, pair_s=4 / 40e9, key_s=4 / 4e9, row_s=4 / 4e9)
-    backward = KernelTime(call_s=3e-4, pair_s=10 / 40e9, key_s=8 / 4e9, row_s=10 / 4e9)
+    flops, memory = 40e9, 4e9
+    kernel = KernelTime(call_s=1e-4, pair_s=4 / flops, key_s=4 / memory, row_s=4 / memory)
     device = Device(
         name="cpu",
         memory_bytes=16 * 2**30,
         whole=kernel,
         partial=kernel,
-        backward=backward,
-        matmul_flops=40e9,
-        stream_bytes_per_s=4e9,
+        backward=KernelTime(3e-4, pair_s=10 / flops, key_s=8 / memory, row_s=10 / memory),
+        matmul_flops=flops,
+        stream_bytes_per_s=memory,
         operation_s=5e-6,
         call_s=3e-4,
     )

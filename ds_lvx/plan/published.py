@@ -17,13 +17,12 @@ from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import Cluster, Link, from_card
 from ds_lvx.plan.cost import cost
 from ds_lvx.plan.models import model
-from ds_lvx.plan.pieces import COPY, DELTA, MERGE, Pieces
+from ds_lvx.plan.pieces import Pieces
 from ds_lvx.plan.transfers import Timeline, Transfer
 
-# Two fp16 tensors read, one written.
-_ADD_16 = (6, 1)
 _LATENCY_S = 20e-6
 
+LLAMA = "meta-llama/Llama-3.2-11B-Vision"
 WITHIN_BYTES_PER_S = 64e9
 ACROSS_BYTES_PER_S = 25e9
 
@@ -66,42 +65,39 @@ def cluster(*, both_ways: bool) -> Cluster:
 
 def compare(row: Row, on: Cluster) -> dict[str, Any]:
     """The table's line beside the prediction, for all 8 cross-attention layers."""
-    llama = model("meta-llama/Llama-3.2-11B-Vision")
-    layers = llama.cross.count
+    llama = model(LLAMA)
+    frame_tokens, layers = llama.frame_tokens, llama.cross.count
     shape = AttentionShape.even(
         queries=row.text_tokens,
-        keys=row.frames * llama.frame_tokens,
+        keys=row.frames * frame_tokens,
         ranks=on.gpus,
         heads=llama.cross.heads,
         kv_heads=llama.cross.kv_heads,
         head_dim=llama.cross.head_dim,
     )
     repeated = Pieces(replace(shape, kv_heads=shape.heads), on)
-    ring_s = layers * _ring_seconds(repeated)
-    lvx_s = layers * _lvx_seconds(repeated)
+    ring_s, lvx_s = layers * _ring_seconds(repeated), layers * _lvx_seconds(repeated)
     speedup, published = ring_s / lvx_s, row.ring_s / row.lvx_s
-    ours = {
-        "ring": layers * cost(shape, on, method="ring").seconds,
-        "lvx gather": layers * cost(shape, on, method="lvx", schedule="gather").seconds,
-    }
     return {
         **asdict(row),
-        "visual_tokens": row.frames * llama.frame_tokens,
+        "visual_tokens": row.frames * frame_tokens,
         "predicted_ring_s": ring_s,
         "predicted_lvx_s": lvx_s,
         "speedup": published,
         "predicted_speedup": speedup,
         "predicted_over_published": speedup / published,
-        "predicted_of_ds_lvx_s": ours,
+        "predicted_of_ds_lvx_s": {
+            "ring": layers * cost(shape, on, method="ring").seconds,
+            "lvx gather": layers * cost(shape, on, method="lvx").seconds,
+        },
     }
 
 
 def ring_bytes(row: Row) -> float:
     """What a GPU sends in an iteration of their ring attention."""
-    llama = model("meta-llama/Llama-3.2-11B-Vision")
-    ranks = 6
-    block = 2 * 2 * row.frames * llama.frame_tokens / ranks * llama.cross.heads * 128
-    return llama.cross.count * (3 * ranks - 2) * block
+    ranks, llama = 6, model(LLAMA)
+    cross, keys = llama.cross, row.frames * llama.frame_tokens / ranks
+    return cross.count * (3 * ranks - 2) * 2 * 2 * keys * cross.heads * cross.head_dim
 
 
 def _ring_seconds(pieces: Pieces) -> float:
@@ -113,11 +109,11 @@ def _ring_seconds(pieces: Pieces) -> float:
     backward = _rotate(
         pieces.n,
         pieces.attend_s(device.backward, *shape),
-        pieces.touch_s(keys, _ADD_16),
+        pieces.touch_s(keys, "add 16 bits"),
         ahead=block,
         back=block,
     )
-    return forward + backward + 2 * pieces.touch_s(keys, COPY)
+    return forward + backward + 2 * pieces.touch_s(keys, "copy")
 
 
 def _lvx_seconds(pieces: Pieces) -> float:
@@ -129,18 +125,18 @@ def _lvx_seconds(pieces: Pieces) -> float:
     forward = _rotate(
         pieces.n,
         pieces.attend_s(device.partial, *shape),
-        pieces.touch_s(rows, MERGE),
+        pieces.touch_s(rows, "merge"),
         ahead=shift(q_bytes),
         back=shift(q_bytes + lse_bytes),
     )
     backward = _rotate(
         pieces.n,
         pieces.attend_s(device.backward, *shape),
-        pieces.touch_s(pieces.of_k_and_v(pieces.most_keys), _ADD_16),
+        pieces.touch_s(pieces.of_k_and_v(pieces.most_keys), "add 16 bits"),
         ahead=shift(3 * q_bytes + lse_bytes),  # q, out, dout
         back=shift(q_bytes),  # dq
     )
-    return forward + backward + pieces.touch_s(rows, DELTA)
+    return forward + backward + pieces.touch_s(rows, "delta")
 
 
 def _rotate(
@@ -169,4 +165,4 @@ def _rotate(
             timeline.wait(following)
     if returning is not None:
         timeline.wait(returning)
-    return timeline.now_s
+    return timeline.result().seconds

@@ -1,113 +1,117 @@
-"""A plan as text for a terminal, and as JSON."""
+"""A plan as text for a terminal, as JSON, and as the paper's plot (figure 4)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ds_lvx.plan.choose import duration, label
+from ds_lvx.attention.shape import evenly
+from ds_lvx.plan.choose import duration, label, obstacle
 from ds_lvx.plan.cluster import Cluster, Link
-from ds_lvx.plan.job import Job
-from ds_lvx.plan.search import Plan, Stop
+from ds_lvx.plan.cost import cost
+from ds_lvx.plan.scenario import Scenario
+from ds_lvx.plan.search import CANDIDATES, Plan
 from ds_lvx.plan.step import Step
 
-_UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+_POINTS = 33  # of a curve
 
 
-def as_text(job: Job, cluster: Cluster, found: Plan) -> str:
+def as_record(scenario: Scenario, cluster: Cluster, found: Plan) -> dict[str, Any]:
+    """For programs. Seconds and bytes; ``steps`` has every group size and method."""
+
+    def record(each: Step) -> dict[str, Any]:
+        names = ("ranks", "method", "text_method", "seconds", "cross_seconds", "parts")
+        return {
+            **{name: getattr(each, name) for name in (*names, "limited_by", "bytes_sent")},
+            "schedule": each.schedule if each.method == "lvx" else None,
+            "layer": asdict(each.cross),
+            "memory": {**asdict(each.footprint), "peak": each.footprint.peak},
+            "fits": found.fits(each),
+        }
+
+    return {
+        "kind": "predicted",
+        "job": {**asdict(scenario), "visual_tokens": scenario.visual_tokens},
+        "cluster": cluster.record(),
+        "memory_limit_bytes": found.limit_bytes,
+        "best": record(found.best),
+        "quickest": record(found.quickest),
+        "steps": [record(each) for each in found.steps],
+        "stops": [asdict(each) for each in found.stops],
+    }
+
+
+# --------------------------------------------------------------------------------------------
+# Text
+
+
+def as_text(scenario: Scenario, cluster: Cluster, found: Plan) -> str:
     """For people."""
     best = found.best
-    shown = dict.fromkeys((best.ranks, found.quickest.ranks))
-    parts = [_question(job, cluster), f"{_answer(cluster, found)}\n{_config(job, best)}"]
-    for ranks in (each for each in shown if each > 1):
-        parts += [f"Groups of {ranks}, by method of the cross-attention:", _methods(found, ranks)]
+    answer = f"{_answer(cluster, found)}\n{_config(scenario, best)}"
+    parts = [_question(scenario, cluster), answer]
+    for ranks in dict.fromkeys((best.ranks, found.quickest.ranks)):
+        if ranks > 1:
+            parts += [f"Groups of {ranks}, by method of the cross-attention:"]
+            parts += [_methods(found, ranks)]
+    stops = [
+        (each.name, str(each.fits_from or "-"), str(each.fastest_at or "-"), each.reason)
+        for each in found.stops
+    ]
     parts += [
         f"The step with {_name(best)}, by part:",
-        _table([(part, _time(each)) for part, each in best.parts.items()]),
+        _table([(part, duration(each)) for part, each in best.parts.items()]),
         "How far each method goes on these GPUs:",
-        _table([("method", "fits from", "fastest at", "why it stops"), *map(_stop, found.stops)]),
+        _table([("method", "fits from", "fastest at", "why it stops"), *stops]),
         f"Predicted, nothing was run. Numbers: {cluster.source}.",
     ]
     return "\n\n".join(parts)
 
 
-def as_record(job: Job, cluster: Cluster, found: Plan) -> dict[str, Any]:
-    """For programs. Seconds and bytes; ``steps`` has every group size and method."""
-    return {
-        "kind": "predicted",
-        "job": {
-            **{name: each for name, each in vars(job).items() if name != "model"},
-            "model": asdict(job.model),
-            "visual_tokens": job.visual_tokens,
-        },
-        "cluster": cluster.record(),
-        "memory_limit_bytes": found.limit_bytes,
-        "best": _step_record(found, found.best),
-        "quickest": _step_record(found, found.quickest),
-        "steps": [_step_record(found, each) for each in found.steps],
-        "stops": [asdict(each) for each in found.stops],
-    }
-
-
-def _step_record(found: Plan, each: Step) -> dict[str, Any]:
-    return {
-        "ranks": each.ranks,
-        "method": each.method,
-        "schedule": each.schedule if each.method == "lvx" else None,
-        "text_method": each.text_method,
-        "seconds": each.seconds,
-        "cross_seconds": each.cross_seconds,
-        "parts": each.parts,
-        "limited_by": each.limited_by,
-        "bytes_sent": each.bytes_sent,
-        "layer": asdict(each.cross),
-        "memory": {**asdict(each.footprint), "peak": each.footprint.peak},
-        "fits": found.fits(each),
-    }
-
-
-def _question(job: Job, cluster: Cluster) -> str:
-    model = job.model
-    nodes = -(-cluster.gpus // cluster.gpus_per_node)
+def _question(scenario: Scenario, cluster: Cluster) -> str:
     links = f"{_rate(cluster.within)} a GPU within a node"
-    if nodes > 1:
+    if cluster.gpus > cluster.gpus_per_node:
         links += f", {_rate(cluster.across)} a node across"
-    settings = [f"ZeRO {job.zero_stage}", "all weights train" if job.trains == "all" else ""]
-    settings += ["cross-attention trains"] if job.trains == "cross" else []
-    settings += ["K and V recomputed (lvx)"] if job.recompute else []
-    settings += ["layers checkpointed"] if job.checkpointing else []
+    settings = [
+        f"ZeRO {scenario.zero_stage}",
+        "all weights train" if scenario.trains_all else "cross-attention trains",
+        *(["K and V recomputed (lvx)"] if scenario.recompute else []),
+        *(["layers checkpointed"] if scenario.checkpointing else []),
+    ]
     return (
-        f"{model.name}: {job.text_tokens:,} text tokens, {job.frames:,} frames = "
-        f"{job.visual_tokens:,} visual tokens a sample; {', '.join(filter(None, settings))}\n"
+        f"{scenario.model.name}: {scenario.text_tokens:,} text tokens, {scenario.frames:,} frames "
+        f"= {scenario.visual_tokens:,} visual tokens a sample; {', '.join(settings)}\n"
         f"{cluster.gpus:,} x {cluster.device.name}, {cluster.gpus_per_node} a node; {links}"
     )
 
 
 def _answer(cluster: Cluster, found: Plan) -> str:
-    best = found.best
+    best, quickest = found.best, found.quickest
     replicas = cluster.gpus // best.ranks
     text = (
         f"Best: {_name(best)} on groups of {best.ranks}: sequence parallel {best.ranks} x data "
-        f"parallel {replicas}, {_time(best.seconds)} a step, {replicas / best.seconds:.3g} samples "
-        f"a second; most of it {best.limited_by}"
+        f"parallel {replicas}, {duration(best.seconds)} a step, {replicas / best.seconds:.3g} "
+        f"samples a second; most of it {best.limited_by}"
     )
-    quickest = found.quickest
-    if quickest.ranks != best.ranks or _name(quickest) != _name(best):
-        text += (
-            f"\nShortest step: {_name(quickest)} on groups of {quickest.ranks}, "
-            f"{_time(quickest.seconds)}"
-        )
-    return text
+    if (quickest.ranks, _name(quickest)) == (best.ranks, _name(best)):
+        return text
+    shortest = f"{_name(quickest)} on groups of {quickest.ranks}, {duration(quickest.seconds)}"
+    return f"{text}\nShortest step: {shortest}"
 
 
-def _config(job: Job, best: Step) -> str:
+def _config(scenario: Scenario, best: Step) -> str:
     """What stands in the ds_config for it."""
     rule: dict[str, Any] = {"method": best.method}
     if best.method == "lvx":
         rule |= {"schedule": best.schedule} if best.ranks > 1 else {}
-        rule |= {"recompute_kv": True} if job.recompute else {}
+        rule |= {"recompute_kv": True} if scenario.recompute else {}
     return (
         f'In the ds_config: "sequence_parallel_size": {best.ranks}; cross-attention '
         f"{json.dumps(rule)}; text {json.dumps({'method': best.text_method})}"
@@ -116,54 +120,96 @@ def _config(job: Job, best: Step) -> str:
 
 def _methods(found: Plan, ranks: int) -> str:
     steps = found.at(ranks)
-    ring = next((each for each in steps if each.method == "ring"), None)
-    rows: list[Sequence[str]] = [
-        ("method", "step", "cross-attention", "waiting", "sends", "memory", "x ring")
-    ]
-    for each in steps:
-        memory = _size(each.footprint.peak) + ("" if found.fits(each) else ", too much")
-        speed = "-" if ring is None else f"{ring.cross_seconds / each.cross_seconds:.3g}"
-        waiting = each.parts["cross-attention, network"]
-        rows.append(
-            (
-                _name(each),
-                _time(each.seconds),
-                _time(each.cross_seconds),
-                _time(waiting),
-                _size(each.bytes_sent),
-                memory,
-                speed,
-            )
+    ring = next((each.cross_seconds for each in steps if each.method == "ring"), None)
+    rows = [
+        (
+            _name(each),
+            duration(each.seconds),
+            duration(each.cross_seconds),
+            duration(each.parts["cross-attention, network"]),
+            _size(each.bytes_sent),
+            _size(each.footprint.peak) + ("" if found.fits(each) else ", too much"),
+            "-" if ring is None else f"{ring / each.cross_seconds:.3g}",
         )
-    return _table(rows)
-
-
-def _stop(stop: Stop) -> tuple[str, ...]:
-    sizes = ("-" if size is None else str(size) for size in (stop.fits_from, stop.fastest_at))
-    return (stop.name, *sizes, stop.reason)
+        for each in steps
+    ]
+    head = ("method", "step", "cross-attention", "waiting", "sends", "memory", "x ring")
+    return _table([head, *rows])
 
 
 def _name(each: Step) -> str:
     return "one rank a sample" if each.ranks == 1 else label(each.method, each.schedule)
 
 
-def _time(seconds: float) -> str:
-    return duration(seconds)
-
-
 def _size(nbytes: float) -> str:
-    for factor, unit in _UNITS:
-        if nbytes >= factor:
-            return f"{nbytes / factor:.3g} {unit}"
-    return f"{nbytes:.0f} B"
+    factor, unit = next((each for each in _UNITS if nbytes >= each[0]), _UNITS[-1])
+    return f"{nbytes / factor:.3g} {unit}"
 
 
 def _rate(link: Link) -> str:
-    wire = link.shift
-    return f"{wire.bytes_per_s / 1e9:.3g} GB/s and {duration(wire.latency_s)}"
+    return f"{link.shift.bytes_per_s / 1e9:.3g} GB/s and {duration(link.shift.latency_s)}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(f"  {line}" for line in lines)
+
+
+# --------------------------------------------------------------------------------------------
+# Plot
+
+
+def save_plot(scenario: Scenario, cluster: Cluster, ranks: int, path: Path) -> None:
+    """Write the plot; groups of one rank have none, and are drawn with all GPUs.
+
+    Raises:
+        ValueError: a cluster of one GPU.
+        ModuleNotFoundError: there is no matplotlib.
+    """
+    if cluster.gpus == 1:
+        raise ValueError("--plot: got one GPU; expected at least 2, to have something to compare")
+    draw(scenario, cluster, ranks if ranks > 1 else cluster.gpus).savefig(path, dpi=110)
+
+
+def draw(scenario: Scenario, cluster: Cluster, ranks: int) -> Figure:
+    """Speed-up over ring attention against S_q / S_kv; the scenario itself is a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    keys = scenario.visual_tokens
+    for name, points in curves(scenario, cluster, ranks).items():
+        axes.plot(*zip(*points, strict=True), label=name)
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.axvline(scenario.text_tokens / keys, color="black", linewidth=0.8, linestyle=":")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel=f"S_q / S_kv, S_kv = {keys:,}; dotted: {scenario.text_tokens:,} text tokens",
+        ylabel="predicted speed-up over ring attention",
+        title=f"Cross-attention of {scenario.model.name.rpartition('/')[2]}, forward and "
+        f"backward,\n{ranks} x {cluster.device.name}, {cluster.gpus_per_node} a node",
+    )
+    axes.legend()
+    return figure
+
+
+def curves(
+    scenario: Scenario, cluster: Cluster, ranks: int
+) -> dict[str, list[tuple[float, float]]]:
+    """``(S_q / S_kv, speed-up)`` by method, of the attention alone, at these visual tokens.
+
+    Forward and backward, without the projection of K and V, which is the same for all.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    keys, shape = scenario.visual_tokens, scenario.cross_shape(ranks, "ring")
+    for point in range(_POINTS):
+        queries = max(round(keys ** (point / (_POINTS - 1))), 1)
+        at = replace(shape, q_lengths=tuple(evenly(queries, ranks)), features_dim=0)
+        ring = cost(at, cluster, method="ring").seconds
+        for method, schedule in CANDIDATES:
+            if method != "ring" and obstacle(at, method, schedule) is None:
+                own = cost(at, cluster, method=method, schedule=schedule).seconds
+                found.setdefault(label(method, schedule), []).append((queries / keys, ring / own))
+    return found

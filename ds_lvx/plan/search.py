@@ -1,18 +1,19 @@
-"""From a job and a cluster to a plan: every group size and method, what fits, and what is best."""
+"""From a scenario and a cluster to a plan: every group size and method, what fits, what is best."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ds_lvx.plan.choose import candidates, label, obstacle
 from ds_lvx.plan.cluster import Cluster
-from ds_lvx.plan.footprint import footprint
-from ds_lvx.plan.job import Job
+from ds_lvx.plan.memory import footprint
+from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.step import Step, step
 
-METHODS = ("lvx", "ulysses", "ring")
-SCHEDULES = ("gather", "ring")
+CANDIDATES = candidates(("lvx", "ulysses", "ring"), ("gather", "ring"))
+"""Method and schedule of every plan."""
 MEMORY_SHARE = 0.92
 """Of a device's memory that a plan may fill; the rest is the driver's and the allocator's."""
 _MOST_GPUS = 2**20
@@ -58,14 +59,14 @@ class Plan:
     def at(self, ranks: int) -> list[Step]:
         """All methods with one group size, fastest first."""
         found = [each for each in self.steps if each.ranks == ranks]
-        return sorted(found, key=lambda each: each.seconds)
+        return sorted(found, key=_seconds)
 
     def fits(self, each: Step) -> bool:
         """Whether a step's memory suffices."""
         return each.footprint.peak <= self.limit_bytes
 
 
-def plan(job: Job, cluster: Cluster, *, group: int | None = None) -> Plan:
+def plan(scenario: Scenario, cluster: Cluster, *, group: int | None = None) -> Plan:
     """Look at all groups that divide the GPUs, or at one.
 
     Raises:
@@ -77,16 +78,26 @@ def plan(job: Job, cluster: Cluster, *, group: int | None = None) -> Plan:
         raise ValueError(
             f"group: got {group} for {cluster.gpus} GPUs; expected one of {divisors(cluster.gpus)}"
         )
-    steps = tuple(_steps(job, cluster, groups))
+    # One rank needs no method; lvx stands for all, as it can recompute.
+    ways = [
+        (ranks, *way)
+        for ranks in groups
+        for way in (CANDIDATES if ranks > 1 else [("lvx", "gather")])
+        if ranks == 1 or obstacle(scenario.cross_shape(ranks, way[0]), *way) is None
+    ]
+    steps = tuple(
+        step(scenario, cluster, ranks=ranks, method=method, schedule=schedule)
+        for ranks, method, schedule in ways
+    )
     limit_bytes = int(MEMORY_SHARE * cluster.device.memory_bytes)
     fitting = [each for each in steps if each.footprint.peak <= limit_bytes]
     if not fitting:
-        raise ValueError(_nothing_fits(job, cluster, steps, limit_bytes))
+        raise ValueError(_nothing_fits(scenario, cluster, steps, limit_bytes))
     return Plan(
         steps=steps,
         best=min(fitting, key=lambda each: each.seconds * each.ranks),
-        quickest=min(fitting, key=lambda each: each.seconds),
-        stops=tuple(_stops(job, steps, groups, limit_bytes)),
+        quickest=min(fitting, key=_seconds),
+        stops=tuple(_stops(scenario, steps, groups, limit_bytes)),
         limit_bytes=limit_bytes,
     )
 
@@ -97,45 +108,34 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // each for each in small)})
 
 
-def _steps(job: Job, cluster: Cluster, groups: Sequence[int]) -> list[Step]:
-    found = []
-    for ranks in groups:
-        if ranks == 1:
-            # One rank needs no method; lvx stands for all, as it can recompute.
-            found.append(step(job, cluster, ranks=1, method="lvx", schedule="gather"))
-            continue
-        for method, schedule in candidates(METHODS, SCHEDULES):
-            shape = job.cross_shape(ranks, recompute=job.recompute and method == "lvx")
-            if obstacle(shape, method, schedule) is None:
-                found.append(step(job, cluster, ranks=ranks, method=method, schedule=schedule))
-    return found
+def _seconds(each: Step) -> float:
+    return each.seconds
 
 
 # --------------------------------------------------------------------------------------------
 # Where each method stops
 
 
-def _stops(job: Job, steps: Sequence[Step], groups: Sequence[int], limit_bytes: int) -> list[Stop]:
+def _stops(
+    scenario: Scenario, steps: Sequence[Step], groups: Sequence[int], limit_bytes: int
+) -> list[Stop]:
     found = []
-    for method, schedule in candidates(METHODS, SCHEDULES):
-        own = [each for each in steps if (each.method, each.schedule) == (method, schedule)]
-        own = [each for each in own if each.ranks > 1]
+    for method, schedule in CANDIDATES:
+        way = (method, schedule)
+        own = [each for each in steps if (each.method, each.schedule) == way and each.ranks > 1]
         if not own:
             continue
         fitting = [each for each in own if each.footprint.peak <= limit_bytes]
-        fastest = min(fitting, key=lambda each: each.seconds, default=None)
+        fastest = min(fitting, key=_seconds, default=None)
         beyond = [ranks for ranks in groups if ranks > own[-1].ranks]
-        problem = None
-        if beyond:
-            shape = job.cross_shape(beyond[0], recompute=False)
-            problem = obstacle(shape, method, schedule)
+        shape = scenario.cross_shape(beyond[0], method) if beyond else None
         found.append(
             Stop(
-                name=label(method, schedule),
+                name=label(*way),
                 fits_from=fitting[0].ranks if fitting else None,
                 fastest_at=None if fastest is None else fastest.ranks,
                 ends_at=own[-1].ranks,
-                reason=_reason(own, fastest, problem),
+                reason=_reason(own, fastest, None if shape is None else obstacle(shape, *way)),
             )
         )
     return found
@@ -157,48 +157,43 @@ def _reason(own: Sequence[Step], fastest: Step | None, problem: str | None) -> s
 # Where nothing fits
 
 
-def _nothing_fits(job: Job, cluster: Cluster, steps: Sequence[Step], limit_bytes: int) -> str:
+def _nothing_fits(
+    scenario: Scenario, cluster: Cluster, steps: Sequence[Step], limit_bytes: int
+) -> str:
     least = min(steps, key=lambda each: each.footprint.peak)
     need, have = (size / 2**30 for size in (least.footprint.peak, limit_bytes))
     name = label(least.method, least.schedule)
-    text = (
+    remedies = _remedies(scenario, cluster, least, limit_bytes) or ["a card with more memory"]
+    return (
         f"memory: no plan fits {cluster.gpus} x {cluster.device.name}; the smallest, {name} on "
         f"groups of {least.ranks}, needs {need:.1f} GiB a rank and {have:.1f} GiB may be filled: "
-        f"{need - have:.1f} GiB too much. What would fit: "
+        f"{need - have:.1f} GiB too much. What would fit: {'; '.join(remedies)}"
     )
-    return text + "; ".join(_remedies(job, cluster, least, limit_bytes))
 
 
-def _remedies(job: Job, cluster: Cluster, least: Step, limit_bytes: int) -> list[str]:
+def _remedies(scenario: Scenario, cluster: Cluster, least: Step, limit_bytes: int) -> list[str]:
+    way = {"method": least.method, "schedule": least.schedule}
+
+    def fits(gpus: int = cluster.gpus, ranks: int = least.ranks, **changes: Any) -> bool:
+        changed = replace(scenario, **changes)
+        return footprint(changed, gpus=gpus, ranks=ranks, **way).peak <= limit_bytes
+
     found = []
-
-    def needs(changed: Job, gpus: int, ranks: int) -> int:
-        schedule = least.schedule if least.method == "lvx" else "gather"
-        return footprint(
-            changed, gpus=gpus, ranks=ranks, method=least.method, schedule=schedule
-        ).peak
-
-    frames = _most(
-        job.frames,
-        lambda count: needs(replace(job, frames=count), cluster.gpus, least.ranks) <= limit_bytes,
-    )
+    frames = _most(scenario.frames, lambda count: fits(frames=count))
     if frames:
-        found.append(f"{frames} of the {job.frames} frames")
+        found.append(f"{frames} of the {scenario.frames} frames")
     gpus = cluster.gpus
-    while gpus < _MOST_GPUS and needs(job, gpus, gpus) > limit_bytes:
+    while gpus < _MOST_GPUS and not fits(gpus, gpus):
         gpus *= 2
-    if needs(job, gpus, gpus) <= limit_bytes:
+    if fits(gpus, gpus):
         found.append(f"{gpus} GPUs in one group")
-    for changed, words in (
-        (replace(job, recompute=True, checkpointing=True), "--recompute and --checkpointing"),
-        (replace(job, zero_stage=3), "--zero 3"),
-        (replace(job, trains="cross"), "--train cross"),
-    ):
-        if changed != job and needs(changed, cluster.gpus, least.ranks) <= limit_bytes:
-            found.append(words)
-    if not found:
-        found.append("a card with more memory")
-    return found
+    changes: dict[str, dict[str, Any]] = {
+        "--recompute and --checkpointing": {"recompute": True, "checkpointing": True},
+        "--zero 3": {"zero_stage": 3},
+        "--train cross": {"trains": "cross"},
+    }
+    # One that changes nothing does not fit either.
+    return found + [words for words, each in changes.items() if fits(**each)]
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:

@@ -42,10 +42,6 @@ class Ranks:
         """Ranks of the group on one node."""
         return min(self.cluster.gpus_per_node, self.size)
 
-    @property
-    def _processor_s(self) -> float:
-        return max(self.cluster.within.processor_s, self.cluster.across.processor_s)
-
     def shift(self, nbytes: float, *, hops: int = 1, crowded: bool = False) -> Transfer:
         """Every rank sends ``nbytes`` to the one ``hops`` ahead on the ring.
 
@@ -75,8 +71,7 @@ class Ranks:
         wires = [within] * (self.per_node > 1) + [across] * (between_nodes > 0)
         busy = max((wire.busy_s(others * nbytes) for wire in wires), default=0.0)
         latency = between_nodes * across.latency_s + (others - between_nodes) * within.latency_s
-        drag = others * nbytes * self._processor_s
-        return Transfer(busy, latency, others * nbytes, others, drag)
+        return self._to_all(busy, latency, nbytes)
 
     def exchange(self, nbytes: float) -> Transfer:
         """An all-to-all: every rank sends ``nbytes`` to each other one."""
@@ -87,13 +82,43 @@ class Ranks:
         if n > g:
             busy = max(busy, across.exchange.busy_s(g * (n - g) * nbytes))
             latency = max(latency, across.shift.latency_s + (n - g) * across.exchange.latency_s)
-        drag = (n - 1) * nbytes * self._processor_s
-        return Transfer(busy, latency, (n - 1) * nbytes, n - 1, drag)
+        return self._to_all(busy, latency, nbytes)
 
     def all_reduce(self, nbytes: float) -> Transfer:
         """A sum of ``nbytes`` over all ranks: a reduce-scatter and an all-gather, as rings."""
         part = self.gather(nbytes / self.size)
         return Transfer(2 * part.busy_s, 2 * part.latency_s, 2 * part.sent_bytes, 2 * part.messages)
+
+    def _to_all(self, busy_s: float, latency_s: float, nbytes: float) -> Transfer:
+        others = self.size - 1
+        processor_s = max(self.cluster.within.processor_s, self.cluster.across.processor_s)
+        drag_s = others * nbytes * processor_s
+        return Transfer(busy_s, latency_s, others * nbytes, others, drag_s)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward or a backward of one rank.
+
+    Attributes:
+        seconds: in all.
+        kernel_s: in attention kernels.
+        projection_s: in the projection of K and V, or its backward.
+        other_s: in merging, copying, calls.
+        exposed_s: waiting for the network; these four add up to ``seconds``.
+        wire_s: that the network is used, hidden or not.
+        bytes_sent: as `ds_lvx.traffic` counts them; of the rank that sends most.
+        messages: sent.
+    """
+
+    seconds: float = 0.0
+    kernel_s: float = 0.0
+    projection_s: float = 0.0
+    other_s: float = 0.0
+    exposed_s: float = 0.0
+    wire_s: float = 0.0
+    bytes_sent: float = 0.0
+    messages: int = 0
 
 
 class Timeline:
@@ -104,26 +129,20 @@ class Timeline:
     """
 
     def __init__(self, *, overlap: bool = True) -> None:
-        self.now_s = 0.0
-        self.exposed_s = 0.0
-        self.wire_s = 0.0
-        self.sent_bytes = 0.0
-        self.messages = 0
-        self.computed_s: dict[str, float] = {}
         self._overlap = overlap
-        self._link_free_s = 0.0
+        self._now_s = self._exposed_s = self._link_free_s = 0.0
+        self._computed_s = {"kernel": 0.0, "projection": 0.0, "other": 0.0}
+        self._posted: list[Transfer] = []
 
     def compute(self, seconds: float, what: str) -> None:
-        """Compute for so long."""
-        self.now_s += seconds
-        self.computed_s[what] = self.computed_s.get(what, 0.0) + seconds
+        """Compute a ``"kernel"``, a ``"projection"`` or something ``"other"`` for so long."""
+        self._now_s += seconds
+        self._computed_s[what] += seconds
 
     def post(self, transfer: Transfer) -> float:
         """Start a transfer behind those under way; when it will have arrived."""
-        self._link_free_s = max(self.now_s, self._link_free_s) + transfer.busy_s
-        self.wire_s += transfer.busy_s + transfer.latency_s
-        self.sent_bytes += transfer.sent_bytes
-        self.messages += transfer.messages
+        self._posted.append(transfer)
+        self._link_free_s = max(self._now_s, self._link_free_s) + transfer.busy_s
         arrives_s = self._link_free_s + transfer.latency_s
         if self._overlap:
             self.compute(transfer.drag_s, "other")
@@ -133,6 +152,17 @@ class Timeline:
 
     def wait(self, arrives_s: float) -> None:
         """Wait until then."""
-        if arrives_s > self.now_s:
-            self.exposed_s += arrives_s - self.now_s
-            self.now_s = arrives_s
+        if arrives_s > self._now_s:
+            self._exposed_s += arrives_s - self._now_s
+            self._now_s = arrives_s
+
+    def result(self) -> Pass:
+        """What it came to."""
+        return Pass(
+            seconds=self._now_s,
+            **{f"{what}_s": seconds for what, seconds in self._computed_s.items()},
+            exposed_s=self._exposed_s,
+            wire_s=sum(each.busy_s + each.latency_s for each in self._posted),
+            bytes_sent=sum(each.sent_bytes for each in self._posted),
+            messages=sum(each.messages for each in self._posted),
+        )

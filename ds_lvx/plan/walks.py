@@ -7,197 +7,197 @@ docs/planning.md has the formulas.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from functools import cache
 
 from ds_lvx.attention.messages import padded
-from ds_lvx.plan.pieces import (
-    ADD_16_TO_FP32,
-    ADD_FP32,
-    AROUND_ALL_TO_ALL,
-    CAST,
-    COPY,
-    DECODE,
-    DELTA,
-    ENCODE,
-    MERGE,
-    MERGE_STACKED,
-    SUM_STACKED,
-    Pieces,
-)
-from ds_lvx.plan.transfers import Timeline, Transfer
+from ds_lvx.plan.pieces import Pieces
+from ds_lvx.plan.transfers import Transfer
 
 
-def _alone(pieces: Pieces, timeline: Timeline, *, backward: bool) -> None:
+def _alone(pieces: Pieces, backward: bool) -> None:
     """All queries and keys on one rank, whose neighbours are idle."""
-    device, keys = pieces.device, pieces.keys
+    device, queries, keys = pieces.device, pieces.queries, pieces.keys
+    compute = pieces.timeline.compute
     kernel = device.whole_alone or device.whole
     if backward:
         kernel = device.backward_alone or device.backward
-        delta = pieces.touch_s(pieces.of_q(pieces.queries), DELTA)
-        timeline.compute(device.alone * delta, "other")
+        compute(device.alone * pieces.touch_s(pieces.of_q(queries), "delta"), "other")
     if not backward or pieces.shape.recompute:
-        timeline.compute(device.alone * pieces.project_s(keys), "projection")
-    timeline.compute(pieces.attend_s(kernel, pieces.queries, keys), "kernel")
+        compute(device.alone * pieces.project_s(keys), "projection")
+    pieces.attend(kernel, queries, keys)
     if backward:
-        timeline.compute(device.alone * pieces.project_s(keys, backward=True), "projection")
+        compute(device.alone * pieces.project_s(keys, backward=True), "projection")
 
 
 # --------------------------------------------------------------------------------------------
 # lvx: a walk through ds_lvx.attention.schedules
 
 
-def _gather(pieces: Pieces, timeline: Timeline, *, backward: bool) -> None:
+def _gather(pieces: Pieces, backward: bool) -> None:
     """All queries arrive, one kernel, the parts go home; a group of heads after the other."""
-    shares, again = pieces.head_shares, pieces.shape.recompute
-    copies = (COPY, COPY) if backward else (COPY,)
+    shares, again, timeline = pieces.head_shares, pieces.shape.recompute, pieces.timeline
+    copies = ("copy", "copy") if backward else ("copy",)
     mine, everyone = pieces.of_q(pieces.most_queries), pieces.of_q(pieces.queries)
     out = pieces.message.queries(pieces.most_queries, backward=backward)
     part = pieces.message.part(pieces.most_queries, backward=backward)
     kernel = pieces.device.backward if backward else pieces.device.partial
-    _begin(pieces, timeline, pieces.most_queries, backward=backward)
-    timeline.compute(pieces.touch_s(shares[0] * mine, *copies), "other")
+    _begin(pieces, backward)
+    pieces.touch(shares[0] * mine, *copies)
     arrives = timeline.post(pieces.ranks.gather(shares[0] * out))
     if again:
-        _project(pieces, timeline)
+        pieces.project()
     returning = []
     for share, following in zip(shares, (*shares[1:], 0.0), strict=True):
         timeline.wait(arrives)
         if following:
-            timeline.compute(pieces.touch_s(following * mine, *copies), "other")
+            pieces.touch(following * mine, *copies)
             arrives = timeline.post(pieces.ranks.gather(following * out))
-        timeline.compute(pieces.touch_s(share * everyone, *copies), "other")
-        attending = pieces.attend_s(kernel, pieces.queries, pieces.most_keys, share=share)
-        timeline.compute(attending, "kernel")
-        timeline.compute(pieces.touch_s(share * everyone, ENCODE, COPY), "other")
+        pieces.touch(share * everyone, *copies)
+        pieces.attend(kernel, pieces.queries, pieces.most_keys, share=share)
+        pieces.touch(share * everyone, "encode", "copy")
         returning.append(timeline.post(pieces.ranks.exchange(share * part)))
     if backward and len(shares) > 1:
-        timeline.compute(pieces.touch_s(pieces.of_k_and_v(pieces.most_keys), COPY), "other")
+        pieces.touch(pieces.of_k_and_v(pieces.most_keys), "copy")
     if backward and again:
-        _project(pieces, timeline, backward=True)
+        pieces.project(backward=True)
     for share, arrives in zip(shares, returning, strict=True):
         timeline.wait(arrives)
-        adding = SUM_STACKED if backward else MERGE_STACKED
-        timeline.compute(pieces.touch_s(pieces.n * share * mine, DECODE, adding), "other")
+        adding = "sum stacked" if backward else "merge stacked"
+        pieces.touch(pieces.n * share * mine, "decode", adding)
     if backward and not again:
-        _project(pieces, timeline, backward=True)
+        pieces.project(backward=True)
 
 
-def _rotate_queries(pieces: Pieces, timeline: Timeline, *, backward: bool) -> None:
+def _rotate_queries(pieces: Pieces, backward: bool) -> None:
     """The next queries and the last part travel under each kernel; dk and dv add up in fp32."""
     device, again, queries = pieces.device, pieces.shape.recompute, pieces.mean_queries
     rows, keys = pieces.of_q(queries), pieces.of_k_and_v(pieces.most_keys)
-    kernel = device.backward if backward else device.partial
-    _begin(pieces, timeline, pieces.most_queries, backward=backward)
+    _begin(pieces, backward)
     _rotate(
         pieces,
-        timeline,
-        _Turns(
-            ahead_bytes=pieces.message.queries(queries, backward=backward),
-            home_bytes=pieces.message.part(queries, backward=backward),
-            # Two ranks have one step, and the part leaves after it.
-            crowded=pieces.n > 2,
-            kernel_s=pieces.attend_s(kernel, queries, pieces.most_keys),
-            later_s=pieces.touch_s(keys, ADD_16_TO_FP32) if backward else 0.0,
-            encode_s=pieces.touch_s(rows, ENCODE),
-            add_s=pieces.touch_s(rows, DECODE, ADD_FP32 if backward else MERGE),
-            cast_s=pieces.touch_s(keys, CAST, CAST) if backward else 0.0,
+        ahead_bytes=pieces.message.queries(queries, backward=backward),
+        home_bytes=pieces.message.part(queries, backward=backward),
+        # Two ranks have one step, and the part leaves after it.
+        crowded=pieces.n > 2,
+        kernel_s=pieces.attend_s(
+            device.backward if backward else device.partial, queries, pieces.most_keys
         ),
+        later_s=pieces.touch_s(keys, "add 16 bits to fp32") if backward else 0.0,
+        encode_s=pieces.touch_s(rows, "encode"),
+        add_s=pieces.touch_s(rows, "decode", "add fp32" if backward else "merge"),
+        cast_s=pieces.touch_s(keys, "cast", "cast") if backward else 0.0,
         again=again,
         backward=backward,
     )
     if backward and not again:
-        _project(pieces, timeline, backward=True)
+        pieces.project(backward=True)
 
 
-def _replicated(pieces: Pieces, timeline: Timeline, *, backward: bool) -> None:
+def _replicated(pieces: Pieces, backward: bool) -> None:
     """Everyone has all queries; lse is gathered and out summed, or dq."""
-    queries, device = pieces.most_queries, pieces.device
+    queries, device, timeline = pieces.most_queries, pieces.device, pieces.timeline
     if backward:
-        timeline.compute(pieces.touch_s(pieces.of_q(queries), DELTA), "other")
+        pieces.touch(pieces.of_q(queries), "delta")
     if not backward or pieces.shape.recompute:
-        _project(pieces, timeline)
-    kernel = device.backward if backward else device.partial
-    timeline.compute(pieces.attend_s(kernel, queries, pieces.most_keys), "kernel")
+        pieces.project()
+    pieces.attend(device.backward if backward else device.partial, queries, pieces.most_keys)
     if backward:
-        _project(pieces, timeline, backward=True)
+        pieces.project(backward=True)
     else:
         timeline.wait(timeline.post(pieces.ranks.gather(pieces.message.statistics(queries))))
-        timeline.compute(pieces.touch_s(pieces.of_q(queries), MERGE), "other")
+        pieces.touch(pieces.of_q(queries), "merge")
     timeline.wait(timeline.post(pieces.ranks.all_reduce(pieces.message.summed(queries))))
+
+
+def _begin(pieces: Pieces, backward: bool) -> None:
+    """What comes before lvx's first transfer: delta, or K and V that are kept."""
+    if backward:
+        pieces.touch(pieces.of_q(pieces.most_queries), "delta")
+    elif not pieces.shape.recompute:
+        pieces.project()
 
 
 # --------------------------------------------------------------------------------------------
 # Ring attention and Ulysses
 
 
-def _rotate_keys(pieces: Pieces, timeline: Timeline, *, backward: bool) -> None:
+def _rotate_keys(pieces: Pieces, backward: bool) -> None:
     """The next keys travel under each kernel; in backward, so do dk and dv of the last block."""
     device, rows = pieces.device, pieces.of_q(pieces.most_queries)
     keys, nbytes = pieces.of_k_and_v(pieces.mean_keys), pieces.message.keys(pieces.mean_keys)
-    kernel = device.backward if backward else device.partial
-    merging = pieces.touch_s(rows, ADD_FP32 if backward else MERGE)
-    cast = pieces.touch_s(keys, CAST) if backward else 0.0
+    merging = pieces.touch_s(rows, "add fp32" if backward else "merge")
     if backward:
-        timeline.compute(pieces.touch_s(rows, DELTA), "other")
+        pieces.touch(rows, "delta")
     else:
-        _project(pieces, timeline)
+        pieces.project()
     _rotate(
         pieces,
-        timeline,
-        _Turns(
-            ahead_bytes=nbytes,
-            home_bytes=nbytes if backward else None,
-            # Of two ranks, the gradients leave when the keys have arrived.
-            crowded=backward and pieces.n > 2,
-            kernel_s=pieces.attend_s(kernel, pieces.most_queries, pieces.mean_keys),
-            first_s=merging + cast if backward else 0.0,
-            later_s=merging,
-            add_s=pieces.touch_s(keys, ADD_16_TO_FP32),
+        ahead_bytes=nbytes,
+        home_bytes=nbytes if backward else None,
+        # Of two ranks, the gradients leave when the keys have arrived.
+        crowded=backward and pieces.n > 2,
+        kernel_s=pieces.attend_s(
+            device.backward if backward else device.partial, pieces.most_queries, pieces.mean_keys
         ),
+        first_s=merging + pieces.touch_s(keys, "cast") if backward else 0.0,
+        later_s=merging,
+        add_s=pieces.touch_s(keys, "add 16 bits to fp32"),
         backward=backward,
     )
     if backward:
-        timeline.compute(cast, "other")
-        _project(pieces, timeline, backward=True)
+        pieces.touch(keys, "cast")
+        pieces.project(backward=True)
 
 
-def _ulysses(pieces: Pieces, timeline: Timeline, *, backward: bool) -> None:
+def _ulysses(pieces: Pieces, backward: bool) -> None:
     """All-to-alls of q, k, v; a kernel over all keys and some heads; one of out; and back."""
     if not backward:
-        _project(pieces, timeline)
-    wide = Pieces(padded(pieces.shape), pieces.ranks.cluster)
-    rows, k_and_v = wide.of_q(wide.most_queries), wide.of_k_and_v(wide.most_keys)
-    arriving = [rows] if backward else [rows, k_and_v / 2, k_and_v / 2]
-    leaving = [rows, k_and_v / 2, k_and_v / 2] if backward else [rows]
-    kernel = wide.device.backward if backward else wide.device.whole
+        pieces.project()
+    wide = Pieces(padded(pieces.shape), pieces.ranks.cluster, pieces.timeline)
+    q, k = wide.of_q(wide.most_queries), wide.of_k_and_v(wide.most_keys) / 2
+    arriving, leaving = ([q], [q, k, k]) if backward else ([q, k, k], [q])
 
     def all_to_all(numbers: float) -> None:
-        timeline.compute(wide.touch_s(numbers, AROUND_ALL_TO_ALL), "other")
+        wide.touch(numbers, "around an all-to-all")
         nbytes = numbers * wide.shape.element_bytes / wide.n
-        timeline.wait(timeline.post(wide.ranks.exchange(nbytes)))
+        wide.timeline.wait(wide.timeline.post(wide.ranks.exchange(nbytes)))
 
     for numbers in arriving:
         all_to_all(numbers)
     if backward:
-        timeline.compute(wide.touch_s(rows, DELTA), "other")
-    attending = wide.attend_s(kernel, wide.queries, wide.keys, share=1 / wide.n)
-    timeline.compute(attending, "kernel")
+        wide.touch(q, "delta")
+    kernel = wide.device.backward if backward else wide.device.whole
+    wide.attend(kernel, wide.queries, wide.keys, share=1 / wide.n)
     for numbers in leaving:
         all_to_all(numbers)
     if backward:
-        _project(pieces, timeline, backward=True)
+        pieces.project(backward=True)
 
 
 # --------------------------------------------------------------------------------------------
-# What walks share
+# What rotates
 
 
-@dataclass(frozen=True)
-class _Turns:
-    """What a rank does while something rotates.
+def _rotate(
+    pieces: Pieces,
+    *,
+    ahead_bytes: float,
+    home_bytes: float | None,
+    crowded: bool,
+    kernel_s: float,
+    first_s: float = 0.0,
+    later_s: float = 0.0,
+    encode_s: float = 0.0,
+    add_s: float = 0.0,
+    cast_s: float = 0.0,
+    backward: bool,
+    again: bool = False,
+) -> None:
+    """A ring's turns.
 
-    Attributes:
+    Args:
+        pieces: of the call.
         ahead_bytes: passed on under each kernel.
         home_bytes: of what the last kernel gave for another rank; None where it stays.
         crowded: both are under way at the same time.
@@ -205,68 +205,40 @@ class _Turns:
         first_s, later_s: after the kernel on what is this rank's own, and after the others.
         encode_s, add_s: of a part before it leaves, and after it arrived.
         cast_s: at the end.
+        backward, again: K and V are projected under the first transfer; backward under the last.
     """
+    timeline, n, per_node = pieces.timeline, pieces.n, pieces.ranks.per_node
+    ahead = pieces.ranks.shift(ahead_bytes, crowded=crowded)
 
-    ahead_bytes: float
-    home_bytes: float | None
-    crowded: bool
-    kernel_s: float
-    first_s: float = 0.0
-    later_s: float = 0.0
-    encode_s: float = 0.0
-    add_s: float = 0.0
-    cast_s: float = 0.0
+    @cache
+    def home(hops: int) -> Transfer:
+        return pieces.ranks.shift(home_bytes or 0.0, hops=hops, crowded=crowded)
 
-
-def _rotate(
-    pieces: Pieces, timeline: Timeline, turns: _Turns, *, backward: bool, again: bool = False
-) -> None:
-    """``again``: K and V are projected under the first transfer, and backward under the last."""
-    ahead: Transfer = pieces.ranks.shift(turns.ahead_bytes, crowded=turns.crowded)
     returning: float | None = None
-    for step in range(pieces.n):
-        following = timeline.post(ahead) if step < pieces.n - 1 else None
+    for step in range(n):
+        following = timeline.post(ahead) if step < n - 1 else None
         if step == 0 and again:
-            _project(pieces, timeline)
-        timeline.compute(turns.kernel_s, "kernel")
-        timeline.compute(turns.later_s if step else turns.first_s, "other")
-        if step and turns.home_bytes is not None:
+            pieces.project()
+        timeline.compute(kernel_s, "kernel")
+        timeline.compute(later_s if step else first_s, "other")
+        if step and home_bytes is not None:
             if returning is not None:
                 timeline.wait(returning)
-                timeline.compute(turns.add_s, "other")
-            timeline.compute(turns.encode_s, "other")
-            home = pieces.ranks.shift(turns.home_bytes, hops=-step, crowded=turns.crowded)
-            returning = timeline.post(home)
+                timeline.compute(add_s, "other")
+            timeline.compute(encode_s, "other")
+            # Where all of a node leave it, or as many go the other way, the time is the same.
+            returning = timeline.post(home(min(step, n - step, per_node)))
         if following is not None:
             timeline.wait(following)
-    timeline.compute(turns.cast_s, "other")
+    timeline.compute(cast_s, "other")
     if backward and again:
-        _project(pieces, timeline, backward=True)
+        pieces.project(backward=True)
     if returning is not None:
         timeline.wait(returning)
-        timeline.compute(turns.add_s, "other")
+        timeline.compute(add_s, "other")
 
 
-def _begin(pieces: Pieces, timeline: Timeline, queries: float, *, backward: bool) -> None:
-    """What comes before lvx's first transfer: delta, or K and V that are kept."""
-    if backward:
-        timeline.compute(pieces.touch_s(pieces.of_q(queries), DELTA), "other")
-    elif not pieces.shape.recompute:
-        _project(pieces, timeline)
-
-
-def _project(pieces: Pieces, timeline: Timeline, *, backward: bool = False) -> None:
-    seconds = pieces.project_s(pieces.most_keys, backward=backward)
-    timeline.compute(seconds, "projection")
-
-
-class Walk(Protocol):
-    """Spends a pass of a call on a timeline."""
-
-    def __call__(self, pieces: Pieces, timeline: Timeline, *, backward: bool) -> None: ...
-
-
-WALKS: dict[str, Walk] = {
+WALKS: dict[str, Callable[[Pieces, bool], None]] = {
     "none": _alone,
     "lvx gather": _gather,
     "lvx ring": _rotate_queries,
@@ -274,3 +246,4 @@ WALKS: dict[str, Walk] = {
     "ring": _rotate_keys,
     "ulysses": _ulysses,
 }
+"""What spends a pass on the timeline of its pieces; True is backward."""

@@ -121,13 +121,19 @@ def options(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def test_a_calibration_from_end_to_end(tmp_path: Path) -> None:
-    path = tmp_path / "profile.json"
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a calibration on two ranks wrote."""
+    path = tmp_path_factory.mktemp("calibration") / "profile.json"
     words = ("--calibrate", "--ranks", "2", "--quick", "--profile", str(path))
     assert command.run(options(*words)) == 0
-    cluster = profile.read(path)
+    return path
+
+
+def test_a_calibration_from_end_to_end(measured: Path) -> None:
+    cluster = profile.read(measured)
     assert (cluster.gpus, cluster.gpus_per_node) == (2, 2)
-    record = json.loads(path.read_text())
+    record = json.loads(measured.read_text())
     assert record["kind"] == "measured"
     assert record["versions"]["torch"]
     assert len(record["answers"]) == 2
@@ -145,12 +151,13 @@ def test_a_calibration_from_end_to_end(tmp_path: Path) -> None:
     assert Cluster.of(again["cluster"]) == cluster
     # And it serves a plan.
     asked = ("--model", "OpenFlamingo-3B", "--frames", "64", "--gpus", "4096", "--json")
-    assert command.run(options(*asked, "--profile", str(path))) == 0
+    assert command.run(options(*asked, "--profile", str(measured))) == 0
 
 
-def test_profiles_of_before_and_after_are_one() -> None:
-    words = {"ranks": 1, "quick": True}
-    first, second = (calibrate.calibrate(**words) for _ in range(2))
+def test_profiles_of_before_and_after_are_one(measured: Path) -> None:
+    first = json.loads(measured.read_text())
+    # Another time the machine is slower.
+    second = json.loads(measured.read_text(), parse_float=lambda digits: 1.5 * float(digits))
     both = calibrate.pooled(first, second)
     for kind in fit.KINDS:
         one, other, joined = (each["answers"][0]["kernels"][kind] for each in (first, second, both))

@@ -11,9 +11,9 @@ import pytest
 from ds_lvx.cli import main
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import from_card
-from ds_lvx.plan.footprint import footprint
-from ds_lvx.plan.job import Job
+from ds_lvx.plan.memory import footprint
 from ds_lvx.plan.models import known, model
+from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.search import divisors, plan
 
 LLAMA = ("plan", "--model", "Llama-3.2-11B-Vision", "--text", "384", "--card", "H100")
@@ -75,9 +75,9 @@ def test_thousands_of_gpus_and_a_hundred_million_tokens(capsys: pytest.CaptureFi
 
 
 def test_more_gpus_in_a_group_take_less_memory() -> None:
-    job = Job(model("Llama-3.2-11B-Vision"), text_tokens=384, frames=1024)
+    scenario = Scenario(model("Llama-3.2-11B-Vision"), text_tokens=384, frames=1024)
     peaks = [
-        footprint(job, gpus=64, ranks=ranks, method="lvx", schedule="gather").peak
+        footprint(scenario, gpus=64, ranks=ranks, method="lvx", schedule="gather").peak
         for ranks in (8, 16, 32, 64)
     ]
     assert peaks == sorted(peaks, reverse=True)
@@ -85,8 +85,8 @@ def test_more_gpus_in_a_group_take_less_memory() -> None:
 
 def test_zero_stages_and_training_less_take_less_memory() -> None:
     def peak(**settings: object) -> int:
-        job = Job(model("Llama-3.2-11B-Vision"), text_tokens=384, frames=64, **settings)
-        return footprint(job, gpus=16, ranks=16, method="lvx", schedule="gather").peak
+        scenario = Scenario(model("Llama-3.2-11B-Vision"), text_tokens=384, frames=64, **settings)
+        return footprint(scenario, gpus=16, ranks=16, method="lvx", schedule="gather").peak
 
     peaks = [peak(zero_stage=stage) for stage in range(4)]
     assert peaks == sorted(peaks, reverse=True)
@@ -99,24 +99,24 @@ def test_zero_stages_and_training_less_take_less_memory() -> None:
 
 
 def test_a_plan_that_fits_nothing_says_by_how_much_and_what_would_fit() -> None:
-    job = Job(model("Llama-3.2-11B-Vision"), text_tokens=4096, frames=2000)
+    scenario = Scenario(model("Llama-3.2-11B-Vision"), text_tokens=4096, frames=2000)
     cluster = from_card(CARDS["A30"], gpus=8)
     with pytest.raises(ValueError, match="GiB too much") as error:
-        plan(job, cluster)
+        plan(scenario, cluster)
     text = str(error.value)
     gpus = int(text.partition(" GPUs in one group")[0].rpartition(" ")[2])
-    assert plan(job, cluster.with_gpus(gpus)).best.ranks > 8
+    assert plan(scenario, cluster.with_gpus(gpus)).best.ranks > 8
     frames = text.partition(" of the 2000 frames")[0].rpartition(" ")[2]
-    fewer = Job(job.model, text_tokens=4096, frames=int(frames))
+    fewer = Scenario(scenario.model, text_tokens=4096, frames=int(frames))
     assert plan(fewer, cluster).best.ranks <= 8
     with pytest.raises(ValueError, match="GiB too much"):
-        plan(Job(job.model, text_tokens=4096, frames=int(frames) + 8), cluster)
+        plan(Scenario(scenario.model, text_tokens=4096, frames=int(frames) + 8), cluster)
 
 
 @pytest.mark.parametrize("each", known(), ids=lambda each: each.name)
 def test_every_model_can_be_planned(each: object) -> None:
-    job = Job(each, text_tokens=2048, frames=256)
-    found = plan(job, from_card(CARDS["H200"], gpus=64))
+    scenario = Scenario(each, text_tokens=2048, frames=256)
+    found = plan(scenario, from_card(CARDS["H200"], gpus=64))
     assert found.best.seconds > 0
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_lvx.attention.shape import AttentionShape, evenly
-from ds_lvx.plan.models import Model
+from ds_lvx.plan.models import Layers, Model
 
 TRAINED = ("all", "cross")
 
 
 @dataclass(frozen=True)
-class Job:
-    """One training step of a model.
+class Scenario:
+    """A model, a sample, and the settings of the training.
 
     Attributes:
         model: what is trained.
-        text_tokens: of a sample.
-        frames: of a sample.
+        text_tokens, frames: of a sample.
         zero_stage: of DeepSpeed.
         recompute: lvx projects K and V again in backward.
         checkpointing: layers are checkpointed.
@@ -49,40 +49,43 @@ class Job:
         return self.frames * self.model.frame_tokens
 
     @property
+    def trains_all(self) -> bool:
+        """Whether every weight gets a gradient."""
+        return self.trains == "all"
+
+    @property
     def trained_parameters(self) -> int:
         """Weights that get a gradient."""
-        model = self.model
-        return model.parameters if self.trains == "all" else model.cross_parameters
+        return self.model.parameters if self.trains_all else self.model.cross_parameters
 
     def frames_of_a_rank(self, ranks: int) -> int:
         """Frames of the rank that holds most; a frame is not split."""
         return -(-self.frames // ranks)
 
-    def cross_shape(self, ranks: int, *, recompute: bool) -> AttentionShape:
-        """One cross-attention layer."""
-        cross = self.model.cross
-        frames = evenly(self.frames, ranks)
-        return AttentionShape(
-            batch=1,
-            q_lengths=tuple(evenly(self.text_tokens, ranks)),
-            kv_lengths=tuple(count * self.model.frame_tokens for count in frames),
-            heads=cross.heads,
-            kv_heads=cross.kv_heads,
-            head_dim=cross.head_dim,
-            element_bytes=self.element_bytes,
-            recompute=recompute,
-            features_dim=cross.features_dim,
-        )
+    def cross_shape(self, ranks: int, method: str) -> AttentionShape:
+        """One cross-attention layer; lvx alone can recompute."""
+        keys = [count * self.model.frame_tokens for count in evenly(self.frames, ranks)]
+        return self._shape(self.model.cross, ranks, keys, recompute=self.recomputes(method))
+
+    def recomputes(self, method: str) -> bool:
+        """Whether cross-attention layers of this method project K and V again."""
+        return self.recompute and method == "lvx"
 
     def text_shape(self, ranks: int) -> AttentionShape:
         """One self-attention layer of the text."""
-        text, lengths = self.model.text, tuple(evenly(self.text_tokens, ranks))
+        return self._shape(self.model.text, ranks, evenly(self.text_tokens, ranks))
+
+    def _shape(
+        self, layers: Layers, ranks: int, keys: Sequence[int], *, recompute: bool = False
+    ) -> AttentionShape:
         return AttentionShape(
             batch=1,
-            q_lengths=lengths,
-            kv_lengths=lengths,
-            heads=text.heads,
-            kv_heads=text.kv_heads,
-            head_dim=text.head_dim,
+            q_lengths=tuple(evenly(self.text_tokens, ranks)),
+            kv_lengths=tuple(keys),
+            heads=layers.heads,
+            kv_heads=layers.kv_heads,
+            head_dim=layers.head_dim,
             element_bytes=self.element_bytes,
+            recompute=recompute,
+            features_dim=layers.features_dim,
         )
