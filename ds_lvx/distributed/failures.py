@@ -76,7 +76,7 @@ class Guard:
     def __init__(self, groups: SequenceParallelGroups) -> None:
         self._groups = groups
         world = groups.world_channel
-        self._mailbox = Mailbox(world.rank, world.agree)
+        self._mailbox = Mailbox(world)
         self._engine: Any = None
         self._watched: dict[str, Callable[..., Any]] = {}
 

@@ -57,8 +57,9 @@ def shutdown(engine: Any = None) -> None:
     A process that just returns after training aborts now and then (SIGABRT, exit code -6): gloo's
     thread drops its last references into an interpreter that is going down. Call this last, on
     every rank; the engine and process groups are of no use afterwards. In a ``finally`` under an
-    exception, or when a rank has run out of memory, it waits for nobody, so that a rank that failed
-    can leave and the launcher can end the others.
+    exception, or when a rank has run out of memory, it waits for no rank, so that one that failed
+    can leave and the launcher can end the others. Only rank 0 stays for up to 10 seconds, until
+    the others have read which rank it was.
 
     Args:
         engine: what `ds_lvx.initialize` returned; None when there is none.
@@ -83,6 +84,7 @@ def shutdown(engine: Any = None) -> None:
     for each in {*_engines, *([] if engine is None else [engine])}:
         _let_go_of_groups(each)
     gc.collect()
+    Mailbox.wait_for_readers()
 
 
 def _has_failed() -> bool:
