@@ -9,6 +9,7 @@ for the host. Every transfer takes the `Spec` of what arrives; `ds_lvx.traffic` 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, ClassVar, TypeAlias
 from weakref import WeakKeyDictionary, ref
@@ -86,6 +87,16 @@ class Channel:
     def world(cls) -> Channel:
         """All ranks of the job; this process alone when ``torch.distributed`` does not run."""
         return cls(dist.group.WORLD if is_initialized() else None)
+
+    def job_store(self, prefix: str) -> tuple[Any, Any] | None:
+        """A connection of our own to the job's key-value store, and the job's own, which serves.
+
+        None for a process alone, and where there is no second connection.
+        """
+        with suppress(RuntimeError):
+            store: Any = dist.distributed_c10d._get_default_store() if self.size > 1 else None
+            return None if store is None else (dist.PrefixStore(prefix, store.clone()), store)
+        return None
 
     # ---- control plane
 

@@ -26,6 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.distributed.notes import Mailbox, PeerError, explain
+from ds_lvx.distributed.shutdown import remember
 
 _GIB = 2**30
 # How messages begin that are of no class of their own. An error that all ranks agreed on begins
@@ -75,13 +76,14 @@ class Guard:
     def __init__(self, groups: SequenceParallelGroups) -> None:
         self._groups = groups
         world = groups.world_channel
-        self._mailbox = Mailbox(world.rank, world.agree)
+        self._mailbox = Mailbox(world)
         self._engine: Any = None
         self._watched: dict[str, Callable[..., Any]] = {}
 
     def watch(self, engine: Any) -> None:
         """Watch forward, backward and step of this instance until `close`."""
         self._engine = engine
+        remember(engine)
         for name in ("forward", "backward", "step"):
             self._watched[name] = self._watching(name, getattr(engine, name))
             setattr(engine, name, self._watched[name])

@@ -1,27 +1,37 @@
 """A note from a rank that ends, to all others, so that their errors can say why it is gone.
 
-What the others see of a rank that ended is "Connection closed by peer". Its reason cannot be asked
-for any more, and the job's store may have ended with it. So it is told beforehand: every rank has a
-`Mailbox`, a socket that it reads only when something has failed. A note is one datagram to each.
-Sending one never waits, whatever state the other ranks are in, and a rank that computes is not
-disturbed. A datagram may get lost: then the error is what it would be without notes.
+What the others see of a rank that ended is "Connection closed by peer", and its reason cannot be
+asked for any more. So it is told beforehand: a rank appends its note to a log in the job's
+key-value store, and lets go of its connections only when the store has it. The others read the log
+only when something has failed. Every question to the store is bounded: one that is gone, or does
+not answer, leaves errors as they would be without notes.
+
+The store is served by rank 0, or by torchrun's agent, and ends with that process: see
+`wait_for_readers`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-# A note is sent before its rank lets go of any connection: it has hardly ever to be waited for.
-_WAIT_S = 0.5
-_LONGEST = 32768
+if TYPE_CHECKING:
+    from ds_lvx.distributed.channel import Channel
+
+# A rank fails by an error that all have agreed on before it has sent its note.
+_NOTE_S = 0.5
+_ANSWER_S = 5.0
+# Who computes looks only at its next transfer.
+_READERS_S = 10.0
+_PAUSE_S = 0.05
+_KEY = "log"
 
 Record = dict[str, Any]
 
@@ -31,31 +41,27 @@ class PeerError(RuntimeError):
 
 
 class Mailbox:
-    """Where this rank receives notes, and the addresses of the others.
+    """This rank's way to leave notes with all ranks, and to read theirs.
 
     Args:
-        rank: of this process among all ranks.
-        agree: exchanges a record with all ranks, as `Channel.agree` does.
+        world: the channel of all ranks.
 
     Attributes:
-        address: this rank's, or None where it has no socket.
         has_sent: a note of this rank's stands.
 
     Collectives: one agreement.
     """
 
     _open: ClassVar[list[Mailbox]] = []
+    _unread: ClassVar[list[Mailbox]] = []
 
-    def __init__(self, rank: int, agree: Callable[[Record], list[Record]]) -> None:
+    def __init__(self, world: Channel) -> None:
         self.has_sent = False
-        self._rank = rank
-        self._notes: dict[int, str] = {}
-        self._socket = _open_socket()
-        self.address = None if self._socket is None else self._socket.getsockname()
-        # Whatever else arrives at the port does not have the job's word.
-        records = agree({"address": self.address, "word": secrets.token_hex(8)})
-        self._word = records[0]["word"]
-        self._addresses = [record["address"] for record in records]
+        self._has_read = False
+        self._rank, self._size = world.rank, world.size
+        # A store may serve several jobs, or one that starts anew.
+        (word, *_) = [record["word"] for record in world.agree({"word": secrets.token_hex(8)})]
+        self._log = _Log(world.job_store(f"ds_lvx/notes/{word}"))
         self._open.append(self)
 
     @classmethod
@@ -66,52 +72,128 @@ class Mailbox:
     def send(self, text: str) -> None:
         """Leave a note with every other rank; an empty one takes back what was sent before."""
         self.has_sent = bool(text)
-        if self._socket is None:
-            return
-        message = json.dumps({"word": self._word, "rank": self._rank, "text": text}).encode()
-        self._socket.settimeout(0)
-        for rank, address in enumerate(self._addresses):
-            if address is not None and rank != self._rank:
-                with suppress(OSError):
-                    self._socket.sendto(message, tuple(address))
+        if self in self._open:
+            self._log.append({"rank": self._rank, "text": text})
 
     def read(self) -> str | None:
         """The note of a rank that ended, or None after half a second without one."""
-        if not self.has_notes() and len(self._addresses) > 1:
-            self._take_what_arrived(_WAIT_S)
-        return next(iter(self._notes.values()), None)
+        end = time.monotonic() + _NOTE_S
+        while (note := self._look()) is None and self._log.answers and time.monotonic() < end:
+            time.sleep(_PAUSE_S)
+        return note
 
     def has_notes(self) -> bool:
-        """Whether a note of another rank is here already."""
-        self._take_what_arrived(0)
-        return bool(self._notes)
+        """Whether a note of another rank is there already."""
+        return self._look() is not None
 
     def close(self) -> None:
-        """Receive no more. Calling it twice is allowed."""
+        """Read no more. Calling it twice is allowed."""
         if self in self._open:
             self._open.remove(self)
-            if self._socket is not None:
-                self._socket.close()
-                self._socket = None
+            # Held, so that the store's server lives on where it is in this process.
+            if self._rank == 0 and (self.has_sent or self._has_read):
+                self._unread.append(self)
+            else:
+                self._log.leave()
 
-    def _take_what_arrived(self, wait_s: float) -> None:
-        if self._socket is None:
-            return
-        # A time-out and an empty queue are both an OSError.
-        with suppress(OSError):
-            self._socket.settimeout(wait_s)
-            while True:
-                self._take(self._socket.recv(_LONGEST))
-                self._socket.settimeout(0)
+    @classmethod
+    def wait_for_readers(cls) -> None:
+        """Rank 0, which may serve the store, waits until all ranks have the notes it knows of.
 
-    def _take(self, message: bytes) -> None:
-        with suppress(ValueError, KeyError, TypeError):
-            note = json.loads(message)
-            if note["word"] != self._word:
-                return
-            self._notes.pop(note["rank"], None)
-            if note["text"]:
-                self._notes[note["rank"]] = note["text"]
+        Called when this rank's connections have ended, which makes the others look; it waits for
+        10 seconds at most, for a rank that computes for longer, or hangs, does not look.
+        """
+        end = time.monotonic() + _READERS_S
+        while cls._unread:
+            mailbox = cls._unread[-1]
+            notes, readers = mailbox._log.read()
+            informed = len(notes.keys() | readers) == mailbox._size
+            if informed or not mailbox._log.answers or time.monotonic() > end:
+                cls._unread.remove(mailbox)
+                mailbox._log.leave()
+            else:
+                time.sleep(_PAUSE_S)
+
+    def _look(self) -> str | None:
+        notes, readers = self._log.read()
+        others = [text for rank, text in notes.items() if rank != self._rank]
+        if not others:
+            return None
+        self._has_read = True
+        if self._rank not in readers:
+            self._log.append({"rank": self._rank})
+        return others[0]
+
+
+class _Log:
+    """Records that all ranks append to, in the job's store; never waited for beyond 5 seconds.
+
+    Args:
+        store: what `Channel.job_store` returned.
+
+    Attributes:
+        answers: whether the store has answered so far.
+    """
+
+    def __init__(self, store: tuple[Any, Any] | None) -> None:
+        self._store = store
+
+    @property
+    def answers(self) -> bool:
+        return self._store is not None
+
+    def append(self, record: Record) -> None:
+        """Append a record, and wait until the store has it."""
+        line = json.dumps(record) + "\n"
+
+        def write(store: Any) -> bool:
+            store.append(_KEY, line)
+            return bool(store.check([_KEY]))  # answered in turn, behind the line
+
+        self._ask(write)
+
+    def read(self) -> tuple[dict[int, str], set[int]]:
+        """The notes that stand by their rank, oldest first, and the ranks that have read any."""
+        found = self._ask(lambda store: store.get(_KEY) if store.check([_KEY]) else b"")
+        notes: dict[int, str] = {}
+        readers: set[int] = set()
+        for record in map(json.loads, (found or b"").splitlines()):
+            rank, text = record["rank"], record.get("text")
+            if text is None:
+                readers.add(rank)
+                continue
+            notes.pop(rank, None)
+            if text:
+                notes[rank] = text
+            elif not notes:
+                readers.clear()
+        return notes, readers
+
+    def leave(self) -> None:
+        """Close the connection; also done for a store that is gone or does not answer."""
+        self._store = None
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        if self._store is None:
+            return None
+        answers: list[Any] = []
+        connection, _ = self._store
+
+        def ask() -> None:
+            with suppress(Exception):
+                answers.append(question(connection))
+
+        # The store's client waits without end for a host that has vanished.
+        thread = threading.Thread(target=ask, name="ds_lvx notes", daemon=True)
+        try:
+            thread.start()
+            thread.join(_ANSWER_S)
+        except RuntimeError:  # no memory left for a thread
+            ask()
+        if not answers:
+            self.leave()
+            return None
+        return answers[0]
 
 
 def explain(error: BaseException) -> PeerError | None:
@@ -134,25 +216,3 @@ def explained() -> Iterator[None]:
         if why is None:
             raise
         raise why from error
-
-
-def _open_socket() -> socket.socket | None:
-    """A socket on the interface that leads to the job's master; None where there is none to have.
-
-    On one machine that is the loopback, which nobody reaches from outside.
-    """
-    master = os.environ.get("MASTER_ADDR", "localhost")
-    try:
-        family, kind, *_, target = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(target)  # of a datagram socket: chooses an interface and sends nothing
-            address = probe.getsockname()[0]
-        mailbox = socket.socket(family, kind)
-    except OSError:
-        return None
-    try:
-        mailbox.bind((address, 0))
-    except OSError:
-        mailbox.close()
-        return None
-    return mailbox

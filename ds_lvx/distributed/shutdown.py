@@ -3,16 +3,52 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 from ds_lvx.distributed import channel
 from ds_lvx.distributed.channel import Channel, ProcessGroup
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.distributed.notes import Mailbox
+
+_engines: WeakSet[Any] = WeakSet()
+# Where DeepSpeed 0.19.8 keeps process groups, or lists of them.
+_NAMES_OF_GROUPS = {
+    # its engine
+    "all_to_all_group",
+    "data_parallel_group",
+    "expert_data_parallel_group",
+    "expert_parallel_group",
+    "local_all_to_all_group",
+    "seq_data_parallel_group",
+    "seq_parallel_group",
+    # its optimizers
+    "all2all_process_group",
+    "autoep_folding_tp_group",
+    "dp_process_group",
+    "ep_process_group",
+    "expert_dp_process_group",
+    "model_parallel_group",
+    "real_dp_process_group",
+    "sub_group_process_groups",
+    # what ZeRO-3 partitions with
+    "ds_process_group",
+    "zero_param_parallel_group",
+    "zero_param_process_group",
+    # parameters
+    "_dp_group",
+    "ds_zero_param_process_group",
+    "ds_zero_partition_process_group",
+}
+
+
+def remember(engine: Any) -> None:
+    """Let the next `shutdown` take this engine's groups, whether or not it is given the engine."""
+    _engines.add(engine)
 
 
 def shutdown(engine: Any = None) -> None:
@@ -21,8 +57,9 @@ def shutdown(engine: Any = None) -> None:
     A process that just returns after training aborts now and then (SIGABRT, exit code -6): gloo's
     thread drops its last references into an interpreter that is going down. Call this last, on
     every rank; the engine and process groups are of no use afterwards. In a ``finally`` under an
-    exception, or when a rank has run out of memory, it waits for nobody, so that a rank that failed
-    can leave and the launcher can end the others.
+    exception, or when a rank has run out of memory, it waits for no rank, so that one that failed
+    can leave and the launcher can end the others. Only rank 0 stays for up to 10 seconds, until
+    the others have read which rank it was.
 
     Args:
         engine: what `ds_lvx.initialize` returned; None when there is none.
@@ -44,8 +81,10 @@ def shutdown(engine: Any = None) -> None:
     _forget_deepspeed()
     gc.collect()
     channel.destroy_all()
-    _let_go_of_groups()
+    for each in {*_engines, *([] if engine is None else [engine])}:
+        _let_go_of_groups(each)
     gc.collect()
+    Mailbox.wait_for_readers()
 
 
 def _has_failed() -> bool:
@@ -55,29 +94,27 @@ def _has_failed() -> bool:
     return told or sys.exc_info()[0] is not None
 
 
-def _let_go_of_groups() -> None:
-    """Drop every object's references to process groups: a group's threads live as long as it does.
+def _let_go_of_groups(engine: Any) -> None:
+    """Drop the references to process groups of DeepSpeed's engine, its optimizer and parameters.
 
-    The engine, its optimizer, every ZeRO parameter and every autograd graph that passed through an
-    all-to-all refer to their groups, and a script holds some of these to its end.
+    A group's threads live as long as it does, and a script may hold an engine to its end. What
+    else the script has stays as it is, and so do groups in there.
     """
-    for holder in gc.get_objects():
-        kind = type(holder)
-        if issubclass(kind, ModuleType | type) or not kind.__dictoffset__:
-            continue
-        try:
-            # Not getattr, which some objects answer with code of their own.
-            attributes = object.__getattribute__(holder, "__dict__")
-        except AttributeError:
-            continue
-        for name in [key for key, value in attributes.items() if _is_group(value)]:
+    optimizer = getattr(engine, "optimizer", None)
+    offload = getattr(optimizer, "parameter_offload", None)
+    holders = [engine, optimizer, offload]
+    for parameter in engine.parameters():
+        holders += [parameter, _partitioner(parameter)]
+    for holder in holders:
+        attributes = getattr(holder, "__dict__", {})
+        for name in _NAMES_OF_GROUPS & attributes.keys():
             attributes[name] = None
 
 
-def _is_group(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return any(isinstance(item, ProcessGroup) for item in value)
-    return isinstance(value, ProcessGroup)
+def _partitioner(parameter: Any) -> Any:
+    """What partitions a parameter of ZeRO-3; the parameter's own functions refer to it."""
+    gather = getattr(parameter, "all_gather", None)
+    return None if gather is None else inspect.getclosurevars(gather).nonlocals.get("self")
 
 
 def _forget_deepspeed() -> None:

@@ -3,54 +3,131 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-from torch.utils.cpp_extension import get_default_build_root
+from deepspeed.accelerator import get_accelerator
+from torch.utils import cpp_extension
+
+# A build takes under a minute. Ranks that start together wait for the one of them that builds.
+_BUILD_TIMEOUT_S = 900.0
+_FIRST_WORD_S = 5
+_NEXT_WORD_S = 60
+_OLD_S = 600
+_HOW_TO_GET_ON = (
+    "if no process builds there any more, on this machine or on another that shares the folder, "
+    "delete the file: rm"
+)
 
 
-def init_distributed(**arguments: Any) -> None:
-    """``deepspeed.init_distributed`` that does not wait for a process which is gone.
+def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: Any) -> None:
+    """``deepspeed.init_distributed`` that says what it waits for.
 
     On CPUs DeepSpeed builds an operator at its first start, and loads it at every other. PyTorch
     guards both with a file; a process that is killed in there leaves the file behind, and whoever
-    comes next waits for it forever, without a word. Such files are removed first.
+    comes next waits for it forever, without a word. Here the wait comes first, with a line on each
+    node that names the file, and it ends. The file is never removed: nothing in it says who holds
+    it, and with a home folder that nodes share, that may be a process of another machine.
 
     Args:
+        build_timeout_s: how long to wait for another process's build, in seconds.
         arguments: as of ``deepspeed.init_distributed``.
+
+    Raises:
+        TimeoutError: the file is still there; the error says what to do.
 
     Collectives: the rendezvous of all ranks, unless ``torch.distributed`` runs already.
     """
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    remove_stale_locks(Path(root))
+    if not deepspeed.comm.is_initialized():
+        operator = _operator()
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+        if operator is not None:
+            wait_for_build(_lock(operator), timeout_s=build_timeout_s, speaks=speaks)
+        if speaks:
+            tell_of_old_locks(besides=operator)
     deepspeed.init_distributed(**arguments)
 
 
-def remove_stale_locks(root: Path) -> list[Path]:
-    """Remove the locks of PyTorch's extension builds that no process of this machine holds open.
+def wait_for_build(
+    lock: Path,
+    *,
+    timeout_s: float,
+    speaks: bool = True,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Wait until a build's lock is gone.
 
     Args:
-        root: the folder of the builds; need not exist.
+        lock: the file; need not exist.
+        timeout_s: how long, in seconds.
+        speaks: say so, after 5 seconds and then every minute.
+        sleep: waits for some seconds.
 
-    Returns:
-        What was removed. A machine without ``/proc`` keeps all its locks.
+    Raises:
+        TimeoutError: it is still there.
     """
-    locks = [lock for pattern in ("*/lock", "*/*/lock") for lock in root.glob(pattern)]
-    if not locks or not Path("/proc/self/fd").exists():
-        return []
-    held = _open_files()
-    stale = [lock for lock in locks if str(lock.resolve()) not in held]
-    for lock in stale:
-        lock.unlink(missing_ok=True)
-    return stale
+    waited_s = 0.0
+    next_word_s = _FIRST_WORD_S
+    while (since := _since(lock)) is not None:
+        if waited_s >= timeout_s:
+            raise TimeoutError(
+                f"got {lock}, the lock of an extension build, there since {since}; expected the "
+                f"build to end within {timeout_s:g} s; {_HOW_TO_GET_ON} {lock}"
+            )
+        if speaks and waited_s >= next_word_s:
+            print(
+                f"ds_lvx: waits for the extension build that holds {lock} since {since}, for "
+                f"{timeout_s - waited_s:.0f} s more; {_HOW_TO_GET_ON} {lock}",
+                flush=True,
+            )
+            next_word_s += _NEXT_WORD_S
+        sleep(0.25)
+        waited_s += 0.25
 
 
-def _open_files() -> set[str]:
-    held = set()
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            held.add(os.readlink(descriptor))
-        except OSError:  # closed meanwhile, or another user's, who has builds of his own
-            continue
-    return held
+def tell_of_old_locks(*, besides: str | None = None, now: float | None = None) -> None:
+    """Name the locks of extension builds that are older than any build takes.
+
+    Nothing waits for them here. What needs such an extension later, as DeepSpeed's optimizers do,
+    would wait without a word.
+
+    Args:
+        besides: the extension whose lock is left out.
+        now: the time, in seconds as of ``time.time``; None is the clock's.
+    """
+    now = time.time() if now is None else now
+    with suppress(OSError):  # no folder to be had, so no build either
+        for lock in _lock("").parent.glob("*/lock"):
+            if lock.parent.name != besides and now - lock.stat().st_mtime > _OLD_S:
+                print(
+                    f"ds_lvx: {lock} is there since {_since(lock)}; what needs that extension "
+                    f"waits for it; {_HOW_TO_GET_ON} {lock}",
+                    flush=True,
+                )
+
+
+def _operator() -> str | None:
+    """The operator that DeepSpeed loads when it starts here, and builds if need be."""
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return None
+    name: str = builder.NAME
+    return name
+
+
+def _lock(extension: str) -> Path:
+    """Where PyTorch puts the lock of an extension's build; makes the folder, as PyTorch does."""
+    return Path(cpp_extension._get_build_directory(extension, verbose=False), "lock")
+
+
+def _since(lock: Path) -> str | None:
+    """When a lock was taken; None where there is none."""
+    try:
+        taken = lock.stat().st_mtime
+    except OSError:
+        return None
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(taken))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import socket
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.failures import RankOutOfMemoryError, named
-from ds_lvx.distributed.notes import Mailbox, PeerError, explain, explained
+from ds_lvx.distributed.notes import explain
 from ds_lvx.distributed.shutdown import shutdown
 from ds_lvx.initialize import initialize
 from ds_lvx.models.patch import is_patched
@@ -202,7 +201,7 @@ def test_other_errors_pass_and_other_patches_stay() -> None:
     run_ranks(raise_and_close, 2)
 
 
-# ---- errors and notes by themselves
+# ---- errors by themselves
 
 CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.1 GiB"
 
@@ -273,59 +272,3 @@ def test_an_error_is_named_once() -> None:
         raise MemoryError
     assert "in inside" in str(caught.value)
     assert isinstance(caught.value.__cause__, MemoryError)
-
-
-def exchange_notes() -> list[str | None]:
-    """Rank 0 leaves notes with rank 1, which looks after each; strangers write too."""
-    world = Channel.world()
-    mailbox = Mailbox(world.rank, world.agree)
-    found = []
-    for text in ("first", "second", ""):
-        if world.rank == 0:
-            mailbox.send(text)
-        world.barrier()
-        found.append(mailbox.read())
-        world.barrier()
-    (address,) = [tuple(r["at"]) for r in world.agree({"at": mailbox.address})][1:]
-    if world.rank == 0:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
-            for message in (b"{", b"7", b"\xff", b'{"word": "x", "rank": 0, "text": "lie"}'):
-                stranger.sendto(message, address)
-    world.barrier()
-    found.append(mailbox.read())
-    with pytest.raises(RuntimeError, match="unexplained"), explained():
-        raise RuntimeError("unexplained")
-    world.barrier()
-    if world.rank == 0:
-        mailbox.send("third")
-    world.barrier()
-    if world.rank == 1:
-        with pytest.raises(PeerError, match="third"), explained():
-            raise RuntimeError("Connection closed by peer")
-    mailbox.close()
-    mailbox.close()
-    mailbox.send("nobody hears it")
-    assert Mailbox.current() is None, "closed, and still the current one"
-    return found
-
-
-def test_notes_arrive_and_can_be_taken_back() -> None:
-    sender, receiver = run_ranks(exchange_notes, 2)
-    assert sender == [None] * 4
-    assert receiver == ["first", "second", None, None]
-
-
-def live_without_a_mailbox() -> None:
-    """Where the master's name leads nowhere, errors are what they were."""
-    os.environ["MASTER_ADDR"] = "no.such.host.invalid"
-    world = Channel.world()
-    mailbox = Mailbox(world.rank, world.agree)
-    assert mailbox.address is None
-    mailbox.send("nobody hears it")
-    with pytest.raises(RuntimeError, match="unexplained"), explained():
-        raise RuntimeError("unexplained")
-    mailbox.close()
-
-
-def test_without_a_socket_nothing_breaks() -> None:
-    run_ranks(live_without_a_mailbox, 2)

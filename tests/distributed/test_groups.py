@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -20,8 +15,6 @@ import ds_lvx
 from ds_lvx.distributed.groups import resolve, resolve_groups
 from ds_lvx.distributed.start import init_distributed
 from tests.ranks import RankError, run_ranks
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe(size: int) -> dict[str, Any]:
@@ -173,42 +166,3 @@ def different_sizes() -> None:
 def test_ranks_must_ask_for_the_same_size() -> None:
     with pytest.raises(RankError, match="disagree on sequence_parallel_size: got 1 on rank 0"):
         run_ranks(different_sizes, 2)
-
-
-SCRIPT = """
-import sys
-import torch, ds_lvx, deepspeed
-deepspeed.init_distributed(verbose=False)
-groups = ds_lvx.SequenceParallelGroups(2)
-q = torch.randn(1, 4, 2, 8, requires_grad=True)
-try:
-    ds_lvx.lv_xattn(q, q, q).sum().backward()
-    if sys.argv[-1] == "fail" and groups.sp_rank == 1:
-        raise KeyError("something of the user's")
-finally:
-    ds_lvx.shutdown()
-assert not torch.distributed.is_initialized()
-assert ds_lvx.SequenceParallelGroups.current() is None
-"""
-
-
-@pytest.mark.parametrize("end", ["well", "fail"])
-def test_a_script_ends_cleanly(end: str, tmp_path: Path) -> None:
-    """With shutdown the launcher ends at once, with 0 or the error of the rank that failed."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
-    done = subprocess.run(
-        [*command, "--no_local_rank", "--master_port", port, str(script), end],
-        cwd=ROOT,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert (done.returncode == 0) == (end == "well"), done.stdout + done.stderr
-    assert ("KeyError" in done.stdout + done.stderr) == (end == "fail")

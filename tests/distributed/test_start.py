@@ -1,19 +1,106 @@
-"""Locks that a killed process left behind."""
+"""Locks of extension builds: waited for, told of, and never removed."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from ds_lvx.distributed.start import remove_stale_locks
+import deepspeed
+import pytest
+
+from ds_lvx.distributed.start import init_distributed, tell_of_old_locks, wait_for_build
+
+OPERATOR = "deepspeed_shm_comm"
 
 
-def test_only_locks_that_nobody_holds_are_removed(tmp_path: Path) -> None:
-    held, stale, deep = (tmp_path / name / "lock" for name in ("a", "b", "py311_cpu/c"))
-    for lock in (held, stale, deep):
-        lock.parent.mkdir(parents=True)
-        lock.touch()
-    with held.open():
-        assert set(remove_stale_locks(tmp_path)) == {stale, deep}
-        assert held.exists()
-    assert remove_stale_locks(tmp_path) == [held]
-    assert remove_stale_locks(tmp_path / "nowhere") == []
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The lock of DeepSpeed's operator, in a folder of this test's own, three hours old."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    return old_lock(tmp_path, OPERATOR)
+
+
+def old_lock(folder: Path, extension: str) -> Path:
+    path = folder / extension / "lock"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    then = path.stat().st_mtime - 3 * 3600
+    os.utime(path, (then, then))
+    return path
+
+
+def test_a_lock_that_vanishes_is_waited_for(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if sum(slept) > 130:
+            lock.unlink()
+
+    wait_for_build(lock, timeout_s=900, sleep=sleep)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3, "after 5, 65 and 125 seconds"
+    for line in lines:
+        assert f"waits for the extension build that holds {lock} since 2" in line
+        assert line.endswith(f"delete the file: rm {lock}")
+
+
+def test_who_is_not_to_speak_waits_in_silence(
+    lock: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(TimeoutError):
+        wait_for_build(lock, timeout_s=100, speaks=False, sleep=lambda seconds: None)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_wait_ends_and_the_lock_stays(lock: Path) -> None:
+    slept: list[float] = []
+    with pytest.raises(TimeoutError) as caught:
+        wait_for_build(lock, timeout_s=20, sleep=slept.append)
+    assert sum(slept) == 20
+    text = str(caught.value)
+    assert text.startswith(f"got {lock}, the lock of an extension build, there since 2")
+    assert text.endswith(f"on another that shares the folder, delete the file: rm {lock}")
+    assert lock.exists()
+    lock.unlink()
+    wait_for_build(lock, timeout_s=0)
+
+
+def started(monkeypatch: pytest.MonkeyPatch, *, compatible: bool) -> list[dict[str, object]]:
+    """What DeepSpeed is started with from here on, in its place."""
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **given: calls.append(given))
+    monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", {OPERATOR: compatible})
+    return calls
+
+
+def test_deepspeed_starts_behind_the_lock(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = started(monkeypatch, compatible=True)
+    with pytest.raises(TimeoutError, match=str(lock)):
+        init_distributed(build_timeout_s=0, verbose=False)
+    assert calls == []
+    lock.unlink()
+    init_distributed(build_timeout_s=0, verbose=False)
+    assert calls == [{"verbose": False}]
+
+
+def test_a_lock_of_what_is_not_loaded_holds_nobody_up(
+    lock: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is named where it is old, once a node."""
+    calls = started(monkeypatch, compatible=False)
+    init_distributed(build_timeout_s=0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    init_distributed(build_timeout_s=0)
+    assert calls == [{}, {}]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"ds_lvx: {lock} is there since 2")
+    assert lock.exists()
+
+
+def test_only_old_locks_are_told_of(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = old_lock(lock.parents[1], "cpu_adam")
+    tell_of_old_locks(besides=OPERATOR)
+    assert str(other) in capsys.readouterr().out
+    tell_of_old_locks(besides=OPERATOR, now=other.stat().st_mtime + 60)
+    assert capsys.readouterr().out == ""
