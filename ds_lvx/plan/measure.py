@@ -23,13 +23,16 @@ from torch import Tensor
 import ds_lvx
 from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
+from ds_lvx.attention.common import delta_of
+from ds_lvx.attention.layout import Layout
 from ds_lvx.compare.fresh import answer
 from ds_lvx.compare.operators.rank import bind
 from ds_lvx.distributed.bundles import Bundle, Spec
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.pending import Pending
 from ds_lvx.distributed.start import init_distributed
-from ds_lvx.kernels import Kernel, choose
+from ds_lvx.kernels.choice import kernel_for
+from ds_lvx.kernels.interface import Kernel, Problem, Upstream
 from ds_lvx.plan.profile import device_name
 
 _SLOW_S = 0.25
@@ -161,14 +164,15 @@ def _kernel_runs(bench: _Bench, seqlen_q: int, seqlen_kv: int) -> dict[str, Run]
     wanted = bench.wanted
     q, dout = (bench.random(1, seqlen_q, wanted.heads, wanted.head_dim) for _ in range(2))
     k, v = (bench.random(1, seqlen_kv, wanted.kv_heads, wanted.head_dim) for _ in range(2))
-    kernel: Kernel = choose("auto", q)
-    common: dict[str, Any] = {"visibility": None, "softmax_scale": wanted.head_dim**-0.5}
-    out, lse = kernel.forward(q, k, v, **common)
-    delta = (dout.float() * out.float()).sum(dim=-1).transpose(1, 2).contiguous()
+    kernel: Kernel = kernel_for("auto", q)
+    whole = Problem(q, k, v, softmax_scale=wanted.head_dim**-0.5)
+    part = whole.as_part()
+    out, lse = kernel.forward(whole)
+    upstream = Upstream(dout, lse, delta_of(out.to(q.dtype), dout, None, lse))
     return {
-        "whole": lambda: kernel.forward(q, k, v, **common, partial=False),
-        "partial": lambda: kernel.forward(q, k, v, **common, partial=True),
-        "backward": lambda: kernel.backward(q, k, v, dout, lse, delta, **common, has_dlse=False),
+        "whole": lambda: kernel.forward(whole),
+        "partial": lambda: kernel.forward(part),
+        "backward": lambda: kernel.backward(whole, upstream),
     }
 
 
@@ -204,15 +208,13 @@ def _call(bench: _Bench) -> Run:
         for heads in (wanted.heads, wanted.kv_heads, wanted.kv_heads)
     )
     call = Call(
-        channel=Channel(None),
-        q_lengths=(1,),
-        kv_lengths=(1,),
-        kernel=choose("auto", q),
+        Layout(Channel(None), (1,), (1,), device=q.device),
+        kernel=kernel_for("auto", q),
         softmax_scale=1.0,
         requires_grad=True,
     )
     dout = torch.ones_like(q)
-    return lambda: lvx.attend(call, q, k, v, None)[0].backward(dout)
+    return lambda: lvx.attend(call, q, k, v)[0].backward(dout)
 
 
 # --------------------------------------------------------------------------------------------
