@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.config import registry
 from ds_lvx.distributed.channel import Channel, ProcessGroup
 from ds_lvx.plan.choose import Choice, cheapest, label
 from ds_lvx.plan.cluster import Cluster
@@ -21,8 +22,11 @@ from ds_lvx.plan.profile import current
 
 _logger = logging.getLogger("ds_lvx")
 
-METHODS = ("lvx", "ulysses", "ring")
-_SCHEDULES = ("gather", "ring")
+# Of equally fast ones the first is taken.
+METHODS = tuple(name for name, entry in registry.METHODS.items() if entry.distributed)
+_SCHEDULES = tuple(
+    sorted(name for name, entry in registry.SCHEDULES.items() if not entry.same_queries)
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class Wanted:
     Attributes:
         method: one of `METHODS`, or ``"auto"``.
         schedule: of lvx, or ``"auto"``.
-        recompute_kv: K and V are projected again in backward, which lvx alone can do.
-        chunked: K and V exist in chunks, which the schedule ``ring`` cannot do.
+        recompute_kv: K and V are projected again in backward, which not every method can do.
+        chunked: K and V exist in chunks, which not every schedule can do.
     """
 
     method: str = "auto"
@@ -44,21 +48,25 @@ class Wanted:
     @property
     def is_open(self) -> bool:
         """Whether there is anything to choose."""
-        return self.method == "auto" or (self.method == "lvx" and self.schedule == "auto")
+        if self.method == registry.AUTO:
+            return True
+        return self.schedule == registry.AUTO and registry.METHODS[self.method].has_schedules
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Those that may run."""
         if self.method != "auto":
             return (self.method,)
-        return ("lvx",) if self.recompute_kv else METHODS
+        able = (m for m in METHODS if registry.METHODS[m].recomputes or not self.recompute_kv)
+        return tuple(able)
 
     @property
     def schedules(self) -> tuple[str, ...]:
         """Those of lvx that may run."""
         if self.schedule != "auto":
             return (self.schedule,)
-        return ("gather",) if self.chunked else _SCHEDULES
+        able = (s for s in _SCHEDULES if registry.can_chunk(s) or not self.chunked)
+        return tuple(able)
 
 
 class Clusters:

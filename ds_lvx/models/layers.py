@@ -8,10 +8,9 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from ds_lvx.attention.auto import Wanted, explain
+from ds_lvx.attention.auto import Cluster, Wanted, explain
 from ds_lvx.attention.recompute import STREAMED_TOKENS
 from ds_lvx.config import LayerRule, LVXConfig, summarise_names
-from ds_lvx.plan.cluster import Cluster
 
 Kind: TypeAlias = Literal["self", "cross", "local"]
 """Text to text, text to images, or an encoder's layer that never leaves its rank."""

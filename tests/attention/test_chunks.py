@@ -13,6 +13,7 @@ import ds_lvx
 from ds_lvx import Visibility
 from ds_lvx.attention.features import Chunks, chunk_lengths
 from ds_lvx.attention.oracle import attention_oracle
+from ds_lvx.kernels.interface import Problem
 from ds_lvx.kernels.native import NativeKernel
 from tests.attention.test_recompute import (
     BATCH,
@@ -125,9 +126,9 @@ def test_k_and_v_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
     def spying(function: Callable[..., Any]) -> Callable[..., Any]:
-        def spied(self: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
-            seen.append(k.shape[1])
-            return function(self, q, k, *args, **kwargs)
+        def spied(self: Any, problem: Problem, *args: Any, **kwargs: Any) -> Any:
+            seen.append(problem.k.shape[1])
+            return function(self, problem, *args, **kwargs)
 
         return spied
 

@@ -1,0 +1,110 @@
+"""A patched step: nothing of its rules travels, and what a batch settles is settled once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+import ds_lvx
+from ds_lvx.attention import auto, layout
+from ds_lvx.attention.messages import bytes_sent
+from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.kernels import rule
+from ds_lvx.models import attend
+from tests.models.mllama_case import ds_config, end_engine, hard_batch, start_engine, tiny_model
+from tests.ranks import run_ranks
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lvx gather": {"method": "lvx", "schedule": "gather"},
+    "lvx ring": {"method": "lvx", "schedule": "ring"},
+    "lvx recompute": {"method": "lvx", "schedule": "gather", "recompute_kv": True},
+    "ring": {"method": "ring"},
+    "ulysses": {"method": "ulysses"},
+}
+
+
+def run_step(cross: dict[str, Any], self_attn: str) -> tuple[float, float]:
+    """The bytes that a step of this rank sent, and those that its layers have to send."""
+    engine = start_engine(ds_config(stage=1, sp_size=3, cross=cross, self_attn=self_attn))
+    shard = ds_lvx.shard_batch(hard_batch(), model=engine.module)
+    with ds_lvx.traffic() as counted:
+        engine.backward(engine(**shard).loss)
+    batch, rank = shard["ds_lvx"], engine.ds_lvx.groups.sp_rank
+    expected = 0.0
+    for plan in engine.ds_lvx.patch.plans:
+        if plan.kind == "local":
+            continue
+        lengths = batch.layout(plan.kind)
+        shape = AttentionShape(2, lengths.q_lengths, lengths.kv_lengths, 4, 2, 8, 4)
+        schedule = "gather" if plan.schedule == "auto" else plan.schedule
+        sent = bytes_sent(shape, plan.method, schedule, rank=rank)
+        expected += sent.forward + sent.backward
+    end_engine(engine)
+    return counted.bytes_sent, expected
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_byte_of_visibility_travels(name: str) -> None:
+    """A batch with a rule in every layer, uneven shards: q, k, v and their gradients, no more."""
+    self_attn = name if name in ("ring", "ulysses") else "ulysses"
+    for sent, expected in run_ranks(run_step, 3, METHODS[name], self_attn):
+        assert sent == expected > 0
+
+
+def count_what_is_settled(
+    cross: dict[str, Any], *, layers: int, checkpoint: bool, steps: int = 2
+) -> dict[str, float]:
+    """How often rules are cut, listed and decided, a batch."""
+    counts: Counter[str] = Counter()
+
+    def counting(patch: pytest.MonkeyPatch, where: Any, name: str) -> None:
+        function = getattr(where, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        patch.setattr(where, name, counted)
+
+    config = ds_config(stage=0, sp_size=2, cross=cross, self_attn="auto")
+    config["gradient_accumulation_steps"] = 2
+    if checkpoint:
+        config["activation_checkpointing"] = {}
+    at = list(range(1, layers, 2))
+    model = tiny_model(num_hidden_layers=layers, cross_attention_layers=at)
+    with pytest.MonkeyPatch.context() as patch:
+        counting(patch, rule, "_narrowed")  # blocks are listed
+        counting(patch, layout, "_pad_parts")  # rules are cut anew
+        counting(patch, auto, "cheapest")  # the planner decides
+        counting(patch, attend, "kernel_for")
+        made = layout.Layout.of_batch
+        patch.setattr(
+            layout.Layout,
+            "of_batch",
+            lambda *args, **kwargs: (counts.update(["of_batch"]), made(*args, **kwargs))[1],
+        )
+        engine = start_engine(config, model)
+        counts.clear()
+        for step in range(2 * steps):
+            shard = ds_lvx.shard_batch(hard_batch(step), model=engine.module)
+            engine.backward(engine(**shard).loss)
+            engine.step()
+        end_engine(engine)
+    return {name: count / (2 * steps) for name, count in sorted(counts.items())}
+
+
+@pytest.mark.parametrize("name", ["auto", "lvx ring", "ring", "ulysses"])
+def test_rules_are_cut_listed_and_decided_once_a_batch(name: str) -> None:
+    """The same counts with 4 layers and with 8, checkpointed or not, by micro-batch."""
+    cross = {"method": "auto"} if name == "auto" else METHODS[name]
+    runs = [
+        run_ranks(count_what_is_settled, 2, cross, layers=layers, checkpoint=checkpoint)[0]
+        for layers, checkpoint in ((4, False), (8, False), (8, True))
+    ]
+    assert runs[0] == runs[1] == runs[2]
+    assert runs[0]["of_batch"] == 2  # the text over itself, and over the frames
+    assert runs[0]["kernel_for"] == 2
+    assert 0 < runs[0]["cheapest"] <= 2
+    assert runs[0]["_narrowed"] >= 1
