@@ -108,7 +108,8 @@ def _let_go_of_groups(engine: Any) -> None:
     else the script has stays as it is, and so do groups in there.
     """
     optimizer = getattr(engine, "optimizer", None)
-    holders = [engine, optimizer, getattr(optimizer, "parameter_offload", None)]
+    offload = getattr(optimizer, "parameter_offload", None)
+    holders = [owner for owner in (engine, optimizer, offload) if _is_deepspeed_s(owner)]
     for parameter in engine.parameters() if isinstance(engine, nn.Module) else ():
         holders += [parameter, _partitioner(parameter)]
     for holder in holders:
@@ -126,9 +127,13 @@ def _half_made() -> Iterator[Any]:
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             owner = frame.f_locals.get("self")
-            if type(owner).__module__.startswith("deepspeed."):
+            if _is_deepspeed_s(owner):
                 yield owner
         error = error.__cause__ or error.__context__
+
+
+def _is_deepspeed_s(owner: Any) -> bool:
+    return any(kind.__module__.startswith("deepspeed.") for kind in type(owner).__mro__)
 
 
 def _partitioner(parameter: Any) -> Any:

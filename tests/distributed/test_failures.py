@@ -144,7 +144,8 @@ def run_out_while_starting() -> str:
         groups = [ref(group) for group in distributed_c10d._world.pg_map]
         # Under the exception, whose traceback has the engine.
         shutdown(None)
-        assert not any(group() for group in groups), "a group is left, so its connections are"
+        if isinstance(error, RankOutOfMemoryError):
+            assert not any(group() for group in groups), "its connections are left"
     return text
 
 
