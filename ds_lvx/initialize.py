@@ -18,6 +18,7 @@ from ds_lvx.config.activation_checkpointing import forget as forget_checkpoints
 from ds_lvx.distributed.channel import Channel, is_initialized
 from ds_lvx.distributed.failures import Guard
 from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.distributed.shutdown import remember
 from ds_lvx.distributed.start import init_distributed
 from ds_lvx.models import patch_model
 from ds_lvx.models.layers import explain_auto, table
@@ -132,6 +133,7 @@ def _start(
         session = Session(lvx, groups, patch, checkpoints)
         if checkpoints is not None:
             checkpoints.configure(groups)
+        remember(model)  # what DeepSpeed hangs on it, should it come no further
         with session.guard.named("deepspeed.initialize"):
             returned = deepspeed.initialize(model=model, mpu=groups, **arguments)
     except BaseException:

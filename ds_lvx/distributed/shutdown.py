@@ -6,9 +6,13 @@ import gc
 import inspect
 import os
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
+
+from torch import nn
 
 from ds_lvx.distributed import channel
 from ds_lvx.distributed.channel import Channel, ProcessGroup
@@ -47,7 +51,10 @@ _NAMES_OF_GROUPS = {
 
 
 def remember(engine: Any) -> None:
-    """Let the next `shutdown` take this engine's groups, whether or not it is given the engine."""
+    """Let the next `shutdown` take the groups of an engine, or of a module that shall be one's.
+
+    It is found again whether or not the script hands it to `shutdown`.
+    """
     _engines.add(engine)
 
 
@@ -81,7 +88,7 @@ def shutdown(engine: Any = None) -> None:
     _forget_deepspeed()
     gc.collect()
     channel.destroy_all()
-    for each in {*_engines, *([] if engine is None else [engine])}:
+    for each in [engine, *_engines, *_half_made()]:
         _let_go_of_groups(each)
     gc.collect()
     Mailbox.wait_for_readers()
@@ -102,13 +109,31 @@ def _let_go_of_groups(engine: Any) -> None:
     """
     optimizer = getattr(engine, "optimizer", None)
     offload = getattr(optimizer, "parameter_offload", None)
-    holders = [engine, optimizer, offload]
-    for parameter in engine.parameters():
+    holders = [owner for owner in (engine, optimizer, offload) if _is_deepspeed_s(owner)]
+    for parameter in engine.parameters() if isinstance(engine, nn.Module) else ():
         holders += [parameter, _partitioner(parameter)]
     for holder in holders:
         attributes = getattr(holder, "__dict__", {})
         for name in _NAMES_OF_GROUPS & attributes.keys():
             attributes[name] = None
+
+
+def _half_made() -> Iterator[Any]:
+    """Engines and optimizers of DeepSpeed's that the exception under way has kept from being made.
+
+    Its traceback holds them.
+    """
+    error = sys.exc_info()[1]
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            owner = frame.f_locals.get("self")
+            if _is_deepspeed_s(owner):
+                yield owner
+        error = error.__cause__ or error.__context__
+
+
+def _is_deepspeed_s(owner: Any) -> bool:
+    return any(kind.__module__.startswith("deepspeed.") for kind in type(owner).__mro__)
 
 
 def _partitioner(parameter: Any) -> Any:

@@ -6,10 +6,12 @@ import functools
 import re
 import socket
 from typing import Any
+from weakref import ref
 
 import numpy
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.failures import RankOutOfMemoryError, named
@@ -100,7 +102,7 @@ def test_all_ranks_name_the_rank_and_the_size(
 ) -> None:
     """A rank that went on waiting would be a TimeoutError here, or a RankError of `shutdown`."""
     given = {"failing": failing, "stage": stage, "sp_size": sp_size}
-    results = run_ranks(run_out, ranks, call, **given, timeout_s=60)
+    results = run_ranks(run_out, ranks, call, **given, timeout_s=240)
     place = f"rank {failing % sp_size} of the {sp_size} that share a sample"
     host = re.escape(socket.gethostname())
     what = (
@@ -139,12 +141,16 @@ def run_out_while_starting() -> str:
     except RuntimeError as error:
         text = f"{type(error).__name__}: {error}"
         assert is_patched(model) == (Channel.world().rank == 0), "rank 1's is given back at once"
+        groups = [ref(group) for group in distributed_c10d._world.pg_map]
+        # Under the exception, whose traceback has the engine.
         shutdown(None)
+        if isinstance(error, RankOutOfMemoryError):
+            assert not any(group() for group in groups), "its connections are left"
     return text
 
 
 def test_starting_is_watched_too() -> None:
-    other, failing = run_ranks(run_out_while_starting, 2, timeout_s=60)
+    other, failing = run_ranks(run_out_while_starting, 2, timeout_s=240)
     what = (
         r"rank 1 \(.*\) ran out of memory in deepspeed\.initialize: "
         r"asked for 1,048,576\.00 GiB \(about 1,125,899,906,842,624 bytes\) on cpu"

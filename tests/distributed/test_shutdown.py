@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 
 import ds_lvx
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.shutdown import remember
 from tests.models.mllama_case import ds_config, hard_batch, start_engine
 from tests.ranks import run_ranks
 
@@ -65,6 +66,7 @@ def hold_a_group() -> None:
     theirs = Theirs(group)
     module = torch.nn.Linear(1, 1)
     module.seq_parallel_group = group  # type: ignore[assignment]
+    remember(module)  # as a model that is to be an engine's
     Channel(group).barrier()
     ds_lvx.shutdown()
     assert isinstance(group, ProcessGroup)
