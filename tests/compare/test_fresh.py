@@ -10,7 +10,7 @@ import pytest
 from ds_lvx.compare.case import Case
 from ds_lvx.compare.fresh import RunError, run_fresh
 from ds_lvx.compare.harness import Ranks, on_ranks
-from ds_lvx.compare.training.peak import PROMPT_FREEING, meter
+from ds_lvx.compare.peak import PROMPT_FREEING, meter
 from ds_lvx.compare.training.rank import Load, weigh
 from ds_lvx.plan.memory import Setting
 

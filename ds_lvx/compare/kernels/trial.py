@@ -24,6 +24,7 @@ from ds_lvx.compare.harness import spread
 from ds_lvx.compare.kernels.candidates import Candidate, LeftOut, make
 from ds_lvx.compare.kernels.cases import KernelCase
 from ds_lvx.compare.kernels.check import Exact, exact, right
+from ds_lvx.compare.peak import meter
 
 DTYPE = torch.bfloat16
 LIMIT_S = 60.0
@@ -186,10 +187,7 @@ class Bench:
         run = getattr(candidate, trial.direction)
         with candidate.active():
             run()  # compiles, and lets `auto` choose
-            before = self._memory_bytes(reset=True)
-            found = run()
-            peak = self._memory_bytes()
-            extra = None if before is None or peak is None else peak - before
+            found, extra = self._extra_bytes(run)
             if trial.direction == "forward":
                 errors = known.errors_of_forward(found)
             else:
@@ -220,14 +218,15 @@ class Bench:
             raise RuntimeError(f"the inputs could not be made: {what}")
         return self._exact
 
-    def _memory_bytes(self, *, reset: bool = False) -> int | None:
-        """The device's memory in use at most since the last reset; None on a CPU."""
+    def _extra_bytes(self, run: Callable[[], Any]) -> tuple[Any, int | None]:
+        """What it returns, and the device's memory that it needs; None on a CPU."""
         if self._device.type != "cuda":
-            return None
-        torch.cuda.synchronize()
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return int(torch.cuda.max_memory_allocated())
+            return run(), None
+        memory = meter("cuda")
+        memory.reset()
+        before = memory.now_bytes()
+        found = run()
+        return found, memory.peak_bytes() - before
 
     def rates(self) -> dict[str, Any]:
         """What the device reaches: a bf16 matrix product, and a copy of its memory.

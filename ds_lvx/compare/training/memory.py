@@ -19,7 +19,7 @@ import torch
 from ds_lvx.compare.case import Case, ds_config
 from ds_lvx.compare.document import Results, columns, percentiles
 from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
-from ds_lvx.compare.training.peak import PROMPT_FREEING
+from ds_lvx.compare.peak import PROMPT_FREEING
 from ds_lvx.compare.training.rank import Load, weigh
 from ds_lvx.plan import memory as formulas
 from ds_lvx.plan.memory import CrossAttention, Setting

@@ -7,11 +7,14 @@ and gradients have to agree, then steps that are timed, then steps that are brok
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ds_lvx.compare.case import RANDOM, case_of, cut
 from ds_lvx.compare.document import Results, columns, percentiles, times
@@ -345,24 +348,21 @@ def draw(results: Results) -> Any:
     from matplotlib.patches import Patch
 
     records = results["records"]
+    steps = [record["typical"]["parts_s"] for record in records]
     figure = Figure(figsize=(2.2 + 1.5 * len(records), 5.2), layout="constrained")
     axes = figure.subplots()
-    for place, record in enumerate(records):
-        parts, height = record["typical"]["parts_s"], 0.0
-        for phase in PHASES:
-            for kinds, colour in _BARS.values():
-                seconds = sum(parts[phase][column] for column in kinds)
-                axes.bar(
-                    place,
-                    seconds,
-                    bottom=height,
-                    width=0.6,
-                    color=colour,
-                    hatch=_HATCHES[phase],
-                    edgecolor="white",
-                    linewidth=0.5,
-                )
-                height += seconds
+    heights = np.zeros(len(records))
+    for phase, (kinds, colour) in itertools.product(PHASES, _BARS.values()):
+        seconds = [sum(step[phase][column] for column in kinds) for step in steps]
+        look: Any = {
+            "color": colour,
+            "hatch": _HATCHES[phase],
+            "edgecolor": "white",
+            "linewidth": 0.5,
+        }
+        axes.bar(range(len(records)), seconds, bottom=heights, width=0.6, **look)
+        heights = heights + seconds
+    for place, height in enumerate(heights):
         axes.text(place, height, f" {height:.3g} s", ha="center", va="bottom", fontsize=9)
     axes.set_xticks(range(len(records)), [record["method"] for record in records])
     axes.set_ylabel("seconds of the slowest rank")

@@ -22,8 +22,8 @@ import ds_lvx
 from ds_lvx.compare.case import REGIONS, Case, build_model, ds_config, make_batch
 from ds_lvx.compare.harness import METHODS, now
 from ds_lvx.compare.network import read_counters
+from ds_lvx.compare.peak import meter
 from ds_lvx.compare.training.breakdown import Parts
-from ds_lvx.compare.training.peak import meter
 from ds_lvx.distributed.pending import without_overlap
 from ds_lvx.plan.memory import Setting
 
