@@ -16,24 +16,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ds_lvx.compare.document import write_between
+from ds_lvx.compare.document import save, write_between
 from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.kernels import candidates as kernel_candidates
-from ds_lvx.compare.kernels import measure as kernels
 from ds_lvx.compare.kernels import report as kernels_report
+from ds_lvx.compare.kernels import subject as kernels
 from ds_lvx.compare.kernels.cases import PAPER, QUICK
-from ds_lvx.compare.machine import cores, hardware
+from ds_lvx.compare.kernels.trial import Timing
+from ds_lvx.compare.machine import hardware, versions
 from ds_lvx.plan.occupancy import BLOCK_SHARED_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,10 +43,10 @@ def main() -> None:
     """Measure, compile or predict; then write JSON and tables."""
     options = parse_options()
     if options.compile:
-        save(path_of("compiled", options), compile_all())
+        save(compile_all(), path_of("compiled", options))
     elif options.floors:
         records = kernels_report.floors(PAPER)
-        save(path_of("floors", options), {**header("predicted"), "records": records})
+        save({**header("predicted"), "records": records}, path_of("floors", options))
     bad: list[str] = []
     if not (options.compile or options.floors or options.render):
         try:
@@ -111,7 +109,7 @@ def parse_options() -> argparse.Namespace:
             "--device cpu --quick to try the script"
         )
     try:
-        options.items = kernels.items_of(
+        options.trials = kernels.trials_of(
             QUICK if options.quick else PAPER, kernel_candidates.names(), options.only
         )
     except ValueError as error:
@@ -120,13 +118,12 @@ def parse_options() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All items; the JSON is written anew with every record."""
-    plan = kernels.Plan(
+    """All trials; the JSON is written anew with every record."""
+    timing = Timing(
         device=options.device,
         repeats=options.repeats,
         seconds=options.seconds,
         budget_s=options.budget_s,
-        threads=cores(),
         quick=options.quick,
     )
     results: dict[str, Any] = {
@@ -138,20 +135,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "comparisons": [],
         "records": [],
     }
-
-    def take(line: Mapping[str, Any]) -> None:
-        if "rates" in line:
-            results["rates"] = line["rates"]
-            return
-        record = kernels.with_rates(line["record"], results["rates"])
+    found = kernels.measure(options.trials, timing)
+    results["rates"] = next(found)
+    for each in found:
+        record = kernels.with_rates(each, results["rates"])
         results["records"].append(record)
         results["comparisons"] = kernels.comparisons(results["records"])
-        save(options.output, results)
+        save(results, options.output)
         spread = record.get("device_s")
         said = f"{1e3 * spread['median']:.4g} ms" if spread else record["reason"].partition("\n")[0]
         print(f"{record['name']}: {record['status']}, {said}", flush=True)
-
-    kernels.measure(options.items, plan, take=take)
     return results
 
 
@@ -201,29 +194,14 @@ def read(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def save(path: Path, results: Mapping[str, Any]) -> None:
-    """Write a JSON file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-
-
 def header(kind: str) -> dict[str, Any]:
     """What every JSON begins with."""
-    versions = {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES}
+    cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return {
         "kind": kind,
         "command": shlex.join(["python", *sys.argv]),
-        "versions": versions
-        | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
+        "versions": versions(PACKAGES) | cuda,
     }
-
-
-def installed(package: str) -> str | None:
-    """The version of a package; None where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def multiprocessors(device: str) -> dict[str, int]:

@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 
-from ds_lvx.compare.case import Case
+from ds_lvx.compare.case import EIGHTH, Case
+from ds_lvx.compare.document import deliver, save
 from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.machine import cores, header
-from ds_lvx.compare.memory import measure as memory
-from ds_lvx.compare.memory import report as memory_report
-from ds_lvx.compare.memory import step_time
-from ds_lvx.compare.memory.peak import meter
+from ds_lvx.compare.peak import meter
+from ds_lvx.compare.training import memory
 from ds_lvx.plan.memory import Setting
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("memory", "step_time")
 FEATURES = ("trained", "frozen")
 TINY: dict[str, Any] = {
     "hidden": 64,
@@ -45,37 +45,30 @@ def main() -> None:
     options = parse_options()
     measurements = {"memory": measure_memory, "step_time": measure_time}
     for part in options.parts:
-        path = options.output_dir / f"{part}.json"
         if options.render:
-            results = json.loads(path.read_text())
+            results = read(part, options)
         else:
             try:
                 results = measurements[part](options)
             except RunError as error:
                 sys.exit(f"bench_memory: {error}")
-        write(part, results, options)
+        # The formulas as they are now, beside what was measured.
+        for record in results["records"] if part == "memory" else ():
+            cuda = results["device"] == "cuda"
+            record |= memory.compared(record, ranks=results["ranks"], cuda=cuda)
+        deliver(
+            memory,
+            results,
+            program="bench_memory.py",
+            folder=options.output_dir,
+            document=options.document,
+        )
 
 
-def write(part: str, results: dict[str, Any], options: argparse.Namespace) -> None:
-    """The JSON, for memory the plot, and the table, also into the document."""
-    if part == "memory":
-        for record in results["records"]:
-            # The formulas as they are now, beside what was measured.
-            ranks, cuda = results["ranks"], results["device"] == "cuda"
-            record |= memory.compared(record, ranks=ranks, cuda=cuda)
-    save(part, results, options)
-    if part == "memory":
-        memory_report.draw(results).savefig(options.output_dir / "memory.png", dpi=110)
-    if options.document is not None:
-        memory_report.write_into(options.document, part, results)
-    print(memory_report.table(part, results), flush=True)
-
-
-def save(part: str, results: dict[str, Any], options: argparse.Namespace) -> None:
-    """Write the JSON."""
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1) + "\n"
-    (options.output_dir / f"{part}.json").write_text(text)
+def read(part: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The JSON of a part."""
+    results: dict[str, Any] = json.loads((options.output_dir / f"{part}.json").read_text())
+    return results
 
 
 def parse_options() -> argparse.Namespace:
@@ -85,9 +78,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "benchmarks")
     parser.add_argument("--document", type=Path, help="Markdown file that gets the tables")
     parser.add_argument("--only", nargs="+", metavar="SETTING", help="some of the settings")
-    parser.add_argument(
-        "--parts", nargs="+", choices=memory_report.NAMES, default=memory_report.NAMES
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=FEATURES)
     parser.add_argument("--ranks", type=int, default=min(torch.cuda.device_count(), 2) or 2)
     parser.add_argument("--frames", type=int, default=1024 if cuda else 32, help="of 65 tokens")
@@ -101,22 +92,15 @@ def parse_options() -> argparse.Namespace:
         default=16.0 if cuda else 1.0,
         help="memory of a rank that the largest runs may fill; 0 leaves them out",
     )
-    parser.add_argument(
-        "--brief", action="store_true", help="of the step times only the first comparison"
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, to try the script")
-    parser.add_argument("--render", action="store_true", help="nothing measured: from the JSON")
-    parser.add_argument(
-        "--resume", action="store_true", help="measure only settings that memory.json lacks"
-    )
-    parser.add_argument(
-        "--retime", action="store_true", help="measure only the step times of memory.json again"
-    )
-    parser.add_argument(
-        "--enlarge",
-        action="store_true",
-        help="add to each setting of memory.json one run, as large as --budget_gib allows",
-    )
+    for flag, what in {
+        "brief": "of the step times only the first comparison",
+        "quick": "tiny shapes, to try the script",
+        "render": "nothing measured: from the JSON",
+        "resume": "measure only settings that memory.json lacks",
+        "retime": "measure only the step times of memory.json again",
+        "enlarge": "add to each setting of memory.json one run, as large as --budget_gib allows",
+    }.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=what)
     options = parser.parse_args()
     for name in ("ranks", "frames", "chunk_tokens", "steps", "rounds"):
         if getattr(options, name) < 1:
@@ -142,33 +126,39 @@ def parse_options() -> argparse.Namespace:
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
     """All settings with features that want a gradient, and some with frozen features."""
-    case = Case(**TINY) if options.quick else Case()
-    threads = max(cores() // options.ranks, 1)
-    plan = memory.Plan(
-        case=case,
+    scales = memory.Scales(
+        case=Case(**TINY) if options.quick else Case(),
         ranks=options.ranks,
         frames=options.frames,
         steps=options.steps,
         budget_bytes=int(options.budget_gib * memory.GIB),
-        threads=threads,
+        threads=max(cores() // options.ranks, 1),
     )
     results = {
         **header(),
         "ranks": options.ranks,
-        "threads_per_rank": threads,
+        "threads_per_rank": scales.threads,
         "memory_measured_by": meter().source,
         "units": "bytes and tokens of one rank, the one that needs most; bytes above what was "
         "there before the step; seconds of the slowest rank",
-        "case": asdict(case),
+        "case": asdict(scales.case),
         "records": [],
     }
     if options.resume or options.retime or options.enlarge:
-        results["records"] = earlier(options, case)
-    records = results["records"]
+        results["records"] = earlier(options, scales.case)
     if options.retime:
-        return retimed(results, plan)
+        return retimed(results, scales)
     if options.enlarge:
-        return enlarged(results, plan, options)
+        return enlarged(results, scales, options)
+    measure_settings(results, scales, options)
+    return results
+
+
+def measure_settings(
+    results: dict[str, Any], scales: memory.Scales, options: argparse.Namespace
+) -> None:
+    """Add the records of all settings that are not there."""
+    records, command = results["records"], results["command"]
     done = {(record["name"], record["features"]) for record in records}
     wanted = [
         (name, setting, features)
@@ -177,48 +167,42 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
         if _wanted(name, setting, features, options) and (name, features) not in done
     ]
     # Times first, all of them: they are what neighbours on the machine would disturb.
-    times = [memory.time_steps(setting, plan, features=f) for _, setting, f in wanted]
+    times = [memory.time_steps(setting, scales, features=f) for _, setting, f in wanted]
     print("all settings are timed; the rest measures bytes", flush=True)
     for (name, setting, features), timed in zip(wanted, times, strict=True):
-        budget = plan.budget_bytes if features == "trained" else 0
-        own = replace(plan, budget_bytes=budget)
+        own = replace(scales, budget_bytes=scales.budget_bytes if features == "trained" else 0)
         record = memory.measure(name, setting, own, features=features, timed=timed)
         # Records of several commands may stand side by side.
-        records.append({**record, "command": results["command"]})
-        save("memory", results, options)  # of use even if the rest is never measured
-    return results
+        records.append({**record, "command": command})
+        save(results, options.output_dir / "memory.json")  # of use even if the rest never comes
 
 
-def retimed(results: dict[str, Any], plan: memory.Plan) -> dict[str, Any]:
+def retimed(results: dict[str, Any], scales: memory.Scales) -> dict[str, Any]:
     """Earlier results with new step times; bytes stay as they were measured."""
     for record in results["records"]:
         setting = Setting(**record["setting"])
-        timed = memory.time_steps(setting, plan, features=record["features"])
+        timed = memory.time_steps(setting, scales, features=record["features"])
         record["timed"] = {**timed, "command": results["command"]}
         print(f"{record['name']}, features {record['features']}: {timed['step_s']}", flush=True)
     return results
 
 
 def enlarged(
-    results: dict[str, Any], plan: memory.Plan, options: argparse.Namespace
+    results: dict[str, Any], scales: memory.Scales, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Earlier results with one larger run each; nothing is timed."""
     for index, record in enumerate(results["records"]):
-        name, features = record["name"], record["features"]
-        if features not in options.features or (options.only and name not in options.only):
-            continue
-        larger = memory.enlarge(record, plan, command=results["command"])
-        results["records"][index] = larger
-        run = larger["runs"][-1]
-        print(f"{name}, features {features}: {run['tokens']:,} tokens", flush=True)
-        print(f"  {run['peak_bytes'] / memory.GIB:.3f} GiB, {run['step_s'][-1]:.1f} s", flush=True)
-        save("memory", results, options)  # of use even if the rest is never measured
+        only = options.only or [record["name"]]
+        if record["features"] in options.features and record["name"] in only:
+            larger = memory.enlarge(record, scales, command=results["command"])
+            results["records"][index] = larger
+            save(results, options.output_dir / "memory.json")
     return results
 
 
 def earlier(options: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
     """The records that memory.json has already, if they are of the same kind."""
-    results: dict[str, Any] = json.loads((options.output_dir / "memory.json").read_text())
+    results = read("memory", options)
     if (results["case"], results["ranks"]) != (asdict(case), options.ranks):
         sys.exit(
             "bench_memory: --resume, --retime, --enlarge: got a memory.json of another model or "
@@ -239,30 +223,30 @@ def _wanted(name: str, setting: Setting, features: str, options: argparse.Namesp
 
 
 def measure_time(options: argparse.Namespace) -> dict[str, Any]:
-    """Step times with and without recomputation."""
-    case = step_time.EIGHTH
+    """Step times with and without recomputation, of an eighth of a real model, in one process."""
+    case = EIGHTH
     if options.quick:
         case = replace(case, **TINY, mlp=64, vision_hidden=32, vision_heads=2, vision_mlp=32)
         case = replace(case, cross_layers=1, vision_layers=1, image_size=28)
-    results: dict[str, Any] = {
-        **header(),
-        "threads": cores(),
-        "case": asdict(case),
-        "records": [],
-    }
+    scales = memory.Scales(case, ranks=1, frames=1, steps=options.steps, threads=cores())
+    results = {**header(), "threads": cores(), "case": asdict(case), "records": []}
     first_alone = options.quick or options.brief
     for checkpointing in (False,) if first_alone else (False, True):
         for features in ("frozen",) if first_alone else ("frozen", "tower"):
-            record = step_time.measure(
+            record = memory.recomputation(
                 replace(case, features=features),
+                scales,
                 checkpointing=checkpointing,
-                frames=1,
-                steps=options.steps,
                 rounds=options.rounds,
-                threads=cores(),
             )
             results["records"].append(record)
-            save("step_time", results, options)
+            costs = record["recomputation_costs"]
+            print(
+                f"vision tower {record['vision_tower']}, checkpointing {checkpointing}: "
+                f"{costs['step_s']:+.1%} of a step, {costs['processor_s']:+.1%} of processor time",
+                flush=True,
+            )
+            save(results, options.output_dir / "step_time.json")
     return results
 
 

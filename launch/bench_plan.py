@@ -30,7 +30,7 @@ from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.compare.document import markdown, write_between
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
-from ds_lvx.compare.operators.inputs import split
+from ds_lvx.compare.operators.tensors import split
 from ds_lvx.plan import calibrate, published
 from ds_lvx.plan.choose import cheapest, label
 from ds_lvx.plan.cluster import Cluster

@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 import ds_lvx
 from ds_lvx.compare import command
 from ds_lvx.compare.operators import rank as operators
-from ds_lvx.compare.operators import report
+from ds_lvx.compare.operators import subject
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.start import init_distributed
 from ds_lvx.plan.profile import ranks_of_this_node
@@ -46,11 +46,11 @@ def compare(options: argparse.Namespace) -> int:
     """Measure what the options ask for; the exit status."""
     world = Channel.world()
     command.settle_measurement(options)
-    request, skipped = command.request_of(options, world.size)
-    answers = world.agree(operators.measure(request))
+    contest, skipped = command.contest_of(options, world.size)
+    answers = world.agree(operators.measure(contest))
     try:
-        results = command.assemble(
-            request,
+        results = subject.assemble(
+            contest,
             answers,
             skipped=skipped,
             network=os.environ.get("NETLAB"),
@@ -58,7 +58,7 @@ def compare(options: argparse.Namespace) -> int:
             threads=torch.get_num_threads(),
             ranks_of_a_node=ranks_of_this_node() or world.size,
         )
-    except report.DisagreementError as error:
+    except subject.DisagreementError as error:
         if world.rank == 0:
             print(f"compare.py: {error}", file=sys.stderr)
         return 1

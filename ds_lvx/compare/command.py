@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
-from rich.console import Console
 
 from ds_lvx.attention.ulysses import check_heads
-from ds_lvx.compare.fresh import RunError, run_fresh
-from ds_lvx.compare.machine import cores, header
-from ds_lvx.compare.model import measure as model
-from ds_lvx.compare.network import MASTER, Lab, Network, NetworkError
-from ds_lvx.compare.operators import plots, report
+from ds_lvx.compare.document import Subject, deliver
+from ds_lvx.compare.fresh import RunError
+from ds_lvx.compare.harness import METHODS, Ranks, on_ranks
+from ds_lvx.compare.machine import cores
+from ds_lvx.compare.network import Network, NetworkError
 from ds_lvx.compare.operators import rank as operators
-from ds_lvx.compare.operators.inputs import DTYPES, VISIBILITIES, Shape
-from ds_lvx.compare.operators.rank import METHODS, Request
-from ds_lvx.kernels import KERNELS
+from ds_lvx.compare.operators import subject as operators_subject
+from ds_lvx.compare.operators.rank import Contest
+from ds_lvx.compare.operators.tensors import DTYPES, VISIBILITIES, Shape
+from ds_lvx.compare.training import model
+from ds_lvx.config.registry import kernel_words
 from ds_lvx.plan.units import count
 
 BOTH_SCHEDULES = ("lvx-gather", "lvx-ring")
 DEFAULT_METHODS = ("lvx", "ulysses", "ring", "none")
-_WIDTH = 140
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +73,7 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help=f"of {', '.join(names)} (lvx: both schedules; none: one process)",
     )
-    how.add_argument("--kernel", choices=KERNELS, default="auto")
+    how.add_argument("--kernel", choices=kernel_words(), default="auto")
     how.add_argument(
         "--recompute",
         action=argparse.BooleanOptionalAction,
@@ -107,42 +105,55 @@ def run(options: argparse.Namespace) -> int:
         with ending_in_order():
             if options.render is not None:
                 results = json.loads(options.render.read_text())
-                (model.show if "job" in results else show)(results, options)
-                return 0
-            settle(options)
-            if options.model is not None:
-                return model.run(options)
-            show(_run(options), options)
-    except (report.DisagreementError, RunError, NetworkError) as error:
+            else:
+                ranks = settle(options)
+                results = _train(options, ranks) if options.model else _attend(options, ranks)
+            return show(results, options)
+    except (operators_subject.DisagreementError, RunError, NetworkError) as error:
         print(f"ds-lvx compare: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ds-lvx compare: interrupted; ranks and network are gone", file=sys.stderr)
         return 130
-    return 0
 
 
-def settle(options: argparse.Namespace) -> None:
+def show(results: Mapping[str, Any], options: argparse.Namespace) -> int:
+    """Print the table or the JSON, and write the files; 1 where models disagree."""
+    subject: Subject = model if "job" in results else operators_subject
+    apart = results.get("disagreements", ())
+    deliver(
+        subject,
+        results,
+        program="ds-lvx compare",
+        folder=options.output,
+        document=None if apart else options.document,
+        as_json=options.json,
+    )
+    for line in apart:
+        print(f"ds-lvx compare: {line}", file=sys.stderr)
+    return 1 if apart else 0
+
+
+def settle(options: argparse.Namespace) -> Ranks:
     """Replace words by what they mean, and defaults that depend on the machine by their values.
 
     Raises:
         ValueError: options out of their range, or that do not fit each other.
     """
     settle_measurement(options)
-    options.network = None if options.network is None else Network.parse(options.network)
-    options.device = _device(options.device, options.network)
-    devices = get_accelerator().device_count() if options.device != "cpu" else 0
-    if options.ranks is None:
-        options.ranks = devices or 4
-    _check_at_least("--ranks", options.ranks, 1)
-    if devices and options.ranks > devices:
+    network = None if options.network is None else Network.parse(options.network)
+    device = _device(options.device, network)
+    devices = get_accelerator().device_count() if device != "cpu" else 0
+    ranks = (devices or 4) if options.ranks is None else options.ranks
+    _check_at_least("--ranks", ranks, 1)
+    if devices and ranks > devices:
         raise ValueError(
-            f"--ranks: got {options.ranks} for {devices} devices; expected one for each rank, or "
+            f"--ranks: got {ranks} for {devices} devices; expected one for each rank, or "
             "--device cpu"
         )
-    if options.threads is None:
-        options.threads = max(cores() // options.ranks, 1)
-    _check_at_least("--threads", options.threads, 1)
+    threads = max(cores() // ranks, 1) if options.threads is None else options.threads
+    _check_at_least("--threads", threads, 1)
+    return Ranks(ranks, threads, device, network, options.timeout_s)
 
 
 def settle_measurement(options: argparse.Namespace) -> None:
@@ -153,36 +164,28 @@ def settle_measurement(options: argparse.Namespace) -> None:
     _check_at_least("--repeats", options.repeats, 1)
 
 
-def _run(options: argparse.Namespace) -> dict[str, Any]:
-    request, skipped = request_of(options, options.ranks)
-    say = Console(stderr=True, highlight=False)
-    where = f"{options.ranks} ranks of {options.threads} threads"
-    say.print(f"{', '.join(request.methods)} on {where} ...")
-    network, lab = options.network, None
-    if network is not None:
-        lab = Lab(network, ranks=options.ranks, name=f"lvx{os.getpid()}")
-    with nullcontext() if lab is None else lab:
-        answers = run_fresh(
-            operators.__name__,
-            asdict(request),
-            ranks=options.ranks,
-            threads=options.threads,
-            timeout_s=options.timeout_s,
-            environment={"DS_ACCELERATOR": "cpu"} if options.device == "cpu" else {},
-            places=None if lab is None else lab.places(),
-            master="127.0.0.1" if lab is None else MASTER,
-        )
-    return assemble(
-        request,
-        answers,
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _train(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    return model.compare(model.contest_of(options, ranks), say=_say)
+
+
+def _attend(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    contest, skipped = contest_of(options, ranks.count)
+    _say(f"{', '.join(contest.methods)} on {ranks.count} ranks of {ranks.threads} threads ...")
+    return operators_subject.assemble(
+        contest,
+        on_ranks(operators.alone, contest, ranks),
         skipped=skipped,
-        network=None if network is None else str(network),
-        device=options.device,
-        threads=options.threads,
+        network=None if ranks.network is None else str(ranks.network),
+        device=ranks.device,
+        threads=ranks.threads,
     )
 
 
-def request_of(options: argparse.Namespace, ranks: int) -> tuple[Request, dict[str, str]]:
+def contest_of(options: argparse.Namespace, ranks: int) -> tuple[Contest, dict[str, str]]:
     """What the options ask for, and the methods that cannot do it, with the reason.
 
     Raises:
@@ -194,13 +197,12 @@ def request_of(options: argparse.Namespace, ranks: int) -> tuple[Request, dict[s
     shape = Shape(
         seqlen_q=count(options.seqlen_q, what="--seqlen-q"),
         seqlen_kv=count(options.seqlen_kv, what="--seqlen-kv"),
-        batch=options.batch,
-        heads=options.heads,
         kv_heads=options.heads if options.kv_heads is None else options.kv_heads,
-        head_dim=options.head_dim,
-        dtype=options.dtype,
-        visibility=options.visibility,
         features_dim=features_dim,
+        **{
+            name: getattr(options, name)
+            for name in ("batch", "heads", "head_dim", "dtype", "visibility")
+        },
     )
     skipped = {}
     if "ulysses" in options.methods:
@@ -211,16 +213,8 @@ def request_of(options: argparse.Namespace, ranks: int) -> tuple[Request, dict[s
     able = tuple(method for method in options.methods if method not in skipped)
     if not able:
         raise ValueError(f"--methods: none is left: {'; '.join(skipped.values())}")
-    request = Request(
-        shape,
-        able,
-        recompute=options.recompute,
-        overlap=options.overlap,
-        kernel=options.kernel,
-        warmup=options.warmup,
-        repeats=options.repeats,
-    )
-    return request, skipped
+    names = ("recompute", "overlap", "kernel", "warmup", "repeats")
+    return Contest(shape, able, **{name: getattr(options, name) for name in names}), skipped
 
 
 def methods_of(words: Sequence[str]) -> tuple[str, ...]:
@@ -237,57 +231,6 @@ def methods_of(words: Sequence[str]) -> tuple[str, ...]:
             raise ValueError(f"--methods: got {word!r}; expected some of {['lvx', *METHODS]}{hint}")
         found |= dict.fromkeys(BOTH_SCHEDULES if word == "lvx" else (word,))
     return tuple(found)
-
-
-def assemble(
-    request: Request,
-    answers: Sequence[Mapping[str, Any]],
-    *,
-    skipped: Mapping[str, str],
-    network: str | None,
-    device: str,
-    threads: int,
-    ranks_of_a_node: int = 1,
-) -> dict[str, Any]:
-    """Everything for the JSON.
-
-    Raises:
-        report.DisagreementError: methods do not compute the same.
-    """
-    largest = report.check(answers)
-    return {
-        **header(emulated=bool(network), device=device),
-        "network": report.network_record(network, ranks_of_a_node=ranks_of_a_node),
-        "ranks": len(answers),
-        "threads_per_rank": threads,
-        "units": "seconds of the slowest rank in each step, begun together; bytes of the rank that "
-        "sends most, forward and backward of one step; `ranks` has every sample of every rank",
-        **asdict(request),
-        "skipped": dict(skipped),
-        "largest_differences": largest,
-        "records": report.records(answers),
-    }
-
-
-def show(results: Mapping[str, Any], options: argparse.Namespace) -> None:
-    """Print the table or the JSON, and write the files."""
-    text = json.dumps(results, indent=1) + "\n"
-    if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        path = options.output / f"{report.name(results)}.json"
-        path.write_text(text)
-        try:
-            plots.save(results, path.with_suffix(".png"))
-        except ModuleNotFoundError as error:
-            print(f"no plot: {error}; pip install 'ds_lvx[plots]'", file=sys.stderr)
-    if options.document is not None:
-        report.write_into(options.document, results)
-    if options.json:
-        print(text, end="")
-    else:
-        # A file or a pipe has no width of its own.
-        width = None if sys.stdout.isatty() else _WIDTH
-        Console(width=width).print(report.terminal(results))
 
 
 @contextmanager

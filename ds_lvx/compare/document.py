@@ -1,15 +1,115 @@
-"""Tables in Markdown, and their place in a document: between two comment lines."""
+"""What a comparison leaves: JSON, a plot, a table on the terminal and in a document."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+Results = Mapping[str, Any]
+"""What the JSON of a comparison holds."""
+
+
+class Subject(Protocol):
+    """What a subject has to say about its results."""
+
+    def name(self, results: Results, /) -> str:
+        """Of the files, and of the place in a document."""
+        ...
+
+    def text(self, results: Results, /) -> str:
+        """Tables and what belongs to them, in Markdown."""
+        ...
+
+    def draw(self, results: Results, /) -> Any:
+        """A figure of matplotlib's; None where there is none.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        ...
+
+
+def deliver(
+    subject: Subject,
+    results: Results,
+    *,
+    program: str,
+    folder: Path | None = None,
+    document: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Write the files and the document's table, and print the table or the JSON.
+
+    Args:
+        subject: whose results they are.
+        results: for the JSON.
+        program: whose place in the document it is.
+        folder: for JSON and plot.
+        document: Markdown, see `write_between`.
+        as_json: what is printed.
+    """
+    name, text = subject.name(results), subject.text(results)
+    if folder is not None:
+        path = save(results, folder / f"{name}.json")
+        try:
+            figure = subject.draw(results)
+            if figure is not None:
+                figure.savefig(path.with_suffix(".png"), dpi=110)
+        except ModuleNotFoundError as error:
+            print(f"no plot: {error}; pip install 'ds_lvx[plots]'", file=sys.stderr)
+    if document is not None:
+        write_between(document, f"{program}, {name}", text)
+    if as_json:
+        print(json.dumps(results, indent=1))
+    elif sys.stdout.isatty():
+        Console().print(Markdown(text))
+    else:
+        print(text, flush=True)
+
+
+def save(results: Results, path: Path) -> Path:
+    """Write a JSON, and its folder where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return path
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table; the first row is its head."""
     head, *body = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def columns(
+    records: Sequence[Mapping[str, Any]], cells: Mapping[str, Any], *extra: Sequence[str]
+) -> str:
+    """A table with a line a record.
+
+    Args:
+        records: the lines.
+        cells: by heading, a function that makes a record's cell.
+        extra: lines as they are.
+    """
+    rows = [[cell(record) for cell in cells.values()] for record in records]
+    return markdown([list(cells), *rows, *extra])
+
+
+def times(ratio: float | None, digits: int = 2) -> str:
+    """How many times faster, rounded down: never in anybody's favour."""
+    return "-" if ratio is None else f"{math.floor(ratio * 10**digits) / 10**digits:.{digits}f}"
+
+
+def percentiles(spread: Mapping[str, float], digits: int = 3) -> str:
+    """``0.207 (0.182 to 0.223)``."""
+    median, p10, p90 = (f"{spread[name]:.{digits}f}" for name in ("median", "p10", "p90"))
+    return f"{median} ({p10} to {p90})"
 
 
 def write_between(document: Path, mark: str, text: str) -> None:

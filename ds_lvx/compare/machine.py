@@ -6,7 +6,8 @@ import os
 import platform
 import shlex
 import sys
-from importlib.metadata import version
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,22 @@ def header(*, emulated: bool = False, device: str | None = None) -> dict[str, An
     return {
         "kind": "emulated" if emulated else "measured",
         "command": shlex.join([program, *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "versions": versions(PACKAGES),
         "device": device,
         "hardware": hardware(device),
         "load_average_before": os.getloadavg(),
     }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Of Python and of packages; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def hardware(device: str) -> dict[str, Any]:

@@ -25,8 +25,7 @@ from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.common import delta_of
 from ds_lvx.attention.layout import Layout
-from ds_lvx.compare.fresh import answer
-from ds_lvx.compare.operators.rank import bind
+from ds_lvx.compare.fresh import answer, bind
 from ds_lvx.distributed.bundles import Bundle, Spec
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.pending import Pending

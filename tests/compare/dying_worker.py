@@ -1,39 +1,37 @@
-"""A worker of the kernel benchmark that ends in the middle of `triton` and after `native`.
-
-Without PyTorch, so that it starts at once.
-"""
+"""A worker of the kernel benchmark that ends in the middle of `triton` and after `native`."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from pathlib import Path
-from typing import Any
+from multiprocessing.connection import Connection
+from signal import pause
+
+from ds_lvx.compare.kernels.trial import RATES, Timing
 
 
-def main() -> None:
-    """Do what `ds_lvx.compare.kernels.worker` does, by the same file."""
-    request = json.loads(Path(sys.argv[1]).read_text())
-    with Path(request["path"]).open("a", buffering=1) as file:
-
-        def write(line: dict[str, Any]) -> None:
-            file.write(json.dumps(line) + "\n")
-
-        if request["rates"]:
-            write({"rates": {"matrix_flops": 1.0, "memory_bytes_per_s": 1.0}})
-        for item in request["items"]:
-            case, candidate = item["case"], item["candidate"]
-            suffix = "-visibility" if case["visibility"] else ""
-            name = f"{case['model']}-{case['queries']}{suffix}/{candidate}/{item['direction']}"
-            write({"began": name})
-            if candidate == "triton" and item["direction"] == "forward":
-                os._exit(3)
-            write({"item": name, "record": {"status": "left out", "reason": "a test"}})
-            if candidate == "native" and item["direction"] == "backward":
-                sys.exit("CUDA is broken behind this one")
-    Path(sys.argv[1]).with_name(f"answer-{os.environ['RANK']}.json").write_text("null")
+def serve(pipe: Connection, timing: Timing) -> None:
+    """Do what `ds_lvx.compare.kernels.trial.serve` does, without PyTorch."""
+    while True:
+        pipe.send("ready")
+        trial = pipe.recv()
+        if trial == RATES:
+            pipe.send({"matrix_flops": 1.0, "memory_bytes_per_s": 1.0})
+            continue
+        if (trial.candidate, trial.direction) == ("triton", "forward"):
+            os._exit(3)
+        pipe.send({"status": "left out", "reason": "a test"})
+        if (trial.candidate, trial.direction) == ("native", "backward"):
+            os._exit(4)  # as if CUDA were broken behind this one
 
 
-if __name__ == "__main__":
-    main()
+def refuse(pipe: Connection, timing: Timing) -> None:
+    """End before anything began."""
+    os._exit(5)
+
+
+def hang(pipe: Connection, timing: Timing) -> None:
+    """Take a trial and never answer."""
+    pipe.send("ready")
+    pipe.recv()
+    while True:
+        pause()

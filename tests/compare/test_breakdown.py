@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_lvx.compare.model.breakdown import PHASES, Breakdown, Parts, broken_down
-from ds_lvx.compare.model.marks import marks
-from ds_lvx.compare.model.zero_transfers import zero_watched
+from ds_lvx.compare.case import REGIONS
+from ds_lvx.compare.training.breakdown import PHASES, Breakdown, Parts, broken_down
+from ds_lvx.compare.training.marks import marks
+from ds_lvx.compare.training.zero_transfers import zero_watched
 from ds_lvx.distributed.pending import Pending, Transfer, blocking
 
 
 class Clock:
     """Stands still unless someone works; also the marks of a step."""
-
-    source = "a test"
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -112,7 +111,7 @@ class Model(nn.Module):
 
 
 def run_step(model: Model, clock: Clock) -> Breakdown:
-    parts = Parts(model, timing=clock.timing)
+    parts = Parts(model, REGIONS, timing=clock.timing)
     with parts.recording() as breakdown:
         loss = model(torch.ones(2, requires_grad=True))
         parts.enter("backward")
@@ -240,7 +239,7 @@ def test_waits_inside_waits_count_once_and_stay_in_their_phase() -> None:
 
 def test_a_model_of_other_names_is_refused() -> None:
     with pytest.raises(ValueError, match="got a Linear without a module named like"):
-        Parts(nn.Linear(2, 2))
+        Parts(nn.Linear(2, 2), REGIONS)
 
 
 def test_phases_are_those_of_a_step() -> None:
@@ -251,7 +250,6 @@ def test_phases_are_those_of_a_step() -> None:
 def test_on_cuda_moments_are_those_of_the_stream() -> None:
     a = torch.randn(4096, 4096, device="cuda")
     with marks() as found:
-        assert found.source == "CUDA events"
         found.mark()
         for _ in range(50):
             a = a @ a

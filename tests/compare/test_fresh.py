@@ -9,20 +9,24 @@ import pytest
 
 from ds_lvx.compare.case import Case
 from ds_lvx.compare.fresh import RunError, run_fresh
-from ds_lvx.compare.memory.peak import ResidentMemory
-from ds_lvx.compare.memory.rank import Request, run
+from ds_lvx.compare.harness import Ranks, on_ranks
+from ds_lvx.compare.peak import PROMPT_FREEING, meter
+from ds_lvx.compare.training.rank import Load, weigh
 from ds_lvx.plan.memory import Setting
 
 TINY = Case(hidden=32, heads=4, kv_heads=2, cross_layers=1, mlp=8, vocabulary=16, text_tokens=4)
 MIB = 2**20
 
 
-def request(setting: Setting) -> Request:
-    return Request(TINY, setting, ranks=2, frames=2, warm_up_frames=1, steps=2)
+TWO = Ranks(2, environment=PROMPT_FREEING)
+
+
+def load(setting: Setting) -> Load:
+    return Load(TINY, setting, frames=2, warm_up_frames=1, steps=2)
 
 
 def test_every_rank_answers_with_every_sample() -> None:
-    answers = run(request(Setting(recompute_kv=True, checkpointing=True)), threads=1)
+    answers = on_ranks(weigh, load(Setting(recompute_kv=True, checkpointing=True)), TWO)
     assert len(answers) == 2
     for answer in answers:
         assert {len(answer[name]) for name in ("kept_bytes", "peak_bytes", "step_s", "loss")} == {2}
@@ -34,7 +38,7 @@ def test_every_rank_answers_with_every_sample() -> None:
 def test_a_rank_that_fails_says_why_and_leaves_nothing() -> None:
     buffers = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
     with pytest.raises(RunError, match=r"(?s)rank \d ended with code 1; .*features") as raised:
-        run(request(Setting(method="ring", features="offload")), threads=1)
+        on_ranks(weigh, load(Setting(method="ring", features="offload")), TWO)
     assert "Traceback" in str(raised.value) or "Error" in str(raised.value)
     assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= buffers
 
@@ -46,7 +50,7 @@ def test_the_rank_that_failed_first_is_named() -> None:
 
 
 def test_resident_memory_has_a_peak_that_is_set_back() -> None:
-    memory = ResidentMemory()
+    memory = meter("cpu")
     memory.reset()
     before = memory.now_bytes()
     # Not by malloc, which may have as much at hand.

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +13,14 @@ from torch import Tensor
 
 from ds_lvx.compare.document import write_between
 from ds_lvx.compare.fresh import RunError
-from ds_lvx.compare.kernels import measure as kernels
-from ds_lvx.compare.kernels.candidates import LeftOut, make, names
+from ds_lvx.compare.kernels import subject as kernels
+from ds_lvx.compare.kernels import trial as trials
+from ds_lvx.compare.kernels.candidates import Candidate, LeftOut, make, names
 from ds_lvx.compare.kernels.cases import DIRECTIONS, PAPER, QUICK, KernelCase
 from ds_lvx.compare.kernels.check import exact, right
-from ds_lvx.compare.kernels.clock import CudaClock, Samples, timed
 from ds_lvx.compare.kernels.report import floors, floors_table, measured_table
-from ds_lvx.compare.kernels.worker import Item, Request, Worker
+from ds_lvx.compare.kernels.trial import Bench, Timing, Trial, host_s, samples_s
+from tests.compare import dying_worker
 
 GROUPED = QUICK[1]
 """24 queries, 2 query heads a key/value head, with visibility."""
@@ -31,24 +28,14 @@ GROUPED = QUICK[1]
 Bad = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
-def request(path: Path, *items: Item, deadline: float | None = None) -> Request:
-    return Request(
-        items=list(items),
-        device="cpu",
-        repeats=3,
-        seconds=0.01,
-        limit_s=60.0,
-        deadline=time.time() + 600 if deadline is None else deadline,
-        rates=False,
-        quick=True,
-        path=str(path),
-    )
+QUICKLY = Timing(device="cpu", repeats=3, seconds=0.01, quick=True, start="fork")
+CPU = torch.device("cpu")
 
 
-def results(path: Path) -> dict[str, Any]:
-    """Records by the name of their item."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {line["item"]: line["record"] for line in lines if "item" in line}
+def results(*items: Trial, made: Any = make) -> dict[str, Any]:
+    """Records by the name of their trial, measured in this process."""
+    bench = Bench(QUICKLY, made)
+    return {trial.name: bench.record(trial) for trial in items}
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
@@ -74,9 +61,8 @@ def test_the_papers_shapes() -> None:
 @pytest.mark.parametrize("case", QUICK[:2], ids=lambda case: case.name)
 def test_all_candidates_of_a_cpu_are_right(case: KernelCase, tmp_path: Path) -> None:
     candidates = ("auto", "native", "sdpa-flash", "sdpa-math")
-    items = [Item(case, name, direction) for name in candidates for direction in DIRECTIONS]
-    Worker(request(tmp_path / "out", *items)).run()
-    found = results(tmp_path / "out")
+    items = [Trial(case, name, direction) for name in candidates for direction in DIRECTIONS]
+    found = results(*items)
     assert len(found) == len(items)
     for name, record in found.items():
         assert record["status"] == "ok", (name, record)
@@ -92,32 +78,22 @@ def test_repeated_heads_are_summed_before_they_are_checked(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     """As for a backend that wants as many heads of K and V as of q."""
-    monkeypatch.setattr("ds_lvx.compare.kernels.candidates.Sdpa._groups_heads", lambda self: False)
-    items = [Item(GROUPED, "sdpa-math", direction) for direction in DIRECTIONS]
-    Worker(request(tmp_path / "out", *items)).run()
-    for record in results(tmp_path / "out").values():
+    monkeypatch.setattr("ds_lvx.compare.kernels.candidates._groups_heads", lambda *_: False)
+    items = [Trial(GROUPED, "sdpa-math", direction) for direction in DIRECTIONS]
+    for record in results(*items).values():
         assert record["status"] == "ok", record
         assert record["kv"] == "repeated beforehand, which is not timed"
 
 
-class Spoiled:
+def spoiled(operands: Any, spoil: Bad) -> Candidate:
     """A right candidate whose results something is done to."""
-
-    def __init__(self, inputs: Any, spoil: Bad) -> None:
-        self._right, self._spoil = make("native", inputs), spoil
-        self.notes: dict[str, Any] = {}
-
-    def forward(self) -> tuple[Tensor, ...]:
-        return self._spoil(self._right.forward())
-
-    def backward(self) -> tuple[Tensor, ...]:
-        return self._spoil(self._right.backward())
-
-    def by_key_head(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return gradients
-
-    def active(self) -> Any:
-        return nullcontext()
+    right = make("native", operands)
+    return replace(
+        right,
+        forward=lambda: spoil(right.forward()),
+        backward=lambda: spoil(right.backward()),
+        chosen=None,
+    )
 
 
 def last_row(place: int, value: float) -> Bad:
@@ -156,13 +132,13 @@ def raises(error: Exception) -> Bad:
 def test_a_bad_candidate_is_told_and_does_not_stop_the_rest(
     tmp_path: Path, direction: str, spoil: Bad, status: str, word: str
 ) -> None:
-    bad, good = Item(GROUPED, "triton", direction), Item(GROUPED, "native", direction)
+    bad, good = Trial(GROUPED, "triton", direction), Trial(GROUPED, "native", direction)
 
-    def made(name: str, inputs: Any) -> Any:
-        return Spoiled(inputs, spoil) if name == "triton" else make(name, inputs)
+    def made(name: str, operands: Any) -> Any:
+        return spoiled(operands, spoil) if name == "triton" else make(name, operands)
 
-    Worker(request(tmp_path / "out", bad, good), made).run()
-    record = results(tmp_path / "out")[bad.name]
+    found = results(bad, good, made=made)
+    record = found[bad.name]
     assert record["status"] == status
     if status == "wrong":
         others = {name: error for name, error in record["errors"].items() if name[:3] != word[:3]}
@@ -170,12 +146,12 @@ def test_a_bad_candidate_is_told_and_does_not_stop_the_rest(
         assert float(record["errors"][word]) > 4e-2 or record["errors"][word] in ("nan", "inf")
     else:
         assert word in record["reason"]
-    assert results(tmp_path / "out")[good.name]["status"] == "ok"
+    assert found[good.name]["status"] == "ok"
 
 
 def test_a_gradient_that_is_not_finite_beside_the_checked_keys_is_wrong() -> None:
     known = exact(GROUPED, torch.device("cpu"), torch.bfloat16)
-    found = list(make("native", known.inputs).backward())
+    found = list(make("native", known.operands).backward())
     assert right(known.errors_of_backward(found), torch.bfloat16)
     unchecked = sorted(set(range(GROUPED.keys)) - set(known.keys.tolist()))
     found[1] = found[1].clone()
@@ -184,26 +160,18 @@ def test_a_gradient_that_is_not_finite_beside_the_checked_keys_is_wrong() -> Non
 
 
 def test_what_a_backend_cannot_do_is_told_with_its_reasons(tmp_path: Path) -> None:
-    item = Item(GROUPED, "sdpa-efficient", "forward")
-    Worker(request(tmp_path / "out", item)).run()
-    record = results(tmp_path / "out")[item.name]
+    item = Trial(GROUPED, "sdpa-efficient", "forward")
+    record = results(item)[item.name]
     assert record["status"] == "failed"
     assert "No viable backend" in record["reason"]
 
 
 def test_scores_beyond_the_budget_are_not_materialised(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setattr("ds_lvx.compare.kernels.candidates.SCORES_BYTES", 1000)
-    item = Item(GROUPED, "sdpa-math", "forward")
-    Worker(request(tmp_path / "out", item)).run()
-    record = results(tmp_path / "out")[item.name]
+    item = Trial(GROUPED, "sdpa-math", "forward")
+    record = results(item)[item.name]
     assert record["status"] == "left out"
     assert "GiB of scores" in record["reason"]
-
-
-def test_what_begins_too_late_is_left_out(tmp_path: Path) -> None:
-    item = Item(GROUPED, "native", "forward")
-    Worker(request(tmp_path / "out", item, deadline=0.0)).run()
-    assert results(tmp_path / "out")[item.name]["status"] == "left out"
 
 
 def test_inputs_that_cannot_be_made_are_every_candidates_reason(
@@ -212,21 +180,17 @@ def test_inputs_that_cannot_be_made_are_every_candidates_reason(
     def fail(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("ds_lvx.compare.kernels.worker.exact", fail)
-    items = [Item(GROUPED, name, "forward") for name in ("native", "auto")]
-    Worker(request(tmp_path / "out", *items)).run()
-    for record in results(tmp_path / "out").values():
+    monkeypatch.setattr("ds_lvx.compare.kernels.trial.exact", fail)
+    items = [Trial(GROUPED, name, "forward") for name in ("native", "auto")]
+    for record in results(*items).values():
         assert record["status"] == "failed"
         assert "the inputs could not be made: OutOfMemoryError: no room" in record["reason"]
 
 
 def test_a_candidate_that_ends_the_process_costs_itself_only() -> None:
-    items = kernels.items_of(QUICK[:2], ("triton", "native", "auto"))
-    taken: list[Mapping[str, Any]] = []
-    plan = kernels.Plan(device="cpu", worker="tests.compare.dying_worker")
-    kernels.measure(items, plan, take=taken.append)
-    assert sum("rates" in line for line in taken) == 1
-    records = [line["record"] for line in taken if "record" in line]
+    items = kernels.trials_of(QUICK[:2], ("triton", "native", "auto"))
+    rates, *records = kernels.measure(items, QUICKLY, serve=dying_worker.serve)
+    assert rates["matrix_flops"] == 1.0
     assert [record["name"] for record in records] == [item.name for item in items]
     for record in records:
         dies = record["candidate"] == "triton" and record["direction"] == "forward"
@@ -234,14 +198,30 @@ def test_a_candidate_that_ends_the_process_costs_itself_only() -> None:
         assert not dies or "ended with code 3" in record["reason"]
 
 
+def test_a_candidate_that_hangs_is_ended() -> None:
+    (item,) = kernels.trials_of(QUICK[:1], ("triton",), ["*/forward"])
+    worker = trials.Worker(dying_worker.hang, QUICKLY)
+    with pytest.raises(RunError, match="was not done after 0 s"):
+        worker.ask(item, limit_s=0.1)
+    assert not worker.is_ready
+
+
+def test_what_begins_too_late_is_left_out() -> None:
+    items = kernels.trials_of(QUICK[:1], ("triton",))
+    late = replace(QUICKLY, budget_s=-1.0)
+    _, *records = kernels.measure(items, late, serve=dying_worker.serve)
+    assert [record["reason"] for record in records] == ["the time of the whole run was over"] * 2
+
+
 def test_a_worker_that_cannot_start_is_an_error() -> None:
-    plan = kernels.Plan(device="cpu", worker="tests.compare.no_such_module")
-    with pytest.raises(RunError, match="No module named"):
-        kernels.measure(kernels.items_of(QUICK[:1], ("auto",)), plan, take=print)
+    with pytest.raises(RunError, match="ended with code 5"):
+        list(kernels.measure([], QUICKLY, serve=dying_worker.refuse))
 
 
 def test_only_takes_patterns_and_refuses_what_matches_nothing() -> None:
-    found = kernels.items_of(PAPER, names(), ["mllama-192*/triton/*", "openflamingo*/auto/forward"])
+    found = kernels.trials_of(
+        PAPER, names(), ["mllama-192*/triton/*", "openflamingo*/auto/forward"]
+    )
     assert [item.name for item in found] == [
         "mllama-192/triton/forward",
         "mllama-192/triton/backward",
@@ -251,7 +231,7 @@ def test_only_takes_patterns_and_refuses_what_matches_nothing() -> None:
         "openflamingo-32768-visibility/auto/forward",
     ]
     with pytest.raises(ValueError, match=r"'lama/\*', which matches nothing.*mllama-192.*sdpa-"):
-        kernels.items_of(PAPER, names(), ["lama/*"])
+        kernels.trials_of(PAPER, names(), ["lama/*"])
 
 
 def record(candidate: str, seconds: float | None) -> dict[str, Any]:
@@ -350,46 +330,22 @@ def test_a_document_without_its_comment_lines_is_refused(tmp_path: Path) -> None
         write_between(document, "x", "text")
 
 
-class FakeEvent:
-    """Stands for torch.cuda.Event: notes how many flushes there were when it was recorded."""
-
-    def __init__(self, log: list[str]) -> None:
-        self._log = log
-        self.place = -1
-
-    def record(self) -> None:
-        self._log.append("event")
-        self.place = len(self._log)
-
-    def elapsed_time(self, other: FakeEvent) -> float:
-        return float(other.place - self.place)
-
-
-def test_the_clock_of_a_gpu_flushes_before_and_not_within_the_time(monkeypatch: Any) -> None:
-    """On a fake device: a CPU cannot show more than the order."""
-    log: list[str] = []
-    clock = CudaClock.__new__(CudaClock)
-    clock._flushed = SimpleNamespace(zero_=lambda: log.append("flush"))  # type: ignore[assignment]
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(log))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
-    samples = clock.samples(lambda: log.append("run"), 2)
-    assert log == ["wait", *["flush", "event", "run", "event"] * 2, "wait"]
-    assert samples.device_s == [0.002, 0.002]
-    assert len(samples.host_s) == 2
-
-
 @pytest.mark.parametrize(("seconds", "taken"), [(0.5, 50), (0.02, 20), (0.001, 5)])
-def test_slow_functions_run_less_often(seconds: float, taken: int) -> None:
-    class Clock:
-        source = "a test"
+def test_slow_functions_run_less_often(seconds: float, taken: int, monkeypatch: Any) -> None:
+    def measured(run: Any, seconds: float) -> list[float]:
+        return [0.001] * max(round(seconds / 0.001), 1)
 
-        def once(self, run: Any) -> float:
-            return 0.001
+    monkeypatch.setattr(trials, "_on_cpu", measured)
+    assert len(samples_s(print, CPU, repeats=50, seconds=seconds)) == taken
 
-        def samples(self, run: Any, repeats: int) -> Samples:
-            return Samples([0.001] * repeats, [0.0] * repeats)
 
-    assert len(timed(Clock(), print, repeats=50, seconds=seconds).device_s) == taken
+@pytest.mark.gpu
+def test_on_cuda_the_device_s_time_counts_and_the_host_s_stands_beside_it() -> None:
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    taken = samples_s(lambda: a @ a, a.device, repeats=7, seconds=1.0)
+    assert len(taken) == 7
+    assert min(taken) > 2 * 8192**3 / 4e15, "faster than any card: launched, not computed"
+    assert max(host_s(lambda: a @ a, a.device)) < min(taken)
 
 
 def test_frames_come_in_quarters() -> None:

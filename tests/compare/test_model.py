@@ -10,35 +10,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ds_lvx.compare.case import TINY, build_model, cut, make_batch
+from ds_lvx.compare.document import deliver
+from ds_lvx.compare.harness import Ranks
 from ds_lvx.compare.machine import header
-from ds_lvx.compare.model import measure as model
-from ds_lvx.compare.model import rank as model_rank
-from ds_lvx.compare.model.breakdown import COLUMNS, PHASES
-from ds_lvx.compare.model.job import TINY, Job, build, cut, make_batch
-from ds_lvx.compare.model.measure import Plan, add_arguments, disagreements, plan_of, skipped
-from ds_lvx.compare.model.rank import Request
-from ds_lvx.compare.model.report import draw, table, totals
+from ds_lvx.compare.training import model
+from ds_lvx.compare.training.breakdown import COLUMNS, PHASES
+from ds_lvx.compare.training.model import Contest, disagreements, skipped
+from ds_lvx.compare.training.rank import Steps, Task, finetune
 from tests.ranks import run_ranks
 
 CASE = replace(TINY, hidden=64, mlp=64, text_tokens=24, image_size=28)
-JOB = Job("tiny", CASE, frames=6, text_tokens=24)
+TASK = Task("tiny", CASE, frames=6, text_tokens=24)
 PARTS_MISS = 0.05
 
 
-def measured(request: Request) -> dict[str, Any]:
+def measured(steps: Steps) -> dict[str, Any]:
     """On a rank."""
-    return model_rank.measure(request)
+    return finetune(steps)
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict[str, Any]]:
     """Two ranks against one process, at two ZeRO stages, with and without overlap."""
     requests = [
-        (1, Request(JOB, "none")),
-        (2, Request(JOB, "lvx-gather")),
-        (2, Request(replace(JOB, zero_stage=3), "lvx-ring", overlap=False)),
-        (2, Request(replace(JOB, checkpointing=True, text_method="ring"), "ulysses")),
+        (1, Steps(TASK, "none")),
+        (2, Steps(TASK, "lvx-gather")),
+        (2, Steps(replace(TASK, zero_stage=3), "lvx-ring", overlap=False)),
+        (2, Steps(replace(TASK, checkpointing=True, text_method="ring"), "ulysses")),
     ]
     return [
         model.record(
@@ -97,7 +98,6 @@ def test_a_method_s_record_is_of_the_slowest_rank_and_the_median_step() -> None:
 
     def answer(steps: list[float], sent: int) -> dict[str, Any]:
         return {
-            "sizes": {},
             "losses": [1.0],
             "gradient_norms": {},
             "step_s": steps,
@@ -133,28 +133,36 @@ def test_what_differs_is_named() -> None:
 
 
 def test_a_frame_is_the_same_whoever_makes_it() -> None:
-    config = build(JOB).config
-    whole = make_batch(JOB, config, frames=range(6))["pixel_values"]
-    part = make_batch(JOB, config, frames=range(4, 6))["pixel_values"]
+    whole = make_batch(CASE, frames=range(6), total=6)["pixel_values"]
+    part = make_batch(CASE, frames=range(4, 6), total=6)["pixel_values"]
     assert part.equal(whole[:, 4:])
     assert not part[:, 0].equal(part[:, 1])
 
 
-def options(*words: str, **more: Any) -> argparse.Namespace:
+def contest(*words: str, ranks: int = 2, **more: Any) -> Contest:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    shared = {"model": "tiny", "dtype": "float32", "ranks": 2, "warmup": 1}
-    shared |= {"repeats": 2, "overlap": True, "recompute": True, "network": None, "threads": 1}
-    shared |= {"device": "cpu", "timeout_s": 60.0, "methods": ("lvx-gather", "ring")}
-    return argparse.Namespace(**vars(parser.parse_args(words)), **{**shared, **more})
+    model.add_arguments(parser)
+    shared = {"model": "tiny", "dtype": "float32", "warmup": 1, "repeats": 2, "overlap": True}
+    shared |= {"recompute": True, "methods": ("lvx-gather", "ring"), **more}
+    options = argparse.Namespace(**vars(parser.parse_args(words)), **shared)
+    return model.contest_of(options, Ranks(ranks))
 
 
-def test_options_become_a_plan() -> None:
-    plan = plan_of(options("--hidden", "128", "--self-layers", "1", "--frames", "4"))
+def test_options_become_a_contest() -> None:
+    found = contest("--hidden", "128", "--self-layers", "1", "--frames", "4")
     sizes = {"hidden": 128, "heads": 2, "kv_heads": 1, "mlp": 256, "self_layers": 1}
-    assert plan.job.case == replace(TINY, text_tokens=256, **sizes)
-    assert (plan.job.frames, plan.job.text_tokens, plan.repeats) == (4, 256, 2)
-    assert plan.methods == ("lvx-gather", "ring")
+    assert found.task.case == replace(TINY, text_tokens=256, **sizes)
+    assert (found.task.frames, found.task.text_tokens, found.repeats) == (4, 256, 2)
+    assert found.methods == ("lvx-gather", "ring")
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_vision_tower_trains_unless_it_is_frozen(freeze: bool) -> None:
+    found = contest(*["--freeze-vision"] * freeze)
+    model = replace(found.task, case=replace(found.task.case, hidden=64, mlp=8)).build()
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    tower = {name for name, _ in model.named_parameters() if "vision_model" in name}
+    assert frozen == (tower if freeze else set())
 
 
 @pytest.mark.parametrize(
@@ -163,35 +171,37 @@ def test_options_become_a_plan() -> None:
         (["--hidden", "96"], {}, "--hidden: got 96; expected a multiple of 64"),
         (["--cross-layers", "0"], {}, "--cross-layers: got 0; expected at least 1"),
         (["--frames", "1"], {}, "--frames: got 1 for 2 ranks"),
-        ([], {"methods": ["rings"]}, "--methods: got 'rings'; expected some of: lvx-gather"),
         ([], {"dtype": "float16"}, "--dtype: got float16; expected float32 or bfloat16"),
         (["--hidden", "64"], {"model": "a/b"}, "--model: got a/b with --hidden"),
-        ([], {"repeats": 0}, "0 repeats"),
     ],
 )
 def test_bad_options_are_said(words: list[str], more: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan_of(options(*words, **more))
+        contest(*words, **more)
 
 
 def test_a_checkpoint_s_own_sizes_count(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="which cannot be read"):
-        plan_of(options(model=str(tmp_path)))
-    build(JOB).config.save_pretrained(tmp_path)
-    plan = plan_of(options(model=str(tmp_path), ranks=9, methods=("ulysses", "none")))
-    assert plan.job.case is None
-    assert skipped(plan) == {"ulysses": "8 query heads for 9 ranks, in the text"}
+        contest(model=str(tmp_path))
+    build_model(CASE).save_pretrained(tmp_path)
+    found = contest(model=str(tmp_path), ranks=9, methods=("ulysses", "none"))
+    assert found.task.case == replace(CASE, text_tokens=256)
+    assert skipped(found) == {"ulysses": "8 query heads for 9 ranks, in the text"}
+    weights = dict(build_model(CASE, dtype=torch.float32).named_parameters())
+    for name, weight in found.task.build().named_parameters():
+        assert weight.dtype == torch.float32
+        assert weight.equal(weights[name]), name
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="a model of type 'llama'; expected one of type 'mllama'"):
-        plan_of(options(model=str(tmp_path)))
+        contest(model=str(tmp_path))
 
 
 def test_methods_without_enough_heads_are_skipped_with_the_reason() -> None:
-    plan = Plan(JOB, ["lvx-gather", "ulysses", "none"], ranks=9)
-    assert skipped(plan) == dict.fromkeys(
+    found = Contest(TASK, ["lvx-gather", "ulysses", "none"], Ranks(9))
+    assert skipped(found) == dict.fromkeys(
         ("lvx-gather", "ulysses"), "8 query heads for 9 ranks, in the text"
     )
-    by_ring = replace(plan, job=replace(JOB, text_method="ring"))
+    by_ring = replace(found, task=replace(TASK, text_method="ring"))
     assert skipped(by_ring) == {"ulysses": "8 query heads for 9 ranks"}
 
 
@@ -202,19 +212,30 @@ def test_a_cut_model_keeps_the_shape_of_its_heads() -> None:
 
 
 def test_table_plot_and_json(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    plan = Plan(JOB, [record["method"] for record in records], ranks=2, repeats=1)
-    parts = model.results_of(plan, records, {"lvx-auto": "no reason"})
+    methods = [record["method"] for record in records]
+    parts = model.results_of(
+        Contest(TASK, methods, Ranks(2), repeats=1), records, {"lvx-auto": "no reason"}
+    )
     results = {**header(device="cpu"), **parts}
-    text = table(results)
+    text = model.text(results)
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + len(records)
     assert rows[-1].startswith("| ulysses | ")
     assert "lvx-auto was skipped: no reason." in text
-    model.write(results, tmp_path)
+    deliver(model, results, program="a test", folder=tmp_path)
     written = json.loads((tmp_path / "compare-model-tiny-ranks2-recompute.json").read_text())
     assert written["kind"] == "measured"
     assert written["records"][0]["step_s"]["samples"] == records[0]["step_s"]["samples"]
+    assert written["records"][0]["sizes"]["visual_tokens"] == 6 * 17
     assert (tmp_path / "compare-model-tiny-ranks2-recompute.png").stat().st_size > 10_000
-    heights = [bar.get_height() for bar in draw(results).axes[0].patches]
-    sums = sum(sum(totals(record["typical"]).values()) for record in records)
+    heights = [bar.get_height() for bar in model.draw(results).axes[0].patches]
+    sums = sum(sum(model.totals(record["typical"]).values()) for record in records)
     assert sum(heights) == pytest.approx(sums)
+
+
+def test_the_document_has_the_table_of_the_committed_json() -> None:
+    root = Path(__file__).resolve().parents[2] / "docs"
+    name = "compare-model-tiny-ranks4-recompute-200mbit"
+    results = json.loads((root / "benchmarks" / f"{name}.json").read_text())
+    assert model.name(results) == name
+    assert model.text(results) in (root / "comparing-models.md").read_text()

@@ -12,21 +12,24 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from ds_lvx import cli
 from ds_lvx.attention import ring
-from ds_lvx.compare import command
+from ds_lvx.compare import command, fresh
+from ds_lvx.compare.document import deliver
+from ds_lvx.compare.harness import METHODS, Lab
 from ds_lvx.compare.network import Network, NetworkError
-from ds_lvx.compare.operators import agreement, plots, report
+from ds_lvx.compare.operators import exactness, subject
 from ds_lvx.compare.operators import rank as operators
-from ds_lvx.compare.operators.inputs import Shape, make_inputs, split
-from ds_lvx.compare.operators.kernel_calls import NotingKernel
-from ds_lvx.compare.operators.rank import METHODS, Request
+from ds_lvx.compare.operators.attend import NotingKernel
+from ds_lvx.compare.operators.rank import Contest
+from ds_lvx.compare.operators.tensors import Shape, make_shards, split
 from ds_lvx.distributed.channel import Channel
 from tests.ranks import run_ranks
 
 TINY = Shape(seqlen_q=9, seqlen_kv=30, batch=2, heads=4, kv_heads=2, head_dim=8, dtype="float32")
-ONCE = Request(TINY, METHODS, warmup=0, repeats=2)
+ONCE = Contest(TINY, tuple(METHODS), warmup=0, repeats=2)
 DEVICE = torch.device("cpu")
 
 
@@ -36,13 +39,13 @@ def options(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def measured(requests: list[Request]) -> list[dict[str, Any]]:
+def measured(requests: list[Contest]) -> list[dict[str, Any]]:
     return [operators.measure(request) for request in requests]
 
 
-def assembled(request: Request, answers: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+def assembled(request: Contest, answers: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
     given = {"skipped": {}, "network": None, "device": "cpu", "threads": 1, **changes}
-    return command.assemble(request, answers, **given)
+    return subject.assemble(request, answers, **given)
 
 
 # ---- measuring
@@ -65,7 +68,7 @@ def test_every_method_is_checked_counted_and_timed(tmp_path: Path) -> None:
             assert len(record["step_s"]["samples"]) == 2
             assert record["step_s"]["median"] >= record["forward_s"]["median"] > 0
             assert record["kernels_s"]["median"] > 0
-        exact = [d for d in results["largest_differences"] if d["other"] == agreement.EXACT]
+        exact = [d for d in results["largest_differences"] if d["other"] == exactness.EXACT]
         tensors = {"out", "dq", "dfeatures", "dk_proj", "dv_proj"}
         assert {d["tensor"] for d in exact} == (
             tensors if request.shape.features_dim else {"out", "dq", "dk", "dv"}
@@ -104,7 +107,7 @@ def disagreeing() -> dict[str, Any]:
 def test_methods_that_disagree_are_named_and_not_timed() -> None:
     answers = run_ranks(disagreeing, 2)
     assert [answer["methods"] for answer in answers] == [{}, {}]
-    with pytest.raises(report.DisagreementError) as raised:
+    with pytest.raises(subject.DisagreementError) as raised:
         assembled(ONCE, answers)
     lines = str(raised.value).splitlines()
     pairs = {line.split(" disagree")[0].strip() for line in lines[1:]}
@@ -119,20 +122,20 @@ def test_what_is_not_a_number_disagrees() -> None:
     ones = torch.ones(2, 3)
     broken = ones.clone()
     broken[1, 2] = torch.nan
-    (found,) = agreement.differences(
+    (found,) = exactness.differences(
         {"ring": {"out": ones}, "lvx": {"out": broken}}, dtype="float32", rank=0, shape="whole"
     )
     assert found.is_too_large
     assert found.index == (1, 2)
     same = {"ring": {"out": ones * 0, "dk": ones[:0]}, "lvx": {"out": ones * 0, "dk": ones[:0]}}
-    (found,) = agreement.differences(same, dtype="float32", rank=0, shape="whole")
+    (found,) = exactness.differences(same, dtype="float32", rank=0, shape="whole")
     assert found.error == 0.0
 
 
 def test_the_small_shape_is_the_whole_one_where_the_oracle_can_do_it() -> None:
-    assert agreement.small(TINY) == TINY
+    assert exactness.small(TINY) == TINY
     large = Shape(seqlen_q=4096, seqlen_kv=2**20, heads=32)
-    small = agreement.small(large)
+    small = exactness.small(large)
     assert small.seqlen_q * small.seqlen_kv * small.heads <= 2**21
     assert replace(small, seqlen_q=4096, seqlen_kv=2**20) == large
 
@@ -150,10 +153,10 @@ def test_ranks_share_the_cores(
     cores: set[int], ranks: int, shares: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bound = []
-    monkeypatch.setattr(operators.os, "sched_getaffinity", lambda pid: cores)
-    monkeypatch.setattr(operators.os, "sched_setaffinity", lambda pid, own: bound.append(own))
+    monkeypatch.setattr(fresh.os, "sched_getaffinity", lambda pid: cores)
+    monkeypatch.setattr(fresh.os, "sched_setaffinity", lambda pid, own: bound.append(own))
     for rank in range(ranks):
-        operators.bind(rank, ranks)
+        fresh.bind(rank, ranks)
     assert bound == shares
 
 
@@ -212,8 +215,8 @@ def test_noted_calls_are_made_again() -> None:
 @pytest.mark.parametrize("visibility", ["all", "causal", "frames"])
 def test_shards_make_up_the_whole(features_dim: int | None, visibility: str) -> None:
     shape = replace(TINY, features_dim=features_dim, visibility=visibility)
-    parts = [make_inputs(shape, ranks=4, shards=[r], device=DEVICE) for r in range(4)]
-    whole = make_inputs(shape, ranks=4, shards=range(4), device=DEVICE)
+    parts = [make_shards(shape, ranks=4, shards=[r], device=DEVICE) for r in range(4)]
+    whole = make_shards(shape, ranks=4, shards=range(4), device=DEVICE)
     assert whole.q.shape == (2, 9, 4, 8)
     assert torch.equal(torch.cat([part.q for part in parts], dim=1), whole.q)
     k = torch.cat([part.k_and_v()[0] for part in parts], dim=1)
@@ -264,7 +267,7 @@ def test_bad_options_are_named(
 def test_a_method_that_cannot_do_the_shape_is_skipped_with_the_reason() -> None:
     chosen = options("--heads", "2", "--ranks", "4", "--recompute")
     command.settle(chosen)
-    request, skipped = command.request_of(chosen, 4)
+    request, skipped = command.contest_of(chosen, 4)
     assert request.methods == ("lvx-gather", "lvx-ring", "ring", "none")
     assert list(skipped) == ["ulysses"]
     assert skipped["ulysses"].startswith("got 2 query heads for 4 ranks")
@@ -275,12 +278,13 @@ def test_a_method_that_cannot_do_the_shape_is_skipped_with_the_reason() -> None:
 def test_defaults_are_both_schedules_and_all_peers() -> None:
     chosen = options("--seqlen-q", "64", "--seqlen-kv", "64K", "--no-overlap")
     command.settle(chosen)
-    request, _ = command.request_of(chosen, 4)
+    request, _ = command.contest_of(chosen, 4)
     assert request.methods == ("lvx-gather", "lvx-ring", "ulysses", "ring", "none")
     assert (request.shape.seqlen_q, request.shape.seqlen_kv) == (64, 65536)
     assert not request.overlap
     assert not request.recompute
-    assert Request.of(json.loads(json.dumps(asdict(request)))) == replace(
+    sent = json.loads(json.dumps(asdict(request)))
+    assert TypeAdapter(Contest).validate_python(sent) == replace(
         request, methods=list(request.methods)
     )
 
@@ -291,7 +295,7 @@ def test_without_root_the_command_says_so(
     def refuse(lab: Any) -> Any:
         raise NetworkError("netlab: got user somebody; making network namespaces needs root.")
 
-    monkeypatch.setattr(command.Lab, "__enter__", refuse)
+    monkeypatch.setattr(Lab, "__enter__", refuse)
     assert cli.main(["compare", "--network", "200mbit"]) == 1
     assert "making network namespaces needs root" in capsys.readouterr().err
 
@@ -329,11 +333,11 @@ def test_the_slowest_rank_counts_and_ratios_are_rounded_down() -> None:
     assert lvx["interface_over_traffic"] == pytest.approx(0.98)
     assert results["kind"] == "emulated"
     assert results["network"]["bits_per_s"] == 200 * 10**6
-    text = report.markdown(results)
+    text = subject.text(results)
     assert "| 1.400 (1.240 to 1.560) | 1.000 | 1.40 | 0.001 | 17.5 | - |" in text
     assert math.floor(24.5 / 1.4 * 10) / 10 == 17.5
     assert "ulysses: skipped, no" in text
-    assert report.name(results) == "compare-q9-kv30-ranks2-200mbit-1ms"
+    assert subject.name(results) == "compare-q9-kv30-ranks2-200mbit-1ms"
 
 
 def test_the_table_goes_between_its_comment_lines(tmp_path: Path) -> None:
@@ -341,27 +345,28 @@ def test_the_table_goes_between_its_comment_lines(tmp_path: Path) -> None:
     document = tmp_path / "page.md"
     document.write_text("before\n")
     with pytest.raises(ValueError, match="followed by"):
-        report.write_into(document, results)
-    lines = [f"<!-- ds-lvx compare, {report.name(results)}: {e} -->" for e in ("begin", "end")]
+        deliver(subject, results, program="ds-lvx compare", document=document)
+    lines = [f"<!-- ds-lvx compare, {subject.name(results)}: {e} -->" for e in ("begin", "end")]
     document.write_text("\n".join(["before", *lines, "after\n"]))
-    report.write_into(document, results)
-    report.write_into(document, results)
+    for _ in range(2):
+        deliver(subject, results, program="ds-lvx compare", document=document)
     text = document.read_text()
-    assert text.count(report.markdown(results)) == 1
+    assert text.count(subject.text(results)) == 1
     assert text.startswith("before\n")
     assert text.endswith("after\n")
 
 
-def test_a_plot_without_ring_compares_with_the_slowest(tmp_path: Path) -> None:
+def test_a_plot_without_ring_compares_with_the_slowest() -> None:
     results = assembled(ONCE, [answer({"lvx-gather": 1.0, "ulysses": 2.0})])
-    plots.save(results, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 1000
+    _, ratios = subject.draw(results).axes
+    assert ratios.get_xlabel() == "times faster than ulysses"
+    assert [bar.get_width() for bar in ratios.patches] == [1.0, 2.0]
 
 
 def test_networks_are_recorded_by_their_short_form() -> None:
-    assert report.network_record(None) is None
-    assert report.network_record("") is None
-    record = report.network_record(str(Network(10**9, 1e-3)))
+    assert subject.network_record(None) is None
+    assert subject.network_record("") is None
+    record = subject.network_record(str(Network(10**9, 1e-3)))
     assert record is not None
     assert (record["name"], record["latency_s"]) == ("1gbit,1ms", 1e-3)
 
@@ -374,4 +379,4 @@ def test_the_document_has_the_tables_of_the_committed_json() -> None:
     for name in names:
         results = json.loads((root / "docs" / "benchmarks" / f"{name}.json").read_text())
         assert results["kind"] == "emulated"
-        assert report.markdown(results) in text, name
+        assert subject.text(results) in text, name

@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 
-from ds_lvx.compare.memory import report as memory_report
-from ds_lvx.compare.memory.measure import compared
+from ds_lvx.compare.document import deliver
+from ds_lvx.compare.training import memory
+from ds_lvx.compare.training.memory import compared
 from launch import bench_memory
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT = ROOT / "docs" / "memory.md"
 EMPTY = "".join(
     f"<!-- bench_memory.py, {name}: begin -->\n<!-- bench_memory.py, {name}: end -->\n"
-    for name in memory_report.NAMES
+    for name in bench_memory.PARTS
 )
 
 
@@ -45,7 +46,7 @@ def quick(folder: Path, part: str, *words: str) -> tuple[dict[str, Any], str]:
     results = json.loads((folder / f"{part}.json").read_text())
     assert results["kind"] == "measured"
     assert results["command"].startswith("bench_memory.py ")
-    assert memory_report.table(part, results) in text
+    assert memory.text(results) in text
     return results, text
 
 
@@ -97,7 +98,7 @@ def test_a_document_without_a_place_for_the_table(tmp_path: Path) -> None:
     document = tmp_path / "document.md"
     document.write_text("nothing\n")
     with pytest.raises(ValueError, match="memory: begin -->' followed by '<!-- bench"):
-        memory_report.write_into(document, "memory", committed("memory"))
+        deliver(memory, committed("memory"), program="bench_memory.py", document=document)
     assert document.read_text() == "nothing\n"
 
 
@@ -105,11 +106,11 @@ def committed(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "docs" / "benchmarks" / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name", memory_report.NAMES)
+@pytest.mark.parametrize("name", bench_memory.PARTS)
 def test_the_document_has_the_figures_of_the_committed_json(name: str) -> None:
     results = committed(name)
     assert results["kind"] == "measured"
-    assert memory_report.table(name, results) in DOCUMENT.read_text()
+    assert memory.text(results) in DOCUMENT.read_text()
 
 
 def test_committed_predictions_are_those_of_the_formulas_and_hold() -> None:

@@ -74,7 +74,7 @@ def saved_bytes(setting: Setting, *, frames: int, dtype: torch.dtype) -> tuple[i
     """Bytes that this rank saves: of the features, and of each layer. Runs on every rank."""
     model, groups = _patched(setting, TINY, dtype)
     counted = SavedBytes(model)
-    batch = make_batch(TINY, frames=frames, ranks=groups.sp_size)
+    batch = make_batch(TINY, frames=range(frames), total=frames * groups.sp_size)
     out = model(**shard_batch(batch, model=model, groups=groups, frames="local"))
     out.loss.backward()
     groups.close()
@@ -86,7 +86,8 @@ def peak_bytes(setting: Setting, case: Case, *, keys: int) -> int:
     model, groups = _patched(setting, case, torch.bfloat16)
     features = torch.randn(1, keys, case.hidden).bfloat16()
     features.requires_grad_(case.features == "trained")
-    batch = {key: make_batch(case, frames=1, ranks=1)[key] for key in ("input_ids", "labels")}
+    whole = make_batch(case, frames=range(1), total=1)
+    batch = {key: whole[key] for key in ("input_ids", "labels")}
     shard = shard_batch({**batch, "cross_attention_states": features}, model=model, groups=groups)
     with LiveBytes() as live:
         model(**shard).loss.backward()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ds_lvx.compare.document import markdown
+from ds_lvx.compare.document import columns, markdown, times
 from ds_lvx.compare.kernels.cases import DIRECTIONS, KernelCase
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.roofline import floor
@@ -44,28 +44,31 @@ def floors(cases: Iterable[KernelCase]) -> list[dict[str, Any]]:
 
 def floors_table(predicted: Mapping[str, Any], measured: Mapping[str, Any] | None) -> str:
     """Floors by card, with ``auto``'s measured time where there is one from a GPU."""
-    columns = [f"{name}, ms" for name in CARD_NAMES]
-    head = ("case", "direction", "operations, G", "bytes, MB", *columns, "measured, ms")
-    rows: list[Sequence[str]] = [head]
-    times = _auto_times(measured)
-    for record in predicted["records"]:
-        least = [f"{_ms(record['seconds'][name])} {record['bound'][name]}" for name in CARD_NAMES]
-        rows.append(
-            (
-                record["case"],
-                record["direction"],
-                f"{record['flops'] / 1e9:,.1f}",
-                f"{record['memory_bytes'] / 1e6:,.1f}",
-                *least,
-                times.get((record["case"], record["direction"]), NOT_MEASURED),
-            )
-        )
-    device = "" if not times or measured is None else f" Measured: `auto`, {_device(measured)}."
+    seconds = {}
+    if measured is not None and measured["device"] == "cuda":
+        seconds = {
+            _place(record): _ms(record["device_s"]["median"])
+            for record in measured["records"]
+            if record["candidate"] == "auto" and record["status"] == "ok"
+        }
+
+    def least(card: str) -> Callable[[Any], str]:
+        return lambda r: f"{_ms(r['seconds'][card])} {r['bound'][card]}"
+
+    cells: dict[str, Callable[[Any], str]] = {
+        "case": lambda r: r["case"],
+        "direction": lambda r: r["direction"],
+        "operations, G": lambda r: f"{r['flops'] / 1e9:,.1f}",
+        "bytes, MB": lambda r: f"{r['memory_bytes'] / 1e6:,.1f}",
+        **{f"{card}, ms": least(card) for card in CARD_NAMES},
+        "measured, ms": lambda r: seconds.get((r["case"], r["direction"]), NOT_MEASURED),
+    }
+    device = "" if not seconds or measured is None else f" Measured: `auto`, {_device(measured)}."
     title = (
         "Predicted: the least time by the data sheet, and whether matrix products or memory set "
         f"it.{device}"
     )
-    return f"{title}\n\n{markdown(rows)}"
+    return f"{title}\n\n{columns(predicted['records'], cells)}"
 
 
 def measured_table(results: Mapping[str, Any] | None) -> str:
@@ -91,36 +94,28 @@ def _times(records: Sequence[Mapping[str, Any]]) -> str:
 def _ours(results: Mapping[str, Any]) -> str:
     """What the times of our kernels mean."""
     compared = {(each["case"], each["direction"]): each for each in results["comparisons"]}
-    head = (
-        "case",
-        "direction",
-        "kernel",
-        "TFLOP/s",
-        "of the rate that binds",
-        "best peer",
-        "times as fast as it",
-        "memory on top, MB",
-    )
-    rows: list[Sequence[str]] = [head]
-    for record in results["records"]:
-        if not record["ours"] or record["status"] != "ok":
-            continue
-        place = _place(record)
-        peer = compared[place]["best_peer"]
-        ratio = compared[place]["times_best_peer"].get(record["candidate"])
-        extra = record["extra_bytes"]
-        rows.append(
-            (
-                *place,
-                _who(record),
-                f"{record['tflops_per_s']:.3g}",
-                f"{record['share_of_' + record['bound'] + '_rate']:.1%} {record['bound']}",
-                "-" if peer is None else peer[0],
-                "-" if ratio is None else f"{math.floor(100 * ratio) / 100:.2f}",
-                "-" if extra is None else f"{extra / 1e6:,.1f}",
-            )
-        )
-    return markdown(rows)
+
+    def best_peer(r: Mapping[str, Any]) -> str:
+        peer = compared[_place(r)]["best_peer"]
+        return "-" if peer is None else str(peer[0])
+
+    cells: dict[str, Callable[[Any], str]] = {
+        "case": lambda r: _place(r)[0],
+        "direction": lambda r: r["direction"],
+        "kernel": _who,
+        "TFLOP/s": lambda r: f"{r['tflops_per_s']:.3g}",
+        "of the rate that binds": lambda r: (
+            f"{r['share_of_' + r['bound'] + '_rate']:.1%} {r['bound']}"
+        ),
+        "best peer": best_peer,
+        "times as fast as it": lambda r: times(
+            compared[_place(r)]["times_best_peer"].get(r["candidate"])
+        ),
+        "memory on top, MB": lambda r: (
+            "-" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 1e6:,.1f}"
+        ),
+    }
+    return columns([r for r in results["records"] if r["ours"] and r["status"] == "ok"], cells)
 
 
 def _reasons(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -231,16 +226,6 @@ def _auto(results: Mapping[str, Any]) -> str:
         f"`auto` takes at most {math.ceil(1000 * worst) / 10:.1f}% longer than the best of all "
         f"({where['case']}, {where['direction']}, where {where['best'][0]} is best)."
     )
-
-
-def _auto_times(measured: Mapping[str, Any] | None) -> dict[tuple[str, str], str]:
-    if measured is None or measured["device"] != "cuda":
-        return {}
-    return {
-        _place(record): _ms(record["device_s"]["median"])
-        for record in measured["records"]
-        if record["candidate"] == "auto" and record["status"] == "ok"
-    }
 
 
 def _short(reason: str) -> str:

@@ -1,7 +1,8 @@
 """Watching the transfers of DeepSpeed itself: ZeRO's gradients and parameters.
 
 All of them go through one object, DeepSpeed's backend. While `zero_watched` is open, a stand-in
-takes its place that tells how long each call, and the wait for its handle, takes.
+takes its place that tells how long each call, and the wait for its handle, takes. (DeepSpeed's own
+logger of communication waits for every transfer where it starts.)
 """
 
 from __future__ import annotations
@@ -16,23 +17,8 @@ import deepspeed.comm.comm as deepspeed_comm
 from ds_lvx.distributed.pending import Clock, Observer, Transfer
 
 ZERO = "zero "
-_COLLECTIVES = frozenset(
-    (
-        "all_reduce",
-        "all_reduce_coalesced",
-        "inference_all_reduce",
-        "reduce",
-        "reduce_scatter",
-        "reduce_scatter_tensor",
-        "broadcast",
-        "all_gather",
-        "all_gather_into_tensor",
-        "all_gather_coalesced",
-        "all_to_all_single",
-        "all_to_all",
-        "barrier",
-    )
-)
+_COLLECTIVES = ("all_", "reduce", "broadcast", "inference_all_reduce", "barrier")
+"""How the names of the backend's collectives begin."""
 
 
 @contextmanager
@@ -56,39 +42,31 @@ class _Watched:
     """DeepSpeed's backend, but that its collectives are told."""
 
     def __init__(self, backend: Any, observer: Observer, clock: Clock) -> None:
-        self._backend = backend
-        self._observer = observer
-        self._clock = clock
+        self._backend, self._observer, self._clock = backend, observer, clock
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._backend, name)
-        return partial(self._told, name, found) if name in _COLLECTIVES else found
+        is_told = callable(found) and name.startswith(_COLLECTIVES)
+        return partial(self._told, name, found) if is_told else found
 
     def _told(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = self._clock()
         result = function(*args, **kwargs)
-        tell = partial(self._tell, f"{ZERO}{name}", started)
+
+        def tell(waited: float) -> None:
+            self._observer(Transfer(f"{ZERO}{name}", started, waited, self._clock()))
+
         if hasattr(result, "wait"):
             return _WatchedWork(result, self._clock, tell)
         tell(started)
         return result
 
-    def _tell(self, name: str, started: float, waited: float) -> None:
-        self._observer(Transfer(name, started, waited, self._clock()))
-
 
 class _WatchedWork:
-    """A handle whose first wait is told.
-
-    Args:
-        work: of ``torch.distributed``.
-        clock: tells the time.
-        tell: gets the time at which the wait began, when it is over.
-    """
+    """A handle of ``torch.distributed``; when its first wait is over, the time it began is told."""
 
     def __init__(self, work: Any, clock: Clock, tell: Callable[[float], None]) -> None:
-        self._work = work
-        self._clock = clock
+        self._work, self._clock = work, clock
         self._tell: Callable[[float], None] | None = tell
 
     def __getattr__(self, name: str) -> Any:

@@ -12,19 +12,18 @@ A checkpointed layer that runs again in backward is told by its modules' hooks, 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from operator import itemgetter
 from typing import Any, TypeAlias
 
+import numpy as np
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from ds_lvx.compare.model.marks import Marks, marks
-from ds_lvx.compare.model.zero_transfers import ZERO, zero_watched
+from ds_lvx.compare.training.marks import Marks, marks
+from ds_lvx.compare.training.zero_transfers import ZERO, zero_watched
 from ds_lvx.distributed.pending import Transfer, watching
 
 PHASES = ("forward", "backward", "optimizer")
@@ -34,17 +33,6 @@ COLUMNS = (*PARTS, *EXPOSED)
 """Parts of a phase: computing in a part of the model; waiting in one, or for ZeRO's transfers."""
 
 Regions: TypeAlias = Mapping[str, str]
-Span: TypeAlias = tuple[float, float, bool]
-"""From, to, and whether it is ZeRO's."""
-
-MLLAMA: Regions = {
-    r".*\bcross_attn": "cross_attention",
-    # Its layers as well: one that is checkpointed runs again by itself.
-    r".*\blanguage_model(\.layers\.\d+)?": "text",
-    r".*\blm_head": "text",
-    r".*\bvision_model": "vision",
-    r".*\bmulti_modal_projector": "vision",
-}
 """Part of the model, by a regular expression for the whole name of a module."""
 
 
@@ -86,7 +74,7 @@ class Parts:
     def __init__(
         self,
         model: nn.Module,
-        regions: Regions = MLLAMA,
+        regions: Regions,
         *,
         timing: Callable[[], AbstractContextManager[Marks]] = marks,
     ) -> None:
@@ -216,10 +204,6 @@ def _first_tensor(output: Any) -> Any:
     return output[0] if isinstance(output, Sequence) and output else output
 
 
-# --------------------------------------------------------------------------------------------
-# From moments to parts
-
-
 def broken_down(
     changes: Sequence[tuple[float, str, str]], end: float, transfers: Sequence[Transfer]
 ) -> Breakdown:
@@ -228,57 +212,37 @@ def broken_down(
     Args:
         changes: when the step went on to which phase and part; seconds, in order.
         end: when it was over.
-        transfers: those of ZeRO are named ``"zero ..."``.
+        transfers: those of ZeRO are named ``"zero ..."``. Where a wait is inside another, the outer
+            one counts.
     """
     result = Breakdown(
         parts_s={phase: dict.fromkeys(COLUMNS, 0.0) for phase in PHASES},
         hidden_s=dict.fromkeys(PHASES, 0.0),
     )
-    waits = _apart(transfers)
-    under_way = _union([(t.started_s, t.done_s, False) for t in transfers if t.hidden_s > 0])
-    ends = [start for start, _, _ in changes[1:]] + [end]
-    for (start, phase, part), stop in zip(changes, ends, strict=True):
-        columns = result.parts_s[phase]
-        columns[part] += stop - start
-        result.hidden_s[phase] += _length(under_way, start, stop)
-        for low, high, of_zero in _within(waits, start, stop):
-            columns[part] -= high - low
-            columns[_exposed(part, of_zero)] += high - low
-            result.hidden_s[phase] -= _length(under_way, low, high)
+    starts = [start for start, _, _ in changes]
+    moments = [moment for t in transfers for moment in (t.started_s, t.waited_s, t.done_s)]
+    edges = np.unique(np.clip([*starts, *moments, end], starts[0], end))
+    places = np.searchsorted(starts, edges[:-1], side="right") - 1
+    waits = [""] * len(places)  # whose: between each edge and the next
+    under_way = np.zeros(len(places), dtype=bool)
+    for transfer in sorted(transfers, key=lambda t: (t.waited_s, -t.done_s)):
+        started, waited, done = np.searchsorted(
+            edges, (transfer.started_s, transfer.waited_s, transfer.done_s)
+        )
+        for span in range(waited, done):
+            waits[span] = waits[span] or transfer.collective
+        if transfer.hidden_s > 0:
+            under_way[started:done] = True
+    for place, seconds, wait, hides in zip(places, np.diff(edges), waits, under_way, strict=True):
+        _, phase, part = changes[place]
+        result.parts_s[phase][_column(part, wait)] += float(seconds)
+        if hides and not wait:
+            result.hidden_s[phase] += float(seconds)
     return result
 
 
-def _exposed(part: str, of_zero: bool) -> str:
-    column = "exposed_zero" if of_zero else f"exposed_{part}"
+def _column(part: str, wait: str) -> str:
+    if not wait:
+        return part
+    column = "exposed_zero" if wait.startswith(ZERO) else f"exposed_{part}"
     return column if column in EXPOSED else "exposed_rest"
-
-
-def _apart(transfers: Sequence[Transfer]) -> list[Span]:
-    """Waits in order; where one is inside another, the outer one counts."""
-    waits: list[Span] = []
-    for transfer in sorted(transfers, key=lambda t: (t.waited_s, -t.done_s)):
-        low = max(transfer.waited_s, waits[-1][1]) if waits else transfer.waited_s
-        if transfer.done_s > low:
-            waits.append((low, transfer.done_s, transfer.collective.startswith(ZERO)))
-    return waits
-
-
-def _union(spans: Sequence[Span]) -> list[Span]:
-    joined: list[Span] = []
-    for low, high, kind in sorted(spans):
-        if joined and low <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(high, joined[-1][1]), kind)
-        else:
-            joined.append((low, high, kind))
-    return joined
-
-
-def _within(spans: Sequence[Span], start: float, stop: float) -> list[Span]:
-    """Of spans that are in order and apart, what lies between two moments."""
-    first = bisect_right(spans, start, key=itemgetter(1))
-    last = bisect_left(spans, stop, key=itemgetter(0))
-    return [(max(low, start), min(high, stop), kind) for low, high, kind in spans[first:last]]
-
-
-def _length(spans: Sequence[Span], start: float, stop: float) -> float:
-    return sum(high - low for low, high, _ in _within(spans, start, stop))

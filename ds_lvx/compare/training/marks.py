@@ -1,6 +1,5 @@
 """Moments of a step: by events on CUDA, by ranges of torch.profiler on a CPU.
 
-A `Marks` notes moments and gives each a number; when the step is over, `read` says when they were.
 On CUDA the host is far ahead of the device, so a moment is an event on the current stream.
 """
 
@@ -18,9 +17,7 @@ _NAME = "ds_lvx.mark."
 
 
 class Marks(Protocol):
-    """Notes the moments of one step."""
-
-    source: str
+    """Notes the moments of one step and gives each a number."""
 
     def mark(self) -> int:
         """Note this moment; returns its number, from 0."""
@@ -34,16 +31,13 @@ class Marks(Protocol):
 class EventMarks:
     """Moments of the current CUDA stream."""
 
-    source = "CUDA events"
-
     def __init__(self) -> None:
         self._events: list[torch.cuda.Event] = []
 
     def mark(self) -> int:
         """See `Marks.mark`."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._events.append(event)
+        self._events.append(torch.cuda.Event(enable_timing=True))
+        self._events[-1].record()
         return len(self._events) - 1
 
     def read(self) -> list[float]:
@@ -54,8 +48,6 @@ class EventMarks:
 
 class ProfilerMarks:
     """Moments of this process: empty ranges in a trace of torch.profiler."""
-
-    source = "torch.profiler"
 
     def __init__(self, profiler: Any) -> None:
         self._profiler = profiler
@@ -69,11 +61,7 @@ class ProfilerMarks:
 
     def read(self) -> list[float]:
         """See `Marks.read`."""
-        starts_us = {
-            event.name: event.time_range.start
-            for event in self._profiler.events()
-            if event.name.startswith(_NAME)
-        }
+        starts_us = {event.name: event.time_range.start for event in self._profiler.events()}
         moments = [starts_us[f"{_NAME}{number}"] for number in range(self._count)]
         return [(moment - moments[0]) / 1e6 for moment in moments]
 

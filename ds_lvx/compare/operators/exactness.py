@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.compare.operators.inputs import Shape, make_inputs
-
-Results = Mapping[str, Tensor]
+from ds_lvx.compare.operators.tensors import Shape, make_shards
 
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
 """Largest difference, as a share of the tensor's largest value. Rounding stays well below; a lost
@@ -69,7 +67,7 @@ def small(shape: Shape) -> Shape:
 
 
 def differences(
-    results: Mapping[str, Results], *, dtype: str, rank: int, shape: str
+    results: Mapping[str, Mapping[str, Tensor]], *, dtype: str, rank: int, shape: str
 ) -> list[Difference]:
     """The largest difference of every tensor, between all methods that have it."""
     found = []
@@ -85,12 +83,10 @@ def differences(
 
 def _largest(one: Tensor, other: Tensor) -> tuple[float, tuple[int, ...]]:
     one, other = one.double(), other.double()
-    difference = (one - other).abs()
-    difference = torch.where(difference.isnan(), torch.inf, difference)
-    place = int(difference.argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), difference.shape))
+    difference = (one - other).abs().nan_to_num(nan=math.inf)
+    index = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
     scale = max(one.abs().max().item(), other.abs().max().item())
-    largest = difference.flatten()[place].item()
+    largest = difference[index].item()
     if not math.isfinite(scale) or math.isinf(largest):
         return math.inf, index
     return largest / scale if scale else 0.0, index
@@ -101,26 +97,14 @@ def exact(shape: Shape, *, ranks: int, rank: int, device: torch.device) -> dict[
 
     Weights of a projection have this rank's part of their gradient, as in a run.
     """
-    parts = [
-        make_inputs(shape, ranks=ranks, shards=[r], device=device).in_float64()
-        for r in range(ranks)
-    ]
-    whole = make_inputs(shape, ranks=ranks, shards=range(ranks), device=device)
-    keys = [part.k_and_v() for part in parts]
-    out, _ = attention_oracle(
-        torch.cat([part.q for part in parts], dim=1),
-        torch.cat([k for k, _ in keys], dim=1),
-        torch.cat([v for _, v in keys], dim=1),
-        visibility=whole.visibility,
-    )
+    shards = [make_shards(shape, ranks=ranks, shards=[r], device=device) for r in range(ranks)]
+    parts = [shard.in_float64() for shard in shards]
+    whole = make_shards(shape, ranks=ranks, shards=range(ranks), device=device)
+    k, v = (torch.cat(each, dim=1) for each in zip(*(p.k_and_v() for p in parts), strict=True))
+    q = torch.cat([part.q for part in parts], dim=1)
+    out, _ = attention_oracle(q, k, v, visibility=whole.visibility)
+    outs = out.split([part.q.shape[1] for part in parts], dim=1)
+    # One backward for all: each part's output takes the gradients of the others along.
     out.backward(torch.cat([part.dout for part in parts], dim=1))
-    rows = [part.q.shape[1] for part in parts]
     gradients = {f"d{name}": leaf.grad for name, leaf in parts[rank].leaves.items()}
-    return {"out": out.detach().split(rows, dim=1)[rank]} | {
-        name: gradient for name, gradient in gradients.items() if gradient is not None
-    }
-
-
-def disagreements(found: Sequence[Difference]) -> list[Difference]:
-    """Those that are too large, the largest first."""
-    return sorted((d for d in found if d.is_too_large), key=lambda d: -d.error)
+    return {"out": outs[rank].detach()} | {n: g for n, g in gradients.items() if g is not None}

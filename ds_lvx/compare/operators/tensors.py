@@ -6,8 +6,8 @@ Each shard is drawn by itself, so a rank draws only its own, and one process can
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,10 +49,9 @@ class Shape:
     features_dim: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("seqlen_q", "seqlen_kv", "batch", "heads", "kv_heads", "head_dim"):
-            _check_positive(name, getattr(self, name))
-        if self.features_dim is not None:
-            _check_positive("features_dim", self.features_dim)
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: got {value}; expected at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"--kv-heads: got {self.kv_heads} for {self.heads} query heads; expected a divisor "
@@ -70,11 +69,6 @@ class Shape:
         return DTYPES[self.dtype]
 
 
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"--{name.replace('_', '-')}: got {value}; expected at least 1")
-
-
 def split(total: int, ranks: int) -> tuple[int, ...]:
     """Lengths of the shards: the first ones have one more where it does not divide."""
     least, more = divmod(total, ranks)
@@ -82,7 +76,7 @@ def split(total: int, ranks: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Shards:
     """The tensors of some shards. All but ``dout`` and ``visibility`` are leaves.
 
     Attributes:
@@ -124,18 +118,25 @@ class Inputs:
         )
         return k, v
 
-    def in_float64(self) -> Inputs:
+    def in_float64(self) -> Shards:
         """The same values, exactly, as leaves of their own."""
-        return Inputs(
-            _leaf(self.q.double()),
-            self.dout.double(),
-            {name: _leaf(tensor.double()) for name, tensor in self.keys.items()},
-            self.head_dim,
-            self.visibility,
-        )
+        keys = {name: _leaf(tensor.double()) for name, tensor in self.keys.items()}
+        return replace(self, q=_leaf(self.q.double()), dout=self.dout.double(), keys=keys)
+
+    def results(self, out: Tensor) -> dict[str, Tensor]:
+        """``out``, and every gradient that its backward gives by ``dout``; takes them off."""
+        out.backward(self.dout)
+        gradients = {f"d{name}": leaf.grad for name, leaf in self.leaves.items()}
+        self.clear()
+        return {"out": out.detach()} | {n: g for n, g in gradients.items() if g is not None}
+
+    def clear(self) -> None:
+        """Take the gradients off."""
+        for leaf in self.leaves.values():
+            leaf.grad = None
 
 
-def make_inputs(shape: Shape, *, ranks: int, shards: Sequence[int], device: torch.device) -> Inputs:
+def make_shards(shape: Shape, *, ranks: int, shards: Sequence[int], device: torch.device) -> Shards:
     """The tensors of some shards of ``ranks``, in order; of all, they are the whole sequence.
 
     Shards of keys differ in scale, from half to one and a half: their parts of a result then have
@@ -162,15 +163,13 @@ def make_inputs(shape: Shape, *, ranks: int, shards: Sequence[int], device: torc
         for name in ("k_proj", "v_proj"):
             weight = _randn(size, name, device) * shape.features_dim**-0.5
             keys[name] = _leaf(weight.to(shape.tensor_dtype))
-    return Inputs(
+    return Shards(
         _leaf(draw("q", *queries)),
         draw("dout", *queries),
         keys,
         shape.head_dim,
         _visibility(
-            shape,
-            _indices(q_lengths, shards, device),
-            _indices(kv_lengths, shards, device),
+            shape, _indices(q_lengths, shards, device), _indices(kv_lengths, shards, device)
         ),
     )
 
@@ -186,13 +185,8 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 def _indices(lengths: Sequence[int], shards: Sequence[int], device: torch.device) -> Tensor:
     """Places of the shards' rows in the whole sequence."""
-
-    def ranges() -> Iterator[Tensor]:
-        for shard in shards:
-            start = sum(lengths[:shard])
-            yield torch.arange(start, start + lengths[shard], device=device)
-
-    return torch.cat(list(ranges()))
+    parts = torch.arange(sum(lengths), device=device).split(list(lengths))
+    return torch.cat([parts[shard] for shard in shards])
 
 
 def _visibility(shape: Shape, rows: Tensor, keys: Tensor) -> Visibility | None:

@@ -1,0 +1,116 @@
+"""One harness for every comparison: a function on ranks in fresh processes, and their samples.
+
+A subject (`operators`, `training`, `kernels`) says what runs on a rank, by a function of one
+dataclass, and what its answers mean. What is the same for all of them is here.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from typing import Any, get_type_hints
+
+import numpy as np
+from deepspeed.accelerator import get_accelerator
+from pydantic import TypeAdapter
+
+from ds_lvx.compare.fresh import answer, run_fresh
+from ds_lvx.compare.network import MASTER, Lab, Network
+
+METHODS: Mapping[str, tuple[str, str | None]] = {
+    "lvx-gather": ("lvx", "gather"),
+    "lvx-ring": ("lvx", "ring"),
+    "lvx-auto": ("lvx", "auto"),
+    "ulysses": ("ulysses", None),
+    "ring": ("ring", None),
+    "none": ("none", None),
+}
+"""What is compared, by name: the method and lvx's schedule; ``none`` runs on one process."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where something runs.
+
+    Attributes:
+        count: of processes.
+        threads: of each, on a CPU.
+        device: ``"cpu"``, or the name of this machine's accelerator.
+        network: between them, each in a network namespace; None is this machine's own.
+        timeout_s: for the whole run.
+        environment: further variables.
+    """
+
+    count: int
+    threads: int = 1
+    device: str = "cpu"
+    network: Network | None = None
+    timeout_s: float = 3600.0
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def on_ranks(function: Callable[[Any], Any], request: Any, ranks: Ranks) -> list[Any]:
+    """Call a function in fresh processes, one a rank; what each returned, by rank.
+
+    Args:
+        function: of a module, with one argument: the request.
+        request: a dataclass of what JSON has.
+        ranks: where.
+
+    Raises:
+        RunError: a rank failed.
+        NetworkError: the network cannot be made here.
+    """
+    lab = None
+    if ranks.network is not None:
+        lab = Lab(ranks.network, ranks=ranks.count, name=f"lvx{os.getpid()}")
+    on_cpu = {"DS_ACCELERATOR": "cpu"} if ranks.device == "cpu" else {}
+    with nullcontext() if lab is None else lab:
+        return run_fresh(
+            __name__,
+            {"module": function.__module__, "name": function.__name__, "request": asdict(request)},
+            ranks=ranks.count,
+            threads=ranks.threads,
+            timeout_s=ranks.timeout_s,
+            environment={**on_cpu, **ranks.environment},
+            places=None if lab is None else lab.places(),
+            master="127.0.0.1" if lab is None else MASTER,
+        )
+
+
+def _called(call: Mapping[str, Any]) -> Any:
+    """In a rank: the function with its request, as the dataclass that it was."""
+    function = getattr(import_module(call["module"]), call["name"])
+    hints = get_type_hints(function)
+    kind = next(hint for name, hint in hints.items() if name != "return")
+    return function(TypeAdapter(kind).validate_python(call["request"]))
+
+
+def now() -> float:
+    """Seconds of this process's clock, when the accelerator has done all that it was given."""
+    get_accelerator().synchronize()
+    return time.perf_counter()
+
+
+def spread(samples: Sequence[float]) -> dict[str, Any]:
+    """Median, 10th and 90th percentile, and all samples."""
+    return {
+        "median": statistics.median(samples),
+        "p10": float(np.percentile(samples, 10)),
+        "p90": float(np.percentile(samples, 90)),
+        "samples": list(samples),
+    }
+
+
+def slowest(*columns: Sequence[float]) -> list[float]:
+    """Seconds of each step on the rank that took longest; a column has the steps of a rank."""
+    return [max(times) for times in zip(*columns, strict=True)]
+
+
+if __name__ == "__main__":
+    answer(_called)

@@ -1,0 +1,311 @@
+"""The process that runs the kernel benchmark's trials, one after the other, and how it is watched.
+
+A candidate may end the process (an illegal address, after which CUDA does nothing more) or hang.
+`Worker` then says so, and the next trial begins in a new process.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+from warnings import catch_warnings, simplefilter
+
+import torch
+from torch.utils.benchmark import Timer
+
+from ds_lvx.compare.fresh import RunError
+from ds_lvx.compare.harness import spread
+from ds_lvx.compare.kernels.candidates import Candidate, LeftOut, make
+from ds_lvx.compare.kernels.cases import KernelCase
+from ds_lvx.compare.kernels.check import Exact, exact, right
+from ds_lvx.compare.peak import meter
+
+DTYPE = torch.bfloat16
+LIMIT_S = 60.0
+"""Of one candidate on one case, compiling included; longer is taken for hanging."""
+LEAST_SAMPLES = 5
+SOURCES = {
+    "cuda": "CUDA events, L2 flushed before each run (triton.testing.do_bench)",
+    "cpu": "torch.utils.benchmark",
+}
+RATES = "rates"
+
+_START_S = 600.0  # imports, on a machine that has much else to do
+_READY = "ready"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measurement.
+
+    Attributes:
+        case: what is computed.
+        candidate: who computes it.
+        direction: ``"forward"`` or ``"backward"``.
+    """
+
+    case: KernelCase
+    candidate: str
+    direction: str
+
+    @property
+    def name(self) -> str:
+        """Such as ``mllama-192/triton/forward``."""
+        return f"{self.case.name}/{self.candidate}/{self.direction}"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How trials are timed.
+
+    Attributes:
+        device: ``"cuda"`` or ``"cpu"``.
+        repeats: samples of a time, at most.
+        seconds: that the samples of one time should take.
+        budget_s: of the whole run; what has not begun then is left out.
+        quick: small sizes for the device's rates.
+        start: how a process starts; ``"fork"`` is quick, and breaks CUDA and OpenMP.
+    """
+
+    device: str
+    repeats: int = 50
+    seconds: float = 0.5
+    budget_s: float = 3600.0
+    quick: bool = False
+    start: str = "spawn"
+
+
+class Worker:
+    """A process that answers one question after the other.
+
+    Args:
+        serve: runs in it, and gets the other end of a pipe and ``timing``.
+        timing: how.
+
+    Attributes:
+        is_ready: it takes another question.
+
+    Raises:
+        RunError: it ended before it was ready.
+    """
+
+    def __init__(self, serve: Callable[[Connection, Timing], None], timing: Timing) -> None:
+        context: Any = get_context(timing.start)
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=serve, args=(other, timing), daemon=True)
+        self._process.start()
+        other.close()
+        self.is_ready = True
+        self._receive(_START_S)
+
+    def ask(self, question: Any, *, limit_s: float = LIMIT_S) -> Any:
+        """What it answers to `RATES` or to a `Trial`.
+
+        Raises:
+            RunError: it ended, or took longer than ``limit_s``; it is gone then.
+        """
+        self._pipe.send(question)
+        found = self._receive(limit_s)
+        try:
+            self._receive(limit_s)  # whether it could do another one
+        except RunError:
+            self.end()
+        return found
+
+    def end(self) -> None:
+        """End the process."""
+        self.is_ready = False
+        self._process.kill()
+        self._process.join()
+
+    def _receive(self, limit_s: float) -> Any:
+        try:
+            if self._pipe.poll(limit_s):
+                return self._pipe.recv()
+            what = f"was not done after {limit_s:.0f} s"
+        except EOFError:
+            self._process.join()
+            what = f"ended with code {self._process.exitcode}"
+        self.end()
+        raise RunError(f"the process {what}; its output stands above")
+
+
+def serve(pipe: Connection, timing: Timing) -> None:
+    """In a process: answer until it is ended."""
+    bench = Bench(timing)
+    while True:
+        pipe.send(_READY)
+        question = pipe.recv()
+        pipe.send(bench.rates() if question == RATES else bench.record(question))
+        bench.tidy()
+
+
+class Bench:
+    """Measures trials in this process.
+
+    Args:
+        timing: how.
+        make: makes a candidate; a test may give another.
+    """
+
+    def __init__(self, timing: Timing, make: Callable[[str, Any], Candidate] = make) -> None:
+        self._timing = timing
+        self._make = make
+        self._device = torch.device(timing.device)
+        self._case: KernelCase | None = None
+        self._exact: Exact | Exception | None = None
+
+    def record(self, trial: Trial) -> dict[str, Any]:
+        """The result of a trial, whatever happens."""
+        with catch_warnings(record=True) as said:
+            simplefilter("always")
+            try:
+                return self._measured(trial)
+            except LeftOut as reason:
+                return left_out(str(reason))
+            # Anything that a candidate can raise is a result.
+            except Exception as error:  # noqa: BLE001
+                reasons = [str(each.message) for each in said]
+                return failed(f"{type(error).__name__}: {error}", reasons)
+
+    def tidy(self) -> None:
+        """Free what the last trial left; raises if CUDA is broken."""
+        if self._device.type == "cuda":
+            gc.collect()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def _measured(self, trial: Trial) -> dict[str, Any]:
+        known = self._known(trial.case)
+        candidate = self._make(trial.candidate, known.operands)
+        run = getattr(candidate, trial.direction)
+        with candidate.active():
+            run()  # compiles, and lets `auto` choose
+            found, extra = self._extra_bytes(run)
+            if trial.direction == "forward":
+                errors = known.errors_of_forward(found)
+            else:
+                errors = known.errors_of_backward(candidate.by_key_head(found))
+            del found
+            record = {**candidate.notes, "extra_bytes": extra, "errors": _plain(errors)}
+            if candidate.chosen is not None:
+                record["chosen"] = candidate.chosen(trial.direction)
+            if not right(errors, DTYPE):
+                return {"status": "wrong", "reason": "differs from float64", **record}
+            how: Any = {"repeats": self._timing.repeats, "seconds": self._timing.seconds}
+            taken = samples_s(run, self._device, **how)
+            host = host_s(run, self._device) or taken
+        return {"status": "ok", **record, "device_s": spread(taken), "host_s": spread(host)}
+
+    def _known(self, case: KernelCase) -> Exact:
+        """The case's operands and what is right; made once, also where that fails."""
+        if case != self._case:
+            self._exact = None  # frees the last one first
+            self._case = case
+            try:
+                self._exact = exact(case, self._device, DTYPE)
+            # Kept for every candidate of the case: none of them can be checked.
+            except Exception as error:  # noqa: BLE001
+                self._exact = error.with_traceback(None)
+        if not isinstance(self._exact, Exact):
+            what = f"{type(self._exact).__name__}: {self._exact}"
+            raise RuntimeError(f"the inputs could not be made: {what}")
+        return self._exact
+
+    def _extra_bytes(self, run: Callable[[], Any]) -> tuple[Any, int | None]:
+        """What it returns, and the device's memory that it needs; None on a CPU."""
+        if self._device.type != "cuda":
+            return run(), None
+        memory = meter("cuda")
+        memory.reset()
+        before = memory.now_bytes()
+        found = run()
+        return found, memory.peak_bytes() - before
+
+    def rates(self) -> dict[str, Any]:
+        """What the device reaches: a bf16 matrix product, and a copy of its memory.
+
+        Returns:
+            ``matrix_flops`` (of a product of two square matrices) and ``memory_bytes_per_s`` (read
+            and written), by their medians, their sizes and every sample.
+        """
+        size, copied = (256, 2**22) if self._timing.quick else (8192, 2**31)
+        a, b = (torch.randn(size, size, device=self._device).to(DTYPE) for _ in range(2))
+        product = torch.empty_like(a)
+        source = torch.ones(copied, dtype=torch.uint8, device=self._device)
+        target = torch.empty_like(source)
+        how: Any = {"repeats": 20, "seconds": 2.0}
+        products = spread(samples_s(lambda: torch.mm(a, b, out=product), self._device, **how))
+        copies = spread(samples_s(lambda: target.copy_(source), self._device, **how))
+        return {
+            "matrix_size": size,
+            "matrix_s": products,
+            "matrix_flops": 2 * size**3 / products["median"],
+            "copied_bytes": copied,
+            "copy_s": copies,
+            "memory_bytes_per_s": 2 * copied / copies["median"],
+            "clock": SOURCES[self._timing.device],
+        }
+
+
+def samples_s(
+    run: Callable[[], Any], device: torch.device, *, repeats: int, seconds: float
+) -> list[float]:
+    """Seconds of a function on its device.
+
+    Args:
+        run: the function, which has run before.
+        device: where it works.
+        repeats: samples, at most.
+        seconds: that all of them together should take; at least five are taken, or ``repeats``.
+    """
+    measured = _on_cuda if device.type == "cuda" else _on_cpu
+    once = max(measured(run, 0.0)[0], 1e-9)
+    least = min(LEAST_SAMPLES, repeats)
+    taken: list[float] = []
+    while len(taken) < least:
+        taken += measured(run, max(min(seconds, repeats * once), least * once))
+    return taken[:repeats]
+
+
+def _on_cuda(run: Callable[[], Any], seconds: float) -> list[float]:
+    from triton.testing import do_bench  # Triton is not everywhere
+
+    return [ms / 1e3 for ms in do_bench(run, warmup=0, rep=1e3 * seconds, return_mode="all")]
+
+
+def _on_cpu(run: Callable[[], Any], seconds: float) -> list[float]:
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    taken: list[float] = timer.blocked_autorange(min_run_time=seconds).times
+    return taken
+
+
+def host_s(run: Callable[[], Any], device: torch.device) -> list[float]:
+    """Seconds until a function returns while its work is under way; none on a CPU, which waits."""
+    if device.type != "cuda":
+        return []
+    wait, globals_ = "synchronize()", {"run": run, "synchronize": torch.cuda.synchronize}
+    timer = Timer("run()", setup=wait, globals=globals_, timer=time.perf_counter)
+    return [timer.timeit(1).mean for _ in range(LEAST_SAMPLES)]
+
+
+def left_out(reason: str) -> dict[str, Any]:
+    """The record of a trial that was not made."""
+    return {"status": "left out", "reason": reason}
+
+
+def failed(reason: str, warnings: list[str] | None = None) -> dict[str, Any]:
+    """The record of a trial that raised, hung or ended the process."""
+    said = {} if not warnings else {"warnings": sorted(set(warnings))}
+    return {"status": "failed", "reason": reason, **said}
+
+
+def _plain(errors: Mapping[str, float]) -> dict[str, float | str]:
+    """Without the NaN and inf that JSON does not have."""
+    return {name: e if math.isfinite(e) else str(e) for name, e in errors.items()}

@@ -1,1 +1,0 @@
-"""What visual tokens cost in memory, and what recomputation costs in time."""

@@ -1,0 +1,264 @@
+"""The subject of ``ds-lvx compare``: one attention by every method, and what its ranks found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ds_lvx.compare.document import Results, columns, times
+from ds_lvx.compare.harness import slowest, spread
+from ds_lvx.compare.machine import header
+from ds_lvx.compare.network import Network
+from ds_lvx.compare.operators.exactness import Difference
+from ds_lvx.compare.operators.rank import Contest
+
+PEERS = ("ring", "ulysses")
+
+
+class DisagreementError(RuntimeError):
+    """Methods do not compute the same; the message says where."""
+
+
+def assemble(
+    contest: Contest,
+    answers: Sequence[Mapping[str, Any]],
+    *,
+    skipped: Mapping[str, str],
+    network: str | None,
+    device: str,
+    threads: int,
+    ranks_of_a_node: int = 1,
+) -> dict[str, Any]:
+    """Everything for the JSON.
+
+    Raises:
+        DisagreementError: methods do not compute the same.
+    """
+    largest = check(answers)
+    return {
+        **header(emulated=bool(network), device=device),
+        "network": network_record(network, ranks_of_a_node=ranks_of_a_node),
+        "ranks": len(answers),
+        "threads_per_rank": threads,
+        "units": "seconds of the slowest rank in each step, begun together; bytes of the rank that "
+        "sends most, forward and backward of one step; `ranks` has every sample of every rank",
+        **asdict(contest),
+        "skipped": dict(skipped),
+        "largest_differences": largest,
+        "records": records(answers),
+    }
+
+
+def network_record(text: str | None, *, ranks_of_a_node: int = 1) -> dict[str, Any] | None:
+    """An emulated network for the JSON, from its short form."""
+    if not text:
+        return None
+    network = Network.parse(text)
+    ranks = "a rank" if ranks_of_a_node == 1 else f"for {ranks_of_a_node} ranks"
+    return {
+        "name": str(network),
+        "bits_per_s": network.bits_per_s,
+        "latency_s": network.latency_s,
+        "how": f"one network namespace {ranks}, each behind a token bucket in both directions "
+        "(launch/netlab.sh); real processes and sockets on one machine",
+    }
+
+
+def check(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The largest difference of each pair and tensor over all ranks, as records for the JSON.
+
+    Raises:
+        DisagreementError: one is too large.
+    """
+    found = [Difference(**record) for answer in answers for record in answer["differences"]]
+    bad = sorted((d for d in found if d.is_too_large), key=lambda d: -d.error)
+    if bad:
+        lines = "\n".join(f"  {difference}" for difference in bad)
+        raise DisagreementError(
+            f"the methods disagree; nothing was timed. The largest first:\n{lines}"
+        )
+    about = ("shape", "one", "other", "tensor", "error", "tolerance")
+    largest: dict[tuple[str, ...], Difference] = {}
+    for own in found:
+        kept = largest.setdefault((own.shape, own.one, own.other, own.tensor), own)
+        if kept.error < own.error:
+            largest[own.shape, own.one, own.other, own.tensor] = own
+    return [{name: getattr(own, name) for name in about} for own in largest.values()]
+
+
+def records(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One record a method: seconds of the slowest rank, bytes of the rank that sends most."""
+    found = []
+    for method in answers[0]["methods"]:
+        ranks = [answer["methods"][method] for answer in answers if method in answer["methods"]]
+        record = {
+            "method": method,
+            "step_s": spread(slowest(*(_sum(rank["step"]) for rank in ranks))),
+            "forward_s": spread(slowest(*(rank["step"]["forward_s"] for rank in ranks))),
+            "backward_s": spread(slowest(*(rank["step"]["backward_s"] for rank in ranks))),
+            "kernels_s": spread(slowest(*(_sum(rank["kernels"]) for rank in ranks))),
+            "bytes_sent": max(rank["traffic"]["bytes_sent"] for rank in ranks),
+            "messages": max(rank["traffic"]["calls"] for rank in ranks),
+            "interface_over_traffic": _interface_over_traffic(ranks),
+            "ranks": ranks,
+        }
+        step_s, kernels_s = record["step_s"]["median"], record["kernels_s"]["median"]
+        record["exposed_s"] = step_s - kernels_s
+        record["step_over_kernels"] = step_s / kernels_s
+        found.append(record)
+    medians = {record["method"]: record["step_s"]["median"] for record in found}
+    for record in found:
+        own = record["step_s"]["median"]
+        record["times_faster_than"] = {
+            peer: seconds / own for peer, seconds in medians.items() if peer != record["method"]
+        }
+    return found
+
+
+def _sum(part: Mapping[str, Sequence[float]]) -> list[float]:
+    pairs = zip(part["forward_s"], part["backward_s"], strict=True)
+    return [forward + backward for forward, backward in pairs]
+
+
+def _interface_over_traffic(ranks: Sequence[Mapping[str, Any]]) -> float | None:
+    """What left the interfaces without packet headers, over what `ds_lvx.traffic` counted.
+
+    Of all ranks, the one that is furthest from 1.
+    """
+    ratios = [
+        rank["interface"]["sent_payload_bytes"]
+        / (rank["traffic"]["bytes_sent"] + rank["traffic"]["control_bytes"])
+        for rank in ranks
+        if rank["interface"] is not None and rank["traffic"]["bytes_sent"]
+    ]
+    return max(ratios, key=lambda ratio: abs(ratio - 1.0)) if ratios else None
+
+
+# ---- the report
+
+
+def count(number: int) -> str:
+    """``65536`` as ``64K``."""
+    return f"{number // 1024}K" if number >= 1024 and number % 1024 == 0 else f"{number:,}"
+
+
+def name(results: Results) -> str:
+    """A name for the files of a comparison, from what was compared."""
+    shape = results["shape"]
+    words = [
+        f"compare-q{count(shape['seqlen_q'])}-kv{count(shape['seqlen_kv'])}".replace(",", ""),
+        f"ranks{results['ranks']}",
+    ]
+    if shape["visibility"] != "all":
+        words.append(shape["visibility"])
+    if shape["features_dim"] is not None:
+        words.append("recompute" if results["recompute"] else "features")
+    if not results["overlap"]:
+        words.append("no-overlap")
+    if results["network"] is not None:
+        words.append(results["network"]["name"].replace(",", "-"))
+    return "-".join(words)
+
+
+def text(results: Results) -> str:
+    """What was compared on what, and a line a method. Ratios are rounded to our disadvantage."""
+
+    def faster(peer: str) -> Callable[[Any], str]:
+        def cell(record: Mapping[str, Any]) -> str:
+            ratio = record["times_faster_than"].get(peer)
+            return times(ratio, 2 if ratio is None or ratio < 10 else 1)
+
+        return cell
+
+    def seconds(column: str) -> Callable[[Any], str]:
+        return lambda record: _seconds(record[column]["median"])
+
+    cells: dict[str, Callable[[Any], str]] = {
+        "method": _label,
+        "forward, s": seconds("forward_s"),
+        "backward, s": seconds("backward_s"),
+        "step, s (p10 to p90)": lambda record: "{} ({} to {})".format(
+            *(_seconds(record["step_s"][each]) for each in ("median", "p10", "p90"))
+        ),
+        "kernels alone, s": seconds("kernels_s"),
+        "step / kernels": lambda record: (
+            f"{math.ceil(record['step_over_kernels'] * 100) / 100:.2f}"
+        ),
+        "sent a rank, MB": lambda record: f"{record['bytes_sent'] / 1e6:.3f}",
+        **{f"x {peer}": faster(peer) for peer in PEERS},
+    }
+    caption = [
+        f"{results['kind']} on {results['hardware']['device']}, {results['threads_per_rank']} "
+        f"threads a rank; medians of {results['repeats']} steps of the slowest rank",
+        *(f"{method}: skipped, {reason}" for method, reason in results["skipped"].items()),
+    ]
+    return f"{title(results)}; {'; '.join(caption)}.\n\n{columns(results['records'], cells)}"
+
+
+def title(results: Results) -> str:
+    """One line about what was compared, on what."""
+    shape = results["shape"]
+    words = [
+        f"S_q = {count(shape['seqlen_q'])}",
+        f"S_kv = {count(shape['seqlen_kv'])}",
+        f"{shape['heads']} heads ({shape['kv_heads']} of K and V) of {shape['head_dim']}",
+        shape["dtype"],
+        f"{results['ranks']} ranks",
+    ]
+    if shape["batch"] > 1:
+        words.insert(0, f"batch {shape['batch']}")
+    if shape["visibility"] != "all":
+        words.append(f"visibility {shape['visibility']}")
+    if shape["features_dim"] is not None:
+        how = "projected again by lvx" if results["recompute"] else "kept"
+        words.append(f"K and V from features of {shape['features_dim']}, {how}")
+    if not results["overlap"]:
+        words.append("no overlap")
+    if results["network"] is not None:
+        words.append(f"emulated network of {results['network']['name']}")
+    return ", ".join(words)
+
+
+def _label(record: Mapping[str, Any]) -> str:
+    schedule = record["ranks"][0]["schedule"]
+    return f"lvx-auto ({schedule})" if record["method"] == "lvx-auto" else str(record["method"])
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.1 else f"{value:.4f}"
+
+
+def draw(results: Results) -> Any:
+    """Seconds of a step by method, and how much faster than ring it is."""
+    from matplotlib.figure import Figure  # of the extra "plots"
+
+    found = list(results["records"])[::-1]
+    names, places = [record["method"] for record in found], range(len(found))
+    colours = {"lvx": "C2", "ring": "C3", "ulysses": "C0", "none": "C7"}
+    own = [colours[method.partition("-")[0]] for method in names]
+    figure = Figure(figsize=(10, 1.6 + 0.45 * len(found)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    figure.suptitle(f"{title(results)} ({results['kind']})", fontsize=9)
+    for place, record, colour in zip(places, found, own, strict=True):
+        step = record["step_s"]
+        around = [[step["median"] - step["p10"]], [step["p90"] - step["median"]]]
+        left.errorbar(step["median"], place, xerr=around, fmt="o", capsize=3, color=colour)
+    kernels = [record["kernels_s"]["median"] for record in found]
+    left.plot(kernels, places, "k|", markersize=14, label="its kernels alone")
+    left.set_yticks(places, names)
+    left.set_xscale("log")
+    left.grid(axis="x", which="both", alpha=0.3)
+    left.set_xlabel("seconds, forward + backward; median, p10 to p90")
+    left.legend(fontsize=8)
+    # Without ring the slowest method is the measure.
+    slow = max(found, key=lambda record: record["step_s"]["median"])["method"]
+    peer = "ring" if "ring" in names else slow
+    ratios = [record["times_faster_than"].get(peer, 1.0) for record in found]
+    bars = right.barh(places, ratios, color=own)
+    labels = [f"{times(ratio, 2 if ratio < 10 else 1)} x" for ratio in ratios]
+    right.bar_label(bars, labels, padding=3, fontsize=8)
+    right.set_xlim(0, 1.2 * max(ratios))
+    right.set_xlabel(f"times faster than {peer}")
+    return figure

@@ -1,0 +1,383 @@
+"""Memory of a training step by setting, and what recomputation costs of its time.
+
+Every size is measured in fresh processes. The slope over three sizes is what a visual token costs;
+weights, gradients, the text and everything else that does not grow with the visual input are in the
+intercept. Tokens are those of one rank.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ds_lvx.compare.case import Case, ds_config
+from ds_lvx.compare.document import Results, columns, percentiles
+from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
+from ds_lvx.compare.peak import PROMPT_FREEING
+from ds_lvx.compare.training.rank import Load, weigh
+from ds_lvx.plan import memory as formulas
+from ds_lvx.plan.memory import CrossAttention, Setting
+
+GIB = 2**30
+HEAVY_BYTES = 65_536
+"""A setting that needs more than this a token is measured at smaller sizes."""
+PLAIN = "lvx"
+ALSO_FROZEN = (
+    PLAIN,
+    "lvx, recompute",
+    "lvx, recompute, checkpointing, chunks",
+    "lvx, recompute, checkpointing, chunks, offload",
+)
+"""Settings that are measured with frozen features too."""
+
+_TIMEOUT_S = 6 * 3600.0
+"""A step that fills a rank's memory takes most of an hour on a CPU."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """How the settings are measured.
+
+    Attributes:
+        case: what is trained; its ``features`` are set by each measurement.
+        ranks: that share the sample; each is a process.
+        frames: the smallest visual input of a rank, at which step times are compared.
+        steps: measured at that size; one at others.
+        budget_bytes: what the largest run may add to a rank's memory; 0: it is not so large.
+        threads: of a rank on a CPU.
+    """
+
+    case: Case
+    ranks: int = 2
+    frames: int = 32
+    steps: int = 3
+    budget_bytes: int = GIB
+    threads: int = 1
+
+    def run(self, setting: Setting, case: Case, *, frames: int, timed: bool = False) -> Any:
+        """One run: each rank's samples, and the rank that needs most.
+
+        A run for times warms up at full size. One for bytes does not: what malloc has left over
+        from a step of the same size would count as there before.
+        """
+        warm_up_frames, steps = (frames, self.steps) if timed else (1, 1)
+        load = Load(case, setting, frames=frames, warm_up_frames=warm_up_frames, steps=steps)
+        ranks = on_ranks(weigh, load, _where(self.ranks, self.threads))
+        return {
+            "tokens": frames * case.frame_tokens,
+            **{
+                name: max(statistics.median(rank[name]) for rank in ranks)
+                for name in ("kept_bytes", "peak_bytes")
+            },
+            **{
+                name: slowest(*(rank[name] for rank in ranks)) for name in ("step_s", "processor_s")
+            },
+            "ranks": ranks,
+        }
+
+
+def _where(count: int, threads: int) -> Ranks:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Ranks(count, threads, device, timeout_s=_TIMEOUT_S, environment=PROMPT_FREEING)
+
+
+def settings(chunk_tokens: int) -> dict[str, Setting]:
+    """What is compared, by name."""
+    recompute = Setting(recompute_kv=True)
+    both = replace(recompute, checkpointing=True)
+    chunks = replace(both, kv_chunk_tokens=chunk_tokens)
+    return {
+        PLAIN: Setting(),
+        "lvx, recompute": recompute,
+        "lvx, recompute, checkpointing": both,
+        "lvx, recompute, checkpointing, offload": replace(both, features="offload"),
+        "lvx, recompute, checkpointing, chunks": chunks,
+        "lvx, recompute, checkpointing, chunks, offload": replace(chunks, features="offload"),
+        "ulysses": Setting(method="ulysses"),
+        "ulysses, checkpointing": Setting(method="ulysses", checkpointing=True),
+        "ring": Setting(method="ring"),
+        "ring, checkpointing": Setting(method="ring", checkpointing=True),
+    }
+
+
+def time_steps(setting: Setting, scales: Scales, *, features: str) -> dict[str, Any]:
+    """Step times of one setting at the smallest size; see `measure`."""
+    case = replace(scales.case, features=features)
+    timed = scales.run(setting, case, frames=scales.frames, timed=True)
+    return {**timed, "load_average": os.getloadavg()}
+
+
+def measure(
+    name: str,
+    setting: Setting,
+    scales: Scales,
+    *,
+    features: str,
+    timed: Mapping[str, Any],
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measure one setting: bytes at three sizes, the last as large as fits.
+
+    Args:
+        name: of the setting.
+        setting: how the cross-attention layers run.
+        scales: sizes and steps.
+        features: ``"trained"`` or ``"frozen"``: whether they want a gradient.
+        timed: what `time_steps` measured; neighbours disturb times and not bytes, so that all
+            settings are timed before any of these long runs.
+        say: gets a line about every run.
+
+    Returns:
+        A record for the JSON: the ds_config, predicted and measured bytes a token, every sample.
+    """
+    case = replace(scales.case, features=features)
+    say(f"{name}, features {features}: {timed['step_s'][-1]:.1f} s a step")
+    first, second, third = (2, 3, 4) if _cost(setting, case, scales) > HEAVY_BYTES else (3, 6, 9)
+    runs = [scales.run(setting, case, frames=size * scales.frames) for size in (first, second)]
+    frames = third * scales.frames
+    if scales.budget_bytes > 0:
+        frames = _frames_that_fit(runs, setting, case, scales)
+    runs.append(scales.run(setting, case, frames=frames))
+    record = {
+        "name": name,
+        "features": features,
+        "setting": asdict(setting),
+        "case": asdict(case),
+        "ds_config": ds_config(setting, case, ranks=scales.ranks),
+        "budget_bytes": scales.budget_bytes,
+        "environment_of_the_ranks": PROMPT_FREEING,
+        "timed": timed,
+        "runs": runs,
+    }
+    record |= compared(record, ranks=scales.ranks, cuda=torch.cuda.is_available())
+    say(f"  {record['peak_bytes_per_token']:,.0f} bytes a token; {_said(runs[-1])}")
+    return record
+
+
+def enlarge(
+    record: Mapping[str, Any], scales: Scales, *, command: str, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """A record with one more run, the largest that the budget allows.
+
+    Args:
+        record: of `measure`, in the same case and on as many ranks.
+        scales: its budget counts.
+        command: that asked for it, for the JSON.
+        say: gets a line about the run.
+
+    Returns:
+        The record as it would be if the run had been its last from the start.
+    """
+    setting, case = Setting(**record["setting"]), Case(**record["case"])
+    frames = _frames_that_fit(record["runs"], setting, case, scales)
+    run = {**scales.run(setting, case, frames=frames), "command": command}
+    say(f"{record['name']}, features {record['features']}: {_said(run)}")
+    larger = {
+        **record,
+        "budget_bytes": scales.budget_bytes,
+        "runs": sorted([*record["runs"], run], key=lambda each: int(each["tokens"])),
+    }
+    return larger | compared(larger, ranks=scales.ranks, cuda=torch.cuda.is_available())
+
+
+def _said(run: Mapping[str, Any]) -> str:
+    gib = run["peak_bytes"] / GIB
+    return f"{run['tokens']:,} tokens: {gib:.3f} GiB, {run['step_s'][-1]:.1f} s"
+
+
+def _cost(setting: Setting, case: Case, scales: Scales) -> float:
+    predicted = predict(setting, case, ranks=scales.ranks, cuda=torch.cuda.is_available())
+    return predicted["peak_bytes_per_token"]
+
+
+def _frames_that_fit(
+    runs: Sequence[Mapping[str, Any]], setting: Setting, case: Case, scales: Scales
+) -> int:
+    """Frames that fill the budget, from smaller runs and the bytes a token by the formula."""
+    slope, intercept = _line(runs, "peak_bytes")
+    # Where sizes are too small for a slope, the formula keeps the run from being endless.
+    cost = max(slope, _cost(setting, case, scales))
+    return max(int((scales.budget_bytes - intercept) / cost / case.frame_tokens), 1)
+
+
+def _line(runs: Sequence[Mapping[str, Any]], column: str) -> tuple[float, float]:
+    """Slope and intercept of bytes over tokens."""
+    tokens = [run["tokens"] for run in runs]
+    slope, intercept = np.polyfit(tokens, [run[column] for run in runs], 1)
+    return float(slope), float(intercept)
+
+
+def compared(record: Mapping[str, Any], *, ranks: int, cuda: bool) -> dict[str, Any]:
+    """What follows from a record's samples: slopes, times, and the formulas beside them."""
+    setting, case = Setting(**record["setting"]), Case(**record["case"])
+    predicted = predict(setting, case, ranks=ranks, cuda=cuda)
+    slope, _ = _line(record["runs"], "peak_bytes")
+    return {
+        "kept_bytes_per_token": _line(record["runs"], "kept_bytes")[0],
+        "peak_bytes_per_token": slope,
+        "tokens_per_gib": GIB / slope,
+        "predicted": predicted,
+        "measured_over_predicted": slope / predicted["peak_bytes_per_token"],
+        "step_s": spread(record["timed"]["step_s"]),
+        "processor_s": spread(record["timed"]["processor_s"]),
+    }
+
+
+def predict(setting: Setting, case: Case, *, ranks: int, cuda: bool) -> dict[str, float]:
+    """Bytes that a visual token costs by the formulas of `ds_lvx.plan.memory`.
+
+    Args:
+        setting, case, ranks: what is measured.
+        cuda: where; on a CPU the same is predicted for an accelerator as well.
+    """
+    head_dim = case.hidden // case.heads
+    attention = CrossAttention(case.hidden, case.heads, case.kv_heads, head_dim, case.cross_layers)
+    accelerator = formulas.Load(keys=1, ranks=ranks, features_train=case.features != "frozen")
+    here = replace(accelerator, host_is_device=not cuda)
+    saved = formulas.kept(attention, setting, here)
+    return {
+        "kept_bytes_per_token": saved.features + attention.layers * saved.of_keys,
+        "kept_by_a_layer_bytes_per_token": saved.of_keys,
+        "peak_bytes_per_token": formulas.peak_per_key(attention, setting, here),
+        "peak_bytes_per_token_on_an_accelerator": formulas.peak_per_key(
+            attention, setting, accelerator
+        ),
+    }
+
+
+def recomputation(
+    case: Case, scales: Scales, *, checkpointing: bool, rounds: int
+) -> dict[str, Any]:
+    """Times of a whole step, in the proportions of a real model, with and without `recompute_kv`.
+
+    In a step K and V of the cross-attention are a small part: the vision tower, the projector and
+    the text's own layers take their time too.
+
+    Args:
+        case: what is trained; its ``features`` say whether the vision tower is.
+        scales: one process, frames, and steps in each process after one to warm up.
+        checkpointing: of the layers, without and with recomputation.
+        rounds: processes for each, in turns, so that both see the same neighbours.
+
+    Returns:
+        A record for the JSON; ``recomputation_costs`` are shares of the step without it, in wall
+        time and in processor time.
+    """
+    pair = {"kept": Setting(checkpointing=checkpointing)}
+    pair["recomputed"] = replace(pair["kept"], recompute_kv=True)
+    runs: dict[str, list[Any]] = {name: [] for name in pair}
+    for _ in range(rounds):
+        for name, setting in pair.items():
+            run = scales.run(setting, case, frames=scales.frames, timed=True)
+            runs[name] += run["ranks"]
+    seconds = {
+        column: {
+            name: spread([each for run in own for each in run[column]])
+            for name, own in runs.items()
+        }
+        for column in ("step_s", "processor_s")
+    }
+    return {
+        "vision_tower": "trained" if case.features == "tower" else "frozen",
+        "checkpointing": checkpointing,
+        "visual_tokens": scales.frames * case.frame_tokens,
+        "recomputation_costs": {
+            column: both["recomputed"]["median"] / both["kept"]["median"] - 1.0
+            for column, both in seconds.items()
+        },
+        **seconds,
+        "case": asdict(case),
+        "load_average": os.getloadavg(),
+        "runs": runs,
+    }
+
+
+# ---- the report
+
+
+def name(results: Results) -> str:
+    """``memory``, or ``step_time``."""
+    return "memory" if "ranks" in results else "step_time"
+
+
+def text(results: Results) -> str:
+    """``memory.json`` or ``step_time.json`` as a table in Markdown."""
+    return _of_bytes(results) if name(results) == "memory" else _of_times(results)
+
+
+def _of_bytes(results: Results) -> str:
+    records, case = results["records"], results["case"]
+    plain = {r["features"]: r["tokens_per_gib"] for r in records if r["name"] == PLAIN}
+
+    def largest(r: Mapping[str, Any]) -> str:
+        run = r["runs"][-1]
+        return f"{run['tokens']:,}, {run['peak_bytes'] / GIB:.2f}" if r["budget_bytes"] else "-"
+
+    cells: dict[str, Callable[[Any], str]] = {
+        "features": lambda r: r["features"],
+        "setting": lambda r: r["name"],
+        "kept, bytes a token": lambda r: f"{r['kept_bytes_per_token']:,.0f}",
+        "peak, bytes a token": lambda r: f"{r['peak_bytes_per_token']:,.0f}",
+        "formula": lambda r: f"{r['predicted']['peak_bytes_per_token']:,.0f}",
+        "measured / formula": lambda r: f"{r['measured_over_predicted']:.3f}",
+        "tokens per GiB": lambda r: f"{r['tokens_per_gib']:,.0f}",
+        "x plain": lambda r: f"{r['tokens_per_gib'] / plain.get(r['features'], np.nan):.1f}",
+        "step, s": lambda r: f"{r['step_s']['median']:.1f}",
+        "processor, s": lambda r: f"{r['processor_s']['median']:.1f}",
+        "largest run: tokens, GiB": largest,
+    }
+    title = (
+        f"{case['cross_layers']} cross-attention layers of {case['hidden']}, {case['heads']} heads "
+        f"and {case['kv_heads']} of K and V, bf16; {results['ranks']} ranks, tokens and bytes of "
+        f"one; {case['text_tokens']} text tokens. Step times at "
+        f"{records[0]['timed']['tokens']:,} tokens. {results['hardware']['device']}."
+    )
+    return f"{title}\n\n{columns(records, cells)}"
+
+
+def _of_times(results: Results) -> str:
+    cells: dict[str, Callable[[Any], str]] = {
+        "vision tower": lambda r: r["vision_tower"],
+        "checkpointing": lambda r: "yes" if r["checkpointing"] else "no",
+        "K, V kept: step, s": lambda r: percentiles(r["step_s"]["kept"], 2),
+        "recomputed: step, s": lambda r: percentiles(r["step_s"]["recomputed"], 2),
+        "costs": lambda r: f"{r['recomputation_costs']['step_s']:+.1%}",
+        "costs in processor time": lambda r: f"{r['recomputation_costs']['processor_s']:+.1%}",
+    }
+    title = (
+        "A whole step of one eighth of the model at its real dimensions, "
+        f"{results['records'][0]['visual_tokens']:,} visual tokens, "
+        f"{results['case']['text_tokens']} text tokens, one process; median (10th to 90th "
+        f"percentile). {results['hardware']['device']}."
+    )
+    return f"{title}\n\n{columns(results['records'], cells)}"
+
+
+def draw(results: Results) -> Any:
+    """Visual tokens per GiB by setting, with what the formula says as a mark."""
+    if name(results) != "memory":
+        return None
+    from matplotlib.figure import Figure  # of the extra "plots"
+
+    records = list(results["records"])[::-1]
+    figure = Figure(figsize=(9, 1.2 + 0.34 * len(records)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(records))
+    values = [record["tokens_per_gib"] for record in records]
+    colours = ["C0" if record["features"] == "trained" else "C1" for record in records]
+    bars = axes.barh(places, values, color=colours)
+    axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=8, fontsize=8)
+    predicted = [GIB / record["predicted"]["peak_bytes_per_token"] for record in records]
+    axes.plot(predicted, places, "k|", markersize=12, label="formula")
+    axes.set_yticks(places, [f"{r['name']} ({r['features']})" for r in records], fontsize=8)
+    axes.set_xlim(0, 1.15 * max(values))
+    axes.set_xlabel("visual tokens per GiB of a rank, at the peak of a training step")
+    axes.set_title("Room for visual tokens; in brackets, whether their features want a gradient")
+    axes.legend(loc="center right")
+    return figure

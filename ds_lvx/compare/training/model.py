@@ -1,0 +1,377 @@
+"""The subject of ``ds-lvx compare --model``: a whole training step by every method.
+
+Every method trains the same model on the same batch, in fresh processes: first one step whose loss
+and gradients have to agree, then steps that are timed, then steps that are broken down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds_lvx.compare.case import RANDOM, case_of, cut
+from ds_lvx.compare.document import Results, columns, percentiles, times
+from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
+from ds_lvx.compare.machine import header
+from ds_lvx.compare.training.breakdown import COLUMNS, PHASES
+from ds_lvx.compare.training.rank import DTYPES, Steps, Task, finetune
+
+TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
+"""Of losses, and of the norm of a parameter's gradient, relative."""
+NEGLIGIBLE = 1e-2
+"""A gradient smaller than this share of the largest is as good as this share."""
+NEGLIGIBLE_ELSEWHERE = {"float32": NEGLIGIBLE, "bfloat16": 0.2}
+"""The same between one process and several. On a CPU PyTorch's LayerNorm adds up the gradient of a
+bias in 16 bits: over 16,000 tokens in one process it loses half of it, over 4,000 nothing yet."""
+
+_CUTS = {
+    "hidden": "width of the text model",
+    "cross_layers": "cross-attention layers",
+    "self_layers": "the text's other layers",
+    "vision_layers": "local layers of the vision tower",
+}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """How a task is compared.
+
+    Attributes:
+        task: what is trained.
+        methods: of the cross-attention; ``none`` on one process, the others on ``ranks``.
+        ranks: that share the sample, for each method.
+        warmup, repeats: steps; as many are broken down as are timed.
+        overlap: transfers run under what is computed.
+    """
+
+    task: Task
+    methods: Sequence[str]
+    ranks: Ranks
+    warmup: int = 1
+    repeats: int = 5
+    overlap: bool = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of a model, beside those that all comparisons share."""
+    group = parser.add_argument_group(
+        "with --model", "tiny, mllama (Llama-3.2-11B-Vision with random weights), or a checkpoint"
+    )
+    group.add_argument("--frames", type=int, default=32, help="of the sample")
+    group.add_argument("--text-tokens", type=int, default=256, help="of the sample")
+    for name, what in _CUTS.items():
+        group.add_argument(_option(name), type=int, help=f"{what}; of random weights only")
+    group.add_argument("--zero-stage", type=int, choices=range(4), default=2)
+    group.add_argument("--text-method", choices=("ulysses", "ring"), default="ulysses")
+    group.add_argument("--checkpointing", action="store_true", help="of the layers")
+    group.add_argument("--freeze-vision", action="store_true", help="train the rest only")
+
+
+def contest_of(options: argparse.Namespace, ranks: Ranks) -> Contest:
+    """What a command line asks for.
+
+    Raises:
+        ValueError: options that do not fit each other.
+    """
+    sizes = {name: getattr(options, name) for name in _CUTS}
+    if options.model in RANDOM:
+        case = cut(RANDOM[options.model], **sizes)
+    else:
+        given = [_option(name) for name, value in sizes.items() if value is not None]
+        if given:
+            raise ValueError(
+                f"--model: got {options.model} with {', '.join(given)}; expected these only with "
+                f"random weights ({', '.join(RANDOM)}): a checkpoint has its own sizes"
+            )
+        case = case_of(options.model)
+    task = Task(
+        options.model,
+        replace(
+            case,
+            text_tokens=options.text_tokens,
+            features="trained" if options.freeze_vision else case.features,
+        ),
+        frames=options.frames,
+        text_tokens=options.text_tokens,
+        dtype=options.dtype,
+        zero_stage=options.zero_stage,
+        text_method=options.text_method,
+        recompute=options.recompute,
+        checkpointing=options.checkpointing,
+        freeze_vision=options.freeze_vision,
+        checkpoint=options.model not in RANDOM,
+    )
+    for option in ("frames", "text_tokens"):
+        got = getattr(options, option)
+        if got < ranks.count:
+            raise ValueError(
+                f"{_option(option)}: got {got} for {ranks.count} ranks; expected at least one a "
+                "rank"
+            )
+    if task.dtype not in DTYPES:
+        raise ValueError(f"--dtype: got {task.dtype}; expected {' or '.join(DTYPES)} with --model")
+    how = {name: getattr(options, name) for name in ("warmup", "repeats", "overlap")}
+    return Contest(task, options.methods, ranks, **how)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def skipped(contest: Contest) -> dict[str, str]:
+    """Methods that cannot do the task, and why."""
+    task, ranks = contest.task, contest.ranks.count
+    if task.case.heads >= ranks:
+        return {}
+    why = f"{task.case.heads} query heads for {ranks} ranks"
+    if task.text_method == "ulysses" and task.case.self_layers > 0:
+        return {name: f"{why}, in the text" for name in contest.methods if name != "none"}
+    return {name: why for name in contest.methods if name == "ulysses"}
+
+
+def compare(contest: Contest, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train by every method.
+
+    Returns:
+        For the JSON: ``records``, one a method, with every sample of every rank; and
+        ``disagreements``, lines about methods whose losses or gradients differ.
+
+    Raises:
+        RunError: a rank failed.
+        NetworkError: the network cannot be made here.
+    """
+    ranks = contest.ranks
+    head = header(emulated=ranks.network is not None, device=ranks.device)
+    left_out = skipped(contest)
+    records: list[dict[str, Any]] = []
+    for method in contest.methods:
+        if method in left_out:
+            say(f"{method}: skipped: {left_out[method]}")
+            continue
+        count = 1 if method == "none" else ranks.count
+        steps = Steps(contest.task, method, contest.warmup, contest.repeats, contest.overlap)
+        found = record(method, on_ranks(finetune, steps, replace(ranks, count=count)))
+        records.append({"ds_config": contest.task.ds_config(method, ranks=count), **found})
+        say(f"{method}: {found['step_s']['median']:.3f} s a step")
+        if disagreements(records, dtype=contest.task.dtype):
+            break
+    return {**head, "load_average_after": os.getloadavg(), **results_of(contest, records, left_out)}
+
+
+def results_of(
+    contest: Contest, records: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]
+) -> dict[str, Any]:
+    """The part of what `compare` returns that is about the task and the methods."""
+    task, ranks = contest.task, contest.ranks
+    sizes = {
+        "visual_tokens": task.frames * task.case.frame_tokens,
+        "text_tokens": task.text_tokens,
+        "visual_tokens_of_a_frame": task.case.frame_tokens,
+    }
+    return {
+        "job": asdict(task),
+        "plan": {
+            "ranks": ranks.count,
+            "threads_per_rank": ranks.threads,
+            "warmup": contest.warmup,
+            "repeats": contest.repeats,
+            "overlap": contest.overlap,
+            "network": None if ranks.network is None else str(ranks.network),
+        },
+        "skipped": dict(left_out),
+        "disagreements": disagreements(records, dtype=task.dtype),
+        "records": [{**each, "sizes": sizes} for each in records],
+    }
+
+
+def record(method: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the ranks of one method found, put together.
+
+    A broken-down step is that of the rank which took longest; ``typical`` is the one whose length
+    is the median, so that its parts add up.
+    """
+    by_step = list(zip(*(answer["broken_down"] for answer in answers), strict=True))
+    slowest_ranks = [max(ranks, key=lambda sample: sample["whole_s"]) for ranks in by_step]
+    in_order = sorted(slowest_ranks, key=lambda sample: sample["whole_s"])
+    sums = [
+        sum(sum(parts.values()) for parts in sample["parts_s"].values()) / sample["whole_s"]
+        for ranks in by_step
+        for sample in ranks
+    ]
+    the_same = ("losses", "gradient_norms")  # on all ranks
+    return {
+        "method": method,
+        "ranks": len(answers),
+        **{name: answers[0][name] for name in the_same},
+        "step_s": spread(slowest(*(answer["step_s"] for answer in answers))),
+        "attention_bytes": max(max(answer["attention_bytes"]) for answer in answers),
+        "typical": in_order[(len(in_order) - 1) // 2],
+        "parts_s": {
+            phase: {
+                column: spread([sample["parts_s"][phase][column] for sample in slowest_ranks])
+                for column in COLUMNS
+            }
+            | {"hidden": spread([sample["hidden_s"][phase] for sample in slowest_ranks])}
+            for phase in PHASES
+        },
+        "sum_of_parts_over_whole": [min(sums), max(sums)],
+        "answers": [
+            {name: value for name, value in answer.items() if name not in the_same}
+            for answer in answers
+        ],
+    }
+
+
+def disagreements(records: Sequence[Mapping[str, Any]], *, dtype: str) -> list[str]:
+    """Where losses or gradients differ from those of the first method, in lines."""
+    lines: list[str] = []
+    for other in records[1:]:
+        lines += _losses_apart(records[0], other, TOLERANCES[dtype])
+        lines += _gradients_apart(records[0], other, dtype)
+    return lines
+
+
+def _losses_apart(one: Mapping[str, Any], other: Mapping[str, Any], tolerance: float) -> list[str]:
+    pairs = zip(one["losses"], other["losses"], strict=True)
+    for step, (a, b) in enumerate(pairs, start=1):
+        if not abs(a - b) <= tolerance * abs(a):
+            return [
+                f"{one['method']} and {other['method']} disagree on the loss of step {step}: "
+                f"{a:.6g} and {b:.6g} (expected a difference of at most {tolerance:.2g} of it)"
+            ]
+    return []
+
+
+def _gradients_apart(one: Mapping[str, Any], other: Mapping[str, Any], dtype: str) -> list[str]:
+    tolerance = TOLERANCES[dtype]
+    share = NEGLIGIBLE if one["ranks"] == other["ranks"] else NEGLIGIBLE_ELSEWHERE[dtype]
+    negligible = share * max(one["gradient_norms"].values(), default=0.0)
+    found = []
+    for name, a in one["gradient_norms"].items():
+        b = other["gradient_norms"].get(name, float("nan"))
+        error = abs(a - b) / max(a, negligible, 1e-30)
+        if not error <= tolerance:
+            found.append((error, name, a, b))
+    if not found:
+        return []
+    error, name, a, b = max(found, key=lambda item: item[0])
+    return [
+        f"{one['method']} and {other['method']} disagree on the gradients of {len(found)} "
+        f"parameters, most on {name}: norms {a:.6g} and {b:.6g} (expected a difference of at most "
+        f"{tolerance:.2g} of it)"
+    ]
+
+
+# ---- the report
+
+_BARS: Mapping[str, tuple[Sequence[str], str]] = {
+    "vision": (("vision",), "#4c9a6a"),
+    "text": (("text",), "#7f8fa6"),
+    "cross-attention": (("cross_attention",), "#e1a23b"),
+    "waiting in cross-attention": (("exposed_cross_attention",), "#c0392b"),
+    "waiting elsewhere": (("exposed_text", "exposed_zero", "exposed_rest"), "#e79a92"),
+    "rest": (("rest",), "#d8d8d8"),
+}
+"""What a bar is made of: columns of a breakdown, and a colour."""
+_HATCHES = {"forward": "", "backward": "//", "optimizer": ".."}
+
+
+def name(results: Results) -> str:
+    """A name for the files of a comparison, from what was compared."""
+    job, plan = results["job"], results["plan"]
+    words = ["compare-model", Path(job["model"]).name, f"ranks{plan['ranks']}"]
+    words += ["recompute"] * job["recompute"] + ["no-overlap"] * (not plan["overlap"])
+    if plan["network"] is not None:
+        words.append(plan["network"].replace(",", "-"))
+    return "-".join(words)
+
+
+def text(results: Results) -> str:
+    """A title, and a line a method; parts are those of the step of median length."""
+    ring = next((r["step_s"]["median"] for r in results["records"] if r["method"] == "ring"), None)
+
+    def part(*bars: str) -> Callable[[Any], str]:
+        return lambda r: f"{sum(totals(r['typical'])[bar] for bar in bars):.3f}"
+
+    cells: dict[str, Callable[[Any], str]] = {
+        "method": lambda r: r["method"],
+        "step, s": lambda r: percentiles(r["step_s"]),
+        "x ring": lambda r: times(None if ring is None else ring / r["step_s"]["median"]),
+        "cross-attention, s": part("cross-attention", "waiting in cross-attention"),
+        "of it waiting": part("waiting in cross-attention"),
+        "text": part("text"),
+        "vision": part("vision"),
+        "waiting elsewhere": part("waiting elsewhere"),
+        "rest": part("rest"),
+        "hidden": lambda r: f"{sum(r['typical']['hidden_s'].values()):.3f}",
+        "attention sends, MB": lambda r: f"{r['attention_bytes'] / 1e6:.2f}",
+    }
+    left_out = [f"{method} was skipped: {why}." for method, why in results["skipped"].items()]
+    return "\n\n".join([_title(results), columns(results["records"], cells), *left_out])
+
+
+def _title(results: Results) -> str:
+    job, plan = results["job"], results["plan"]
+    found: Mapping[str, int] = next((record["sizes"] for record in results["records"]), {})
+    network = plan["network"]
+    where = "" if network is None else f", over an emulated network of {network} a rank"
+    return (
+        f"A training step of {Path(job['model']).name}: {found.get('visual_tokens', 0):,} visual "
+        f"tokens, {job['text_tokens']:,} text tokens, {job['dtype']}, ZeRO stage "
+        f"{job['zero_stage']}, text by {job['text_method']}; {plan['ranks']} ranks (none: 1)"
+        f"{where}. Median (10th to 90th percentile) of {plan['repeats']}. "
+        f"{results['hardware']['device']}."
+    )
+
+
+def totals(sample: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of a broken-down step by kind, all phases together."""
+    parts = sample["parts_s"]
+    return {
+        bar: sum(parts[phase][column] for phase in PHASES for column in kinds)
+        for bar, (kinds, _) in _BARS.items()
+    }
+
+
+def draw(results: Results) -> Any:
+    """One bar a method, forward below, backward and optimizer above; like the paper's figure 2."""
+    if results["disagreements"]:
+        return None
+    from matplotlib.figure import Figure  # of the extra "plots"
+    from matplotlib.patches import Patch
+
+    records = results["records"]
+    steps = [record["typical"]["parts_s"] for record in records]
+    figure = Figure(figsize=(2.2 + 1.5 * len(records), 5.2), layout="constrained")
+    axes = figure.subplots()
+    heights = np.zeros(len(records))
+    for phase, (kinds, colour) in itertools.product(PHASES, _BARS.values()):
+        seconds = [sum(step[phase][column] for column in kinds) for step in steps]
+        look: Any = {
+            "color": colour,
+            "hatch": _HATCHES[phase],
+            "edgecolor": "white",
+            "linewidth": 0.5,
+        }
+        axes.bar(range(len(records)), seconds, bottom=heights, width=0.6, **look)
+        heights = heights + seconds
+    for place, height in enumerate(heights):
+        axes.text(place, height, f" {height:.3g} s", ha="center", va="bottom", fontsize=9)
+    axes.set_xticks(range(len(records)), [record["method"] for record in records])
+    axes.set_ylabel("seconds of the slowest rank")
+    axes.margins(y=0.08)
+    axes.set_title(_title(results).replace("; ", ";\n", 1).replace(". ", ".\n", 1), fontsize=8)
+    legend = [Patch(facecolor=colour, label=bar) for bar, (_, colour) in _BARS.items()]
+    legend += [
+        Patch(facecolor="white", edgecolor="gray", hatch=hatch, label=phase)
+        for phase, hatch in _HATCHES.items()
+    ]
+    axes.legend(handles=legend[::-1], fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure

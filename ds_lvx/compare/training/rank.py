@@ -1,0 +1,316 @@
+"""One rank that trains: `finetune` for times and where they go, `weigh` for memory.
+
+Both build the model, let `ds_lvx.initialize` make the engine, and take optimizer steps.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+
+import ds_lvx
+from ds_lvx.compare.case import REGIONS, Case, build_model, ds_config, make_batch
+from ds_lvx.compare.harness import METHODS, now
+from ds_lvx.compare.network import read_counters
+from ds_lvx.compare.peak import meter
+from ds_lvx.compare.training.breakdown import Parts
+from ds_lvx.distributed.pending import without_overlap
+from ds_lvx.plan.memory import Setting
+
+LEARNING_RATE = 1e-3
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A fine-tuning task, the same for every method. Sizes are those of the whole sample.
+
+    Attributes:
+        model: its name, or folder or hub name of a checkpoint.
+        case: its sizes, and what trains.
+        frames, text_tokens: of the one sample.
+        dtype: a key of `DTYPES`.
+        zero_stage: of DeepSpeed.
+        text_method: of the text's own attention, ``"ulysses"`` or ``"ring"``.
+        recompute: lvx projects K and V again in backward.
+        checkpointing: of the layers.
+        freeze_vision: the vision tower does not train.
+        checkpoint: the weights are those of the checkpoint ``model``, not random.
+        seed: of weights and batch.
+    """
+
+    model: str
+    case: Case
+    frames: int
+    text_tokens: int
+    dtype: str = "float32"
+    zero_stage: int = 2
+    text_method: str = "ulysses"
+    recompute: bool = True
+    checkpointing: bool = False
+    freeze_vision: bool = False
+    checkpoint: bool = False
+    seed: int = 0
+
+    def build(self) -> torch.nn.Module:
+        """The model on the CPU."""
+        return build_model(
+            self.case,
+            checkpoint=self.model if self.checkpoint else None,
+            dtype=DTYPES[self.dtype],
+            seed=self.seed,
+        )
+
+    def ds_config(self, method: str, *, ranks: int) -> dict[str, Any]:
+        """By one of `METHODS`, on ``ranks`` ranks that share the sample."""
+        name, schedule = METHODS[method]
+        return ds_config(
+            Setting(name, self.recompute and name == "lvx", self.checkpointing),
+            self.case,
+            ranks=ranks,
+            schedule=schedule,
+            dtype=self.dtype,
+            zero_stage=self.zero_stage,
+            text_method=self.text_method,
+        )
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps of a task by one method.
+
+    Attributes:
+        task: what is trained.
+        method: of the cross-attention.
+        warmup: steps after the first and before the timed ones.
+        repeats: timed steps, and broken-down ones.
+        overlap: transfers run under what is computed.
+    """
+
+    task: Task
+    method: str
+    warmup: int = 1
+    repeats: int = 3
+    overlap: bool = True
+
+
+@contextmanager
+def _training(model: Any, optimizer: type[torch.optim.Optimizer], config: Any) -> Iterator[Any]:
+    """The engine of a model, until the ranks part."""
+    # torch 2.13 renamed collectives that DeepSpeed calls by their old names: a warning each.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = ds_lvx.initialize(
+        model=model,
+        optimizer=optimizer(weights, lr=LEARNING_RATE),  # type: ignore[call-arg]
+        model_parameters=weights,
+        config=config,
+    )
+    del model, weights  # the engine's alone, so that nothing of them outlives the shutdown
+    try:
+        yield engine
+    finally:
+        ds_lvx.shutdown(engine)
+
+
+def _columns(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [sample[name] for sample in samples] for name in samples[0]}
+
+
+# ---- times
+
+
+def finetune(steps: Steps) -> dict[str, Any]:
+    """One step that is compared, then steps to warm up, timed ones and broken-down ones.
+
+    Returns:
+        ``losses`` of all steps (the whole sample's) and ``gradient_norms`` by parameter after the
+        first; by timed step ``step_s``, ``processor_s`` (of all threads of this process),
+        ``attention_bytes`` (`ds_lvx.traffic`) and ``interface_bytes`` (what the network interface
+        sent without packet headers, DeepSpeed's own included; None where ranks share it);
+        ``broken_down``: a `Breakdown` for each further step.
+    """
+    config = steps.task.ds_config(steps.method, ranks=int(os.environ["WORLD_SIZE"]))
+    with (
+        nullcontext() if steps.overlap else without_overlap(),
+        _training(steps.task.build(), torch.optim.AdamW, config) as engine,
+    ):
+        return _Finetuning(engine, steps).samples()
+
+
+class _Finetuning:
+    """The steps of one engine."""
+
+    def __init__(self, engine: Any, steps: Steps) -> None:
+        self._engine = engine
+        self._steps = steps
+        task = steps.task
+        self._batch = make_batch(
+            task.case,
+            frames=ds_lvx.owned(task.frames),
+            total=task.frames,
+            dtype=DTYPES[task.dtype],
+            seed=task.seed,
+        )
+        self._losses: list[float] = []
+
+    def samples(self) -> dict[str, Any]:
+        """All steps; see `finetune`."""
+        norms: dict[str, float] = {}
+
+        def look(phase: str) -> None:
+            if phase == "optimizer":
+                norms.update(gradient_norms(self._engine))
+
+        self._keep(self._step(look))
+        for _ in range(self._steps.warmup):
+            self._keep(self._step())
+        timed = [self._timed() for _ in range(self._steps.repeats)]
+        parts = Parts(self._engine.module, REGIONS)
+        broken_down = [self._broken_down(parts) for _ in range(self._steps.repeats)]
+        parts.remove()
+        return {
+            "losses": self._losses,
+            "gradient_norms": norms,
+            **_columns(timed),
+            "broken_down": broken_down,
+        }
+
+    def _step(self, enter: Callable[[str], None] = lambda phase: None) -> Tensor:
+        """One optimizer step; ``enter`` is told of each phase after the first."""
+        shard = ds_lvx.shard_batch(self._batch, model=self._engine.module, frames="local")
+        loss: Tensor = self._engine(**shard).loss
+        enter("backward")
+        self._engine.backward(loss)
+        enter("optimizer")
+        self._engine.step()
+        return loss
+
+    def _timed(self) -> dict[str, Any]:
+        self._meet()
+        start, worked, counted = now(), time.process_time(), _interface_bytes()
+        with ds_lvx.traffic() as traffic:
+            loss = self._step()
+        sample = {
+            "step_s": now() - start,
+            "processor_s": time.process_time() - worked,
+            "attention_bytes": traffic.bytes_sent,
+            "interface_bytes": None if counted is None else (_interface_bytes() or 0) - counted,
+        }
+        self._keep(loss)
+        return sample
+
+    def _broken_down(self, parts: Parts) -> dict[str, Any]:
+        self._meet()
+        with parts.recording() as breakdown:
+            start = now()
+            loss = self._step(parts.enter)
+            breakdown.whole_s = now() - start
+        self._keep(loss)
+        return asdict(breakdown)
+
+    def _meet(self) -> None:
+        self._engine.ds_lvx.groups.world_channel.barrier()
+
+    def _keep(self, loss: Tensor) -> None:
+        self._losses.append(float(ds_lvx.mean_loss(loss)))
+
+
+def gradient_norms(engine: Any) -> dict[str, float]:
+    """The norm of each parameter's gradient of the whole sample, after backward.
+
+    Collectives: those by which ZeRO puts a gradient together; on all ranks.
+    """
+    norms = {}
+    for name, parameter in engine.ds_lvx.patch.model.named_parameters():
+        if parameter.requires_grad:
+            gradient = safe_get_full_grad(parameter)
+            norms[name] = 0.0 if gradient is None else float(gradient.float().norm())
+    return norms
+
+
+def _interface_bytes() -> int | None:
+    """What this rank's interface sent, where the network is its own."""
+    if "NETLAB" not in os.environ:
+        return None
+    counters = read_counters(os.environ["GLOO_SOCKET_IFNAME"])
+    return None if counters is None else counters.sent_payload_bytes
+
+
+# ---- memory
+
+
+@dataclass(frozen=True)
+class Load:
+    """Steps whose memory counts.
+
+    Attributes:
+        case: what is trained, in bf16 at ZeRO stage 2.
+        setting: how.
+        frames: visual input of a rank.
+        warm_up_frames: visual input of a rank in the step before the measured ones.
+        steps: measured ones.
+    """
+
+    case: Case
+    setting: Setting
+    frames: int
+    warm_up_frames: int
+    steps: int
+
+
+def weigh(load: Load) -> dict[str, Any]:
+    """Train some steps; bytes and seconds of each.
+
+    Returns:
+        ``before_bytes`` (before the first measured step), and lists with one entry a measured step:
+        ``kept_bytes`` (after forward), ``peak_bytes``, both above what was there before the step,
+        ``forward_s``, ``backward_s``, ``step_s`` (with the optimizer's), ``processor_s`` (of all
+        threads in the same time, which neighbours on the machine do not lengthen), and ``loss``.
+    """
+    config = ds_config(load.setting, load.case, ranks=int(os.environ["WORLD_SIZE"]))
+    with _training(build_model(load.case), torch.optim.SGD, config) as engine:
+        _weighed(engine, load.case, load.warm_up_frames)
+        columns = _columns([_weighed(engine, load.case, load.frames) for _ in range(load.steps)])
+    return {**columns, "before_bytes": columns["before_bytes"][0]}
+
+
+def _weighed(engine: Any, case: Case, frames: int) -> dict[str, float]:
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    own = range(rank * frames, (rank + 1) * frames)
+    batch = make_batch(case, frames=own, total=ranks * frames)
+    shard = ds_lvx.shard_batch(batch, model=engine.module, frames="local")
+    del batch
+    memory = meter()
+    memory.reset()
+    before = memory.now_bytes()
+    times, worked = [now()], time.process_time()
+    out = engine(**shard)
+    times.append(now())
+    kept = memory.now_bytes() - before
+    engine.backward(out.loss)
+    times.append(now())
+    peak = memory.peak_bytes() - before
+    engine.step()
+    times.append(now())
+    return {
+        "before_bytes": before,
+        "kept_bytes": kept,
+        "peak_bytes": peak,
+        "forward_s": times[1] - times[0],
+        "backward_s": times[2] - times[1],
+        "step_s": times[3] - times[0],
+        "processor_s": time.process_time() - worked,
+        "loss": out.loss.item(),
+    }
