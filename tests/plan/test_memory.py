@@ -35,8 +35,7 @@ def dimensions(case: Case, element_bytes: int) -> CrossAttention:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("frames", [2, 7])
+@pytest.mark.parametrize(("frames", "dtype"), [(2, torch.bfloat16), (7, torch.float32)])
 @pytest.mark.parametrize("name", SAVED)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_layers_save_exactly_what_the_formula_says(
