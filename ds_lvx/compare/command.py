@@ -17,7 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from ds_lvx.attention.ulysses import check_heads
 from ds_lvx.compare.document import Subject, deliver
 from ds_lvx.compare.fresh import RunError
-from ds_lvx.compare.harness import METHODS, Ranks, on_ranks
+from ds_lvx.compare.harness import METHODS, SHARDED, Ranks, on_ranks
 from ds_lvx.compare.machine import cores
 from ds_lvx.compare.network import Network, NetworkError
 from ds_lvx.compare.operators import rank as operators
@@ -28,7 +28,6 @@ from ds_lvx.compare.training import model
 from ds_lvx.config.registry import kernel_words
 from ds_lvx.plan.units import count
 
-BOTH_SCHEDULES = ("lvx-gather", "lvx-ring")
 DEFAULT_METHODS = ("lvx", "ulysses", "ring", "none")
 
 
@@ -229,7 +228,7 @@ def methods_of(words: Sequence[str]) -> tuple[str, ...]:
             near = get_close_matches(word, ("lvx", *METHODS), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"--methods: got {word!r}; expected some of {['lvx', *METHODS]}{hint}")
-        found |= dict.fromkeys(BOTH_SCHEDULES if word == "lvx" else (word,))
+        found |= dict.fromkeys((f"lvx-{each}" for each in SHARDED) if word == "lvx" else (word,))
     return tuple(found)
 
 

@@ -21,14 +21,14 @@ from pydantic import TypeAdapter
 
 from ds_lvx.compare.fresh import answer, run_fresh
 from ds_lvx.compare.network import MASTER, Lab, Network
+from ds_lvx.config import registry
 
+SHARDED = tuple(sorted(s for s, entry in registry.SCHEDULES.items() if not entry.same_queries))
+"""Schedules of queries that are split."""
 METHODS: Mapping[str, tuple[str, str | None]] = {
-    "lvx-gather": ("lvx", "gather"),
-    "lvx-ring": ("lvx", "ring"),
-    "lvx-auto": ("lvx", "auto"),
-    "ulysses": ("ulysses", None),
-    "ring": ("ring", None),
-    "none": ("none", None),
+    name if schedule is None else f"{name}-{schedule}": (name, schedule)
+    for name, entry in registry.METHODS.items()
+    for schedule in ((*SHARDED, registry.AUTO) if entry.has_schedules else (None,))
 }
 """What is compared, by name: the method and lvx's schedule; ``none`` runs on one process."""
 

@@ -24,12 +24,17 @@ from ds_lvx.attention.oracle import attention_oracle
 from ds_lvx.attention.ring import ring_attention
 from ds_lvx.attention.ulysses import ulysses_attention
 from ds_lvx.compare.fresh import answer
-from ds_lvx.config.registry import SCHEDULES
+from ds_lvx.config import registry
 from ds_lvx.distributed.shutdown import shutdown
 from ds_lvx.distributed.start import init_distributed
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 
-METHODS = (*(f"lvx {name}" for name in SCHEDULES), "ring", "ulysses")
+METHODS = tuple(
+    f"{name} {schedule}".strip()
+    for name, entry in registry.METHODS.items()
+    if entry.distributed
+    for schedule in (registry.SCHEDULES if entry.has_schedules else ("",))
+)
 DTYPES = ("float32", "bfloat16")
 RESULTS = ("out", "dq", "dk", "dv")
 

@@ -253,11 +253,14 @@ def _extremes(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def _listed(meet: Tensor) -> tuple[Tensor, Tensor]:
     """The places that are True, first in their row; and how many they are."""
     batch, rows, columns = meet.shape
-    place = meet.cumsum(dim=2, dtype=torch.int32)
-    counts = place[:, :, -1].contiguous()
-    # Whatever is not seen lands in a column of its own, which nobody reads.
-    target = torch.where(meet, place - 1, columns).to(torch.int64)
-    order = torch.zeros(batch, rows, columns + 1, dtype=torch.int32, device=meet.device)
-    numbers = torch.arange(columns, dtype=torch.int32, device=meet.device).expand_as(meet)
-    order.scatter_(2, target, numbers)
-    return order[:, :, :columns].contiguous(), counts
+    counts = meet.sum(dim=2, dtype=torch.int32)
+    if not meet.is_cpu:  # whose stream would wait for the number of places
+        place = meet.to(torch.int8).argsort(dim=2, descending=True, stable=True)
+        return place.to(torch.int32), counts
+    order = torch.zeros(batch, rows, columns, dtype=torch.int32)
+    found = meet.reshape(-1).nonzero()[:, 0]
+    row = found.div(columns, rounding_mode="floor")
+    before = counts.reshape(-1).cumsum(0) - counts.reshape(-1)
+    place = torch.arange(len(found)) - before[row]
+    order.view(-1)[row * columns + place] = (found - row * columns).to(torch.int32)
+    return order, counts
