@@ -19,6 +19,7 @@ from ds_lvx.data.frames import choose, decode, probe
 from ds_lvx.data.images import load_image
 from ds_lvx.data.order import SampleOrder
 from ds_lvx.data.text import TextEncoder
+from ds_lvx.models import FAMILIES
 
 # Here, not in the script alone: what is imported before a run costs its collections nothing.
 import ds_lvx.training.loop  # noqa: F401  isort: skip
@@ -103,7 +104,7 @@ def one_process_samples(folder: Path, data: Path, *, frames: int) -> list[dict[s
         frames: of a video.
     """
     processor = AutoProcessor.from_pretrained(folder)
-    encoder = TextEncoder(processor, 10_000)
+    encoder = TextEncoder(processor, 10_000, family=FAMILIES.default())
     samples = []
     for conversation in read_conversations(data):
         images: list[list[Any]] = []
