@@ -203,7 +203,7 @@ def enlarged(
 def earlier(options: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
     """The records that memory.json has already, if they are of the same kind."""
     results = read("memory", options)
-    if (results["case"], results["ranks"]) != (asdict(case), options.ranks):
+    if ({"family": "", **results["case"]}, results["ranks"]) != (asdict(case), options.ranks):
         sys.exit(
             "bench_memory: --resume, --retime, --enlarge: got a memory.json of another model or "
             f"of {results['ranks']} ranks; expected the same ones: measure anew, or into another "

@@ -1,34 +1,24 @@
 """The model that is trained to measure: its size, weights, batch, rules and parts.
 
-All that is particular to one family of models is here. Sizes are those of Llama-3.2-Vision unless
-they are cut; weights are random, or a checkpoint's.
+What is particular to a family of models, the family's contract answers. Sizes are those of the
+first family's published model unless they are cut; weights are random, or a checkpoint's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, MllamaConfig, MllamaForConditionalGeneration
-from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
+from torch import Tensor, nn
+from transformers import AutoConfig
 
 from ds_lvx.config import LVXConfig
+from ds_lvx.models import FAMILIES
+from ds_lvx.models.contract import Family, Size
 from ds_lvx.plan.memory import Setting
-
-FAMILY = "mllama"
-REGIONS: Mapping[str, str] = {
-    r".*\bcross_attn": "cross_attention",
-    # Its layers as well: one that is checkpointed runs again by itself.
-    r".*\blanguage_model(\.layers\.\d+)?": "text",
-    r".*\blm_head": "text",
-    r".*\bvision_model": "vision",
-    r".*\bmulti_modal_projector": "vision",
-}
-"""Part of the model, by a regular expression for the whole name of a module."""
 
 _BUCKET_ELEMENTS = 2**23  # two of the largest weights that train for the memory's measurement
 _KEYS_AND_VALUES = ("k_proj", "v_proj", "k_norm")
@@ -39,7 +29,7 @@ class Case:
     """A model's sizes, and what of it trains.
 
     Attributes:
-        hidden, heads, kv_heads: of the text model; those of Llama-3.2-11B-Vision.
+        hidden, heads, kv_heads: of the text model.
         cross_layers, self_layers: of the text model, cross-attention first.
         mlp, vocabulary: of the text model.
         text_tokens: of the one sample, over all ranks.
@@ -50,6 +40,7 @@ class Case:
             (all of the cross-attention layers) or ``"all"``.
         features: ``"trained"`` (the projector trains, so the features need a gradient),
             ``"frozen"``, or ``"tower"`` (the vision tower trains as well).
+        family: its ``model_type``; empty for the first one that ds_lvx knows.
     """
 
     hidden: int = 4096
@@ -70,12 +61,45 @@ class Case:
     tiles: int = 1
     trains: str = "kv"
     features: str = "trained"
+    family: str = ""
+
+    @classmethod
+    def of(cls, size: Size, family: str) -> Case:
+        """A whole model of a size; all of it trains."""
+        own = ("layers", "cross_at", "positions", "rope_theta", "initializer_range")
+        words = {k: v for k, v in vars(size).items() if k not in (*own, "bos", "eos", "pad")}
+        cross = len(size.cross_at)
+        return cls(
+            **words,
+            cross_layers=cross,
+            self_layers=size.layers - cross,
+            trains="all",
+            features="tower",
+            family=family,
+        )
+
+    def contract(self) -> Family:
+        """The family."""
+        return FAMILIES.named(self.family) if self.family else FAMILIES.default()
+
+    def config(self) -> Any:
+        """The configuration of a model of these sizes, cross-attention layers first."""
+        words = {k: v for k, v in vars(self).items() if k in Size.__dataclass_fields__}
+        return self.contract().config(
+            Size(
+                **words,
+                layers=self.cross_layers + self.self_layers,
+                cross_at=tuple(range(self.cross_layers)),
+                positions=max(self.text_tokens, 2),
+                rope_theta=5e5,
+                pad=None,  # no sequence here begins, ends or is padded by a token
+            )
+        )
 
     @property
     def frame_tokens(self) -> int:
         """Visual tokens of a frame."""
-        patches: int = (self.image_size // self.patch_size) ** 2 + 1
-        return self.tiles * patches
+        return self.contract().frame_tokens(self.config())
 
 
 EIGHTH = Case(
@@ -92,19 +116,7 @@ EIGHTH = Case(
     tiles=4,
     trains="cross",
 )
-"""An eighth of Llama-3.2-11B-Vision, but for its vocabulary."""
-
-LLAMA = replace(
-    EIGHTH,
-    cross_layers=8,
-    self_layers=32,
-    vocabulary=128256,
-    vision_layers=32,
-    vision_global_layers=8,
-    trains="all",
-    features="tower",
-)
-"""Llama-3.2-11B-Vision."""
+"""An eighth of the published model, but for its vocabulary."""
 
 TINY = Case(
     hidden=512,
@@ -122,8 +134,15 @@ TINY = Case(
 )
 """A model of some nine million weights, with heads of a real size and 257 visual tokens a frame."""
 
-RANDOM: Mapping[str, Case] = {"tiny": TINY, FAMILY: LLAMA}
-"""Models with random weights, by name; any other name is that of a checkpoint."""
+
+def random_models() -> list[str]:
+    """Models with random weights, by name; any other name is that of a checkpoint."""
+    return ["tiny", *FAMILIES]
+
+
+def random_case(name: str) -> Case:
+    """The sizes of one of `random_models`."""
+    return TINY if name == "tiny" else Case.of(FAMILIES.named(name).size(), name)
 
 
 def cut(case: Case, *, hidden: int | None = None, **layers: int | None) -> Case:
@@ -168,34 +187,14 @@ def case_of(checkpoint: str) -> Case:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--model: got {checkpoint!r}, which cannot be read ({error}); expected "
-            f"{', '.join(RANDOM)}, or folder or hub name of a checkpoint"
+            f"{', '.join(random_models())}, or folder or hub name of a checkpoint"
         ) from error
-    if config.model_type != FAMILY:
+    if config.model_type not in FAMILIES:
         raise ValueError(
             f"--model: got {checkpoint!r}, a model of type {config.model_type!r}; expected one of "
-            f"type {FAMILY!r} (Llama-3.2-Vision)"
+            f"type {', '.join(map(repr, FAMILIES))}"
         )
-    text, vision = config.get_text_config(), config.vision_config
-    cross = len(text.cross_attention_layers)
-    return Case(
-        hidden=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        cross_layers=cross,
-        self_layers=text.num_hidden_layers - cross,
-        mlp=text.intermediate_size,
-        vocabulary=min(text.vocab_size, config.image_token_index),
-        vision_hidden=vision.hidden_size,
-        vision_heads=vision.attention_heads,
-        vision_mlp=vision.intermediate_size,
-        vision_layers=vision.num_hidden_layers,
-        vision_global_layers=vision.num_global_layers,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        tiles=vision.max_num_tiles,
-        trains="all",
-        features="tower",
-    )
+    return Case.of(FAMILIES.named(config.model_type).size(config), config.model_type)
 
 
 def build_model(
@@ -204,7 +203,7 @@ def build_model(
     checkpoint: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
-) -> MllamaForConditionalGeneration:
+) -> nn.Module:
     """The model on the CPU; only what the case trains wants gradients.
 
     Args:
@@ -213,79 +212,45 @@ def build_model(
         dtype: of its weights.
         seed: of random weights, which are drawn in bf16.
     """
-    model: Any
+    family = case.contract()
+    model: nn.Module
     if checkpoint is not None:
-        model = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
+        model = family.load(checkpoint, dtype)
     else:
         torch.manual_seed(seed)
-        with _default_dtype(torch.bfloat16):
-            model = MllamaForConditionalGeneration(config_of(case))
-        model = model.to(dtype)
+        model = family.build(case.config(), gate=1.0, dtype=torch.bfloat16).to(dtype)
+    trained = _trained(model, case)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_trains(name, case))
-        if checkpoint is None and name.endswith("_gate"):
-            # Shut, as in a new model, the gradients of K and V would be zeros.
-            torch.nn.init.constant_(parameter, 1.0)
-    found: MllamaForConditionalGeneration = model
-    return found
+        parameter.requires_grad_(name in trained)
+    return model
 
 
-def config_of(case: Case) -> MllamaConfig:
-    """The config of the model."""
-    text = MllamaTextConfig(
-        vocab_size=case.vocabulary,
-        hidden_size=case.hidden,
-        num_hidden_layers=case.cross_layers + case.self_layers,
-        num_attention_heads=case.heads,
-        num_key_value_heads=case.kv_heads,
-        intermediate_size=case.mlp,
-        cross_attention_layers=list(range(case.cross_layers)),
-        max_position_embeddings=max(case.text_tokens, 2),
-        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-        bos_token_id=0,  # no sequence here begins, ends or is padded by a token
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    # As in the model itself, the features are the last output beside those of five layers, or of
-    # all, where there are fewer.
-    taken = list(range(case.vision_layers))[-5:]
-    vision = MllamaVisionConfig(
-        hidden_size=case.vision_hidden,
-        num_hidden_layers=case.vision_layers,
-        num_global_layers=case.vision_global_layers,
-        attention_heads=case.vision_heads,
-        intermediate_size=case.vision_mlp,
-        image_size=case.image_size,
-        patch_size=case.patch_size,
-        max_num_tiles=case.tiles,
-        supported_aspect_ratios=[[1, tiles] for tiles in range(1, case.tiles + 1)],
-        intermediate_layers_indices=taken,
-        vision_output_dim=case.vision_hidden * (1 + len(taken)),
-    )
-    return MllamaConfig(vision_config=vision, text_config=text, image_token_index=case.vocabulary)
+def _trained(model: nn.Module, case: Case) -> set[str]:
+    """The parameters that a case trains, by name."""
+    family = case.contract()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tower = {names[p] for p in family.vision_tower(model).parameters()}
+    cross = [layer.name for layer in family.attention_layers(model) if layer.kind == "cross"]
+    visual = {n for n in names.values() if _part(n, family.regions()) == "vision"}
+    text = set(names.values()) - visual
+    if case.trains == "cross":
+        text = {n for n in text if n.startswith(tuple(f"{x.rpartition('.')[0]}." for x in cross))}
+    elif case.trains == "kv":
+        of_cross = {n for n in text if n.startswith(tuple(f"{x}." for x in cross))}
+        text = {n for n in of_cross if any(part in n for part in _KEYS_AND_VALUES)}
+    if case.features == "tower":
+        return text | visual
+    return text if case.features == "frozen" else text | (visual - tower)
 
 
-def _trains(name: str, case: Case) -> bool:
-    if "vision_model" in name:
-        return case.features == "tower"
-    if "multi_modal_projector" in name:
-        return case.features != "frozen"
-    if case.trains != "kv":
-        return case.trains == "all" or any(
-            part in name
-            for part in ("cross_attn", *(f"layers.{layer}." for layer in range(case.cross_layers)))
-        )
-    return "cross_attn" in name and any(part in name for part in _KEYS_AND_VALUES)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def _part(name: str, regions: Mapping[str, str]) -> str | None:
+    """Which part of a step a parameter belongs to: that of the innermost module with one."""
+    while name:
+        name = name.rpartition(".")[0]
+        for pattern, part in regions.items():
+            if re.fullmatch(pattern, name):
+                return part
+    return None
 
 
 def make_batch(
@@ -308,25 +273,10 @@ def make_batch(
     Returns:
         A batch for ``ds_lvx.shard_batch(..., frames="local")``.
     """
-    generator = torch.Generator().manual_seed(seed)
-    shape = (1, case.text_tokens)
-    tokens = torch.randint(1, case.vocabulary, shape, generator=generator)
-    pixels = torch.empty(
-        1, len(frames), case.tiles, 3, case.image_size, case.image_size, dtype=dtype
+    batch = case.contract().random_frames(
+        case.config(), text_tokens=case.text_tokens, total=total, frames=frames, seed=seed
     )
-    for place, frame in enumerate(frames):
-        generator.manual_seed(seed + 1 + frame)
-        # Brighter or darker than others, so that a method which lost some would show.
-        shift = torch.randn(3, 1, 1, generator=generator)
-        pixels[0, place] = shift + torch.randn(pixels.shape[2:], generator=generator)
-    return {
-        "input_ids": tokens,
-        "labels": tokens,
-        "pixel_values": pixels,
-        "aspect_ratio_ids": torch.full((1, len(frames)), case.tiles),
-        "aspect_ratio_mask": torch.ones(1, len(frames), case.tiles, dtype=torch.long),
-        "visible_images": torch.tensor([0, total]).expand(*shape, 2),
-    }
+    return {k: t.to(dtype) if t.is_floating_point() else t for k, t in batch.items()}
 
 
 def ds_config(
@@ -350,12 +300,13 @@ def ds_config(
         zero_stage: of DeepSpeed.
         text_method: of the text's own attention.
     """
-    rule = {"match": "*.cross_attn", **setting.rule()}
+    match = case.contract().patterns
+    rule = {"match": match["cross"], **setting.rule()}
     if schedule is not None:
         rule["schedule"] = schedule
-    rules: list[dict[str, Any]] = [{"match": "*vision_model*", "method": "none"}, rule]
+    rules: list[dict[str, Any]] = [{"match": match["local"], "method": "none"}, rule]
     if case.self_layers > 0 and ranks > 1:
-        rules.append({"match": "*language_model*.self_attn", "method": text_method})
+        rules.append({"match": match["self"], "method": text_method})
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,

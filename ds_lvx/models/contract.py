@@ -86,12 +86,15 @@ class Family(ABC):
             ``labels``.
         features_key: the keyword by which the text model gets its visual features.
         always: arguments that every shard carries.
+        patterns: by kind of layer (``"local"``, ``"cross"``, ``"self"``) the pattern of its rule, in
+            this order, for a ds_config that a tool writes.
     """
 
     model_type: str = ""
     keys: tuple[str, ...] = ()
     features_key: str = "features"
     always: Mapping[str, Any] = {"use_cache": False}
+    patterns: Mapping[str, str] = {}
 
     # ---- required: patching a model
 
@@ -213,6 +216,10 @@ class Family(ABC):
     def config(self, size: Size) -> Any:
         """The configuration of a model cut to a size."""
         raise self.lacks("config", "a model with random weights")
+
+    def size(self, config: Any = None) -> Size:
+        """The size of a configuration; None is the published model's own."""
+        raise self.lacks("size", "ds-lvx compare --model")
 
     def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
         """A model with random weights, by torch's generator, its gates opened to ``gate``.

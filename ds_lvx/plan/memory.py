@@ -32,7 +32,7 @@ _NORM_BACKWARD_TENSORS = 6
 
 @dataclass(frozen=True)
 class CrossAttention:
-    """The cross-attention layers of a model; the defaults are Llama-3.2-11B-Vision in bf16.
+    """The cross-attention layers of a model; the defaults are an 11B model's in bf16.
 
     Attributes:
         hidden: width of the text's hidden states and of the visual features.

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_lvx.compare.case import REGIONS
 from ds_lvx.compare.training.breakdown import PHASES, Breakdown, Parts, broken_down
 from ds_lvx.compare.training.marks import marks
 from ds_lvx.compare.training.zero_transfers import zero_watched
 from ds_lvx.distributed.pending import Pending, Transfer, blocking
+from ds_lvx.models import FAMILIES
 
 
 class Clock:
@@ -111,7 +111,7 @@ class Model(nn.Module):
 
 
 def run_step(model: Model, clock: Clock) -> Breakdown:
-    parts = Parts(model, REGIONS, timing=clock.timing)
+    parts = Parts(model, FAMILIES.default().regions(), timing=clock.timing)
     with parts.recording() as breakdown:
         loss = model(torch.ones(2, requires_grad=True))
         parts.enter("backward")
@@ -239,7 +239,7 @@ def test_waits_inside_waits_count_once_and_stay_in_their_phase() -> None:
 
 def test_a_model_of_other_names_is_refused() -> None:
     with pytest.raises(ValueError, match="got a Linear without a module named like"):
-        Parts(nn.Linear(2, 2), REGIONS)
+        Parts(nn.Linear(2, 2), FAMILIES.default().regions())
 
 
 def test_phases_are_those_of_a_step() -> None:

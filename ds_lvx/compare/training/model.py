@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ds_lvx.compare.case import RANDOM, case_of, cut
+from ds_lvx.compare.case import case_of, cut, random_case, random_models
 from ds_lvx.compare.document import Results, columns, percentiles, times
 from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
 from ds_lvx.compare.machine import header
@@ -62,7 +62,7 @@ class Contest:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of a model, beside those that all comparisons share."""
     group = parser.add_argument_group(
-        "with --model", "tiny, mllama (Llama-3.2-11B-Vision with random weights), or a checkpoint"
+        "with --model", f"{', '.join(random_models())} (random weights), or a checkpoint"
     )
     group.add_argument("--frames", type=int, default=32, help="of the sample")
     group.add_argument("--text-tokens", type=int, default=256, help="of the sample")
@@ -81,14 +81,15 @@ def contest_of(options: argparse.Namespace, ranks: Ranks) -> Contest:
         ValueError: options that do not fit each other.
     """
     sizes = {name: getattr(options, name) for name in _CUTS}
-    if options.model in RANDOM:
-        case = cut(RANDOM[options.model], **sizes)
+    random = random_models()
+    if options.model in random:
+        case = cut(random_case(options.model), **sizes)
     else:
         given = [_option(name) for name, value in sizes.items() if value is not None]
         if given:
             raise ValueError(
                 f"--model: got {options.model} with {', '.join(given)}; expected these only with "
-                f"random weights ({', '.join(RANDOM)}): a checkpoint has its own sizes"
+                f"random weights ({', '.join(random)}): a checkpoint has its own sizes"
             )
         case = case_of(options.model)
     task = Task(
@@ -106,7 +107,7 @@ def contest_of(options: argparse.Namespace, ranks: Ranks) -> Contest:
         recompute=options.recompute,
         checkpointing=options.checkpointing,
         freeze_vision=options.freeze_vision,
-        checkpoint=options.model not in RANDOM,
+        checkpoint=options.model not in random,
     )
     for option in ("frames", "text_tokens"):
         got = getattr(options, option)

@@ -19,7 +19,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 import ds_lvx
-from ds_lvx.compare.case import REGIONS, Case, build_model, ds_config, make_batch
+from ds_lvx.compare.case import Case, build_model, ds_config, make_batch
 from ds_lvx.compare.harness import METHODS, now
 from ds_lvx.compare.network import read_counters
 from ds_lvx.compare.peak import meter
@@ -177,7 +177,7 @@ class _Finetuning:
         for _ in range(self._steps.warmup):
             self._keep(self._step())
         timed = [self._timed() for _ in range(self._steps.repeats)]
-        parts = Parts(self._engine.module, REGIONS)
+        parts = Parts(self._engine.module, self._steps.task.case.contract().regions())
         broken_down = [self._broken_down(parts) for _ in range(self._steps.repeats)]
         parts.remove()
         return {

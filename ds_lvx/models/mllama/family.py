@@ -44,6 +44,11 @@ class Mllama(Family):
 
     keys = batches.KEYS
     features_key = batches.STATES
+    patterns: Mapping[str, str] = {
+        "local": "*vision_model*",
+        "cross": "*.cross_attn",
+        "self": "*language_model*.self_attn",
+    }
     # The text model's projections; the vision tower's have other names around them.
     lora_targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
 
@@ -151,6 +156,9 @@ class Mllama(Family):
 
     def config(self, size: Size) -> MllamaConfig:
         return tiny.config_of(size)
+
+    def size(self, config: MllamaConfig | None = None) -> Size:
+        return tiny.size_of(config)
 
     def build(
         self, config: MllamaConfig, *, gate: float, dtype: torch.dtype

@@ -6,6 +6,8 @@ no file. The tiny model's frames are one tile of 28 x 28 pixels. Nothing is down
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -123,6 +125,49 @@ def config_of(size: Size) -> MllamaConfig:
         pad_token_id=size.pad,
     )
     return MllamaConfig(vision_config=vision, text_config=text, image_token_index=size.vocabulary)
+
+
+def size_of(config: MllamaConfig | None) -> Size:
+    """The size of a configuration; None is Llama-3.2-11B-Vision's, its layers as they are dealt."""
+    if config is None:
+        return Size(
+            vocabulary=128_256,
+            hidden=4096,
+            heads=32,
+            kv_heads=8,
+            mlp=14_336,
+            layers=40,
+            cross_at=tuple(range(3, 40, 5)),
+            positions=131_072,
+            vision_hidden=1280,
+            vision_heads=16,
+            vision_mlp=5120,
+            vision_layers=32,
+            vision_global_layers=8,
+            image_size=560,
+            tiles=4,
+            rope_theta=5e5,
+        )
+    text: Any = config.get_text_config()
+    vision: Any = config.vision_config
+    return Size(
+        vocabulary=min(text.vocab_size, config.image_token_index),
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        mlp=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        cross_at=tuple(text.cross_attention_layers),
+        positions=text.max_position_embeddings,
+        vision_hidden=vision.hidden_size,
+        vision_heads=vision.attention_heads,
+        vision_mlp=vision.intermediate_size,
+        vision_layers=vision.num_hidden_layers,
+        vision_global_layers=vision.num_global_layers,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        tiles=vision.max_num_tiles,
+    )
 
 
 def build(
