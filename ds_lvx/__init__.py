@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ds_lvx.distributed.traffic import traffic
     from ds_lvx.initialize import initialize
     from ds_lvx.kernels.visibility import Visibility
+    from ds_lvx.models.registry import register_family
     from ds_lvx.sharding import mean_loss, owned, shard_batch
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "lv_xattn_recompute",
     "mean_loss",
     "owned",
+    "register_family",
     "ring_attention",
     "shard_batch",
     "shutdown",
@@ -60,6 +62,7 @@ _HOMES = {
     "lv_xattn_recompute": "attention.recompute",
     "mean_loss": "sharding",
     "owned": "sharding",
+    "register_family": "models.registry",
     "ring_attention": "attention.ring",
     "shard_batch": "sharding",
     "shutdown": "distributed.shutdown",

@@ -11,8 +11,8 @@ from ds_lvx.plan.pieces import Pieces
 from ds_lvx.plan.transfers import Pass, Timeline
 from ds_lvx.plan.walks import WALKS
 
-METHODS = ("lvx", "ring", "ulysses", "none")
-SCHEDULES = ("ring", "gather", "replicated")
+METHODS = tuple(dict.fromkeys(name.partition(" ")[0] for name in WALKS))
+SCHEDULES = tuple(name.partition(" ")[2] for name in WALKS if " " in name)
 
 _AGREEMENT_BYTES = 2048
 
