@@ -239,11 +239,11 @@ def _rotate(
 
 
 WALKS: dict[str, Callable[[Pieces, bool], None]] = {
-    "none": _alone,
-    "lvx gather": _gather,
     "lvx ring": _rotate_queries,
+    "lvx gather": _gather,
     "lvx replicated": _replicated,
     "ring": _rotate_keys,
     "ulysses": _ulysses,
+    "none": _alone,
 }
 """What spends a pass on the timeline of its pieces; True is backward."""

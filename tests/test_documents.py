@@ -1,0 +1,172 @@
+"""What the documents name exists: files, headings, modules, options, and the stair of imports."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import ds_lvx
+from ds_lvx import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "ds_lvx"
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("ds_configs/*.md")],
+    key=lambda path: path.relative_to(ROOT).as_posix(),
+)
+LINK = re.compile(r"\[([^][]*)\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+
+# Files that a reader is told to write, or that a run leaves.
+WRITTEN = {
+    *("ask.py", "attention_example.py", "check.py", "example.py", "make_clip.py", "script.py"),
+    *("nano_family.py", "nano_vision.py", "NAME.py"),
+    *("ds_configs/mine.json", "ds_configs/....json", "docs/benchmarks/kernels.json"),
+}
+# Options of other programs.
+FOREIGN = {
+    *("--hostfile", "--master_addr", "--master_port", "--no_ssh", "--node_rank", "--num_gpus"),
+    *("--help", "--kill-on-bad-exit", "--nproc_per_node", "--ntasks-per-node"),
+}
+
+
+def each_document() -> Iterator[tuple[str, Path, str]]:
+    for path in DOCUMENTS:
+        yield path.relative_to(ROOT).as_posix(), path, path.read_text()
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+
+
+def anchors(document: Path) -> set[str]:
+    """The headings of a document as GitHub's links name them."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+def test_links_lead_to_files_and_headings_that_exist() -> None:
+    for name, path, text in each_document():
+        for _, target, anchor in LINK.findall(without_code(text)):
+            if "://" in target:
+                continue
+            there = path.parent / target if target else path
+            assert there.exists(), (name, target)
+            assert not anchor or anchor in anchors(there), (name, target, anchor)
+
+
+def test_a_link_that_names_a_file_leads_to_that_file() -> None:
+    for name, _, text in each_document():
+        for words, target, _ in LINK.findall(text):
+            if target.endswith(".py") and words.endswith(".py"):
+                assert target.endswith(words.replace("\\", "")), (name, words, target)
+
+
+def test_files_that_are_named_exist() -> None:
+    known = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    for name, _, text in each_document():
+        named = re.findall(r"(?<![\w./-])(?:ds_lvx|launch|ds_configs|docs)/[\w./*-]*\w", text)
+        for file in {each for each in named if "*" not in each} - WRITTEN:
+            assert (ROOT / file).exists(), (name, file)
+        for file in set(re.findall(r"[\w./-]*\b(\w+\.py)\b", text)) - WRITTEN:
+            # The contributors' page makes up names of tests.
+            assert file in known or name == "CONTRIBUTING.md", (name, file)
+
+
+def rows_of_contributing() -> list[str]:
+    """The files in the table of where to go for what."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("| to add | touch |")[2]
+    return re.findall(r"`([\w/.]+\.py)`", table.partition("\n\n")[0])
+
+
+def test_the_files_to_touch_exist() -> None:
+    rows = [file for file in rows_of_contributing() if "NAME" not in file]
+    assert len(rows) > 10
+    for file in rows:
+        assert (PACKAGE / file).is_file(), file
+
+
+def exists(dotted: str) -> bool:
+    """Whether a name such as ``ds_lvx.models.contract.Family`` leads to a module or what it has."""
+    place, rest = PACKAGE, dotted.split(".")[1:]
+    while rest and ((place / rest[0]).is_dir() or (place / f"{rest[0]}.py").is_file()):
+        place = place / rest.pop(0)
+    if not rest:
+        return True
+    if place == PACKAGE:  # a public name, or a key of the config's section
+        return rest[0] in {*ds_lvx.__all__, *ds_lvx.LVXConfig.model_fields}
+    source = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    defined = rf'^\s*(def|class) {rest[0]}\b|\b{rest[0]}\b\s*[:=]|"{rest[0]}"'
+    return re.search(defined, source.read_text(), re.MULTILINE) is not None
+
+
+def test_modules_and_names_exist() -> None:
+    assert not any(map(exists, ("ds_lvx.comm", "ds_lvx.plan.job.Job", "ds_lvx.cache.writes")))
+    for name, _, text in each_document():
+        if name == "CHANGELOG.md":  # it names what is gone
+            continue
+        for dotted in set(re.findall(r"(?<![\w.])ds_lvx(?:\.\w+)+", text)):
+            assert exists(dotted), (name, dotted)
+
+
+def options() -> set[str]:
+    """Of every command and script."""
+    found = set()
+    for module, _ in cli.COMMANDS.values():
+        parser = argparse.ArgumentParser()
+        import_module(module).add_arguments(parser)
+        found |= set(parser._option_string_actions)
+    scripts = [*(ROOT / "launch").rglob("*.*"), PACKAGE / "training" / "options.py"]
+    for script in (path for path in scripts if path.suffix in (".py", ".sh")):
+        code = script.read_text()
+        found |= set(re.findall(r"(?<!-)--[a-z][\w-]*", code))
+        if 'f"--{' in code:  # those of a loop, by their names
+            found |= {f"--{word}" for word in re.findall(r'"([a-z]\w*)": "', code)}
+    return found
+
+
+def test_options_exist() -> None:
+    known = options() | FOREIGN
+    for name, _, text in each_document():
+        for option in set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", text)):
+            assert option in known, (name, option)
+
+
+# --------------------------------------------------------------------------------------------
+# Imports
+
+
+def stair() -> dict[str, int]:
+    """Rooms of the package by their step, from the top, as CONTRIBUTING.md has them."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    block = re.search(r"```\n(  cli\n.*?)```", text, re.DOTALL)
+    assert block is not None
+    steps = [line.split(",") for line in block[1].strip().splitlines()]
+    return {room.strip(): step for step, rooms in enumerate(steps) for room in rooms}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The rooms of the package that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            if node.module == "ds_lvx":
+                yield from (alias.name for alias in node.names)
+            elif node.module.startswith("ds_lvx."):
+                yield node.module.split(".")[1]
+
+
+def test_imports_go_down_the_stair() -> None:
+    step, files = stair(), [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE]
+    files += [path for path in PACKAGE.glob("*.py") if path.name != "__init__.py"]
+    up = set()
+    for path in files:
+        file = path.relative_to(PACKAGE)
+        room = file.parts[0].removesuffix(".py")
+        for other in imports(path):
+            if step[other] < step[room]:
+                up.add((file.as_posix(), other))
+    assert up == {("attention/auto.py", "plan")}
+    assert set(step) == {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in files}
