@@ -178,7 +178,7 @@ class Layout:
 
 
 def _open(rule: Rule) -> Rule | None:
-    return None if rule.structure is Structure.ALL else rule
+    return None if rule.sees_all else rule
 
 
 def _span(lengths: Sequence[int], rank: int | None, first: int) -> slice:

@@ -87,12 +87,22 @@ class Rule:
         return self._parts[place]
 
     @cached_property
+    def sees_all(self) -> bool:
+        """Whether every query sees every key; False where that is not known on the CPU."""
+        rule = self.host
+        if rule is None or 0 in self.shape:
+            return False
+        first, last = rule.kv_pos.aminmax(dim=1)
+        starts, ends = rule.q_start.amax(dim=1), rule.q_end.amin(dim=1)
+        return bool(((starts <= first) & (last < ends)).all())
+
+    @cached_property
     def structure(self) -> Structure:
         """The first kind that fits; ``MIXED`` where the rule is not known on the CPU."""
         rule = self.host
         if rule is None:
             return Structure.MIXED
-        if _sees_all(rule):
+        if self.sees_all:
             return Structure.ALL
         seqlen_q, seqlen_kv = self.shape
         index = torch.arange(seqlen_kv, dtype=torch.int32)
@@ -161,13 +171,6 @@ def whole_blocks(
 
 def _slices(length: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, length)) for first in range(0, length, size)]
-
-
-def _sees_all(rule: Visibility) -> bool:
-    if 0 in (rule.q_start.numel(), rule.kv_pos.numel()):
-        return False
-    first, last = rule.kv_pos.aminmax(dim=1)
-    return bool((rule.q_start.amax(dim=1) <= first).all() and (last < rule.q_end.amin(dim=1)).all())
 
 
 def _rises(values: Tensor) -> bool:
