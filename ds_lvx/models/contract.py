@@ -86,8 +86,8 @@ class Family(ABC):
             ``labels``.
         features_key: the keyword by which the text model gets its visual features.
         always: arguments that every shard carries.
-        patterns: by kind of layer (``"local"``, ``"cross"``, ``"self"``) the pattern of its rule, in
-            this order, for a ds_config that a tool writes.
+        patterns: the pattern of each kind of layer (``"local"``, ``"cross"``, ``"self"``), in this
+            order, for the rules of a ds_config that a tool writes.
     """
 
     model_type: str = ""
