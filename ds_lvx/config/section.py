@@ -284,7 +284,7 @@ def _explain(details: ErrorDetails) -> str:
         return f"{path}: unknown key{hint}; the keys are {_list(known)}"
     if kind == "missing":
         return f"{path}: missing; every rule needs it, {_EXAMPLES[str(loc[-1])]}"
-    if kind == "literal_error":
+    if kind in ("literal_error", "string_type") and str(loc[-1]) in _WORDS:
         words = list(_WORDS[str(loc[-1])])
         word = details["input"]
         hint = _did_you_mean(word, words) if isinstance(word, str) else ""

@@ -195,11 +195,6 @@ class Text:
         return shard
 
 
-def _cut(rule: Visibility, queries: slice, keys: slice) -> Visibility:
-    parts = (rule.q_start[:, queries], rule.q_end[:, queries], rule.kv_pos[:, keys])
-    return Visibility(*(part.contiguous() for part in parts))
-
-
 def digest(*tensors: Tensor | None) -> int:
     """CRC-32 of the values of small tensors, the same for int32 and int64."""
     value = 0
