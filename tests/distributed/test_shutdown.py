@@ -93,7 +93,6 @@ def launch(kind: str) -> subprocess.CompletedProcess[str]:
         check=False,
         capture_output=True,
         text=True,
-        timeout=600,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 

@@ -22,7 +22,6 @@ def netlab(*words: str) -> subprocess.CompletedProcess[str]:
         [str(ROOT / "launch" / "netlab.sh"), *words],
         capture_output=True,
         text=True,
-        timeout=200,
         check=False,
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
     )
