@@ -33,8 +33,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if (folder / f"{OPERATOR}.so").exists():
         return
     print("Builds DeepSpeed's operator, once ...", flush=True)
-    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    environment = {**os.environ, **place, "DS_ACCELERATOR": "cpu"}
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, **place}
     subprocess.run([sys.executable, "-c", BUILD], cwd=ROOT, env=environment, check=False)
 
 

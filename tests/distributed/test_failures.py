@@ -91,10 +91,8 @@ def run_out(call: str, *, failing: int, stage: int, sp_size: int) -> tuple[str, 
     [
         ("forward", 0, 1, 2, 2),
         ("forward", 2, 3, 3, 3),
-        ("backward", 1, 2, 2, 2),
-        ("backward", 3, 1, 2, 4),
+        ("backward", 3, 2, 2, 4),
         ("step", 0, 0, 2, 2),
-        ("step", 1, 3, 2, 2),
     ],
 )
 def test_all_ranks_name_the_rank_and_the_size(

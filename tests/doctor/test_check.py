@@ -45,6 +45,7 @@ def bad(section: Section) -> list[Finding]:
     return [finding for finding in section.findings if finding.state is State.ERROR]
 
 
+@pytest.mark.slow
 def test_the_report_has_every_part_and_attention_is_exact(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

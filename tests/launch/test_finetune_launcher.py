@@ -21,6 +21,7 @@ from tests.launch.finetune_runs import (
     one_process_samples,
 )
 
+pytestmark = pytest.mark.slow
 CONFIG = ROOT / "ds_configs" / "finetune-cpu.json"
 
 

@@ -16,6 +16,7 @@ from tests.data.media import chat, write_image, write_jsonl
 from tests.launch.finetune_runs import ROOT, arguments, deepspeed, finetune, write_config
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("finetune_out_of_memory.py")
 SIZE = r"65,536\.00 GiB \(70,368,744,177,664 bytes\)"
 
