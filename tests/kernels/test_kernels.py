@@ -102,19 +102,9 @@ def test_forward_and_backward(
     torch.testing.assert_close(out.double(), exact_out, atol=1e-5, rtol=0)
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=0)
     delta = (dout * out).sum(-1).transpose(1, 2)
+    how = {"visibility": sees, "softmax_scale": scale}
     for has_dlse in (False, True):
-        gradients = backward(
-            kernel,
-            q,
-            k,
-            v,
-            dout,
-            lse,
-            delta,
-            visibility=sees,
-            softmax_scale=scale,
-            has_dlse=has_dlse,
-        )
+        gradients = backward(kernel, q, k, v, dout, lse, delta, **how, has_dlse=has_dlse)
         for gradient, leaf in zip(gradients, leaves, strict=True):
             assert leaf.grad is not None
             torch.testing.assert_close(gradient.double(), leaf.grad, atol=1e-5, rtol=1e-5)
@@ -144,18 +134,8 @@ def test_blocks_of_keys_add_up_to_the_whole(visibility: str) -> None:
     delta = (dout * out).sum(-1).transpose(1, 2)
 
     def gradients(keys: slice, part: Visibility | None) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(
-            kernel,
-            q,
-            k[:, keys],
-            v[:, keys],
-            dout,
-            lse,
-            delta,
-            visibility=part,
-            softmax_scale=0.2,
-            has_dlse=False,
-        )
+        how = {"visibility": part, "softmax_scale": 0.2, "has_dlse": False}
+        return backward(kernel, q, k[:, keys], v[:, keys], dout, lse, delta, **how)
 
     pieces = [gradients(b, p) for b, p in zip(blocks, parts, strict=True)]
     whole = gradients(slice(None), sees)
@@ -180,13 +160,8 @@ def test_16_bit_gradients_of_few_queries_are_rounded_once(
     dout = torch.randn(q.shape).to(dtype)
     (out * dout).sum().backward()
     delta = (dout * out.detach()).sum(-1).transpose(1, 2).float()
-    gradients = backward(
-        NativeKernel(),
-        *(q, k, v, dout, lse.detach().float(), delta),
-        visibility=sees,
-        softmax_scale=0.2,
-        has_dlse=False,
-    )
+    how = {"visibility": sees, "softmax_scale": 0.2, "has_dlse": False}
+    gradients = backward(NativeKernel(), q, k, v, dout, lse.detach().float(), delta, **how)
     assert [gradient.dtype for gradient in gradients] == [torch.float32, dtype, dtype]
     half_a_step = torch.finfo(dtype).eps / 2
     for gradient, leaf, rounding in zip(
@@ -342,21 +317,9 @@ def test_many_queries_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors(shape, torch.float32)
     out, lse = forward(NativeKernel(), q, k, v, visibility=None, softmax_scale=0.3)
     delta = (q * out).sum(-1).transpose(1, 2)
-    gradients = [
-        backward(
-            kernel_for(name, like(torch.float32)),
-            q,
-            k,
-            v,
-            q,
-            lse,
-            delta,
-            visibility=None,
-            softmax_scale=0.3,
-            has_dlse=True,
-        )
-        for name in ("native", "reference")
-    ]
+    how = {"visibility": None, "softmax_scale": 0.3, "has_dlse": True}
+    kernels = [kernel_for(name, like(torch.float32)) for name in ("native", "reference")]
+    gradients = [backward(kernel, q, k, v, q, lse, delta, **how) for kernel in kernels]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -372,18 +335,8 @@ def test_a_tiny_dout_does_not_underflow() -> None:
 
     def gradients(factor: float) -> list[Tensor]:
         delta = (factor * dout * out).sum(-1).transpose(1, 2)
-        parts = backward(
-            kernel,
-            q,
-            k,
-            v,
-            factor * dout,
-            lse,
-            delta,
-            visibility=None,
-            softmax_scale=0.25,
-            has_dlse=False,
-        )
+        how = {"visibility": None, "softmax_scale": 0.25, "has_dlse": False}
+        parts = backward(kernel, q, k, v, factor * dout, lse, delta, **how)
         return [part / factor for part in parts]
 
     for tiny, plain in zip(gradients(1e-25), gradients(1.0), strict=True):
