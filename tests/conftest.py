@@ -1,18 +1,42 @@
-"""What all tests share: the rank processes, and skipping of tests that need a GPU."""
+"""What all tests share: the rank processes, what they need built, and skipping without a GPU."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
-from tests.ranks import session_pool
+from tests.ranks import ROOT, session_pool
+
+OPERATOR = "deepspeed_shm_comm"
+BUILD = "from ds_lvx.distributed.start import init_distributed as start; start(dist_backend='gloo')"
 
 if not torch.cuda.is_available():
     # Read when Triton's kernels are imported: without a GPU they run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Have DeepSpeed build its operator before any rank starts: it takes a C++ compiler a minute.
+
+    Else several tests would wait for one build, and one that is ended meanwhile leaves a lock.
+    """
+    if hasattr(session.config, "workerinput") or session.config.option.collectonly:
+        return
+    folder = Path(cpp_extension._get_build_directory(OPERATOR, verbose=False))
+    if (folder / f"{OPERATOR}.so").exists():
+        return
+    print("Builds DeepSpeed's operator, once ...", flush=True)
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, **place}
+    subprocess.run([sys.executable, "-c", BUILD], cwd=ROOT, env=environment, check=False)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ import ds_lvx
 from ds_lvx.attention.replay import Box
 from ds_lvx.kernels.native import NativeKernel
 
-_LET_GO_S = 1.0
+_LET_GO_S = 60.0
 
 
 class Counts:

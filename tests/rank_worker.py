@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-GLOO_TIMEOUT_S = 60
+GLOO_TIMEOUT_S = 1800  # a run ends sooner, and says where its ranks stand
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@
 - `fn`, its arguments and its result travel by pickle: `fn` is found by module and name, so it has
   to be at the top level of a module under `tests/` (pytest runs with `--import-mode=importlib` and
   the repository's root on `sys.path`; the name of a module is its path, `tests.attention.test_x`).
-- Each run has a fresh process group (60 s timeout), seed 0, and the environment variables that a
-  launcher sets. Afterwards `ds_lvx.shutdown()` ends the groups, where `fn` has loaded `ds_lvx`.
+- Each run has a fresh process group, seed 0, and the environment variables that a launcher sets.
+  Afterwards `ds_lvx.shutdown()` ends the groups, where `fn` has loaded `ds_lvx`.
 - What `fn` changes in its process (environment, default dtype, working folder) is put back; what
   it changes in modules is not.
 - A run in which some ranks fail and others do not, or which lasts too long, costs its processes:
@@ -42,8 +42,12 @@ from torch.distributed import TCPStore
 from tests.rank_worker import Answer, Leave, Left, Quit, Task
 
 MAX_RANKS = 4
-GRACE_S = 4.0
-LEAVE_S = 30.0
+# Limits against hangs: far above what a loaded machine takes.
+RUN_S = 600.0
+GRACE_S = 30.0
+LEAVE_S = 300.0
+QUIT_S = 60.0
+STACKS_S = 30.0
 OUTPUT_CHARACTERS = 6000
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -135,13 +139,13 @@ class WorkerPool:
                 self._workers[rank] = Worker(rank)
         return self._workers[:count]
 
-    def discard(self, *, quit_s: float = 5.0) -> None:
+    def discard(self) -> None:
         """End all processes; idle ones end by themselves and leave their coverage data."""
         workers, self._workers = self._workers, []
         idle = [worker for worker in workers if not worker.busy]
         for worker in idle:
             worker.send(Quit())
-        deadline = time.monotonic() + quit_s
+        deadline = time.monotonic() + QUIT_S
         for worker in idle:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(max(0.0, deadline - time.monotonic()))
@@ -156,13 +160,13 @@ def session_pool() -> WorkerPool:
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120, **kwargs: Any
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = RUN_S, **kwargs: Any
 ) -> list[Any]:
     """Call `fn(*args, **kwargs)` on ranks 0 to `world_size - 1` and return the results by rank.
 
     Raises:
         ValueError: `world_size` is not 1 to 4, or `fn` or an argument cannot be pickled.
-        RankError: a rank raised or died. The others get four seconds more.
+        RankError: a rank raised or died. The others get half a minute more.
         TimeoutError: ranks had not answered after `timeout_s`; it names them.
     """
     if not 1 <= world_size <= MAX_RANKS:
@@ -262,7 +266,13 @@ def _stacks(workers: list[Worker], ranks: list[int]) -> str:
     """Where the given ranks stand, with what they printed before."""
     for rank in ranks:
         workers[rank].dump_stacks()
-    time.sleep(0.3 if ranks else 0)
+    deadline = time.monotonic() + STACKS_S
+    for rank in ranks:
+        # The outermost frame of the main thread is the last to be printed.
+        while workers[rank].alive and "_run_module_as_main" not in workers[rank].output():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
     return "".join(
         f"\n--- rank {rank} was still running and was stopped ---\n{workers[rank].output()}"
         for rank in ranks

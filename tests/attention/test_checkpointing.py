@@ -127,6 +127,10 @@ def steps(method: str, scenario: str) -> dict[str, dict[str, Any]]:
     return {name: step(method, name, scenario) for name in ("none", *VARIANTS)}
 
 
+def steps_of_each(cases: list[tuple[str, str]]) -> list[dict[str, dict[str, Any]]]:
+    return [steps(*case) for case in cases]
+
+
 def once_through(stack: nn.ModuleList, x: Tensor, features: Tensor, wrap: Any) -> None:
     run(stack, x, features, wrap).square().sum().backward()
 
@@ -199,33 +203,36 @@ SCENARIOS: dict[str, Callable[..., None]] = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_second_pass_runs_no_kernel_and_sends_nothing(method: str) -> None:
-    for scenario in ("once", "dropout"):
-        check(method, scenario)
+    check([(method, "once"), (method, "dropout")])
 
 
 @pytest.mark.parametrize(
     "scenario", [name for name in SCENARIOS if name not in ("once", "dropout")]
 )
 def test_whatever_happens_between_the_passes(scenario: str) -> None:
-    for method in ("lvx recompute", "ulysses"):
-        check(method, scenario)
+    check([("lvx recompute", scenario), ("ulysses", scenario)])
 
 
-def check(method: str, scenario: str) -> None:
-    """Compare checkpointed runs with the same one without checkpoints."""
-    for answers in run_ranks(steps, 2, method, scenario):
-        wanted = answers.pop("none")
-        for name, got in answers.items():
-            where = f"{method}, {scenario}, {name}"
-            assert got["counts"] == wanted["counts"], where
-            assert len(got["gradients"]) == len(wanted["gradients"]) > 2, where
-            for one, other in zip(got["gradients"], wanted["gradients"], strict=True):
-                torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6, msg=where)
-            assert got["boxes"] == 0, where
-            if method in ("lvx recompute", "lvx chunks"):
-                assert got["projections"] == wanted["projections"], where
-            if scenario == "dropout":
-                assert torch.equal(got["state"], wanted["state"]), where
+def check(cases: list[tuple[str, str]]) -> None:
+    """Compare checkpointed runs with the same one without checkpoints; a case: method, scenario."""
+    for answer in run_ranks(steps_of_each, 2, cases):
+        for (method, scenario), answers in zip(cases, answer, strict=True):
+            wanted = answers.pop("none")
+            for name, got in answers.items():
+                assert_same(got, wanted, (method, scenario, name))
+
+
+def assert_same(got: dict[str, Any], wanted: dict[str, Any], case: tuple[str, str, str]) -> None:
+    method, scenario, _ = case
+    assert got["counts"] == wanted["counts"], case
+    assert len(got["gradients"]) == len(wanted["gradients"]) > 2, case
+    for one, other in zip(got["gradients"], wanted["gradients"], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6, msg=str(case))
+    assert got["boxes"] == 0, case
+    if method in ("lvx recompute", "lvx chunks"):
+        assert got["projections"] == wanted["projections"], case
+    if scenario == "dropout":
+        assert torch.equal(got["state"], wanted["state"]), case
 
 
 def retained(method: str, name: str) -> dict[str, Any]:
@@ -248,15 +255,22 @@ def retained(method: str, name: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["torch", "torch reentrant", "deepspeed non-reentrant"])
+RETAINING = ("torch", "torch reentrant", "deepspeed non-reentrant")
+
+
+def retained_by_each(method: str) -> dict[str, dict[str, Any]]:
+    return {name: retained(method, name) for name in RETAINING}
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_a_second_backward_computes_for_real(method: str, name: str) -> None:
-    for answer in run_ranks(retained, 2, method, name):
-        assert answer["first"][0] == 0
-        # DeepSpeed's keeps what it has recomputed for as long as the graph.
-        assert (answer["second"][0] > 0) == (name != "deepspeed non-reentrant")
-        assert answer["doubled"]
-        assert answer["boxes"] == 0
+def test_a_second_backward_computes_for_real(method: str) -> None:
+    for answers in run_ranks(retained_by_each, 2, method):
+        for name, answer in answers.items():
+            assert answer["first"][0] == 0, name
+            # DeepSpeed's keeps what it has recomputed for as long as the graph.
+            assert (answer["second"][0] > 0) == (name != "deepspeed non-reentrant"), name
+            assert answer["doubled"], name
+            assert answer["boxes"] == 0, name
 
 
 def test_deepspeeds_own_function_has_no_second_backward() -> None:
@@ -276,14 +290,26 @@ def under_autocast(method: str, name: str) -> list[Tensor]:
     return gradients(stack, x, features)
 
 
+def under_autocast_each(method: str) -> dict[str, list[Tensor]]:
+    return {name: under_autocast(method, name) for name in ("none", *VARIANTS)}
+
+
 @pytest.mark.parametrize("method", ["lvx recompute", "lvx gather", "ulysses"])
 def test_autocast_is_that_of_the_first_pass(method: str) -> None:
-    expected = run_ranks(under_autocast, 2, method, "none")
-    for name in VARIANTS:
-        for got, plain in zip(run_ranks(under_autocast, 2, method, name), expected, strict=True):
-            for one, other in zip(got, plain, strict=True):
+    for answers in run_ranks(under_autocast_each, 2, method):
+        expected = answers.pop("none")
+        for name, got in answers.items():
+            for one, other in zip(got, expected, strict=True):
                 scale = other.abs().max()
                 assert (one - other).abs().max() <= 0.02 * scale, name
+
+
+KEEPING = ("lvx gather", "lvx recompute", "lvx chunks", "ring")
+
+
+def kept_by_each() -> dict[str, list[int]]:
+    """By method, for few and for many keys."""
+    return {method: [kept_bytes(method, tokens) for tokens in (10, 1000)] for method in KEEPING}
 
 
 def kept_bytes(method: str, tokens: int) -> int:
@@ -302,11 +328,9 @@ def _tensors(box: Box) -> list[Tensor]:
     return [item for result in results for item in result if isinstance(item, Tensor)]
 
 
-@pytest.mark.parametrize("method", ["lvx gather", "lvx recompute", "lvx chunks", "ring"])
-def test_what_is_kept_does_not_depend_on_the_number_of_keys(method: str) -> None:
-    (few,) = run_ranks(kept_bytes, 1, method, 10)
-    (many,) = run_ranks(kept_bytes, 1, method, 1000)
-    assert few == many == 6 * HIDDEN * 4 + 6 * HEADS * 4  # out and lse
+def test_what_is_kept_does_not_depend_on_the_number_of_keys() -> None:
+    (found,) = run_ranks(kept_by_each, 1)
+    assert found == dict.fromkeys(KEEPING, [6 * HIDDEN * 4 + 6 * HEADS * 4] * 2)  # out and lse
 
 
 class Changing:

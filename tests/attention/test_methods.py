@@ -85,18 +85,19 @@ def test_heads_in_groups_match_the_oracle(visibility: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize(("of_out", "of_lse"), [(1.0, 0.7), (1.0, 0.0), (0.0, 0.7)])
-def test_lse_is_a_differentiable_output(ranks: int, of_out: float, of_lse: float) -> None:
+def test_lse_is_a_differentiable_output(ranks: int) -> None:
     """Both outputs get a gradient, or all zeros; with dout = 0 no out can stand in for delta."""
     methods = [method for method in METHODS if method != "ulysses"]
     q_lengths, kv_lengths = SHARDS[ranks][1]
-    weights = {"out_weight": of_out, "lse_weight": of_lse}
-    problem = Problem(q_lengths, kv_lengths, visibility="frames", **weights)
-    cases = [_case(problem, method) for method in methods]
+    cases = []
+    for of_out, of_lse in ((1.0, 0.7), (1.0, 0.0), (0.0, 0.7)):
+        weights = {"out_weight": of_out, "lse_weight": of_lse}
+        problem = Problem(q_lengths, kv_lengths, visibility="frames", **weights)
+        cases += [_case(problem, method) for method in methods]
     answers = run_ranks(run_problems, ranks, cases)
     for index, (problem, method) in enumerate(cases):
         errors = largest_error(assemble([a[index] for a in answers]), problem.oracle())
-        assert max(errors.values()) < LIMIT, (method, errors)
+        assert max(errors.values()) < LIMIT, (method, problem, errors)
 
 
 def test_the_reference_kernel_and_fp64_are_exact() -> None:
@@ -113,8 +114,7 @@ def test_the_reference_kernel_and_fp64_are_exact() -> None:
         assert max(errors.values()) < limit, (method, problem.dtype, errors)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float16), (4, torch.bfloat16)])
 def test_16_bits_err_at_most_twice_as_much_as_pytorch(ranks: int, dtype: torch.dtype) -> None:
     """PyTorch's own attention over the whole sequence, same dtype, is the measure."""
     problem = Problem(

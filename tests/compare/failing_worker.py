@@ -5,16 +5,37 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 
 def main() -> None:
     """The last words of rank 1 come first, its end second."""
+    folder = Path(sys.argv[1]).parent
+    spoke, number = folder / "rank-1-spoke", folder / "process-of-rank-0"
     if os.environ["RANK"] == "1":
         print("rank 1 is broken", flush=True)
-        time.sleep(1.0)
+        spoke.touch()
+        wait_until(number.exists)
+        wait_until(lambda: ended(number.read_text()))
         sys.exit(5)
-    time.sleep(0.3)
+    wait_until(spoke.exists)
+    time.sleep(0.05)  # the clock of files may tick every 10 ms only
+    (folder / "written").write_text(str(os.getpid()))
+    (folder / "written").rename(number)  # whole when it is there
     sys.exit("rank 0 lost its peer")
+
+
+def ended(process: str) -> bool:
+    try:
+        return Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":

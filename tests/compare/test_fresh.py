@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ds_lvx.compare import fresh
 from ds_lvx.compare.case import Case
 from ds_lvx.compare.fresh import RunError, run_fresh
 from ds_lvx.compare.harness import Ranks, on_ranks
@@ -43,8 +44,9 @@ def test_a_rank_that_fails_says_why_and_leaves_nothing() -> None:
     assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= buffers
 
 
-def test_the_rank_that_failed_first_is_named() -> None:
+def test_the_rank_that_failed_first_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 fails; rank 0 ends because of it, and its process is gone first."""
+    monkeypatch.setattr(fresh, "_VICTIMS_S", 600.0)
     with pytest.raises(RunError, match=r"(?s)rank 1 ended with code 5; .*rank 1 is broken"):
         run_fresh("tests.compare.failing_worker", {}, ranks=2)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,12 +60,10 @@ def test_methods_agree_on_losses_and_every_gradient(records: list[dict[str, Any]
 
 def test_parts_add_up_to_the_step_and_each_is_there(records: list[dict[str, Any]]) -> None:
     for record in records:
-        low, high = record["sum_of_parts_over_whole"]
-        assert low <= high
         for answer in record["answers"]:
-            # The median of three steps: during one the machine may have done something else.
-            missed = [abs(_parts(step) / step["whole_s"] - 1) for step in answer["broken_down"]]
-            assert statistics.median(missed) < PARTS_MISS, (record["method"], missed)
+            for step in answer["broken_down"]:
+                # The first mark comes before the step's own clock, the last one behind it.
+                assert _parts(step) >= 0.999 * step["whole_s"], (record["method"], step)
         for phase, columns in record["typical"]["parts_s"].items():
             computed = {name for name, seconds in columns.items() if seconds > 0}
             if phase != "optimizer":
@@ -239,3 +236,6 @@ def test_the_document_has_the_table_of_the_committed_json() -> None:
     results = json.loads((root / "benchmarks" / f"{name}.json").read_text())
     assert model.name(results) == name
     assert model.text(results) in (root / "comparing-models.md").read_text()
+    for record in results["records"]:
+        low, high = record["sum_of_parts_over_whole"]
+        assert 1 - PARTS_MISS < low <= high < 1 + PARTS_MISS

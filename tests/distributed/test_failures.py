@@ -91,10 +91,8 @@ def run_out(call: str, *, failing: int, stage: int, sp_size: int) -> tuple[str, 
     [
         ("forward", 0, 1, 2, 2),
         ("forward", 2, 3, 3, 3),
-        ("backward", 1, 2, 2, 2),
-        ("backward", 3, 1, 2, 4),
+        ("backward", 3, 2, 2, 4),
         ("step", 0, 0, 2, 2),
-        ("step", 1, 3, 2, 2),
     ],
 )
 def test_all_ranks_name_the_rank_and_the_size(
@@ -102,7 +100,7 @@ def test_all_ranks_name_the_rank_and_the_size(
 ) -> None:
     """A rank that went on waiting would be a TimeoutError here, or a RankError of `shutdown`."""
     given = {"failing": failing, "stage": stage, "sp_size": sp_size}
-    results = run_ranks(run_out, ranks, call, **given, timeout_s=240)
+    results = run_ranks(run_out, ranks, call, **given)
     place = f"rank {failing % sp_size} of the {sp_size} that share a sample"
     host = re.escape(socket.gethostname())
     what = (
@@ -150,7 +148,7 @@ def run_out_while_starting() -> str:
 
 
 def test_starting_is_watched_too() -> None:
-    other, failing = run_ranks(run_out_while_starting, 2, timeout_s=240)
+    other, failing = run_ranks(run_out_while_starting, 2)
     what = (
         r"rank 1 \(.*\) ran out of memory in deepspeed\.initialize: "
         r"asked for 1,048,576\.00 GiB \(about 1,125,899,906,842,624 bytes\) on cpu"

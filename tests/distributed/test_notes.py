@@ -131,7 +131,6 @@ def test_without_the_store_errors_are_what_they_are(
     ending: signal.Signals, opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process that serves it has ended; its host has vanished, and no connection says so."""
-    monkeypatch.setattr("ds_lvx.distributed.notes._ANSWER_S", 0.2)
     command = [sys.executable, "-c", SERVER]
     with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as server:
         try:
@@ -140,6 +139,7 @@ def test_without_the_store_errors_are_what_they_are(
             first, second = opened(2, store)
             first._log.append({"rank": 0, "text": "of 0"})
             assert second.has_notes()
+            monkeypatch.setattr("ds_lvx.distributed.notes._ANSWER_S", 0.2)
             server.send_signal(ending)
             unexplained(second)
         finally:

@@ -93,17 +93,18 @@ def launch(kind: str) -> subprocess.CompletedProcess[str]:
         check=False,
         capture_output=True,
         text=True,
-        timeout=600,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zero3", "zero1", "operators", "theirs"])
 def test_a_script_ends_with_0(kind: str) -> None:
     done = launch(kind)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_script_ends_with_its_rank_s_error() -> None:
     done = launch("failing")
     assert done.returncode != 0

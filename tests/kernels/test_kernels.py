@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -13,10 +15,13 @@ from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
 from ds_lvx.kernels import flash, onednn
 from ds_lvx.kernels.choice import kernel_for
+from ds_lvx.kernels.interface import Kernel
 from ds_lvx.kernels.merge import empty_part, merge
 from ds_lvx.kernels.native import NativeKernel
 from tests.kernels.asking import backward, fold, forward
 from tests.largest import LargestTensor
+
+Named: TypeAlias = Callable[[str, torch.dtype], Kernel]
 
 SHAPES = [  # batch, queries, keys, heads, kv heads, head_dim
     (1, 1, 1, 1, 1, 16),
@@ -28,11 +33,26 @@ SHAPES = [  # batch, queries, keys, heads, kv heads, head_dim
 ]
 
 
-@pytest.fixture(autouse=True, params=["as here", "fused"])
+NAMES = ("native", "fused", "reference")
+
+
+@pytest.fixture(params=["as here", "fused"])
 def _products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ``native`` takes on this machine's processor, and what it takes on others."""
     if request.param == "fused":
         monkeypatch.setattr(onednn, "serves", lambda: False)
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, torch.dtype], Kernel]:
+    """Kernels by name; ``fused`` is what ``native`` takes on other processors."""
+
+    def kernel_of(name: str, dtype: torch.dtype) -> Kernel:
+        if name == "fused":
+            monkeypatch.setattr(onednn, "serves", lambda: False)
+        return kernel_for("native" if name == "fused" else name, like(dtype))
+
+    return kernel_of
 
 
 def like(dtype: torch.dtype, head_dim: int = 16) -> Tensor:
@@ -65,9 +85,11 @@ def rule(shape: tuple[int, ...], name: str) -> Visibility | None:
 
 @pytest.mark.parametrize("visibility", ["none", "frames", "shuffled"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["native", "reference"])
-def test_forward_and_backward(name: str, shape: tuple[int, ...], visibility: str) -> None:
-    kernel = kernel_for(name, like(torch.float32))
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_and_backward(
+    name: str, shape: tuple[int, ...], visibility: str, named: Named
+) -> None:
+    kernel = named(name, torch.float32)
     q, k, v = tensors(shape, torch.float32)
     sees, scale = rule(shape, visibility), 0.3
     leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
@@ -80,24 +102,15 @@ def test_forward_and_backward(name: str, shape: tuple[int, ...], visibility: str
     torch.testing.assert_close(out.double(), exact_out, atol=1e-5, rtol=0)
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=0)
     delta = (dout * out).sum(-1).transpose(1, 2)
+    how = {"visibility": sees, "softmax_scale": scale}
     for has_dlse in (False, True):
-        gradients = backward(
-            kernel,
-            q,
-            k,
-            v,
-            dout,
-            lse,
-            delta,
-            visibility=sees,
-            softmax_scale=scale,
-            has_dlse=has_dlse,
-        )
+        gradients = backward(kernel, q, k, v, dout, lse, delta, **how, has_dlse=has_dlse)
         for gradient, leaf in zip(gradients, leaves, strict=True):
             assert leaf.grad is not None
             torch.testing.assert_close(gradient.double(), leaf.grad, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("_products")
 @pytest.mark.parametrize("visibility", ["none", "frames"])
 def test_blocks_of_keys_add_up_to_the_whole(visibility: str) -> None:
     """The heart of every method: parts merge, and dk, dv of a block are exact given the lse."""
@@ -121,18 +134,8 @@ def test_blocks_of_keys_add_up_to_the_whole(visibility: str) -> None:
     delta = (dout * out).sum(-1).transpose(1, 2)
 
     def gradients(keys: slice, part: Visibility | None) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(
-            kernel,
-            q,
-            k[:, keys],
-            v[:, keys],
-            dout,
-            lse,
-            delta,
-            visibility=part,
-            softmax_scale=0.2,
-            has_dlse=False,
-        )
+        how = {"visibility": part, "softmax_scale": 0.2, "has_dlse": False}
+        return backward(kernel, q, k[:, keys], v[:, keys], dout, lse, delta, **how)
 
     pieces = [gradients(b, p) for b, p in zip(blocks, parts, strict=True)]
     whole = gradients(slice(None), sees)
@@ -142,6 +145,7 @@ def test_blocks_of_keys_add_up_to_the_whole(visibility: str) -> None:
         torch.testing.assert_close(together, whole[index])
 
 
+@pytest.mark.usefixtures("_products")
 @pytest.mark.parametrize("visibility", ["none", "frames"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_gradients_of_few_queries_are_rounded_once(
@@ -156,13 +160,8 @@ def test_16_bit_gradients_of_few_queries_are_rounded_once(
     dout = torch.randn(q.shape).to(dtype)
     (out * dout).sum().backward()
     delta = (dout * out.detach()).sum(-1).transpose(1, 2).float()
-    gradients = backward(
-        NativeKernel(),
-        *(q, k, v, dout, lse.detach().float(), delta),
-        visibility=sees,
-        softmax_scale=0.2,
-        has_dlse=False,
-    )
+    how = {"visibility": sees, "softmax_scale": 0.2, "has_dlse": False}
+    gradients = backward(NativeKernel(), q, k, v, dout, lse.detach().float(), delta, **how)
     assert [gradient.dtype for gradient in gradients] == [torch.float32, dtype, dtype]
     half_a_step = torch.finfo(dtype).eps / 2
     for gradient, leaf, rounding in zip(
@@ -172,15 +171,20 @@ def test_16_bit_gradients_of_few_queries_are_rounded_once(
         torch.testing.assert_close(gradient.double(), leaf.grad, atol=1e-6, rtol=1.01 * rounding)
 
 
-@pytest.mark.parametrize("has_dlse", [False, True])
-@pytest.mark.parametrize("visibility", ["none", "frames"])
-@pytest.mark.parametrize("queries", [0, 9, 150])
-@pytest.mark.parametrize("name", ["native", "reference", "triton"])
+@pytest.mark.parametrize(("visibility", "has_dlse"), [("none", True), ("frames", False)])
+@pytest.mark.parametrize(
+    ("name", "queries"), [*itertools.product(NAMES, (0, 9, 150)), ("triton", 0), ("triton", 9)]
+)
 def test_gradients_are_written_to_given_tensors(
-    name: str, queries: int, visibility: str, has_dlse: bool, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    queries: int,
+    visibility: str,
+    has_dlse: bool,
+    named: Named,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("ds_lvx.kernels.native._CPU_SCORE_ELEMENTS", 2**16)  # several of queries
-    kernel = kernel_for(name, like(torch.bfloat16))
+    kernel = named(name, torch.bfloat16)
     q, k, v = tensors((2, queries, 300, 4, 2, 16), torch.bfloat16)
     sees = None if visibility == "none" else rule((2, queries, 300), visibility)
     lse = torch.full((2, 4, queries), 6.0)
@@ -196,6 +200,7 @@ def test_gradients_are_written_to_given_tensors(
     assert whole[:, :, :, 3].isnan().all()
 
 
+@pytest.mark.usefixtures("_products")
 def test_many_queries_make_no_gradients_of_all_keys_in_fp32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -211,10 +216,12 @@ def test_many_queries_make_no_gradients_of_all_keys_in_fp32(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("visibility", ["none", "frames"])
-@pytest.mark.parametrize("name", ["native", "reference"])
-def test_keys_fold_into_a_running_result(name: str, visibility: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_fold_into_a_running_result(
+    name: str, visibility: str, dtype: torch.dtype, named: Named
+) -> None:
     shape = (2, 9, 600, 4, 2, 32)
-    kernel = kernel_for(name, like(dtype))
+    kernel = named(name, dtype)
     q, k, v = tensors(shape, dtype)
     sees = rule(shape, visibility)
     running = empty_part(q, torch.float32)
@@ -227,10 +234,10 @@ def test_keys_fold_into_a_running_result(name: str, visibility: str, dtype: torc
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
-def test_lengths_of_zero(name: str, queries: int, keys: int) -> None:
-    kernel = kernel_for(name, like(torch.bfloat16))
+def test_lengths_of_zero(name: str, queries: int, keys: int, named: Named) -> None:
+    kernel = named(name, torch.bfloat16)
     q, k, v = tensors((2, queries, keys, 4, 2, 16), torch.bfloat16)
     out, lse = forward(kernel, q, k, v, visibility=None, softmax_scale=1.0)
     assert out.shape == q.shape
@@ -243,6 +250,7 @@ def test_lengths_of_zero(name: str, queries: int, keys: int) -> None:
     assert not any(gradient.isnan().any() for gradient in (dq, dk, dv))
 
 
+@pytest.mark.usefixtures("_products")
 @pytest.mark.parametrize("visibility", ["none", "frames"])
 @pytest.mark.parametrize("layout", ["strided", "transposed", "expanded"])
 def test_any_layout_of_the_inputs(layout: str, visibility: str) -> None:
@@ -273,6 +281,7 @@ def test_any_layout_of_the_inputs(layout: str, visibility: str) -> None:
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("_products")
 def test_only_one_blocks_mask_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     alive, most = 0, 0
     original = Visibility.mask
@@ -300,6 +309,7 @@ def test_only_one_blocks_mask_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch
     assert 1 <= most <= 2
 
 
+@pytest.mark.usefixtures("_products")
 def test_many_queries_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a fused kernel the scores of a block stay within a budget; gradients add up."""
     monkeypatch.setattr("ds_lvx.kernels.native._CPU_SCORE_ELEMENTS", 2**11)
@@ -307,25 +317,14 @@ def test_many_queries_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors(shape, torch.float32)
     out, lse = forward(NativeKernel(), q, k, v, visibility=None, softmax_scale=0.3)
     delta = (q * out).sum(-1).transpose(1, 2)
-    gradients = [
-        backward(
-            kernel_for(name, like(torch.float32)),
-            q,
-            k,
-            v,
-            q,
-            lse,
-            delta,
-            visibility=None,
-            softmax_scale=0.3,
-            has_dlse=True,
-        )
-        for name in ("native", "reference")
-    ]
+    how = {"visibility": None, "softmax_scale": 0.3, "has_dlse": True}
+    kernels = [kernel_for(name, like(torch.float32)) for name in ("native", "reference")]
+    gradients = [backward(kernel, q, k, v, q, lse, delta, **how) for kernel in kernels]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("_products")
 def test_a_tiny_dout_does_not_underflow() -> None:
     """delta is what travels: the out that stands in for it must not divide by a square of 1e-30."""
     shape = (1, 4, 50, 2, 2, 16)
@@ -336,18 +335,8 @@ def test_a_tiny_dout_does_not_underflow() -> None:
 
     def gradients(factor: float) -> list[Tensor]:
         delta = (factor * dout * out).sum(-1).transpose(1, 2)
-        parts = backward(
-            kernel,
-            q,
-            k,
-            v,
-            factor * dout,
-            lse,
-            delta,
-            visibility=None,
-            softmax_scale=0.25,
-            has_dlse=False,
-        )
+        how = {"visibility": None, "softmax_scale": 0.25, "has_dlse": False}
+        parts = backward(kernel, q, k, v, factor * dout, lse, delta, **how)
         return [part / factor for part in parts]
 
     for tiny, plain in zip(gradients(1e-25), gradients(1.0), strict=True):

@@ -50,7 +50,7 @@ def deepspeed(
     port = str(29600 + os.getpid() % 300)
     command = [str(launcher), "--num_gpus", "2", "--master_port", port, str(script), *words]
     return subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
 
 

@@ -114,6 +114,7 @@ def test_committed_compiled_kernels_spill_nothing() -> None:
     for each in compiled["records"]:
         assert each["spilled_bytes"] == 0
         assert each["shared_bytes"] <= each["most_shared_bytes"]
+        assert each["programs_per_multiprocessor"] >= 1
 
 
 def gpu_script(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -122,7 +123,6 @@ def gpu_script(*words: str, **environment: str) -> subprocess.CompletedProcess[s
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
 

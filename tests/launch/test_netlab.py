@@ -22,7 +22,6 @@ def netlab(*words: str) -> subprocess.CompletedProcess[str]:
         [str(ROOT / "launch" / "netlab.sh"), *words],
         capture_output=True,
         text=True,
-        timeout=200,
         check=False,
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
     )
@@ -35,6 +34,7 @@ def test_help_is_the_script_s_own_text() -> None:
     assert "set -euo" not in done.stdout
 
 
+@pytest.mark.slow
 def test_ranks_of_a_launcher_compare_and_the_interfaces_agree(tmp_path: Path) -> None:
     reason = why_not()
     if reason is not None:

@@ -35,7 +35,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -119,7 +118,6 @@ def test_the_command_starts_two_ranks_and_hands_arguments_on(tmp_path: Path) -> 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
         check=True,
     )
     words = done.stdout.split()

@@ -119,7 +119,7 @@ def run_by_source(sources: list[str], *, checkpoint: bool) -> list[str]:
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_ranks_that_know_different_links_take_the_first_ranks(checkpoint: bool) -> None:
     """Each by its own facts, they would wait for each other for ever."""
-    given = {"checkpoint": checkpoint, "timeout_s": 60}
+    given = {"checkpoint": checkpoint}
     found = run_ranks(run_by_source, 2, ["lvx", "ring"], **given)
     assert found == [["all_gather", "all_to_all"]] * 2
     found = run_ranks(run_by_source, 2, ["ring", "lvx"], **given)

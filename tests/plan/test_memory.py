@@ -35,27 +35,27 @@ def dimensions(case: Case, element_bytes: int) -> CrossAttention:
     )
 
 
-@pytest.mark.parametrize(("frames", "dtype"), [(2, torch.bfloat16), (7, torch.float32)])
-@pytest.mark.parametrize("name", SAVED)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_layers_save_exactly_what_the_formula_says(
-    ranks: int, name: str, frames: int, dtype: torch.dtype
-) -> None:
-    setting = SAVED[name]
-    load = Load(keys=frames * TINY.frame_tokens, queries=TINY.text_tokens // ranks, ranks=ranks)
-    expected = kept(dimensions(TINY, dtype.itemsize), setting, load)
-    results = run_ranks(_saved, ranks, setting, frames, dtype)
-    for features, of_layers in results:
-        assert features == expected.features
-        assert of_layers == [expected.of_keys + expected.of_queries] * TINY.cross_layers
+def test_layers_save_exactly_what_the_formula_says(ranks: int) -> None:
+    sizes = ((2, torch.bfloat16), (7, torch.float32))
+    cases = [(name, *size) for name in SAVED for size in sizes]
+    for answers in run_ranks(_saved, ranks, cases):
+        for (name, frames, dtype), (features, of_layers) in zip(cases, answers, strict=True):
+            keys, queries = frames * TINY.frame_tokens, TINY.text_tokens // ranks
+            load = Load(keys=keys, queries=queries, ranks=ranks)
+            expected = kept(dimensions(TINY, dtype.itemsize), SAVED[name], load)
+            assert features == expected.features, (name, frames, dtype)
+            of_each = expected.of_keys + expected.of_queries
+            assert of_layers == [of_each] * TINY.cross_layers, (name, frames, dtype)
 
 
-def _saved(setting: Setting, frames: int, dtype: torch.dtype) -> tuple[int, list[int]]:
-    return saved_bytes(setting, frames=frames, dtype=dtype)
+def _saved(cases: list[tuple[str, int, torch.dtype]]) -> list[tuple[int, list[int]]]:
+    return [saved_bytes(SAVED[name], frames=frames, dtype=dtype) for name, frames, dtype in cases]
 
 
-@pytest.mark.parametrize("features", ["trained", "frozen"])
-@pytest.mark.parametrize("kv_heads", [1, 4], ids=["one key head", "four key heads"])
+@pytest.mark.parametrize(
+    ("kv_heads", "features"), [(1, "trained"), (4, "frozen")], ids=["one key head", "four, frozen"]
+)
 @pytest.mark.parametrize("setting", [Setting(), RECOMPUTE, CHUNKS], ids=["kept", "again", "chunks"])
 def test_a_token_adds_to_the_peak_what_the_formula_says(
     setting: Setting, kv_heads: int, features: str
