@@ -117,7 +117,7 @@ PY
 }
 
 require_packages() {
-  "$PYTHON" -c 'import ds_lvx, pytest' || {
+  "$PYTHON" -c 'import pytest; from ds_lvx import initialize' || {
     say "ds_lvx or pytest cannot be imported (above); install what is missing, or use --wheels"
     exit 1
   }
