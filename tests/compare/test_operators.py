@@ -51,6 +51,7 @@ def assembled(request: Contest, answers: list[dict[str, Any]], **changes: Any) -
 # ---- measuring
 
 
+@pytest.mark.slow
 def test_every_method_is_checked_counted_and_timed(tmp_path: Path) -> None:
     seen = replace(TINY, visibility="frames", features_dim=12)
     requests = [
