@@ -26,6 +26,7 @@ def load(setting: Setting) -> Load:
     return Load(TINY, setting, frames=2, warm_up_frames=1, steps=2)
 
 
+@pytest.mark.slow
 def test_every_rank_answers_with_every_sample() -> None:
     answers = on_ranks(weigh, load(Setting(recompute_kv=True, checkpointing=True)), TWO)
     assert len(answers) == 2

@@ -48,6 +48,7 @@ def records() -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_methods_agree_on_losses_and_every_gradient(records: list[dict[str, Any]]) -> None:
     assert disagreements(records, dtype="float32") == []
     for record in records:
@@ -58,6 +59,7 @@ def test_methods_agree_on_losses_and_every_gradient(records: list[dict[str, Any]
         assert record["losses"][-1] < record["losses"][0]
 
 
+@pytest.mark.slow
 def test_parts_add_up_to_the_step_and_each_is_there(records: list[dict[str, Any]]) -> None:
     for record in records:
         for answer in record["answers"]:
@@ -77,6 +79,7 @@ def _parts(step: dict[str, Any]) -> float:
     return sum(sum(columns.values()) for columns in step["parts_s"].values())
 
 
+@pytest.mark.slow
 def test_only_overlap_hides_and_only_queries_travel(records: list[dict[str, Any]]) -> None:
     by_name = {record["method"]: record for record in records}
     hidden = {name: sum(r["typical"]["hidden_s"].values()) for name, r in by_name.items()}
@@ -208,6 +211,7 @@ def test_a_cut_model_keeps_the_shape_of_its_heads() -> None:
     assert case.vision_global_layers == 1
 
 
+@pytest.mark.slow
 def test_table_plot_and_json(records: list[dict[str, Any]], tmp_path: Path) -> None:
     methods = [record["method"] for record in records]
     parts = model.results_of(

@@ -26,6 +26,7 @@ from ds_lvx.compare.operators.attend import NotingKernel
 from ds_lvx.compare.operators.rank import Contest
 from ds_lvx.compare.operators.tensors import Shape, make_shards, split
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.kernels.interface import Problem, Upstream
 from tests.ranks import run_ranks
 
 TINY = Shape(seqlen_q=9, seqlen_kv=30, batch=2, heads=4, kv_heads=2, head_dim=8, dtype="float32")
@@ -51,6 +52,7 @@ def assembled(request: Contest, answers: list[dict[str, Any]], **changes: Any) -
 # ---- measuring
 
 
+@pytest.mark.slow
 def test_every_method_is_checked_counted_and_timed(tmp_path: Path) -> None:
     seen = replace(TINY, visibility="frames", features_dim=12)
     requests = [
@@ -168,38 +170,42 @@ class CountingKernel:
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
-    def forward(self, q: Any, k: Any, v: Any, **options: Any) -> Any:
-        self.seen.append(("forward", q, options))
-        return q, q
+    def forward(self, problem: Problem, **options: Any) -> Any:
+        self.seen.append(("forward", problem, options))
+        return problem.q, problem.q
 
-    def fold(self, q: Any, k: Any, v: Any, running: Any, **options: Any) -> None:
-        self.seen.append(("fold", q, options))
+    def fold(self, problem: Problem, running: Any, **options: Any) -> None:
+        self.seen.append(("fold", problem, options))
         running[0].add_(1)
 
-    def backward(self, q: Any, *tensors: Any, **options: Any) -> Any:
-        self.seen.append(("backward", q, options))
-        return q, q, q
+    def backward(self, problem: Problem, upstream: Upstream, **options: Any) -> Any:
+        self.seen.append(("backward", problem, options))
+        return problem.q, problem.q, problem.q
+
+
+def described(seen: list[Any]) -> list[Any]:
+    return [
+        (name, problem.q.shape, problem.softmax_scale, problem.partial, options)
+        for name, problem, options in seen
+    ]
 
 
 def test_noted_calls_are_made_again() -> None:
     inner = CountingKernel()
-    noting = NotingKernel(inner)
-    how: dict[str, Any] = {"visibility": None, "softmax_scale": 0.5}
+    noting: Any = NotingKernel(inner)
     one, two, long = torch.zeros(3), torch.ones(3), torch.zeros(5)
-    noting.forward(one, one, one, **how, partial=True)
+    noting.forward(Problem(one, one, one, softmax_scale=0.5, partial=True))
     running = (torch.zeros(3), torch.zeros(3))
-    noting.fold(two, two, two, running, **how)
-    noting.forward(long, one, one, **how)
-    noting.backward(*[one] * 6, **how, has_dlse=False, into=(one, one))
-    assert inner.seen[-1][2].pop("into") == (one, one)
+    noting.fold(Problem(two, two, two, softmax_scale=0.5), running)
+    noting.forward(Problem(long, one, one, softmax_scale=0.5))
+    noting.backward(Problem(one, one, one, softmax_scale=0.5), Upstream(one, one, one), into=(one,))
+    assert inner.seen[-1][2].pop("into") == (one,)
     assert running[0].tolist() == [1, 1, 1]
     begun = inner.seen
     inner.seen = []
     noting.repeat(0, 4)
-    assert [(name, q.shape, options) for name, q, options in inner.seen] == [
-        (name, q.shape, options) for name, q, options in begun
-    ]
-    assert inner.seen[1][1].data_ptr() == one.data_ptr(), (
+    assert described(inner.seen) == described(begun)
+    assert inner.seen[1][1].q.data_ptr() == one.data_ptr(), (
         "one tensor serves for all that look like it"
     )
     assert running[0].tolist() == [1, 1, 1], "a repeated fold changed the real result"

@@ -91,7 +91,7 @@ def run_out(call: str, *, failing: int, stage: int, sp_size: int) -> tuple[str, 
     [
         ("forward", 0, 1, 2, 2),
         ("forward", 2, 3, 3, 3),
-        ("backward", 3, 2, 2, 4),
+        pytest.param("backward", 3, 2, 2, 4, marks=pytest.mark.slow),
         ("step", 0, 0, 2, 2),
     ],
 )

@@ -118,7 +118,9 @@ def step_each(ranks: int, names: tuple[str, ...], offset: int) -> list[dict[str,
     return [plain_step(rules(ranks, i + offset), BATCHES[n]()) for i, n in enumerate(names)]
 
 
-@pytest.mark.parametrize(("ranks", "offset"), [(1, 0), (2, 1), (3, 2), (4, 3)])
+@pytest.mark.parametrize(
+    ("ranks", "offset"), [(1, 0), (2, 1), (3, 2), pytest.param(4, 3, marks=pytest.mark.slow)]
+)
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
     names = tuple(BATCHES)
     results = run_ranks(step_each, ranks, ranks, names, offset)

@@ -84,26 +84,28 @@ def check(jobs: list[tuple[Any, ...]], make: Callable[[], Any] = tiny_model) -> 
 @pytest.mark.parametrize(
     ("stage", "name"),
     [
-        (0, "lvx"),
-        (0, "recompute"),
-        (1, "ring"),
         (2, "chunks"),
-        (2, "ulysses"),
         (3, "recompute"),
-        (3, "chunks"),
-        (3, "offload"),
+        pytest.param(0, "lvx", marks=pytest.mark.slow),
+        pytest.param(0, "recompute", marks=pytest.mark.slow),
+        pytest.param(1, "ring", marks=pytest.mark.slow),
+        pytest.param(2, "ulysses", marks=pytest.mark.slow),
+        pytest.param(3, "chunks", marks=pytest.mark.slow),
+        pytest.param(3, "offload", marks=pytest.mark.slow),
     ],
 )
 def test_the_config_alone_checkpoints_the_layers(stage: int, name: str) -> None:
     check([(config_of(name, stage),), (config_of(name, stage, {}),)])
 
 
+@pytest.mark.slow
 def test_transformers_checkpoints_before_initialize() -> None:
     config = config_of("recompute", 3)
     check([(config,), *((config, partial(enabled, reentrant)) for reentrant in (False, True))])
 
 
-@pytest.mark.parametrize(("stage", "name"), [(2, "recompute"), (3, "chunks")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "name"), [(2, "chunks"), (3, "recompute")])
 def test_lora_under_checkpoints(stage: int, name: str) -> None:
     config = config_of(name, stage)
     jobs = [(config,), (config_of(name, stage, {}),), (config, partial(enabled, False))]
@@ -137,9 +139,12 @@ SECTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "name"), [(1, "ulysses"), (3, "recompute")])
-def test_deepspeeds_own_settings(stage: int, name: str) -> None:
-    check([(config_of(name, stage), tiny_model), *((config_of(name, stage, s),) for s in SECTIONS)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "name", "sections"), [(1, "ulysses", SECTIONS), (3, "recompute", SECTIONS[1:2])]
+)
+def test_deepspeeds_own_settings(stage: int, name: str, sections: list[dict[str, Any]]) -> None:
+    check([(config_of(name, stage), tiny_model), *((config_of(name, stage, s),) for s in sections)])
 
 
 def kept_by_a_forward(section: dict[str, Any] | None) -> dict[str, Any]:

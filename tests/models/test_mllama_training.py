@@ -82,10 +82,10 @@ def test_reference_has_gradients_everywhere() -> None:
         (1, 2, ("lvx recompute", "ring")),
         (2, 2, ("lvx recompute", "ulysses")),
         (3, 2, tuple(CROSS)),
-        (0, 3, ("lvx",)),
-        (1, 3, ("ulysses",)),
-        (2, 3, ("ring",)),
         (3, 3, ("lvx recompute",)),
+        pytest.param(0, 3, ("lvx",), marks=pytest.mark.slow),
+        pytest.param(1, 3, ("ulysses",), marks=pytest.mark.slow),
+        pytest.param(2, 3, ("ring",), marks=pytest.mark.slow),
     ],
 )
 def test_training_equals_one_process(stage: int, ranks: int, names: tuple[str, ...]) -> None:
@@ -99,6 +99,7 @@ def test_training_equals_one_process(stage: int, ranks: int, names: tuple[str, .
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "name"), [(0, "ring"), (2, "lvx")])
 def test_two_replicas_of_two_ranks_equal_one_process(stage: int, name: str) -> None:
     check(
@@ -111,6 +112,7 @@ def test_two_replicas_of_two_ranks_equal_one_process(stage: int, name: str) -> N
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "name"), [(1, "ulysses"), (3, "lvx recompute")])
 def test_a_replica_without_images_beside_one_with_images(stage: int, name: str) -> None:
     """All ranks take part in ZeRO's collectives for the vision tower, images or not."""
@@ -126,6 +128,7 @@ def test_a_replica_without_images_beside_one_with_images(stage: int, name: str) 
     )
 
 
+@pytest.mark.slow
 def test_a_rank_without_frames_trains_along() -> None:
     batches = [[make_batch([[1], [3]], length=9, num_tiles=[[2], [1]], seed=s)] for s in (21, 22)]
     check(

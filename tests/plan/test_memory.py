@@ -53,6 +53,7 @@ def _saved(cases: list[tuple[str, int, torch.dtype]]) -> list[tuple[int, list[in
     return [saved_bytes(SAVED[name], frames=frames, dtype=dtype) for name, frames, dtype in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kv_heads", "features"), [(1, "trained"), (4, "frozen")], ids=["one key head", "four, frozen"]
 )
