@@ -185,7 +185,7 @@ def test_a_checkpoint_s_own_sizes_count(tmp_path: Path) -> None:
         contest(model=str(tmp_path))
     build_model(CASE).save_pretrained(tmp_path)
     found = contest(model=str(tmp_path), ranks=9, methods=("ulysses", "none"))
-    assert found.task.case == replace(CASE, text_tokens=256)
+    assert found.task.case == replace(CASE, text_tokens=256, family="mllama")
     assert skipped(found) == {"ulysses": "8 query heads for 9 ranks, in the text"}
     weights = dict(build_model(CASE, dtype=torch.float32).named_parameters())
     for name, weight in found.task.build().named_parameters():
