@@ -1,4 +1,8 @@
-"""Predicted time and bytes of one attention call, by method and schedule."""
+"""Predicted time and bytes of one attention call, by method and schedule.
+
+The tables of README.md and docs/how-it-works.md, and the tests that hold `ds_lvx.traffic` to its
+bytes, come from `bytes_sent`.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,14 @@ from functools import lru_cache
 
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cluster import Cluster
+from ds_lvx.plan.messages import Messages
 from ds_lvx.plan.pieces import Pieces
 from ds_lvx.plan.transfers import Pass, Timeline
-from ds_lvx.plan.walks import WALKS
+from ds_lvx.plan.walks import WAYS, Way, way_of
 
 # Not from the registry: its package imports torch, and `ds-lvx plan` does without.
-METHODS = tuple(dict.fromkeys(name.partition(" ")[0] for name in WALKS))
-SCHEDULES = tuple(name.partition(" ")[2] for name in WALKS if " " in name)
+METHODS = tuple(dict.fromkeys(name.partition(" ")[0] for name in WAYS))
+SCHEDULES = tuple(name.partition(" ")[2] for name in WAYS if " " in name)
 
 _AGREEMENT_BYTES = 2048
 
@@ -73,21 +78,20 @@ def cost(
             f"ulysses: got {shape.heads} query heads for {shape.ranks} ranks; expected at least "
             "one head a rank"
         )
-    alone = method == "none" or shape.ranks == 1
-    walk = WALKS["none" if alone else f"lvx {schedule}" if method == "lvx" else method]
+    way = way_of(shape, method, schedule)
     passes = []
     for backward in (False, True)[: 1 + shape.backward]:
         pieces = Pieces(shape, cluster, Timeline(overlap=overlap))
         pieces.timeline.compute(cluster.device.call_s, "other")
-        if not backward and not alone:
+        if not backward and way is not WAYS["none"]:
             agreements = 0 if settled else 2 if shape.recompute and method == "lvx" else 1
-            _settle(pieces, method, schedule, agreements=agreements)
-        walk(pieces, backward)
+            _settle(pieces, way, agreements=agreements)
+        way.walk(pieces, backward)
         passes.append(pieces.timeline.result())
     return Cost(passes[0], passes[1] if shape.backward else Pass())
 
 
-def _settle(pieces: Pieces, method: str, schedule: str, *, agreements: int) -> None:
+def _settle(pieces: Pieces, way: Way, *, agreements: int) -> None:
     """What a bare operator does before it attends: it agrees, and gathers the rule."""
     ranks, timeline = pieces.ranks, pieces.timeline
     # The control plane is not part of the bytes.
@@ -95,6 +99,48 @@ def _settle(pieces: Pieces, method: str, schedule: str, *, agreements: int) -> N
     for _ in range(agreements):
         timeline.wait(timeline.post(agreement))
     queries, keys = pieces.most_queries, pieces.most_keys
-    rule = pieces.message.rule(method, schedule, queries=queries, keys=keys)
+    rule = pieces.message.rule(way.rule, queries=queries, keys=keys)
     if rule:
         timeline.wait(timeline.post(ranks.gather(rule)))
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that a rank hands to the transport in a call, as `ds_lvx.traffic` counts them.
+
+    Attributes:
+        rule: before forward, of a bare operator with a rule.
+        forward, backward: the rest.
+    """
+
+    rule: float
+    forward: float
+    backward: float
+
+
+def bytes_sent(
+    shape: AttentionShape,
+    method: str,
+    schedule: str = "gather",
+    *,
+    rank: int = 0,
+    factors: bool = False,
+) -> Sent:
+    """What a rank sends in one call, without the agreement on the control plane.
+
+    With equal shards ``lvx`` sends ``(n-1) s H (2 D e + 4)`` forward and ``(n-1) s H (3 D e + 8)``
+    backward by either schedule that moves queries, ``ring`` ``2 (n-1) t K D e`` and twice that,
+    ``ulysses`` ``(n-1)/n (2 s H + 2 t K) D e`` each way.
+
+    Args:
+        shape: the call.
+        method: ``"lvx"``, ``"ring"``, ``"ulysses"`` or ``"none"``.
+        schedule: of lvx.
+        rank: which one; with unequal shards they differ.
+        factors: see `Messages`.
+    """
+    way, message = way_of(shape, method, schedule), Messages(shape, factors)
+    mine = {"queries": shape.q_lengths[rank], "keys": shape.kv_lengths[rank]}
+    forward, backward = way.sends(message, rank)
+    rule = (shape.ranks - 1) * message.rule(way.rule, **mine)
+    return Sent(rule, forward, backward if shape.backward else 0)

@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ds_lvx.attention.messages import FP32_BYTES
 from ds_lvx.attention.shape import STREAMED_TOKENS, evenly
+from ds_lvx.plan.messages import FP32_BYTES
 from ds_lvx.plan.scenario import Scenario
 
 _LAYER_BYTES = 34

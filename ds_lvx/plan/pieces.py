@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ds_lvx.attention.messages import Messages
 from ds_lvx.attention.shape import AttentionShape, head_groups
 from ds_lvx.plan.cluster import Cluster, KernelTime
+from ds_lvx.plan.messages import Messages
 from ds_lvx.plan.transfers import Ranks, Timeline
 
 _TOUCHES = {

@@ -1,16 +1,19 @@
-"""How a rank spends a forward or a backward, by method and schedule: walks through the code.
+"""How a rank spends a forward or a backward, and what it sends, by method and schedule.
 
-A walk says what the rank computes and what its link carries at the same time. What rotates counts
-with its mean length, because each rank meets every shard once; what stays, with the longest.
-docs/planning.md has the formulas.
+A walk goes through the code: what the rank computes, and what its link carries at the same time.
+What rotates counts with its mean length, because each rank meets every shard once; what stays, with
+the longest. Beside each walk stands what a rank sends in both passes, exactly, for shards of any
+length. docs/planning.md has the formulas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
-from ds_lvx.attention.messages import padded
+from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.plan.messages import Messages, padded
 from ds_lvx.plan.pieces import Pieces
 from ds_lvx.plan.transfers import Transfer
 
@@ -69,6 +72,17 @@ def _gather(pieces: Pieces, backward: bool) -> None:
         pieces.project(backward=True)
 
 
+def _gather_sends(message: Messages, rank: int) -> tuple[float, float]:
+    """A rank's own queries to everyone, the parts of all others home."""
+    mine, others = _mine_and_others(message.shape.q_lengths, rank)
+    n = message.shape.ranks
+    forward, backward = (
+        (n - 1) * message.queries(mine, backward=each) + message.part(others, backward=each)
+        for each in (False, True)
+    )
+    return forward, backward
+
+
 def _rotate_queries(pieces: Pieces, backward: bool) -> None:
     """The next queries and the last part travel under each kernel; dk and dv add up in fp32."""
     device, again, queries = pieces.device, pieces.shape.recompute, pieces.mean_queries
@@ -94,6 +108,18 @@ def _rotate_queries(pieces: Pieces, backward: bool) -> None:
         pieces.project(backward=True)
 
 
+def _rotated_queries_send(message: Messages, rank: int) -> tuple[float, float]:
+    """All queries are passed on but those of the rank ahead, which were with it first."""
+    q_lengths = message.shape.q_lengths
+    _, passed = _mine_and_others(q_lengths, (rank + 1) % message.shape.ranks)
+    _, others = _mine_and_others(q_lengths, rank)
+    forward, backward = (
+        message.queries(passed, backward=each) + message.part(others, backward=each)
+        for each in (False, True)
+    )
+    return forward, backward
+
+
 def _replicated(pieces: Pieces, backward: bool) -> None:
     """Everyone has all queries; lse is gathered and out summed, or dq."""
     queries, device, timeline = pieces.most_queries, pieces.device, pieces.timeline
@@ -108,6 +134,13 @@ def _replicated(pieces: Pieces, backward: bool) -> None:
         timeline.wait(timeline.post(pieces.ranks.gather(pieces.message.statistics(queries))))
         pieces.touch(pieces.of_q(queries), "merge")
     timeline.wait(timeline.post(pieces.ranks.all_reduce(pieces.message.summed(queries))))
+
+
+def _replicated_sends(message: Messages, rank: int) -> tuple[float, float]:
+    """lse to everyone, and an all-reduce of out; in backward one of dq."""
+    queries, n = message.shape.q_lengths[rank], message.shape.ranks
+    summed = 2 * (n - 1) / n * message.summed(queries)
+    return (n - 1) * message.statistics(queries) + summed, summed
 
 
 def _begin(pieces: Pieces, backward: bool) -> None:
@@ -150,6 +183,14 @@ def _rotate_keys(pieces: Pieces, backward: bool) -> None:
         pieces.project(backward=True)
 
 
+def _rotated_keys_send(message: Messages, rank: int) -> tuple[float, float]:
+    """k and v go round; in backward dk and dv of all others go home besides."""
+    kv_lengths = message.shape.kv_lengths
+    _, passed = _mine_and_others(kv_lengths, (rank + 1) % message.shape.ranks)
+    _, others = _mine_and_others(kv_lengths, rank)
+    return message.keys(passed), message.keys(passed) + message.keys(others)
+
+
 def _ulysses(pieces: Pieces, backward: bool) -> None:
     """All-to-alls of q, k, v; a kernel over all keys and some heads; one of out; and back."""
     if not backward:
@@ -173,6 +214,15 @@ def _ulysses(pieces: Pieces, backward: bool) -> None:
         all_to_all(numbers)
     if backward:
         pieces.project(backward=True)
+
+
+def _ulysses_sends(message: Messages, rank: int) -> tuple[float, float]:
+    """All-to-alls of q, k, v and out; in backward of their gradients."""
+    shape = padded(message.shape)
+    message = Messages(shape)
+    whole = 2 * message.rows(shape.q_lengths[rank]) + message.keys(shape.kv_lengths[rank])
+    each = (shape.ranks - 1) / shape.ranks * whole
+    return each, each
 
 
 # --------------------------------------------------------------------------------------------
@@ -238,12 +288,36 @@ def _rotate(
         timeline.compute(add_s, "other")
 
 
-WALKS: dict[str, Callable[[Pieces, bool], None]] = {
-    "lvx ring": _rotate_queries,
-    "lvx gather": _gather,
-    "lvx replicated": _replicated,
-    "ring": _rotate_keys,
-    "ulysses": _ulysses,
-    "none": _alone,
+def _mine_and_others(lengths: tuple[int, ...], rank: int) -> tuple[int, int]:
+    return lengths[rank], sum(lengths) - lengths[rank]
+
+
+class Way(NamedTuple):
+    """One way of attending to what is split.
+
+    Attributes:
+        walk: spends a pass on the timeline of its pieces; True is backward.
+        sends: bytes of a rank in forward and in backward, by its messages and its number.
+        rule: whose part of the rule a bare operator gathers before its forward: ``q`` and ``kv``.
+    """
+
+    walk: Callable[[Pieces, bool], None]
+    sends: Callable[[Messages, int], tuple[float, float]] = lambda message, rank: (0, 0)
+    rule: tuple[str, ...] = ()
+
+
+WAYS = {
+    "lvx ring": Way(_rotate_queries, _rotated_queries_send, ("q",)),
+    "lvx gather": Way(_gather, _gather_sends, ("q",)),
+    "lvx replicated": Way(_replicated, _replicated_sends),
+    "ring": Way(_rotate_keys, _rotated_keys_send, ("kv",)),
+    "ulysses": Way(_ulysses, _ulysses_sends, ("q", "kv")),
+    "none": Way(_alone),
 }
-"""What spends a pass on the timeline of its pieces; True is backward."""
+"""By method, and schedule of lvx."""
+
+
+def way_of(shape: AttentionShape, method: str, schedule: str) -> Way:
+    """The way that a call takes; a rank by itself attends alone."""
+    alone = method == "none" or shape.ranks == 1
+    return WAYS["none" if alone else f"lvx {schedule}" if method == "lvx" else method]

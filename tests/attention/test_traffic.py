@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import ds_lvx
-from ds_lvx.attention.messages import bytes_sent
 from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.plan.cost import bytes_sent
 from tests.attention.cases import Problem, run_problems
 from tests.ranks import run_ranks
 

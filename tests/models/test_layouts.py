@@ -9,10 +9,10 @@ import pytest
 
 import ds_lvx
 from ds_lvx.attention import auto, layout
-from ds_lvx.attention.messages import bytes_sent
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.kernels import rule
 from ds_lvx.models import attend
+from ds_lvx.plan.cost import bytes_sent
 from tests.models.mllama_case import ds_config, end_engine, hard_batch, start_engine, tiny_model
 from tests.ranks import run_ranks
 

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from ds_lvx.attention.messages import bytes_sent
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import Cluster, Link, from_card
-from ds_lvx.plan.cost import Cost, cost
+from ds_lvx.plan.cost import Cost, bytes_sent, cost
 
 SHAPE = AttentionShape.even(queries=384, keys=768_000, ranks=8, heads=32, kv_heads=8, head_dim=128)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ds_lvx.attention.messages import Messages, Sent, bytes_sent
 from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.plan.cost import Sent, bytes_sent
+from ds_lvx.plan.messages import Messages
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = {
