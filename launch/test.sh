@@ -2,7 +2,7 @@
 # Lint, types and tests, in .venv, which is made first where there is none.
 #     bash launch/test.sh                              everything, with coverage of at least 90%
 #     bash launch/test.sh tests/config -k typo       arguments go to pytest; coverage is not asked
-#     bash launch/test.sh -m "not slow"                what takes over ten seconds is left out
+#     bash launch/test.sh -m "not slow"                what takes over five seconds is left out
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/env.sh

@@ -74,6 +74,7 @@ def hooks_of_ours(model: nn.Module) -> list[Hook]:
     return [hook for some in hooks for hook in some if isinstance(hook, Hook)]
 
 
+@pytest.mark.slow
 def test_rank_0_prints_one_table_and_shutdown_ends_everything() -> None:
     results = run_ranks(start_and_describe, 4, config_of(stage=3))
     for rank, result in enumerate(results):

@@ -59,6 +59,7 @@ def test_every_public_name_exists_and_says_what_it_does() -> None:
         assert inspect.getdoc(getattr(ds_lvx, name)), name
 
 
+@pytest.mark.slow
 def test_a_module_does_not_take_the_place_of_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python makes the module ``ds_lvx.initialize``, once imported, an attribute of the package."""
     script = (

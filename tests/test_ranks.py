@@ -135,6 +135,7 @@ def test_an_exception_on_all_ranks_keeps_the_processes() -> None:
     assert _pids(2) == before
 
 
+@pytest.mark.slow
 def test_an_exception_on_one_rank_names_it_and_does_not_wait_for_the_others() -> None:
     before = _pids(3)
     with _hurried(3) as waited_s, pytest.raises(RankError) as caught:
@@ -149,6 +150,7 @@ def test_an_exception_on_one_rank_names_it_and_does_not_wait_for_the_others() ->
     assert not set(_pids(3)) & set(before)
 
 
+@pytest.mark.slow
 def test_a_hang_is_a_timeout_that_names_the_rank() -> None:
     before = _pids(2)
     expected = pytest.raises(TimeoutError, match=r"ranks \[1\] had not answered after 7")
@@ -187,6 +189,7 @@ def test_what_cannot_travel_is_refused_at_once() -> None:
         run_ranks(_describe, 5)
 
 
+@pytest.mark.slow
 def test_a_worker_ends_with_its_pytest() -> None:
     script = (
         "import os; from tests.ranks import run_ranks; from tests.test_ranks import _describe;"

@@ -35,6 +35,7 @@ def owned_by_me(count: int) -> tuple[range, range]:
     return whole_world, owned(count)
 
 
+@pytest.mark.slow
 def test_ranks_of_a_group_own_the_frames_between_them() -> None:
     results = run_ranks(owned_by_me, 4, 5)
     assert [world for world, _ in results] == [range(2), range(2, 3), range(3, 4), range(4, 5)]
@@ -49,6 +50,7 @@ def loss_means(value: float) -> tuple[float, float, bool]:
     return world.item(), mean.item(), mean.requires_grad or mean.dtype != torch.float32
 
 
+@pytest.mark.slow
 def test_mean_loss_sums_over_the_sequence_and_averages_over_replicas() -> None:
     # (1 + 2) and (3 + 4) are the losses of two samples.
     assert run_ranks(loss_means, 4, 1.0) == [(10.0, 5.0, False)] * 4

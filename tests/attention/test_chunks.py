@@ -76,7 +76,10 @@ def run_chunked(chunk: int, sees: bool) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("chunk", "sees"), [(1, True), (4, False), (4, True), (1000, False)])
+@pytest.mark.parametrize(
+    ("chunk", "sees"),
+    [pytest.param(1, True, marks=pytest.mark.slow), (4, False), (4, True), (1000, False)],
+)
 def test_chunks_give_the_gradients_of_the_whole(chunk: int, sees: bool) -> None:
     answers = run_ranks(run_chunked, 3, chunk, sees)
     exact = {name: value.double().requires_grad_() for name, value in inputs().items()}

@@ -48,7 +48,7 @@ def _grid(ranks: int) -> list[tuple[Problem, str]]:
     return cases
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_method_matches_the_oracle_in_fp32(ranks: int) -> None:
     cases = _grid(ranks)
     answers = run_ranks(run_problems, ranks, cases)

@@ -52,7 +52,7 @@ def design(problem: Problem, rank: int) -> tuple[float, float]:
     )
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_bytes_are_those_of_the_formula(ranks: int) -> None:
     """Equal shards: then each rank sends as many rows of others home as it has of its own."""
     cases = []
@@ -88,6 +88,7 @@ def test_bytes_of_lvx_do_not_depend_on_the_number_of_keys() -> None:
         assert ring_short == ring_long == gather_short == gather_long
 
 
+@pytest.mark.slow
 def test_messages_gather_sends_two_ring_two_a_hop() -> None:
     problem = Problem((8,) * 4, (16,) * 4)
     cases = [

@@ -37,6 +37,7 @@ def test_every_rank_answers_with_every_sample() -> None:
             assert step > forward > 0
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_says_why_and_leaves_nothing() -> None:
     buffers = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
     with pytest.raises(RunError, match=r"(?s)rank \d ended with code 1; .*features") as raised:

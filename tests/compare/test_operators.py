@@ -82,6 +82,7 @@ def test_every_method_is_checked_counted_and_timed(tmp_path: Path) -> None:
     assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_formulas() -> None:
     answers = [answer for (answer,) in run_ranks(measured, 3, [ONCE])]
     found = {record["method"]: record for record in assembled(ONCE, answers)["records"]}

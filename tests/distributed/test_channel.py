@@ -200,5 +200,6 @@ def run_in_a_subgroup() -> list[float] | None:
     return theirs.wait()[0].tolist()
 
 
+@pytest.mark.slow
 def test_groups_other_than_the_world() -> None:
     assert run_ranks(run_in_a_subgroup, 4) == [None, [1.0, 1.0], None, [0.0, 0.0]]

@@ -50,6 +50,7 @@ def describe(size: int) -> dict[str, Any]:
     return described
 
 
+@pytest.mark.slow
 def test_adjacent_ranks_share_a_sequence() -> None:
     answers = run_ranks(describe, 4, 2)
     assert [a["sp"] for a in answers] == [(0, 2), (1, 2), (0, 2), (1, 2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -141,6 +142,8 @@ def test_without_the_store_errors_are_what_they_are(
             assert second.has_notes()
             monkeypatch.setattr("ds_lvx.distributed.notes._ANSWER_S", 0.2)
             server.send_signal(ending)
+            # Until it has acted on it, the server still answers.
+            os.waitid(os.P_PID, server.pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
             unexplained(second)
         finally:
             server.kill()

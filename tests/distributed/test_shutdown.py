@@ -45,7 +45,12 @@ def groups_left(stage: int, *, given: bool, bf16: bool = False) -> int:
 
 @pytest.mark.parametrize(
     ("stage", "given", "bf16"),
-    [(3, True, False), (3, False, True), (1, True, False), (0, True, True)],
+    [
+        pytest.param(3, True, False, marks=pytest.mark.slow),
+        (3, False, True),
+        (1, True, False),
+        (0, True, True),
+    ],
 )
 def test_an_engine_that_is_held_holds_no_group(stage: int, given: bool, bf16: bool) -> None:
     assert run_ranks(groups_left, 2, stage, given=given, bf16=bf16) == [0, 0]

@@ -41,6 +41,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     bench_kernels.main()
 
 
+@pytest.mark.slow
 def test_quick_run_writes_json_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, document = tmp_path / "kernels.json", tmp_path / "kernels.md"
     document.write_text(EMPTY)

@@ -119,7 +119,13 @@ def step_each(ranks: int, names: tuple[str, ...], offset: int) -> list[dict[str,
 
 
 @pytest.mark.parametrize(
-    ("ranks", "offset"), [(1, 0), (2, 1), (3, 2), pytest.param(4, 3, marks=pytest.mark.slow)]
+    ("ranks", "offset"),
+    [
+        (1, 0),
+        (2, 1),
+        pytest.param(3, 2, marks=pytest.mark.slow),
+        pytest.param(4, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
     names = tuple(BATCHES)

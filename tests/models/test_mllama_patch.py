@@ -332,7 +332,9 @@ def train_lora(config: dict[str, Any], batches: list[list[Batch]]) -> dict[str, 
     return sharded_steps(config, batches, model=lora_model())
 
 
-@pytest.mark.parametrize(("stage", "recompute"), [(2, False), (3, True)])
+@pytest.mark.parametrize(
+    ("stage", "recompute"), [(2, False), pytest.param(3, True, marks=pytest.mark.slow)]
+)
 def test_lora_trains_as_in_one_process(stage: int, recompute: bool) -> None:
     batches = [[hard_batch(0)], [hard_batch(1)]]
     expected = reference_steps(batches, lora_model())

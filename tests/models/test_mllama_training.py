@@ -82,7 +82,7 @@ def test_reference_has_gradients_everywhere() -> None:
         (1, 2, ("lvx recompute", "ring")),
         (2, 2, ("lvx recompute", "ulysses")),
         (3, 2, tuple(CROSS)),
-        (3, 3, ("lvx recompute",)),
+        pytest.param(3, 3, ("lvx recompute",), marks=pytest.mark.slow),
         pytest.param(0, 3, ("lvx",), marks=pytest.mark.slow),
         pytest.param(1, 3, ("ulysses",), marks=pytest.mark.slow),
         pytest.param(2, 3, ("ring",), marks=pytest.mark.slow),
