@@ -51,7 +51,10 @@ def shard_batch(
         batch: what the processor of the model's family returns: ``input_ids [B, T]``, where they
             apply ``attention_mask [B, T]``, ``position_ids [B or 1, T]`` and ``labels [B, T]``, and
             the visual input (``docs/configuration.md`` lists the keys of each family). On any
-            device; only the shard is moved to the model's.
+            device; only the shard is moved to the model's. ``num_items_in_batch``, a number: what
+            the sum of the losses is divided by, in place of the labelled tokens of this batch.
+            With the labelled tokens of a whole optimizer step over (forwards of a step x
+            replicas), every one of them weighs the same in the step.
         model: the model that will get the shard, e.g. ``engine.module``.
         groups: the groups; None is the current ones, or all ranks as one group.
         frames: ``"all"``: the batch holds every frame, and this rank's are cut out.

@@ -99,6 +99,12 @@ def test_a_batch_without_any_label() -> None:
     assert shard_batch(batch, model=model)["num_items_in_batch"] == 1
 
 
+def test_the_items_that_a_loss_is_a_mean_of_may_be_given() -> None:
+    for given in (6.5, torch.tensor(6.5)):
+        batch = {**hard_batch(), "num_items_in_batch": given}
+        assert shard_batch(batch, model=tiny_model())["num_items_in_batch"] == 6.5
+
+
 def test_a_batch_without_labels() -> None:
     batch = {key: value for key, value in hard_batch().items() if key != "labels"}
     shard = shard_batch(batch, model=tiny_model())
@@ -115,6 +121,11 @@ def changed(**changes: Any) -> dict[str, Any]:
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": (changed(pixel_value=1), r"got 'pixel_value'.*nearest: 'pixel_values'"),
     "no ids": (changed(input_ids=None), "got input_ids of NoneType"),
+    "no items": (
+        changed(num_items_in_batch=0),
+        "got num_items_in_batch 0; expected a number above",
+    ),
+    "items": (changed(num_items_in_batch=torch.ones(2)), "got num_items_in_batch tensor"),
     "a list": (changed(input_ids=[[1]]), "got input_ids of list"),
     "labels": (changed(labels=torch.ones(2, 5)), r"got labels \(2, 5\).*\(2, 17\)"),
     "4-D mask": (changed(attention_mask=torch.ones(2, 1, 17, 17)), "got attention_mask"),
@@ -178,6 +189,8 @@ def differ(what: str) -> None:
             batch["input_ids"][0, 0] += 1
         elif what == "length":
             batch = make_batch([[4, 5, 9], [3]], length=16, num_tiles=[[2, 1, 2], [1]])
+        elif what == "items":
+            batch["num_items_in_batch"] = 7
         elif what == "mask":
             batch["cross_attention_mask"][0, 16] = 0
         elif what == "images":
@@ -192,6 +205,7 @@ def differ(what: str) -> None:
     [
         ("text", "the ranks disagree on contents of the text"),
         ("length", "the ranks disagree on shape of input_ids"),
+        ("items", "the ranks disagree on num_items_in_batch: got None on rank 0, 7 on rank 1"),
         ("mask", "the ranks disagree on visibility of the images"),
         ("images", "the ranks disagree on"),
         ("nonsense", "rank 1: got 'nonsense' in the batch"),

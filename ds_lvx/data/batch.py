@@ -104,6 +104,8 @@ class BatchMaker:
         self._dtype = dtype
         # A probe reads the whole file; every epoch comes back to the same ones.
         self._probe = lru_cache(maxsize=256)(probe)
+        # A step asks for the labels of all its samples before it comes to the first of them.
+        self._sample = lru_cache(maxsize=256)(self.sample)
         # Training batches are made ahead in a thread while another evaluates, and a fast
         # tokenizer serves one thread at a time.
         self._lock = Lock()
@@ -129,6 +131,17 @@ class BatchMaker:
             )
         return Sample(source, text, frames)
 
+    def labelled(self, conversations: Sequence[Conversation]) -> int:
+        """How many tokens of some conversations are learnt. Decodes nothing.
+
+        Raises:
+            DataError: as of `sample`.
+        """
+        with self._lock:
+            samples = [self._sample(conversation) for conversation in conversations]
+        # The first token is predicted by nobody.
+        return sum(label != IGNORED for s in samples for label in s.text.labels[1:])
+
     def batch(self, conversations: Sequence[Conversation]) -> Batch:
         """The batch of some conversations, for ``ds_lvx.shard_batch(..., frames="local")``.
 
@@ -144,7 +157,7 @@ class BatchMaker:
             DataError: with file and line.
         """
         with self._lock:
-            samples = [self.sample(conversation) for conversation in conversations]
+            samples = [self._sample(conversation) for conversation in conversations]
         inputs = self._text(samples)
         frames = [sample.num_frames for sample in samples]
         if max(frames) > 0:

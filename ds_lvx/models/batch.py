@@ -5,6 +5,7 @@ Shapes: ``B`` samples, ``T`` text tokens of the whole sequence, ``s`` of this ra
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ds_lvx.kernels.visibility import Visibility
 
 IGNORED_LABEL = -100
 TEXT_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
+ITEMS_KEY = "num_items_in_batch"
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,19 +120,22 @@ class Text:
         attention_mask: ``[B, T]``, nonzero where there is a token, or None.
         position_ids: ``[B, T]`` or ``[1, T]``, or None.
         labels: ``[B, T]``, -100 where nothing is to be learnt, or None.
+        items: what the sum of the losses is divided by; None: the labelled tokens of this batch.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
     position_ids: Tensor | None
     labels: Tensor | None
+    items: float | None = None
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> Text:
         """Take the text out of a batch.
 
         Raises:
-            ValueError: a tensor is missing or has another shape than ``input_ids``.
+            ValueError: a tensor is missing or has another shape than ``input_ids``; a
+                ``num_items_in_batch`` that is no number above 0.
         """
         input_ids = batch.get("input_ids")
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
@@ -140,7 +145,15 @@ class Text:
             )
         for key in TEXT_KEYS[1:]:
             _check_like(key, batch.get(key), input_ids, one_row=key == "position_ids")
-        return cls(input_ids, *(batch.get(key) for key in TEXT_KEYS[1:]))
+        attention_mask, position_ids, labels = (batch.get(key) for key in TEXT_KEYS[1:])
+        items = batch.get(ITEMS_KEY)
+        return cls(
+            input_ids,
+            attention_mask,
+            position_ids,
+            labels,
+            None if items is None else _items(items),
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -177,7 +190,7 @@ class Text:
 
         Positions are those in the whole sequence. The labels are shifted over the whole sequence
         before they are cut, so that the last token of a shard still learns the first of the next;
-        ``num_items_in_batch`` counts the labels of the whole batch.
+        ``num_items_in_batch`` counts the labels of the whole batch, where the caller gave none.
         """
         positions = self.position_ids
         if positions is None:
@@ -191,7 +204,8 @@ class Text:
             shard["labels"] = self.labels[:, here]
             shard["shift_labels"] = shifted[:, here].contiguous()
             # No label at all: the sum of the losses is 0, and so is the loss.
-            shard["num_items_in_batch"] = max(int((shifted != IGNORED_LABEL).sum()), 1)
+            labelled = max(int((shifted != IGNORED_LABEL).sum()), 1)
+            shard[ITEMS_KEY] = labelled if self.items is None else self.items
         return shard
 
 
@@ -212,6 +226,21 @@ def move(value: Any, device: torch.device) -> Any:
         parts = (value.q_start, value.q_end, value.kv_pos)
         return Visibility(*(part.to(device, non_blocking=True) for part in parts))
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _items(given: Any) -> float:
+    """``num_items_in_batch`` as a number.
+
+    Raises:
+        ValueError: it is none, or not above 0.
+    """
+    value = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(
+            f"got {ITEMS_KEY} {given!r}; expected a number above 0: the labelled tokens that the "
+            "loss is a mean of"
+        )
+    return value
 
 
 def _check_like(key: str, value: Any, input_ids: Tensor, *, one_row: bool) -> None:

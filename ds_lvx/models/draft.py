@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.models.batch import TEXT_KEYS, ShardedBatch, Text, move, span, split
+from ds_lvx.models.batch import ITEMS_KEY, TEXT_KEYS, ShardedBatch, Text, move, span, split
 from ds_lvx.models.contract import Family
 from ds_lvx.models.patch import KEYWORD
 from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
@@ -77,6 +77,7 @@ class _Draft:
             "frames": self.frames,
             "shape of input_ids": list(self.text.shape),
             "contents of the text (a checksum)": self.text.digest(),
+            ITEMS_KEY: self.text.items,
             **self.visual.shared_record(),
         }
         if self.frames == "all":
@@ -152,7 +153,7 @@ class _Draft:
 def _check_keys(batch: Mapping[str, Any], family: Family, frames: str) -> None:
     if frames not in ("all", "local"):
         raise ValueError(f'got frames={frames!r}; expected "all" or "local"')
-    keys = (*TEXT_KEYS, *family.keys)
+    keys = (*TEXT_KEYS, ITEMS_KEY, *family.keys)
     for key in batch:
         if key not in keys:
             near = difflib.get_close_matches(key, keys, n=1) or ["input_ids"]

@@ -95,19 +95,31 @@ class Runs:
         """bool ``[B, T]``: tokens that no image is visible to."""
         return self.start >= self.end
 
-    def visibility(self, tiles: Tensor, *, patches: int, blind_see_all: bool = False) -> Visibility:
+    def visibility(
+        self,
+        tiles: Tensor,
+        *,
+        patches: int,
+        blind_see_all: bool = False,
+        counts: Tensor | None = None,
+    ) -> Visibility:
         """The rule for the whole text and the visual tokens of all its images.
 
         Args:
             tiles: bool ``[B, N, tiles]``, True where no padding.
             patches: P.
-            blind_see_all: see `Visual`.
+            blind_see_all, counts: see `Visual`.
 
         Returns:
-            `Visibility` with ``kv_pos`` ``[B, N * tiles * P]``: the image's index, -1 for padding.
+            `Visibility` with ``kv_pos`` ``[B, N * tiles * P]``: the image's index, -1 for padding
+            within an image, `EVERYTHING` for an image that pads the batch, where ``counts`` tells.
         """
         index = torch.arange(tiles.shape[1], dtype=torch.int32)
-        position = torch.where(tiles, index[None, :, None], PADDING).flatten(1)
+        position = torch.where(tiles, index[None, :, None], PADDING)
+        if counts is not None:
+            pads = index >= counts.cpu()[:, None]
+            position = position.masked_fill(pads[..., None], EVERYTHING)
+        position = position.flatten(1)
         start, end = self.start, self.end
         if blind_see_all:
             start = start.masked_fill(self.sees_nothing, PADDING)
@@ -153,6 +165,9 @@ class Visual:
         blind_see_all: a token that sees no unit attends to all tokens of all, padding included, and
             not to nothing.
         encoded: the units are features already: there is no tower to run, and no blank unit.
+        counts: int ``[B]``, units of each sample; what is beyond pads the batch, and nobody sees
+            it, so that a sample's loss does not depend on who shares its batch. None: the model's
+            own way with padding.
     """
 
     count: int
@@ -162,12 +177,17 @@ class Visual:
     valid: Tensor | None = None
     blind_see_all: bool = False
     encoded: bool = False
+    counts: Tensor | None = None
 
     def shared_record(self) -> dict[str, Any]:
         """What must be the same on every rank of the group."""
         runs = self.runs
         checksum = None if runs is None else digest(runs.start, runs.end, runs.tiles)
-        return {"visibility of the images (a checksum)": checksum}
+        counts = None if self.counts is None else digest(self.counts)
+        return {
+            "visibility of the images (a checksum)": checksum,
+            "images of each sample (a checksum)": counts,
+        }
 
     def shares(self, parts: int) -> tuple[int, ...]:
         """How many of the sample's units each of ``parts`` ranks gets."""
@@ -205,7 +225,9 @@ class Visual:
         if self.runs is None:
             return None
         tokens = self.unit_tokens // valid.shape[2]
-        return self.runs.visibility(valid, patches=tokens, blind_see_all=self.blind_see_all)
+        return self.runs.visibility(
+            valid, patches=tokens, blind_see_all=self.blind_see_all, counts=self.counts
+        )
 
 
 def pack_tiles(tiles: Tensor) -> str:

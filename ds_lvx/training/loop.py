@@ -15,6 +15,7 @@ from transformers import get_scheduler
 import ds_lvx
 from ds_lvx.data.ahead import Ahead
 from ds_lvx.data.batch import Batch, BatchMaker
+from ds_lvx.data.chat import Conversation
 from ds_lvx.data.order import SampleOrder
 from ds_lvx.data.text import IGNORED
 from ds_lvx.distributed.channel import Channel
@@ -25,7 +26,7 @@ from ds_lvx.training.model import parameter_groups, training_dtype
 from ds_lvx.training.options import Options
 from ds_lvx.training.progress import Progress
 from ds_lvx.training.run_state import Checkpoints, RunState
-from ds_lvx.training.together import together
+from ds_lvx.training.together import together, told
 
 
 def make_engine(model: Any, inputs: Inputs, options: Options) -> Any:
@@ -197,13 +198,22 @@ class Trainer:
         )
         self._progress.say(f"saved {folder}")
 
-    def _take_step(self, ahead: Ahead[Batch]) -> Tensor:
-        """One optimizer step; returns the mean loss of its forwards, this rank's share."""
+    def _take_step(self, ahead: Ahead[tuple[Batch, int]]) -> Tensor:
+        """One optimizer step; returns the mean loss of its forwards, this rank's share.
+
+        Every labelled token of the step weighs the same, whichever forward and replica it falls
+        into: each loss is a sum over one number, that of all forwards and replicas by their count,
+        because DeepSpeed averages over both.
+        """
         sizes = self._inputs.sizes
-        losses, tokens = [], 0
+        losses: list[Tensor] = []
+        tokens, items = 0, 0.0
         for _ in range(sizes.accumulation):
-            batch = together(self._world, lambda: ahead.get(self.samples_seen))
-            loss = self._forward(batch)
+            batch, records = told(self._world, lambda: self._told(ahead.get(self.samples_seen)))
+            if not losses:
+                everyone = sum(record["labelled"] for record in records) / self._groups.sp_size
+                items = everyone / (sizes.accumulation * sizes.replicas)
+            loss = self._forward(batch, items)
             self.engine.backward(loss)
             self.engine.step()
             losses.append(loss.detach())
@@ -213,15 +223,30 @@ class Trainer:
         self._progress.advance(tokens * sizes.replicas)
         return torch.stack(losses).mean()
 
-    def _forward(self, batch: Batch) -> Tensor:
-        shard = ds_lvx.shard_batch(batch.inputs, model=self.engine.module, frames="local")
+    def _forward(self, batch: Batch, items: float | None = None) -> Tensor:
+        inputs = {**batch.inputs, "num_items_in_batch": items}
+        shard = ds_lvx.shard_batch(inputs, model=self.engine.module, frames="local")
         loss: Tensor = self.engine(**shard).loss
         return loss
 
-    def _make(self, place: int) -> Batch:
-        replica = self._groups.dp_rank
-        numbers = self._order.micro_batch(place, self._inputs.sizes.micro, replica=replica)
-        return self.maker.batch([self._inputs.training[number] for number in numbers])
+    def _make(self, place: int) -> tuple[Batch, int]:
+        """The batch of a place, and the labelled tokens of the whole step that begins there."""
+        sizes = self._inputs.sizes
+        of_step = range(place, place + sizes.per_step, sizes.per_forward)
+        begins = place % sizes.per_step == 0
+        labelled = sum(self.maker.labelled(self._samples(p)) for p in of_step) if begins else 0
+        return self.maker.batch(self._samples(place)), labelled
+
+    def _samples(self, place: int) -> list[Conversation]:
+        """Of this replica, for the forward that begins at a place."""
+        micro, replica = self._inputs.sizes.micro, self._groups.dp_rank
+        numbers = self._order.micro_batch(place, micro, replica=replica)
+        return [self._inputs.training[number] for number in numbers]
+
+    @staticmethod
+    def _told(made: tuple[Batch, int]) -> tuple[Batch, dict[str, int]]:
+        batch, labelled = made
+        return batch, {"labelled": labelled}
 
     def _make_evaluation(self, place: int) -> Batch:
         """A batch in the file's order; past the end the last sample, with nothing to learn."""

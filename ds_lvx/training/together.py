@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ds_lvx.distributed.channel import Channel
 
@@ -26,11 +26,24 @@ def together(channel: Channel, work: Callable[[], T]) -> T:
 
     Collectives: one agreement on the control plane.
     """
+    return told(channel, lambda: (work(), {}))[0]
+
+
+def told(
+    channel: Channel, work: Callable[[], tuple[T, dict[str, Any]]]
+) -> tuple[T, list[dict[str, Any]]]:
+    """`together`, with a record of each rank's on the way.
+
+    Args:
+        channel, work: as of `together`, but that ``work`` also returns this rank's record, JSON.
+
+    Returns:
+        What ``work`` returned on this rank, and the records of all ranks.
+    """
     try:
-        result = work()
+        result, record = work()
     # Whatever it is: the other ranks must not wait for this one.
     except Exception as error:
         channel.agree({}, error)
         raise  # a channel of one rank has nobody to tell and raises the error itself
-    channel.agree({})
-    return result
+    return result, channel.agree(record)

@@ -117,7 +117,7 @@ def one_process_samples(folder: Path, data: Path, *, frames: int) -> list[dict[s
         text = encoder.encode(conversation, [len(group) for group in images])
         inputs = processor(
             text=processor.tokenizer.decode(text.input_ids),
-            images=[image for group in images for image in group],
+            images=[image for group in images for image in group] or None,
             add_special_tokens=False,
             return_tensors="pt",
         )
@@ -148,8 +148,10 @@ def one_process_training(
     losses = []
     for step in range(steps):
         places = range(step * accumulation, (step + 1) * accumulation)
-        step_losses = [model.train()(**samples[order.sample(place)]).loss for place in places]
-        mean = torch.stack(step_losses).mean()
+        taken = [samples[order.sample(place)] for place in places]
+        labelled = [int((sample["labels"][:, 1:] != -100).sum()) for sample in taken]
+        sums = [model.train()(**s).loss * n for s, n in zip(taken, labelled, strict=True)]
+        mean = torch.stack(sums).sum() / sum(labelled)
         mean.backward()
         optimizer.step()
         schedule.step()

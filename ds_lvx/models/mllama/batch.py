@@ -7,6 +7,7 @@ padded), ``tiles`` of an image, ``P`` visual tokens of a tile.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,15 +19,18 @@ from ds_lvx.models.visual import Runs, Visual
 
 STATES = "cross_attention_states"
 _MASK_KEYS = ("cross_attention_mask", "visible_images")
+COUNTS = "num_images"
 _FRAME_KEYS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-KEYS = (*_MASK_KEYS, *_FRAME_KEYS, STATES)
+KEYS = (*_MASK_KEYS, COUNTS, *_FRAME_KEYS, STATES)
 
 
 def visual(batch: Mapping[str, Any], text: Text, model: MllamaForConditionalGeneration) -> Visual:
     """The visual part of a batch, as mllama's processor or `visible_images` has it.
 
     A padding tile is seen by nobody, but for the tokens before the first image: transformers lets
-    their attention see every key, padding included, and drops the output of their MLP instead.
+    their attention see every key, padding included, and drops the output of their MLP instead. In a
+    batch that holds for the images that pad a sample, too, so that its loss depends on who shares
+    the batch; with ``num_images`` it sees its own only, and one without images none, as alone.
     """
     if all(key in batch for key in _MASK_KEYS):
         raise ValueError("got cross_attention_mask and visible_images; expected one of them")
@@ -35,8 +39,10 @@ def visual(batch: Mapping[str, Any], text: Text, model: MllamaForConditionalGene
     pixels = {key: batch[key] for key in _FRAME_KEYS if key in batch}
     _check_pixels(pixels, model, batch_size=text.shape[0])
     runs = _runs(batch, text)
+    counts = _counts(batch, runs, batch_size=text.shape[0])
     if STATES in batch:
-        return _given_states(batch[STATES], model, runs, batch_size=text.shape[0])
+        states = _given_states(batch[STATES], model, runs, batch_size=text.shape[0])
+        return replace(states, counts=counts)
     tiles, patches = tile_shape(model)
     count = 0 if "pixel_values" not in pixels else pixels["pixel_values"].shape[1]
     none = torch.zeros(text.shape[0], 0, tiles)
@@ -47,6 +53,7 @@ def visual(batch: Mapping[str, Any], text: Text, model: MllamaForConditionalGene
         runs,
         valid=pixels.get("aspect_ratio_mask", none),
         blind_see_all=True,
+        counts=counts,
     )
 
 
@@ -143,6 +150,32 @@ def _runs(batch: Mapping[str, Any], text: Text) -> Runs | None:
             )
         return make(value)
     return None
+
+
+def _counts(batch: Mapping[str, Any], runs: Runs | None, *, batch_size: int) -> Tensor | None:
+    """How many images each sample has of its own.
+
+    Raises:
+        ValueError: no count a sample, one that text looks beyond, or counts without a mask.
+    """
+    counts = batch.get(COUNTS)
+    if counts is None:
+        return None
+    if not isinstance(counts, Tensor) or tuple(counts.shape) != (batch_size,) or runs is None:
+        found = tuple(counts.shape) if isinstance(counts, Tensor) else type(counts).__name__
+        raise ValueError(
+            f"got {COUNTS} {found}; expected a tensor [{batch_size}], the images of each sample, "
+            f"beside one of {' and '.join(_MASK_KEYS)}"
+        )
+    reach = runs.end.amax(dim=1)
+    beyond = (reach > counts.cpu()).nonzero()[:, 0].tolist()
+    if beyond:
+        row = beyond[0]
+        raise ValueError(
+            f"got {COUNTS} {int(counts[row])} for sample {row}, whose text sees {int(reach[row])} "
+            "images; expected at least as many"
+        )
+    return counts
 
 
 def _states_by_token(

@@ -16,7 +16,7 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from ds_lvx.models.mllama.batch import visible_images
+from ds_lvx.models.mllama.batch import COUNTS, visible_images
 
 
 def finish_text(processor: Any, written: str) -> str:
@@ -38,7 +38,8 @@ def processed(
     """See `ds_lvx.models.contract.Family.frames`.
 
     Returns:
-        ``visible_images`` int32 ``[B, T, 2]`` (the run of images that a token sees),
+        ``visible_images`` int32 ``[B, T, 2]`` (the run of images that a token sees), ``num_images``
+        int64 ``[B]`` (of the whole sample, whoever holds them),
         ``pixel_values`` ``[B, count, tiles, 3, height, width]``, ``aspect_ratio_ids [B, count]``
         and ``aspect_ratio_mask [B, count, tiles]``. A sample with fewer frames is padded as the
         processor pads it.
@@ -60,6 +61,7 @@ def processed(
             ratio_mask[row, place] = done["aspect_ratio_mask"][0, 0]
     return {
         "visible_images": visible_images(input_ids, processor.image_token_id),
+        COUNTS: (input_ids == processor.image_token_id).sum(dim=1),
         "pixel_values": pixels,
         "aspect_ratio_ids": ratio_ids,
         "aspect_ratio_mask": ratio_mask,
