@@ -32,7 +32,7 @@ from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
 from ds_lvx.compare.operators.tensors import split
 from ds_lvx.plan import calibrate, published
-from ds_lvx.plan.choose import cheapest, label
+from ds_lvx.plan.choose import cheapest
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.cost import cost
 
@@ -195,15 +195,13 @@ def call_of(piece: dict[str, Any], run: dict[str, Any]) -> tuple[AttentionShape,
 
 def predict(piece: dict[str, Any], run: dict[str, Any], method: str) -> float:
     """Seconds of a step, from the profile and the shape alone."""
-    name, _, schedule = method.partition("-")
-    call = call_of(piece, run)
-    return cost(*call, method=name, schedule=schedule or "gather", settled=False).seconds
+    return cost(*call_of(piece, run), method.replace("-", " "), settled=False).seconds
 
 
 def chosen(piece: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     """What ``auto`` takes, and its measured time over the best of all that share the sequence."""
     choice = cheapest(*call_of(piece, run))
-    name = label(choice.method, choice.schedule).replace(" ", "-")
+    name = choice.name.replace(" ", "-")
     shared = {m: s["median"] for m, s in run["step_s"].items() if m != "none"}
     over_best = shared[name] / min(shared.values()) if name in shared else None
     return {**case_of(piece, run), "method": name, "measured_over_best": over_best}

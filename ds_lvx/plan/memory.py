@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_lvx.attention.shape import STREAMED_TOKENS, evenly
-from ds_lvx.plan.messages import FP32_BYTES
+from ds_lvx.plan.pieces import FP32_BYTES
 from ds_lvx.plan.scenario import Scenario
 
 _LAYER_BYTES = 34
@@ -123,10 +123,6 @@ class Kept:
     of_keys: int
     of_queries: int
 
-    def total(self, layers: int) -> int:
-        """Bytes of all layers together."""
-        return self.features + layers * (self.of_keys + self.of_queries)
-
 
 def kept(attention: CrossAttention, setting: Setting, load: Load) -> Kept:
     """What the layers keep after forward.
@@ -148,15 +144,19 @@ def peak(attention: CrossAttention, setting: Setting, load: Load) -> int:
     and the rest of the text model come on top. Memory peaks in backward: in the last layer, while
     all others still wait, or in the one before it, when the features have a gradient already.
     """
-    a, keys = attention, load.batch * load.keys
+    a, keys, on_host = attention, load.batch * load.keys, _on_host(setting, load)
     saved = kept(a, setting, load)
-    gradient = keys * _feature_gradient_bytes(a, load)
+    chunk = load.keys  # visual tokens of a sample whose K and V exist at a time
+    if setting.kv_chunk_tokens is not None:
+        chunk = min(setting.kv_chunk_tokens, chunk)
+    elif on_host:
+        chunk = min(STREAMED_TOKENS, chunk)
+    arriving = 2 * a.feature_bytes if on_host else 0  # this chunk and the next
+    one_layer = load.batch * chunk * (_transient_per_key(a, setting, load) + arriving)
     # Layers that recompute add theirs to one gradient of the features; autograd adds up the rest.
-    chunked = chunk_tokens(setting, load) < load.keys
-    summed = 0 if _on_host(setting, load) else gradient
-    one_layer = _layer_backward(a, setting, load)
-    in_last = saved.of_keys * (a.layers - 1) + one_layer + (summed if chunked else 0)
-    in_next = saved.of_keys * (a.layers - 2) + one_layer + summed if a.layers > 1 else 0
+    gradient = 0 if on_host else keys * _feature_gradient_bytes(a, load)
+    in_last = saved.of_keys * (a.layers - 1) + one_layer + (gradient if chunk < load.keys else 0)
+    in_next = saved.of_keys * (a.layers - 2) + one_layer + gradient if a.layers > 1 else 0
     # Features that wait on the host are made on the device, and their gradient ends there.
     whole = keys * a.feature_bytes
     return max(saved.features + max(in_last, in_next), whole) + saved.of_queries * a.layers
@@ -167,21 +167,6 @@ def peak_per_key(attention: CrossAttention, setting: Setting, load: Load) -> flo
     few, many = 2**22, 2**23
     low, high = (peak(attention, setting, replace(load, keys=keys)) for keys in (few, many))
     return (high - low) / (many - few) / load.batch
-
-
-def _layer_backward(a: CrossAttention, setting: Setting, load: Load) -> int:
-    """The most that one layer's backward holds, without what is there for all layers."""
-    tokens = load.batch * chunk_tokens(setting, load)
-    arriving = 2 * a.feature_bytes if _on_host(setting, load) else 0  # this chunk and the next
-    return tokens * (_transient_per_key(a, setting, load) + arriving)
-
-
-def chunk_tokens(setting: Setting, load: Load) -> int:
-    """Visual tokens of a sample whose K and V exist at a time."""
-    chunk = setting.kv_chunk_tokens
-    if chunk is None and _on_host(setting, load):
-        chunk = STREAMED_TOKENS
-    return load.keys if chunk is None else min(chunk, load.keys)
 
 
 def _transient_per_key(a: CrossAttention, setting: Setting, load: Load) -> int:
@@ -267,9 +252,7 @@ class Footprint:
         return self.states + max(self.vision, self.vision_stays + self.cross + self.text)
 
 
-def footprint(
-    scenario: Scenario, *, gpus: int, ranks: int, method: str, schedule: str
-) -> Footprint:
+def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footprint:
     """Predict the memory of the rank that needs most."""
     cross, frames = scenario.model.cross, scenario.frames_of_a_rank(ranks)
     attention = CrossAttention(
@@ -281,15 +264,15 @@ def footprint(
         element_bytes=scenario.element_bytes,
     )
     setting = Setting(
-        method=method,
-        recompute_kv=scenario.recomputes(method),
+        method=way.partition(" ")[0],
+        recompute_kv=scenario.recomputes(way),
         checkpointing=scenario.checkpointing,
     )
     queries = max(evenly(scenario.text_tokens, ranks))
     load = Load(keys=frames * scenario.model.frame_tokens, queries=queries, ranks=ranks)
     travelling = 0  # queries of other ranks that are here, with their gradients
-    if method == "lvx" and ranks > 1:
-        here = scenario.text_tokens if schedule == "gather" else 2 * queries
+    if setting.method == "lvx" and ranks > 1:
+        here = scenario.text_tokens if way == "lvx gather" else 2 * queries
         travelling = _GATHERED_BYTES * here * cross.heads * cross.head_dim
     vision, stays = _vision(scenario, frames * scenario.model.tower_tokens)
     return Footprint(
