@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_lvx import cache
-from ds_lvx.plan.cards import CARDS, Card
+from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import ACROSS_LATENCY_S, Cluster, Device, KernelTime, Link, from_card
 from ds_lvx.plan.units import bytes_per_s, seconds
 
@@ -39,19 +39,18 @@ def current(device: Any, world: int) -> Cluster:
 
     Hosts may have different profiles: let one rank ask, and give the others its answer.
     """
-    name = device_name(device)
+    name, network = device_name(device), os.environ.get("NETLAB") or None
     per_node = ranks_of_this_node() or world
-    network = os.environ.get("NETLAB") or None
-    measured = _nearest(name, world, network)
-    if measured is None and network is not None:
+    known = _nearest(name, world, network)
+    if known is None and network is not None:
         known = _nearest(name, world, None) or guess(name, gpus=world, gpus_per_node=per_node)
         rate, _, latency = network.partition(",")
         latency_s = ACROSS_LATENCY_S + (seconds(latency) if latency else 0.0)
         emulated = Link.of(bytes_per_s(rate), latency_s)
-        measured = replace(known, across=emulated, source=f"{known.source}; network {network}")
-    if measured is not None:
-        return measured.with_gpus(world, per_node)
-    return guess(name, gpus=world, gpus_per_node=per_node)
+        known = replace(known, across=emulated, source=f"{known.source}; network {network}")
+    if known is None:
+        return guess(name, gpus=world, gpus_per_node=per_node)
+    return known.with_gpus(world, per_node)
 
 
 def ranks_of_this_node() -> int | None:
@@ -62,12 +61,14 @@ def ranks_of_this_node() -> int | None:
 
 def guess(name: str, *, gpus: int, gpus_per_node: int) -> Cluster:
     """A cluster by the name that a driver has for its devices, without any measurement."""
-    card = _card_of(name)
-    if card is not None:
-        return from_card(card, gpus=gpus, gpus_per_node=gpus_per_node)
-    if name == "cpu" or name.startswith("cpu "):
+    if name.partition(" ")[0] == "cpu":
         return _some_cpu(gpus, gpus_per_node)
-    cluster = from_card(CARDS["A100-40"], gpus=gpus, gpus_per_node=gpus_per_node)
+    words = re.split(r"\W+", name.upper())
+    wanted = "A100-80" if "A100" in words and "80" in name.replace("A100", "") else "A100-40"
+    card = next((CARDS[word] for word in words if word in CARDS), CARDS[wanted])
+    cluster = from_card(card, gpus=gpus, gpus_per_node=gpus_per_node)
+    if card.name.partition("-")[0] in words:
+        return cluster
     return replace(cluster, source=f"{name} is unknown: {cluster.source}")
 
 
@@ -127,13 +128,6 @@ def _nearest(name: str, world: int, network: str | None) -> Cluster | None:
         except ValueError:
             continue  # of another version: the next one, or the data sheet
     return None
-
-
-def _card_of(name: str) -> Card | None:
-    upper = name.upper().replace("NVIDIA", "")
-    if "A100" in upper:
-        return CARDS["A100-80" if "80" in upper.replace("A100", "") else "A100-40"]
-    return next((card for known, card in CARDS.items() if re.search(rf"\b{known}\b", upper)), None)
 
 
 def _processor() -> str:
