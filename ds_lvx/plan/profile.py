@@ -86,8 +86,8 @@ def device_name(device: Any) -> str:
 
 def path_of(name: str, ranks: int, network: str | None = None) -> Path:
     """The file of a device's profile with so many ranks, over an emulated network or without."""
-    words = [name, str(ranks)] + ([network] if network is not None else [])
-    return cache.folder() / f"profile-{'--'.join(_slug(word) for word in words)}.json"
+    over = "" if network is None else f"--{_slug(network)}"
+    return cache.folder() / f"profile-{_slug(name)}--{ranks}{over}.json"
 
 
 def _slug(text: str) -> str:
@@ -100,31 +100,29 @@ def read(path: Path) -> Cluster:
     Raises:
         ValueError: no such file, or not a profile of this version.
     """
+    advice = "write one with ds-lvx plan --calibrate"
     try:
         record = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"profile: got {path}, which does not exist; write one with ds-lvx plan --calibrate"
+            f"profile: got {path}, which cannot be read ({error}); {advice}"
         ) from error
-    except ValueError as error:
-        raise ValueError(f"profile: got {path}, which is not JSON: {error}") from error
     if not isinstance(record, Mapping) or record.get("format") != FORMAT:
         raise ValueError(
-            f"profile: got {path}, which is not a profile of format {FORMAT}; write a new one with "
-            "ds-lvx plan --calibrate"
+            f"profile: got {path}, which is not a profile of format {FORMAT}; {advice}"
         )
     return Cluster.of(record["cluster"])
 
 
 def _nearest(name: str, world: int, network: str | None) -> Cluster | None:
-    found = {}
+    counts = []
     for path in sorted(cache.folder().glob(f"profile-{_slug(name)}--*.json")):
-        _, ranks, *rest = path.stem.split("--")
-        if ranks.isdigit() and rest == ([] if network is None else [_slug(network)]):
-            found[int(ranks)] = path
-    for _, path in sorted(found.items(), key=lambda item: (abs(item[0] - world), item[0])):
+        ranks = path.stem.split("--")[1]
+        if ranks.isdigit() and path == path_of(name, int(ranks), network):
+            counts.append(int(ranks))
+    for count in sorted(counts, key=lambda count: (abs(count - world), count)):
         try:
-            return read(path)
+            return read(path_of(name, count, network))
         except ValueError:
             continue  # of another version: the next one, or the data sheet
     return None

@@ -152,7 +152,7 @@ def test_bad_input_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> No
         ((*LLAMA, "--gpus", "0"), "gpus: got 0"),
         ((*LLAMA, "--zero", "4"), "zero: got 4"),
         ((*LLAMA, "--frames", "none"), "--frames: got 'none'"),
-        (("plan", "--model", "idefics-9b", "--profile", "none.json"), "does not exist"),
+        (("plan", "--model", "idefics-9b", "--profile", "none.json"), "cannot be read"),
     ):
         text = failure(capsys, *words)
         assert expected in text, words
