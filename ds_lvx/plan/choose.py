@@ -5,7 +5,6 @@ Pure and deterministic: the same shape and the same cluster give the same answer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,8 +25,6 @@ class Choice:
         seconds: predicted, forward and backward.
         reason: one line for a person.
         alone_seconds: the same call with all keys and queries on one rank, without any transfer.
-        others: what else was looked at: name and seconds, fastest first.
-        left_out: what could not run, with the reason.
     """
 
     method: str
@@ -35,8 +32,6 @@ class Choice:
     seconds: float
     reason: str
     alone_seconds: float
-    others: tuple[tuple[str, float], ...] = ()
-    left_out: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -70,27 +65,23 @@ def cheapest(
     """
     ways = [label(m, each) for m in methods for each in (schedules if m == "lvx" else ("",))]
     problems = {way: obstacle(shape, way) for way in ways}
-    left_out = tuple(problem for problem in problems.values() if problem is not None)
     costs = {way: cost(shape, cluster, way) for way in ways if problems[way] is None}
     if not costs:
-        raise ValueError(f"got no method that can run this call: {'; '.join(left_out)}")
+        reasons = "; ".join(problem for problem in problems.values() if problem is not None)
+        raise ValueError(f"got no method that can run this call: {reasons}")
     # sorted keeps the order of equal ones: the answer is the same everywhere.
     best, *slower = sorted(costs, key=lambda way: costs[way].seconds)
-    others = tuple((way, costs[way].seconds) for way in slower)
-    alone = cost(shape, cluster, "none").seconds
+    alone_s = cost(shape, cluster, "none").seconds
+    reason = f"{best}: {duration(costs[best].seconds)} predicted, most of it {_most(costs[best])}"
+    if slower:
+        reason += f"; next {slower[0]} with {duration(costs[slower[0]].seconds)}"
+    if alone_s < costs[best].seconds:
+        reason += f"; so small that one rank alone would be faster, {duration(alone_s)}"
     method, _, schedule = best.partition(" ")
-    return Choice(
-        method=method,
-        schedule=schedule or "gather",
-        seconds=costs[best].seconds,
-        reason=_reason(best, costs[best], others, alone),
-        alone_seconds=alone,
-        others=others,
-        left_out=left_out,
-    )
+    return Choice(method, schedule or "gather", costs[best].seconds, reason, alone_s)
 
 
-def _reason(name: str, best: Cost, others: Sequence[tuple[str, float]], alone: float) -> str:
+def _most(best: Cost) -> str:
     passes = (best.forward, best.backward)
     parts = {
         "attention kernels": sum(each.kernel_s for each in passes),
@@ -98,11 +89,4 @@ def _reason(name: str, best: Cost, others: Sequence[tuple[str, float]], alone: f
         "the network": best.exposed_s,
         "calls, merging and copies": sum(each.other_s for each in passes),
     }
-    most = max(parts, key=lambda part: parts[part])
-    text = f"{name}: {duration(best.seconds)} predicted, most of it {most}"
-    if others:
-        second, seconds = others[0]
-        text += f"; next {second} with {duration(seconds)}"
-    if alone < best.seconds:
-        text += f"; so small that one rank alone would be faster, {duration(alone)}"
-    return text
+    return max(parts, key=lambda part: parts[part])

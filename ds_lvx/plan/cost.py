@@ -58,11 +58,8 @@ def cost(shape: AttentionShape, cluster: Cluster, way: str, *, settled: bool = T
         ValueError: an unknown way, or one that cannot split these heads.
     """
     taken = _way_of(shape, way)
-    if way == "ulysses" and shape.heads < shape.ranks:
-        raise ValueError(
-            f"ulysses: got {shape.heads} query heads for {shape.ranks} ranks; expected at least "
-            "one head a rank"
-        )
+    if way == "ulysses" and (problem := obstacle(shape, way)) is not None:
+        raise ValueError(problem)
     passes = []
     for backward in (False, True)[: 1 + shape.backward]:
         pieces = Pieces(shape, cluster, backward=backward)

@@ -164,7 +164,7 @@ def test_what_cannot_be_is_refused() -> None:
         with pytest.raises(ValueError, match=f"way: got '{unknown}'; expected one of"):
             cost(SHAPE, cluster(), unknown)
     many = AttentionShape.even(queries=64, keys=640, ranks=64, heads=32, kv_heads=8, head_dim=64)
-    with pytest.raises(ValueError, match="32 query heads for 64 ranks"):
+    with pytest.raises(ValueError, match="32 heads do not reach 64 ranks"):
         cost(many, cluster(64), "ulysses")
     with pytest.raises(ValueError, match="expected one of each for every rank"):
         AttentionShape(1, (1, 2), (3,), 1, 1, 64)
