@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ds_lvx.compare.document import save
 from ds_lvx.compare.harness import Ranks, on_ranks
 from ds_lvx.compare.machine import cores, header
 from ds_lvx.compare.network import Network
@@ -87,9 +88,10 @@ def calibrate(*, ranks: int, network: Network | None = None, quick: bool = False
     where = Ranks(ranks, max(cores() // ranks, 1), "cuda" if cuda else "cpu", network)
     answers = on_ranks(measure.alone, request, where)
     begin = header(emulated=network is not None, device=where.device)
-    per_node = ranks if network is None else 1
     # One rank shows no link: what is guessed of the device stands there.
-    cluster = profile.guess(answers[0]["device"], gpus=ranks, gpus_per_node=per_node).record()
+    cluster = profile.guess(
+        answers[0]["device"], gpus=ranks, gpus_per_node=ranks if network is None else 1
+    ).record()
     cluster["device"]["memory_bytes"] = begin["hardware"]["memory_bytes"] // (1 if cuda else ranks)
     over = "" if network is None else f" over an emulated network of {network}"
     cluster["source"] = f"measured on {platform.node()} with {ranks} ranks{over}"
@@ -117,24 +119,21 @@ def refit(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "format": profile.FORMAT, "cluster": cluster}
 
 
-def pooled(first: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
-    """The first profile with the samples of all, which were measured with the same request.
+def pooled(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The first profile with the samples of both, which were measured with the same request.
 
     A machine's speed drifts; calibrated before and after something, both ends count.
 
     Raises:
         ValueError: the requests differ.
     """
-    answers = first["answers"]
-    for other in others:
-        same = json.dumps(other["request"]) == json.dumps(first["request"])  # read or just made
-        if not same or len(other["answers"]) != len(answers):
-            raise ValueError(
-                "got profiles of different requests or ranks; expected the same, so that their "
-                "samples belong together"
-            )
-        answers = [_joined(a, b) for a, b in zip(answers, other["answers"], strict=True)]
-    return refit({**first, "answers": answers})
+    requests = {json.dumps([each["request"], each["ranks"]]) for each in (first, second)}
+    if len(requests) > 1:
+        raise ValueError(
+            "got profiles of different requests or ranks; expected the same, so that their samples "
+            "belong together"
+        )
+    return refit({**first, "answers": _joined(first["answers"], second["answers"])})
 
 
 def _joined(one: Any, other: Any) -> Any:
@@ -150,9 +149,6 @@ def _joined(one: Any, other: Any) -> Any:
 def write(record: Mapping[str, Any], path: Path | None = None) -> Path:
     """Keep a profile, by default where `profile.current` finds it; where it is."""
     if path is None:
-        path = profile.path_of(
-            record["cluster"]["device"]["name"], record["ranks"], record["network"]
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
+        name = record["cluster"]["device"]["name"]
+        path = profile.path_of(name, record["ranks"], record["network"])
+    return save(record, path)
