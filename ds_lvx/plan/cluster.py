@@ -31,6 +31,7 @@ _PEER_SHARE = 0.1
 _LAUNCH_S = 5e-6
 _OPERATOR_S = 50e-6
 _TILE_ROWS = 64
+_FILLED_SHARE = 0.92
 _SAME_SHAPE = 1e-4  # squared octaves
 
 
@@ -178,6 +179,11 @@ class Device:
     whole_alone: KernelTime | None = None
     backward_alone: KernelTime | None = None
     alone: float = 1.0
+
+    @property
+    def limit_bytes(self) -> int:
+        """Of its memory, what a plan may fill; the rest is the driver's and the allocator's."""
+        return int(_FILLED_SHARE * self.memory_bytes)
 
     @property
     def on_cpu(self) -> bool:

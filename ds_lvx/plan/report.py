@@ -27,19 +27,18 @@ def as_record(scenario: Scenario, cluster: Cluster, found: Plan) -> dict[str, An
         method, _, schedule = each.way.partition(" ")
         names = ("ranks", "text_method", "seconds", "cross_seconds", "parts", "limited_by")
         return {
-            **{name: getattr(each, name) for name in (*names, "bytes_sent")},
+            **{name: getattr(each, name) for name in (*names, "bytes_sent", "fits")},
             "method": method,
             "schedule": schedule or None,
             "layer": asdict(each.cross),
             "memory": {**asdict(each.footprint), "peak": each.footprint.peak},
-            "fits": found.fits(each),
         }
 
     return {
         "kind": "predicted",
         "job": {**asdict(scenario), "visual_tokens": scenario.visual_tokens},
         "cluster": cluster.record(),
-        "memory_limit_bytes": found.limit_bytes,
+        "memory_limit_bytes": cluster.device.limit_bytes,
         "best": record(found.best),
         "quickest": record(found.quickest),
         "steps": [record(each) for each in found.steps],
@@ -131,7 +130,7 @@ def _methods(found: Plan, ranks: int) -> str:
             duration(each.cross_seconds),
             duration(each.parts["cross-attention, network"]),
             _size(each.bytes_sent),
-            _size(each.footprint.peak) + ("" if found.fits(each) else ", too much"),
+            _size(each.footprint.peak) + ("" if each.fits else ", too much"),
             "-" if ring is None else f"{ring / each.cross_seconds:.3g}",
         )
         for each in steps

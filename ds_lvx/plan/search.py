@@ -15,8 +15,6 @@ from ds_lvx.plan.step import Step, step
 
 CANDIDATES = ("lvx gather", "lvx ring", "ulysses", "ring")
 """Method and schedule of every plan."""
-MEMORY_SHARE = 0.92
-"""Of a device's memory that a plan may fill; the rest is the driver's and the allocator's."""
 _MOST_GPUS = 2**20
 
 
@@ -48,22 +46,16 @@ class Plan:
         best: the one with the most samples a second that fits.
         quickest: the one with the shortest step that fits.
         stops: by method.
-        limit_bytes: memory of a device that a plan may fill.
     """
 
     steps: tuple[Step, ...]
     best: Step
     quickest: Step
     stops: tuple[Stop, ...]
-    limit_bytes: int
 
     def at(self, ranks: int) -> list[Step]:
         """All methods with one group size, fastest first."""
         return sorted((each for each in self.steps if each.ranks == ranks), key=_seconds)
-
-    def fits(self, each: Step) -> bool:
-        """Whether a step's memory suffices."""
-        return each.footprint.peak <= self.limit_bytes
 
 
 def plan(scenario: Scenario, cluster: Cluster, *, group: int | None = None) -> Plan:
@@ -84,17 +76,18 @@ def plan(scenario: Scenario, cluster: Cluster, *, group: int | None = None) -> P
         for way in (CANDIDATES if ranks > 1 else CANDIDATES[:1])
         if ranks == 1 or obstacle(scenario.cross_shape(ranks, way), way) is None
     )
-    limit_bytes = int(MEMORY_SHARE * cluster.device.memory_bytes)
-    fitting = [each for each in steps if each.footprint.peak <= limit_bytes]
+    fitting = [each for each in steps if each.fits]
     if not fitting:
-        raise ValueError(_nothing_fits(scenario, cluster, steps, limit_bytes))
-    stops = (_stop(scenario, way, groups, steps=steps, fitting=fitting) for way in CANDIDATES)
+        raise ValueError(_nothing_fits(scenario, cluster, steps))
+    stops = (
+        _stop(scenario, groups, [each for each in steps if each.way == way and each.ranks > 1])
+        for way in CANDIDATES
+    )
     return Plan(
         steps=steps,
         best=min(fitting, key=lambda each: each.seconds * each.ranks),
         quickest=min(fitting, key=_seconds),
         stops=tuple(each for each in stops if each is not None),
-        limit_bytes=limit_bytes,
     )
 
 
@@ -102,47 +95,34 @@ def _seconds(each: Step) -> float:
     return each.seconds
 
 
-def _stop(
-    scenario: Scenario,
-    way: str,
-    groups: Sequence[int],
-    *,
-    steps: Sequence[Step],
-    fitting: Sequence[Step],
-) -> Stop | None:
-    """Where a method stops; None where it does not even begin."""
-    own, enough = (
-        [each for each in some if each.way == way and each.ranks > 1] for some in (steps, fitting)
-    )
+def _stop(scenario: Scenario, groups: Sequence[int], own: Sequence[Step]) -> Stop | None:
+    """Where a method stops, of its own steps; None where it does not even begin."""
     if not own:
         return None
-    ends_at = own[-1].ranks
+    way, ends_at = own[-1].way, own[-1].ranks
     beyond = next((ranks for ranks in groups if ranks > ends_at), None)
     problem = None if beyond is None else obstacle(scenario.cross_shape(beyond, way), way)
-    if not enough:
-        reason = (
-            f"memory; {problem}" if problem else "memory: no group of these GPUs is large enough"
-        )
-        return Stop(way, None, None, ends_at, reason)
-    fastest = min(enough, key=_seconds)
+    fitting = [each for each in own if each.fits]
+    if not fitting:
+        problem = f"; {problem}" if problem else ": no group of these GPUs is large enough"
+        return Stop(way, None, None, ends_at, f"memory{problem}")
+    fastest = min(fitting, key=_seconds)
     reason = problem or "does not stop on these GPUs"
     larger = next((each for each in own if each.ranks > fastest.ranks), None)
     if larger is not None:
         part = max(larger.parts, key=lambda name: larger.parts[name] - fastest.parts[name])
         reason = f"latency: beyond {fastest.ranks} ranks the step gets longer ({part})"
-    return Stop(way, enough[0].ranks, fastest.ranks, ends_at, reason)
+    return Stop(way, fitting[0].ranks, fastest.ranks, ends_at, reason)
 
 
 # --------------------------------------------------------------------------------------------
 # Where nothing fits
 
 
-def _nothing_fits(
-    scenario: Scenario, cluster: Cluster, steps: Sequence[Step], limit_bytes: int
-) -> str:
+def _nothing_fits(scenario: Scenario, cluster: Cluster, steps: Sequence[Step]) -> str:
     least = min(steps, key=lambda each: each.footprint.peak)
-    need, have = (size / 2**30 for size in (least.footprint.peak, limit_bytes))
-    remedies = _remedies(scenario, cluster, least, limit_bytes) or ["a card with more memory"]
+    need, have = (each / 2**30 for each in (least.footprint.peak, cluster.device.limit_bytes))
+    remedies = _remedies(scenario, cluster, least) or ["a card with more memory"]
     return (
         f"memory: no plan fits {cluster.gpus} x {cluster.device.name}; the smallest, {least.way} "
         f"on groups of {least.ranks}, needs {need:.1f} GiB a rank and {have:.1f} GiB may be "
@@ -150,10 +130,11 @@ def _nothing_fits(
     )
 
 
-def _remedies(scenario: Scenario, cluster: Cluster, least: Step, limit_bytes: int) -> list[str]:
+def _remedies(scenario: Scenario, cluster: Cluster, least: Step) -> list[str]:
     def fits(gpus: int = cluster.gpus, ranks: int = least.ranks, **changes: Any) -> bool:
         changed = replace(scenario, **changes)
-        return footprint(changed, gpus=gpus, ranks=ranks, way=least.way).peak <= limit_bytes
+        needed = footprint(changed, gpus=gpus, ranks=ranks, way=least.way).peak
+        return needed <= cluster.device.limit_bytes
 
     found = []
     # The first count that does not fit.

@@ -31,6 +31,7 @@ class Step:
         cross: one cross-attention layer.
         bytes_sent: by a rank for all cross-attention layers.
         footprint: memory.
+        fits: the memory suffices.
     """
 
     ranks: int
@@ -40,6 +41,7 @@ class Step:
     cross: Cost
     bytes_sent: float
     footprint: Footprint
+    fits: bool
 
     @property
     def seconds(self) -> float:
@@ -80,6 +82,7 @@ def step(scenario: Scenario, cluster: Cluster, *, ranks: int, way: str) -> Step:
     shared = cluster.gpus if scenario.zero_stage >= 1 else 1
     updated_bytes = scenario.trained_parameters / shared * _ADAM_BYTES
     parts["optimizer"] = updated_bytes / cluster.device.stream_bytes_per_s
+    memory = footprint(scenario, gpus=cluster.gpus, ranks=ranks, way=way)
     return Step(
         ranks=ranks,
         way=way,
@@ -87,7 +90,8 @@ def step(scenario: Scenario, cluster: Cluster, *, ranks: int, way: str) -> Step:
         parts=parts,
         cross=layer,
         bytes_sent=count * layer.bytes_sent,
-        footprint=footprint(scenario, gpus=cluster.gpus, ranks=ranks, way=way),
+        footprint=memory,
+        fits=memory.peak <= cluster.device.limit_bytes,
     )
 
 
