@@ -53,11 +53,10 @@ class CrossAttention:
         """Of a visual token's features."""
         return self.element_bytes * self.hidden
 
-    @property
-    def norm_graph_bytes(self) -> int:
-        """What the RMSNorm over K saves of a token: input and factors in fp32, the normed input."""
-        width = self.kv_heads * self.head_dim
-        return FP32_BYTES * (width + self.kv_heads) + self.element_bytes * width
+    def norm_graph_bytes(self, heads: int) -> int:
+        """What an RMSNorm over q or K saves of a token: input, its factors in fp32, the result."""
+        width = heads * self.head_dim
+        return FP32_BYTES * (width + heads) + self.element_bytes * width
 
 
 @dataclass(frozen=True)
@@ -129,11 +128,25 @@ def kept(attention: CrossAttention, setting: Setting, load: Load) -> Kept:
 
     With ``recompute_kv``, ``of_keys`` is 0: nothing that a layer keeps grows with the visual input.
     """
+    a, e, n = attention, attention.element_bytes, load.ranks
+    scattered = setting.method == "ulysses" and n > 1
+    # Repeated or padded: as many heads on every rank.
+    kv_heads = -(-max(a.kv_heads, n) // n) * n if scattered else a.kv_heads
+    k_and_v = 2 * e * kv_heads * a.head_dim
+    q = e * a.heads * a.head_dim
+    # The layer's input, out (by heads and by tokens where it was scattered), and lse.
+    of_query = e * a.hidden + q * (2 if scattered else 1) + FP32_BYTES * a.heads
+    if setting.checkpointing:
+        # What came by an all-to-all is kept, because it must not be sent again.
+        of_key, of_query = (k_and_v, of_query + q) if scattered else (0, of_query)
+    else:
+        of_key = k_and_v + a.norm_graph_bytes(a.kv_heads)
+        of_query += a.norm_graph_bytes(a.heads) + q
     keys, queries = load.batch * load.keys, load.batch * load.queries
     return Kept(
-        features=0 if _on_host(setting, load) else keys * attention.feature_bytes,
-        of_keys=keys * _kept_per_key(attention, setting, load),
-        of_queries=queries * _kept_per_query(attention, setting, load),
+        features=0 if _on_host(setting, load) else keys * a.feature_bytes,
+        of_keys=0 if setting.recompute_kv else keys * of_key,
+        of_queries=queries * of_query,
     )
 
 
@@ -154,7 +167,7 @@ def peak(attention: CrossAttention, setting: Setting, load: Load) -> int:
     arriving = 2 * a.feature_bytes if on_host else 0  # this chunk and the next
     one_layer = load.batch * chunk * (_transient_per_key(a, setting, load) + arriving)
     # Layers that recompute add theirs to one gradient of the features; autograd adds up the rest.
-    gradient = 0 if on_host else keys * _feature_gradient_bytes(a, load)
+    gradient = keys * a.feature_bytes if load.features_train and not on_host else 0
     in_last = saved.of_keys * (a.layers - 1) + one_layer + (gradient if chunk < load.keys else 0)
     in_next = saved.of_keys * (a.layers - 2) + one_layer + gradient if a.layers > 1 else 0
     # Features that wait on the host are made on the device, and their gradient ends there.
@@ -175,9 +188,9 @@ def _transient_per_key(a: CrossAttention, setting: Setting, load: Load) -> int:
     The moments are the attention's backward, that of K's norm, and that of the linear layers.
     """
     width = a.kv_heads * a.head_dim
-    d_features = _feature_gradient_bytes(a, load)
+    d_features = a.feature_bytes if load.features_train else 0
     k_and_v = 2 * a.element_bytes * width  # dk and dv are as large
-    attention = a.norm_graph_bytes + 2 * k_and_v
+    attention = a.norm_graph_bytes(a.kv_heads) + 2 * k_and_v
     if setting.method == "ring" and load.ranks > 1:
         # The next block's K and V, the last one's dk and dv, and this rank's own in fp32.
         attention += 2 * k_and_v + 2 * FP32_BYTES * width
@@ -188,36 +201,6 @@ def _transient_per_key(a: CrossAttention, setting: Setting, load: Load) -> int:
         return max(attention, norm + k_and_v, linear + k_and_v)
     # Autograd's own order: V has been through its projection when K's norm runs.
     return max(attention, norm + d_features, linear + d_features)
-
-
-def _kept_per_key(a: CrossAttention, setting: Setting, load: Load) -> int:
-    if setting.recompute_kv:
-        return 0
-    heads, ranks = a.kv_heads, load.ranks
-    scattered = setting.method == "ulysses" and ranks > 1
-    if scattered:
-        heads = -(-max(heads, ranks) // ranks) * ranks  # repeated or padded: as many on every rank
-    k_and_v = 2 * a.element_bytes * heads * a.head_dim
-    if setting.checkpointing:
-        # What came by an all-to-all is kept, because it must not be sent again.
-        return k_and_v if scattered else 0
-    return k_and_v + a.norm_graph_bytes
-
-
-def _kept_per_query(a: CrossAttention, setting: Setting, load: Load) -> int:
-    e, width = a.element_bytes, a.heads * a.head_dim
-    scattered = setting.method == "ulysses" and load.ranks > 1
-    out_and_lse = e * width * (2 if scattered else 1) + FP32_BYTES * a.heads
-    if setting.checkpointing:
-        # The layer's input, and the results of attention.
-        return e * a.hidden + out_and_lse + (e * width if scattered else 0)
-    # q_proj's input; what the norm over q saves, as over k; q.
-    norm = FP32_BYTES * (width + a.heads) + e * width
-    return e * a.hidden + norm + e * width + out_and_lse
-
-
-def _feature_gradient_bytes(a: CrossAttention, load: Load) -> int:
-    return a.feature_bytes if load.features_train else 0
 
 
 def _on_host(setting: Setting, load: Load) -> bool:
