@@ -32,7 +32,7 @@ from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
 from ds_lvx.compare.operators.tensors import split
 from ds_lvx.plan import calibrate, published
-from ds_lvx.plan.choose import cheapest, label
+from ds_lvx.plan.choose import cheapest
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.cost import cost
 
@@ -41,6 +41,8 @@ PARTS = ("published", "network")
 RATES = ("200mbit", "500mbit", "2gbit")
 SHAPES = ("64x16384", "256x16384", "1024x4096")
 READINGS = ("both ways", "one way")
+CASE = ("network", "ranks", "seqlen_q", "seqlen_kv")
+"""What the results call a run."""
 
 
 def main() -> None:
@@ -176,12 +178,6 @@ def measure_runs(rate: str, ranks: int, shape: str, options: argparse.Namespace)
     }
 
 
-def case_of(piece: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """What the results call a run."""
-    about = {name: piece[name] for name in ("network", "ranks")}
-    return about | {name: run[name] for name in ("seqlen_q", "seqlen_kv")}
-
-
 def call_of(piece: dict[str, Any], run: dict[str, Any]) -> tuple[AttentionShape, Cluster]:
     """What ran, and what the planner knows of where."""
     shape = AttentionShape(
@@ -195,55 +191,61 @@ def call_of(piece: dict[str, Any], run: dict[str, Any]) -> tuple[AttentionShape,
 
 def predict(piece: dict[str, Any], run: dict[str, Any], method: str) -> float:
     """Seconds of a step, from the profile and the shape alone."""
-    name, _, schedule = method.partition("-")
-    call = call_of(piece, run)
-    return cost(*call, method=name, schedule=schedule or "gather", settled=False).seconds
-
-
-def chosen(piece: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """What ``auto`` takes, and its measured time over the best of all that share the sequence."""
-    choice = cheapest(*call_of(piece, run))
-    name = label(choice.method, choice.schedule).replace(" ", "-")
-    shared = {m: s["median"] for m, s in run["step_s"].items() if m != "none"}
-    over_best = shared[name] / min(shared.values()) if name in shared else None
-    return {**case_of(piece, run), "method": name, "measured_over_best": over_best}
+    return cost(*call_of(piece, run), method.replace("-", " "), settled=False).seconds
 
 
 def comparisons(pieces: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every measured step beside its prediction."""
+    return [
+        {
+            **case,
+            "method": method,
+            "measured_s": step_s["median"],
+            "predicted_s": (predicted := predict(piece, run, method)),
+            "error": abs(predicted - step_s["median"]) / step_s["median"],
+        }
+        for case, piece, run in _runs(pieces)
+        for method, step_s in run["step_s"].items()
+    ]
+
+
+def chosen(pieces: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What ``auto`` takes, and its measured time over the best of all that share the sequence."""
     found = []
-    for piece, run in [(one, run) for one in pieces for run in one["runs"]]:
-        for method, step_s in run["step_s"].items():
-            predicted, measured = predict(piece, run, method), step_s["median"]
-            found.append(
-                {
-                    **case_of(piece, run),
-                    "method": method,
-                    "measured_s": measured,
-                    "predicted_s": predicted,
-                    "error": abs(predicted - measured) / measured,
-                }
-            )
+    for case, piece, run in _runs(pieces):
+        name = cheapest(*call_of(piece, run)).name.replace(" ", "-")
+        shared = {m: s["median"] for m, s in run["step_s"].items() if m != "none"}
+        over_best = shared[name] / min(shared.values()) if name in shared else None
+        found.append({**case, "method": name, "measured_over_best": over_best})
     return found
+
+
+def _runs(
+    pieces: Sequence[dict[str, Any]],
+) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """What the results call a run, its piece, and itself."""
+    return [
+        ({name: {**piece, **run}[name] for name in CASE}, piece, run)
+        for piece in pieces
+        for run in piece["runs"]
+    ]
 
 
 def errors(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Median and worst error, over all and by method."""
     found = comparisons(pieces)
 
-    def spread(some: Sequence[dict[str, Any]]) -> dict[str, float]:
-        own = [each["error"] for each in some]
+    def spread(method: str | None = None) -> dict[str, float]:
+        own = [each["error"] for each in found if method in (None, each["method"])]
         return {"median": statistics.median(own), "worst": max(own)}
 
+    methods = dict.fromkeys(each["method"] for each in found)
     return {
         "count": len(found),
-        **spread(found),
-        "by_method": {
-            method: spread([each for each in found if each["method"] == method])
-            for method in dict.fromkeys(each["method"] for each in found)
-        },
+        **spread(),
+        "by_method": {method: spread(method) for method in methods},
         "comparisons": found,
-        "auto": [chosen(piece, run) for piece in pieces for run in piece["runs"]],
+        "auto": chosen(pieces),
     }
 
 
@@ -258,7 +260,7 @@ def table(part: str, results: dict[str, Any]) -> str:
 
 def published_table(results: dict[str, Any]) -> str:
     """One row for each line of the paper's table and each reading of its bandwidths."""
-    columns = (
+    figures = (
         ("ring, s", "ring_s", ".2f"),
         ("predicted", "predicted_ring_s", ".2f"),
         ("LV-XAttn, s", "lvx_s", ".2f"),
@@ -267,35 +269,31 @@ def published_table(results: dict[str, Any]) -> str:
         ("predicted", "predicted_speedup", ".1f"),
         ("predicted / published", "predicted_over_published", ".2f"),
     )
-    rows = [["text", "frames", "links read", *(head for head, _, _ in columns)]]
+    rows = [["text", "frames", "links read", *(head for head, _, _ in figures)]]
     for reading, records in results["records"].items():
         for each in records:
-            cells = [format(each[name], digits) for _, name, digits in columns]
+            cells = [format(each[name], digits) for _, name, digits in figures]
             rows.append([f"{each['text_tokens']}", f"{each['frames']}", reading, *cells])
     return markdown(rows)
 
 
 def network_table(results: dict[str, Any]) -> str:
     """One row for each rate, number of ranks and shape; measured and predicted by method."""
-    found = results["errors"]["comparisons"]
-    methods = list(results["errors"]["by_method"])
-    head = ["network", "ranks", "S_q", "S_kv", *(f"{method}, ms" for method in methods)]
-    rows = [[*head, "auto takes", "auto / best"]]
-    cells: dict[tuple[Any, ...], dict[str, str]] = {}
-    for each in found:
-        key = (each["network"], each["ranks"], each["seqlen_q"], each["seqlen_kv"])
+    whole = results["errors"]
+    methods = whole["by_method"]
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for each in whole["comparisons"]:
         text = f"{each['measured_s'] * 1e3:.0f} / {each['predicted_s'] * 1e3:.0f}"
-        cells.setdefault(key, {})[each["method"]] = text
-    for (key, row), auto in zip(cells.items(), results["errors"]["auto"], strict=True):
+        cells.setdefault(tuple(str(each[name]) for name in CASE), {})[each["method"]] = text
+    heads = (f"{method}, ms" for method in methods)
+    rows = [["network", "ranks", "S_q", "S_kv", *heads, "auto takes", "auto / best"]]
+    for (case, row), auto in zip(cells.items(), whole["auto"], strict=True):
         over = auto["measured_over_best"]
         last = [auto["method"], "-" if over is None else f"{over:.3f}"]
-        rows.append([*map(str, key), *(row.get(method, "-") for method in methods), *last])
-    each = results["errors"]["by_method"]
-    rows += [
-        [f"{name} error", "", "", "", *(f"{each[m][name]:.1%}" for m in methods), "", ""]
-        for name in ("median", "worst")
-    ]
-    whole = results["errors"]
+        rows.append([*case, *(row.get(method, "-") for method in methods), *last])
+    for name in ("median", "worst"):
+        own = (f"{methods[method][name]:.1%}" for method in methods)
+        rows.append([f"{name} error", "", "", "", *own, "", ""])
     title = (
         f"Measured / predicted, milliseconds of a forward and backward, bf16, 8 heads of 64; "
         f"{whole['count']} comparisons: median error {whole['median']:.1%}, worst "
@@ -310,19 +308,13 @@ def draw(results: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     found = results["errors"]["comparisons"]
     for method in results["errors"]["by_method"]:
-        own = [each for each in found if each["method"] == method]
-        measured, predicted = (
-            [each[name] for each in own] for name in ("measured_s", "predicted_s")
-        )
-        axes.plot(measured, predicted, "o", markersize=5, label=method)
-    ends = [
-        min(each["measured_s"] for each in found) / 2,
-        2 * max(each["measured_s"] for each in found),
-    ]
+        own = [(e["measured_s"], e["predicted_s"]) for e in found if e["method"] == method]
+        axes.plot(*zip(*own, strict=True), "o", markersize=5, label=method)
+    measured = [each["measured_s"] for each in found]
+    ends = [min(measured) / 2, 2 * max(measured)]
     axes.plot(ends, ends, color="grey", linewidth=0.8)
-    axes.fill_between(
-        ends, [0.85 * e for e in ends], [1.15 * e for e in ends], color="grey", alpha=0.2
-    )
+    low, high = ([share * end for end in ends] for share in (0.85, 1.15))
+    axes.fill_between(ends, low, high, color="grey", alpha=0.2)
     axes.set(
         xscale="log",
         yscale="log",

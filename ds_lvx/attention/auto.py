@@ -16,7 +16,7 @@ import torch
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.config import registry
 from ds_lvx.distributed.channel import Channel, ProcessGroup
-from ds_lvx.plan.choose import Choice, cheapest, label
+from ds_lvx.plan.choose import Choice, cheapest
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.profile import current
 
@@ -109,7 +109,7 @@ class Notes:
         if rank != 0:
             return
         queries, keys = sum(shape.q_lengths), sum(shape.kv_lengths)
-        chosen = label(choice.method, choice.schedule)
+        chosen = choice.name
         if self._first(f"{name}: {chosen}"):
             _logger.info(
                 "%s: auto is %s for %d queries and %d keys; %s",
@@ -176,6 +176,5 @@ def explain(
         shape = AttentionShape.even(queries=queries, keys=keys, ranks=ranks, **heads)
         choice = cheapest(shape, cluster, methods=wanted.methods, schedules=wanted.schedules)
         alone = ", though one rank serves best" if choice.one_rank_serves_best else ""
-        chosen = label(choice.method, choice.schedule)
-        words.append(f"{queries:,} queries x {keys:,} keys: {chosen}{alone}")
+        words.append(f"{queries:,} queries x {keys:,} keys: {choice.name}{alone}")
     return "; ".join(words)

@@ -6,34 +6,31 @@ Takes less than a minute or two. What it writes is what `ds_lvx.plan.profile.cur
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ds_lvx.compare.fresh import run_fresh
+from ds_lvx.compare.document import save
+from ds_lvx.compare.harness import Ranks, on_ranks
 from ds_lvx.compare.machine import cores, header
-from ds_lvx.compare.network import MASTER, Lab, Network
+from ds_lvx.compare.network import Network
 from ds_lvx.plan import fit, measure, profile
 
-
-def _pairs(keys_of: Mapping[int, tuple[int, ...]]) -> tuple[tuple[int, int], ...]:
-    """Lengths of queries and keys."""
-    return tuple((queries, keys) for queries, each in keys_of.items() for keys in each)
-
-
-_MANY_KEYS = (1024, 4096, 16_384, 32_768)
+_KEYS = (1024, 4096, 16_384, 32_768)
 _CPU = measure.Samples(
     heads=8,
     kv_heads=8,
     head_dim=64,
-    lengths=_pairs(
-        {1: (16,), 16: _MANY_KEYS, 64: _MANY_KEYS, 256: _MANY_KEYS[:3], 1024: _MANY_KEYS[:2]}
+    lengths=(
+        (1, 16),
+        *product((16, 64), _KEYS),
+        *product((256,), _KEYS[:3]),
+        *product((1024,), _KEYS[:2]),
     ),
     message_bytes=(2**10, 2**14, 2**17, 2**19, 2**21, 2**23),
     hidden=(2**14, 16, 4096),
@@ -44,26 +41,22 @@ _GPU = measure.Samples(
     heads=32,
     kv_heads=8,
     head_dim=128,
-    lengths=_pairs(
-        {
-            1: (16, 16_384),
-            64: (16_384, 131_072),
-            384: (16_384, 131_072),
-            2048: (16_384, 65_536),
-            8192: (8192,),
-        }
+    lengths=(
+        *product((1,), (16, 16_384)),
+        *product((64, 384), (16_384, 131_072)),
+        *product((2048,), (16_384, 65_536)),
+        (8192, 8192),
     ),
     message_bytes=(2**10, 2**14, 2**18, 2**22, 2**26, 2**29),
     hidden=(2**18, 384, 16_384),
     elements=2**26,
     repeats=10,
 )
-_QUICK = replace(
-    _CPU,
+_QUICK = measure.Samples(
     heads=2,
     kv_heads=2,
     head_dim=16,
-    lengths=_pairs({1: (16,), 8: (64, 256), 64: (64, 256)}),
+    lengths=((1, 16), *product((8, 64), (64, 256))),
     message_bytes=(2**10, 2**16, 2**21),
     hidden=(2**10, 8, 64),
     elements=2**12,
@@ -91,34 +84,25 @@ def calibrate(*, ranks: int, network: Network | None = None, quick: bool = False
         raise ValueError(
             f"--ranks: got {ranks} for {torch.cuda.device_count()} GPUs; expected one for each rank"
         )
-    request = asdict(_QUICK if quick else _GPU if cuda else _CPU)
-    threads = max(cores() // ranks, 1)
-    lab = None if network is None else Lab(network, ranks=ranks, name=f"lvxplan{os.getpid()}")
-    with nullcontext() if lab is None else lab:
-        answers = run_fresh(
-            measure.__name__,
-            request,
-            ranks=ranks,
-            threads=threads,
-            environment={} if cuda else {"DS_ACCELERATOR": "cpu"},
-            places=None if lab is None else lab.places(),
-            master="127.0.0.1" if lab is None else MASTER,
-        )
-    begin = header(emulated=network is not None, device="cuda" if cuda else "cpu")
-    per_node = ranks if network is None else 1
+    request = _QUICK if quick else _GPU if cuda else _CPU
+    where = Ranks(ranks, max(cores() // ranks, 1), "cuda" if cuda else "cpu", network)
+    answers = on_ranks(measure.alone, request, where)
+    begin = header(emulated=network is not None, device=where.device)
     # One rank shows no link: what is guessed of the device stands there.
-    cluster = profile.guess(answers[0]["device"], gpus=ranks, gpus_per_node=per_node).record()
+    cluster = profile.guess(
+        answers[0]["device"], gpus=ranks, gpus_per_node=ranks if network is None else 1
+    ).record()
     cluster["device"]["memory_bytes"] = begin["hardware"]["memory_bytes"] // (1 if cuda else ranks)
-    where = "" if network is None else f" over an emulated network of {network}"
-    cluster["source"] = f"measured on {platform.node()} with {ranks} ranks{where}"
+    over = "" if network is None else f" over an emulated network of {network}"
+    cluster["source"] = f"measured on {platform.node()} with {ranks} ranks{over}"
     return refit(
         {
             **begin,
             "host": platform.node(),
             "ranks": ranks,
-            "threads_per_rank": threads,
+            "threads_per_rank": where.threads,
             "network": None if network is None else str(network),
-            "request": request,
+            "request": asdict(request),
             "cluster": cluster,
             "answers": answers,
         }
@@ -135,24 +119,21 @@ def refit(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "format": profile.FORMAT, "cluster": cluster}
 
 
-def pooled(first: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
-    """The first profile with the samples of all, which were measured with the same request.
+def pooled(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The first profile with the samples of both, which were measured with the same request.
 
     A machine's speed drifts; calibrated before and after something, both ends count.
 
     Raises:
         ValueError: the requests differ.
     """
-    answers = first["answers"]
-    for other in others:
-        same = json.dumps(other["request"]) == json.dumps(first["request"])  # read or just made
-        if not same or len(other["answers"]) != len(answers):
-            raise ValueError(
-                "got profiles of different requests or ranks; expected the same, so that their "
-                "samples belong together"
-            )
-        answers = [_joined(a, b) for a, b in zip(answers, other["answers"], strict=True)]
-    return refit({**first, "answers": answers})
+    requests = {json.dumps([each["request"], each["ranks"]]) for each in (first, second)}
+    if len(requests) > 1:
+        raise ValueError(
+            "got profiles of different requests or ranks; expected the same, so that their samples "
+            "belong together"
+        )
+    return refit({**first, "answers": _joined(first["answers"], second["answers"])})
 
 
 def _joined(one: Any, other: Any) -> Any:
@@ -168,9 +149,6 @@ def _joined(one: Any, other: Any) -> Any:
 def write(record: Mapping[str, Any], path: Path | None = None) -> Path:
     """Keep a profile, by default where `profile.current` finds it; where it is."""
     if path is None:
-        path = profile.path_of(
-            record["cluster"]["device"]["name"], record["ranks"], record["network"]
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
+        name = record["cluster"]["device"]["name"]
+        path = profile.path_of(name, record["ranks"], record["network"])
+    return save(record, path)

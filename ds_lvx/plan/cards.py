@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 GIB = 2**30
 
@@ -49,9 +48,7 @@ def card(name: str) -> Card:
     Raises:
         ValueError: an unknown one; lists the known.
     """
-    names = {known.lower(): known for known in CARDS}
-    if name.lower() in names:
-        return CARDS[names[name.lower()]]
-    near = get_close_matches(name.lower(), names, n=1)
-    hint = f"; did you mean {names[near[0]]!r}?" if near else ""
-    raise ValueError(f"card: got {name!r}; expected one of {list(CARDS)}{hint}")
+    for known, each in CARDS.items():
+        if known.lower() == name.lower():
+            return each
+    raise ValueError(f"card: got {name!r}; expected one of {list(CARDS)}")

@@ -5,16 +5,14 @@ Pure and deterministic: the same shape and the same cluster give the same answer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cluster import Cluster
-from ds_lvx.plan.cost import Cost, cost
-
-MAX_GATHERED_BYTES = 2**30
-"""Queries of all ranks that the schedule ``gather`` may hold on each."""
+from ds_lvx.plan.cost import Cost, cost, obstacle
+from ds_lvx.plan.units import duration
+from ds_lvx.plan.walks import label
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,6 @@ class Choice:
         seconds: predicted, forward and backward.
         reason: one line for a person.
         alone_seconds: the same call with all keys and queries on one rank, without any transfer.
-        others: what else was looked at: name and seconds, fastest first.
-        left_out: what could not run, with the reason.
     """
 
     method: str
@@ -36,8 +32,11 @@ class Choice:
     seconds: float
     reason: str
     alone_seconds: float
-    others: tuple[tuple[str, float], ...] = ()
-    left_out: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """``"lvx ring"``, ``"ulysses"``."""
+        return label(self.method, self.schedule)
 
     @property
     def one_rank_serves_best(self) -> bool:
@@ -64,63 +63,25 @@ def cheapest(
     Raises:
         ValueError: none of the methods can run this call; says why for each.
     """
-    problems = {way: obstacle(shape, *way) for way in candidates(methods, schedules)}
-    left_out = tuple(problem for problem in problems.values() if problem is not None)
-    costs = {
-        way: cost(shape, cluster, method=way[0], schedule=way[1])
-        for way, problem in problems.items()
-        if problem is None
-    }
+    ways = [label(m, each) for m in methods for each in (schedules if m == "lvx" else ("",))]
+    problems = {way: obstacle(shape, way) for way in ways}
+    costs = {way: cost(shape, cluster, way) for way in ways if problems[way] is None}
     if not costs:
-        raise ValueError(f"got no method that can run this call: {'; '.join(left_out)}")
+        reasons = "; ".join(problem for problem in problems.values() if problem is not None)
+        raise ValueError(f"got no method that can run this call: {reasons}")
     # sorted keeps the order of equal ones: the answer is the same everywhere.
     best, *slower = sorted(costs, key=lambda way: costs[way].seconds)
-    others = tuple((label(*way), costs[way].seconds) for way in slower)
-    alone = cost(shape, cluster, method="none").seconds
-    return Choice(
-        method=best[0],
-        schedule=best[1],
-        seconds=costs[best].seconds,
-        reason=_reason(label(*best), costs[best], others, alone),
-        alone_seconds=alone,
-        others=others,
-        left_out=left_out,
-    )
+    alone_s = cost(shape, cluster, "none").seconds
+    reason = f"{best}: {duration(costs[best].seconds)} predicted, most of it {_most(costs[best])}"
+    if slower:
+        reason += f"; next {slower[0]} with {duration(costs[slower[0]].seconds)}"
+    if alone_s < costs[best].seconds:
+        reason += f"; so small that one rank alone would be faster, {duration(alone_s)}"
+    method, _, schedule = best.partition(" ")
+    return Choice(method, schedule or "gather", costs[best].seconds, reason, alone_s)
 
 
-def candidates(methods: Sequence[str], schedules: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of method and schedule, in order; a method without schedules stands once."""
-    return [
-        (method, schedule)
-        for method in methods
-        for schedule in (schedules if method == "lvx" else ("gather",))
-    ]
-
-
-def label(method: str, schedule: str) -> str:
-    """``"lvx ring"``, ``"ulysses"``."""
-    return f"{method} {schedule}" if method == "lvx" else method
-
-
-def obstacle(shape: AttentionShape, method: str, schedule: str) -> str | None:
-    """Why a method cannot or should not run a call; None where it can."""
-    if method == "ulysses" and shape.heads < shape.ranks:
-        return f"ulysses: {shape.heads} heads do not reach {shape.ranks} ranks"
-    width = shape.batch * shape.heads * shape.head_dim * shape.element_bytes
-    gathered_bytes = sum(shape.q_lengths) * width
-    if method == "lvx" and schedule == "gather" and gathered_bytes > MAX_GATHERED_BYTES:
-        return f"lvx gather: the queries of all ranks are {gathered_bytes / 2**30:.1f} GiB"
-    return None
-
-
-def duration(seconds: float) -> str:
-    """For people: three digits and a unit."""
-    units = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
-    unit, size = next((each for each in units if seconds >= each[1]), units[-1])
-    return f"{seconds / size:.3g} {unit}"
-
-
-def _reason(name: str, best: Cost, others: Sequence[tuple[str, float]], alone: float) -> str:
+def _most(best: Cost) -> str:
     passes = (best.forward, best.backward)
     parts = {
         "attention kernels": sum(each.kernel_s for each in passes),
@@ -128,11 +89,4 @@ def _reason(name: str, best: Cost, others: Sequence[tuple[str, float]], alone: f
         "the network": best.exposed_s,
         "calls, merging and copies": sum(each.other_s for each in passes),
     }
-    most = max(parts, key=lambda part: parts[part])
-    text = f"{name}: {duration(best.seconds)} predicted, most of it {most}"
-    if others:
-        second, seconds = others[0]
-        text += f"; next {second} with {duration(seconds)}"
-    if alone < best.seconds:
-        text += f"; so small that one rank alone would be faster, {duration(alone)}"
-    return text
+    return max(parts, key=lambda part: parts[part])

@@ -31,6 +31,7 @@ _PEER_SHARE = 0.1
 _LAUNCH_S = 5e-6
 _OPERATOR_S = 50e-6
 _TILE_ROWS = 64
+_FILLED_SHARE = 0.92
 _SAME_SHAPE = 1e-4  # squared octaves
 
 
@@ -180,6 +181,11 @@ class Device:
     alone: float = 1.0
 
     @property
+    def limit_bytes(self) -> int:
+        """Of its memory, what a plan may fill; the rest is the driver's and the allocator's."""
+        return int(_FILLED_SHARE * self.memory_bytes)
+
+    @property
     def on_cpu(self) -> bool:
         """Whether this is a rank on a CPU."""
         return self.name.partition(" ")[0] == "cpu"
@@ -226,27 +232,15 @@ class Cluster:
         Raises:
             ValueError: the record is not one of a cluster.
         """
+        from pydantic import TypeAdapter, ValidationError  # takes as long as a whole plan
+
         try:
-            device = Device(**_fields(record["device"], KernelTime, "ratios"))
-            within, across = (
-                Link(**_fields(record[side], Wire, "points")) for side in ("within", "across")
-            )
-            return cls(**{**record, "device": device, "within": within, "across": across})
-        except (AttributeError, KeyError, TypeError) as error:
+            return TypeAdapter(cls).validate_python(record)
+        except ValidationError as error:
             raise ValueError(
-                f"got a record that is not a cluster's ({error}); expected what "
-                "ds-lvx plan --calibrate writes"
+                f"got a record that is not a cluster's ({error.errors()[0]['loc']} is amiss); "
+                "expected what ds-lvx plan --calibrate writes"
             ) from error
-
-
-def _fields(record: Mapping[str, Any], kind: Any, pairs: str) -> dict[str, Any]:
-    """A record whose records become dataclasses of a kind; JSON has lists for their tuples."""
-    return {
-        name: kind(**{**each, pairs: tuple(map(tuple, each[pairs]))})
-        if isinstance(each, Mapping)
-        else each
-        for name, each in record.items()
-    }
 
 
 def from_card(
@@ -265,17 +259,14 @@ def from_card(
         within, across: links where they are known; else the card's NVLink (or PCIe) and a network
             of 200 Gbit/s a node.
     """
-    if within is None:
-        rate = LINK_SHARE * (card.link_bytes_per_s or PCIE_BYTES_PER_S)
-        within = Link.of(rate, WITHIN_LATENCY_S)
-    if across is None:
-        across = Link.of(LINK_SHARE * NETWORK_BYTES_PER_S, ACROSS_LATENCY_S)
+    nvlink = LINK_SHARE * (card.link_bytes_per_s or PCIE_BYTES_PER_S)
+    network = LINK_SHARE * NETWORK_BYTES_PER_S
     return Cluster(
         device=_device(card),
         gpus=gpus,
         gpus_per_node=min(gpus_per_node, gpus),
-        within=within,
-        across=across,
+        within=Link.of(nvlink, WITHIN_LATENCY_S) if within is None else within,
+        across=Link.of(network, ACROSS_LATENCY_S) if across is None else across,
         source=card.source,
     )
 

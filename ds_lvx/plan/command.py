@@ -118,27 +118,21 @@ def scenario_of(options: argparse.Namespace) -> Scenario:
 
 
 def cluster_of(options: argparse.Namespace) -> Cluster:
-    """What the options say about the cluster: a profile, a card, or this machine.
+    """What the options say about the cluster: a profile or a card, and links.
 
     Raises:
-        ValueError: an unknown card, a profile that cannot be read, a rate without its unit.
+        ValueError: an unknown card, a profile that cannot be read, no GPU, a rate without its unit.
     """
-    for name in ("gpus", "gpus_per_node"):
-        if getattr(options, name) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')}: got {getattr(options, name)}; expected at least 1"
-            )
     if options.card is None and options.profile is None:
         raise ValueError(
             f"--card: got neither a card nor a profile; expected --card with one of {list(CARDS)}, "
             "or --profile with a file that ds-lvx plan --calibrate wrote"
         )
     if options.profile is not None:
-        known = profile.read(options.profile).with_gpus(options.gpus, options.gpus_per_node)
+        known = profile.read(options.profile)
     else:
-        known = from_card(
-            card(options.card), gpus=options.gpus, gpus_per_node=options.gpus_per_node
-        )
+        known = from_card(card(options.card), gpus=1)
+    known = known.with_gpus(options.gpus, options.gpus_per_node)
     return replace(
         known,
         within=_link(options, "within", known.within, WITHIN_LATENCY_S),
@@ -163,9 +157,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     from ds_lvx.compare.network import Network, NetworkError
     from ds_lvx.plan import calibrate
 
-    ranks = options.ranks
-    if ranks is None:
-        ranks = torch.cuda.device_count() or 2
+    ranks = torch.cuda.device_count() or 2 if options.ranks is None else options.ranks
     if ranks < 1:
         raise ValueError(f"--ranks: got {ranks}; expected at least 1")
     network = None if options.network is None else Network.parse(options.network)

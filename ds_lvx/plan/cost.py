@@ -11,16 +11,13 @@ from functools import lru_cache
 
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cluster import Cluster
-from ds_lvx.plan.messages import Messages
-from ds_lvx.plan.pieces import Pieces
-from ds_lvx.plan.transfers import Pass, Timeline
-from ds_lvx.plan.walks import WAYS, Way, way_of
-
-# Not from the registry: its package imports torch, and `ds-lvx plan` does without.
-METHODS = tuple(dict.fromkeys(name.partition(" ")[0] for name in WAYS))
-SCHEDULES = tuple(name.partition(" ")[2] for name in WAYS if " " in name)
+from ds_lvx.plan.pieces import Pieces, Sizes
+from ds_lvx.plan.transfers import Pass
+from ds_lvx.plan.walks import WAYS, Way
 
 _AGREEMENT_BYTES = 2048
+_MAX_GATHERED_BYTES = 2**30
+"""Queries of all ranks that the schedule ``gather`` may hold on each."""
 
 
 @dataclass(frozen=True)
@@ -47,61 +44,59 @@ class Cost:
 
 
 @lru_cache(maxsize=4096)
-def cost(
-    shape: AttentionShape,
-    cluster: Cluster,
-    *,
-    method: str,
-    schedule: str = "gather",
-    overlap: bool = True,
-    settled: bool = True,
-) -> Cost:
+def cost(shape: AttentionShape, cluster: Cluster, way: str, *, settled: bool = True) -> Cost:
     """Predict one call.
 
     Args:
         shape: the call.
         cluster: where it runs; the group's ranks are adjacent.
-        method: ``"lvx"``, ``"ring"``, ``"ulysses"``, or ``"none"``: everything on one rank.
-        schedule: of lvx.
-        overlap: False waits for each transfer at once.
+        way: the method, and the schedule of lvx, such as ``"ulysses"`` and ``"lvx gather"``;
+            ``"none"``: everything on one rank.
         settled: False adds the agreement of an operator that is called by itself.
 
     Raises:
-        ValueError: an unknown method or schedule, or a method that cannot split these heads.
+        ValueError: an unknown way, or one that cannot split these heads.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}; expected one of {list(METHODS)}")
-    if method == "lvx" and schedule not in SCHEDULES:
-        raise ValueError(f"schedule: got {schedule!r}; expected one of {list(SCHEDULES)}")
-    if method == "ulysses" and shape.heads < shape.ranks:
-        raise ValueError(
-            f"ulysses: got {shape.heads} query heads for {shape.ranks} ranks; expected at least "
-            "one head a rank"
-        )
-    way = way_of(shape, method, schedule)
+    taken = _way_of(shape, way)
+    if way == "ulysses" and (problem := obstacle(shape, way)) is not None:
+        raise ValueError(problem)
     passes = []
     for backward in (False, True)[: 1 + shape.backward]:
-        pieces = Pieces(shape, cluster, Timeline(overlap=overlap))
+        pieces = Pieces(shape, cluster, backward=backward)
         pieces.timeline.compute(cluster.device.call_s, "other")
-        if not backward and way is not WAYS["none"]:
-            agreements = 0 if settled else 2 if shape.recompute and method == "lvx" else 1
-            _settle(pieces, way, agreements=agreements)
-        way.walk(pieces, backward)
+        if not backward and taken is not WAYS["none"]:
+            twice = shape.recompute and way.startswith("lvx")
+            _settle(pieces, taken, agreements=0 if settled else 2 if twice else 1)
+        taken.walk(pieces)
         passes.append(pieces.timeline.result())
     return Cost(passes[0], passes[1] if shape.backward else Pass())
 
 
 def _settle(pieces: Pieces, way: Way, *, agreements: int) -> None:
     """What a bare operator does before it attends: it agrees, and gathers the rule."""
-    ranks, timeline = pieces.ranks, pieces.timeline
     # The control plane is not part of the bytes.
-    agreement = replace(ranks.gather(_AGREEMENT_BYTES), sent_bytes=0.0, messages=0)
+    agreement = replace(pieces.ranks.gather(_AGREEMENT_BYTES), sent_bytes=0.0, messages=0)
     for _ in range(agreements):
-        timeline.wait(timeline.post(agreement))
-    queries, keys = pieces.most_queries, pieces.most_keys
-    rule = pieces.message.rule(way.rule, queries=queries, keys=keys)
+        pieces.send(agreement)
+    rule = pieces.rule_bytes(way.rule, queries=pieces.most_queries, keys=pieces.most_keys)
     if rule:
-        timeline.wait(timeline.post(ranks.gather(rule)))
+        pieces.send(pieces.ranks.gather(rule))
+
+
+def _way_of(shape: AttentionShape, way: str) -> Way:
+    if way not in WAYS:
+        raise ValueError(f"way: got {way!r}; expected one of {list(WAYS)}")
+    return WAYS["none" if shape.ranks == 1 else way]  # a rank by itself attends alone
+
+
+def obstacle(shape: AttentionShape, way: str) -> str | None:
+    """Why a way cannot or should not run a call; None where it can."""
+    if way == "ulysses" and shape.heads < shape.ranks:
+        return f"ulysses: {shape.heads} heads do not reach {shape.ranks} ranks"
+    gathered_bytes = Sizes(shape).q_bytes(sum(shape.q_lengths))
+    if way == "lvx gather" and gathered_bytes > _MAX_GATHERED_BYTES:
+        return f"lvx gather: the queries of all ranks are {gathered_bytes / 2**30:.1f} GiB"
+    return None
 
 
 @dataclass(frozen=True)
@@ -118,14 +113,7 @@ class Sent:
     backward: float
 
 
-def bytes_sent(
-    shape: AttentionShape,
-    method: str,
-    schedule: str = "gather",
-    *,
-    rank: int = 0,
-    factors: bool = False,
-) -> Sent:
+def bytes_sent(shape: AttentionShape, way: str, *, rank: int = 0, factors: bool = False) -> Sent:
     """What a rank sends in one call, without the agreement on the control plane.
 
     With equal shards ``lvx`` sends ``(n-1) s H (2 D e + 4)`` forward and ``(n-1) s H (3 D e + 8)``
@@ -134,13 +122,17 @@ def bytes_sent(
 
     Args:
         shape: the call.
-        method: ``"lvx"``, ``"ring"``, ``"ulysses"`` or ``"none"``.
-        schedule: of lvx.
+        way: see `cost`.
         rank: which one; with unequal shards they differ.
-        factors: see `Messages`.
+        factors: see `Sizes`.
+
+    Raises:
+        ValueError: an unknown way.
     """
-    way, message = way_of(shape, method, schedule), Messages(shape, factors)
+    taken = _way_of(shape, way)
+    forward, backward = (
+        taken.sends(Sizes(shape, backward=each, factors=factors), rank) for each in (False, True)
+    )
     mine = {"queries": shape.q_lengths[rank], "keys": shape.kv_lengths[rank]}
-    forward, backward = way.sends(message, rank)
-    rule = (shape.ranks - 1) * message.rule(way.rule, **mine)
+    rule = (shape.ranks - 1) * Sizes(shape).rule_bytes(taken.rule, **mine)
     return Sent(rule, forward, backward if shape.backward else 0)

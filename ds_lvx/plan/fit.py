@@ -9,30 +9,36 @@ of a link's are fitted by least squares of the relative error, none below zero.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from ds_lvx.plan.cluster import Device, KernelTime, Link, Wire
 
+Answers: TypeAlias = Sequence[Mapping[str, Any]]
+"""What `ds_lvx.plan.measure` found, by rank."""
 KINDS = ("whole", "partial", "backward")
+ALONE = ("whole_alone", "backward_alone")
 
 
-def slowest(answers: Sequence[Any], *, quantile: float = 0.5) -> float:
-    """The median over repeats, or another quantile, of the slowest rank's seconds."""
-    return float(np.quantile([max(each) for each in zip(*answers, strict=True)], quantile))
+def slowest(
+    records: Iterable[Mapping[str, Any]], name: str = "seconds", *, at: float = 0.5
+) -> float:
+    """The median over repeats, or another quantile, of the slowest rank's time.
 
-
-def undisturbed(answers: Sequence[Any]) -> float:
-    """The lower quartile over repeats of the slowest rank's seconds."""
-    return slowest(answers, quantile=0.25)
+    Args:
+        records: of the same thing, by rank.
+        name: of the samples in them.
+        at: the quantile.
+    """
+    return float(np.quantile(np.max([each[name] for each in records], axis=0), at))
 
 
 def kernel_time(
-    shapes: Sequence[Mapping[str, int]],
+    shapes: Sequence[Mapping[str, Any]],
     seconds: Sequence[float],
     *,
     heads: int,
@@ -60,10 +66,8 @@ def wire(nbytes: Sequence[float], seconds: Sequence[float]) -> Wire:
         seconds: of each.
     """
     latency_s = seconds[0]
-    # More bytes never take less: that is noise.
-    points = tuple(
-        (nbytes[i], max(0.0, max(seconds[1 : i + 1]) - latency_s)) for i in range(1, len(nbytes))
-    )
+    busy = np.maximum.accumulate(seconds) - latency_s  # more bytes never take less: that is noise
+    points = tuple(zip(nbytes[1:], map(float, busy[1:]), strict=True))
     (begin, begun), (end, ended) = ((nbytes[0], 0.0), *points)[-2:]
     rate = (end - begin) / (ended - begun) if ended > begun else nbytes[-1] / seconds[-1]
     return Wire(rate, latency_s, points)
@@ -82,46 +86,42 @@ def not_negative(columns: Sequence[Sequence[float]], seconds: Sequence[float]) -
     for size in range(1, width + 1):
         for chosen in map(list, combinations(range(width), size)):
             factors = np.zeros(width)
-            factors[chosen] = np.linalg.lstsq(
-                weighted[:, chosen], np.ones(len(seconds)), rcond=None
-            )[0]
+            factors[chosen] = np.linalg.lstsq(weighted[:, chosen], ones, rcond=None)[0]
             error = float(((weighted @ factors - ones) ** 2).sum())
             if (factors >= 0).all() and error < least * (1 - 1e-9):
                 least, best = error, factors / scale
     return [float(each) for each in best]
 
 
-def device(
-    answers: Sequence[Mapping[str, Any]], request: Mapping[str, Any], *, memory_bytes: int
-) -> Device:
-    """The device of a calibration's answers, by rank."""
+def device(answers: Answers, request: Mapping[str, Any], *, memory_bytes: int) -> Device:
+    """The device of a calibration's answers."""
     heads = {name: request[name] for name in ("heads", "kv_heads", "head_dim")}
-    kernels: dict[str, Any] = {
-        kind: kernel_time(*_of_kernels(answers, kind), **heads) for kind in KINDS
-    }
-    for kind in ("whole_alone", "backward_alone"):
-        kernels[kind] = kernel_time(*_of_kernels(answers[:1], kind), **heads)
-    seconds = {
-        name: slowest([answer[name]["seconds"] for answer in answers])
-        for name in ("elementwise", "matmul", "operation", "call")
-    }
-    # A call is a forward and a backward; their kernels are counted by themselves.
-    own = seconds["call"] - sum(_of_kernels(answers, kind)[1][0] for kind in ("whole", "backward"))
     first = answers[0]
-    numbers = first["elementwise"]["numbers"] * first["elementwise"]["bytes_per_number"]
+    kernels: dict[str, Any] = {
+        kind: kernel_time(first["kernels"][kind], _of_kernels(ranks, kind), **heads)
+        for ranks, kinds in ((answers, KINDS), ([first], ALONE))
+        for kind in kinds
+    }
+    elementwise_s, matmul_s, operation_s, call_s = (
+        slowest(answer[name] for answer in answers)
+        for name in ("elementwise", "matmul", "operation", "call")
+    )
+    # A call is a forward and a backward; their kernels are counted by themselves.
+    own_s = call_s - sum(_of_kernels(answers, kind)[0] for kind in ("whole", "backward"))
+    nbytes = first["elementwise"]["numbers"] * first["elementwise"]["bytes_per_number"]
     return Device(
         name=first["device"],
         memory_bytes=memory_bytes,
         **kernels,
-        matmul_flops=2 * first["matmul"]["side"] ** 3 / seconds["matmul"],
-        stream_bytes_per_s=numbers / seconds["elementwise"],
-        operation_s=seconds["operation"] / first["operation"]["operations"],
-        call_s=max(own / 2, 0.0),
+        matmul_flops=2 * first["matmul"]["side"] ** 3 / matmul_s,
+        stream_bytes_per_s=nbytes / elementwise_s,
+        operation_s=operation_s / first["operation"]["operations"],
+        call_s=max(own_s / 2, 0.0),
         alone=_alone(answers),
     )
 
 
-def link(answers: Sequence[Mapping[str, Any]]) -> Link:
+def link(answers: Answers) -> Link:
     """The links of a calibration's answers: a hop of each kind of transfer."""
     others = len(answers) - 1
     # Bytes that a rank sends; of two shifts at once there are as many pairs as other ranks.
@@ -131,23 +131,18 @@ def link(answers: Sequence[Mapping[str, Any]]) -> Link:
         records = list(zip(*(answer["transfers"][kind] for answer in answers), strict=True))
         wires[kind] = wire(
             [float(messages * each[0]["bytes"]) for each in records],
-            [undisturbed([one["seconds"] for one in each]) / times for each in records],
+            [slowest(each, at=0.25) / times for each in records],
         )
     gather, exchange = wires["gather"], wires["exchange"]
     # Of an all-gather every hop has its latency; of an all-to-all, what the first message's does
     # not explain is for each peer.
     beyond = max(exchange.latency_s - wires["shift"].latency_s, 0.0)
-    return Link(
-        shift=wires["shift"],
-        gather=replace(gather, latency_s=gather.latency_s / others),
-        exchange=replace(exchange, latency_s=beyond / others),
-        shifts=wires["shifts"],
-        drag_s=_drag(answers),
-        processor_s=_processor(answers),
-    )
+    wires["gather"] = replace(gather, latency_s=gather.latency_s / others)
+    wires["exchange"] = replace(exchange, latency_s=beyond / others)
+    return Link(**wires, drag_s=_drag(answers), processor_s=_processor(answers))
 
 
-def _processor(answers: Sequence[Mapping[str, Any]]) -> float:
+def _processor(answers: Answers) -> float:
     """Of a rank's time, what a byte takes that it sends: by the largest shift.
 
     The clock is the processor's, and ranks that share a core wait for each other besides.
@@ -155,36 +150,27 @@ def _processor(answers: Sequence[Mapping[str, Any]]) -> float:
     if not answers[0]["device"].startswith("cpu"):
         return 0.0
     largest = [answer["transfers"]["shift"][-1] for answer in answers]
-    samples = zip(*(each["processor_seconds"] for each in largest), strict=True)
-    seconds = statistics.median(statistics.fmean(each) for each in samples)
+    seconds = np.median(np.mean([each["processor_seconds"] for each in largest], axis=0))
     return float(seconds / largest[0]["bytes"] / _alone(answers))
 
 
-def _drag(answers: Sequence[Mapping[str, Any]]) -> float:
+def _drag(answers: Answers) -> float:
     """What one of two small shifts costs the kernel above it.
 
     Of large ones nothing can be said: their transfer may itself take longer than the kernel.
     """
-    kernel, shifts, both = (
-        slowest([answer["hidden"][0][name] for answer in answers])
-        for name in ("kernel", "shifts", "both")
-    )
+    hidden = [answer["hidden"][0] for answer in answers]
+    kernel, shifts, both = (slowest(hidden, name) for name in ("kernel", "shifts", "both"))
     return max(both - max(kernel, shifts), 0.0) / 2
 
 
-def _of_kernels(
-    answers: Sequence[Mapping[str, Any]], kind: str
-) -> tuple[Sequence[Mapping[str, int]], list[float]]:
-    records = [answer["kernels"][kind] for answer in answers]
-    by_shape = zip(*records, strict=True)
-    return records[0], [slowest([one["seconds"] for one in each]) for each in by_shape]
-
-
-def _alone(answers: Sequence[Mapping[str, Any]]) -> float:
+def _alone(answers: Answers) -> float:
     """What share of the time a kernel takes on rank 0 while all others wait."""
-    (_, together), (_, alone) = (
-        _of_kernels(answers, "whole"),
-        _of_kernels(answers[:1], "whole_alone"),
-    )
+    alone, together = _of_kernels(answers[:1], "whole_alone"), _of_kernels(answers, "whole")
     shares = [one / other for one, other in zip(alone, together, strict=True)]
     return min(statistics.median(shares), 1.0)
+
+
+def _of_kernels(answers: Answers, kind: str) -> list[float]:
+    """Seconds by shape."""
+    return [slowest(each) for each in zip(*(a["kernels"][kind] for a in answers), strict=True)]

@@ -1,10 +1,8 @@
 """One rank of a calibration: what this machine computes, and what its links carry.
 
-    python -m ds_lvx.plan.measure REQUEST.json
-
-Started by `ds_lvx.plan.calibrate`. All ranks measure the same thing at the same time, because they
-will work at the same time: on a machine with fewer cores than ranks that makes a difference. So
-each sample begins at a barrier, which the timers of PyTorch and Triton know nothing of.
+All ranks measure the same thing at the same time, because they will work at the same time: on a
+machine with fewer cores than ranks that makes a difference. So each sample begins at a barrier,
+which the timers of PyTorch and Triton know nothing of.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from typing import Any, TypeAlias
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from pydantic import TypeAdapter
 from torch import Tensor
 
 import ds_lvx
@@ -25,7 +22,7 @@ from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.common import delta_of
 from ds_lvx.attention.layout import Layout
-from ds_lvx.compare.fresh import answer, bind
+from ds_lvx.compare.fresh import bind
 from ds_lvx.distributed.bundles import Bundle, Spec
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.pending import Pending
@@ -64,23 +61,22 @@ class Samples:
     repeats: int
 
 
-def main() -> None:
-    """Run the request, write this rank's answer."""
-    answer(lambda record: alone(TypeAdapter(Samples).validate_python(record)))
-
-
 def alone(wanted: Samples) -> dict[str, Any]:
     """`measure` between the start and the end of ``torch.distributed``."""
-    if get_accelerator().device_name() == "cpu":
+    accelerator, device = get_accelerator(), torch.device("cpu")
+    if accelerator.device_name() == "cpu":
         bind(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    else:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device(accelerator.current_device_name())
     init_distributed(verbose=False)
     try:
-        return measure(wanted)
+        return measure(_Bench(Channel.world(), device, wanted))
     finally:
         ds_lvx.shutdown()
 
 
-def measure(wanted: Samples) -> dict[str, Any]:
+def measure(bench: _Bench) -> dict[str, Any]:
     """Every sample of this rank, in seconds; every rank of the world calls it.
 
     Returns:
@@ -91,19 +87,10 @@ def measure(wanted: Samples) -> dict[str, Any]:
 
     Collectives: those that are measured, and agreements of 2 KiB on the CPU.
     """
-    bench = _Bench(Channel.world(), _device(), wanted)
     found = {"device": device_name(bench.device), "kernels": _kernels(bench), **_operations(bench)}
     if bench.world.size == 1:
         return {**found, "transfers": {}, "hidden": []}
     return {**found, "transfers": _transfers(bench), "hidden": [_hidden(bench)]}
-
-
-def _device() -> torch.device:
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        return torch.device("cpu")
-    accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device(accelerator.current_device_name())
 
 
 @dataclass(frozen=True)
@@ -118,6 +105,10 @@ class _Bench:
         """Seconds of each repeat on this rank, after one that is not counted; of both clocks.
 
         ``processor_seconds`` are those of all threads of this rank.
+
+        Args:
+            run: what is timed.
+            part: False for a rank that waits while others run.
         """
         found: dict[str, list[float]] = {"seconds": [], "processor_seconds": []}
         for repeat in range(self.wanted.repeats + 1):
@@ -139,6 +130,10 @@ class _Bench:
     def random(self, *shape: int) -> Tensor:
         """bf16."""
         return torch.randn(shape, device=self.device, dtype=torch.bfloat16)
+
+    def message(self, nbytes: int) -> Tensor:
+        """Something to send."""
+        return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
 
 
 # --------------------------------------------------------------------------------------------
@@ -223,10 +218,9 @@ def _call(bench: _Bench) -> Run:
 def _transfers(bench: _Bench) -> dict[str, list[dict[str, Any]]]:
     """Seconds of a transfer of so many bytes a rank (or a peer), by kind."""
     found: dict[str, list[dict[str, Any]]] = {}
-    kinds = {"shift": _shift, "gather": _gather, "exchange": _exchange, "shifts": _rotation}
-    for kind, make in kinds.items():
+    for kind in ("shift", "gather", "exchange", "shifts"):
         for nbytes in bench.wanted.message_bytes:
-            both = bench.samples(make(bench, nbytes))
+            both = bench.samples(_transfer(kind, bench.world, bench.message(nbytes)))
             found.setdefault(kind, []).append({"bytes": nbytes, **both})
             fastest = min(both["seconds"])
             if max(each["s"] for each in bench.world.agree({"s": fastest})) > _SLOW_S:
@@ -234,14 +228,42 @@ def _transfers(bench: _Bench) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def _transfer(kind: str, world: Channel, message: Tensor) -> Run:
+    spec, n = Spec.of(message), world.size
+    if kind == "shift":
+        return lambda: world.shift([message], [spec]).wait()
+    if kind == "gather":
+        return lambda: world.gather([message], [[spec]] * n).wait()
+    if kind == "exchange":
+        messages = message.repeat(n, 1)
+        return lambda: world.exchange_rows([messages], [0], [1] * n).wait()
+    other = message.clone()
+
+    def rotate() -> None:
+        """A ring's backward: at every step one message moves on, one goes home."""
+        world.shift([message], [spec]).wait()
+        returning: Pending[Bundle] | None = None
+        for step in range(1, n):
+            following = world.shift([message], [spec]) if step < n - 1 else None
+            if returning is not None:
+                returning.wait()
+            returning = world.shift([other], [spec], hops=-step)
+            if following is not None:
+                following.wait()
+        if returning is not None:
+            returning.wait()
+
+    return rotate
+
+
 def _hidden(bench: _Bench) -> dict[str, Any]:
     """A kernel alone, two shifts alone, and both at the same time."""
     nbytes, seqlen_q, seqlen_kv = bench.wanted.hidden
     kernel = _kernel_runs(bench, seqlen_q, seqlen_kv)["partial"]
-    message, spec = _message(bench, nbytes)
+    message = bench.message(nbytes)
 
     def shifts(under: Run | None = None) -> None:
-        sides = [bench.world.shift([message], [spec], hops=hops) for hops in (1, -1)]
+        sides = [bench.world.shift([message], [Spec.of(message)], hops=hops) for hops in (1, -1)]
         if under is not None:
             under()
         for side in sides:
@@ -253,50 +275,3 @@ def _hidden(bench: _Bench) -> dict[str, Any]:
         "shifts": bench.seconds(shifts),
         "both": bench.seconds(lambda: shifts(kernel)),
     }
-
-
-def _message(bench: _Bench, nbytes: int) -> tuple[Tensor, Spec]:
-    message = torch.zeros(nbytes, dtype=torch.uint8, device=bench.device)
-    return message, Spec.of(message)
-
-
-def _shift(bench: _Bench, nbytes: int) -> Run:
-    message, spec = _message(bench, nbytes)
-    return lambda: bench.world.shift([message], [spec]).wait()
-
-
-def _rotation(bench: _Bench, nbytes: int) -> Run:
-    """The transfers of a ring's backward: at every step one message moves on, one goes home."""
-    message, spec = _message(bench, nbytes)
-    other = message.clone()
-
-    def run() -> None:
-        bench.world.shift([message], [spec]).wait()
-        returning: Pending[Bundle] | None = None
-        for step in range(1, bench.world.size):
-            last = step == bench.world.size - 1
-            following = None if last else bench.world.shift([message], [spec])
-            if returning is not None:
-                returning.wait()
-            returning = bench.world.shift([other], [spec], hops=-step)
-            if following is not None:
-                following.wait()
-        if returning is not None:
-            returning.wait()
-
-    return run
-
-
-def _gather(bench: _Bench, nbytes: int) -> Run:
-    message, spec = _message(bench, nbytes)
-    return lambda: bench.world.gather([message], [[spec]] * bench.world.size).wait()
-
-
-def _exchange(bench: _Bench, nbytes: int) -> Run:
-    n = bench.world.size
-    messages = torch.zeros(n, nbytes, dtype=torch.uint8, device=bench.device)
-    return lambda: bench.world.exchange_rows([messages], [0], [1] * n).wait()
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_lvx.attention.shape import STREAMED_TOKENS, evenly
-from ds_lvx.plan.messages import FP32_BYTES
+from ds_lvx.plan.pieces import FP32_BYTES
 from ds_lvx.plan.scenario import Scenario
 
 _LAYER_BYTES = 34
@@ -53,11 +53,10 @@ class CrossAttention:
         """Of a visual token's features."""
         return self.element_bytes * self.hidden
 
-    @property
-    def norm_graph_bytes(self) -> int:
-        """What the RMSNorm over K saves of a token: input and factors in fp32, the normed input."""
-        width = self.kv_heads * self.head_dim
-        return FP32_BYTES * (width + self.kv_heads) + self.element_bytes * width
+    def norm_graph_bytes(self, heads: int) -> int:
+        """What an RMSNorm over q or K saves of a token: input, its factors in fp32, the result."""
+        width = heads * self.head_dim
+        return FP32_BYTES * (width + heads) + self.element_bytes * width
 
 
 @dataclass(frozen=True)
@@ -123,21 +122,31 @@ class Kept:
     of_keys: int
     of_queries: int
 
-    def total(self, layers: int) -> int:
-        """Bytes of all layers together."""
-        return self.features + layers * (self.of_keys + self.of_queries)
-
 
 def kept(attention: CrossAttention, setting: Setting, load: Load) -> Kept:
     """What the layers keep after forward.
 
     With ``recompute_kv``, ``of_keys`` is 0: nothing that a layer keeps grows with the visual input.
     """
+    a, e, n = attention, attention.element_bytes, load.ranks
+    scattered = setting.method == "ulysses" and n > 1
+    # Repeated or padded: as many heads on every rank.
+    kv_heads = -(-max(a.kv_heads, n) // n) * n if scattered else a.kv_heads
+    k_and_v = 2 * e * kv_heads * a.head_dim
+    q = e * a.heads * a.head_dim
+    # The layer's input, out (by heads and by tokens where it was scattered), and lse.
+    of_query = e * a.hidden + q * (2 if scattered else 1) + FP32_BYTES * a.heads
+    if setting.checkpointing:
+        # What came by an all-to-all is kept, because it must not be sent again.
+        of_key, of_query = (k_and_v, of_query + q) if scattered else (0, of_query)
+    else:
+        of_key = k_and_v + a.norm_graph_bytes(a.kv_heads)
+        of_query += a.norm_graph_bytes(a.heads) + q
     keys, queries = load.batch * load.keys, load.batch * load.queries
     return Kept(
-        features=0 if _on_host(setting, load) else keys * attention.feature_bytes,
-        of_keys=keys * _kept_per_key(attention, setting, load),
-        of_queries=queries * _kept_per_query(attention, setting, load),
+        features=0 if _on_host(setting, load) else keys * a.feature_bytes,
+        of_keys=0 if setting.recompute_kv else keys * of_key,
+        of_queries=queries * of_query,
     )
 
 
@@ -148,15 +157,19 @@ def peak(attention: CrossAttention, setting: Setting, load: Load) -> int:
     and the rest of the text model come on top. Memory peaks in backward: in the last layer, while
     all others still wait, or in the one before it, when the features have a gradient already.
     """
-    a, keys = attention, load.batch * load.keys
+    a, keys, on_host = attention, load.batch * load.keys, _on_host(setting, load)
     saved = kept(a, setting, load)
-    gradient = keys * _feature_gradient_bytes(a, load)
+    chunk = load.keys  # visual tokens of a sample whose K and V exist at a time
+    if setting.kv_chunk_tokens is not None:
+        chunk = min(setting.kv_chunk_tokens, chunk)
+    elif on_host:
+        chunk = min(STREAMED_TOKENS, chunk)
+    arriving = 2 * a.feature_bytes if on_host else 0  # this chunk and the next
+    one_layer = load.batch * chunk * (_transient_per_key(a, setting, load) + arriving)
     # Layers that recompute add theirs to one gradient of the features; autograd adds up the rest.
-    chunked = chunk_tokens(setting, load) < load.keys
-    summed = 0 if _on_host(setting, load) else gradient
-    one_layer = _layer_backward(a, setting, load)
-    in_last = saved.of_keys * (a.layers - 1) + one_layer + (summed if chunked else 0)
-    in_next = saved.of_keys * (a.layers - 2) + one_layer + summed if a.layers > 1 else 0
+    gradient = keys * a.feature_bytes if load.features_train and not on_host else 0
+    in_last = saved.of_keys * (a.layers - 1) + one_layer + (gradient if chunk < load.keys else 0)
+    in_next = saved.of_keys * (a.layers - 2) + one_layer + gradient if a.layers > 1 else 0
     # Features that wait on the host are made on the device, and their gradient ends there.
     whole = keys * a.feature_bytes
     return max(saved.features + max(in_last, in_next), whole) + saved.of_queries * a.layers
@@ -169,30 +182,15 @@ def peak_per_key(attention: CrossAttention, setting: Setting, load: Load) -> flo
     return (high - low) / (many - few) / load.batch
 
 
-def _layer_backward(a: CrossAttention, setting: Setting, load: Load) -> int:
-    """The most that one layer's backward holds, without what is there for all layers."""
-    tokens = load.batch * chunk_tokens(setting, load)
-    arriving = 2 * a.feature_bytes if _on_host(setting, load) else 0  # this chunk and the next
-    return tokens * (_transient_per_key(a, setting, load) + arriving)
-
-
-def chunk_tokens(setting: Setting, load: Load) -> int:
-    """Visual tokens of a sample whose K and V exist at a time."""
-    chunk = setting.kv_chunk_tokens
-    if chunk is None and _on_host(setting, load):
-        chunk = STREAMED_TOKENS
-    return load.keys if chunk is None else min(chunk, load.keys)
-
-
 def _transient_per_key(a: CrossAttention, setting: Setting, load: Load) -> int:
     """Bytes a visual token at the worst moment of a layer's backward, its saved tensors included.
 
     The moments are the attention's backward, that of K's norm, and that of the linear layers.
     """
     width = a.kv_heads * a.head_dim
-    d_features = _feature_gradient_bytes(a, load)
+    d_features = a.feature_bytes if load.features_train else 0
     k_and_v = 2 * a.element_bytes * width  # dk and dv are as large
-    attention = a.norm_graph_bytes + 2 * k_and_v
+    attention = a.norm_graph_bytes(a.kv_heads) + 2 * k_and_v
     if setting.method == "ring" and load.ranks > 1:
         # The next block's K and V, the last one's dk and dv, and this rank's own in fp32.
         attention += 2 * k_and_v + 2 * FP32_BYTES * width
@@ -203,36 +201,6 @@ def _transient_per_key(a: CrossAttention, setting: Setting, load: Load) -> int:
         return max(attention, norm + k_and_v, linear + k_and_v)
     # Autograd's own order: V has been through its projection when K's norm runs.
     return max(attention, norm + d_features, linear + d_features)
-
-
-def _kept_per_key(a: CrossAttention, setting: Setting, load: Load) -> int:
-    if setting.recompute_kv:
-        return 0
-    heads, ranks = a.kv_heads, load.ranks
-    scattered = setting.method == "ulysses" and ranks > 1
-    if scattered:
-        heads = -(-max(heads, ranks) // ranks) * ranks  # repeated or padded: as many on every rank
-    k_and_v = 2 * a.element_bytes * heads * a.head_dim
-    if setting.checkpointing:
-        # What came by an all-to-all is kept, because it must not be sent again.
-        return k_and_v if scattered else 0
-    return k_and_v + a.norm_graph_bytes
-
-
-def _kept_per_query(a: CrossAttention, setting: Setting, load: Load) -> int:
-    e, width = a.element_bytes, a.heads * a.head_dim
-    scattered = setting.method == "ulysses" and load.ranks > 1
-    out_and_lse = e * width * (2 if scattered else 1) + FP32_BYTES * a.heads
-    if setting.checkpointing:
-        # The layer's input, and the results of attention.
-        return e * a.hidden + out_and_lse + (e * width if scattered else 0)
-    # q_proj's input; what the norm over q saves, as over k; q.
-    norm = FP32_BYTES * (width + a.heads) + e * width
-    return e * a.hidden + norm + e * width + out_and_lse
-
-
-def _feature_gradient_bytes(a: CrossAttention, load: Load) -> int:
-    return a.feature_bytes if load.features_train else 0
 
 
 def _on_host(setting: Setting, load: Load) -> bool:
@@ -267,9 +235,7 @@ class Footprint:
         return self.states + max(self.vision, self.vision_stays + self.cross + self.text)
 
 
-def footprint(
-    scenario: Scenario, *, gpus: int, ranks: int, method: str, schedule: str
-) -> Footprint:
+def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footprint:
     """Predict the memory of the rank that needs most."""
     cross, frames = scenario.model.cross, scenario.frames_of_a_rank(ranks)
     attention = CrossAttention(
@@ -281,15 +247,15 @@ def footprint(
         element_bytes=scenario.element_bytes,
     )
     setting = Setting(
-        method=method,
-        recompute_kv=scenario.recomputes(method),
+        method=way.partition(" ")[0],
+        recompute_kv=scenario.recomputes(way),
         checkpointing=scenario.checkpointing,
     )
     queries = max(evenly(scenario.text_tokens, ranks))
     load = Load(keys=frames * scenario.model.frame_tokens, queries=queries, ranks=ranks)
     travelling = 0  # queries of other ranks that are here, with their gradients
-    if method == "lvx" and ranks > 1:
-        here = scenario.text_tokens if schedule == "gather" else 2 * queries
+    if setting.method == "lvx" and ranks > 1:
+        here = scenario.text_tokens if way == "lvx gather" else 2 * queries
         travelling = _GATHERED_BYTES * here * cross.heads * cross.head_dim
     vision, stays = _vision(scenario, frames * scenario.model.tower_tokens)
     return Footprint(

@@ -10,10 +10,8 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
-from ds_lvx.models.dimensions import Layers, Model
+from ds_lvx.models.dimensions import Model
 from ds_lvx.models.registry import FAMILIES
-
-__all__ = ["Layers", "Model", "known", "model"]
 
 
 @cache
@@ -34,7 +32,7 @@ def model(name: str) -> Model:
     if path.suffix == ".json":
         return _from_file(path)
     names = {each.name.lower(): each for each in known()}
-    names |= {each.name.lower().rpartition("/")[2]: each for each in known()}
+    names |= {full.rpartition("/")[2]: each for full, each in names.items()}
     wanted = name.lower().removesuffix("-instruct")
     found = {each.name: each for key, each in names.items() if f"{key}-".startswith(f"{wanted}-")}
     if len(found) == 1:  # mPLUG-Owl3-7B is mPLUG/mPLUG-Owl3-7B-240728

@@ -6,11 +6,8 @@ From the table of technical specifications in the CUDA C++ programming guide (co
 from __future__ import annotations
 
 KIB = 1024
-
 BLOCK_SHARED_BYTES = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
 """The most shared memory that a program may have, by compute capability."""
-
-_SHARED_BYTES = {80: 164 * KIB, 90: 228 * KIB, 100: 228 * KIB}
 _RESERVED_BYTES = KIB  # of every program's shared memory, for the system
 _REGISTERS = 64 * KIB
 _REGISTERS_UNIT = 256  # a warp gets a multiple of it
@@ -33,9 +30,10 @@ def programs_per_multiprocessor(
         shared_bytes: of a program.
     """
     of_warp = -(-registers * _WARP // _REGISTERS_UNIT) * _REGISTERS_UNIT
+    of_all = BLOCK_SHARED_BYTES[capability] + _RESERVED_BYTES  # one program may have all of it
     return min(
         _REGISTERS // (of_warp * warps),
-        _SHARED_BYTES[capability] // (shared_bytes + _RESERVED_BYTES),
+        of_all // (shared_bytes + _RESERVED_BYTES),
         _MOST_WARPS // warps,
         _MOST_PROGRAMS,
     )

@@ -1,11 +1,20 @@
-"""The pieces of an attention call: their sizes, and how long a rank takes over each."""
+"""The pieces of a forward or a backward: what travels, and how long a rank takes over the rest.
+
+Legend: B batch, n ranks, s queries and t keys of a rank, H query heads, K key/value heads, D
+head_dim, e bytes an element. lse, delta and what is reduced are in fp32.
+"""
 
 from __future__ import annotations
 
-from ds_lvx.attention.shape import AttentionShape, head_groups
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ds_lvx.attention.shape import AttentionShape, head_groups, head_layout
 from ds_lvx.plan.cluster import Cluster, KernelTime
-from ds_lvx.plan.messages import Messages
-from ds_lvx.plan.transfers import Ranks, Timeline
+from ds_lvx.plan.transfers import Ranks, Timeline, Transfer
+
+FP32_BYTES = 4
+INT32_BYTES = 4
 
 _TOUCHES = {
     "encode": (30, 8),
@@ -27,22 +36,90 @@ Counted in ds_lvx/attention/wire.py, kernels/merge.py and attention/common.py.
 """
 
 
-class Pieces:
-    """Of one pass of a call on a cluster.
+@dataclass
+class Sizes:
+    """Of one pass: numbers of tensors, and bytes of messages, for so many queries or keys.
 
     Attributes:
+        shape: the call.
+        backward: which pass it is.
+        factors: parts of out and dq carry an fp32 factor a row (q in bf16; see
+            `ds_lvx.attention.wire`).
+    """
+
+    shape: AttentionShape
+    backward: bool = False
+    factors: bool = False
+
+    def of_q(self, queries: float) -> float:
+        """Numbers of q, dout, or what is as large."""
+        return self.shape.batch * queries * self.shape.heads * self.shape.head_dim
+
+    def of_k_and_v(self, keys: float) -> float:
+        """Numbers of K and V together, or of their gradients."""
+        return 2 * self.shape.batch * keys * self.shape.kv_heads * self.shape.head_dim
+
+    def q_bytes(self, queries: float) -> float:
+        """q, dout, or what is as large."""
+        return self.of_q(queries) * self.shape.element_bytes
+
+    def kv_bytes(self, keys: float) -> float:
+        """K and V, or their gradients."""
+        return self.of_k_and_v(keys) * self.shape.element_bytes
+
+    def lse_bytes(self, queries: float) -> float:
+        """lse, or delta."""
+        return self.shape.batch * queries * self.shape.heads * FP32_BYTES
+
+    def summed_bytes(self, queries: float) -> float:
+        """out or dq where they are all-reduced."""
+        return self.of_q(queries) * FP32_BYTES
+
+    def query_bytes(self, queries: float) -> float:
+        """q on its way to other ranks' keys; in backward q, dout, lse and delta."""
+        if self.backward:
+            return 2 * self.q_bytes(queries) + 2 * self.lse_bytes(queries)
+        return self.q_bytes(queries)
+
+    def part_bytes(self, queries: float) -> float:
+        """A result on its way home: out and lse; in backward dq."""
+        factors = self.shape.batch * queries * FP32_BYTES if self.factors else 0
+        return self.q_bytes(queries) + factors + (0 if self.backward else self.lse_bytes(queries))
+
+    def rule_bytes(self, parts: tuple[str, ...], *, queries: float, keys: float) -> float:
+        """A rank's share of the rule, which a bare operator gathers once, before its forward.
+
+        q_start and q_end of the queries (``"q"``) where these travel, kv_pos of the keys (``"kv"``)
+        where those do; 0 without a rule, as in a patched model, whose ranks know it from the batch.
+        """
+        if not self.shape.visibility:
+            return 0
+        numbers = 2 * queries * ("q" in parts) + keys * ("kv" in parts)
+        return self.shape.batch * INT32_BYTES * numbers
+
+
+class Pieces(Sizes):
+    """Of one pass on a cluster.
+
+    Attributes:
+        device: of every rank.
         timeline: what the rank spends on the pieces.
-        message: bytes of what travels.
+        ranks: how long their transfers take.
         n: ranks.
         queries, keys: of all ranks; ``most_`` of the rank with most, ``mean_`` of a rank.
     """
 
     def __init__(
-        self, shape: AttentionShape, cluster: Cluster, timeline: Timeline | None = None
+        self,
+        shape: AttentionShape,
+        cluster: Cluster,
+        *,
+        backward: bool,
+        timeline: Timeline | None = None,
     ) -> None:
-        self.shape, self.device = shape, cluster.device
+        super().__init__(shape, backward)
+        self.device = cluster.device
         self.timeline = Timeline() if timeline is None else timeline
-        self.message = Messages(shape)
         self.ranks = Ranks(cluster, shape.ranks)
         self.n = shape.ranks
         self.queries, self.keys = sum(shape.q_lengths), sum(shape.kv_lengths)
@@ -51,30 +128,29 @@ class Pieces:
         self._scale = shape.element_bytes / cluster.device.element_bytes
 
     @property
+    def kernel(self) -> KernelTime:
+        """Of attention to a part of the keys."""
+        return self.device.backward if self.backward else self.device.partial
+
+    @property
     def head_shares(self) -> tuple[float, ...]:
         """Of the gather schedule's groups; what recomputes K and V attends to all heads at once."""
         if self.shape.recompute:
             return (1.0,)
         sizes = head_groups(
             kv_heads=self.shape.kv_heads,
-            q_bytes=int(self.message.rows(self.most_queries)),
+            q_bytes=int(self.q_bytes(self.most_queries)),
             on_cpu=self.device.on_cpu,
         )
         return tuple(size / self.shape.kv_heads for size in sizes)
 
-    def of_q(self, queries: float) -> float:
-        """Numbers of q."""
-        return self.shape.batch * queries * self.shape.heads * self.shape.head_dim
-
-    def of_k_and_v(self, keys: float) -> float:
-        """Numbers of K and V together, or of their gradients."""
-        return 2 * self.shape.batch * keys * self.shape.kv_heads * self.shape.head_dim
+    # ---- seconds
 
     def attend_s(
-        self, kernel: KernelTime, queries: float, keys: float, *, share: float = 1.0
+        self, queries: float, keys: float, *, share: float = 1.0, kernel: KernelTime | None = None
     ) -> float:
-        """A kernel on so many queries and keys, for a share of the heads."""
-        return kernel.seconds(
+        """A kernel (`kernel` where none is given) on so many queries and keys, for some heads."""
+        return (self.kernel if kernel is None else kernel).seconds(
             queries,
             keys,
             width=self.of_q(1) * share,
@@ -89,24 +165,38 @@ class Pieces:
         device = self.device
         return operations * device.operation_s + numbers * nbytes / device.stream_bytes_per_s
 
-    def project_s(self, keys: float, *, backward: bool = False) -> float:
-        """Projecting K and V of so many features; in backward also their gradients' products."""
-        products = 2 if backward and self.shape.features_train else 1
+    def project_s(self, keys: float, *, gradients: bool = False) -> float:
+        """Projecting K and V of so many features, or the products for their gradients."""
+        products = 2 if gradients and self.shape.features_train else 1
         operations = 2 * products * self.shape.features_dim * self.of_k_and_v(keys)
         return self._scale * operations / self.device.matmul_flops
 
     # ---- and on the timeline
 
-    def attend(
-        self, kernel: KernelTime, queries: float, keys: float, *, share: float = 1.0
-    ) -> None:
+    def attend(self, queries: float, keys: float, **options: Any) -> None:
         """Spend `attend_s`."""
-        self.timeline.compute(self.attend_s(kernel, queries, keys, share=share), "kernel")
+        self.timeline.compute(self.attend_s(queries, keys, **options), "kernel")
 
     def touch(self, numbers: float, *kinds: str) -> None:
         """Spend `touch_s`."""
         self.timeline.compute(self.touch_s(numbers, *kinds), "other")
 
-    def project(self, *, backward: bool = False) -> None:
+    def project(self, *, gradients: bool = False) -> None:
         """Spend `project_s` on this rank's keys."""
-        self.timeline.compute(self.project_s(self.most_keys, backward=backward), "projection")
+        self.timeline.compute(self.project_s(self.most_keys, gradients=gradients), "projection")
+
+    def send(self, transfer: Transfer) -> None:
+        """Post a transfer and wait for it."""
+        self.timeline.wait(self.timeline.post(transfer))
+
+
+def padded(shape: AttentionShape) -> AttentionShape:
+    """The call as Ulysses runs it: shards as long as the longest, heads repeated or padded."""
+    repeats, padding = head_layout(shape.heads, shape.kv_heads, shape.ranks)
+    return replace(
+        shape,
+        q_lengths=(max(shape.q_lengths),) * shape.ranks,
+        kv_lengths=(max(shape.kv_lengths),) * shape.ranks,
+        heads=shape.heads + padding * (shape.heads // (shape.kv_heads * repeats)),
+        kv_heads=shape.kv_heads * repeats + padding,
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_lvx import cache
-from ds_lvx.plan.cards import CARDS, Card
+from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import ACROSS_LATENCY_S, Cluster, Device, KernelTime, Link, from_card
 from ds_lvx.plan.units import bytes_per_s, seconds
 
@@ -39,19 +39,18 @@ def current(device: Any, world: int) -> Cluster:
 
     Hosts may have different profiles: let one rank ask, and give the others its answer.
     """
-    name = device_name(device)
+    name, network = device_name(device), os.environ.get("NETLAB") or None
     per_node = ranks_of_this_node() or world
-    network = os.environ.get("NETLAB") or None
-    measured = _nearest(name, world, network)
-    if measured is None and network is not None:
+    known = _nearest(name, world, network)
+    if known is None and network is not None:
         known = _nearest(name, world, None) or guess(name, gpus=world, gpus_per_node=per_node)
         rate, _, latency = network.partition(",")
         latency_s = ACROSS_LATENCY_S + (seconds(latency) if latency else 0.0)
         emulated = Link.of(bytes_per_s(rate), latency_s)
-        measured = replace(known, across=emulated, source=f"{known.source}; network {network}")
-    if measured is not None:
-        return measured.with_gpus(world, per_node)
-    return guess(name, gpus=world, gpus_per_node=per_node)
+        known = replace(known, across=emulated, source=f"{known.source}; network {network}")
+    if known is None:
+        return guess(name, gpus=world, gpus_per_node=per_node)
+    return known.with_gpus(world, per_node)
 
 
 def ranks_of_this_node() -> int | None:
@@ -62,12 +61,14 @@ def ranks_of_this_node() -> int | None:
 
 def guess(name: str, *, gpus: int, gpus_per_node: int) -> Cluster:
     """A cluster by the name that a driver has for its devices, without any measurement."""
-    card = _card_of(name)
-    if card is not None:
-        return from_card(card, gpus=gpus, gpus_per_node=gpus_per_node)
-    if name == "cpu" or name.startswith("cpu "):
+    if name.partition(" ")[0] == "cpu":
         return _some_cpu(gpus, gpus_per_node)
-    cluster = from_card(CARDS["A100-40"], gpus=gpus, gpus_per_node=gpus_per_node)
+    words = re.split(r"\W+", name.upper())
+    wanted = "A100-80" if "A100" in words and "80" in name.replace("A100", "") else "A100-40"
+    card = next((CARDS[word] for word in words if word in CARDS), CARDS[wanted])
+    cluster = from_card(card, gpus=gpus, gpus_per_node=gpus_per_node)
+    if card.name.partition("-")[0] in words:
+        return cluster
     return replace(cluster, source=f"{name} is unknown: {cluster.source}")
 
 
@@ -85,8 +86,8 @@ def device_name(device: Any) -> str:
 
 def path_of(name: str, ranks: int, network: str | None = None) -> Path:
     """The file of a device's profile with so many ranks, over an emulated network or without."""
-    words = [name, str(ranks)] + ([network] if network is not None else [])
-    return cache.folder() / f"profile-{'--'.join(_slug(word) for word in words)}.json"
+    over = "" if network is None else f"--{_slug(network)}"
+    return cache.folder() / f"profile-{_slug(name)}--{ranks}{over}.json"
 
 
 def _slug(text: str) -> str:
@@ -99,41 +100,32 @@ def read(path: Path) -> Cluster:
     Raises:
         ValueError: no such file, or not a profile of this version.
     """
+    advice = "write one with ds-lvx plan --calibrate"
     try:
         record = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"profile: got {path}, which does not exist; write one with ds-lvx plan --calibrate"
+            f"profile: got {path}, which cannot be read ({error}); {advice}"
         ) from error
-    except ValueError as error:
-        raise ValueError(f"profile: got {path}, which is not JSON: {error}") from error
     if not isinstance(record, Mapping) or record.get("format") != FORMAT:
         raise ValueError(
-            f"profile: got {path}, which is not a profile of format {FORMAT}; write a new one with "
-            "ds-lvx plan --calibrate"
+            f"profile: got {path}, which is not a profile of format {FORMAT}; {advice}"
         )
     return Cluster.of(record["cluster"])
 
 
 def _nearest(name: str, world: int, network: str | None) -> Cluster | None:
-    found = {}
+    counts = []
     for path in sorted(cache.folder().glob(f"profile-{_slug(name)}--*.json")):
-        _, ranks, *rest = path.stem.split("--")
-        if ranks.isdigit() and rest == ([] if network is None else [_slug(network)]):
-            found[int(ranks)] = path
-    for _, path in sorted(found.items(), key=lambda item: (abs(item[0] - world), item[0])):
+        ranks = path.stem.split("--")[1]
+        if ranks.isdigit() and path == path_of(name, int(ranks), network):
+            counts.append(int(ranks))
+    for count in sorted(counts, key=lambda count: (abs(count - world), count)):
         try:
-            return read(path)
+            return read(path_of(name, count, network))
         except ValueError:
             continue  # of another version: the next one, or the data sheet
     return None
-
-
-def _card_of(name: str) -> Card | None:
-    upper = name.upper().replace("NVIDIA", "")
-    if "A100" in upper:
-        return CARDS["A100-80" if "80" in upper.replace("A100", "") else "A100-40"]
-    return next((card for known, card in CARDS.items() if re.search(rf"\b{known}\b", upper)), None)
 
 
 def _processor() -> str:

@@ -13,17 +13,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ds_lvx.attention.shape import AttentionShape
-from ds_lvx.models.registry import FAMILIES
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import Cluster, Link, from_card
 from ds_lvx.plan.cost import cost
+from ds_lvx.plan.models import model
 from ds_lvx.plan.pieces import Pieces
-from ds_lvx.plan.transfers import Timeline, Transfer
 
-_LATENCY_S = 20e-6
-
+RANKS = 6
 WITHIN_BYTES_PER_S = 64e9
 ACROSS_BYTES_PER_S = 25e9
+_LATENCY_S = 20e-6
+_LLAMA = "Llama-3.2-11B-Vision"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def cluster(*, both_ways: bool) -> Cluster:
     share = 2 if both_ways else 1
     return from_card(
         CARDS["A100-40"],
-        gpus=6,
+        gpus=RANKS,
         gpus_per_node=3,
         within=Link.of(WITHIN_BYTES_PER_S / share, _LATENCY_S),
         across=Link.of(ACROSS_BYTES_PER_S / share, _LATENCY_S),
@@ -64,102 +64,92 @@ def cluster(*, both_ways: bool) -> Cluster:
 
 def compare(row: Row, on: Cluster) -> dict[str, Any]:
     """The table's line beside the prediction, for all 8 cross-attention layers."""
-    llama = FAMILIES.known()[0]
-    frame_tokens, layers = llama.frame_tokens, llama.cross.count
+    llama = model(_LLAMA)
+    cross, keys = llama.cross, row.frames * llama.frame_tokens
     shape = AttentionShape.even(
         queries=row.text_tokens,
-        keys=row.frames * frame_tokens,
-        ranks=on.gpus,
-        heads=llama.cross.heads,
-        kv_heads=llama.cross.kv_heads,
-        head_dim=llama.cross.head_dim,
+        keys=keys,
+        ranks=RANKS,
+        heads=cross.heads,
+        kv_heads=cross.kv_heads,
+        head_dim=cross.head_dim,
     )
-    repeated = Pieces(replace(shape, kv_heads=shape.heads), on)
-    ring_s, lvx_s = layers * _ring_seconds(repeated), layers * _lvx_seconds(repeated)
+    repeated = replace(shape, kv_heads=shape.heads)
+    ring_s, lvx_s = (
+        cross.count * sum(walk(Pieces(repeated, on, backward=each)) for each in (False, True))
+        for walk in (_ring_s, _lvx_s)
+    )
     speedup, published = ring_s / lvx_s, row.ring_s / row.lvx_s
     return {
         **asdict(row),
-        "visual_tokens": row.frames * frame_tokens,
+        "visual_tokens": keys,
         "predicted_ring_s": ring_s,
         "predicted_lvx_s": lvx_s,
         "speedup": published,
         "predicted_speedup": speedup,
         "predicted_over_published": speedup / published,
         "predicted_of_ds_lvx_s": {
-            "ring": layers * cost(shape, on, method="ring").seconds,
-            "lvx gather": layers * cost(shape, on, method="lvx").seconds,
+            way: cross.count * cost(shape, on, way).seconds for way in ("ring", "lvx gather")
         },
     }
 
 
 def ring_bytes(row: Row) -> float:
     """What a GPU sends in an iteration of their ring attention."""
-    ranks, llama = 6, FAMILIES.known()[0]
-    cross, keys = llama.cross, row.frames * llama.frame_tokens / ranks
-    return cross.count * (3 * ranks - 2) * 2 * 2 * keys * cross.heads * cross.head_dim
+    llama = model(_LLAMA)
+    cross, keys = llama.cross, row.frames * llama.frame_tokens / RANKS
+    return cross.count * (3 * RANKS - 2) * 2 * 2 * keys * cross.heads * cross.head_dim
 
 
-def _ring_seconds(pieces: Pieces) -> float:
-    """Forward and backward of a layer in which K and V rotate."""
-    device, shape = pieces.device, (pieces.most_queries, pieces.mean_keys)
-    keys = pieces.of_k_and_v(pieces.mean_keys)
-    block = pieces.ranks.shift(pieces.message.keys(pieces.mean_keys))
-    forward = _rotate(pieces.n, pieces.attend_s(device.partial, *shape), ahead=block)
-    backward = _rotate(
-        pieces.n,
-        pieces.attend_s(device.backward, *shape),
-        pieces.touch_s(keys, "add 16 bits"),
-        ahead=block,
-        back=block,
+def _ring_s(pieces: Pieces) -> float:
+    """A pass of a layer in which K and V rotate."""
+    keys, nbytes = pieces.of_k_and_v(pieces.mean_keys), pieces.kv_bytes(pieces.mean_keys)
+    return pieces.touch_s(keys, "copy") + _rotate(
+        pieces,
+        pieces.attend_s(pieces.most_queries, pieces.mean_keys),
+        pieces.touch_s(keys, "add 16 bits") if pieces.backward else 0.0,
+        ahead_bytes=nbytes,
+        back_bytes=nbytes if pieces.backward else None,
     )
-    return forward + backward + 2 * pieces.touch_s(keys, "copy")
 
 
-def _lvx_seconds(pieces: Pieces) -> float:
-    """Forward and backward of a layer in which queries rotate."""
-    device, shape = pieces.device, (pieces.mean_queries, pieces.most_keys)
-    rows, shift = pieces.of_q(pieces.mean_queries), pieces.ranks.shift
-    q_bytes = pieces.message.rows(pieces.mean_queries)
-    lse_bytes = pieces.message.statistics(pieces.mean_queries)
-    forward = _rotate(
-        pieces.n,
-        pieces.attend_s(device.partial, *shape),
-        pieces.touch_s(rows, "merge"),
-        ahead=shift(q_bytes),
-        back=shift(q_bytes + lse_bytes),
+def _lvx_s(pieces: Pieces) -> float:
+    """A pass of a layer in which queries rotate; out comes back with lse, and goes out again."""
+    queries, backward = pieces.mean_queries, pieces.backward
+    q_bytes, lse_bytes = pieces.q_bytes(queries), pieces.lse_bytes(queries)
+    keys, rows = pieces.of_k_and_v(pieces.most_keys), pieces.of_q(queries)
+    seconds = _rotate(
+        pieces,
+        pieces.attend_s(queries, pieces.most_keys),
+        pieces.touch_s(keys, "add 16 bits") if backward else pieces.touch_s(rows, "merge"),
+        ahead_bytes=3 * q_bytes + lse_bytes if backward else q_bytes,  # q, out, dout
+        back_bytes=q_bytes if backward else q_bytes + lse_bytes,
     )
-    backward = _rotate(
-        pieces.n,
-        pieces.attend_s(device.backward, *shape),
-        pieces.touch_s(pieces.of_k_and_v(pieces.most_keys), "add 16 bits"),
-        ahead=shift(3 * q_bytes + lse_bytes),  # q, out, dout
-        back=shift(q_bytes),  # dq
-    )
-    return forward + backward + pieces.touch_s(rows, "delta")
+    return seconds + (pieces.touch_s(rows, "delta") if backward else 0.0)
 
 
 def _rotate(
-    ranks: int,
+    pieces: Pieces,
     kernel_s: float,
-    adding_s: float = 0.0,
+    adding_s: float,
     *,
-    ahead: Transfer,
-    back: Transfer | None = None,
+    ahead_bytes: float,
+    back_bytes: float | None,
 ) -> float:
-    """One pass: the next block travels under each kernel, and so does what the last one gave.
+    """Seconds in which the next block travels under each kernel, and so does what the last gave.
 
     Results rotate all the way round, one hop more than what they are made from.
     """
-    timeline = Timeline()
+    timeline, ahead = pieces.timeline, pieces.ranks.shift(ahead_bytes)
     returning: float | None = None
-    for step in range(ranks):
-        following = timeline.post(ahead) if step < ranks - 1 else None
+    for step in range(RANKS):
+        following = timeline.post(ahead) if step < RANKS - 1 else None
         timeline.compute(kernel_s, "kernel")
         if returning is not None:
             timeline.wait(returning)
         timeline.compute(adding_s, "other")
-        if back is not None:
-            returning = timeline.post(back)
+        if back_bytes is not None:
+            returning = timeline.post(pieces.ranks.shift(back_bytes))
         if following is not None:
             timeline.wait(following)
     if returning is not None:

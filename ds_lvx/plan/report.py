@@ -6,18 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ds_lvx.attention.shape import evenly
-from ds_lvx.plan.choose import duration, label, obstacle
 from ds_lvx.plan.cluster import Cluster, Link
-from ds_lvx.plan.cost import cost
+from ds_lvx.plan.cost import cost, obstacle
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.search import CANDIDATES, Plan
 from ds_lvx.plan.step import Step
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from ds_lvx.plan.units import duration
 
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 _POINTS = 33  # of a curve
@@ -27,20 +24,21 @@ def as_record(scenario: Scenario, cluster: Cluster, found: Plan) -> dict[str, An
     """For programs. Seconds and bytes; ``steps`` has every group size and method."""
 
     def record(each: Step) -> dict[str, Any]:
-        names = ("ranks", "method", "text_method", "seconds", "cross_seconds", "parts")
+        method, _, schedule = each.way.partition(" ")
+        names = ("ranks", "text_method", "seconds", "cross_seconds", "parts", "limited_by")
         return {
-            **{name: getattr(each, name) for name in (*names, "limited_by", "bytes_sent")},
-            "schedule": each.schedule if each.method == "lvx" else None,
+            **{name: getattr(each, name) for name in (*names, "bytes_sent", "fits")},
+            "method": method,
+            "schedule": schedule or None,
             "layer": asdict(each.cross),
             "memory": {**asdict(each.footprint), "peak": each.footprint.peak},
-            "fits": found.fits(each),
         }
 
     return {
         "kind": "predicted",
         "job": {**asdict(scenario), "visual_tokens": scenario.visual_tokens},
         "cluster": cluster.record(),
-        "memory_limit_bytes": found.limit_bytes,
+        "memory_limit_bytes": cluster.device.limit_bytes,
         "best": record(found.best),
         "quickest": record(found.quickest),
         "steps": [record(each) for each in found.steps],
@@ -55,8 +53,10 @@ def as_record(scenario: Scenario, cluster: Cluster, found: Plan) -> dict[str, An
 def as_text(scenario: Scenario, cluster: Cluster, found: Plan) -> str:
     """For people."""
     best = found.best
-    answer = f"{_answer(cluster, found)}\n{_config(scenario, best)}"
-    parts = [_question(scenario, cluster), answer]
+    parts = [
+        _question(scenario, cluster),
+        f"{_answer(cluster, found)}\n{_config(scenario, best)}",
+    ]
     for ranks in dict.fromkeys((best.ranks, found.quickest.ranks)):
         if ranks > 1:
             parts += [f"Groups of {ranks}, by method of the cross-attention:"]
@@ -100,7 +100,7 @@ def _answer(cluster: Cluster, found: Plan) -> str:
         f"parallel {replicas}, {duration(best.seconds)} a step, {replicas / best.seconds:.3g} "
         f"samples a second; most of it {best.limited_by}"
     )
-    if (quickest.ranks, _name(quickest)) == (best.ranks, _name(best)):
+    if quickest == best:
         return text
     shortest = f"{_name(quickest)} on groups of {quickest.ranks}, {duration(quickest.seconds)}"
     return f"{text}\nShortest step: {shortest}"
@@ -108,10 +108,12 @@ def _answer(cluster: Cluster, found: Plan) -> str:
 
 def _config(scenario: Scenario, best: Step) -> str:
     """What stands in the ds_config for it."""
-    rule: dict[str, Any] = {"method": best.method}
-    if best.method == "lvx":
-        rule |= {"schedule": best.schedule} if best.ranks > 1 else {}
-        rule |= {"recompute_kv": True} if scenario.recompute else {}
+    method, _, schedule = best.way.partition(" ")
+    rule: dict[str, Any] = {"method": method}
+    if schedule and best.ranks > 1:
+        rule["schedule"] = schedule
+    if scenario.recomputes(best.way):
+        rule["recompute_kv"] = True
     return (
         f'In the ds_config: "sequence_parallel_size": {best.ranks}; cross-attention '
         f"{json.dumps(rule)}; text {json.dumps({'method': best.text_method})}"
@@ -120,7 +122,7 @@ def _config(scenario: Scenario, best: Step) -> str:
 
 def _methods(found: Plan, ranks: int) -> str:
     steps = found.at(ranks)
-    ring = next((each.cross_seconds for each in steps if each.method == "ring"), None)
+    ring = next((each.cross_seconds for each in steps if each.way == "ring"), None)
     rows = [
         (
             _name(each),
@@ -128,7 +130,7 @@ def _methods(found: Plan, ranks: int) -> str:
             duration(each.cross_seconds),
             duration(each.parts["cross-attention, network"]),
             _size(each.bytes_sent),
-            _size(each.footprint.peak) + ("" if found.fits(each) else ", too much"),
+            _size(each.footprint.peak) + ("" if each.fits else ", too much"),
             "-" if ring is None else f"{ring / each.cross_seconds:.3g}",
         )
         for each in steps
@@ -138,7 +140,7 @@ def _methods(found: Plan, ranks: int) -> str:
 
 
 def _name(each: Step) -> str:
-    return "one rank a sample" if each.ranks == 1 else label(each.method, each.schedule)
+    return "one rank a sample" if each.ranks == 1 else each.way
 
 
 def _size(nbytes: float) -> str:
@@ -161,25 +163,23 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def save_plot(scenario: Scenario, cluster: Cluster, ranks: int, path: Path) -> None:
-    """Write the plot; groups of one rank have none, and are drawn with all GPUs.
+    """Write the plot: speed-up over ring attention against S_q / S_kv; a line for the scenario.
+
+    Of the attention alone, forward and backward, without the projection of K and V, which is the
+    same for all. Groups of one rank have none, and are drawn with all GPUs.
 
     Raises:
         ValueError: a cluster of one GPU.
         ModuleNotFoundError: there is no matplotlib.
     """
-    if cluster.gpus == 1:
-        raise ValueError("--plot: got one GPU; expected at least 2, to have something to compare")
-    draw(scenario, cluster, ranks if ranks > 1 else cluster.gpus).savefig(path, dpi=110)
-
-
-def draw(scenario: Scenario, cluster: Cluster, ranks: int) -> Figure:
-    """Speed-up over ring attention against S_q / S_kv; the scenario itself is a line."""
     from matplotlib.figure import Figure
 
+    if cluster.gpus == 1:
+        raise ValueError("--plot: got one GPU; expected at least 2, to have something to compare")
+    ranks, keys = ranks if ranks > 1 else cluster.gpus, scenario.visual_tokens
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    keys = scenario.visual_tokens
-    for name, points in curves(scenario, cluster, ranks).items():
+    for name, points in _curves(scenario, cluster, ranks).items():
         axes.plot(*zip(*points, strict=True), label=name)
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.axvline(scenario.text_tokens / keys, color="black", linewidth=0.8, linestyle=":")
@@ -192,24 +192,22 @@ def draw(scenario: Scenario, cluster: Cluster, ranks: int) -> Figure:
         f"backward,\n{ranks} x {cluster.device.name}, {cluster.gpus_per_node} a node",
     )
     axes.legend()
-    return figure
+    figure.savefig(path, dpi=110)
 
 
-def curves(
+def _curves(
     scenario: Scenario, cluster: Cluster, ranks: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """``(S_q / S_kv, speed-up)`` by method, of the attention alone, at these visual tokens.
-
-    Forward and backward, without the projection of K and V, which is the same for all.
-    """
+    """``(S_q / S_kv, speed-up)`` by method."""
     found: dict[str, list[tuple[float, float]]] = {}
-    keys, shape = scenario.visual_tokens, scenario.cross_shape(ranks, "ring")
+    keys = scenario.visual_tokens
     for point in range(_POINTS):
         queries = max(round(keys ** (point / (_POINTS - 1))), 1)
-        at = replace(shape, q_lengths=tuple(evenly(queries, ranks)), features_dim=0)
-        ring = cost(at, cluster, method="ring").seconds
-        for method, schedule in CANDIDATES:
-            if method != "ring" and obstacle(at, method, schedule) is None:
-                own = cost(at, cluster, method=method, schedule=schedule).seconds
-                found.setdefault(label(method, schedule), []).append((queries / keys, ring / own))
+        q_lengths = tuple(evenly(queries, ranks))
+        shape = replace(scenario.cross_shape(ranks, "ring"), q_lengths=q_lengths, features_dim=0)
+        ring = cost(shape, cluster, "ring").seconds
+        for way in CANDIDATES:
+            if way != "ring" and obstacle(shape, way) is None:
+                speedup = ring / cost(shape, cluster, way).seconds
+                found.setdefault(way, []).append((queries / keys, speedup))
     return found

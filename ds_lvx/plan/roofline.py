@@ -11,23 +11,22 @@ Legend: B batch, S queries, T keys, H query heads, K key/value heads, D head_dim
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 FP32_BYTES = 4
 
 
 class Rates(Protocol):
-    """What a device can do; a `ds_lvx.plan.cards.Card` is one, and so are measured rates."""
+    """What a device can do; a `ds_lvx.plan.cards.Card` is one, and so are measured rates.
+
+    Operations of matrix products, and bytes of the device's memory, a second.
+    """
 
     @property
-    def matrix_flops(self) -> float:
-        """Matrix products, operations a second."""
-        ...
+    def matrix_flops(self) -> float: ...
 
     @property
-    def memory_bytes_per_s(self) -> float:
-        """Of the device's memory."""
-        ...
+    def memory_bytes_per_s(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,6 @@ class Problem:
         element_bytes: e; 2 for bf16.
         visible: share of the S x T pairs in which the query sees the key.
         seen: share of the keys that any query sees; nobody has to read the others.
-
-    Raises:
-        ValueError: a size below 1, heads that kv_heads does not divide, a share outside 0 to 1, or
-            more visible than seen.
     """
 
     queries: int
@@ -57,24 +52,8 @@ class Problem:
     visible: float = 1.0
     seen: float = 1.0
 
-    def __post_init__(self) -> None:
-        names = ("queries", "keys", "heads", "kv_heads", "head_dim", "batch", "element_bytes")
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; expected at least 1")
-        if self.heads % self.kv_heads != 0:
-            raise ValueError(
-                f"kv_heads: got {self.kv_heads} for {self.heads} heads; expected a divisor of heads"
-            )
-        if not 0.0 <= self.visible <= self.seen <= 1.0:
-            raise ValueError(
-                f"visible, seen: got {self.visible} and {self.seen}; expected "
-                "0 <= visible <= seen <= 1"
-            )
 
-
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What a call has to do at least.
 
     Attributes:
@@ -86,8 +65,7 @@ class Work:
     memory_bytes: float
 
 
-@dataclass(frozen=True)
-class Floor:
+class Floor(NamedTuple):
     """The least time of a call.
 
     Attributes:
@@ -101,12 +79,7 @@ class Floor:
 
 def forward_work(problem: Problem) -> Work:
     """``4 B S T H D`` operations (q kT, P v); q, k, v read, out and lse (fp32) written."""
-    return Work(
-        flops=4 * _products(problem),
-        memory_bytes=2 * _rows(problem)
-        + _statistics(problem)
-        + 2 * problem.seen * _key_bytes(problem),
-    )
+    return _work(problem, operations=4, rows=2, statistics=1, written=0)
 
 
 def backward_work(problem: Problem) -> Work:
@@ -115,12 +88,7 @@ def backward_work(problem: Problem) -> Work:
     Five products: q kT again, dout vT, PT dout, dST q, dS k. dk and dv are written for every key,
     also where nobody sees it and they are 0.
     """
-    return Work(
-        flops=10 * _products(problem),
-        memory_bytes=3 * _rows(problem)
-        + 2 * _statistics(problem)
-        + 2 * (problem.seen + 1) * _key_bytes(problem),
-    )
+    return _work(problem, operations=10, rows=3, statistics=2, written=2)
 
 
 def floor(work: Work, rates: Rates) -> Floor:
@@ -130,24 +98,12 @@ def floor(work: Work, rates: Rates) -> Floor:
     return Floor(products, "matrix") if products >= memory else Floor(memory, "memory")
 
 
-def _products(problem: Problem) -> float:
-    """Elements of the sums of one product: B S T H D, where visible."""
-    pairs = problem.visible * problem.batch * problem.queries * problem.keys
-    return pairs * problem.heads * problem.head_dim
-
-
-def _rows(problem: Problem) -> int:
-    """Bytes of q."""
-    numbers = problem.batch * problem.queries * problem.heads * problem.head_dim
-    return numbers * problem.element_bytes
-
-
-def _key_bytes(problem: Problem) -> int:
-    """Bytes of K."""
-    numbers = problem.batch * problem.keys * problem.kv_heads * problem.head_dim
-    return numbers * problem.element_bytes
-
-
-def _statistics(problem: Problem) -> int:
-    """Bytes of lse, or of delta."""
-    return problem.batch * problem.queries * problem.heads * FP32_BYTES
+def _work(p: Problem, *, operations: int, rows: int, statistics: int, written: int) -> Work:
+    """``rows`` are tensors of q's size, ``statistics`` of lse's, ``written`` of K's."""
+    heads = p.batch * p.queries * p.heads
+    key_bytes = p.batch * p.keys * p.kv_heads * p.head_dim * p.element_bytes
+    row_bytes = rows * p.head_dim * p.element_bytes + statistics * FP32_BYTES
+    return Work(
+        flops=operations * p.visible * heads * p.keys * p.head_dim,
+        memory_bytes=heads * row_bytes + (2 * p.seen + written) * key_bytes,
+    )

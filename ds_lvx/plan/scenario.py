@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_lvx.attention.shape import AttentionShape, evenly
-from ds_lvx.plan.models import Layers, Model
+from ds_lvx.models.dimensions import Layers, Model
 
 TRAINED = ("all", "cross")
 
@@ -62,22 +62,21 @@ class Scenario:
         """Frames of the rank that holds most; a frame is not split."""
         return -(-self.frames // ranks)
 
-    def cross_shape(self, ranks: int, method: str) -> AttentionShape:
-        """One cross-attention layer; lvx alone can recompute."""
-        keys = [count * self.model.frame_tokens for count in evenly(self.frames, ranks)]
-        return self._shape(self.model.cross, ranks, keys, recompute=self.recomputes(method))
+    def recomputes(self, way: str) -> bool:
+        """Whether cross-attention layers project K and V again; lvx alone can."""
+        return self.recompute and way.startswith("lvx")
 
-    def recomputes(self, method: str) -> bool:
-        """Whether cross-attention layers of this method project K and V again."""
-        return self.recompute and method == "lvx"
+    def cross_shape(self, ranks: int, way: str) -> AttentionShape:
+        """One cross-attention layer."""
+        keys = [count * self.model.frame_tokens for count in evenly(self.frames, ranks)]
+        shape = self._shape(self.model.cross, ranks, keys)
+        return replace(shape, recompute=self.recomputes(way))
 
     def text_shape(self, ranks: int) -> AttentionShape:
         """One self-attention layer of the text."""
         return self._shape(self.model.text, ranks, evenly(self.text_tokens, ranks))
 
-    def _shape(
-        self, layers: Layers, ranks: int, keys: Sequence[int], *, recompute: bool = False
-    ) -> AttentionShape:
+    def _shape(self, layers: Layers, ranks: int, keys: Sequence[int]) -> AttentionShape:
         return AttentionShape(
             batch=1,
             q_lengths=tuple(evenly(self.text_tokens, ranks)),
@@ -86,6 +85,5 @@ class Scenario:
             kv_heads=layers.kv_heads,
             head_dim=layers.head_dim,
             element_bytes=self.element_bytes,
-            recompute=recompute,
             features_dim=layers.features_dim,
         )

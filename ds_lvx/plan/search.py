@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ds_lvx.plan.choose import candidates, label, obstacle
 from ds_lvx.plan.cluster import Cluster
+from ds_lvx.plan.cost import obstacle
 from ds_lvx.plan.memory import footprint
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.step import Step, step
 
-CANDIDATES = candidates(("lvx", "ulysses", "ring"), ("gather", "ring"))
+CANDIDATES = ("lvx gather", "lvx ring", "ulysses", "ring")
 """Method and schedule of every plan."""
-MEMORY_SHARE = 0.92
-"""Of a device's memory that a plan may fill; the rest is the driver's and the allocator's."""
 _MOST_GPUS = 2**20
 
 
@@ -43,27 +42,20 @@ class Plan:
     """The answer.
 
     Attributes:
-        steps: every group size, method and schedule that can run.
+        steps: every group size and method that can run; small groups first.
         best: the one with the most samples a second that fits.
         quickest: the one with the shortest step that fits.
         stops: by method.
-        limit_bytes: memory of a device that a plan may fill.
     """
 
     steps: tuple[Step, ...]
     best: Step
     quickest: Step
     stops: tuple[Stop, ...]
-    limit_bytes: int
 
     def at(self, ranks: int) -> list[Step]:
         """All methods with one group size, fastest first."""
-        found = [each for each in self.steps if each.ranks == ranks]
-        return sorted(found, key=_seconds)
-
-    def fits(self, each: Step) -> bool:
-        """Whether a step's memory suffices."""
-        return each.footprint.peak <= self.limit_bytes
+        return sorted((each for each in self.steps if each.ranks == ranks), key=_seconds)
 
 
 def plan(scenario: Scenario, cluster: Cluster, *, group: int | None = None) -> Plan:
@@ -73,113 +65,80 @@ def plan(scenario: Scenario, cluster: Cluster, *, group: int | None = None) -> P
         ValueError: ``group`` does not divide the GPUs, or nothing fits; says by how much, and what
             would.
     """
-    groups = divisors(cluster.gpus) if group is None else [group]
-    if cluster.gpus % groups[0]:
-        raise ValueError(
-            f"group: got {group} for {cluster.gpus} GPUs; expected one of {divisors(cluster.gpus)}"
-        )
-    # One rank needs no method; lvx stands for all, as it can recompute.
-    ways = [
-        (ranks, *way)
-        for ranks in groups
-        for way in (CANDIDATES if ranks > 1 else [("lvx", "gather")])
-        if ranks == 1 or obstacle(scenario.cross_shape(ranks, way[0]), *way) is None
-    ]
+    divisors = [each for each in range(1, cluster.gpus + 1) if cluster.gpus % each == 0]
+    if group is not None and group not in divisors:
+        raise ValueError(f"group: got {group} for {cluster.gpus} GPUs; expected one of {divisors}")
+    groups = divisors if group is None else [group]
     steps = tuple(
-        step(scenario, cluster, ranks=ranks, method=method, schedule=schedule)
-        for ranks, method, schedule in ways
+        step(scenario, cluster, ranks=ranks, way=way)
+        for ranks in groups
+        # One rank needs no method; lvx stands for all, as it can recompute.
+        for way in (CANDIDATES if ranks > 1 else CANDIDATES[:1])
+        if ranks == 1 or obstacle(scenario.cross_shape(ranks, way), way) is None
     )
-    limit_bytes = int(MEMORY_SHARE * cluster.device.memory_bytes)
-    fitting = [each for each in steps if each.footprint.peak <= limit_bytes]
+    fitting = [each for each in steps if each.fits]
     if not fitting:
-        raise ValueError(_nothing_fits(scenario, cluster, steps, limit_bytes))
+        raise ValueError(_nothing_fits(scenario, cluster, steps))
+    stops = (
+        _stop(scenario, groups, [each for each in steps if each.way == way and each.ranks > 1])
+        for way in CANDIDATES
+    )
     return Plan(
         steps=steps,
         best=min(fitting, key=lambda each: each.seconds * each.ranks),
         quickest=min(fitting, key=_seconds),
-        stops=tuple(_stops(scenario, steps, groups, limit_bytes)),
-        limit_bytes=limit_bytes,
+        stops=tuple(each for each in stops if each is not None),
     )
-
-
-def divisors(number: int) -> list[int]:
-    """In order."""
-    small = [each for each in range(1, int(number**0.5) + 1) if number % each == 0]
-    return sorted({*small, *(number // each for each in small)})
 
 
 def _seconds(each: Step) -> float:
     return each.seconds
 
 
-# --------------------------------------------------------------------------------------------
-# Where each method stops
-
-
-def _stops(
-    scenario: Scenario, steps: Sequence[Step], groups: Sequence[int], limit_bytes: int
-) -> list[Stop]:
-    found = []
-    for method, schedule in CANDIDATES:
-        way = (method, schedule)
-        own = [each for each in steps if (each.method, each.schedule) == way and each.ranks > 1]
-        if not own:
-            continue
-        fitting = [each for each in own if each.footprint.peak <= limit_bytes]
-        fastest = min(fitting, key=_seconds, default=None)
-        beyond = [ranks for ranks in groups if ranks > own[-1].ranks]
-        shape = scenario.cross_shape(beyond[0], method) if beyond else None
-        found.append(
-            Stop(
-                name=label(*way),
-                fits_from=fitting[0].ranks if fitting else None,
-                fastest_at=None if fastest is None else fastest.ranks,
-                ends_at=own[-1].ranks,
-                reason=_reason(own, fastest, None if shape is None else obstacle(shape, *way)),
-            )
-        )
-    return found
-
-
-def _reason(own: Sequence[Step], fastest: Step | None, problem: str | None) -> str:
-    """``problem`` is what keeps the method off larger groups."""
-    if fastest is None:
-        return f"memory; {problem}" if problem else "memory: no group of these GPUs is large enough"
-    larger = [each for each in own if each.ranks > fastest.ranks]
-    if larger:
-        growing = {name: larger[0].parts[name] - fastest.parts[name] for name in fastest.parts}
-        part = max(growing, key=lambda name: growing[name])
-        return f"latency: beyond {fastest.ranks} ranks the step gets longer ({part})"
-    return problem or "does not stop on these GPUs"
+def _stop(scenario: Scenario, groups: Sequence[int], own: Sequence[Step]) -> Stop | None:
+    """Where a method stops, of its own steps; None where it does not even begin."""
+    if not own:
+        return None
+    way, ends_at = own[-1].way, own[-1].ranks
+    beyond = next((ranks for ranks in groups if ranks > ends_at), None)
+    problem = None if beyond is None else obstacle(scenario.cross_shape(beyond, way), way)
+    fitting = [each for each in own if each.fits]
+    if not fitting:
+        problem = f"; {problem}" if problem else ": no group of these GPUs is large enough"
+        return Stop(way, None, None, ends_at, f"memory{problem}")
+    fastest = min(fitting, key=_seconds)
+    reason = problem or "does not stop on these GPUs"
+    larger = next((each for each in own if each.ranks > fastest.ranks), None)
+    if larger is not None:
+        part = max(larger.parts, key=lambda name: larger.parts[name] - fastest.parts[name])
+        reason = f"latency: beyond {fastest.ranks} ranks the step gets longer ({part})"
+    return Stop(way, fitting[0].ranks, fastest.ranks, ends_at, reason)
 
 
 # --------------------------------------------------------------------------------------------
 # Where nothing fits
 
 
-def _nothing_fits(
-    scenario: Scenario, cluster: Cluster, steps: Sequence[Step], limit_bytes: int
-) -> str:
+def _nothing_fits(scenario: Scenario, cluster: Cluster, steps: Sequence[Step]) -> str:
     least = min(steps, key=lambda each: each.footprint.peak)
-    need, have = (size / 2**30 for size in (least.footprint.peak, limit_bytes))
-    name = label(least.method, least.schedule)
-    remedies = _remedies(scenario, cluster, least, limit_bytes) or ["a card with more memory"]
+    need, have = (each / 2**30 for each in (least.footprint.peak, cluster.device.limit_bytes))
+    remedies = _remedies(scenario, cluster, least) or ["a card with more memory"]
     return (
-        f"memory: no plan fits {cluster.gpus} x {cluster.device.name}; the smallest, {name} on "
-        f"groups of {least.ranks}, needs {need:.1f} GiB a rank and {have:.1f} GiB may be filled: "
-        f"{need - have:.1f} GiB too much. What would fit: {'; '.join(remedies)}"
+        f"memory: no plan fits {cluster.gpus} x {cluster.device.name}; the smallest, {least.way} "
+        f"on groups of {least.ranks}, needs {need:.1f} GiB a rank and {have:.1f} GiB may be "
+        f"filled: {need - have:.1f} GiB too much. What would fit: {'; '.join(remedies)}"
     )
 
 
-def _remedies(scenario: Scenario, cluster: Cluster, least: Step, limit_bytes: int) -> list[str]:
-    way = {"method": least.method, "schedule": least.schedule}
-
+def _remedies(scenario: Scenario, cluster: Cluster, least: Step) -> list[str]:
     def fits(gpus: int = cluster.gpus, ranks: int = least.ranks, **changes: Any) -> bool:
         changed = replace(scenario, **changes)
-        return footprint(changed, gpus=gpus, ranks=ranks, **way).peak <= limit_bytes
+        needed = footprint(changed, gpus=gpus, ranks=ranks, way=least.way).peak
+        return needed <= cluster.device.limit_bytes
 
     found = []
-    frames = _most(scenario.frames, lambda count: fits(frames=count))
+    # The first count that does not fit.
+    frames = bisect_left(range(1, scenario.frames + 1), True, key=lambda n: not fits(frames=n))
     if frames:
         found.append(f"{frames} of the {scenario.frames} frames")
     gpus = cluster.gpus
@@ -194,12 +153,3 @@ def _remedies(scenario: Scenario, cluster: Cluster, least: Step, limit_bytes: in
     }
     # One that changes nothing does not fit either.
     return found + [words for words, each in changes.items() if fits(**each)]
-
-
-def _most(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest count up to ``limit`` that fits; 0 where 1 does not."""
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_lvx.plan.choose import obstacle
 from ds_lvx.plan.cluster import Cluster, Device
 from ds_lvx.plan.cost import Cost, cost
 from ds_lvx.plan.memory import Footprint, footprint
@@ -26,22 +25,23 @@ class Step:
 
     Attributes:
         ranks: of the group that shares a sample.
-        method, schedule: of the cross-attention.
+        way: of the cross-attention: its method, and the schedule of lvx.
         text_method: of the text's self-attention.
         parts: seconds by part; they add up to ``seconds``.
         cross: one cross-attention layer.
         bytes_sent: by a rank for all cross-attention layers.
         footprint: memory.
+        fits: the memory suffices.
     """
 
     ranks: int
-    method: str
-    schedule: str
+    way: str
     text_method: str
     parts: dict[str, float]
     cross: Cost
     bytes_sent: float
     footprint: Footprint
+    fits: bool
 
     @property
     def seconds(self) -> float:
@@ -59,21 +59,17 @@ class Step:
         return max(self.parts, key=lambda part: self.parts[part])
 
 
-def step(scenario: Scenario, cluster: Cluster, *, ranks: int, method: str, schedule: str) -> Step:
+def step(scenario: Scenario, cluster: Cluster, *, ranks: int, way: str) -> Step:
     """Predict a step in which ``ranks`` adjacent ranks share a sample.
 
     Raises:
         ValueError: the method cannot run this layer on so many ranks.
     """
-    shape = scenario.cross_shape(ranks, method)
-    problem = obstacle(shape, method, schedule)
-    if problem is not None:
-        raise ValueError(problem)
-    layer = cost(shape, cluster, method=method, schedule=schedule)
+    layer = cost(scenario.cross_shape(ranks, way), cluster, way)
     text_method = "ulysses" if scenario.model.text.heads >= ranks else "ring"
     count, passes = scenario.model.cross.count, (layer.forward, layer.backward)
     projections = list(passes)
-    if scenario.checkpointing and not scenario.recomputes(method):
+    if scenario.checkpointing and not scenario.recomputes(way):
         projections.append(layer.forward)  # in the layer's second forward
     parts = {
         "cross-attention": count * sum(each.kernel_s + each.other_s for each in passes),
@@ -82,22 +78,20 @@ def step(scenario: Scenario, cluster: Cluster, *, ranks: int, method: str, sched
         **_text(scenario, cluster, ranks, text_method),
         "vision": _vision(scenario, cluster.device, ranks),
     }
-    computed = sum(parts.values())
-    parts["ZeRO, network"] = max(0.0, _zero(scenario, cluster) - computed)
+    parts["ZeRO, network"] = max(0.0, _zero(scenario, cluster) - sum(parts.values()))
     shared = cluster.gpus if scenario.zero_stage >= 1 else 1
     updated_bytes = scenario.trained_parameters / shared * _ADAM_BYTES
     parts["optimizer"] = updated_bytes / cluster.device.stream_bytes_per_s
+    memory = footprint(scenario, gpus=cluster.gpus, ranks=ranks, way=way)
     return Step(
         ranks=ranks,
-        method=method,
-        schedule=schedule,
+        way=way,
         text_method=text_method,
         parts=parts,
         cross=layer,
         bytes_sent=count * layer.bytes_sent,
-        footprint=footprint(
-            scenario, gpus=cluster.gpus, ranks=ranks, method=method, schedule=schedule
-        ),
+        footprint=memory,
+        fits=memory.peak <= cluster.device.limit_bytes,
     )
 
 
@@ -115,7 +109,7 @@ def _text(scenario: Scenario, cluster: Cluster, ranks: int, method: str) -> dict
     layers = model.text.count * layer
     layers += model.cross.count * products(model.cross.query_parameters, 3 + again)
     layers += products(model.vocabulary * model.text.hidden, 3 if trained else 2)
-    attention = cost(scenario.text_shape(ranks), cluster, method=method)
+    attention = cost(scenario.text_shape(ranks), cluster, method)
     waiting = model.text.count * attention.exposed_s
     return {
         "text layers": layers + model.text.count * attention.seconds - waiting,

@@ -6,7 +6,9 @@ a node to the others is shared by its g ranks.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 from ds_lvx.plan.cluster import Cluster
 
@@ -122,47 +124,32 @@ class Pass:
 
 
 class Timeline:
-    """The time of one rank: what it computes, and what its link carries meanwhile.
+    """The time of one rank: what it computes, and what its link carries meanwhile."""
 
-    Args:
-        overlap: False makes the rank wait for each transfer at once.
-    """
-
-    def __init__(self, *, overlap: bool = True) -> None:
-        self._overlap = overlap
-        self._now_s = self._exposed_s = self._link_free_s = 0.0
-        self._computed_s = {"kernel": 0.0, "projection": 0.0, "other": 0.0}
-        self._posted: list[Transfer] = []
+    def __init__(self) -> None:
+        self._now_s = self._link_free_s = 0.0
+        self._spent: dict[str, Any] = defaultdict(int)  # by field of `Pass`
 
     def compute(self, seconds: float, what: str) -> None:
         """Compute a ``"kernel"``, a ``"projection"`` or something ``"other"`` for so long."""
         self._now_s += seconds
-        self._computed_s[what] += seconds
+        self._spent[f"{what}_s"] += seconds
 
     def post(self, transfer: Transfer) -> float:
         """Start a transfer behind those under way; when it will have arrived."""
-        self._posted.append(transfer)
         self._link_free_s = max(self._now_s, self._link_free_s) + transfer.busy_s
         arrives_s = self._link_free_s + transfer.latency_s
-        if self._overlap:
-            self.compute(transfer.drag_s, "other")
-        else:
-            self.wait(arrives_s)
+        self.compute(transfer.drag_s, "other")
+        self._spent["wire_s"] += transfer.busy_s + transfer.latency_s
+        self._spent["bytes_sent"] += transfer.sent_bytes
+        self._spent["messages"] += transfer.messages
         return arrives_s
 
     def wait(self, arrives_s: float) -> None:
         """Wait until then."""
-        if arrives_s > self._now_s:
-            self._exposed_s += arrives_s - self._now_s
-            self._now_s = arrives_s
+        self._spent["exposed_s"] += max(arrives_s - self._now_s, 0.0)
+        self._now_s = max(arrives_s, self._now_s)
 
     def result(self) -> Pass:
         """What it came to."""
-        return Pass(
-            seconds=self._now_s,
-            **{f"{what}_s": seconds for what, seconds in self._computed_s.items()},
-            exposed_s=self._exposed_s,
-            wire_s=sum(each.busy_s + each.latency_s for each in self._posted),
-            bytes_sent=sum(each.sent_bytes for each in self._posted),
-            messages=sum(each.messages for each in self._posted),
-        )
+        return Pass(seconds=self._now_s, **self._spent)

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/µ]*)\s*")
-_PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_RATE = re.compile(r"(?:([kmgt])(i?))?(bit|b|B)(/s|ps)?", re.IGNORECASE)
+_POWERS = {None: 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
-_RATE = re.compile(r"([kmgt]i?)?(bit|b|B)(/s|ps)?", re.IGNORECASE)
+_COUNTS = {"": 1, "k": 1024, "ki": 1024, "m": 10**6, "g": 10**9}
 
 
 def bytes_per_s(text: str, *, what: str = "rate") -> float:
     """A rate in bytes a second: ``25GB/s`` (bytes), ``200mbit`` or ``200Gb/s`` (bits).
 
     Raises:
-        ValueError: no number, or no unit.
+        ValueError: no number, no unit, or nothing at all.
     """
-    number, unit = _split(text, what, "a rate with its unit, such as 25GB/s or 200mbit")
-    match = _RATE.fullmatch(unit)
-    # "b" is a bit and "B" a byte; without "/s" or "ps" only "bit" is a rate, as in tc.
-    if match is None or (match[2] in "bB" and match[3] is None):
-        raise ValueError(
-            f"{what}: got {text!r}, which has no unit of a rate; expected bytes, such as 25GB/s, "
-            "or bits, such as 200mbit or 200Gb/s"
-        )
-    prefix = (match[1] or "").lower()
-    factor = _BINARY.get(prefix) or _PREFIXES[prefix]
-    return _positive(number * factor / (1 if match[2] == "B" else 8), text, what)
+    rate = _quantity(
+        text,
+        _bytes_in,
+        f"{what}: got {text!r}, which has no unit of a rate; expected bytes, such as 25GB/s, or "
+        "bits, such as 200mbit or 200Gb/s",
+    )
+    if rate <= 0:
+        raise ValueError(f"{what}: got {text!r}; expected more than 0")
+    return rate
 
 
 def seconds(text: str, *, what: str = "latency") -> float:
@@ -36,13 +35,8 @@ def seconds(text: str, *, what: str = "latency") -> float:
     Raises:
         ValueError: no number, or no unit.
     """
-    number, unit = _split(text, what, "a time with its unit, such as 1ms or 20us")
-    if unit not in _SECONDS:
-        raise ValueError(
-            f"{what}: got {text!r}; expected a time with its unit, one of {list(_SECONDS)}, such "
-            "as 1ms or 20us"
-        )
-    return number * _SECONDS[unit]
+    expected = f"a time with its unit, one of {list(_SECONDS)}, such as 1ms or 20us"
+    return _quantity(text, _SECONDS.get, f"{what}: got {text!r}; expected {expected}")
 
 
 def count(text: str, *, what: str = "count") -> int:
@@ -53,24 +47,33 @@ def count(text: str, *, what: str = "count") -> int:
     Raises:
         ValueError: not such a number, or less than 1.
     """
-    number, unit = _split(text, what, "a whole number, such as 384, 64K or 100M")
-    factors = {"": 1, "k": 1024, "ki": 1024, "m": 10**6, "g": 10**9}
-    if unit.lower() not in factors:
-        raise ValueError(f"{what}: got {text!r}; expected a whole number, such as 384, 64K or 100M")
-    value = number * factors[unit.lower()]
+    error = f"{what}: got {text!r}; expected a whole number of at least 1, such as 384, 64K or 100M"
+    value = _quantity(text, lambda unit: _COUNTS.get(unit.lower()), error)
     if value != int(value) or value < 1:
-        raise ValueError(f"{what}: got {text!r}; expected a whole number of at least 1")
+        raise ValueError(error)
     return int(value)
 
 
-def _split(text: str, what: str, expected: str) -> tuple[float, str]:
+def duration(seconds: float) -> str:
+    """For people: three digits and a unit."""
+    units = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
+    unit, size = next((each for each in units if seconds >= each[1]), units[-1])
+    return f"{seconds / size:.3g} {unit}"
+
+
+def _quantity(text: str, factor_of: Callable[[str], float | None], error: str) -> float:
     match = _NUMBER.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{what}: got {text!r}; expected {expected}")
-    return float(match[1]), match[2]
+    factor = None if match is None else factor_of(match[2])
+    if match is None or factor is None:
+        raise ValueError(error)
+    return float(match[1]) * factor
 
 
-def _positive(value: float, text: str, what: str) -> float:
-    if value <= 0:
-        raise ValueError(f"{what}: got {text!r}; expected more than 0")
-    return value
+def _bytes_in(unit: str) -> float | None:
+    """Bytes a second of a unit; None where it is not a rate's."""
+    match = _RATE.fullmatch(unit)
+    # "b" is a bit and "B" a byte; without "/s" or "ps" only "bit" is a rate, as in tc.
+    if match is None or (match[3] in "bB" and match[4] is None):
+        return None
+    size = (1024 if match[2] else 1000) ** _POWERS[match[1] and match[1].lower()]
+    return size if match[3] == "B" else size / 8

@@ -13,6 +13,7 @@ import torch
 import ds_lvx
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cost import bytes_sent
+from ds_lvx.plan.walks import label
 from tests.attention.cases import Problem, run_problems
 from tests.ranks import run_ranks
 
@@ -33,8 +34,7 @@ def sent(problem: Problem, method: str, rank: int) -> tuple[float, float]:
     )
     found = bytes_sent(
         shape,
-        "lvx" if method == "recompute" else method,
-        problem.extra.get("schedule", "gather"),
+        label("lvx" if method == "recompute" else method, problem.extra.get("schedule", "gather")),
         rank=rank,
         factors=problem.dtype == torch.bfloat16,
     )

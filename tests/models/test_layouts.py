@@ -13,6 +13,7 @@ from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.kernels import rule
 from ds_lvx.models import attend
 from ds_lvx.plan.cost import bytes_sent
+from ds_lvx.plan.walks import label
 from tests.models.mllama_case import ds_config, end_engine, hard_batch, start_engine, tiny_model
 from tests.ranks import run_ranks
 
@@ -39,7 +40,7 @@ def run_step(cross: dict[str, Any], self_attn: str) -> tuple[float, float]:
         lengths = batch.layout(plan.kind)
         shape = AttentionShape(2, lengths.q_lengths, lengths.kv_lengths, 4, 2, 8, 4)
         schedule = "gather" if plan.schedule == "auto" else plan.schedule
-        sent = bytes_sent(shape, plan.method, schedule, rank=rank)
+        sent = bytes_sent(shape, label(plan.method, schedule), rank=rank)
         expected += sent.forward + sent.backward
     end_engine(engine)
     return counted.bytes_sent, expected

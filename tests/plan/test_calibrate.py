@@ -68,9 +68,9 @@ def test_noise_does_not_make_larger_messages_faster() -> None:
 
 
 def test_the_slowest_rank_counts() -> None:
-    answers = [[1.0, 5.0, 2.0], [3.0, 1.0, 2.5]]
+    answers = [{"seconds": [1.0, 5.0, 2.0]}, {"seconds": [3.0, 1.0, 2.5]}]
     assert fit.slowest(answers) == 3.0
-    assert fit.undisturbed(answers) == 2.75  # between 2.5 and 3.0
+    assert fit.slowest(answers, at=0.25) == 2.75  # between 2.5 and 3.0
 
 
 def test_what_a_hidden_transfer_costs_the_kernel_above_it() -> None:

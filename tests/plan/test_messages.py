@@ -10,13 +10,13 @@ import pytest
 
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cost import Sent, bytes_sent
-from ds_lvx.plan.messages import Messages
+from ds_lvx.plan.pieces import Sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = {
-    "README.md": {"`lvx`": "lvx", "`ulysses`": "ulysses", "`ring`": "ring"},
+    "README.md": {"`lvx`": "lvx gather", "`ulysses`": "ulysses", "`ring`": "ring"},
     "docs/how-it-works.md": {
-        "lvx": "lvx",
+        "lvx": "lvx gather",
         "ring attention": "ring",
         "ulysses": "ulysses",
         "replicated": "lvx replicated",
@@ -51,9 +51,8 @@ def test_the_documents_have_these_formulas(document: str) -> None:
     n, s, t, heads, kv_heads, head_dim, e = 4, 48, 96_000, 32, 8, 128, 2
     shape = AttentionShape(1, (s,) * n, (t,) * n, heads, kv_heads, head_dim, e)
     numbers = {"n": n, "s": s, "S": s, "t": t, "H": heads, "K": kv_heads, "D": head_dim, "e": e}
-    for row, name in DOCUMENTS[document].items():
-        method, _, schedule = name.partition(" ")
-        sent = bytes_sent(shape, method, schedule or "gather")
+    for row, way in DOCUMENTS[document].items():
+        sent = bytes_sent(shape, way)
         written = [value(formula, **numbers) for formula in formulas(document, row)]
         assert written == pytest.approx([sent.forward, sent.backward]), row
 
@@ -61,36 +60,36 @@ def test_the_documents_have_these_formulas(document: str) -> None:
 def test_unequal_shards_send_as_much_together() -> None:
     even = AttentionShape(2, (8,) * 3, (40,) * 3, 6, 3, 16, 4)
     uneven = AttentionShape(2, (3, 21, 0), (20, 0, 100), 6, 3, 16, 4)
-    for way in (("lvx", "ring"), ("lvx", "gather"), ("ring", "gather")):
+    for way in ("lvx ring", "lvx gather", "ring"):
         sums = [
-            [sum(each) for each in zip(*(parts(s, *way, rank) for rank in range(3)), strict=True)]
+            [sum(each) for each in zip(*(parts(s, way, rank) for rank in range(3)), strict=True)]
             for s in (even, uneven)
         ]
         assert sums[0] == sums[1], way
     # q of the ranks behind goes on, never that of the rank ahead; parts of all others go home.
     q, lse = 2 * 6 * 16 * 4, 2 * 6 * 4
-    assert parts(uneven, "lvx", "ring", 0)[0] == 3 * q + 21 * (q + lse)
-    assert parts(uneven, "lvx", "gather", 0)[0] == 2 * 3 * q + 21 * (q + lse)
+    assert parts(uneven, "lvx ring", 0)[0] == 3 * q + 21 * (q + lse)
+    assert parts(uneven, "lvx gather", 0)[0] == 2 * 3 * q + 21 * (q + lse)
 
 
-def parts(shape: AttentionShape, method: str, schedule: str, rank: int) -> tuple[float, float]:
-    sent = bytes_sent(shape, method, schedule, rank=rank)
+def parts(shape: AttentionShape, way: str, rank: int) -> tuple[float, float]:
+    sent = bytes_sent(shape, way, rank=rank)
     return sent.forward, sent.backward
 
 
 def test_the_rule_goes_once_from_a_bare_operator_alone() -> None:
     bare = AttentionShape(2, (5, 7), (30, 20), 4, 4, 16, visibility=True)
     rules = {
-        ("lvx", "gather"): [8 * 2 * 5, 8 * 2 * 7],
-        ("lvx", "ring"): [8 * 2 * 5, 8 * 2 * 7],
-        ("lvx", "replicated"): [0, 0],
-        ("ring", "gather"): [4 * 2 * 30, 4 * 2 * 20],
-        ("ulysses", "gather"): [2 * (8 * 5 + 4 * 30), 2 * (8 * 7 + 4 * 20)],
+        "lvx gather": [8 * 2 * 5, 8 * 2 * 7],
+        "lvx ring": [8 * 2 * 5, 8 * 2 * 7],
+        "lvx replicated": [0, 0],
+        "ring": [4 * 2 * 30, 4 * 2 * 20],
+        "ulysses": [2 * (8 * 5 + 4 * 30), 2 * (8 * 7 + 4 * 20)],
     }
     for way, expected in rules.items():
-        assert [bytes_sent(bare, *way, rank=rank).rule for rank in range(2)] == expected, way
+        assert [bytes_sent(bare, way, rank=rank).rule for rank in range(2)] == expected, way
     patched = AttentionShape(2, (5, 7), (30, 20), 4, 4, 16)
-    assert all(bytes_sent(patched, *way).rule == 0 for way in rules)
+    assert all(bytes_sent(patched, way).rule == 0 for way in rules)
 
 
 def test_ulysses_pads_shards_and_heads() -> None:
@@ -102,15 +101,14 @@ def test_ulysses_pads_shards_and_heads() -> None:
 
 def test_parts_in_bf16_have_a_factor_a_row() -> None:
     shape = AttentionShape(2, (5, 7), (30, 20), 4, 4, 16)
-    plain, scaled = Messages(shape), Messages(shape, factors=True)
     for backward in (False, True):
-        more = scaled.part(5, backward=backward) - plain.part(5, backward=backward)
-        assert more == 2 * 5 * 4
-    assert scaled.queries(5) == plain.queries(5)
+        plain, scaled = (Sizes(shape, backward, factors) for factors in (False, True))
+        assert scaled.part_bytes(5) - plain.part_bytes(5) == 2 * 5 * 4
+        assert scaled.query_bytes(5) == plain.query_bytes(5)
 
 
 def test_one_rank_and_a_call_without_backward_send_less() -> None:
     alone = AttentionShape(1, (5,), (30,), 4, 4, 16, visibility=True)
-    assert bytes_sent(alone, "lvx") == Sent(0, 0, 0)
+    assert bytes_sent(alone, "lvx gather") == Sent(0, 0, 0)
     forward = AttentionShape(1, (5, 5), (30, 30), 4, 4, 16, backward=False)
     assert bytes_sent(forward, "ring").backward == 0 < bytes_sent(forward, "ring").forward

@@ -89,13 +89,13 @@ def test_a_profile_that_does_not_serve_is_passed_over_and_named(tmp_path: Path) 
     assert "--calibrate" in profile.current("cpu", 4).source
     for path, words in (
         (profile.path_of(name, 4), "not a profile of format"),
-        (tmp_path / "none.json", "does not exist"),
+        (tmp_path / "none.json", "cannot be read"),
     ):
         with pytest.raises(ValueError, match=words):
             profile.read(path)
     broken = tmp_path / "broken.json"
     broken.write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
+    with pytest.raises(ValueError, match="cannot be read"):
         profile.read(broken)
     broken.write_text(json.dumps({"format": profile.FORMAT, "cluster": {"device": {}}}))
     with pytest.raises(ValueError, match="not a cluster's"):
