@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 GIB = 2**30
 
@@ -48,7 +49,9 @@ def card(name: str) -> Card:
     Raises:
         ValueError: an unknown one; lists the known.
     """
-    for known, each in CARDS.items():
-        if known.lower() == name.lower():
-            return each
-    raise ValueError(f"card: got {name!r}; expected one of {list(CARDS)}")
+    names = {known.lower(): known for known in CARDS}
+    if name.lower() not in names:
+        near = get_close_matches(name.lower(), names, n=1)
+        hint = f"; did you mean {names[near[0]]!r}?" if near else ""
+        raise ValueError(f"card: got {name!r}; expected one of {list(CARDS)}{hint}")
+    return CARDS[names[name.lower()]]

@@ -128,6 +128,10 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
             f"--card: got neither a card nor a profile; expected --card with one of {list(CARDS)}, "
             "or --profile with a file that ds-lvx plan --calibrate wrote"
         )
+    for name in ("gpus", "gpus_per_node"):
+        count = getattr(options, name)
+        if count < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: got {count}; expected at least 1")
     if options.profile is not None:
         known = profile.read(options.profile)
     else:

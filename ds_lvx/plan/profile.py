@@ -104,9 +104,8 @@ def read(path: Path) -> Cluster:
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"profile: got {path}, which cannot be read ({error}); {advice}"
-        ) from error
+        what = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
+        raise ValueError(f"profile: got {path}, which {what} ({error}); {advice}") from error
     if not isinstance(record, Mapping) or record.get("format") != FORMAT:
         raise ValueError(
             f"profile: got {path}, which is not a profile of format {FORMAT}; {advice}"

@@ -149,10 +149,10 @@ def test_bad_input_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> No
         (("plan", "--model", "idefics-9b"), "--card: got neither"),
         ((*LLAMA, "--across", "25"), "--across: got '25', which has no unit"),
         ((*LLAMA, "--within-latency", "5"), "--within-latency: got '5'"),
-        ((*LLAMA, "--gpus", "0"), "gpus: got 0"),
+        ((*LLAMA, "--gpus", "0"), "--gpus: got 0"),
         ((*LLAMA, "--zero", "4"), "zero: got 4"),
         ((*LLAMA, "--frames", "none"), "--frames: got 'none'"),
-        (("plan", "--model", "idefics-9b", "--profile", "none.json"), "cannot be read"),
+        (("plan", "--model", "idefics-9b", "--profile", "none.json"), "does not exist"),
     ):
         text = failure(capsys, *words)
         assert expected in text, words
