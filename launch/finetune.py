@@ -24,7 +24,9 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.failures import RankOutOfMemoryError, named
 from ds_lvx.distributed.notes import PeerError
 from ds_lvx.distributed.start import init_distributed
+from ds_lvx.training.ending import EndAskedError
 from ds_lvx.training.inputs import read_inputs
+from ds_lvx.training.lock import held
 from ds_lvx.training.loop import Trainer, make_engine
 from ds_lvx.training.model import load_model
 from ds_lvx.training.options import Options, parse
@@ -46,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world = Channel.world()
     try:
         finetune(options, world)
+    except EndAskedError as asked:
+        return asked.exit_code
     except REPORTED:
         if options.traceback:
             raise
@@ -61,10 +65,11 @@ def finetune(options: Options, world: Channel) -> None:
         NotImplementedError: a combination that does not exist; on all ranks.
         RankOutOfMemoryError: this rank has no more memory.
         PeerError: another rank has none.
+        EndAskedError: a signal asked a rank to end; a checkpoint is written.
     """
     engine = None
     try:
-        with named("finetune.py"):
+        with named("finetune.py"), held(options.output_dir, world):
             inputs = together(world, lambda: read_inputs(options, world.size))
             model = load_model(options, inputs.ds_config, inputs.source)
             engine = make_engine(model, inputs, options)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gc
 import inspect
-import os
 import sys
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -18,6 +16,7 @@ from ds_lvx.distributed import channel
 from ds_lvx.distributed.channel import Channel, ProcessGroup
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.distributed.notes import Mailbox
+from ds_lvx.distributed.start import remove_shared_memory
 
 _engines: WeakSet[Any] = WeakSet()
 # Where DeepSpeed 0.19.8 keeps process groups, or lists of them.
@@ -75,7 +74,7 @@ def shutdown(engine: Any = None) -> None:
     """
     if channel.is_initialized() and not _has_failed():
         Channel.world().barrier()
-        _remove_shared_memory()
+        remove_shared_memory()
     session = getattr(engine, "ds_lvx", None)
     if session is not None:
         session.close()
@@ -155,15 +154,3 @@ def _forget_deepspeed() -> None:
     for name, value in list(vars(deepspeed_groups).items()):
         if isinstance(value, ProcessGroup):
             setattr(deepspeed_groups, name, None)
-
-
-def _remove_shared_memory() -> None:
-    """Remove this rank's file of DeepSpeed's CPU operator, which leaves 66 MiB of memory behind.
-
-    Only behind a barrier: a rank that has not mapped it yet would look for it without end.
-    """
-    parts = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
-    if all(parts) and hasattr(os, "getuid"):
-        rank = str(Channel.world().rank)
-        names = ["deepspeed_allreduce_buffer", str(os.getuid()), *parts, rank]
-        Path("/dev/shm", "_".join(names)).unlink(missing_ok=True)

@@ -13,6 +13,8 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
+from ds_lvx.distributed.channel import Channel
+
 # A build takes under a minute. Ranks that start together wait for the one of them that builds.
 _BUILD_TIMEOUT_S = 900.0
 _FIRST_WORD_S = 5
@@ -40,8 +42,13 @@ def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: 
     Raises:
         TimeoutError: the file is still there; the error says what to do.
 
-    Collectives: the rendezvous of all ranks, unless ``torch.distributed`` runs already.
+    The operator's buffers lose their names in /dev/shm as soon as all ranks have mapped them, so
+    that however a rank ends, their memory goes with it.
+
+    Collectives: the rendezvous of all ranks, unless ``torch.distributed`` runs already; a barrier
+    where there is the operator.
     """
+    operator = None
     if not deepspeed.comm.is_initialized():
         operator = _operator()
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -50,6 +57,20 @@ def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: 
         if speaks:
             tell_of_old_locks(besides=operator)
     deepspeed.init_distributed(**arguments)
+    if operator is not None:
+        Channel.world().barrier()
+        remove_shared_memory()
+
+
+def remove_shared_memory() -> None:
+    """Remove the name of this rank's buffer of DeepSpeed's CPU operator, 66 MiB in /dev/shm.
+
+    Only behind a barrier: a rank that has not mapped it yet would look for it without end.
+    """
+    parts = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
+    if all(parts) and hasattr(os, "getuid"):
+        names = ["deepspeed_allreduce_buffer", str(os.getuid()), *parts, str(Channel.world().rank)]
+        Path("/dev/shm", "_".join(names)).unlink(missing_ok=True)
 
 
 def wait_for_build(

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 
 from ds_lvx.doctor.findings import Finding, State

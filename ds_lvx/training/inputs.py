@@ -16,6 +16,7 @@ from ds_lvx.data.chat import Conversation, read_conversations
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.training.model import Source
 from ds_lvx.training.options import Options
+from ds_lvx.training.run_state import written
 
 DEFAULT_FPS = 1.0
 
@@ -143,10 +144,12 @@ def _check_output(options: Options) -> None:
     folder = Path(options.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir: got {folder}, a file; expected a folder; name another")
-    if options.resume is None and (folder / "checkpoints" / "latest").is_file():
+    kinds = {"checkpoints": written(folder / "checkpoints"), "the model": folder.glob("model/*")}
+    holds = next((kind for kind, files in kinds.items() if any(files)), None)
+    if options.resume is None and holds is not None:
         raise ValueError(
-            f"--output_dir: got {folder}, which holds checkpoints of a run; expected a new folder, "
-            "or --resume to go on with that run"
+            f"--output_dir: got {folder}, which holds {holds} of a run; expected a new folder, or "
+            "--resume to go on with that run"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,13 +20,14 @@ from ds_lvx.data.order import SampleOrder
 from ds_lvx.data.text import IGNORED
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.training.ending import EndAskedError, Ending, raise_if_asked
 from ds_lvx.training.export import save_pretrained
 from ds_lvx.training.inputs import Inputs
 from ds_lvx.training.model import parameter_groups, training_dtype
 from ds_lvx.training.options import Options
 from ds_lvx.training.progress import Progress
-from ds_lvx.training.run_state import Checkpoints, RunState
-from ds_lvx.training.together import together, told
+from ds_lvx.training.run_state import Checkpoints, RunState, SaveError
+from ds_lvx.training.together import told
 
 
 def make_engine(model: Any, inputs: Inputs, options: Options) -> Any:
@@ -110,7 +111,10 @@ class Trainer:
             world,
             keep=options.keep_checkpoints,
             only_trained=options.lora_r > 0,
+            trusted=options.trust_checkpoint,
         )
+        self._saved_step: int | None = None
+        self._ending = Ending()
         self._progress = Progress(self._folder, rank=world.rank, total_steps=inputs.total_steps)
         self._tokens_of_a_frame = inputs.source.family.frame_tokens(inputs.source.config)
 
@@ -119,32 +123,40 @@ class Trainer:
 
         Raises:
             ValueError: bad data, on all ranks; checkpoints written before stay as they are.
+            EndAskedError: a rank was asked to end; a checkpoint is written.
         """
         try:
-            self.resume()
-            self._progress.start(self.step)
+            with self._ending:
+                self.resume()
+                self._progress.start(self.step)
+                self._work()
+                self.export()
+        finally:
+            self._progress.close()
+
+    def _work(self) -> None:
+        """Train and evaluate; save where the run is asked to end."""
+        try:
             self.train()
             if self._inputs.evaluation and not self._due(self._options.eval_steps):
                 self.evaluate()
-            self.export()
-        finally:
-            self._progress.close()
+        except EndAskedError as asked:
+            self._progress.say(f"{asked.reason}: the run ends after step {self.step}")
+            if self.step != self._saved_step and self.step > 0:
+                path = self._checkpoints.save(self.engine, self._state())
+                self._progress.say(f"saved {path}; --resume goes on from there")
+            raise
 
     def resume(self) -> None:
         """Go on from a checkpoint, where the options ask for it."""
         if self._options.resume is None:
             return
-        path = Path(self._options.resume)
-        if self._options.resume == "latest":
-            latest = self._checkpoints.latest
-            if latest is None:
-                raise ValueError(
-                    f"--resume: got {self._folder} without a checkpoint; expected one that a run "
-                    "with --save_steps wrote; leave --resume out to start anew"
-                )
-            path = latest
+        path = self._checkpoints.find(self._options.resume)
+        if path is None:
+            return
         state = self._checkpoints.load(self.engine, path, self._state())
         self.step, self.samples_seen = state.step, state.samples_seen
+        self._saved_step = self.step
         renew_learning_rate(self.engine)
         self._progress.say(f"resumed from {path} at step {self.step}")
 
@@ -163,9 +175,20 @@ class Trainer:
                 if self._inputs.evaluation and self._due(options.eval_steps):
                     self.evaluate()
                 if self._due(options.save_steps):
-                    self._checkpoints.save(self.engine, self._state())
+                    self._save()
         finally:
             ahead.close()
+
+    def _save(self) -> None:
+        """Write a checkpoint; where that cannot be, training goes on, and the next one may."""
+        try:
+            self._checkpoints.save(self.engine, self._state())
+            self._saved_step = self.step
+        except SaveError as error:
+            self._progress.say(
+                f"warning: no checkpoint of step {self.step}: {error}; training goes on, make room "
+                "for the next"
+            )
 
     def evaluate(self) -> float:
         """The mean loss of the labelled tokens of all evaluation samples, logged and returned."""
@@ -174,7 +197,8 @@ class Trainer:
         self.engine.eval()
         with torch.no_grad():
             for place in range(0, count, size):
-                batch = together(self._world, partial(self._make_evaluation, place))
+                batch, records = told(self._world, partial(self._evaluation_told, place))
+                raise_if_asked(records)
                 labelled = int((batch.inputs["labels"][:, 1:] != IGNORED).sum())
                 total += float(self._forward(batch).detach()) * labelled
                 tokens += labelled
@@ -211,6 +235,7 @@ class Trainer:
         for _ in range(sizes.accumulation):
             batch, records = told(self._world, lambda: self._told(ahead.get(self.samples_seen)))
             if not losses:
+                raise_if_asked(records)
                 everyone = sum(record["labelled"] for record in records) / self._groups.sp_size
                 items = everyone / (sizes.accumulation * sizes.replicas)
             loss = self._forward(batch, items)
@@ -243,10 +268,12 @@ class Trainer:
         numbers = self._order.micro_batch(place, micro, replica=replica)
         return [self._inputs.training[number] for number in numbers]
 
-    @staticmethod
-    def _told(made: tuple[Batch, int]) -> tuple[Batch, dict[str, int]]:
+    def _told(self, made: tuple[Batch, int]) -> tuple[Batch, dict[str, Any]]:
         batch, labelled = made
-        return batch, {"labelled": labelled}
+        return batch, {"labelled": labelled, **self._ending.asked()}
+
+    def _evaluation_told(self, place: int) -> tuple[Batch, dict[str, Any]]:
+        return self._make_evaluation(place), self._ending.asked()
 
     def _make_evaluation(self, place: int) -> Batch:
         """A batch in the file's order; past the end the last sample, with nothing to learn."""

@@ -38,6 +38,7 @@ class Options:
     save_steps: int | None
     keep_checkpoints: int
     resume: str | None
+    trust_checkpoint: bool
     log_steps: int
     traceback: bool
 
@@ -122,7 +123,13 @@ def _add_outputs(group: Any) -> None:
         "--resume",
         nargs="?",
         const="latest",
-        help="go on from the latest checkpoint in --output_dir, or from the folder given",
+        help="go on from the latest checkpoint in --output_dir, from the newest that is whole "
+        "(`whole`), from that or from the beginning (`auto`), or from the folder given",
+    )
+    group.add_argument(
+        "--trust_checkpoint",
+        action="store_true",
+        help="resume from files that hold more than tensors, which runs code of whoever wrote them",
     )
     group.add_argument("--log_steps", type=_above(int, 0), default=1)
     group.add_argument("--traceback", action="store_true", help="show where an error was raised")

@@ -12,6 +12,8 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
+from ds_lvx.training.disk import write_text
+
 
 class Progress:
     """Progress bar and ``metrics.jsonl``; silent on all ranks but the first.
@@ -28,6 +30,7 @@ class Progress:
         self._bar: Any = tqdm(total=total_steps, disable=rank != 0, unit="step", desc="training")
         self._since = time.perf_counter()
         self._tokens = 0
+        self._unwritten: list[str] = []
         if self._writes:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -36,7 +39,7 @@ class Progress:
         if self._writes:
             rows = self._file.read_text().splitlines() if self._file.is_file() and step else []
             kept = [row for row in rows if _step_of(row) <= step]
-            self._file.write_text("".join(row + "\n" for row in kept))
+            write_text(self._file, "".join(row + "\n" for row in kept))
         self._bar.update(step)
         self._since, self._tokens = time.perf_counter(), 0
 
@@ -80,9 +83,20 @@ class Progress:
         self._bar.close()
 
     def _write(self, row: dict[str, float]) -> None:
-        if self._writes:
+        if not self._writes:
+            return
+        self._unwritten.append(json.dumps(row) + "\n")
+        try:
             with self._file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write("".join(self._unwritten))
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                self.say(
+                    f"warning: {self._file}: {error.strerror}; its lines are kept until it can be "
+                    "written again"
+                )
+        else:
+            self._unwritten.clear()
 
 
 def _step_of(row: str) -> float:

@@ -1,19 +1,20 @@
 """Checkpoints to resume from: all or nothing on the disk, and only by a run that goes on the same.
 
-    output_dir/checkpoints/step-00000020/    DeepSpeed's files, run.json, random-<rank>.pt
+    output_dir/checkpoints/step-00000020/    DeepSpeed's files, run.json, random-<rank>.pt,
+                                             manifest.json: sizes and sums of all of them
     output_dir/checkpoints/latest            "step-00000020"
 
-A checkpoint is written under another name and renamed when all ranks are done; ``latest`` changes
-last. Whatever breaks in between leaves the one before as it was. The folder must be shared by all
-nodes.
+A checkpoint is written under another name, synced, summed, and renamed when all ranks are done;
+``latest`` changes last. Whatever breaks in between, the power included, leaves the one before as
+it was. Before a checkpoint is read, every file of it is held against its sum. The folder must be
+shared by all nodes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.training.together import together
+from ds_lvx.training import disk
+from ds_lvx.training.together import together, told
 
 _PARTIAL = ".partial"
 _RUN = "run.json"
-_LATEST = "latest"
+LATEST, WHOLE, AUTO = "latest", "whole", "auto"
+"""What `Checkpoints.find` may be asked for, beside a folder; the first is a file's name, too."""
 # What must be the same in the run that resumes, and what to do where it is not.
 _SAME = {
     "world_size": "start as many processes",
@@ -63,6 +66,15 @@ class RunState:
     trained: str
 
 
+def written(folder: Path) -> list[Path]:
+    """The checkpoints of a folder that were finished, the newest first."""
+    return sorted((p for p in folder.glob("step-*") if p.suffix != _PARTIAL), reverse=True)
+
+
+class SaveError(ValueError):
+    """A checkpoint could not be written; the ones before are as they were."""
+
+
 class Checkpoints:
     """The checkpoints of one output folder.
 
@@ -71,39 +83,126 @@ class Checkpoints:
         world: all ranks.
         keep: how many to keep.
         only_trained: leave frozen weights out, which the model brings along (LoRA).
+        trusted: read files that may run code (`ds_lvx.training.disk.Written`).
     """
 
-    def __init__(self, folder: Path, world: Channel, *, keep: int, only_trained: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world: Channel,
+        *,
+        keep: int,
+        only_trained: bool,
+        trusted: bool = False,
+    ) -> None:
         self.folder = folder
+        self._trusted = trusted
         self._world = world
         self._keep = keep
         self._only_trained = only_trained
 
     @property
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None."""
-        pointer = self.folder / _LATEST
+        """The checkpoint that was written last, or None."""
+        pointer = self.folder / LATEST
         return self.folder / pointer.read_text().strip() if pointer.is_file() else None
+
+    def find(self, wanted: str) -> Path | None:
+        """The checkpoint to resume from, the same on all ranks, every file of it as it was written.
+
+        Args:
+            wanted: ``"latest"``; ``"whole"``: the newest that is whole; ``"auto"``: the same, or
+                None where none was ever written; or a checkpoint's folder.
+
+        Raises:
+            ValueError: on all ranks: there is none, or it is damaged; names the files, and the
+                newest that is whole.
+
+        Collectives: agreements, two for each checkpoint that is looked at.
+        """
+        found, damaged = None, []
+        for name in self._told_by_first(lambda: self._candidates(wanted)):
+            path = Path(name)
+            faults = self._faults(path)
+            if not faults:
+                found = path
+                break
+            damaged.append("\n".join([f"--resume: got {path}, which is damaged:", *faults]))
+        if found is not None and (not damaged or wanted in (WHOLE, AUTO)):
+            return found
+        if not damaged:
+            if wanted == AUTO:
+                return None
+            raise ValueError(
+                f"--resume: got {self.folder.parent} without a checkpoint; expected one that a run "
+                "with --save_steps wrote; leave --resume out to start anew"
+            )
+        todo = (
+            "no other checkpoint there is whole; start anew with another --output_dir"
+            if found is None
+            else f"the newest that is whole is {found}; pass --resume {WHOLE} to go on from there"
+        )
+        raise ValueError("\n".join([damaged[0], todo]))
+
+    def _candidates(self, wanted: str) -> list[str]:
+        """Folders to look at, one after the other; those after the first for the way out."""
+        if wanted in (LATEST, WHOLE, AUTO):
+            first, others = self.latest, written(self.folder)
+        else:
+            first = Path(wanted)
+            others = written(first.parent)
+            if not first.is_dir():
+                raise ValueError(
+                    f"--resume: got {first}, which is no folder; expected one like "
+                    "output_dir/checkpoints/step-...; check the path"
+                )
+        ordered = [] if first is None else [first]
+        ordered += [other for other in others if first is None or other.name != first.name]
+        return [str(path) for path in ordered]
+
+    def _told_by_first(self, find: Callable[[], list[str]]) -> list[str]:
+        """What rank 0 found, on all ranks: a shared folder may look different to each of them."""
+        is_first = self._world.rank == 0
+        _, records = told(self._world, lambda: (None, {"found": find() if is_first else []}))
+        found: list[str] = records[0]["found"]
+        return found
+
+    def _faults(self, path: Path) -> list[str]:
+        """What is wrong with a checkpoint; the ranks share its files between them."""
+        rank, size = self._world.rank, self._world.size
+        _, records = told(
+            self._world, lambda: (None, {"faults": disk.faults(path, part=rank, parts=size)})
+        )
+        return [fault for record in records for fault in record["faults"]]
 
     def save(self, engine: Any, state: RunState) -> Path:
         """Write a checkpoint.
 
         Raises:
-            ValueError, RuntimeError: some rank could not write; on all ranks.
+            SaveError: some rank could not write; on all ranks, with the file and what is missing.
 
         Collectives: DeepSpeed's, and three agreements.
         """
         name = f"step-{state.step:08d}"
         partial = self.folder / (name + _PARTIAL)
-        together(self._world, lambda: self._prepare(partial))
-        engine.save_checkpoint(
-            str(self.folder),
-            tag=partial.name,
-            save_latest=False,
-            exclude_frozen_parameters=self._only_trained,
-        )
-        together(self._world, lambda: self._write_own(partial, state))
-        together(self._world, lambda: self._publish(partial, name))
+        try:
+            together(self._world, lambda: self._prepare(partial))
+            with disk.in_place_of_deepspeeds(engine) as written:
+                engine.save_checkpoint(
+                    str(self.folder),
+                    tag=partial.name,
+                    save_latest=False,
+                    exclude_frozen_parameters=self._only_trained,
+                )
+            _, records = told(self._world, lambda: self._own_files(engine, partial, state, written))
+            known = {n: each for record in records for n, each in record["files"].items()}
+            together(self._world, lambda: self._publish(partial, name, known))
+        except ValueError as error:
+            if self._world.rank == 0:
+                disk.remove([partial])
+            last = self.latest
+            kept = "no checkpoint was written before" if last is None else f"{last} stays in force"
+            raise SaveError(f"{error}; {kept}") from None
         return self.folder / name
 
     def load(self, engine: Any, path: Path, expected: RunState) -> RunState:
@@ -122,9 +221,10 @@ class Checkpoints:
                 message lists every difference and what to do.
         """
         state = together(self._world, lambda: self._read(path, expected))
-        loaded, _ = engine.load_checkpoint(
-            str(path.parent), tag=path.name, load_module_strict=not self._only_trained
-        )
+        with disk.in_place_of_deepspeeds(engine, trusted=self._trusted):
+            loaded, _ = engine.load_checkpoint(
+                str(path.parent), tag=path.name, load_module_strict=not self._only_trained
+            )
         if loaded is None:
             raise ValueError(f"{path}: got files that DeepSpeed cannot load; take another one")
         _restore_random(torch.load(self._random_file(path), weights_only=True))
@@ -133,28 +233,40 @@ class Checkpoints:
     def _prepare(self, partial: Path) -> None:
         if self._world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left_over in self.folder.glob(f"*{_PARTIAL}"):
-                shutil.rmtree(left_over)
+            disk.remove(self.folder.glob(f"*{_PARTIAL}"))
+            partial.mkdir()
+
+    def _own_files(
+        self, engine: Any, partial: Path, state: RunState, written: disk.Written
+    ) -> tuple[None, dict[str, Any]]:
+        """Write what DeepSpeed does not; the sums of this rank's files."""
+        if written.error is not None:
+            raise written.error
+        random_file = self._random_file(partial)
+        with disk.explained(random_file):
+            self._write_own(partial, state)
+            if self._world.rank == 0 and hasattr(engine, "_copy_recovery_script"):
+                engine._copy_recovery_script(str(self.folder))
+            own = {random_file.name: disk.synced(random_file)}
+        return None, {"files": {**written.files, **own}}
 
     def _write_own(self, partial: Path, state: RunState) -> None:
         torch.save(_random_state(), self._random_file(partial))
         if self._world.rank == 0:
             (partial / _RUN).write_text(json.dumps(asdict(state), indent=2) + "\n")
 
-    def _publish(self, partial: Path, name: str) -> None:
+    def _publish(self, partial: Path, name: str, known: Mapping[str, Any]) -> None:
         if self._world.rank != 0:
             return
+        disk.write_manifest(partial, known)
         target = self.folder / name
-        if target.exists():
-            shutil.rmtree(target)
+        disk.remove([target])
         partial.rename(target)
-        pointer = self.folder / (_LATEST + _PARTIAL)
-        pointer.write_text(name + "\n")
-        os.replace(pointer, self.folder / _LATEST)
+        disk.sync(self.folder)
+        disk.write_text(self.folder / LATEST, name + "\n")
         # Later steps are of a run that this one left behind, and do not count.
         earlier = [old for old in sorted(self.folder.glob("step-*")) if old.name < name]
-        for old in earlier[: max(len(earlier) + 1 - self._keep, 0)]:
-            shutil.rmtree(old)
+        disk.remove(earlier[: max(len(earlier) + 1 - self._keep, 0)])
 
     def _read(self, path: Path, expected: RunState) -> RunState:
         try:

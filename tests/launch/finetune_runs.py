@@ -31,27 +31,41 @@ Row = dict[str, float]
 
 def finetune(*arguments: str) -> None:
     """The script's own main, on a rank of `tests.ranks`; what it finds wrong is raised."""
+    assert finetune_main([*arguments, "--traceback"]) == 0, "exit code"
+
+
+def finetune_main(arguments: Sequence[str]) -> int:
+    """The script's own main; its exit code."""
     spec = importlib.util.spec_from_file_location("finetune", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert script.main([*arguments, "--traceback"]) == 0, "exit code"
+    code: int = script.main(arguments)
+    return code
 
 
 def deepspeed(
     *words: str, script: Path = SCRIPT, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """The script on two ranks of the `deepspeed` launcher, with variables of the environment."""
+    command, environment = deepspeed_command(*words, script=script, **variables)
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def deepspeed_command(
+    *words: str, script: Path = SCRIPT, **variables: str
+) -> tuple[list[str], dict[str, str]]:
+    """What `deepspeed` runs: the command and its environment."""
     launcher = Path(sys.executable).with_name("deepspeed")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
     # The launcher looks for its Python on the path.
     environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment['PATH']}"
     port = str(29600 + os.getpid() % 300)
     command = [str(launcher), "--num_gpus", "2", "--master_port", port, str(script), *words]
-    return subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    return command, environment
 
 
 def write_config(

@@ -11,6 +11,7 @@ import torch
 
 from ds_lvx.data.ahead import Ahead
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.training import disk
 from ds_lvx.training.inputs import BatchSizes, batch_sizes, read_inputs
 from ds_lvx.training.loop import renew_learning_rate
 from ds_lvx.training.options import parse
@@ -68,7 +69,9 @@ def test_a_save_that_fails_on_one_rank_changes_nothing(tmp_path: Path) -> None:
     # The unfinished one is gone, and so is the first, of which one was to be kept.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
     files = sorted(path.name for path in (tmp_path / "step-00000003").iterdir())
-    assert files == ["random-0.pt", "random-1.pt", "run.json", "weights-0", "weights-1"]
+    names = ["random-0.pt", "random-1.pt", "run.json", "weights-0", "weights-1"]
+    assert files == ["manifest.json", *names]
+    assert disk.faults(tmp_path / "step-00000003") == []
 
 
 def save_in_the_past(folder: Path) -> str:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForImageTextToText
 
+from ds_lvx.training import disk
 from ds_lvx.training.model import Source, load_model
 from ds_lvx.training.options import parse
 from tests.data.media import BUNNY, chat, write_jsonl
@@ -16,6 +21,7 @@ from tests.launch.finetune_runs import (
     ROOT,
     arguments,
     deepspeed,
+    deepspeed_command,
     metrics,
     one_process_loss,
     one_process_samples,
@@ -66,3 +72,29 @@ def test_an_error_ends_all_ranks_with_one_line_each(tmp_path: Path) -> None:
     for rank in range(2):
         assert re.search(rf"\[rank {rank}\] error: .*{data}:1: got no such file", done.stderr)
     assert "Traceback" not in done.stderr
+
+
+def test_a_launcher_that_is_ended_takes_its_ranks_along_and_they_save(tmp_path: Path) -> None:
+    """`deepspeed` itself dies of a SIGTERM, and its ranks are nobody's children any more."""
+    data = write_jsonl(tmp_path / "train.jsonl", chat(("text", "What?"), answer="A rabbit."))
+    out = tmp_path / "out"
+    words = arguments(
+        model="tiny", data=data, deepspeed_config=CONFIG, output_dir=out, max_steps=100_000
+    )
+    command, environment = deepspeed_command(*words)
+    shared = set(Path("/dev/shm").iterdir())
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log) as launcher,
+    ):
+        while launcher.poll() is None and not (out / "metrics.jsonl").exists():
+            time.sleep(0.1)
+        launcher.terminate()
+    said = (tmp_path / "log").read_text()
+    assert launcher.returncode == -signal.SIGTERM, said
+    with FileLock(out / ".lock", timeout=300):  # until the ranks have ended
+        said = (tmp_path / "log").read_text()
+    assert "the launcher, process" in said, said
+    (checkpoint,) = (out / "checkpoints").glob("step-*")
+    assert disk.faults(checkpoint) == []
+    assert not any("deepspeed" in p.name for p in set(Path("/dev/shm").iterdir()) - shared)

@@ -1,0 +1,156 @@
+"""Runs of `launch/finetune.py` that are ended at random moments, and what must hold then.
+
+By hand, as many as wanted::
+
+    LVX_KILLS=500 python -m pytest tests/launch/test_finetune_kills.py -s
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+# What a run imports late, and slowly: once here, in the server that forks the ranks.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import transformers.models.mllama.modeling_mllama  # noqa: F401
+
+from ds_lvx.training import disk
+from tests.launch.finetune_runs import finetune_main
+
+_CONTEXT = get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.launch.kills"])
+# Against hangs alone.
+_END_S = 300.0
+SHARED = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What is done to a run.
+
+    Attributes:
+        victim: the rank.
+        signal: that it gets.
+        after_s: seconds from the start of the run.
+    """
+
+    victim: int
+    signal: signal.Signals
+    after_s: float
+
+    @classmethod
+    def at_random(cls, numbers: random.Random, *, ranks: int, within_s: float) -> Kill:
+        ending = numbers.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM))
+        return cls(numbers.randrange(ranks), ending, numbers.uniform(0.0, within_s))
+
+
+def _rank(rank: int, size: int, port: int, log: str, words: Sequence[str]) -> None:
+    """In a rank: the script, as a launcher starts it."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    sys.exit(finetune_main(words))
+
+
+class Run:
+    """Ranks of a run, and a launcher that ends them all when one fails."""
+
+    def __init__(self, words: Sequence[str], *, ranks: int, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        port = _free_port()
+        self.logs = [folder / f"log-{rank}" for rank in range(ranks)]
+        self.processes: list[BaseProcess] = [
+            _CONTEXT.Process(target=_rank, args=(rank, ranks, port, str(log), list(words)))
+            for rank, log in enumerate(self.logs)
+        ]
+        self.began, self.started = time.time(), time.monotonic()
+        for process in self.processes:
+            process.start()
+
+    def end(self, kill: Kill | None = None) -> list[int | None]:
+        """Wait for the end; the exit codes by rank. All ranks are gone then."""
+        struck = kill is None
+        deadline = self.started + _END_S
+        while any(process.is_alive() for process in self.processes):
+            age = time.monotonic() - self.started
+            if not struck and kill is not None and age > kill.after_s:
+                struck = True
+                self._strike(kill)
+            if any(process.exitcode not in (None, 0) for process in self.processes):
+                self._end_all()
+            if time.monotonic() > deadline:
+                self._end_all()
+                raise TimeoutError(f"still running: {self.output()}")
+            time.sleep(0.02)
+        return [process.exitcode for process in self.processes]
+
+    def output(self) -> str:
+        return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
+
+    def _strike(self, kill: Kill) -> None:
+        pid = self.processes[kill.victim].pid
+        if pid is None or not self.processes[kill.victim].is_alive():
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, kill.signal)
+        if kill.signal == signal.SIGSTOP:  # a node that hangs, until somebody ends the job
+            time.sleep(0.5)
+            self._end_all(at_once=True)
+
+    def _end_all(self, *, at_once: bool = False) -> None:
+        """As launchers do: ask, wait, and end."""
+        for process in self.processes:
+            if process.is_alive() and not at_once:
+                process.terminate()
+        deadline = time.monotonic() + (0 if at_once else 30)
+        while time.monotonic() < deadline and any(p.is_alive() for p in self.processes):
+            time.sleep(0.02)
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def check(out: Path, shared_before: set[Path]) -> None:
+    """What holds after every end, whatever it was."""
+    checkpoints = out / "checkpoints"
+    latest = checkpoints / "latest"
+    if latest.exists():
+        path = checkpoints / latest.read_text().strip()
+        assert disk.faults(path) == [], path
+    left = {p for p in SHARED.glob("deepspeed_allreduce_buffer_*") if p not in shared_before}
+    assert not left, left
+
+
+def losses(out: Path) -> list[float]:
+    """Of every step, in order."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
