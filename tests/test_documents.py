@@ -28,6 +28,8 @@ WRITTEN = {
 }
 # Options of other programs.
 FOREIGN = {
+    "--requeue",
+    "--signal",
     *("--hostfile", "--master_addr", "--master_port", "--no_ssh", "--node_rank", "--num_gpus"),
     *("--help", "--kill-on-bad-exit", "--nproc_per_node", "--ntasks-per-node"),
 }
