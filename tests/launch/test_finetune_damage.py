@@ -34,7 +34,7 @@ class _Torch:
         return torch.load(path, map_location=map_location, weights_only=False)
 
 
-class _Engine:
+class Engine:
     """Saves one file a rank by its checkpoint engine, as DeepSpeed does."""
 
     def __init__(self, rank: int) -> None:
@@ -45,11 +45,12 @@ class _Engine:
         self.checkpoint_engine.save(STATE, str(Path(folder, tag, f"weights-{self.rank}.pt")))
 
 
-def _state(step: int) -> RunState:
+def state_of(step: int) -> RunState:
     return RunState(step, step, 2, 2, 3, 1, 0, "data", "names")
 
 
-def _alone(folder: Path, *, keep: int = 3) -> Checkpoints:
+def alone(folder: Path, *, keep: int = 3) -> Checkpoints:
+    """Of a process by itself."""
     return Checkpoints(folder, Channel(None), keep=keep, only_trained=False)
 
 
@@ -57,7 +58,7 @@ def _alone(folder: Path, *, keep: int = 3) -> Checkpoints:
 def saved(tmp_path: Path) -> Path:
     """Steps 1, 2 and 3."""
     for step in (1, 2, 3):
-        _alone(tmp_path).save(_Engine(0), _state(step))
+        alone(tmp_path).save(Engine(0), state_of(step))
     return tmp_path
 
 
@@ -90,7 +91,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_last_whole_one_named(
     saved: Path, damage: Callable[[Path], object], name: str, words: str
 ) -> None:
     damage(saved / "step-00000003" / name)
-    checkpoints = _alone(saved)
+    checkpoints = alone(saved)
     for wanted in ("latest", str(saved / "step-00000003")):
         with pytest.raises(ValueError, match="which is damaged") as caught:
             checkpoints.find(wanted)
@@ -107,15 +108,15 @@ def test_where_nothing_is_whole_it_says_so(saved: Path) -> None:
         flip(saved / f"step-{step:08d}" / "weights-0.pt")
     for wanted in ("latest", "whole", "auto"):
         with pytest.raises(ValueError, match="no other checkpoint there is whole"):
-            _alone(saved).find(wanted)
+            alone(saved).find(wanted)
 
 
 def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step-00000001.partial").mkdir()
-    assert _alone(tmp_path).find("auto") is None
+    assert alone(tmp_path).find("auto") is None
     for wanted in ("latest", "whole"):
         with pytest.raises(ValueError, match="without a checkpoint"):
-            _alone(tmp_path).find(wanted)
+            alone(tmp_path).find(wanted)
 
 
 class _Late(Checkpoints):
@@ -150,17 +151,17 @@ def save_on_a_full_disk(folder: Path) -> list[str]:
     """Step 1 is written; at step 2 rank 1 may write no file of that size; then step 3 may be."""
     world = Channel.world()
     checkpoints = Checkpoints(folder, world, keep=3, only_trained=False)
-    checkpoints.save(_Engine(world.rank), _state(1))
+    checkpoints.save(Engine(world.rank), state_of(1))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
-        checkpoints.save(_Engine(world.rank), _state(2))
+        checkpoints.save(Engine(world.rank), state_of(2))
     except SaveError as error:
         said = str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    checkpoints.save(_Engine(world.rank), _state(3))
+    checkpoints.save(Engine(world.rank), state_of(3))
     return [said, *sorted(path.name for path in folder.iterdir())]
 
 
