@@ -27,6 +27,19 @@ lvx_stamp() {
   { pwd; cat pyproject.toml constraints.txt; } | sha256sum | cut -d ' ' -f 1
 }
 
+# Waits for a process, and says every 20 seconds how far its log is.
+lvx_watch() {
+  local second=0
+  while kill -0 "$1" 2>/dev/null; do
+    sleep 1
+    second=$((second + 1))
+    if [ $((second % 20)) -eq 0 ]; then
+      printf '  %4d s: %s\n' "$second" "$(tail -n 1 "$2" | cut -c 1-90)"
+    fi
+  done
+  wait "$1"
+}
+
 lvx_install() {
   local python log=.venv/install.log
   if [ ! -x .venv/bin/python ] || [ "$(cat .venv/made-in 2>/dev/null || pwd)" != "$PWD" ]; then
@@ -38,8 +51,9 @@ lvx_install() {
     pwd >.venv/made-in
   fi
   echo "Installing the versions of constraints.txt into .venv (some minutes, the first time) ..."
-  if ! .venv/bin/python -m pip install --disable-pip-version-check \
-    -c constraints.txt -e ".[video,lora,plots,dev]" >"$log" 2>&1; then
+  .venv/bin/python -m pip install --disable-pip-version-check \
+    -c constraints.txt -e ".[video,lora,plots,dev]" >"$log" 2>&1 &
+  if ! lvx_watch "$!" "$log"; then
     tail -n 20 "$log" >&2
     lvx_fail "pip failed; the whole output is in $log. Does this machine reach a package index?"
   fi

@@ -56,6 +56,9 @@ def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: 
             wait_for_build(_lock(operator), timeout_s=build_timeout_s, speaks=speaks)
         if speaks:
             tell_of_old_locks(besides=operator)
+            if operator is not None and not _library(operator).exists():
+                place = _library(operator)
+                print(f"ds_lvx: DeepSpeed builds {place}, once, in about a minute", flush=True)
     deepspeed.init_distributed(**arguments)
     if operator is not None:
         Channel.world().barrier()
@@ -138,6 +141,11 @@ def _operator() -> str | None:
         return None
     name: str = builder.NAME
     return name
+
+
+def _library(extension: str) -> Path:
+    """What the build of an extension makes."""
+    return _lock(extension).with_name(f"{extension}.so")
 
 
 def _lock(extension: str) -> Path:
