@@ -131,16 +131,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "device": options.device,
         "hardware": hardware(options.device) | multiprocessors(options.device),
         "dtype": "bf16",
-        "rates": None,
-        "comparisons": [],
         "records": [],
     }
     found = kernels.measure(options.trials, timing)
     results["rates"] = next(found)
-    for each in found:
-        record = kernels.with_rates(each, results["rates"])
+    for record in found:
         results["records"].append(record)
-        results["comparisons"] = kernels.comparisons(results["records"])
         save(results, options.output)
         spread = record.get("device_s")
         said = f"{1e3 * spread['median']:.4g} ms" if spread else record["reason"].partition("\n")[0]
