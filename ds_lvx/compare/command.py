@@ -168,7 +168,8 @@ def _say(line: str) -> None:
 
 
 def _train(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    return model.compare(model.contest_of(options, ranks), say=_say)
+    steps = model.steps_of(options, ranks=ranks.count)
+    return model.compare(steps, options.methods, ranks, say=_say)
 
 
 def _attend(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:

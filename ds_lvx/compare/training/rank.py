@@ -9,14 +9,13 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
-from torch import Tensor
 
 import ds_lvx
 from ds_lvx.compare.case import Case, build_model, ds_config, make_batch
@@ -91,16 +90,16 @@ class Steps:
 
     Attributes:
         task: what is trained.
-        method: of the cross-attention.
+        method: of the cross-attention, one of `METHODS`.
         warmup: steps after the first and before the timed ones.
         repeats: timed steps, and broken-down ones.
         overlap: transfers run under what is computed.
     """
 
     task: Task
-    method: str
+    method: str = "none"
     warmup: int = 1
-    repeats: int = 3
+    repeats: int = 5
     overlap: bool = True
 
 
@@ -139,92 +138,71 @@ def finetune(steps: Steps) -> dict[str, Any]:
         first; by timed step ``step_s``, ``processor_s`` (of all threads of this process),
         ``attention_bytes`` (`ds_lvx.traffic`) and ``interface_bytes`` (what the network interface
         sent without packet headers, DeepSpeed's own included; None where ranks share it);
-        ``broken_down``: a `Breakdown` for each further step.
+        ``broken_down``: a `Breakdown` for each further step, and ``whole_s`` by the clock.
     """
     config = steps.task.ds_config(steps.method, ranks=int(os.environ["WORLD_SIZE"]))
     with (
         nullcontext() if steps.overlap else without_overlap(),
         _training(steps.task.build(), torch.optim.AdamW, config) as engine,
     ):
-        return _Finetuning(engine, steps).samples()
+        return _finetuned(engine, steps)
 
 
-class _Finetuning:
-    """The steps of one engine."""
+def _finetuned(engine: Any, steps: Steps) -> dict[str, Any]:
+    """The steps of one engine; see `finetune`."""
+    task = steps.task
+    batch = make_batch(
+        task.case,
+        frames=ds_lvx.owned(task.frames),
+        total=task.frames,
+        dtype=DTYPES[task.dtype],
+        seed=task.seed,
+    )
+    losses: list[float] = []
+    norms: dict[str, float] = {}
 
-    def __init__(self, engine: Any, steps: Steps) -> None:
-        self._engine = engine
-        self._steps = steps
-        task = steps.task
-        self._batch = make_batch(
-            task.case,
-            frames=ds_lvx.owned(task.frames),
-            total=task.frames,
-            dtype=DTYPES[task.dtype],
-            seed=task.seed,
-        )
-        self._losses: list[float] = []
+    def step(
+        enter: Callable[[str], None] = lambda phase: None,
+        around: AbstractContextManager[Any] | None = None,
+    ) -> tuple[dict[str, Any], Any]:
+        """One optimizer step, begun on all ranks together: what it took, and what ``around`` is.
 
-    def samples(self) -> dict[str, Any]:
-        """All steps; see `finetune`."""
-        norms: dict[str, float] = {}
+        ``enter`` is told of each phase after the first.
+        """
+        engine.ds_lvx.groups.world_channel.barrier()
+        with nullcontext() if around is None else around as found, ds_lvx.traffic() as traffic:
+            start, worked, counted = now(), time.process_time(), _interface_bytes()
+            shard = ds_lvx.shard_batch(batch, model=engine.module, frames="local")
+            loss = engine(**shard).loss
+            enter("backward")
+            engine.backward(loss)
+            enter("optimizer")
+            engine.step()
+            sample = {
+                "step_s": now() - start,
+                "processor_s": time.process_time() - worked,
+                "interface_bytes": None if counted is None else (_interface_bytes() or 0) - counted,
+            }
+        losses.append(float(ds_lvx.mean_loss(loss)))
+        return {**sample, "attention_bytes": traffic.bytes_sent}, found
 
-        def look(phase: str) -> None:
-            if phase == "optimizer":
-                norms.update(gradient_norms(self._engine))
+    def look(phase: str) -> None:
+        if phase == "optimizer":
+            norms.update(gradient_norms(engine))
 
-        self._keep(self._step(look))
-        for _ in range(self._steps.warmup):
-            self._keep(self._step())
-        timed = [self._timed() for _ in range(self._steps.repeats)]
-        parts = Parts(self._engine.module, self._steps.task.case.contract().regions())
-        broken_down = [self._broken_down(parts) for _ in range(self._steps.repeats)]
-        parts.remove()
-        return {
-            "losses": self._losses,
-            "gradient_norms": norms,
-            **_columns(timed),
-            "broken_down": broken_down,
-        }
-
-    def _step(self, enter: Callable[[str], None] = lambda phase: None) -> Tensor:
-        """One optimizer step; ``enter`` is told of each phase after the first."""
-        shard = ds_lvx.shard_batch(self._batch, model=self._engine.module, frames="local")
-        loss: Tensor = self._engine(**shard).loss
-        enter("backward")
-        self._engine.backward(loss)
-        enter("optimizer")
-        self._engine.step()
-        return loss
-
-    def _timed(self) -> dict[str, Any]:
-        self._meet()
-        start, worked, counted = now(), time.process_time(), _interface_bytes()
-        with ds_lvx.traffic() as traffic:
-            loss = self._step()
-        sample = {
-            "step_s": now() - start,
-            "processor_s": time.process_time() - worked,
-            "attention_bytes": traffic.bytes_sent,
-            "interface_bytes": None if counted is None else (_interface_bytes() or 0) - counted,
-        }
-        self._keep(loss)
-        return sample
-
-    def _broken_down(self, parts: Parts) -> dict[str, Any]:
-        self._meet()
-        with parts.recording() as breakdown:
-            start = now()
-            loss = self._step(parts.enter)
-            breakdown.whole_s = now() - start
-        self._keep(loss)
-        return asdict(breakdown)
-
-    def _meet(self) -> None:
-        self._engine.ds_lvx.groups.world_channel.barrier()
-
-    def _keep(self, loss: Tensor) -> None:
-        self._losses.append(float(ds_lvx.mean_loss(loss)))
+    step(look)
+    for _ in range(steps.warmup):
+        step()
+    timed = [step()[0] for _ in range(steps.repeats)]
+    parts = Parts(engine.module, task.case.contract().regions())
+    pairs = [step(parts.enter, parts.recording()) for _ in range(steps.repeats)]
+    parts.remove()
+    return {
+        "losses": losses,
+        "gradient_norms": norms,
+        **_columns(timed),
+        "broken_down": [{"whole_s": own["step_s"], **asdict(each)} for own, each in pairs],
+    }
 
 
 def gradient_norms(engine: Any) -> dict[str, float]:
