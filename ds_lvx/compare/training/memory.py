@@ -144,7 +144,7 @@ def measure(
     timed = scales.run(setting, frames=scales.frames, timed=True)
     say(f"{name}, features {case.features}: {timed['step_s'][-1]:.1f} s a step")
     first, second, third = (2, 3, 4) if scales.cost(setting) > HEAVY_BYTES else (3, 6, 9)
-    record = {
+    record: dict[str, Any] = {
         "name": name,
         "features": case.features,
         "setting": asdict(setting),
