@@ -17,7 +17,7 @@ PACKAGES = ("ds_lvx", "torch", "transformers", "deepspeed")
 
 
 def header(*, emulated: bool = False, device: str | None = None) -> dict[str, Any]:
-    """Kind, command, versions and hardware.
+    """Kind, command, versions, hardware and load.
 
     Args:
         emulated: the ranks were real, but the network between them was slowed down on purpose.

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from ds_lvx.compare.case import Regions, part_of
 from ds_lvx.compare.training.zero_transfers import ZERO, zero_watched
 from ds_lvx.distributed.pending import Transfer, watching
 
@@ -33,9 +34,6 @@ PARTS = ("vision", "text", "cross_attention", "rest")
 EXPOSED = tuple(f"exposed_{where}" for where in ("cross_attention", "text", "zero", "rest"))
 COLUMNS = (*PARTS, *EXPOSED)
 """Parts of a phase: computing in a part of the model; waiting in one, or for ZeRO's transfers."""
-
-Regions: TypeAlias = Mapping[str, str]
-"""Part of the model, by a regular expression for the whole name of a module."""
 
 
 @dataclass
@@ -103,20 +101,15 @@ class Parts:
         self._phase = self._part = ""
         self._outer: list[str] = []
         self._handles: list[Any] = []
-        of_module = {
-            name: part
-            for name, _ in model.named_modules()
-            for pattern, part in regions.items()
-            if re.fullmatch(pattern, name)
-        }
-        if not of_module:
+        for name, module in model.named_modules():
+            if any(re.fullmatch(pattern, name) for pattern in regions):
+                around = part_of(name.rpartition(".")[0], regions)
+                self._follow(module, str(part_of(name, regions)), around=around or "rest")
+        if not self._handles:
             raise ValueError(
                 f"got a {type(model).__name__} without a module named like {list(regions)}; pass "
                 "regions with the names of its vision, text and cross-attention modules"
             )
-        for name, module in model.named_modules():
-            if name in of_module:
-                self._follow(module, of_module[name], around=_parent(name, of_module))
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -199,14 +192,6 @@ def _at(times: Sequence[float], transfer: Transfer) -> Transfer:
     """A transfer whose times were numbers of marks, in seconds."""
     numbers = (transfer.started_s, transfer.waited_s, transfer.done_s)
     return Transfer(transfer.collective, *(times[int(number)] for number in numbers))
-
-
-def _parent(name: str, parts: Mapping[str, str]) -> str:
-    while name:
-        name = name.rpartition(".")[0]
-        if name in parts:
-            return parts[name]
-    return "rest"
 
 
 def _first_tensor(output: Any) -> Any:

@@ -84,11 +84,11 @@ def steps_of(options: argparse.Namespace, *, ranks: int) -> Steps:
     case = replace(case, text_tokens=options.text_tokens)
     if options.freeze_vision:
         case = replace(case, features="trained")
-    same = ("frames", "text_tokens", "dtype", "zero_stage", "text_method", "recompute")
+    names = ("frames", "dtype", "zero_stage", "text_method", "recompute", "checkpointing")
     task = Task(
         options.model,
         case,
-        **{name: getattr(options, name) for name in (*same, "checkpointing", "freeze_vision")},
+        **{name: getattr(options, name) for name in names},
         checkpoint=options.model not in random,
     )
     how = {name: getattr(options, name) for name in ("warmup", "repeats", "overlap")}
@@ -150,7 +150,7 @@ def results_of(
     task = steps.task
     sizes = {
         "visual_tokens": task.frames * task.case.frame_tokens,
-        "text_tokens": task.text_tokens,
+        "text_tokens": task.case.text_tokens,
         "visual_tokens_of_a_frame": task.case.frame_tokens,
     }
     return {
@@ -295,7 +295,7 @@ def _title(results: Results) -> str:
     where = "" if network is None else f", over an emulated network of {network} a rank"
     return (
         f"A training step of {Path(job['model']).name}: {found.get('visual_tokens', 0):,} visual "
-        f"tokens, {job['text_tokens']:,} text tokens, {job['dtype']}, ZeRO stage "
+        f"tokens, {found.get('text_tokens', 0):,} text tokens, {job['dtype']}, ZeRO stage "
         f"{job['zero_stage']}, text by {job['text_method']}; {plan['ranks']} ranks (none: 1)"
         f"{where}. Median (10th to 90th percentile) of {plan['repeats']}. "
         f"{results['hardware']['device']}."

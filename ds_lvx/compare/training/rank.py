@@ -36,39 +36,30 @@ class Task:
 
     Attributes:
         model: its name, or folder or hub name of a checkpoint.
-        case: its sizes, and what trains.
-        frames, text_tokens: of the one sample.
+        case: its sizes, the text's tokens, and what trains.
+        frames: of the one sample.
         dtype: a key of `DTYPES`.
         zero_stage: of DeepSpeed.
         text_method: of the text's own attention, ``"ulysses"`` or ``"ring"``.
         recompute: lvx projects K and V again in backward.
         checkpointing: of the layers.
-        freeze_vision: the vision tower does not train.
         checkpoint: the weights are those of the checkpoint ``model``, not random.
-        seed: of weights and batch.
     """
 
     model: str
     case: Case
     frames: int
-    text_tokens: int
     dtype: str = "float32"
     zero_stage: int = 2
     text_method: str = "ulysses"
     recompute: bool = True
     checkpointing: bool = False
-    freeze_vision: bool = False
     checkpoint: bool = False
-    seed: int = 0
 
     def build(self) -> torch.nn.Module:
         """The model on the CPU."""
-        return build_model(
-            self.case,
-            checkpoint=self.model if self.checkpoint else None,
-            dtype=DTYPES[self.dtype],
-            seed=self.seed,
-        )
+        checkpoint = self.model if self.checkpoint else None
+        return build_model(self.case, checkpoint=checkpoint, dtype=DTYPES[self.dtype])
 
     def ds_config(self, method: str, *, ranks: int) -> dict[str, Any]:
         """By one of `METHODS`, on ``ranks`` ranks that share the sample."""
@@ -156,7 +147,6 @@ def _finetuned(engine: Any, steps: Steps) -> dict[str, Any]:
         frames=ds_lvx.owned(task.frames),
         total=task.frames,
         dtype=DTYPES[task.dtype],
-        seed=task.seed,
     )
     losses: list[float] = []
     norms: dict[str, float] = {}
