@@ -234,7 +234,7 @@ class Turn:
             },
             "interface": None
             if carried is None
-            else {**asdict(carried), "sent_payload_bytes": carried.sent_payload_bytes},
+            else {**carried._asdict(), "sent_payload_bytes": carried.sent_payload_bytes},
         }
 
     def _meet(self) -> float:
