@@ -87,9 +87,8 @@ def test_repeated_heads_are_summed_before_they_are_checked(
         assert record["kv"] == "repeated beforehand, which is not timed"
 
 
-def spoiled(operands: Any, spoil: Bad) -> Candidate:
+def spoiled(right: Candidate, spoil: Bad) -> Candidate:
     """A right candidate whose results something is done to."""
-    right = make("native", operands)
     return replace(
         right,
         forward=lambda: spoil(right.forward()),
@@ -136,8 +135,9 @@ def test_a_bad_candidate_is_told_and_does_not_stop_the_rest(
 ) -> None:
     bad, good = Trial(GROUPED, "triton", direction), Trial(GROUPED, "native", direction)
 
-    def made(name: str, operands: Any) -> Any:
-        return spoiled(operands, spoil) if name == "triton" else make(name, operands)
+    def made(name: str, *operands: Any) -> Any:
+        right = make("native", *operands)
+        return spoiled(right, spoil) if name == "triton" else right
 
     found = results(bad, good, made=made)
     record = found[bad.name]
@@ -153,7 +153,7 @@ def test_a_bad_candidate_is_told_and_does_not_stop_the_rest(
 
 def test_a_gradient_that_is_not_finite_beside_the_checked_keys_is_wrong() -> None:
     known = exact(GROUPED, CPU)
-    found = list(make("native", known.operands).backward())
+    found = list(make("native", known.problem, known.upstream).backward())
     assert is_right(known.errors("backward", found))
     unchecked = sorted(set(range(GROUPED.shape.seqlen_kv)) - set(known.keys.tolist()))
     found[1] = found[1].clone()

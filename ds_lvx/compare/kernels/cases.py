@@ -31,11 +31,6 @@ class KernelCase:
         rule = "" if self.shape.visibility == "all" else "-visibility"
         return f"{self.model}-{self.shape.seqlen_q}{rule}"
 
-    @property
-    def scale(self) -> float:
-        """Of the scores."""
-        return float(self.shape.head_dim**-0.5)
-
     def problem(self) -> Problem:
         """What its operations and bytes follow from."""
         shape, visible, seen = self.shape, 1.0, 1.0

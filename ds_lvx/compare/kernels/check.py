@@ -8,13 +8,12 @@ among them. Every other element must be finite, and out must agree with PyTorch'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_lvx.compare.kernels.candidates import Operands
 from ds_lvx.compare.kernels.cases import KernelCase
 from ds_lvx.compare.operators.exactness import largest
 from ds_lvx.compare.operators.tensors import make_shards
@@ -33,10 +32,10 @@ _ROWS, _KEYS = 32, 64
 
 @dataclass(frozen=True)
 class Exact:
-    """A case's operands and what is right for them.
+    """A case's tensors and what is right for them.
 
     Attributes:
-        operands: for the candidates.
+        problem, upstream: what the candidates get; lse and delta are PyTorch's.
         rows: the queries that are checked.
         keys: the keys whose gradients are checked.
         right: in float64 ``out [1, rows, H, D]`` and ``lse [1, rows, H]``, ``dq`` of the rows, and
@@ -44,7 +43,8 @@ class Exact:
         out: PyTorch's, of all queries.
     """
 
-    operands: Operands
+    problem: Problem
+    upstream: Upstream
     rows: Tensor
     keys: Tensor
     right: Mapping[str, Tensor]
@@ -72,7 +72,7 @@ class Exact:
 
 
 def exact(case: KernelCase, device: torch.device) -> Exact:
-    """A case's operands and what is right for them.
+    """A case's tensors and what is right for them.
 
     Raises:
         ArithmeticError: PyTorch's own out, on which lse and delta rest, is wrong.
@@ -80,12 +80,12 @@ def exact(case: KernelCase, device: torch.device) -> Exact:
     shape = case.shape
     drawn = make_shards(shape, ranks=1, shards=[0], device=device)
     q, k, v = (tensor.detach() for tensor in (drawn.q, *drawn.k_and_v()))
-    rule, dout = drawn.visibility, drawn.dout
-    seen = None if rule is None else Rule(rule)
-    out, lse = NativeKernel().forward(Problem(q, k, v, seen, softmax_scale=case.scale))
-    operands = Operands(q, k, v, dout, rule, case.scale, lse, _delta(dout.float(), out.float()))
+    rule = None if drawn.visibility is None else Rule(drawn.visibility)
+    problem = Problem(q, k, v, rule, softmax_scale=shape.head_dim**-0.5)
+    out, lse = NativeKernel().forward(problem)
+    upstream = Upstream(drawn.dout, lse, _delta(drawn.dout.float(), out.float()))
     rows, keys = _some(shape.seqlen_q, _ROWS, device), _some(shape.seqlen_kv, _KEYS, device)
-    checked = Exact(operands, rows, keys, _in_float64(operands, rows, keys), out)
+    checked = Exact(problem, upstream, rows, keys, _in_float64(problem, upstream, rows, keys), out)
     errors = checked.errors("forward", (out, lse))
     if not is_right(errors):
         raise ArithmeticError(f"PyTorch's own out or lse is wrong: {errors}")
@@ -97,26 +97,27 @@ def is_right(errors: Mapping[str, float]) -> bool:
     return all(error <= TOLERANCE for error in errors.values())
 
 
-def _in_float64(o: Operands, rows: Tensor, keys: Tensor) -> dict[str, Tensor]:
-    """See `Exact.right`. dk and dv rest on PyTorch's lse and delta."""
+def _in_float64(
+    problem: Problem, upstream: Upstream, rows: Tensor, keys: Tensor
+) -> dict[str, Tensor]:
+    """See `Exact.right`."""
     kernel, every = ReferenceKernel(), slice(None)
-    problem, dout = _part(o, rows, every)
-    out, lse = kernel.forward(problem)
-    dq, _, _ = kernel.backward(problem, Upstream(dout, lse, _delta(dout, out)))
-    problem, dout = _part(o, every, keys)
-    _, dk, dv = kernel.backward(problem, Upstream(dout, o.lse, o.delta))
+    part, dout = _part(problem, rows, every), upstream.dout.double()
+    out, lse = kernel.forward(part)
+    of_rows = Upstream(dout[:, rows], lse, _delta(dout[:, rows], out))
+    dq, _, _ = kernel.backward(part, of_rows)
+    _, dk, dv = kernel.backward(_part(problem, every, keys), replace(upstream, dout=dout))
     return {"out": out, "lse": lse.transpose(1, 2), "dq": dq, "dk": dk, "dv": dv}
 
 
-def _part(o: Operands, rows: Any, keys: Any) -> tuple[Problem, Tensor]:
-    """The problem of some queries over some keys in float64, and dout of these queries."""
-    q, k, v, dout = (
-        t.double() for t in (o.q[:, rows], o.k[:, keys], o.v[:, keys], o.dout[:, rows])
-    )
-    rule, sees = None, o.visibility
-    if sees is not None:
+def _part(whole: Problem, rows: Any, keys: Any) -> Problem:
+    """The problem of some queries over some keys, in float64."""
+    rule = None
+    if whole.rule is not None:
+        sees = whole.rule.visibility
         rule = Rule(Visibility(sees.q_start[:, rows], sees.q_end[:, rows], sees.kv_pos[:, keys]))
-    return Problem(q, k, v, rule, softmax_scale=o.scale), dout
+    k, v = (t[:, keys].double() for t in (whole.k, whole.v))
+    return replace(whole, q=whole.q[:, rows].double(), k=k, v=v, rule=rule)
 
 
 def _delta(dout: Tensor, out: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Bench:
         make: makes a candidate; a test may give another.
     """
 
-    def __init__(self, timing: Timing, make: Callable[[str, Any], Candidate] = make) -> None:
+    def __init__(self, timing: Timing, make: Callable[..., Candidate] = make) -> None:
         self._timing = timing
         self._make = make
         self._device = torch.device(timing.device)
@@ -105,7 +105,7 @@ class Bench:
 
     def _measured(self, trial: Trial) -> dict[str, Any]:
         known = self._known(trial.case)
-        candidate = self._make(trial.candidate, known.operands)
+        candidate = self._make(trial.candidate, known.problem, known.upstream)
         run = getattr(candidate, trial.direction)
         with candidate.active():
             run()  # compiles, and lets `auto` choose
@@ -124,7 +124,7 @@ class Bench:
         return {"status": "ok", **record, "device_s": spread(taken), "host_s": spread(host)}
 
     def _known(self, case: KernelCase) -> Exact:
-        """The case's operands and what is right; made once, also where that fails."""
+        """The case's tensors and what is right; made once, also where that fails."""
         if case != self._case:
             self._exact = None  # frees the last one first
             self._case = case
