@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ds_lvx.compare.document import columns, markdown, times
+from ds_lvx.compare.document import Cells, columns, markdown, times
 from ds_lvx.compare.kernels.candidates import OURS
 from ds_lvx.compare.kernels.cases import DIRECTIONS, KernelCase
 from ds_lvx.plan.cards import CARDS
@@ -57,9 +57,9 @@ def floors_table(predicted: Record, measured: Record | None) -> str:
         found = seconds.get((r["case"], r["direction"]))
         return "not measured" if found is None else _ms(found)
 
-    cells: dict[str, Callable[[Record], str]] = {
-        "case": lambda r: r["case"],
-        "direction": lambda r: r["direction"],
+    cells: Cells = {
+        "case": "{case}",
+        "direction": "{direction}",
         "operations, G": lambda r: f"{r['flops'] / 1e9:,.1f}",
         "bytes, MB": lambda r: f"{r['memory_bytes'] / 1e6:,.1f}",
         **{f"{card}, ms": least(card) for card in CARD_NAMES},
@@ -129,11 +129,11 @@ def _ours(records: Sequence[Record]) -> str:
         ratio = peers[_place(r)][1] / r["device_s"]["median"]
         return times(None if math.isnan(ratio) else ratio)
 
-    cells: dict[str, Callable[[Record], str]] = {
+    cells: Cells = {
         "case": lambda r: _place(r)[0],
-        "direction": lambda r: r["direction"],
+        "direction": "{direction}",
         "kernel": who,
-        "TFLOP/s": lambda r: f"{r['tflops_per_s']:.3g}",
+        "TFLOP/s": "{tflops_per_s:.3g}",
         "of the rate that binds": lambda r: (
             f"{r['share_of_' + r['bound'] + '_rate']:.1%} {r['bound']}"
         ),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ds_lvx.compare.document import Results, columns, times
+from ds_lvx.compare.document import Cells, Results, columns, times
 from ds_lvx.compare.harness import slowest, spread
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
@@ -172,7 +172,7 @@ def text(results: Results) -> str:
         method: str = record["method"]
         return method + f" ({record['ranks'][0]['schedule']})" * (method == "lvx-auto")
 
-    cells: dict[str, Callable[[Any], str]] = {
+    cells: Cells = {
         "method": label,
         "forward, s": lambda record: _seconds(record["forward_s"]["median"]),
         "backward, s": lambda record: _seconds(record["backward_s"]["median"]),

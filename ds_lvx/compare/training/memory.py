@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ds_lvx.compare.case import Case, ds_config
-from ds_lvx.compare.document import Results, columns, percentiles
+from ds_lvx.compare.document import Cells, Results, columns, percentiles
 from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
 from ds_lvx.compare.peak import PROMPT_FREEING
 from ds_lvx.compare.training.rank import Load, weigh
@@ -297,17 +297,17 @@ def _of_bytes(results: Results) -> str:
         run = r["runs"][-1]
         return f"{run['tokens']:,}, {run['peak_bytes'] / GIB:.2f}" if r["budget_bytes"] else "-"
 
-    cells: dict[str, Callable[[Any], str]] = {
-        "features": lambda r: r["features"],
-        "setting": lambda r: r["name"],
-        "kept, bytes a token": lambda r: f"{r['kept_bytes_per_token']:,.0f}",
-        "peak, bytes a token": lambda r: f"{r['peak_bytes_per_token']:,.0f}",
-        "formula": lambda r: f"{r['predicted']['peak_bytes_per_token']:,.0f}",
-        "measured / formula": lambda r: f"{r['measured_over_predicted']:.3f}",
-        "tokens per GiB": lambda r: f"{r['tokens_per_gib']:,.0f}",
+    cells: Cells = {
+        "features": "{features}",
+        "setting": "{name}",
+        "kept, bytes a token": "{kept_bytes_per_token:,.0f}",
+        "peak, bytes a token": "{peak_bytes_per_token:,.0f}",
+        "formula": "{predicted[peak_bytes_per_token]:,.0f}",
+        "measured / formula": "{measured_over_predicted:.3f}",
+        "tokens per GiB": "{tokens_per_gib:,.0f}",
         "x plain": lambda r: f"{r['tokens_per_gib'] / plain.get(r['features'], np.nan):.1f}",
-        "step, s": lambda r: f"{r['step_s']['median']:.1f}",
-        "processor, s": lambda r: f"{r['processor_s']['median']:.1f}",
+        "step, s": "{step_s[median]:.1f}",
+        "processor, s": "{processor_s[median]:.1f}",
         "largest run: tokens, GiB": largest,
     }
     title = (
@@ -320,13 +320,13 @@ def _of_bytes(results: Results) -> str:
 
 
 def _of_times(results: Results) -> str:
-    cells: dict[str, Callable[[Any], str]] = {
-        "vision tower": lambda r: r["vision_tower"],
+    cells: Cells = {
+        "vision tower": "{vision_tower}",
         "checkpointing": lambda r: "yes" if r["checkpointing"] else "no",
         "K, V kept: step, s": lambda r: percentiles(r["step_s"]["kept"], 2),
         "recomputed: step, s": lambda r: percentiles(r["step_s"]["recomputed"], 2),
-        "costs": lambda r: f"{r['recomputation_costs']['step_s']:+.1%}",
-        "costs in processor time": lambda r: f"{r['recomputation_costs']['processor_s']:+.1%}",
+        "costs": "{recomputation_costs[step_s]:+.1%}",
+        "costs in processor time": "{recomputation_costs[processor_s]:+.1%}",
     }
     title = (
         "A whole step of one eighth of the model at its real dimensions, "

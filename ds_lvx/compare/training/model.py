@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ds_lvx.compare.case import case_of, cut, random_case, random_models
-from ds_lvx.compare.document import Results, columns, percentiles, times
+from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
 from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.training.breakdown import PHASES
@@ -271,8 +271,8 @@ def text(results: Results) -> str:
     def part(*bars: str) -> Callable[[Any], str]:
         return lambda r: f"{sum(totals(r['typical'])[bar] for bar in bars):.3f}"
 
-    cells: dict[str, Callable[[Any], str]] = {
-        "method": lambda r: r["method"],
+    cells: Cells = {
+        "method": "{method}",
         "step, s": lambda r: percentiles(r["step_s"]),
         "x ring": lambda r: times(None if ring is None else ring / r["step_s"]["median"]),
         "cross-attention, s": part("cross-attention", "waiting in cross-attention"),
