@@ -169,8 +169,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     ranks = settle(options)
     say = partial(print, file=sys.stderr, flush=True)
     if options.model:
-        steps = model.steps_of(options, ranks=ranks.count)
-        return model.compare(steps, options.methods, ranks, say=say)
+        task = model.task_of(options, ranks=ranks.count)
+        return model.compare(task, options.methods, ranks, say=say)
     contest, skipped = contest_of(options, ranks.count)
     say(f"{', '.join(contest.methods)} on {ranks.count} ranks of {ranks.threads} threads ...")
     return operators_subject.assemble(

@@ -18,7 +18,7 @@ from ds_lvx.compare.machine import header
 from ds_lvx.compare.training import model
 from ds_lvx.compare.training.breakdown import COLUMNS, PHASES
 from ds_lvx.compare.training.model import disagreements, skipped
-from ds_lvx.compare.training.rank import Steps, Task, finetune
+from ds_lvx.compare.training.rank import Task, finetune
 from tests.ranks import run_ranks
 
 CASE = replace(TINY, hidden=64, mlp=64, text_tokens=24, image_size=28)
@@ -26,19 +26,19 @@ TASK = Task("tiny", CASE, frames=6)
 PARTS_MISS = 0.05
 
 
-def measured(steps: Steps) -> dict[str, Any]:
+def measured(task: Task) -> dict[str, Any]:
     """On a rank."""
-    return finetune(steps)
+    return finetune(task)
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict[str, Any]]:
     """Two ranks against one process, at two ZeRO stages, with and without overlap."""
     requests = [
-        (1, Steps(TASK, "none")),
-        (2, Steps(TASK, "lvx-gather")),
-        (2, Steps(replace(TASK, zero_stage=3), "lvx-ring", overlap=False)),
-        (2, Steps(replace(TASK, checkpointing=True, text_method="ring"), "ulysses")),
+        (1, TASK),
+        (2, replace(TASK, method="lvx-gather")),
+        (2, replace(TASK, method="lvx-ring", zero_stage=3, overlap=False)),
+        (2, replace(TASK, method="ulysses", checkpointing=True, text_method="ring")),
     ]
     return [
         model.record(
@@ -140,26 +140,26 @@ def test_a_frame_is_the_same_whoever_makes_it() -> None:
     assert not part[:, 0].equal(part[:, 1])
 
 
-def steps(*words: str, ranks: int = 2, **more: Any) -> Steps:
+def task(*words: str, ranks: int = 2, **more: Any) -> Task:
     parser = argparse.ArgumentParser()
     model.add_arguments(parser)
     shared = {"model": "tiny", "dtype": "float32", "warmup": 1, "repeats": 2, "overlap": True}
     shared |= {"recompute": True, **more}
     options = argparse.Namespace(**vars(parser.parse_args(words)), **shared)
-    return model.steps_of(options, ranks=ranks)
+    return model.task_of(options, ranks=ranks)
 
 
-def test_options_become_steps() -> None:
-    found = steps("--hidden", "128", "--self-layers", "1", "--frames", "4")
+def test_options_become_a_task() -> None:
+    found = task("--hidden", "128", "--self-layers", "1", "--frames", "4")
     sizes = {"hidden": 128, "heads": 2, "kv_heads": 1, "mlp": 256, "self_layers": 1}
-    assert found.task.case == replace(TINY, text_tokens=256, **sizes)
-    assert (found.task.frames, found.repeats) == (4, 2)
+    assert found.case == replace(TINY, text_tokens=256, **sizes)
+    assert (found.frames, found.repeats) == (4, 2)
 
 
 @pytest.mark.parametrize("freeze", [False, True])
 def test_a_vision_tower_trains_unless_it_is_frozen(freeze: bool) -> None:
-    found = steps(*["--freeze-vision"] * freeze)
-    model = replace(found.task, case=replace(found.task.case, hidden=64, mlp=8)).build()
+    found = task(*["--freeze-vision"] * freeze)
+    model = replace(found, case=replace(found.case, hidden=64, mlp=8)).build()
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
     tower = {name for name, _ in model.named_parameters() if "vision_model" in name}
     assert frozen == (tower if freeze else set())
@@ -177,25 +177,25 @@ def test_a_vision_tower_trains_unless_it_is_frozen(freeze: bool) -> None:
 )
 def test_bad_options_are_said(words: list[str], more: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        steps(*words, **more)
+        task(*words, **more)
 
 
 def test_a_checkpoint_s_own_sizes_count(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="which cannot be read"):
-        steps(model=str(tmp_path))
+        task(model=str(tmp_path))
     build_model(CASE).save_pretrained(tmp_path)
-    found = steps(model=str(tmp_path), ranks=9)
-    assert found.task.case == replace(CASE, text_tokens=256, family="mllama")
-    assert skipped(found.task, ("ulysses", "none"), ranks=9) == {
+    found = task(model=str(tmp_path), ranks=9)
+    assert found.case == replace(CASE, text_tokens=256, family="mllama")
+    assert skipped(found, ("ulysses", "none"), ranks=9) == {
         "ulysses": "8 query heads for 9 ranks, in the text"
     }
     weights = dict(build_model(CASE, dtype=torch.float32).named_parameters())
-    for name, weight in found.task.build().named_parameters():
+    for name, weight in found.build().named_parameters():
         assert weight.dtype == torch.float32
         assert weight.equal(weights[name]), name
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="a model of type 'llama'; expected one of type 'mllama'"):
-        steps(model=str(tmp_path))
+        task(model=str(tmp_path))
 
 
 def test_methods_without_enough_heads_are_skipped_with_the_reason() -> None:
@@ -215,7 +215,7 @@ def test_a_cut_model_keeps_the_shape_of_its_heads() -> None:
 
 @pytest.mark.slow
 def test_table_plot_and_json(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    parts = model.results_of(Steps(TASK), Ranks(2), records, {"lvx-auto": "no reason"})
+    parts = model.results_of(TASK, Ranks(2), records, {"lvx-auto": "no reason"})
     results = {**header(device="cpu"), **parts}
     text = model.text(results)
     rows = [line for line in text.splitlines() if line.startswith("| ")]

@@ -21,7 +21,7 @@ from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
 from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.training.breakdown import PHASES
-from ds_lvx.compare.training.rank import DTYPES, Steps, Task, finetune
+from ds_lvx.compare.training.rank import DTYPES, Task, finetune
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
 """Of losses, and of the norm of a parameter's gradient, relative."""
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--freeze-vision", action="store_true", help="train the rest only")
 
 
-def steps_of(options: argparse.Namespace, *, ranks: int) -> Steps:
+def task_of(options: argparse.Namespace, *, ranks: int) -> Task:
     """What a command line asks for, by ``ranks`` ranks; of no method yet.
 
     Raises:
@@ -84,15 +84,14 @@ def steps_of(options: argparse.Namespace, *, ranks: int) -> Steps:
     case = replace(case, text_tokens=options.text_tokens)
     if options.freeze_vision:
         case = replace(case, features="trained")
-    names = ("frames", "dtype", "zero_stage", "text_method", "recompute", "checkpointing")
-    task = Task(
+    what = ("frames", "dtype", "zero_stage", "text_method", "recompute", "checkpointing")
+    how = ("overlap", "warmup", "repeats")
+    return Task(
         options.model,
         case,
-        **{name: getattr(options, name) for name in names},
         checkpoint=options.model not in random,
+        **{name: getattr(options, name) for name in (*what, *how)},
     )
-    how = {name: getattr(options, name) for name in ("warmup", "repeats", "overlap")}
-    return Steps(task, **how)
 
 
 def _option(name: str) -> str:
@@ -110,9 +109,15 @@ def skipped(task: Task, methods: Sequence[str], *, ranks: int) -> dict[str, str]
 
 
 def compare(
-    steps: Steps, methods: Sequence[str], ranks: Ranks, *, say: Callable[[str], None] = print
+    task: Task, methods: Sequence[str], ranks: Ranks, *, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Train by every method, ``none`` on one process, the others on all ranks.
+
+    Args:
+        task: its own method does not count.
+        methods: of `METHODS`.
+        ranks: that share the sample.
+        say: gets a line about every method.
 
     Returns:
         For the JSON: ``records``, one a method, with every sample of every rank; and
@@ -123,31 +128,30 @@ def compare(
         NetworkError: the network cannot be made here.
     """
     head = header(emulated=ranks.network is not None, device=ranks.device)
-    left_out = skipped(steps.task, methods, ranks=ranks.count)
+    left_out = skipped(task, methods, ranks=ranks.count)
     records: list[dict[str, Any]] = []
     for method in methods:
         if method in left_out:
             say(f"{method}: skipped: {left_out[method]}")
             continue
+        own = replace(task, method=method)
         where = replace(ranks, count=1 if method == "none" else ranks.count)
-        found = record(method, on_ranks(finetune, replace(steps, method=method), where))
-        config = steps.task.ds_config(method, ranks=where.count)
-        records.append({"ds_config": config, **found})
+        found = record(method, on_ranks(finetune, own, where))
+        records.append({"ds_config": own.ds_config(ranks=where.count), **found})
         say(f"{method}: {found['step_s']['median']:.3f} s a step")
-        if disagreements(records, dtype=steps.task.dtype):
+        if disagreements(records, dtype=task.dtype):
             break
-    found = results_of(steps, ranks, records, left_out)
+    found = results_of(task, ranks, records, left_out)
     return {**head, "load_average_after": os.getloadavg(), **found}
 
 
 def results_of(
-    steps: Steps,
+    task: Task,
     ranks: Ranks,
     records: Sequence[Mapping[str, Any]],
     left_out: Mapping[str, str],
 ) -> dict[str, Any]:
     """The part of what `compare` returns that is about the task and the methods."""
-    task = steps.task
     sizes = {
         "visual_tokens": task.frames * task.case.frame_tokens,
         "text_tokens": task.case.text_tokens,
@@ -158,9 +162,9 @@ def results_of(
         "plan": {
             "ranks": ranks.count,
             "threads_per_rank": ranks.threads,
-            "warmup": steps.warmup,
-            "repeats": steps.repeats,
-            "overlap": steps.overlap,
+            "warmup": task.warmup,
+            "repeats": task.repeats,
+            "overlap": task.overlap,
             "network": None if ranks.network is None else str(ranks.network),
         },
         "skipped": dict(left_out),

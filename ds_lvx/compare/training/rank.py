@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Task:
-    """A fine-tuning task, the same for every method. Sizes are those of the whole sample.
+    """A fine-tuning task by one method, and its steps. Sizes are those of the whole sample.
 
     Attributes:
         model: its name, or folder or hub name of a checkpoint.
@@ -44,6 +44,10 @@ class Task:
         recompute: lvx projects K and V again in backward.
         checkpointing: of the layers.
         checkpoint: the weights are those of the checkpoint ``model``, not random.
+        method: of the cross-attention, one of `METHODS`.
+        overlap: transfers run under what is computed.
+        warmup: steps after the first and before the timed ones.
+        repeats: timed steps, and broken-down ones.
     """
 
     model: str
@@ -55,15 +59,19 @@ class Task:
     recompute: bool = True
     checkpointing: bool = False
     checkpoint: bool = False
+    method: str = "none"
+    overlap: bool = True
+    warmup: int = 1
+    repeats: int = 5
 
     def build(self) -> torch.nn.Module:
         """The model on the CPU."""
         checkpoint = self.model if self.checkpoint else None
         return build_model(self.case, checkpoint=checkpoint, dtype=DTYPES[self.dtype])
 
-    def ds_config(self, method: str, *, ranks: int) -> dict[str, Any]:
-        """By one of `METHODS`, on ``ranks`` ranks that share the sample."""
-        name, schedule = METHODS[method]
+    def ds_config(self, *, ranks: int) -> dict[str, Any]:
+        """For ``ranks`` ranks that share the sample."""
+        name, schedule = METHODS[self.method]
         return ds_config(
             Setting(name, self.recompute and name == "lvx", self.checkpointing),
             self.case,
@@ -73,25 +81,6 @@ class Task:
             zero_stage=self.zero_stage,
             text_method=self.text_method,
         )
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Steps of a task by one method.
-
-    Attributes:
-        task: what is trained.
-        method: of the cross-attention, one of `METHODS`.
-        warmup: steps after the first and before the timed ones.
-        repeats: timed steps, and broken-down ones.
-        overlap: transfers run under what is computed.
-    """
-
-    task: Task
-    method: str = "none"
-    warmup: int = 1
-    repeats: int = 5
-    overlap: bool = True
 
 
 @contextmanager
@@ -121,7 +110,7 @@ def _columns(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
 # ---- times
 
 
-def finetune(steps: Steps) -> dict[str, Any]:
+def finetune(task: Task) -> dict[str, Any]:
     """One step that is compared, then steps to warm up, timed ones and broken-down ones.
 
     Returns:
@@ -131,17 +120,16 @@ def finetune(steps: Steps) -> dict[str, Any]:
         sent without packet headers, DeepSpeed's own included; None where ranks share it);
         ``broken_down``: a `Breakdown` for each further step, and ``whole_s`` by the clock.
     """
-    config = steps.task.ds_config(steps.method, ranks=int(os.environ["WORLD_SIZE"]))
+    config = task.ds_config(ranks=int(os.environ["WORLD_SIZE"]))
     with (
-        nullcontext() if steps.overlap else without_overlap(),
-        _training(steps.task.build(), torch.optim.AdamW, config) as engine,
+        nullcontext() if task.overlap else without_overlap(),
+        _training(task.build(), torch.optim.AdamW, config) as engine,
     ):
-        return _finetuned(engine, steps)
+        return _finetuned(engine, task)
 
 
-def _finetuned(engine: Any, steps: Steps) -> dict[str, Any]:
+def _finetuned(engine: Any, task: Task) -> dict[str, Any]:
     """The steps of one engine; see `finetune`."""
-    task = steps.task
     batch = make_batch(
         task.case,
         frames=ds_lvx.owned(task.frames),
@@ -181,11 +169,11 @@ def _finetuned(engine: Any, steps: Steps) -> dict[str, Any]:
             norms.update(gradient_norms(engine))
 
     step(look)
-    for _ in range(steps.warmup):
+    for _ in range(task.warmup):
         step()
-    timed = [step()[0] for _ in range(steps.repeats)]
+    timed = [step()[0] for _ in range(task.repeats)]
     parts = Parts(engine.module, task.case.contract().regions())
-    pairs = [step(parts.enter, parts.recording()) for _ in range(steps.repeats)]
+    pairs = [step(parts.enter, parts.recording()) for _ in range(task.repeats)]
     parts.remove()
     return {
         "losses": losses,
