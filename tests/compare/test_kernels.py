@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,7 +60,7 @@ def test_the_papers_shapes() -> None:
 
 
 @pytest.mark.parametrize("case", QUICK[:2], ids=lambda case: case.name)
-def test_all_candidates_of_a_cpu_are_right(case: KernelCase, tmp_path: Path) -> None:
+def test_all_candidates_of_a_cpu_are_right(case: KernelCase) -> None:
     candidates = ("auto", "native", "sdpa-flash", "sdpa-math")
     items = [Trial(case, name, direction) for name in candidates for direction in DIRECTIONS]
     found = results(*items)
@@ -76,9 +75,7 @@ def test_all_candidates_of_a_cpu_are_right(case: KernelCase, tmp_path: Path) -> 
     assert found[f"{case.name}/auto/forward"]["chosen"] == "native"
 
 
-def test_repeated_heads_are_summed_before_they_are_checked(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_repeated_heads_are_summed_before_they_are_checked(monkeypatch: Any) -> None:
     """As for a backend that wants as many heads of K and V as of q."""
     monkeypatch.setattr("ds_lvx.compare.kernels.candidates._groups_heads", lambda *_: False)
     items = [Trial(GROUPED, "sdpa-math", direction) for direction in DIRECTIONS]
@@ -131,7 +128,7 @@ def raises(error: Exception) -> Bad:
     ],
 )
 def test_a_bad_candidate_is_told_and_does_not_stop_the_rest(
-    tmp_path: Path, direction: str, spoil: Bad, status: str, word: str
+    direction: str, spoil: Bad, status: str, word: str
 ) -> None:
     bad, good = Trial(GROUPED, "triton", direction), Trial(GROUPED, "native", direction)
 
@@ -161,14 +158,14 @@ def test_a_gradient_that_is_not_finite_beside_the_checked_keys_is_wrong() -> Non
     assert not is_right(known.errors("backward", found))
 
 
-def test_what_a_backend_cannot_do_is_told_with_its_reasons(tmp_path: Path) -> None:
+def test_what_a_backend_cannot_do_is_told_with_its_reasons() -> None:
     item = Trial(GROUPED, "sdpa-efficient", "forward")
     record = results(item)[item.name]
     assert record["status"] == "failed"
     assert "No viable backend" in record["reason"]
 
 
-def test_scores_beyond_the_budget_are_not_materialised(monkeypatch: Any, tmp_path: Path) -> None:
+def test_scores_beyond_the_budget_are_not_materialised(monkeypatch: Any) -> None:
     monkeypatch.setattr("ds_lvx.compare.kernels.candidates.SCORES_BYTES", 1000)
     item = Trial(GROUPED, "sdpa-math", "forward")
     record = results(item)[item.name]
@@ -176,9 +173,7 @@ def test_scores_beyond_the_budget_are_not_materialised(monkeypatch: Any, tmp_pat
     assert "GiB of scores" in record["reason"]
 
 
-def test_inputs_that_cannot_be_made_are_every_candidates_reason(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_inputs_that_cannot_be_made_are_every_candidates_reason(monkeypatch: Any) -> None:
     def fail(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
