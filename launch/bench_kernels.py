@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +30,10 @@ from ds_lvx.compare.kernels import report as kernels_report
 from ds_lvx.compare.kernels import subject as kernels
 from ds_lvx.compare.kernels.cases import PAPER, QUICK
 from ds_lvx.compare.kernels.trial import Timing
-from ds_lvx.compare.machine import hardware, versions
+from ds_lvx.compare.machine import header
 from ds_lvx.plan.occupancy import BLOCK_SHARED_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("ds_lvx", "torch", "triton", "flash-attn")
 PARTS = ("floors", "compiled", "measured")
 
 
@@ -46,7 +44,7 @@ def main() -> None:
         save(compile_all(), path_of("compiled", options))
     elif options.floors:
         records = kernels_report.floors(PAPER)
-        save({**header("predicted"), "records": records}, path_of("floors", options))
+        save({**header(predicted=True), "records": records}, path_of("floors", options))
     bad: list[str] = []
     if not (options.compile or options.floors or options.render):
         try:
@@ -127,20 +125,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         quick=options.quick,
     )
     results: dict[str, Any] = {
-        **header("measured"),
-        "device": options.device,
-        "hardware": hardware(options.device) | multiprocessors(options.device),
+        **header(device=options.device),
         "dtype": "bf16",
-        "rates": None,
-        "comparisons": [],
         "records": [],
     }
     found = kernels.measure(options.trials, timing)
     results["rates"] = next(found)
-    for each in found:
-        record = kernels.with_rates(each, results["rates"])
+    for record in found:
         results["records"].append(record)
-        results["comparisons"] = kernels.comparisons(results["records"])
         save(results, options.output)
         spread = record.get("device_s")
         said = f"{1e3 * spread['median']:.4g} ms" if spread else record["reason"].partition("\n")[0]
@@ -166,12 +158,14 @@ def compile_all() -> dict[str, Any]:
     if any(process.returncode != 0 for process in started):
         sys.exit("bench_kernels: --compile: a compiler failed; its error stands above")
     records = [record for text in listings for record in json.loads(text.splitlines()[-1])]
-    return {**header("measured"), "device": "none: compiled ahead of time", "records": records}
+    about = {"kind": "measured", "device": "none: compiled ahead of time"}
+    return {**header(predicted=True), **about, "records": records}
 
 
 def render(options: argparse.Namespace) -> None:
     """Write the tables of whatever JSON there is into the document."""
-    found = {part: read(path_of(part, options)) for part in PARTS}
+    paths = {part: path_of(part, options) for part in PARTS}
+    found = {part: json.loads(p.read_text()) if p.exists() else None for part, p in paths.items()}
     tables = {"measured": kernels_report.measured_table(found["measured"])}
     if found["floors"] is not None:
         tables["floors"] = kernels_report.floors_table(found["floors"], found["measured"])
@@ -186,34 +180,6 @@ def path_of(part: str, options: argparse.Namespace) -> Path:
     """The JSON of a part."""
     output: Path = options.output
     return output if part == "measured" else output.with_name(f"{output.stem}-{part}.json")
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    """What a JSON file holds; None where there is none."""
-    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
-    return found
-
-
-def header(kind: str) -> dict[str, Any]:
-    """What every JSON begins with."""
-    cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    return {
-        "kind": kind,
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions(PACKAGES) | cuda,
-    }
-
-
-def multiprocessors(device: str) -> dict[str, int]:
-    """What else of a GPU decides a kernel's time."""
-    if device != "cuda":
-        return {}
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "multiprocessors": properties.multi_processor_count,
-        "capability": 10 * properties.major + properties.minor,
-        "l2_bytes": properties.L2_cache_size,
-    }
 
 
 if __name__ == "__main__":

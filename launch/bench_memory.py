@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,10 @@ def main() -> None:
     options = parse_options()
     measurements = {"memory": measure_memory, "step_time": measure_time}
     for part in options.parts:
-        if options.render:
-            results = read(part, options)
-        else:
-            try:
-                results = measurements[part](options)
-            except RunError as error:
-                sys.exit(f"bench_memory: {error}")
+        try:
+            results = read(part, options) if options.render else measurements[part](options)
+        except RunError as error:
+            sys.exit(f"bench_memory: {error}")
         # The formulas as they are now, beside what was measured.
         for record in results["records"] if part == "memory" else ():
             cuda = results["device"] == "cuda"
@@ -96,8 +94,6 @@ def parse_options() -> argparse.Namespace:
         "brief": "of the step times only the first comparison",
         "quick": "tiny shapes, to try the script",
         "render": "nothing measured: from the JSON",
-        "resume": "measure only settings that memory.json lacks",
-        "retime": "measure only the step times of memory.json again",
         "enlarge": "add to each setting of memory.json one run, as large as --budget_gib allows",
     }.items():
         parser.add_argument(f"--{flag}", action="store_true", help=what)
@@ -116,10 +112,9 @@ def parse_options() -> argparse.Namespace:
     for name in options.only or ():
         if name not in known:
             parser.error(f"--only: got {name!r}; expected some of: {'; '.join(known)}")
-    later = options.resume or options.retime or options.enlarge
-    for part in options.parts if options.render else ["memory"] * later:
+    for part in options.parts if options.render else ["memory"] * options.enlarge:
         if not (options.output_dir / f"{part}.json").exists():
-            word = "--render" if options.render else "--resume, --retime, --enlarge"
+            word = "--render" if options.render else "--enlarge"
             parser.error(f"{word}: got no {part}.json in {options.output_dir}")
     return options
 
@@ -144,59 +139,23 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
         "case": asdict(scales.case),
         "records": [],
     }
-    if options.resume or options.retime or options.enlarge:
-        results["records"] = earlier(options, scales.case)
-    if options.retime:
-        return retimed(results, scales)
-    if options.enlarge:
-        return enlarged(results, scales, options)
-    measure_settings(results, scales, options)
-    return results
-
-
-def measure_settings(
-    results: dict[str, Any], scales: memory.Scales, options: argparse.Namespace
-) -> None:
-    """Add the records of all settings that are not there."""
     records, command = results["records"], results["command"]
-    done = {(record["name"], record["features"]) for record in records}
-    wanted = [
-        (name, setting, features)
-        for features in options.features
-        for name, setting in memory.settings(options.chunk_tokens).items()
-        if _wanted(name, setting, features, options) and (name, features) not in done
-    ]
-    # Times first, all of them: they are what neighbours on the machine would disturb.
-    times = [memory.time_steps(setting, scales, features=f) for _, setting, f in wanted]
-    print("all settings are timed; the rest measures bytes", flush=True)
-    for (name, setting, features), timed in zip(wanted, times, strict=True):
-        own = replace(scales, budget_bytes=scales.budget_bytes if features == "trained" else 0)
-        record = memory.measure(name, setting, own, features=features, timed=timed)
-        # Records of several commands may stand side by side.
-        records.append({**record, "command": command})
+    if options.enlarge:
+        records += earlier(options, scales.case)
+    settings = memory.settings(options.chunk_tokens).items()
+    for features, (name, setting) in product(options.features, settings):
+        if not _wanted(name, setting, features, options):
+            continue
+        own = replace(scales, case=replace(scales.case, features=features))
+        if options.enlarge:
+            for record in records:
+                if (record["name"], record["features"]) == (name, features):
+                    record |= memory.enlarge(record, own, command=command)
+        else:
+            own = replace(own, budget_bytes=own.budget_bytes if features == "trained" else 0)
+            # Records of several commands may stand side by side.
+            records.append({**memory.measure(name, setting, own), "command": command})
         save(results, options.output_dir / "memory.json")  # of use even if the rest never comes
-
-
-def retimed(results: dict[str, Any], scales: memory.Scales) -> dict[str, Any]:
-    """Earlier results with new step times; bytes stay as they were measured."""
-    for record in results["records"]:
-        setting = Setting(**record["setting"])
-        timed = memory.time_steps(setting, scales, features=record["features"])
-        record["timed"] = {**timed, "command": results["command"]}
-        print(f"{record['name']}, features {record['features']}: {timed['step_s']}", flush=True)
-    return results
-
-
-def enlarged(
-    results: dict[str, Any], scales: memory.Scales, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Earlier results with one larger run each; nothing is timed."""
-    for index, record in enumerate(results["records"]):
-        only = options.only or [record["name"]]
-        if record["features"] in options.features and record["name"] in only:
-            larger = memory.enlarge(record, scales, command=results["command"])
-            results["records"][index] = larger
-            save(results, options.output_dir / "memory.json")
     return results
 
 
@@ -205,9 +164,8 @@ def earlier(options: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
     results = read("memory", options)
     if ({"family": "", **results["case"]}, results["ranks"]) != (asdict(case), options.ranks):
         sys.exit(
-            "bench_memory: --resume, --retime, --enlarge: got a memory.json of another model or "
-            f"of {results['ranks']} ranks; expected the same ones: measure anew, or into another "
-            "--output_dir"
+            f"bench_memory: --enlarge: got a memory.json of another model or of {results['ranks']} "
+            "ranks; expected the same ones: measure anew, or into another --output_dir"
         )
     records: list[dict[str, Any]] = results["records"]
     return records
@@ -230,23 +188,18 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
         case = replace(case, cross_layers=1, vision_layers=1, image_size=28)
     scales = memory.Scales(case, ranks=1, frames=1, steps=options.steps, threads=cores())
     results = {**header(), "threads": cores(), "case": asdict(case), "records": []}
-    first_alone = options.quick or options.brief
-    for checkpointing in (False,) if first_alone else (False, True):
-        for features in ("frozen",) if first_alone else ("frozen", "tower"):
-            record = memory.recomputation(
-                replace(case, features=features),
-                scales,
-                checkpointing=checkpointing,
-                rounds=options.rounds,
-            )
-            results["records"].append(record)
-            costs = record["recomputation_costs"]
-            print(
-                f"vision tower {record['vision_tower']}, checkpointing {checkpointing}: "
-                f"{costs['step_s']:+.1%} of a step, {costs['processor_s']:+.1%} of processor time",
-                flush=True,
-            )
-            save(results, options.output_dir / "step_time.json")
+    pairs = list(product((False, True), ("frozen", "tower")))
+    for checkpointing, features in pairs[:1] if options.quick or options.brief else pairs:
+        own = replace(scales, case=replace(case, features=features))
+        record = memory.recomputation(own, checkpointing=checkpointing, rounds=options.rounds)
+        results["records"].append(record)
+        costs = record["recomputation_costs"]
+        print(
+            f"vision tower {record['vision_tower']}, checkpointing {checkpointing}: "
+            f"{costs['step_s']:+.1%} of a step, {costs['processor_s']:+.1%} of processor time",
+            flush=True,
+        )
+        save(results, options.output_dir / "step_time.json")
     return results
 
 

@@ -27,7 +27,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ds_lvx.attention.shape import AttentionShape
-from ds_lvx.compare.document import markdown, write_between
+from ds_lvx.compare.document import columns, markdown, save, write_between
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
 from ds_lvx.compare.operators.tensors import split
@@ -59,7 +59,8 @@ def main() -> None:
             results["errors"] = errors(results["pieces"])
         else:
             results = network_results(options, path)
-        save(results, path)
+        # Profiles come with all their samples: no line for each.
+        save(results, path, indent=None if "pieces" in results else 1)
         text = table(part, results)
         if options.document is not None:
             write_between(options.document, f"bench_plan.py, {part}", text)
@@ -83,24 +84,14 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def save(results: dict[str, Any], path: Path) -> None:
-    """Write the JSON; of profiles, with all their samples, without line breaks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    indent = None if "pieces" in results else 1
-    path.write_text(json.dumps(results, indent=indent) + "\n")
-
-
 # --------------------------------------------------------------------------------------------
 # The paper's table
 
 
 def published_results() -> dict[str, Any]:
     """The table beside the prediction, by how its bandwidths are read."""
-    begin = header(device="cpu")
-    del begin["hardware"]  # nothing was measured
     return {
-        **begin,
-        "kind": "predicted",
+        **header(predicted=True),
         "device": "6 A100 of 40 GB, 3 a node, from the data sheet",
         "units": "seconds of all 8 cross-attention layers, forward and backward",
         "records": {
@@ -133,7 +124,7 @@ def network_results(options: argparse.Namespace, path: Path) -> dict[str, Any]:
         results["pieces"] = sorted(
             pieces, key=lambda p: (p["ranks"], Network.parse(p["network"]).bits_per_s)
         )
-        save(results, path)
+        save(results, path, indent=None)
     return {**results, "errors": errors(results["pieces"])}
 
 
@@ -260,21 +251,24 @@ def table(part: str, results: dict[str, Any]) -> str:
 
 def published_table(results: dict[str, Any]) -> str:
     """One row for each line of the paper's table and each reading of its bandwidths."""
-    figures = (
-        ("ring, s", "ring_s", ".2f"),
-        ("predicted", "predicted_ring_s", ".2f"),
-        ("LV-XAttn, s", "lvx_s", ".2f"),
-        ("predicted", "predicted_lvx_s", ".2f"),
-        ("speed-up", "speedup", ".1f"),
-        ("predicted", "predicted_speedup", ".1f"),
-        ("predicted / published", "predicted_over_published", ".2f"),
-    )
-    rows = [["text", "frames", "links read", *(head for head, _, _ in figures)]]
-    for reading, records in results["records"].items():
-        for each in records:
-            cells = [format(each[name], digits) for _, name, digits in figures]
-            rows.append([f"{each['text_tokens']}", f"{each['frames']}", reading, *cells])
-    return markdown(rows)
+    cells = {
+        "text": "{text_tokens}",
+        "frames": "{frames}",
+        "links read": "{reading}",
+        "ring, s": "{ring_s:.2f}",
+        "predicted ring": "{predicted_ring_s:.2f}",
+        "LV-XAttn, s": "{lvx_s:.2f}",
+        "predicted LV-XAttn": "{predicted_lvx_s:.2f}",
+        "speed-up": "{speedup:.1f}",
+        "predicted speed-up": "{predicted_speedup:.1f}",
+        "predicted / published": "{predicted_over_published:.2f}",
+    }
+    rows = [
+        {**each, "reading": reading}
+        for reading, records in results["records"].items()
+        for each in records
+    ]
+    return columns(rows, cells)
 
 
 def network_table(results: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from ds_lvx.plan.memory import Setting
 
 _BUCKET_ELEMENTS = 2**23  # two of the largest weights that train for the memory's measurement
 _KEYS_AND_VALUES = ("k_proj", "v_proj", "k_norm")
+
+Regions: TypeAlias = Mapping[str, str]
+"""Part of the model, by a regular expression for the whole name of a module."""
 
 
 @dataclass(frozen=True)
@@ -198,26 +201,21 @@ def case_of(checkpoint: str) -> Case:
 
 
 def build_model(
-    case: Case,
-    *,
-    checkpoint: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
+    case: Case, *, checkpoint: str | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> nn.Module:
     """The model on the CPU; only what the case trains wants gradients.
 
     Args:
         case: its sizes.
-        checkpoint: of its weights; None draws them, with open gates.
+        checkpoint: of its weights; None draws them in bf16, the same every time, with open gates.
         dtype: of its weights.
-        seed: of random weights, which are drawn in bf16.
     """
     family = case.contract()
     model: nn.Module
     if checkpoint is not None:
         model = family.load(checkpoint, dtype)
     else:
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = family.build(case.config(), gate=1.0, dtype=torch.bfloat16).to(dtype)
     trained = _trained(model, case)
     for name, parameter in model.named_parameters():
@@ -228,38 +226,35 @@ def build_model(
 def _trained(model: nn.Module, case: Case) -> set[str]:
     """The parameters that a case trains, by name."""
     family = case.contract()
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    tower = {names[p] for p in family.vision_tower(model).parameters()}
-    cross = [layer.name for layer in family.attention_layers(model) if layer.kind == "cross"]
-    visual = {n for n in names.values() if _part(n, family.regions()) == "vision"}
-    text = set(names.values()) - visual
-    if case.trains == "cross":
-        text = {n for n in text if n.startswith(tuple(f"{x.rpartition('.')[0]}." for x in cross))}
-    elif case.trains == "kv":
-        of_cross = {n for n in text if n.startswith(tuple(f"{x}." for x in cross))}
-        text = {n for n in of_cross if any(part in n for part in _KEYS_AND_VALUES)}
-    if case.features == "tower":
-        return text | visual
-    return text if case.features == "frozen" else text | (visual - tower)
+    tower = {id(parameter) for parameter in family.vision_tower(model).parameters()}
+    layers = [layer.name for layer in family.attention_layers(model) if layer.kind == "cross"]
+    inside = tuple(f"{name}." for name in layers)
+    around = tuple(f"{name.rpartition('.')[0]}." for name in layers)
+
+    def trains(name: str, parameter: nn.Parameter) -> bool:
+        if part_of(name, family.regions()) == "vision":
+            return case.features == "tower" or (
+                case.features == "trained" and id(parameter) not in tower
+            )
+        if case.trains == "kv":
+            return name.startswith(inside) and any(part in name for part in _KEYS_AND_VALUES)
+        return case.trains == "all" or name.startswith(around)
+
+    return {name for name, parameter in model.named_parameters() if trains(name, parameter)}
 
 
-def _part(name: str, regions: Mapping[str, str]) -> str | None:
-    """Which part of a step a parameter belongs to: that of the innermost module with one."""
+def part_of(name: str, regions: Regions) -> str | None:
+    """The part of a step that a module or parameter belongs to: the innermost module's with one."""
     while name:
-        name = name.rpartition(".")[0]
         for pattern, part in regions.items():
             if re.fullmatch(pattern, name):
                 return part
+        name = name.rpartition(".")[0]
     return None
 
 
 def make_batch(
-    case: Case,
-    *,
-    frames: range,
-    total: int,
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
+    case: Case, *, frames: range, total: int, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
     """One sample of random text and frames; every token sees all frames.
 
@@ -268,13 +263,12 @@ def make_batch(
         frames: those that are there, this rank's; a frame is the same whoever makes it.
         total: of the sample.
         dtype: of the pixels.
-        seed: of text and frames.
 
     Returns:
         A batch for ``ds_lvx.shard_batch(..., frames="local")``.
     """
     batch = case.contract().random_frames(
-        case.config(), text_tokens=case.text_tokens, total=total, frames=frames, seed=seed
+        case.config(), text_tokens=case.text_tokens, total=total, frames=frames, seed=0
     )
     return {k: t.to(dtype) if t.is_floating_point() else t for k, t in batch.items()}
 

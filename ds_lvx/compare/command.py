@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +103,8 @@ def run(options: argparse.Namespace) -> int:
     """Measure and report; 0, or 1 where methods disagree or a rank failed."""
     try:
         with ending_in_order():
-            if options.render is not None:
-                results = json.loads(options.render.read_text())
-            else:
-                ranks = settle(options)
-                results = _train(options, ranks) if options.model else _attend(options, ranks)
+            render: Path | None = options.render
+            results = json.loads(render.read_text()) if render else _measure(options)
             return show(results, options)
     except (operators_subject.DisagreementError, RunError, NetworkError) as error:
         print(f"ds-lvx compare: {error}", file=sys.stderr)
@@ -134,7 +132,7 @@ def show(results: Mapping[str, Any], options: argparse.Namespace) -> int:
 
 
 def settle(options: argparse.Namespace) -> Ranks:
-    """Replace words by what they mean, and defaults that depend on the machine by their values.
+    """`settle_measurement`, and where it runs, by the options or as this machine has it.
 
     Raises:
         ValueError: options out of their range, or that do not fit each other.
@@ -144,36 +142,37 @@ def settle(options: argparse.Namespace) -> Ranks:
     device = _device(options.device, network)
     devices = get_accelerator().device_count() if device != "cpu" else 0
     ranks = (devices or 4) if options.ranks is None else options.ranks
-    _check_at_least("--ranks", ranks, 1)
+    _check_at_least(1, ranks=ranks)
     if devices and ranks > devices:
         raise ValueError(
             f"--ranks: got {ranks} for {devices} devices; expected one for each rank, or "
             "--device cpu"
         )
     threads = max(cores() // ranks, 1) if options.threads is None else options.threads
-    _check_at_least("--threads", threads, 1)
+    _check_at_least(1, threads=threads)
     return Ranks(ranks, threads, device, network, options.timeout_s)
 
 
 def settle_measurement(options: argparse.Namespace) -> None:
-    """The part of `settle` that is about the options of `add_measurement`."""
+    """Replace words of the options of `add_measurement` by what they mean.
+
+    Raises:
+        ValueError: options out of their range.
+    """
     options.methods = methods_of(options.methods)
     options.recompute = bool(options.recompute)
-    _check_at_least("--warmup", options.warmup, 0)
-    _check_at_least("--repeats", options.repeats, 1)
+    _check_at_least(0, warmup=options.warmup)
+    _check_at_least(1, repeats=options.repeats)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _train(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    return model.compare(model.contest_of(options, ranks), say=_say)
-
-
-def _attend(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    ranks = settle(options)
+    say = partial(print, file=sys.stderr, flush=True)
+    if options.model:
+        task = model.task_of(options, ranks=ranks.count)
+        return model.compare(task, options.methods, ranks, say=say)
     contest, skipped = contest_of(options, ranks.count)
-    _say(f"{', '.join(contest.methods)} on {ranks.count} ranks of {ranks.threads} threads ...")
+    say(f"{', '.join(contest.methods)} on {ranks.count} ranks of {ranks.threads} threads ...")
     return operators_subject.assemble(
         contest,
         on_ranks(operators.alone, contest, ranks),
@@ -261,6 +260,7 @@ def _device(name: str, network: Network | None) -> str:
     return found
 
 
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}: got {value}; expected at least {least}")
+def _check_at_least(least: int, **options: int) -> None:
+    for name, value in options.items():
+        if value < least:
+            raise ValueError(f"--{name}: got {value}; expected at least {least}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -74,10 +74,10 @@ def deliver(
         print(text, flush=True)
 
 
-def save(results: Results, path: Path) -> Path:
-    """Write a JSON, and its folder where there is none."""
+def save(results: Results, path: Path, *, indent: int | None = 1) -> Path:
+    """Write a JSON, and its folder where there is none; without indent in one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=indent) + "\n")
     return path
 
 
@@ -87,18 +87,18 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
-def columns(
-    records: Sequence[Mapping[str, Any]], cells: Mapping[str, Any], *extra: Sequence[str]
-) -> str:
-    """A table with a line a record.
+Cells: TypeAlias = Mapping[str, str | Callable[[Any], str]]
+"""By heading, what makes a record's cell: a format of its names, or a function of it."""
 
-    Args:
-        records: the lines.
-        cells: by heading, a function that makes a record's cell.
-        extra: lines as they are.
-    """
-    rows = [[cell(record) for cell in cells.values()] for record in records]
-    return markdown([list(cells), *rows, *extra])
+
+def columns(records: Sequence[Mapping[str, Any]], cells: Cells) -> str:
+    """A table with a line a record."""
+
+    def cell(made_by: str | Callable[[Any], str], record: Mapping[str, Any]) -> str:
+        return made_by.format_map(record) if isinstance(made_by, str) else made_by(record)
+
+    rows = [[cell(made_by, record) for made_by in cells.values()] for record in records]
+    return markdown([list(cells), *rows])
 
 
 def times(ratio: float | None, digits: int = 2) -> str:

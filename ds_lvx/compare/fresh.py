@@ -70,31 +70,38 @@ def run_fresh(
     Raises:
         RunError: a rank failed or took too long; all are ended.
     """
-    places = [Place()] * ranks if places is None else places
+    # Where rank 0 is elsewhere, this process cannot try which port is free.
+    port = _free_port() if master == "127.0.0.1" else random.randrange(20_000, 30_000)
+    shared = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),
+        "MASTER_ADDR": master,
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": str(threads),
+        **(environment or {}),
+    }
     with tempfile.TemporaryDirectory(prefix="ds_lvx_") as name:
         folder = Path(name)
         path = folder / "request.json"
         path.write_text(json.dumps(request))
-        here = master == "127.0.0.1"
-        # Elsewhere this process cannot try which port is free.
-        port = _free_port() if here else random.randrange(20_000, 30_000)
         processes = []
         try:
-            for rank, place in enumerate(places):
-                own = _environment(rank, ranks, master=master, port=port, threads=threads)
-                command = [*place.prefix, sys.executable, "-m", module, str(path)]
+            for rank, place in enumerate([Place()] * ranks if places is None else places):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared, **place.environment}
                 with (folder / f"log-{rank}").open("w") as log:
                     processes.append(
                         subprocess.Popen(
-                            command,
-                            env={**os.environ, **own, **(environment or {}), **place.environment},
+                            [*place.prefix, sys.executable, "-m", module, str(path)],
+                            env={**os.environ, **own},
                             stdout=log,
                             stderr=subprocess.STDOUT,
                         )
                     )
             _wait(processes, folder, timeout_s)
         finally:
-            _end(processes)
+            for process in processes:
+                process.kill()  # nothing, where it has ended
+                process.wait()
             _remove_shared_buffers(master, port)
         return [json.loads((folder / f"answer-{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -118,51 +125,31 @@ def bind(rank: int, ranks: int) -> None:
     os.sched_setaffinity(0, free[first:last])
 
 
-def _environment(rank: int, ranks: int, *, master: str, port: int, threads: int) -> dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_SIZE": str(ranks),
-        "MASTER_ADDR": master,
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": str(threads),
-    }
-
-
 def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while any(process.poll() is None for process in processes):
-        if any(process.poll() not in (None, 0) for process in processes):
-            break
+    while not (failed := _failed(processes)):
+        if all(process.poll() == 0 for process in processes):
+            return
         if time.monotonic() > deadline:
             raise RunError(_failure(folder, 0, f"was not done after {timeout_s:.0f} s"))
         time.sleep(_POLL_S)
-    if any(process.poll() != 0 for process in processes):
-        rank = _first_to_fail(processes, folder)
-        raise RunError(_failure(folder, rank, f"ended with code {processes[rank].returncode}"))
-
-
-def _first_to_fail(processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> int:
-    """The rank whose last words are the oldest: the others miss it, and end a little later."""
+    # The others miss it and end a little later: the rank whose last words are the oldest failed.
     deadline = time.monotonic() + _VICTIMS_S
-    while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-    failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
-    return min(failed, key=lambda rank: (folder / f"log-{rank}").stat().st_mtime_ns)
+    failed = _failed(processes)
+    rank = min(failed, key=lambda rank: (folder / f"log-{rank}").stat().st_mtime_ns)
+    raise RunError(_failure(folder, rank, f"ended with code {processes[rank].returncode}"))
+
+
+def _failed(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    return [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
 
 
 def _failure(folder: Path, rank: int, what: str) -> str:
     lines = (folder / f"log-{rank}").read_text(errors="replace").splitlines()
     tail = "\n".join(lines[-_LINES_OF_A_FAILURE:])
     return f"rank {rank} {what}; the end of its output:\n{tail}"
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
 
 
 def _free_port() -> int:

@@ -13,32 +13,36 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("ds_lvx", "torch", "transformers", "deepspeed")
+PACKAGES = ("ds_lvx", "torch", "transformers", "deepspeed", "triton", "flash-attn")
 
 
-def header(*, emulated: bool = False, device: str | None = None) -> dict[str, Any]:
-    """Kind, command, versions and hardware.
+def header(
+    *, emulated: bool = False, predicted: bool = False, device: str | None = None
+) -> dict[str, Any]:
+    """Kind, command and versions; of what was measured also device, hardware and load.
 
     Args:
         emulated: the ranks were real, but the network between them was slowed down on purpose.
+        predicted: nothing was measured on hardware.
         device: ``"cpu"`` where the ranks did not use the accelerator of this machine.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     program = Path(sys.argv[0]).name
-    return {
-        "kind": "emulated" if emulated else "measured",
+    begin = {
+        "kind": "predicted" if predicted else "emulated" if emulated else "measured",
         "command": shlex.join([program, *sys.argv[1:]]),
         "versions": versions(PACKAGES),
-        "device": device,
-        "hardware": hardware(device),
-        "load_average_before": os.getloadavg(),
     }
+    if predicted:
+        return begin
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    load = os.getloadavg()
+    return {**begin, "device": device, "hardware": hardware(device), "load_average_before": load}
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Of Python and of packages; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Of Python, CUDA and packages; None for what is not there."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for package in packages:
         try:
             found[package] = version(package)
@@ -51,7 +55,13 @@ def hardware(device: str) -> dict[str, Any]:
     """The accelerator, or the processor."""
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        return {"device": properties.name, "memory_bytes": properties.total_memory}
+        return {
+            "device": properties.name,
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "capability": 10 * properties.major + properties.minor,
+            "l2_bytes": properties.L2_cache_size,
+        }
     cpuinfo = Path("/proc/cpuinfo")
     cpu = cpuinfo.read_text() if cpuinfo.exists() else ""
     models = [line for line in cpu.splitlines() if line.startswith("model name")]

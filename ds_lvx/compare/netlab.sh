@@ -18,7 +18,7 @@ subnet=10.77.0
 mtu=9000
 # Few packets, so that small messages do not pass at once: a quarter of a millisecond's worth, and
 # one packet at least.
-burst_s=0.00025
+bursts_per_second=4000
 burst_least=9100
 queue_bytes=67108864 # like a switch with room: senders are slowed down, nothing is dropped
 # The machine's own choice may differ, and with it what methods that send much get. Nothing is lost
@@ -56,14 +56,6 @@ namespaces() {
   ip netns list | awk -v name="$name" '$1 ~ "^" name "-([0-9]+|hub)$" { print $1 }'
 }
 
-# The namespaces' processes.
-inside() {
-  local namespace
-  for namespace in $(namespaces); do
-    ip netns pids "$namespace"
-  done
-}
-
 # Ask processes (or, with a minus, process groups) to end, and end those that do not.
 end() {
   local _
@@ -79,7 +71,7 @@ end() {
 down() {
   local namespace
   # shellcheck disable=SC2046
-  end $(inside)
+  end $(for namespace in $(namespaces); do ip netns pids "$namespace"; done)
   for namespace in $(namespaces); do
     ip netns del "$namespace"
   done
@@ -94,11 +86,10 @@ clean_up_when_interrupted() { # $1: what ends it
 }
 
 bits_per_second() {
-  [[ $1 =~ ^([0-9]+(\.[0-9]+)?)([kmg])bit$ ]] || fail \
+  [[ $1 =~ ^[0-9]+(\.[0-9]+)?[kmg]bit$ ]] || fail \
     "RATE: got '$1'; expected a number with its unit, kbit, mbit or gbit, such as 200mbit."
-  awk -v number="${BASH_REMATCH[1]}" -v prefix="${BASH_REMATCH[3]}" \
-    'BEGIN { split("k m g", p, " "); for (i in p) if (p[i] == prefix) number *= 1000 ^ i;
-             printf "%.0f\n", number }'
+  local number=${1%bit}
+  numfmt --from=si "${number^^}"
 }
 
 check_request() { # N RATE [LATENCY]
@@ -144,8 +135,8 @@ up() {
     "end it with: netlab.sh --name $name down, or take another --name."
   local ranks=$1 latency=${3-} bits burst rank
   bits=$(bits_per_second "$2")
-  burst=$(awk -v bits="$bits" -v s="$burst_s" -v least="$burst_least" \
-    'BEGIN { bytes = bits / 8 * s; printf "%.0f\n", (bytes > least ? bytes : least) }')
+  burst=$((bits / 8 / bursts_per_second))
+  ((burst > burst_least)) || burst=$burst_least
   clean_up_when_interrupted down
   try "CAP_SYS_ADMIN, which containers have with --privileged" ip netns add "$name-hub"
   try "a kernel with bridges (CONFIG_BRIDGE)" \

@@ -6,9 +6,9 @@ What the script needs (root, iproute2, kernel features) it says itself, and `Net
 from __future__ import annotations
 
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import NamedTuple
 
 from ds_lvx.compare.fresh import Place
 from ds_lvx.plan.units import bytes_per_s, seconds
@@ -75,22 +75,14 @@ class Lab:
         self.name = name
 
     def __enter__(self) -> Lab:
-        words = [str(self.ranks), *str(self.network).split(",")]
         try:
-            self._call("up", *words)
-        except NetworkError:
-            raise
-        except BaseException:  # interrupted half-way
+            self._call("up", str(self.ranks), *str(self.network).split(","))
+        except KeyboardInterrupt:  # half-way
             self._call("down")
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._call("down")
 
     def places(self) -> list[Place]:
@@ -121,8 +113,7 @@ class Lab:
             raise NetworkError(done.stderr.strip())
 
 
-@dataclass(frozen=True)
-class Counters:
+class Counters(NamedTuple):
     """What an interface has carried since it exists.
 
     Attributes:
@@ -138,8 +129,7 @@ class Counters:
 
     def since(self, earlier: Counters) -> Counters:
         """The difference."""
-        then = asdict(earlier)
-        return Counters(**{name: now - then[name] for name, now in asdict(self).items()})
+        return Counters(*(now - then for now, then in zip(self, earlier, strict=True)))
 
     @property
     def sent_payload_bytes(self) -> int:

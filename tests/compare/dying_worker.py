@@ -1,37 +1,42 @@
-"""A worker of the kernel benchmark that ends in the middle of `triton` and after `native`."""
+"""Benches of the kernel benchmark that end their process, or hang."""
 
 from __future__ import annotations
 
 import os
-from multiprocessing.connection import Connection
 from signal import pause
+from typing import Any
 
-from ds_lvx.compare.kernels.trial import RATES, Timing
+from ds_lvx.compare.kernels.trial import Timing, Trial
 
 
-def serve(pipe: Connection, timing: Timing) -> None:
-    """Do what `ds_lvx.compare.kernels.trial.serve` does, without PyTorch."""
-    while True:
-        pipe.send("ready")
-        trial = pipe.recv()
-        if trial == RATES:
-            pipe.send({"matrix_flops": 1.0, "memory_bytes_per_s": 1.0})
-            continue
-        if (trial.candidate, trial.direction) == ("triton", "forward"):
+class Dying:
+    """Ends the process in the middle of `triton`'s forward, and after `native`'s backward."""
+
+    def __init__(self, timing: Timing) -> None:
+        self._last = ("", "")
+
+    def rates(self) -> dict[str, float]:
+        return {"matrix_flops": 1.0, "memory_bytes_per_s": 1.0}
+
+    def record(self, trial: Trial) -> dict[str, Any]:
+        self._last = trial.candidate, trial.direction
+        if self._last == ("triton", "forward"):
             os._exit(3)
-        pipe.send({"status": "left out", "reason": "a test"})
-        if (trial.candidate, trial.direction) == ("native", "backward"):
+        return {"status": "left out", "reason": "a test"}
+
+    def tidy(self) -> None:
+        if self._last == ("native", "backward"):
             os._exit(4)  # as if CUDA were broken behind this one
 
 
-def refuse(pipe: Connection, timing: Timing) -> None:
+def refuse(timing: Timing) -> Any:
     """End before anything began."""
     os._exit(5)
 
 
-def hang(pipe: Connection, timing: Timing) -> None:
-    """Take a trial and never answer."""
-    pipe.send("ready")
-    pipe.recv()
-    while True:
-        pause()
+class Hanging(Dying):
+    """Takes a trial and never answers."""
+
+    def record(self, trial: Trial) -> dict[str, Any]:
+        while True:
+            pause()

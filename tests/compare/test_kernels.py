@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ds_lvx.compare.document import write_between
 from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.kernels import subject as kernels
 from ds_lvx.compare.kernels import trial as trials
 from ds_lvx.compare.kernels.candidates import Candidate, LeftOut, make, names
 from ds_lvx.compare.kernels.cases import DIRECTIONS, PAPER, QUICK, KernelCase
-from ds_lvx.compare.kernels.check import exact, right
+from ds_lvx.compare.kernels.check import exact, is_right
 from ds_lvx.compare.kernels.report import floors, floors_table, measured_table
 from ds_lvx.compare.kernels.trial import Bench, Timing, Trial, host_s, samples_s
+from ds_lvx.compare.operators.tensors import FRAMES, make_shards
 from tests.compare import dying_worker
 
 GROUPED = QUICK[1]
@@ -40,26 +39,28 @@ def results(*items: Trial, made: Any = make) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_a_cases_shares_are_those_of_its_visibility(case: KernelCase) -> None:
-    problem, rule = case.problem(), case.rule(torch.device("cpu"))
-    q, k, _, dout = case.tensors(torch.device("cpu"), torch.bfloat16)
-    assert (q.shape, k.shape[1]) == (dout.shape, case.keys)
-    mask = torch.ones(1, case.queries, case.keys, dtype=torch.bool) if rule is None else rule.mask()
+    problem = case.problem()
+    rule = make_shards(case.shape, ranks=1, shards=[0], device=CPU).visibility
+    size = (1, case.shape.seqlen_q, case.shape.seqlen_kv)
+    mask = torch.ones(size, dtype=torch.bool) if rule is None else rule.mask()
     assert problem.visible == mask.float().mean().item()
     assert problem.seen == mask.any(dim=1).float().mean().item()
-    assert problem.visible == (0.25 if case.visibility else 1.0)
+    assert problem.visible == (1.0 if rule is None else 0.25)
 
 
 def test_the_papers_shapes() -> None:
-    shapes = [(c.model, c.queries, c.heads, c.kv_heads, c.head_dim) for c in PAPER[::2]]
+    plain = [(case.model, case.shape) for case in PAPER[::2]]
+    shapes = [(m, s.seqlen_q, s.heads, s.kv_heads, s.head_dim) for m, s in plain]
     llama = [("mllama", queries, 32, 8, 128) for queries in (1, 192, 384, 4096)]
     others = [("mplug_owl3", 4096, 28, 4, 128), ("openflamingo", 32768, 8, 8, 64)]
     assert shapes == llama + others
-    assert [round(case.keys / 1024) for case in PAPER[::2]] == [125] * 4 + [91, 128]
-    assert all(case.visibility for case in PAPER[1::2])
+    assert [round(shape.seqlen_kv / 1024) for _, shape in plain] == [125] * 4 + [91, 128]
+    assert all(case.shape.visibility == "frames" for case in PAPER[1::2])
+    assert all(case.shape.seqlen_kv % FRAMES == 0 for case in PAPER), "a quarter is not a quarter"
 
 
 @pytest.mark.parametrize("case", QUICK[:2], ids=lambda case: case.name)
-def test_all_candidates_of_a_cpu_are_right(case: KernelCase, tmp_path: Path) -> None:
+def test_all_candidates_of_a_cpu_are_right(case: KernelCase) -> None:
     candidates = ("auto", "native", "sdpa-flash", "sdpa-math")
     items = [Trial(case, name, direction) for name in candidates for direction in DIRECTIONS]
     found = results(*items)
@@ -70,13 +71,11 @@ def test_all_candidates_of_a_cpu_are_right(case: KernelCase, tmp_path: Path) -> 
         assert 0 < max(record["errors"].values()) < 4e-2
     peer = found[f"{case.name}/sdpa-math/forward"]
     assert peer["kv"] == "in place"
-    assert peer["mask_bytes"] == (24 * 320 if case.visibility else 0)
+    assert peer["mask_bytes"] == (0 if case.shape.visibility == "all" else 24 * 320)
     assert found[f"{case.name}/auto/forward"]["chosen"] == "native"
 
 
-def test_repeated_heads_are_summed_before_they_are_checked(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_repeated_heads_are_summed_before_they_are_checked(monkeypatch: Any) -> None:
     """As for a backend that wants as many heads of K and V as of q."""
     monkeypatch.setattr("ds_lvx.compare.kernels.candidates._groups_heads", lambda *_: False)
     items = [Trial(GROUPED, "sdpa-math", direction) for direction in DIRECTIONS]
@@ -85,9 +84,8 @@ def test_repeated_heads_are_summed_before_they_are_checked(
         assert record["kv"] == "repeated beforehand, which is not timed"
 
 
-def spoiled(operands: Any, spoil: Bad) -> Candidate:
+def spoiled(right: Candidate, spoil: Bad) -> Candidate:
     """A right candidate whose results something is done to."""
-    right = make("native", operands)
     return replace(
         right,
         forward=lambda: spoil(right.forward()),
@@ -130,12 +128,13 @@ def raises(error: Exception) -> Bad:
     ],
 )
 def test_a_bad_candidate_is_told_and_does_not_stop_the_rest(
-    tmp_path: Path, direction: str, spoil: Bad, status: str, word: str
+    direction: str, spoil: Bad, status: str, word: str
 ) -> None:
     bad, good = Trial(GROUPED, "triton", direction), Trial(GROUPED, "native", direction)
 
-    def made(name: str, operands: Any) -> Any:
-        return spoiled(operands, spoil) if name == "triton" else make(name, operands)
+    def made(name: str, *operands: Any) -> Any:
+        right = make("native", *operands)
+        return spoiled(right, spoil) if name == "triton" else right
 
     found = results(bad, good, made=made)
     record = found[bad.name]
@@ -150,23 +149,23 @@ def test_a_bad_candidate_is_told_and_does_not_stop_the_rest(
 
 
 def test_a_gradient_that_is_not_finite_beside_the_checked_keys_is_wrong() -> None:
-    known = exact(GROUPED, torch.device("cpu"), torch.bfloat16)
-    found = list(make("native", known.operands).backward())
-    assert right(known.errors_of_backward(found), torch.bfloat16)
-    unchecked = sorted(set(range(GROUPED.keys)) - set(known.keys.tolist()))
+    known = exact(GROUPED, CPU)
+    found = list(make("native", known.problem, known.upstream).backward())
+    assert is_right(known.errors("backward", found))
+    unchecked = sorted(set(range(GROUPED.shape.seqlen_kv)) - set(known.keys.tolist()))
     found[1] = found[1].clone()
     found[1][0, unchecked[0], 0, 0] = float("nan")
-    assert not right(known.errors_of_backward(found), torch.bfloat16)
+    assert not is_right(known.errors("backward", found))
 
 
-def test_what_a_backend_cannot_do_is_told_with_its_reasons(tmp_path: Path) -> None:
+def test_what_a_backend_cannot_do_is_told_with_its_reasons() -> None:
     item = Trial(GROUPED, "sdpa-efficient", "forward")
     record = results(item)[item.name]
     assert record["status"] == "failed"
     assert "No viable backend" in record["reason"]
 
 
-def test_scores_beyond_the_budget_are_not_materialised(monkeypatch: Any, tmp_path: Path) -> None:
+def test_scores_beyond_the_budget_are_not_materialised(monkeypatch: Any) -> None:
     monkeypatch.setattr("ds_lvx.compare.kernels.candidates.SCORES_BYTES", 1000)
     item = Trial(GROUPED, "sdpa-math", "forward")
     record = results(item)[item.name]
@@ -174,9 +173,7 @@ def test_scores_beyond_the_budget_are_not_materialised(monkeypatch: Any, tmp_pat
     assert "GiB of scores" in record["reason"]
 
 
-def test_inputs_that_cannot_be_made_are_every_candidates_reason(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_inputs_that_cannot_be_made_are_every_candidates_reason(monkeypatch: Any) -> None:
     def fail(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
@@ -189,33 +186,35 @@ def test_inputs_that_cannot_be_made_are_every_candidates_reason(
 
 def test_a_candidate_that_ends_the_process_costs_itself_only() -> None:
     items = kernels.trials_of(QUICK[:2], ("triton", "native", "auto"))
-    rates, *records = kernels.measure(items, QUICKLY, serve=dying_worker.serve)
+    rates, *records = kernels.measure(items, QUICKLY, make=dying_worker.Dying)
     assert rates["matrix_flops"] == 1.0
     assert [record["name"] for record in records] == [item.name for item in items]
     for record in records:
         dies = record["candidate"] == "triton" and record["direction"] == "forward"
         assert record["status"] == ("failed" if dies else "left out")
-        assert not dies or "ended with code 3" in record["reason"]
+        assert not dies or "the process ended" in record["reason"]
 
 
 def test_a_candidate_that_hangs_is_ended() -> None:
     (item,) = kernels.trials_of(QUICK[:1], ("triton",), ["*/forward"])
-    worker = trials.Worker(dying_worker.hang, QUICKLY)
-    with pytest.raises(RunError, match="was not done after 0 s"):
-        worker.ask(item, limit_s=0.1)
-    assert not worker.is_ready
+    worker = kernels.Worker(dying_worker.Hanging, QUICKLY)
+    for _ in range(2):
+        with pytest.raises(RunError, match="was not done after 0 s"):
+            worker.ask("record", item, limit_s=0.1)
+    assert worker.ask("rates")["matrix_flops"] == 1.0
+    worker.end()
 
 
 def test_what_begins_too_late_is_left_out() -> None:
     items = kernels.trials_of(QUICK[:1], ("triton",))
     late = replace(QUICKLY, budget_s=-1.0)
-    _, *records = kernels.measure(items, late, serve=dying_worker.serve)
+    _, *records = kernels.measure(items, late, make=dying_worker.Dying)
     assert [record["reason"] for record in records] == ["the time of the whole run was over"] * 2
 
 
 def test_a_worker_that_cannot_start_is_an_error() -> None:
-    with pytest.raises(RunError, match="ended with code 5"):
-        list(kernels.measure([], QUICKLY, serve=dying_worker.refuse))
+    with pytest.raises(RunError, match="the process ended"):
+        list(kernels.measure([], QUICKLY, make=dying_worker.refuse))
 
 
 def test_only_takes_patterns_and_refuses_what_matches_nothing() -> None:
@@ -237,7 +236,6 @@ def test_only_takes_patterns_and_refuses_what_matches_nothing() -> None:
 def record(candidate: str, seconds: float | None) -> dict[str, Any]:
     about = {
         "name": f"{PAPER[1].name}/{candidate}/forward",
-        "case": vars(PAPER[1]),
         "candidate": candidate,
         "ours": candidate in kernels.OURS,
         "direction": "forward",
@@ -264,32 +262,27 @@ def measured() -> dict[str, Any]:
         "sdpa-cudnn": 2e-4,
         "native": None,
     }
-    records = [kernels.with_rates(record(name, s), RATES) for name, s in times.items()]
+    records = [with_rates(record(name, s)) for name, s in times.items()]
     return {
         "device": "cuda",
         "hardware": {"device": "a card"},
         "rates": RATES,
         "records": records,
-        "comparisons": kernels.comparisons(records),
     }
 
 
+def with_rates(own: dict[str, Any]) -> dict[str, Any]:
+    return kernels.with_rates(Trial(PAPER[1], own["candidate"], "forward"), own, RATES)
+
+
 def test_a_time_is_told_against_the_measured_rates() -> None:
-    found = kernels.with_rates(record("triton", 1e-4), RATES)
+    found = with_rates(record("triton", 1e-4))
     # One query that sees a quarter of 128,080 keys: nobody reads the others.
     assert found["flops"] == 4 * 128_080 / 4 * 32 * 128
     assert found["memory_bytes"] == 2 * 32 * 128 * 2 + 32 * 4 + 2 * 128_080 / 4 * 8 * 128 * 2
     assert found["bound"] == "memory"
     assert found["share_of_memory_rate"] == pytest.approx(found["floor_s"] / 1e-4)
     assert found["share_of_matrix_rate"] == pytest.approx(found["flops"] / 1e-4 / 800e12)
-
-
-def test_ours_against_the_best_of_the_others() -> None:
-    (found,) = measured()["comparisons"]
-    assert found["best_peer"] == ("sdpa-cudnn", 2e-4)
-    assert found["best"] == ("triton", 1e-4)
-    assert found["times_best_peer"] == {"auto": 2e-4 / 1.05e-4, "triton": 2.0}
-    assert found["auto_over_best"] == pytest.approx(0.05)
 
 
 def test_faults_are_ours_and_more_than_a_lack_of_memory() -> None:
@@ -323,13 +316,6 @@ def test_floors_name_what_binds_and_take_times_of_gpus_only() -> None:
     assert first["bound"] == dict.fromkeys(("A100-80", "H100", "H200", "B200"), "memory")
 
 
-def test_a_document_without_its_comment_lines_is_refused(tmp_path: Path) -> None:
-    document = tmp_path / "a.md"
-    document.write_text("<!-- x: end -->\n<!-- x: begin -->\n")
-    with pytest.raises(ValueError, match="got no '<!-- x: begin -->' followed by"):
-        write_between(document, "x", "text")
-
-
 @pytest.mark.parametrize(("seconds", "taken"), [(0.5, 50), (0.02, 20), (0.001, 5)])
 def test_slow_functions_run_less_often(seconds: float, taken: int, monkeypatch: Any) -> None:
     def measured(run: Any, seconds: float) -> list[float]:
@@ -346,8 +332,3 @@ def test_on_cuda_the_device_s_time_counts_and_the_host_s_stands_beside_it() -> N
     assert len(taken) == 7
     assert min(taken) > 2 * 8192**3 / 4e15, "faster than any card: launched, not computed"
     assert max(host_s(lambda: a @ a, a.device)) < min(taken)
-
-
-def test_frames_come_in_quarters() -> None:
-    with pytest.raises(ValueError, match="frames: got 6; expected a multiple of 4"):
-        replace(QUICK[0], frames=6)

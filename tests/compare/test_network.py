@@ -129,7 +129,7 @@ def test_the_script_says_what_it_needs(tools: dict[str, str], message: str, tmp_
     for name, body in tools.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    for name in ("bash", "awk", "sh", "sed", "grep", "sleep"):
+    for name in ("bash", "awk", "numfmt", "sh", "sed", "grep", "sleep"):
         found = shutil.which(name)
         assert found is not None
         (tmp_path / name).symlink_to(found)

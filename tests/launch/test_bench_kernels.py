@@ -55,9 +55,6 @@ def test_quick_run_writes_json_and_tables(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(status) == 2 * 2 * (1 + 4) + 4
     assert status["tiny-24-visibility/native/backward"] == "ok"
     assert status["tiny-24/sdpa-cudnn/forward"] == "failed"
-    compared = {(each["case"], each["direction"]): each for each in results["comparisons"]}
-    assert compared["tiny-24", "forward"]["auto_over_best"] is not None
-    assert "native" in compared["tiny-24", "backward"]["times_best_peer"]
     assert kernels_report.measured_table(results) in document.read_text()
 
 

@@ -22,8 +22,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from ds_lvx.kernels.auto import AutoKernel, kind_of, table_of
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.interface import Problem, Upstream
-from ds_lvx.kernels.rule import Rule
-from ds_lvx.kernels.visibility import Visibility
 
 SCORES_BYTES = 8 * 2**30
 """A candidate that would materialise more scores than this, in fp32, is left out."""
@@ -42,33 +40,6 @@ Tensors: TypeAlias = tuple[Tensor, ...]
 
 class LeftOut(Exception):  # noqa: N818 - no fault: a decision that the record tells
     """This candidate is not tried on this case; says why."""
-
-
-@dataclass(frozen=True)
-class Operands:
-    """What every candidate gets.
-
-    Attributes:
-        q, dout: ``[1, S, H, D]``.
-        k, v: ``[1, T, K, D]``.
-        visibility: of these queries over these keys.
-        scale: of the scores.
-        lse, delta: ``[1, H, S]``, for a backward that is given them.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
-    visibility: Visibility | None
-    scale: float
-    lse: Tensor
-    delta: Tensor
-
-    def problem(self) -> Problem:
-        """What one of our kernels is asked."""
-        rule = None if self.visibility is None else Rule(self.visibility)
-        return Problem(self.q, self.k, self.v, rule, softmax_scale=self.scale)
 
 
 @dataclass(frozen=True)
@@ -98,31 +69,36 @@ def names() -> list[str]:
     return [*OURS, *installed, *BACKENDS]
 
 
-def make(name: str, operands: Operands) -> Candidate:
+def make(name: str, problem: Problem, upstream: Upstream) -> Candidate:
     """A candidate on a case.
+
+    Args:
+        name: one of `names`.
+        problem: what it computes.
+        upstream: for its backward, which PyTorch's and flash-attn's take dout of.
 
     Raises:
         LeftOut: it is not to be tried; why.
         Exception: whatever the implementation says that it cannot do.
     """
     if name in OURS:
-        return _ours(name, operands)
-    return _flash_attn(name, operands) if name in PACKAGES else _sdpa(name, operands)
+        return _ours(name, problem, upstream)
+    other = _flash_attn if name in PACKAGES else _sdpa
+    return other(name, problem, upstream.dout)
 
 
-def _ours(name: str, o: Operands) -> Candidate:
+def _ours(name: str, problem: Problem, upstream: Upstream) -> Candidate:
     """One of our kernels. Its backward is given lse and delta, as on a rank."""
-    kernel = kernel_for(name, o.q)
-    problem, upstream = o.problem(), Upstream(o.dout, o.lse, o.delta)
+    kernel = kernel_for(name, problem.q)
 
     def chosen(direction: str) -> str:
         if not isinstance(kernel, AutoKernel):
             return kernel.name
         kind = kind_of(problem, None if direction == "forward" else upstream)
-        entry = table_of(o.q.device).entries().get(kind)
+        entry = table_of(problem.q.device).entries().get(kind)
         return "unknown: the table has no such kind" if entry is None else str(entry["chosen"])
 
-    rule = "none" if o.visibility is None else "Visibility"
+    rule = "none" if problem.rule is None else "Visibility"
     return Candidate(
         partial(kernel.forward, problem),
         partial(kernel.backward, problem, upstream),
@@ -146,20 +122,21 @@ def _by_autograd(
     return Candidate(lambda: (attend(*leaves),), backward, **more)
 
 
-def _flash_attn(name: str, o: Operands) -> Candidate:
+def _flash_attn(name: str, problem: Problem, dout: Tensor) -> Candidate:
     """The flash-attn package, where it is installed."""
-    if o.visibility is not None:
+    if problem.rule is not None:
         raise LeftOut("flash_attn_func takes no mask")
     function = import_module(PACKAGES[name]).flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        found = function(q, k, v, softmax_scale=o.scale)
+        found = function(q, k, v, softmax_scale=problem.softmax_scale)
         return found[0] if isinstance(found, tuple) else found
 
-    return _by_autograd(attend, (o.q, o.k, o.v), o.dout, notes={"mask": "none", "kv": "in place"})
+    notes = {"mask": "none", "kv": "in place"}
+    return _by_autograd(attend, (problem.q, problem.k, problem.v), dout, notes=notes)
 
 
-def _sdpa(name: str, o: Operands) -> Candidate:
+def _sdpa(name: str, problem: Problem, dout: Tensor) -> Candidate:
     """``scaled_dot_product_attention`` on one of its backends.
 
     q, k, v stay in ``[1, S, H, D]``, as models make them; PyTorch's layout is a view of it. Where
@@ -167,9 +144,10 @@ def _sdpa(name: str, o: Operands) -> Candidate:
     their gradients is timed.
     """
     if name == "sdpa-math":
-        _refuse_large_scores(o)
-    group = o.q.shape[2] // o.k.shape[2]
-    mask = None if o.visibility is None else o.visibility.mask()[:, None]
+        _refuse_large_scores(problem)
+    operands = problem.q, problem.k, problem.v
+    group = problem.q.shape[2] // problem.k.shape[2]
+    mask = None if problem.rule is None else problem.rule.visibility.mask()[:, None]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = scaled_dot_product_attention(
@@ -177,7 +155,7 @@ def _sdpa(name: str, o: Operands) -> Candidate:
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=mask,
-            scale=o.scale,
+            scale=problem.softmax_scale,
             enable_gqa=q.shape[2] != k.shape[2],
         )
         return out.transpose(1, 2)
@@ -192,21 +170,24 @@ def _sdpa(name: str, o: Operands) -> Candidate:
         "mask_bytes": 0 if mask is None else mask.numel(),
         "kv": "in place",
     }
-    if group == 1 or _groups_heads(attend, o, active):
-        return _by_autograd(attend, (o.q, o.k, o.v), o.dout, notes=notes, active=active)
+    if group == 1 or _groups_heads(attend, operands, active):
+        return _by_autograd(attend, operands, dout, notes=notes, active=active)
     notes["kv"] = "repeated beforehand, which is not timed"
-    k, v = (t.repeat_interleave(group, dim=2) for t in (o.k, o.v))
-    return _by_autograd(attend, (o.q, k, v), o.dout, notes=notes, active=active, by_key_head=summed)
+    repeated = problem.q, *(t.repeat_interleave(group, dim=2) for t in operands[1:])
+    more: dict[str, Any] = {"notes": notes, "active": active, "by_key_head": summed}
+    return _by_autograd(attend, repeated, dout, **more)
 
 
 def _groups_heads(
-    attend: Callable[..., Tensor], o: Operands, active: Callable[[], AbstractContextManager[Any]]
+    attend: Callable[..., Tensor],
+    operands: Tensors,
+    active: Callable[[], AbstractContextManager[Any]],
 ) -> bool:
     """Whether the backend takes fewer heads of K and V, by trying."""
     try:
         with active(), catch_warnings():
             simplefilter("ignore")
-            attend(*(t.detach().requires_grad_() for t in (o.q, o.k, o.v)))
+            attend(*(tensor.detach().requires_grad_() for tensor in operands))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
@@ -214,9 +195,9 @@ def _groups_heads(
     return True
 
 
-def _refuse_large_scores(o: Operands) -> None:
-    batch, queries, heads, _ = o.q.shape
-    scores = 4 * batch * heads * queries * o.k.shape[1]
+def _refuse_large_scores(problem: Problem) -> None:
+    batch, queries, heads, _ = problem.q.shape
+    scores = 4 * batch * heads * queries * problem.k.shape[1]
     if scores > SCORES_BYTES:
         raise LeftOut(
             f"would materialise {scores / 2**30:.0f} GiB of scores; the budget is "

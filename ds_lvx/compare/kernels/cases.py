@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from ds_lvx.kernels.visibility import Visibility
+from ds_lvx.compare.operators.tensors import FRAMES, FRAMES_SEEN, Shape, first_frame
 from ds_lvx.plan.roofline import Problem, Work, backward_work, forward_work
 
 DIRECTIONS = ("forward", "backward")
-WINDOW = 4
-"""With visibility a query sees one frame in four, in a run."""
-
-_WORK = {"forward": forward_work, "backward": backward_work}
 
 
 @dataclass(frozen=True)
@@ -24,112 +18,59 @@ class KernelCase:
     Attributes:
         model: whose cross-attention it is.
         ranks: that share the sample.
-        queries: of this call.
-        frames: on this rank; a multiple of four.
-        frame_tokens: visual tokens of a frame.
-        heads, kv_heads, head_dim: of the layer.
-        visibility: frames in order, each query sees a run of a quarter of them; else all.
+        shape: of the rank's queries and keys, in bf16.
     """
 
     model: str
     ranks: int
-    queries: int
-    frames: int
-    frame_tokens: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    visibility: bool = False
-
-    def __post_init__(self) -> None:
-        if self.frames % WINDOW != 0:
-            raise ValueError(f"frames: got {self.frames}; expected a multiple of {WINDOW}")
+    shape: Shape
 
     @property
     def name(self) -> str:
         """Such as ``mllama-192`` or ``mllama-192-visibility``."""
-        return f"{self.model}-{self.queries}" + ("-visibility" if self.visibility else "")
+        rule = "" if self.shape.visibility == "all" else "-visibility"
+        return f"{self.model}-{self.shape.seqlen_q}{rule}"
 
-    @property
-    def keys(self) -> int:
-        """Visual tokens on this rank."""
-        return self.frames * self.frame_tokens
-
-    @property
-    def scale(self) -> float:
-        """Of the scores."""
-        return float(self.head_dim**-0.5)
-
-    def first_frames(self) -> list[int]:
-        """The first frame that each query sees: from the start to the end of the video."""
-        steps = max(self.queries - 1, 1)
-        last = self.frames - self.frames // WINDOW
-        return [query * last // steps for query in range(self.queries)]
-
-    def problem(self, *, element_bytes: int = 2) -> Problem:
-        """Its operations and bytes."""
-        visible = seen = 1.0
-        if self.visibility:
-            width = self.frames // WINDOW
-            runs = (range(first, first + width) for first in set(self.first_frames()))
-            visible, seen = 1.0 / WINDOW, len({f for run in runs for f in run}) / self.frames
+    def problem(self) -> Problem:
+        """What its operations and bytes follow from."""
+        shape, visible, seen = self.shape, 1.0, 1.0
+        if shape.visibility == "frames":
+            firsts = {first_frame(row, shape.seqlen_q) for row in range(shape.seqlen_q)}
+            frames = {frame + more for frame in firsts for more in range(FRAMES_SEEN)}
+            visible, seen = FRAMES_SEEN / FRAMES, len(frames) / FRAMES
         return Problem(
-            queries=self.queries,
-            keys=self.keys,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            element_bytes=element_bytes,
+            queries=shape.seqlen_q,
+            keys=shape.seqlen_kv,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            element_bytes=shape.tensor_dtype.itemsize,
             visible=visible,
             seen=seen,
         )
 
     def work(self, direction: str) -> Work:
-        """Operations and bytes of ``"forward"`` or ``"backward"`` in 16 bits."""
-        return _WORK[direction](self.problem())
-
-    def rule(self, device: torch.device) -> Visibility | None:
-        """The visibility, on a device."""
-        if not self.visibility:
-            return None
-        first = torch.tensor([self.first_frames()], dtype=torch.int32, device=device)
-        frame = torch.arange(self.frames, dtype=torch.int32, device=device)
-        of_keys = frame.repeat_interleave(self.frame_tokens)[None]
-        return Visibility(first, first + self.frames // WINDOW, of_keys)
-
-    def tensors(
-        self, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v and dout, standard normal."""
-        generator = torch.Generator(device).manual_seed(0)
-        rows = (1, self.queries, self.heads, self.head_dim)
-        keys = (1, self.keys, self.kv_heads, self.head_dim)
-        q, k, v, dout = (
-            torch.randn(shape, dtype=dtype, device=device, generator=generator)
-            for shape in (rows, keys, keys, rows)
-        )
-        return q, k, v, dout
+        """Operations and bytes of ``"forward"`` or ``"backward"``."""
+        return (forward_work if direction == "forward" else backward_work)(self.problem())
 
 
-def _both(*cases: KernelCase) -> tuple[KernelCase, ...]:
-    """Without and with visibility."""
-    with_rule = (KernelCase(**{**vars(case), "visibility": True}) for case in cases)
-    return tuple(case for pair in zip(cases, with_rule, strict=True) for case in pair)
+def _cases(
+    model: str, ranks: int, queries: tuple[int, ...], keys: int, heads: tuple[int, int, int]
+) -> Iterator[KernelCase]:
+    """Without and with visibility; heads are those of q, those of K and V, and their size."""
+    for each in queries:
+        shape = Shape(each, keys, heads=heads[0], kv_heads=heads[1], head_dim=heads[2])
+        yield KernelCase(model, ranks, shape)
+        yield KernelCase(model, ranks, replace(shape, visibility="frames"))
 
 
-PAPER = _both(
-    *(
-        KernelCase("mllama", 6, queries, 20, 6404, heads=32, kv_heads=8, head_dim=128)
-        for queries in (1, 192, 384, 4096)
-    ),
-    KernelCase("mplug_owl3", 16, 4096, 128, 729, heads=28, kv_heads=4, head_dim=128),
-    KernelCase("openflamingo", 16, 32768, 2048, 64, heads=8, kv_heads=8, head_dim=64),
+PAPER = (
+    *_cases("mllama", 6, (1, 192, 384, 4096), 20 * 6404, (32, 8, 128)),
+    *_cases("mplug_owl3", 16, (4096,), 128 * 729, (28, 4, 128)),
+    *_cases("openflamingo", 16, (32768,), 2048 * 64, (8, 8, 64)),
 )
 """Llama-3.2-Vision on 6 ranks with 125K keys each, mPLUG-Owl3-7B on 16 with 91K, OpenFlamingo on 16
 with 128K: whole frames, so 128,080, 93,312 and 131,072 keys."""
 
-QUICK = _both(
-    KernelCase("tiny", 2, 24, 8, 40, heads=4, kv_heads=2, head_dim=32),
-    KernelCase("tiny", 2, 1, 4, 40, heads=2, kv_heads=2, head_dim=16),
-)
+QUICK = (*_cases("tiny", 2, (24,), 320, (4, 2, 32)), *_cases("tiny", 2, (1,), 160, (2, 2, 16)))
 """To try the script."""

@@ -6,15 +6,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ds_lvx.compare.document import columns, markdown, times
+from ds_lvx.compare.document import Cells, columns, markdown, times
+from ds_lvx.compare.kernels.candidates import OURS
 from ds_lvx.compare.kernels.cases import DIRECTIONS, KernelCase
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.roofline import floor
 
-NOT_MEASURED = "not measured"
-
 PAPER_HEAD_DIMS = (64, 128)
 CARD_NAMES = ("A100-80", "H100", "H200", "B200")
+
+Record = Mapping[str, Any]
+Place = tuple[str, str]
+"""A case and a direction."""
 
 
 def floors(cases: Iterable[KernelCase]) -> list[dict[str, Any]]:
@@ -23,215 +26,201 @@ def floors(cases: Iterable[KernelCase]) -> list[dict[str, Any]]:
     ``seconds`` and ``bound`` are by card; see `ds_lvx.plan.roofline`.
     """
     found = []
-    for case in cases:
-        for direction in DIRECTIONS:
-            work = case.work(direction)
-            least = {name: floor(work, CARDS[name]) for name in CARD_NAMES}
-            found.append(
-                {
-                    "case": case.name,
-                    "direction": direction,
-                    "shape": vars(case),
-                    "keys": case.keys,
-                    "flops": work.flops,
-                    "memory_bytes": work.memory_bytes,
-                    "seconds": {name: each.seconds for name, each in least.items()},
-                    "bound": {name: each.bound for name, each in least.items()},
-                }
-            )
+    for case, direction in ((case, each) for case in cases for each in DIRECTIONS):
+        work = case.work(direction)
+        least = {name: floor(work, CARDS[name]) for name in CARD_NAMES}
+        found.append(
+            {
+                "case": case.name,
+                "direction": direction,
+                "shape": vars(case.shape),
+                "flops": work.flops,
+                "memory_bytes": work.memory_bytes,
+                "seconds": {name: each.seconds for name, each in least.items()},
+                "bound": {name: each.bound for name, each in least.items()},
+            }
+        )
     return found
 
 
-def floors_table(predicted: Mapping[str, Any], measured: Mapping[str, Any] | None) -> str:
+def floors_table(predicted: Record, measured: Record | None) -> str:
     """Floors by card, with ``auto``'s measured time where there is one from a GPU."""
-    seconds = {}
+    seconds: dict[Place, float] = {}
     if measured is not None and measured["device"] == "cuda":
-        seconds = {
-            _place(record): _ms(record["device_s"]["median"])
-            for record in measured["records"]
-            if record["candidate"] == "auto" and record["status"] == "ok"
-        }
+        found = _medians(measured["records"])
+        seconds = {place: own["auto"] for place, own in found.items() if "auto" in own}
 
-    def least(card: str) -> Callable[[Any], str]:
+    def least(card: str) -> Callable[[Record], str]:
         return lambda r: f"{_ms(r['seconds'][card])} {r['bound'][card]}"
 
-    cells: dict[str, Callable[[Any], str]] = {
-        "case": lambda r: r["case"],
-        "direction": lambda r: r["direction"],
+    def own(r: Record) -> str:
+        found = seconds.get((r["case"], r["direction"]))
+        return "not measured" if found is None else _ms(found)
+
+    cells: Cells = {
+        "case": "{case}",
+        "direction": "{direction}",
         "operations, G": lambda r: f"{r['flops'] / 1e9:,.1f}",
         "bytes, MB": lambda r: f"{r['memory_bytes'] / 1e6:,.1f}",
         **{f"{card}, ms": least(card) for card in CARD_NAMES},
-        "measured, ms": lambda r: seconds.get((r["case"], r["direction"]), NOT_MEASURED),
+        "measured, ms": own,
     }
-    device = "" if not seconds or measured is None else f" Measured: `auto`, {_device(measured)}."
+    where = f" Measured: `auto`, {measured['hardware']['device']}." if measured and seconds else ""
     title = (
         "Predicted: the least time by the data sheet, and whether matrix products or memory set "
-        f"it.{device}"
+        f"it.{where}"
     )
     return f"{title}\n\n{columns(predicted['records'], cells)}"
 
 
-def measured_table(results: Mapping[str, Any] | None) -> str:
+def measured_table(results: Record | None) -> str:
     """Times of all candidates, ours against the best peer, and why times are missing."""
     if results is None:
         return "Not measured yet: no file `benchmarks/kernels.json`."
-    parts = [_title(results), _times(results["records"]), _ours(results), _auto(results)]
-    return "\n\n".join([*parts, *_reasons(results["records"])])
+    rates, records = results["rates"], results["records"]
+    title = (
+        f"{results['hardware']['device']}; timed by {rates['clock']}. Measured in the same run: a "
+        f"bf16 product of {rates['matrix_size']:,} x {rates['matrix_size']:,} matrices at "
+        f"{rates['matrix_flops'] / 1e12:.3g} TFLOP/s, a copy in memory at "
+        f"{rates['memory_bytes_per_s'] / 1e12:.3g} TB/s."
+    )
+    parts = [title, _times(records), _ours(records), _auto(_medians(records)), *_reasons(records)]
+    return "\n\n".join(parts)
 
 
-def _times(records: Sequence[Mapping[str, Any]]) -> str:
+def _medians(records: Sequence[Record]) -> dict[Place, dict[str, float]]:
+    """Seconds by place and candidate, where there is a time."""
+    found: dict[Place, dict[str, float]] = {}
+    for r in records:
+        if r["status"] == "ok":
+            found.setdefault(_place(r), {})[r["candidate"]] = r["device_s"]["median"]
+    return found
+
+
+def _times(records: Sequence[Record]) -> str:
     """A row for each case and direction, a column for each candidate."""
-    candidates = list(dict.fromkeys(record["candidate"] for record in records))
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for record in records:
-        cells.setdefault(_place(record), {})[record["candidate"]] = _time(record)
-    rows: list[Sequence[str]] = [("median (p10 to p90), ms", "", *candidates)]
-    for place, own in cells.items():
-        rows.append((*place, *(own.get(name, "-") for name in candidates)))
-    return markdown(rows)
+
+    def time(r: Record) -> str:
+        if r["status"] != "ok":
+            return str(r["status"])
+        return "{} ({} to {})".format(*(_ms(r["device_s"][n]) for n in ("median", "p10", "p90")))
+
+    cells: dict[Place, dict[str, str]] = {}
+    for r in records:
+        cells.setdefault(_place(r), {})[r["candidate"]] = time(r)
+    candidates = list(dict.fromkeys(r["candidate"] for r in records))
+    rows = [(*place, *(own.get(c, "-") for c in candidates)) for place, own in cells.items()]
+    return markdown([("median (p10 to p90), ms", "", *candidates), *rows])
 
 
-def _ours(results: Mapping[str, Any]) -> str:
-    """What the times of our kernels mean."""
-    compared = {(each["case"], each["direction"]): each for each in results["comparisons"]}
+def _ours(records: Sequence[Record]) -> str:
+    """What the times of our kernels mean, and how they stand against the best of the others."""
+    peers = {
+        place: min(others, key=lambda pair: pair[1], default=("-", math.nan))
+        for place, own in _medians(records).items()
+        for others in [[pair for pair in own.items() if pair[0] not in OURS]]
+    }
 
-    def best_peer(r: Mapping[str, Any]) -> str:
-        peer = compared[_place(r)]["best_peer"]
-        return "-" if peer is None else str(peer[0])
+    def who(r: Record) -> str:
+        chosen = r.get("chosen")
+        return f"auto ({chosen})" if r["candidate"] == "auto" and chosen else r["candidate"]
 
-    cells: dict[str, Callable[[Any], str]] = {
+    def faster(r: Record) -> str:
+        ratio = peers[_place(r)][1] / r["device_s"]["median"]
+        return times(None if math.isnan(ratio) else ratio)
+
+    cells: Cells = {
         "case": lambda r: _place(r)[0],
-        "direction": lambda r: r["direction"],
-        "kernel": _who,
-        "TFLOP/s": lambda r: f"{r['tflops_per_s']:.3g}",
+        "direction": "{direction}",
+        "kernel": who,
+        "TFLOP/s": "{tflops_per_s:.3g}",
         "of the rate that binds": lambda r: (
             f"{r['share_of_' + r['bound'] + '_rate']:.1%} {r['bound']}"
         ),
-        "best peer": best_peer,
-        "times as fast as it": lambda r: times(
-            compared[_place(r)]["times_best_peer"].get(r["candidate"])
-        ),
+        "best peer": lambda r: peers[_place(r)][0],
+        "times as fast as it": faster,
         "memory on top, MB": lambda r: (
             "-" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 1e6:,.1f}"
         ),
     }
-    return columns([r for r in results["records"] if r["ours"] and r["status"] == "ok"], cells)
+    return columns([r for r in records if r["ours"] and r["status"] == "ok"], cells)
 
 
-def _reasons(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _auto(seconds: Mapping[Place, Mapping[str, float]]) -> str:
+    """One line on the choice of ``auto``, over all cases."""
+    gaps = {p: own["auto"] / min(own.values()) - 1 for p, own in seconds.items() if "auto" in own}
+    if not gaps:
+        return "`auto` was not measured."
+    worst = max(gaps, key=lambda place: gaps[place])
+    best = min(seconds[worst], key=lambda candidate: seconds[worst][candidate])
+    return (
+        f"`auto` takes at most {math.ceil(1000 * gaps[worst]) / 10:.1f}% longer than the best of "
+        f"all ({', '.join(worst)}, where {best} is best)."
+    )
+
+
+def _reasons(records: Sequence[Record]) -> list[str]:
     """Why there is no time, each reason once."""
     reasons: dict[str, list[str]] = {}
-    for record in records:
-        if record["status"] != "ok":
-            text = f"{record['candidate']} {record['status']}: {_short(record['reason'])}"
-            reasons.setdefault(text, []).append("/".join(_place(record)))
+    for r in records:
+        if r["status"] != "ok":
+            # The first line, and no bar that would end a column.
+            line = r["reason"].strip().partition("\n")[0].replace("|", "/")
+            line = line if len(line) <= 100 else f"{line[:97]}..."
+            text = f"{r['candidate']} {r['status']}: {line}"
+            reasons.setdefault(text, []).append("/".join(_place(r)))
     lines = [f"- {text} ({len(where)}: {where[0]} ...)" for text, where in reasons.items()]
     return ["Without a time:", "\n".join(lines)] if lines else []
 
 
-def compiled_table(compiled: Mapping[str, Any]) -> str:
+def compiled_table(compiled: Record) -> str:
     """What the compiler made of the kernels in bf16 at the paper's head_dims, by capability."""
     records = compiled["records"]
-    capabilities = sorted({record["capability"] for record in records})
-    columns = [f"sm_{each}: registers, shared KB, programs" for each in capabilities]
-    head = ("kernel", "head_dim", "rows", "visibility", "tile", "warps, stages", *columns)
+    capabilities = sorted({r["capability"] for r in records})
     rows: dict[tuple[str, ...], list[str]] = {}
-    for record in records:
-        if record["dtype"] != "bf16" or record["head_dim"] not in PAPER_HEAD_DIMS:
-            continue
-        about = (
-            record["kernel"],
-            str(record["head_dim"]),
-            f"{record['rows']:,}",
-            "yes" if record["visibility"] else "no",
-            f"{record['tile_rows']} x {record['tile_keys']}",
-            f"{record['warps']}, {record['stages']}",
-        )
-        figures = (
-            f"{record['registers']}, {record['shared_bytes'] / 1024:.0f}, "
-            f"{record['programs_per_multiprocessor']}"
-        )
-        rows.setdefault(about, []).append(figures)
-    table = markdown([head, *((*about, *figures) for about, figures in rows.items())])
+    for r in records:
+        if r["dtype"] == "bf16" and r["head_dim"] in PAPER_HEAD_DIMS:
+            about = (
+                r["kernel"],
+                str(r["head_dim"]),
+                f"{r['rows']:,}",
+                "yes" if r["visibility"] else "no",
+                f"{r['tile_rows']} x {r['tile_keys']}",
+                f"{r['warps']}, {r['stages']}",
+            )
+            figures = (r["registers"], f"{r['shared_bytes'] / 1024:.0f}")
+            programs = r["programs_per_multiprocessor"]
+            rows.setdefault(about, []).append(", ".join(map(str, (*figures, programs))))
+    head = ("kernel", "head_dim", "rows", "visibility", "tile", "warps, stages")
+    more = (f"sm_{each}: registers, shared KB, programs" for each in capabilities)
+    table = markdown([(*head, *more), *((*about, *own) for about, own in rows.items())])
     notes = "\n".join(_compiled_line(records, each) for each in capabilities)
     return f"Triton {compiled['versions']['triton']}.\n\n{notes}\n\n{table}"
 
 
-def _compiled_line(records: Sequence[Mapping[str, Any]], capability: int) -> str:
+def _compiled_line(records: Sequence[Record], capability: int) -> str:
     """Spills, shared memory and wgmma of all configurations of a capability, in a line."""
-    mine = [record for record in records if record["capability"] == capability]
-    spilling = sum(record["spilled_bytes"] > 0 for record in mine)
-    fullest = max(record["shared_bytes"] / record["most_shared_bytes"] for record in mine)
+    mine = [r for r in records if r["capability"] == capability]
+    spilling = sum(r["spilled_bytes"] > 0 for r in mine)
+    fullest = max(r["shared_bytes"] / r["most_shared_bytes"] for r in mine)
     line = (
         f"- sm_{capability}: {len(mine)} configurations, {spilling} of them spill registers; at "
         f"most {math.ceil(100 * fullest)}% of the shared memory that a block may have"
     )
     if capability != 90:
         return f"{line}."
-    halves = [record for record in mine if record["dtype"] == "bf16"]
-    fast = sum(record["wgmma"] for record in halves)
-    small = sum(not record["wgmma"] and _product_rows(record) < 64 for record in halves)
+    halves = [r for r in mine if r["dtype"] == "bf16"]
+    # The kernel for dk and dv turns its products round.
+    product_rows = [r["tile_keys" if r["kernel"] == "keys" else "tile_rows"] for r in halves]
+    small = sum(not r["wgmma"] and rows < 64 for r, rows in zip(halves, product_rows, strict=True))
     return (
-        f"{line}; {fast} of the {len(halves)} in bf16 use wgmma, and {small} have products of "
-        "fewer rows than the 64 that a wgmma takes."
+        f"{line}; {sum(r['wgmma'] for r in halves)} of the {len(halves)} in bf16 use wgmma, and "
+        f"{small} have products of fewer rows than the 64 that a wgmma takes."
     )
 
 
-def _product_rows(record: Mapping[str, Any]) -> int:
-    """Rows of a program's products: the kernel for dk and dv turns them round."""
-    return int(record["tile_keys" if record["kernel"] == "keys" else "tile_rows"])
-
-
-def _title(results: Mapping[str, Any]) -> str:
-    rates = results["rates"]
-    return (
-        f"{_device(results)}; timed by {rates['clock']}. Measured in the same run: a bf16 product "
-        f"of {rates['matrix_size']:,} x {rates['matrix_size']:,} matrices at "
-        f"{rates['matrix_flops'] / 1e12:.3g} TFLOP/s, a copy in memory at "
-        f"{rates['memory_bytes_per_s'] / 1e12:.3g} TB/s."
-    )
-
-
-def _device(results: Mapping[str, Any]) -> str:
-    return str(results["hardware"]["device"])
-
-
-def _who(record: Mapping[str, Any]) -> str:
-    chosen = record.get("chosen")
-    return f"auto ({chosen})" if record["candidate"] == "auto" and chosen else record["candidate"]
-
-
-def _place(record: Mapping[str, Any]) -> tuple[str, str]:
+def _place(record: Record) -> Place:
     return record["name"].partition("/")[0], record["direction"]
-
-
-def _time(record: Mapping[str, Any]) -> str:
-    if record["status"] != "ok":
-        return str(record["status"])
-    spread = record["device_s"]
-    return f"{_ms(spread['median'])} ({_ms(spread['p10'])} to {_ms(spread['p90'])})"
-
-
-def _auto(results: Mapping[str, Any]) -> str:
-    """One line on the choice of ``auto``, over all cases."""
-    gaps = [
-        (each["auto_over_best"], each)
-        for each in results["comparisons"]
-        if each["auto_over_best"] is not None
-    ]
-    if not gaps:
-        return "`auto` was not measured."
-    worst, where = max(gaps, key=lambda pair: pair[0])
-    return (
-        f"`auto` takes at most {math.ceil(1000 * worst) / 10:.1f}% longer than the best of all "
-        f"({where['case']}, {where['direction']}, where {where['best'][0]} is best)."
-    )
-
-
-def _short(reason: str) -> str:
-    """The first line, and no bar that would end a column."""
-    line = reason.strip().partition("\n")[0].replace("|", "/")
-    return line if len(line) <= 100 else f"{line[:97]}..."
 
 
 def _ms(seconds: float) -> str:

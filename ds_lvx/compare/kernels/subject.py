@@ -1,23 +1,35 @@
-"""The subject of ``launch/bench_kernels.py``: attention kernels side by side on one device."""
+"""The subject of ``launch/bench_kernels.py``: attention kernels side by side on one device.
+
+Trials run in a process of their own, one after the other. A candidate may end it (an illegal
+address, after which CUDA does nothing more) or hang; the next trial then gets a new process.
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from functools import cache
+from multiprocessing import get_context
+from typing import Any, NamedTuple
 
 from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.kernels.candidates import OURS
 from ds_lvx.compare.kernels.cases import DIRECTIONS, KernelCase
-from ds_lvx.compare.kernels.trial import RATES, Timing, Trial, Worker, failed, left_out, serve
+from ds_lvx.compare.kernels.trial import Bench, Timing, Trial
 from ds_lvx.plan.roofline import floor
 
+LIMIT_S = 60.0
+"""Of one candidate on one case, compiling included; longer is taken for hanging."""
+_START_S = 600.0  # imports, on a machine that has much else to do
 
-@dataclass(frozen=True)
-class MeasuredRates:
+
+class MeasuredRates(NamedTuple):
     """What a device reached; a `ds_lvx.plan.roofline.Rates`."""
 
     matrix_flops: float
@@ -53,51 +65,111 @@ def trials_of(
     return [each for each in trials if not only or any(fnmatch.fnmatch(each.name, p) for p in only)]
 
 
+class Worker:
+    """A process with a bench; a new one begins where a call finds none.
+
+    Args:
+        make: makes the bench, in the process.
+        timing: for it.
+    """
+
+    def __init__(self, make: Callable[[Timing], Any], timing: Timing) -> None:
+        self._bench = (make, timing)
+        self._context: Any = get_context(timing.start)
+        self._pool: ProcessPoolExecutor | None = None
+        self._process: int | None = None
+
+    def ask(self, method: str, *arguments: Any, limit_s: float = LIMIT_S) -> Any:
+        """What a method of the bench returns.
+
+        Raises:
+            RunError: the process ended, or took longer than ``limit_s``; it is gone then.
+        """
+        try:
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(1, mp_context=self._context)
+                self._process = self._pool.submit(_begin, *self._bench).result(_START_S)
+            return self._pool.submit(_answer, *self._bench, method, *arguments).result(limit_s)
+        except BrokenProcessPool:
+            self._process = None
+            problem = "ended"
+        except TimeoutError:
+            problem = f"was not done after {limit_s:.0f} s"
+        self.end()
+        raise RunError(f"the process {problem}; its output stands above")
+
+    def end(self) -> None:
+        """End the process, where there is one."""
+        if self._process is not None:
+            os.kill(self._process, signal.SIGKILL)
+        if self._pool is not None:
+            self._pool.shutdown(wait=self._process is not None)
+        self._pool = self._process = None
+
+
+@cache
+def _bench(make: Callable[[Timing], Any], timing: Timing) -> Any:
+    return make(timing)
+
+
+def _begin(make: Callable[[Timing], Any], timing: Timing) -> int:
+    """In the process: make its bench; the process's number."""
+    _bench(make, timing)
+    return os.getpid()
+
+
+def _answer(make: Callable[[Timing], Any], timing: Timing, method: str, *arguments: Any) -> Any:
+    """In the process: ask its bench."""
+    return getattr(_bench(make, timing), method)(*arguments)
+
+
 def measure(
-    trials: Sequence[Trial],
-    timing: Timing,
-    *,
-    serve: Callable[[Connection, Timing], None] = serve,
+    trials: Sequence[Trial], timing: Timing, *, make: Callable[[Timing], Any] = Bench
 ) -> Iterator[Mapping[str, Any]]:
     """Measure trials, one after the other, whatever they do to the process.
 
     Args:
         trials: what to measure.
         timing: how.
-        serve: answers in the process; a test may give another.
+        make: makes the bench in the process; a test may give another.
 
     Yields:
-        The device's rates, then a record a trial, as soon as it is there.
+        The device's rates, then a record a trial `with_rates`, as soon as it is there.
 
     Raises:
-        RunError: a process could not begin.
+        RunError: the process could not begin.
     """
     deadline = time.time() + timing.budget_s
-    worker = Worker(serve, timing)
+    worker = Worker(make, timing)
     try:
-        yield worker.ask(RATES)
+        rates = worker.ask("rates")
+        yield rates
         for trial in trials:
             about = {
                 "name": trial.name,
                 "case": asdict(trial.case),
-                "keys": trial.case.keys,
                 "candidate": trial.candidate,
                 "ours": trial.candidate in OURS,
                 "direction": trial.direction,
             }
             if time.time() > deadline:
-                yield {**about, **left_out("the time of the whole run was over")}
+                reason = "the time of the whole run was over"
+                yield {**about, "status": "left out", "reason": reason}
                 continue
-            worker = worker if worker.is_ready else Worker(serve, timing)
             try:
-                yield {**about, **worker.ask(trial)}
+                yield {**about, **with_rates(trial, worker.ask("record", trial), rates)}
             except RunError as error:
-                yield {**about, **failed(str(error))}
+                yield {**about, "status": "failed", "reason": str(error)}
+                continue
+            try:
+                worker.ask("tidy")
+            except (RunError, RuntimeError):  # CUDA does nothing more in this process
+                worker.end()
     finally:
         worker.end()
 
 
-def with_rates(record: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
+def with_rates(trial: Trial, record: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
     """A record with what its time means.
 
     Adds, where there is a time, ``flops`` and ``memory_bytes`` (`ds_lvx.plan.roofline`),
@@ -106,7 +178,7 @@ def with_rates(record: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str,
     """
     if record["status"] != "ok":
         return dict(record)
-    work = KernelCase(**record["case"]).work(record["direction"])
+    work = trial.case.work(trial.direction)
     seconds = record["device_s"]["median"]
     reached = MeasuredRates(rates["matrix_flops"], rates["memory_bytes_per_s"])
     least = floor(work, reached)
@@ -122,37 +194,6 @@ def with_rates(record: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str,
     }
 
 
-def comparisons(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Ours against the best of the others, by case and direction, by medians.
-
-    ``best_peer`` and ``best`` are ``[name, seconds]`` or None; ``times_best_peer`` is how many
-    times as fast as the best peer each of ours is; ``auto_over_best`` how much longer ``auto``
-    takes than the best of all, as a share.
-    """
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for record in records:
-        case = KernelCase(**record["case"]).name
-        groups.setdefault((case, record["direction"]), []).append(record)
-    found = []
-    for (case, direction), group in groups.items():
-        times = {r["candidate"]: r["device_s"]["median"] for r in group if r["status"] == "ok"}
-        peers = {name: seconds for name, seconds in times.items() if name not in OURS}
-        best, best_peer = _least(times), _least(peers)
-        ratios = {name: best_peer[1] / times[name] for name in OURS if name in times and best_peer}
-        auto = times.get("auto")
-        found.append(
-            {
-                "case": case,
-                "direction": direction,
-                "best_peer": best_peer,
-                "best": best,
-                "times_best_peer": ratios,
-                "auto_over_best": None if auto is None or best is None else auto / best[1] - 1.0,
-            }
-        )
-    return found
-
-
 def faults(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of ours that are wrong or fail, for another reason than too little memory."""
     return [
@@ -162,7 +203,3 @@ def faults(records: Sequence[Mapping[str, Any]]) -> list[str]:
         and record["status"] in ("wrong", "failed")
         and "OutOfMemoryError" not in record["reason"]
     ]
-
-
-def _least(times: Mapping[str, float]) -> tuple[str, float] | None:
-    return min(times.items(), key=lambda pair: pair[1], default=None)

@@ -1,4 +1,4 @@
-"""One attention by each method: by its public function, or with a kernel that notes its calls.
+"""One attention by each method, with a kernel that may note its calls.
 
 All that a comparison needs of `ds_lvx.attention` and of kernels is here.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-import ds_lvx
 from ds_lvx.attention import recompute
 from ds_lvx.attention.call import Call, settle
 from ds_lvx.attention.common import LocalAttention
@@ -22,10 +21,10 @@ from ds_lvx.compare.operators.tensors import Shards
 from ds_lvx.config import registry
 from ds_lvx.distributed.bundles import Spec
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.interface import Kernel
 from ds_lvx.kernels.rule import Rule
 
+_OPERATIONS = {"lvx": "lv_xattn", "ring": "ring_attention", "ulysses": "ulysses_attention"}
 _NOTED = ("forward", "fold", "backward")
 
 
@@ -82,56 +81,43 @@ def recomputes(method: str, recompute_kv: bool) -> bool:
     return recompute_kv and METHODS[method][0] == "lvx"
 
 
-def attend(method: str, shards: Shards, *, kernel: str, recompute_kv: bool) -> Tensor:
-    """The output by the public function of a method; on every rank, but for ``none``."""
-    name, schedule = METHODS[method]
-    if name == "none":
-        return settled(method, shards, kernel_for(kernel, shards.q), recompute_kv=recompute_kv)[0]
-    seen: dict[str, Any] = {"visibility": shards.visibility, "kernel": kernel}
-    if recomputes(method, recompute_kv):
-        features = shards.keys["features"]
-        return ds_lvx.lv_xattn_recompute(
-            shards.q, features, shards.project, schedule=str(schedule), **seen
-        )
-    tensors = (shards.q, *shards.k_and_v())
-    if name == "lvx":
-        return ds_lvx.lv_xattn(*tensors, schedule=str(schedule), **seen)
-    function = ds_lvx.ring_attention if name == "ring" else ds_lvx.ulysses_attention
-    return function(*tensors, **seen)
-
-
-def settled(
+def attend(
     method: str, shards: Shards, kernel: Any, *, recompute_kv: bool
 ) -> tuple[Tensor, str | None]:
-    """The same by the inner function, with a kernel of one's own; and the schedule of lvx."""
-    name, _ = METHODS[method]
+    """The output by a method, as its public function makes it, and the schedule that lvx took.
+
+    Args:
+        method: one of `harness.METHODS`; on every rank, but for ``none``.
+        shards: this rank's; for ``none`` the whole sequence.
+        kernel: a `Kernel`, or a `NotingKernel`.
+        recompute_kv: where the method can.
+
+    Collectives: the method's, and one agreement.
+    """
+    name, schedule = METHODS[method]
     if name == "none":
-        call = _alone(shards, kernel)
-        return LocalAttention.apply(call, shards.q, *shards.k_and_v())[0], None
-    if recomputes(method, recompute_kv):
-        features = shards.keys["features"]
-        call = _call(method, shards, {"features": features}, kernel)
-        found = recompute.attend_recompute(call, shards.q, features, shards.project)
-        return found[0], call.schedule
-    k, v = shards.k_and_v()
-    call = _call(method, shards, {"k": k, "v": v}, kernel)
-    entry = registry.METHODS[name]
-    out: Tensor = entry.load()(call, shards.q, k, v)[0]
-    return out, call.schedule if entry.has_schedules else None
-
-
-def _call(method: str, shards: Shards, keys: dict[str, Tensor], kernel: Any) -> Call:
+        return LocalAttention.apply(_alone(shards, kernel), shards.q, *shards.k_and_v())[0], None
+    again = recomputes(method, recompute_kv)
+    if again:
+        keys = {"features": shards.keys["features"]}
+    else:
+        keys = dict(zip("kv", shards.k_and_v(), strict=True))
     call = settle(
-        "compare",
+        _OPERATIONS.get(name, name),
         shards.q,
         keys,
         group=None,
         visibility=shards.visibility,
         softmax_scale=None,
         kernel=kernel.name,
-        schedule=METHODS[method][1],
+        schedule=schedule,
     )
-    return replace(call, kernel=kernel)
+    call = replace(call, kernel=kernel)
+    if again:
+        out, _ = recompute.attend_recompute(call, shards.q, keys["features"], shards.project)
+    else:
+        out = registry.METHODS[name].load()(call, shards.q, keys["k"], keys["v"])[0]
+    return out, None if schedule is None else call.schedule
 
 
 def _alone(shards: Shards, kernel: Any) -> Call:

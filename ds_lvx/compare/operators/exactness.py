@@ -73,7 +73,7 @@ def differences(
     found = []
     for (one, own), (other, others) in itertools.combinations(results.items(), 2):
         for tensor in (name for name in own if name in others and own[name].numel()):
-            error, index = _largest(own[tensor], others[tensor])
+            error, index = largest(own[tensor], others[tensor])
             values = own[tensor][index].item(), others[tensor][index].item()
             found.append(
                 Difference(one, other, tensor, error, index, values, TOLERANCES[dtype], rank, shape)
@@ -81,15 +81,18 @@ def differences(
     return found
 
 
-def _largest(one: Tensor, other: Tensor) -> tuple[float, tuple[int, ...]]:
+def largest(one: Tensor, other: Tensor) -> tuple[float, tuple[int, ...]]:
+    """The largest difference, as a share of the largest value of both, and where it is.
+
+    Infinities have to agree; where something else is not a number, the difference is infinite.
+    """
     one, other = one.double(), other.double()
-    difference = (one - other).abs().nan_to_num(nan=math.inf)
+    difference = (one - other).abs().nan_to_num(nan=math.inf).masked_fill(one == other, 0.0)
     index = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
-    scale = max(one.abs().max().item(), other.abs().max().item())
-    largest = difference[index].item()
-    if not math.isfinite(scale) or math.isinf(largest):
-        return math.inf, index
-    return largest / scale if scale else 0.0, index
+    numbers = (t.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for t in (one, other))
+    scale = max(t.abs().max().item() for t in numbers)
+    error = difference[index].item()
+    return error / scale if error and scale else error, index
 
 
 def exact(shape: Shape, *, ranks: int, rank: int, device: torch.device) -> dict[str, Tensor]:

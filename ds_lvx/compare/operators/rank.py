@@ -9,7 +9,8 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -20,14 +21,17 @@ from ds_lvx.compare.fresh import bind
 from ds_lvx.compare.harness import now
 from ds_lvx.compare.network import read_counters
 from ds_lvx.compare.operators import exactness
-from ds_lvx.compare.operators.attend import NotingKernel, attend, recomputes, settled
+from ds_lvx.compare.operators.attend import NotingKernel, attend, recomputes
 from ds_lvx.compare.operators.tensors import Shape, Shards, make_shards
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.pending import without_overlap
 from ds_lvx.distributed.start import init_distributed
-from ds_lvx.distributed.traffic import Traffic, traffic
+from ds_lvx.distributed.traffic import traffic
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.plan.profile import ranks_of_this_node
+
+Seconds: TypeAlias = tuple[float, float]
+"""Of forward and of backward."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,10 @@ def measure(contest: Contest) -> dict[str, Any]:
     world, device = Channel.world(), _device()
     found = check(contest, world, device)
     records = world.agree({"disagree": any(difference.is_too_large for difference in found)})
-    result: dict[str, Any] = {"rank": world.rank, "differences": [asdict(d) for d in found]}
+    differences = [asdict(difference) for difference in found]
+    result: dict[str, Any] = {"rank": world.rank, "differences": differences, "methods": {}}
     if any(record["disagree"] for record in records):
-        return {**result, "methods": {}}
+        return result
     turns = _turns(contest, contest.shape, world, device)
     with nullcontext() if contest.overlap else without_overlap():
         rounds = [
@@ -88,27 +93,21 @@ def measure(contest: Contest) -> dict[str, Any]:
             for _ in range(contest.warmup + contest.repeats)
         ][contest.warmup :]
         counted = {method: turn.counted() for method, turn in turns.items()}
-    result["methods"] = {
-        method: {
-            **{
-                part: _seconds([each[method][place] for each in rounds])
-                for place, part in enumerate(("step", "kernels"))
-            },
-            "schedule": turn.schedule,
-            **counted[method],
-        }
-        for method, turn in turns.items()
-        if turn.takes_part
-    }
+    for method, turn in turns.items():
+        if turn.takes_part:
+            steps, kernels = zip(*(each[method] for each in rounds), strict=True)
+            result["methods"][method] = {
+                "step": _columns(steps),
+                "kernels": _columns(kernels),
+                "schedule": turn.schedule,
+                **counted[method],
+            }
     return result
 
 
-def _seconds(steps: Sequence[Sequence[float]]) -> dict[str, list[float]]:
-    """Of each step's begin, end of forward, and end."""
-    return {
-        "forward_s": [middle - begin for begin, middle, _ in steps],
-        "backward_s": [end - middle for _, middle, end in steps],
-    }
+def _columns(pairs: Sequence[Seconds]) -> dict[str, list[float]]:
+    forward_s, backward_s = map(list, zip(*pairs, strict=True))
+    return {"forward_s": forward_s, "backward_s": backward_s}
 
 
 def check(contest: Contest, world: Channel, device: torch.device) -> list[exactness.Difference]:
@@ -139,7 +138,7 @@ def _turns(contest: Contest, shape: Shape, world: Channel, device: torch.device)
 
 
 class Turn:
-    """A method on this rank's tensors. Moments are those of a step's begin, end of forward, end.
+    """A method on this rank's tensors.
 
     Args:
         method: one of `harness.METHODS`.
@@ -148,55 +147,63 @@ class Turn:
         world: all ranks.
 
     Attributes:
-        takes_part: whether this rank has anything to do; else it waits, and all moments are one.
+        takes_part: whether this rank has anything to do; else it waits, and takes no seconds.
         schedule: of lvx, not ``auto`` any more; known after the first `kernels`.
     """
 
     def __init__(self, method: str, contest: Contest, shards: Shards, world: Channel) -> None:
-        self.method = method
         self.takes_part = method != "none" or world.rank == 0
         self.schedule: str | None = None
         self._shards = shards
         self._world = world
-        self._recompute_kv = contest.recompute
-        self._kernel = contest.kernel
+        self._again = shards.is_projected and recomputes(method, contest.recompute)
+        self._attend = partial(attend, method, shards, recompute_kv=contest.recompute)
+        self._kernel = kernel_for(contest.kernel, shards.q)
         self._noted: tuple[NotingKernel, int] | None = None
 
     def results(self) -> dict[str, Tensor]:
         """This rank's output and gradients."""
-        return self._shards.results(self._attend())
+        return self._shards.results(self._attend(self._kernel)[0])
 
-    def step(self) -> list[float]:
-        """The moments of one step, begun on all ranks together."""
+    def step(self) -> Seconds:
+        """Forward and backward of one step, begun on all ranks together."""
         begin = self._meet()
         if not self.takes_part:
-            return [begin] * 3
-        out = self._attend()
+            return 0.0, 0.0
+        out, _ = self._attend(self._kernel)
         middle = now()
         out.backward(self._shards.dout)
         end = now()
         self._shards.clear()
-        return [begin, middle, end]
+        return middle - begin, end - middle
 
-    def kernels(self) -> list[float]:
-        """The moments of the step's kernels and projections alone, begun on all ranks together."""
-        noting, in_forward = self._note() if self.takes_part else (None, 0)
-        projected = None
+    def kernels(self) -> Seconds:
+        """The step's kernels and projections alone, begun on all ranks together."""
+        if self.takes_part and self._noted is None:
+            self._noted = self._note()
         begin = self._meet()
-        if noting is None:
-            return [begin] * 3
-        if self._shards.is_projected:
-            projected = self._shards.k_and_v()
+        if self._noted is None:
+            return 0.0, 0.0
+        noting, in_forward = self._noted
+        projected = self._shards.k_and_v() if self._shards.is_projected else None
         noting.repeat(0, in_forward)
         middle = now()
         noting.repeat(in_forward)
         if projected is not None:
-            if recomputes(self.method, self._recompute_kv):
+            if self._again:
                 projected = self._shards.k_and_v()
             torch.autograd.backward(projected, [k.detach() for k in projected])
         end = now()
         self._shards.clear()
-        return [begin, middle, end]
+        return middle - begin, end - middle
+
+    def _note(self) -> tuple[NotingKernel, int]:
+        """A kernel that has noted a step, and how many of its calls are forward's."""
+        noting = NotingKernel(self._kernel)
+        out, self.schedule = self._attend(noting)
+        in_forward = len(noting.calls)
+        self._shards.results(out)
+        return noting, in_forward
 
     def counted(self) -> dict[str, Any]:
         """One step's bytes, as `ds_lvx.traffic` and as the interface count them.
@@ -204,51 +211,37 @@ class Turn:
         What TCP sends again is no traffic of the method: a step with such is counted anew, three
         times at most.
         """
-        for _ in range(3):
-            record, sent_again = self._counted_once()
-            if not any(answer["again"] for answer in self._world.agree({"again": sent_again})):
-                break
-        return record
-
-    def _counted_once(self) -> tuple[dict[str, Any], int]:
-        """The record, and how many segments TCP sent again."""
         # Ranks that share an interface cannot tell whose bytes they were.
         alone = ranks_of_this_node() == 1
         interface = os.environ.get("GLOO_SOCKET_IFNAME", "") if alone else ""
-        self._meet()
-        before = read_counters(interface)
-        with traffic() as sent:
-            self.step()
+        for _ in range(3):
             self._meet()
-        after = read_counters(interface)
-        if before is None or after is None:
-            return {"traffic": _record(sent), "interface": None}, 0
-        counters = after.since(before)
-        carried = {**asdict(counters), "sent_payload_bytes": counters.sent_payload_bytes}
-        return {"traffic": _record(sent), "interface": carried}, counters.segments_sent_again
+            before = read_counters(interface)
+            with traffic() as sent:
+                self.step()
+                self._meet()
+            after = read_counters(interface)
+            carried = None if before is None or after is None else after.since(before)
+            again = 0 if carried is None else carried.segments_sent_again
+            if not any(answer["again"] for answer in self._world.agree({"again": again})):
+                break
+        return {
+            "traffic": {
+                "bytes_sent": sent.bytes_sent,
+                "calls": sent.calls,
+                "per_collective": {name: asdict(own) for name, own in sent.per_collective.items()},
+                "control_bytes": sent.control.bytes_sent,
+            },
+            "interface": None
+            if carried is None
+            else {**carried._asdict(), "sent_payload_bytes": carried.sent_payload_bytes},
+        }
 
     def _meet(self) -> float:
         """A barrier; the time after it."""
         get_accelerator().synchronize()
         self._world.barrier()
         return now()
-
-    def _attend(self) -> Tensor:
-        return attend(
-            self.method, self._shards, kernel=self._kernel, recompute_kv=self._recompute_kv
-        )
-
-    def _note(self) -> tuple[NotingKernel, int]:
-        """The kernel that has noted a step, and how many of its calls are forward's."""
-        if self._noted is None:
-            kernel = NotingKernel(kernel_for(self._kernel, self._shards.q))
-            out, self.schedule = settled(
-                self.method, self._shards, kernel, recompute_kv=self._recompute_kv
-            )
-            in_forward = len(kernel.calls)
-            self._shards.results(out)
-            self._noted = kernel, in_forward
-        return self._noted
 
 
 def _device() -> torch.device:
@@ -257,12 +250,3 @@ def _device() -> torch.device:
         return torch.device("cpu")
     accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(accelerator.current_device_name())
-
-
-def _record(sent: Traffic) -> dict[str, Any]:
-    return {
-        "bytes_sent": sent.bytes_sent,
-        "calls": sent.calls,
-        "per_collective": {name: asdict(own) for name, own in sent.per_collective.items()},
-        "control_bytes": sent.control.bytes_sent,
-    }

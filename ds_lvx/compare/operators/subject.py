@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ds_lvx.compare.document import Results, columns, times
+from ds_lvx.compare.document import Cells, Results, columns, times
 from ds_lvx.compare.harness import slowest, spread
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
@@ -73,19 +73,19 @@ def check(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         DisagreementError: one is too large.
     """
     found = [Difference(**record) for answer in answers for record in answer["differences"]]
-    bad = sorted((d for d in found if d.is_too_large), key=lambda d: -d.error)
+    found.sort(key=lambda difference: -difference.error)
+    bad = [difference for difference in found if difference.is_too_large]
     if bad:
         lines = "\n".join(f"  {difference}" for difference in bad)
         raise DisagreementError(
             f"the methods disagree; nothing was timed. The largest first:\n{lines}"
         )
     about = ("shape", "one", "other", "tensor", "error", "tolerance")
-    largest: dict[tuple[str, ...], Difference] = {}
+    largest: dict[tuple[str, ...], dict[str, Any]] = {}
     for own in found:
-        kept = largest.setdefault((own.shape, own.one, own.other, own.tensor), own)
-        if kept.error < own.error:
-            largest[own.shape, own.one, own.other, own.tensor] = own
-    return [{name: getattr(own, name) for name in about} for own in largest.values()]
+        record = {name: getattr(own, name) for name in about}
+        largest.setdefault((own.shape, own.one, own.other, own.tensor), record)
+    return list(largest.values())
 
 
 def records(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -95,31 +95,31 @@ def records(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         ranks = [answer["methods"][method] for answer in answers if method in answer["methods"]]
         record = {
             "method": method,
-            "step_s": spread(slowest(*(_sum(rank["step"]) for rank in ranks))),
-            "forward_s": spread(slowest(*(rank["step"]["forward_s"] for rank in ranks))),
-            "backward_s": spread(slowest(*(rank["step"]["backward_s"] for rank in ranks))),
-            "kernels_s": spread(slowest(*(_sum(rank["kernels"]) for rank in ranks))),
+            "step_s": _slowest(ranks, "step", "forward_s", "backward_s"),
+            "forward_s": _slowest(ranks, "step", "forward_s"),
+            "backward_s": _slowest(ranks, "step", "backward_s"),
+            "kernels_s": _slowest(ranks, "kernels", "forward_s", "backward_s"),
             "bytes_sent": max(rank["traffic"]["bytes_sent"] for rank in ranks),
             "messages": max(rank["traffic"]["calls"] for rank in ranks),
             "interface_over_traffic": _interface_over_traffic(ranks),
             "ranks": ranks,
         }
         step_s, kernels_s = record["step_s"]["median"], record["kernels_s"]["median"]
-        record["exposed_s"] = step_s - kernels_s
-        record["step_over_kernels"] = step_s / kernels_s
+        record |= {"exposed_s": step_s - kernels_s, "step_over_kernels": step_s / kernels_s}
         found.append(record)
     medians = {record["method"]: record["step_s"]["median"] for record in found}
-    for record in found:
-        own = record["step_s"]["median"]
+    for method, record in zip(medians, found, strict=True):
         record["times_faster_than"] = {
-            peer: seconds / own for peer, seconds in medians.items() if peer != record["method"]
+            peer: seconds / medians[method] for peer, seconds in medians.items() if peer != method
         }
     return found
 
 
-def _sum(part: Mapping[str, Sequence[float]]) -> list[float]:
-    pairs = zip(part["forward_s"], part["backward_s"], strict=True)
-    return [forward + backward for forward, backward in pairs]
+def _slowest(ranks: Sequence[Mapping[str, Any]], part: str, *names: str) -> dict[str, Any]:
+    """Seconds of a part of each step on the rank that took longest."""
+    parts = (zip(*(rank[part][name] for name in names), strict=True) for rank in ranks)
+    columns = ([sum(seconds) for seconds in steps] for steps in parts)
+    return spread(slowest(*columns))
 
 
 def _interface_over_traffic(ranks: Sequence[Mapping[str, Any]]) -> float | None:
@@ -166,23 +166,20 @@ def text(results: Results) -> str:
     """What was compared on what, and a line a method. Ratios are rounded to our disadvantage."""
 
     def faster(peer: str) -> Callable[[Any], str]:
-        def cell(record: Mapping[str, Any]) -> str:
-            ratio = record["times_faster_than"].get(peer)
-            return times(ratio, 2 if ratio is None or ratio < 10 else 1)
+        return lambda record: _ratio(record["times_faster_than"].get(peer))
 
-        return cell
+    def label(record: Mapping[str, Any]) -> str:
+        method: str = record["method"]
+        return method + f" ({record['ranks'][0]['schedule']})" * (method == "lvx-auto")
 
-    def seconds(column: str) -> Callable[[Any], str]:
-        return lambda record: _seconds(record[column]["median"])
-
-    cells: dict[str, Callable[[Any], str]] = {
-        "method": _label,
-        "forward, s": seconds("forward_s"),
-        "backward, s": seconds("backward_s"),
+    cells: Cells = {
+        "method": label,
+        "forward, s": lambda record: _seconds(record["forward_s"]["median"]),
+        "backward, s": lambda record: _seconds(record["backward_s"]["median"]),
         "step, s (p10 to p90)": lambda record: "{} ({} to {})".format(
             *(_seconds(record["step_s"][each]) for each in ("median", "p10", "p90"))
         ),
-        "kernels alone, s": seconds("kernels_s"),
+        "kernels alone, s": lambda record: _seconds(record["kernels_s"]["median"]),
         "step / kernels": lambda record: (
             f"{math.ceil(record['step_over_kernels'] * 100) / 100:.2f}"
         ),
@@ -221,9 +218,8 @@ def title(results: Results) -> str:
     return ", ".join(words)
 
 
-def _label(record: Mapping[str, Any]) -> str:
-    schedule = record["ranks"][0]["schedule"]
-    return f"lvx-auto ({schedule})" if record["method"] == "lvx-auto" else str(record["method"])
+def _ratio(ratio: float | None) -> str:
+    return times(ratio, 2 if ratio is None or ratio < 10 else 1)
 
 
 def _seconds(value: float) -> str:
@@ -257,8 +253,7 @@ def draw(results: Results) -> Any:
     peer = "ring" if "ring" in names else slow
     ratios = [record["times_faster_than"].get(peer, 1.0) for record in found]
     bars = right.barh(places, ratios, color=own)
-    labels = [f"{times(ratio, 2 if ratio < 10 else 1)} x" for ratio in ratios]
-    right.bar_label(bars, labels, padding=3, fontsize=8)
+    right.bar_label(bars, [f"{_ratio(ratio)} x" for ratio in ratios], padding=3, fontsize=8)
     right.set_xlim(0, 1.2 * max(ratios))
     right.set_xlabel(f"times faster than {peer}")
     return figure

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ DTYPES = {
 VISIBILITIES = ("all", "causal", "frames")
 FRAMES = 16
 FRAMES_SEEN = 4
+Rows = TypeVar("Rows", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,11 @@ def _indices(lengths: Sequence[int], shards: Sequence[int], device: torch.device
     return torch.cat([parts[shard] for shard in shards])
 
 
+def first_frame(row: Rows, seqlen_q: int) -> Rows:
+    """The first of the frames that a query sees, by `Shape.visibility`: later for later ones."""
+    return row * (FRAMES - FRAMES_SEEN) // max(seqlen_q - 1, 1)
+
+
 def _visibility(shape: Shape, rows: Tensor, keys: Tensor) -> Visibility | None:
     if shape.visibility == "all":
         return None
@@ -196,7 +203,7 @@ def _visibility(shape: Shape, rows: Tensor, keys: Tensor) -> Visibility | None:
         start, end = torch.zeros_like(rows), (rows + 1) * shape.seqlen_kv // shape.seqlen_q
         position = keys
     else:
-        start = rows * (FRAMES - FRAMES_SEEN) // max(shape.seqlen_q - 1, 1)
+        start = first_frame(rows, shape.seqlen_q)
         end, position = start + FRAMES_SEEN, keys * FRAMES // shape.seqlen_kv
     parts = (part.to(torch.int32).repeat(shape.batch, 1) for part in (start, end, position))
     return Visibility(*parts)

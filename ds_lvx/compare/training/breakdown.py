@@ -12,17 +12,20 @@ A checkpointed layer that runs again in backward is told by its modules' hooks, 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from ds_lvx.compare.training.marks import Marks, marks
+from ds_lvx.compare.case import Regions, part_of
 from ds_lvx.compare.training.zero_transfers import ZERO, zero_watched
 from ds_lvx.distributed.pending import Transfer, watching
 
@@ -32,30 +35,48 @@ EXPOSED = tuple(f"exposed_{where}" for where in ("cross_attention", "text", "zer
 COLUMNS = (*PARTS, *EXPOSED)
 """Parts of a phase: computing in a part of the model; waiting in one, or for ZeRO's transfers."""
 
-Regions: TypeAlias = Mapping[str, str]
-"""Part of the model, by a regular expression for the whole name of a module."""
-
 
 @dataclass
 class Breakdown:
     """One step of one rank, in seconds.
 
     Attributes:
-        whole_s: the step by a clock of its own; set by whoever timed it.
         parts_s: phase -> `COLUMNS` -> seconds; they add up to the step.
         hidden_s: phase -> seconds in which a transfer was under way while the rank did something
             else. A transfer counts from its start until its result has arrived and been asked for,
             so this is the most that it can have hidden.
     """
 
-    whole_s: float = 0.0
     parts_s: dict[str, dict[str, float]] = field(default_factory=dict)
     hidden_s: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def sum_s(self) -> float:
-        """All parts together."""
-        return sum(sum(columns.values()) for columns in self.parts_s.values())
+
+class Marks:
+    """The moments of one step, by number: events on CUDA's current stream, else a clock's readings.
+
+    On CUDA the host is far ahead of the device, so its own clock would tell nothing.
+    """
+
+    def __init__(self) -> None:
+        self._on_cuda = get_accelerator().device_name() == "cuda"
+        self._moments: list[Any] = []
+
+    def mark(self) -> int:
+        """Note this moment; returns its number, from 0."""
+        if self._on_cuda:
+            self._moments.append(torch.cuda.Event(enable_timing=True))
+            self._moments[-1].record()
+        else:
+            self._moments.append(time.perf_counter())
+        return len(self._moments) - 1
+
+    def read(self) -> list[float]:
+        """Seconds of every moment since moment 0, by number; the step is over."""
+        first = self._moments[0]
+        if not self._on_cuda:
+            return [moment - first for moment in self._moments]
+        torch.cuda.synchronize()
+        return [first.elapsed_time(event) / 1e3 for event in self._moments]
 
 
 class Parts:
@@ -65,39 +86,30 @@ class Parts:
         model: with its hooks for ``regions`` until `remove`.
         regions: which modules are which part; a module in none belongs to its nearest ancestor in
             one, and to ``"rest"`` where there is none.
-        timing: opens the marks of a step.
+        marks: makes the marks of a step; a test may give others.
 
     Raises:
         ValueError: the model has none of these modules.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        regions: Regions,
-        *,
-        timing: Callable[[], AbstractContextManager[Marks]] = marks,
+        self, model: nn.Module, regions: Regions, *, marks: Callable[[], Any] = Marks
     ) -> None:
-        self._timing = timing
-        self._marks: Marks | None = None
+        self._new_marks = marks
+        self._marks: Any = None
         self._changes: list[tuple[int, str, str]] = []
         self._phase = self._part = ""
         self._outer: list[str] = []
         self._handles: list[Any] = []
-        of_module = {
-            name: part
-            for name, _ in model.named_modules()
-            for pattern, part in regions.items()
-            if re.fullmatch(pattern, name)
-        }
-        if not of_module:
+        for name, module in model.named_modules():
+            if any(re.fullmatch(pattern, name) for pattern in regions):
+                around = part_of(name.rpartition(".")[0], regions)
+                self._follow(module, str(part_of(name, regions)), around=around or "rest")
+        if not self._handles:
             raise ValueError(
                 f"got a {type(model).__name__} without a module named like {list(regions)}; pass "
                 "regions with the names of its vision, text and cross-attention modules"
             )
-        for name, module in model.named_modules():
-            if name in of_module:
-                self._follow(module, of_module[name], around=_parent(name, of_module))
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -110,22 +122,18 @@ class Parts:
         """Record the step that runs inside; the `Breakdown` is filled in at the end."""
         result = Breakdown()
         transfers: list[Transfer] = []
-        changes: list[tuple[int, str, str]] = []
-        self._changes = changes
+        changes = self._changes = []
         self._outer, self._phase, self._part = [], "", ""
-        with self._timing() as found:
-            self._marks, clock = found, partial(_now, found)
-            try:
-                with (
-                    watching(transfers.append, clock=clock),
-                    zero_watched(transfers.append, clock=clock),
-                ):
-                    self._change(PHASES[0], "rest")
-                    yield result
-                    end = found.mark()
-            finally:
-                self._marks = None
-        times = found.read()
+        marks = self._marks = self._new_marks()
+        watch: dict[str, Any] = {"observer": transfers.append, "clock": marks.mark}
+        try:
+            with watching(**watch), zero_watched(**watch):
+                self._change(PHASES[0], "rest")
+                yield result
+                end = marks.mark()
+        finally:
+            self._marks = None
+        times = marks.read()
         moments = [(times[mark], phase, part) for mark, phase, part in changes]
         filled = broken_down(moments, times[end], [_at(times, t) for t in transfers])
         result.parts_s, result.hidden_s = filled.parts_s, filled.hidden_s
@@ -180,22 +188,10 @@ class Parts:
             self._changes.append((self._marks.mark(), phase, part))
 
 
-def _now(of: Marks) -> float:
-    return float(of.mark())
-
-
 def _at(times: Sequence[float], transfer: Transfer) -> Transfer:
     """A transfer whose times were numbers of marks, in seconds."""
     numbers = (transfer.started_s, transfer.waited_s, transfer.done_s)
     return Transfer(transfer.collective, *(times[int(number)] for number in numbers))
-
-
-def _parent(name: str, parts: Mapping[str, str]) -> str:
-    while name:
-        name = name.rpartition(".")[0]
-        if name in parts:
-            return parts[name]
-    return "rest"
 
 
 def _first_tensor(output: Any) -> Any:

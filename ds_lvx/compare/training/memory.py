@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ds_lvx.compare.case import Case, ds_config
-from ds_lvx.compare.document import Results, columns, percentiles
+from ds_lvx.compare.document import Cells, Results, columns, percentiles
 from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
 from ds_lvx.compare.peak import PROMPT_FREEING
 from ds_lvx.compare.training.rank import Load, weigh
@@ -45,7 +45,7 @@ class Scales:
     """How the settings are measured.
 
     Attributes:
-        case: what is trained; its ``features`` are set by each measurement.
+        case: what is trained.
         ranks: that share the sample; each is a process.
         frames: the smallest visual input of a rank, at which step times are compared.
         steps: measured at that size; one at others.
@@ -60,17 +60,29 @@ class Scales:
     budget_bytes: int = GIB
     threads: int = 1
 
-    def run(self, setting: Setting, case: Case, *, frames: int, timed: bool = False) -> Any:
+    @property
+    def on_cuda(self) -> bool:
+        """Where: else on a CPU."""
+        return torch.cuda.is_available()
+
+    def run(self, setting: Setting, *, frames: int, timed: bool = False) -> dict[str, Any]:
         """One run: each rank's samples, and the rank that needs most.
 
         A run for times warms up at full size. One for bytes does not: what malloc has left over
         from a step of the same size would count as there before.
         """
         warm_up_frames, steps = (frames, self.steps) if timed else (1, 1)
-        load = Load(case, setting, frames=frames, warm_up_frames=warm_up_frames, steps=steps)
-        ranks = on_ranks(weigh, load, _where(self.ranks, self.threads))
+        load = Load(self.case, setting, frames=frames, warm_up_frames=warm_up_frames, steps=steps)
+        where = Ranks(
+            self.ranks,
+            self.threads,
+            "cuda" if self.on_cuda else "cpu",
+            timeout_s=_TIMEOUT_S,
+            environment=PROMPT_FREEING,
+        )
+        ranks = on_ranks(weigh, load, where)
         return {
-            "tokens": frames * case.frame_tokens,
+            "tokens": frames * self.case.frame_tokens,
             **{
                 name: max(statistics.median(rank[name]) for rank in ranks)
                 for name in ("kept_bytes", "peak_bytes")
@@ -78,13 +90,21 @@ class Scales:
             **{
                 name: slowest(*(rank[name] for rank in ranks)) for name in ("step_s", "processor_s")
             },
+            "load_average": os.getloadavg(),
             "ranks": ranks,
         }
 
+    def largest(self, setting: Setting, runs: Sequence[Mapping[str, Any]]) -> int:
+        """Frames that fill the budget, from smaller runs and the bytes a token by the formula."""
+        slope, intercept = _line(runs, "peak_bytes")
+        # Where sizes are too small for a slope, the formula keeps the run from being endless.
+        cost = max(slope, self.cost(setting))
+        return max(int((self.budget_bytes - intercept) / cost / self.case.frame_tokens), 1)
 
-def _where(count: int, threads: int) -> Ranks:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Ranks(count, threads, device, timeout_s=_TIMEOUT_S, environment=PROMPT_FREEING)
+    def cost(self, setting: Setting) -> float:
+        """Bytes a token by the formula."""
+        predicted = predict(setting, self.case, ranks=self.ranks, cuda=self.on_cuda)
+        return predicted["peak_bytes_per_token"]
 
 
 def settings(chunk_tokens: int) -> dict[str, Setting]:
@@ -106,104 +126,66 @@ def settings(chunk_tokens: int) -> dict[str, Setting]:
     }
 
 
-def time_steps(setting: Setting, scales: Scales, *, features: str) -> dict[str, Any]:
-    """Step times of one setting at the smallest size; see `measure`."""
-    case = replace(scales.case, features=features)
-    timed = scales.run(setting, case, frames=scales.frames, timed=True)
-    return {**timed, "load_average": os.getloadavg()}
-
-
 def measure(
-    name: str,
-    setting: Setting,
-    scales: Scales,
-    *,
-    features: str,
-    timed: Mapping[str, Any],
-    say: Callable[[str], None] = print,
+    name: str, setting: Setting, scales: Scales, *, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Measure one setting: bytes at three sizes, the last as large as fits.
+    """Measure one setting: step times at the smallest size, bytes at three, the last as fits.
 
     Args:
         name: of the setting.
         setting: how the cross-attention layers run.
-        scales: sizes and steps.
-        features: ``"trained"`` or ``"frozen"``: whether they want a gradient.
-        timed: what `time_steps` measured; neighbours disturb times and not bytes, so that all
-            settings are timed before any of these long runs.
+        scales: sizes and steps; the case's ``features`` say whether they want a gradient.
         say: gets a line about every run.
 
     Returns:
         A record for the JSON: the ds_config, predicted and measured bytes a token, every sample.
     """
-    case = replace(scales.case, features=features)
-    say(f"{name}, features {features}: {timed['step_s'][-1]:.1f} s a step")
-    first, second, third = (2, 3, 4) if _cost(setting, case, scales) > HEAVY_BYTES else (3, 6, 9)
-    runs = [scales.run(setting, case, frames=size * scales.frames) for size in (first, second)]
-    frames = third * scales.frames
-    if scales.budget_bytes > 0:
-        frames = _frames_that_fit(runs, setting, case, scales)
-    runs.append(scales.run(setting, case, frames=frames))
-    record = {
+    case = scales.case
+    timed = scales.run(setting, frames=scales.frames, timed=True)
+    say(f"{name}, features {case.features}: {timed['step_s'][-1]:.1f} s a step")
+    first, second, third = (2, 3, 4) if scales.cost(setting) > HEAVY_BYTES else (3, 6, 9)
+    record: dict[str, Any] = {
         "name": name,
-        "features": features,
+        "features": case.features,
         "setting": asdict(setting),
         "case": asdict(case),
         "ds_config": ds_config(setting, case, ranks=scales.ranks),
         "budget_bytes": scales.budget_bytes,
         "environment_of_the_ranks": PROMPT_FREEING,
         "timed": timed,
-        "runs": runs,
+        "runs": [scales.run(setting, frames=size * scales.frames) for size in (first, second)],
     }
-    record |= compared(record, ranks=scales.ranks, cuda=torch.cuda.is_available())
-    say(f"  {record['peak_bytes_per_token']:,.0f} bytes a token; {_said(runs[-1])}")
-    return record
+    if scales.budget_bytes > 0:
+        return enlarge(record, scales, say=say)
+    record["runs"].append(scales.run(setting, frames=third * scales.frames))
+    return record | compared(record, ranks=scales.ranks, cuda=scales.on_cuda)
 
 
 def enlarge(
-    record: Mapping[str, Any], scales: Scales, *, command: str, say: Callable[[str], None] = print
+    record: Mapping[str, Any], scales: Scales, *, say: Callable[[str], None] = print, **about: Any
 ) -> dict[str, Any]:
     """A record with one more run, the largest that the budget allows.
 
     Args:
         record: of `measure`, in the same case and on as many ranks.
         scales: its budget counts.
-        command: that asked for it, for the JSON.
         say: gets a line about the run.
+        about: what else the run's record is to hold.
 
     Returns:
         The record as it would be if the run had been its last from the start.
     """
-    setting, case = Setting(**record["setting"]), Case(**record["case"])
-    frames = _frames_that_fit(record["runs"], setting, case, scales)
-    run = {**scales.run(setting, case, frames=frames), "command": command}
-    say(f"{record['name']}, features {record['features']}: {_said(run)}")
-    larger = {
-        **record,
-        "budget_bytes": scales.budget_bytes,
-        "runs": sorted([*record["runs"], run], key=lambda each: int(each["tokens"])),
-    }
-    return larger | compared(larger, ranks=scales.ranks, cuda=torch.cuda.is_available())
-
-
-def _said(run: Mapping[str, Any]) -> str:
-    gib = run["peak_bytes"] / GIB
-    return f"{run['tokens']:,} tokens: {gib:.3f} GiB, {run['step_s'][-1]:.1f} s"
-
-
-def _cost(setting: Setting, case: Case, scales: Scales) -> float:
-    predicted = predict(setting, case, ranks=scales.ranks, cuda=torch.cuda.is_available())
-    return predicted["peak_bytes_per_token"]
-
-
-def _frames_that_fit(
-    runs: Sequence[Mapping[str, Any]], setting: Setting, case: Case, scales: Scales
-) -> int:
-    """Frames that fill the budget, from smaller runs and the bytes a token by the formula."""
-    slope, intercept = _line(runs, "peak_bytes")
-    # Where sizes are too small for a slope, the formula keeps the run from being endless.
-    cost = max(slope, _cost(setting, case, scales))
-    return max(int((scales.budget_bytes - intercept) / cost / case.frame_tokens), 1)
+    setting = Setting(**record["setting"])
+    frames = scales.largest(setting, record["runs"])
+    run = {**scales.run(setting, frames=frames), **about}
+    runs = sorted([*record["runs"], run], key=lambda each: int(each["tokens"]))
+    larger = {**record, "budget_bytes": scales.budget_bytes, "runs": runs}
+    larger |= compared(larger, ranks=scales.ranks, cuda=scales.on_cuda)
+    say(
+        f"  {larger['peak_bytes_per_token']:,.0f} bytes a token; {run['tokens']:,} tokens: "
+        f"{run['peak_bytes'] / GIB:.3f} GiB, {run['step_s'][-1]:.1f} s"
+    )
+    return larger
 
 
 def _line(runs: Sequence[Mapping[str, Any]], column: str) -> tuple[float, float]:
@@ -251,17 +233,15 @@ def predict(setting: Setting, case: Case, *, ranks: int, cuda: bool) -> dict[str
     }
 
 
-def recomputation(
-    case: Case, scales: Scales, *, checkpointing: bool, rounds: int
-) -> dict[str, Any]:
+def recomputation(scales: Scales, *, checkpointing: bool, rounds: int) -> dict[str, Any]:
     """Times of a whole step, in the proportions of a real model, with and without `recompute_kv`.
 
     In a step K and V of the cross-attention are a small part: the vision tower, the projector and
     the text's own layers take their time too.
 
     Args:
-        case: what is trained; its ``features`` say whether the vision tower is.
-        scales: one process, frames, and steps in each process after one to warm up.
+        scales: one process, frames, and steps in each process after one to warm up; the case's
+            ``features`` say whether the vision tower is trained.
         checkpointing: of the layers, without and with recomputation.
         rounds: processes for each, in turns, so that both see the same neighbours.
 
@@ -269,17 +249,15 @@ def recomputation(
         A record for the JSON; ``recomputation_costs`` are shares of the step without it, in wall
         time and in processor time.
     """
-    pair = {"kept": Setting(checkpointing=checkpointing)}
-    pair["recomputed"] = replace(pair["kept"], recompute_kv=True)
+    kept, case = Setting(checkpointing=checkpointing), scales.case
+    pair = {"kept": kept, "recomputed": replace(kept, recompute_kv=True)}
     runs: dict[str, list[Any]] = {name: [] for name in pair}
     for _ in range(rounds):
         for name, setting in pair.items():
-            run = scales.run(setting, case, frames=scales.frames, timed=True)
-            runs[name] += run["ranks"]
+            runs[name] += scales.run(setting, frames=scales.frames, timed=True)["ranks"]
     seconds = {
         column: {
-            name: spread([each for run in own for each in run[column]])
-            for name, own in runs.items()
+            name: spread([s for run in own for s in run[column]]) for name, own in runs.items()
         }
         for column in ("step_s", "processor_s")
     }
@@ -319,17 +297,17 @@ def _of_bytes(results: Results) -> str:
         run = r["runs"][-1]
         return f"{run['tokens']:,}, {run['peak_bytes'] / GIB:.2f}" if r["budget_bytes"] else "-"
 
-    cells: dict[str, Callable[[Any], str]] = {
-        "features": lambda r: r["features"],
-        "setting": lambda r: r["name"],
-        "kept, bytes a token": lambda r: f"{r['kept_bytes_per_token']:,.0f}",
-        "peak, bytes a token": lambda r: f"{r['peak_bytes_per_token']:,.0f}",
-        "formula": lambda r: f"{r['predicted']['peak_bytes_per_token']:,.0f}",
-        "measured / formula": lambda r: f"{r['measured_over_predicted']:.3f}",
-        "tokens per GiB": lambda r: f"{r['tokens_per_gib']:,.0f}",
+    cells: Cells = {
+        "features": "{features}",
+        "setting": "{name}",
+        "kept, bytes a token": "{kept_bytes_per_token:,.0f}",
+        "peak, bytes a token": "{peak_bytes_per_token:,.0f}",
+        "formula": "{predicted[peak_bytes_per_token]:,.0f}",
+        "measured / formula": "{measured_over_predicted:.3f}",
+        "tokens per GiB": "{tokens_per_gib:,.0f}",
         "x plain": lambda r: f"{r['tokens_per_gib'] / plain.get(r['features'], np.nan):.1f}",
-        "step, s": lambda r: f"{r['step_s']['median']:.1f}",
-        "processor, s": lambda r: f"{r['processor_s']['median']:.1f}",
+        "step, s": "{step_s[median]:.1f}",
+        "processor, s": "{processor_s[median]:.1f}",
         "largest run: tokens, GiB": largest,
     }
     title = (
@@ -342,13 +320,13 @@ def _of_bytes(results: Results) -> str:
 
 
 def _of_times(results: Results) -> str:
-    cells: dict[str, Callable[[Any], str]] = {
-        "vision tower": lambda r: r["vision_tower"],
+    cells: Cells = {
+        "vision tower": "{vision_tower}",
         "checkpointing": lambda r: "yes" if r["checkpointing"] else "no",
         "K, V kept: step, s": lambda r: percentiles(r["step_s"]["kept"], 2),
         "recomputed: step, s": lambda r: percentiles(r["step_s"]["recomputed"], 2),
-        "costs": lambda r: f"{r['recomputation_costs']['step_s']:+.1%}",
-        "costs in processor time": lambda r: f"{r['recomputation_costs']['processor_s']:+.1%}",
+        "costs": "{recomputation_costs[step_s]:+.1%}",
+        "costs in processor time": "{recomputation_costs[processor_s]:+.1%}",
     }
     title = (
         "A whole step of one eighth of the model at its real dimensions, "

@@ -10,18 +10,18 @@ import argparse
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ds_lvx.compare.case import case_of, cut, random_case, random_models
-from ds_lvx.compare.document import Results, columns, percentiles, times
+from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
 from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
 from ds_lvx.compare.machine import header
-from ds_lvx.compare.training.breakdown import COLUMNS, PHASES
-from ds_lvx.compare.training.rank import DTYPES, Steps, Task, finetune
+from ds_lvx.compare.training.breakdown import PHASES
+from ds_lvx.compare.training.rank import DTYPES, Task, finetune
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
 """Of losses, and of the norm of a parameter's gradient, relative."""
@@ -39,26 +39,6 @@ _CUTS = {
 }
 
 
-@dataclass(frozen=True)
-class Contest:
-    """How a task is compared.
-
-    Attributes:
-        task: what is trained.
-        methods: of the cross-attention; ``none`` on one process, the others on ``ranks``.
-        ranks: that share the sample, for each method.
-        warmup, repeats: steps; as many are broken down as are timed.
-        overlap: transfers run under what is computed.
-    """
-
-    task: Task
-    methods: Sequence[str]
-    ranks: Ranks
-    warmup: int = 1
-    repeats: int = 5
-    overlap: bool = True
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of a model, beside those that all comparisons share."""
     group = parser.add_argument_group(
@@ -74,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--freeze-vision", action="store_true", help="train the rest only")
 
 
-def contest_of(options: argparse.Namespace, ranks: Ranks) -> Contest:
-    """What a command line asks for.
+def task_of(options: argparse.Namespace, *, ranks: int) -> Task:
+    """What a command line asks for, by ``ranks`` ranks; of no method yet.
 
     Raises:
         ValueError: options that do not fit each other.
@@ -92,53 +72,52 @@ def contest_of(options: argparse.Namespace, ranks: Ranks) -> Contest:
                 f"random weights ({', '.join(random)}): a checkpoint has its own sizes"
             )
         case = case_of(options.model)
-    task = Task(
-        options.model,
-        replace(
-            case,
-            text_tokens=options.text_tokens,
-            features="trained" if options.freeze_vision else case.features,
-        ),
-        frames=options.frames,
-        text_tokens=options.text_tokens,
-        dtype=options.dtype,
-        zero_stage=options.zero_stage,
-        text_method=options.text_method,
-        recompute=options.recompute,
-        checkpointing=options.checkpointing,
-        freeze_vision=options.freeze_vision,
-        checkpoint=options.model not in random,
-    )
-    for option in ("frames", "text_tokens"):
-        got = getattr(options, option)
-        if got < ranks.count:
+    for name in ("frames", "text_tokens"):
+        got = getattr(options, name)
+        if got < ranks:
             raise ValueError(
-                f"{_option(option)}: got {got} for {ranks.count} ranks; expected at least one a "
-                "rank"
+                f"{_option(name)}: got {got} for {ranks} ranks; expected at least one a rank"
             )
-    if task.dtype not in DTYPES:
-        raise ValueError(f"--dtype: got {task.dtype}; expected {' or '.join(DTYPES)} with --model")
-    how = {name: getattr(options, name) for name in ("warmup", "repeats", "overlap")}
-    return Contest(task, options.methods, ranks, **how)
+    if options.dtype not in DTYPES:
+        known = " or ".join(DTYPES)
+        raise ValueError(f"--dtype: got {options.dtype}; expected {known} with --model")
+    case = replace(case, text_tokens=options.text_tokens)
+    if options.freeze_vision:
+        case = replace(case, features="trained")
+    what = ("frames", "dtype", "zero_stage", "text_method", "recompute", "checkpointing")
+    how = ("overlap", "warmup", "repeats")
+    return Task(
+        options.model,
+        case,
+        checkpoint=options.model not in random,
+        **{name: getattr(options, name) for name in (*what, *how)},
+    )
 
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def skipped(contest: Contest) -> dict[str, str]:
+def skipped(task: Task, methods: Sequence[str], *, ranks: int) -> dict[str, str]:
     """Methods that cannot do the task, and why."""
-    task, ranks = contest.task, contest.ranks.count
     if task.case.heads >= ranks:
         return {}
     why = f"{task.case.heads} query heads for {ranks} ranks"
     if task.text_method == "ulysses" and task.case.self_layers > 0:
-        return {name: f"{why}, in the text" for name in contest.methods if name != "none"}
-    return {name: why for name in contest.methods if name == "ulysses"}
+        return {name: f"{why}, in the text" for name in methods if name != "none"}
+    return {name: why for name in methods if name == "ulysses"}
 
 
-def compare(contest: Contest, *, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Train by every method.
+def compare(
+    task: Task, methods: Sequence[str], ranks: Ranks, *, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Train by every method, ``none`` on one process, the others on all ranks.
+
+    Args:
+        task: its own method does not count.
+        methods: of `METHODS`.
+        ranks: that share the sample.
+        say: gets a line about every method.
 
     Returns:
         For the JSON: ``records``, one a method, with every sample of every rank; and
@@ -148,32 +127,34 @@ def compare(contest: Contest, *, say: Callable[[str], None] = print) -> dict[str
         RunError: a rank failed.
         NetworkError: the network cannot be made here.
     """
-    ranks = contest.ranks
     head = header(emulated=ranks.network is not None, device=ranks.device)
-    left_out = skipped(contest)
+    left_out = skipped(task, methods, ranks=ranks.count)
     records: list[dict[str, Any]] = []
-    for method in contest.methods:
+    for method in methods:
         if method in left_out:
             say(f"{method}: skipped: {left_out[method]}")
             continue
-        count = 1 if method == "none" else ranks.count
-        steps = Steps(contest.task, method, contest.warmup, contest.repeats, contest.overlap)
-        found = record(method, on_ranks(finetune, steps, replace(ranks, count=count)))
-        records.append({"ds_config": contest.task.ds_config(method, ranks=count), **found})
+        own = replace(task, method=method)
+        where = replace(ranks, count=1 if method == "none" else ranks.count)
+        found = record(method, on_ranks(finetune, own, where))
+        records.append({"ds_config": own.ds_config(ranks=where.count), **found})
         say(f"{method}: {found['step_s']['median']:.3f} s a step")
-        if disagreements(records, dtype=contest.task.dtype):
+        if disagreements(records, dtype=task.dtype):
             break
-    return {**head, "load_average_after": os.getloadavg(), **results_of(contest, records, left_out)}
+    found = results_of(task, ranks, records, left_out)
+    return {**head, "load_average_after": os.getloadavg(), **found}
 
 
 def results_of(
-    contest: Contest, records: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]
+    task: Task,
+    ranks: Ranks,
+    records: Sequence[Mapping[str, Any]],
+    left_out: Mapping[str, str],
 ) -> dict[str, Any]:
     """The part of what `compare` returns that is about the task and the methods."""
-    task, ranks = contest.task, contest.ranks
     sizes = {
         "visual_tokens": task.frames * task.case.frame_tokens,
-        "text_tokens": task.text_tokens,
+        "text_tokens": task.case.text_tokens,
         "visual_tokens_of_a_frame": task.case.frame_tokens,
     }
     return {
@@ -181,9 +162,9 @@ def results_of(
         "plan": {
             "ranks": ranks.count,
             "threads_per_rank": ranks.threads,
-            "warmup": contest.warmup,
-            "repeats": contest.repeats,
-            "overlap": contest.overlap,
+            "warmup": task.warmup,
+            "repeats": task.repeats,
+            "overlap": task.overlap,
             "network": None if ranks.network is None else str(ranks.network),
         },
         "skipped": dict(left_out),
@@ -199,8 +180,10 @@ def record(method: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     is the median, so that its parts add up.
     """
     by_step = list(zip(*(answer["broken_down"] for answer in answers), strict=True))
-    slowest_ranks = [max(ranks, key=lambda sample: sample["whole_s"]) for ranks in by_step]
-    in_order = sorted(slowest_ranks, key=lambda sample: sample["whole_s"])
+    in_order = sorted(
+        (max(ranks, key=lambda sample: sample["whole_s"]) for ranks in by_step),
+        key=lambda sample: sample["whole_s"],
+    )
     sums = [
         sum(sum(parts.values()) for parts in sample["parts_s"].values()) / sample["whole_s"]
         for ranks in by_step
@@ -214,14 +197,6 @@ def record(method: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "step_s": spread(slowest(*(answer["step_s"] for answer in answers))),
         "attention_bytes": max(max(answer["attention_bytes"]) for answer in answers),
         "typical": in_order[(len(in_order) - 1) // 2],
-        "parts_s": {
-            phase: {
-                column: spread([sample["parts_s"][phase][column] for sample in slowest_ranks])
-                for column in COLUMNS
-            }
-            | {"hidden": spread([sample["hidden_s"][phase] for sample in slowest_ranks])}
-            for phase in PHASES
-        },
         "sum_of_parts_over_whole": [min(sums), max(sums)],
         "answers": [
             {name: value for name, value in answer.items() if name not in the_same}
@@ -233,41 +208,40 @@ def record(method: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def disagreements(records: Sequence[Mapping[str, Any]], *, dtype: str) -> list[str]:
     """Where losses or gradients differ from those of the first method, in lines."""
     lines: list[str] = []
-    for other in records[1:]:
-        lines += _losses_apart(records[0], other, TOLERANCES[dtype])
-        lines += _gradients_apart(records[0], other, dtype)
+    for one, other in ((records[0], each) for each in records[1:]):
+        share = NEGLIGIBLE if one["ranks"] == other["ranks"] else NEGLIGIBLE_ELSEWHERE[dtype]
+        negligible = share * max(one["gradient_norms"].values(), default=0.0)
+        losses, others = (
+            {f"step {number}": loss for number, loss in enumerate(each["losses"], start=1)}
+            for each in (one, other)
+        )
+        for what, values, own, least in (
+            ("losses", losses, others, 0.0),
+            ("norms of gradients", one["gradient_norms"], other["gradient_norms"], negligible),
+        ):
+            apart = _apart(values, own, least=least, tolerance=TOLERANCES[dtype])
+            if apart:
+                lines.append(f"{one['method']} and {other['method']} disagree on {what}: {apart}")
     return lines
 
 
-def _losses_apart(one: Mapping[str, Any], other: Mapping[str, Any], tolerance: float) -> list[str]:
-    pairs = zip(one["losses"], other["losses"], strict=True)
-    for step, (a, b) in enumerate(pairs, start=1):
-        if not abs(a - b) <= tolerance * abs(a):
-            return [
-                f"{one['method']} and {other['method']} disagree on the loss of step {step}: "
-                f"{a:.6g} and {b:.6g} (expected a difference of at most {tolerance:.2g} of it)"
-            ]
-    return []
-
-
-def _gradients_apart(one: Mapping[str, Any], other: Mapping[str, Any], dtype: str) -> list[str]:
-    tolerance = TOLERANCES[dtype]
-    share = NEGLIGIBLE if one["ranks"] == other["ranks"] else NEGLIGIBLE_ELSEWHERE[dtype]
-    negligible = share * max(one["gradient_norms"].values(), default=0.0)
+def _apart(
+    values: Mapping[str, float], others: Mapping[str, float], *, least: float, tolerance: float
+) -> str:
+    """How many differ, and where most; empty where none does. NaN differs, and what is missing."""
     found = []
-    for name, a in one["gradient_norms"].items():
-        b = other["gradient_norms"].get(name, float("nan"))
-        error = abs(a - b) / max(a, negligible, 1e-30)
+    for name, a in values.items():
+        b = others.get(name, float("nan"))
+        error = abs(a - b) / max(abs(a), least, 1e-30)
         if not error <= tolerance:
             found.append((error, name, a, b))
     if not found:
-        return []
-    error, name, a, b = max(found, key=lambda item: item[0])
-    return [
-        f"{one['method']} and {other['method']} disagree on the gradients of {len(found)} "
-        f"parameters, most on {name}: norms {a:.6g} and {b:.6g} (expected a difference of at most "
-        f"{tolerance:.2g} of it)"
-    ]
+        return ""
+    _, name, a, b = max(found, key=lambda item: item[0])
+    return (
+        f"{len(found)} of {len(values)}, most on that of {name}: {a:.6g} and {b:.6g} (expected a "
+        f"difference of at most {tolerance:.2g} of it)"
+    )
 
 
 # ---- the report
@@ -301,8 +275,8 @@ def text(results: Results) -> str:
     def part(*bars: str) -> Callable[[Any], str]:
         return lambda r: f"{sum(totals(r['typical'])[bar] for bar in bars):.3f}"
 
-    cells: dict[str, Callable[[Any], str]] = {
-        "method": lambda r: r["method"],
+    cells: Cells = {
+        "method": "{method}",
         "step, s": lambda r: percentiles(r["step_s"]),
         "x ring": lambda r: times(None if ring is None else ring / r["step_s"]["median"]),
         "cross-attention, s": part("cross-attention", "waiting in cross-attention"),
@@ -325,7 +299,7 @@ def _title(results: Results) -> str:
     where = "" if network is None else f", over an emulated network of {network} a rank"
     return (
         f"A training step of {Path(job['model']).name}: {found.get('visual_tokens', 0):,} visual "
-        f"tokens, {job['text_tokens']:,} text tokens, {job['dtype']}, ZeRO stage "
+        f"tokens, {found.get('text_tokens', 0):,} text tokens, {job['dtype']}, ZeRO stage "
         f"{job['zero_stage']}, text by {job['text_method']}; {plan['ranks']} ranks (none: 1)"
         f"{where}. Median (10th to 90th percentile) of {plan['repeats']}. "
         f"{results['hardware']['device']}."

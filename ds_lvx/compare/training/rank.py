@@ -9,14 +9,13 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
-from torch import Tensor
 
 import ds_lvx
 from ds_lvx.compare.case import Case, build_model, ds_config, make_batch
@@ -33,47 +32,46 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Task:
-    """A fine-tuning task, the same for every method. Sizes are those of the whole sample.
+    """A fine-tuning task by one method, and its steps. Sizes are those of the whole sample.
 
     Attributes:
         model: its name, or folder or hub name of a checkpoint.
-        case: its sizes, and what trains.
-        frames, text_tokens: of the one sample.
+        case: its sizes, the text's tokens, and what trains.
+        frames: of the one sample.
         dtype: a key of `DTYPES`.
         zero_stage: of DeepSpeed.
         text_method: of the text's own attention, ``"ulysses"`` or ``"ring"``.
         recompute: lvx projects K and V again in backward.
         checkpointing: of the layers.
-        freeze_vision: the vision tower does not train.
         checkpoint: the weights are those of the checkpoint ``model``, not random.
-        seed: of weights and batch.
+        method: of the cross-attention, one of `METHODS`.
+        overlap: transfers run under what is computed.
+        warmup: steps after the first and before the timed ones.
+        repeats: timed steps, and broken-down ones.
     """
 
     model: str
     case: Case
     frames: int
-    text_tokens: int
     dtype: str = "float32"
     zero_stage: int = 2
     text_method: str = "ulysses"
     recompute: bool = True
     checkpointing: bool = False
-    freeze_vision: bool = False
     checkpoint: bool = False
-    seed: int = 0
+    method: str = "none"
+    overlap: bool = True
+    warmup: int = 1
+    repeats: int = 5
 
     def build(self) -> torch.nn.Module:
         """The model on the CPU."""
-        return build_model(
-            self.case,
-            checkpoint=self.model if self.checkpoint else None,
-            dtype=DTYPES[self.dtype],
-            seed=self.seed,
-        )
+        checkpoint = self.model if self.checkpoint else None
+        return build_model(self.case, checkpoint=checkpoint, dtype=DTYPES[self.dtype])
 
-    def ds_config(self, method: str, *, ranks: int) -> dict[str, Any]:
-        """By one of `METHODS`, on ``ranks`` ranks that share the sample."""
-        name, schedule = METHODS[method]
+    def ds_config(self, *, ranks: int) -> dict[str, Any]:
+        """For ``ranks`` ranks that share the sample."""
+        name, schedule = METHODS[self.method]
         return ds_config(
             Setting(name, self.recompute and name == "lvx", self.checkpointing),
             self.case,
@@ -83,25 +81,6 @@ class Task:
             zero_stage=self.zero_stage,
             text_method=self.text_method,
         )
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Steps of a task by one method.
-
-    Attributes:
-        task: what is trained.
-        method: of the cross-attention.
-        warmup: steps after the first and before the timed ones.
-        repeats: timed steps, and broken-down ones.
-        overlap: transfers run under what is computed.
-    """
-
-    task: Task
-    method: str
-    warmup: int = 1
-    repeats: int = 3
-    overlap: bool = True
 
 
 @contextmanager
@@ -131,7 +110,7 @@ def _columns(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
 # ---- times
 
 
-def finetune(steps: Steps) -> dict[str, Any]:
+def finetune(task: Task) -> dict[str, Any]:
     """One step that is compared, then steps to warm up, timed ones and broken-down ones.
 
     Returns:
@@ -139,92 +118,69 @@ def finetune(steps: Steps) -> dict[str, Any]:
         first; by timed step ``step_s``, ``processor_s`` (of all threads of this process),
         ``attention_bytes`` (`ds_lvx.traffic`) and ``interface_bytes`` (what the network interface
         sent without packet headers, DeepSpeed's own included; None where ranks share it);
-        ``broken_down``: a `Breakdown` for each further step.
+        ``broken_down``: a `Breakdown` for each further step, and ``whole_s`` by the clock.
     """
-    config = steps.task.ds_config(steps.method, ranks=int(os.environ["WORLD_SIZE"]))
+    config = task.ds_config(ranks=int(os.environ["WORLD_SIZE"]))
     with (
-        nullcontext() if steps.overlap else without_overlap(),
-        _training(steps.task.build(), torch.optim.AdamW, config) as engine,
+        nullcontext() if task.overlap else without_overlap(),
+        _training(task.build(), torch.optim.AdamW, config) as engine,
     ):
-        return _Finetuning(engine, steps).samples()
+        return _finetuned(engine, task)
 
 
-class _Finetuning:
-    """The steps of one engine."""
+def _finetuned(engine: Any, task: Task) -> dict[str, Any]:
+    """The steps of one engine; see `finetune`."""
+    batch = make_batch(
+        task.case,
+        frames=ds_lvx.owned(task.frames),
+        total=task.frames,
+        dtype=DTYPES[task.dtype],
+    )
+    losses: list[float] = []
+    norms: dict[str, float] = {}
 
-    def __init__(self, engine: Any, steps: Steps) -> None:
-        self._engine = engine
-        self._steps = steps
-        task = steps.task
-        self._batch = make_batch(
-            task.case,
-            frames=ds_lvx.owned(task.frames),
-            total=task.frames,
-            dtype=DTYPES[task.dtype],
-            seed=task.seed,
-        )
-        self._losses: list[float] = []
+    def step(
+        enter: Callable[[str], None] = lambda phase: None,
+        around: AbstractContextManager[Any] | None = None,
+    ) -> tuple[dict[str, Any], Any]:
+        """One optimizer step, begun on all ranks together: what it took, and what ``around`` is.
 
-    def samples(self) -> dict[str, Any]:
-        """All steps; see `finetune`."""
-        norms: dict[str, float] = {}
+        ``enter`` is told of each phase after the first.
+        """
+        engine.ds_lvx.groups.world_channel.barrier()
+        with nullcontext() if around is None else around as found, ds_lvx.traffic() as traffic:
+            start, worked, counted = now(), time.process_time(), _interface_bytes()
+            shard = ds_lvx.shard_batch(batch, model=engine.module, frames="local")
+            loss = engine(**shard).loss
+            enter("backward")
+            engine.backward(loss)
+            enter("optimizer")
+            engine.step()
+            sample = {
+                "step_s": now() - start,
+                "processor_s": time.process_time() - worked,
+                "interface_bytes": None if counted is None else (_interface_bytes() or 0) - counted,
+            }
+        losses.append(float(ds_lvx.mean_loss(loss)))
+        return {**sample, "attention_bytes": traffic.bytes_sent}, found
 
-        def look(phase: str) -> None:
-            if phase == "optimizer":
-                norms.update(gradient_norms(self._engine))
+    def look(phase: str) -> None:
+        if phase == "optimizer":
+            norms.update(gradient_norms(engine))
 
-        self._keep(self._step(look))
-        for _ in range(self._steps.warmup):
-            self._keep(self._step())
-        timed = [self._timed() for _ in range(self._steps.repeats)]
-        parts = Parts(self._engine.module, self._steps.task.case.contract().regions())
-        broken_down = [self._broken_down(parts) for _ in range(self._steps.repeats)]
-        parts.remove()
-        return {
-            "losses": self._losses,
-            "gradient_norms": norms,
-            **_columns(timed),
-            "broken_down": broken_down,
-        }
-
-    def _step(self, enter: Callable[[str], None] = lambda phase: None) -> Tensor:
-        """One optimizer step; ``enter`` is told of each phase after the first."""
-        shard = ds_lvx.shard_batch(self._batch, model=self._engine.module, frames="local")
-        loss: Tensor = self._engine(**shard).loss
-        enter("backward")
-        self._engine.backward(loss)
-        enter("optimizer")
-        self._engine.step()
-        return loss
-
-    def _timed(self) -> dict[str, Any]:
-        self._meet()
-        start, worked, counted = now(), time.process_time(), _interface_bytes()
-        with ds_lvx.traffic() as traffic:
-            loss = self._step()
-        sample = {
-            "step_s": now() - start,
-            "processor_s": time.process_time() - worked,
-            "attention_bytes": traffic.bytes_sent,
-            "interface_bytes": None if counted is None else (_interface_bytes() or 0) - counted,
-        }
-        self._keep(loss)
-        return sample
-
-    def _broken_down(self, parts: Parts) -> dict[str, Any]:
-        self._meet()
-        with parts.recording() as breakdown:
-            start = now()
-            loss = self._step(parts.enter)
-            breakdown.whole_s = now() - start
-        self._keep(loss)
-        return asdict(breakdown)
-
-    def _meet(self) -> None:
-        self._engine.ds_lvx.groups.world_channel.barrier()
-
-    def _keep(self, loss: Tensor) -> None:
-        self._losses.append(float(ds_lvx.mean_loss(loss)))
+    step(look)
+    for _ in range(task.warmup):
+        step()
+    timed = [step()[0] for _ in range(task.repeats)]
+    parts = Parts(engine.module, task.case.contract().regions())
+    pairs = [step(parts.enter, parts.recording()) for _ in range(task.repeats)]
+    parts.remove()
+    return {
+        "losses": losses,
+        "gradient_norms": norms,
+        **_columns(timed),
+        "broken_down": [{"whole_s": own["step_s"], **asdict(each)} for own, each in pairs],
+    }
 
 
 def gradient_norms(engine: Any) -> dict[str, float]:
