@@ -29,9 +29,9 @@ from ds_lvx.compare.kernels import candidates as kernel_candidates
 from ds_lvx.compare.kernels import report as kernels_report
 from ds_lvx.compare.kernels import subject as kernels
 from ds_lvx.compare.kernels.cases import PAPER, QUICK
+from ds_lvx.compare.kernels.occupancy import BLOCK_SHARED_BYTES
 from ds_lvx.compare.kernels.trial import Timing
 from ds_lvx.compare.machine import header
-from ds_lvx.plan.occupancy import BLOCK_SHARED_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("floors", "compiled", "measured")

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from ds_lvx.plan.occupancy import BLOCK_SHARED_BYTES
+from ds_lvx.compare.kernels.occupancy import BLOCK_SHARED_BYTES
 
 # One process, and one compiler at a time: each takes a core and some memory.
 COMPILE = """

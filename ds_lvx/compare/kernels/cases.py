@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ds_lvx.compare.kernels.roofline import Problem, Work, backward_work, forward_work
 from ds_lvx.compare.operators.tensors import FRAMES, FRAMES_SEEN, Shape, first_frame
-from ds_lvx.plan.roofline import Problem, Work, backward_work, forward_work
 
 DIRECTIONS = ("forward", "backward")
 

@@ -25,9 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ds_lvx.compare.kernels.occupancy import BLOCK_SHARED_BYTES, programs_per_multiprocessor
 from ds_lvx.kernels import triton_backward, triton_forward, triton_kernel
 from ds_lvx.kernels.triton_tiles import padded
-from ds_lvx.plan.occupancy import BLOCK_SHARED_BYTES, programs_per_multiprocessor
 
 INT32 = ("q_start", "q_end", "kv_pos", "visible", "counts")
 FP32 = ("out", "lse", "delta", "dq", "parts", "part_lses")

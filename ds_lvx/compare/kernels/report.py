@@ -9,8 +9,8 @@ from typing import Any
 from ds_lvx.compare.document import Cells, columns, markdown, times
 from ds_lvx.compare.kernels.candidates import OURS
 from ds_lvx.compare.kernels.cases import DIRECTIONS, KernelCase
+from ds_lvx.compare.kernels.roofline import floor
 from ds_lvx.plan.cards import CARDS
-from ds_lvx.plan.roofline import floor
 
 PAPER_HEAD_DIMS = (64, 128)
 CARD_NAMES = ("A100-80", "H100", "H200", "B200")
@@ -23,7 +23,7 @@ Place = tuple[str, str]
 def floors(cases: Iterable[KernelCase]) -> list[dict[str, Any]]:
     """Operations, bytes and the least time by card, by its data sheet, of each case's directions.
 
-    ``seconds`` and ``bound`` are by card; see `ds_lvx.plan.roofline`.
+    ``seconds`` and ``bound`` are by card; see `ds_lvx.compare.kernels.roofline`.
     """
     found = []
     for case, direction in ((case, each) for case in cases for each in DIRECTIONS):

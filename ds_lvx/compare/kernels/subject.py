@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.kernels.candidates import OURS
 from ds_lvx.compare.kernels.cases import DIRECTIONS, KernelCase
+from ds_lvx.compare.kernels.roofline import floor
 from ds_lvx.compare.kernels.trial import Bench, Timing, Trial
-from ds_lvx.plan.roofline import floor
 
 LIMIT_S = 60.0
 """Of one candidate on one case, compiling included; longer is taken for hanging."""
@@ -30,7 +30,7 @@ _START_S = 600.0  # imports, on a machine that has much else to do
 
 
 class MeasuredRates(NamedTuple):
-    """What a device reached; a `ds_lvx.plan.roofline.Rates`."""
+    """What a device reached; a `ds_lvx.compare.kernels.roofline.Rates`."""
 
     matrix_flops: float
     memory_bytes_per_s: float
@@ -172,7 +172,7 @@ def measure(
 def with_rates(trial: Trial, record: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
     """A record with what its time means.
 
-    Adds, where there is a time, ``flops`` and ``memory_bytes`` (`ds_lvx.plan.roofline`),
+    Adds, where there is a time, ``flops`` and ``memory_bytes`` (`ds_lvx.compare.kernels.roofline`),
     ``tflops_per_s``, both as shares of the device's measured rates, ``floor_s`` at these rates, and
     ``bound``: which of them the floor comes from.
     """
