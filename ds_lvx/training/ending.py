@@ -7,6 +7,7 @@ itself; its outer process (``deepspeed``) does not, and its ranks would train on
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from types import FrameType, TracebackType
 from typing import Any
@@ -14,6 +15,12 @@ from typing import Any
 import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# How the words of a rank's parent and of that one's end: `python -m deepspeed.launcher.launch ...`
+# under `python .../bin/deepspeed ...`.
+_LAUNCHERS = (
+    ("deepspeed.launcher.launch", "launcher/launch.py"),
+    ("/deepspeed", "/ds", "deepspeed.launcher.runner", "launcher/runner.py"),
+)
 
 
 class EndAskedError(Exception):
@@ -80,14 +87,12 @@ def raise_if_asked(records: list[dict[str, Any]]) -> None:
 
 
 def _launchers() -> list[psutil.Process]:
-    """The processes of DeepSpeed's launcher above this one."""
-    found = []
-    for each in psutil.Process().parents()[:2]:
-        try:
-            words = each.cmdline()
-        except psutil.Error:
-            break
-        if not any("deepspeed" in word for word in words):
-            break
-        found.append(each)
+    """The processes of DeepSpeed's launcher above this one, the nearest first."""
+    found: list[psutil.Process] = []
+    for each, names in zip(psutil.Process().parents(), _LAUNCHERS, strict=False):
+        with contextlib.suppress(psutil.Error):
+            if any(word.endswith(names) for word in each.cmdline()[:4]):
+                found.append(each)
+                continue
+        break
     return found

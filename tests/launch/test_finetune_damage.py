@@ -267,8 +267,10 @@ def test_a_launcher_that_has_gone_is_noted(monkeypatch: pytest.MonkeyPatch) -> N
     def process(pid: int, *words: str) -> Any:
         return SimpleNamespace(pid=pid, cmdline=lambda: list(words), is_running=lambda: pid != 7)
 
-    above = [process(8, "python", "-m", "deepspeed.launcher.launch"), process(7, "deepspeed")]
-    for parents, found in ((above, True), ([process(7, "bash"), *above], False)):
+    launch = process(8, "python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=...")
+    above = [launch, process(7, "python", "/envs/x/bin/deepspeed", "--num_gpus", "2")]
+    others = [process(7, "/envs/deepspeed/bin/torchrun"), process(7, "bash", "my-deepspeed.sh")]
+    for parents, found in ((above, True), (others, False), ([launch, others[1]], False)):
         this = SimpleNamespace(parents=lambda parents=parents: parents)
         monkeypatch.setattr(ending.psutil, "Process", lambda this=this: this)
         record = ending.Ending().asked()
