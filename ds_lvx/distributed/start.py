@@ -20,6 +20,7 @@ _BUILD_TIMEOUT_S = 900.0
 _FIRST_WORD_S = 5
 _NEXT_WORD_S = 60
 _OLD_S = 600
+_SHARED, _BUFFER = Path("/dev/shm"), "deepspeed_allreduce_buffer"
 _HOW_TO_GET_ON = (
     "if no process builds there any more, on this machine or on another that shares the folder, "
     "delete the file: rm"
@@ -56,6 +57,7 @@ def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: 
             wait_for_build(_lock(operator), timeout_s=build_timeout_s, speaks=speaks)
         if speaks:
             tell_of_old_locks(besides=operator)
+            remove_dead_buffers()
             if operator is not None and not _library(operator).exists():
                 place = _library(operator)
                 print(f"ds_lvx: DeepSpeed builds {place}, once, in about a minute", flush=True)
@@ -65,6 +67,33 @@ def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: 
         remove_shared_memory()
 
 
+def remove_dead_buffers(folder: Path = _SHARED, *, now: float | None = None) -> None:
+    """Remove buffers of DeepSpeed's CPU operator whose job was killed while it started.
+
+    Those of this user that no process here has open or mapped, and that are older than any start:
+    in a container that shares the folder, a job may be one that this process cannot see.
+
+    Args:
+        folder: of shared memory.
+        now: the time, in seconds as of ``time.time``; None is the clock's.
+    """
+    now = time.time() if now is None else now
+    for buffer in folder.glob(f"{_BUFFER}_{os.getuid()}_*"):
+        with suppress(OSError):  # another start may be removing it
+            if now - buffer.stat().st_mtime > _OLD_S and not _is_in_use(buffer):
+                buffer.unlink()
+
+
+def _is_in_use(buffer: Path) -> bool:
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if str(buffer) in (process / "maps").read_text():
+                return True
+            if any(buffer.samefile(each) for each in (process / "fd").iterdir() if each.exists()):
+                return True
+    return False
+
+
 def remove_shared_memory() -> None:
     """Remove the name of this rank's buffer of DeepSpeed's CPU operator, 66 MiB in /dev/shm.
 
@@ -72,8 +101,8 @@ def remove_shared_memory() -> None:
     """
     parts = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
     if all(parts) and hasattr(os, "getuid"):
-        names = ["deepspeed_allreduce_buffer", str(os.getuid()), *parts, str(Channel.world().rank)]
-        Path("/dev/shm", "_".join(names)).unlink(missing_ok=True)
+        names = [_BUFFER, str(os.getuid()), *parts, str(Channel.world().rank)]
+        (_SHARED / "_".join(names)).unlink(missing_ok=True)
 
 
 def wait_for_build(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 
 import deepspeed
 import pytest
 
-from ds_lvx.distributed.start import init_distributed, tell_of_old_locks, wait_for_build
+from ds_lvx.distributed.start import (
+    init_distributed,
+    remove_dead_buffers,
+    tell_of_old_locks,
+    wait_for_build,
+)
 
 OPERATOR = "deepspeed_shm_comm"
 
@@ -104,3 +110,19 @@ def test_only_old_locks_are_told_of(lock: Path, capsys: pytest.CaptureFixture[st
     assert str(other) in capsys.readouterr().out
     tell_of_old_locks(besides=OPERATOR, now=other.stat().st_mtime + 60)
     assert capsys.readouterr().out == ""
+
+
+def test_buffers_of_dead_jobs_are_removed_and_no_others(tmp_path: Path) -> None:
+    own = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_29500"
+    names = [f"{own}_0", f"{own}_1", f"{own}_2", "deepspeed_allreduce_buffer_x_1", "another"]
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(4096))
+    now = (tmp_path / names[0]).stat().st_mtime
+    remove_dead_buffers(tmp_path, now=now + 60)
+    assert len(list(tmp_path.iterdir())) == len(names), "one of them may be starting"
+    with (tmp_path / names[0]).open("rb") as held:
+        mapped = mmap.mmap(os.open(tmp_path / names[1], os.O_RDWR), 4096)
+        remove_dead_buffers(tmp_path, now=now + 3600)
+        assert not held.closed
+        assert mapped[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {*names} - {names[2]}

@@ -11,7 +11,7 @@ import pytest
 
 from tests.data.media import chat, write_image, write_jsonl
 from tests.launch.finetune_runs import arguments, write_config
-from tests.launch.kills import SHARED, Kill, Run, check, losses
+from tests.launch.kills import Kill, Run, check, losses
 
 KILLS = int(os.environ.get("LVX_KILLS", "20"))
 SEED = int(os.environ.get("LVX_KILLS_SEED", "0"))
@@ -47,7 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     folder: Path, tmp_path: Path, ranks: int, share: float
 ) -> None:
-    shared = set(SHARED.iterdir())
     whole = Run(words(folder, tmp_path / "whole", ranks=ranks), ranks=ranks, folder=tmp_path)
     assert whole.end() == [0] * ranks, whole.output()
     expected = losses(tmp_path / "whole")
@@ -60,7 +59,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
         kill = Kill.at_random(numbers, ranks=ranks, within_s=took_s)
         run = Run(words(folder, out, ranks=ranks), ranks=ranks, folder=tmp_path / "logs")
         codes = run.end(kill)
-        check(out, shared)
+        check(run, out)
         if codes == [0] * ranks:  # it was done before its time came
             assert losses(out) == expected
             number += 1
