@@ -6,7 +6,7 @@ Shapes: ``B`` samples, ``T`` tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Lock
 from typing import Any
@@ -176,7 +176,10 @@ class BatchMaker:
         if part.kind == "image":
             return Frames(part.value, None, (0,))
         video = self._probe(part.value)
-        chosen = choose(video, fps=self._rate.fps, count=self._rate.count)
+        rate = self._rate
+        if part.fps is not None or part.nframes is not None:  # the line's own go first
+            rate = replace(rate, fps=part.fps, count=part.nframes)
+        chosen = choose(video, fps=rate.fps, count=rate.count)
         return Frames(part.value, video, chosen)
 
     def _text(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
