@@ -154,7 +154,7 @@ def test_a_line_says_which_frames_of_its_video_are_taken(tmp_path: Path) -> None
     """40 frames, 25 a second."""
     write_video(tmp_path / "a.mp4")
     record = chat(*[("video", "a.mp4")] * 3)
-    of_run, fps, nframes = record["messages"][0]["content"]
+    _, fps, nframes = record["messages"][0]["content"]
     fps["fps"], nframes["nframes"] = 5, 2
     (conversation,) = read_conversations(write_jsonl(tmp_path / "d.jsonl", record))
     taken = [frames.indices for frames in _maker(3).sample(conversation).frames]
