@@ -5,9 +5,9 @@ Shapes: ``B`` samples, ``T`` tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Lock
 from typing import Any
 
@@ -66,11 +66,14 @@ class Batch:
         inputs: for ``ds_lvx.shard_batch(..., frames="local")``.
         num_tokens: text tokens of all samples, padding left out.
         num_frames: frames of all samples and all ranks, padding left out.
+        failed: samples of which this rank could not decode its frames, black now, by their place:
+            what is wrong, with file and line.
     """
 
     inputs: dict[str, Tensor]
     num_tokens: int
     num_frames: int
+    failed: Mapping[int, str]
 
 
 class BatchMaker:
@@ -82,6 +85,7 @@ class BatchMaker:
         owned: the number of frames of a sample to those that this rank holds (`ds_lvx.owned`).
         min_tokens: text tokens a sample must have: one for each rank that shares it.
         dtype: of ``pixel_values``.
+        skip: frames that cannot be decoded are no error, but black and `Batch.failed`.
 
     Attributes:
         counter: frames decoded so far.
@@ -95,8 +99,10 @@ class BatchMaker:
         owned: Callable[[int], range],
         min_tokens: int = 1,
         dtype: torch.dtype = torch.float32,
+        skip: bool = False,
     ) -> None:
         self.encoder = encoder
+        self._skip = skip
         self.counter = DecodeCount()
         self._rate = rate
         self._owned = owned
@@ -159,18 +165,45 @@ class BatchMaker:
         with self._lock:
             samples = [self._sample(conversation) for conversation in conversations]
         inputs = self._text(samples)
+        failed: dict[int, str] = {}
         frames = [sample.num_frames for sample in samples]
         if max(frames) > 0:
             mine = self._owned(max(frames))
+            numbered = enumerate(samples)
             inputs |= self.encoder.family.frames(
                 self.encoder.processor,
                 inputs["input_ids"],
-                [_pictures(sample, mine, self.counter) for sample in samples],
+                [self._pictures(s, mine, partial(failed.__setitem__, n)) for n, s in numbered],
                 count=len(mine),
                 dtype=self._dtype,
             )
         tokens = sum(len(sample.text.input_ids) for sample in samples)
-        return Batch(inputs, tokens, sum(frames))
+        return Batch(inputs, tokens, sum(frames), failed)
+
+    def decode(self, sample: Sample) -> None:
+        """Decode every frame of a sample, one at a time, and keep none.
+
+        Raises:
+            DataError: with file and line.
+        """
+        for _ in _pictures(sample, range(sample.num_frames), self.counter):
+            pass
+
+    def _pictures(self, sample: Sample, mine: range, fail: Callable[[str], None]) -> Iterator[Any]:
+        """The frames ``mine`` of a sample; black ones from where it fails, if that is no error."""
+        done = 0
+        try:
+            for picture in _pictures(sample, mine, self.counter):
+                yield picture
+                done += 1
+        except DataError as error:
+            if not self._skip:
+                raise
+            from PIL import Image
+
+            fail(str(error))
+            for _ in range(sample.num_frames)[mine.start : mine.stop][done:]:
+                yield Image.new("RGB", (32, 32))
 
     def _frames(self, part: Part) -> Frames:
         if part.kind == "image":

@@ -24,7 +24,9 @@ licence) are left alone, and those whose value is null or empty.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from array import array
+from collections.abc import Collection, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -123,12 +125,20 @@ class Chats:
     def __init__(self, path: str | Path) -> None:
         self.lines = Lines(path)
         self._folder = Path(path).parent
+        self._kept: Sequence[int] = range(len(self.lines))
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self._kept)
 
     def __getitem__(self, index: int) -> Conversation:
-        return _Line(self.lines.source(index), self._folder).conversation(self.lines.record(index))
+        line = self._kept[index]
+        return _Line(self.lines.source(line), self._folder).conversation(self.lines.record(line))
+
+    def without(self, left_out: Collection[int]) -> Chats:
+        """The same file, some of its conversations left out."""
+        chats = copy(self)
+        chats._kept = array("q", (n for n in self._kept if n not in left_out))
+        return chats
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:

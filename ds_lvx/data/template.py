@@ -48,11 +48,14 @@ class ChatTemplate:
         tokenizer: a tokenizer with ``apply_chat_template``.
         template: Jinja; None takes `SIMPLE_TEMPLATE`.
         image_token: for `SIMPLE_TEMPLATE`.
+
+    Attributes:
+        text: the template.
     """
 
     def __init__(self, tokenizer: Any, template: str | None, *, image_token: str) -> None:
         self._tokenizer = tokenizer
-        self._template = template or SIMPLE_TEMPLATE.replace("IMAGE", image_token)
+        self.text = template or SIMPLE_TEMPLATE.replace("IMAGE", image_token)
 
     def write(
         self, conversation: Conversation, frame_counts: Sequence[int]
@@ -115,7 +118,7 @@ class ChatTemplate:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    messages, chat_template=self._template, tokenize=False
+                    messages, chat_template=self.text, tokenize=False
                 )
             )
         except (TemplateError, *_REFUSALS) as error:

@@ -6,6 +6,7 @@ learnt                                 ^^^^^^^^^^^^^^^^     answer, and end toke
 
 from __future__ import annotations
 
+import hashlib
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -76,6 +77,13 @@ class TextEncoder:
     def pad_token_id(self) -> int:
         """The id for padding; it is masked, so any id serves where the tokenizer has none."""
         return 0 if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides how a text is written and tokenized; hexadecimal."""
+        tokenizer = self.tokenizer.backend_tokenizer.to_str()
+        written = (self.family.model_type, self.image_token, self._template.text, tokenizer)
+        return hashlib.sha256(repr(written).encode()).hexdigest()
 
     def encode(self, conversation: Conversation, frame_counts: Sequence[int]) -> EncodedText:
         """Write, tokenize and label one conversation.

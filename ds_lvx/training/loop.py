@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ds_lvx.training.model import parameter_groups, training_dtype
 from ds_lvx.training.options import Options
 from ds_lvx.training.progress import Progress
 from ds_lvx.training.run_state import Checkpoints, RunState
-from ds_lvx.training.together import together, told
+from ds_lvx.training.together import told
 
 
 def make_engine(model: Any, inputs: Inputs, options: Options) -> Any:
@@ -103,7 +104,9 @@ class Trainer:
             owned=ds_lvx.owned,
             min_tokens=self._groups.sp_size,
             dtype=training_dtype(inputs.ds_config),
+            skip=options.on_bad_sample == "skip",
         )
+        self._skipped = dict.fromkeys(inputs.skipped)
         self._order = SampleOrder(len(inputs.training), options.seed)
         self._checkpoints = Checkpoints(
             self._folder / "checkpoints",
@@ -128,6 +131,7 @@ class Trainer:
                 self.evaluate()
             self.export()
         finally:
+            self._progress.skipped([*self._skipped])
             self._progress.close()
 
     def resume(self) -> None:
@@ -169,12 +173,13 @@ class Trainer:
 
     def evaluate(self) -> float:
         """The mean loss of the labelled tokens of all evaluation samples, logged and returned."""
-        size, count = self._inputs.sizes.per_forward, len(self._inputs.evaluation)
+        samples = self._inputs.evaluation
+        size, count = self._inputs.sizes.per_forward, 0 if samples is None else len(samples)
         total, tokens = 0.0, 0
         self.engine.eval()
         with torch.no_grad():
             for place in range(0, count, size):
-                batch = together(self._world, partial(self._make_evaluation, place))
+                batch, _ = self._agree(partial(self._make_evaluation, place))
                 labelled = int((batch.inputs["labels"][:, 1:] != IGNORED).sum())
                 total += float(self._forward(batch).detach()) * labelled
                 tokens += labelled
@@ -209,7 +214,7 @@ class Trainer:
         losses: list[Tensor] = []
         tokens, items = 0, 0.0
         for _ in range(sizes.accumulation):
-            batch, records = told(self._world, lambda: self._told(ahead.get(self.samples_seen)))
+            batch, records = self._agree(partial(ahead.get, self.samples_seen))
             if not losses:
                 everyone = sum(record["labelled"] for record in records) / self._groups.sp_size
                 items = everyone / (sizes.accumulation * sizes.replicas)
@@ -243,21 +248,40 @@ class Trainer:
         numbers = self._order.micro_batch(place, micro, replica=replica)
         return [self._inputs.training[number] for number in numbers]
 
-    @staticmethod
-    def _told(made: tuple[Batch, int]) -> tuple[Batch, dict[str, int]]:
-        batch, labelled = made
-        return batch, {"labelled": labelled}
-
-    def _make_evaluation(self, place: int) -> Batch:
+    def _make_evaluation(self, place: int) -> tuple[Batch, int]:
         """A batch in the file's order; past the end the last sample, with nothing to learn."""
         micro, samples = self._inputs.sizes.micro, self._inputs.evaluation
+        assert samples is not None
         first = place + self._groups.dp_rank * micro
         places = range(first, first + micro)
         batch = self.maker.batch([samples[min(p, len(samples) - 1)] for p in places])
         for row, p in enumerate(places):
             if p >= len(samples):
                 batch.inputs["labels"][row] = IGNORED
-        return batch
+        return batch, 0
+
+    def _agree(self, make: Callable[[], tuple[Batch, int]]) -> tuple[Batch, list[dict[str, Any]]]:
+        """Make a batch on every rank; nothing is learnt of a sample that failed on one of them.
+
+        Raises:
+            ValueError: a batch cannot be made; on all ranks.
+
+        Collectives: one agreement on the control plane.
+        """
+        replica = self._groups.dp_rank
+
+        def made() -> tuple[Batch, dict[str, Any]]:
+            batch, labelled = make()
+            failed = {n: problem[:500] for n, problem in batch.failed.items()}
+            return batch, {"labelled": labelled, "replica": replica, "failed": failed}
+
+        batch, records = told(self._world, made)
+        for record in records:
+            self._skipped |= dict.fromkeys(record["failed"].values())
+            if record["replica"] == replica:
+                for row in record["failed"]:
+                    batch.inputs["labels"][int(row)] = IGNORED
+        return batch, records
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0

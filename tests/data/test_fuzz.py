@@ -1,4 +1,4 @@
-"""Some thousand lines of the fuzzer; `python -m tests.data.fuzz_lines` runs as many as one likes."""
+"""Lines of the fuzzer; `python -m tests.data.fuzz_lines` runs as many as one likes."""
 
 from __future__ import annotations
 
