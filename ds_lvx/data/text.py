@@ -19,6 +19,8 @@ from ds_lvx.data.template import ChatTemplate, Span
 from ds_lvx.models.contract import Family
 
 IGNORED = -100
+_OFTEN = 4
+"""Characters that a token often has."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,14 @@ class TextEncoder:
             DataError: the text is longer than ``max_length``, holds the image token itself, or
                 the template does not write what the conversation says.
         """
-        said = sum(len(message.text.strip()) for message in conversation.messages)
-        least = said // self._longest_token + sum(frame_counts)
-        if least > self.max_length:  # tokenizing takes 80 times the text's memory
-            raise self._too_long(conversation, f"at least {least}", frame_counts)
+        self._refuse_huge(conversation, frame_counts)
         text, spans = self._write(conversation, frame_counts)
+        start = text[: _OFTEN * self.max_length]
+        if start != text:
+            found = self.tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"]
+            least = len(found) - self._longest_token  # where it is cut, a token may be many
+            if least > self.max_length:  # the rest is not tokenized, at 80 times its memory
+                raise self._too_long(conversation, f"at least {least}", frame_counts)
         self._check_images(conversation, text, sum(frame_counts))
         encoding = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -120,6 +125,13 @@ class TextEncoder:
                 do="write the assistant's text out",
             )
         return EncodedText(ids, labels)
+
+    def _refuse_huge(self, conversation: Conversation, frame_counts: Sequence[int]) -> None:
+        """Refuse what cannot be short enough, before it is written: no token is longer than all."""
+        said = [len(message.text.strip()) for message in conversation.messages]
+        least = max(sum(said) // self._longest_token, sum(map(bool, said))) + sum(frame_counts)
+        if least > self.max_length:
+            raise self._too_long(conversation, f"at least {least}", frame_counts)
 
     def _write(
         self, conversation: Conversation, frame_counts: Sequence[int]

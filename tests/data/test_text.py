@@ -156,6 +156,23 @@ def test_a_huge_text_is_refused_before_it_is_written(tmp_path: Path) -> None:
         encoder.encode(conversation, [])
 
 
+def test_a_long_text_is_tokenized_as_far_as_it_has_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = _encoder(500)
+    real, lengths = encoder.tokenizer._encode_plus, []
+
+    def encode(text: str, **options: Any) -> Any:
+        lengths.append(len(text))
+        return real(text, **options)
+
+    monkeypatch.setattr(encoder.tokenizer, "_encode_plus", encode)
+    conversation = _conversation(tmp_path, chat(("text", "x " * 3000), answer="b"))
+    with pytest.raises(DataError, match=r"d\.jsonl:1: got at least \d{4} tokens"):
+        encoder.encode(conversation, [])
+    assert lengths == [2000]
+
+
 def test_text_that_does_not_fit(tmp_path: Path) -> None:
     conversation = _conversation(tmp_path, _two_turns())
     length = len(_encoder(500).encode(conversation, [1]).input_ids)
