@@ -10,6 +10,7 @@ import codecs
 import hashlib
 import json
 import os
+import zlib
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -45,11 +46,11 @@ class Lines:
             found = "a folder" if Path(self.path).is_dir() else "no such file"
             raise self._error(found, "a JSONL file", "check the path")
         self._numbers, self._offsets, self._lengths = array("q"), array("q"), array("q")
+        self._sums = array("L")
         try:
             with open(self.path, "rb") as file:
                 self._refuse_other_formats(file)
                 self.sha256 = self._index(file)
-                self._version = _version(file)
         except OSError as error:
             raise self._error(f"a file that cannot be read ({error.strerror})") from None
         if not self._numbers:
@@ -66,7 +67,7 @@ class Lines:
         """The bytes of a line.
 
         Raises:
-            DataError: it is longer than `MAX_LINE_BYTES`, or the file changed since it was indexed.
+            DataError: it is longer than `MAX_LINE_BYTES`, or not what it was when it was indexed.
         """
         source, length = self.source(index), self._lengths[index]
         if length > MAX_LINE_BYTES:
@@ -78,16 +79,15 @@ class Lines:
             )
         try:
             with open(self.path, "rb") as file:
-                changed = _version(file) != self._version
                 file.seek(self._offsets[index])
                 raw = file.read(length)
         except OSError as error:
             raise self._error(f"a file that cannot be read ({error.strerror})") from None
-        if changed:
+        if zlib.crc32(raw) != self._sums[index]:
             raise DataError.at(
                 source,
-                got="a file that was changed while it was in use",
-                expected="the lines that were there at the start",
+                got="a line that was changed while the file was in use",
+                expected="what stood there at the start",
                 do="leave the file alone and start again",
             )
         return raw.removeprefix(codecs.BOM_UTF8)
@@ -134,23 +134,24 @@ class Lines:
 
     def _index(self, file: BinaryIO) -> str:
         digest = hashlib.sha256()
-        number, offset, length, blank = 1, 0, 0, True
+        number, offset, length, total, blank = 1, 0, 0, 0, True
         # In pieces: a file without an end of line must not be in memory whole.
         while piece := file.readline(_PIECE_BYTES):
             digest.update(piece)
-            length += len(piece)
+            length, total = length + len(piece), zlib.crc32(piece, total)
             blank = blank and not piece.removeprefix(codecs.BOM_UTF8).strip()
             if piece.endswith(b"\n"):
-                self._add(number, offset, 0 if blank else length)
-                number, offset, length, blank = number + 1, offset + length, 0, True
-        self._add(number, offset, 0 if blank else length)
+                self._add(number, offset, 0 if blank else length, total)
+                number, offset, length, total, blank = number + 1, offset + length, 0, 0, True
+        self._add(number, offset, 0 if blank else length, total)
         return digest.hexdigest()
 
-    def _add(self, number: int, offset: int, length: int) -> None:
+    def _add(self, number: int, offset: int, length: int, total: int) -> None:
         if length > 0:
             self._numbers.append(number)
             self._offsets.append(offset)
             self._lengths.append(length)
+            self._sums.append(total)
 
     def _error(
         self,
@@ -159,11 +160,6 @@ class Lines:
         do: str = "check the file and its rights",
     ) -> DataError:
         return DataError.at(self.path, got=got, expected=expected, do=do)
-
-
-def _version(file: BinaryIO) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

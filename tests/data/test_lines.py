@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import tracemalloc
 from pathlib import Path
@@ -61,9 +60,10 @@ def test_a_line_without_an_end_is_not_read(tmp_path: Path, monkeypatch: pytest.M
     assert lines.record(2) == {"a": 2}
 
 
-def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
-    path = _file(tmp_path, b'{"a": 1}\n{"a": 2}\n')
+def test_a_line_that_changes_is_noticed_and_one_that_is_added_is_not(tmp_path: Path) -> None:
+    path = _file(tmp_path, b'{"a": 1}\n{"a": 2}')
     lines = Lines(path)
-    path.write_text(json.dumps({"b": "longer"}) + "\n")
-    with pytest.raises(DataError, match=r"d\.jsonl:2: got a file that was changed"):
-        lines.record(1)
+    path.write_bytes(b'{"a": 3}\n{"a": 2}\n{"a": 4}\n')
+    assert lines.record(1) == {"a": 2}
+    with pytest.raises(DataError, match=r"d\.jsonl:1: got a line that was changed"):
+        lines.record(0)
