@@ -146,7 +146,7 @@ def _zero_config(ds_config: Mapping[str, Any]) -> Any:
 
 def _read_text(path: str) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -180,6 +180,8 @@ def _parse_object(text: str, source: str) -> dict[str, Any]:
             f"{source}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}. JSON has no "
             "comments and no comma after the last item."
         ) from None
+    except (RecursionError, ValueError) as error:  # too deep, or a number of thousands of digits
+        raise ValueError(f"{source}: not a config ({error}); expected a JSON object") from None
     if not isinstance(parsed, dict):
         raise ValueError(f"{source}: got {shown(parsed)}, expected a JSON object")
     if duplicates:

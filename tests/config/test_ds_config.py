@@ -95,6 +95,8 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
         ('{"ds_lvx": {"layers": [{"match": "*", "method": lvx}]}}', ":1:49: not valid JSON"),
         ("", ":1:1: not valid JSON"),
         ("[1]", ": got [1], expected a JSON object"),
+        ('{"a": ' + "[" * 99_999, ": not a config (maximum recursion depth"),
+        ('{"a": ' + "9" * 5000 + "}", ": not a config (Exceeds the limit"),
         ('{"ds_lvx": {}, "ds_lvx": {}}', ": ds_lvx: the key occurs twice"),
         (
             '{"ds_lvx": {"layers": [{}, {"match": "a", "method": "lvx", "method": "ring"}]}}',
@@ -106,6 +108,12 @@ def test_bad_json_gives_the_place(tmp_path: Path, text: str, expected: str) -> N
     file = tmp_path / "c.json"
     file.write_text(text)
     assert message_of(file).startswith(f"{file}{expected}")
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_text('{"ds_lvx": {}}', encoding="utf-8-sig")
+    assert read_ds_config(file) == {"ds_lvx": {}}
 
 
 def test_bad_base64_text_is_an_error_of_its_json() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,20 @@ def test_a_system_text_is_written_as_the_template_takes_it(
     assert "ystem: Be brief." in text
     assert "{'type'" not in text
     assert "ser: Who?" in text
+
+
+def test_the_documents_examples_run_on_that_template(tmp_path: Path) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "fine-tuning.md").read_text()
+    examples = re.findall(r"```json\n(\{\"messages\".*?)```", document, re.DOTALL)
+    assert len(examples) == 3
+    for name in ("clip.mp4", "clips/a.mp4", "stills/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    records = [json.loads(example) for example in examples]
+    processor = tiny_processor()
+    processor.chat_template = LLAMA
+    for conversation in read_conversations(write_jsonl(tmp_path / "d.jsonl", *records)):
+        _encoder(500, processor).encode(conversation, [1] * len(conversation.media))
 
 
 def test_a_system_text_that_the_template_refuses_or_drops(tmp_path: Path) -> None:
