@@ -121,14 +121,19 @@ def _refuse_adapter(name: str, *, only_local: bool) -> None:
     from transformers.utils import find_adapter_config_file
 
     # Of a name on the hub the network is asked, which is left for names that cannot be read.
-    found = None if only_local and not Path(name).is_dir() else find_adapter_config_file(name)
-    if found is None:
+    if only_local and not Path(name).is_dir():
         return
-    base = json.loads(Path(found).read_text()).get("base_model_name_or_path")
-    raise ValueError(
-        f"--model: got {name}, a LoRA adapter of {base}; expected a whole model; merge the two "
-        "first: docs/fine-tuning.md, LoRA, has the commands"
-    )
+    try:
+        found = find_adapter_config_file(name)
+        base = None if found is None else json.loads(Path(found).read_text())
+    except (OSError, ValueError):  # no name of the hub, no network, no JSON
+        return
+    if base is not None:
+        of = base.get("base_model_name_or_path") if isinstance(base, dict) else None
+        raise ValueError(
+            f"--model: got {name}, a LoRA adapter of {of}; expected a whole model; merge the two "
+            "first: docs/fine-tuning.md, LoRA, has the commands"
+        )
 
 
 def training_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:

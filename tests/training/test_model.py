@@ -52,5 +52,6 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_outputs(tmp_path: Path)
 @pytest.mark.parametrize("config", ["{}", "{", '{"model_type": "nothing-like-it"}'])
 def test_a_config_of_no_model(tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(ValueError, match=rf"--model: got '{tmp_path}', which cannot be read"):
-        Source.of(str(tmp_path))
+    for name in (str(tmp_path), str(tmp_path / "nothing")):
+        with pytest.raises(ValueError, match=f"--model: got '{name}', which cannot be read"):
+            Source.of(name)
