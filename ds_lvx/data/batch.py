@@ -173,7 +173,7 @@ class BatchMaker:
             inputs |= self.encoder.family.frames(
                 self.encoder.processor,
                 inputs["input_ids"],
-                [self._pictures(s, mine, partial(failed.__setitem__, n)) for n, s in numbered],
+                [self._or_black(s, mine, partial(failed.__setitem__, n)) for n, s in numbered],
                 count=len(mine),
                 dtype=self._dtype,
             )
@@ -186,14 +186,14 @@ class BatchMaker:
         Raises:
             DataError: with file and line.
         """
-        for _ in _pictures(sample, range(sample.num_frames), self.counter):
+        for _ in self._pictures(sample, range(sample.num_frames)):
             pass
 
-    def _pictures(self, sample: Sample, mine: range, fail: Callable[[str], None]) -> Iterator[Any]:
+    def _or_black(self, sample: Sample, mine: range, fail: Callable[[str], None]) -> Iterator[Any]:
         """The frames ``mine`` of a sample; black ones from where it fails, if that is no error."""
         done = 0
         try:
-            for picture in _pictures(sample, mine, self.counter):
+            for picture in self._pictures(sample, mine):
                 yield picture
                 done += 1
         except DataError as error:
@@ -228,21 +228,20 @@ class BatchMaker:
             "labels": padded([sample.text.labels for sample in samples], IGNORED),
         }
 
-
-def _pictures(sample: Sample, mine: range, counter: DecodeCount) -> Iterator[Any]:
-    """Decode the frames ``mine`` of a sample, file by file, and no others."""
-    first = 0
-    for frames in sample.frames:
-        count = len(frames.indices)
-        cut = slice(max(mine.start - first, 0), max(mine.stop - first, 0))
-        wanted = frames.indices[cut]
-        first += count
-        try:
-            if not wanted:
-                continue
-            if frames.video is None:
-                yield load_image(frames.path)
-            else:
-                yield from decode(frames.video, wanted, counter=counter)
-        except ValueError as error:
-            raise DataError(f"{sample.source}: {error}") from None
+    def _pictures(self, sample: Sample, mine: range) -> Iterator[Any]:
+        """Decode the frames ``mine`` of a sample, file by file, and no others."""
+        first = 0
+        for frames in sample.frames:
+            count = len(frames.indices)
+            cut = slice(max(mine.start - first, 0), max(mine.stop - first, 0))
+            wanted = frames.indices[cut]
+            first += count
+            try:
+                if not wanted:
+                    continue
+                if frames.video is None:
+                    yield load_image(frames.path)
+                else:
+                    yield from decode(frames.video, wanted, counter=self.counter)
+            except ValueError as error:
+                raise DataError(f"{sample.source}: {error}") from None
