@@ -25,7 +25,7 @@ from ds_lvx.distributed.failures import RankOutOfMemoryError, named
 from ds_lvx.distributed.notes import PeerError
 from ds_lvx.distributed.start import init_distributed
 from ds_lvx.training.ending import EndAskedError
-from ds_lvx.training.inputs import read_inputs
+from ds_lvx.training.inputs import check_samples, read_inputs
 from ds_lvx.training.lock import held
 from ds_lvx.training.loop import Trainer, make_engine
 from ds_lvx.training.model import load_model
@@ -71,6 +71,7 @@ def finetune(options: Options, world: Channel) -> None:
     try:
         with named("finetune.py"), held(options.output_dir, world):
             inputs = together(world, lambda: read_inputs(options, world.size))
+            inputs = check_samples(inputs, options, world)
             model = load_model(options, inputs.ds_config, inputs.source)
             engine = make_engine(model, inputs, options)
             del model  # the engine's alone, so that nothing of it outlives the shutdown

@@ -14,7 +14,7 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ds_lvx.config.ds_config import key_path, nearest, shown
+from ds_lvx.config.words import key_path, nearest, shown
 from ds_lvx.distributed.groups import SequenceParallelGroups
 
 SECTION = "activation_checkpointing"

@@ -3,12 +3,14 @@
 import base64
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from deepspeed.runtime.zero.config import get_zero_config
 from pydantic import ValidationError
+
+from ds_lvx.config.settings import ask_deepspeed, check_values
+from ds_lvx.config.words import key_path, nearest, shown
 
 SECTION = "ds_lvx"
 
@@ -52,9 +54,11 @@ def zero_stage(ds_config: Mapping[str, Any]) -> int:
 
 
 def check_ds_config(ds_config: Mapping[str, Any], sequence_parallel_size: int) -> None:
-    """Refuse settings outside our section under which sequence-parallel training goes wrong.
+    """Refuse settings outside our section under which training does not start, or goes wrong.
 
-    DeepSpeed takes all of these without a word; what they spoil is gradients, not the start.
+    First values that nobody fills in or that are of the wrong kind; then what DeepSpeed takes
+    without a word though it spoils the gradients of sequence-parallel training; then what DeepSpeed
+    refuses itself, but only once there is a model.
 
     Args:
         ds_config: the whole config.
@@ -64,6 +68,7 @@ def check_ds_config(ds_config: Mapping[str, Any], sequence_parallel_size: int) -
         ValueError: names each offending key and what to do.
         NotImplementedError: tensor parallelism beside sequence parallelism.
     """
+    check_values(ds_config)
     size = sequence_parallel_size
     problems = []
     theirs = ds_config.get("sequence_parallel_size", size)
@@ -81,6 +86,8 @@ def check_ds_config(ds_config: Mapping[str, Any], sequence_parallel_size: int) -
             f"tensor_parallel.autotp_size: got {autotp_size}, but tensor and sequence parallelism "
             f"do not work together; remove it, or set {SECTION}.sequence_parallel_size to 1"
         )
+    _zero_config(ds_config)
+    ask_deepspeed(ds_config)
 
 
 def _autotp_size(ds_config: Mapping[str, Any]) -> int:
@@ -139,7 +146,7 @@ def _zero_config(ds_config: Mapping[str, Any]) -> Any:
 
 def _read_text(path: str) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -173,6 +180,8 @@ def _parse_object(text: str, source: str) -> dict[str, Any]:
             f"{source}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}. JSON has no "
             "comments and no comma after the last item."
         ) from None
+    except (RecursionError, ValueError) as error:  # too deep, or a number of thousands of digits
+        raise ValueError(f"{source}: not a config ({error}); expected a JSON object") from None
     if not isinstance(parsed, dict):
         raise ValueError(f"{source}: got {shown(parsed)}, expected a JSON object")
     if duplicates:
@@ -200,37 +209,11 @@ def _walk(value: Any, loc: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | 
 # Words for error messages
 
 
-def key_path(loc: tuple[str | int, ...]) -> str:
-    """Write a location as `layers[1].method`."""
-    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc)
-    return "".join(steps).removeprefix(".")
-
-
-def shown(value: Any) -> str:
-    """Write a value as JSON has it, shortened to what a reader needs to recognise it."""
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError):
-        text = repr(value)
-    return text if len(text) <= 80 else f"{text[:76]} ..."
-
-
 def source_name(path_or_dict: DSConfig) -> str:
     """Name of the file, or `ds_config` for what has none."""
     if isinstance(path_or_dict, Mapping) or not os.path.exists(path_or_dict):
         return "ds_config"
     return os.fspath(path_or_dict)
-
-
-def closest(word: str, known: Iterable[str], *, count: int = 3, cutoff: float = 0.0) -> list[str]:
-    """Return up to `count` of `known`, those most like `word` first; capitals do not matter."""
-    by_lower = {name.lower(): name for name in known}
-    return [by_lower[low] for low in get_close_matches(word.lower(), by_lower, count, cutoff)]
-
-
-def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str | None:
-    """Return what `word` was probably meant to be, or None if nothing is like it."""
-    return next(iter(closest(word, known, count=1, cutoff=cutoff)), None)
 
 
 def _no_file(path: str) -> str:

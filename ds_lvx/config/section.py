@@ -25,11 +25,7 @@ from ds_lvx.config.ds_config import (
     SECTION,
     DSConfig,
     check_ds_config,
-    closest,
-    key_path,
-    nearest,
     read_ds_config,
-    shown,
     source_name,
     zero_stage,
 )
@@ -41,6 +37,7 @@ from ds_lvx.config.registry import (
     method_words,
     schedule_words,
 )
+from ds_lvx.config.words import closest, key_path, nearest, shown
 
 __all__ = [
     "LVXConfig",

@@ -5,9 +5,9 @@ Shapes: ``B`` samples, ``T`` tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from threading import Lock
 from typing import Any
 
@@ -66,11 +66,14 @@ class Batch:
         inputs: for ``ds_lvx.shard_batch(..., frames="local")``.
         num_tokens: text tokens of all samples, padding left out.
         num_frames: frames of all samples and all ranks, padding left out.
+        failed: samples of which this rank could not decode its frames, black now, by their place:
+            what is wrong, with file and line.
     """
 
     inputs: dict[str, Tensor]
     num_tokens: int
     num_frames: int
+    failed: Mapping[int, str]
 
 
 class BatchMaker:
@@ -82,6 +85,7 @@ class BatchMaker:
         owned: the number of frames of a sample to those that this rank holds (`ds_lvx.owned`).
         min_tokens: text tokens a sample must have: one for each rank that shares it.
         dtype: of ``pixel_values``.
+        skip: frames that cannot be decoded are no error, but black and `Batch.failed`.
 
     Attributes:
         counter: frames decoded so far.
@@ -95,8 +99,10 @@ class BatchMaker:
         owned: Callable[[int], range],
         min_tokens: int = 1,
         dtype: torch.dtype = torch.float32,
+        skip: bool = False,
     ) -> None:
         self.encoder = encoder
+        self._skip = skip
         self.counter = DecodeCount()
         self._rate = rate
         self._owned = owned
@@ -159,24 +165,54 @@ class BatchMaker:
         with self._lock:
             samples = [self._sample(conversation) for conversation in conversations]
         inputs = self._text(samples)
+        failed: dict[int, str] = {}
         frames = [sample.num_frames for sample in samples]
         if max(frames) > 0:
             mine = self._owned(max(frames))
+            numbered = enumerate(samples)
             inputs |= self.encoder.family.frames(
                 self.encoder.processor,
                 inputs["input_ids"],
-                [_pictures(sample, mine, self.counter) for sample in samples],
+                [self._or_black(s, mine, partial(failed.__setitem__, n)) for n, s in numbered],
                 count=len(mine),
                 dtype=self._dtype,
             )
         tokens = sum(len(sample.text.input_ids) for sample in samples)
-        return Batch(inputs, tokens, sum(frames))
+        return Batch(inputs, tokens, sum(frames), failed)
+
+    def decode(self, sample: Sample) -> None:
+        """Decode every frame of a sample, one at a time, and keep none.
+
+        Raises:
+            DataError: with file and line.
+        """
+        for _ in self._pictures(sample, range(sample.num_frames)):
+            pass
+
+    def _or_black(self, sample: Sample, mine: range, fail: Callable[[str], None]) -> Iterator[Any]:
+        """The frames ``mine`` of a sample; black ones from where it fails, if that is no error."""
+        done = 0
+        try:
+            for picture in self._pictures(sample, mine):
+                yield picture
+                done += 1
+        except DataError as error:
+            if not self._skip:
+                raise
+            from PIL import Image
+
+            fail(str(error))
+            for _ in range(sample.num_frames)[mine.start : mine.stop][done:]:
+                yield Image.new("RGB", (32, 32))
 
     def _frames(self, part: Part) -> Frames:
         if part.kind == "image":
             return Frames(part.value, None, (0,))
         video = self._probe(part.value)
-        chosen = choose(video, fps=self._rate.fps, count=self._rate.count)
+        rate = self._rate
+        if part.fps is not None or part.nframes is not None:  # the line's own go first
+            rate = replace(rate, fps=part.fps, count=part.nframes)
+        chosen = choose(video, fps=rate.fps, count=rate.count)
         return Frames(part.value, video, chosen)
 
     def _text(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -192,21 +228,20 @@ class BatchMaker:
             "labels": padded([sample.text.labels for sample in samples], IGNORED),
         }
 
-
-def _pictures(sample: Sample, mine: range, counter: DecodeCount) -> Iterator[Any]:
-    """Decode the frames ``mine`` of a sample, file by file, and no others."""
-    first = 0
-    for frames in sample.frames:
-        count = len(frames.indices)
-        cut = slice(max(mine.start - first, 0), max(mine.stop - first, 0))
-        wanted = frames.indices[cut]
-        first += count
-        try:
-            if not wanted:
-                continue
-            if frames.video is None:
-                yield load_image(frames.path)
-            else:
-                yield from decode(frames.video, wanted, counter=counter)
-        except ValueError as error:
-            raise DataError(f"{sample.source}: {error}") from None
+    def _pictures(self, sample: Sample, mine: range) -> Iterator[Any]:
+        """Decode the frames ``mine`` of a sample, file by file, and no others."""
+        first = 0
+        for frames in sample.frames:
+            count = len(frames.indices)
+            cut = slice(max(mine.start - first, 0), max(mine.stop - first, 0))
+            wanted = frames.indices[cut]
+            first += count
+            try:
+                if not wanted:
+                    continue
+                if frames.video is None:
+                    yield load_image(frames.path)
+                else:
+                    yield from decode(frames.video, wanted, counter=self.counter)
+            except ValueError as error:
+                raise DataError(f"{sample.source}: {error}") from None

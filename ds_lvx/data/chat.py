@@ -9,24 +9,56 @@ One JSON object a line::
         {"type": "text", "text": "What happens?"}]},
       {"role": "assistant", "content": "A rabbit wakes up."}]}
 
-Content that is a plain string is text. Paths are relative to the folder of the JSONL file. Other
-keys of the object (an id, a licence) are left alone. Everything that can be checked without
-opening an image or a video is checked when the file is read, every line of it.
+or with the media beside the messages, as LLaMA-Factory and ms-swift have it::
+
+    {"messages": [
+      {"role": "user", "content": "<video><image>What happens?"},
+      {"role": "assistant", "content": "A rabbit wakes up."}],
+     "videos": ["clips/a.mp4"], "images": ["frames/b.png"]}
+
+Content that is a plain string is text. Paths are relative to the folder of the JSONL file. What a
+line says is honoured or refused: only keys of the object that say nothing about the chat (an id, a
+licence) are left alone, and those whose value is null or empty.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from array import array
+from collections.abc import Collection, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ds_lvx.data.errors import DataError, Source
+from ds_lvx.data.errors import DataError, Source, shown
+from ds_lvx.data.lines import Lines
+from ds_lvx.data.paths import PathError, media_file
 
 ROLES = ("system", "user", "assistant")
 KINDS = ("text", "image", "video")
 _EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}'
+_MESSAGE_KEYS = ("role", "content", "weight")
+_PART_KEYS = {
+    "text": ("type", "text", "literal"),
+    "image": ("type", "image"),
+    "video": ("type", "video", "fps", "nframes"),
+}
+# What other formats say beside the messages about what is to be learnt, and what to write instead.
+_BESIDE = {
+    **dict.fromkeys(
+        ("image", "video"), 'write a list "images" or "videos", and <image> or <video>'
+    ),
+    **dict.fromkeys(("audio", "audios"), "take the line out: sound is not read"),
+    "system": "write it as the first message, of the role system",
+    **dict.fromkeys(("tools", "functions"), "write them out in the text of a message"),
+    "objects": "write the boxes out in the text of a message",
+    **dict.fromkeys(("rejected", "rejected_response", "rejected_messages"), "take it out"),
+    **dict.fromkeys(("weight", "loss"), 'write "weight" 0 or 1 into the assistant\'s messages'),
+}
+_PLACEHOLDER = re.compile("<(image|video)>")
+_FPS = (1e-4, 1000)
+_NFRAMES = (1, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -36,18 +68,29 @@ class Part:
     Attributes:
         kind: ``"text"``, ``"image"`` or ``"video"``.
         value: the text, or the path of the file.
+        fps: frames a second of this video; None leaves it to the run.
+        nframes: frames of this video in all; None leaves it to the run.
     """
 
     kind: str
     value: str
+    fps: float | None = None
+    nframes: int | None = None
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: one of `ROLES`.
+        parts: its text and media, in order.
+        learnt: whether an assistant's text is learnt; a ``"weight"`` of 0 says no.
+    """
 
     role: str
     parts: tuple[Part, ...]
+    learnt: bool = True
 
     @property
     def text(self) -> str:
@@ -69,8 +112,37 @@ class Conversation:
         return [part for part in parts if part.kind != "text"]
 
 
+class Chats:
+    """The conversations of a JSONL file, each parsed and checked when it is asked for.
+
+    Args:
+        path: the file; blank lines are skipped.
+
+    Raises:
+        DataError: of the file as a whole (`Lines`); asked for a line, what is wrong with it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.lines = Lines(path)
+        self._folder = Path(path).parent
+        self._kept: Sequence[int] = range(len(self.lines))
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Conversation:
+        line = self._kept[index]
+        return _Line(self.lines.source(line), self._folder).conversation(self.lines.record(line))
+
+    def without(self, left_out: Collection[int]) -> Chats:
+        """The same file, some of its conversations left out."""
+        chats = copy(self)
+        chats._kept = array("q", (n for n in self._kept if n not in left_out))
+        return chats
+
+
 def read_conversations(path: str | Path) -> list[Conversation]:
-    """Read and check a JSONL file.
+    """Read and check a JSONL file, every line of it.
 
     Args:
         path: the file; blank lines are skipped.
@@ -82,27 +154,8 @@ def read_conversations(path: str | Path) -> list[Conversation]:
         DataError: the file is missing or empty, a line is no JSON or not in the chat format, or a
             file that it names does not exist; the message begins with ``file:line``.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise DataError.at(
-            str(path), got="no such file", expected="a JSONL file of chats", do="check the path"
-        )
-    conversations = list(_conversations(file))
-    if not conversations:
-        raise DataError.at(
-            str(path),
-            got="an empty file",
-            expected=f"at least one line such as {_EXAMPLE}",
-            do="add samples to it",
-        )
-    return conversations
-
-
-def _conversations(file: Path) -> Iterator[Conversation]:
-    with file.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            if raw.strip():
-                yield _Line(Source(str(file), number), file.parent).conversation(raw)
+    chats = Chats(path)
+    return [chats[index] for index in range(len(chats))]
 
 
 @dataclass(frozen=True)
@@ -111,80 +164,178 @@ class _Line:
 
     source: Source
     folder: Path
+    media: dict[str, Iterator[Part]] = field(default_factory=dict)
 
-    def conversation(self, raw: bytes) -> Conversation:
-        try:
-            record = json.loads(raw.decode("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            text = raw[:60].decode("utf-8", "replace").strip()
-            raise self.error(f"{text!r} ({error})", "one JSON object", "correct the line") from None
-        if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
-            found = f"the keys {sorted(record)}" if isinstance(record, dict) else _name(record)
+    def conversation(self, record: dict[str, Any]) -> Conversation:
+        if not isinstance(record.get("messages"), list):
+            found = f"the keys {shown(sorted(record))}"
             raise self.error(found, f'a list "messages": {_EXAMPLE}', "rewrite the line")
+        for key, do in _BESIDE.items():
+            if record.get(key) not in (None, "", [], {}):
+                expected = "messages, images and videos"
+                raise self.error(f"the key {key!r} beside the messages", expected, do)
+        for kind in ("image", "video"):
+            self.media[kind] = iter(self.listed(record, kind))
         messages = tuple(self.message(item, n) for n, item in enumerate(record["messages"]))
-        if not any(message.role == "assistant" and message.text.strip() for message in messages):
+        for kind, left in self.media.items():
+            if (part := next(left, None)) is not None:
+                raise self.error(
+                    f"{shown(part.value)} in {kind!r}s without a <{kind}> in the messages",
+                    f"one <{kind}> for each",
+                    f"write <{kind}> where it belongs in the text",
+                )
+        if not any(m.role == "assistant" and m.learnt and m.text.strip() for m in messages):
             raise self.error(
-                f"roles {[message.role for message in messages]} and no assistant's text",
-                "at least one assistant message with text, which is what is learnt",
+                f"roles {shown([m.role for m in messages])} and no assistant's text that is learnt",
+                "at least one assistant message with text (and not of weight 0)",
                 "add the answer",
             )
         return Conversation(self.source, messages)
 
+    def listed(self, record: dict[str, Any], kind: str) -> list[Part]:
+        """The media beside the messages."""
+        values = record.get(f"{kind}s")
+        if values is None:
+            return []
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            found = f'{shown(values)} for "{kind}s"'
+            raise self.error(found, f'"{kind}s": ["a path", ...]', "correct the list")
+        return [
+            Part(kind, self.file(value, f"{kind}s[{n}]"))
+            for n, value in enumerate(map(str, values))
+        ]
+
     def message(self, item: Any, number: int) -> Message:
         where = f"messages[{number}]"
         if not isinstance(item, dict) or item.get("role") not in ROLES:
-            found = f"role {item.get('role')!r}" if isinstance(item, dict) else _name(item)
+            found = f"role {shown(item.get('role'))}" if isinstance(item, dict) else _name(item)
             raise self.error(
                 f"{found} in {where}", f"one of {', '.join(ROLES)}", "correct the role"
             )
-        content = item.get("content")
+        role, content = item["role"], item.get("content")
+        self.refuse_others(item, _MESSAGE_KEYS, where, do='; "weight": 0 leaves an answer unlearnt')
         if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
+            content = [{"type": "text", "text": content, "literal": role == "assistant"}]
         if not isinstance(content, list):
             raise self.error(
                 f"content {_name(content)} in {where}", "a string or a list", "correct the content"
             )
-        parts = tuple(self.part(part, f"{where}.content[{n}]") for n, part in enumerate(content))
-        if item["role"] == "assistant" and any(part.kind != "text" for part in parts):
+        parts = tuple(
+            part
+            for n, given in enumerate(content)
+            for part in self.parts(given, f"{where}.content[{n}]")
+        )
+        if role == "assistant" and any(part.kind != "text" for part in parts):
             raise self.error(
                 f"an image or a video in {where}", "text alone from the assistant", "move it"
             )
-        return Message(item["role"], parts)
+        return Message(role, parts, self.learnt(item, where))
 
-    def part(self, item: Any, where: str) -> Part:
+    def learnt(self, item: dict[str, Any], where: str) -> bool:
+        weight, answers = item.get("weight"), item["role"] == "assistant"
+        if weight is None or (weight == 1 and answers and weight is not True):
+            return True
+        if weight == 0 and weight is not False:
+            return False
+        expected = "0 or 1 (the default)" if answers else "0: only the assistant's text is learnt"
+        raise self.error(f"weight {shown(weight)} in {where}", expected, "correct the weight")
+
+    def parts(self, item: Any, where: str) -> Iterator[Part]:
+        """What an entry of the content says: one part, or a text cut at its placeholders."""
         kind = item.get("type") if isinstance(item, dict) else None
         if kind not in KINDS:
-            found = f"type {kind!r}" if isinstance(item, dict) else _name(item)
+            found = f"type {shown(kind)}" if isinstance(item, dict) else _name(item)
             raise self.error(f"{found} in {where}", f'"type" one of {KINDS}', "correct the type")
-        value = item.get(kind)
-        if not isinstance(value, str):
-            raise self.error(
-                f"{_name(value)} for {kind!r} in {where}",
-                f'{{"type": "{kind}", "{kind}": "..."}}',
-                "correct the entry",
-            )
-        if kind == "text":
-            return Part(kind, value)
-        return Part(kind, str(self.media_file(value, where)))
+        self.refuse_others(item, _PART_KEYS[kind], where)
+        if kind != "text":
+            yield self.medium(item, kind, where)
+            return
+        if not isinstance(item.get("text"), str):
+            example = '{"type": "text", "text": "..."}'
+            found = f"{_name(item.get('text'))} for 'text' in {where}"
+            raise self.error(found, example, "correct the entry")
+        text = self.text(item["text"], where)
+        # Text, kind, text, kind, text: every second piece is what a placeholder stands for.
+        for n, piece in enumerate(
+            [text] if self.literal(item, where) else _PLACEHOLDER.split(text)
+        ):
+            if n % 2:
+                yield self.beside(piece, f"<{piece}> in {where}")
+            elif piece or not text:
+                yield Part("text", piece)
 
-    def media_file(self, value: str, where: str) -> Path:
-        if "://" in value:
+    def medium(self, item: dict[str, Any], kind: str, where: str) -> Part:
+        """An image or a video, named here or, where the entry has no path, beside the messages."""
+        value = item.get(kind)
+        if value is not None and not isinstance(value, str):
+            example = f'{{"type": "{kind}", "{kind}": "..."}}'
+            found = f"{_name(value)} for {kind!r} in {where}"
+            raise self.error(found, example, "correct the entry")
+        if value is None:
+            part = self.beside(kind, f"{kind!r} without a path in {where}")
+        else:
+            part = Part(kind, self.file(value, where))
+        fps, nframes = (self.frames(item, key, where) for key in ("fps", "nframes"))
+        if fps is not None and nframes is not None:
+            raise self.error(f"fps and nframes in {where}", "one of them", "drop the other")
+        return replace(part, fps=fps, nframes=nframes)
+
+    def beside(self, kind: str, said: str) -> Part:
+        """The next of the media beside the messages."""
+        part = next(self.media[kind], None)
+        if part is None:
             raise self.error(
-                f"the address {value!r} in {where}", "a local file", "download it first"
+                f"{said} and no {kind} left for it",
+                f'a list "{kind}s" beside the messages with a path for each',
+                f'add the path (or, where <{kind}> is meant as text, write {{"type": "text", '
+                '"text": "...", "literal": true})',
             )
-        file = self.folder / value
-        if not file.is_file():
-            found = "a folder" if file.is_dir() else "no such file"
-            raise self.error(
-                f"{found}: {file} ({where})",
-                f"a path relative to {self.folder} or an absolute one",
-                "correct the path",
-            )
-        return file
+        return part
+
+    def literal(self, item: dict[str, Any], where: str) -> bool:
+        literal = item.get("literal")
+        if literal is not None and not isinstance(literal, bool):
+            raise self.error(f"literal {shown(literal)} in {where}", "true or false", "correct it")
+        return bool(literal)
+
+    def frames(self, item: dict[str, Any], key: str, where: str) -> Any:
+        value = item.get(key)
+        low, high = _FPS if key == "fps" else _NFRAMES
+        kinds = (int, float) if key == "fps" else int
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            expected = f"{'a' if key == 'fps' else 'a whole'} number from {low} to {high:,}"
+            raise self.error(f"{key} {shown(value)} in {where}", expected, "correct it")
+        return value
+
+    def text(self, value: str, where: str) -> str:
+        """A text that can be written as UTF-8: JSON can say half of a character."""
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = f"half a character (\\u{ord(value[error.start]):x}) in {where}"
+            raise self.error(half, "whole ones", "write the text again, uncut") from None
+        return value
+
+    def file(self, value: str, where: str) -> str:
+        try:
+            return str(media_file(self.text(value, where), self.folder))
+        except PathError as error:
+            got, expected, do = error.args
+            raise self.error(f"{got} ({where})", expected, do) from None
+
+    def refuse_others(
+        self, item: dict[str, Any], keys: tuple[str, ...], where: str, *, do: str = ""
+    ) -> None:
+        for key, value in item.items():
+            if key not in keys and value is not None:
+                known = ", ".join(keys)
+                raise self.error(f"the key {shown(key)} in {where}", known, f"take it out{do}")
 
     def error(self, got: str, expected: str, do: str) -> DataError:
         return DataError.at(self.source, got=got, expected=expected, do=do)
 
 
 def _name(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+    return "nothing" if value is None else f"{type(value).__name__} {shown(value)}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,3 +30,10 @@ class DataError(ValueError):
     def at(cls, source: Source | str, *, got: str, expected: str, do: str) -> DataError:
         """The error with its four parts in the usual order."""
         return cls(f"{source}: got {got}; expected {expected}; {do}")
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, of a long or deep one as much as a message may hold."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)

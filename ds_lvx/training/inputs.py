@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ds_lvx.config import LVXConfig, read_ds_config
+from ds_lvx.config import LVXConfig, check_ds_config, read_ds_config
 from ds_lvx.data.batch import FrameRate
-from ds_lvx.data.chat import Conversation, read_conversations
+from ds_lvx.data.chat import Chats
 from ds_lvx.data.text import TextEncoder
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.training.check import Checks, bad_samples
 from ds_lvx.training.model import Source
 from ds_lvx.training.options import Options
 from ds_lvx.training.run_state import written
@@ -56,9 +59,12 @@ class Inputs:
         source: of the model: its family and processor.
         encoder: for its text.
         rate: which frames of a video are taken.
-        training, evaluation: the samples; evaluation may be empty.
+        checks: what a sample has to pass.
+        training: the samples.
+        evaluation: the samples to evaluate on, or None.
         total_steps: optimizer steps of the whole run.
         fingerprint: of the training data and of what is taken from it.
+        skipped: what is wrong with the samples that are left out.
     """
 
     ds_config: dict[str, Any]
@@ -66,14 +72,16 @@ class Inputs:
     source: Source
     encoder: TextEncoder
     rate: FrameRate
-    training: list[Conversation]
-    evaluation: list[Conversation]
+    checks: Checks
+    training: Chats
+    evaluation: Chats | None
     total_steps: int
     fingerprint: str
+    skipped: tuple[str, ...]
 
 
 def read_inputs(options: Options, world_size: int) -> Inputs:
-    """Read and check what the options name. Communicates with nobody.
+    """Read and check what the options name, all but the samples. Communicates with nobody.
 
     Args:
         options: of the run.
@@ -86,31 +94,64 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     lvx = LVXConfig.from_ds_config(options.deepspeed_config)
     try:
         lvx.check_world_size(world_size)
+        check_ds_config(ds_config, lvx.sequence_parallel_size)
     except ValueError as error:
         raise ValueError(f"{options.deepspeed_config}: {error}") from None
     sizes = batch_sizes(ds_config, world_size // lvx.sequence_parallel_size)
     _check_output(options)
-    training = read_conversations(options.data)
-    evaluation = [] if options.eval_data is None else read_conversations(options.eval_data)
+    training = Chats(options.data)
+    evaluation = None if options.eval_data is None else Chats(options.eval_data)
     source = Source.of(options.model)
+    source.check_tokenizer()
     encoder = TextEncoder(
         source.processor, source.max_length(options.max_length), family=source.family
     )
     fps = DEFAULT_FPS if options.fps is None and options.frames is None else options.fps
     rate = FrameRate(fps=fps, count=options.frames)
-    steps = options.max_steps
-    if steps is None:
-        steps = max(math.ceil(options.epochs * len(training) / sizes.per_step), 1)
+    checks = Checks(
+        level=options.check_data,
+        model=options.model,
+        max_length=encoder.max_length,
+        min_tokens=lvx.sequence_parallel_size,
+        rate=rate,
+    )
     return Inputs(
         ds_config=ds_config,
         sizes=sizes,
         source=source,
         encoder=encoder,
         rate=rate,
+        checks=checks,
         training=training,
         evaluation=evaluation,
-        total_steps=steps,
-        fingerprint=_fingerprint(options.data, rate, encoder),
+        total_steps=_total_steps(options, sizes, training),
+        fingerprint=_fingerprint(training, (), rate, encoder),
+        skipped=(),
+    )
+
+
+def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
+    """Look at every sample (`bad_samples`), and leave out what is bad where the options say so.
+
+    Raises:
+        ValueError: on all ranks: a bad sample, or none that is good.
+
+    Collectives: two agreements on the control plane for each file of data.
+    """
+    skip = options.on_bad_sample == "skip"
+    look = partial(bad_samples, checks=inputs.checks, source=inputs.source, world=world, skip=skip)
+    bad = look(inputs.training)
+    training, evaluation, bad_too = inputs.training.without(bad), inputs.evaluation, {}
+    if evaluation is not None:
+        bad_too = look(evaluation)
+        evaluation = evaluation.without(bad_too)
+    return replace(
+        inputs,
+        training=training,
+        evaluation=evaluation,
+        total_steps=_total_steps(options, inputs.sizes, training),
+        fingerprint=_fingerprint(training, sorted(bad), inputs.rate, inputs.encoder),
+        skipped=(*bad.values(), *bad_too.values()),
     )
 
 
@@ -161,7 +202,14 @@ def _check_output(options: Options) -> None:
         ) from None
 
 
-def _fingerprint(data: str, rate: FrameRate, encoder: TextEncoder) -> str:
-    digest = hashlib.sha256(Path(data).read_bytes())
-    digest.update(repr((rate, encoder.max_length)).encode())
-    return digest.hexdigest()[:16]
+def _total_steps(options: Options, sizes: BatchSizes, training: Chats) -> int:
+    if options.max_steps is not None:
+        return options.max_steps
+    return max(math.ceil(options.epochs * len(training) / sizes.per_step), 1)
+
+
+def _fingerprint(
+    training: Chats, left_out: Sequence[int], rate: FrameRate, encoder: TextEncoder
+) -> str:
+    taken = (training.lines.sha256, list(left_out), rate, encoder.max_length)
+    return hashlib.sha256(repr(taken).encode()).hexdigest()[:16]

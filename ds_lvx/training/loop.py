@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,9 @@ class Trainer:
             owned=ds_lvx.owned,
             min_tokens=self._groups.sp_size,
             dtype=training_dtype(inputs.ds_config),
+            skip=options.on_bad_sample == "skip",
         )
+        self._skipped = dict.fromkeys(inputs.skipped)
         self._order = SampleOrder(len(inputs.training), options.seed)
         self._checkpoints = Checkpoints(
             self._folder / "checkpoints",
@@ -132,6 +135,7 @@ class Trainer:
                 self._work()
                 self.export()
         finally:
+            self._progress.skipped([*self._skipped])
             self._progress.close()
 
     def _work(self) -> None:
@@ -192,12 +196,13 @@ class Trainer:
 
     def evaluate(self) -> float:
         """The mean loss of the labelled tokens of all evaluation samples, logged and returned."""
-        size, count = self._inputs.sizes.per_forward, len(self._inputs.evaluation)
+        samples = self._inputs.evaluation
+        size, count = self._inputs.sizes.per_forward, 0 if samples is None else len(samples)
         total, tokens = 0.0, 0
         self.engine.eval()
         with torch.no_grad():
             for place in range(0, count, size):
-                batch, records = told(self._world, partial(self._evaluation_told, place))
+                batch, records = self._agree(partial(self._make_evaluation, place))
                 raise_if_asked(records)
                 labelled = int((batch.inputs["labels"][:, 1:] != IGNORED).sum())
                 total += float(self._forward(batch).detach()) * labelled
@@ -233,7 +238,7 @@ class Trainer:
         losses: list[Tensor] = []
         tokens, items = 0, 0.0
         for _ in range(sizes.accumulation):
-            batch, records = told(self._world, lambda: self._told(ahead.get(self.samples_seen)))
+            batch, records = self._agree(partial(ahead.get, self.samples_seen))
             if not losses:
                 raise_if_asked(records)
                 everyone = sum(record["labelled"] for record in records) / self._groups.sp_size
@@ -268,23 +273,41 @@ class Trainer:
         numbers = self._order.micro_batch(place, micro, replica=replica)
         return [self._inputs.training[number] for number in numbers]
 
-    def _told(self, made: tuple[Batch, int]) -> tuple[Batch, dict[str, Any]]:
-        batch, labelled = made
-        return batch, {"labelled": labelled, **self._ending.asked()}
-
-    def _evaluation_told(self, place: int) -> tuple[Batch, dict[str, Any]]:
-        return self._make_evaluation(place), self._ending.asked()
-
-    def _make_evaluation(self, place: int) -> Batch:
+    def _make_evaluation(self, place: int) -> tuple[Batch, int]:
         """A batch in the file's order; past the end the last sample, with nothing to learn."""
         micro, samples = self._inputs.sizes.micro, self._inputs.evaluation
+        assert samples is not None
         first = place + self._groups.dp_rank * micro
         places = range(first, first + micro)
         batch = self.maker.batch([samples[min(p, len(samples) - 1)] for p in places])
         for row, p in enumerate(places):
             if p >= len(samples):
                 batch.inputs["labels"][row] = IGNORED
-        return batch
+        return batch, 0
+
+    def _agree(self, make: Callable[[], tuple[Batch, int]]) -> tuple[Batch, list[dict[str, Any]]]:
+        """Make a batch on every rank; nothing is learnt of a sample that failed on one of them.
+
+        Raises:
+            ValueError: a batch cannot be made; on all ranks.
+
+        Collectives: one agreement on the control plane.
+        """
+        replica = self._groups.dp_rank
+
+        def made() -> tuple[Batch, dict[str, Any]]:
+            batch, labelled = make()
+            failed = {n: problem[:500] for n, problem in batch.failed.items()}
+            record = {"labelled": labelled, "replica": replica, "failed": failed}
+            return batch, {**record, **self._ending.asked()}
+
+        batch, records = told(self._world, made)
+        for record in records:
+            self._skipped |= dict.fromkeys(record["failed"].values())
+            if record["replica"] == replica:
+                for row in record["failed"]:
+                    batch.inputs["labels"][int(row)] = IGNORED
+        return batch, records
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,9 +51,11 @@ class Source:
         if tiny == TINY:
             family = _family(name, wanted or FAMILIES.default().model_type)
             return cls(name, family, *family.tiny())
+        _refuse_adapter(name, only_local=True)
         with _readable(name):
             config = AutoConfig.from_pretrained(name)
-            family = _family(name, config.model_type)
+        family = _family(name, config.model_type)
+        with _readable(name):
             return cls(name, family, config, family.load_processor(name))
 
     @property
@@ -73,6 +77,29 @@ class Source:
             )
         return positions if wanted is None else wanted
 
+    def check_tokenizer(self) -> None:
+        """Compare the tokenizer with the model.
+
+        Raises:
+            ValueError: it has tokens that the model has no output for.
+        """
+        text = self.config.get_text_config()
+        outputs = int(text.vocab_size) + int(getattr(text, "additional_vocab_size", 0))
+        tokens = self.processor.tokenizer.get_vocab()
+        # The image token is read and never written: mllama's has no output either.
+        beyond = {
+            number: token
+            for token, number in tokens.items()
+            if number >= outputs and number != self.processor.image_token_id
+        }
+        if beyond:
+            first = min(beyond)
+            raise ValueError(
+                f"--model: got {self.name}, whose tokenizer has {len(beyond)} tokens more than the "
+                f"model has outputs ({outputs}): {beyond[first]!r} is {first}; expected that of "
+                "the checkpoint; copy its files again, or resize the model"
+            )
+
     def load(self, dtype: torch.dtype) -> Any:
         """The model."""
         if self.is_tiny:
@@ -88,6 +115,25 @@ def _family(name: str, model_type: str) -> Family:
             f"{', '.join(map(repr, FAMILIES))}; take such a checkpoint"
         )
     return FAMILIES.named(model_type)
+
+
+def _refuse_adapter(name: str, *, only_local: bool) -> None:
+    from transformers.utils import find_adapter_config_file
+
+    # Of a name on the hub the network is asked, which is left for names that cannot be read.
+    if only_local and not Path(name).is_dir():
+        return
+    try:
+        found = find_adapter_config_file(name)
+        base = None if found is None else json.loads(Path(found).read_text())
+    except (OSError, ValueError):  # no name of the hub, no network, no JSON
+        return
+    if base is not None:
+        of = base.get("base_model_name_or_path") if isinstance(base, dict) else None
+        raise ValueError(
+            f"--model: got {name}, a LoRA adapter of {of}; expected a whole model; merge the two "
+            "first: docs/fine-tuning.md, LoRA, has the commands"
+        )
 
 
 def training_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
@@ -172,7 +218,8 @@ def _partitioned(ds_config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[N
 def _readable(name: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a ValueError of a type that transformers has not
+        _refuse_adapter(name, only_local=False)
         raise ValueError(
             f"--model: got {name!r}, which cannot be read ({error}); expected a folder or the hub "
             "name of a checkpoint, or `tiny`; check the name, and the login for a gated one"

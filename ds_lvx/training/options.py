@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+CHECKS = ("lines", "headers", "frames")
+ON_BAD_SAMPLE = ("stop", "skip")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
 
 
@@ -20,6 +22,8 @@ class Options:
     fps: float | None
     frames: int | None
     max_length: int | None
+    check_data: str
+    on_bad_sample: str
     deepspeed_config: str
     output_dir: str
     epochs: float
@@ -49,9 +53,16 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     Raises:
         SystemExit: with a usage message, for an unknown option or an impossible value.
     """
-    values = vars(parser().parse_args(arguments))
+    top = parser()
+    values = vars(top.parse_args(arguments))
     del values["local_rank"]  # from the launcher; the environment says the same
-    return Options(**values)
+    options = Options(**values)
+    if options.on_bad_sample == "skip" and options.check_data == "lines":
+        top.error(
+            "argument --on_bad_sample: got skip with --check_data lines; expected headers or "
+            "frames, which say what to skip; leave --check_data out"
+        )
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
         description="Fine-tune a model on your own images and videos, with the visual tokens of a "
         "sample split over the ranks of a sequence-parallel group.",
     )
-    top.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    # DeepSpeed's launcher writes the first form, torch.distributed.launch the second.
+    top.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     _add_inputs(top.add_argument_group("model and data"))
     _add_training(top.add_argument_group("training"))
     _add_outputs(top.add_argument_group("output"))
@@ -84,6 +96,19 @@ def _add_inputs(group: Any) -> None:
         "--max_length",
         type=_above(int, 1),
         help="text tokens a sample may have (default: the model's positions); more is an error",
+    )
+    group.add_argument(
+        "--check_data",
+        choices=CHECKS,
+        default="headers",
+        help="what is looked at in every line before the model is loaded: its text and that its "
+        "files exist; their headers and the number of tokens too (default); every frame",
+    )
+    group.add_argument(
+        "--on_bad_sample",
+        choices=ON_BAD_SAMPLE,
+        default="stop",
+        help="a line that cannot serve ends the run (default), or is left out and named at its end",
     )
     group.add_argument("--deepspeed_config", required=True, help="a ds_config with `ds_lvx`")
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
+from ds_lvx.training.check import listed
 from ds_lvx.training.disk import write_text
 
 
 class Progress:
-    """Progress bar and ``metrics.jsonl``; silent on all ranks but the first.
+    """Progress bar, ``metrics.jsonl`` and ``skipped.txt``; silent on all ranks but the first.
 
     Args:
-        folder: where ``metrics.jsonl`` is written.
+        folder: where the files are written.
         rank: of this process.
         total_steps: of the run.
     """
 
     def __init__(self, folder: Path, *, rank: int, total_steps: int) -> None:
+        self._folder = folder
         self._file = folder / "metrics.jsonl"
         self._writes = rank == 0
         self._bar: Any = tqdm(total=total_steps, disable=rank != 0, unit="step", desc="training")
@@ -77,6 +81,14 @@ class Progress:
         """Print a line above the bar."""
         if self._writes:
             self._bar.write(text)
+
+    def skipped(self, problems: Sequence[str]) -> None:
+        """Count and name the samples that were left out; ``skipped.txt`` has all of them."""
+        if not self._writes or not problems:
+            return
+        self.say("\n".join([f"skipped {len(problems)} bad samples", listed(problems)]))
+        with contextlib.suppress(OSError):  # what ended the run is to be said, not this
+            (self._folder / "skipped.txt").write_text("".join(f"{text}\n" for text in problems))
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -95,6 +95,8 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
         ('{"ds_lvx": {"layers": [{"match": "*", "method": lvx}]}}', ":1:49: not valid JSON"),
         ("", ":1:1: not valid JSON"),
         ("[1]", ": got [1], expected a JSON object"),
+        ('{"a": ' + "[" * 99_999, ": not a config (maximum recursion depth"),
+        ('{"a": ' + "9" * 5000 + "}", ": not a config (Exceeds the limit"),
         ('{"ds_lvx": {}, "ds_lvx": {}}', ": ds_lvx: the key occurs twice"),
         (
             '{"ds_lvx": {"layers": [{}, {"match": "a", "method": "lvx", "method": "ring"}]}}',
@@ -106,6 +108,12 @@ def test_bad_json_gives_the_place(tmp_path: Path, text: str, expected: str) -> N
     file = tmp_path / "c.json"
     file.write_text(text)
     assert message_of(file).startswith(f"{file}{expected}")
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_text('{"ds_lvx": {}}', encoding="utf-8-sig")
+    assert read_ds_config(file) == {"ds_lvx": {}}
 
 
 def test_bad_base64_text_is_an_error_of_its_json() -> None:
@@ -190,11 +198,76 @@ def test_tensor_parallelism_is_not_implemented() -> None:
         {"zero_optimization": {"stage": 2, "reduce_scatter": False}},
         {"zero_optimization": {"stage": 0, "reduce_scatter": False}},
         {"tensor_parallel": {"autotp_size": 1}},
+        {"steps_per_print": float("inf"), "data_types": {"keep_in_fp32_modules": "auto"}},
+        {"ds_lvx": {"layers": [{"match": "*", "method": "auto"}]}, "wandb": {"project": "auto"}},
     ],
     ids=str,
 )
 def test_harmless_setting_passes(ds_config: dict[str, Any]) -> None:
     check_ds_config(ds_config, 2)
+
+
+WRONG_VALUES: list[tuple[dict[str, Any], list[str]]] = [
+    ({"bf16": {"enabled": "auto"}}, ['bf16.enabled: got "auto", which nobody fills in']),
+    (
+        {
+            "train_batch_size": "auto",
+            "gradient_clipping": "auto",
+            "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, "auto"]}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+            "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+        },
+        [
+            'train_batch_size: got "auto"',
+            'gradient_clipping: got "auto"',
+            'optimizer.params.lr: got "auto"',
+            'optimizer.params.betas[1]: got "auto"',
+            'scheduler.params.warmup_num_steps: got "auto"',
+            'zero_optimization.reduce_bucket_size: got "auto"',
+        ],
+    ),
+    (
+        {
+            "train_micro_batch_size_per_gpu": "2",
+            "gradient_accumulation_steps": 0,
+            "gradient_clipping": True,
+            "bf16": {"enabled": "false"},
+            "fp16": False,
+            "optimizer": {"type": "AdamW", "params": {"lr": "1e-5", "eps": float("nan")}},
+            "scheduler": {"params": {"warmup_num_steps": 2.5}},
+        },
+        [
+            'train_micro_batch_size_per_gpu: got "2"; expected a whole number',
+            "gradient_accumulation_steps: got 0; expected 1 or more",
+            "gradient_clipping: got true; expected a number",
+            'bf16.enabled: got "false"; expected true or false',
+            "fp16: got false; expected an object",
+            'optimizer.params.lr: got "1e-5"; expected a number',
+            "optimizer.params.eps: got NaN; expected a finite number",
+            "scheduler.type: got",
+            "scheduler.params.warmup_num_steps: got 2.5; expected a whole number",
+        ],
+    ),
+    ({"bf16": {"enabled": True, "loss_scal": 1}}, ["DeepSpeedBF16Config: loss_scal: got 1"]),
+    ({"amp": {"enabled": True}}, ["DeepSpeed refuses it (DeepSpeedConfigError: NVIDIA Apex"]),
+    (
+        {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
+        ["DeepSpeed refuses it (AssertionError: bfloat16 and fp16"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("ds_config", "problems"), WRONG_VALUES)
+def test_every_value_that_cannot_serve_is_named(
+    ds_config: dict[str, Any], problems: list[str]
+) -> None:
+    given = deepcopy(ds_config)
+    with pytest.raises(ValueError, match=r"got|refuses") as caught:
+        check_ds_config(given, 1)
+    lines = str(caught.value).split("\n")
+    assert len(lines) == len(problems), caught.value
+    assert all(any(problem in line for line in lines) for problem in problems), caught.value
+    assert repr(given) == repr(ds_config)
 
 
 # The files of ds_configs/

@@ -150,6 +150,17 @@ def test_a_bad_file_is_named_with_its_line_by_the_rank_that_decodes_it(tmp_path:
             _maker(132, mine).batch(samples[number - 1 : number])
 
 
+def test_a_line_says_which_frames_of_its_video_are_taken(tmp_path: Path) -> None:
+    """40 frames, 25 a second."""
+    write_video(tmp_path / "a.mp4")
+    record = chat(*[("video", "a.mp4")] * 3)
+    _, fps, nframes = record["messages"][0]["content"]
+    fps["fps"], nframes["nframes"] = 5, 2
+    (conversation,) = read_conversations(write_jsonl(tmp_path / "d.jsonl", record))
+    taken = [frames.indices for frames in _maker(3).sample(conversation).frames]
+    assert taken == [(6, 20, 33), (0, 5, 10, 15, 20, 25, 30, 35), (10, 30)]
+
+
 def test_every_rank_needs_a_token(conversations: list[Conversation]) -> None:
     tokens = len(_maker(3).sample(conversations[1]).text.input_ids)
     assert _maker(3, min_tokens=tokens).batch(conversations[1:])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +34,7 @@ GOOD = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
     ("line", "expected"),
     [
         ("{'messages'", "one JSON object"),
-        ("[1, 2]", 'a list "messages"'),
+        ("[1, 2]", "got list [1, 2]; expected one JSON object"),
         ('{"conversations": []}', "got the keys ['conversations']"),
         ('{"messages": []}', "at least one assistant message"),
         ('{"messages": [{"role": "assistant", "content": " "}]}', "at least one assistant"),
@@ -70,6 +72,137 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, expected: str) -> None:
     assert expected in str(caught.value)
 
 
+def _record(**more: Any) -> dict[str, Any]:
+    return {**json.loads(GOOD), **more}
+
+
+def _content(*parts: Any, **more: Any) -> dict[str, Any]:
+    return _record(messages=[{"role": "user", "content": list(parts), **more}, ANSWER])
+
+
+def _text(text: str, **more: Any) -> dict[str, Any]:
+    return _record(messages=[{"role": "user", "content": text}, ANSWER], **more)
+
+
+ANSWER = {"role": "assistant", "content": "b"}
+LEFT_OUT = {"role": "assistant", "content": "b", "weight": 0}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        # media that are said and not there, and there and not said
+        (_text("<image>Which?"), "<image> in messages[0].content[0] and no image left"),
+        (_text("<image><image>", images=["a.png"]), "<image> in messages[0].content[0] and no"),
+        (_text("<image>", videos=["a.png"]), "<image> in messages[0].content[0] and no image"),
+        (_text("Which?", images=["a.png"]), "a.png' in 'image's without a <image>"),
+        (_text("<image>", images="a.png"), "'a.png' for \"images\"; expected"),
+        (_text("<image>", images=[{"path": "a.png"}]), 'for "images"; expected'),
+        (_text("<image>", images=["no.png"]), "no.png (images[0])"),
+        (_text("Which?", image="a.png"), "the key 'image' beside the messages"),
+        (_text("Which?", audios=["a.wav"]), "the key 'audios' beside the messages"),
+        (_text("Which?", system="Be brief."), "write it as the first message"),
+        (_content({"type": "text", "text": "<video>"}), "<video> in messages[0].content[0]"),
+        (_content({"type": "video"}), "'video' without a path in messages[0].content[0]"),
+        # keys that nobody reads
+        (_content({"type": "image", "image": "a.png", "fps": 5}), "the key 'fps' in messages[0]."),
+        (_content({"type": "video", "video": "a.png", "max_pixels": 9}), "the key 'max_pixels'"),
+        (_content({"type": "text", "text": "a"}, name="Ann"), "the key 'name' in messages[0]"),
+        (_record(messages=[{**ANSWER, "tool_calls": [1]}]), "the key 'tool_calls' in messages[0]"),
+        # values of the wrong kind or size
+        (_content({"type": "video", "video": "a.png", "fps": "5"}), "fps '5' in messages[0]"),
+        (_content({"type": "video", "video": "a.png", "fps": 0}), "a number from 0.0001 to 1,000"),
+        (_content({"type": "video", "video": "a.png", "nframes": 2.5}), "nframes 2.5 in"),
+        (_content({"type": "video", "video": "a.png", "nframes": True}), "nframes True in"),
+        (_content({"type": "video", "video": "a.png", "fps": 1, "nframes": 2}), "drop the other"),
+        (_content({"type": "text", "text": "a", "literal": 1}), "literal 1 in"),
+        (_record(messages=[{**ANSWER, "weight": 0.5}]), "weight 0.5 in messages[0]"),
+        (_record(messages=[{**ANSWER, "weight": True}]), "weight True in messages[0]"),
+        (_content({"type": "text", "text": "a"}, weight=1), "weight 1 in messages[0]"),
+        (_record(messages=[LEFT_OUT]), "no assistant's text that is learnt"),
+        # text and JSON
+        (
+            '{"messages": [{"role": "user", "content": "cut \\ud83d"}]}',
+            "half a character",
+        ),
+        (_content({"type": "image", "image": "\ud83d.png"}), "half a character"),
+        ('{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ('{"messages": [], "id": ' + "7" * 5000 + "}", "expected one JSON object"),
+        (GOOD[:-1] + ', "messages": []}', "the key 'messages' occurs twice"),
+        # files
+        (
+            _content({"type": "image", "image": "data:image/png;base64," + "A" * 9999}),
+            "10,021 char",
+        ),
+        (_content({"type": "image", "image": "a" * 9999}), "a path that cannot be looked up"),
+        (_content({"type": "image", "image": "a\0.png"}), "messages[0].content[0]"),
+        (_content({"type": "image", "image": "file://host/a.png"}), "a file of another host"),
+        (_content({"type": "image", "image": "file:///no/a.png"}), "no such file: /no/a.png"),
+    ],
+)
+def test_nothing_of_a_line_is_dropped_in_silence(
+    tmp_path: Path, record: Any, expected: str
+) -> None:
+    write_image(tmp_path / "a.png")
+    path = write_jsonl(tmp_path / "d.jsonl", GOOD, record)
+    with pytest.raises(DataError) as caught:
+        read_conversations(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:2: got ")
+    assert expected in message
+    assert len(message) < 1000, "values are cut"
+
+
+def test_media_beside_the_messages_stand_where_their_placeholders_are(tmp_path: Path) -> None:
+    """LLaMA-Factory's and ms-swift's own format."""
+    paths = {name: str(tmp_path / name) for name in ("a.png", "b.png", "c.mp4")}
+    for path in paths.values():
+        Path(path).touch()
+    first = {"role": "user", "content": "<image>One?<video>\n<image>"}
+    answer = {"role": "assistant", "content": "No <image> is here."}
+    literal = {"type": "text", "text": "<image>", "literal": True}
+    last = {"role": "user", "content": [{"type": "image"}, literal]}
+    record = {
+        "messages": [first, answer, last, ANSWER],
+        "images": ["a.png", "b.png", "a.png"],
+        "videos": ["c.mp4"],
+    }
+    (found,) = read_conversations(write_jsonl(tmp_path / "d.jsonl", record))
+    assert [(p.kind, p.value) for p in found.messages[0].parts] == [
+        ("image", paths["a.png"]),
+        ("text", "One?"),
+        ("video", paths["c.mp4"]),
+        ("text", "\n"),
+        ("image", paths["b.png"]),
+    ]
+    assert found.messages[1].text == "No <image> is here."
+    assert [(p.kind, p.value) for p in found.messages[2].parts] == [
+        ("image", paths["a.png"]),
+        ("text", "<image>"),
+    ]
+
+
+def test_what_a_line_may_say_is_kept(tmp_path: Path) -> None:
+    """Weights, rates of a video, addresses of files; keys without a value say nothing."""
+    clip = tmp_path / "a clip.mp4"
+    clip.touch()
+    given = [
+        {"type": "video", "video": "a clip.mp4", "fps": 5, "image": None},
+        {"type": "video", "video": clip.as_uri(), "nframes": 2},
+        {"type": "video", "video": f"file://{clip}"},
+    ]
+    record = _content(*given, weight=0, name=None)
+    record["messages"][1:] = [LEFT_OUT, {**ANSWER, "weight": 1.0}]
+    record |= {"images": [], "system": "", "id": 7, "licence": {"a": [1]}}
+    (found,) = read_conversations(write_jsonl(tmp_path / "d.jsonl", record))
+    assert [(p.value, p.fps, p.nframes) for p in found.media] == [
+        (str(clip), 5, None),
+        (str(clip), None, 2),
+        (str(clip), None, None),
+    ]
+    assert [m.learnt for m in found.messages] == [False, False, True]
+
+
 def test_bytes_that_are_no_text_are_a_bad_line(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_bytes(GOOD.encode() + b"\n\xff\xfe{}\n")
@@ -82,3 +215,5 @@ def test_empty_and_missing_files(tmp_path: Path) -> None:
         read_conversations(write_jsonl(tmp_path / "d.jsonl", "", "  "))
     with pytest.raises(DataError, match="got no such file"):
         read_conversations(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="got a folder"):
+        read_conversations(tmp_path)

@@ -77,6 +77,24 @@ def test_a_bad_sample_is_named_on_all_ranks(tmp_path: Path, line: Write, expecte
     _fails(2, *arguments(model="tiny", data=data, **options), expected=expected)
 
 
+def test_skipped_samples_are_named_and_nothing_of_them_is_learnt(tmp_path: Path) -> None:
+    """One that the check finds, and one whose frames only rank 1 decodes, in training."""
+    write_image(tmp_path / "a.png")
+    good = [chat(("image", "a.png"), ("text", f"{n}?")) for n in range(2)]
+    bad = (_missing(tmp_path), _damaged(tmp_path))
+    data = write_jsonl(tmp_path / "train.jsonl", *good, *bad)
+    config = write_config(tmp_path / "ds.json", stage=2)
+    out = tmp_path / "out"
+    given = {"model": "tiny", "data": data, "deepspeed_config": config, "output_dir": out}
+    run_ranks(finetune, 2, *arguments(frames=132, on_bad_sample="skip", **given))
+    rows = metrics(out)[0]
+    assert [row["step"] for row in rows] == [1, 2, 3], "an epoch of the samples that are left"
+    assert sorted(row["loss"] == 0 for row in rows) == [False, False, True], "none is learnt"
+    missing, damaged = (out / "skipped.txt").read_text().splitlines()
+    assert re.search(r"train\.jsonl:3: got no such file: .*none\.mp4", missing)
+    assert re.search(r"train\.jsonl:4: .*damaged\.mp4: got", damaged)
+
+
 def test_an_empty_file_and_a_typo_in_the_config(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "train.jsonl", "")
     config = write_config(tmp_path / "ds.json", stage=2)
@@ -84,6 +102,10 @@ def test_an_empty_file_and_a_typo_in_the_config(tmp_path: Path) -> None:
     given = {"model": "tiny", "data": data, "output_dir": out}
     _fails(2, *arguments(deepspeed_config=config, **given), expected="got an empty file")
     wrong = Path(config)
+    right = wrong.read_text()
+    wrong.write_text(right.replace('"gradient_clipping": 0.0', '"gradient_clipping": "auto"'))
+    _fails(2, *arguments(deepspeed_config=config, **given), expected='clipping: got "auto"')
+    wrong.write_text(right)
     wrong.write_text(wrong.read_text().replace("ulysses", "ulises"))
     _fails(2, *arguments(deepspeed_config=config, **given), expected='"ulises".*"ulysses"')
 
@@ -166,6 +188,7 @@ def test_another_world_size_cannot_resume(tmp_path: Path) -> None:
         ["--learning_rate", "fast"],
         ["--lr_scheduler", "cosin"],
         ["--lora_r", "-1"],
+        ["--on_bad_sample", "skip", "--check_data", "lines"],
     ],
 )
 def test_impossible_options_end_with_usage(
@@ -173,6 +196,8 @@ def test_impossible_options_end_with_usage(
 ) -> None:
     good = arguments(model="tiny", data="a", deepspeed_config="b", output_dir="c")
     assert parse(good).lr_scheduler == "cosine"
+    # What torch.distributed.launch and DeepSpeed's launcher add.
+    assert parse([*good, "--local-rank=0"]) == parse([*good, "--local_rank=0"]) == parse(good)
     with pytest.raises(SystemExit):
         parse([*good, *wrong])
     assert wrong[0] in capsys.readouterr().err

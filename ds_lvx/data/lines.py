@@ -1,0 +1,170 @@
+"""A JSONL file as an index of its lines: read once from end to end, then each line when asked for.
+
+A hundred thousand lines cost a few megabytes of offsets, whatever stands in them. A line is parsed
+as strict JSON: a key that occurs twice is an error, not a choice.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+import zlib
+from array import array
+from collections import Counter
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ds_lvx.data.errors import DataError, Source, shown
+
+MAX_LINE_BYTES = 64 * 2**20
+"""More text than any model reads; a longer line is no chat but a damaged or misnamed file."""
+
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_PIECE_BYTES = 2**20
+
+
+class Lines:
+    """The lines of a file that are not blank.
+
+    Args:
+        path: of the file. A byte-order mark before a line is skipped.
+
+    Attributes:
+        path: of the file, as given.
+        sha256: of its bytes, hexadecimal.
+
+    Raises:
+        DataError: no such file, nothing in it, or no lines of UTF-8 but a JSON array or UTF-16;
+            lines themselves are looked at when they are asked for.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        if not Path(self.path).is_file():
+            found = "a folder" if Path(self.path).is_dir() else "no such file"
+            raise self._error(found, "a JSONL file", "check the path")
+        self._numbers, self._offsets, self._lengths = array("q"), array("q"), array("q")
+        self._sums = array("L")
+        try:
+            with open(self.path, "rb") as file:
+                self._refuse_other_formats(file)
+                self.sha256 = self._index(file)
+        except OSError as error:
+            raise self._error(f"a file that cannot be read ({error.strerror})") from None
+        if not self._numbers:
+            raise self._error("an empty file", "at least one line of JSON", "add samples to it")
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def source(self, index: int) -> Source:
+        """Where a line stands, its number counted with the blank ones."""
+        return Source(self.path, self._numbers[index])
+
+    def raw(self, index: int) -> bytes:
+        """The bytes of a line.
+
+        Raises:
+            DataError: it is longer than `MAX_LINE_BYTES`, or not what it was when it was indexed.
+        """
+        source, length = self.source(index), self._lengths[index]
+        if length > MAX_LINE_BYTES:
+            raise DataError.at(
+                source,
+                got=f"a line of {length:,} bytes",
+                expected=f"at most {MAX_LINE_BYTES:,}",
+                do="correct the line, or split the chat",
+            )
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self._offsets[index])
+                raw = file.read(length)
+        except OSError as error:
+            raise self._error(f"a file that cannot be read ({error.strerror})") from None
+        if zlib.crc32(raw) != self._sums[index]:
+            raise DataError.at(
+                source,
+                got="a line that was changed while the file was in use",
+                expected="what stood there at the start",
+                do="leave the file alone and start again",
+            )
+        return raw.removeprefix(codecs.BOM_UTF8)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """A line as the JSON object that it is.
+
+        Raises:
+            DataError: it is none; see also `raw`.
+        """
+        raw = self.raw(index)
+        try:
+            record = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        except RecursionError:
+            problem = "JSON that is nested too deeply"
+        except ValueError as error:
+            start = shown(raw[:200].decode("utf-8", "replace").strip())
+            hint = ", NUL bytes as of UTF-16" if b"\0" in raw else ""
+            problem = f"{start} ({error}{hint})"
+        else:
+            if isinstance(record, dict):
+                return record
+            problem = f"{type(record).__name__} {shown(record)}"
+        raise DataError.at(
+            self.source(index),
+            got=problem,
+            expected="one JSON object",
+            do="correct the line (`jq -c . FILE` puts every object on a line of its own)",
+        )
+
+    def _refuse_other_formats(self, file: BinaryIO) -> None:
+        start = file.read(4096)
+        file.seek(0)
+        if start.startswith(_UTF16):
+            raise self._error(
+                "a file in UTF-16", do=f"rewrite it: iconv -f UTF-16 -t UTF-8 {self.path} > FILE"
+            )
+        if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            raise self._error(
+                "a JSON array, as LLaVA's files are",
+                "one JSON object a line",
+                f"rewrite it: jq -c '.[]' {self.path} > FILE",
+            )
+
+    def _index(self, file: BinaryIO) -> str:
+        digest = hashlib.sha256()
+        number, offset, length, total, blank = 1, 0, 0, 0, True
+        # In pieces: a file without an end of line must not be in memory whole.
+        while piece := file.readline(_PIECE_BYTES):
+            digest.update(piece)
+            length, total = length + len(piece), zlib.crc32(piece, total)
+            blank = blank and not piece.removeprefix(codecs.BOM_UTF8).strip()
+            if piece.endswith(b"\n"):
+                self._add(number, offset, 0 if blank else length, total)
+                number, offset, length, total, blank = number + 1, offset + length, 0, 0, True
+        self._add(number, offset, 0 if blank else length, total)
+        return digest.hexdigest()
+
+    def _add(self, number: int, offset: int, length: int, total: int) -> None:
+        if length > 0:
+            self._numbers.append(number)
+            self._offsets.append(offset)
+            self._lengths.append(length)
+            self._sums.append(total)
+
+    def _error(
+        self,
+        got: str,
+        expected: str = "a JSONL file in UTF-8",
+        do: str = "check the file and its rights",
+    ) -> DataError:
+        return DataError.at(self.path, got=got, expected=expected, do=do)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    built = dict(pairs)
+    if len(built) < len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(twice)} occurs twice")
+    return built

@@ -1,0 +1,57 @@
+"""What is wrong with a checkpoint, said before its weights are read."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ds_lvx.training.model import Source
+from tests.launch.checkpoint_folder import write_checkpoint
+
+
+def test_an_adapter_is_named_and_merges_as_the_document_says(tmp_path: Path) -> None:
+    base, adapter, merged = (str(tmp_path / name) for name in ("base", "adapter", "merged"))
+    write_checkpoint(Path(base))
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    for folder in (adapter, base):
+        if folder == base:  # transformers would load both, and train neither as asked
+            (Path(base) / "adapter_config.json").write_text(
+                json.dumps({"base_model_name_or_path": base})
+            )
+        with pytest.raises(ValueError, match=f"--model: got {folder}, a LoRA adapter of {base}"):
+            Source.of(folder)
+    (Path(base) / "adapter_config.json").unlink()
+
+    document = (Path(__file__).parents[2] / "docs" / "fine-tuning.md").read_text()
+    (script,) = re.findall(r"```python\n(from peft import PeftModel\n.*?)```", document, re.DOTALL)
+    for name, folder in (("clip/model", base), ("lora/model", adapter), ("lora/merged", merged)):
+        assert f"runs/{name}" in script
+        script = script.replace(f"runs/{name}", folder)
+    exec(script, {})
+    assert Source.of(merged).family.model_type == "mllama"
+    assert not (Path(merged) / "adapter_config.json").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_outputs(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    Source.of(str(tmp_path)).check_tokenizer()
+    Source.of("tiny").check_tokenizer()
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    processor.tokenizer.add_tokens(["<one>", "<two>"])
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has 2 tokens more than the model has outputs .*<one>"):
+        Source.of(str(tmp_path)).check_tokenizer()
+
+
+@pytest.mark.parametrize("config", ["{}", "{", '{"model_type": "nothing-like-it"}'])
+def test_a_config_of_no_model(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    for name in (str(tmp_path), str(tmp_path / "nothing")):
+        with pytest.raises(ValueError, match=f"--model: got '{name}', which cannot be read"):
+            Source.of(name)
