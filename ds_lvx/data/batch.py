@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Lock
 from typing import Any
 
@@ -16,17 +16,26 @@ from torch import Tensor
 
 from ds_lvx.data.chat import Conversation, Part
 from ds_lvx.data.errors import DataError, Source
-from ds_lvx.data.frames import DecodeCount, Video, choose, decode, probe
+from ds_lvx.data.frames import DecodeCount, Video, choose, decode
 from ds_lvx.data.images import load_image
+from ds_lvx.data.kept import kept_probe
+from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 from ds_lvx.data.text import IGNORED, EncodedText, TextEncoder
 
 
 @dataclass(frozen=True)
 class FrameRate:
-    """Which frames of a video are taken: ``fps`` a second, or ``count`` in all, or every one."""
+    """Which frames of a video are taken: ``fps`` a second, or ``count`` in all, or every one.
+
+    Attributes:
+        fps: frames a second.
+        count: frames of a video, evenly spaced.
+        max_frames: of those at ``fps``, or of all, at most so many, evenly spaced.
+    """
 
     fps: float | None = None
     count: int | None = None
+    max_frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,7 @@ class BatchMaker:
         owned: the number of frames of a sample to those that this rank holds (`ds_lvx.owned`).
         min_tokens: text tokens a sample must have: one for each rank that shares it.
         dtype: of ``pixel_values``.
+        limits: for images and films.
 
     Attributes:
         counter: frames decoded so far.
@@ -95,6 +105,7 @@ class BatchMaker:
         owned: Callable[[int], range],
         min_tokens: int = 1,
         dtype: torch.dtype = torch.float32,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.encoder = encoder
         self.counter = DecodeCount()
@@ -102,8 +113,9 @@ class BatchMaker:
         self._owned = owned
         self._min_tokens = min_tokens
         self._dtype = dtype
-        # A probe reads the whole file; every epoch comes back to the same ones.
-        self._probe = lru_cache(maxsize=256)(probe)
+        self._limits = limits
+        # Every epoch comes back to the same films. Times take 8 bytes a frame.
+        self._probe = lru_cache(maxsize=64)(partial(kept_probe, limits=limits))
         # Training batches are made ahead in a thread while another evaluates, and a fast
         # tokenizer serves one thread at a time.
         self._lock = Lock()
@@ -152,7 +164,7 @@ class BatchMaker:
             inputs |= self.encoder.family.frames(
                 self.encoder.processor,
                 inputs["input_ids"],
-                [_pictures(sample, mine, self.counter) for sample in samples],
+                [self._pictures(sample, mine) for sample in samples],
                 count=len(mine),
                 dtype=self._dtype,
             )
@@ -163,7 +175,8 @@ class BatchMaker:
         if part.kind == "image":
             return Frames(part.value, None, (0,))
         video = self._probe(part.value)
-        chosen = choose(video, fps=self._rate.fps, count=self._rate.count)
+        rate = self._rate
+        chosen = choose(video, fps=rate.fps, count=rate.count, max_frames=rate.max_frames)
         return Frames(part.value, video, chosen)
 
     def _text(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -179,21 +192,22 @@ class BatchMaker:
             "labels": padded([sample.text.labels for sample in samples], IGNORED),
         }
 
-
-def _pictures(sample: Sample, mine: range, counter: DecodeCount) -> Iterator[Any]:
-    """Decode the frames ``mine`` of a sample, file by file, and no others."""
-    first = 0
-    for frames in sample.frames:
-        count = len(frames.indices)
-        cut = slice(max(mine.start - first, 0), max(mine.stop - first, 0))
-        wanted = frames.indices[cut]
-        first += count
-        try:
-            if not wanted:
-                continue
-            if frames.video is None:
-                yield load_image(frames.path)
-            else:
-                yield from decode(frames.video, wanted, counter=counter)
-        except ValueError as error:
-            raise DataError(f"{sample.source}: {error}") from None
+    def _pictures(self, sample: Sample, mine: range) -> Iterator[Any]:
+        """Decode the frames ``mine`` of a sample, file by file, and no others."""
+        first = 0
+        for frames in sample.frames:
+            count = len(frames.indices)
+            cut = slice(max(mine.start - first, 0), max(mine.stop - first, 0))
+            wanted = frames.indices[cut]
+            first += count
+            try:
+                if not wanted:
+                    continue
+                if frames.video is None:
+                    yield load_image(frames.path, limits=self._limits)
+                else:
+                    yield from decode(
+                        frames.video, wanted, counter=self.counter, limits=self._limits
+                    )
+            except ValueError as error:
+                raise DataError(f"{sample.source}: {error}") from None

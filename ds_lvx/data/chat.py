@@ -17,6 +17,7 @@ opening an image or a video is checked when the file is read, every line of it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,15 +169,22 @@ class _Line:
         return Part(kind, str(self.media_file(value, where)))
 
     def media_file(self, value: str, where: str) -> Path:
+        if value.startswith("data:"):
+            raise self.error(
+                f"a picture written out, {_cut(value)!r}, in {where}",
+                "the path of a file",
+                "write what it holds into a file of its own (base64 -d), and name that",
+            )
         if "://" in value:
             raise self.error(
-                f"the address {value!r} in {where}", "a local file", "download it first"
+                f"the address {_cut(value)!r} in {where}", "a local file", "download it first"
             )
         file = self.folder / value
-        if not file.is_file():
-            found = "a folder" if file.is_dir() else "no such file"
+        # os.path, unlike Path, also answers for names that no file system can hold.
+        if not os.path.isfile(file):
+            found = "a folder" if os.path.isdir(file) else "no such file"
             raise self.error(
-                f"{found}: {file} ({where})",
+                f"{found}: {_cut(str(file))} ({where})",
                 f"a path relative to {self.folder} or an absolute one",
                 "correct the path",
             )
@@ -184,6 +192,11 @@ class _Line:
 
     def error(self, got: str, expected: str, do: str) -> DataError:
         return DataError.at(self.source, got=got, expected=expected, do=do)
+
+
+def _cut(text: str) -> str:
+    """A value that a message can hold: its beginning and its end."""
+    return text if len(text) <= 200 else f"{text[:80]}...{text[-40:]}"
 
 
 def _name(value: Any) -> str:

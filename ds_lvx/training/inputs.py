@@ -96,7 +96,7 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
         source.processor, source.max_length(options.max_length), family=source.family
     )
     fps = DEFAULT_FPS if options.fps is None and options.frames is None else options.fps
-    rate = FrameRate(fps=fps, count=options.frames)
+    rate = FrameRate(fps=fps, count=options.frames, max_frames=options.max_frames)
     steps = options.max_steps
     if steps is None:
         steps = max(math.ceil(options.epochs * len(training) / sizes.per_step), 1)

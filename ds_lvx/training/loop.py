@@ -102,6 +102,7 @@ class Trainer:
             owned=ds_lvx.owned,
             min_tokens=self._groups.sp_size,
             dtype=training_dtype(inputs.ds_config),
+            limits=options.limits,
         )
         self._order = SampleOrder(len(inputs.training), options.seed)
         self._checkpoints = Checkpoints(
