@@ -74,7 +74,8 @@ def opened(path: str, limits: Limits) -> Iterator[Film]:
     except av.FFmpegError as error:
         raise ValueError(f"{path}: {_undecodable(error, path, limits)}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        named = str(error).startswith(f"{path}: ")  # by a second opening inside of the first
+        raise ValueError(error if named else f"{path}: {error}") from None
     except OSError as error:
         raise ValueError(
             f"{path}: got a file that cannot be read ({error.strerror}); expected a video; check "
@@ -106,7 +107,9 @@ def _stream(container: Any, limits: Limits) -> Any:
             "scale it down, raise --max_pixels, or replace the file"
         )
     limits.check_size(stream.width, stream.height)
-    stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
+    # What is damaged is to be an error; decoders make something up where they are let.
+    damage = {"err_detect": "explode"}
+    stream.codec_context.options = {"max_pixels": str(limits.max_pixels), **damage}
     return stream
 
 

@@ -49,8 +49,6 @@ def load_image(path: str, *, limits: Limits = DEFAULT_LIMITS) -> Image:
         raise ValueError(
             f"{path}: got {pixels:,} pixels; expected at most {limits.max_pixels:,}; scale it down"
         ) from None
-    except MemoryError:
-        raise
     except Exception as error:  # PIL's readers raise whatever broken files lead them to
         if isinstance(error, ValueError) and str(error).startswith("got "):
             raise ValueError(f"{path}: {error}") from error

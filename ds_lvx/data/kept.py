@@ -39,10 +39,15 @@ def kept_probe(path: str, *, limits: Limits) -> Video:
     place = str(Path(path).resolve())
     what = (place, state.st_size, state.st_mtime_ns, asdict(limits), av.__version__, _FORMAT)
     name = f"films/{hashlib.sha256(repr(what).encode()).hexdigest()[:32]}.json"
-    record = cache.read(name)  # without the lock, which costs a file
-    if not record:
-        record = cache.update(name, lambda old: old or _record(probe(path, limits=limits)))
-    return _video(path, record)
+    found = _video(path, cache.read(name))
+    if found is None:  # only now the lock, behind which others may have written it
+        record = cache.update(name, lambda old: _renewed(old, path, limits))
+        found = _video(path, record)
+    return probe(path, limits=limits) if found is None else found
+
+
+def _renewed(record: dict[str, Any], path: str, limits: Limits) -> dict[str, Any]:
+    return _record(probe(path, limits=limits)) if _video(path, record) is None else record
 
 
 def _record(video: Video) -> dict[str, Any]:
@@ -59,7 +64,15 @@ def _record(video: Video) -> dict[str, Any]:
     }
 
 
-def _video(path: str, record: dict[str, Any]) -> Video:
+def _video(path: str, record: dict[str, Any]) -> Video | None:
+    """The film of a record; None of an empty or a damaged one."""
+    try:
+        return _read(path, record)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def _read(path: str, record: dict[str, Any]) -> Video:
     times = array("q", [record["first"]])
     for step, count in record["steps"]:
         for _ in range(count):

@@ -32,7 +32,7 @@ _HIDING = ("vp8",)
 # Where the container's duration was written by who made the file, not guessed by FFmpeg.
 _TELLS_DURATION = ("matroska,webm", "flv", "asf", "ivf", "mxf")
 # Packets that are compared with what the header of an MP4 says of them.
-_COMPARED = 64
+_COMPARED = 16
 # Frames that are decoded and compared with what packets say. Wrong orders show at once.
 _DECODED = 16
 

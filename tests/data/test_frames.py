@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,15 @@ def test_choosing_frames(tmp_path: Path) -> None:
     assert choose(video, fps=0.1) == (0,)
     assert choose(video, count=3) == (22, 66, 110)
     assert choose(video, count=132) == choose(video, count=500) == tuple(range(132))
-    for wrong in ({"fps": 0}, {"count": 0}, {"fps": 1, "count": 1}):
+    # A frame a second, at most N, is what N frames of those are; of a film that has no more, all.
+    assert choose(video, fps=1, max_frames=6) == choose(video, fps=1)
+    assert choose(video, fps=1, max_frames=3) == (25, 75, 125)
+    assert choose(video, fps=1, max_frames=1) == (75,)
+    assert choose(video, max_frames=3) == choose(video, count=3)
+    for wrong in (
+        *({"fps": 0}, {"count": 0}, {"fps": 1, "count": 1}, {"fps": math.inf}),
+        *({"fps": math.nan}, {"fps": 1, "max_frames": 0}, {"count": 3, "max_frames": 3}),
+    ):
         with pytest.raises(ValueError, match="expected"):
             choose(video, **wrong)
 
