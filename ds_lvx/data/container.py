@@ -59,6 +59,7 @@ def opened(path: str, limits: Limits) -> Iterator[Film]:
     """
     import av
 
+    cure = "replace it"  # what FFmpeg cannot open it cannot repair
     try:
         check_whole(path)
         # "file:" stops FFmpeg from reading a protocol out of names like "12:30.mp4".
@@ -68,11 +69,21 @@ def opened(path: str, limits: Limits) -> Iterator[Film]:
             "max_pixels": str(limits.max_pixels),
         }
         with av.open("file:" + path, options=options, metadata_errors="replace") as container:
-            yield Film(container, _stream(container, limits))
+            stream = _stream(container, limits)
+            cure = f"replace it, or keep what can be decoded: {reencode(path)}"
+            yield Film(container, stream)
     except FileNotFoundError:  # PyAV's errors of this kind are Python's too
         raise ValueError(f"{path}: got no such file; expected a video; check the path") from None
     except av.FFmpegError as error:
-        raise ValueError(f"{path}: {_undecodable(error, path, limits)}") from None
+        raise ValueError(
+            f"{path}: got a file that cannot be decoded ({_reason(error, limits)}); expected a "
+            f"video; {cure}"
+        ) from None
+    except (OverflowError, MemoryError) as error:
+        raise ValueError(
+            f"{path}: got times or sizes that no film has ({type(error).__name__}); expected a "
+            f"video; {cure}"
+        ) from None
     except ValueError as error:
         named = str(error).startswith(f"{path}: ")  # by a second opening inside of the first
         raise ValueError(error if named else f"{path}: {error}") from None
@@ -100,6 +111,11 @@ def _stream(container: Any, limits: Limits) -> Any:
         )
     if not stream.time_base:
         raise ValueError(f"got a stream without a unit of time ({name}); expected one; convert it")
+    if stream.metadata.get("alpha_mode") == "1":
+        raise ValueError(
+            f"got a film with transparency beside its pictures ({name}, alpha_mode 1); expected "
+            "pictures alone; lay it on the background you mean"
+        )
     if not stream.width or not stream.height:
         raise ValueError(
             f"got a video stream of which no picture can be decoded, or none of at most "
@@ -123,16 +139,13 @@ def _is(stream: Any, kind: str) -> bool:
     return bool(stream.disposition & getattr(type(stream.disposition), kind))
 
 
-def _undecodable(error: Any, path: str, limits: Limits) -> str:
+def _reason(error: Any, limits: Limits) -> str:
     import av
 
-    what = error.strerror or type(error).__name__
+    what = str(error.strerror or type(error).__name__)
     if isinstance(error, av.error.ArgumentError):
-        what = f"{what}; FFmpeg says so of frames with more than {limits.max_pixels:,} pixels, too"
-    return (
-        f"got a file that cannot be decoded ({what}); expected a video; replace it, or keep what "
-        f"can be decoded: {reencode(path)}"
-    )
+        what += f"; FFmpeg says so of frames with more than {limits.max_pixels:,} pixels, too"
+    return what
 
 
 def reencode(path: str, *, options: str = "") -> str:

@@ -28,7 +28,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ds_lvx.data.container import Film, decoded, opened, reencode
-from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
+from ds_lvx.data.limits import DEFAULT_LIMITS, Limits, say_if_long
 from ds_lvx.data.listing import counted, listed
 from ds_lvx.data.shown import picture
 
@@ -296,10 +296,11 @@ class _Reader:
             index += 1
 
     def _check_passed(self, passed: int, index: int) -> None:
+        cure = f"a keyframe every 50 frames: {reencode(self.video.path, options='-g 50')}"
+        say_if_long(passed, self.video.path, f"to get at frame {index}; what spares it is {cure}")
         if passed > self.limits.max_lead_in_frames:
             raise ValueError(
                 f"got {passed:,} frames to decode before frame {index}; expected at most "
-                f"{self.limits.max_lead_in_frames:,}; write it anew with a keyframe every 50 "
-                f"frames: {reencode(self.video.path, options='-g 50')}; or raise "
+                f"{self.limits.max_lead_in_frames:,}; write it anew with {cure}; or raise "
                 "--max_lead_in_frames"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 
@@ -42,3 +43,18 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+# Frames decoded, for no picture yet, after which a word is said of it.
+_PATIENCE = 5_000
+
+
+def say_if_long(frames: int, path: str, why: str) -> None:
+    """Warn, once a film, of decoding that may take minutes.
+
+    Args:
+        frames: decoded so far.
+        path: of the film.
+        why: it takes so many, and what would spare them.
+    """
+    if frames == _PATIENCE:
+        warnings.warn(f"{path}: {frames:,} frames decoded so far, {why}", stacklevel=2)

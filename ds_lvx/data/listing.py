@@ -16,7 +16,7 @@ from itertools import islice, pairwise
 from typing import Any
 
 from ds_lvx.data.container import Film, decoded, opened, reencode
-from ds_lvx.data.limits import Limits
+from ds_lvx.data.limits import Limits, say_if_long
 from ds_lvx.data.mp4 import shown_later
 
 _MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
@@ -182,6 +182,8 @@ def counted(path: str, limits: Limits) -> array[int]:
         for frame in decoded(film):
             given.append(frame.pts)
             decoding.append(frame.dts)
+            why = f"to count them; an MP4 lists them: {reencode(path)}"
+            say_if_long(len(given), path, why)
             if len(given) > limits.max_lead_in_frames:
                 raise ValueError(
                     f"got a film ({film.container_name}, {film.codec}) of which decoding alone "

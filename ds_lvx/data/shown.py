@@ -42,8 +42,8 @@ def picture(frame: Any, *, aspect: Fraction | None, limits: Limits) -> Image:
 
     if frame.is_corrupt:
         raise ValueError(
-            "got a damaged picture; expected a whole one; replace the file, or write it anew, as "
-            "well as it can be decoded, with: ffmpeg -i FILE -an fixed.mp4"
+            "got a damaged picture; expected a whole one; replace the file, or write what can be "
+            "decoded of it anew with ffmpeg"
         )
     size = shown_size(frame.width, frame.height, aspect)
     limits.check_size(*size)
