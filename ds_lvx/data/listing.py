@@ -44,21 +44,16 @@ class Listing:
     Attributes:
         shown: presentation times of those that are to be shown.
         keyframes: presentation times at which decoding can begin.
-        orderly: all have times, decoding times never go back, and a keyframe comes first, before
-            which nothing is shown.
+        orderly: all have times, and decoding times never go back.
     """
 
     shown: array[int] = field(default_factory=lambda: array("q"))
     keyframes: list[int] = field(default_factory=list)
     orderly: bool = True
     _last_dts: int | None = None
-    _any: bool = False
 
     def add(self, pts: int | None, dts: int | None, *, key: bool, discard: bool) -> None:
         """Append a packet."""
-        if not self._any and not key:
-            self.orderly = False
-        self._any = True
         if pts is None:
             self.orderly = False
             return
@@ -75,7 +70,7 @@ class Listing:
         ordered = array("q", sorted(self.shown))
         if not self.orderly or not ordered or any(a == b for a, b in pairwise(ordered)):
             return None
-        return ordered if ordered[0] >= self.keyframes[0] else None
+        return ordered
 
 
 def listed(path: str, limits: Limits) -> Listing | None:

@@ -35,8 +35,8 @@ def check_whole(path: str) -> None:
         told = told_bytes(file, size)
     if told > size + _PADDING_BYTES:
         raise ValueError(
-            f"got the first {size:,} bytes of a file that says it has at least {told:,}: it was cut "
-            "off and cannot be decoded to its end; expected a whole file; copy or download it again"
+            f"got the first {size:,} bytes of a file that says it has at least {told:,}: it was "
+            "cut off and cannot be decoded to its end; expected a whole file; download it again"
         )
 
 

@@ -22,8 +22,8 @@ def drawing(index: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> np.ndarray[A
     picture = np.zeros((height, width, 3), np.uint8)
     picture[..., 0] = (3 * x + 5 * index) % 256
     picture[..., 1] = (4 * y + x + 7 * index) % 256
-    picture[..., 2] = 10 * index
-    picture[: height // 2, : width // 2] = 10 * index
+    picture[..., 2] = 10 * index % 256
+    picture[: height // 2, : width // 2] = 10 * index % 256
     return picture
 
 

@@ -22,6 +22,9 @@ ALT = {"auto-alt-ref": "1", "lag-in-frames": "12", "arnr-maxframes": "7", "cpu-u
 INTERLACED = {"bf": "2", "flags": "+ildct+ilme"}
 CIF = (176, 144)
 
+# Streams without times: 25 frames a second are assumed.
+BARE = (".h264", ".hevc", ".m2v", ".mjpeg", ".obu")
+
 KINDS = [
     *(Kind(f"h264.{end}", "libx264", options=B) for end in ("mp4", "mov", "mkv", "ts", "flv")),
     *(Kind(f"h264.{end}", "libx264", options=B) for end in ("avi", "nut", "3gp", "h264", "asf")),
@@ -42,6 +45,7 @@ KINDS = [
     Kind("hevc.ts", "libx265", options={"x265-params": f"{QUIET}:open-gop=1"}),
     Kind("mpeg4.avi", "mpeg4"),
     *(Kind(f"mpeg4-b{end}", "mpeg4", options={"bf": "2"}) for end in (".avi", ".mp4", ".mkv")),
+    *(Kind(f"mpeg4{end}", "mpeg4") for end in (".ts", ".nut")),
     *(Kind(f"mpeg2{end}", "mpeg2video", options={"bf": "2"}, rate=25) for end in (".mpg", ".ts")),
     *(Kind(f"mpeg2{end}", "mpeg2video", options={"bf": "2"}, rate=25) for end in (".mxf", ".m2v")),
     Kind("interlaced.vob", "mpeg2video", options=INTERLACED, rate=25),
@@ -92,12 +96,31 @@ def test_the_kinds_are_many() -> None:
 def test_frames_are_those_of_a_plain_decoder(tmp_path: Path, kind: Kind) -> None:
     path = write(tmp_path, kind)
     _compare(path)
-    assert len(probe(str(path))) == FRAMES
+    video = probe(str(path))
+    assert len(video) == FRAMES
+    if kind.times is None and path.suffix not in BARE:
+        assert choose(video, fps=1) == tuple(range(0, FRAMES, kind.rate))
 
 
 def _without_times(index: int, packet: Any) -> Any:
     """Shown when decoded, as containers without times of display have it."""
     packet.pts = packet.dts = index * 1024
+    return packet
+
+
+def _hidden(index: int, packet: Any) -> Any:
+    """Two frames of VP8 that are decoded and not shown, as alternative references are."""
+    data = bytearray(bytes(packet))
+    if index in (18, 20):
+        data[0] &= ~0x10
+    changed = av.Packet(bytes(data))
+    changed.pts, changed.dts, changed.time_base = packet.pts, packet.dts, packet.time_base
+    changed.is_keyframe = packet.is_keyframe
+    return changed
+
+
+def _all_keyframes(index: int, packet: Any) -> Any:
+    packet.is_keyframe = True
     return packet
 
 
@@ -111,6 +134,22 @@ def _remuxed(folder: Path, how: str) -> Path:
         return remux(source, folder / how, change=_without_times)
     if how.startswith("begins-between"):
         return remux(source, folder / how, change=_from_the_middle)
+    if how.startswith("hidden"):
+        return remux(write(folder, Kind("a.webm", "libvpx")), folder / how, change=_hidden)
+    if how == "overlapping.ts":
+        # The second half begins before the first one ends, and between its frames.
+        halves = [
+            write(
+                folder,
+                Kind(f"{first}.ts", "libx264", rate=20, times=lambda n, at=first: 2 * n + at),
+            )
+            for first in (0, 41)
+        ]
+        (folder / how).write_bytes(b"".join(half.read_bytes() for half in halves))
+        return folder / how
+    if how == "wrong-keyframes.mp4":
+        source = write(folder, Kind("mpeg4.mp4", "mpeg4"))
+        return remux(source, folder / how, change=_all_keyframes)
     if how == "joined.ts":
         half = write(folder, Kind("half.ts", "libx264", options=B))
         (folder / how).write_bytes(half.read_bytes() * 2)
@@ -142,7 +181,11 @@ def _remuxed(folder: Path, how: str) -> Path:
         ("begins-between-keyframes.mp4", FRAMES - GOP),
         ("begins-between-keyframes.mkv", FRAMES - GOP),
         ("begins-between-keyframes.ts", FRAMES - GOP),
+        ("hidden.webm", FRAMES - 2),
+        ("hidden.ivf", FRAMES - 2),
         ("joined.ts", 2 * FRAMES),
+        ("overlapping.ts", 2 * FRAMES),
+        ("wrong-keyframes.mp4", FRAMES),
         ("joined.h264", 2 * FRAMES),
         ("edit-list.mp4", FRAMES - 4),
     ],
@@ -152,6 +195,8 @@ def test_times_and_beginnings_that_mislead(tmp_path: Path, how: str, frames: int
     _compare(path)
     video = probe(str(path))
     assert len(video) == frames
+    if how.startswith("hidden"):
+        return
     # A frame a second of the ten, whatever the packets bear; a bare stream counts as 25 a second.
     rate = 25 if path.suffix == ".h264" else 10
     assert choose(video, fps=1) == tuple(range(0, frames, rate))

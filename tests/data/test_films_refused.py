@@ -19,7 +19,7 @@ from av.video.frame import PictureType
 from ds_lvx.data import limits, listing
 from ds_lvx.data.frames import choose, decode, probe
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
-from tests.data.films import FRAMES, HEIGHT, RATE, WIDTH, Kind, write
+from tests.data.films import FRAMES, HEIGHT, RATE, WIDTH, Kind, remux, write
 
 B = {"bf": "2", "preset": "veryfast"}
 
@@ -109,6 +109,22 @@ def test_a_frame_larger_than_its_container_says(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.avi: .*1,000,000 pixels"):
         probe(str(path), limits=small)
     assert {image.size for image in decode(probe(str(path)), range(3))} == {(1600, 1200)}
+
+
+def test_frames_in_another_order_than_listed_are_refused(tmp_path: Path) -> None:
+    """Late in the film, where nothing was compared when it was probed."""
+    source = write(tmp_path, Kind("source.mp4", "libx264", options=B))
+
+    def exchanged(_: int, packet: Any) -> Any:
+        if packet.pts in (17 * 1024, 19 * 1024):
+            packet.pts = 36 * 1024 - packet.pts
+        return packet
+
+    path = remux(source, tmp_path / "a.mkv", change=exchanged)
+    video = probe(str(path))
+    assert len(list(decode(video, range(17)))) == 17
+    with pytest.raises(ValueError, match=r"a\.mkv: got no frame 1[789], at 1\.[789]00 s"):
+        list(decode(video, range(FRAMES)))
 
 
 def test_times_beyond_all_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
