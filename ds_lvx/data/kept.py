@@ -15,7 +15,7 @@ from ds_lvx.data.frames import Video, probe
 from ds_lvx.data.limits import Limits
 
 # Smaller files are looked at faster than a cache is worth.
-SMALL_BYTES = 1 << 20
+SMALL_BYTES = 1 << 21
 _FORMAT = 1
 
 

@@ -77,7 +77,7 @@ def test_a_damaged_record_is_written_anew(tmp_path: Path, probed: list[str]) -> 
 def test_small_films_are_not_kept(
     tmp_path: Path, probed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept, "SMALL_BYTES", 1 << 20)
+    monkeypatch.setattr(kept, "SMALL_BYTES", 1 << 21)
     kept.kept_probe(str(write(tmp_path, Kind("a.mp4", "libx264"))), limits=DEFAULT_LIMITS)
     assert not (tmp_path / "cache").exists()
 
