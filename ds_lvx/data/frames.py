@@ -92,13 +92,12 @@ def probe(path: str, *, limits: Limits = DEFAULT_LIMITS) -> Video:
         ValueError: the file is missing, broken, cut off, no video, or above ``limits``; the message
             names the file.
     """
-    listing = listed(path, limits)
-    times = None if listing is None else listing.times()
-    if listing is not None and times is not None:
-        keyframes = tuple(sorted(set(listing.keyframes)))
-    else:
+    found = listed(path, limits)
+    if found is None:
         times = counted(path, limits)
         keyframes = tuple(times[:1])
+    else:
+        times, keyframes = found
     with opened(path, limits) as film:
         if not times:
             raise ValueError("got no frames; expected a video; replace the file")
@@ -113,7 +112,7 @@ def probe(path: str, *, limits: Limits = DEFAULT_LIMITS) -> Video:
             stream.width,
             stream.height,
             aspect,
-            counted=listing is None,
+            counted=found is None,
         )
 
 

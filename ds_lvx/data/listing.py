@@ -73,10 +73,12 @@ class Listing:
         return ordered
 
 
-def listed(path: str, limits: Limits) -> Listing | None:
-    """The packets' times, where these are the frames' own; None where decoding has to tell.
+def listed(path: str, limits: Limits) -> tuple[array[int], tuple[int, ...]] | None:
+    """What the packets tell: the header of an MP4 is read, and of other files every packet.
 
-    Reads the header of an MP4, and of other files every packet; then decodes a few frames.
+    Returns:
+        The times of all frames in order of display, and those at which decoding can begin, in
+        units of the stream's time base; None where decoding has to tell.
 
     Raises:
         ValueError: the film has more packets than ``limits`` allow, or ends long before the
@@ -91,9 +93,10 @@ def listed(path: str, limits: Limits) -> Listing | None:
     with opened(path, limits) as film:
         if times is None or film.codec in _HIDING:
             return None
-        if film.codec in _INTRA_ONLY:
-            return listing
-        return listing if film.container_name in _TIMED and _begins_as(times, film) else None
+        timed = film.container_name in _TIMED
+        if film.codec not in _INTRA_ONLY and not (timed and _begins_as(times, film)):
+            return None
+    return times, tuple(sorted(set(listing.keyframes)))
 
 
 def _begins_as(times: array[int], film: Film) -> bool:

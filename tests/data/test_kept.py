@@ -94,7 +94,7 @@ def test_of_an_mp4_the_header_is_read(
 
 
 def test_of_an_mp4_little_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path, Kind("a.mov", "rawvideo", size=(640, 480)))
+    path = write(tmp_path, Kind("a.mov", "rawvideo", pixels="yuv422p", size=(640, 480)))
     # Of a film of 24 frames the usual number of frames to compare would be most.
     monkeypatch.setattr(listing, "_COMPARED", 2)
     before = _bytes_read()
