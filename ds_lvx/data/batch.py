@@ -16,17 +16,26 @@ from torch import Tensor
 
 from ds_lvx.data.chat import Conversation, Part
 from ds_lvx.data.errors import DataError, Source
-from ds_lvx.data.frames import DecodeCount, Video, choose, decode, probe
+from ds_lvx.data.frames import DecodeCount, Video, choose, decode
 from ds_lvx.data.images import load_image
+from ds_lvx.data.kept import kept_probe
+from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 from ds_lvx.data.text import IGNORED, EncodedText, TextEncoder
 
 
 @dataclass(frozen=True)
 class FrameRate:
-    """Which frames of a video are taken: ``fps`` a second, or ``count`` in all, or every one."""
+    """Which frames of a video are taken: ``fps`` a second, or ``count`` in all, or every one.
+
+    Attributes:
+        fps: frames a second.
+        count: frames of a video, evenly spaced.
+        max_frames: of those at ``fps``, or of all, at most so many, evenly spaced.
+    """
 
     fps: float | None = None
     count: int | None = None
+    max_frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,9 +95,11 @@ class BatchMaker:
         min_tokens: text tokens a sample must have: one for each rank that shares it.
         dtype: of ``pixel_values``.
         skip: frames that cannot be decoded are no error, but black and `Batch.failed`.
+        limits: for images and films.
 
     Attributes:
         counter: frames decoded so far.
+        limits: for images and films.
     """
 
     def __init__(
@@ -100,6 +111,7 @@ class BatchMaker:
         min_tokens: int = 1,
         dtype: torch.dtype = torch.float32,
         skip: bool = False,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.encoder = encoder
         self._skip = skip
@@ -108,8 +120,9 @@ class BatchMaker:
         self._owned = owned
         self._min_tokens = min_tokens
         self._dtype = dtype
-        # A probe reads the whole file; every epoch comes back to the same ones.
-        self._probe = lru_cache(maxsize=256)(probe)
+        self.limits = limits
+        # Every epoch comes back to the same films. Times take 8 bytes a frame.
+        self._probe = lru_cache(maxsize=64)(partial(kept_probe, limits=limits))
         # A step asks for the labels of all its samples before it comes to the first of them.
         self._sample = lru_cache(maxsize=256)(self.sample)
         # Training batches are made ahead in a thread while another evaluates, and a fast
@@ -210,9 +223,11 @@ class BatchMaker:
             return Frames(part.value, None, (0,))
         video = self._probe(part.value)
         rate = self._rate
-        if part.fps is not None or part.nframes is not None:  # the line's own go first
-            rate = replace(rate, fps=part.fps, count=part.nframes)
-        chosen = choose(video, fps=rate.fps, count=rate.count)
+        if part.fps is not None:  # the line's own go first
+            rate = replace(rate, fps=part.fps, count=None)
+        elif part.nframes is not None:
+            rate = FrameRate(count=part.nframes)
+        chosen = choose(video, fps=rate.fps, count=rate.count, max_frames=rate.max_frames)
         return Frames(part.value, video, chosen)
 
     def _text(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -240,8 +255,10 @@ class BatchMaker:
                 if not wanted:
                     continue
                 if frames.video is None:
-                    yield load_image(frames.path)
+                    yield load_image(frames.path, limits=self.limits)
                 else:
-                    yield from decode(frames.video, wanted, counter=self.counter)
+                    yield from decode(
+                        frames.video, wanted, counter=self.counter, limits=self.limits
+                    )
             except ValueError as error:
                 raise DataError(f"{sample.source}: {error}") from None

@@ -1,52 +1,66 @@
 """Frames of a video, decoded with PyAV: only those asked for, and what must come before them.
 
-`probe` reads the container without decoding a picture, so that every rank knows every frame's time
-and size. `choose` picks frames by rate or count, the same on every rank. `decode` then produces the
-pictures of one rank: it seeks to the keyframe before the first wanted frame, decodes from there,
-and stops after the last one; where a keyframe lies between two wanted frames it jumps to it.
+`probe` finds every frame's time, the same on every rank: from the header or the packets where
+these can be trusted, otherwise by decoding the film once (`ds_lvx.data.listing`). `choose` picks
+frames by rate or count. `decode` then produces the pictures of one rank: it seeks to the keyframe
+before the first wanted frame, decodes from there, and stops after the last one; where a keyframe
+lies between two wanted frames it jumps to it.
 
     keyframes    K . . . . . K . . . . . K . . . . .
     wanted           w w                     w
     decoded      d d d d                 d d d            (. . . . . of the middle: never read)
+
+A frame is the n-th that a player shows, whatever time it bears. After a jump its number is known by
+the keyframe's time, and holds as long as every further frame is the next one listed; where one is
+not, decoding begins again further ahead, in the end at the film's beginning. Frames of a film that
+was decoded to be counted are counted again, always from the beginning.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import math
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ds_lvx.data.images import check_size
+from ds_lvx.data.container import Film, decoded, opened, reencode
+from ds_lvx.data.limits import DEFAULT_LIMITS, Limits, say_if_long
+from ds_lvx.data.listing import counted, listed
+from ds_lvx.data.shown import picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Demuxers that make a "video" out of a text file or of a single picture.
-_NO_VIDEO_FORMATS = ("tty", "image2")
-_REPAIR = "replace it, or repair it with: ffmpeg -i {path} fixed.mp4"
+# Some containers (MPEG-TS) seek past the place asked for: then an earlier keyframe is asked for.
+_KEYFRAMES_BACK = (0, 1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
 class Video:
-    """What the container says about a video; nothing of it was decoded.
+    """What is known about a video before a picture of it is made.
 
     Attributes:
         path: the file.
-        timestamps: of every frame in order of display, in units of ``time_base``.
+        timestamps: of every frame in order of display, in units of ``time_base``, increasing.
         keyframes: the timestamps at which decoding can begin, in order.
         time_base: seconds of one unit.
-        width, height: pixels.
+        width, height: pixels, as stored.
+        aspect: of a pixel, width by height; 1 where the file does not say.
+        counted: the frames were found by decoding, and are found again by counting from the first.
     """
 
     path: str
-    timestamps: tuple[int, ...]
+    timestamps: array[int]
     keyframes: tuple[int, ...]
     time_base: Fraction
     width: int
     height: int
+    aspect: Fraction = Fraction(1)
+    counted: bool = False
 
     def __len__(self) -> int:
         return len(self.timestamps)
@@ -58,171 +72,234 @@ class Video:
 
 @dataclass
 class DecodeCount:
-    """Frames that came out of the decoder, wanted or not."""
+    """Frames that were decoded to get at wanted ones, these included."""
 
-    frames: int = field(default=0)
+    frames: int = 0
 
 
-def probe(path: str) -> Video:
-    """Read a video's frame times and size without decoding a picture.
+def probe(path: str, *, limits: Limits = DEFAULT_LIMITS) -> Video:
+    """Find a video's frames and their times.
+
+    Of an MP4 the header is read, of other containers every packet; a few frames at the beginning
+    are decoded to see whether they are those listed. A film without times, or with times that say
+    nothing of its frames, is decoded from beginning to end.
 
     Args:
-        path: a file in any container that FFmpeg reads.
+        path: a local file in a container of `ds_lvx.data.container.FILMS`.
+        limits: for the size of pictures, the number of frames and the gaps between them.
 
     Raises:
-        ValueError: the file is missing, broken, no video, or larger than an image may be; the
-            message names the file.
+        ValueError: the file is missing, broken, cut off, no video, or above ``limits``; the message
+            names the file.
     """
-    with _opened(path) as (container, stream):
-        check_size(stream.width, stream.height)
-        packets = [packet for packet in container.demux(stream) if packet.size > 0]
-        shown = [packet for packet in packets if not packet.is_discard]
-        if any(packet.pts is None for packet in shown):
-            raise ValueError(
-                f"got a stream without timestamps ({container.format.name}); expected a container "
-                f"that has them; put it into one: ffmpeg -i {path} -c copy fixed.mp4"
-            )
-        timestamps = tuple(sorted({packet.pts for packet in shown}))
-        keyframes = tuple(sorted({packet.pts for packet in packets if packet.is_keyframe}))
-        if not timestamps or not keyframes:
-            raise ValueError(f"got no frames; expected a video; {_REPAIR.format(path=path)}")
-        return Video(path, timestamps, keyframes, stream.time_base, stream.width, stream.height)
+    found = listed(path, limits)
+    if found is None:
+        times = counted(path, limits)
+        keyframes = tuple(times[:1])
+    else:
+        times, keyframes = found
+    with opened(path, limits) as film:
+        if not times:
+            raise ValueError("got no frames; expected a video; replace the file")
+        stream = film.stream
+        _check_gaps(times, stream.time_base, limits)
+        aspect = Fraction(stream.sample_aspect_ratio or 1)
+        return Video(
+            path,
+            times,
+            keyframes,
+            stream.time_base,
+            stream.width,
+            stream.height,
+            aspect,
+            counted=found is None,
+        )
 
 
-def choose(video: Video, *, fps: float | None = None, count: int | None = None) -> tuple[int, ...]:
+def _check_gaps(times: array[int], time_base: Fraction, limits: Limits) -> None:
+    gap, index = max(((b - a, n) for n, (a, b) in enumerate(pairwise(times))), default=(0, 0))
+    if gap * time_base > limits.max_gap_s:
+        raise ValueError(
+            f"got {float(gap * time_base):,.0f} s between frames {index} and {index + 1}; expected "
+            f"at most {limits.max_gap_s:,.0f} s; cut the film there, or raise --max_gap_s"
+        )
+
+
+def choose(
+    video: Video,
+    *,
+    fps: float | None = None,
+    count: int | None = None,
+    max_frames: int | None = None,
+) -> tuple[int, ...]:
     """Pick frames, evenly in time or in number.
 
     Args:
         video: from `probe`.
         fps: frames a second: at every ``1 / fps`` seconds the frame that is shown then. A rate
-            above the video's own gives every frame once.
+            above the video's own gives every frame once, a gap in time none that is not there.
         count: so many frames, from the middles of ``count`` equal parts; all of a shorter video.
+        max_frames: of those at ``fps``, or of all, no more than so many, from the middles of equal
+            parts: "a frame a second, at most 64".
 
     Returns:
         Indices of frames, increasing, at least one. Without ``fps`` and ``count``: every frame.
 
     Raises:
-        ValueError: both are given, or one is not positive.
+        ValueError: ``count`` stands beside another, or one is not positive.
     """
-    if fps is not None and count is not None:
-        raise ValueError(f"got fps={fps} and count={count}; expected one of them; drop the other")
-    if (fps is not None and fps <= 0) or (count is not None and count < 1):
-        raise ValueError(f"got fps={fps}, count={count}; expected more than 0; correct it")
-    total = len(video)
-    if count is not None:
-        return tuple(range(total)) if count >= total else _middles(total, count)
-    if fps is None:
-        return tuple(range(total))
+    if count is not None and (fps is not None or max_frames is not None):
+        raise ValueError(
+            f"got fps={fps}, max_frames={max_frames} and count={count}; expected count by itself; "
+            "drop the others"
+        )
+    rate_wrong = fps is not None and not (0 < fps < math.inf)
+    if rate_wrong or any(number is not None and number < 1 for number in (count, max_frames)):
+        raise ValueError(
+            f"got fps={fps}, count={count}, max_frames={max_frames}; expected more than 0; "
+            "correct it"
+        )
+    chosen = tuple(range(len(video))) if fps is None else _at_rate(video, fps)
+    most = count if max_frames is None else max_frames
+    if most is None or most >= len(chosen):
+        return chosen
+    return tuple(chosen[(2 * k + 1) * len(chosen) // (2 * most)] for k in range(most))
+
+
+def _at_rate(video: Video, fps: float) -> tuple[int, ...]:
+    """The frames during which a multiple of ``1 / fps`` seconds falls; one look at every frame."""
     # Exact fractions: with floats, 25 frames a second miss frames of a 25-frame video.
     interval = 1 / (Fraction(str(fps)) * video.time_base)
+    units, parts = interval.numerator, interval.denominator
     first, last = video.timestamps[0], video.timestamps[-1]
-    steps = int((last - first) / interval)
-    shown = {bisect_right(video.timestamps, first + k * interval) - 1 for k in range(steps + 1)}
-    return tuple(sorted(shown))
+    begins = [(time - first) * parts for time in video.timestamps]
+    ends = [*begins[1:], (last - first) * parts + 1]
+    return tuple(
+        index
+        for index, (begin, end) in enumerate(zip(begins, ends, strict=True))
+        if -(-begin // units) * units < end
+    )
 
 
 def decode(
-    video: Video, indices: Sequence[int], *, counter: DecodeCount | None = None
+    video: Video,
+    indices: Sequence[int],
+    *,
+    counter: DecodeCount | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Iterator[Image]:
     """Decode some frames of a video.
 
     Args:
         video: from `probe`.
         indices: which frames, increasing.
-        counter: counts every frame that the decoder produced, the lead-in included.
+        counter: counts every frame from where decoding began, the lead-in included.
+        limits: for the size of pictures, and for what is decoded to get at them.
 
     Yields:
-        The frames in order, RGB, upright (phones store a rotation beside the picture).
+        The frames in order, RGB, as they are shown: upright (phones store a rotation beside the
+        picture, and mirrors), with square pixels, what is transparent on white.
 
     Raises:
         ValueError: a frame cannot be decoded; the message names the file and the frame.
     """
     counter = DecodeCount() if counter is None else counter
-    with _opened(video.path) as (container, stream):
+    with opened(video.path, limits) as film:
         for place, wanted in _runs(video, indices):
-            # Some containers (MPEG-TS, AVI) seek past the place asked for: then ask for an
-            # earlier keyframe, twice as far back each time.
-            targets = [video.keyframes[max(place - back, 0)] for back in (0, 1, 2, 4, 8)]
-            targets.append(min(video.timestamps[0], 0))
-            frames = _frames_from(container, stream, targets, first=wanted[0])
-            yield from _pick(frames, wanted, counter, time_base=video.time_base)
-
-
-def _middles(total: int, count: int) -> tuple[int, ...]:
-    return tuple((2 * k + 1) * total // (2 * count) for k in range(count))
+            reader = _Reader(video, film, counter, limits)
+            for index, frame in reader.found(place, wanted):
+                try:
+                    image = picture(frame, aspect=video.aspect, limits=limits)
+                except ValueError as error:
+                    raise ValueError(f"frame {index}: {error}") from None
+                yield image
 
 
 def _runs(video: Video, indices: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """Wanted timestamps, by the place of the keyframe from which decoding them begins."""
+    """Wanted frames, by the place of the keyframe from which decoding them begins."""
     runs: list[tuple[int, list[int]]] = []
     for index in indices:
-        timestamp = video.timestamps[index]
-        place = max(bisect_right(video.keyframes, timestamp) - 1, 0)
+        place = max(bisect_right(video.keyframes, video.timestamps[index]) - 1, 0)
         if runs and runs[-1][0] == place:
-            runs[-1][1].append(timestamp)
+            runs[-1][1].append(index)
         else:
-            runs.append((place, [timestamp]))
+            runs.append((place, [index]))
     return runs
 
 
-def _pick(
-    frames: Iterator[Any], wanted: list[int], counter: DecodeCount, *, time_base: Fraction
-) -> Iterator[Image]:
-    done = 0
-    for frame in frames:
-        counter.frames += 1
-        if frame.pts == wanted[done]:
-            yield frame.to_image().rotate(_rotation(frame), expand=True)
-            done += 1
-            if done == len(wanted):
-                return
-        elif frame.pts is not None and frame.pts > wanted[done]:
-            break
-    second = float(wanted[done] * time_base)
-    raise ValueError(f"got no frame at {second:.3f} s; expected the one that the container lists")
+@dataclass(frozen=True)
+class _Reader:
+    """Gets at the frames of one run, from the keyframe before them or from further ahead."""
 
+    video: Video
+    film: Film
+    counter: DecodeCount
+    limits: Limits
 
-def _rotation(frame: Any) -> int:
-    """Degrees, counterclockwise, by which a picture has to be turned for display."""
-    return int(frame.rotation)
-
-
-def _frames_from(
-    container: Any, stream: Any, targets: Sequence[int], *, first: int
-) -> Iterator[Any]:
-    """Decoded frames, from the first target that leads to one no later than ``first``."""
-    for target in targets:
-        container.seek(target, stream=stream, backward=True, any_frame=False)
-        frames = container.decode(stream)
-        frame = next(frames, None)
-        if frame is not None and frame.pts is not None and frame.pts <= first:
-            yield frame
-            yield from frames
-            return
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[tuple[Any, Any]]:
-    import av
-
-    try:
-        with av.open(path) as container:
-            name = container.format.name
-            if name.startswith(_NO_VIDEO_FORMATS) or name.endswith("_pipe"):
-                raise ValueError(
-                    f"got a picture or text ({name}); expected a video; "
-                    'give a picture as {"type": "image"}'
-                )
-            if not container.streams.video:
-                raise ValueError("got no video stream; expected a video; replace the file")
-            yield container, container.streams.video[0]
-    except av.error.FileNotFoundError:
-        raise ValueError(f"{path}: got no such file; expected a video; check the path") from None
-    except av.FFmpegError as error:
-        what = error.strerror or type(error).__name__
+    def found(self, place: int, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """Wanted frames with their numbers, in order."""
+        left, passed = list(wanted), 0
+        for target in self._targets(place):
+            for index, frame in self._numbered(target, first=left[0]):
+                self.counter.frames += 1
+                if index != left[0]:
+                    passed += 1
+                    self._check_passed(passed, left[0])
+                    continue
+                yield index, frame
+                passed = 0
+                left.pop(0)
+                if not left:
+                    return
         raise ValueError(
-            f"{path}: got a file that cannot be decoded ({what}); expected a video; "
-            f"{_REPAIR.format(path=path)}"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+            f"got no frame {left[0]}, at {self.video.seconds(left[0]):.3f} s, that follows those "
+            "before it as the file lists them; expected one; replace the file, or keep what can be "
+            f"decoded: {reencode(self.video.path)}"
+        )
+
+    def _targets(self, place: int) -> list[int | None]:
+        """Where to begin, the nearest first; None is the beginning of the film."""
+        if place == 0:
+            return [None]
+        keyframes = self.video.keyframes
+        return [*(keyframes[place - back] for back in _KEYFRAMES_BACK if back <= place), None]
+
+    def _frames(self, target: int | None) -> Iterator[Any]:
+        import av
+
+        if target is None:
+            with opened(self.video.path, self.limits) as anew:
+                yield from decoded(anew)
+            return
+        try:
+            self.film.container.seek(target, stream=self.film.stream, any_frame=False)
+            yield from decoded(self.film)
+        except av.FFmpegError:
+            return  # what is wrong shows from further ahead as well, or is not wrong there
+
+    def _numbered(self, target: int | None, *, first: int) -> Iterator[tuple[int, Any]]:
+        """Frames with their numbers, for as long as every one is the next one listed."""
+        times = self.video.timestamps
+        index = 0 if target is None else None
+        for frame in self._frames(target):
+            if index is None:
+                if frame.pts is None or frame.pts > times[first]:
+                    return
+                place = bisect_left(times, frame.pts)
+                if not frame.key_frame or times[place] != frame.pts:
+                    continue  # shown before the keyframe, and decoded by what lies before it
+                index = place
+            if index >= len(times) or not (self.video.counted or frame.pts == times[index]):
+                return
+            yield index, frame
+            index += 1
+
+    def _check_passed(self, passed: int, index: int) -> None:
+        cure = f"a keyframe every 50 frames: {reencode(self.video.path, options='-g 50')}"
+        say_if_long(passed, self.video.path, f"to get at frame {index}; what spares it is {cure}")
+        if passed > self.limits.max_lead_in_frames:
+            raise ValueError(
+                f"got {passed:,} frames to decode before frame {index}; expected at most "
+                f"{self.limits.max_lead_in_frames:,}; write it anew with {cure}; or raise "
+                "--max_lead_in_frames"
+            )

@@ -19,8 +19,8 @@ from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import Chats
 from ds_lvx.data.checked import CheckedLines, line_key
 from ds_lvx.data.errors import DataError
-from ds_lvx.data.errors import Source as Line
-from ds_lvx.data.images import check_size
+from ds_lvx.data.images import check_image
+from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.training.model import Source
@@ -44,6 +44,7 @@ class Checks:
         max_length: tokens that a sample may have.
         min_tokens: and must have.
         rate: which frames of a video are taken.
+        limits: for images and films.
     """
 
     level: str
@@ -51,11 +52,14 @@ class Checks:
     max_length: int
     min_tokens: int
     rate: FrameRate
+    limits: Limits = DEFAULT_LIMITS
 
     def maker(self, source: Source) -> BatchMaker:
         """What makes samples, as the run will, but on one rank."""
         encoder = TextEncoder(source.processor, self.max_length, family=source.family)
-        return BatchMaker(encoder, self.rate, owned=range, min_tokens=self.min_tokens)
+        return BatchMaker(
+            encoder, self.rate, owned=range, min_tokens=self.min_tokens, limits=self.limits
+        )
 
 
 def bad_samples(
@@ -155,31 +159,16 @@ def _problem(chats: Chats, maker: BatchMaker, index: int, level: str) -> str | N
         conversation = chats[index]
         for part in conversation.media:
             if part.kind == "image":
-                _check_header(part.value, conversation.source)
+                try:
+                    check_image(part.value, limits=maker.limits)
+                except ValueError as error:
+                    raise DataError(f"{conversation.source}: {error}") from None
         sample = maker.sample(conversation)
         if level == "frames":
             maker.decode(sample)
     except DataError as error:
         return str(error)
     return None
-
-
-def _check_header(path: str, source: Line) -> None:
-    """Refuse a file that is no image, or too large a one; `BatchMaker.sample` opens videos alone.
-
-    Raises:
-        DataError: with file and line.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            check_size(*image.size)
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{source}: {path}: got {error}; scale the image down") from None
-    except (OSError, SyntaxError, ValueError) as error:  # PIL's readers raise all three
-        problem = f"{path}: got a file that cannot be read ({error})"
-        raise DataError(f"{source}: {problem}; expected an image; replace it") from None
 
 
 def _in_a_process(chats: Chats, checks: Checks, share: Sequence[int]) -> dict[int, str | None]:

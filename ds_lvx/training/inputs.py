@@ -107,13 +107,14 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
         source.processor, source.max_length(options.max_length), family=source.family
     )
     fps = DEFAULT_FPS if options.fps is None and options.frames is None else options.fps
-    rate = FrameRate(fps=fps, count=options.frames)
+    rate = FrameRate(fps=fps, count=options.frames, max_frames=options.max_frames)
     checks = Checks(
         level=options.check_data,
         model=options.model,
         max_length=encoder.max_length,
         min_tokens=lvx.sequence_parallel_size,
         rate=rate,
+        limits=options.limits,
     )
     return Inputs(
         ds_config=ds_config,

@@ -106,6 +106,7 @@ class Trainer:
             min_tokens=self._groups.sp_size,
             dtype=training_dtype(inputs.ds_config),
             skip=options.on_bad_sample == "skip",
+            limits=options.limits,
         )
         self._skipped = dict.fromkeys(inputs.skipped)
         self._order = SampleOrder(len(inputs.training), options.seed)

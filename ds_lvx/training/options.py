@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 
 CHECKS = ("lines", "headers", "frames")
 ON_BAD_SAMPLE = ("stop", "skip")
@@ -21,6 +24,11 @@ class Options:
     eval_data: str | None
     fps: float | None
     frames: int | None
+    max_frames: int | None
+    max_pixels: int
+    max_film_frames: int
+    max_lead_in_frames: int
+    max_gap_s: float
     max_length: int | None
     check_data: str
     on_bad_sample: str
@@ -46,6 +54,16 @@ class Options:
     log_steps: int
     traceback: bool
 
+    @property
+    def limits(self) -> Limits:
+        """Of images and videos."""
+        return Limits(
+            max_pixels=self.max_pixels,
+            max_film_frames=self.max_film_frames,
+            max_lead_in_frames=self.max_lead_in_frames,
+            max_gap_s=self.max_gap_s,
+        )
+
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line.
@@ -55,6 +73,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     """
     top = parser()
     values = vars(top.parse_args(arguments))
+    if values["frames"] is not None and values["max_frames"] is not None:
+        top.error("--max_frames: not allowed with --frames, which is a number itself")
     del values["local_rank"]  # from the launcher; the environment says the same
     options = Options(**values)
     if options.on_bad_sample == "skip" and options.check_data == "lines":
@@ -75,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     # DeepSpeed's launcher writes the first form, torch.distributed.launch the second.
     top.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     _add_inputs(top.add_argument_group("model and data"))
+    _add_limits(top.add_argument_group("limits of images and videos; what is above is an error"))
     _add_training(top.add_argument_group("training"))
     _add_outputs(top.add_argument_group("output"))
     return top
@@ -92,6 +113,11 @@ def _add_inputs(group: Any) -> None:
     rate = group.add_mutually_exclusive_group()
     rate.add_argument("--fps", type=_above(float, 0), help="frames a second of video (default: 1)")
     rate.add_argument("--frames", type=_above(int, 0), help="frames a video, evenly spaced")
+    group.add_argument(
+        "--max_frames",
+        type=_above(int, 0),
+        help="with --fps: frames of a video at most; of a longer one so many, evenly spaced",
+    )
     group.add_argument(
         "--max_length",
         type=_above(int, 1),
@@ -111,6 +137,34 @@ def _add_inputs(group: Any) -> None:
         help="a line that cannot serve ends the run (default), or is left out and named at its end",
     )
     group.add_argument("--deepspeed_config", required=True, help="a ds_config with `ds_lvx`")
+
+
+def _add_limits(group: Any) -> None:
+    default = DEFAULT_LIMITS
+    group.add_argument(
+        "--max_pixels",
+        type=_above(int, 0),
+        default=default.max_pixels,
+        help="of an image, or of a frame (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max_film_frames",
+        type=_above(int, 0),
+        default=default.max_film_frames,
+        help="of a video, chosen or not (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max_lead_in_frames",
+        type=_above(int, 0),
+        default=default.max_lead_in_frames,
+        help="decoded only to get at a chosen one (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max_gap_s",
+        type=_above(float, 0),
+        default=default.max_gap_s,
+        help="seconds between two frames (default: %(default)s)",
+    )
 
 
 def _add_training(group: Any) -> None:
@@ -176,7 +230,7 @@ def _checked(
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not good(value):
+        if value is None or not math.isfinite(value) or not good(value):
             raise argparse.ArgumentTypeError(f"got {text!r}; expected a number, {expected}")
         return value
 

@@ -11,6 +11,7 @@ from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import Conversation, read_conversations
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.frames import decode, probe
+from ds_lvx.data.limits import Limits
 from ds_lvx.data.order import SampleOrder
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.models import FAMILIES
@@ -119,6 +120,38 @@ def test_two_ranks_share_the_132_frames_of_a_real_video(tmp_path: Path) -> None:
     maker = BatchMaker(_encoder(), FrameRate(fps=25), owned=range)
     whole = maker.batch(read_conversations(data)).inputs["pixel_values"]
     torch.testing.assert_close(torch.cat([sums, sums_too]), whole.flatten(2).sum(dim=-1)[0])
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a.ts", "a.mp4"])
+def test_ranks_agree_on_films_of_every_kind(tmp_path: Path, name: str) -> None:
+    """An AVI is counted by decoding, a TS read by its packets, an MP4 by its header."""
+    write_video(tmp_path / name)
+    data = read_conversations(write_jsonl(tmp_path / "d.jsonl", chat(("video", name))))
+
+    def pixels(mine: range) -> torch.Tensor:
+        rate = FrameRate(fps=12.5, max_frames=7)
+        return (
+            BatchMaker(_encoder(), rate, owned=lambda total: mine)
+            .batch(data)
+            .inputs["pixel_values"]
+        )
+
+    whole = pixels(range(7))
+    assert whole.shape[1] == 7
+    parts = torch.cat([pixels(mine) for mine in (range(3), range(3, 4), range(4, 7))], dim=1)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+def test_limits_hold_for_images_and_films_with_file_and_line(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4")
+    write_image(tmp_path / "a.png", (100, 40))
+    lines = [chat(("video", "a.mp4")), chat(("image", "a.png"))]
+    data = read_conversations(write_jsonl(tmp_path / "d.jsonl", *lines))
+    for limits, number in ((Limits(max_film_frames=39), 1), (Limits(max_pixels=3999), 2)):
+        maker = BatchMaker(_encoder(), FrameRate(fps=1), owned=range, limits=limits)
+        with pytest.raises(DataError, match=rf"d\.jsonl:{number}: .*/a\.(mp4|png): got"):
+            maker.batch(data[number - 1 : number])
+        maker.batch(data[2 - number : 3 - number])
 
 
 def test_text_alone_has_no_pixels(tmp_path: Path) -> None:

@@ -57,6 +57,20 @@ GOOD = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
             '"content": [{"type": "video", "video": "https://a.b/c.mp4"}]}]}',
             "download it first",
         ),
+        *(
+            (
+                f'{{"messages": [{{"role": "user", "content": [{{"type": "{kind}", '
+                f'"{kind}": "{value}"}}]}}]}}',
+                expected,
+            )
+            for kind in ("image", "video")
+            for value, expected in (
+                ("data:image/png;base64," + "iVBORw0KGgo" * 11_000, "write the data to a file"),
+                ("a" * 120_000, "a path that cannot be looked up"),
+                ("a\\u0000b", "no such file"),
+                ("https://a.b/" + "c" * 120_000, "download it first"),
+            )
+        ),
         (
             '{"messages": [{"role": "assistant", '
             '"content": [{"type": "image", "image": "d.jsonl"}]}]}',
@@ -70,6 +84,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, expected: str) -> None:
         read_conversations(path)
     assert str(caught.value).startswith(f"{path}:2: got ")
     assert expected in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def _record(**more: Any) -> dict[str, Any]:

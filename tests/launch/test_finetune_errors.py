@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ds_lvx.data.limits import Limits
 from ds_lvx.data.order import SampleOrder
 from ds_lvx.training.options import parse
 from tests.data.media import (
@@ -183,7 +184,14 @@ def test_another_world_size_cannot_resume(tmp_path: Path) -> None:
     "wrong",
     [
         ["--fps", "0"],
+        ["--fps", "inf"],
         ["--fps", "1", "--frames", "3"],
+        ["--max_frames", "4", "--frames", "3"],
+        ["--max_frames", "0"],
+        ["--max_pixels", "0"],
+        ["--max_film_frames", "many"],
+        ["--max_lead_in_frames", "-1"],
+        ["--max_gap_s", "nan"],
         ["--max_steps", "0"],
         ["--learning_rate", "fast"],
         ["--lr_scheduler", "cosin"],
@@ -198,6 +206,9 @@ def test_impossible_options_end_with_usage(
     assert parse(good).lr_scheduler == "cosine"
     # What torch.distributed.launch and DeepSpeed's launcher add.
     assert parse([*good, "--local-rank=0"]) == parse([*good, "--local_rank=0"]) == parse(good)
+    assert parse(good).limits == Limits()
+    limited = ["--max_pixels", "1", "--max_film_frames", "2", "--max_lead_in_frames", "3"]
+    assert parse([*good, *limited, "--max_gap_s", "4.5"]).limits == Limits(1, 2, 3, 4.5)
     with pytest.raises(SystemExit):
         parse([*good, *wrong])
     assert wrong[0] in capsys.readouterr().err
