@@ -151,10 +151,10 @@ class Checkpoints:
         else:
             first = Path(wanted)
             others = written(first.parent)
-            if not first.is_dir():
+            if not any((first / name).is_file() for name in (_RUN, disk.MANIFEST)):
                 raise ValueError(
-                    f"--resume: got {first}, which is no folder; expected one like "
-                    "output_dir/checkpoints/step-...; check the path"
+                    f"--resume: got {first}, which is no checkpoint of this script; expected a "
+                    "folder output_dir/checkpoints/step-...; check the path"
                 )
         ordered = [] if first is None else [first]
         ordered += [other for other in others if first is None or other.name != first.name]
