@@ -182,7 +182,7 @@ def _forward(problem: Problem, mask: Tensor | None, *, fused: bool) -> tuple[Ten
     if fused and q.device.type == "cpu":
         return flash.cpu_forward(q, k, v, mask=mask, softmax_scale=scale)
     if fused:
-        return flash.cuda_forward(q, k, v, softmax_scale=scale)
+        return flash.forward(q, k, v, causal=False, softmax_scale=scale)
     dtype = accumulation_dtype(q.dtype)
     with onednn.products():
         return dense.forward(q, k, v, mask=mask, softmax_scale=scale, dtype=dtype)
@@ -192,11 +192,17 @@ def _backward(
     problem: Problem, upstream: Upstream, mask: Tensor | None, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, scale = problem.q, problem.softmax_scale
-    tensors = (q, problem.k, problem.v, upstream.dout, upstream.lse, upstream.delta)
+    k, v, dout, lse, delta = problem.k, problem.v, upstream.dout, upstream.lse, upstream.delta
     if fused and q.device.type == "cpu":
-        return flash.cpu_backward(*tensors, mask=mask, softmax_scale=scale)
+        return flash.cpu_backward(q, k, v, dout, lse, delta, mask=mask, softmax_scale=scale)
     if fused:
-        return flash.cuda_backward(*tensors, softmax_scale=scale)
+        dout = dout.to(q.dtype)
+        out = flash.stand_in(dout, delta)
+        return flash.backward(
+            q, k, v, dout, out, lse.contiguous(), causal=False, softmax_scale=scale
+        )
     dtype = accumulation_dtype(q.dtype)
     with onednn.products():
-        return dense.backward(*tensors, mask=mask, softmax_scale=scale, dtype=dtype)
+        return dense.backward(
+            q, k, v, dout, lse, delta, mask=mask, softmax_scale=scale, dtype=dtype
+        )
