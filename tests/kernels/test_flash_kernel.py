@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_lvx import Visibility
@@ -21,6 +20,7 @@ from ds_lvx.kernels.flash_kernel import FlashKernel
 from ds_lvx.kernels.interface import Problem, Upstream
 from ds_lvx.kernels.rule import Rule
 from tests.kernels.batches import BATCHES, prefix, rows
+from tests.kernels.fake_cuda import WithoutCuda
 from tests.kernels.test_cover import anything
 
 COVERED = [name for name, batch in BATCHES.items() if batch.calls is not None]
@@ -208,38 +208,6 @@ class Operators(TorchDispatchMode):
             causal = len(args) > place and bool(args[place])
             self.calls.append((name, [q.shape[2], k.shape[2]], causal))
         return func(*args, **kwargs or {})
-
-
-class WithoutCuda(TorchFunctionMode):
-    """Does by operators what PyTorch's Python methods ask a CUDA that is linked for."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        aten = torch.ops.aten
-        if func is Tensor.copy_:
-            return aten.copy_(*args)
-        if func is Tensor.contiguous:
-            return aten.clone(*args, memory_format=torch.contiguous_format)
-        if func is Tensor.__setitem__:
-            target, places, source = args
-            return aten.index_put_(target, places, source)
-        if func is not Tensor.__getitem__:
-            return func(*args, **kwargs or {})
-        tensor, places = args
-        places = places if isinstance(places, tuple) else (places,)
-        if all(isinstance(each, Tensor) for each in places):
-            return aten.index(tensor, places)
-        dim = 0
-        if places[0] is Ellipsis:
-            dim, places = tensor.dim() - len(places) + 1, places[1:]
-        for each in places:
-            if each is None:
-                tensor = aten.unsqueeze(tensor, dim)
-            elif isinstance(each, slice):
-                tensor = aten.slice(tensor, dim, each.start, each.stop)
-            else:
-                tensor, dim = aten.select(tensor, dim, each), dim - 1
-            dim += 1
-        return tensor
 
 
 def on_fake_cuda(sees: Visibility) -> tuple[list[Tensor], list[Tensor], list[Any]]:
