@@ -16,7 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ds_lvx.kernels.cover import Cover, cover_of
+from ds_lvx.kernels.cover import Cover
+from ds_lvx.kernels.covering import cover_of
 from ds_lvx.kernels.visibility import Visibility
 
 ALL = slice(None)

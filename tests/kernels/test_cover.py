@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ds_lvx import Visibility
-from ds_lvx.kernels import cover as module
-from ds_lvx.kernels.cover import Cover, Order, Rectangle, cover_of
+from ds_lvx.kernels import covering
+from ds_lvx.kernels.cover import Cover, Order, Rectangle
+from ds_lvx.kernels.covering import cover_of
 from ds_lvx.kernels.rule import Rule
 from tests.kernels.batches import BATCHES, calls_of, rows, text
 
@@ -75,7 +76,7 @@ def anything(seed: int) -> Visibility:
 def test_every_pair_that_sees_is_held_once(decade: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it costs, and whichever of the covers costs least."""
     for seed in range(50 * decade, 50 * decade + 50):
-        monkeypatch.setattr(module, "_CALL", (0, 5, 4096)[seed % 3])
+        monkeypatch.setattr(covering, "_CALL", (0, 5, 4096)[seed % 3])
         sees = anything(seed)
         cover = cover_of(sees)
         assert cover is not None
@@ -86,7 +87,7 @@ def test_every_pair_that_sees_is_held_once(decade: int, monkeypatch: pytest.Monk
 
 
 def test_what_is_sole_is_in_no_other_rectangle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CALL", 5)
+    monkeypatch.setattr(covering, "_CALL", 5)
     seen = set()
     for seed in range(60):
         cover = cover_of(anything(seed))
@@ -114,7 +115,7 @@ def test_what_is_sole_is_in_no_other_rectangle(monkeypatch: pytest.MonkeyPatch) 
 def test_more_calls_are_allowed_where_each_has_much_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     many = text(80, documents=40)  # 40 squares of 2
     assert cover_of(many) is None
-    monkeypatch.setattr(module, "LARGE_CALL_SCORES", 4)
+    monkeypatch.setattr(covering, "LARGE_CALL_SCORES", 4)
     found = cover_of(many)
     assert found is not None
     assert len(found.inner) == 40

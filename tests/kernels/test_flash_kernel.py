@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.kernels import cover as cover_module
-from ds_lvx.kernels.cover import Order, cover_of
+from ds_lvx.kernels import covering
+from ds_lvx.kernels.cover import Cover, Order
+from ds_lvx.kernels.covering import cover_of
 from ds_lvx.kernels.flash_kernel import FlashKernel
 from ds_lvx.kernels.interface import Problem, Upstream
 from ds_lvx.kernels.rule import Rule
@@ -110,7 +111,7 @@ def test_every_cover_against_float64(name: str) -> None:
 def test_whatever_comes(decade: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """dk and dv go to given tensors of any strides, over whatever was in them."""
     for seed in range(25 * decade, 25 * decade + 25):
-        monkeypatch.setattr(cover_module, "_CALL", (0, 5, 4096)[seed % 3])
+        monkeypatch.setattr(covering, "_CALL", (0, 5, 4096)[seed % 3])
         sees = anything(seed)
         inputs = tensors(sees)
 
@@ -148,7 +149,7 @@ def test_many_parts_of_a_gradient_are_added_in_fp32(monkeypatch: pytest.MonkeyPa
         return float(((dv.double() - exact[4])[:, 0] / exact[4][:, 0]).abs().mean())
 
     in_fp32 = error()
-    monkeypatch.setattr(cover_module.Cover, "is_deep", False)
+    monkeypatch.setattr(Cover, "is_deep", False)
     assert in_fp32 < 0.7 * error()
 
 
