@@ -51,10 +51,9 @@ class FlashKernel(Kernel):
             (one,) = cover.inner
             scale = problem.softmax_scale
             return self._attend(q, problem.k, problem.v, causal=one.causal, softmax_scale=scale)
-        wide = accumulation_dtype(q.dtype)
-        out, lse = empty_part(q, wide)
+        out, lse = empty_part(q, accumulation_dtype(q.dtype))
         if not cover.merges:
-            out = torch.zeros_like(q)
+            out = torch.zeros_like(q)  # each query's result is rounded already
         self._run(problem, cover, (out, lse), fresh=True)
         return out, lse
 
