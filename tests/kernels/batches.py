@@ -100,6 +100,7 @@ def joined(one: Visibility, other: Visibility) -> Visibility:
 
 
 _SIX = torch.arange(6)
+_TURNS = torch.tensor([0, 2, 4, 1, 3, 5])
 _ALL_FRAMES = (torch.zeros(9, dtype=torch.int64), torch.full((9,), 5))
 _BLIND = own(20, 4)[1].masked_fill(torch.arange(20) % 7 == 3, 0)
 
@@ -196,6 +197,14 @@ BATCHES: dict[str, Batch] = {
     "packed, too many documents": Batch(text(80, documents=40), None),
     "text in the order of a shuffle": Batch(
         shuffled(text(24)), ["gather 24 keys", "0:24 x 0:24 causal"]
+    ),
+    "text whose queries and keys lie in turns": Batch(
+        rows((_SIX * 0, _TURNS + 1, _TURNS)),
+        ["gather 6 queries", "gather 6 keys", "0:6 x 0:6 causal"],
+    ),
+    "queries in turns over two frames": Batch(
+        rows((_SIX % 2, _SIX % 2 + 1, tiles(2, of=1, valid=1))),
+        ["gather 6 queries", "0:3 x 0:10", "3:6 x 10:20"],
     ),
     "ring, text, own keys of rank 2": Batch(ring(text(24), (9, 8, 7), 2, 2), ["0:7 x 0:7 causal"]),
     "ring, text, keys of an earlier rank": Batch(ring(text(24), (9, 8, 7), 2, 0), ["0:7 x 0:9"]),
