@@ -113,6 +113,11 @@ KERNELS: dict[str, Kernel] = {
     for entry in (
         Kernel("native", "ds_lvx.kernels.native:NativeKernel"),
         Kernel(
+            "flash",
+            "ds_lvx.kernels.flash_kernel:FlashKernel",
+            obstacle="ds_lvx.kernels.flash_kernel:obstacle",
+        ),
+        Kernel(
             "cudnn",
             "ds_lvx.kernels.cudnn:CudnnKernel",
             dtypes=("bfloat16", "float16"),

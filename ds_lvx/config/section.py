@@ -86,7 +86,7 @@ class LayerRule(BaseModel):
     a layer's K and V never exist whole. Needs `recompute_kv`."""
 
     kernel: str = "auto"
-    """Who computes one block on one device: `native`, `triton`, `reference` or `auto`."""
+    """Who computes one block on one device: `native`, `flash`, `triton`, `reference` or `auto`."""
 
     @field_validator("method", "schedule", "kernel")
     @classmethod

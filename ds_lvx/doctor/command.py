@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ds_lvx.doctor import check, devices, kernels, measurements, network, system, versions
+from ds_lvx.doctor import check, devices, kernels, measurements, network, system, tune, versions
 from ds_lvx.doctor.findings import Finding, Section, State, count
 
 _TIMEOUT_S = 300.0
@@ -24,16 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="for the self-check on 1 rank, and again on 2 (default: %(default).0f)",
     )
+    tune.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the report; 1 when it has an error, else 0.
+    """Print the report, or tune; 1 when the report has an error, else 0.
 
     Raises:
-        ValueError: a time-out that is no positive number.
+        ValueError: a time-out that is no positive number, or shapes that are none.
     """
     if not options.timeout > 0:
         raise ValueError(f"--timeout: got {options.timeout}; expected seconds above 0")
+
+    if options.tune:
+        return tune.run(options)
 
     def show(text: str) -> None:
         if not options.json:

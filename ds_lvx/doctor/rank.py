@@ -50,7 +50,7 @@ class Case:
 
     Attributes:
         method: one of `METHODS`.
-        kernel: ``native``, ``triton``, ``reference`` or ``auto``.
+        kernel: ``native``, ``flash``, ``triton``, ``reference`` or ``auto``.
         dtype: one of `DTYPES`.
         rule: with a `Visibility`; else every query sees every key.
     """

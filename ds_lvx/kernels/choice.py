@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -10,15 +11,20 @@ from torch import Tensor
 
 from ds_lvx.config.registry import AUTO, FLOATS, KERNELS, kernel_words
 from ds_lvx.config.registry import Kernel as Entry
-from ds_lvx.kernels.auto import TRUSTED, AutoKernel, table_of
+from ds_lvx.kernels.auto import BY_RULE, AutoKernel
 from ds_lvx.kernels.interface import Kernel
+from ds_lvx.kernels.table import Table, table_of
+from ds_lvx.kernels.warn import warn_once
+
+ALWAYS = "native"
+"""Can do everything."""
 
 
 def kernel_for(name: str, q: Tensor) -> Kernel:
     """The kernel of this name for queries like ``q``.
 
-    ``auto`` is, on CUDA, the fastest of `candidates` for each kind of problem
-    (`ds_lvx.kernels.auto`), and ``native`` elsewhere.
+    ``auto`` chooses from `candidates` on CUDA, call by call (`ds_lvx.kernels.auto`), and is
+    ``native`` elsewhere.
 
     Raises:
         ValueError: an unknown name, or a dtype, head_dim or device that the kernel cannot do; names
@@ -32,8 +38,7 @@ def kernel_for(name: str, q: Tensor) -> Kernel:
             f"q, k, v: got {q.dtype}; expected one of {expected}; convert them with .to(...)"
         )
     if name == AUTO:
-        found = candidates(q)
-        return found[TRUSTED] if len(found) == 1 else AutoKernel(found, table_of(q.device))
+        return _auto(q)
     entry = KERNELS[name]
     problem = obstacle(entry, q)
     if problem is not None:
@@ -44,14 +49,24 @@ def kernel_for(name: str, q: Tensor) -> Kernel:
     return kernel
 
 
+def _auto(q: Tensor) -> Kernel:
+    found = candidates(q)
+    if len(found) == 1:
+        return found[ALWAYS]
+    table = table_of(q.device)
+    if table.ignored():
+        warn_once(_ignored(table))
+    return AutoKernel(found, table)
+
+
 def candidates(q: Tensor) -> dict[str, Kernel]:
     """The kernels that ``auto`` chooses from for queries like ``q``, by name.
 
     None of them materialises S_q x S_kv. Off CUDA there is one: PyTorch's own.
     """
-    entries = [KERNELS[TRUSTED]]
+    entries = [KERNELS[ALWAYS]]
     if q.device.type == "cuda":
-        others = (e for e in KERNELS.values() if e.for_speed and e.name != TRUSTED)
+        others = (e for e in KERNELS.values() if e.for_speed and e.name != ALWAYS)
         entries += [entry for entry in others if obstacle(entry, q) is None]
     return {entry.name: entry.load()() for entry in entries}
 
@@ -59,16 +74,44 @@ def candidates(q: Tensor) -> dict[str, Kernel]:
 def describe(q: Tensor) -> list[str]:
     """What ``auto`` takes for queries like ``q``, and why, in lines for a reader."""
     names = list(candidates(q))
-    if names == [TRUSTED]:
-        return [f"{TRUSTED}: the only one for {q.dtype} on {q.device.type} that is made for speed"]
+    if names == [ALWAYS]:
+        return [f"{ALWAYS}: the only one for {q.dtype} on {q.device.type} that is made for speed"]
     table = table_of(q.device)
-    lines = [f"the fastest of {', '.join(names)} for each kind of call, as measured at the first"]
-    lines.append(f"{len(table.entries())} kinds measured so far, in {table.path}")
+    lines = [_by_rule(names)]
+    if table.ignored():
+        lines.append(_ignored(table))
+    if not table.entries():
+        return [*lines, "no kind tuned on this card: ds-lvx doctor --tune"]
+    lines.append(f"{len(table.entries())} kinds tuned, which go before the rule, in {table.path}")
     for kind, entry in table.entries().items():
         times = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in entry["seconds"].items())
         out = "".join(f"; not {name}: {why}" for name, why in entry["excluded"].items())
         lines.append(f"{kind}: {entry['chosen']} ({times}{out})")
     return lines
+
+
+def _by_rule(names: Sequence[str]) -> str:
+    where = {
+        "flash": "flash where all see all, or slices make up the rule",
+        "triton": "triton for other rules" if "flash" in names else "triton",
+        ALWAYS: f"{ALWAYS} elsewhere",
+    }
+    last = "triton" if "triton" in names else ALWAYS
+    return ", ".join(where[name] for name in BY_RULE if name in names and name in ("flash", last))
+
+
+def _ignored(table: Table) -> str:
+    found = ", ".join(path.name for path in table.ignored())
+    return (
+        f"kernels were tuned on another card or under other versions, which is ignored ({found} in "
+        f"{table.path.parent}); tune this card: ds-lvx doctor --tune"
+    )
+
+
+def made_for_speed(q: Tensor) -> str:
+    """The kernels other than ``native`` that are, each with what keeps it from queries like q."""
+    others = (e for e in KERNELS.values() if e.for_speed and e.public and e.name != ALWAYS)
+    return "; ".join(f"'{entry.name}'{obstacle(entry, q) or ''}" for entry in others)
 
 
 def obstacle(entry: Entry, q: Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""PyTorch's cuDNN attention, as a candidate of ``auto``; what it cannot do, ``native`` does."""
+"""PyTorch's cuDNN attention, slice by slice like ``flash``, for ``auto`` where it is faster."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels import flash
-from ds_lvx.kernels.interface import Kernel, Problem, Upstream, written
-from ds_lvx.kernels.native import NativeKernel
+from ds_lvx.kernels.flash_kernel import FlashKernel
 
 _aten = torch.ops.aten
 MAX_HEAD_DIM = 128
@@ -20,47 +19,12 @@ def obstacle(q: Tensor) -> str | None:
     return f"{q.dtype} with head_dim {q.shape[-1]}, where it does 16 bits and 8, 16, ... 128"
 
 
-class CudnnKernel(NativeKernel):
-    """cuDNN's fused kernels where there is no rule and no gradient of lse. Stateless."""
-
-    name = "cudnn"
-
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """See `ds_lvx.kernels.interface.Kernel.forward`."""
-        if problem.rule is not None or problem.is_empty:
-            return super().forward(problem)
-        return forward(problem.q, problem.k, problem.v, softmax_scale=problem.softmax_scale)
-
-    def fold(self, problem: Problem, running: tuple[Tensor, Tensor]) -> None:
-        """See `ds_lvx.kernels.interface.Kernel.fold`."""
-        Kernel.fold(self, problem, running)
-
-    def backward(
-        self,
-        problem: Problem,
-        upstream: Upstream,
-        *,
-        into: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `ds_lvx.kernels.interface.Kernel.backward`."""
-        if problem.rule is not None or upstream.has_dlse or problem.is_empty:
-            return super().backward(problem, upstream, into=into)
-        dq, dk, dv = backward(
-            problem.q,
-            problem.k,
-            problem.v,
-            upstream.dout,
-            upstream.lse,
-            upstream.delta,
-            softmax_scale=problem.softmax_scale,
-        )
-        return dq, *written((dk, dv), into)
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """Attention over all keys, no mask: ``out [B, S, H, D]`` and ``lse [B, H, S]`` in fp32."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `ds_lvx.kernels.flash.forward`."""
     out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-        *(flash.heads_first(t) for t in (q, k, v)), None, True, scale=softmax_scale
+        *(flash.heads_first(t) for t in (q, k, v)), None, True, 0.0, causal, scale=softmax_scale
     )
     return out.transpose(1, 2), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
 
@@ -70,20 +34,18 @@ def backward(
     k: Tensor,
     v: Tensor,
     dout: Tensor,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
     *,
+    causal: bool,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients given the softmax over all keys; see `ds_lvx.kernels.flash.cuda_backward`."""
-    dout = dout.to(q.dtype)
+    """See `ds_lvx.kernels.flash.backward`."""
     # Without dropout nobody reads the generator's state.
     nothing = torch.zeros((), dtype=torch.int64, device=q.device)
     gradients = _aten._scaled_dot_product_cudnn_attention_backward(
-        flash.heads_first(dout),
-        *(flash.heads_first(t) for t in (q, k, v)),
-        flash.heads_first(flash.stand_in(dout, delta)),
-        lse.unsqueeze(-1).contiguous(),
+        *(flash.heads_first(t) for t in (dout, q, k, v, out)),
+        lse.unsqueeze(-1),
         nothing,
         nothing,
         None,
@@ -92,8 +54,17 @@ def backward(
         q.shape[1],
         k.shape[1],
         0.0,
-        False,
+        causal,
         scale=softmax_scale,
     )
     dq, dk, dv = (gradient.transpose(1, 2) for gradient in gradients)
     return dq, dk, dv
+
+
+class CudnnKernel(FlashKernel):
+    """`FlashKernel` by cuDNN's calls. Stateless."""
+
+    name = "cudnn"
+
+    _attend = staticmethod(forward)
+    _gradients = staticmethod(backward)

@@ -85,52 +85,63 @@ def cpu_backward(
     return dq, dk, dv
 
 
-def cuda_forward(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """Attention over all keys with PyTorch's CUDA flash kernel; no mask."""
-    out, lse, *_ = _aten._scaled_dot_product_flash_attention(
-        heads_first(q),
-        heads_first(k),
-        heads_first(v),
-        0.0,
-        False,
-        False,
-        scale=softmax_scale,
-    )
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention over all keys, or causal, with the flash kernel of q's device.
+
+    Args:
+        q: ``[B, S, H, D]``; no length is 0.
+        k, v: ``[B, T, K, D]``.
+        causal: query i sees keys 0 to i; as many keys as queries.
+        softmax_scale: factor on the scores.
+
+    Returns:
+        ``out [B, S, H, D]`` in q's dtype and ``lse [B, H, S]`` in fp32 (fp64 for fp64).
+    """
+    tensors = [heads_first(t) for t in (q, k, v)]
+    if q.device.type == "cpu":
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+            *tensors, 0.0, causal, attn_mask=None, scale=softmax_scale
+        )
+    else:
+        out, lse, *_ = _aten._scaled_dot_product_flash_attention(
+            *tensors, 0.0, causal, False, scale=softmax_scale
+        )
     return out.transpose(1, 2), lse[..., : q.shape[1]]
 
 
-def cuda_backward(
+def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     dout: Tensor,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
     *,
+    causal: bool,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with PyTorch's CUDA flash kernel; no mask."""
-    dout = dout.to(q.dtype)
-    # Without dropout the generator's state is not read; its shape and dtype are checked.
-    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    offset = torch.zeros((), dtype=torch.uint64, device=q.device)
-    gradients = _aten._scaled_dot_product_flash_attention_backward(
-        heads_first(dout),
-        heads_first(q),
-        heads_first(k),
-        heads_first(v),
-        heads_first(stand_in(dout, delta)),
-        lse.contiguous(),
-        None,
-        None,
-        q.shape[1],
-        k.shape[1],
-        0.0,
-        False,
-        seed,
-        offset,
-        scale=softmax_scale,
-    )
+    """Gradients of `forward`, given the softmax over all keys of all ranks; in q's dtype.
+
+    Args:
+        q, k, v, causal, softmax_scale: as in `forward`.
+        dout, out: like q, and its dtype; ``out`` may be `stand_in`'s.
+        lse: ``[B, H, S]``, finite and contiguous.
+    """
+    tensors = [heads_first(t) for t in (dout, q, k, v, out)]
+    if q.device.type == "cpu":
+        gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *tensors, lse, 0.0, causal, attn_mask=None, scale=softmax_scale
+        )
+    else:
+        # Without dropout the generator's state is not read; its shape and dtype are checked.
+        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        offset = torch.zeros((), dtype=torch.uint64, device=q.device)
+        lengths = (None, None, q.shape[1], k.shape[1])
+        gradients = _aten._scaled_dot_product_flash_attention_backward(
+            *tensors, lse, *lengths, 0.0, causal, seed, offset, scale=softmax_scale
+        )
     dq, dk, dv = (gradient.transpose(1, 2) for gradient in gradients)
     return dq, dk, dv
 

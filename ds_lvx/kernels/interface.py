@@ -70,6 +70,14 @@ class Kernel(Protocol):
         """The kernel's name in the configuration."""
         ...
 
+    def serves(self, problem: Problem, upstream: Upstream | None = None) -> bool:
+        """Whether it is made for a problem; it computes the others too, by the help of another.
+
+        Args:
+            problem, upstream: what it is asked; without ``upstream`` in forward.
+        """
+        return True
+
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Attention over these keys alone.
 

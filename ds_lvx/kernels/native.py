@@ -14,6 +14,7 @@ there are large matrix products.
 
 from __future__ import annotations
 
+import functools
 from itertools import groupby
 from operator import attrgetter
 
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels import dense, flash, onednn
+from ds_lvx.kernels.choice import made_for_speed
 from ds_lvx.kernels.interface import Kernel, Problem, Upstream, no_gradients, written
 from ds_lvx.kernels.merge import accumulation_dtype, empty_part, merge_
 from ds_lvx.kernels.rule import Block, whole_blocks
+from ds_lvx.kernels.warn import warn_once
 
 # Large enough that a block's kernel dwarfs its launch, small enough for its mask to be cheap.
 _MASK_ELEMENTS = 2**24
@@ -182,7 +185,8 @@ def _forward(problem: Problem, mask: Tensor | None, *, fused: bool) -> tuple[Ten
     if fused and q.device.type == "cpu":
         return flash.cpu_forward(q, k, v, mask=mask, softmax_scale=scale)
     if fused:
-        return flash.cuda_forward(q, k, v, softmax_scale=scale)
+        return flash.forward(q, k, v, causal=False, softmax_scale=scale)
+    warn_of_products(q)
     dtype = accumulation_dtype(q.dtype)
     with onednn.products():
         return dense.forward(q, k, v, mask=mask, softmax_scale=scale, dtype=dtype)
@@ -192,11 +196,34 @@ def _backward(
     problem: Problem, upstream: Upstream, mask: Tensor | None, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, scale = problem.q, problem.softmax_scale
-    tensors = (q, problem.k, problem.v, upstream.dout, upstream.lse, upstream.delta)
+    k, v, dout, lse, delta = problem.k, problem.v, upstream.dout, upstream.lse, upstream.delta
     if fused and q.device.type == "cpu":
-        return flash.cpu_backward(*tensors, mask=mask, softmax_scale=scale)
+        return flash.cpu_backward(q, k, v, dout, lse, delta, mask=mask, softmax_scale=scale)
     if fused:
-        return flash.cuda_backward(*tensors, softmax_scale=scale)
+        dout = dout.to(q.dtype)
+        out = flash.stand_in(dout, delta)
+        return flash.backward(
+            q, k, v, dout, out, lse.contiguous(), causal=False, softmax_scale=scale
+        )
+    warn_of_products(q)
     dtype = accumulation_dtype(q.dtype)
     with onednn.products():
-        return dense.backward(*tensors, mask=mask, softmax_scale=scale, dtype=dtype)
+        return dense.backward(
+            q, k, v, dout, lse, delta, mask=mask, softmax_scale=scale, dtype=dtype
+        )
+
+
+def warn_of_products(q: Tensor) -> None:
+    """Say once, of queries on CUDA, that fp32 matrix products do them, and what would serve."""
+    if q.device.type == "cuda":
+        _warn_of(q.dtype, q.shape[-1], q.device)
+
+
+@functools.cache
+def _warn_of(dtype: torch.dtype, head_dim: int, device: torch.device) -> None:
+    q = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
+    warn_once(
+        f"attention of {dtype} with head_dim {head_dim} runs by plain matrix products (native), "
+        "the slowest way on a GPU. Made for speed, and taken by kernel auto where they can: "
+        f"{made_for_speed(q)}"
+    )

@@ -16,6 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ds_lvx.kernels.cover import Cover
+from ds_lvx.kernels.covering import cover_of
 from ds_lvx.kernels.visibility import Visibility
 
 ALL = slice(None)
@@ -116,6 +118,15 @@ class Rule:
         if all(map(_rises, (rule.kv_pos, rule.q_start, rule.q_end))):
             return Structure.STAIRCASE
         return Structure.MIXED
+
+    @cached_property
+    def cover(self) -> Cover | None:
+        """What is visible in rectangles and causal squares, for tensors on the device.
+
+        None where it takes too many of them, or where the rule is not known on the CPU.
+        """
+        found = None if self.host is None else cover_of(self.host)
+        return None if found is None else found.to(self.visibility.kv_pos.device)
 
     def blocks(self, *, queries_per_block: int, keys_per_block: int) -> tuple[Block, ...]:
         """Queries and keys in blocks, those over the same keys side by side.

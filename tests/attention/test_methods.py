@@ -11,6 +11,7 @@ import ds_lvx
 from ds_lvx.attention.common import delta_of
 from ds_lvx.kernels import interface as kernels
 from ds_lvx.kernels.choice import kernel_for
+from ds_lvx.kernels.flash_kernel import FlashKernel
 from tests.attention.cases import Problem, assemble, largest_error, run_problems
 from tests.ranks import run_ranks
 
@@ -112,6 +113,42 @@ def test_the_reference_kernel_and_fp64_are_exact() -> None:
         errors = largest_error(assemble([a[index] for a in answers]), problem.oracle())
         limit = 1e-12 if problem.dtype == torch.float64 else 1e-6
         assert max(errors.values()) < limit, (method, problem.dtype, errors)
+
+
+def run_on_flash(cases: list[tuple[Problem, str]]) -> tuple[list[dict[str, torch.Tensor]], bool]:
+    """`run_problems`, and whether the flash kernel served all that it was asked."""
+    served: list[bool] = []
+    asked = FlashKernel.serves
+
+    def forward(kernel: FlashKernel, problem: kernels.Problem) -> tuple[torch.Tensor, torch.Tensor]:
+        served.append(asked(kernel, problem))
+        return whole(kernel, problem)
+
+    whole = FlashKernel.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FlashKernel, "forward", forward)
+        return run_problems(cases), bool(served) and all(served)
+
+
+def test_flash_by_slices_is_exact_under_every_method() -> None:
+    """Causal text and frames over uneven and empty shards, in float64."""
+    cases = []
+    for q_lengths, kv_lengths in SHARDS[3][1:]:
+        for visibility, kv in (("frames", kv_lengths), ("causal", q_lengths)):
+            problem = Problem(
+                q_lengths,
+                kv,
+                dtype=torch.float64,
+                visibility=visibility,
+            )
+            for method in METHODS:
+                one, name = _case(problem, method)
+                cases.append((replace(one, extra={**one.extra, "kernel": "flash"}), name))
+    answers = run_ranks(run_on_flash, 3, cases)
+    assert all(served for _, served in answers)
+    for index, (problem, method) in enumerate(cases):
+        errors = largest_error(assemble([a[index] for a, _ in answers]), problem.oracle())
+        assert max(errors.values()) < 1e-12, (method, problem, errors)
 
 
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float16), (4, torch.bfloat16)])

@@ -277,7 +277,7 @@ def test_a_kernel_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     assert triton.state is State.NOTE
     assert "not installed; pip install triton" in triton.value
     assert found["auto, bf16"].value.startswith("native: ")
-    assert kernels.available("cpu") == ["auto", "native", "reference"]
+    assert kernels.available("cpu") == ["auto", "native", "flash", "reference"]
 
 
 def test_the_files_of_measurements_have_an_age(

@@ -1,159 +1,166 @@
-"""The ``auto`` kernel: what it measures, takes, keeps on disk, and refuses to take."""
+"""The ``auto`` kernel: what it takes by rule and by a tuned table, and what it says."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_lvx import Visibility, cache
 from ds_lvx.config.registry import KERNELS
-from ds_lvx.kernels import cudnn, interface
-from ds_lvx.kernels.auto import AutoKernel, Table, kind_of
+from ds_lvx.kernels import cudnn, flash, interface, native, warn
+from ds_lvx.kernels.auto import AutoKernel
 from ds_lvx.kernels.choice import candidates, describe, kernel_for, obstacle
+from ds_lvx.kernels.flash_kernel import FlashKernel
 from ds_lvx.kernels.interface import Problem, Upstream
 from ds_lvx.kernels.native import NativeKernel
 from ds_lvx.kernels.rule import Rule
-from tests.kernels.asking import backward, fold, forward
+from ds_lvx.kernels.table import Table, kind_of, table_of
+from tests.kernels.batches import BATCHES, text
+from tests.kernels.fake_cuda import WithoutCuda
 from tests.kernels.test_kernels import rule, tensors
 
 SHAPE = (1, 5, 300, 4, 2, 16)
 
 
-class Timed(NativeKernel):
-    """The native kernel, at a price that a test sets."""
+class Counted(NativeKernel):
+    """The native kernel, that counts what it is asked."""
 
-    def __init__(self, price: float, *, error: float = 0.0) -> None:
-        self.price, self.error, self.calls = price, error, 0
+    def __init__(self) -> None:
+        self.calls: list[str] = []
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.calls += 1
-        out, lse = super().forward(*args, **kwargs)
-        return out * (1.0 + self.error), lse
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        self.calls.append("forward")
+        return super().forward(problem)
 
-    def fold(self, *args: Any, **kwargs: Any) -> None:
-        self.calls += 1
-        super().fold(*args, **kwargs)
+    def fold(self, problem: Problem, running: tuple[Tensor, Tensor]) -> None:
+        self.calls.append("fold")
+        super().fold(problem, running)
 
     def backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        self.calls += 1
+        self.calls.append("backward")
         return super().backward(*args, **kwargs)
 
 
-class Broken(Timed):
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise RuntimeError("no such kernel\nat line 7")
+class CountedFlash(Counted):
+    """It serves what the flash kernel serves."""
 
-
-class Full(Timed):
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
-
-
-def clock_of(kernels: dict[str, Timed]) -> Callable[[Callable[[], Any]], float]:
-    """Seconds by price: whose count of calls a run raises."""
-
-    def seconds(run: Callable[[], Any]) -> float:
-        before = {name: kernel.calls for name, kernel in kernels.items()}
-        run()
-        (name,) = [name for name, kernel in kernels.items() if kernel.calls > before[name]]
-        return kernels[name].price
-
-    return seconds
+    def serves(self, problem: Problem, upstream: Upstream | None = None) -> bool:
+        return FlashKernel().serves(problem, upstream)
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for kept in (table_of, warn.warn_once, native._warn_of):
+        kept.cache_clear()
+    yield
+    for kept in (table_of, warn.warn_once, native._warn_of):
+        kept.cache_clear()
 
 
-def auto(kernels: dict[str, Timed]) -> AutoKernel:
-    return AutoKernel(kernels, Table("kernels-test.json"), clock_of(kernels))
+def kernels(*without: str) -> dict[str, interface.Kernel]:
+    found = {"native": Counted(), "flash": CountedFlash(), "cudnn": CountedFlash()}
+    return {n: k for n, k in (found | {"triton": Counted()}).items() if n not in without}
 
 
-def attend(kernel: interface.Kernel, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    q, k, v = tensors(SHAPE, dtype)
-    return forward(kernel, q, k, v, visibility=rule(SHAPE, "frames"), softmax_scale=0.2)
+def table() -> Table:
+    return Table("kernels-test.json")
+
+
+def problem_of(sees: Visibility | None, shape: tuple[int, ...] = SHAPE) -> Problem:
+    q, k, v = tensors(shape, torch.float32)
+    return Problem(q, k, v, None if sees is None else Rule(sees), softmax_scale=0.2)
+
+
+def upstream_of(problem: Problem, *, has_dlse: bool = False) -> Upstream:
+    out, lse = NativeKernel().forward(problem)
+    delta = (problem.q * out).sum(-1).transpose(1, 2)
+    return Upstream(problem.q, lse, delta, has_dlse)
+
+
+def test_the_rule() -> None:
+    """Flash where slices make it up, else Triton, else native; each where it is there."""
+    whole, causal = problem_of(None), problem_of(text(24), (1, 24, 24, 4, 2, 16))
+    sliding = problem_of(BATCHES["a window that slides"].sees, (1, 40, 40, 4, 2, 16))
+    for without, expected in (
+        ((), ["flash", "flash", "triton"]),
+        (("flash", "cudnn"), ["triton"] * 3),
+        (("triton",), ["flash", "flash", "native"]),
+        (("flash", "cudnn", "triton"), ["native"] * 3),
+    ):
+        auto = AutoKernel(kernels(*without), table())
+        assert [auto.choice(each) for each in (whole, causal, sliding)] == expected
+    auto = AutoKernel(kernels(), table())
+    assert auto.choice(causal, upstream_of(causal)) == "flash"
+    assert auto.choice(causal, upstream_of(causal, has_dlse=True)) == "triton"
+    known_on_the_device = problem_of(text(24), (1, 24, 24, 4, 2, 16))
+    assert known_on_the_device.rule is not None
+    known_on_the_device.rule.host = None
+    assert auto.choice(known_on_the_device) == "triton"
+
+
+def test_what_is_chosen_computes() -> None:
+    found = kernels()
+    auto, problem = AutoKernel(found, table()), problem_of(rule(SHAPE, "none"))
+    out, lse = auto.forward(problem)
+    assert torch.equal(out, NativeKernel().forward(problem)[0])
+    auto.fold(problem, (out, lse))
+    auto.backward(problem, upstream_of(problem))
+    assert {name: kernel.calls for name, kernel in found.items()} == {  # type: ignore[attr-defined]
+        "native": [],
+        "flash": ["forward", "fold", "backward"],
+        "cudnn": [],
+        "triton": [],
+    }
+
+
+def test_nothing_is_measured_and_nothing_is_written() -> None:
+    found = kernels()
+    auto, problem = AutoKernel(found, table()), problem_of(rule(SHAPE, "frames"))
+    for _ in range(3):
+        auto.forward(problem)
+    assert sum(len(kernel.calls) for kernel in found.values()) == 3  # type: ignore[attr-defined]
+    assert not list(cache.folder().glob("kernels-*"))
+
+
+def test_the_table_goes_before_the_rule() -> None:
+    """By kind and direction; what the table's kernel does not serve, the rule decides."""
+    whole = problem_of(None)
+    upstream, dlse = upstream_of(whole), upstream_of(whole, has_dlse=True)
+    held = table()
+    held.add(kind_of(whole, None), {"chosen": "cudnn"})
+    held.add(kind_of(whole, upstream), {"chosen": "triton"})
+    held.add(kind_of(whole, dlse), {"chosen": "cudnn"})
+    auto = AutoKernel(kernels(), table())
+    assert auto.choice(whole) == "cudnn"
+    assert auto.choice(whole.as_part()) == "cudnn"
+    assert auto.choice(whole, upstream) == "triton"
+    assert auto.choice(whole, dlse) == "triton"
+    assert AutoKernel(kernels("cudnn"), table()).choice(whole) == "flash"
+    other = problem_of(None, (1, 5, 700, 4, 2, 16))
+    assert auto.choice(other) == "flash"
 
 
 def entries() -> dict[str, Any]:
-    return json.loads((cache.folder() / "kernels-test.json").read_text())
+    found: dict[str, Any] = json.loads((cache.folder() / "kernels-test.json").read_text())
+    return found
 
 
-def test_the_fastest_is_taken_and_measured_once() -> None:
-    kernels = {"native": Timed(3.0), "quick": Timed(1.0), "slow": Timed(5.0)}
-    out, lse = attend(auto(kernels))
-    expected = attend(NativeKernel())
-    assert torch.equal(out, expected[0])
-    assert torch.equal(lse, expected[1])
-    (entry,) = entries().values()
-    assert entry["chosen"] == "quick"
-    assert entry["seconds"] == {"native": 3.0, "quick": 1.0, "slow": 5.0}
-    before = [kernel.calls for kernel in kernels.values()]
-    attend(auto(kernels))  # a new one, as each call of an operator makes
-    assert [kernel.calls for kernel in kernels.values()] == [
-        before[0],
-        before[1] + 1,
-        before[2],
-    ]
-
-
-def test_directions_are_measured_apart() -> None:
-    kernels = {"native": Timed(3.0), "quick": Timed(1.0)}
-    kernel = auto(kernels)
-    q, k, v = tensors(SHAPE, torch.float32)
-    out, lse = forward(kernel, q, k, v, visibility=None, softmax_scale=0.2)
-    kernels["quick"].price = 9.0
-    delta = (q * out).sum(-1).transpose(1, 2)
-    backward(kernel, q, k, v, q, lse, delta, visibility=None, softmax_scale=0.2, has_dlse=False)
-    chosen = {kind.partition(",")[0]: entry["chosen"] for kind, entry in entries().items()}
-    assert chosen == {"forward": "quick", "backward": "native"}
-
-
-def test_folding_uses_what_is_fastest_in_forward() -> None:
-    kernels = {"native": Timed(3.0), "quick": Timed(1.0)}
-    q, k, v = tensors(SHAPE, torch.float32)
-    running = forward(NativeKernel(), q, k, v, visibility=None, softmax_scale=0.2)
-    expected = [tensor.clone() for tensor in running]
-    fold(auto(kernels), q, k, v, running, visibility=None, softmax_scale=0.2)
-    fold(NativeKernel(), q, k, v, (expected[0], expected[1]), visibility=None, softmax_scale=0.2)
-    assert torch.equal(running[0], expected[0]), "measuring changed the running result"
-    assert torch.equal(running[1], expected[1])
-    (entry,) = entries().values()
-    assert entry["chosen"] == "quick"
-
-
-def test_wrong_and_broken_candidates_are_excluded() -> None:
-    kernels = {"native": Timed(3.0), "wrong": Timed(1.0, error=0.1), "broken": Broken(1.0)}
-    attend(auto(kernels))
-    (entry,) = entries().values()
-    assert entry["chosen"] == "native"
-    assert entry["excluded"]["wrong"].startswith("differs from native by 1.0e-01")
-    assert entry["excluded"]["broken"] == "RuntimeError: no such kernel"
-
-
-def test_nothing_is_kept_of_a_call_that_says_nothing() -> None:
-    """Out of memory, and numbers that are none: another call decides."""
-    attend(auto({"native": Timed(3.0), "full": Full(1.0)}))
-    kernels = {"native": Timed(3.0), "quick": Timed(1.0)}
-    q, k, v = tensors(SHAPE, torch.float32)
-    q[0, 0, 0, 0] = torch.nan
-    forward(auto(kernels), q, k, v, visibility=None, softmax_scale=0.2)
-    assert not (cache.folder() / "kernels-test.json").exists()
-
-
-def test_whoever_was_first_holds_for_all() -> None:
-    first, second = Table("kernels-test.json"), Table("kernels-test.json")
+def test_a_later_tuning_takes_the_place_of_an_earlier_one() -> None:
+    first, second = table(), table()
     first.add("kind", {"chosen": "native"})
+    first.add("other", {"chosen": "triton"})
     second.add("kind", {"chosen": "triton"})
-    second.add("other", {"chosen": "triton"})
-    assert second.entries()["kind"] == {"chosen": "native"}
-    assert entries() == {"kind": {"chosen": "native"}, "other": {"chosen": "triton"}}
+    assert second.entries()["kind"] == {"chosen": "triton"}
+    assert entries() == {"kind": {"chosen": "triton"}, "other": {"chosen": "triton"}}
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(
@@ -167,12 +174,11 @@ def test_a_folder_that_cannot_be_written_is_no_error(
     assert table.entries() == {"kind": {"chosen": "native"}}
 
 
-def test_a_damaged_file_is_measured_anew(tmp_path: Path) -> None:
+def test_a_damaged_file_is_no_table() -> None:
     path = cache.folder() / "kernels-test.json"
     path.parent.mkdir()
     path.write_text("{")
-    attend(auto({"native": Timed(3.0), "quick": Timed(1.0)}))
-    assert [entry["chosen"] for entry in entries().values()] == ["quick"]
+    assert table().entries() == {}
 
 
 def test_kinds() -> None:
@@ -203,13 +209,99 @@ def test_off_cuda_there_is_one_candidate() -> None:
     assert describe(q)[0].startswith("native: the only one for torch.float32 on cpu")
 
 
+@pytest.fixture
+def _some_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch says of a GPU; tensors there are made up."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB")
+
+
+def on_cuda(dtype: torch.dtype, head_dim: int = 64) -> Tensor:
+    with FakeTensorMode():
+        return torch.empty(1, 1, 4, head_dim, dtype=dtype, device="cuda")
+
+
+@pytest.mark.usefixtures("_some_gpu")
+def test_the_candidates_of_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    assert list(candidates(on_cuda(torch.bfloat16))) == ["native", "flash", "cudnn", "triton"]
+    assert list(candidates(on_cuda(torch.float32))) == ["native", "triton"]
+    assert list(candidates(on_cuda(torch.float64))) == ["native"]
+    lines = describe(on_cuda(torch.bfloat16))
+    assert lines[0] == (
+        "flash where all see all, or slices make up the rule, triton for other rules"
+    )
+    assert lines[1] == "no kind tuned on this card: ds-lvx doctor --tune"
+    assert describe(on_cuda(torch.float32))[0] == "triton"
+    assert isinstance(kernel_for("auto", on_cuda(torch.bfloat16)), AutoKernel)
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("_some_gpu")
+def test_a_table_of_another_card_is_ignored_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    Table("kernels-nvidia-a100-0123456789ab.json").add("kind", {"chosen": "native"})
+    for _ in range(2):
+        auto = kernel_for("auto", on_cuda(torch.bfloat16))
+    assert isinstance(auto, AutoKernel)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    for word in ("another card", "ignored", "kernels-nvidia-a100-0123456789ab.json", "--tune"):
+        assert word in record.message
+    assert any("ignored" in line for line in describe(on_cuda(torch.bfloat16)))
+    table_of(torch.device("cuda", 0)).add(
+        "kind", {"chosen": "flash", "seconds": {}, "excluded": {}}
+    )
+    lines = describe(on_cuda(torch.bfloat16))
+    assert not any("ignored" in line for line in lines)
+    assert lines[-1] == "kind: flash ()"
+
+
+@pytest.mark.usefixtures("_some_gpu")
+@pytest.mark.parametrize("direction", ["forward", "fold", "backward"])
+def test_products_in_fp32_on_a_gpu_are_said_once(
+    direction: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What they are of, and what would serve; of a call that PyTorch's kernels do, nothing."""
+
+    def ask(dtype: torch.dtype, head_dim: int) -> None:
+        with FakeTensorMode(), WithoutCuda():
+            q, k = (torch.empty(1, n, 2, head_dim, dtype=dtype, device="cuda") for n in (3, 9))
+            lse = torch.empty(1, 2, 3, device="cuda")
+            problem = Problem(q, k, k, softmax_scale=0.1)
+            if direction == "forward":
+                NativeKernel().forward(problem)
+            elif direction == "fold":
+                NativeKernel().fold(problem, (torch.empty_like(q, dtype=torch.float32), lse))
+            else:
+                NativeKernel().backward(problem, Upstream(q, lse, lse))
+
+    ask(torch.bfloat16, 64)
+    assert not caplog.records
+    for _ in range(2):
+        ask(torch.float64, 33)
+    (record,) = caplog.records
+    for word in ("torch.float64", "head_dim 33", "'flash' for torch.float64", "'triton' for"):
+        assert word in record.message
+
+
+def test_only_the_first_rank_warns(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Second:
+        rank = 1
+
+    monkeypatch.setattr(warn.Channel, "world", lambda: Second)
+    warn.warn_once("something")
+    assert not caplog.records
+
+
 def test_cudnn_is_called_as_pytorch_declares_it() -> None:
     """No GPU here: PyTorch's shape inference checks the arguments."""
     q, k, v = (t.to("meta") for t in tensors((2, 8, 64, 4, 2, 64), torch.bfloat16))
-    out, lse = cudnn.forward(q, k, v, softmax_scale=0.1)
+    how = {"causal": False, "softmax_scale": 0.1}
+    out, lse = cudnn.forward(q, k, v, **how)
     assert out.shape == q.shape
     assert lse.shape == (2, 4, 8)
-    gradients = cudnn.backward(q, k, v, q, lse, lse, softmax_scale=0.1)
+    gradients = cudnn.backward(q, k, v, q, flash.stand_in(q, lse), lse, **how)
     assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]
     able = KERNELS["cudnn"]
     assert obstacle(able, q) is None
@@ -219,19 +311,27 @@ def test_cudnn_is_called_as_pytorch_declares_it() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("visibility", ["none", "frames"])
-def test_every_candidate_of_a_gpu_is_usable(visibility: str) -> None:
-    """None of them is excluded, and the choice is kept."""
-    shape = (1, 192, 5000, 8, 2, 64)
-    q, k, v = (t.cuda() for t in tensors(shape, torch.bfloat16))
-    sees = rule(shape, visibility)
-    sees = None if sees is None else type(sees)(*(t.cuda() for t in vars(sees).values()))
-    found = candidates(q)
-    assert list(found) == ["native", "cudnn", "triton"]
-    kernel = AutoKernel(found, Table("kernels-test.json"))
-    out, lse = forward(kernel, q, k, v, visibility=sees, softmax_scale=0.1)
-    delta = (q.float() * out.float()).sum(-1).transpose(1, 2)
-    backward(kernel, q, k, v, q, lse, delta, visibility=sees, softmax_scale=0.1, has_dlse=False)
-    for entry in entries().values():
-        assert entry["excluded"] == {}
-        assert entry["chosen"] in found
+@pytest.mark.parametrize("name", sorted(BATCHES))
+def test_flash_on_a_gpu_is_right(name: str) -> None:
+    """Every described batch that slices make up, against float64; cuDNN where it is plain."""
+    sees = BATCHES[name].sees
+    if BATCHES[name].calls is None:
+        return
+    shape = (*sees.q_start.shape, sees.kv_pos.shape[1], 4, 2, 64)
+    q, k, v = tensors(shape, torch.bfloat16)
+    asked = Problem(q.double(), k.double(), v.double(), Rule(sees), softmax_scale=0.1)
+    reference = KERNELS["reference"].load()()
+    out, lse = reference.forward(asked)
+    upstream = Upstream(q.double(), lse, (q * out).sum(-1).transpose(1, 2))
+    exact = [out, *reference.backward(asked, upstream)]
+    device = torch.device("cuda")
+    problem = Problem(*(t.cuda() for t in (q, k, v)), Rule.on(sees, device), softmax_scale=0.1)
+    given = Upstream(problem.q, lse.float().cuda(), upstream.delta.float().cuda())
+    for kernel in ("flash", "cudnn") if name in ("all visible", "text only") else ("flash",):
+        found = candidates(problem.q)[kernel]
+        results = [found.forward(problem)[0], *found.backward(problem, given)]
+        for one, other in zip(results, exact, strict=True):
+            largest = float(other.abs().max()) if other.numel() else 1.0
+            torch.testing.assert_close(
+                one.cpu().double(), other, atol=2e-2 * max(largest, 1e-3), rtol=0, msg=kernel
+            )

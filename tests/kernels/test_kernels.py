@@ -346,10 +346,11 @@ def test_a_tiny_dout_does_not_underflow() -> None:
 def test_the_cuda_kernels_are_called_as_pytorch_declares_them() -> None:
     """No GPU here: PyTorch's shape inference checks the arguments."""
     q, k, v = (t.to("meta") for t in tensors((2, 8, 64, 4, 2, 64), torch.bfloat16))
-    out, lse = flash.cuda_forward(q, k, v, softmax_scale=0.1)
+    how = {"causal": False, "softmax_scale": 0.1}
+    out, lse = flash.forward(q, k, v, **how)
     assert out.shape == q.shape
     assert lse.shape == (2, 4, 8)
-    gradients = flash.cuda_backward(q, k, v, q, lse, lse, softmax_scale=0.1)
+    gradients = flash.backward(q, k, v, q, flash.stand_in(q, lse), lse, **how)
     assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]
     assert flash.cuda_can(q)
     assert not flash.cuda_can(q.float())

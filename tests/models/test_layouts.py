@@ -11,6 +11,8 @@ import ds_lvx
 from ds_lvx.attention import auto, layout
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.kernels import rule
+from ds_lvx.kernels.flash_kernel import FlashKernel
+from ds_lvx.kernels.interface import Problem
 from ds_lvx.models import attend
 from ds_lvx.plan.cost import bytes_sent
 from ds_lvx.plan.walks import label
@@ -109,3 +111,46 @@ def test_rules_are_cut_listed_and_decided_once_a_batch(name: str) -> None:
     assert runs[0]["kernel_for"] == 2
     assert 0 < runs[0]["cheapest"] <= 2
     assert runs[0]["_narrowed"] >= 1
+
+
+def count_covers(kernel: str, *, layers: int, self_attn: str) -> tuple[int, list[bool], float]:
+    """Covers that a step finds, whether flash served each forward, and the norm of the gradient."""
+    config = ds_config(stage=0, sp_size=2, cross={"method": "lvx"}, self_attn=self_attn)
+    for place in (1, 2):
+        config["ds_lvx"]["layers"][place]["kernel"] = kernel
+    at = list(range(1, layers, 2))
+    model = tiny_model(num_hidden_layers=layers, cross_attention_layers=at)
+    found: list[Any] = []
+    served: list[bool] = []
+    forward, cover_of = FlashKernel.forward, rule.cover_of
+
+    def asked(kernel: FlashKernel, problem: Problem) -> Any:
+        served.append(kernel.serves(problem))
+        return forward(kernel, problem)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rule, "cover_of", lambda host: (found.append(host), cover_of(host))[1])
+        patch.setattr(FlashKernel, "forward", asked)
+        engine = start_engine(config, model)
+        shard = ds_lvx.shard_batch(hard_batch(), model=engine.module)
+        loss = engine(**shard).loss
+        engine.backward(loss)
+        norm = sum(float(p.grad.double().square().sum()) for p in engine.module.parameters())
+        end_engine(engine)
+    return len(found), served, norm
+
+
+@pytest.mark.parametrize("self_attn", ["ring", "ulysses"])
+def test_flash_serves_a_whole_model_by_covers_found_once(self_attn: str) -> None:
+    """Text over itself and over images, padded and blind rows; as many covers for 4 layers as 8."""
+    few, many, native = (
+        run_ranks(count_covers, 2, kernel, layers=layers, self_attn=self_attn)
+        for kernel, layers in (("flash", 4), ("flash", 8), ("native", 4))
+    )
+    for rank in range(2):
+        assert few[rank][0] == many[rank][0] > 0
+        assert len(few[rank][1]) >= 4
+        assert all(few[rank][1] + many[rank][1])
+        assert native[rank][0] == 0, "on a CPU nobody else asks for a cover"
+        assert few[rank][2] > 0
+        assert few[rank][2] == pytest.approx(native[rank][2], rel=1e-4)

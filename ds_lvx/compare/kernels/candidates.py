@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ds_lvx.kernels.auto import AutoKernel, kind_of, table_of
+from ds_lvx.kernels.auto import AutoKernel
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.interface import Problem, Upstream
 
 SCORES_BYTES = 8 * 2**30
 """A candidate that would materialise more scores than this, in fp32, is left out."""
 
-OURS = ("auto", "triton", "native")
+OURS = ("auto", "flash", "triton", "native")
 BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -94,9 +94,7 @@ def _ours(name: str, problem: Problem, upstream: Upstream) -> Candidate:
     def chosen(direction: str) -> str:
         if not isinstance(kernel, AutoKernel):
             return kernel.name
-        kind = kind_of(problem, None if direction == "forward" else upstream)
-        entry = table_of(problem.q.device).entries().get(kind)
-        return "unknown: the table has no such kind" if entry is None else str(entry["chosen"])
+        return kernel.choice(problem, None if direction == "forward" else upstream)
 
     rule = "none" if problem.rule is None else "Visibility"
     return Candidate(
