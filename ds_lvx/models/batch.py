@@ -17,6 +17,7 @@ from torch import Tensor
 from ds_lvx.attention.features import FeatureGradient
 from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.kernels.transfer import to_device
 from ds_lvx.kernels.visibility import Visibility
 
 IGNORED_LABEL = -100
@@ -223,9 +224,8 @@ def digest(*tensors: Tensor | None) -> int:
 def move(value: Any, device: torch.device) -> Any:
     """A tensor or a `Visibility` on the model's device; anything else as it is."""
     if isinstance(value, Visibility):
-        parts = (value.q_start, value.q_end, value.kv_pos)
-        return Visibility(*(part.to(device, non_blocking=True) for part in parts))
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        return value.to(device)
+    return to_device(value, device) if isinstance(value, Tensor) else value
 
 
 def _items(given: Any) -> float:
