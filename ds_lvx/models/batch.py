@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -160,6 +160,12 @@ class Text:
     def shape(self) -> tuple[int, int]:
         """``(B, T)``."""
         return self.input_ids.shape[0], self.input_ids.shape[1]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Text:
+        """The same with every tensor changed."""
+        parts = {key: getattr(self, key) for key in TEXT_KEYS}
+        changed: dict[str, Any] = {k: change(v) for k, v in parts.items() if v is not None}
+        return replace(self, **changed)
 
     def digest(self) -> int:
         """A checksum of the whole text, equal on all ranks that were given the same."""

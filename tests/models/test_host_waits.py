@@ -18,6 +18,7 @@ from ds_lvx.compare.fake_cuda import DEVICE, FakeCuda
 from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
+from ds_lvx.sharding import draft_batch
 from launch.bench_launches import made_up_ranks
 from tests.models.host_reads import HostReads
 from tests.models.mllama_case import ds_config, end_engine, hard_batch, start_engine, tiny_model
@@ -89,7 +90,8 @@ def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(ranks: int, fake: F
         patch_model(model, rules, groups)
         model.to(DEVICE)
         fake.reset()
-        shard = ds_lvx.shard_batch(hard_batch(), model=model)
+        draft = draft_batch(hard_batch(), model=model).pin_memory()
+        shard = ds_lvx.shard_batch(draft, model=model)
         assert shard["ds_lvx"].cross.rule(queries=0, keys=0).visibility.q_start.is_cuda
         loss = model(**shard).loss
         loss.backward()
