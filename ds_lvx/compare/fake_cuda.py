@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from triton.runtime.jit import KernelInterface
 
 _aten = torch.ops.aten
 DEVICE = torch.device("cuda:0")
@@ -113,9 +114,16 @@ class FakeCuda(TorchDispatchMode):
         finally:
             self._paused -= 1
 
+    def launched(self, name: str) -> None:
+        """Count one launch, unless `paused`."""
+        if not self._paused:
+            self.launches[name] += 1
+
     def __enter__(self) -> FakeCuda:
         for name, stand_in in {**_of_torch_cuda(), "synchronize": self._synchronize}.items():
             self._stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        launch = mock.patch.object(KernelInterface, "__getitem__", _launcher(self))
+        self._stack.enter_context(launch)
         super().__enter__()
         return self
 
@@ -146,8 +154,8 @@ class FakeCuda(TorchDispatchMode):
             return _shelled(_aten.alias.default(given["self"].fake), {})
         if name in ("_to_copy", "copy_"):
             self._tell_of_copy(given)
-        if not self._paused and name not in _FREE and not func.is_view:
-            self.launches[name] += 1
+        if name not in _FREE and not func.is_view:
+            self.launched(name)
         try:
             if name.lstrip("_").startswith("index") and _by_mask(args[1]):
                 raise DynamicOutputShapeException(func)
@@ -181,8 +189,7 @@ class FakeCuda(TorchDispatchMode):
 
     def _transfer(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A collective, which the group of ranks that are not there takes for done."""
-        if not self._paused:
-            self.launches[func.overloadpacket.__name__] += 1
+        self.launched(func.overloadpacket.__name__)
         stand_ins = {}
 
         def real(one: Any) -> Any:
@@ -210,6 +217,15 @@ def _shelled(one: Any, written: dict[int, Shell]) -> Any:
     if one.device.type != "cuda":
         return torch.zeros(one.shape, dtype=one.dtype)  # on the host: a wait, and told already
     return written[id(one)] if id(one) in written else Shell(one)
+
+
+def _launcher(counts: FakeCuda) -> Callable[[Any, Any], Callable[..., None]]:
+    """What ``kernel[grid]`` is of a kernel in Triton: its launch is counted, and does nothing."""
+
+    def launch(kernel: Any, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: counts.launched(kernel.fn.__name__)
+
+    return launch
 
 
 def _by_mask(places: Any) -> bool:

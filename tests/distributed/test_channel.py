@@ -94,7 +94,7 @@ def run_row_transfers() -> None:
         for sender in everyone:
             parts = [tensor[sender] for tensor in arrived]
             assert same(parts, rows_of([channel.rank], lengths, salt=sender)), "exchange_rows"
-        row = 16 + 24 + 48  # bytes of a row, each tensor's padded to a multiple of 8
+        row = 16 + 32 + 48  # bytes of a row, each tensor's padded to a multiple of 16
         assert counted.bytes_sent == row * (sum(lengths) - lengths[channel.rank])
 
 
