@@ -3,9 +3,10 @@
     python launch/bench_launches.py [--document docs/benchmarks/launches.json]
 
 A layer's attention runs forward and backward on fake CUDA tensors, as rank 0 of ranks that are not
-there, and every operation that launches something is counted, transfers among them. What the block
-kernel itself launches stands by itself; the projections of q, K and V are not part of it. The batch
-is one whose rule and lists are on the device already, as behind `ds_lvx.shard_batch`.
+there, and every operation that launches something is counted, transfers among them. A block's
+kernel counts as one launch, as in Triton; the projections of q, K and V are not part of it, and all
+see all. An operation may launch several kernels (logsumexp does), and the sends and receives of one
+batch are one launch in NCCL.
 """
 
 from __future__ import annotations
