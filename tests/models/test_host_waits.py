@@ -56,7 +56,8 @@ def config(*, sp_size: int, kernel: str = "auto") -> dict[str, Any]:
 
 
 def model_of_all_methods() -> Any:
-    return tiny_model(num_hidden_layers=LAYERS, cross_attention_layers=CROSS_AT)
+    """Its head_dim is 16, the least that every kernel does."""
+    return tiny_model(num_hidden_layers=LAYERS, cross_attention_layers=CROSS_AT, hidden_size=64)
 
 
 def reads_of_second_step() -> set[tuple[str, str]]:
@@ -81,11 +82,13 @@ def fake() -> Iterator[FakeCuda]:
         yield entered
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(ranks: int, fake: FakeCuda) -> None:
+@pytest.mark.parametrize(("ranks", "kernel"), [(1, "native"), (3, "native"), (3, "triton")])
+def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
+    ranks: int, kernel: str, fake: FakeCuda
+) -> None:
     with made_up_ranks(ranks):
         model = model_of_all_methods()
-        rules = LVXConfig.from_ds_config(config(sp_size=ranks, kernel="native"))
+        rules = LVXConfig.from_ds_config(config(sp_size=ranks, kernel=kernel))
         groups = SequenceParallelGroups(ranks)
         patch_model(model, rules, groups)
         model.to(DEVICE)
