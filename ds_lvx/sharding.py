@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
 from ds_lvx.models import family_of
 from ds_lvx.models.batch import span, split
+from ds_lvx.models.draft import Draft
 
 
 def owned(count: int, *, groups: SequenceParallelGroups | None = None) -> range:
@@ -34,8 +36,41 @@ def owned(count: int, *, groups: SequenceParallelGroups | None = None) -> range:
     return range(part.start, part.stop)
 
 
-def shard_batch(
+def draft_batch(
     batch: Mapping[str, Any],
+    *,
+    model: nn.Module,
+    groups: SequenceParallelGroups | None = None,
+    frames: str = "all",
+) -> Draft:
+    """What `shard_batch` can do of its work without other ranks and without the device.
+
+    A data loader's worker may run it, e.g. in its ``collate_fn``: it checks, makes the checksums,
+    reads the mask and cuts out this rank's frames, on the CPU. `shard_batch`, in the training
+    process, takes the result in place of the batch: there the ranks agree, which no worker can, and
+    the shard goes to the device. With ``pin_memory=True`` the loader pins what is to be copied::
+
+        collate = lambda samples: draft_batch(processor(samples), model=model)
+        for draft in DataLoader(data, collate_fn=collate, num_workers=2, pin_memory=True):
+            out = engine(**ds_lvx.shard_batch(draft, model=engine.module))
+
+    Args:
+        batch, model, groups, frames: as in `shard_batch`; of the model only its shapes are read,
+            and of the groups this rank's place. The batch must be on the CPU.
+
+    Returns:
+        A `Draft`, which pickles. An error in the batch is kept in it, and raised by `shard_batch`
+        on all ranks.
+    """
+    family, inside = family_of(model)
+    channel = resolve(groups)
+    place = channel.rank, channel.size
+    # Pickled, a part of a tensor would take the whole along.
+    return Draft.of(family, batch, inside, place=place, frames=frames).each(Tensor.clone)
+
+
+def shard_batch(
+    batch: Mapping[str, Any] | Draft,
     *,
     model: nn.Module,
     groups: SequenceParallelGroups | None = None,
@@ -51,13 +86,15 @@ def shard_batch(
         batch: what the processor of the model's family returns: ``input_ids [B, T]``, where they
             apply ``attention_mask [B, T]``, ``position_ids [B or 1, T]`` and ``labels [B, T]``, and
             the visual input (``docs/configuration.md`` lists the keys of each family). On any
-            device; only the shard is moved to the model's. ``num_items_in_batch``, a number: what
+            device; only the shard is moved to the model's, by way of pinned memory where it is
+            not pinned, so that the host does not wait. ``num_items_in_batch``, a number: what
             the sum of the losses is divided by, in place of the labelled tokens of this batch.
             With the labelled tokens of a whole optimizer step over (forwards of a step x
-            replicas), every one of them weighs the same in the step.
+            replicas), every one of them weighs the same in the step. Or what `draft_batch` made of
+            all this.
         model: the model that will get the shard, e.g. ``engine.module``.
         groups: the groups; None is the current ones, or all ranks as one group.
-        frames: ``"all"``: the batch holds every frame, and this rank's are cut out.
+        frames: of a batch that is no draft. ``"all"``: it holds every frame, this rank's are cut.
             ``"local"``: it holds this rank's frames already (any number, none included, as long as
             the ranks' frames are those of the sample in order), while masks are of the whole.
 
@@ -71,10 +108,16 @@ def shard_batch(
             entries, texts that differ between ranks, fewer tokens than ranks, a mask that is not
             of the processor's kind.
         NotImplementedError: the model is of no family that is known.
+        RuntimeError: called in a data loader's worker, which the other ranks cannot hear.
 
     Collectives: one agreement of 2 KiB a rank on the control plane, and a second one where
     ``frames="local"`` and padding makes a longer record; no data moves.
     """
+    if get_worker_info() is not None:
+        raise RuntimeError(
+            "got shard_batch in a data loader's worker, where ranks cannot agree; call "
+            "ds_lvx.sharding.draft_batch there, and shard_batch on its result in the training loop"
+        )
     family, inside = family_of(model)
     current = SequenceParallelGroups.current() if groups is None else groups
     return family.shard(

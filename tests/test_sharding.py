@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models.batch import split
-from ds_lvx.sharding import mean_loss, owned, shard_batch
+from ds_lvx.sharding import draft_batch, mean_loss, owned, shard_batch
 from tests.models.mllama_case import TILES, hard_batch, make_batch, tiny_model
 from tests.ranks import RankError, run_ranks
 
@@ -109,6 +111,47 @@ def test_a_batch_without_labels() -> None:
     batch = {key: value for key, value in hard_batch().items() if key != "labels"}
     shard = shard_batch(batch, model=tiny_model())
     assert not {"labels", "shift_labels", "num_items_in_batch"} & set(shard)
+
+
+# ---- in a data loader's worker
+
+
+def drafts_of_a_worker() -> None:
+    model, groups = tiny_model(), SequenceParallelGroups(2)
+    batches = [hard_batch(0), {**hard_batch(1), "input_ids": None}]
+    if groups.sp_rank == 1:
+        batches[1] = hard_batch(1)
+
+    def collate(samples: list[Any]) -> Any:
+        with pytest.raises(RuntimeError, match="call ds_lvx"):
+            shard_batch(samples[0], model=model)
+        return draft_batch(samples[0], model=model)
+
+    loader = DataLoader(batches, num_workers=1, collate_fn=collate, multiprocessing_context="fork")
+    good, bad = loader
+    whole = hard_batch(0)["pixel_values"].untyped_storage().nbytes()
+    assert good.content.visual.arguments["pixel_values"].untyped_storage().nbytes() < whole
+    found, expected = shard_batch(good, model=model), shard_batch(hard_batch(0), model=model)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(found[key], value, atol=0, rtol=0)
+    for kind in ("self", "cross"):
+        mine, theirs = (shard["ds_lvx"].layout(kind) for shard in (found, expected))
+        assert (mine.q_lengths, mine.kv_lengths) == (theirs.q_lengths, theirs.kv_lengths)
+        rules = [each.rule(queries=None, keys=0).visibility for each in (mine, theirs)]
+        torch.testing.assert_close(rules[0].kv_pos, rules[1].kv_pos)
+        torch.testing.assert_close(rules[0].q_end, rules[1].q_end)
+    with pytest.raises(ValueError, match=r"rank 0.*got input_ids of NoneType"):
+        shard_batch(bad, model=model)
+    other = replace(good, content=replace(good.content, place=(0, 3)))
+    with pytest.raises(ValueError, match="draft of rank 0 of 3 on rank"):
+        shard_batch(other, model=model)
+    groups.close()
+
+
+def test_a_worker_drafts_and_the_training_process_shards() -> None:
+    run_ranks(drafts_of_a_worker, 2)
 
 
 # ---- mistakes

@@ -76,7 +76,7 @@ class Call:
 
         A rank whose own q, k and v need none would otherwise stay out of backward's collectives.
         """
-        return torch.zeros((), device=device, requires_grad=self.requires_grad)
+        return torch.empty((), device=device, requires_grad=self.requires_grad)
 
 
 def settle(

@@ -17,9 +17,10 @@ def delta_of(out: Tensor, dout: Tensor | None, dlse: Tensor | None, lse: Tensor)
 
     A row that saw nothing gets 0: nothing flows back through it, whatever arrives.
     """
-    delta = torch.zeros_like(lse)
-    if dout is not None:
-        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1).transpose(1, 2)
+    if dout is None:
+        delta = torch.zeros_like(lse)
+    else:  # in lse's dtype, which is never narrower
+        delta = (dout.to(lse.dtype) * out).sum(dim=-1).transpose(1, 2)
     if dlse is not None:
         delta = delta - dlse
     return delta.masked_fill(lse == -torch.inf, 0.0)

@@ -10,11 +10,18 @@ A row is what belongs to one token of one sample: ``[num_heads, head_dim]``.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from ds_lvx.distributed.bundles import Bundle, Spec
+from ds_lvx.distributed.bundles import Bundle, Spec, Unwritten
+from ds_lvx.kernels.merge import accumulation_dtype, merge_stacked
 
+_TRITON_CAPABILITY = (8, 0)
 _FP16_EXPONENT = 15  # the largest fp16 is just below 2^16
 
 
@@ -27,9 +34,33 @@ def encode(part: Tensor, dtype: torch.dtype) -> Bundle:
     """
     if dtype != torch.bfloat16:
         return [part.to(dtype)]
+    if launches_triton(part):
+        bundle = [spec.empty(part.device) for spec in specs(tuple(part.shape), dtype)]
+        _triton().encode(part, *bundle)
+        return bundle
     wide = part.to(torch.float32)
     scale = _scale(wide)
     return [(wide * scale[..., None, None]).to(torch.float16), scale.reciprocal()]
+
+
+def to_send(part: Tensor, dtype: torch.dtype, lse: Tensor | None = None) -> Unwritten:
+    """`encode`'s tensors, behind ``lse`` where it is given, to be written into their message."""
+
+    statistics = [] if lse is None else [Spec.of(lse)]
+
+    def write(into: Bundle) -> None:
+        if lse is not None:
+            into[0].copy_(lse)
+        encoded = into[len(statistics) :]
+        if len(encoded) == 1:
+            encoded[0].copy_(part)
+        elif launches_triton(part):
+            _triton().encode(part, *encoded)
+        else:
+            for view, tensor in zip(encoded, encode(part, dtype), strict=True):
+                view.copy_(tensor)
+
+    return Unwritten([*statistics, *specs(tuple(part.shape), dtype)], part.device, write)
 
 
 def specs(shape: tuple[int, ...], dtype: torch.dtype) -> list[Spec]:
@@ -44,7 +75,47 @@ def decode(bundle: Bundle) -> Tensor:
     if len(bundle) == 1:
         return bundle[0]
     part, factor = bundle
-    return part.to(torch.float32) * factor[..., None, None]
+    return part * factor[..., None, None]  # in fp32, as the factor
+
+
+def joined(
+    arrived: Bundle, own: Tensor, mine: int, lse: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Parts over the keys of all ranks together, in fp32 (fp64 for fp64).
+
+    Args:
+        arrived: `encode`'s tensors of every rank, ``[n, batch, seqlen, num_heads, head_dim]`` and
+            ``[n, batch, seqlen]``.
+        own: this rank's part as it is, unrounded; it takes the place of the one that arrived.
+        mine: that place.
+        lse: ``[n, batch, num_heads, seqlen]``: merge by it; None: add up.
+    """
+    dtype = accumulation_dtype(arrived[0].dtype)
+    if launches_triton(own) and dtype == torch.float32:
+        factors = arrived[1] if len(arrived) > 1 else None
+        out, total = _triton().join(arrived[0], factors, lse, own, mine)
+        return out, total
+    parts = decode(arrived).to(dtype)
+    parts[mine] = own
+    if lse is None:
+        return parts.sum(dim=0), None
+    return merge_stacked(parts, lse.to(dtype))
+
+
+def launches_triton(tensor: Tensor) -> bool:
+    """Whether Triton's kernels do what is otherwise a row of PyTorch's operations."""
+    return tensor.is_cuda and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    able = torch.cuda.get_device_capability() >= _TRITON_CAPABILITY
+    return able and find_spec("triton") is not None
+
+
+def _triton() -> ModuleType:
+    # Late: it takes a second to import, and decides then whether to interpret.
+    return import_module("ds_lvx.kernels.triton_parts")
 
 
 def _scale(part: Tensor) -> Tensor:

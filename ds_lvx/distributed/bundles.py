@@ -6,14 +6,17 @@ data plane.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-_ALIGNMENT_BYTES = 8  # the widest dtype: a view wants its offset to be a multiple of its item
+from ds_lvx.distributed.alignment import padded
+
+Bundle: TypeAlias = list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,23 +36,31 @@ class Spec:
         """Bytes of the tensor."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    @property
-    def padded_nbytes(self) -> int:
-        """Bytes of the tensor inside a bundle, where the next one starts aligned."""
-        return -(-self.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-
     def empty(self, device: torch.device) -> Tensor:
         """An uninitialised tensor of this spec."""
         return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True, eq=False)
+class Unwritten:
+    """Tensors that are to travel, and are written into their message directly.
+
+    Attributes:
+        specs: of the tensors.
+        device: where they are made.
+        write: takes views of these specs into the message, and writes them.
+    """
+
+    specs: Sequence[Spec]
+    device: torch.device
+    write: Callable[[Bundle], None]
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
     """Copy tensors into one aligned buffer, uint8 ``[bytes]``."""
     specs = [Spec.of(tensor) for tensor in tensors]
     device = tensors[0].device
-    buffer = torch.empty(
-        sum(spec.padded_nbytes for spec in specs), dtype=torch.uint8, device=device
-    )
+    buffer = torch.empty(bundle_nbytes(specs), dtype=torch.uint8, device=device)
     for view, tensor in zip(unpack(buffer, specs), tensors, strict=True):
         view.copy_(tensor)
     return buffer
@@ -58,19 +69,23 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
 def unpack(buffer: Tensor, specs: Sequence[Spec]) -> list[Tensor]:
     """The tensors of a bundle, as views into ``buffer`` (uint8 ``[bytes]``)."""
     views, start = [], 0
-    for spec in specs:
+    for spec, nbytes in zip(specs, _sizes(specs), strict=True):
         piece = buffer[start : start + spec.nbytes]
         views.append(piece.view(spec.dtype).view(spec.shape))
-        start += spec.padded_nbytes
+        start += nbytes
     return views
 
 
 def bundle_nbytes(specs: Sequence[Spec]) -> int:
     """Bytes of a bundle of such tensors."""
-    return sum(spec.padded_nbytes for spec in specs)
+    return sum(_sizes(specs))
 
 
-def pack_rows(tensors: Sequence[Tensor], dims: Sequence[int]) -> Tensor:
+def _sizes(specs: Sequence[Spec]) -> list[int]:
+    return padded(spec.nbytes for spec in specs)
+
+
+def pack_rows(tensors: Sequence[Tensor] | Unwritten, dims: Sequence[int]) -> Tensor:
     """Copy tensors into one buffer row by row, so that any run of rows is one piece of it.
 
     Args:
@@ -78,15 +93,27 @@ def pack_rows(tensors: Sequence[Tensor], dims: Sequence[int]) -> Tensor:
         dims: which dimension that is, by tensor.
 
     Returns:
-        uint8 ``[rows, bytes of a row]``.
+        uint8 ``[rows, bytes of a row]``; one tensor alone that lies in memory like this is not
+        copied.
     """
-    rows = tensors[0].shape[dims[0]]
-    specs = [_row_of(Spec.of(tensor), dim) for tensor, dim in zip(tensors, dims, strict=True)]
-    device = tensors[0].device
-    buffer = torch.empty(rows, bundle_nbytes(specs), dtype=torch.uint8, device=device)
-    for view, tensor in zip(_unpack_rows(buffer, specs, dims), tensors, strict=True):
-        view.copy_(tensor)
+    if isinstance(tensors, Unwritten):
+        specs, device, write = tensors.specs, tensors.device, tensors.write
+    else:
+        alone = tensors[0].movedim(dims[0], 0)
+        if len(tensors) == 1 and alone.is_contiguous() and alone.numel():
+            return alone.view(len(alone), -1).view(torch.uint8)
+        specs, device = [Spec.of(tensor) for tensor in tensors], tensors[0].device
+        write = partial(_copy, tensors)
+    of_rows = [_row_of(spec, dim) for spec, dim in zip(specs, dims, strict=True)]
+    shape = specs[0].shape[dims[0]], bundle_nbytes(of_rows)
+    buffer = torch.empty(shape, dtype=torch.uint8, device=device)
+    write(_unpack_rows(buffer, of_rows, dims))
     return buffer
+
+
+def _copy(tensors: Sequence[Tensor], into: Bundle) -> None:
+    for view, tensor in zip(into, tensors, strict=True):
+        view.copy_(tensor)
 
 
 def unpack_rows(buffer: Tensor, like: Sequence[Spec], dims: Sequence[int]) -> list[Tensor]:
@@ -112,12 +139,9 @@ def _row_of(spec: Spec, dim: int) -> Spec:
 def _unpack_rows(buffer: Tensor, rows: Sequence[Spec], dims: Sequence[int]) -> list[Tensor]:
     views, start = [], 0
     leading = buffer.dim() - 2
-    for spec, dim in zip(rows, dims, strict=True):
+    for spec, dim, nbytes in zip(rows, dims, _sizes(rows), strict=True):
         piece = buffer[..., start : start + spec.nbytes].view(spec.dtype)
         view = piece.view(*buffer.shape[:-1], *spec.shape)
         views.append(view.movedim(leading, leading + dim))
-        start += spec.padded_nbytes
+        start += nbytes
     return views
-
-
-Bundle: TypeAlias = list[Tensor]

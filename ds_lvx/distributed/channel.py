@@ -22,6 +22,7 @@ from ds_lvx.distributed import agreement
 from ds_lvx.distributed.bundles import (
     Bundle,
     Spec,
+    Unwritten,
     bundle_nbytes,
     pack,
     pack_rows,
@@ -235,7 +236,9 @@ class Channel:
             lengths: rows of every rank; other dimensions are the same on all.
 
         Returns:
-            A `Pending` of the same tensors with the rows of all ranks, in the order of ranks.
+            A `Pending` of the same tensors with the rows of all ranks, in the order of ranks; on
+            an accelerator, whose kernels read them so, rows whose numbers are neighbours stay
+            where they arrived.
 
         Bytes sent: ``(n - 1)`` times this rank's rows.
         """
@@ -250,17 +253,18 @@ class Channel:
         work, keep = self._start_gather(arrived.view(-1), flat, sizes)
 
         def finish() -> Bundle:
-            return [tensor.contiguous() for tensor in unpack_rows(arrived, specs, dims)]
+            return [_readable(tensor) for tensor in unpack_rows(arrived, specs, dims)]
 
         return Pending("all_gather", [work], finish, keep=keep)
 
     def exchange_rows(
-        self, tensors: Bundle, dims: Sequence[int], lengths: Sequence[int]
+        self, tensors: Bundle | Unwritten, dims: Sequence[int], lengths: Sequence[int]
     ) -> Pending[Bundle]:
         """Send every rank its rows of tensors that have rows in common, as one message each.
 
         Args:
-            tensors: with the rows of all ranks, in the order of ranks, on one device.
+            tensors: with the rows of all ranks, in the order of ranks, on one device; or what
+                writes them into their message.
             dims: which dimension of each has the rows.
             lengths: rows of every rank.
 
@@ -270,7 +274,10 @@ class Channel:
 
         Bytes sent: the rows of others.
         """
-        specs = [Spec.of(tensor) for tensor in tensors]
+        if isinstance(tensors, Unwritten):
+            specs = list(tensors.specs)
+        else:
+            specs = [Spec.of(tensor) for tensor in tensors]
         packed = pack_rows(tensors, dims)
         row, own = packed.shape[1], lengths[self.rank]
         if self.size == 1:
@@ -298,9 +305,9 @@ class Channel:
         assert self.group is not None
         arrived = [spec.empty(mine[0].device) for spec in specs]
         # NCCL wants every rank in its first exchange: where there is nothing, one byte goes.
-        nothing = torch.zeros(1, dtype=torch.uint8, device=mine[0].device)
+        nothing = torch.empty(1, dtype=torch.uint8, device=mine[0].device)
         sent = [tensor.contiguous() if tensor.numel() else nothing for tensor in mine]
-        landing = [tensor if tensor.numel() else nothing.clone() for tensor in arrived]
+        landing = [tensor if tensor.numel() else torch.empty_like(nothing) for tensor in arrived]
         receiver = dist.get_global_rank(self.group, (self.rank + hops) % self.size)
         sender = dist.get_global_rank(self.group, (self.rank - hops) % self.size)
         # gloo tells the sender that it may begin on the connection that the answer takes: behind
@@ -345,6 +352,12 @@ class Channel:
         return dist.all_to_all_single(
             arrived, sent, in_sizes, out_sizes, group=self.group, async_op=True
         )
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Rows that arrived, as kernels take them."""
+    dense_rows = tensor.dim() > 3 and tensor.stride(-1) == 1 and tensor.device.type != "cpu"
+    return tensor if dense_rows else tensor.contiguous()
 
 
 def _split(buffer: Tensor, sizes: list[int], specs: Sequence[Sequence[Spec]]) -> list[Bundle]:

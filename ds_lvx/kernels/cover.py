@@ -16,6 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ds_lvx.kernels.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Rectangle:
@@ -119,7 +121,7 @@ class Cover:
     def to(self, device: torch.device) -> Cover:
         """For tensors on a device; nobody waits for the copy."""
         moved = (
-            None if order is None else Order(order.places.to(device, non_blocking=True))
+            None if order is None else Order(to_device(order.places, device))
             for order in (self.queries, self.keys)
         )
         queries, keys = moved

@@ -31,8 +31,7 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
         part_lse: lse's shape.
     """
     total = torch.logaddexp(lse, part_lse)
-    # Where both are -inf, exp(-inf - 0) = 0 is what we want and exp(-inf + inf) is NaN.
-    finite = total.masked_fill(total == -torch.inf, 0.0)
+    finite = _finite(total)
     out.mul_(_per_row(torch.exp(lse - finite)))
     out.add_(part_out * _per_row(torch.exp(part_lse - finite)))
     lse.copy_(total)
@@ -56,9 +55,14 @@ def merge_stacked(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         lse: the same dtype, ``[n, batch, num_heads, seqlen_q]``.
     """
     total = lse.logsumexp(dim=0)
-    finite = total.masked_fill(total == -torch.inf, 0.0)
+    finite = _finite(total)
     out *= _per_row(torch.exp(lse - finite))
     return out.sum(dim=0), total
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """Where nothing is seen exp(-inf - finite) = 0 is what we want, and exp(-inf + inf) is NaN."""
+    return lse.clamp_min(torch.finfo(lse.dtype).min)
 
 
 def _per_row(weight: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ds_lvx.kernels.cover import Cover
 from ds_lvx.kernels.covering import cover_of
+from ds_lvx.kernels.transfer import to_device
 from ds_lvx.kernels.visibility import Visibility
 
 ALL = slice(None)
@@ -162,10 +163,7 @@ class Rule:
             meet = _meet(self.host or self.visibility, rows=rows, keys=keys, group=group)
             device = self.visibility.kv_pos.device
             order, counts = _listed(meet.transpose(1, 2) if of_keys else meet)
-            self._lists[name] = (
-                order.to(device, non_blocking=True),
-                counts.to(device, non_blocking=True),
-            )
+            self._lists[name] = (to_device(order, device), to_device(counts, device))
         return self._lists[name]
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_lvx.kernels.transfer import to_device
+
 EVERYTHING = torch.iinfo(torch.int32).max
 """A ``q_end`` beyond every key; a key at this very position is seen by nobody."""
 
@@ -83,7 +85,7 @@ class Visibility:
     def to(self, device: torch.device) -> Visibility:
         """The same on a device; nobody waits for the copy."""
         parts = (self.q_start, self.q_end, self.kv_pos)
-        return Visibility(*(part.to(device, non_blocking=True) for part in parts))
+        return Visibility(*(to_device(part, device) for part in parts))
 
     def mask(self, queries: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """The rule as bool ``[batch, queries, keys]``, for a block that may be dense."""

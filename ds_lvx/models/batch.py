@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from ds_lvx.attention.features import FeatureGradient
 from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.kernels.transfer import to_device
 from ds_lvx.kernels.visibility import Visibility
 
 IGNORED_LABEL = -100
@@ -160,6 +161,12 @@ class Text:
         """``(B, T)``."""
         return self.input_ids.shape[0], self.input_ids.shape[1]
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Text:
+        """The same with every tensor changed."""
+        parts = {key: getattr(self, key) for key in TEXT_KEYS}
+        changed: dict[str, Any] = {k: change(v) for k, v in parts.items() if v is not None}
+        return replace(self, **changed)
+
     def digest(self) -> int:
         """A checksum of the whole text, equal on all ranks that were given the same."""
         parts = (self.input_ids, self.attention_mask, self.position_ids, self.labels)
@@ -223,9 +230,8 @@ def digest(*tensors: Tensor | None) -> int:
 def move(value: Any, device: torch.device) -> Any:
     """A tensor or a `Visibility` on the model's device; anything else as it is."""
     if isinstance(value, Visibility):
-        parts = (value.q_start, value.q_end, value.kv_pos)
-        return Visibility(*(part.to(device, non_blocking=True) for part in parts))
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        return value.to(device)
+    return to_device(value, device) if isinstance(value, Tensor) else value
 
 
 def _items(given: Any) -> float:

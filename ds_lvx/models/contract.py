@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ds_lvx.distributed.channel import Channel
     from ds_lvx.models.batch import ShardedBatch, Text
     from ds_lvx.models.dimensions import Model
+    from ds_lvx.models.draft import Draft
     from ds_lvx.models.layers import Layer, LayerPlan
     from ds_lvx.models.patch import PatchedAttention
     from ds_lvx.models.visual import Visual
@@ -170,7 +171,7 @@ class Family(ABC):
 
     def shard(
         self,
-        batch: Mapping[str, Any],
+        batch: Mapping[str, Any] | Draft,
         model: Any,
         *,
         channel: Channel,
@@ -180,7 +181,7 @@ class Family(ABC):
         """This rank's part of a batch, ready for ``model(**shard)``; see `ds_lvx.shard_batch`.
 
         Args:
-            batch: as the family's processor returns it.
+            batch: as the family's processor returns it, or what `draft_batch` made of it.
             model: the model that will get the shard.
             channel: the sequence-parallel group.
             frames: ``"all"`` or ``"local"``.

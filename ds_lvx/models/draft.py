@@ -1,14 +1,20 @@
-"""Sharding a batch of any family: the text evenly by token, the visual input by unit."""
+"""Sharding a batch of any family: the text evenly by token, the visual input by unit.
+
+First what a rank can do by itself, a `Draft`: checks, checksums, cutting, all of it on the CPU and
+without a word to other ranks, so that a data loader's worker can make it. Then the ranks agree, and
+what is cut goes to the device.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel
@@ -20,47 +26,98 @@ from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
 
 def shard(
     family: Family,
-    batch: Mapping[str, Any],
+    batch: Mapping[str, Any] | Draft,
     model: Any,
     *,
     channel: Channel,
     frames: str,
     always_vision: bool,
 ) -> dict[str, Any]:
-    """This rank's part of a batch; see `ds_lvx.models.contract.Family.shard`."""
-    draft, error = None, None
-    try:
-        draft = _Draft.of(family, batch, model, channel=channel, frames=frames)
-    # Whatever it is: the other ranks must not wait for this one.
-    except Exception as caught:  # noqa: BLE001
-        error = caught
-    records = channel.agree({} if draft is None else draft.record(), error)
+    """This rank's part of a batch or of a `Draft`; see `ds_lvx.models.contract.Family.shard`."""
+    place = channel.rank, channel.size
+    if isinstance(batch, Draft):
+        made = batch
+    else:
+        made = Draft.of(family, batch, model, place=place, frames=frames)
+    draft, error = made.content, made.error
+    if draft is not None and draft.place != place:
+        error = ValueError(
+            f"got a draft of rank {draft.place[0]} of {draft.place[1]} on rank {place[0]} of "
+            f"{place[1]}; expected the same groups in draft_batch and in shard_batch"
+        )
+    records = channel.agree({} if draft is None or error is not None else draft.record(), error)
     assert draft is not None
     require_same(records, draft.shared_record(), what="shard_batch")
-    return draft.finish(records, always_vision=always_vision)
+    return draft.finish(
+        records, family=family, model=model, channel=channel, always_vision=always_vision
+    )
 
 
 @dataclass(frozen=True, eq=False)
-class _Draft:
-    """What one rank knows of the batch before it has heard of the others."""
+class Draft:
+    """What `ds_lvx.sharding.draft_batch` returns: one rank's part before the ranks agreed on it.
 
-    family: Family
-    model: Any
-    channel: Channel
+    What was wrong with the batch comes out where the ranks agree, so that all of them hear of it.
+    """
+
+    content: _Content | None
+    error: Exception | None = None
+
+    @classmethod
+    def of(
+        cls,
+        family: Family,
+        batch: Mapping[str, Any],
+        model: Any,
+        *,
+        place: tuple[int, int],
+        frames: str,
+    ) -> Draft:
+        """The draft of the rank at ``place``, its number and how many there are."""
+        try:
+            return cls(_Content.of(family, batch, model, place=place, frames=frames))
+        # Whatever it is: the other ranks must not wait for this one.
+        except Exception as caught:  # noqa: BLE001
+            return cls(None, caught)
+
+    def pin_memory(self) -> Draft:
+        """The same in pinned memory; a data loader with ``pin_memory=True`` calls it."""
+        return self.each(Tensor.pin_memory)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Draft:
+        """The same with every tensor changed that goes to the device."""
+        return self if self.content is None else replace(self, content=self.content.each(change))
+
+
+@dataclass(frozen=True, eq=False)
+class _Content:
+    """What one rank knows of the batch before it has heard of the others.
+
+    With ``frames="all"`` the visual arguments are cut to this rank's already.
+    """
+
+    place: tuple[int, int]
     frames: str
     text: Text
     visual: Visual
 
     @classmethod
     def of(
-        cls, family: Family, batch: Mapping[str, Any], model: Any, *, channel: Channel, frames: str
-    ) -> _Draft:
+        cls,
+        family: Family,
+        batch: Mapping[str, Any],
+        model: Any,
+        *,
+        place: tuple[int, int],
+        frames: str,
+    ) -> _Content:
+        rank, size = place
         batch = {key: value for key, value in batch.items() if value is not None}
         _check_keys(batch, family, frames)
         text = Text.of(batch)
-        if text.shape[1] < channel.size:
+        if text.shape[1] < size:
             raise ValueError(
-                f"got {text.shape[1]} text tokens for {channel.size} ranks; expected at least one "
+                f"got {text.shape[1]} text tokens for {size} ranks; expected at least one "
                 "token a rank: use longer texts or a smaller sequence_parallel_size"
             )
         visual = family.visual(batch, text, model)
@@ -69,7 +126,14 @@ class _Draft:
                 f'got {family.features_key} with frames="local"; expected the features of the '
                 'whole batch with frames="all", or the local frames themselves'
             )
-        return cls(family, model, channel, frames, text, visual)
+        # With frames="local" the units at hand are this rank's from the first on.
+        mine = slice(0, visual.count) if frames == "local" else span(visual.shares(size), rank)
+        return cls(place, frames, text, replace(visual, arguments=visual.cut(mine)))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> _Content:
+        arguments = {key: change(value) for key, value in self.visual.arguments.items()}
+        visual = replace(self.visual, arguments=arguments)
+        return replace(self, text=self.text.each(change), visual=visual)
 
     def shared_record(self) -> dict[str, Any]:
         """What must be the same on every rank of the group."""
@@ -92,9 +156,17 @@ class _Draft:
             record |= {"parts": valid.shape[2], "valid": pack_tiles(valid)}
         return record
 
-    def finish(self, records: Sequence[Mapping[str, Any]], *, always_vision: bool) -> Any:
-        """Cut out this rank's shard, knowing how many units each rank holds."""
-        rank, size, device = self.channel.rank, self.channel.size, _device(self.model)
+    def finish(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        *,
+        family: Family,
+        model: Any,
+        channel: Channel,
+        always_vision: bool,
+    ) -> Any:
+        """This rank's shard on the model's device, knowing how many units each rank holds."""
+        (rank, size), device = self.place, _device(model)
         shares = tuple(int(record["share"]) for record in records)
         if self.frames == "all":
             shares = self.visual.shares(size)
@@ -104,16 +176,17 @@ class _Draft:
         if self.visual.runs is not None:
             self.visual.runs.check_images(sum(shares))
         if sum(shares) > 0:
-            arguments = self._arguments(shares)
+            blank = shares[rank] == 0 and not self.visual.encoded
+            arguments = family.blank(model) if blank else dict(self.visual.arguments)
             kv_lengths = self.visual.lengths(shares)
             if self.visual.runs is not None:
                 rule = self.visual.rule(self._valid(shares, records))
                 row_mask = ~self.visual.runs.sees_nothing
         elif always_vision:
-            arguments, kv_lengths = self.family.blank(self.model), (0,) * size
+            arguments, kv_lengths = family.blank(model), (0,) * size
             row_mask = torch.zeros(self.text.shape).bool()
         keyword = ShardedBatch.of(
-            channel=self.channel,
+            channel=channel,
             text_lengths=lengths,
             kv_lengths=kv_lengths,
             text_rule=self.text.visibility(),
@@ -123,15 +196,7 @@ class _Draft:
         )
         shard = {**self.text.shard(span(lengths, rank)), **arguments}
         moved = {key: move(value, device) for key, value in shard.items()}
-        return {**moved, **self.family.always, KEYWORD: keyword}
-
-    def _arguments(self, shares: tuple[int, ...]) -> dict[str, Any]:
-        """What this rank's model gets of the visual input."""
-        mine = span(shares, self.channel.rank)
-        if mine.start == mine.stop and not self.visual.encoded:
-            return self.family.blank(self.model)
-        # With frames="local" the units at hand are this rank's from the first on.
-        return self.visual.cut(mine if self.frames == "all" else slice(0, self.visual.count))
+        return {**moved, **family.always, KEYWORD: keyword}
 
     @property
     def _tells_padding(self) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_lvx.attention.shape import AttentionShape, head_groups, head_layout
+from ds_lvx.distributed.alignment import padded as aligned
 from ds_lvx.plan.cluster import Cluster, KernelTime
 from ds_lvx.plan.transfers import Ranks, Timeline, Transfer
 
@@ -86,6 +87,19 @@ class Sizes:
         factors = self.shape.batch * queries * FP32_BYTES if self.factors else 0
         return self.q_bytes(queries) + factors + (0 if self.backward else self.lse_bytes(queries))
 
+    def packed_query_bytes(self, queries: float) -> float:
+        """`query_bytes` as one message of rows, in which each tensor is padded."""
+        q, lse = self.q_bytes(1), self.lse_bytes(1)
+        return queries * _row([q, q, lse, lse] if self.backward else [q])
+
+    def packed_part_bytes(self, queries: float) -> float:
+        """`part_bytes` likewise."""
+        tensors = [] if self.backward else [self.lse_bytes(1)]
+        tensors.append(self.q_bytes(1))
+        if self.factors:
+            tensors.append(self.shape.batch * FP32_BYTES)
+        return queries * _row(tensors)
+
     def rule_bytes(self, parts: tuple[str, ...], *, queries: float, keys: float) -> float:
         """A rank's share of the rule, which a bare operator gathers once, before its forward.
 
@@ -96,6 +110,11 @@ class Sizes:
             return 0
         numbers = 2 * queries * ("q" in parts) + keys * ("kv" in parts)
         return self.shape.batch * INT32_BYTES * numbers
+
+
+def _row(nbytes: list[float]) -> int:
+    """Bytes of a row of a message (`ds_lvx.distributed.bundles.pack_rows`)."""
+    return sum(aligned(map(int, nbytes)))
 
 
 class Pieces(Sizes):

@@ -41,7 +41,8 @@ def _gather(pieces: Pieces) -> None:
     timeline = pieces.timeline
     copies = ("copy", "copy") if backward else ("copy",)
     mine, everyone = pieces.of_q(pieces.most_queries), pieces.of_q(pieces.queries)
-    out, part = pieces.query_bytes(pieces.most_queries), pieces.part_bytes(pieces.most_queries)
+    out = pieces.packed_query_bytes(pieces.most_queries)
+    part = pieces.packed_part_bytes(pieces.most_queries)
     _begin(pieces)
     pieces.touch(shares[0] * mine, *copies)
     arrives = timeline.post(pieces.ranks.gather(shares[0] * out))
@@ -73,7 +74,8 @@ def _gather_sends(sizes: Sizes, rank: int) -> float:
     """A rank's own queries to everyone, the parts of all others home."""
     shape = sizes.shape
     copies = (shape.ranks - 1) * shape.q_lengths[rank]
-    return sizes.query_bytes(copies) + sizes.part_bytes(_others(shape.q_lengths, rank))
+    parts = _others(shape.q_lengths, rank)
+    return sizes.packed_query_bytes(copies) + sizes.packed_part_bytes(parts)
 
 
 def _rotate_queries(pieces: Pieces) -> None:

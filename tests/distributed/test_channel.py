@@ -9,7 +9,7 @@ import torch
 
 import ds_lvx
 from ds_lvx.distributed.agreement import require_same
-from ds_lvx.distributed.bundles import Bundle, Spec, pack, unpack
+from ds_lvx.distributed.bundles import Bundle, Spec, pack, pack_rows, unpack, unpack_rows
 from ds_lvx.distributed.channel import Channel
 from tests.ranks import RankError, run_ranks
 
@@ -38,6 +38,21 @@ def test_a_bundle_is_one_buffer_and_comes_back() -> None:
         assert same(unpack(pack(bundle_of(rank)), specs_of(rank)), bundle_of(rank))
     strided = torch.arange(12.0).view(3, 4).t()
     assert same(unpack(pack([strided]), [Spec.of(strided)]), [strided])
+
+
+def test_each_tensor_of_a_message_begins_at_a_multiple_of_16_bytes() -> None:
+    tensors, dims = rows_of([0], [3]), (0, 1, 2)
+    packed = pack_rows(tensors, dims)
+    assert packed.shape[1] % 16 == 0
+    specs = [Spec.of(tensor) for tensor in tensors]
+    views = unpack_rows(packed, specs, dims)
+    assert same(views, tensors)
+    bundle = pack(bundle_of(1))
+    for buffer, parts in ((packed, views), (bundle, unpack(bundle, specs_of(1)))):
+        assert all((part.data_ptr() - buffer.data_ptr()) % 16 == 0 for part in parts)
+    one = torch.arange(24.0).view(1, 6, 2, 2)
+    assert pack_rows([one], [1]).data_ptr() == one.data_ptr()  # it lies as it travels
+    assert pack_rows([one[:, :, :1]], [1]).data_ptr() != one.data_ptr()
 
 
 def run_transfers() -> None:
@@ -94,7 +109,7 @@ def run_row_transfers() -> None:
         for sender in everyone:
             parts = [tensor[sender] for tensor in arrived]
             assert same(parts, rows_of([channel.rank], lengths, salt=sender)), "exchange_rows"
-        row = 16 + 24 + 48  # bytes of a row, each tensor's padded to a multiple of 8
+        row = 16 + 32 + 48  # bytes of a row, each tensor's padded to a multiple of 16
         assert counted.bytes_sent == row * (sum(lengths) - lengths[channel.rank])
 
 

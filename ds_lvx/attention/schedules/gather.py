@@ -18,9 +18,9 @@ from ds_lvx.attention import wire
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.keys import Keys, Saved
 from ds_lvx.attention.shape import head_groups
-from ds_lvx.distributed.bundles import Bundle
+from ds_lvx.distributed.bundles import Bundle, Unwritten
 from ds_lvx.distributed.pending import Pending
-from ds_lvx.kernels.merge import accumulation_dtype, merge_stacked
+from ds_lvx.kernels.merge import accumulation_dtype
 from ds_lvx.kernels.rule import Rule
 
 # Which dimension of a tensor has the queries.
@@ -142,14 +142,11 @@ class _GradientPart:
     def __init__(self, call: Call, dq: Tensor, *, dtype: torch.dtype) -> None:
         self._rank = call.channel.rank
         self._own = _own_rows(call, dq, _OF_Q)
-        self._dtype = accumulation_dtype(dtype)
-        self._arriving = _exchange(call, [], wire.encode(dq, dtype))
+        self._arriving = _exchange(call, wire.to_send(dq, dtype))
 
     def summed(self) -> Tensor:
         """The sum over all ranks' keys, in fp32."""
-        parts = wire.decode(self._arriving.wait()).to(self._dtype)
-        parts[self._rank] = self._own
-        return parts.sum(dim=0)
+        return wire.joined(self._arriving.wait(), self._own, self._rank)[0]
 
 
 class _Part:
@@ -158,20 +155,19 @@ class _Part:
     def __init__(self, call: Call, out: Tensor, lse: Tensor, *, dtype: torch.dtype) -> None:
         self._rank = call.channel.rank
         self._own = _own_rows(call, out, _OF_Q)
-        self._dtype = accumulation_dtype(dtype)
-        self._arriving = _exchange(call, [lse], wire.encode(out, dtype))
+        self._arriving = _exchange(call, wire.to_send(out, dtype, lse), lse=True)
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """``(out, lse)`` over all ranks' keys, in fp32."""
-        lse, *encoded = self._arriving.wait()
-        parts = wire.decode(encoded).to(self._dtype)
-        parts[self._rank] = self._own
-        return merge_stacked(parts, lse.to(self._dtype))
+        arrived, *encoded = self._arriving.wait()
+        out, lse = wire.joined(encoded, self._own, self._rank, arrived)
+        assert lse is not None
+        return out, lse
 
 
-def _exchange(call: Call, statistics: Bundle, encoded: Bundle) -> Pending[Bundle]:
-    dims = [_OF_LSE] * len(statistics) + [_OF_Q] * len(encoded)
-    return call.channel.exchange_rows([*statistics, *encoded], dims, call.q_lengths)
+def _exchange(call: Call, part: Unwritten, *, lse: bool = False) -> Pending[Bundle]:
+    dims = [_OF_LSE] * lse + [_OF_Q] * (len(part.specs) - lse)
+    return call.channel.exchange_rows(part, dims, call.q_lengths)
 
 
 def _own_rows(call: Call, tensor: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,130 @@
+"""Between the forward and ``engine.step()`` the host never waits for the device.
+
+One model has a cross-attention layer of every method. On a CPU two ranks train it, and every number
+that the host reads is told by its place; on fake CUDA tensors it runs as one rank of groups of one
+and three, the others' part made up, and every wait is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import ds_lvx
+from ds_lvx.compare.fake_cuda import DEVICE, FakeCuda
+from ds_lvx.config import LVXConfig
+from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.models import patch_model
+from ds_lvx.sharding import draft_batch
+from launch.bench_launches import made_up_ranks
+from tests.models.host_reads import HostReads
+from tests.models.mllama_case import ds_config, end_engine, hard_batch, start_engine, tiny_model
+from tests.ranks import run_ranks
+
+METHODS: list[dict[str, Any]] = [
+    {"method": "lvx", "schedule": "gather"},
+    {"method": "lvx", "schedule": "ring"},
+    {"method": "lvx", "schedule": "gather", "recompute_kv": True},
+    {"method": "lvx", "schedule": "ring", "recompute_kv": True},
+    {"method": "ring"},
+    {"method": "ulysses"},
+]
+CROSS_AT = list(range(1, 1 + len(METHODS)))
+LAYERS = len(METHODS) + 2
+
+# (operation, place): why it is no wait for the device.
+ALLOWED_ON_CPU = {
+    # Both are states of generators, which PyTorch keeps on the host for every device.
+    ("equal", "ds_lvx/attention/random_state.py:equals"),
+}
+
+
+def config(*, sp_size: int, kernel: str = "auto") -> dict[str, Any]:
+    """A rule a layer: the first text layer by Ulysses, the last by ring attention."""
+    made = ds_config(stage=1, sp_size=sp_size, cross={"method": "lvx"}, self_attn="ring")
+    vision, *_, last = made["ds_lvx"]["layers"]
+    rules = [
+        {"match": f"*.{at}.cross_attn", "kernel": kernel, **method}
+        for at, method in zip(CROSS_AT, METHODS, strict=True)
+    ]
+    first = {"match": "*language_model*.0.self_attn", "method": "ulysses", "kernel": kernel}
+    made["ds_lvx"]["layers"] = [vision, *rules, first, {**last, "kernel": kernel}]
+    return made
+
+
+def model_of_all_methods() -> Any:
+    """Its head_dim is 16, the least that every kernel does."""
+    return tiny_model(num_hidden_layers=LAYERS, cross_attention_layers=CROSS_AT, hidden_size=64)
+
+
+def reads_of_second_step() -> set[tuple[str, str]]:
+    engine = start_engine(config(sp_size=2), model_of_all_methods())
+    shard = ds_lvx.shard_batch(hard_batch(), model=engine.module)
+    for _ in range(2):
+        with HostReads() as reads:
+            engine.backward(engine(**shard).loss)
+        engine.step()
+    end_engine(engine)
+    return set(reads.found)
+
+
+def test_the_host_reads_no_number_between_forward_and_step() -> None:
+    for found in run_ranks(reads_of_second_step, 2):
+        assert found <= ALLOWED_ON_CPU
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeCuda]:
+    with FakeCuda() as entered:
+        yield entered
+
+
+@pytest.mark.parametrize(("ranks", "kernel"), [(1, "native"), (3, "native"), (3, "triton")])
+def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
+    ranks: int, kernel: str, fake: FakeCuda
+) -> None:
+    with made_up_ranks(ranks):
+        model = model_of_all_methods()
+        rules = LVXConfig.from_ds_config(config(sp_size=ranks, kernel=kernel))
+        groups = SequenceParallelGroups(ranks)
+        patch_model(model, rules, groups)
+        model.to(DEVICE)
+        fake.reset()
+        draft = draft_batch(hard_batch(), model=model).pin_memory()
+        shard = ds_lvx.shard_batch(draft, model=model)
+        assert shard["ds_lvx"].cross.rule(queries=0, keys=0).visibility.q_start.is_cuda
+        loss = model(**shard).loss
+        loss.backward()
+        assert fake.waits == []
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        assert sum(fake.launches.values()) > 1000
+        groups.close()
+
+
+def test_waits_are_seen(fake: FakeCuda) -> None:
+    x = torch.ones(3).pin_memory().to(DEVICE, non_blocking=True)
+    assert fake.waits == []
+    ways = {
+        "item": lambda: x.sum().item(),
+        "bool": lambda: bool(x[0] > 0),
+        "nonzero": x.nonzero,
+        "mask": lambda: x[x > 0],
+        "tolist": x.tolist,
+        "cpu": x.cpu,
+        "to": lambda: torch.ones(3).to(DEVICE),
+        "pageable": lambda: torch.ones(3).to(DEVICE, non_blocking=True),
+        "copy": lambda: x.copy_(torch.ones(3)),
+        "factory": lambda: torch.tensor([1.0], device=DEVICE),
+        "synchronize": torch.cuda.synchronize,
+    }
+    for name, way in ways.items():
+        fake.reset()
+        try:
+            way()
+            seen = bool(fake.waits)
+        except RuntimeError:  # the step would not run to its end
+            seen = True
+        assert seen, name
