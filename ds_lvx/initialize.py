@@ -19,7 +19,7 @@ from ds_lvx.distributed.channel import Channel, is_initialized
 from ds_lvx.distributed.failures import Guard
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.distributed.shutdown import remember
-from ds_lvx.distributed.start import init_distributed
+from ds_lvx.distributed.start import init_distributed, remove_shared_memory
 from ds_lvx.models import patch_model
 from ds_lvx.models.layers import explain_auto, table
 from ds_lvx.models.patch import Patch, ScaleLoss
@@ -175,6 +175,7 @@ def _read_config(source: Any, *, port: int) -> tuple[LVXConfig, ActivationCheckp
     init_distributed(distributed_port=port)
     world = Channel.world()
     world.agree({}, error)
+    remove_shared_memory()
     assert lvx is not None
     sections = {
         "the ds_lvx section": lvx.model_dump(),

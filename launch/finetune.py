@@ -24,7 +24,7 @@ import ds_lvx
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.failures import RankOutOfMemoryError, named
 from ds_lvx.distributed.notes import PeerError
-from ds_lvx.distributed.start import init_distributed
+from ds_lvx.distributed.start import init_distributed, remove_shared_memory
 from ds_lvx.training.ending import EndAskedError
 from ds_lvx.training.inputs import check_samples, read_inputs
 from ds_lvx.training.lock import held
@@ -73,6 +73,7 @@ def finetune(options: Options, world: Channel) -> None:
     try:
         with named("finetune.py"), held(options.output_dir, world):
             inputs = together(world, lambda: read_inputs(options, world.size))
+            remove_shared_memory()
             inputs = check_samples(inputs, options, world)
             model = load_model(options, inputs.ds_config, inputs.source)
             engine = make_engine(model, inputs, options)

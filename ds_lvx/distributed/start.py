@@ -43,13 +43,8 @@ def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: 
     Raises:
         TimeoutError: the file is still there; the error says what to do.
 
-    The operator's buffers lose their names in /dev/shm as soon as all ranks have mapped them, so
-    that however a rank ends, their memory goes with it.
-
-    Collectives: the rendezvous of all ranks, unless ``torch.distributed`` runs already; a barrier
-    where there is the operator.
+    Collectives: the rendezvous of all ranks, unless ``torch.distributed`` runs already.
     """
-    operator = None
     if not deepspeed.comm.is_initialized():
         operator = _operator()
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -62,9 +57,6 @@ def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: 
                 place = _library(operator)
                 print(f"ds_lvx: DeepSpeed builds {place}, once, in about a minute", flush=True)
     deepspeed.init_distributed(**arguments)
-    if operator is not None:
-        Channel.world().barrier()
-        remove_shared_memory()
 
 
 def remove_dead_buffers(folder: Path = _SHARED, *, now: float | None = None) -> None:
@@ -97,7 +89,8 @@ def _is_in_use(buffer: Path) -> bool:
 def remove_shared_memory() -> None:
     """Remove the name of this rank's buffer of DeepSpeed's CPU operator, 66 MiB in /dev/shm.
 
-    Only behind a barrier: a rank that has not mapped it yet would look for it without end.
+    However a rank ends then, the memory goes with it. Only behind an agreement of all ranks that
+    have started: one that has not mapped the buffer yet would look for it without end.
     """
     parts = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
     if all(parts) and hasattr(os, "getuid"):

@@ -89,7 +89,7 @@ def test_a_profile_that_does_not_serve_is_passed_over_and_named(tmp_path: Path) 
     assert "--calibrate" in profile.current("cpu", 4).source
     for path, words in (
         (profile.path_of(name, 4), "not a profile of format"),
-        (tmp_path / "none.json", "cannot be read"),
+        (tmp_path / "none.json", "does not exist"),
     ):
         with pytest.raises(ValueError, match=words):
             profile.read(path)
