@@ -56,6 +56,13 @@ class Unwritten:
     write: Callable[[Bundle], None]
 
 
+def specs_of(tensors: Sequence[Tensor] | Unwritten) -> list[Spec]:
+    """The specs of tensors at hand, or of those that are still to be written."""
+    if isinstance(tensors, Unwritten):
+        return list(tensors.specs)
+    return [Spec.of(tensor) for tensor in tensors]
+
+
 def pack(tensors: Sequence[Tensor]) -> Tensor:
     """Copy tensors into one aligned buffer, uint8 ``[bytes]``."""
     specs = [Spec.of(tensor) for tensor in tensors]
@@ -74,6 +81,14 @@ def unpack(buffer: Tensor, specs: Sequence[Spec]) -> list[Tensor]:
         views.append(piece.view(spec.dtype).view(spec.shape))
         start += nbytes
     return views
+
+
+def unpack_each(
+    buffer: Tensor, sizes: Sequence[int], specs: Sequence[Sequence[Spec]]
+) -> list[Bundle]:
+    """Bundles that lie one after the other in ``buffer``, of so many bytes each."""
+    pieces = buffer.split(list(sizes))
+    return [unpack(piece, theirs) for piece, theirs in zip(pieces, specs, strict=True)]
 
 
 def bundle_nbytes(specs: Sequence[Spec]) -> int:
@@ -96,14 +111,14 @@ def pack_rows(tensors: Sequence[Tensor] | Unwritten, dims: Sequence[int]) -> Ten
         uint8 ``[rows, bytes of a row]``; one tensor alone that lies in memory like this is not
         copied.
     """
+    specs = specs_of(tensors)
     if isinstance(tensors, Unwritten):
-        specs, device, write = tensors.specs, tensors.device, tensors.write
+        device, write = tensors.device, tensors.write
     else:
         alone = tensors[0].movedim(dims[0], 0)
         if len(tensors) == 1 and alone.is_contiguous() and alone.numel():
             return alone.view(len(alone), -1).view(torch.uint8)
-        specs, device = [Spec.of(tensor) for tensor in tensors], tensors[0].device
-        write = partial(_copy, tensors)
+        device, write = tensors[0].device, partial(_copy, tensors)
     of_rows = [_row_of(spec, dim) for spec, dim in zip(specs, dims, strict=True)]
     shape = specs[0].shape[dims[0]], bundle_nbytes(of_rows)
     buffer = torch.empty(shape, dtype=torch.uint8, device=device)
@@ -145,3 +160,10 @@ def _unpack_rows(buffer: Tensor, rows: Sequence[Spec], dims: Sequence[int]) -> l
         views.append(view.movedim(leading, leading + dim))
         start += nbytes
     return views
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """Rows that arrived, as kernels take them: on an accelerator those of numbers side by side
+    from where they lie."""
+    dense_rows = tensor.dim() > 3 and tensor.stride(-1) == 1 and tensor.device.type != "cpu"
+    return tensor if dense_rows else tensor.contiguous()

@@ -26,7 +26,10 @@ from ds_lvx.distributed.bundles import (
     bundle_nbytes,
     pack,
     pack_rows,
+    readable,
+    specs_of,
     unpack,
+    unpack_each,
     unpack_rows,
 )
 from ds_lvx.distributed.pending import Pending, blocking
@@ -188,7 +191,7 @@ class Channel:
         arrived = torch.empty(sum(sizes), dtype=torch.uint8, device=buffer.device)
         count("all_gather", (self.size - 1) * buffer.numel())
         work, keep = self._start_gather(arrived, buffer, sizes)
-        return Pending("all_gather", [work], lambda: _split(arrived, sizes, specs), keep=keep)
+        return Pending("all_gather", [work], lambda: unpack_each(arrived, sizes, specs), keep=keep)
 
     def exchange(
         self, bundles: Sequence[Bundle], specs: Sequence[Sequence[Spec]]
@@ -237,8 +240,7 @@ class Channel:
 
         Returns:
             A `Pending` of the same tensors with the rows of all ranks, in the order of ranks; on
-            an accelerator, whose kernels read them so, rows whose numbers are neighbours stay
-            where they arrived.
+            an accelerator rows that kernels can read there stay where they arrived.
 
         Bytes sent: ``(n - 1)`` times this rank's rows.
         """
@@ -253,7 +255,7 @@ class Channel:
         work, keep = self._start_gather(arrived.view(-1), flat, sizes)
 
         def finish() -> Bundle:
-            return [_readable(tensor) for tensor in unpack_rows(arrived, specs, dims)]
+            return [readable(tensor) for tensor in unpack_rows(arrived, specs, dims)]
 
         return Pending("all_gather", [work], finish, keep=keep)
 
@@ -263,8 +265,7 @@ class Channel:
         """Send every rank its rows of tensors that have rows in common, as one message each.
 
         Args:
-            tensors: with the rows of all ranks, in the order of ranks, on one device; or what
-                writes them into their message.
+            tensors: with the rows of all ranks, in the order of ranks, on one device; or unwritten.
             dims: which dimension of each has the rows.
             lengths: rows of every rank.
 
@@ -274,10 +275,7 @@ class Channel:
 
         Bytes sent: the rows of others.
         """
-        if isinstance(tensors, Unwritten):
-            specs = list(tensors.specs)
-        else:
-            specs = [Spec.of(tensor) for tensor in tensors]
+        specs = specs_of(tensors)
         packed = pack_rows(tensors, dims)
         row, own = packed.shape[1], lengths[self.rank]
         if self.size == 1:
@@ -352,17 +350,6 @@ class Channel:
         return dist.all_to_all_single(
             arrived, sent, in_sizes, out_sizes, group=self.group, async_op=True
         )
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """Rows that arrived, as kernels take them."""
-    dense_rows = tensor.dim() > 3 and tensor.stride(-1) == 1 and tensor.device.type != "cpu"
-    return tensor if dense_rows else tensor.contiguous()
-
-
-def _split(buffer: Tensor, sizes: list[int], specs: Sequence[Sequence[Spec]]) -> list[Bundle]:
-    pieces = buffer.split(sizes)
-    return [unpack(piece, theirs) for piece, theirs in zip(pieces, specs, strict=True)]
 
 
 # --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ds_lvx.attention import wire
 from ds_lvx.kernels import triton_parts
-from ds_lvx.kernels.merge import merge_stacked
+from ds_lvx.kernels.merge import merge_, merge_stacked
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="the kernels are compiled: a GPU is there"
@@ -42,6 +42,20 @@ def test_encode_writes_what_the_operations_send(shape: tuple[int, ...]) -> None:
     expected_half, expected_factor = wire.encode(part, torch.bfloat16)
     torch.testing.assert_close(half, expected_half, atol=0, rtol=0, equal_nan=True)
     assert torch.equal(factor, expected_factor)
+
+
+def test_join_of_what_is_at_home_and_one_part() -> None:
+    """As the ring does: the part is not copied to stand beside it."""
+    shape = SHAPES[1]
+    own, part = drawn(*shape), drawn(*shape, seed=1)
+    lse = drawn(2, shape[0], shape[2], shape[1], seed=2)
+    sent = wire.encode(part, torch.bfloat16)
+    half, factor = (tensor.expand(2, *tensor.shape) for tensor in sent)
+    out, total = triton_parts.join(half, factor, lse, own, 0)
+    expected, expected_lse = own.clone(), lse[0].clone()
+    merge_(expected, expected_lse, wire.decode(sent), lse[1])
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(total, expected_lse, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("factors", [True, False])

@@ -43,13 +43,13 @@ class Ring:
                 home = [out.to(dtype), lse.to(dtype)]
             else:
                 if returning is not None:
-                    merge_(home[0], home[1], *_decode_part(returning.wait()))
+                    home = _merged(home, returning.wait())
                 part = _encode_part(out, lse, q.dtype)
                 returning = channel.shift(part, _part_specs(home[0], home[1], q.dtype), hops=-step)
             if following is not None:
                 queries = following.wait()
         if returning is not None:
-            merge_(home[0], home[1], *_decode_part(returning.wait()))
+            home = _merged(home, returning.wait())
         return home[0], home[1]
 
     def backward(self, call: Call, saved: Saved, keys: Keys) -> Tensor:
@@ -67,14 +67,14 @@ class Ring:
                 home += dq
             else:
                 if returning is not None:
-                    home += wire.decode(returning.wait())
+                    home = _sum(home, returning.wait())
                 part = wire.encode(dq, q.dtype)
                 returning = channel.shift(part, wire.specs(tuple(q.shape), q.dtype), hops=-step)
             if following is not None:
                 moving = following.wait()
         keys.finish()
         if returning is not None:
-            home += wire.decode(returning.wait())
+            home = _sum(home, returning.wait())
         return home
 
 
@@ -127,6 +127,29 @@ def _part_specs(out: Tensor, lse: Tensor, dtype: torch.dtype) -> list[Spec]:
     return [Spec.of(lse), *wire.specs(tuple(out.shape), dtype)]
 
 
-def _decode_part(bundle: Bundle) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of a part that arrived."""
-    return wire.decode(bundle[1:]), bundle[0]
+def _merged(home: list[Tensor], arrived: Bundle) -> list[Tensor]:
+    """``[out, lse]`` so far, and a part that arrived."""
+    lse, *encoded = arrived
+    if _by_one_launch(home[0]):
+        both = torch.stack((home[1], lse))
+        out, total = wire.joined(_twice(encoded), home[0], 0, both)
+        assert total is not None
+        return [out, total]
+    merge_(home[0], home[1], wire.decode(encoded), lse)
+    return home
+
+
+def _sum(home: Tensor, arrived: Bundle) -> Tensor:
+    """dq so far, and a part of it that arrived."""
+    if _by_one_launch(home):
+        return wire.joined(_twice(arrived), home, 0)[0]
+    return home.add_(wire.decode(arrived))
+
+
+def _by_one_launch(home: Tensor) -> bool:
+    return wire.launches_triton(home) and home.dtype == torch.float32
+
+
+def _twice(encoded: Bundle) -> Bundle:
+    """A part as one of two; the first place is that of what is at home."""
+    return [tensor.expand(2, *tensor.shape) for tensor in encoded]
