@@ -13,17 +13,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.models.registry import FAMILIES
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import Cluster, Link, from_card
 from ds_lvx.plan.cost import cost
-from ds_lvx.plan.models import model
 from ds_lvx.plan.pieces import Pieces
 
 RANKS = 6
 WITHIN_BYTES_PER_S = 64e9
 ACROSS_BYTES_PER_S = 25e9
 _LATENCY_S = 20e-6
-_LLAMA = "Llama-3.2-11B-Vision"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def cluster(*, both_ways: bool) -> Cluster:
 
 def compare(row: Row, on: Cluster) -> dict[str, Any]:
     """The table's line beside the prediction, for all 8 cross-attention layers."""
-    llama = model(_LLAMA)
+    llama = FAMILIES.known()[0]
     cross, keys = llama.cross, row.frames * llama.frame_tokens
     shape = AttentionShape.even(
         queries=row.text_tokens,
@@ -96,7 +95,7 @@ def compare(row: Row, on: Cluster) -> dict[str, Any]:
 
 def ring_bytes(row: Row) -> float:
     """What a GPU sends in an iteration of their ring attention."""
-    llama = model(_LLAMA)
+    llama = FAMILIES.known()[0]
     cross, keys = llama.cross, row.frames * llama.frame_tokens / RANKS
     return cross.count * (3 * RANKS - 2) * 2 * 2 * keys * cross.heads * cross.head_dim
 

@@ -86,7 +86,7 @@ class Source:
         text = self.config.get_text_config()
         outputs = int(text.vocab_size) + int(getattr(text, "additional_vocab_size", 0))
         tokens = self.processor.tokenizer.get_vocab()
-        # The image token is read and never written: mllama's has no output either.
+        # The image token is read and never written, and may have no output.
         beyond = {
             number: token
             for token, number in tokens.items()
