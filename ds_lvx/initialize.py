@@ -166,8 +166,8 @@ def _read_config(source: Any, *, port: int) -> tuple[LVXConfig, ActivationCheckp
     try:
         ds_config = read_ds_config(source)
         lvx = LVXConfig.from_ds_config(source if isinstance(source, str) else ds_config)
-        check_ds_config(ds_config, sequence_parallel_size=lvx.sequence_parallel_size)
         checkpoints = ActivationCheckpointing.from_ds_config(ds_config)
+        check_ds_config(ds_config, sequence_parallel_size=lvx.sequence_parallel_size)
     except (ValueError, NotImplementedError) as caught:
         error = caught
     if error is not None and not is_initialized() and "RANK" not in os.environ:

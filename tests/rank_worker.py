@@ -108,6 +108,8 @@ def _as_in_a_fresh_process() -> None:
 
     The ranks of a run may have served different tests before, and these differ between them then.
     """
+    # A task may have had the signal for itself meanwhile.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     if "deepspeed" in sys.modules:
         import deepspeed
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -181,7 +183,6 @@ def _serve(connection: Connection) -> None:
 
 def main(fd: int) -> None:
     """Serve tasks from the pipe `fd` until `Quit` comes or the other end is closed."""
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     with contextlib.suppress(EOFError):
         _serve(Connection(fd))
