@@ -108,7 +108,8 @@ def _as_in_a_fresh_process() -> None:
 
     The ranks of a run may have served different tests before, and these differ between them then.
     """
-    # A task may have had the signal for itself meanwhile.
+    # A task may have had the signal for itself meanwhile, and to register twice changes nothing.
+    faulthandler.unregister(signal.SIGUSR1)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     if "deepspeed" in sys.modules:
         import deepspeed

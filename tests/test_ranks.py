@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -60,6 +61,11 @@ def _sleep_on(rank: int) -> None:
 def _die_on(rank: int) -> None:
     if dist.get_rank() == rank:
         os.kill(os.getpid(), 9)
+
+
+def _take_signal() -> None:
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 def _leave_traces() -> None:
@@ -153,6 +159,7 @@ def test_an_exception_on_one_rank_names_it_and_does_not_wait_for_the_others() ->
 @pytest.mark.slow
 def test_a_hang_is_a_timeout_that_names_the_rank() -> None:
     before = _pids(2)
+    run_ranks(_take_signal, 2)  # as the trainer does
     expected = pytest.raises(TimeoutError, match=r"ranks \[1\] had not answered after 7")
     with _hurried(2) as waited_s, expected as caught:
         run_ranks(_sleep_on, 2, 1, timeout_s=7)
