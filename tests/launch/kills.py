@@ -17,19 +17,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-# What a run imports late, and slowly: once here, in the server that forks the ranks.
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-import transformers.models.mllama.modeling_mllama  # noqa: F401
-
 from ds_lvx.training import disk
 from tests.launch.finetune_runs import finetune_main
+from tests.ranks import FORKED
 
-_CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.launch.kills"])
 # Against hangs alone.
 _END_S = 300.0
 SHARED = Path("/dev/shm")
@@ -81,7 +75,7 @@ class Run:
         self.port = _free_port()
         self.logs = [folder / f"log-{rank}" for rank in range(ranks)]
         self.processes: list[BaseProcess] = [
-            _CONTEXT.Process(target=_rank, args=(rank, ranks, self.port, str(log), list(words)))
+            FORKED.Process(target=_rank, args=(rank, ranks, self.port, str(log), list(words)))
             for rank, log in enumerate(self.logs)
         ]
         self.began, self.started = time.time(), time.monotonic()
