@@ -15,10 +15,10 @@ import pickle
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -161,10 +161,11 @@ def _process_state_restored() -> Iterator[None]:
         torch.set_grad_enabled(grad_enabled)
 
 
-def _end_with_parent(parent: int) -> None:
+def _end_with_parent() -> None:
     """A worker in an endless loop must not outlive a pytest that was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
@@ -196,7 +197,7 @@ def serve(connection: Connection, output: str, environment: dict[str, str]) -> N
     os.dup2(file, 2)
     os.environ.clear()
     os.environ.update(environment)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError):
         _serve(connection)
     sys.stdout.flush()

@@ -83,9 +83,7 @@ class Worker:
             "OMP_NUM_THREADS": "1",
             "RANK": str(rank),
         }
-        self.process = FORKED.Process(
-            target=serve, args=(theirs, self._output.name, environment), daemon=True
-        )
+        self.process = FORKED.Process(target=serve, args=(theirs, self._output.name, environment))
         self.process.start()
         theirs.close()
 
