@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 Dimensions: TypeAlias = "Callable[[Mapping[str, Any], str, str], Model]"
 
-BUILT_IN: Mapping[str, str] = {"mllama": "ds_lvx.models.mllama.family:Mllama"}
+BUILT_IN: Mapping[str, str] = {
+    "mllama": "ds_lvx.models.mllama.family:Mllama",
+    "moss_vl": "ds_lvx.models.moss_vl.family:MossVL",
+}
 """``model_type`` -> where its `Family` is."""
 
 KNOWN: Mapping[str, str] = {
