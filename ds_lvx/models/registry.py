@@ -28,7 +28,7 @@ BUILT_IN: Mapping[str, str] = {
 
 KNOWN: Mapping[str, str] = {
     name: f"ds_lvx.models.{name}.dimensions"
-    for name in ("mllama", "mplugowl3", "openflamingo", "idefics")
+    for name in ("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics")
 }
 """``model_type`` -> the module with ``known``, a function that returns models known by name, and
 where a config can be read, ``dimensions``, as in `Family`. The planner predicts more models than

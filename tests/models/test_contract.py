@@ -123,7 +123,7 @@ def test_the_planner_gets_dimensions_without_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PLANNING], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["8 mllama mplugowl3 idefics", "[]"]
+    assert done.stdout.splitlines() == ["9 mllama moss_vl mplugowl3 idefics", "[]"]
 
 
 # ---- who names a family
