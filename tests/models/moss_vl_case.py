@@ -23,21 +23,23 @@ Sample = Sequence[int | Media]
 frames. A medium of -n frames has none in the text: nobody sees it."""
 
 
-def tiny_model(*, init: float = 0.15, **config: Any) -> MossVLForConditionalGeneration:
-    """Six text layers, two of them cross-attention; nothing at 0 or 1; always the same weights."""
+def tiny_model(
+    *, image: int = IMAGE, vocab_size: int = VOCABULARY
+) -> MossVLForConditionalGeneration:
+    """Four text layers, two of them cross-attention; nothing at 0 or 1; always the same weights."""
     text = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocab_size,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 4,
         "head_dim": 8,
         "cross_attention_layers": [1, 3],
-        "initializer_range": init,
+        "initializer_range": 0.15,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
     }
     vision = {"depth": 2, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32}
     vision["deepstack_visual_indexes"] = [0]
-    settings = MossVLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, **config)
+    settings = MossVLConfig(text_config=text, vision_config=vision, image_token_id=image)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = MossVLForConditionalGeneration(settings)

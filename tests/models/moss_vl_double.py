@@ -33,19 +33,17 @@ def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
 class MossVLTextRotaryEmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
-        parameters, dim = config.rope_parameters, config.head_dim
-        exponents = torch.arange(0, dim, 2).float() / dim
-        self.register_buffer("inv_freq", parameters["rope_theta"] ** -exponents, persistent=False)
-        index = torch.arange(dim // 2)
-        _, rows, columns = parameters["mrope_section"]
-        axis = torch.where((index % 3 == 1) & (index < 3 * rows), 1, 0)
-        axis = torch.where((index % 3 == 2) & (index < 3 * columns), 2, axis)
-        self.register_buffer("axis", axis, persistent=False)
+        self.rope, self.dim = config.rope_parameters, config.head_dim
 
     def forward(self, x, position_ids):
         if position_ids.ndim == 2:
             position_ids = position_ids.expand(3, -1, -1)
-        angles = position_ids.float()[self.axis].permute(1, 2, 0) * self.inv_freq
+        index = torch.arange(self.dim // 2)
+        _, rows, columns = self.rope["mrope_section"]
+        axis = torch.where((index % 3 == 1) & (index < 3 * rows), 1, 0)
+        axis = torch.where((index % 3 == 2) & (index < 3 * columns), 2, axis)
+        frequencies = self.rope["rope_theta"] ** -(2 * index.float() / self.dim)
+        angles = position_ids.float()[axis].permute(1, 2, 0) * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
@@ -364,6 +362,7 @@ def xrope(pads, valid, frames, length):
 
 class MossVLForConditionalGeneration(MossVLPreTrainedModel):
     accepts_loss_kwargs = False
+    _tied_weights_keys = ["lm_head.weight"]  # noqa: RUF012  (a list, as in its own code)
 
     def __init__(self, config):
         super().__init__(config)

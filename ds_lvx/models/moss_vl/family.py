@@ -8,17 +8,22 @@ tower runs as it is, on this rank's frames.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+import transformers
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from ds_lvx.models.batch import ShardedBatch, Text
 from ds_lvx.models.contract import Family
+from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.moss_vl import batch as batches
-from ds_lvx.models.moss_vl import forward
+from ds_lvx.models.moss_vl import dimensions, forward
 from ds_lvx.models.moss_vl.attention import Attention, mask_of
+from ds_lvx.models.moss_vl.processor import Processor, media_text
 from ds_lvx.models.patch import PatchedAttention
 from ds_lvx.models.visual import Visual
 
@@ -81,7 +86,49 @@ class MossVL(Family):
     def blank(self, model: Any) -> dict[str, Tensor]:
         return batches.blank(model)
 
+    def media_text(self, processor: Any, times: Sequence[float] | None) -> str:
+        return media_text(times)
+
+    def frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = processor.frames(input_ids, pictures, dtype=dtype)
+        return made
+
     # ---- models
+
+    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        except (ImportError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"got {name}, whose own code does not run on transformers "
+                f"{transformers.__version__} ({type(error).__name__}: {error}); expected code "
+                "written for transformers 5: the files of most MOSS-VL checkpoints are for "
+                "4.57.1; take the modeling and configuration files of a release for transformers 5"
+            ) from error
+        tied: Any = model._tied_weights_keys
+        if isinstance(tied, list):
+            model._tied_weights_keys = {}  # transformers 5 saves by a dict; no weights are tied
+        return model
+
+    def load_processor(self, name: str) -> Processor:
+        return Processor.of(name)
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
+
+    def frame_tokens(self, config: Any) -> int:
+        """Those of one of `FRAMES` frames of a film; others are larger, or smaller."""
+        return dimensions.dimensions(config.to_dict(), "", "").frame_tokens
 
     def vision_tower(self, model: Any) -> Any:
         return model.model.visual
