@@ -338,6 +338,10 @@ class Family(ABC):
         """
         raise self.lacks("frames", "training on images and videos")
 
+    def has(self, part: str) -> bool:
+        """Whether this family has an optional part."""
+        return getattr(type(self), part) is not getattr(Family, part)
+
     def lacks(self, part: str, what: str) -> NotImplementedError:
         """The error for an optional part that a tool needs and this family has not."""
         return NotImplementedError(

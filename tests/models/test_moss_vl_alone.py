@@ -13,19 +13,13 @@ from ds_lvx.config import LVXConfig
 from ds_lvx.models import FAMILIES, patch_model
 from ds_lvx.models.draft import Draft
 from ds_lvx.sharding import draft_batch, shard_batch
-from tests.models.moss_vl_case import Batch, ds_config, hard_batch, tiny_model
+from tests.models.moss_vl_case import Batch, OneRank, ds_config, hard_batch, tiny_model
 
 LVX = ds_config(stage=0, sp_size=1, cross={"method": "lvx"}, self_attn="ring")
 
 
-class _OneRank:
-    """Stands for the groups of a single process without ``torch.distributed``."""
-
-    sp_size = 1
-
-
 def patched(model: Any) -> Any:
-    groups: Any = _OneRank()
+    groups: Any = OneRank()
     return patch_model(model, LVXConfig.from_ds_config(LVX), groups)
 
 
@@ -101,6 +95,23 @@ BAD: dict[str, Any] = {
     },
     r"'grid_thv' in the batch; .*'grid_thw'": lambda b: {**b, "grid_thv": b["grid_thw"]},
 }
+
+
+def test_only_a_frozen_tower_runs_in_parts() -> None:
+    model, batch = tiny_model(), {**hard_batch(), "vision_runs": 2}
+    with pytest.raises(NotImplementedError, match="vision_runs 2 for a vision tower that trains"):
+        shard_batch(batch, model=model)
+    model.model.visual.requires_grad_(False)
+    patched(model)
+    sizes: list[int] = []
+    model.model.visual.patch_embed.register_forward_hook(lambda *a: sizes.append(len(a[2])))
+    out = model(**shard_batch(batch, model=model))
+    out.loss.backward()
+    assert len(sizes) == 2
+    assert sum(sizes) == len(batch["pixel_values"])
+    for runs in (0, "2", True):
+        with pytest.raises(ValueError, match="vision_runs"):
+            shard_batch({**batch, "vision_runs": runs}, model=model)
 
 
 @pytest.mark.parametrize("words", BAD)

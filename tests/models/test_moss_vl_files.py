@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,21 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ds_lvx.compare.case import Setting, build_model, case_of, ds_config, make_batch, part_of
+from ds_lvx.config import LVXConfig
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.frames import choose, probe
 from ds_lvx.data.text import TextEncoder
+from ds_lvx.models import patch_model
 from ds_lvx.models.moss_vl.grid import Grid
+from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
 from tests.models import moss_vl_double, moss_vl_double_vision
 from tests.models.mllama_case import reference_steps
-from tests.models.moss_vl_case import tiny_model
+from tests.models.moss_vl_case import OneRank, tiny_model
 from tests.ranks import run_ranks
 
 SPECIAL = (
@@ -184,3 +189,25 @@ def test_code_for_another_transformers_is_named(folder: Path, tmp_path: Path) ->
 def test_there_is_no_tiny_one(folder: Path) -> None:
     with pytest.raises(NotImplementedError, match=r"'moss_vl' \(MossVL\) has no tiny\(\)"):
         Source.of("tiny:moss_vl")
+
+
+def test_a_comparison_trains_a_checkpoint(folder: Path) -> None:
+    """On one rank: its frames have the tokens that the report says."""
+    case = replace(case_of(str(folder), trust_remote_code=True), image_size=32)
+    model = build_model(case, checkpoint=str(folder), dtype=torch.float32)
+    batch = make_batch(case, frames=range(3), total=3, dtype=torch.float32)
+    config = ds_config(Setting("lvx", True, False), case, ranks=1)
+    groups: Any = OneRank()
+    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    shard = shard_batch(batch, model=model, frames="local")
+    assert shard["ds_lvx"].kv_lengths == (3 * case.frame_tokens,)
+    model(**shard).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    regions = case.contract().regions()
+    assert {part_of(name, regions) for name, _ in model.named_parameters()} == {
+        "cross_attention",
+        "text",
+        "vision",
+    }
+    with pytest.raises(ValueError, match="expected tiny, mllama, or folder"):
+        case_of("moss_vl")

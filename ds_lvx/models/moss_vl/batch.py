@@ -20,9 +20,13 @@ from ds_lvx.models.visual import Runs, Visual
 
 PIXELS = "pixel_values"
 MASK = "cross_attention_mask"
-KEYS = (PIXELS, "grid_thw", "media_nums_per_sample", MASK)
+RUNS = "vision_runs"
+SEEN = "visible_frames"
+KEYS = (PIXELS, "grid_thw", "media_nums_per_sample", MASK, SEEN, RUNS)
 PLACES = "frame_places"
 """Where the tower's tokens, then the separators, go in ``[B * S, hidden]``: int64 ``[tokens]``."""
+PIECES = "frame_pieces"
+"""Of each run of the tower: rows of ``grid_thw``, and of ``pixel_values``."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,12 +38,14 @@ class Frames(Visual):
         pads: bool ``[B, T]``, text tokens that stand for a frame.
         holder: int64 ``[F]``, the rank of each frame; None where only this rank's are known.
         ranks: that share the batch, where ``holder`` is known.
+        tower_runs: how often the tower runs, over some of this rank's frames each time.
     """
 
     grid: Grid
     pads: Tensor
     holder: Tensor | None = None
     ranks: int = 0
+    tower_runs: int = 1
 
     def part(self, rank: int, size: int) -> Frames:
         """This rank's frames, of pixels that are those of all."""
@@ -52,6 +58,10 @@ class Frames(Visual):
             cut[PIXELS] = torch.cat(mine) if mine else self.arguments[PIXELS][:0]
         sizes = torch.stack((self.grid.sample, self.grid.height, self.grid.width))
         return replace(self, holder=holder, ranks=size, counts=sizes, arguments=cut)
+
+    def shared_record(self) -> dict[str, Any]:
+        """What must be the same on every rank of the group."""
+        return {**super().shared_record(), RUNS: self.tower_runs}
 
     def record(self) -> dict[str, Any]:
         """What the other ranks must hear of: which frames are here, where they do not know."""
@@ -119,13 +129,16 @@ class Frames(Visual):
             PLACES: torch.cat((places[~last], places[last])),
         }
         if len(mine) == 0:  # a blank frame runs through the tower
-            return {**beside, "media_nums_per_sample": [1] + [0] * (samples - 1)}
-        table = torch.tensor(grid.rows())
-        media = torch.bincount(table[:, 0], minlength=samples)
+            pieces = ((1, grid.merge**2), *[(0, 0)] * (self.tower_runs - 1))
+            media = [1] + [0] * (samples - 1)
+            return {**beside, PIECES: pieces, "media_nums_per_sample": media}
+        runs = grid.in_runs(self.tower_runs)
+        table = torch.tensor([row for run in runs for row in run.rows()])
         return {
             **beside,
+            PIECES: tuple((len(run.rows()), int(run.patches.sum())) for run in runs),
             "grid_thw": table[:, 1:],
-            "media_nums_per_sample": media.tolist(),
+            "media_nums_per_sample": torch.bincount(table[:, 0], minlength=samples).tolist(),
         }
 
     @property
@@ -149,9 +162,12 @@ class Frames(Visual):
 def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Frames:
     """The visual part of a batch, as MOSS-VL's processor has it.
 
-    Without ``cross_attention_mask`` a token sees the frames whose tokens stand before it or are it,
-    which is what the processor's mask says.
+    A token sees the first frames of its sample. How many is said by ``cross_attention_mask``, or by
+    ``visible_frames``; without either it sees those whose tokens stand before it or are it, which
+    is what the processor's mask says.
     """
+    if MASK in batch and SEEN in batch:
+        raise ValueError(f"got {MASK} and {SEEN}; expected one of them")
     if text.position_ids is not None:
         raise ValueError(
             "got position_ids; expected none: they follow from the text and the sizes of its "
@@ -168,9 +184,34 @@ def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Frames:
         seen = seen.masked_fill(text.attention_mask.cpu() == 0, 0)
     if MASK in batch:
         seen = _seen_of_mask(batch[MASK], text)
-    pixels = {PIXELS: batch[PIXELS]} if PIXELS in batch else {}
-    runs = Runs(torch.zeros_like(seen), seen, None, None)
-    return Frames(count=len(grid), unit_tokens=0, arguments=pixels, runs=runs, grid=grid, pads=pads)
+    elif SEEN in batch:
+        seen = _seen_as_given(batch[SEEN], text)
+    return Frames(
+        count=len(grid),
+        unit_tokens=0,
+        arguments={PIXELS: batch[PIXELS]} if PIXELS in batch else {},
+        runs=Runs(torch.zeros_like(seen), seen, None, None),
+        grid=grid,
+        pads=pads,
+        tower_runs=_tower_runs(batch.get(RUNS, 1), model),
+    )
+
+
+def _tower_runs(runs: Any, model: Any) -> int:
+    """How often the tower is to run.
+
+    Raises:
+        ValueError: no number from 1 on.
+        NotImplementedError: a tower that trains.
+    """
+    if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
+        raise ValueError(f"got {RUNS} {runs!r}; expected how often the tower runs, 1 or more")
+    if runs > 1 and any(parameter.requires_grad for parameter in model.model.visual.parameters()):
+        raise NotImplementedError(
+            f"got {RUNS} {runs} for a vision tower that trains, whose activations wait for their "
+            f"backward however often it runs; freeze it, or pass {RUNS} 1"
+        )
+    return runs
 
 
 def blank(model: Any) -> dict[str, Tensor]:
@@ -227,6 +268,16 @@ def _seen_of_mask(mask: Any, text: Text) -> Tensor:
             "are not the first ones; expected, for every token, frames 0 to n, or none"
         )
     return seen
+
+
+def _seen_as_given(seen: Any, text: Text) -> Tensor:
+    if not isinstance(seen, Tensor) or tuple(seen.shape) != text.shape or bool((seen < 0).any()):
+        found = tuple(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
+        raise ValueError(
+            f"got {SEEN} {found}; expected a tensor {text.shape} as input_ids, of numbers from 0 "
+            "on: the frames that each token sees"
+        )
+    return seen.detach().cpu().to(torch.int32)
 
 
 def _each(sample: Tensor, start: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

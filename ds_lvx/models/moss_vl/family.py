@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ds_lvx.models.batch import ShardedBatch, Text
-from ds_lvx.models.contract import Family
+from ds_lvx.models.contract import Family, Size
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.moss_vl import batch as batches
-from ds_lvx.models.moss_vl import dimensions, forward
+from ds_lvx.models.moss_vl import dimensions, forward, sized
 from ds_lvx.models.moss_vl.attention import Attention, mask_of
 from ds_lvx.models.moss_vl.processor import Processor, media_text
 from ds_lvx.models.patch import PatchedAttention
@@ -127,8 +127,35 @@ class MossVL(Family):
         return dimensions.dimensions(config, name, source)
 
     def frame_tokens(self, config: Any) -> int:
-        """Those of one of `FRAMES` frames of a film; others are larger, or smaller."""
+        """Those of one of 256 frames of a film; others are larger, or smaller. Or of the frames
+        that `random_frames` makes."""
+        side = getattr(config.vision_config, "image_size", None)
+        if side is not None:
+            return sized.tokens_of(side, config.vision_config)
         return dimensions.dimensions(config.to_dict(), "", "").frame_tokens
+
+    def config(self, size: Size) -> Any:
+        return sized.config_of(size)
+
+    def size(self, config: Any = None) -> Size:
+        return sized.size_of(config)
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]:
+        return sized.random_frames(
+            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
+        )
+
+    def regions(self) -> Mapping[str, str]:
+        return {
+            r".*\bcross_attn": "cross_attention",
+            # Its layers as well: one that is checkpointed runs again by itself.
+            r".*\blanguage_model(\.layers\.\d+)?": "text",
+            r".*\blm_head": "text",
+            r".*\bvisual": "vision",
+            r".*\bseparator_token": "vision",
+        }
 
     def vision_tower(self, model: Any) -> Any:
         return model.model.visual

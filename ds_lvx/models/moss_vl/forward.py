@@ -7,7 +7,7 @@ with it, features go to their places in one copy, and the loss counts the labels
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from ds_lvx.attention.features import offload
 from ds_lvx.models.batch import ITEMS_KEY, ShardedBatch
 from ds_lvx.models.moss_vl.attention import ROTARY
-from ds_lvx.models.moss_vl.batch import PLACES
+from ds_lvx.models.moss_vl.batch import PIECES, PLACES
 from ds_lvx.models.patch import KEYWORD, Hook
 
 STATES = "cross_attention_states"
 _PACK = "convert_packed_to_batch"
 _LOSS = "_loss_function"
+_FORWARD = "forward"
 _POSITIONS = "vision_position_ids"
 _SHIFTED = "shift_labels"
 
@@ -31,19 +32,25 @@ class Running:
 
     Attributes:
         batch: the keyword, or None: the model's own forward.
-        places: see `ds_lvx.models.moss_vl.batch.PLACES`.
+        places, pieces: see `PLACES` and `PIECES` of `ds_lvx.models.moss_vl.batch`.
         loss: keywords of the loss.
         features: the visual features, where they are kept from the model's own variables.
     """
 
     def __init__(self) -> None:
-        self.begin(None, None, {})
+        self.begin(None, {})
 
-    def begin(
-        self, batch: ShardedBatch | None, places: Tensor | None, loss: dict[str, Any]
-    ) -> None:
-        """Forget the forward before."""
-        self.batch, self.places, self.loss = batch, places, loss
+    def begin(self, batch: ShardedBatch | None, given: Mapping[str, Any]) -> None:
+        """Forget the forward before.
+
+        Args:
+            batch: the keyword.
+            given: what else was taken out of the model's arguments.
+        """
+        self.batch = batch
+        self.places: Tensor | None = given.get(PLACES)
+        self.pieces: Sequence[tuple[int, int]] = given.get(PIECES, ())
+        self.loss = {key: given[key] for key in (_SHIFTED, ITEMS_KEY) if key in given}
         self.features: Tensor | None = None
 
 
@@ -58,23 +65,52 @@ class Begin(Hook):
         self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
         batch = kwargs.get(KEYWORD)
-        ours = (PLACES, _SHIFTED, ITEMS_KEY)
+        self._running.begin(batch, {} if batch is None else kwargs)
         if batch is None:
-            self._running.begin(None, None, {})
             return None
-        loss = {key: kwargs[key] for key in ours[1:] if key in kwargs}
-        self._running.begin(batch, kwargs.get(PLACES), loss)
+        ours = (PLACES, PIECES, _SHIFTED, ITEMS_KEY)
         return args, {key: value for key, value in kwargs.items() if key not in ours}
 
     def undo(self) -> None:
-        """Give the model its packing and its loss back."""
+        """Give the model its tower's forward, its packing and its loss back."""
         for owner, key in self._owners():
             vars(owner).pop(key, None)
             if self._before[key] is not None:
                 setattr(owner, key, self._before[key])
 
     def _owners(self) -> tuple[tuple[Any, str], ...]:
-        return (self._model.model, _PACK), (self._model, _LOSS)
+        inside: Any = self._model.model
+        return (inside.visual, _FORWARD), (inside, _PACK), (self._model, _LOSS)
+
+
+class Tower:
+    """In place of the tower's forward: a frozen one may run over some of the frames at a time.
+
+    It runs as often on every rank, over a blank frame where there are none: under ZeRO-3 each run
+    gathers its weights.
+    """
+
+    def __init__(self, running: Running, tower: Any) -> None:
+        self._running, self._tower, self._own = running, tower, tower.forward
+
+    def __call__(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
+        """The tower's output, whole."""
+        pieces = self._running.pieces
+        if len(pieces) < 2:
+            return self._own(hidden_states, grid_thw=grid_thw, **kwargs)
+        outputs = []
+        rows, patches = zip(*pieces, strict=True)
+        parts = zip(grid_thw.split(rows), hidden_states.split(patches), strict=True)
+        with torch.no_grad():
+            for grid, pixels in parts:
+                blank = len(grid) == 0
+                if blank:
+                    merge = self._tower.spatial_merge_size
+                    pixels = hidden_states.new_zeros(merge**2, hidden_states.shape[1])
+                    grid = grid_thw.new_tensor([[1, merge, merge]])
+                output = self._own(pixels, grid_thw=grid, **kwargs)
+                outputs.append(output[:0] if blank else output)
+        return torch.cat(outputs)
 
 
 class Pack:
@@ -156,6 +192,7 @@ def install(model: Any, *, offloads: bool) -> None:
     running = Running()
     begin = Begin(running, model)
     model.register_forward_pre_hook(begin, with_kwargs=True)
+    model.model.visual.forward = Tower(running, model.model.visual)
     setattr(model.model, _PACK, Pack(running, model.model, offloads=offloads))
     setattr(model, _LOSS, Loss(running, model))
     text = model.model.language_model

@@ -89,8 +89,14 @@ class Grid:
         tokens = self.tokens
         totals = torch.zeros(int(self.sample.max()) + 1 if len(self) else 0, dtype=torch.int64)
         totals.index_add_(0, self.sample, tokens)
-        middle = 2 * (before(tokens) - before(totals)[self.sample]) + tokens
-        return middle * ranks // (2 * totals[self.sample])
+        starts = before(tokens) - before(totals)[self.sample]
+        return _part(starts, tokens, totals[self.sample], ranks)
+
+    def in_runs(self, runs: int) -> list[Grid]:
+        """All frames in so many runs of about as many patches each; some may be empty."""
+        patches = self.patches
+        part = _part(before(patches), patches, patches.sum(), runs)
+        return [self.part(part == number) for number in range(runs)]
 
     def offsets(self, holder: Tensor) -> Tensor:
         """``[F]``: where a frame starts among the tokens of its sample that its rank holds."""
@@ -103,6 +109,11 @@ class Grid:
             first = torch.searchsorted(samples, samples)
             place[mine] = starts - starts[first]
         return place
+
+
+def _part(starts: Tensor, lengths: Tensor, total: Tensor, parts: int) -> Tensor:
+    """Which of ``parts`` equal parts of a line the middle of each piece lies in."""
+    return (2 * starts + lengths) * parts // (2 * total)
 
 
 def before(counts: Tensor) -> Tensor:
