@@ -191,6 +191,11 @@ def case_of(checkpoint: str, *, trust_remote_code: bool = False) -> Case:
     Raises:
         ValueError: it cannot be read, or is of another family.
     """
+    if checkpoint in FAMILIES and checkpoint not in random_models():
+        raise ValueError(
+            f"--model: got {checkpoint!r}, a family without models of random weights: their code "
+            "comes with checkpoints; expected folder or hub name of one"
+        )
     try:
         config: Any = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

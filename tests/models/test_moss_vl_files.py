@@ -209,5 +209,5 @@ def test_a_comparison_trains_a_checkpoint(folder: Path) -> None:
         "text",
         "vision",
     }
-    with pytest.raises(ValueError, match="expected tiny, mllama, or folder"):
+    with pytest.raises(ValueError, match="'moss_vl', a family without models of random"):
         case_of("moss_vl")
