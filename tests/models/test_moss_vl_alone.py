@@ -93,6 +93,14 @@ BAD: dict[str, Any] = {
         **b,
         "cross_attention_mask": b["cross_attention_mask"].float(),
     },
+    r"got cross_attention_mask and visible_frames": lambda b: {
+        **b,
+        "visible_frames": torch.zeros_like(b["input_ids"]),
+    },
+    r"got visible_frames \(3, 2\)": lambda b: {
+        **without(b, "cross_attention_mask"),
+        "visible_frames": b["input_ids"][:, :2],
+    },
     r"'grid_thv' in the batch; .*'grid_thw'": lambda b: {**b, "grid_thv": b["grid_thw"]},
 }
 
