@@ -34,6 +34,9 @@ class MossVLTextRotaryEmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.rope, self.dim = config.rope_parameters, config.head_dim
+        exponents = torch.arange(0, self.dim, 2, device="cpu").float() / self.dim
+        frequencies = 1 / self.rope["rope_theta"] ** exponents
+        self.register_buffer("inv_freq", frequencies, persistent=False)
 
     def forward(self, x, position_ids):
         if position_ids.ndim == 2:
@@ -42,8 +45,7 @@ class MossVLTextRotaryEmbedding(nn.Module):
         _, rows, columns = self.rope["mrope_section"]
         axis = torch.where((index % 3 == 1) & (index < 3 * rows), 1, 0)
         axis = torch.where((index % 3 == 2) & (index < 3 * columns), 2, axis)
-        frequencies = self.rope["rope_theta"] ** -(2 * index.float() / self.dim)
-        angles = position_ids.float()[axis].permute(1, 2, 0) * frequencies
+        angles = position_ids.float()[axis].permute(1, 2, 0) * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 

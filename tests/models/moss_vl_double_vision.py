@@ -113,11 +113,11 @@ class MossVLVisionPatchEmbed(nn.Module):
 class MossVLVisionRotaryEmbedding(nn.Module):
     def __init__(self, dim, theta=1e4):
         super().__init__()
-        self.dim, self.theta = dim, theta
+        exponents = torch.arange(0, dim, 2, device="cpu").float() / dim
+        self.register_buffer("inv_freq", 1 / theta**exponents, persistent=False)
 
     def forward(self, places):
-        frequencies = self.theta ** -(torch.arange(0, self.dim, 2).float() / self.dim)
-        angles = (places[..., None].float() * frequencies.to(places.device)).flatten(1)
+        angles = (places[..., None].float() * self.inv_freq).flatten(1)
         return torch.cat((angles, angles), dim=-1)
 
 

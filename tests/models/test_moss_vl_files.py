@@ -22,6 +22,7 @@ from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.frames import choose, probe
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.models import patch_model
+from ds_lvx.models.moss_vl.checkpoint import restore_frequencies
 from ds_lvx.models.moss_vl.grid import Grid
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
@@ -168,6 +169,25 @@ def test_finetune_trains_a_checkpoint_with_code_of_its_own(folder: Path, tmp_pat
     assert trained.processor.image_token_id == source.processor.image_token_id
     before, after = (each.load(torch.float32).state_dict() for each in (source, trained))
     assert all(not torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_loaded_model_computes_what_the_saved_one_did(folder: Path) -> None:
+    """transformers leaves buffers that no checkpoint holds uninitialised."""
+    (batch, _) = whole_batches(folder, frames=3)
+    source = Source.of(str(folder), trust_remote_code=True)
+    tokens = len(source.processor.tokenizer)
+    saved = tiny_model(image=source.processor.image_token_id, vocab_size=tokens)
+    loaded = source.load(torch.float32)
+    torch.testing.assert_close(loaded(**batch).logits, saved(**batch).logits)
+    for name in (
+        "model.language_model.rotary_emb.inv_freq",
+        "model.visual.rotary_pos_emb.inv_freq",
+    ):
+        buffers = dict(loaded.named_buffers())
+        torch.testing.assert_close(buffers[name], dict(saved.named_buffers())[name])
+        buffers[name].fill_(7.0)
+    restore_frequencies(loaded)
+    torch.testing.assert_close(loaded(**batch).logits, saved(**batch).logits)
 
 
 def test_code_runs_only_where_the_user_says_so(folder: Path) -> None:

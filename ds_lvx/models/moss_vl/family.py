@@ -12,16 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from ds_lvx.models.batch import ShardedBatch, Text
 from ds_lvx.models.contract import Family, Size
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.moss_vl import batch as batches
-from ds_lvx.models.moss_vl import dimensions, forward, sized
+from ds_lvx.models.moss_vl import checkpoint, dimensions, forward, sized
 from ds_lvx.models.moss_vl.attention import Attention, mask_of
 from ds_lvx.models.moss_vl.processor import Processor, media_text
 from ds_lvx.models.patch import PatchedAttention
@@ -104,21 +102,7 @@ class MossVL(Family):
     # ---- models
 
     def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-        except (ImportError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"got {name}, whose own code does not run on transformers "
-                f"{transformers.__version__} ({type(error).__name__}: {error}); expected code "
-                "written for transformers 5: the files of most MOSS-VL checkpoints are for "
-                "4.57.1; take the modeling and configuration files of a release for transformers 5"
-            ) from error
-        tied: Any = model._tied_weights_keys
-        if isinstance(tied, list):
-            model._tied_weights_keys = {}  # transformers 5 saves by a dict; no weights are tied
-        return model
+        return checkpoint.load(name, dtype, trust_remote_code=trust_remote_code)
 
     def load_processor(self, name: str) -> Processor:
         return Processor.of(name)
