@@ -101,7 +101,7 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     _check_output(options)
     training = Chats(options.data)
     evaluation = None if options.eval_data is None else Chats(options.eval_data)
-    source = Source.of(options.model)
+    source = Source.of(options.model, trust_remote_code=options.trust_remote_code)
     source.check_tokenizer()
     encoder = TextEncoder(
         source.processor, source.max_length(options.max_length), family=source.family
@@ -111,6 +111,7 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     checks = Checks(
         level=options.check_data,
         model=options.model,
+        trust_remote_code=options.trust_remote_code,
         max_length=encoder.max_length,
         min_tokens=lvx.sequence_parallel_size,
         rate=rate,
