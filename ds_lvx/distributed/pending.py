@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from ds_lvx.distributed.notes import explained
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,10 @@ class Pending(Generic[T]):
         result = self._finish()
         self._keep = None
         return result
+
+    def then(self, change: Callable[[T], U]) -> Pending[U]:
+        """The same transfer, with what ``change`` makes of its result."""
+        return Pending(None, (), lambda: change(self.wait()))
 
     def _wait_for_works(self) -> None:
         if not self._works:

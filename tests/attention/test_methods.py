@@ -60,8 +60,9 @@ def test_every_method_matches_the_oracle_in_fp32(ranks: int) -> None:
 
 @pytest.mark.parametrize("visibility", ["none", "frames"])
 def test_heads_in_groups_match_the_oracle(visibility: str) -> None:
-    """Queries so large that gather sends them by groups of heads, as the messages tell."""
+    """Queries so large that they, or parts of the result, go by groups of heads: by messages."""
     cases = []
+    rule = visibility != "none"  # gathered once
     for (heads, kv_heads), groups in (((4, 2), 2), ((3, 3), 3), ((16, 8), 3), ((4, 1), 1)):
         for q_lengths in ((100, 100, 100), (260, 0, 40)):
             problem = Problem(
@@ -74,15 +75,19 @@ def test_heads_in_groups_match_the_oracle(visibility: str) -> None:
                 lse_weight=0.3,
                 extra={"schedule": "gather"},
             )
-            cases.append((problem, groups))
-    answers = run_ranks(run_problems, 3, [(problem, "lvx") for problem, _ in cases])
-    for index, (problem, groups) in enumerate(cases):
+            cases.append((problem, "lvx", (2 * groups + rule, 2 * groups)))
+    # One message of q, k and v, and out by two groups of the three heads of K that a rank has then.
+    problem = Problem((100, 130, 9), (70, 0, 41), heads=16, kv_heads=8, visibility=visibility)
+    problem = replace(problem, head_dim=32)
+    both = problem, replace(problem, kv_lengths=problem.q_lengths)
+    cases += [(each, "ulysses", (3 + 2 * rule, 3)) for each in both]
+    answers = run_ranks(run_problems, 3, [case[:2] for case in cases])
+    for index, (problem, _, messages) in enumerate(cases):
         errors = largest_error(assemble([a[index] for a in answers]), problem.oracle())
         assert max(errors.values()) < LIMIT, (problem, errors)
         for answer in answers:
             calls = answer[index]["forward"].calls, answer[index]["backward"].calls
-            rule = visibility != "none"  # gathered once
-            assert calls == (2 * groups + rule, 2 * groups), problem
+            assert calls == messages, problem
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -8,8 +8,7 @@ queries and the last group's parts have no kernel to hide under, hence these two
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from ds_lvx.attention import wire
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.keys import Keys, Saved
-from ds_lvx.attention.shape import head_groups
+from ds_lvx.attention.shape import head_groups, head_slices
 from ds_lvx.distributed.bundles import Bundle, Unwritten
 from ds_lvx.distributed.pending import Pending
 from ds_lvx.kernels.merge import accumulation_dtype
@@ -45,7 +44,7 @@ class Gather:
             (everyone,) = arriving.wait()
             if index + 1 < len(groups):
                 arriving = _gather_queries(call, q, groups[index + 1])
-            out, lse = keys.attend(call, everyone, rule, heads=group.keys)
+            out, lse = keys.attend(call, everyone, rule, heads=group[1])
             returning.append(_Part(call, out, lse, dtype=q.dtype))
         parts = [part.merged() for part in returning]
         return _whole([out for out, _ in parts], dim=2), _whole([lse for _, lse in parts], dim=1)
@@ -66,7 +65,7 @@ class Gather:
             q, dout, lse, delta = arriving.wait()
             if index + 1 < len(groups):
                 arriving = _gather_gradients(call, saved, groups[index + 1])
-            dq = keys.gradients(call, Saved(q, dout, lse, delta), rule, heads=group.keys)
+            dq = keys.gradients(call, Saved(q, dout, lse, delta), rule, heads=group[1])
             returning.append(_GradientPart(call, dq, dtype=saved.q.dtype))
             del q, dout, lse, delta, dq  # the projection's backward needs the room
         keys.finish()
@@ -77,36 +76,24 @@ class Gather:
 # Heads
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Neighbouring heads that travel and are attended to together.
-
-    Attributes:
-        queries: of q.
-        keys: of K and V; None for all, however many these are.
-    """
-
-    queries: slice
-    keys: slice | None
+# Neighbouring heads that travel and are attended to together: of q; and of K and V, None for all,
+# however many these are.
+_Group: TypeAlias = tuple[slice, slice | None]
 
 
 def _groups(call: Call, q: Tensor, keys: Keys) -> list[_Group]:
     """The groups, the same on every rank, in forward and in backward."""
     batch, _, heads, head_dim = q.shape
     if keys.kv_heads is None:
-        return [_Group(slice(None), None)]
+        return [(slice(None), None)]
     sizes = head_groups(
         kv_heads=keys.kv_heads,
         q_bytes=batch * max(call.q_lengths) * heads * head_dim * q.element_size(),
         on_cpu=q.device.type == "cpu",
     )
     if len(sizes) == 1:
-        return [_Group(slice(None), None)]
-    share = heads // keys.kv_heads
-    return [
-        _Group(slice(first * share, last * share), slice(first, last))
-        for first, last in pairwise(accumulate(sizes, initial=0))
-    ]
+        return [(slice(None), None)]
+    return [*head_slices(sizes, heads // keys.kv_heads)]
 
 
 def _whole(parts: list[Tensor], *, dim: int) -> Tensor:
@@ -124,12 +111,12 @@ def _rule(call: Call) -> Rule | None:
 
 
 def _gather_queries(call: Call, q: Tensor, group: _Group) -> Pending[Bundle]:
-    return call.channel.gather_rows([q[:, :, group.queries]], [_OF_Q], call.q_lengths)
+    return call.channel.gather_rows([q[:, :, group[0]]], [_OF_Q], call.q_lengths)
 
 
 def _gather_gradients(call: Call, saved: Saved, group: _Group) -> Pending[Bundle]:
     dims = [_OF_Q, _OF_Q, _OF_LSE, _OF_LSE]
-    return call.channel.gather_rows(saved.of_heads(group.queries).bundle(), dims, call.q_lengths)
+    return call.channel.gather_rows(saved.of_heads(group[0]).bundle(), dims, call.q_lengths)
 
 
 # --------------------------------------------------------------------------------------------
