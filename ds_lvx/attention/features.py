@@ -61,26 +61,39 @@ class Chunks:
                 yield tokens, self.features[:, tokens]
 
     def _streamed(self) -> Iterator[tuple[slice, Tensor]]:
-        """With the copy of the next chunk under way while its predecessor is in use."""
+        """With the copy of the next chunk under way while its predecessor is in use.
+
+        Two buffers take turns, however far the host is ahead: a copy waits on the device until
+        what its buffer held before has been used, which was launched before the next was asked for.
+        """
         current = torch.accelerator.current_stream(self._device)
         copies = torch.Stream(self._device)
-        copies.wait_stream(current)  # which may still be writing the features to the host
-        arriving = self._start(self.slices[0], copies)
-        for index, tokens in enumerate(self.slices):
-            current.wait_stream(copies)
-            chunk = arriving
-            chunk.record_stream(current)
-            if index + 1 < len(self.slices):
-                arriving = self._start(self.slices[index + 1], copies)
-            yield tokens, chunk
+        most = max(tokens.stop - tokens.start for tokens in self.slices)
+        numbers = self.features[:, :most].numel()
+        buffers = [self.features.new_empty(numbers, device=self._device) for _ in self.slices[:2]]
 
-    def _start(self, tokens: slice, copies: torch.Stream) -> Tensor:
+        def start(number: int) -> Tensor:
+            copies.wait_stream(current)  # which may still be writing the features to the host, too
+            with copies:
+                return self._copy(self.slices[number], buffers[number % 2])
+
+        arriving = start(0)
+        try:
+            for number, tokens in enumerate(self.slices):
+                chunk = arriving
+                current.wait_stream(copies)
+                if number + 1 < len(self.slices):
+                    arriving = start(number + 1)
+                yield tokens, chunk
+        finally:
+            current.wait_stream(copies)  # the buffers are this stream's memory again
+
+    def _copy(self, tokens: slice, buffer: Tensor) -> Tensor:
         part = self.features[:, tokens]
-        with copies:
-            arriving = torch.empty(part.shape, dtype=part.dtype, device=self._device)
-            # Rows of a batch one by one: each is contiguous, so that its copy is asynchronous.
-            for row, source in zip(arriving, part, strict=True):
-                row.copy_(source, non_blocking=True)
+        arriving = buffer[: part.numel()].view(part.shape)
+        # Rows of a batch one by one: each is contiguous, so that its copy is asynchronous.
+        for row, source in zip(arriving, part, strict=True):
+            row.copy_(source, non_blocking=True)
         return arriving
 
 
