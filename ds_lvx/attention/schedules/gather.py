@@ -45,7 +45,9 @@ class Gather:
             if index + 1 < len(groups):
                 arriving = _gather_queries(call, q, groups[index + 1])
             out, lse = keys.attend(call, everyone, rule, heads=group[1])
+            del everyone  # what was gathered, before there is a message as large
             returning.append(_Part(call, out, lse, dtype=q.dtype))
+            del out, lse
         parts = [part.merged() for part in returning]
         return _whole([out for out, _ in parts], dim=2), _whole([lse for _, lse in parts], dim=1)
 
@@ -66,8 +68,9 @@ class Gather:
             if index + 1 < len(groups):
                 arriving = _gather_gradients(call, saved, groups[index + 1])
             dq = keys.gradients(call, Saved(q, dout, lse, delta), rule, heads=group[1])
+            del q, dout, lse, delta
             returning.append(_GradientPart(call, dq, dtype=saved.q.dtype))
-            del q, dout, lse, delta, dq  # the projection's backward needs the room
+            del dq  # the projection's backward needs the room
         keys.finish()
         return _whole([part.summed() for part in returning], dim=2)
 
@@ -158,5 +161,6 @@ def _exchange(call: Call, part: Unwritten, *, lse: bool = False) -> Pending[Bund
 
 
 def _own_rows(call: Call, tensor: Tensor, dim: int) -> Tensor:
+    """A copy: the tensor, in fp32, has everyone's rows and need not wait for those of others."""
     rank = call.channel.rank
-    return tensor.narrow(dim, sum(call.q_lengths[:rank]), call.q_lengths[rank])
+    return tensor.narrow(dim, sum(call.q_lengths[:rank]), call.q_lengths[rank]).clone()
