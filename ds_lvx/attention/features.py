@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ds_lvx.attention.host_memory import HostMemory
+
 
 def chunk_lengths(kv_lengths: Sequence[int], rank: int, chunk_tokens: int | None) -> list[int]:
     """Tokens of each chunk of a rank's features: at most ``chunk_tokens`` each, evenly split.
@@ -49,6 +51,10 @@ class Chunks:
     def on_host(self) -> bool:
         """Whether the features have to be streamed to the device."""
         return self.features.device != self._device
+
+    def zeros(self, like: Tensor) -> Tensor:
+        """0 on the device, as a tensor of a shape and dtype that takes no memory."""
+        return torch.zeros((), dtype=like.dtype, device=self._device).expand(like.shape)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the tokens, and their features."""
@@ -134,7 +140,8 @@ class FeatureGradient:
         place = self.total[:, tokens]
         if gradient is None:
             if not self._complete:
-                place.zero_()
+                for row in place:  # by the device, as all that is written there
+                    row.copy_(chunks.zeros(row), non_blocking=True)
         elif not self._complete:
             for mine, row in zip(gradient, place, strict=True):
                 row.copy_(mine, non_blocking=True)
@@ -217,5 +224,7 @@ class _Offload(torch.autograd.Function):
 
 def host_like(features: Tensor) -> Tensor:
     """An uninitialised tensor of features' shape on the host, pinned where there is a device."""
-    pinned = torch.accelerator.is_available()
-    return torch.empty(features.shape, dtype=features.dtype, pin_memory=pinned)
+    return _memory.empty(features.shape, features.dtype)
+
+
+_memory = HostMemory()
