@@ -14,6 +14,7 @@ from ds_lvx.compare.harness import Ranks, on_ranks
 from ds_lvx.compare.peak import PROMPT_FREEING, meter
 from ds_lvx.compare.training.rank import Load, weigh
 from ds_lvx.plan.memory import Setting
+from tests.forked import fork_fresh_ranks
 
 TINY = Case(hidden=32, heads=4, kv_heads=2, cross_layers=1, mlp=8, vocabulary=16, text_tokens=4)
 MIB = 2**20
@@ -37,8 +38,8 @@ def test_every_rank_answers_with_every_sample() -> None:
             assert step > forward > 0
 
 
-@pytest.mark.slow
-def test_a_rank_that_fails_says_why_and_leaves_nothing() -> None:
+def test_a_rank_that_fails_says_why_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_fresh_ranks(monkeypatch)
     buffers = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
     with pytest.raises(RunError, match=r"(?s)rank \d ended with code 1; .*features") as raised:
         on_ranks(weigh, load(Setting(method="ring", features="offload")), TWO)

@@ -16,6 +16,7 @@ from ds_lvx.doctor import check, command, network, rank
 from ds_lvx.doctor.findings import Finding, Section, State
 from ds_lvx.doctor.rank import METHODS, RESULTS, Case
 from ds_lvx.kernels.native import NativeKernel
+from tests.forked import fork_fresh_ranks
 
 TITLES = ("Versions", "Devices", "Communication", "Kernels", "System", "Measured", "Self-check")
 
@@ -47,9 +48,10 @@ def bad(section: Section) -> list[Finding]:
 
 @pytest.mark.slow
 def test_the_report_has_every_part_and_attention_is_exact(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real ranks, 1 and 2."""
+    fork_fresh_ranks(monkeypatch)
     assert cli.main(["doctor", "--timeout", "900"]) == 0
     text = capsys.readouterr().out
     assert all(f"\n{title}" in f"\n{text}" for title in TITLES)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from ds_lvx.compare.document import deliver
 from ds_lvx.compare.training import memory
 from ds_lvx.compare.training.memory import compared
 from launch import bench_memory
+from tests.forked import fork_fresh_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT = ROOT / "docs" / "memory.md"
@@ -24,52 +23,39 @@ EMPTY = "".join(
 )
 
 
-def quick(folder: Path, part: str, *words: str) -> tuple[dict[str, Any], str]:
-    """The JSON of a quick run of one part, and the document that it wrote its table into."""
-    document = folder / "document.md"
+@pytest.mark.slow
+def test_a_quick_run_writes_json_tables_and_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = tmp_path / "document.md"
     document.write_text(f"before\n{EMPTY}after\n")
-    words = ("--quick", "--ranks", "1", "--frames", "4", "--rounds", "1", "--parts", part, *words)
-    places = ("--output_dir", str(folder), "--document", str(document))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "bench_memory.py"), *words, *places],
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = ("--only", "lvx", "--features", "trained", "--steps", "2", "--budget_gib", "0.02")
+    words += ("--quick", "--ranks", "1", "--frames", "4", "--rounds", "1")
+    places = ("--output_dir", str(tmp_path), "--document", str(document))
+    monkeypatch.setattr(sys, "argv", ["bench_memory.py", *words, *places])
+    fork_fresh_ranks(monkeypatch)
+    bench_memory.main()
     text = document.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    results = json.loads((folder / f"{part}.json").read_text())
-    assert results["kind"] == "measured"
-    assert results["command"].startswith("bench_memory.py ")
-    assert memory.text(results) in text
-    return results, text
-
-
-@pytest.mark.slow
-def test_quick_run_writes_json_table_and_plot(tmp_path: Path) -> None:
-    words = ("--only", "lvx", "--features", "trained", "--steps", "2", "--budget_gib", "0.02")
-    results, _ = quick(tmp_path, "memory", *words)
-    (record,) = results["records"]
-    assert record["timed"]["tokens"] == 260
-    assert [run["tokens"] for run in record["runs"][:2]] in ([520, 780], [780, 1560])
-    assert [len(run["ranks"]) for run in record["runs"]] == [1, 1, 1]
-    assert len(record["step_s"]["samples"]) == 2
-    assert record["peak_bytes_per_token"] > 0
-    assert record["runs"][-1]["tokens"] >= 65
-    assert record["ds_config"]["ds_lvx"]["sequence_parallel_size"] == 1
+    for part in bench_memory.PARTS:
+        results = json.loads((tmp_path / f"{part}.json").read_text())
+        assert results["kind"] == "measured"
+        assert results["command"].startswith("bench_memory.py ")
+        assert memory.text(results) in text
+        (record,) = results["records"]
+        if part == "step_time":
+            assert set(record["step_s"]) == {"kept", "recomputed"}
+            assert f"{record['recomputation_costs']['step_s']:+.1%} |" in text
+            continue
+        assert record["timed"]["tokens"] == 260
+        assert [run["tokens"] for run in record["runs"][:2]] in ([520, 780], [780, 1560])
+        assert [len(run["ranks"]) for run in record["runs"]] == [1, 1, 1]
+        assert len(record["step_s"]["samples"]) == 2
+        assert record["peak_bytes_per_token"] > 0
+        assert record["runs"][-1]["tokens"] >= 65
+        assert record["ds_config"]["ds_lvx"]["sequence_parallel_size"] == 1
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_quick_run_times_steps(tmp_path: Path) -> None:
-    results, text = quick(tmp_path, "step_time", "--steps", "1")
-    (record,) = results["records"]
-    assert set(record["step_s"]) == {"kept", "recomputed"}
-    assert f"{record['recomputation_costs']['step_s']:+.1%} |" in text
 
 
 @pytest.mark.parametrize(
