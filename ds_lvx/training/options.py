@@ -29,6 +29,7 @@ class Options:
     max_film_frames: int
     max_lead_in_frames: int
     max_gap_s: float
+    max_line_bytes: int
     max_length: int | None
     check_data: str
     on_bad_sample: str
@@ -56,12 +57,13 @@ class Options:
 
     @property
     def limits(self) -> Limits:
-        """Of images and videos."""
+        """Of lines, images and videos."""
         return Limits(
             max_pixels=self.max_pixels,
             max_film_frames=self.max_film_frames,
             max_lead_in_frames=self.max_lead_in_frames,
             max_gap_s=self.max_gap_s,
+            max_line_bytes=self.max_line_bytes,
         )
 
 
@@ -95,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     # DeepSpeed's launcher writes the first form, torch.distributed.launch the second.
     top.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     _add_inputs(top.add_argument_group("model and data"))
-    _add_limits(top.add_argument_group("limits of images and videos; what is above is an error"))
+    _add_limits(top.add_argument_group("limits of the data; what is above is an error"))
     _add_training(top.add_argument_group("training"))
     _add_outputs(top.add_argument_group("output"))
     return top
@@ -164,6 +166,12 @@ def _add_limits(group: Any) -> None:
         type=_above(float, 0),
         default=default.max_gap_s,
         help="seconds between two frames (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max_line_bytes",
+        type=_above(int, 0),
+        default=default.max_line_bytes,
+        help="of a line of --data and --eval_data (default: %(default)s)",
     )
 
 
