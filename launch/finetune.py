@@ -25,6 +25,7 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.failures import RankOutOfMemoryError, named
 from ds_lvx.distributed.notes import PeerError
 from ds_lvx.distributed.start import init_distributed, remove_shared_memory
+from ds_lvx.training.batches import Batches
 from ds_lvx.training.ending import EndAskedError
 from ds_lvx.training.inputs import check_samples, read_inputs
 from ds_lvx.training.lock import held
@@ -75,10 +76,12 @@ def finetune(options: Options, world: Channel) -> None:
             inputs = together(world, lambda: read_inputs(options, world.size))
             remove_shared_memory()
             inputs = check_samples(inputs, options, world)
-            model = load_model(options, inputs.ds_config, inputs.source)
-            engine = make_engine(model, inputs, options)
-            del model  # the engine's alone, so that nothing of it outlives the shutdown
-            Trainer(engine, inputs, options, world=world).run()
+            # Data workers start while the model is loaded.
+            with together(world, lambda: Batches(inputs, options, world)) as batches:
+                model = load_model(options, inputs.ds_config, inputs.source)
+                engine = make_engine(model, inputs, options)
+                del model  # the engine's alone, so that nothing of it outlives the shutdown
+                Trainer(engine, inputs, options, batches=batches, world=world).run()
     except REPORTED as error:
         # Before the shutdown, in which the launcher may end this rank for the failure of another.
         print(f"\n[rank {world.rank}] error: {error}", file=sys.stderr, flush=True)

@@ -136,6 +136,10 @@ class Chats:
         line = self._kept[index]
         return _Line(self.lines.source(line), self._folder).conversation(self.lines.record(line))
 
+    def source(self, index: int) -> Source:
+        """The line of a conversation."""
+        return self.lines.source(self._kept[index])
+
     def without(self, left_out: Collection[int]) -> Chats:
         """The same file, some of its conversations left out."""
         chats = copy(self)

@@ -55,8 +55,8 @@ class Index:
 def kept_index(path: str) -> Index:
     """`scan`, or what it found when this file was read before.
 
-    The ranks of a machine wait for the first of them. The cache is in `ds_lvx.cache.folder`, some
-    40 bytes a line, one file for each path; a file of another size or time of change is read anew.
+    The ranks of a machine wait for the first of them. The cache is in `ds_lvx.cache.folder`, a few
+    bytes a line, one file for each path; a file of another size or time of change is read anew.
 
     Raises:
         OSError: the file cannot be read.

@@ -33,6 +33,7 @@ class Options:
     max_length: int | None
     check_data: str
     on_bad_sample: str
+    workers: int | None
     deepspeed_config: str
     output_dir: str
     epochs: float
@@ -137,6 +138,12 @@ def _add_inputs(group: Any) -> None:
         choices=ON_BAD_SAMPLE,
         default="stop",
         help="a line that cannot serve ends the run (default), or is left out and named at its end",
+    )
+    group.add_argument(
+        "--workers",
+        type=_from(int, 0),
+        help="processes of a rank that decode ahead of it; 0: in the rank itself (default: 1 with "
+        "a GPU, else 0)",
     )
     group.add_argument("--deepspeed_config", required=True, help="a ds_config with `ds_lvx`")
 
