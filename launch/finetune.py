@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Sequence
 
 from deepspeed.accelerator import get_accelerator
-from PIL import Image
 from transformers.utils import logging
 
 import ds_lvx
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     # torch 2.13 renamed collectives that DeepSpeed calls by their old names: a warning each.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
-    Image.MAX_IMAGE_PIXELS = options.max_pixels  # PIL has a limit of its own, of the process
+    options.limits.tell_pil()
     logging.disable_progress_bar()  # of loading and saving: they would tear the training's apart
     # Before anything is put on a device: several ranks share a node.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))

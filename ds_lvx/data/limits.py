@@ -27,6 +27,12 @@ class Limits:
     max_gap_s: float = 86_400.0
     max_line_bytes: int = 64 << 20
 
+    def tell_pil(self) -> None:
+        """Set PIL's own limit, which is one of the process, to ``max_pixels``."""
+        from PIL import Image
+
+        Image.MAX_IMAGE_PIXELS = self.max_pixels
+
     def check_size(self, width: int, height: int) -> None:
         """Refuse a picture that would fill the memory.
 

@@ -128,7 +128,10 @@ class Recipe:
 
     def maker(self, source: Source | None = None) -> Maker:
         """What makes micro-batches; in a worker without the source, which is read again."""
-        return Maker(self, Source.of(self.checks.model) if source is None else source)
+        if source is None:
+            self.checks.limits.tell_pil()
+            source = Source.of(self.checks.model)
+        return Maker(self, source)
 
 
 class Maker:

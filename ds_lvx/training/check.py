@@ -212,6 +212,7 @@ def _in_a_process(chats: Chats, checks: Checks, share: Sequence[int]) -> dict[in
 
 def _work(send: Connection, chats: Chats, checks: Checks, share: Sequence[int]) -> None:
     """Tell of each sample what is wrong; before the first, that the work begins."""
+    checks.limits.tell_pil()
     maker = checks.maker(Source.of(checks.model))
     send.send(True)
     for index in share:
