@@ -96,7 +96,7 @@ class Recipe:
     @classmethod
     def of(cls, inputs: Inputs, options: Options, world: Channel) -> Recipe:
         """This rank's."""
-        size = inputs.checks.min_tokens
+        size = world.size // inputs.sizes.replicas
         replica, rank = divmod(world.rank, size)
         return cls(
             inputs.training,
