@@ -10,12 +10,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import reduction, resource_tracker, util
+from multiprocessing.synchronize import SemLock
 from threading import Thread, Timer
 from typing import Any, Generic, TypeVar
 
@@ -66,10 +68,11 @@ class Feed(Generic[T]):
             pin_memory=pin,
             generator=torch.Generator(),  # its seed is not to be drawn from the training's numbers
         )
-        before = set(multiprocessing.active_children())
+        children, names = set(multiprocessing.active_children()), _semaphores()
         with _signals_kept_from_workers() if workers > 0 else nullcontext():
             self._iterator: Any = iter(loader)
-        self._workers = set(multiprocessing.active_children()) - before
+        self._workers = set(multiprocessing.active_children()) - children
+        self._names = _semaphores() - names
 
     def __enter__(self) -> Feed[T]:
         return self
@@ -98,6 +101,9 @@ class Feed(Generic[T]):
         while self._cold > 0:
             self._next()
             self._cold -= 1
+            if self._cold == 0:  # all workers have what the names are for
+                for unlink in self._names:
+                    unlink()
         return self._next(place)
 
     def close(self) -> None:
@@ -235,7 +241,19 @@ def _end_with_the_rank() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
+    shutil.rmtree(util.get_temp_dir(), ignore_errors=True)  # the rank's
     os._exit(1)
+
+
+def _semaphores() -> set[util.Finalize]:
+    """What takes the names of this process's semaphores out of /dev/shm.
+
+    Python 3.11 to 3.14 call it at the end, or its tracker does where the process was killed; names
+    would stay where both are killed at once.
+    """
+    registry: Any = vars(util)["_finalizer_registry"]
+    unlinks = vars(SemLock)["_cleanup"].__func__
+    return {each for each in list(registry.values()) if each._callback is unlinks}
 
 
 @contextmanager

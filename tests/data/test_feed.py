@@ -72,6 +72,8 @@ def test_workers_make_ahead_and_an_end_is_named(tmp_path: Path) -> None:
         feed.begin(range(10))
         assert [int(feed.get(place)[0]) for place in range(2)] == [0, 1]
         assert set(SHARED.glob("torch_*")) == names
+        lock = feed._iterator._index_queues[0]._rlock
+        assert not (SHARED / f"sem.{lock._semlock.name[1:]}").exists()
         assert int(feed.get(2)[-1]) == 2
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(worker.pid, number)
@@ -112,7 +114,10 @@ def test_a_busy_worker_ends_with_its_feed_and_with_its_rank(tmp_path: Path) -> N
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     with subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / "log")], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(script), str(tmp_path / "log")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     ) as rank:
         assert rank.stdout is not None
         closed, busy, took_s = rank.stdout.readline().split()
@@ -122,3 +127,4 @@ def test_a_busy_worker_ends_with_its_feed_and_with_its_rank(tmp_path: Path) -> N
         rank.kill()
     psutil.wait_procs([worker], timeout=20)
     assert not worker.is_running()
+    assert not [*tmp_path.glob("pymp-*")]
