@@ -281,7 +281,8 @@ class Trainer:
                 return self._last
         failed = {row for record in self._of_group(records) for row in record["failed"]}
         made = replace(made, draft=made.draft.learning(None, but=failed))
-        self._last = made, records
+        if self._inputs.sizes.accumulation > 2:  # between the first forward and the last
+            self._last = made, records
         return made, records
 
     def _told_of(self, place: Place) -> tuple[Made, dict[str, Any]]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ds_lvx.data import feed as feeds
 from ds_lvx.data.feed import Feed, WorkerError
 
 SHARED = Path("/dev/shm")
@@ -61,6 +63,31 @@ def test_in_the_process_itself_each_is_made_when_it_is_taken(tmp_path: Path) -> 
     assert (tmp_path / "log").read_text() == "start 0 1 2 3 4 "
 
 
+@dataclass
+class Pinnable:
+    pinned: bool = False
+
+    def pin_memory(self) -> Pinnable:
+        return Pinnable(pinned=True)
+
+
+def test_what_a_worker_sends_is_pinned_or_says_why_it_could_not_be_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = feeds._Made(3, Pinnable())
+    assert feeds._Packed.of(made).opened().value == Pinnable()
+    assert feeds._Packed.of(made).pin_memory().value == Pinnable(pinned=True)
+    no_pickle = feeds._Packed.of(feeds._Made(3, lambda: 0)).pin_memory()
+    assert isinstance(no_pickle.error, WorkerError)
+    assert (no_pickle.place, no_pickle.value) == (3, None)
+
+    def full(made: object) -> bytes:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space")
+
+    monkeypatch.setattr(feeds.reduction.ForkingPickler, "dumps", full)
+    assert "got no room for a batch in /dev/shm" in str(feeds._Packed.of(made).opened().error)
+
+
 @pytest.mark.slow
 def test_workers_make_ahead_and_an_end_is_named(tmp_path: Path) -> None:
     before, names = torch.get_rng_state(), set(SHARED.glob("torch_*"))
@@ -92,8 +119,10 @@ def test_workers_make_ahead_and_an_end_is_named(tmp_path: Path) -> None:
 
 RANK = """
 import sys, time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from ds_lvx.data import feed as feeds
 from ds_lvx.data.feed import Feed
 from tests.data.test_feed import starting
 if __name__ == "__main__":
