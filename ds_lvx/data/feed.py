@@ -271,5 +271,5 @@ def _signals_kept_from_workers() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, on_child)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if on_child is None else on_child)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
