@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import shutil
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -241,7 +240,6 @@ def _end_with_the_rank() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    shutil.rmtree(util.get_temp_dir(), ignore_errors=True)  # the rank's
     os._exit(1)
 
 
