@@ -1,7 +1,7 @@
 """The process behind one rank of `tests.ranks`: runs functions, one at a time, until told to quit.
 
-Started as `python -m tests.rank_worker FD`, with the repository's root as working directory, so
-that a test module is importable here by the name that pytest gives it (`tests.config.test_x`).
+Its working directory is the repository's root, so that a test module is importable here by the name
+that pytest gives it (`tests.config.test_x`).
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import pickle
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-GLOO_TIMEOUT_S = 1800  # a run ends sooner, and says where its ranks stand
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+GROUP_TIMEOUT_S = 1800  # a run ends sooner, and says where its ranks stand
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Task:
     world_size: int
     port: int
     call: bytes
+    device: str
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,17 @@ def _run(task: Task) -> Answer:
     try:
         fn, args, kwargs = pickle.loads(task.call)
         _as_in_a_fresh_process()
-        timeout = datetime.timedelta(seconds=GLOO_TIMEOUT_S)
+        timeout = datetime.timedelta(seconds=GROUP_TIMEOUT_S)
         # The store is served by the pytest process, on a port that the system chose: no race.
         store = dist.TCPStore("127.0.0.1", task.port, is_master=False, timeout=timeout)
+        if task.device == "cuda":
+            torch.cuda.set_device(task.rank)
         dist.init_process_group(
-            "gloo", store=store, rank=task.rank, world_size=task.world_size, timeout=timeout
+            BACKENDS[task.device],
+            store=store,
+            rank=task.rank,
+            world_size=task.world_size,
+            timeout=timeout,
         )
         result = pickle.dumps(fn(*args, **kwargs))
     except BaseException:  # noqa: BLE001  (SystemExit is an answer of the task as well)
@@ -161,10 +169,11 @@ def _process_state_restored() -> Iterator[None]:
         torch.set_grad_enabled(grad_enabled)
 
 
-def _end_with_parent(parent: int) -> None:
+def _end_with_parent() -> None:
     """A worker in an endless loop must not outlive a pytest that was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
@@ -182,20 +191,22 @@ def _serve(connection: Connection) -> None:
         connection.send(left)
 
 
-def main(fd: int) -> None:
-    """Serve tasks from the pipe `fd` until `Quit` comes or the other end is closed."""
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+def serve(connection: Connection, output: str, environment: dict[str, str]) -> None:
+    """Serve tasks from the pipe until `Quit` comes or the other end is closed.
+
+    Args:
+        connection: this end of the pipe.
+        output: file for what is printed.
+        environment: of this process.
+    """
+    os.setsid()  # its children end with it, and Ctrl-C is for pytest alone
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError):
-        _serve(Connection(fd))
+        _serve(connection)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: gloo's threads can abort an interpreter that is shutting down. Coverage data
-    # is written all the same (`patch = ["_exit"]` in pyproject.toml).
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    # Under its own name, so that what is pickled here has the class that the other end expects.
-    from tests.rank_worker import main as serve
-
-    serve(int(sys.argv[1]))

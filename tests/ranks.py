@@ -1,4 +1,4 @@
-"""Run a function on several ranks, each a real process with torch.distributed over gloo.
+"""Run a function on several ranks, each a real process with torch.distributed over gloo or NCCL.
 
     def sum_over_ranks(x):                       # top level of a test module
         y = x + torch.distributed.get_rank()
@@ -8,10 +8,13 @@
     def test_sum():
         assert run_ranks(sum_over_ranks, 2, torch.zeros(1)) == [1.0, 1.0]
 
-- The processes start at the first use and serve every later test, so `import torch` is paid once.
+- The processes are forked at the first use from one that has imported torch, DeepSpeed and
+  transformers already (`tests.preloaded`), and serve every later test.
 - `fn`, its arguments and its result travel by pickle: `fn` is found by module and name, so it has
   to be at the top level of a module under `tests/` (pytest runs with `--import-mode=importlib` and
   the repository's root on `sys.path`; the name of a module is its path, `tests.attention.test_x`).
+- With `device="cuda"` rank i has GPU i, and tensors there travel over NCCL; mark such a test with
+  `pytest.mark.gpus(count)`.
 - Each run has a fresh process group, seed 0, and the environment variables that a launcher sets.
   Afterwards `ds_lvx.shutdown()` ends the groups, where `fn` has loaded `ds_lvx`.
 - What `fn` changes in its process (environment, default dtype, working folder) is put back; what
@@ -28,19 +31,20 @@ import functools
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import TCPStore
 
-from tests.rank_worker import Answer, Leave, Left, Quit, Task
+from tests.rank_worker import Answer, Leave, Left, Quit, Task, serve
 
+FORKED = get_context("forkserver")
+FORKED.set_forkserver_preload(["tests.preloaded"])
 MAX_RANKS = 4
 # Limits against hangs: far above what a loaded machine takes.
 RUN_S = 600.0
@@ -48,6 +52,7 @@ GRACE_S = 30.0
 LEAVE_S = 300.0
 QUIT_S = 60.0
 STACKS_S = 30.0
+OUTERMOST = "in <module>"  # frame of a rank
 OUTPUT_CHARACTERS = 6000
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,31 +75,23 @@ class Worker:
 
     def __init__(self, rank: int) -> None:
         self.connection, theirs = Pipe()
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
+        self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115  (as long as the process)
         self._mark = 0
         self.busy = False  # has a task that it has not answered
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.rank_worker", str(theirs.fileno())],
-            cwd=ROOT,
-            env={
-                "DS_ACCELERATOR": "cpu",
-                "TOKENIZERS_PARALLELISM": "false",
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONUNBUFFERED": "1",
-                "RANK": str(rank),
-            },
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # its children end with it, and Ctrl-C is for pytest alone
-        )
+        environment = {
+            "DS_ACCELERATOR": "cpu",
+            "TOKENIZERS_PARALLELISM": "false",
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "RANK": str(rank),
+        }
+        self.process = FORKED.Process(target=serve, args=(theirs, self._output.name, environment))
+        self.process.start()
         theirs.close()
 
     @property
     def alive(self) -> bool:
-        return self.process.poll() is None
+        return self.process.is_alive()
 
     def send(self, message: Task | Leave | Quit) -> None:
         self.busy = not isinstance(message, Quit)
@@ -113,13 +110,20 @@ class Worker:
 
     def dump_stacks(self) -> None:
         """Let the process print where its threads are."""
-        if self.alive:
-            self.process.send_signal(signal.SIGUSR1)
+        if self.alive and self.process.pid is not None:
+            os.kill(self.process.pid, signal.SIGUSR1)
+
+    def wait(self, timeout_s: float | None = None) -> int | None:
+        """Wait for the end; the exit code, None after the timeout."""
+        self.process.join(timeout_s)
+        return self.process.exitcode
 
     def stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        assert self.process.pid is not None
+        for end in (os.killpg, os.kill):  # its children too; as yet it may lead no group
+            with contextlib.suppress(ProcessLookupError):
+                end(self.process.pid, signal.SIGKILL)
+        self.wait()
         self.connection.close()
         self._output.close()
 
@@ -147,8 +151,7 @@ class WorkerPool:
             worker.send(Quit())
         deadline = time.monotonic() + QUIT_S
         for worker in idle:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(max(0.0, deadline - time.monotonic()))
+            worker.wait(max(0.0, deadline - time.monotonic()))
         for worker in workers:
             worker.stop()
 
@@ -160,9 +163,16 @@ def session_pool() -> WorkerPool:
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = RUN_S, **kwargs: Any
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = RUN_S,
+    device: str = "cpu",
+    **kwargs: Any,
 ) -> list[Any]:
     """Call `fn(*args, **kwargs)` on ranks 0 to `world_size - 1` and return the results by rank.
+
+    `device` is `"cpu"` or `"cuda"`: with which backends `torch.distributed` is started.
 
     Raises:
         ValueError: `world_size` is not 1 to 4, or `fn` or an argument cannot be pickled.
@@ -175,7 +185,7 @@ def run_ranks(
     pool = session_pool()
     try:
         workers = pool.take(world_size)
-        results = _run(workers, call, timeout_s=timeout_s)
+        results = _run(workers, call, timeout_s=timeout_s, device=device)
     except _OrderlyRankError:
         raise
     except BaseException:  # Ctrl-C and pytest-timeout too: no process may stay half-way
@@ -196,12 +206,12 @@ def _pickled_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         ) from error
 
 
-def _run(workers: list[Worker], call: bytes, *, timeout_s: float) -> list[Any]:
+def _run(workers: list[Worker], call: bytes, *, timeout_s: float, device: str) -> list[Any]:
     # The variable keeps the store's server alive during the run.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for rank, worker in enumerate(workers):
         worker.mark_output()
-        worker.send(Task(rank, len(workers), store.port, call))
+        worker.send(Task(rank, len(workers), store.port, call, device))
     answers = _collect(workers, timeout_s=timeout_s)
     errors = {rank: answer.error for rank, answer in answers.items() if answer.error is not None}
     silent = [rank for rank in range(len(workers)) if rank not in answers]
@@ -241,7 +251,7 @@ def _receive(worker: Worker) -> Answer | Left:
     try:
         return worker.connection.recv()
     except (EOFError, ConnectionResetError):
-        code = worker.process.wait()
+        code = worker.wait()
         return Answer(None, f"the process ended with exit code {code} before it answered\n", False)
 
 
@@ -269,7 +279,7 @@ def _stacks(workers: list[Worker], ranks: list[int]) -> str:
     deadline = time.monotonic() + STACKS_S
     for rank in ranks:
         # The outermost frame of the main thread is the last to be printed.
-        while workers[rank].alive and "_run_module_as_main" not in workers[rank].output():
+        while workers[rank].alive and OUTERMOST not in workers[rank].output():
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)

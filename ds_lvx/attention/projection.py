@@ -30,6 +30,28 @@ ProjectKV: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A projection that depends on the place of a token, as rotary embeddings of keys do.
+
+    Attributes:
+        project: features ``[B, t, ...]``, and which of this rank's tokens they are.
+    """
+
+    project: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+    def __call__(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of all tokens."""
+        return self.project(features, slice(None))
+
+
+def project(project_kv: ProjectKV, tokens: slice, features: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V of some tokens."""
+    if isinstance(project_kv, Placed):
+        return project_kv.project(features, tokens)
+    return project_kv(features)
+
+
+@dataclass(frozen=True)
 class Part:
     """K and V ``[B, t, K, D]`` of some tokens.
 
@@ -76,7 +98,7 @@ class Projection:
         raise NotImplementedError(f"{type(self).__name__} has no graph to push gradients through")
 
     def _run(self, tokens: slice, features: Tensor) -> tuple[Tensor, Tensor]:
-        return self._project_kv(features)
+        return project(self._project_kv, tokens, features)
 
 
 class ProjectionAgain(Projection):
@@ -123,7 +145,7 @@ class ProjectionAgain(Projection):
     def _run(self, tokens: slice, features: Tensor) -> tuple[Tensor, Tensor]:
         leaf = features.detach().requires_grad_(self._gradient is not None)
         with torch.enable_grad(), self._playback.piece():
-            k, v = self._project_kv(leaf)
+            k, v = project(self._project_kv, tokens, leaf)
         self._graph = _Graph(tokens, leaf, (k, v))
         return k.detach(), v.detach()
 

@@ -44,6 +44,7 @@ class Case:
         features: ``"trained"`` (the projector trains, so the features need a gradient),
             ``"frozen"``, or ``"tower"`` (the vision tower trains as well).
         family: its ``model_type``; empty for the first one that ds_lvx knows.
+        trust_remote_code: code that comes with a checkpoint may run.
     """
 
     hidden: int = 4096
@@ -65,6 +66,7 @@ class Case:
     trains: str = "kv"
     features: str = "trained"
     family: str = ""
+    trust_remote_code: bool = False
 
     @classmethod
     def of(cls, size: Size, family: str) -> Case:
@@ -140,7 +142,7 @@ TINY = Case(
 
 def random_models() -> list[str]:
     """Models with random weights, by name; any other name is that of a checkpoint."""
-    return ["tiny", *FAMILIES]
+    return ["tiny", *(name for name in FAMILIES if FAMILIES.named(name).has("build"))]
 
 
 def random_case(name: str) -> Case:
@@ -179,14 +181,23 @@ def cut(case: Case, *, hidden: int | None = None, **layers: int | None) -> Case:
     return replace(case, **changes)
 
 
-def case_of(checkpoint: str) -> Case:
+def case_of(checkpoint: str, *, trust_remote_code: bool = False) -> Case:
     """The sizes of a checkpoint, by its config; all of it trains.
+
+    Args:
+        checkpoint: folder or hub name.
+        trust_remote_code: code that comes with it may run.
 
     Raises:
         ValueError: it cannot be read, or is of another family.
     """
+    if checkpoint in FAMILIES and checkpoint not in random_models():
+        raise ValueError(
+            f"--model: got {checkpoint!r}, a family without models of random weights: their code "
+            "comes with checkpoints; expected folder or hub name of one"
+        )
     try:
-        config: Any = AutoConfig.from_pretrained(checkpoint)
+        config: Any = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--model: got {checkpoint!r}, which cannot be read ({error}); expected "
@@ -197,7 +208,8 @@ def case_of(checkpoint: str) -> Case:
             f"--model: got {checkpoint!r}, a model of type {config.model_type!r}; expected one of "
             f"type {', '.join(map(repr, FAMILIES))}"
         )
-    return Case.of(FAMILIES.named(config.model_type).size(config), config.model_type)
+    case = Case.of(FAMILIES.named(config.model_type).size(config), config.model_type)
+    return replace(case, trust_remote_code=trust_remote_code)
 
 
 def build_model(
@@ -213,7 +225,8 @@ def build_model(
     family = case.contract()
     model: nn.Module
     if checkpoint is not None:
-        model = family.load(checkpoint, dtype)
+        trusts = {"trust_remote_code": True} if case.trust_remote_code else {}
+        model = family.load(checkpoint, dtype, **trusts)
     else:
         torch.manual_seed(0)
         model = family.build(case.config(), gate=1.0, dtype=torch.bfloat16).to(dtype)

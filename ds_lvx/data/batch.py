@@ -51,6 +51,11 @@ class Frames:
     video: Video | None
     indices: tuple[int, ...]
 
+    @property
+    def times(self) -> list[float] | None:
+        """Seconds of a video's chosen frames; None for an image."""
+        return None if self.video is None else [self.video.seconds(i) for i in self.indices]
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -136,7 +141,8 @@ class BatchMaker:
             frames = tuple(self._frames(part) for part in conversation.media)
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
-        text = self.encoder.encode(conversation, [len(f.indices) for f in frames])
+        counts, times = [len(f.indices) for f in frames], [f.times for f in frames]
+        text = self.encoder.encode(conversation, counts, times)
         if len(text.input_ids) < self._min_tokens:
             raise DataError.at(
                 source,

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from multiprocessing import reduction, resource_tracker, util
+from multiprocessing import connection, reduction, resource_tracker, util
 from multiprocessing.synchronize import SemLock
 from threading import Thread, Timer
 from typing import Any, Generic, TypeVar
@@ -134,6 +134,8 @@ class Feed(Generic[T]):
         return made.value
 
     def _lost(self, error: Exception) -> str:
+        # One that is just ending breaks off before it can be seen to have ended.
+        connection.wait([each.sentinel for each in self._workers], timeout=_GRACE_S)
         codes = [each.exitcode for each in self._workers if each.exitcode is not None]
         if not codes:
             return (

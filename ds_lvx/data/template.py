@@ -58,13 +58,14 @@ class ChatTemplate:
         self.text = template or SIMPLE_TEMPLATE.replace("IMAGE", image_token)
 
     def write(
-        self, conversation: Conversation, frame_counts: Sequence[int]
+        self, conversation: Conversation, media: Sequence[int | str]
     ) -> tuple[str, list[Span]]:
         """Write a conversation.
 
         Args:
             conversation: the sample.
-            frame_counts: frames of each of its media, in their order; an image counts one.
+            media: for each of its media, in their order, how many images it is (one for each frame
+                of a video), or the text that stands for it.
 
         Returns:
             The text, and for each message of the assistant the characters that are its answer.
@@ -74,13 +75,13 @@ class ChatTemplate:
         """
         messages, source = conversation.messages, conversation.source
         answers = [message.text for message in messages if message.role == "assistant"]
-        given = template_input(messages, frame_counts, self._takes_parts)
+        given = template_input(messages, media, self._takes_parts)
         written = self._render(given, source)
         _check_whole(conversation, written)
         # A word that stands nowhere in the text.
         word = next(w for w in (f"lvx{n}answer" for n in count()) if w not in written)
         marks = [f"{word}{n}mark" for n in range(len(answers))]
-        given = template_input(messages, frame_counts, self._takes_parts, marks=marks)
+        given = template_input(messages, media, self._takes_parts, marks=marks)
         pieces = re.split(rf"{word}(\d+)mark", self._render(given, source))
         spans = _find_answers(written, pieces, answers)
         if spans is None:
@@ -139,20 +140,20 @@ class ChatTemplate:
 
 def template_input(
     messages: Sequence[Message],
-    frame_counts: Sequence[int],
+    media: Sequence[int | str],
     takes_parts: Mapping[str, bool],
     *,
     marks: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """The messages as chat templates take them: a video is as many images as it has frames.
+    """The messages as chat templates take them; a video is text, or an image for each frame.
 
     Args:
         messages: of a conversation.
-        frame_counts: of its media, in order.
+        media: of the conversation, in order: images, or the text that stands for a medium.
         takes_parts: by role; where it is False, text without media is a string.
         marks: what stands in the place of the answers.
     """
-    counts, names = iter(frame_counts), iter(marks or ())
+    stands, names = iter(media), iter(marks or ())
     given: list[dict[str, Any]] = []
     for message in messages:
         answers = message.role == "assistant"
@@ -162,8 +163,12 @@ def template_input(
         for part in () if answers else message.parts:
             if part.kind == "text":
                 content.append({"type": "text", "text": part.value})
+                continue
+            stand = next(stands)
+            if isinstance(stand, str):
+                content.append({"type": "text", "text": stand})
             else:
-                content += [{"type": "image"}] * next(counts)
+                content += [{"type": "image"}] * stand
         text_alone = all(part["type"] == "text" for part in content)
         if text_alone and not takes_parts[message.role]:
             whole = "".join(part["text"] for part in content)

@@ -87,19 +87,31 @@ class TextEncoder:
         written = (self.family.model_type, self.image_token, self._template.text, tokenizer)
         return hashlib.sha256(repr(written).encode()).hexdigest()
 
-    def encode(self, conversation: Conversation, frame_counts: Sequence[int]) -> EncodedText:
+    def encode(
+        self,
+        conversation: Conversation,
+        frame_counts: Sequence[int],
+        times: Sequence[Sequence[float] | None] = (),
+    ) -> EncodedText:
         """Write, tokenize and label one conversation.
 
         Args:
             conversation: the sample.
             frame_counts: frames of each of its media, in their order; an image counts one.
+            times: seconds of the frames of each medium, None for an image; where there are none,
+                the frames of a video are images.
 
         Raises:
             DataError: the text is longer than ``max_length``, holds the image token itself, or
                 the template does not write what the conversation says.
         """
         self._refuse_huge(conversation, frame_counts)
-        text, spans = self._write(conversation, frame_counts)
+        given = times or [None] * len(frame_counts)
+        texts = [self.family.media_text(self.processor, each) for each in given]
+        media = [
+            count if text is None else text for count, text in zip(frame_counts, texts, strict=True)
+        ]
+        text, spans = self._write(conversation, media)
         start = text[: _OFTEN * self.max_length]
         if start != text:
             found = self.tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"]
@@ -134,10 +146,10 @@ class TextEncoder:
             raise self._too_long(conversation, f"at least {least}", frame_counts)
 
     def _write(
-        self, conversation: Conversation, frame_counts: Sequence[int]
+        self, conversation: Conversation, media: Sequence[int | str]
     ) -> tuple[str, list[Span]]:
         """The text, and where in it that stands which is learnt."""
-        written, spans = self._template.write(conversation, frame_counts)
+        written, spans = self._template.write(conversation, media)
         learnt = [m.learnt for m in conversation.messages if m.role == "assistant"]
         ends = [self._with_end_token(written, end) for _, end in spans]
         text = self.family.finish_text(self.processor, written)

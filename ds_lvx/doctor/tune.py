@@ -114,7 +114,7 @@ def of_model(
     ranks = section.sequence_parallel_size
     named = {rule.method for rule in section.layers}
     methods = [m for m, entry in METHODS.items() if entry.distributed] if AUTO in named else named
-    visual = frames * wanted.frame_tokens
+    visual = frames * wanted.with_frames(frames).frame_tokens
     for layers, keys in ((wanted.cross, visual), (wanted.text, text)):
         own = Shape(
             _share(text, ranks),

@@ -282,11 +282,19 @@ class Family(ABC):
     lora_targets: str = r".*\.(q_proj|k_proj|v_proj|o_proj)"
     """The text's attention projections, a regular expression for the whole name of a module."""
 
-    def load(self, name: str, dtype: torch.dtype) -> Any:
-        """A checkpoint's model, from a folder or the hub."""
+    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+        """A checkpoint's model, from a folder or the hub.
+
+        Args:
+            name: of the folder, or on the hub.
+            dtype: of the weights.
+            trust_remote_code: code that comes with the checkpoint may run.
+        """
         from transformers import AutoModelForImageTextToText
 
-        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        return AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code
+        )
 
     def load_processor(self, name: str) -> Any:
         """A checkpoint's processor, with ``tokenizer``, ``image_token`` and ``image_token_id``."""
@@ -297,6 +305,16 @@ class Family(ABC):
     def vision_tower(self, model: Any) -> nn.Module:
         """What ``--freeze_vision`` leaves untrained."""
         raise self.lacks("vision_tower", "--freeze_vision")
+
+    def media_text(self, processor: Any, times: Sequence[float] | None) -> str | None:
+        """What a medium is in the text, with an image token for each frame; None leaves it to the
+        chat template, which writes an image for each.
+
+        Args:
+            processor: the checkpoint's.
+            times: of a video's frames, in seconds; None for an image.
+        """
+        return None
 
     def finish_text(self, processor: Any, written: str) -> str:
         """What the processor makes of a text that its chat template wrote, before it is tokenized.
@@ -328,6 +346,10 @@ class Family(ABC):
             For ``ds_lvx.shard_batch(..., frames="local")``.
         """
         raise self.lacks("frames", "training on images and videos")
+
+    def has(self, part: str) -> bool:
+        """Whether this family has an optional part."""
+        return getattr(type(self), part) is not getattr(Family, part)
 
     def lacks(self, part: str, what: str) -> NotImplementedError:
         """The error for an optional part that a tool needs and this family has not."""

@@ -81,6 +81,15 @@ class Model:
         layers = self.text.parameters + self.cross.parameters + self.tower.parameters
         return layers + embeddings + self.projector_parameters
 
+    def with_frames(self, frames: int) -> Model:
+        """The same for samples of so many frames, of a model that makes many of them smaller."""
+        return self
+
+    @property
+    def projector_tokens(self) -> int:
+        """Of a frame, that the projector works on."""
+        return self.tower_tokens
+
     @property
     def cross_parameters(self) -> int:
         """Weights of the cross-attention layers and the projector."""

@@ -174,8 +174,7 @@ class _Content:
                 'whole batch with frames="all", or the local frames themselves'
             )
         # With frames="local" the units at hand are this rank's from the first on.
-        mine = slice(0, visual.count) if frames == "local" else span(visual.shares(size), rank)
-        return cls(place, frames, text, replace(visual, arguments=visual.cut(mine)))
+        return cls(place, frames, text, visual if frames == "local" else visual.part(rank, size))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> _Content:
         arguments = {key: change(value) for key, value in self.visual.arguments.items()}
@@ -197,7 +196,7 @@ class _Content:
         return record
 
     def record(self) -> dict[str, Any]:
-        record = {**self.shared_record(), "share": self.visual.count}
+        record = {**self.shared_record(), **self.visual.record()}
         if self._tells_padding:
             valid = self.visual.valid_parts(self.text.shape[0])
             record |= {"parts": valid.shape[2], "valid": pack_tiles(valid)}
@@ -214,21 +213,23 @@ class _Content:
     ) -> Any:
         """This rank's shard on the model's device, knowing how many units each rank holds."""
         (rank, size), device = self.place, _device(model)
+        visual = self.visual.settled(records)
         shares = tuple(int(record["share"]) for record in records)
         if self.frames == "all":
-            shares = self.visual.shares(size)
+            shares = visual.shares(size)
         lengths = split(self.text.shape[1], size)
+        here = span(lengths, rank)
         arguments: dict[str, Any] = {}
         kv_lengths, rule, row_mask = None, None, None
-        if self.visual.runs is not None:
-            self.visual.runs.check_images(sum(shares))
+        if visual.runs is not None:
+            visual.runs.check_images(sum(shares))
         if sum(shares) > 0:
-            blank = shares[rank] == 0 and not self.visual.encoded
-            arguments = family.blank(model) if blank else dict(self.visual.arguments)
-            kv_lengths = self.visual.lengths(shares)
-            if self.visual.runs is not None:
-                rule = self.visual.rule(self._valid(shares, records))
-                row_mask = ~self.visual.runs.sees_nothing
+            blank = shares[rank] == 0 and not visual.encoded
+            arguments = family.blank(model) if blank else dict(visual.arguments)
+            kv_lengths = visual.lengths(shares)
+            if visual.runs is not None:
+                rule = visual.rule(self._valid(shares, records))
+                row_mask = ~visual.runs.sees_nothing
         elif always_vision:
             arguments, kv_lengths = family.blank(model), (0,) * size
             row_mask = torch.zeros(self.text.shape).bool()
@@ -241,7 +242,8 @@ class _Content:
             row_mask=row_mask,
             device=device,
         )
-        shard = {**self.text.shard(span(lengths, rank)), **arguments}
+        beside = visual.beside(rank, self.text, here)
+        shard = {**self.text.shard(here), **arguments, **beside}
         moved = {key: move(value, device) for key, value in shard.items()}
         return {**moved, **family.always, KEYWORD: keyword}
 

@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 Dimensions: TypeAlias = "Callable[[Mapping[str, Any], str, str], Model]"
 
-BUILT_IN: Mapping[str, str] = {"mllama": "ds_lvx.models.mllama.family:Mllama"}
+BUILT_IN: Mapping[str, str] = {
+    "mllama": "ds_lvx.models.mllama.family:Mllama",
+    "moss_vl": "ds_lvx.models.moss_vl.family:MossVL",
+}
 """``model_type`` -> where its `Family` is."""
 
 KNOWN: Mapping[str, str] = {
     name: f"ds_lvx.models.{name}.dimensions"
-    for name in ("mllama", "mplugowl3", "openflamingo", "idefics")
+    for name in ("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics")
 }
 """``model_type`` -> the module with ``known``, a function that returns models known by name, and
 where a config can be read, ``dimensions``, as in `Family`. The planner predicts more models than

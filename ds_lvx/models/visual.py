@@ -12,7 +12,7 @@ import base64
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import digest, split
+from ds_lvx.models.batch import Text, digest, span, split
 
 PADDING = -1
 _CHUNK_ELEMENTS = 1 << 22
@@ -152,7 +152,7 @@ class Visual:
     """What a family says of the visual part of a batch, on one rank.
 
     A family whose units differ in tokens, or whose arguments have no dimension of units, derives
-    its own and overrides `shares`, `lengths`, `cut` and `rule`.
+    its own and overrides `shares`, `part`, `record`, `settled`, `lengths`, `rule` and `beside`.
 
     Attributes:
         count: units at hand: those of the sample, or with ``frames="local"`` this rank's.
@@ -188,6 +188,29 @@ class Visual:
             "visibility of the images (a checksum)": checksum,
             "images of each sample (a checksum)": counts,
         }
+
+    def record(self) -> dict[str, Any]:
+        """What the other ranks must hear of the units at hand."""
+        return {"share": self.count}
+
+    def settled(self, records: Sequence[Mapping[str, Any]]) -> Visual:
+        """The same, with what the other ranks' `record` say of their units."""
+        return self
+
+    def part(self, rank: int, size: int) -> Visual:
+        """The same with one rank's units, of a batch that holds all."""
+        here = span(self.shares(size), rank)
+        return replace(self, arguments=self.cut(here))
+
+    def beside(self, rank: int, text: Text, here: slice) -> dict[str, Any]:
+        """Further arguments of the model: what follows from the whole text and all units.
+
+        Args:
+            rank: whose arguments.
+            text: the whole text.
+            here: this rank's part of it.
+        """
+        return {}
 
     def shares(self, parts: int) -> tuple[int, ...]:
         """How many of the sample's units each of ``parts`` ranks gets."""

@@ -107,7 +107,7 @@ def scenario_of(options: argparse.Namespace) -> Scenario:
     else:
         frames = count(options.frames or "1", what="--frames")
     return Scenario(
-        model=wanted,
+        model=wanted.with_frames(frames),
         text_tokens=count(options.text, what="--text"),
         frames=frames,
         zero_stage=options.zero,

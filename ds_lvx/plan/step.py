@@ -127,7 +127,8 @@ def _products(device: Device, parameters: int, tokens: int) -> float:
 def _vision(scenario: Scenario, device: Device, ranks: int) -> float:
     """The tower and the projector, over the frames of a rank."""
     model, tower = scenario.model, scenario.model.tower
-    tokens = scenario.frames_of_a_rank(ranks) * model.tower_tokens
+    frames = scenario.frames_of_a_rank(ranks)
+    tokens = frames * model.tower_tokens
     # Frames attend within themselves: 4 T^2 H D operations forward, 10 backward.
     pairs = tokens * model.tower_tokens * tower.heads * tower.head_dim
     passes, attention = 1, pairs * device.whole.pair_s
@@ -135,7 +136,8 @@ def _vision(scenario: Scenario, device: Device, ranks: int) -> float:
         passes = 4 if scenario.checkpointing else 3
         attention += pairs * device.backward.pair_s
     layer = passes * _products(device, tower.parameters // tower.count, tokens) + attention
-    return tower.count * layer + 3 * _products(device, model.projector_parameters, tokens)
+    projected = frames * model.projector_tokens
+    return tower.count * layer + 3 * _products(device, model.projector_parameters, projected)
 
 
 def _zero(scenario: Scenario, cluster: Cluster) -> float:

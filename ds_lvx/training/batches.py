@@ -130,7 +130,8 @@ class Recipe:
         """What makes micro-batches; in a worker without the source, which is read again."""
         if source is None:
             self.checks.limits.tell_pil()
-            source = Source.of(self.checks.model)
+            trusts = self.checks.trust_remote_code
+            source = Source.of(self.checks.model, trust_remote_code=trusts)
         return Maker(self, source)
 
 

@@ -45,6 +45,7 @@ class Checks:
         min_tokens: and must have.
         rate: which frames of a video are taken.
         limits: for images and films.
+        trust_remote_code: code that comes with the checkpoint may run.
     """
 
     level: str
@@ -53,6 +54,7 @@ class Checks:
     min_tokens: int
     rate: FrameRate
     limits: Limits = DEFAULT_LIMITS
+    trust_remote_code: bool = False
 
     def maker(self, source: Source) -> BatchMaker:
         """What makes samples, as the run will, but on one rank."""
@@ -213,7 +215,8 @@ def _in_a_process(chats: Chats, checks: Checks, share: Sequence[int]) -> dict[in
 def _work(send: Connection, chats: Chats, checks: Checks, share: Sequence[int]) -> None:
     """Tell of each sample what is wrong; before the first, that the work begins."""
     checks.limits.tell_pil()
-    maker = checks.maker(Source.of(checks.model))
+    source = Source.of(checks.model, trust_remote_code=checks.trust_remote_code)
+    maker = checks.maker(source)
     send.send(True)
     for index in share:
         send.send(_problem(chats, maker, index, checks.level))

@@ -104,7 +104,7 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
         for path in (options.data, options.eval_data)
     )
     assert training is not None
-    source = Source.of(options.model)
+    source = Source.of(options.model, trust_remote_code=options.trust_remote_code)
     source.check_tokenizer()
     encoder = TextEncoder(
         source.processor, source.max_length(options.max_length), family=source.family
@@ -114,6 +114,7 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     checks = Checks(
         level=options.check_data,
         model=options.model,
+        trust_remote_code=options.trust_remote_code,
         max_length=encoder.max_length,
         min_tokens=lvx.sequence_parallel_size,
         rate=rate,

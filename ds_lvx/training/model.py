@@ -33,15 +33,17 @@ class Source:
         family: of the model.
         config: of the model.
         processor: that belongs to it.
+        trust_remote_code: code that comes with the checkpoint may run.
     """
 
     name: str
     family: Family
     config: Any
     processor: Any
+    trust_remote_code: bool = False
 
     @classmethod
-    def of(cls, name: str) -> Source:
+    def of(cls, name: str, *, trust_remote_code: bool = False) -> Source:
         """Read config and processor, not the weights.
 
         Raises:
@@ -53,10 +55,10 @@ class Source:
             return cls(name, family, *family.tiny())
         _refuse_adapter(name, only_local=True)
         with _readable(name):
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         family = _family(name, config.model_type)
         with _readable(name):
-            return cls(name, family, config, family.load_processor(name))
+            return cls(name, family, config, family.load_processor(name), trust_remote_code)
 
     @property
     def is_tiny(self) -> bool:
@@ -105,7 +107,8 @@ class Source:
         if self.is_tiny:
             return self.family.build(self.config, gate=TINY_GATE, dtype=dtype)
         with _readable(self.name):
-            return self.family.load(self.name, dtype)
+            trusts = {"trust_remote_code": True} if self.trust_remote_code else {}
+            return self.family.load(self.name, dtype, **trusts)
 
 
 def _family(name: str, model_type: str) -> Family:
@@ -220,6 +223,11 @@ def _readable(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:  # a ValueError of a type that transformers has not
         _refuse_adapter(name, only_local=False)
+        if "trust_remote_code=True" in str(error):
+            raise ValueError(
+                f"--model: got {name!r}, a model whose code comes with the checkpoint; expected "
+                "leave to run that code; read it, and pass --trust_remote_code"
+            ) from error
         raise ValueError(
             f"--model: got {name!r}, which cannot be read ({error}); expected a folder or the hub "
             "name of a checkpoint, or `tiny`; check the name, and the login for a gated one"

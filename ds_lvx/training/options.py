@@ -20,6 +20,7 @@ class Options:
     """What the user asked for; `parser` has the meaning of each."""
 
     model: str
+    trust_remote_code: bool
     data: str
     eval_data: str | None
     fps: float | None
@@ -110,6 +111,11 @@ def _add_inputs(group: Any) -> None:
         required=True,
         help="folder or hub name of a checkpoint; `tiny`: a tiny one with random weights; "
         "`tiny:TYPE`: one of another model_type",
+    )
+    group.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run code that comes with the checkpoint, for models that transformers has not",
     )
     group.add_argument("--data", required=True, help="JSONL file of chats to train on")
     group.add_argument("--eval_data", help="JSONL file of chats to evaluate on")

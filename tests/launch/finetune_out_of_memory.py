@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import runpy
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ds_lvx.training.loop import Trainer
-from tests.launch.finetune_runs import SCRIPT
+from tests.launch.finetune_runs import finetune_main
 
 TOO_MUCH = 2**46  # bytes: no machine has them
 
@@ -27,19 +27,18 @@ class Hungry:
             torch.empty(TOO_MUCH, dtype=torch.uint8)
 
 
-def main() -> None:
-    """Run the script; this process is its own, so that its classes may be changed."""
+def hungry(runs_out: int, words: Sequence[str]) -> int:
+    """The script's main; this process is its own, so that its classes may be changed."""
     train = Trainer.train
 
     def train_hungrily(trainer: Trainer) -> None:
-        if os.environ["RANK"] == os.environ["RUNS_OUT"]:
+        if int(os.environ["RANK"]) == runs_out:
             trainer.engine.module.get_decoder().layers[1].register_forward_hook(Hungry())
         train(trainer)
 
     Trainer.train = train_hungrily  # type: ignore[method-assign]
-    sys.argv[0] = str(SCRIPT)
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    return finetune_main(words)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(hungry(int(os.environ["RUNS_OUT"]), sys.argv[1:]))

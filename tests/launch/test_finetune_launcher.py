@@ -26,6 +26,7 @@ from tests.launch.finetune_runs import (
     one_process_loss,
     one_process_samples,
 )
+from tests.launch.forked_runs import Run
 
 pytestmark = pytest.mark.slow
 CONFIG = ROOT / "ds_configs" / "finetune-cpu.json"
@@ -65,13 +66,14 @@ def test_all_132_frames_of_a_real_video_over_two_ranks(tmp_path: Path) -> None:
 
 def test_an_error_ends_all_ranks_with_one_line_each(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "train.jsonl", chat(("video", "none.mp4")))
-    done = deepspeed(
-        *arguments(model="tiny", data=data, deepspeed_config=CONFIG, output_dir=tmp_path / "out")
-    )
-    assert done.returncode != 0
-    for rank in range(2):
-        assert re.search(rf"\[rank {rank}\] error: .*{data}:1: got no such file", done.stderr)
-    assert "Traceback" not in done.stderr
+    out = tmp_path / "out"
+    words = arguments(model="tiny", data=data, deepspeed_config=CONFIG, output_dir=out)
+    run = Run(words, ranks=2, folder=tmp_path)
+    assert 0 not in run.end(launcher=False)
+    for rank, log in enumerate(run.logs):
+        said = log.read_text()
+        assert re.search(rf"\[rank {rank}\] error: .*{data}:1: got no such file", said), said
+        assert "Traceback" not in said
 
 
 def test_a_launcher_that_is_ended_takes_its_ranks_along_and_they_save(tmp_path: Path) -> None:

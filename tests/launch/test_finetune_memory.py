@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
-from torch.distributed import TCPStore
 
 from tests.data.media import chat, write_image, write_jsonl
-from tests.launch.finetune_runs import ROOT, arguments, deepspeed, finetune, write_config
+from tests.launch.finetune_out_of_memory import hungry
+from tests.launch.finetune_runs import arguments, deepspeed, finetune, write_config
+from tests.launch.forked_runs import Run
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -33,32 +32,6 @@ def words(folder: Path) -> Sequence[str]:
     )
 
 
-def without_a_launcher(given: Sequence[str], runs_out: int) -> list[tuple[int, str]]:
-    """Exit codes and what was printed to stderr, by rank; nobody ends one rank for the other."""
-    probe = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = str(probe.port)
-    del probe
-    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RUNS_OUT": str(runs_out)}
-    common |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), *given],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        printed = [rank.communicate()[1] for rank in ranks]
-        return [(rank.returncode, text) for rank, text in zip(ranks, printed, strict=True)]
-    finally:
-        for rank in ranks:
-            rank.kill()
-
-
 def said(rank: int, runs_out: int) -> str:
     what = rf"rank {runs_out} \(.*\) ran out of memory in forward: asked for {SIZE} on cpu"
     return rf"\[rank {rank}\] error: {what}"
@@ -68,8 +41,10 @@ def said(rank: int, runs_out: int) -> str:
 def test_every_rank_ends_with_a_line_and_without_help(tmp_path: Path, runs_out: int) -> None:
     """Rank 0 takes the job's store with it when it ends; what it said arrives all the same."""
     given = words(tmp_path)
-    for rank, (code, printed) in enumerate(without_a_launcher(given, runs_out)):
-        assert code == 1, printed
+    run = Run(given, ranks=2, folder=tmp_path, main=partial(hungry, runs_out))
+    assert run.end(launcher=False) == [1, 1], run.output()
+    for rank, log in enumerate(run.logs):
+        printed = log.read_text()
         assert "Traceback" not in printed, printed
         last = printed.rstrip().splitlines()[-1]
         assert re.match(said(rank, runs_out), last), printed

@@ -36,7 +36,7 @@ def test_a_class_that_lacks_parts_is_told_which(families: Families) -> None:
     assert "new" not in families
     families.register("new", with_parts(*PARTS))
     assert families.named("new").model_type == "new"
-    assert list(families) == ["mllama", "new"]
+    assert list(families) == [*BUILT_IN, "new"]
 
 
 def test_a_module_serves_as_well(families: Families) -> None:
@@ -62,7 +62,7 @@ def test_a_model_type_has_one_family(families: Families) -> None:
         families.register("new", with_parts(*PARTS))
     with pytest.raises(ValueError, match=r"'mllama', which ds_lvx\.models\.mllama"):
         families.register("mllama", first)
-    with pytest.raises(NotImplementedError, match="'newer'; expected one of mllama, new;"):
+    with pytest.raises(NotImplementedError, match="'newer'; expected one of mllama, moss_vl, new;"):
         families.named("newer")
 
 
@@ -123,7 +123,7 @@ def test_the_planner_gets_dimensions_without_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PLANNING], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["8 mllama mplugowl3 idefics", "[]"]
+    assert done.stdout.splitlines() == ["9 mllama moss_vl mplugowl3 idefics", "[]"]
 
 
 # ---- who names a family
@@ -145,6 +145,6 @@ def test_outside_of_models_nothing_names_a_family() -> None:
         if name.startswith(("ds_lvx/models/", *CASES)):
             continue
         for number, line in enumerate(path.read_text().splitlines(), start=1):
-            if re.search(r"mllama|llama-3\.2", line, re.I) and not USAGE.search(line):
+            if re.search(r"mllama|llama-3\.2|moss", line, re.I) and not USAGE.search(line):
                 named.append(f"{name}:{number}: {line.strip()}")
     assert not named, "\n".join(named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,6 +46,33 @@ def test_text_has_the_answer_and_where_it_comes_from(capsys: pytest.CaptureFixtu
         CARDS["H100"].source,
     ):
         assert words in text
+
+
+def test_the_numbers_for_an_hour_of_video_are_the_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    commands = re.findall(r"^ds-lvx (plan .*--group 8)$", document, re.MULTILINE)
+    rows = re.findall(r"^\| [\d,]+ \| .* \|$", document, re.MULTILINE)
+    assert len(commands) == len(rows) == 2
+    for command, row in zip(commands, rows, strict=True):
+        text, frames, visual, alone, memory, sends, ring, step = (
+            cell.strip() for cell in row.strip("|").split("|")
+        )
+        words = command.split()
+        assert main(words) == 0
+        out = capsys.readouterr().out
+        assert f"{text} text tokens, {frames} frames = {visual} visual tokens" in out
+        gather, of_ring, ulysses = (
+            re.findall(rf"^  {method}  .*", out, re.MULTILINE)[0]
+            for method in ("lvx gather", "ring", "ulysses")
+        )
+        for cell in (f"{float(memory.split()[0]):g} GiB", sends, step):
+            assert cell in gather, (row, gather)
+        assert ring in of_ring, (row, of_ring)
+        needs = f"needs {alone.partition(':')[0]} a rank and 73.6 GiB may be filled"
+        assert needs in failure(capsys, *words[:-1], "1")
+    assert re.findall(r"sends less than `lvx` \((.*?)\)", document)[0] in ulysses
 
 
 def test_json_has_every_method_and_its_parts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,7 @@ def test_llama_vision_has_the_dimensions_of_transformers_config(tmp_path: Path) 
         ("OpenFlamingo-9B", 8.4, 64, (8, 8, 8, 64)),
         ("OpenFlamingo-3B", 2.6, 64, (24, 8, 8, 64)),
         ("idefics-9b", 9.0, 64, (8, 32, 32, 128)),
+        ("MOSS-VL-Instruct-0708", 11.3, 721, (12, 32, 8, 128)),
     ],
 )
 def test_known_models(
@@ -45,6 +46,17 @@ def test_known_models(
     assert found.frame_tokens == frame_tokens
     layers = found.cross
     assert (layers.count, layers.heads, layers.kv_heads, layers.head_dim) == cross
+
+
+@pytest.mark.parametrize(
+    ("frames", "tokens"), [(1, 2041), (256, 721), (1024, 181), (3600, 46), (10**6, 7)]
+)
+def test_frames_that_share_a_budget_of_pixels(frames: int, tokens: int) -> None:
+    moss = model("MOSS-VL").with_frames(frames)
+    assert moss.parameters == pytest.approx(11.336e9, rel=1e-3)
+    assert moss.frame_tokens == tokens
+    assert moss.tower_tokens == 4 * (tokens - 1)
+    assert model("mPLUG-Owl3-7B").with_frames(frames).frame_tokens == 729
 
 
 def test_an_unknown_model_lists_the_known_and_the_nearest() -> None:

@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "with --model", f"{', '.join(random_models())} (random weights), or a checkpoint"
     )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the checkpoint"
+    )
     group.add_argument("--frames", type=int, default=32, help="of the sample")
     group.add_argument("--text-tokens", type=int, default=256, help="of the sample")
     for name, what in _CUTS.items():
@@ -71,7 +74,7 @@ def task_of(options: argparse.Namespace, *, ranks: int) -> Task:
                 f"--model: got {options.model} with {', '.join(given)}; expected these only with "
                 f"random weights ({', '.join(random)}): a checkpoint has its own sizes"
             )
-        case = case_of(options.model)
+        case = case_of(options.model, trust_remote_code=options.trust_remote_code)
     for name in ("frames", "text_tokens"):
         got = getattr(options, name)
         if got < ranks:

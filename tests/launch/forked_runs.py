@@ -1,38 +1,24 @@
-"""Runs of `launch/finetune.py` that are ended at random moments, and what must hold then.
-
-By hand, as many as wanted::
-
-    LVX_KILLS=500 python -m pytest tests/launch/test_finetune_kills.py -s
-"""
+"""Scripts on ranks that are forked, and so start in no time; what starts and ends them is ours."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-# What a run imports late, and slowly: once here, in the server that forks the ranks.
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-import transformers.models.mllama.modeling_mllama  # noqa: F401
-
-from ds_lvx.training import disk
 from tests.launch.finetune_runs import finetune_main
+from tests.ranks import FORKED
 
-_CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.launch.kills"])
 # Against hangs alone.
 _END_S = 300.0
-SHARED = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -55,8 +41,15 @@ class Kill:
         return cls(numbers.randrange(ranks), ending, numbers.uniform(0.0, within_s))
 
 
-def _rank(rank: int, size: int, port: int, log: str, words: Sequence[str]) -> None:
-    """In a rank: the script, as a launcher starts it."""
+def _rank(
+    main: Callable[[Sequence[str]], int],
+    rank: int,
+    size: int,
+    port: int,
+    log: str,
+    words: Sequence[str],
+) -> None:
+    """In a rank: a script's main, as a launcher starts it."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -70,26 +63,43 @@ def _rank(rank: int, size: int, port: int, log: str, words: Sequence[str]) -> No
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
     }
-    sys.exit(finetune_main(words))
+    sys.exit(main(words))
 
 
 class Run:
-    """Ranks of a run, and a launcher that ends them all when one fails."""
+    """Ranks of a run, and a launcher that ends them all when one fails.
 
-    def __init__(self, words: Sequence[str], *, ranks: int, folder: Path) -> None:
+    Args:
+        words: of the command line.
+        ranks: how many.
+        folder: for what they print.
+        main: of the script.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        *,
+        ranks: int,
+        folder: Path,
+        main: Callable[[Sequence[str]], int] = finetune_main,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.port = _free_port()
         self.logs = [folder / f"log-{rank}" for rank in range(ranks)]
         self.processes: list[BaseProcess] = [
-            _CONTEXT.Process(target=_rank, args=(rank, ranks, self.port, str(log), list(words)))
+            FORKED.Process(target=_rank, args=(main, rank, ranks, self.port, str(log), words))
             for rank, log in enumerate(self.logs)
         ]
         self.began, self.started = time.time(), time.monotonic()
         for process in self.processes:
             process.start()
 
-    def end(self, kill: Kill | None = None) -> list[int | None]:
-        """Wait for the end; the exit codes by rank. All ranks are gone then."""
+    def end(self, kill: Kill | None = None, *, launcher: bool = True) -> list[int | None]:
+        """Wait for the end; the exit codes by rank. All ranks are gone then.
+
+        Without a launcher nobody ends one rank because of another.
+        """
         struck = kill is None
         deadline = self.started + _END_S
         while any(process.is_alive() for process in self.processes):
@@ -97,13 +107,18 @@ class Run:
             if not struck and kill is not None and age > kill.after_s:
                 struck = True
                 self._strike(kill)
-            if any(process.exitcode not in (None, 0) for process in self.processes):
+            if launcher and any(process.exitcode not in (None, 0) for process in self.processes):
                 self._end_all()
             if time.monotonic() > deadline:
                 self._end_all()
                 raise TimeoutError(f"still running: {self.output()}")
             time.sleep(0.02)
         return [process.exitcode for process in self.processes]
+
+    def took_s(self, out: Path) -> float:
+        """From the start until the last checkpoint was written."""
+        times = [path.stat().st_mtime for path in (out / "checkpoints").glob("step-*")]
+        return max(times) - self.began
 
     def output(self) -> str:
         return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
@@ -130,26 +145,6 @@ class Run:
             if process.is_alive():
                 process.kill()
             process.join()
-
-
-def check(run: Run, out: Path) -> None:
-    """What holds after every end, whatever it was."""
-    checkpoints = out / "checkpoints"
-    latest = checkpoints / "latest"
-    if latest.exists():
-        path = checkpoints / latest.read_text().strip()
-        assert disk.faults(path) == [], path
-    left = list(SHARED.glob(f"deepspeed_allreduce_buffer_*_{run.port}_*"))
-    # A rank that is killed while the others look for its buffer leaves it to a later start.
-    assert not left or "ds_lvx: " not in run.output(), left
-    for buffer in left:
-        buffer.unlink()
-
-
-def losses(out: Path) -> list[float]:
-    """Of every step, in order."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 def _free_port() -> int:

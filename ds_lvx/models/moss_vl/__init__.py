@@ -1,0 +1,1 @@
+"""MOSS-VL. Importing this package imports no torch."""
