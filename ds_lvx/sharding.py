@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,6 +118,37 @@ def shard_batch(
             "got shard_batch in a data loader's worker, where ranks cannot agree; call "
             "ds_lvx.sharding.draft_batch there, and shard_batch on its result in the training loop"
         )
+    return _shard(batch, model=model, groups=groups, frames=frames)
+
+
+def finish_batch(
+    draft: Draft,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    model: nn.Module,
+    groups: SequenceParallelGroups | None = None,
+) -> dict[str, Any]:
+    """`shard_batch` of a draft of which the ranks have told each other on another occasion.
+
+    Args:
+        draft: of this rank.
+        records: `Draft.record` of every rank of the group, by rank.
+        model, groups: as in `shard_batch`.
+
+    Raises:
+        ValueError: on all ranks of the group: the records differ in what must be the same.
+    """
+    return _shard(draft, model=model, groups=groups, records=records)
+
+
+def _shard(
+    batch: Mapping[str, Any] | Draft,
+    *,
+    model: nn.Module,
+    groups: SequenceParallelGroups | None,
+    frames: str = "local",
+    records: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     family, inside = family_of(model)
     current = SequenceParallelGroups.current() if groups is None else groups
     return family.shard(
@@ -126,6 +157,7 @@ def shard_batch(
         channel=resolve(groups),
         frames=frames,
         always_vision=current is not None and current.dp_size > 1,
+        records=records,
     )
 
 

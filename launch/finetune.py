@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Sequence
 
 from deepspeed.accelerator import get_accelerator
-from PIL import Image
 from transformers.utils import logging
 
 import ds_lvx
@@ -25,6 +24,7 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.failures import RankOutOfMemoryError, named
 from ds_lvx.distributed.notes import PeerError
 from ds_lvx.distributed.start import init_distributed, remove_shared_memory
+from ds_lvx.training.batches import Batches
 from ds_lvx.training.ending import EndAskedError
 from ds_lvx.training.inputs import check_samples, read_inputs
 from ds_lvx.training.lock import held
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     # torch 2.13 renamed collectives that DeepSpeed calls by their old names: a warning each.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
-    Image.MAX_IMAGE_PIXELS = options.max_pixels  # PIL has a limit of its own, of the process
+    options.limits.tell_pil()
     logging.disable_progress_bar()  # of loading and saving: they would tear the training's apart
     # Before anything is put on a device: several ranks share a node.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -75,10 +75,12 @@ def finetune(options: Options, world: Channel) -> None:
             inputs = together(world, lambda: read_inputs(options, world.size))
             remove_shared_memory()
             inputs = check_samples(inputs, options, world)
-            model = load_model(options, inputs.ds_config, inputs.source)
-            engine = make_engine(model, inputs, options)
-            del model  # the engine's alone, so that nothing of it outlives the shutdown
-            Trainer(engine, inputs, options, world=world).run()
+            # Data workers start while the model is loaded.
+            with together(world, lambda: Batches(inputs, options, world)) as batches:
+                model = load_model(options, inputs.ds_config, inputs.source)
+                engine = make_engine(model, inputs, options)
+                del model  # the engine's alone, so that nothing of it outlives the shutdown
+                Trainer(engine, inputs, options, batches=batches, world=world).run()
     except REPORTED as error:
         # Before the shutdown, in which the launcher may end this rank for the failure of another.
         print(f"\n[rank {world.rank}] error: {error}", file=sys.stderr, flush=True)

@@ -30,6 +30,7 @@ WRITTEN = {
 FOREIGN = {
     "--requeue",
     "--signal",
+    *("--ipc", "--shm-size"),
     *("--hostfile", "--master_addr", "--master_port", "--no_ssh", "--node_rank", "--num_gpus"),
     *("--help", "--kill-on-bad-exit", "--nproc_per_node", "--ntasks-per-node"),
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from threading import Lock
 from typing import Any
 
 import torch
@@ -130,9 +129,6 @@ class BatchMaker:
         self._probe = lru_cache(maxsize=64)(partial(kept_probe, limits=limits))
         # A step asks for the labels of all its samples before it comes to the first of them.
         self._sample = lru_cache(maxsize=256)(self.sample)
-        # Training batches are made ahead in a thread while another evaluates, and a fast
-        # tokenizer serves one thread at a time.
-        self._lock = Lock()
 
     def sample(self, conversation: Conversation) -> Sample:
         """Look at the media of a conversation, choose frames and write its text. Decodes nothing.
@@ -162,8 +158,7 @@ class BatchMaker:
         Raises:
             DataError: as of `sample`.
         """
-        with self._lock:
-            samples = [self._sample(conversation) for conversation in conversations]
+        samples = [self._sample(conversation) for conversation in conversations]
         # The first token is predicted by nobody.
         return sum(label != IGNORED for s in samples for label in s.text.labels[1:])
 
@@ -181,8 +176,7 @@ class BatchMaker:
         Raises:
             DataError: with file and line.
         """
-        with self._lock:
-            samples = [self._sample(conversation) for conversation in conversations]
+        samples = [self._sample(conversation) for conversation in conversations]
         inputs = self._text(samples)
         failed: dict[int, str] = {}
         frames = [sample.num_frames for sample in samples]

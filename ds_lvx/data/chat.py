@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_lvx.data.errors import DataError, Source, shown
+from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 from ds_lvx.data.lines import Lines
 from ds_lvx.data.paths import PathError, media_file
 
@@ -117,13 +118,14 @@ class Chats:
 
     Args:
         path: the file; blank lines are skipped.
+        limits: of a line.
 
     Raises:
         DataError: of the file as a whole (`Lines`); asked for a line, what is wrong with it.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.lines = Lines(path)
+    def __init__(self, path: str | Path, *, limits: Limits = DEFAULT_LIMITS) -> None:
+        self.lines = Lines(path, limits=limits)
         self._folder = Path(path).parent
         self._kept: Sequence[int] = range(len(self.lines))
 
@@ -133,6 +135,10 @@ class Chats:
     def __getitem__(self, index: int) -> Conversation:
         line = self._kept[index]
         return _Line(self.lines.source(line), self._folder).conversation(self.lines.record(line))
+
+    def source(self, index: int) -> Source:
+        """The line of a conversation."""
+        return self.lines.source(self._kept[index])
 
     def without(self, left_out: Collection[int]) -> Chats:
         """The same file, some of its conversations left out."""

@@ -1,4 +1,4 @@
-"""How large images and films may be: what lies above is refused with a word, not computed."""
+"""How large data may be: what lies above is refused with a word, not computed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of what one image or film may cost; each has an option of `launch/finetune.py`.
+    """Bounds of what one line, image or film may cost; each has an option of `launch/finetune.py`.
 
     Attributes:
         max_pixels: of an image, or of one frame of a film, as stored and as shown. The default is
@@ -17,12 +17,21 @@ class Limits:
         max_lead_in_frames: that are decoded and thrown away to get at a chosen one. All of a film
             whose container does not say which frames it has (`ds_lvx.data.frames.probe`).
         max_gap_s: seconds between two frames of a film.
+        max_line_bytes: of a line of a JSONL file. The default is more text than any model reads: a
+            longer line is no chat but a damaged or misnamed file.
     """
 
     max_pixels: int = 89_478_485
     max_film_frames: int = 1_000_000
     max_lead_in_frames: int = 100_000
     max_gap_s: float = 86_400.0
+    max_line_bytes: int = 64 << 20
+
+    def tell_pil(self) -> None:
+        """Set PIL's own limit, which is one of the process, to ``max_pixels``."""
+        from PIL import Image
+
+        Image.MAX_IMAGE_PIXELS = self.max_pixels
 
     def check_size(self, width: int, height: int) -> None:
         """Refuse a picture that would fill the memory.

@@ -1,4 +1,4 @@
-"""A JSONL file as an index of its lines: read once from end to end, then each line when asked for.
+"""A JSONL file as an index of its lines: read once a machine, then each line when asked for.
 
 A hundred thousand lines cost a few megabytes of offsets, whatever stands in them. A line is parsed
 as strict JSON: a key that occurs twice is an error, not a choice.
@@ -7,22 +7,18 @@ as strict JSON: a key that occurs twice is an error, not a choice.
 from __future__ import annotations
 
 import codecs
-import hashlib
 import json
 import os
 import zlib
-from array import array
 from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ds_lvx.data.errors import DataError, Source, shown
-
-MAX_LINE_BYTES = 64 * 2**20
-"""More text than any model reads; a longer line is no chat but a damaged or misnamed file."""
+from ds_lvx.data.index import kept_index
+from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_PIECE_BYTES = 2**20
 
 
 class Lines:
@@ -30,6 +26,7 @@ class Lines:
 
     Args:
         path: of the file. A byte-order mark before a line is skipped.
+        limits: of these ``max_line_bytes``.
 
     Attributes:
         path: of the file, as given.
@@ -40,50 +37,50 @@ class Lines:
             lines themselves are looked at when they are asked for.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> None:
         self.path = os.fspath(path)
+        self._max_bytes = limits.max_line_bytes
         if not Path(self.path).is_file():
             found = "a folder" if Path(self.path).is_dir() else "no such file"
             raise self._error(found, "a JSONL file", "check the path")
-        self._numbers, self._offsets, self._lengths = array("q"), array("q"), array("q")
-        self._sums = array("L")
         try:
             with open(self.path, "rb") as file:
                 self._refuse_other_formats(file)
-                self.sha256 = self._index(file)
+            self._index = kept_index(self.path)
         except OSError as error:
             raise self._error(f"a file that cannot be read ({error.strerror})") from None
-        if not self._numbers:
+        self.sha256 = self._index.sha256
+        if not self._index.numbers:
             raise self._error("an empty file", "at least one line of JSON", "add samples to it")
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._index.numbers)
 
     def source(self, index: int) -> Source:
         """Where a line stands, its number counted with the blank ones."""
-        return Source(self.path, self._numbers[index])
+        return Source(self.path, self._index.numbers[index])
 
     def raw(self, index: int) -> bytes:
         """The bytes of a line.
 
         Raises:
-            DataError: it is longer than `MAX_LINE_BYTES`, or not what it was when it was indexed.
+            DataError: it is longer than ``max_line_bytes``, or not what it was when it was indexed.
         """
-        source, length = self.source(index), self._lengths[index]
-        if length > MAX_LINE_BYTES:
+        source, length = self.source(index), self._index.lengths[index]
+        if length > self._max_bytes:
             raise DataError.at(
                 source,
                 got=f"a line of {length:,} bytes",
-                expected=f"at most {MAX_LINE_BYTES:,}",
-                do="correct the line, or split the chat",
+                expected=f"at most {self._max_bytes:,}",
+                do="correct the line, split the chat, or raise --max_line_bytes",
             )
         try:
             with open(self.path, "rb") as file:
-                file.seek(self._offsets[index])
+                file.seek(self._index.offsets[index])
                 raw = file.read(length)
         except OSError as error:
             raise self._error(f"a file that cannot be read ({error.strerror})") from None
-        if zlib.crc32(raw) != self._sums[index]:
+        if zlib.crc32(raw) != self._index.sums[index]:
             raise DataError.at(
                 source,
                 got="a line that was changed while the file was in use",
@@ -120,7 +117,6 @@ class Lines:
 
     def _refuse_other_formats(self, file: BinaryIO) -> None:
         start = file.read(4096)
-        file.seek(0)
         if start.startswith(_UTF16):
             raise self._error(
                 "a file in UTF-16", do=f"rewrite it: iconv -f UTF-16 -t UTF-8 {self.path} > FILE"
@@ -131,27 +127,6 @@ class Lines:
                 "one JSON object a line",
                 f"rewrite it: jq -c '.[]' {self.path} > FILE",
             )
-
-    def _index(self, file: BinaryIO) -> str:
-        digest = hashlib.sha256()
-        number, offset, length, total, blank = 1, 0, 0, 0, True
-        # In pieces: a file without an end of line must not be in memory whole.
-        while piece := file.readline(_PIECE_BYTES):
-            digest.update(piece)
-            length, total = length + len(piece), zlib.crc32(piece, total)
-            blank = blank and not piece.removeprefix(codecs.BOM_UTF8).strip()
-            if piece.endswith(b"\n"):
-                self._add(number, offset, 0 if blank else length, total)
-                number, offset, length, total, blank = number + 1, offset + length, 0, 0, True
-        self._add(number, offset, 0 if blank else length, total)
-        return digest.hexdigest()
-
-    def _add(self, number: int, offset: int, length: int, total: int) -> None:
-        if length > 0:
-            self._numbers.append(number)
-            self._offsets.append(offset)
-            self._lengths.append(length)
-            self._sums.append(total)
 
     def _error(
         self,

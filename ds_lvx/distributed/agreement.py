@@ -6,7 +6,7 @@ A rank that found a mistake sends it in place of its record, so that no other ra
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 RECORD_BYTES = 2048
@@ -65,7 +65,7 @@ def unframed(frames: Sequence[bytes]) -> tuple[list[bytes], int]:
     return messages, max(lengths) + _LENGTH_BYTES
 
 
-def require_same(records: Sequence[dict[str, Any]], keys: Collection[str], *, what: str) -> None:
+def require_same(records: Sequence[Mapping[str, Any]], keys: Collection[str], *, what: str) -> None:
     """Raise a ValueError, the same on every rank, unless all records agree in ``keys``."""
     for key in keys:
         ranks_by_value: dict[str, list[int]] = {}

@@ -130,7 +130,8 @@ class Family(ABC):
         Args:
             batch: what the caller gave; entries that are None are left out.
             text: its text, checked.
-            model: the model that will get the shard.
+            model: the model that will get the shard; in the data workers of `launch/finetune.py`
+                something that has its ``config`` and nothing else.
 
         Raises:
             ValueError: entries that contradict each other or the model.
@@ -177,6 +178,7 @@ class Family(ABC):
         channel: Channel,
         frames: str,
         always_vision: bool,
+        records: Sequence[Mapping[str, Any]] | None = None,
     ) -> dict[str, Any]:
         """This rank's part of a batch, ready for ``model(**shard)``; see `ds_lvx.shard_batch`.
 
@@ -188,13 +190,20 @@ class Family(ABC):
             always_vision: send a batch without images through tower and cross-attention all the
                 same (with nothing to see, and exactly no effect), so that this group takes part in
                 every collective that groups with images take part in.
+            records: `Draft.record` of every rank of the group, where they have told each other.
 
-        Collectives: one agreement on the control plane.
+        Collectives: one agreement on the control plane; none with ``records``.
         """
         from ds_lvx.models.draft import shard
 
         return shard(
-            self, batch, model, channel=channel, frames=frames, always_vision=always_vision
+            self,
+            batch,
+            model,
+            channel=channel,
+            frames=frames,
+            always_vision=always_vision,
+            records=records,
         )
 
     # ---- for the planner

@@ -8,7 +8,7 @@ what is cut goes to the device.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,16 @@ from torch import Tensor
 
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.models.batch import ITEMS_KEY, TEXT_KEYS, ShardedBatch, Text, move, span, split
+from ds_lvx.models.batch import (
+    IGNORED_LABEL,
+    ITEMS_KEY,
+    TEXT_KEYS,
+    ShardedBatch,
+    Text,
+    move,
+    span,
+    split,
+)
 from ds_lvx.models.contract import Family
 from ds_lvx.models.patch import KEYWORD
 from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
@@ -32,6 +41,7 @@ def shard(
     channel: Channel,
     frames: str,
     always_vision: bool,
+    records: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """This rank's part of a batch or of a `Draft`; see `ds_lvx.models.contract.Family.shard`."""
     place = channel.rank, channel.size
@@ -45,7 +55,8 @@ def shard(
             f"got a draft of rank {draft.place[0]} of {draft.place[1]} on rank {place[0]} of "
             f"{place[1]}; expected the same groups in draft_batch and in shard_batch"
         )
-    records = channel.agree({} if draft is None or error is not None else draft.record(), error)
+    if records is None:
+        records = channel.agree({} if error is not None else made.record(), error)
     assert draft is not None
     require_same(records, draft.shared_record(), what="shard_batch")
     return draft.finish(
@@ -79,6 +90,42 @@ class Draft:
         # Whatever it is: the other ranks must not wait for this one.
         except Exception as caught:  # noqa: BLE001
             return cls(None, caught)
+
+    def checked(self) -> _Content:
+        """What is in it.
+
+        Raises:
+            Exception: what was wrong with the batch.
+        """
+        if self.error is not None:
+            raise self.error
+        assert self.content is not None
+        return self.content
+
+    def record(self) -> dict[str, Any]:
+        """What the other ranks of the group have to know of it, JSON; raises as `checked`."""
+        return self.checked().record()
+
+    def learning(self, items: float | None, *, but: Collection[int] = ()) -> Draft:
+        """The same when ranks have agreed on it, with what of it is learnt.
+
+        Args:
+            items: what the sum of the losses is divided by; None as before.
+            but: samples of which nothing is learnt, the same ones on every rank.
+        """
+        content = self.checked()
+        text = content.text
+        if but and text.labels is not None:
+            rows = torch.tensor([*but], dtype=torch.int64)
+            text = replace(text, labels=text.labels.index_fill(0, rows, IGNORED_LABEL))
+        text = replace(text, items=text.items if items is None else items)
+        return replace(self, content=replace(content, text=text))
+
+    @property
+    def labelled(self) -> int:
+        """Tokens that are learnt; the first is predicted by nobody."""
+        labels = self.checked().text.labels
+        return 0 if labels is None else int((labels[:, 1:] != IGNORED_LABEL).sum())
 
     def pin_memory(self) -> Draft:
         """The same in pinned memory; a data loader with ``pin_memory=True`` calls it."""

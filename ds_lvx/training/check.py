@@ -214,6 +214,7 @@ def _in_a_process(chats: Chats, checks: Checks, share: Sequence[int]) -> dict[in
 
 def _work(send: Connection, chats: Chats, checks: Checks, share: Sequence[int]) -> None:
     """Tell of each sample what is wrong; before the first, that the work begins."""
+    checks.limits.tell_pil()
     source = Source.of(checks.model, trust_remote_code=checks.trust_remote_code)
     maker = checks.maker(source)
     send.send(True)

@@ -99,8 +99,11 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
         raise ValueError(f"{options.deepspeed_config}: {error}") from None
     sizes = batch_sizes(ds_config, world_size // lvx.sequence_parallel_size)
     _check_output(options)
-    training = Chats(options.data)
-    evaluation = None if options.eval_data is None else Chats(options.eval_data)
+    training, evaluation = (
+        None if path is None else Chats(path, limits=options.limits)
+        for path in (options.data, options.eval_data)
+    )
+    assert training is not None
     source = Source.of(options.model, trust_remote_code=options.trust_remote_code)
     source.check_tokenizer()
     encoder = TextEncoder(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 import ds_lvx
-from ds_lvx.data.ahead import Ahead
-from ds_lvx.data.batch import Batch, BatchMaker
-from ds_lvx.data.chat import Conversation
-from ds_lvx.data.order import SampleOrder
-from ds_lvx.data.text import IGNORED
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.sharding import finish_batch
+from ds_lvx.training.batches import TRAINING, Batches, Made, Place
 from ds_lvx.training.ending import EndAskedError, Ending, raise_if_asked
 from ds_lvx.training.export import save_pretrained
 from ds_lvx.training.inputs import Inputs
-from ds_lvx.training.model import parameter_groups, training_dtype
+from ds_lvx.training.model import parameter_groups
 from ds_lvx.training.options import Options
 from ds_lvx.training.progress import Progress
 from ds_lvx.training.run_state import Checkpoints, RunState, SaveError
 from ds_lvx.training.together import told
+
+Records = list[dict[str, Any]]
 
 
 def make_engine(model: Any, inputs: Inputs, options: Options) -> Any:
@@ -82,15 +80,17 @@ class Trainer:
         engine: from `make_engine`.
         inputs: from `read_inputs`.
         options: of the run.
+        batches: what the run takes.
         world: all ranks.
 
     Attributes:
         step: optimizer steps done.
         samples_seen: by all replicas.
-        maker: makes the batches.
     """
 
-    def __init__(self, engine: Any, inputs: Inputs, options: Options, *, world: Channel) -> None:
+    def __init__(
+        self, engine: Any, inputs: Inputs, options: Options, *, batches: Batches, world: Channel
+    ) -> None:
         self.engine = engine
         self.step = 0
         self.samples_seen = 0
@@ -99,17 +99,11 @@ class Trainer:
         self._world = world
         self._groups: SequenceParallelGroups = engine.ds_lvx.groups
         self._folder = Path(options.output_dir)
-        self.maker = BatchMaker(
-            inputs.encoder,
-            inputs.rate,
-            owned=ds_lvx.owned,
-            min_tokens=self._groups.sp_size,
-            dtype=training_dtype(inputs.ds_config),
-            skip=options.on_bad_sample == "skip",
-            limits=options.limits,
-        )
         self._skipped = dict.fromkeys(inputs.skipped)
-        self._order = SampleOrder(len(inputs.training), options.seed)
+        self._untold: list[str] = []
+        self._batches = batches
+        self._held: Exception | None = None
+        self._last: tuple[Made, Records] | None = None
         self._checkpoints = Checkpoints(
             self._folder / "checkpoints",
             world,
@@ -133,6 +127,7 @@ class Trainer:
             with self._ending:
                 self.resume()
                 self._progress.start(self.step)
+                self._batches.begin(self.step, self.samples_seen)
                 self._work()
                 self.export()
         finally:
@@ -167,22 +162,17 @@ class Trainer:
 
     def train(self) -> None:
         """Take the steps that are left."""
-        options, sizes = self._options, self._inputs.sizes
-        end = self._inputs.total_steps * sizes.per_step
-        ahead = Ahead(self._make, step=sizes.per_forward, end=end)
+        options = self._options
         self.engine.train()
-        try:
-            while self.step < self._inputs.total_steps:
-                learning_rate = float(self.engine.get_lr()[0])  # the step's own, not the next's
-                loss = self._take_step(ahead)
-                if self._due(options.log_steps) or self.step == self._inputs.total_steps:
-                    self._log(loss, learning_rate)
-                if self._inputs.evaluation and self._due(options.eval_steps):
-                    self.evaluate()
-                if self._due(options.save_steps):
-                    self._save()
-        finally:
-            ahead.close()
+        while self.step < self._inputs.total_steps:
+            learning_rate = float(self.engine.get_lr()[0])  # the step's own, not the next's
+            loss = self._take_step()
+            if self._due(options.log_steps) or self.step == self._inputs.total_steps:
+                self._log(loss, learning_rate)
+            if self._inputs.evaluation and self._due(options.eval_steps):
+                self.evaluate()
+            if self._due(options.save_steps):
+                self._save()
 
     def _save(self) -> None:
         """Write a checkpoint; where that cannot be, training goes on, and the next one may."""
@@ -197,17 +187,14 @@ class Trainer:
 
     def evaluate(self) -> float:
         """The mean loss of the labelled tokens of all evaluation samples, logged and returned."""
-        samples = self._inputs.evaluation
-        size, count = self._inputs.sizes.per_forward, 0 if samples is None else len(samples)
         total, tokens = 0.0, 0
         self.engine.eval()
         with torch.no_grad():
-            for place in range(0, count, size):
-                batch, records = self._agree(partial(self._make_evaluation, place))
+            for place in self._batches.evaluation():
+                made, records = self._agree(place, everyone=True)
                 raise_if_asked(records)
-                labelled = int((batch.inputs["labels"][:, 1:] != IGNORED).sum())
-                total += float(self._forward(batch).detach()) * labelled
-                tokens += labelled
+                total += float(self._forward(made, records).detach()) * made.draft.labelled
+                tokens += made.draft.labelled
         self.engine.train()
         records = self._world.agree({"total": total, "tokens": tokens})
         # Each rank has its share of a replica's loss, and all of the replica's tokens.
@@ -228,87 +215,90 @@ class Trainer:
         )
         self._progress.say(f"saved {folder}")
 
-    def _take_step(self, ahead: Ahead[tuple[Batch, int]]) -> Tensor:
+    def _take_step(self) -> Tensor:
         """One optimizer step; returns the mean loss of its forwards, this rank's share.
 
         Every labelled token of the step weighs the same, whichever forward and replica it falls
         into: each loss is a sum over one number, that of all forwards and replicas by their count,
         because DeepSpeed averages over both.
+
+        Collectives: one agreement a forward on the control plane (`_agree`): of the first and the
+        last one by all ranks, of the others inside the group.
         """
         sizes = self._inputs.sizes
         losses: list[Tensor] = []
         tokens, items = 0, 0.0
-        for _ in range(sizes.accumulation):
-            batch, records = self._agree(partial(ahead.get, self.samples_seen))
+        for number in range(sizes.accumulation):
+            everyone = number in (0, sizes.accumulation - 1)
+            place = Place(TRAINING, self.samples_seen)
+            made, records = self._agree(place, everyone=everyone)
             if not losses:
                 raise_if_asked(records)
-                everyone = sum(record["labelled"] for record in records) / self._groups.sp_size
-                items = everyone / (sizes.accumulation * sizes.replicas)
-            loss = self._forward(batch, items)
+                labelled = sum(record["labelled"] for record in records) / self._groups.sp_size
+                items = labelled / (sizes.accumulation * sizes.replicas)
+            loss = self._forward(made, records, items)
             self.engine.backward(loss)
             self.engine.step()
             losses.append(loss.detach())
-            tokens += batch.num_tokens + batch.num_frames * self._tokens_of_a_frame
+            tokens += made.num_tokens + made.num_frames * self._tokens_of_a_frame
             self.samples_seen += sizes.per_forward
         self.step += 1
         self._progress.advance(tokens * sizes.replicas)
         return torch.stack(losses).mean()
 
-    def _forward(self, batch: Batch, items: float | None = None) -> Tensor:
-        inputs = {**batch.inputs, "num_items_in_batch": items}
-        shard = ds_lvx.shard_batch(inputs, model=self.engine.module, frames="local")
+    def _forward(self, made: Made, records: Records, items: float | None = None) -> Tensor:
+        draft = made.draft.learning(items)
+        drafts = [record["draft"] for record in self._of_group(records)]
+        shard = finish_batch(draft, drafts, model=self.engine.module)
         loss: Tensor = self.engine(**shard).loss
         return loss
 
-    def _make(self, place: int) -> tuple[Batch, int]:
-        """The batch of a place, and the labelled tokens of the whole step that begins there."""
-        sizes = self._inputs.sizes
-        of_step = range(place, place + sizes.per_step, sizes.per_forward)
-        begins = place % sizes.per_step == 0
-        labelled = sum(self.maker.labelled(self._samples(p)) for p in of_step) if begins else 0
-        return self.maker.batch(self._samples(place)), labelled
+    def _agree(self, place: Place, *, everyone: bool) -> tuple[Made, Records]:
+        """The next micro-batch, when the ranks know of it; nothing is learnt of a sample that
+        failed on one of them.
 
-    def _samples(self, place: int) -> list[Conversation]:
-        """Of this replica, for the forward that begins at a place."""
-        micro, replica = self._inputs.sizes.micro, self._groups.dp_rank
-        numbers = self._order.micro_batch(place, micro, replica=replica)
-        return [self._inputs.training[number] for number in numbers]
-
-    def _make_evaluation(self, place: int) -> tuple[Batch, int]:
-        """A batch in the file's order; past the end the last sample, with nothing to learn."""
-        micro, samples = self._inputs.sizes.micro, self._inputs.evaluation
-        assert samples is not None
-        first = place + self._groups.dp_rank * micro
-        places = range(first, first + micro)
-        batch = self.maker.batch([samples[min(p, len(samples) - 1)] for p in places])
-        for row, p in enumerate(places):
-            if p >= len(samples):
-                batch.inputs["labels"][row] = IGNORED
-        return batch, 0
-
-    def _agree(self, make: Callable[[], tuple[Batch, int]]) -> tuple[Batch, list[dict[str, Any]]]:
-        """Make a batch on every rank; nothing is learnt of a sample that failed on one of them.
+        What this rank finds wrong while only its group listens is held back until all ranks do,
+        before the step is taken: the others must not wait in ZeRO's collectives for a group that
+        has left. In its place the group takes the micro-batch before it again.
 
         Raises:
             ValueError: a batch cannot be made; on all ranks.
 
         Collectives: one agreement on the control plane.
         """
-        replica = self._groups.dp_rank
+        if everyone:
+            made, records = told(self._world, lambda: self._told_of(place))
+            self._skipped |= dict.fromkeys(text for r in records for text in r["untold"])
+            self._untold.clear()
+        else:
+            try:
+                made, record = self._told_of(place)
+            except Exception as error:  # noqa: BLE001  all ranks are to hear of it
+                self._held, record = error, {"held": True}
+            records = self._groups.channel.agree(record)
+            if any("held" in each for each in records):
+                assert self._last is not None
+                return self._last
+        failed = {row for record in self._of_group(records) for row in record["failed"]}
+        made = replace(made, draft=made.draft.learning(None, but=failed))
+        if self._inputs.sizes.accumulation > 2:  # between the first forward and the last
+            self._last = made, records
+        return made, records
 
-        def made() -> tuple[Batch, dict[str, Any]]:
-            batch, labelled = make()
-            failed = {n: problem[:500] for n, problem in batch.failed.items()}
-            record = {"labelled": labelled, "replica": replica, "failed": failed}
-            return batch, {**record, **self._ending.asked()}
+    def _told_of(self, place: Place) -> tuple[Made, dict[str, Any]]:
+        """The micro-batch of a place, and what other ranks must know of it and of this rank."""
+        if self._held is not None:
+            raise self._held
+        made = self._batches.get(place)
+        self._untold += [problem[:500] for problem in made.failed.values()]
+        record = {"draft": made.draft.record(), "labelled": made.labelled, "untold": self._untold}
+        return made, {**record, "failed": [*made.failed], **self._ending.asked()}
 
-        batch, records = told(self._world, made)
-        for record in records:
-            self._skipped |= dict.fromkeys(record["failed"].values())
-            if record["replica"] == replica:
-                for row in record["failed"]:
-                    batch.inputs["labels"][int(row)] = IGNORED
-        return batch, records
+    def _of_group(self, records: Records) -> Records:
+        """Those of the ranks that share a sample with this one."""
+        size = self._groups.sp_size
+        first = self._groups.dp_rank * size if len(records) > size else 0
+        return records[first : first + size]
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0

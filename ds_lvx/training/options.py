@@ -30,9 +30,11 @@ class Options:
     max_film_frames: int
     max_lead_in_frames: int
     max_gap_s: float
+    max_line_bytes: int
     max_length: int | None
     check_data: str
     on_bad_sample: str
+    workers: int | None
     deepspeed_config: str
     output_dir: str
     epochs: float
@@ -57,12 +59,13 @@ class Options:
 
     @property
     def limits(self) -> Limits:
-        """Of images and videos."""
+        """Of lines, images and videos."""
         return Limits(
             max_pixels=self.max_pixels,
             max_film_frames=self.max_film_frames,
             max_lead_in_frames=self.max_lead_in_frames,
             max_gap_s=self.max_gap_s,
+            max_line_bytes=self.max_line_bytes,
         )
 
 
@@ -96,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     # DeepSpeed's launcher writes the first form, torch.distributed.launch the second.
     top.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     _add_inputs(top.add_argument_group("model and data"))
-    _add_limits(top.add_argument_group("limits of images and videos; what is above is an error"))
+    _add_limits(top.add_argument_group("limits of the data; what is above is an error"))
     _add_training(top.add_argument_group("training"))
     _add_outputs(top.add_argument_group("output"))
     return top
@@ -142,6 +145,12 @@ def _add_inputs(group: Any) -> None:
         default="stop",
         help="a line that cannot serve ends the run (default), or is left out and named at its end",
     )
+    group.add_argument(
+        "--workers",
+        type=_from(int, 0),
+        help="processes of a rank that decode ahead of it; 0: in the rank itself (default: 1 with "
+        "a GPU, else 0)",
+    )
     group.add_argument("--deepspeed_config", required=True, help="a ds_config with `ds_lvx`")
 
 
@@ -170,6 +179,12 @@ def _add_limits(group: Any) -> None:
         type=_above(float, 0),
         default=default.max_gap_s,
         help="seconds between two frames (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max_line_bytes",
+        type=_above(int, 0),
+        default=default.max_line_bytes,
+        help="of a line of --data and --eval_data (default: %(default)s)",
     )
 
 

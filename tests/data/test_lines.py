@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import pickle
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from ds_lvx.data import lines as module
+from ds_lvx.data import index
 from ds_lvx.data.errors import DataError
+from ds_lvx.data.limits import Limits
 from ds_lvx.data.lines import Lines
 
 
@@ -47,12 +51,67 @@ def test_utf16_without_its_mark_is_named_by_the_line(tmp_path: Path) -> None:
         lines.record(0)
 
 
-def test_a_line_without_an_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_LINE_BYTES", 2**21)
+@pytest.fixture
+def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that were read from end to end, small ones cached as large ones."""
+    paths: list[str] = []
+
+    def noted(path: str) -> index.Index:
+        paths.append(path)
+        return scan(path)
+
+    scan = index.scan
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(index, "SMALL_BYTES", 0)
+    monkeypatch.setattr(index, "scan", noted)
+    return paths
+
+
+def _shown(lines: Lines) -> list[object]:
+    return [lines.sha256, *((lines.source(n), lines.record(n)) for n in range(len(lines)))]
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path, scans: list[str]) -> None:
+    path = _file(tmp_path, b'{"a": 1}\n\n{"a": 2}')
+    first, second = Lines(path), Lines(path)
+    assert _shown(first) == _shown(second)
+    assert len(scans) == 1
+    assert second.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_bytes(b'{"a": 1}\n{"a": 22}')
+    os.utime(path, ns=(1, 1))
+    assert [source.line for source in map(Lines(path).source, range(2))] == [1, 2]
+    Lines(path)
+    assert len(scans) == 2
+    assert len([*(tmp_path / "cache").rglob("*.json")]) == 1, "one for each path"
+
+
+def test_a_damaged_index_is_made_anew(tmp_path: Path, scans: list[str]) -> None:
+    path = _file(tmp_path, b'{"a": 1}\n{"a": 2}')
+    expected = _shown(Lines(path))
+    [kept] = (tmp_path / "cache").rglob("*.json")
+    record = json.loads(kept.read_text())
+    for key, wrong in (("sum", 1), ("lines", "0"), ("lines", 3), ("sha256", None), ("file", [])):
+        kept.write_text(json.dumps({**record, key: wrong}))
+        assert _shown(Lines(path)) == expected
+        assert json.loads(kept.read_text()) == record
+    kept.write_text("{")
+    assert _shown(Lines(path)) == expected
+    assert len(scans) == 7
+
+
+def test_small_files_are_not_kept(
+    tmp_path: Path, scans: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "SMALL_BYTES", 1 << 21)
+    Lines(_file(tmp_path, b'{"a": 1}'))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_line_without_an_end_is_not_read(tmp_path: Path, scans: list[str]) -> None:
     path = _file(tmp_path, b'{"a": 1}\n' + b"x" * 2**24 + b'\n{"a": 2}\n')
     tracemalloc.start()
-    lines = Lines(path)
-    with pytest.raises(DataError, match=r"d\.jsonl:2: got a line of 16,777,217 bytes"):
+    lines = Lines(path, limits=Limits(max_line_bytes=2**21))
+    with pytest.raises(DataError, match=r"d\.jsonl:2: got a line of 16,777,217 .*--max_line_bytes"):
         lines.record(1)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

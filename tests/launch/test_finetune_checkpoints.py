@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from ds_lvx.data.ahead import Ahead
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.training import disk
 from ds_lvx.training.inputs import BatchSizes, batch_sizes, read_inputs
@@ -133,21 +132,3 @@ def test_batch_sizes_are_deepspeeds() -> None:
     for wrong in ({}, {"train_batch_size": 3}, {**both, "train_batch_size": 23}):
         with pytest.raises(ValueError, match="leave train_batch_size out"):
             batch_sizes(wrong, 4)
-
-
-def test_batches_are_made_one_ahead_and_errors_come_in_their_place() -> None:
-    made = []
-
-    def make(place: int) -> int:
-        made.append(place)
-        if place == 4:
-            raise ValueError("bad sample")
-        return place
-
-    ahead = Ahead(make, step=2, end=6)
-    assert ahead.get(0) == 0
-    assert ahead.get(2) == 2
-    with pytest.raises(ValueError, match="bad sample"):
-        ahead.get(4)
-    ahead.close()
-    assert made == [0, 2, 4]

@@ -208,7 +208,8 @@ def test_impossible_options_end_with_usage(
     assert parse([*good, "--local-rank=0"]) == parse([*good, "--local_rank=0"]) == parse(good)
     assert parse(good).limits == Limits()
     limited = ["--max_pixels", "1", "--max_film_frames", "2", "--max_lead_in_frames", "3"]
-    assert parse([*good, *limited, "--max_gap_s", "4.5"]).limits == Limits(1, 2, 3, 4.5)
+    limited += ["--max_gap_s", "4.5", "--max_line_bytes", "6"]
+    assert parse([*good, *limited]).limits == Limits(1, 2, 3, 4.5, 6)
     with pytest.raises(SystemExit):
         parse([*good, *wrong])
     assert wrong[0] in capsys.readouterr().err

@@ -186,7 +186,7 @@ def _states_by_token(
     batch_size: int,
 ) -> Tensor:
     """``[B * N * tiles, P, hidden]`` or ``[B, S, hidden]`` as ``[B, S, hidden]``."""
-    hidden = model.lm_head.in_features
+    hidden = model.config.get_text_config().hidden_size
     if states.ndim != 3 or states.shape[2] != hidden or states.shape[0] % batch_size:
         raise ValueError(
             f"got cross_attention_states {tuple(states.shape)}; expected [batch * images * tiles, "
@@ -205,4 +205,4 @@ def _states_by_token(
 def tile_shape(model: MllamaForConditionalGeneration) -> tuple[int, int]:
     """Tiles of an image, and visual tokens of a tile."""
     config: Any = model.config.vision_config
-    return config.max_num_tiles, model.model.vision_model.num_patches
+    return config.max_num_tiles, (config.image_size // config.patch_size) ** 2 + 1

@@ -1,0 +1,121 @@
+"""Where the lines of a file stand: found by reading all of it, once a machine."""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import hashlib
+import os
+import sys
+import zlib
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_lvx import cache
+
+# Smaller files are read faster than a cache is worth.
+SMALL_BYTES = 1 << 21
+_PIECE_BYTES = 1 << 20
+_COLUMNS = ("numbers", "offsets", "lengths", "sums")
+# Of the cache's files; one written on a machine of another byte order is another format.
+_FORMAT = f"1 {sys.byteorder}"
+
+
+def _column() -> array[int]:
+    return array("q")
+
+
+@dataclass
+class Index:
+    """The lines of a file that are not blank.
+
+    Attributes:
+        numbers: of the lines, from 1, counted with the blank ones.
+        offsets: bytes before each.
+        lengths: bytes of each, with its end of line.
+        sums: CRC-32 of each.
+        sha256: of all bytes of the file, hexadecimal.
+    """
+
+    numbers: array[int] = field(default_factory=_column)
+    offsets: array[int] = field(default_factory=_column)
+    lengths: array[int] = field(default_factory=_column)
+    sums: array[int] = field(default_factory=_column)
+    sha256: str = ""
+
+    def add(self, number: int, offset: int, length: int, total: int) -> None:
+        """The next line; one of no length is blank."""
+        if length > 0:
+            for column, value in zip(_COLUMNS, (number, offset, length, total), strict=True):
+                getattr(self, column).append(value)
+
+
+def kept_index(path: str) -> Index:
+    """`scan`, or what it found when this file was read before.
+
+    The ranks of a machine wait for the first of them. The cache is in `ds_lvx.cache.folder`, a few
+    bytes a line, one file for each path; a file of another size or time of change is read anew.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    state = Path(path).stat()
+    if state.st_size < SMALL_BYTES:
+        return scan(path)
+    place = str(Path(path).resolve())
+    stamp = [place, state.st_size, state.st_mtime_ns, _FORMAT]
+    name = f"lines/{hashlib.sha256(os.fsencode(place)).hexdigest()[:32]}.json"
+    found = _index(cache.read(name), stamp)
+    if found is None:  # only now the lock, behind which others may have written it
+        found = _index(cache.update(name, lambda old: _renewed(old, path, stamp)), stamp)
+    return scan(path) if found is None else found
+
+
+def scan(path: str) -> Index:
+    """Read a file from end to end.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    index, digest = Index(), hashlib.sha256()
+    number, offset, length, total, blank = 1, 0, 0, 0, True
+    with open(path, "rb") as file:
+        # In pieces: a file without an end of line must not be in memory whole.
+        while piece := file.readline(_PIECE_BYTES):
+            digest.update(piece)
+            length, total = length + len(piece), zlib.crc32(piece, total)
+            blank = blank and not piece.removeprefix(codecs.BOM_UTF8).strip()
+            if piece.endswith(b"\n"):
+                index.add(number, offset, 0 if blank else length, total)
+                number, offset, length, total, blank = number + 1, offset + length, 0, 0, True
+    index.add(number, offset, 0 if blank else length, total)
+    index.sha256 = digest.hexdigest()
+    return index
+
+
+def _renewed(record: dict[str, Any], path: str, stamp: list[Any]) -> dict[str, Any]:
+    return record if _index(record, stamp) is not None else _record(scan(path), stamp)
+
+
+def _record(index: Index, stamp: list[Any]) -> dict[str, Any]:
+    lines = b"".join(getattr(index, column).tobytes() for column in _COLUMNS)
+    packed = base64.b85encode(zlib.compress(lines, 1)).decode()
+    return {"file": stamp, "sha256": index.sha256, "sum": zlib.crc32(lines), "lines": packed}
+
+
+def _index(record: dict[str, Any], stamp: list[Any]) -> Index | None:
+    """The index of a record; None of an empty or a damaged one, and of one of another file."""
+    if record.get("file") != stamp:
+        return None
+    try:
+        lines = zlib.decompress(base64.b85decode(record["lines"]))
+        if zlib.crc32(lines) != record["sum"] or len(record["sha256"]) != 64:
+            return None
+        index, size = Index(sha256=record["sha256"]), len(lines) // len(_COLUMNS)
+        for n, column in enumerate(_COLUMNS):
+            getattr(index, column).frombytes(lines[n * size : (n + 1) * size])
+        return index
+    except (KeyError, TypeError, ValueError, zlib.error):
+        return None
