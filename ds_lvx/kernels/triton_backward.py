@@ -21,8 +21,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ds_lvx.kernels.triton_tiles import ANY_ADDRESS, LENGTHS
 
-@triton.jit
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=ANY_ADDRESS)
 def queries_kernel(
     q,  # [B, S, H, D]
     k,  # [B, T, K, D]
@@ -63,7 +65,7 @@ def queries_kernel(
 ):
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch = (tl.program_id(2) // num_kv_heads).to(tl.int64)
-    kv_head = tl.program_id(2) % num_kv_heads
+    kv_head = (tl.program_id(2) % num_kv_heads).to(tl.int64)
     num_heads = num_kv_heads * GROUP
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     positions, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
@@ -116,7 +118,7 @@ def queries_kernel(
     tl.store(dq + at[:, None] * HEAD_DIM + dims, total * scale, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=ANY_ADDRESS)
 def keys_kernel(
     q,  # [B, S, H, D]
     k,  # [B, T, K, D]
@@ -158,7 +160,7 @@ def keys_kernel(
 ):
     block = tl.program_id(0)
     batch = (tl.program_id(1) // num_kv_heads).to(tl.int64)
-    kv_head = tl.program_id(1) % num_kv_heads
+    kv_head = (tl.program_id(1) % num_kv_heads).to(tl.int64)
     keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
     dims, lanes = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
     is_key, is_dim = keys < seqlen_kv, dims < HEAD_DIM
@@ -191,7 +193,7 @@ def keys_kernel(
         queries = tl.load(q + row_at[:, None] + dims[None, :], mask=row_mask, other=0.0)
         dout_at = batch * stride_ob + row * stride_os + heads * stride_oh
         gradient = tl.load(dout + dout_at[:, None] + dims[None, :], mask=row_mask, other=0.0)
-        lse_at = statistics + heads.to(tl.int64) * seqlen_q + positions
+        lse_at = statistics + heads * seqlen_q + positions
         norm = tl.load(lse + lse_at, mask=is_row, other=float("inf"))
         offset = tl.load(delta + lse_at, mask=is_row, other=0.0)
         scores = tl.dot(block_k, tl.trans(queries), input_precision=PRECISION) * scale_log2

@@ -21,10 +21,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ds_lvx.kernels.triton_tiles import ANY_ADDRESS, LENGTHS
+
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=ANY_ADDRESS)
 def forward_kernel(
     q,  # [B, S, H, D]
     k,  # [B, T, K, D]
@@ -59,7 +61,7 @@ def forward_kernel(
 ):
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch = (tl.program_id(2) // num_kv_heads).to(tl.int64)
-    kv_head = tl.program_id(2) % num_kv_heads
+    kv_head = (tl.program_id(2) % num_kv_heads).to(tl.int64)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     positions, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
     dims = tl.arange(0, BLOCK_D)
@@ -132,7 +134,7 @@ def forward_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=ANY_ADDRESS)
 def merge_kernel(
     parts,  # [splits, B, S, H, D], fp32
     part_lses,  # [splits, B, H, S], fp32
@@ -160,7 +162,7 @@ def merge_kernel(
         total = tl.load(lse + lse_at, mask=is_row, other=float("-inf"))
         mixed = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
     for split in range(splits):
-        offset = split * rows_of_all
+        offset = split * rows_of_all.to(tl.int64)
         mine = tl.load(part_lses + offset + lse_at, mask=is_row, other=float("-inf"))
         part = tl.load(parts + offset * HEAD_DIM + at, mask=mask, other=0.0)
         higher = tl.maximum(total, mine)

@@ -168,6 +168,18 @@ def test_strided_keys_are_read_in_place() -> None:
     assert max(found.values()) <= 2e-5
 
 
+def test_heads_lie_further_apart_than_32_bits_count() -> None:
+    """Three heads of 2^30 numbers each, of which nobody touches more than is attended to."""
+    shape = (1, 4, 20, 6, 3, 16)
+    inputs = tensors(shape, torch.float32)
+    apart = torch.empty(2**31 + 2**10, dtype=torch.float16)
+    k = apart.as_strided((1, 20, 3, 16), (2**30, 16, 2**30, 1))
+    k.copy_(inputs[1])
+    q, v = inputs[0].half(), inputs[2].half()
+    found = errors(TritonKernel(), [q, k, v], None, 0.2)
+    assert max(found.values()) <= 1e-2, found
+
+
 def test_every_run_gives_the_same_bits(processors: int) -> None:
     shape = (1, 11, 500, 3, 1, 64)
     q, k, v = tensors(shape, torch.float32)

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 from ds_lvx.compare.kernels.occupancy import BLOCK_SHARED_BYTES, programs_per_multiprocessor
 from ds_lvx.kernels import triton_backward, triton_forward, triton_kernel
-from ds_lvx.kernels.triton_tiles import padded
+from ds_lvx.kernels.triton_tiles import ANY_ADDRESS, padded
 
 INT32 = ("q_start", "q_end", "kv_pos", "visible", "counts")
 FP32 = ("out", "lse", "delta", "dq", "parts", "part_lses")
@@ -127,7 +127,8 @@ def _signature(kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> An
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, argument in enumerate(kernel.arg_names)
-        if types[argument].startswith("*") or argument.startswith("stride")
+        if argument not in ANY_ADDRESS
+        and (types[argument].startswith("*") or argument.startswith("stride"))
     }
     return types, aligned
 
