@@ -35,6 +35,7 @@ class TritonKernel(Kernel):
     """Forward and backward in Triton. Stateless; K and V are read in place, at any strides."""
 
     name = "triton"
+    _atomic = False
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """See `ds_lvx.kernels.interface.Kernel.forward`."""
@@ -71,8 +72,24 @@ class TritonKernel(Kernel):
         norm = (lse * math.log2(math.e)).masked_fill(lse == -torch.inf, torch.inf).contiguous()
         delta = upstream.delta.to(torch.float32).contiguous()
         inputs = (*map(_last_dim_dense, tensors), norm, delta)
-        dq = _queries_gradient(problem, inputs)
-        return dq, *written(_keys_gradient(problem, inputs), into)
+        dq = self._dq(problem, inputs)
+        return dq, *written(_keys_gradient(problem, inputs, dq if self._atomic else None), into)
+
+    def _dq(self, problem: Problem, inputs: tuple[Tensor, ...]) -> Tensor:
+        """dq in fp32, or what it is added to."""
+        if self._atomic:
+            return torch.zeros(problem.q.shape, device=problem.q.device)
+        return _queries_gradient(problem, inputs)
+
+
+class TritonAtomicKernel(TritonKernel):
+    """Backward in five products instead of seven: dq is added up by atomics.
+
+    Its order, and so its last bits, may differ from run to run.
+    """
+
+    name = "triton_atomic"
+    _atomic = True
 
 
 def _parts(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -120,17 +137,19 @@ def queries_tiles(q: Tensor, k: Tensor) -> Tiles:
     """Tiles of the kernel that makes dq."""
     rows, wide = _rows(q, k), padded(q.shape[3])
     if q.dtype == torch.float32:
-        return _FP32
+        return _FP32 if wide <= 128 else Tiles(16, 16, 4, 1)
     if wide > 128:
         return Tiles(_least(rows, 64), 32, 8, 2)
-    return Tiles(128, 64, 8, 2) if rows > 64 else Tiles(_least(rows, 64), 64, 4, 2)
+    if rows <= 64 or wide <= 64:  # narrow: three programs of 64 rows fit where one of 128 did
+        return Tiles(_least(rows, 64), 64, 4, 2)
+    return Tiles(128, 64, 8, 2)
 
 
 def keys_tiles(q: Tensor, k: Tensor) -> Tiles:
     """Tiles of the kernel that makes dk and dv."""
     rows, wide = _rows(q, k), padded(q.shape[3])
     if q.dtype == torch.float32:
-        return _FP32
+        return _FP32 if wide <= 128 else Tiles(16, 16, 8, 1)
     if wide > 128:
         return Tiles(_least(rows, 32), 32, 8, 2)
     if rows <= 16:
@@ -175,7 +194,10 @@ def _queries_gradient(problem: Problem, inputs: tuple[Tensor, ...]) -> Tensor:
     return dq[0] if parts == 1 else dq.sum(dim=0)
 
 
-def _keys_gradient(problem: Problem, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def _keys_gradient(
+    problem: Problem, inputs: tuple[Tensor, ...], dq: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dk and dv; dq is added to, where there is one."""
     q, k = inputs[:2]
     batch, seqlen_kv, kv_heads, _ = k.shape
     tiles = keys_tiles(q, k)
@@ -184,6 +206,7 @@ def _keys_gradient(problem: Problem, inputs: tuple[Tensor, ...]) -> tuple[Tensor
         *inputs,
         dk,
         dv,
+        inputs[4] if dq is None else dq,
         *_rule(problem, tiles, of_keys=True),
         *_scales(problem),
         q.shape[1],
@@ -192,6 +215,7 @@ def _keys_gradient(problem: Problem, inputs: tuple[Tensor, ...]) -> tuple[Tensor
         *_strides(inputs),
         **shape_options(problem),
         **tiles.options(),
+        ATOMIC=dq is not None,
     )
     return dk, dv
 

@@ -223,8 +223,9 @@ def on_cuda(dtype: torch.dtype, head_dim: int = 64) -> Tensor:
 
 @pytest.mark.usefixtures("_some_gpu")
 def test_the_candidates_of_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
-    assert list(candidates(on_cuda(torch.bfloat16))) == ["native", "flash", "cudnn", "triton"]
-    assert list(candidates(on_cuda(torch.float32))) == ["native", "triton"]
+    triton = ["triton", "triton_atomic"]
+    assert list(candidates(on_cuda(torch.bfloat16))) == ["native", "flash", "cudnn", *triton]
+    assert list(candidates(on_cuda(torch.float32))) == ["native", *triton]
     assert list(candidates(on_cuda(torch.float64))) == ["native"]
     lines = describe(on_cuda(torch.bfloat16))
     assert lines[0] == (

@@ -26,7 +26,9 @@ from ds_lvx.kernels.interface import Problem, Upstream
 SCORES_BYTES = 8 * 2**30
 """A candidate that would materialise more scores than this, in fp32, is left out."""
 
-OURS = ("auto", "flash", "triton", "native")
+OURS = ("auto", "flash", "triton", "triton_atomic", "native")
+SAME = {("triton_atomic", "forward")}
+"""Who has another's code there, and is not timed again."""
 BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,

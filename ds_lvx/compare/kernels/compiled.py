@@ -36,6 +36,7 @@ KERNELS = {
     "forward": (triton_forward.forward_kernel, triton_kernel.forward_tiles),
     "queries": (triton_backward.queries_kernel, triton_kernel.queries_tiles),
     "keys": (triton_backward.keys_kernel, triton_kernel.keys_tiles),
+    "atomic": (triton_backward.keys_kernel, triton_kernel.keys_tiles),
 }
 _GROUP = 4
 
@@ -83,6 +84,8 @@ def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
         "VISIBILITY": configuration.visibility,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
+    if kernel is triton_backward.keys_kernel:
+        constants["ATOMIC"] = configuration.kernel == "atomic"
     types, aligned = _signature(kernel, dtype, constants)
     done = triton.compile(
         ASTSource(kernel, types, constants, aligned),
