@@ -88,6 +88,7 @@ class Shards:
             features_dim]`` and twice ``[features_dim, kv_heads * head_dim]``.
         head_dim: of keys that are projected.
         visibility: of these queries over these keys.
+        over_all: of these queries over the keys of all shards.
     """
 
     q: Tensor
@@ -95,6 +96,7 @@ class Shards:
     keys: dict[str, Tensor]
     head_dim: int
     visibility: Visibility | None
+    over_all: Visibility | None
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -165,14 +167,14 @@ def make_shards(shape: Shape, *, ranks: int, shards: Sequence[int], device: torc
         for name in ("k_proj", "v_proj"):
             weight = _randn(size, name, device) * shape.features_dim**-0.5
             keys[name] = _leaf(weight.to(shape.tensor_dtype))
+    rows = _indices(q_lengths, shards, device)
     return Shards(
         _leaf(draw("q", *queries)),
         draw("dout", *queries),
         keys,
         shape.head_dim,
-        _visibility(
-            shape, _indices(q_lengths, shards, device), _indices(kv_lengths, shards, device)
-        ),
+        _visibility(shape, rows, _indices(kv_lengths, shards, device)),
+        _visibility(shape, rows, torch.arange(shape.seqlen_kv, device=device)),
     )
 
 
