@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ds_lvx.compare.kernels import report as kernels_report
-from ds_lvx.compare.kernels.cases import PAPER
+from ds_lvx.compare.kernels.cases import MEASURED
 from launch import bench_kernels, bench_memory
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -52,7 +52,7 @@ def test_quick_run_writes_json_and_tables(tmp_path: Path, monkeypatch: pytest.Mo
     assert results["versions"]["torch"] == torch.__version__
     assert results["rates"]["matrix_flops"] > 0
     status = {record["name"]: record["status"] for record in results["records"]}
-    assert len(status) == 2 * 2 * (1 + 4) + 4
+    assert len(status) == 2 * 2 * (1 + 4) + 5
     assert status["tiny-24-visibility/native/backward"] == "ok"
     assert status["tiny-24/sdpa-cudnn/forward"] == "failed"
     assert kernels_report.measured_table(results) in document.read_text()
@@ -92,7 +92,7 @@ def test_committed_floors_are_those_of_the_formulas(
         for folder in (tmp_path, BENCHMARKS)
     )
     assert fresh["kind"] == committed["kind"] == "predicted"
-    assert len(committed["records"]) == 2 * len(PAPER)
+    assert len(committed["records"]) == 2 * len(MEASURED)
     assert committed["records"] == fresh["records"]
 
 
