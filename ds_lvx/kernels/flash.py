@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import attention
 
 _aten = torch.ops.aten
 
@@ -16,6 +17,14 @@ CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_HEAD_DIM_MULTIPLE = 8
 CUDA_MAX_HEAD_DIM = 256
 CUDA_CAPABILITY = (8, 0)
+
+
+def version_in_place() -> str | None:
+    """Which FlashAttention has taken PyTorch's operators (`ds_lvx.kernels.flash_version`); None:
+    its own has them."""
+    current = getattr(attention, "current_flash_attention_impl", None)  # not in an older PyTorch
+    name: str | None = None if current is None else current()
+    return name
 
 
 def cuda_can(q: Tensor) -> bool:
