@@ -47,8 +47,10 @@ def _rank_processes() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
-        if item.get_closest_marker("gpu") is not None:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        several = item.get_closest_marker("gpus")
+        needed = several.args[0] if several else int(item.get_closest_marker("gpu") is not None)
+        if needed > present:
+            reason = "needs a GPU" if needed == 1 else f"needs {needed} GPUs"
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-GLOO_TIMEOUT_S = 1800  # a run ends sooner, and says where its ranks stand
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+GROUP_TIMEOUT_S = 1800  # a run ends sooner, and says where its ranks stand
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Task:
     world_size: int
     port: int
     call: bytes
+    device: str
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,17 @@ def _run(task: Task) -> Answer:
     try:
         fn, args, kwargs = pickle.loads(task.call)
         _as_in_a_fresh_process()
-        timeout = datetime.timedelta(seconds=GLOO_TIMEOUT_S)
+        timeout = datetime.timedelta(seconds=GROUP_TIMEOUT_S)
         # The store is served by the pytest process, on a port that the system chose: no race.
         store = dist.TCPStore("127.0.0.1", task.port, is_master=False, timeout=timeout)
+        if task.device == "cuda":
+            torch.cuda.set_device(task.rank)
         dist.init_process_group(
-            "gloo", store=store, rank=task.rank, world_size=task.world_size, timeout=timeout
+            BACKENDS[task.device],
+            store=store,
+            rank=task.rank,
+            world_size=task.world_size,
+            timeout=timeout,
         )
         result = pickle.dumps(fn(*args, **kwargs))
     except BaseException:  # noqa: BLE001  (SystemExit is an answer of the task as well)

@@ -1,4 +1,4 @@
-"""Run a function on several ranks, each a real process with torch.distributed over gloo.
+"""Run a function on several ranks, each a real process with torch.distributed over gloo or NCCL.
 
     def sum_over_ranks(x):                       # top level of a test module
         y = x + torch.distributed.get_rank()
@@ -12,6 +12,8 @@
 - `fn`, its arguments and its result travel by pickle: `fn` is found by module and name, so it has
   to be at the top level of a module under `tests/` (pytest runs with `--import-mode=importlib` and
   the repository's root on `sys.path`; the name of a module is its path, `tests.attention.test_x`).
+- With `device="cuda"` rank i has GPU i, and tensors there travel over NCCL; mark such a test with
+  `pytest.mark.gpus(count)`.
 - Each run has a fresh process group, seed 0, and the environment variables that a launcher sets.
   Afterwards `ds_lvx.shutdown()` ends the groups, where `fn` has loaded `ds_lvx`.
 - What `fn` changes in its process (environment, default dtype, working folder) is put back; what
@@ -160,9 +162,16 @@ def session_pool() -> WorkerPool:
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = RUN_S, **kwargs: Any
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = RUN_S,
+    device: str = "cpu",
+    **kwargs: Any,
 ) -> list[Any]:
     """Call `fn(*args, **kwargs)` on ranks 0 to `world_size - 1` and return the results by rank.
+
+    `device` is `"cpu"` or `"cuda"`: with which backends `torch.distributed` is started.
 
     Raises:
         ValueError: `world_size` is not 1 to 4, or `fn` or an argument cannot be pickled.
@@ -175,7 +184,7 @@ def run_ranks(
     pool = session_pool()
     try:
         workers = pool.take(world_size)
-        results = _run(workers, call, timeout_s=timeout_s)
+        results = _run(workers, call, timeout_s=timeout_s, device=device)
     except _OrderlyRankError:
         raise
     except BaseException:  # Ctrl-C and pytest-timeout too: no process may stay half-way
@@ -196,12 +205,12 @@ def _pickled_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         ) from error
 
 
-def _run(workers: list[Worker], call: bytes, *, timeout_s: float) -> list[Any]:
+def _run(workers: list[Worker], call: bytes, *, timeout_s: float, device: str) -> list[Any]:
     # The variable keeps the store's server alive during the run.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for rank, worker in enumerate(workers):
         worker.mark_output()
-        worker.send(Task(rank, len(workers), store.port, call))
+        worker.send(Task(rank, len(workers), store.port, call, device))
     answers = _collect(workers, timeout_s=timeout_s)
     errors = {rank: answer.error for rank, answer in answers.items() if answer.error is not None}
     silent = [rank for rank in range(len(workers)) if rank not in answers]

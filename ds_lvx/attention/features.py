@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ds_lvx.attention.host_memory import HostMemory
+
 
 def chunk_lengths(kv_lengths: Sequence[int], rank: int, chunk_tokens: int | None) -> list[int]:
     """Tokens of each chunk of a rank's features: at most ``chunk_tokens`` each, evenly split.
@@ -50,6 +52,10 @@ class Chunks:
         """Whether the features have to be streamed to the device."""
         return self.features.device != self._device
 
+    def zeros(self, like: Tensor) -> Tensor:
+        """0 on the device, as a tensor of a shape and dtype that takes no memory."""
+        return torch.zeros((), dtype=like.dtype, device=self._device).expand(like.shape)
+
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the tokens, and their features."""
         if self.on_host:
@@ -61,26 +67,39 @@ class Chunks:
                 yield tokens, self.features[:, tokens]
 
     def _streamed(self) -> Iterator[tuple[slice, Tensor]]:
-        """With the copy of the next chunk under way while its predecessor is in use."""
+        """With the copy of the next chunk under way while its predecessor is in use.
+
+        Two buffers take turns, however far the host is ahead: a copy waits on the device until
+        what its buffer held before has been used, which was launched before the next was asked for.
+        """
         current = torch.accelerator.current_stream(self._device)
         copies = torch.Stream(self._device)
-        copies.wait_stream(current)  # which may still be writing the features to the host
-        arriving = self._start(self.slices[0], copies)
-        for index, tokens in enumerate(self.slices):
-            current.wait_stream(copies)
-            chunk = arriving
-            chunk.record_stream(current)
-            if index + 1 < len(self.slices):
-                arriving = self._start(self.slices[index + 1], copies)
-            yield tokens, chunk
+        most = max(tokens.stop - tokens.start for tokens in self.slices)
+        numbers = self.features[:, :most].numel()
+        buffers = [self.features.new_empty(numbers, device=self._device) for _ in self.slices[:2]]
 
-    def _start(self, tokens: slice, copies: torch.Stream) -> Tensor:
+        def start(number: int) -> Tensor:
+            copies.wait_stream(current)  # which may still be writing the features to the host, too
+            with copies:
+                return self._copy(self.slices[number], buffers[number % 2])
+
+        arriving = start(0)
+        try:
+            for number, tokens in enumerate(self.slices):
+                chunk = arriving
+                current.wait_stream(copies)
+                if number + 1 < len(self.slices):
+                    arriving = start(number + 1)
+                yield tokens, chunk
+        finally:
+            current.wait_stream(copies)  # the buffers are this stream's memory again
+
+    def _copy(self, tokens: slice, buffer: Tensor) -> Tensor:
         part = self.features[:, tokens]
-        with copies:
-            arriving = torch.empty(part.shape, dtype=part.dtype, device=self._device)
-            # Rows of a batch one by one: each is contiguous, so that its copy is asynchronous.
-            for row, source in zip(arriving, part, strict=True):
-                row.copy_(source, non_blocking=True)
+        arriving = buffer[: part.numel()].view(part.shape)
+        # Rows of a batch one by one: each is contiguous, so that its copy is asynchronous.
+        for row, source in zip(arriving, part, strict=True):
+            row.copy_(source, non_blocking=True)
         return arriving
 
 
@@ -121,7 +140,8 @@ class FeatureGradient:
         place = self.total[:, tokens]
         if gradient is None:
             if not self._complete:
-                place.zero_()
+                for row in place:  # by the device, as all that is written there
+                    row.copy_(chunks.zeros(row), non_blocking=True)
         elif not self._complete:
             for mine, row in zip(gradient, place, strict=True):
                 row.copy_(mine, non_blocking=True)
@@ -204,5 +224,7 @@ class _Offload(torch.autograd.Function):
 
 def host_like(features: Tensor) -> Tensor:
     """An uninitialised tensor of features' shape on the host, pinned where there is a device."""
-    pinned = torch.accelerator.is_available()
-    return torch.empty(features.shape, dtype=features.dtype, pin_memory=pinned)
+    return _memory.empty(features.shape, features.dtype)
+
+
+_memory = HostMemory()

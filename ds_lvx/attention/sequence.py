@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ds_lvx.distributed.agreement import require_same
-from ds_lvx.distributed.bundles import Spec
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
 from ds_lvx.kernels.merge import accumulation_dtype
@@ -73,23 +72,13 @@ class _GatherSequence(torch.autograd.Function):
         ctx: Any, channel: Channel, lengths: tuple[int, ...], dim: int, anchor: Tensor, x: Tensor
     ) -> Tensor:
         ctx.channel, ctx.lengths, ctx.dim = channel, lengths, dim
-        specs = [[_like(x, dim, length)] for length in lengths]
-        bundles = channel.gather([x], specs).wait()
-        return torch.cat([shard for (shard,) in bundles], dim=dim)
+        (whole,) = channel.gather_rows([x], [dim], lengths).wait()
+        return whole.contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        shards = [[shard] for shard in gradient.split(list(ctx.lengths), dim=ctx.dim)]
-        mine = [Spec.of(shard) for shard in shards[ctx.channel.rank]]
-        arrived = ctx.channel.exchange(shards, [mine] * ctx.channel.size).wait()
-        total = torch.zeros_like(arrived[0][0], dtype=accumulation_dtype(gradient.dtype))
-        for (shard,) in arrived:
-            total += shard
+        # In order: a rank's own rows of everyone's gradient.
+        (parts,) = ctx.channel.exchange_rows([gradient], [ctx.dim], ctx.lengths).wait()
+        total = parts.sum(dim=0, dtype=accumulation_dtype(gradient.dtype))
         return None, None, None, None, total.to(gradient.dtype)
-
-
-def _like(x: Tensor, dim: int, length: int) -> Spec:
-    shape = list(x.shape)
-    shape[dim] = length
-    return Spec(tuple(shape), x.dtype)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 STREAMED_TOKENS = 16_384
 """Tokens of a chunk of features that come from the host, where nothing else is asked for."""
@@ -88,6 +90,31 @@ def head_groups(*, kv_heads: int, q_bytes: int, on_cpu: bool) -> tuple[int, ...]
     edge = max(kv_heads // _FIRST_SHARE, 1)
     middle = kv_heads - 2 * edge
     return (edge, middle, edge) if middle else (edge, edge)
+
+
+def leaving_groups(*, kv_heads: int, q_bytes: int, on_cpu: bool) -> tuple[int, ...]:
+    """`head_groups` where all heads arrive together, as in Ulysses: only the last group is small.
+
+    Args:
+        kv_heads: of K and V that a rank attends to.
+        q_bytes: of the queries that it attends to, padding included.
+        on_cpu: where the kernels run.
+    """
+    *others, last = head_groups(kv_heads=kv_heads, q_bytes=q_bytes, on_cpu=on_cpu)
+    return (sum(others), last) if others else (last,)
+
+
+def head_slices(sizes: Sequence[int], share: int) -> list[tuple[slice, slice]]:
+    """The heads of q and those of K and V of each group.
+
+    Args:
+        sizes: heads of K and V by group.
+        share: heads of q that use one of them.
+    """
+    return [
+        (slice(first * share, last * share), slice(first, last))
+        for first, last in pairwise(accumulate(sizes, initial=0))
+    ]
 
 
 def head_layout(heads: int, kv_heads: int, ranks: int) -> tuple[int, int]:

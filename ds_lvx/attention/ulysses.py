@@ -1,29 +1,30 @@
 """DeepSpeed-Ulysses: all-to-alls turn a split sequence into split heads and back.
 
-DeepSpeed's own `single_all_to_all` sends (Jacobs et al., arXiv:2309.14509). What is added here is
-what its `DistributedAttention` leaves to the caller: shards of unequal length (padded with keys
-that nobody sees), heads that do not divide (repeated or padded), visibility, S_q != S_kv, and a
-checkpointed layer that sends nothing twice.
+The scheme is DeepSpeed's (Jacobs et al., arXiv:2309.14509). What is added here is what its
+`DistributedAttention` leaves to the caller: shards of unequal length (padded with keys that nobody
+sees), heads that do not divide (repeated or padded), visibility, S_q != S_kv, and a checkpointed
+layer that sends nothing twice. Nor does it send q, k and v one after the other: what leaves at the
+same time is one message a rank, and results of the first heads leave under the last ones' kernel.
+
+Legend: B batch, n ranks, s tokens of a rank and S of all (queries, or keys), H heads, D head_dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import deepspeed
 import torch
 import torch.nn.functional as F
-from deepspeed.sequence.layer import single_all_to_all
 from torch import Tensor
 
 from ds_lvx.attention.call import Call, Group, settle
 from ds_lvx.attention.common import LocalAttention, delta_of
 from ds_lvx.attention.replay import once
-from ds_lvx.attention.shape import head_layout
+from ds_lvx.attention.shape import head_layout, head_slices, leaving_groups
+from ds_lvx.distributed.bundles import readable
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.distributed.pending import blocking
-from ds_lvx.distributed.start import init_distributed
-from ds_lvx.distributed.traffic import count
+from ds_lvx.distributed.pending import Pending
 from ds_lvx.kernels.interface import Upstream
 from ds_lvx.kernels.visibility import Visibility
 
@@ -123,10 +124,14 @@ class _UlyssesAttention(torch.autograd.Function):
         rule = call.layout.padded_rule(q.shape[0])
 
         def attend_by_heads() -> tuple[Tensor, ...]:
-            heads_q, heads_k, heads_v = (_to_heads(call.channel, t) for t in (q, k, v))
-            out, lse = call.kernel.forward(call.problem(heads_q, heads_k, heads_v, rule))
-            out = out.to(q.dtype)
-            return heads_q, heads_k, heads_v, out, lse, _to_sequence(call.channel, out)
+            held = _to_heads(call.channel, (q, k, v))
+            outs, lses, returning = [], [], []
+            for heads in _groups(*held):
+                out, lse = call.kernel.forward(call.problem(*_of(heads, *held), rule))
+                outs.append(out.to(q.dtype))
+                lses.append(lse)
+                returning.append(_to_sequence(call.channel, outs[-1:]))
+            return *held, _whole(outs, dim=2), _whole(lses, dim=1), *_all_heads(returning)
 
         *saved, out = once("ulysses_attention's attention", attend_by_heads)
         ctx.save_for_backward(*saved)
@@ -137,40 +142,97 @@ class _UlyssesAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
-        channel = ctx.call.channel
-        dout = _to_heads(channel, dout)
-        upstream = Upstream(dout, lse, delta_of(out, dout, None, lse))
-        dq, dk, dv = ctx.call.kernel.backward(ctx.call.problem(q, k, v, ctx.rule), upstream)
-        gradients = (dq.to(q.dtype), dk, dv)
-        return None, None, *(_to_sequence(channel, gradient) for gradient in gradients)
+        call = ctx.call
+        (dout,) = _to_heads(call.channel, (dout,))
+        delta = delta_of(out, dout, None, lse)
+        returning = []
+        for heads in _groups(q, k, v):
+            rows = heads[0]
+            upstream = Upstream(dout[:, :, rows], lse[:, rows], delta[:, rows])
+            problem = call.problem(*_of(heads, q, k, v), ctx.rule)
+            dq, dk, dv = call.kernel.backward(problem, upstream)
+            gradients = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+            returning.append(_to_sequence(call.channel, gradients))
+            del dq, dk, dv, gradients
+        return None, None, *_all_heads(returning)
 
 
-def _to_heads(channel: Channel, tensor: Tensor) -> Tensor:
-    """``[B, s, H, D]`` of this rank's part of the sequence -> ``[B, S, H / n, D]``, all of it."""
-    return _all_to_all(channel, tensor, scatter=2, gather=1)
+# --------------------------------------------------------------------------------------------
+# Between tokens and heads
 
 
-def _to_sequence(channel: Channel, tensor: Tensor) -> Tensor:
-    """The way back."""
-    return _all_to_all(channel, tensor, scatter=1, gather=2)
+def _to_heads(channel: Channel, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``[B, s, H, D]`` of this rank's tokens -> ``[B, S, H / n, D]``, all tokens; one message."""
+    parts = [t.unflatten(2, (channel.size, -1)).movedim(2, 0) for t in tensors]
+    tables = _exchange(channel, parts).wait()
+    # One after the other, of all ranks, before they are taken apart: one table needs no copy then.
+    whole = [table.movedim(0, 1).flatten(1, 2) for table in tables]
+    return [readable(tensor) for tensor in _apart(whole, _heads(parts), dim=2)]
 
 
-def _all_to_all(channel: Channel, tensor: Tensor, *, scatter: int, gather: int) -> Tensor:
-    _ensure_deepspeed_comm()
-    # DeepSpeed sends behind our back, so its bytes are counted and its waits are told here.
-    count("all_to_all", (channel.size - 1) * tensor.nbytes // channel.size)
-    with blocking("all_to_all"):
-        sent: Tensor = single_all_to_all(tensor.contiguous(), scatter, gather, 0, channel.group)
-    return sent
+def _to_sequence(channel: Channel, tensors: Sequence[Tensor]) -> Pending[list[Tensor]]:
+    """``[B, S, h, D]`` of some of this rank's heads -> ``[B, s, n, h, D]``, those of all ranks."""
+    parts = [t.unflatten(1, (channel.size, -1)).movedim(1, 0) for t in tensors]
+    heads = _heads(parts)  # what is sent is not kept until it comes home
+    return _exchange(channel, parts).then(
+        lambda tables: [t.movedim(0, 2) for t in _apart(tables, heads, dim=3)]
+    )
+
+
+def _exchange(channel: Channel, parts: Sequence[Tensor]) -> Pending[list[Tensor]]:
+    """Send each rank its part of some tensors ``[n, B, s, h, D]``, and get theirs of ours.
+
+    Tensors of as many tokens lie side by side, by heads, in one table; else each has its own.
+    """
+    tables = [run[0] if len(run) == 1 else torch.cat(run, dim=3) for run in _runs(parts)]
+    arriving = channel.exchange_rows(tables, [0] * len(tables), (1,) * channel.size)
+    return arriving.then(lambda found: [table.squeeze(1) for table in found])
+
+
+def _runs(parts: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors of each table."""
+    same_tokens = len({part.shape[2] for part in parts}) == 1
+    return [list(parts)] if same_tokens else [[part] for part in parts]
+
+
+def _heads(parts: Sequence[Tensor]) -> list[list[int]]:
+    """Heads of the tensors of each table."""
+    return [[part.shape[3] for part in run] for run in _runs(parts)]
+
+
+def _apart(tables: Sequence[Tensor], heads: Sequence[list[int]], *, dim: int) -> list[Tensor]:
+    """The tensors that lie side by side in tables; these have the heads in ``dim``."""
+    pairs = zip(tables, heads, strict=True)
+    return [tensor for table, each in pairs for tensor in table.split(each, dim=dim)]
+
+
+def _groups(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
+    """Heads of q, and of k and v, that are attended to together, one group after the other."""
+    sizes = leaving_groups(
+        kv_heads=k.shape[2],
+        q_bytes=q.numel() * q.element_size(),
+        on_cpu=q.device.type == "cpu",
+    )
+    return head_slices(sizes, q.shape[2] // k.shape[2])
+
+
+def _of(
+    heads: tuple[slice, slice], q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q[:, :, heads[0]], k[:, :, heads[1]], v[:, :, heads[1]]
+
+
+def _whole(parts: Sequence[Tensor], *, dim: int) -> Tensor:
+    """All groups again."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+
+
+def _all_heads(returning: Sequence[Pending[list[Tensor]]]) -> list[Tensor]:
+    """``[B, s, H, D]`` of each tensor whose groups of heads come home."""
+    groups = zip(*(pending.wait() for pending in returning), strict=True)
+    return [_whole(parts, dim=3).flatten(2, 3) for parts in groups]
 
 
 def _pad(tensor: Tensor, seqlen: int, heads: int) -> Tensor:
     missing = seqlen - tensor.shape[1]
     return F.pad(tensor, (0, 0, 0, heads, 0, missing)) if missing or heads else tensor
-
-
-def _ensure_deepspeed_comm() -> None:
-    # It talks through deepspeed.comm, which a script without an engine may not have started; that
-    # takes over the process group that is there.
-    if not deepspeed.comm.is_initialized():
-        init_distributed(verbose=False)

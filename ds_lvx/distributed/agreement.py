@@ -9,6 +9,9 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
+RECORD_BYTES = 2048
+"""Of a message that fits at once."""
+_LENGTH_BYTES = 8
 _KINDS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (ValueError, NotImplementedError, RuntimeError)
 }
@@ -46,6 +49,20 @@ def decode(messages: Sequence[bytes], error: Exception | None) -> list[dict[str,
         kind = _KINDS[next(iter(failed.values()))["kind"]]
         raise kind(_describe(failed, len(answers))) from error
     return [answer["record"] for answer in answers]
+
+
+def framed(message: bytes, capacity: int) -> bytearray:
+    """A message's length, and as much of it as there is room for in so many bytes."""
+    head = len(message).to_bytes(_LENGTH_BYTES, "little")
+    return bytearray((head + message)[:capacity].ljust(capacity, b"\0"))
+
+
+def unframed(frames: Sequence[bytes]) -> tuple[list[bytes], int]:
+    """The messages of `framed`, and the capacity that the longest of them needs."""
+    lengths = [int.from_bytes(frame[:_LENGTH_BYTES], "little") for frame in frames]
+    pairs = zip(frames, lengths, strict=True)
+    messages = [frame[_LENGTH_BYTES : _LENGTH_BYTES + length] for frame, length in pairs]
+    return messages, max(lengths) + _LENGTH_BYTES
 
 
 def require_same(records: Sequence[dict[str, Any]], keys: Collection[str], *, what: str) -> None:

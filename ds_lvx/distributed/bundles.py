@@ -1,4 +1,4 @@
-"""Bundles: several tensors as one message, one after the other or row by row.
+"""Bundles: several tensors as one message, row by row.
 
 The shapes that a rank will receive are always known beforehand, as `Spec`; nothing is asked on the
 data plane.
@@ -63,37 +63,31 @@ def specs_of(tensors: Sequence[Tensor] | Unwritten) -> list[Spec]:
     return [Spec.of(tensor) for tensor in tensors]
 
 
-def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """Copy tensors into one aligned buffer, uint8 ``[bytes]``."""
-    specs = [Spec.of(tensor) for tensor in tensors]
-    device = tensors[0].device
-    buffer = torch.empty(bundle_nbytes(specs), dtype=torch.uint8, device=device)
-    for view, tensor in zip(unpack(buffer, specs), tensors, strict=True):
-        view.copy_(tensor)
-    return buffer
+def lengthened(message: Tensor, size: int) -> Tensor:
+    """A message (uint8 ``[bytes]``) of ``size`` bytes; nobody reads what is added."""
+    if len(message) == size:
+        return message
+    longer = message.new_empty(size)
+    longer[: len(message)] = message
+    return longer
 
 
-def unpack(buffer: Tensor, specs: Sequence[Spec]) -> list[Tensor]:
-    """The tensors of a bundle, as views into ``buffer`` (uint8 ``[bytes]``)."""
-    views, start = [], 0
-    for spec, nbytes in zip(specs, _sizes(specs), strict=True):
-        piece = buffer[start : start + spec.nbytes]
-        views.append(piece.view(spec.dtype).view(spec.shape))
-        start += nbytes
-    return views
+def closed_up(messages: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Messages one after the other, without what `lengthened` had added.
 
-
-def unpack_each(
-    buffer: Tensor, sizes: Sequence[int], specs: Sequence[Sequence[Spec]]
-) -> list[Bundle]:
-    """Bundles that lie one after the other in ``buffer``, of so many bytes each."""
-    pieces = buffer.split(list(sizes))
-    return [unpack(piece, theirs) for piece, theirs in zip(pieces, specs, strict=True)]
-
-
-def bundle_nbytes(specs: Sequence[Spec]) -> int:
-    """Bytes of a bundle of such tensors."""
-    return sum(_sizes(specs))
+    Args:
+        messages: uint8 ``[bytes]``, all of the same length.
+        sizes: bytes of each that count.
+    """
+    if len(messages) == sum(sizes):
+        return messages
+    # Many bytes at once: a row is a multiple of 8, but for odd shapes.
+    word = 8 if all(size % 8 == 0 for size in sizes) else 1
+    rows = messages.view(len(sizes), -1)
+    kept = [row[:size] for row, size in zip(rows, sizes, strict=True)]
+    if word == 8:
+        kept = [row.view(torch.int64) for row in kept]
+    return torch.cat(kept).view(torch.uint8)
 
 
 def _sizes(specs: Sequence[Spec]) -> list[int]:
@@ -117,10 +111,10 @@ def pack_rows(tensors: Sequence[Tensor] | Unwritten, dims: Sequence[int]) -> Ten
     else:
         alone = tensors[0].movedim(dims[0], 0)
         if len(tensors) == 1 and alone.is_contiguous() and alone.numel():
-            return alone.view(len(alone), -1).view(torch.uint8)
+            return alone.view(-1).view(torch.uint8).view(len(alone), -1)
         device, write = tensors[0].device, partial(_copy, tensors)
     of_rows = [_row_of(spec, dim) for spec, dim in zip(specs, dims, strict=True)]
-    shape = specs[0].shape[dims[0]], bundle_nbytes(of_rows)
+    shape = specs[0].shape[dims[0]], sum(_sizes(of_rows))
     buffer = torch.empty(shape, dtype=torch.uint8, device=device)
     write(_unpack_rows(buffer, of_rows, dims))
     return buffer

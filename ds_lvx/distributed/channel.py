@@ -23,13 +23,11 @@ from ds_lvx.distributed.bundles import (
     Bundle,
     Spec,
     Unwritten,
-    bundle_nbytes,
-    pack,
+    closed_up,
+    lengthened,
     pack_rows,
     readable,
     specs_of,
-    unpack,
-    unpack_each,
     unpack_rows,
 )
 from ds_lvx.distributed.pending import Pending, blocking
@@ -37,7 +35,6 @@ from ds_lvx.distributed.traffic import count, count_control
 
 ProcessGroup: TypeAlias = dist.ProcessGroup
 
-_RECORD_BYTES = 2048
 # torch 2.13 gave the collective a new name and warns at the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -55,12 +52,14 @@ class Channel:
     Args:
         group: a process group of which this rank is a member; ``None`` is a group of this
             process alone, which communicates with nobody.
+        home: another one of the same ranks, for results on their way home: what goes out next does
+            not queue behind them; ``None`` is ``group`` itself.
     """
 
     # One gloo group for every accelerator group that asked for a control plane.
     _control_groups: ClassVar[WeakKeyDictionary[ProcessGroup, ProcessGroup]] = WeakKeyDictionary()
 
-    def __init__(self, group: ProcessGroup | None) -> None:
+    def __init__(self, group: ProcessGroup | None, *, home: ProcessGroup | None = None) -> None:
         self.rank = 0 if group is None else dist.get_rank(group)
         if self.rank < 0:
             raise ValueError(
@@ -69,6 +68,7 @@ class Channel:
             )
         self.size = 1 if group is None else dist.get_world_size(group)
         self._group = None if group is None else ref(group)
+        self._home = self._group if home is None else ref(home)
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -77,15 +77,12 @@ class Channel:
         Raises:
             RuntimeError: the group has ended.
         """
-        if self._group is None:
-            return None
-        group = self._group()
-        if group is None:
-            raise RuntimeError(
-                "got a process group that has ended; make a new one, and call ds_lvx.shutdown or "
-                "close the groups only after the last use"
-            )
-        return group
+        return _alive(self._group)
+
+    @property
+    def home(self) -> ProcessGroup | None:
+        """The process group of what goes home; likewise."""
+        return _alive(self._home)
 
     @classmethod
     def world(cls) -> Channel:
@@ -135,25 +132,20 @@ class Channel:
         """
         agreement.require_same(self.agree(record), record.keys(), what=what)
 
-    def _exchange(self, payload: bytes) -> list[bytes]:
-        capacity = _RECORD_BYTES
-        while True:
-            texts, longest = self._exchange_once(payload, capacity)
-            if longest + 8 <= capacity:
-                return texts
-            capacity = longest + 8
+    def _exchange(self, message: bytes) -> list[bytes]:
+        capacity, needed = 0, agreement.RECORD_BYTES
+        while needed > capacity:
+            capacity = needed
+            messages, needed = self._exchange_once(agreement.framed(message, capacity))
+        return messages
 
-    def _exchange_once(self, payload: bytes, capacity: int) -> tuple[list[bytes], int]:
-        framed = len(payload).to_bytes(8, "little") + payload[: capacity - 8]
-        mine = torch.frombuffer(bytearray(framed.ljust(capacity, b"\0")), dtype=torch.uint8)
-        everyone = torch.empty(self.size * capacity, dtype=torch.uint8)
+    def _exchange_once(self, frame: bytearray) -> tuple[list[bytes], int]:
+        mine = torch.frombuffer(frame, dtype=torch.uint8)
+        everyone = torch.empty(self.size * len(mine), dtype=torch.uint8)
         with blocking("agreement"):
             dist.all_to_all_single(everyone, mine.repeat(self.size), group=self._control())
-        count_control((self.size - 1) * capacity)
-        rows = [bytes(row) for row in everyone.view(self.size, capacity).numpy()]
-        lengths = [int.from_bytes(row[:8], "little") for row in rows]
-        texts = [row[8 : 8 + length] for row, length in zip(rows, lengths, strict=True)]
-        return texts, max(lengths)
+        count_control((self.size - 1) * len(mine))
+        return agreement.unframed([bytes(row) for row in everyone.view(self.size, -1).numpy()])
 
     def _control(self) -> ProcessGroup:
         assert self.group is not None
@@ -172,62 +164,6 @@ class Channel:
 
     # ---- data plane
 
-    def gather(self, mine: Bundle, specs: Sequence[Sequence[Spec]]) -> Pending[list[Bundle]]:
-        """All-gather one bundle of tensors a rank, of any lengths, as one message.
-
-        Args:
-            mine: this rank's tensors, on one device.
-            specs: the specs of every rank's bundle, by rank.
-
-        Returns:
-            A `Pending` of every rank's bundle, by rank.
-
-        Bytes sent: ``(n - 1)`` times this rank's bundle.
-        """
-        if self.size == 1:
-            return Pending(None, (), lambda: [mine])
-        buffer = pack(mine)
-        sizes = [bundle_nbytes(theirs) for theirs in specs]
-        arrived = torch.empty(sum(sizes), dtype=torch.uint8, device=buffer.device)
-        count("all_gather", (self.size - 1) * buffer.numel())
-        work, keep = self._start_gather(arrived, buffer, sizes)
-        return Pending("all_gather", [work], lambda: unpack_each(arrived, sizes, specs), keep=keep)
-
-    def exchange(
-        self, bundles: Sequence[Bundle], specs: Sequence[Sequence[Spec]]
-    ) -> Pending[list[Bundle]]:
-        """Send each rank its own bundle, and receive one from each, as one message each.
-
-        Args:
-            bundles: what goes to rank 0, 1, ...; this rank's own is handed through untouched.
-            specs: the specs of what arrives from rank 0, 1, ...
-
-        Returns:
-            A `Pending` of the bundles that arrived, by sender.
-
-        Bytes sent: those of the bundles for other ranks.
-        """
-        if self.size == 1:
-            return Pending(None, (), lambda: list(bundles))
-        own = bundles[self.rank]
-        others = [pack(b) for rank, b in enumerate(bundles) if rank != self.rank]
-        buffer = torch.cat(others)
-        in_sizes = [0 if r == self.rank else bundle_nbytes(s) for r, s in enumerate(specs)]
-        out_sizes = [piece.numel() for piece in others]
-        out_sizes.insert(self.rank, 0)
-        arrived = torch.empty(sum(in_sizes), dtype=torch.uint8, device=buffer.device)
-        count("all_to_all", buffer.numel())
-        work = self._all_to_all(arrived, buffer, in_sizes, out_sizes)
-
-        def finish() -> list[Bundle]:
-            pieces = arrived.split(in_sizes)
-            return [
-                own if rank == self.rank else unpack(pieces[rank], specs[rank])
-                for rank in range(self.size)
-            ]
-
-        return Pending("all_to_all", [work], finish, keep=buffer)
-
     def gather_rows(
         self, mine: Bundle, dims: Sequence[int], lengths: Sequence[int]
     ) -> Pending[Bundle]:
@@ -242,22 +178,19 @@ class Channel:
             A `Pending` of the same tensors with the rows of all ranks, in the order of ranks; on
             an accelerator rows that kernels can read there stay where they arrived.
 
-        Bytes sent: ``(n - 1)`` times this rank's rows.
+        Bytes sent: ``(n - 1)`` times this rank's rows; see `_gather`.
         """
         if self.size == 1:
             return Pending(None, (), lambda: mine)
         specs = [Spec.of(tensor) for tensor in mine]
         packed = pack_rows(mine, dims)
         row = packed.shape[1]
-        arrived = packed.new_empty(sum(lengths), row)
-        flat, sizes = packed.view(-1), [length * row for length in lengths]
-        count("all_gather", (self.size - 1) * flat.numel())
-        work, keep = self._start_gather(arrived.view(-1), flat, sizes)
 
-        def finish() -> Bundle:
-            return [readable(tensor) for tensor in unpack_rows(arrived, specs, dims)]
+        def finish(arrived: Tensor) -> Bundle:
+            rows = unpack_rows(arrived.view(sum(lengths), row), specs, dims)
+            return [readable(tensor) for tensor in rows]
 
-        return Pending("all_gather", [work], finish, keep=keep)
+        return self._gather(packed.view(-1), [length * row for length in lengths]).then(finish)
 
     def exchange_rows(
         self, tensors: Bundle | Unwritten, dims: Sequence[int], lengths: Sequence[int]
@@ -284,7 +217,7 @@ class Channel:
         in_sizes, out_sizes = [own * row] * self.size, [length * row for length in lengths]
         flat = packed.view(-1)
         count("all_to_all", flat.numel() - own * row)
-        work = self._all_to_all(arrived.view(-1), flat, in_sizes, out_sizes)
+        work = _all_to_all(arrived.view(-1), flat, in_sizes, out_sizes, group=self.home)
         return Pending("all_to_all", [work], lambda: unpack_rows(arrived, specs, dims), keep=packed)
 
     def shift(self, mine: Bundle, specs: Sequence[Spec], *, hops: int = 1) -> Pending[Bundle]:
@@ -293,25 +226,26 @@ class Channel:
         Args:
             mine: this rank's tensors. Sent from where they lie when they are contiguous.
             specs: the specs of what rank ``rank - hops`` sends.
-            hops: distance on the ring, not a multiple of its size; negative is backwards.
+            hops: distance on the ring, not a multiple of its size; negative is backwards, home.
 
         Returns:
             A `Pending` of the bundle that arrives.
 
         Bytes sent: those of ``mine``.
         """
-        assert self.group is not None
+        group = self.group if hops > 0 else self.home
+        assert group is not None
         arrived = [spec.empty(mine[0].device) for spec in specs]
         # NCCL wants every rank in its first exchange: where there is nothing, one byte goes.
         nothing = torch.empty(1, dtype=torch.uint8, device=mine[0].device)
         sent = [tensor.contiguous() if tensor.numel() else nothing for tensor in mine]
         landing = [tensor if tensor.numel() else torch.empty_like(nothing) for tensor in arrived]
-        receiver = dist.get_global_rank(self.group, (self.rank + hops) % self.size)
-        sender = dist.get_global_rank(self.group, (self.rank - hops) % self.size)
+        receiver = dist.get_global_rank(group, (self.rank + hops) % self.size)
+        sender = dist.get_global_rank(group, (self.rank - hops) % self.size)
         # gloo tells the sender that it may begin on the connection that the answer takes: behind
         # what this rank sends, two neighbours would send one after the other.
-        operations = [dist.P2POp(dist.irecv, tensor, sender, self.group) for tensor in landing]
-        operations += [dist.P2POp(dist.isend, tensor, receiver, self.group) for tensor in sent]
+        operations = [dist.P2POp(dist.irecv, tensor, sender, group) for tensor in landing]
+        operations += [dist.P2POp(dist.isend, tensor, receiver, group) for tensor in sent]
         count("send_recv", sum(tensor.nbytes for tensor in sent))
         works = dist.batch_isend_irecv(operations)
         return Pending("send_recv", works, lambda: arrived, keep=(sent, landing))
@@ -332,24 +266,54 @@ class Channel:
         """Wait on the CPU until every rank of the group is here."""
         self.agree({})
 
-    def _start_gather(
-        self, arrived: Tensor, mine: Tensor, sizes: Sequence[int]
-    ) -> tuple[Any, Tensor]:
-        """Begin an all-gather of bytes; the handle, and the buffer that must outlive it."""
-        if min(sizes) == max(sizes) and mine.device.type != "cpu":
-            return _all_gather(arrived, mine, group=self.group, async_op=True), mine
-        # Each rank writes to each other: for unequal shards, and because gloo's all-gather goes
-        # round a ring, which takes three times as long for messages of some kilobytes.
-        copies = mine.repeat(self.size)
-        own = [sizes[self.rank]] * self.size
-        return self._all_to_all(arrived, copies, list(sizes), own), copies
+    def _gather(self, mine: Tensor, sizes: Sequence[int]) -> Pending[Tensor]:
+        """All-gather bytes: those of all ranks, one after the other.
 
-    def _all_to_all(
-        self, arrived: Tensor, sent: Tensor, in_sizes: list[int], out_sizes: list[int]
-    ) -> Any:
-        return dist.all_to_all_single(
-            arrived, sent, in_sizes, out_sizes, group=self.group, async_op=True
+        On an accelerator messages that hardly differ are as long as the longest, which NCCL's own
+        all-gather wants: between nodes it sends each of them once, and not once to every rank.
+
+        Args:
+            mine: uint8 ``[bytes]``.
+            sizes: bytes of every rank.
+        """
+        if _go_alike(mine, sizes):
+            each = max(sizes)
+            sent, arrived = lengthened(mine, each), mine.new_empty(self.size * each)
+            work = _all_gather(arrived, sent, group=self.group, async_op=True)
+        else:
+            # Each rank writes to each other: for unequal shards, and because gloo's all-gather goes
+            # round a ring, which takes three times as long for messages of some kilobytes.
+            each, sent = len(mine), mine.repeat(self.size)
+            arrived, own = mine.new_empty(sum(sizes)), [each] * self.size
+            work = _all_to_all(arrived, sent, list(sizes), own, group=self.group)
+        count("all_gather", each * (self.size - 1))
+        return Pending("all_gather", [work], lambda: closed_up(arrived, sizes), keep=sent)
+
+
+def _alive(group: ref[ProcessGroup] | None) -> ProcessGroup | None:
+    found = None if group is None else group()
+    if group is not None and found is None:
+        raise RuntimeError(
+            "got a process group that has ended; make a new one, and call ds_lvx.shutdown or close "
+            "the groups only after the last use"
         )
+    return found
+
+
+def _all_to_all(
+    arrived: Tensor,
+    sent: Tensor,
+    in_sizes: list[int],
+    out_sizes: list[int],
+    *,
+    group: ProcessGroup | None,
+) -> Any:
+    return dist.all_to_all_single(arrived, sent, in_sizes, out_sizes, group=group, async_op=True)
+
+
+def _go_alike(mine: Tensor, sizes: Sequence[int]) -> bool:
+    """Whether messages of these bytes go as long as the longest, which adds an eighth at most."""
+    return mine.device.type != "cpu" and 8 * max(sizes) * len(sizes) <= 9 * sum(sizes)
 
 
 # --------------------------------------------------------------------------------------------
@@ -362,14 +326,31 @@ def is_initialized() -> bool:
 
 
 def new_groups(ranks_by_group: Sequence[Sequence[int]]) -> ProcessGroup:
-    """Make process groups on every rank of the world; return the one that this rank is in."""
+    """Make process groups on every rank of the world; return the one that this rank is in.
+
+    On NCCL their streams have priority: a transfer waits for no kernel that runs beside it.
+    """
     mine = None
     for ranks in ranks_by_group:
-        group = dist.new_group(list(ranks), timeout=_timeout(dist.group.WORLD))
+        timeout = _timeout(dist.group.WORLD)
+        options = _urgent(timeout) if runs_nccl() else None
+        group = dist.new_group(list(ranks), timeout=timeout, pg_options=options)
         if dist.get_rank() in ranks:
             mine = group
     assert mine is not None, "the groups must cover the world"
     return mine
+
+
+def runs_nccl() -> bool:
+    """Whether the ranks of the world talk over NCCL."""
+    return "nccl" in str(dist.get_backend_config(dist.group.WORLD))
+
+
+def _urgent(timeout: timedelta | None) -> Any:
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if timeout is not None:
+        options._timeout = timeout  # torch warns where it is another one
+    return options
 
 
 def new_group_alone() -> ProcessGroup:
@@ -384,9 +365,9 @@ def _timeout(group: ProcessGroup | None) -> timedelta | None:
     return getattr(options, "_timeout", None)
 
 
-def destroy_group(group: ProcessGroup) -> None:
+def destroy_group(group: ProcessGroup | None) -> None:
     """End a process group and its control plane, unless ``torch.distributed`` has ended already."""
-    control = Channel._control_groups.pop(group, None)
+    control = None if group is None else Channel._control_groups.pop(group, None)
     if is_initialized():
         for ended in (control, group):
             if ended is not None:

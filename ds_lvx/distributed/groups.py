@@ -22,6 +22,7 @@ from ds_lvx.distributed.channel import (
     is_initialized,
     new_group_alone,
     new_groups,
+    runs_nccl,
 )
 
 
@@ -58,7 +59,10 @@ class SequenceParallelGroups:
         _agree_on_size(sequence_parallel_size, world)
         starts = range(0, world.size, sequence_parallel_size)
         ranks_by_group = [range(start, start + sequence_parallel_size) for start in starts]
-        self.channel = Channel(new_groups(ranks_by_group))
+        # A communicator of NCCL runs one transfer after the other; gloo's do not wait in line.
+        two = sequence_parallel_size > 1 and runs_nccl()
+        group = new_groups(ranks_by_group)
+        self.channel = Channel(group, home=new_groups(ranks_by_group) if two else None)
         self.sp_size = sequence_parallel_size
         self.dp_rank, self.sp_rank = divmod(world.rank, sequence_parallel_size)
         self.dp_size = world.size // sequence_parallel_size
@@ -77,6 +81,8 @@ class SequenceParallelGroups:
         if self not in self._open:
             return
         self._open.remove(self)
+        if self.channel.home is not self.sp_group:
+            destroy_group(self.channel.home)
         destroy_group(self.sp_group)
         destroy_group(self.get_model_parallel_group())
         _forget_in_deepspeed(self)

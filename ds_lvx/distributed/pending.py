@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from ds_lvx.distributed.notes import explained
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -115,15 +116,20 @@ class Pending(Generic[T]):
             self._wait_for_works()
 
     def wait(self) -> T:
-        """Wait for the transfer and return what arrived.
+        """Wait for the transfer and return what arrived, once: nothing of it is kept here.
 
         Raises:
-            RuntimeError: a rank has ended; the error says why where that rank left a note.
+            RuntimeError: a rank has ended; the error says why where that rank left a note. Or it
+                has been waited for before.
         """
         self._wait_for_works()
-        result = self._finish()
+        finish, self._finish = self._finish, _waited_before
         self._keep = None
-        return result
+        return finish()
+
+    def then(self, change: Callable[[T], U]) -> Pending[U]:
+        """The same transfer, with what ``change`` makes of its result."""
+        return Pending(None, (), lambda: change(self.wait()))
 
     def _wait_for_works(self) -> None:
         if not self._works:
@@ -135,6 +141,10 @@ class Pending(Generic[T]):
         self._works = ()
         if self._collective is not None:
             _tell(Transfer(self._collective, self._started, waited, _clocks[-1]()))
+
+
+def _waited_before() -> Any:
+    raise RuntimeError("got a second wait for one transfer; keep what the first one returned")
 
 
 def _tell(transfer: Transfer) -> None:

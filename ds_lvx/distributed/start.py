@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.interfaces import GLOO, interfaces, leading_to_master
 
 # A build takes under a minute. Ranks that start together wait for the one of them that builds.
 _BUILD_TIMEOUT_S = 900.0
@@ -34,7 +35,8 @@ def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: 
     guards both with a file; a process that is killed in there leaves the file behind, and whoever
     comes next waits for it forever, without a word. Here the wait comes first, with a line on each
     node that names the file, and it ends. The file is never removed: nothing in it says who holds
-    it, and with a home folder that nodes share, that may be a process of another machine.
+    it, and with a home folder that nodes share, that may be a process of another machine. Where
+    gloo would take the loopback, it is told the interface that leads to MASTER_ADDR.
 
     Args:
         build_timeout_s: how long to wait for another process's build, in seconds.
@@ -56,7 +58,29 @@ def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: 
             if operator is not None and not _library(operator).exists():
                 place = _library(operator)
                 print(f"ds_lvx: DeepSpeed builds {place}, once, in about a minute", flush=True)
+        name_interface(speaks=speaks)
     deepspeed.init_distributed(**arguments)
+
+
+def name_interface(*, speaks: bool = True) -> None:
+    """Tell gloo the interface that leads to MASTER_ADDR, where it would take the loopback.
+
+    The host's name, by which gloo goes, often resolves to nothing that other nodes can reach. What
+    the user has set stays.
+
+    Args:
+        speaks: say so.
+    """
+    found = leading_to_master(interfaces(), os.environ)
+    if found is not None:
+        os.environ[GLOO] = found.name
+        if speaks:
+            print(
+                f"ds_lvx: gloo takes {found.name}, which leads to MASTER_ADDR "
+                f"{os.environ['MASTER_ADDR']}, because this host's name resolves to no address "
+                f"that other nodes reach; set {GLOO} to take another",
+                flush=True,
+            )
 
 
 def remove_dead_buffers(folder: Path = _SHARED, *, now: float | None = None) -> None:

@@ -5,46 +5,23 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from ds_lvx.distributed.interfaces import (
+    GLOO,
+    Interface,
+    by_host_name,
+    interfaces,
+    leading_to_master,
+)
 from ds_lvx.doctor.findings import Finding, State
 
-GLOO = "GLOO_SOCKET_IFNAME"
 NCCL = "NCCL_SOCKET_IFNAME"
 INFINIBAND = Path("/sys/class/infiniband")
-
-
-@dataclass(frozen=True)
-class Interface:
-    """A network interface of this machine.
-
-    Attributes:
-        name: the kernel's.
-        addresses: IPv4 and IPv6.
-        is_up: its state.
-        speed_mbit_per_s: of the link; 0 where the driver does not say (virtual ones).
-        mtu: longest packet, bytes.
-    """
-
-    name: str
-    addresses: tuple[str, ...]
-    is_up: bool
-    speed_mbit_per_s: int
-    mtu: int
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether it leads to this machine alone."""
-        return any(address.startswith("127.") or address == "::1" for address in self.addresses)
-
-    def usable(self) -> bool:
-        """Whether a rank could listen on it."""
-        return self.is_up and bool(self.addresses)
 
 
 def device_kind() -> str:
@@ -58,19 +35,6 @@ def findings(device: str) -> list[Finding]:
     known = interfaces()
     selected = [_backend(device), gloo(known, os.environ), nccl(known, os.environ, device)]
     return selected + _infiniband(INFINIBAND) + [_describe(one) for one in known.values()]
-
-
-def interfaces() -> dict[str, Interface]:
-    """Every interface of this machine, by name."""
-    addresses, known = psutil.net_if_addrs(), {}
-    for name, stats in psutil.net_if_stats().items():
-        own = tuple(
-            entry.address.partition("%")[0]
-            for entry in addresses.get(name, ())
-            if entry.family in (socket.AF_INET, socket.AF_INET6)
-        )
-        known[name] = Interface(name, own, stats.isup, stats.speed, stats.mtu)
-    return known
 
 
 def _backend(device: str) -> Finding:
@@ -92,10 +56,10 @@ def _backend(device: str) -> Finding:
 
 
 def gloo(known: Mapping[str, Interface], environment: Mapping[str, str]) -> Finding:
-    """The interface that gloo takes: those of GLOO_SOCKET_IFNAME, or the host name's address."""
+    """The interface that gloo takes: by GLOO_SOCKET_IFNAME, by MASTER_ADDR or the host's name."""
     setting = environment.get(GLOO)
     if not setting:
-        return _gloo_by_hostname(known)
+        return _gloo_by_itself(known, environment)
     names = setting.split(",")
     bad = [name for name in names if name not in known or not known[name].usable()]
     if bad:
@@ -105,24 +69,22 @@ def gloo(known: Mapping[str, Interface], environment: Mapping[str, str]) -> Find
     return Finding("gloo takes", f"{setting}, by {GLOO}", facts={"interfaces": names})
 
 
-def _gloo_by_hostname(known: Mapping[str, Interface]) -> Finding:
-    host = socket.gethostname()
-    try:
-        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None)]
-    except OSError:
-        found = []
-    names = [one.name for address in found for one in known.values() if address in one.addresses]
-    # 127.0.1.1, Debian's address for a host name, is not listed but is the loopback's.
-    names += [one.name for one in known.values() if one.is_loopback]
-    if not names:
+def _gloo_by_itself(known: Mapping[str, Interface], environment: Mapping[str, str]) -> Finding:
+    host, far = socket.gethostname(), leading_to_master(known, environment)
+    if far is not None:
+        value = f"{far.name}, which leads to MASTER_ADDR {environment['MASTER_ADDR']}"
+        facts = {"interfaces": [far.name], "host": host}
+        return Finding("gloo takes", value, facts=facts)
+    chosen = by_host_name(known)
+    if chosen is None:
         advice = f"set {GLOO} to one of {_usable(known)}"
         return Finding("gloo takes", "no interface that is up", State.ERROR, advice=advice)
-    chosen, facts = known[names[0]], {"interfaces": names[:1], "host": host}
+    facts = {"interfaces": [chosen.name], "host": host}
     if not chosen.is_loopback:
         return Finding("gloo takes", f"{chosen.name}: {host} resolves to it", facts=facts)
     value = f"{chosen.name}, which serves this machine alone ({host} resolves to nothing else)"
-    far = {name: one for name, one in known.items() if not one.is_loopback}
-    advice = f"for several machines set {GLOO} to one of {_usable(far)}"
+    others = {name: one for name, one in known.items() if not one.is_loopback}
+    advice = f"for several machines set MASTER_ADDR, or {GLOO} to one of {_usable(others)}"
     return Finding("gloo takes", value, State.NOTE, advice=advice, facts=facts)
 
 

@@ -17,6 +17,7 @@ CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_HEAD_DIM_MULTIPLE = 8
 CUDA_MAX_HEAD_DIM = 256
 CUDA_CAPABILITY = (8, 0)
+_STAND_IN_NUMBERS = 2**22  # at a time; 16 MiB in fp32, for each of three or four temporaries
 
 
 def version_in_place() -> str | None:
@@ -177,8 +178,20 @@ def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
 
     Right as long as delta holds no gradient of lse: then dout = 0 implies delta = 0, and
     ``|delta| / |dout| <= |out|`` fits in any dtype. Rows are scaled by their largest element first,
-    so that the square of a tiny dout does not underflow.
+    so that the square of a tiny dout does not underflow. What this takes in fp32 exists for a range
+    of queries at a time.
     """
+    step = max(_STAND_IN_NUMBERS // max(dout[:, :1].numel(), 1), 1)
+    if step >= dout.shape[1]:
+        return _stand_in(dout, delta)
+    out = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
+    for start in range(0, dout.shape[1], step):
+        rows = slice(start, start + step)
+        out[:, rows] = _stand_in(dout[:, rows], delta[:, :, rows])
+    return out
+
+
+def _stand_in(dout: Tensor, delta: Tensor) -> Tensor:
     wide = dout.to(delta.dtype)
     largest = wide.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)
     unit = wide / largest

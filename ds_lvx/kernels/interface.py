@@ -119,11 +119,12 @@ class Kernel(Protocol):
 def written(
     gradients: tuple[Tensor, Tensor], into: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv of a kernel that cannot write to given tensors, copied there if need be."""
+    """dk and dv, copied to given tensors where the kernel has not written them there."""
     if into is None:
         return gradients
     for target, gradient in zip(into, gradients, strict=True):
-        target.copy_(gradient)
+        if gradient is not target:
+            target.copy_(gradient)
     return into
 
 

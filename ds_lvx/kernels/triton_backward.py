@@ -163,6 +163,12 @@ def keys_kernel(
     stride_ob,
     stride_os,
     stride_oh,
+    stride_dkb,
+    stride_dkt,
+    stride_dkh,
+    stride_dvb,
+    stride_dvt,
+    stride_dvh,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -238,6 +244,7 @@ def keys_kernel(
                 )
                 tl.atomic_add(dq_at, part, mask=is_row[:, None] & is_dim[None, :], sem="relaxed")
 
-    at = ((batch * seqlen_kv + far) * num_kv_heads + kv_head) * HEAD_DIM
+    at = batch * stride_dkb + far * stride_dkt + kv_head * stride_dkh
     tl.store(dk + at[:, None] + dims, (total_k * scale).to(dk.dtype.element_ty), mask=mask)
+    at = batch * stride_dvb + far * stride_dvt + kv_head * stride_dvh
     tl.store(dv + at[:, None] + dims, total_v.to(dv.dtype.element_ty), mask=mask)

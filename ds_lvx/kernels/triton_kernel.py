@@ -73,7 +73,8 @@ class TritonKernel(Kernel):
         delta = upstream.delta.to(torch.float32).contiguous()
         inputs = (*map(_last_dim_dense, tensors), norm, delta)
         dq = self._dq(problem, inputs)
-        return dq, *written(_keys_gradient(problem, inputs, dq if self._atomic else None), into)
+        gradients = _keys_gradient(problem, inputs, into, dq=dq if self._atomic else None)
+        return dq, *written(gradients, into)
 
     def _dq(self, problem: Problem, inputs: tuple[Tensor, ...]) -> Tensor:
         """dq in fp32, or what it is added to."""
@@ -187,7 +188,7 @@ def _queries_gradient(problem: Problem, inputs: tuple[Tensor, ...]) -> Tensor:
         seqlen_q,
         seqlen_kv,
         kv_heads,
-        *_strides(inputs),
+        *_strides(inputs[:4]),
         **shape,
         **tiles.options(),
     )
@@ -195,13 +196,19 @@ def _queries_gradient(problem: Problem, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def _keys_gradient(
-    problem: Problem, inputs: tuple[Tensor, ...], dq: Tensor | None
+    problem: Problem,
+    inputs: tuple[Tensor, ...],
+    into: tuple[Tensor, Tensor] | None,
+    *,
+    dq: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv; dq is added to, where there is one."""
+    """dk and dv, written to where they are wanted if their last dimension is dense there; with
+    ``dq`` its parts are added to it."""
     q, k = inputs[:2]
     batch, seqlen_kv, kv_heads, _ = k.shape
     tiles = keys_tiles(q, k)
-    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    dk, dv = (torch.empty_like(k), torch.empty_like(k)) if into is None else into
+    dk, dv = (t if t.stride(-1) == 1 else torch.empty_like(k) for t in (dk, dv))
     triton_backward.keys_kernel[(count(seqlen_kv, tiles.keys), batch * kv_heads)](
         *inputs,
         dk,
@@ -212,7 +219,7 @@ def _keys_gradient(
         q.shape[1],
         seqlen_kv,
         kv_heads,
-        *_strides(inputs),
+        *_strides((*inputs[:4], dk, dv)),
         **shape_options(problem),
         **tiles.options(),
         ATOMIC=dq is not None,
@@ -224,8 +231,8 @@ def _scales(problem: Problem) -> tuple[float, float]:
     return problem.softmax_scale, problem.softmax_scale * math.log2(math.e)
 
 
-def _strides(inputs: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return tuple(stride for tensor in inputs[:4] for stride in tensor.stride()[:3])
+def _strides(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
 
 
 def _rule(problem: Problem, tiles: Tiles, *, of_keys: bool = False) -> tuple[Tensor, ...]:

@@ -233,7 +233,7 @@ def _transfer(kind: str, world: Channel, message: Tensor) -> Run:
     if kind == "shift":
         return lambda: world.shift([message], [spec]).wait()
     if kind == "gather":
-        return lambda: world.gather([message], [[spec]] * n).wait()
+        return lambda: world.gather_rows([message], [0], [len(message)] * n).wait()
     if kind == "exchange":
         messages = message.repeat(n, 1)
         return lambda: world.exchange_rows([messages], [0], [1] * n).wait()

@@ -22,8 +22,9 @@ from ds_lvx.plan.scenario import Scenario
 _LAYER_BYTES = 34
 _LOGIT_BYTES = 10  # bf16, their copy in fp32, its gradient
 _OPTIMIZER_BYTES = 12  # fp32 weight and two moments
-# A query that is gathered: q and dout, dq in fp32, what leaves, PyTorch's stand-in for out.
-_GATHERED_BYTES = 14
+# A query that is gathered, under the kernel: q, dout, PyTorch's stand-in for out and its dq in 16
+# bits, dq in fp32. Behind it 8: dq, the message, what answers it.
+_GATHERED_BYTES = 12
 
 # The backward of transformers' RMSNorm over K, operation by operation in fp32, has its input and
 # five temporaries of K's size at its worst.

@@ -6,10 +6,11 @@ head_dim, e bytes an element. lse, delta and what is reduced are in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ds_lvx.attention.shape import AttentionShape, head_groups, head_layout
+from ds_lvx.attention.shape import AttentionShape, head_groups, head_layout, leaving_groups
 from ds_lvx.distributed.alignment import padded as aligned
 from ds_lvx.plan.cluster import Cluster, KernelTime
 from ds_lvx.plan.transfers import Ranks, Timeline, Transfer
@@ -154,14 +155,20 @@ class Pieces(Sizes):
     @property
     def head_shares(self) -> tuple[float, ...]:
         """Of the gather schedule's groups; what recomputes K and V attends to all heads at once."""
-        if self.shape.recompute:
-            return (1.0,)
-        sizes = head_groups(
-            kv_heads=self.shape.kv_heads,
+        return (1.0,) if self.shape.recompute else self._shares(head_groups, self.shape.kv_heads)
+
+    @property
+    def leaving_shares(self) -> tuple[float, ...]:
+        """Of the groups by which a rank's heads leave in Ulysses; the call is a padded one."""
+        return self._shares(leaving_groups, self.shape.kv_heads // self.n)
+
+    def _shares(self, groups: Callable[..., tuple[int, ...]], kv_heads: int) -> tuple[float, ...]:
+        sizes = groups(
+            kv_heads=kv_heads,
             q_bytes=int(self.q_bytes(self.most_queries)),
             on_cpu=self.device.on_cpu,
         )
-        return tuple(size / self.shape.kv_heads for size in sizes)
+        return tuple(size / kv_heads for size in sizes)
 
     # ---- seconds
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
+from ds_lvx.distributed.alignment import padded as aligned
 from ds_lvx.plan.pieces import Pieces, Sizes, padded
 from ds_lvx.plan.transfers import Transfer
 
@@ -171,7 +172,7 @@ def _rotated_keys_send(sizes: Sizes, rank: int) -> float:
 
 
 def _ulysses(pieces: Pieces) -> None:
-    """All-to-alls of q, k, v; a kernel over all keys and some heads; one of out; and back."""
+    """q, k and v arrive; a kernel over all keys and some heads; out leaves by groups of heads."""
     if not pieces.backward:
         pieces.project()
     wide = Pieces(
@@ -180,31 +181,36 @@ def _ulysses(pieces: Pieces) -> None:
         backward=pieces.backward,
         timeline=pieces.timeline,
     )
-    q, k = wide.of_q(wide.most_queries), wide.of_k_and_v(wide.most_keys) / 2
-    arriving, leaving = ([q], [q, k, k]) if wide.backward else ([q, k, k], [q])
+    q = wide.of_q(wide.most_queries)
+    all_three = q + wide.of_k_and_v(wide.most_keys)
+    arriving, leaving = (q, all_three) if wide.backward else (all_three, q)
 
-    def all_to_all(numbers: float) -> None:
+    def all_to_all(numbers: float) -> float:
         wide.touch(numbers, "around an all-to-all")
-        wide.send(wide.ranks.exchange(numbers * wide.shape.element_bytes / wide.n))
+        nbytes = numbers * wide.shape.element_bytes / wide.n
+        return wide.timeline.post(wide.ranks.exchange(nbytes))
 
-    for numbers in arriving:
-        all_to_all(numbers)
+    wide.timeline.wait(all_to_all(arriving))
     if wide.backward:
         wide.touch(q, "delta")
     kernel = wide.device.backward if wide.backward else wide.device.whole
-    wide.attend(wide.queries, wide.keys, share=1 / wide.n, kernel=kernel)
-    for numbers in leaving:
-        all_to_all(numbers)
+    returning = []
+    for share in wide.leaving_shares:
+        wide.attend(wide.queries, wide.keys, share=share / wide.n, kernel=kernel)
+        returning.append(all_to_all(share * leaving))
+    for arrives in returning:
+        wide.timeline.wait(arrives)
     if pieces.backward:
         pieces.project(gradients=True)
 
 
 def _ulysses_sends(sizes: Sizes, rank: int) -> float:
-    """All-to-alls of q, k, v and out; in backward of their gradients."""
+    """q, k and v as one message, and out; in backward their gradients."""
     shape = padded(sizes.shape)
-    wide = Sizes(shape)
-    whole = 2 * wide.q_bytes(shape.q_lengths[rank]) + wide.kv_bytes(shape.kv_lengths[rank])
-    return (shape.ranks - 1) / shape.ranks * whole
+    n, queries, keys = shape.ranks, shape.q_lengths[rank], shape.kv_lengths[rank]
+    q, k = Sizes(shape).q_bytes(queries) / n, Sizes(shape).kv_bytes(keys) / 2 / n
+    together = [q + 2 * k] if queries == keys else [q, k, k]
+    return (n - 1) * (sum(aligned(map(int, together))) + q)
 
 
 # --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class Problem:
     lse_weight: float = 0.0
     seed: int = 0
     scale: float | None = None
+    device: str = "cpu"
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -93,18 +95,15 @@ class Problem:
         return total
 
     def shard(self, rank: int) -> dict[str, Any]:
-        """This rank's leaves, loss weights and visibility."""
-        tensors = self.tensors()
+        """This rank's leaves, loss weights and visibility, on the device."""
+        tensors = {name: tensor.to(self.device) for name, tensor in self.tensors().items()}
         rows = _slice(self.q_lengths, rank)
         keys = _slice(self.kv_lengths, rank)
         whole = self.whole_visibility()
         visibility = None
         if whole is not None:
-            visibility = Visibility(
-                whole.q_start[:, rows].contiguous(),
-                whole.q_end[:, rows].contiguous(),
-                whole.kv_pos[:, keys].contiguous(),
-            )
+            parts = (whole.q_start[:, rows], whole.q_end[:, rows], whole.kv_pos[:, keys])
+            visibility = Visibility(*(part.contiguous().to(self.device) for part in parts))
         return {
             "q": tensors["q"][:, rows].clone().requires_grad_(),
             "k": tensors["k"][:, keys].clone().requires_grad_(),
@@ -143,19 +142,24 @@ def run_problem(problem: Problem, method: str) -> dict[str, Any]:
     with ds_lvx.traffic() as backward:
         problem.loss(out, lse, shard["dout"], shard["dlse"]).backward()
     return {
-        "out": out.detach(),
-        "lse": None if lse is None else lse.detach(),
-        "dq": shard["q"].grad,
-        "dk": shard["k"].grad,
-        "dv": shard["v"].grad,
+        "out": out.detach().cpu(),
+        "lse": None if lse is None else lse.detach().cpu(),
+        "dq": shard["q"].grad.cpu(),
+        "dk": shard["k"].grad.cpu(),
+        "dv": shard["v"].grad.cpu(),
         "forward": forward,
         "backward": backward,
     }
 
 
 def run_problems(cases: list[tuple[Problem, str]]) -> list[dict[str, Any]]:
-    """Several problems in one start of the ranks."""
-    return [run_problem(problem, method) for problem, method in cases]
+    """Several problems in one start of the ranks; on GPUs over the groups of a training run."""
+    groups: Any = contextlib.nullcontext()
+    if cases[0][0].device == "cuda":
+        ranks = torch.distributed.get_world_size()
+        groups = contextlib.closing(ds_lvx.SequenceParallelGroups(ranks))
+    with groups:
+        return [run_problem(problem, method) for problem, method in cases]
 
 
 def assemble(shards: list[dict[str, Any]]) -> dict[str, Tensor]:

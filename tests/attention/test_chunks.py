@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -232,10 +232,12 @@ def test_every_rank_has_as_many_chunks(lengths: tuple[int, ...], chunk: int | No
 
 
 class FakeStream:
-    """A stream on a machine without one: everything happens at once."""
+    """A stream on a machine without one: everything happens at once, and who waits is noted."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    waits: ClassVar[list[str]] = []
+
+    def __init__(self, device: torch.device, name: str = "copies") -> None:
+        self.name = name
 
     def __enter__(self) -> None:
         return
@@ -244,27 +246,41 @@ class FakeStream:
         return
 
     def wait_stream(self, other: Any) -> None:
-        return
+        self.waits.append(f"{self.name} for {other.name}")
 
 
-def test_a_stream_of_features_is_one_chunk_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_of_features_is_one_chunk_ahead_in_two_buffers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current = FakeStream(torch.device("cpu"), "current")
+    monkeypatch.setattr(FakeStream, "waits", [])
     monkeypatch.setattr(torch, "Stream", FakeStream)
-    monkeypatch.setattr(torch.accelerator, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: current)
     monkeypatch.setattr(Chunks, "on_host", True)
-    monkeypatch.setattr(Tensor, "record_stream", lambda *args: None)
-    started: list[slice] = []
-    start = Chunks._start
+    copy = Chunks._copy
 
-    def spied(self: Chunks, tokens: slice, copies: Any) -> Tensor:
-        started.append(tokens)
-        return start(self, tokens, copies)
+    def noted(self: Chunks, tokens: slice, buffer: Tensor) -> Tensor:
+        FakeStream.waits.append(f"copy to {tokens.stop}")
+        return copy(self, tokens, buffer)
 
-    monkeypatch.setattr(Chunks, "_start", spied)
-    features = torch.randn(2, 10, 3)
-    chunks = Chunks(features, [4, 0, 6], torch.device("cpu"))
-    for number, (tokens, part) in enumerate(chunks, start=1):
+    monkeypatch.setattr(Chunks, "_copy", noted)
+    features = torch.randn(2, 17, 3)
+    places = []
+    for tokens, part in Chunks(features, [4, 0, 6, 5, 2], torch.device("cpu")):
+        FakeStream.waits.append(f"use to {tokens.stop}")
         assert torch.equal(part, features[:, tokens])
-        assert len(started) == min(number + 1, 3)
+        assert part.is_contiguous()
+        places.append(part.untyped_storage().data_ptr())
+    assert len(set(places)) == 2
+    assert places[0] == places[2] == places[4]
+    # The copy into a buffer waits for all that came before the use of the other one was asked for.
+    assert FakeStream.waits[:8] == [
+        *("copies for current", "copy to 4"),
+        *("current for copies", "copies for current", "copy to 4", "use to 4"),
+        *("current for copies", "copies for current"),
+    ]
+    assert FakeStream.waits[-2:] == ["use to 17", "current for copies"]
+    assert FakeStream.waits.count("copies for current") == 5
 
 
 @pytest.mark.gpu

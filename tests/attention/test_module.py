@@ -10,7 +10,7 @@ from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor, nn
 
 import ds_lvx
-from ds_lvx.attention import ulysses
+from ds_lvx.distributed.start import init_distributed
 from tests.attention.cases import Problem
 from tests.ranks import run_ranks
 
@@ -31,7 +31,7 @@ class PlainAttention(nn.Module):
 
 def run_both(batch_dim_idx: int, rotary: bool) -> list[list[Tensor]]:
     """out, dq, dk, dv of DeepSpeed's module and of ours, same inputs."""
-    ulysses._ensure_deepspeed_comm()
+    init_distributed(verbose=False)  # which DeepSpeed talks through
     group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
     keys = 6 if rotary else 10
     problem = Problem((6, 6), (keys, keys))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,16 @@ def design(problem: Problem, rank: int) -> tuple[float, float]:
     )
 
 
-@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
-def test_bytes_are_those_of_the_formula(ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "device"),
+    [
+        (2, "cpu"),
+        (3, "cpu"),
+        pytest.param(4, "cpu", marks=pytest.mark.slow),
+        pytest.param(2, "cuda", marks=pytest.mark.gpus(2)),
+    ],
+)
+def test_bytes_are_those_of_the_formula(ranks: int, device: str) -> None:
     """Equal shards: then each rank sends as many rows of others home as it has of its own."""
     cases = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -61,12 +70,13 @@ def test_bytes_are_those_of_the_formula(ranks: int) -> None:
             problem = Problem(
                 (16,) * ranks, (90,) * ranks, head_dim=32, dtype=dtype, visibility=visibility
             )
+            problem = replace(problem, device=device)
             for schedule in ("ring", "gather"):
                 for method in ("lvx", "recompute"):
                     extra = {"schedule": schedule}
                     cases.append((Problem(**{**problem.__dict__, "extra": extra}), method))
             cases += [(problem, "ring"), (problem, "ulysses")]
-    answers = run_ranks(run_problems, ranks, cases)
+    answers = run_ranks(run_problems, ranks, cases, device=device)
     for index, (problem, method) in enumerate(cases):
         for rank, answer in enumerate(answers):
             found = answer[index]["forward"].bytes_sent, answer[index]["backward"].bytes_sent

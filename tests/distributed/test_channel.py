@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import ds_lvx
+from ds_lvx.distributed import channel as channels
 from ds_lvx.distributed.agreement import require_same
-from ds_lvx.distributed.bundles import Bundle, Spec, pack, pack_rows, unpack, unpack_rows
+from ds_lvx.distributed.bundles import Bundle, Spec, pack_rows, unpack_rows
 from ds_lvx.distributed.channel import Channel
 from tests.ranks import RankError, run_ranks
 
@@ -33,13 +34,6 @@ def same(one: Bundle, other: Bundle) -> bool:
     return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(one, other, strict=True))
 
 
-def test_a_bundle_is_one_buffer_and_comes_back() -> None:
-    for rank in range(3):
-        assert same(unpack(pack(bundle_of(rank)), specs_of(rank)), bundle_of(rank))
-    strided = torch.arange(12.0).view(3, 4).t()
-    assert same(unpack(pack([strided]), [Spec.of(strided)]), [strided])
-
-
 def test_each_tensor_of_a_message_begins_at_a_multiple_of_16_bytes() -> None:
     tensors, dims = rows_of([0], [3]), (0, 1, 2)
     packed = pack_rows(tensors, dims)
@@ -47,9 +41,7 @@ def test_each_tensor_of_a_message_begins_at_a_multiple_of_16_bytes() -> None:
     specs = [Spec.of(tensor) for tensor in tensors]
     views = unpack_rows(packed, specs, dims)
     assert same(views, tensors)
-    bundle = pack(bundle_of(1))
-    for buffer, parts in ((packed, views), (bundle, unpack(bundle, specs_of(1)))):
-        assert all((part.data_ptr() - buffer.data_ptr()) % 16 == 0 for part in parts)
+    assert all((view.data_ptr() - packed.data_ptr()) % 16 == 0 for view in views)
     one = torch.arange(24.0).view(1, 6, 2, 2)
     assert pack_rows([one], [1]).data_ptr() == one.data_ptr()  # it lies as it travels
     assert pack_rows([one[:, :, :1]], [1]).data_ptr() != one.data_ptr()
@@ -58,17 +50,6 @@ def test_each_tensor_of_a_message_begins_at_a_multiple_of_16_bytes() -> None:
 def run_transfers() -> None:
     channel = Channel.world()
     rank, size = channel.rank, channel.size
-    specs = [specs_of(other) for other in range(size)]
-    gathered = channel.gather(bundle_of(rank), specs).wait()
-    assert all(same(gathered[r], bundle_of(r)) for r in range(size)), "gather"
-    even = channel.gather([torch.tensor([rank])], [[Spec((1,), torch.int64)]] * size).wait()
-    assert [int(b[0]) for b in even] == list(range(size)), "gather of equal shards"
-
-    # To rank r goes a bundle of r's lengths, so that lengths differ both ways.
-    outgoing = [bundle_of(other, salt=rank) for other in range(size)]
-    arrived = channel.exchange(outgoing, [specs_of(rank)] * size).wait()
-    assert all(same(arrived[r], bundle_of(rank, salt=r)) for r in range(size)), "exchange"
-
     for hops in (h for h in (1, -1, 2) if h % size):
         source = (rank - hops) % size
         first = channel.shift(bundle_of(rank), specs_of(source), hops=hops)
@@ -124,16 +105,72 @@ def test_transfers_by_rows(ranks: int) -> None:
     assert same([tensor[0] for tensor in arrived], mine)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_transfers(ranks: int) -> None:
-    if ranks > 1:
-        run_ranks(run_transfers, ranks)
-    else:
-        channel = Channel(None)
-        mine = bundle_of(1)
-        assert same(channel.gather(mine, [specs_of(1)]).wait()[0], mine)
-        assert same(channel.exchange([mine], [specs_of(1)]).wait()[0], mine)
-        assert channel.agree({"a": 1}) == [{"a": 1}]
+    run_ranks(run_transfers, ranks)
+
+
+def run_gathers_of_one_length() -> list[int]:
+    """Messages as long as the longest, as on an accelerator; bytes that this rank has sent."""
+    channel, dims, sent = Channel.world(), (0, 1, 2), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(channels, "_go_alike", lambda mine, sizes: True)
+        for lengths in ([3, 3, 2], [4, 0, 1]):
+            with ds_lvx.traffic() as counted:
+                arriving = channel.gather_rows(rows_of([channel.rank], lengths), dims, lengths)
+            assert same(arriving.wait(), rows_of([0, 1, 2], lengths)), lengths
+            odd = [torch.full((1, length, 3), length, dtype=torch.uint8) for length in lengths]
+            (arrived,) = channel.gather_rows(
+                odd[channel.rank : channel.rank + 1], [1], lengths
+            ).wait()
+            assert torch.equal(arrived, torch.cat(odd, dim=1)), lengths
+            sent.append(counted.bytes_sent)
+    return sent
+
+
+def test_unequal_rows_go_by_a_plain_all_gather() -> None:
+    row = 16 + 32 + 48
+    assert run_ranks(run_gathers_of_one_length, 3) == [[2 * row * 3, 2 * row * 4]] * 3
+    elsewhere = torch.empty(1, device="meta")
+    for sizes, alike in (([5, 5], True), ([9, 9, 8, 8], True), ([9, 9, 5], False), ([4, 0], False)):
+        assert channels._go_alike(elsewhere, sizes) is alike
+        assert not channels._go_alike(torch.empty(1), sizes)
+
+
+def run_on_two_groups() -> list[str]:
+    """Which group is asked for what; the results are right on both."""
+    out, home = (torch.distributed.new_group([0, 1]) for _ in range(2))
+    channel, used = Channel(out, home=home), []
+    name = {id(out): "out", id(home): "home"}
+    whole_all_to_all, whole_p2p = torch.distributed.all_to_all_single, torch.distributed.P2POp
+
+    def all_to_all(*args: Any, group: Any, **options: Any) -> Any:
+        used.append(name[id(group)])
+        return whole_all_to_all(*args, group=group, **options)
+
+    def p2p(operation: Any, tensor: Any, peer: int, group: Any) -> Any:
+        used.append(name[id(group)])
+        return whole_p2p(operation, tensor, peer, group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_to_all_single", all_to_all)
+        patch.setattr(torch.distributed, "P2POp", p2p)
+        mine, like = torch.full((2,), channel.rank), [Spec((2,), torch.int64)]
+        transfers: list[Any] = [
+            channel.gather_rows([mine], [0], (2, 2)),
+            channel.exchange_rows([torch.tensor([0, 1])], [0], (1, 1)),
+            channel.shift([mine], like, hops=1),
+            channel.shift([mine], like, hops=-1),
+        ]
+        found = [transfer.wait()[0].flatten().tolist() for transfer in transfers]
+    other = [1 - channel.rank] * 2
+    assert found == [[0, 0, 1, 1], [channel.rank] * 2, other, other]
+    return used
+
+
+def test_what_goes_home_has_a_group_of_its_own() -> None:
+    both = ["out", "home", "out", "out", "home", "home"]
+    assert run_ranks(run_on_two_groups, 2) == [both, both]
 
 
 def run_agreements() -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -14,6 +15,7 @@ from torch import nn
 import ds_lvx
 from ds_lvx.distributed.groups import resolve, resolve_groups
 from ds_lvx.distributed.start import init_distributed
+from launch.bench_launches import made_up_ranks
 from tests.ranks import RankError, run_ranks
 
 
@@ -62,6 +64,44 @@ def test_adjacent_ranks_share_a_sequence() -> None:
         assert answer["mpu dp x sp"] == (rank, 4, 4)
         assert answer["mpu mp"] == (0, 1)
         assert answer["markers"] == (True, False)
+
+
+class Options:
+    """NCCL's, where PyTorch has none."""
+
+    def __init__(self, *, is_high_priority_stream: bool) -> None:
+        self.is_high_priority_stream = is_high_priority_stream
+
+
+@pytest.mark.parametrize(("backend", "size"), [("nccl", 2), ("nccl", 1), ("gloo", 2)])
+def test_on_nccl_two_urgent_groups_are_made(
+    backend: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As rank 0 of four that are not there: the same groups in the same order on every rank."""
+    made, ended = [], []
+    new_group, destroy = torch.distributed.new_group, torch.distributed.destroy_process_group
+
+    def record(ranks: list[int], *, pg_options: Any = None, **others: Any) -> Any:
+        if not others.get("use_local_synchronization"):  # the group of this rank alone
+            made.append((ranks, pg_options is not None and pg_options.is_high_priority_stream))
+        return new_group(ranks, **others)
+
+    monkeypatch.setattr(torch.distributed, "new_group", record)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda _: f"cuda:{backend}")
+    nccl = SimpleNamespace(Options=Options)
+    monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", nccl, raising=False)
+    with made_up_ranks(4):
+        groups = ds_lvx.SequenceParallelGroups(size)
+        own, home = groups.channel.group, groups.channel.home
+        monkeypatch.setattr(
+            torch.distributed, "destroy_process_group", lambda g=None: (ended.append(g), destroy(g))
+        )
+        groups.close()
+    two = backend == "nccl" and size > 1
+    once = [(list(range(start, start + size)), backend == "nccl") for start in range(0, 4, size)]
+    assert made == once * (1 + two)
+    assert (home is not own) is two
+    assert ended.count(home) == ended.count(own) == 1
 
 
 def make_groups(size: Any) -> None:

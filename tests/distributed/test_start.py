@@ -1,14 +1,18 @@
-"""Locks of extension builds: waited for, told of, and never removed."""
+"""Locks of extension builds: waited for, told of, and never removed; and which way gloo goes."""
 
 from __future__ import annotations
 
 import mmap
 import os
+import socket
 from pathlib import Path
 
 import deepspeed
 import pytest
 
+from ds_lvx.distributed import interfaces as found_interfaces
+from ds_lvx.distributed import start
+from ds_lvx.distributed.interfaces import Interface
 from ds_lvx.distributed.start import (
     init_distributed,
     remove_dead_buffers,
@@ -126,3 +130,46 @@ def test_buffers_of_dead_jobs_are_removed_and_no_others(tmp_path: Path) -> None:
         assert not held.closed
         assert mapped[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {*names} - {names[2]}
+
+
+@pytest.mark.parametrize(
+    ("host_name", "route", "given", "told"),
+    [
+        ("127.0.1.1", "eth0", {"MASTER_ADDR": "192.0.2.1"}, "eth0"),
+        ("203.0.113.5", "eth0", {"MASTER_ADDR": "192.0.2.1"}, "eth0"),  # no address of this host
+        ("192.0.2.8", "eth0", {"MASTER_ADDR": "192.0.2.1"}, None),  # eth1's, which gloo finds
+        ("127.0.1.1", "lo", {"MASTER_ADDR": "127.0.0.1"}, None),
+        ("127.0.1.1", None, {"MASTER_ADDR": "nowhere"}, None),
+        ("127.0.1.1", "eth0", {}, None),
+        ("127.0.1.1", "eth0", {"MASTER_ADDR": "192.0.2.1", "GLOO_SOCKET_IFNAME": "eth1"}, "eth1"),
+    ],
+)
+def test_gloo_is_told_the_way_to_the_master(
+    host_name: str,
+    route: str | None,
+    given: dict[str, str],
+    told: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    addresses = {"lo": "127.0.0.1", "eth0": "192.0.2.7", "eth1": "192.0.2.8"}
+    known = {name: Interface(name, (one,), True, 0, 1500) for name, one in addresses.items()}
+    entry = (None, None, None, "", (host_name, 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [entry])
+    monkeypatch.setattr(start, "interfaces", lambda: known)
+    monkeypatch.setattr(found_interfaces, "towards", lambda host, known: known.get(route))
+    for name in ("MASTER_ADDR", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    start.name_interface()
+    assert os.environ.pop("GLOO_SOCKET_IFNAME", None) == told
+    assert ("ds_lvx: gloo takes eth0, which leads" in capsys.readouterr().out) is (told == "eth0")
+
+
+def test_a_route_is_the_kernels() -> None:
+    known = found_interfaces.interfaces()
+    found = found_interfaces.towards("127.0.0.1", known)
+    assert found is not None
+    assert found.is_loopback
+    assert found_interfaces.towards("no such host", known) is None

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ds_lvx.distributed import interfaces as found_interfaces
+from ds_lvx.distributed.interfaces import Interface
 from ds_lvx.doctor import devices, kernels, measurements, network, system, versions
 from ds_lvx.doctor.findings import Finding, Section, State, count
-from ds_lvx.doctor.network import Interface
 
 LO = Interface("lo", ("127.0.0.1", "::1"), True, 0, 65536)
 ETH0 = Interface("eth0", ("192.0.2.7",), True, 10_000, 1500)
@@ -170,6 +171,9 @@ def test_gloo_takes_the_named_interface_or_that_of_the_host(
         assert (found.state, found.facts["interfaces"]) == (State.NOTE, ["lo"])
         assert network.GLOO in found.advice
     assert network.gloo({"eth1": ETH1}, {}).state is State.ERROR
+    monkeypatch.setattr(found_interfaces, "towards", lambda host, known: known["eth10"])
+    far = network.gloo(KNOWN, {"MASTER_ADDR": "192.0.2.1"})
+    assert (far.state, far.value) == (State.OK, "eth10, which leads to MASTER_ADDR 192.0.2.1")
 
 
 @pytest.mark.parametrize(

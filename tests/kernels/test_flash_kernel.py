@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.kernels import covering
+from ds_lvx.kernels import covering, flash
 from ds_lvx.kernels.cover import Cover, Order
 from ds_lvx.kernels.covering import cover_of
 from ds_lvx.kernels.flash_kernel import FlashKernel
@@ -23,6 +23,7 @@ from ds_lvx.kernels.rule import Rule
 from tests.kernels.batches import BATCHES, prefix, rows
 from tests.kernels.fake_cuda import WithoutCuda
 from tests.kernels.test_cover import anything
+from tests.largest import LargestTensor
 
 COVERED = [name for name, batch in BATCHES.items() if batch.calls is not None]
 HEADS, KV_HEADS, HEAD_DIM, SCALE = 4, 2, 8, 0.3
@@ -260,3 +261,15 @@ def test_cudas_flash_operators_take_every_cover(name: str) -> None:
         assert queries
         assert keys
         assert not causal or queries == keys
+
+
+def test_a_stand_in_is_made_range_by_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    dout, delta = torch.randn(2, 50, 3, 16).bfloat16(), torch.randn(2, 3, 50)
+    dout[:, 7] = 0.0
+    delta[:, :, 7] = 0.0
+    whole = flash.stand_in(dout, delta)
+    monkeypatch.setattr(flash, "_STAND_IN_NUMBERS", 8 * dout[:, :1].numel())
+    with LargestTensor(torch.float32) as largest:
+        assert torch.equal(flash.stand_in(dout, delta), whole)
+    assert 0 < largest.elements <= dout.numel() // 6
+    assert flash.stand_in(dout[:, :0], delta[:, :, :0]).shape == (2, 0, 3, 16)

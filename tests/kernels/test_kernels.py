@@ -15,7 +15,7 @@ from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
 from ds_lvx.kernels import flash, onednn
 from ds_lvx.kernels.choice import kernel_for
-from ds_lvx.kernels.interface import Kernel
+from ds_lvx.kernels.interface import Kernel, written
 from ds_lvx.kernels.merge import empty_part, merge
 from ds_lvx.kernels.native import NativeKernel
 from tests.kernels.asking import backward, fold, forward
@@ -198,6 +198,27 @@ def test_gradients_are_written_to_given_tensors(
         assert torch.equal(one, other)
     assert whole[:, :, :, 0].isnan().all()
     assert whole[:, :, :, 3].isnan().all()
+
+
+def test_triton_writes_them_there_itself(named: Named, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left to copy, but where the last dimension is not dense."""
+    kernel, made = named("triton", torch.bfloat16), []
+    monkeypatch.setattr(
+        "ds_lvx.kernels.triton_kernel.written",
+        lambda gradients, into: (made.append(gradients), written(gradients, into))[1],
+    )
+    q, k, v = tensors((1, 3, 40, 2, 2, 16), torch.bfloat16)
+    lse = torch.full((1, 2, 3), 4.0)
+    dense, odd = (
+        torch.empty(1, 40, 4, 16).bfloat16()[:, :, 1:3],
+        torch.empty(1, 40, 2, 32).bfloat16(),
+    )
+    arguments = {"visibility": None, "softmax_scale": 0.3, "has_dlse": False}
+    found = backward(kernel, q, k, v, q, lse, lse, **arguments, into=(dense, odd[..., ::2]))
+    ((dk, dv),) = made
+    assert dk is dense
+    assert dv is not found[2]
+    assert torch.equal(dv, odd[..., ::2])
 
 
 @pytest.mark.usefixtures("_products")

@@ -79,9 +79,14 @@ def test_the_document_has_what_is_committed(part: str) -> None:
 def test_what_is_committed_is_right_enough() -> None:
     results = json.loads((ROOT / "docs" / "benchmarks" / "plan_network.json").read_text())
     assert results["kind"] == "emulated"
-    predicted = [each["predicted_s"] for each in bench.comparisons(results["pieces"])]
-    written = [each["predicted_s"] for each in results["errors"]["comparisons"]]
-    assert predicted == pytest.approx(written, rel=1e-3)  # the formulas have not changed since
+    today, then = bench.comparisons(results["pieces"]), results["errors"]["comparisons"]
+    # The formulas have not changed since, but for Ulysses, which sent q, k and v one by one then.
+    predicted, written = (
+        [each["predicted_s"] for each in record if each["method"] != "ulysses"]
+        for record in (today, then)
+    )
+    assert predicted == pytest.approx(written, rel=1e-3)
+    assert len(predicted) == len(today) * 4 // 5
     assert results["errors"]["median"] < 0.15
     assert results["errors"]["worst"] < 0.40
     shared = [each["measured_over_best"] for each in results["errors"]["auto"]]

@@ -108,13 +108,14 @@ class LiveBytes(TorchDispatchMode):
     """Bytes of the tensors that operators have made and that are still there.
 
     Attributes:
+        now: those that are there.
         peak: the most there ever were.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._live: dict[int, int] = {}
-        self._now = self.peak = 0
+        self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -126,10 +127,10 @@ class LiveBytes(TorchDispatchMode):
             if key in self._live or key in given:
                 continue
             self._live[key] = storage.nbytes()
-            self._now += storage.nbytes()
+            self.now += storage.nbytes()
             weakref.finalize(storage, self._forget, key)
-        self.peak = max(self.peak, self._now)
+        self.peak = max(self.peak, self.now)
         return out
 
     def _forget(self, key: int) -> None:
-        self._now -= self._live.pop(key)
+        self.now -= self._live.pop(key)

@@ -8,8 +8,7 @@ queries and the last group's parts have no kernel to hide under, hence these two
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from ds_lvx.attention import wire
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.keys import Keys, Saved
-from ds_lvx.attention.shape import head_groups
+from ds_lvx.attention.shape import head_groups, head_slices
 from ds_lvx.distributed.bundles import Bundle, Unwritten
 from ds_lvx.distributed.pending import Pending
 from ds_lvx.kernels.merge import accumulation_dtype
@@ -45,8 +44,10 @@ class Gather:
             (everyone,) = arriving.wait()
             if index + 1 < len(groups):
                 arriving = _gather_queries(call, q, groups[index + 1])
-            out, lse = keys.attend(call, everyone, rule, heads=group.keys)
+            out, lse = keys.attend(call, everyone, rule, heads=group[1])
+            del everyone  # what was gathered, before there is a message as large
             returning.append(_Part(call, out, lse, dtype=q.dtype))
+            del out, lse
         parts = [part.merged() for part in returning]
         return _whole([out for out, _ in parts], dim=2), _whole([lse for _, lse in parts], dim=1)
 
@@ -66,9 +67,10 @@ class Gather:
             q, dout, lse, delta = arriving.wait()
             if index + 1 < len(groups):
                 arriving = _gather_gradients(call, saved, groups[index + 1])
-            dq = keys.gradients(call, Saved(q, dout, lse, delta), rule, heads=group.keys)
+            dq = keys.gradients(call, Saved(q, dout, lse, delta), rule, heads=group[1])
+            del q, dout, lse, delta
             returning.append(_GradientPart(call, dq, dtype=saved.q.dtype))
-            del q, dout, lse, delta, dq  # the projection's backward needs the room
+            del dq  # the projection's backward needs the room
         keys.finish()
         return _whole([part.summed() for part in returning], dim=2)
 
@@ -77,36 +79,24 @@ class Gather:
 # Heads
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Neighbouring heads that travel and are attended to together.
-
-    Attributes:
-        queries: of q.
-        keys: of K and V; None for all, however many these are.
-    """
-
-    queries: slice
-    keys: slice | None
+# Neighbouring heads that travel and are attended to together: of q; and of K and V, None for all,
+# however many these are.
+_Group: TypeAlias = tuple[slice, slice | None]
 
 
 def _groups(call: Call, q: Tensor, keys: Keys) -> list[_Group]:
     """The groups, the same on every rank, in forward and in backward."""
     batch, _, heads, head_dim = q.shape
     if keys.kv_heads is None:
-        return [_Group(slice(None), None)]
+        return [(slice(None), None)]
     sizes = head_groups(
         kv_heads=keys.kv_heads,
         q_bytes=batch * max(call.q_lengths) * heads * head_dim * q.element_size(),
         on_cpu=q.device.type == "cpu",
     )
     if len(sizes) == 1:
-        return [_Group(slice(None), None)]
-    share = heads // keys.kv_heads
-    return [
-        _Group(slice(first * share, last * share), slice(first, last))
-        for first, last in pairwise(accumulate(sizes, initial=0))
-    ]
+        return [(slice(None), None)]
+    return [*head_slices(sizes, heads // keys.kv_heads)]
 
 
 def _whole(parts: list[Tensor], *, dim: int) -> Tensor:
@@ -124,12 +114,12 @@ def _rule(call: Call) -> Rule | None:
 
 
 def _gather_queries(call: Call, q: Tensor, group: _Group) -> Pending[Bundle]:
-    return call.channel.gather_rows([q[:, :, group.queries]], [_OF_Q], call.q_lengths)
+    return call.channel.gather_rows([q[:, :, group[0]]], [_OF_Q], call.q_lengths)
 
 
 def _gather_gradients(call: Call, saved: Saved, group: _Group) -> Pending[Bundle]:
     dims = [_OF_Q, _OF_Q, _OF_LSE, _OF_LSE]
-    return call.channel.gather_rows(saved.of_heads(group.queries).bundle(), dims, call.q_lengths)
+    return call.channel.gather_rows(saved.of_heads(group[0]).bundle(), dims, call.q_lengths)
 
 
 # --------------------------------------------------------------------------------------------
@@ -171,5 +161,6 @@ def _exchange(call: Call, part: Unwritten, *, lse: bool = False) -> Pending[Bund
 
 
 def _own_rows(call: Call, tensor: Tensor, dim: int) -> Tensor:
+    """A copy: the tensor, in fp32, has everyone's rows and need not wait for those of others."""
     rank = call.channel.rank
-    return tensor.narrow(dim, sum(call.q_lengths[:rank]), call.q_lengths[rank])
+    return tensor.narrow(dim, sum(call.q_lengths[:rank]), call.q_lengths[rank]).clone()

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.keys import Keys, Saved
-from ds_lvx.distributed.bundles import Spec
 from ds_lvx.kernels.merge import accumulation_dtype
 from ds_lvx.kernels.rule import Rule
 
@@ -27,8 +26,8 @@ class Replicated:
         keys.prepare()
         dtype = accumulation_dtype(q.dtype)
         out, lse = keys.attend(call, q, _rule(call))
-        specs = [[Spec.of(lse)]] * call.channel.size
-        parts = torch.stack([part for (part,) in call.channel.gather([lse], specs).wait()])
+        one_each = (1,) * call.channel.size
+        (parts,) = call.channel.gather_rows([lse[None]], [0], one_each).wait()
         total = parts.logsumexp(dim=0)
         finite = total.masked_fill(total == -torch.inf, 0.0)
         weight = torch.exp(lse - finite).transpose(1, 2).unsqueeze(-1)
