@@ -145,15 +145,21 @@ def backward(
             *tensors, lse, 0.0, causal, attn_mask=None, scale=softmax_scale
         )
     else:
-        # Without dropout the generator's state is not read; its shape and dtype are checked.
-        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        offset = torch.zeros((), dtype=torch.uint64, device=q.device)
+        seed, offset = no_dropout(q.device)
         lengths = (None, None, q.shape[1], k.shape[1])
         gradients = _aten._scaled_dot_product_flash_attention_backward(
             *tensors, lse, *lengths, 0.0, causal, seed, offset, scale=softmax_scale
         )
     dq, dk, dv = (gradient.transpose(1, 2) for gradient in gradients)
     return dq, dk, dv
+
+
+def no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The state of a generator, which is not read without dropout; its shape and dtype are."""
+    return (
+        torch.zeros(2, dtype=torch.uint64, device=device),
+        torch.zeros((), dtype=torch.uint64, device=device),
+    )
 
 
 def heads_first(tensor: Tensor) -> Tensor:
