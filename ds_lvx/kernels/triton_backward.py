@@ -108,10 +108,10 @@ def queries_kernel(
                 block = tl.load(visible + index)
             keys = block * BLOCK_N + columns
             is_key = keys < seqlen_kv
-            key_at = keys.to(tl.int64)[:, None]
-            k_at = k + key_at * stride_kt + dims[None, :]
+            ahead = tl.cast(block, tl.int64) * BLOCK_N
+            k_at = k + ahead * stride_kt + (columns[:, None] * stride_kt + dims[None, :])
             block_k = read(k_at, is_key[:, None], is_dim[None, :], masked, HEAD_DIM == BLOCK_D)
-            v_at = v + key_at * stride_vt + dims[None, :]
+            v_at = v + ahead * stride_vt + (columns[:, None] * stride_vt + dims[None, :])
             block_v = read(v_at, is_key[:, None], is_dim[None, :], masked, HEAD_DIM == BLOCK_D)
             scores = tl.dot(queries, tl.trans(block_k), input_precision=PRECISION) * scale_log2
             weights = tl.exp2(scores - norm[:, None])

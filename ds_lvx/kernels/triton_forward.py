@@ -109,8 +109,8 @@ def forward_kernel(
                 block = tl.load(visible + index)
             keys = block * BLOCK_N + columns
             is_key = keys < seqlen_kv
-            key_at = keys.to(tl.int64)
-            k_at = k + dims[:, None] + key_at[None, :] * stride_kt
+            ahead = tl.cast(block, tl.int64) * BLOCK_N
+            k_at = k + ahead * stride_kt + (dims[:, None] + columns[None, :] * stride_kt)
             kt = read(k_at, is_key[None, :], is_dim[:, None], masked, HEAD_DIM == BLOCK_D)
             scores = tl.dot(queries, kt, input_precision=PRECISION) * scale_log2
             if masked:
@@ -127,7 +127,7 @@ def forward_kernel(
             weights = tl.exp2(scores - finite[:, None])
             decay = tl.exp2(peak - finite)
             total = total * decay + tl.sum(weights, 1)
-            v_at = v + key_at[:, None] * stride_vt + dims[None, :]
+            v_at = v + ahead * stride_vt + (columns[:, None] * stride_vt + dims[None, :])
             values = read(v_at, is_key[:, None], is_dim[None, :], masked, HEAD_DIM == BLOCK_D)
             mixed = mixed * decay[:, None]
             mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision=PRECISION)

@@ -20,6 +20,7 @@ import json, sys
 from ds_lvx.compare.kernels.compiled import NAMES, compiled, configurations
 
 sample = {("bf16", 80, 4), ("bf16", 128, 4096), ("bf16", 256, 4096), ("fp32", 256, 4096)}
+sample |= {("fp32", 128, 4096)}  # the widest that adds up dq
 for each in configurations():
     if each.visibility and (NAMES[each.dtype], each.head_dim, each.rows) in sample:
         for capability in map(int, sys.argv[1:]):

@@ -36,7 +36,7 @@ KERNELS = {
     "forward": (triton_forward.forward_kernel, triton_kernel.forward_tiles),
     "queries": (triton_backward.queries_kernel, triton_kernel.queries_tiles),
     "keys": (triton_backward.keys_kernel, triton_kernel.keys_tiles),
-    "atomic": (triton_backward.keys_kernel, triton_kernel.keys_tiles),
+    "atomic": (triton_backward.keys_kernel, triton_kernel.atomic_tiles),
 }
 _GROUP = 4
 
@@ -64,8 +64,9 @@ def configurations() -> Iterator[Configuration]:
     for name, visibility in product(KERNELS, (False, True)):
         for head_dim, rows in product((64, 80, 128, 256), (4, 4096)):
             yield Configuration(name, torch.bfloat16, head_dim, rows, visibility)
-        # fp32 has one tile for all.
-        yield Configuration(name, torch.float32, 256, 4096, visibility)
+        # fp32 has one tile for all that it does.
+        widest = 128 if name == "atomic" else 256
+        yield Configuration(name, torch.float32, widest, 4096, visibility)
 
 
 def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
