@@ -20,6 +20,7 @@ from ds_lvx.distributed.failures import Guard
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.distributed.shutdown import remember
 from ds_lvx.distributed.start import init_distributed, remove_shared_memory
+from ds_lvx.kernels import flash_version
 from ds_lvx.models import patch_model
 from ds_lvx.models.layers import explain_auto, table
 from ds_lvx.models.patch import Patch, ScaleLoss
@@ -48,10 +49,13 @@ class Session:
         self.groups = groups
         self.patch = patch
         self.guard = Guard(groups)
+        self._activated = flash_version.activate(config.flash_attention)
 
     def close(self) -> None:
         """Give the model back as it was and end the groups. Calling it twice is allowed."""
         self.guard.close()
+        if self._activated:
+            flash_version.restore()
         self.patch.unpatch()
         forget_checkpoints(self.groups)
         self.groups.close()

@@ -1,4 +1,4 @@
-"""Time attention kernels side by side on the shapes of the paper's models.
+"""Time attention kernels side by side on the shapes of the paper's models and of MOSS-VL.
 
     python launch/bench_kernels.py                          one GPU, some minutes
     python launch/bench_kernels.py --device cpu --quick --output /tmp/kernels.json    to try it
@@ -28,7 +28,7 @@ from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.kernels import candidates as kernel_candidates
 from ds_lvx.compare.kernels import report as kernels_report
 from ds_lvx.compare.kernels import subject as kernels
-from ds_lvx.compare.kernels.cases import PAPER, QUICK
+from ds_lvx.compare.kernels.cases import MEASURED, QUICK
 from ds_lvx.compare.kernels.occupancy import BLOCK_SHARED_BYTES
 from ds_lvx.compare.kernels.trial import Timing
 from ds_lvx.compare.machine import header
@@ -43,7 +43,7 @@ def main() -> None:
     if options.compile:
         save(compile_all(), path_of("compiled", options))
     elif options.floors:
-        records = kernels_report.floors(PAPER)
+        records = kernels_report.floors(MEASURED)
         save({**header(predicted=True), "records": records}, path_of("floors", options))
     bad: list[str] = []
     if not (options.compile or options.floors or options.render):
@@ -108,7 +108,7 @@ def parse_options() -> argparse.Namespace:
         )
     try:
         options.trials = kernels.trials_of(
-            QUICK if options.quick else PAPER, kernel_candidates.names(), options.only
+            QUICK if options.quick else MEASURED, kernel_candidates.names(), options.only
         )
     except ValueError as error:
         parser.error(str(error))

@@ -1,32 +1,45 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of less than 8 minutes: the tests marked gpu, the kernel
-# benchmark, the memory benchmark, one rank's training step. Each has a time limit of its own; what
-# fails or runs into its limit is noted, and the rest still runs.
+# Everything that needs a GPU, in one call of less than 8 minutes. On one: the tests marked gpu, the
+# kernels beside PyTorch's and flash-attn's, the memory benchmark, one rank's training step. On
+# several: whether attention is exact over NCCL, then lvx beside Ulysses, ring attention and the
+# visual tokens gathered on every rank, on MOSS-VL's shape and on mllama's, and the training step.
+# Each has a time limit of its own; what fails or runs into its limit is noted, what it had written
+# by then is kept, and the rest still runs. All that is printed is in gpu.log, too.
 #     bash launch/gpu.sh FOLDER                    results go there (default: $OUT, or runs/gpu)
+#     bash launch/gpu.sh --gpus 2 FOLDER           over NCCL, on two
 #     bash launch/gpu.sh --wheels WHEELS FOLDER    first takes packages from the folder WHEELS
 #     bash launch/gpu.sh --dry-run                 prints the commands
 # PYTHON names the interpreter (default: .venv/bin/python, or python3). Nothing is downloaded. A
-# machine without a package index gets what its Python lacks from wheels that another one made, with
-# the same version of Python:
-#     pip wheel --no-deps -w wheels . deepspeed hjson pydantic pydantic_core annotated_types
-# They go into a temporary folder; the machine's own packages stay as they are.
+# machine without a package index gets what its Python lacks from wheels that another one made:
+#     pip wheel --no-deps -w wheels deepspeed
+#     pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels \
+#       hjson pydantic pydantic_core annotated_types typing_inspection
+# Besides these it needs PyTorch, Triton, transformers, pytest, and what DeepSpeed asks for (einops,
+# filelock, msgpack, ninja, numpy, psutil, py-cpuinfo, rich, tqdm). flash-attn, flash-attn-3 and
+# flash-attn-4 are measured where they are there. Wheels go into a temporary folder; the machine's
+# own packages stay as they are.
 set -euo pipefail
 
 say() { printf 'launch/gpu.sh: %s\n' "$*" >&2; }
 
 usage() {
   say "$1"
-  say "expected: bash launch/gpu.sh [--wheels FOLDER] [--dry-run] [OUTPUT_FOLDER]"
+  say "expected: bash launch/gpu.sh [--gpus N] [--wheels FOLDER] [--dry-run] [OUTPUT_FOLDER]"
   exit 2
 }
 
-wheels="" dry_run=false output=""
+wheels="" dry_run=false output="" gpus=1
 while [ "$#" -gt 0 ]; do
   case "$1" in
     --wheels)
       [ "$#" -ge 2 ] || usage "--wheels: got no folder"
       compgen -G "$2/*.whl" >/dev/null || usage "--wheels: got $2, which holds no *.whl"
       wheels=$(cd "$2" && pwd)
+      shift
+      ;;
+    --gpus)
+      [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || usage "--gpus: got '${2:-}', expected 1 or more"
+      gpus=$2
       shift
       ;;
     --dry-run) dry_run=true ;;
@@ -49,7 +62,12 @@ if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
   if [ -x .venv/bin/python ]; then PYTHON=$PWD/.venv/bin/python; fi
 fi
-mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | sort)
+# Our own kernels first: if the time is up, others are left out.
+mapfile -t gpu_tests < <(
+  grep -rl --include='test_*.py' 'mark\.gpu' tests | sort | sort -s -t/ -k2,2 \
+    | awk '{ print ($0 ~ /kernels\/test_(triton|auto)/) ? 0 : ($0 ~ /^tests\/kernels/) ? 1 : 2, $0 }' \
+    | sort -s -n -k1,1 | cut -d' ' -f2
+)
 site=""
 
 # Seconds for each. With what `timeout` waits after its signal, and 20 s for the checks before, less
@@ -60,8 +78,8 @@ install() {
       "$wheels"/*.whl
   fi
 }
-steps() {
-  step tests 100 "$PYTHON" -m pytest -q -m gpu -o junit_family=xunit2 \
+on_one() {
+  step tests 100 "$PYTHON" -m pytest -v -m gpu --durations=10 -o junit_family=xunit2 \
     --junitxml="$output/tests.xml" "${gpu_tests[@]}"
   step kernels 165 "$PYTHON" launch/bench_kernels.py --budget_s 145 --seconds 0.2 \
     --output "$output/kernels.json"
@@ -71,19 +89,38 @@ steps() {
   step step_time 80 "$PYTHON" launch/bench_memory.py --parts step_time --ranks 1 --rounds 1 \
     --steps 3 --brief --output_dir "$output"
 }
+compare() {
+  local name=$1
+  shift
+  step "$name" 65 "$PYTHON" -m ds_lvx.cli compare --ranks "$gpus" --device accelerator \
+    --heads 32 --kv-heads 8 --head-dim 128 --methods lvx ulysses ring gathered --output "$output" \
+    "$@"
+}
+on_several() {
+  step doctor 75 "$PYTHON" -m ds_lvx.cli doctor --timeout 60
+  compare moss_vl --seqlen-q 2304 --seqlen-kv 184576
+  compare mllama --seqlen-q 384 --seqlen-kv 512K
+  compare features --seqlen-q 2304 --seqlen-kv 184576 --features-dim 4096 --recompute
+  step step_time 80 "$PYTHON" launch/bench_memory.py --parts step_time --ranks "$gpus" --rounds 1 \
+    --steps 3 --brief --output_dir "$output"
+}
+steps() {
+  if [ "$gpus" -eq 1 ]; then on_one; else on_several; fi
+}
 
 failures=0 notes=""
 step() {
   local name=$1 limit_s=$2 code=0 begun=$SECONDS
   shift 2
   if $dry_run; then
-    printf 'timeout -k 5 %s' "$limit_s"
+    printf 'timeout -s INT -k 5 %s' "$limit_s"
     printf ' %q' "$@"
     printf '\n'
     return
   fi
   say "$name, at most $limit_s s ..."
-  timeout -k 5 "$limit_s" "$@" || code=$?
+  # Interrupted rather than killed: pytest then writes its report, and runs end their processes.
+  timeout -s INT -k 5 "$limit_s" "$@" 2>&1 | tee -a "$output/gpu.log" || code=$?
   notes+="$name"$'\t'"$code"$'\t'"$((SECONDS - begun))"$'\t'"$limit_s"$'\t'"$*"$'\n'
   if [ "$code" -ne 0 ]; then
     failures=$((failures + 1))
@@ -99,7 +136,8 @@ meaning() {
 }
 
 require_gpu() {
-  "$PYTHON" - <<'PY' || exit 1
+  GPUS=$gpus "$PYTHON" - <<'PY' || exit 1
+import os
 import sys
 
 try:
@@ -112,6 +150,11 @@ if not torch.cuda.is_available():
         "launch/gpu.sh: no GPU: torch.cuda.is_available() is False for PyTorch "
         f"{torch.__version__}, {built}. This script only does what needs one; everything else: "
         "bash launch/test.sh"
+    )
+if int(os.environ["GPUS"]) > torch.cuda.device_count():
+    sys.exit(
+        f"launch/gpu.sh: --gpus: got {os.environ['GPUS']}; this machine has "
+        f"{torch.cuda.device_count()}"
     )
 PY
 }

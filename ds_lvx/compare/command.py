@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from ds_lvx.attention.ulysses import check_heads
 from ds_lvx.compare.document import Subject, deliver
 from ds_lvx.compare.fresh import RunError
-from ds_lvx.compare.harness import METHODS, SHARDED, Ranks, on_ranks
+from ds_lvx.compare.harness import GATHERED, METHODS, SHARDED, Ranks, on_ranks
 from ds_lvx.compare.machine import cores
 from ds_lvx.compare.network import Network, NetworkError
 from ds_lvx.compare.operators import rank as operators
@@ -71,7 +71,8 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=DEFAULT_METHODS,
         metavar="METHOD",
-        help=f"of {', '.join(names)} (lvx: both schedules; none: one process)",
+        help=f"of {', '.join(names)} (lvx: both schedules; gathered: the visual tokens on every "
+        "rank; none: one process)",
     )
     how.add_argument("--kernel", choices=kernel_words(), default="auto")
     how.add_argument(
@@ -169,6 +170,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     ranks = settle(options)
     say = partial(print, file=sys.stderr, flush=True)
     if options.model:
+        if GATHERED in options.methods:
+            raise ValueError(f"--methods: got {GATHERED!r} with --model; it is of one attention")
         task = model.task_of(options, ranks=ranks.count)
         return model.compare(task, options.methods, ranks, say=say)
     contest, skipped = contest_of(options, ranks.count)

@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("ds_lvx", "torch", "transformers", "deepspeed", "triton", "flash-attn")
+PACKAGES = (
+    "ds_lvx",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "triton",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+)
 
 
 def header(

@@ -133,6 +133,14 @@ KERNELS: dict[str, Kernel] = {
             obstacle="ds_lvx.kernels.triton_kernel:obstacle",
             package="triton",
         ),
+        Kernel(
+            "triton_atomic",
+            "ds_lvx.kernels.triton_kernel:TritonAtomicKernel",
+            dtypes=("bfloat16", "float16", "float32"),
+            head_dims=(16, 256),
+            obstacle="ds_lvx.kernels.triton_kernel:obstacle",
+            package="triton",
+        ),
         Kernel("reference", "ds_lvx.kernels.reference:ReferenceKernel", for_speed=False),
     )
 }

@@ -49,11 +49,13 @@ __all__ = [
 ]
 
 Features: TypeAlias = Literal["keep", "offload"]
+FlashAttention: TypeAlias = Literal["builtin", "FA3", "FA4"]
 _WORDS: dict[str, tuple[str, ...]] = {
     "method": method_words(),
     "schedule": schedule_words(),
     "kernel": kernel_words(),
     "features": get_args(Features),
+    "flash_attention": get_args(FlashAttention),
 }
 
 
@@ -86,7 +88,8 @@ class LayerRule(BaseModel):
     a layer's K and V never exist whole. Needs `recompute_kv`."""
 
     kernel: str = "auto"
-    """Who computes one block on one device: `native`, `flash`, `triton`, `reference` or `auto`."""
+    """Who computes one block on one device: `native`, `flash`, `triton`, `triton_atomic`,
+    `reference` or `auto`."""
 
     @field_validator("method", "schedule", "kernel")
     @classmethod
@@ -108,6 +111,10 @@ class LVXConfig(BaseModel):
 
     layers: list[LayerRule] = Field(default_factory=list)
     """Rules in order of precedence: the first whose pattern matches a layer decides for it."""
+
+    flash_attention: FlashAttention = "builtin"
+    """Which FlashAttention is behind PyTorch's operators: its own, or version 3 or 4 where it is
+    installed and the GPU can run it."""
 
     @model_validator(mode="after")
     def _refuse_missing_combinations(self) -> "LVXConfig":

@@ -22,6 +22,7 @@ from ds_lvx.compare.kernels.trial import samples_s
 from ds_lvx.compare.operators.tensors import DTYPES, Shape
 from ds_lvx.config import LVXConfig, read_ds_config
 from ds_lvx.config.registry import AUTO, METHODS
+from ds_lvx.kernels import flash_version
 from ds_lvx.kernels.choice import candidates
 from ds_lvx.kernels.interface import Kernel
 from ds_lvx.kernels.table import Table, kind_of, table_of
@@ -64,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("nothing to tune: without CUDA, auto is native")
         return 0
+    if options.config is not None:
+        flash_version.activate(LVXConfig.from_ds_config(options.config).flash_attention)
     device = torch.device("cuda", torch.cuda.current_device())
     table = table_of(device)
     for shape in shapes:

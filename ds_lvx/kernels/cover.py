@@ -69,6 +69,51 @@ class Order:
 
 
 @dataclass(frozen=True, eq=False)
+class Sequences:
+    """Rectangles that lie one after the other, and together are all of some queries and keys.
+
+    Attributes:
+        queries, keys: int32 ``[N + 1]``, where each begins among those of all samples, and the end.
+        longest: queries and keys of the longest.
+        causal: all of them are squares.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    longest: tuple[int, int]
+    causal: bool
+
+    @classmethod
+    def of(cls, rectangles: Sequence[Rectangle], size: tuple[int, int, int]) -> Sequences | None:
+        """Those of rectangles in ``(samples, queries, keys)``; None where they are no such thing.
+
+        One rectangle is none: it is a call as it is.
+        """
+        samples, seqlen_q, seqlen_kv = size
+        if len(rectangles) < 2 or len({each.causal for each in rectangles}) > 1:
+            return None
+        bounds, longest = [(0, 0)], (0, 0)
+        for sample in range(samples):
+            at = (0, 0)
+            own = (r for r in rectangles if r.batch.start <= sample < r.batch.stop)
+            for each in sorted(own, key=lambda r: (r.queries.start, r.keys.start)):
+                if (each.queries.start, each.keys.start) != at:
+                    return None
+                at = (each.queries.stop, each.keys.stop)
+                bounds.append((sample * seqlen_q + at[0], sample * seqlen_kv + at[1]))
+                longest = (max(longest[0], each.size[1]), max(longest[1], each.size[2]))
+            if at != (seqlen_q, seqlen_kv):
+                return None
+        queries, keys = torch.tensor(bounds, dtype=torch.int32).t().contiguous()
+        return cls(queries, keys, longest, rectangles[0].causal)
+
+    def to(self, device: torch.device) -> Sequences:
+        """For tensors on a device; nobody waits for the copy."""
+        queries, keys = (to_device(t, device) for t in (self.queries, self.keys))
+        return replace(self, queries=queries, keys=keys)
+
+
+@dataclass(frozen=True, eq=False)
 class Cover:
     """Rectangles that hold every pair of a query and a key that sees it, once.
 
@@ -77,6 +122,7 @@ class Cover:
         inner: rectangles of the queries and keys that ``queries`` and ``keys`` gather.
         whole: of queries that see every key, which none of ``inner`` has; all as they lie.
         queries, keys: what ``inner`` counts; None: as they lie.
+        sequences: ``inner`` as one launch; None where it is no such thing.
     """
 
     shape: tuple[int, int, int]
@@ -84,6 +130,7 @@ class Cover:
     whole: tuple[Rectangle, ...] = ()
     queries: Order | None = None
     keys: Order | None = None
+    sequences: Sequences | None = None
 
     @classmethod
     def of_all(cls, batch: int, seqlen_q: int, seqlen_kv: int) -> Cover:
@@ -91,6 +138,11 @@ class Cover:
         shape = (batch, seqlen_q, seqlen_kv)
         one = Rectangle(slice(0, batch), slice(0, seqlen_q), slice(0, seqlen_kv))
         return cls(shape, () if 0 in shape else (one,))
+
+    @property
+    def calls(self) -> int:
+        """How many calls it takes."""
+        return (len(self.inner) if self.sequences is None else 1) + len(self.whole)
 
     @property
     def rectangles(self) -> tuple[Rectangle, ...]:
@@ -125,7 +177,8 @@ class Cover:
             for order in (self.queries, self.keys)
         )
         queries, keys = moved
-        return replace(self, queries=queries, keys=keys)
+        sequences = None if self.sequences is None else self.sequences.to(device)
+        return replace(self, queries=queries, keys=keys, sequences=sequences)
 
 
 def _depth(ranges: Sequence[slice]) -> int:

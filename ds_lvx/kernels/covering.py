@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_lvx.kernels.cover import Cover, Order, Rectangle
+from ds_lvx.kernels.cover import Cover, Order, Rectangle, Sequences
 from ds_lvx.kernels.visibility import Visibility
 
 MOST_CALLS = 16
@@ -32,6 +32,8 @@ MOST_CALLS = 16
 MOST_LARGE_CALLS, LARGE_CALL_SCORES = 64, 2**20
 """More calls are as good where each has so much to do that its launch hides behind it: a launch
 takes the host some 20 us, and 2**20 scores of 32 heads of 128 take an H100 some 40."""
+MOST_SEQUENCES = 256
+"""Of a sample, where they are one launch."""
 
 # Bytes that a cover moves, in units of one key of one head of K and V, forward and backward.
 _QUERY = 4  # queries come with four heads a key/value head, and their results are merged in fp32
@@ -60,13 +62,18 @@ def cover_of(rule: Visibility) -> Cover | None:
         found.append(one)
     in_place = tuple(all(one.in_place[axis] for one in found) for axis in (0, 1))
     boxes = [one.boxes(in_place) for one in found]
-    return Cover(
-        shape,
-        tuple(_rectangles([inner for inner, _ in boxes], [whole for _, whole in boxes])),
-        tuple(_rectangles([whole for _, whole in boxes], [inner for inner, _ in boxes])),
-        None if in_place[0] else _order([one.queries for one in found], seqlen_q),
-        None if in_place[1] else _order([one.keys for one in found], seqlen_kv),
-    )
+    inner = tuple(_rectangles([inner for inner, _ in boxes], [whole for _, whole in boxes]))
+    queries = None if in_place[0] else _order([one.queries for one in found], seqlen_q)
+    keys = None if in_place[1] else _order([one.keys for one in found], seqlen_kv)
+    counted = [
+        length if order is None else order.places.shape[1]
+        for order, length in ((queries, seqlen_q), (keys, seqlen_kv))
+    ]
+    sequences = Sequences.of(inner, (batch, counted[0], counted[1]))
+    if sequences is None and not all(_few(one.inner + one.whole) for one in found):
+        return None
+    whole = tuple(_rectangles([whole for _, whole in boxes], [inner for inner, _ in boxes]))
+    return Cover(shape, inner, whole, queries, keys, sequences)
 
 
 class _Box(NamedTuple):
@@ -132,7 +139,7 @@ def _best(start: Tensor, end: Tensor, position: Tensor) -> _Sample | None:
         for inner in _covers(*ranges, walls):
             boxes = tuple(_Box(r, (0, len(position))) for r in _runs(whole)) if apart else ()
             one = _Sample(rows, order[kept], inner, boxes)
-            if _few(one.inner + one.whole):
+            if _few(one.inner + one.whole) or _one_by_one(one):
                 found.append((_cost(one), one))
     return min(found, key=lambda each: each[0])[1] if found else None
 
@@ -157,7 +164,8 @@ def _covers(first: Tensor, stop: Tensor, walls: Tensor | None) -> Iterator[tuple
         if low < high:
             by_queries.append(_Box((a, b), (low, high)))
     yield tuple(sorted(squares + by_queries))
-    yield tuple(sorted(squares + _by_keys(by_queries)))
+    if len(by_queries) <= MOST_LARGE_CALLS:
+        yield tuple(sorted(squares + _by_keys(by_queries)))
 
 
 def _segments(
@@ -176,10 +184,7 @@ def _segments(
     if walls is not None:
         kinds[walls] = _BREAK
     runs = [t.tolist() for t in torch.unique_consecutive(kinds, return_counts=True)]
-    if (
-        sum(n if kind == _BREAK else 1 for kind, n in zip(*runs, strict=True))
-        > 2 * MOST_LARGE_CALLS
-    ):
+    if sum(n if kind == _BREAK else 1 for kind, n in zip(*runs, strict=True)) > 2 * MOST_SEQUENCES:
         return None
     found: list[tuple[int, int, bool]] = []
     begun, at, now = 0, 0, _BREAK  # the segment that is open, the query that it ends with, its kind
@@ -238,10 +243,22 @@ def _few(boxes: Sequence[_Box]) -> bool:
     return large and len(boxes) <= MOST_LARGE_CALLS
 
 
+def _one_by_one(sample: _Sample) -> bool:
+    """Whether its boxes may be one launch, as `ds_lvx.kernels.cover.Sequences` has them."""
+    boxes, at = sample.inner, (0, 0)
+    if sample.whole or len(boxes) > MOST_SEQUENCES or len({box.causal for box in boxes}) != 1:
+        return False
+    for box in boxes:
+        if (box.queries[0], box.keys[0]) != at:
+            return False
+        at = (box.queries[1], box.keys[1])
+    return True
+
+
 def _cost(sample: _Sample) -> int:
     """The bytes that a cover moves, and its launches, in units of a key; its products are given."""
     boxes = sample.inner + sample.whole
-    cost = _CALL * len(boxes)
+    cost = _CALL * (1 if _one_by_one(sample) else len(boxes))
     for box in boxes:
         others = [o for o in boxes if o is not box]
         shared = any(_meet(box.keys, o.keys) for o in others) or bool(sample.whole)

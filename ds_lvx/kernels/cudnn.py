@@ -65,6 +65,7 @@ class CudnnKernel(FlashKernel):
     """`FlashKernel` by cuDNN's calls. Stateless."""
 
     name = "cudnn"
+    _has_sequences = False
 
     _attend = staticmethod(forward)
     _gradients = staticmethod(backward)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import attention
 
 _aten = torch.ops.aten
 
@@ -17,6 +18,14 @@ CUDA_HEAD_DIM_MULTIPLE = 8
 CUDA_MAX_HEAD_DIM = 256
 CUDA_CAPABILITY = (8, 0)
 _STAND_IN_NUMBERS = 2**22  # at a time; 16 MiB in fp32, for each of three or four temporaries
+
+
+def version_in_place() -> str | None:
+    """Which FlashAttention has taken PyTorch's operators (`ds_lvx.kernels.flash_version`); None:
+    its own has them."""
+    current = getattr(attention, "current_flash_attention_impl", None)  # not in an older PyTorch
+    name: str | None = None if current is None else current()
+    return name
 
 
 def cuda_can(q: Tensor) -> bool:
@@ -136,15 +145,21 @@ def backward(
             *tensors, lse, 0.0, causal, attn_mask=None, scale=softmax_scale
         )
     else:
-        # Without dropout the generator's state is not read; its shape and dtype are checked.
-        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        offset = torch.zeros((), dtype=torch.uint64, device=q.device)
+        seed, offset = no_dropout(q.device)
         lengths = (None, None, q.shape[1], k.shape[1])
         gradients = _aten._scaled_dot_product_flash_attention_backward(
             *tensors, lse, *lengths, 0.0, causal, seed, offset, scale=softmax_scale
         )
     dq, dk, dv = (gradient.transpose(1, 2) for gradient in gradients)
     return dq, dk, dv
+
+
+def no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The state of a generator, which is not read without dropout; its shape and dtype are."""
+    return (
+        torch.zeros(2, dtype=torch.uint64, device=device),
+        torch.zeros((), dtype=torch.uint64, device=device),
+    )
 
 
 def heads_first(tensor: Tensor) -> Tensor:

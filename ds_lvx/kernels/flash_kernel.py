@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ds_lvx.kernels import flash
-from ds_lvx.kernels.cover import Cover, Order, Rectangle
+from ds_lvx.kernels import flash, flash_varlen
+from ds_lvx.kernels.cover import Cover, Order, Rectangle, Sequences
+from ds_lvx.kernels.covering import MOST_LARGE_CALLS
 from ds_lvx.kernels.interface import Kernel, Problem, Upstream, no_gradients, written
 from ds_lvx.kernels.merge import accumulation_dtype, empty_part, merge_
 from ds_lvx.kernels.native import NativeKernel
@@ -37,10 +38,16 @@ class FlashKernel(Kernel):
 
     _attend = staticmethod(flash.forward)
     _gradients = staticmethod(flash.backward)
+    _has_sequences = True
 
     def serves(self, problem: Problem, upstream: Upstream | None = None) -> bool:
         """Whether these calls can do it: slices make up the rule, and lse has no gradient."""
-        return _cover(problem) is not None and (upstream is None or not upstream.has_dlse)
+        cover = _cover(problem)
+        return (
+            cover is not None
+            and (self._has_sequences or len(cover.rectangles) <= MOST_LARGE_CALLS)
+            and (upstream is None or not upstream.has_dlse)
+        )
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """See `ds_lvx.kernels.interface.Kernel.forward`."""
@@ -51,6 +58,8 @@ class FlashKernel(Kernel):
             (one,) = cover.inner
             scale = problem.softmax_scale
             return self._attend(q, problem.k, problem.v, causal=one.causal, softmax_scale=scale)
+        if self._sequences(cover) is not None and cover.queries is None:
+            return self._attend_sequences(problem, cover)
         out, lse = empty_part(q, accumulation_dtype(q.dtype))
         if not cover.merges:
             out = torch.zeros_like(q)  # each query's result is rounded already
@@ -104,6 +113,14 @@ class FlashKernel(Kernel):
         """Merge every rectangle into a result; a ``fresh`` one is nothing yet, and written over."""
         out, lse = running
         q, k, v = problem.q, problem.k, problem.v
+        if self._sequences(cover) is not None:  # then there is no more than these
+            part = self._attend_sequences(problem, cover)
+            if cover.queries is None:
+                merge_(out, lse, *part)
+            else:
+                cover.queries.put(out, part[0])
+                cover.queries.put(lse.transpose(1, 2), part[1].transpose(1, 2))
+            return
         inner_k, inner_v = (_taken(cover.keys, t) for t in (k, v))
         inner_q = _taken(cover.queries, q)
         inner = running
@@ -115,6 +132,18 @@ class FlashKernel(Kernel):
             cover.queries.put(out, inner[0])
             cover.queries.put(lse.transpose(1, 2), inner[1].transpose(1, 2))
         self._merge(cover.whole, (q, k, v), running, scale, fresh=fresh)
+
+    def _sequences(self, cover: Cover) -> Sequences | None:
+        """The cover as one launch, where this kernel has such a thing."""
+        return cover.sequences if self._has_sequences else None
+
+    def _attend_sequences(self, problem: Problem, cover: Cover) -> tuple[Tensor, Tensor]:
+        """Results of the queries that the cover gathers."""
+        assert cover.sequences is not None
+        q = _taken(cover.queries, problem.q)
+        k, v = (_taken(cover.keys, t) for t in (problem.k, problem.v))
+        scale = problem.softmax_scale
+        return flash_varlen.forward(q, k, v, cover.sequences, softmax_scale=scale)
 
     def _merge(
         self,
@@ -153,6 +182,19 @@ class FlashKernel(Kernel):
         inner_rows = tuple(_taken(cover.queries, t) for t in rows)
         inner_keys = tuple(_taken(cover.keys, t) for t in keys)
         orders = (cover.queries, cover.keys, cover.keys)
+        sequences = self._sequences(cover)
+        if sequences is not None:
+            q, dout, out, lse = inner_rows
+            k, v = inner_keys
+            gradients = flash_varlen.backward(
+                q, k, v, dout, out, lse, sequences, softmax_scale=softmax_scale
+            )
+            for total, order, gradient in zip(sums, orders, gradients, strict=True):
+                if order is None:
+                    total.copy_(gradient)
+                else:
+                    order.put(total, gradient)
+            return
         inner = tuple(
             total if order is None else total.new_zeros(of.shape)
             for total, order, of in zip(sums, orders, (inner_rows[0], *inner_keys), strict=True)

@@ -155,14 +155,16 @@ class Rule:
             of_keys: list the tiles of each block of keys, rather than the blocks of each tile.
 
         Returns:
-            int32 ``[B, tiles, blocks]`` (``of_keys``: ``[B, blocks, tiles]``), in which what is
-            seen stands first, and int32 ``[B, tiles]``, how much of it that is. On the device.
+            int32 ``[B, tiles, blocks]`` (``of_keys``: ``[B, blocks, tiles]``), in which those come
+            first of which all rows see all keys, then those of which some may see some; and int32
+            ``[B, tiles, 2]``, how many are seen, and how many of these wholly. A tile or a block
+            that is cut short is not seen wholly. On the device.
         """
         name = (rows, keys, group, of_keys)
         if name not in self._lists:
-            meet = _meet(self.host or self.visibility, rows=rows, keys=keys, group=group)
+            found = _meet(self.host or self.visibility, rows=rows, keys=keys, group=group)
             device = self.visibility.kv_pos.device
-            order, counts = _listed(meet.transpose(1, 2) if of_keys else meet)
+            order, counts = _listed(*(t.transpose(1, 2) if of_keys else t for t in found))
             self._lists[name] = (to_device(order, device), to_device(counts, device))
         return self._lists[name]
 
@@ -240,14 +242,23 @@ def _runs_of_blocks(some: Tensor, every: Tensor, offset: int) -> list[tuple[int,
     return list(zip(first.tolist(), (last + offset).tolist(), whole, strict=True))
 
 
-def _meet(rule: Visibility, *, rows: int, keys: int, group: int) -> Tensor:
-    """bool ``[B, tiles, blocks]``: whether some row of a tile may see some key of a block."""
+def _meet(rule: Visibility, *, rows: int, keys: int, group: int) -> tuple[Tensor, Tensor]:
+    """Two bool ``[B, tiles, blocks]``: whether some row of a tile may see some key of a block, and
+    whether all see all; see `Rule.lists`."""
     start, end = (t.repeat_interleave(group, dim=1) for t in (rule.q_start, rule.q_end))
     sees = start < end
     first, _ = _extremes(start.masked_fill(~sees, _INT32.max), rows)
     _, last = _extremes(end.masked_fill(~sees, _INT32.min), rows)
     low, high = _extremes(rule.kv_pos, keys)
-    return (high[:, None] >= first[:, :, None]) & (low[:, None] < last[:, :, None])
+    some = (high[:, None] >= first[:, :, None]) & (low[:, None] < last[:, :, None])
+    _, latest = _extremes(start, rows)
+    earliest, _ = _extremes(end, rows)
+    every = (low[:, None] >= latest[:, :, None]) & (high[:, None] < earliest[:, :, None])
+    if start.shape[1] % rows:
+        every[:, -1] = False
+    if rule.kv_pos.shape[1] % keys:
+        every[:, :, -1] = False
+    return some, every
 
 
 def _extremes(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -262,17 +273,24 @@ def _extremes(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return torch.cat((low, least), dim=1), torch.cat((high, most), dim=1)
 
 
-def _listed(meet: Tensor) -> tuple[Tensor, Tensor]:
-    """The places that are True, first in their row; and how many they are."""
-    batch, rows, columns = meet.shape
-    counts = meet.sum(dim=2, dtype=torch.int32)
-    if not meet.is_cpu:  # whose stream would wait for the number of places
-        place = meet.to(torch.int8).argsort(dim=2, descending=True, stable=True)
-        return place.to(torch.int32), counts
-    order = torch.zeros(batch, rows, columns, dtype=torch.int32)
-    found = meet.reshape(-1).nonzero()[:, 0]
-    row = found.div(columns, rounding_mode="floor")
-    before = counts.reshape(-1).cumsum(0) - counts.reshape(-1)
-    place = torch.arange(len(found)) - before[row]
-    order.view(-1)[row * columns + place] = (found - row * columns).to(torch.int32)
+def _listed(some: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
+    """The places where ``every``, then those where only ``some`` is True, first in their row; and
+    how many there are of both, and of the former."""
+    counts = torch.stack([t.sum(dim=2, dtype=torch.int32) for t in (some, every)], dim=2)
+    if not some.is_cpu:  # whose stream would wait for the number of places
+        rank = some.to(torch.int8) + every
+        return rank.argsort(dim=2, descending=True, stable=True).to(torch.int32), counts
+    order = torch.zeros(some.shape, dtype=torch.int32)
+    _list_into(order, every, torch.zeros_like(counts[..., 1]))
+    _list_into(order, some & ~every, counts[..., 1])
     return order, counts
+
+
+def _list_into(order: Tensor, marks: Tensor, behind: Tensor) -> None:
+    """Write the places that are True into their row of ``order``, behind so many others."""
+    columns = marks.shape[2]
+    found = marks.reshape(-1).nonzero()[:, 0]
+    row = found.div(columns, rounding_mode="floor")
+    own = marks.sum(dim=2).reshape(-1)
+    place = torch.arange(len(found)) - (own.cumsum(0) - own)[row] + behind.reshape(-1)[row]
+    order.view(-1)[row * columns + place] = (found - row * columns).to(torch.int32)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ds_lvx import cache
+from ds_lvx.kernels import flash
 from ds_lvx.kernels.interface import Problem, Upstream
 
 _PACKAGES = ("ds_lvx", "torch", "triton")
@@ -82,6 +83,8 @@ def table_of(device: torch.device) -> Table:
     """The table of a CUDA device, under these versions."""
     name = torch.cuda.get_device_name(device)
     versions = [*map(_version, _PACKAGES), torch.version.cuda, torch.backends.cudnn.version()]
+    # A FlashAttention that has taken the place of PyTorch's own has a table of its own.
+    versions += filter(None, [flash.version_in_place()])
     key = hashlib.sha256(repr([name, versions]).encode()).hexdigest()[:12]
     slug = "-".join(name.lower().split())
     return Table(f"kernels-{slug}-{key}.json")

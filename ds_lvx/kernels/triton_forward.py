@@ -21,10 +21,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LN_2 = tl.constexpr(0.6931471805599453)
+from ds_lvx.kernels.triton_tiles import ANY_ADDRESS, LENGTHS
 
 
 @triton.jit
+def read(at, is_row, is_dim, MASKED: tl.constexpr, ALL_DIMS: tl.constexpr):
+    """A block of rows, or of columns; masked where they may end inside it, or before BLOCK_D."""
+    if MASKED:
+        return tl.load(at, mask=is_row & is_dim, other=0.0)
+    elif ALL_DIMS:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=is_dim, other=0.0)
+
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=ANY_ADDRESS)
 def forward_kernel(
     q,  # [B, S, H, D]
     k,  # [B, T, K, D]
@@ -59,7 +73,7 @@ def forward_kernel(
 ):
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch = (tl.program_id(2) // num_kv_heads).to(tl.int64)
-    kv_head = tl.program_id(2) % num_kv_heads
+    kv_head = (tl.program_id(2) % num_kv_heads).to(tl.int64)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     positions, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
     dims = tl.arange(0, BLOCK_D)
@@ -68,13 +82,14 @@ def forward_kernel(
     at = batch * stride_qb + positions.to(tl.int64) * stride_qs + heads * stride_qh
     queries = tl.load(q + at[:, None] + dims, mask=is_row[:, None] & is_dim, other=0.0)
     blocks = tl.cdiv(seqlen_kv, BLOCK_N)
-    count = blocks
+    count, whole = blocks, seqlen_kv // BLOCK_N
     if VISIBILITY:
         start = tl.load(q_start + batch * seqlen_q + positions, mask=is_row, other=0)
         end = tl.load(q_end + batch * seqlen_q + positions, mask=is_row, other=0)
         kv_pos += batch * seqlen_kv
-        visible += (batch * tl.num_programs(0) + tile) * blocks
-        count = tl.load(counts + batch * tl.num_programs(0) + tile)
+        tile += batch * tl.num_programs(0)
+        visible += tile * blocks
+        count, whole = tl.load(counts + 2 * tile), tl.load(counts + 2 * tile + 1)
 
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -82,38 +97,41 @@ def forward_kernel(
     k += batch * stride_kb + kv_head * stride_kh
     v += batch * stride_vb + kv_head * stride_vh
     share = tl.cdiv(count, splits)
-    for index in range(split * share, tl.minimum((split + 1) * share, count)):
-        block = index
-        if VISIBILITY:
-            block = tl.load(visible + index)
-        keys = block * BLOCK_N + columns
-        is_key = keys < seqlen_kv
-        key_at = keys.to(tl.int64)
-        kt = tl.load(
-            k + dims[:, None] + key_at[None, :] * stride_kt,
-            mask=is_dim[:, None] & is_key[None, :],
-            other=0.0,
-        )
-        scores = tl.dot(queries, kt, input_precision=PRECISION) * scale_log2
-        shown = is_key[None, :]
-        if VISIBILITY:
-            place = tl.load(kv_pos + keys, mask=is_key, other=0)
-            shown = shown & (start[:, None] <= place[None, :]) & (place[None, :] < end[:, None])
-        scores = tl.where(shown, scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        # A row that has seen nothing yet: exp2(-inf - 0) is 0, where -inf + inf were NaN.
-        finite = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - finite[:, None])
-        decay = tl.exp2(peak - finite)
-        total = total * decay + tl.sum(weights, 1)
-        values = tl.load(
-            v + key_at[:, None] * stride_vt + dims[None, :],
-            mask=is_key[:, None] & is_dim[None, :],
-            other=0.0,
-        )
-        mixed = mixed * decay[:, None]
-        mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision=PRECISION)
-        peak = higher
+    first, last = split * share, tl.minimum((split + 1) * share, count)
+    middle = tl.minimum(tl.maximum(first, whole), last)
+    for masked in tl.static_range(2):  # blocks that are seen wholly, then the others
+        low, high = first, middle
+        if masked:
+            low, high = middle, last
+        for index in range(low, high):
+            block = index
+            if VISIBILITY:
+                block = tl.load(visible + index)
+            keys = block * BLOCK_N + columns
+            is_key = keys < seqlen_kv
+            ahead = tl.cast(block, tl.int64) * BLOCK_N
+            k_at = k + ahead * stride_kt + (dims[:, None] + columns[None, :] * stride_kt)
+            kt = read(k_at, is_key[None, :], is_dim[:, None], masked, HEAD_DIM == BLOCK_D)
+            scores = tl.dot(queries, kt, input_precision=PRECISION) * scale_log2
+            if masked:
+                shown = is_key[None, :]
+                if VISIBILITY:
+                    place = tl.load(kv_pos + keys, mask=is_key, other=0)[None, :]
+                    shown = shown & (start[:, None] <= place) & (place < end[:, None])
+                scores = tl.where(shown, scores, float("-inf"))
+            higher = tl.maximum(peak, tl.max(scores, 1))
+            finite = higher
+            if masked:
+                # A row that has seen nothing yet: exp2(-inf - 0) is 0, where -inf + inf were NaN.
+                finite = tl.where(higher == float("-inf"), 0.0, higher)
+            weights = tl.exp2(scores - finite[:, None])
+            decay = tl.exp2(peak - finite)
+            total = total * decay + tl.sum(weights, 1)
+            v_at = v + ahead * stride_vt + (columns[:, None] * stride_vt + dims[None, :])
+            values = read(v_at, is_key[:, None], is_dim[None, :], masked, HEAD_DIM == BLOCK_D)
+            mixed = mixed * decay[:, None]
+            mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision=PRECISION)
+            peak = higher
 
     saw = total > 0.0
     safe = tl.where(saw, total, 1.0)
@@ -132,7 +150,7 @@ def forward_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=ANY_ADDRESS)
 def merge_kernel(
     parts,  # [splits, B, S, H, D], fp32
     part_lses,  # [splits, B, H, S], fp32
@@ -160,7 +178,7 @@ def merge_kernel(
         total = tl.load(lse + lse_at, mask=is_row, other=float("-inf"))
         mixed = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
     for split in range(splits):
-        offset = split * rows_of_all
+        offset = split * rows_of_all.to(tl.int64)
         mine = tl.load(part_lses + offset + lse_at, mask=is_row, other=float("-inf"))
         part = tl.load(parts + offset * HEAD_DIM + at, mask=mask, other=0.0)
         higher = tl.maximum(total, mine)

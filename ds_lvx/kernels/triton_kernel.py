@@ -15,6 +15,7 @@ from ds_lvx.kernels.triton_tiles import Tiles, count, padded, shape_options, spl
 
 MIN_CAPABILITY = (8, 0)
 _ROWS_OF_A_MERGE = 32
+_ATOMIC_FP32 = 128  # head_dim beyond which exact fp32 has no registers for five products in one
 
 
 def obstacle(q: Tensor) -> str | None:
@@ -35,6 +36,7 @@ class TritonKernel(Kernel):
     """Forward and backward in Triton. Stateless; K and V are read in place, at any strides."""
 
     name = "triton"
+    _atomic = False
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """See `ds_lvx.kernels.interface.Kernel.forward`."""
@@ -71,8 +73,22 @@ class TritonKernel(Kernel):
         norm = (lse * math.log2(math.e)).masked_fill(lse == -torch.inf, torch.inf).contiguous()
         delta = upstream.delta.to(torch.float32).contiguous()
         inputs = (*map(_last_dim_dense, tensors), norm, delta)
+        if self._atomic and (q.dtype != torch.float32 or q.shape[3] <= _ATOMIC_FP32):
+            dq = torch.zeros(q.shape, device=q.device)
+            return dq, *written(_keys_gradient(problem, inputs, into, dq=dq), into)
         dq = _queries_gradient(problem, inputs)
         return dq, *written(_keys_gradient(problem, inputs, into), into)
+
+
+class TritonAtomicKernel(TritonKernel):
+    """Backward in five products instead of seven: dq is added up by atomics.
+
+    Its order, and so its last bits, may differ from run to run. In fp32 with a head_dim above 128
+    it does seven, too.
+    """
+
+    name = "triton_atomic"
+    _atomic = True
 
 
 def _parts(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -120,23 +136,31 @@ def queries_tiles(q: Tensor, k: Tensor) -> Tiles:
     """Tiles of the kernel that makes dq."""
     rows, wide = _rows(q, k), padded(q.shape[3])
     if q.dtype == torch.float32:
-        return _FP32
+        return _FP32 if wide <= 128 else Tiles(16, 16, 4, 1)
     if wide > 128:
         return Tiles(_least(rows, 64), 32, 8, 2)
-    return Tiles(128, 64, 8, 2) if rows > 64 else Tiles(_least(rows, 64), 64, 4, 2)
+    return Tiles(_least(rows, 64), 64, 4, 2)
 
 
 def keys_tiles(q: Tensor, k: Tensor) -> Tiles:
     """Tiles of the kernel that makes dk and dv."""
     rows, wide = _rows(q, k), padded(q.shape[3])
     if q.dtype == torch.float32:
-        return _FP32
+        return _FP32 if wide <= 128 else Tiles(16, 16, 8, 1)
     if wide > 128:
         return Tiles(_least(rows, 32), 32, 8, 2)
     if rows <= 16:
         # The loop has one step: several programs on a multiprocessor hide each other's loads.
         return Tiles(16, 64, 4, 2)
-    return Tiles(_least(rows, 64), 64, 8, 2) if wide > 64 else Tiles(_least(rows, 64), 128, 8, 3)
+    return Tiles(_least(rows, 64), 64, 8, 3) if wide > 64 else Tiles(_least(rows, 64), 128, 8, 2)
+
+
+def atomic_tiles(q: Tensor, k: Tensor) -> Tiles:
+    """Tiles of the same kernel where it adds up dq, too."""
+    rows, wide = _rows(q, k), padded(q.shape[3])
+    if q.dtype == torch.float32 or wide > 128:
+        return keys_tiles(q, k)
+    return Tiles(_least(rows, 64 if wide <= 64 else 32), 64, 8, 2)
 
 
 # Exact fp32 has no tensor cores to feed; more would not fit the registers at head_dim 256.
@@ -176,18 +200,24 @@ def _queries_gradient(problem: Problem, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def _keys_gradient(
-    problem: Problem, inputs: tuple[Tensor, ...], into: tuple[Tensor, Tensor] | None
+    problem: Problem,
+    inputs: tuple[Tensor, ...],
+    into: tuple[Tensor, Tensor] | None,
+    *,
+    dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv, written to where they are wanted if their last dimension is dense there."""
+    """dk and dv, written to where they are wanted if their last dimension is dense there; with
+    ``dq`` its parts are added to it."""
     q, k = inputs[:2]
     batch, seqlen_kv, kv_heads, _ = k.shape
-    tiles = keys_tiles(q, k)
+    tiles = keys_tiles(q, k) if dq is None else atomic_tiles(q, k)
     dk, dv = (torch.empty_like(k), torch.empty_like(k)) if into is None else into
     dk, dv = (t if t.stride(-1) == 1 else torch.empty_like(k) for t in (dk, dv))
     triton_backward.keys_kernel[(count(seqlen_kv, tiles.keys), batch * kv_heads)](
         *inputs,
         dk,
         dv,
+        inputs[4] if dq is None else dq,
         *_rule(problem, tiles, of_keys=True),
         *_scales(problem),
         q.shape[1],
@@ -196,6 +226,7 @@ def _keys_gradient(
         *_strides((*inputs[:4], dk, dv)),
         **shape_options(problem),
         **tiles.options(),
+        ATOMIC=dq is not None,
     )
     return dk, dv
 

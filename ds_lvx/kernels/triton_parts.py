@@ -12,21 +12,29 @@ sample, ``[H, D]``; tensors that travel are views of a message, whose rows lie a
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_lvx.kernels.triton_tiles import count, padded
+from ds_lvx.kernels.triton_tiles import ANY_ADDRESS, LENGTHS, count, padded
 
 _NUMBERS = 1024  # of a row at a time
 _ROWS = 16
+# Strides of a message's rows and of what is read one by one: another text has others.
+_OF_ROWS = ("stride_hb", "stride_hs", "stride_mn", "stride_mb", "stride_ms")
+_OF_FACTORS = ("stride_fn", "stride_fb", "stride_fs")
+_OF_LSES = ("stride_ln", "stride_lb", "stride_lh", "stride_ls")
+_AS_THEY_COME = (*LENGTHS, *_OF_ROWS, *_OF_FACTORS, *_OF_LSES)
+_ONE_BY_ONE = (*ANY_ADDRESS, "factor", "factors", "lses")
 _TOP = tl.constexpr(0x7F800000)  # the exponent of an fp32 number
 _ONE = tl.constexpr(1 << 23)  # of it
 _SMALLEST = tl.constexpr(2.0**-106)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_AS_THEY_COME, do_not_specialize_on_alignment=_ONE_BY_ONE)
 def encode_kernel(
     part,  # [B, S, H, D]
     half,  # [B, S, H, D], fp16
@@ -42,11 +50,13 @@ def encode_kernel(
     NUMBERS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,  # a divisor of the strides of ``half``
 ):
     row = tl.program_id(0).to(tl.int64)
     batch, position = row // seqlen, row % seqlen
     source = part + batch * stride_pb + position * stride_ps
-    target = half + batch * stride_hb + position * stride_hs
+    target = half + batch * tl.multiple_of(stride_hb, ALIGNED)
+    target += position * tl.multiple_of(stride_hs, ALIGNED)
     peaks = tl.zeros([BLOCK], tl.float32)
     for first in range(0, NUMBERS, BLOCK):
         at = first + tl.arange(0, BLOCK)
@@ -68,7 +78,7 @@ def encode_kernel(
     tl.store(factor + batch * stride_fb + position * stride_fs, back)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_AS_THEY_COME, do_not_specialize_on_alignment=_ONE_BY_ONE)
 def join_kernel(
     parts,  # [n, B, S, H, D]; the one of ``mine`` is not read
     factors,  # [n, B, S], fp32
@@ -80,9 +90,9 @@ def join_kernel(
     seqlen,
     heads,
     mine,
-    stride_pn,
-    stride_pb,
-    stride_ps,
+    stride_mn,
+    stride_mb,
+    stride_ms,
     stride_fn,
     stride_fb,
     stride_fs,
@@ -99,6 +109,7 @@ def join_kernel(
     BLOCK_R: tl.constexpr,
     FACTORS: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    ALIGNED: tl.constexpr,  # a divisor of the strides of ``parts``
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     dims = tl.arange(0, BLOCK_D)
@@ -123,13 +134,15 @@ def join_kernel(
         whole = tl.where(total == 0.0, float("-inf"), finite)
         tl.store(lse + (batch * heads + head) * seqlen + position, whole, mask=is_row)
     mixed = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    place = batch * stride_pb + position * stride_ps + head * HEAD_DIM
+    place = batch * tl.multiple_of(stride_mb, ALIGNED) + head * HEAD_DIM
+    place += position * tl.multiple_of(stride_ms, ALIGNED)
+    apart = tl.multiple_of(stride_mn, ALIGNED).to(tl.int64)
     own_at = batch * stride_ob + position * stride_os + head * stride_oh
     for number in tl.static_range(SIZE):
         if number == mine:
             part = tl.load(own + own_at[:, None] + dims, mask=mask, other=0.0).to(tl.float32)
         else:
-            at = number * stride_pn + place
+            at = number * apart + place
             part = tl.load(parts + at[:, None] + dims, mask=mask, other=0.0).to(tl.float32)
             if FACTORS:
                 factor_at = number * stride_fn + batch * stride_fb + position * stride_fs
@@ -164,6 +177,7 @@ def encode(part: Tensor, half: Tensor, factor: Tensor) -> None:
         NUMBERS=heads * head_dim,
         HEAD_DIM=head_dim,
         BLOCK=min(_NUMBERS, padded(heads * head_dim)),
+        ALIGNED=_aligned(half),
     )
 
 
@@ -209,5 +223,15 @@ def join(
         BLOCK_R=_ROWS,
         FACTORS=factors is not None,
         SOFTMAX=lses is not None,
+        ALIGNED=_aligned(parts),
     )
     return out, lse
+
+
+def _aligned(tensor: Tensor) -> int:
+    """The power of two that divides all strides but the last two, of 16 bytes at most.
+
+    Rows of a message begin at multiples of 16 bytes (`ds_lvx.distributed.alignment`), and are read
+    and written so many at once; Triton itself looks for multiples of 16 numbers.
+    """
+    return math.gcd(16 // tensor.element_size(), *tensor.stride()[:-2])

@@ -15,6 +15,11 @@ from ds_lvx.kernels.interface import Problem
 
 MIN_ROWS = 16  # the least that a tensor core takes
 
+LENGTHS = ("seqlen", "seqlen_q", "seqlen_kv", "rows_of_all", "splits", "mine")
+"""Arguments whose values Triton must not compile for: another text would be another kernel."""
+ANY_ADDRESS = ("q_start", "q_end", "kv_pos", "visible", "counts", "lse", "delta")
+"""Arguments that may begin anywhere, such as in the middle of a rule, and are read one by one."""
+
 
 @dataclass(frozen=True)
 class Tiles:

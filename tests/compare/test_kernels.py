@@ -14,11 +14,11 @@ from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.kernels import subject as kernels
 from ds_lvx.compare.kernels import trial as trials
 from ds_lvx.compare.kernels.candidates import Candidate, LeftOut, make, names
-from ds_lvx.compare.kernels.cases import DIRECTIONS, PAPER, QUICK, KernelCase
+from ds_lvx.compare.kernels.cases import DIRECTIONS, MEASURED, MOSS, PAPER, QUICK, KernelCase
 from ds_lvx.compare.kernels.check import exact, is_right
 from ds_lvx.compare.kernels.report import floors, floors_table, measured_table
 from ds_lvx.compare.kernels.trial import Bench, Timing, Trial, host_s, samples_s
-from ds_lvx.compare.operators.tensors import FRAMES, make_shards
+from ds_lvx.compare.operators.tensors import FRAMES
 from tests.compare import dying_worker
 
 GROUPED = QUICK[1]
@@ -40,12 +40,19 @@ def results(*items: Trial, made: Any = make) -> dict[str, Any]:
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_a_cases_shares_are_those_of_its_visibility(case: KernelCase) -> None:
     problem = case.problem()
-    rule = make_shards(case.shape, ranks=1, shards=[0], device=CPU).visibility
-    size = (1, case.shape.seqlen_q, case.shape.seqlen_kv)
+    drawn = case.draw(CPU)
+    rule = drawn.visibility
+    size = (1, *(t.shape[1] for t in (drawn.q, drawn.keys["k"])))
     mask = torch.ones(size, dtype=torch.bool) if rule is None else rule.mask()
-    assert problem.visible == mask.float().mean().item()
-    assert problem.seen == mask.any(dim=1).float().mean().item()
-    assert problem.visible == (1.0 if rule is None else 0.25)
+    assert (problem.queries, problem.keys) == size[1:]
+    assert problem.visible == pytest.approx(mask.double().mean().item(), rel=1e-12)
+    assert problem.seen == mask.any(dim=1).double().mean().item()
+    if case.shape.visibility == "prefix":  # of 3rd of 4 ranks, with frames 4 and 5 of 8
+        assert rule is not None
+        assert rule.kv_pos.unique().tolist() == [4, 5]
+        assert problem.visible == pytest.approx(3.5 / 8)
+    else:
+        assert problem.visible == {"all": 1.0, "frames": 0.25}[case.shape.visibility]
 
 
 def test_the_papers_shapes() -> None:
@@ -59,7 +66,14 @@ def test_the_papers_shapes() -> None:
     assert all(case.shape.seqlen_kv % FRAMES == 0 for case in PAPER), "a quarter is not a quarter"
 
 
-@pytest.mark.parametrize("case", QUICK[:2], ids=lambda case: case.name)
+def test_moss_vls_shapes() -> None:
+    assert {case.shape.seqlen_kv for case in MOSS} == {184_576}
+    assert [len(case.keys) for case in MOSS[::2]] == [184_576, 92_288, 46_144, 23_072]
+    assert MOSS[-1].name == "moss_vl-2304-of8-visibility"
+    assert set(MEASURED) == {*PAPER, *MOSS}
+
+
+@pytest.mark.parametrize("case", [*QUICK[:2], QUICK[-1]], ids=lambda case: case.name)
 def test_all_candidates_of_a_cpu_are_right(case: KernelCase) -> None:
     candidates = ("auto", "native", "sdpa-flash", "sdpa-math")
     items = [Trial(case, name, direction) for name in candidates for direction in DIRECTIONS]
@@ -71,7 +85,7 @@ def test_all_candidates_of_a_cpu_are_right(case: KernelCase) -> None:
         assert 0 < max(record["errors"].values()) < 4e-2
     peer = found[f"{case.name}/sdpa-math/forward"]
     assert peer["kv"] == "in place"
-    assert peer["mask_bytes"] == (0 if case.shape.visibility == "all" else 24 * 320)
+    assert peer["mask_bytes"] == (0 if case.shape.visibility == "all" else 24 * len(case.keys))
     assert found[f"{case.name}/auto/forward"]["chosen"] == "native"
 
 

@@ -2,7 +2,8 @@
 
 A call is written ``queries x keys``; ``causal`` where query i of it sees keys 0 to i, ``all keys``
 where it reads keys as they lie although others gather theirs, ``of samples`` where there are
-several. What a call counts is gathered where a line says so.
+several. Those ``in one launch`` are one call together. What a call counts is gathered where a line
+says so.
 """
 
 from __future__ import annotations
@@ -111,6 +112,8 @@ def calls_of(cover: Cover) -> list[str]:
     for name, order in (("queries", cover.queries), ("keys", cover.keys)):
         if order is not None:
             found.append(f"gather {order.places.shape[1]} {name}")
+    if cover.sequences is not None:
+        found.append("in one launch")
     for each in cover.rectangles:
         batch, queries, keys = (
             f"{s.start}:{s.stop}" for s in (each.batch, each.queries, each.keys)
@@ -144,11 +147,18 @@ BATCHES: dict[str, Batch] = {
     ),
     "interleaved": Batch(
         rows((*own(20, 4), tiles(4, of=1, valid=1))),
-        ["0:5 x 0:10", "5:10 x 10:20", "10:15 x 20:30", "15:20 x 30:40"],
+        ["in one launch", "0:5 x 0:10", "5:10 x 10:20", "10:15 x 20:30", "15:20 x 30:40"],
     ),
     "interleaved, text that sees nothing": Batch(
         rows((own(20, 4)[0], _BLIND, tiles(4, of=2, valid=2, patches=100))),
-        ["gather 17 queries", "0:4 x 0:200", "4:9 x 200:400", "9:13 x 400:600", "13:17 x 600:800"],
+        [
+            "gather 17 queries",
+            "in one launch",
+            "0:4 x 0:200",
+            "4:9 x 200:400",
+            "9:13 x 400:600",
+            "13:17 x 600:800",
+        ],
     ),
     "prefix of frames": Batch(
         rows((*prefix(12, 4), tiles(4, of=1, valid=1, patches=300))),
@@ -192,9 +202,14 @@ BATCHES: dict[str, Batch] = {
         ["0:24 x 0:24 causal of samples 0:1", "5:24 x 5:24 causal of samples 1:2"],
     ),
     "packed": Batch(
-        text(24, documents=3), ["0:8 x 0:8 causal", "8:16 x 8:16 causal", "16:24 x 16:24 causal"]
+        text(24, documents=3),
+        ["in one launch", "0:8 x 0:8 causal", "8:16 x 8:16 causal", "16:24 x 16:24 causal"],
     ),
-    "packed, too many documents": Batch(text(80, documents=40), None),
+    "packed, many documents": Batch(
+        text(80, documents=40),
+        ["in one launch", *(f"{n}:{n + 2} x {n}:{n + 2} causal" for n in range(0, 80, 2))],
+    ),
+    "packed, too many documents": Batch(text(600, documents=300), None),
     "text in the order of a shuffle": Batch(
         shuffled(text(24)), ["gather 24 keys", "0:24 x 0:24 causal"]
     ),
@@ -204,20 +219,27 @@ BATCHES: dict[str, Batch] = {
     ),
     "queries in turns over two frames": Batch(
         rows((_SIX % 2, _SIX % 2 + 1, tiles(2, of=1, valid=1))),
-        ["gather 6 queries", "0:3 x 0:10", "3:6 x 10:20"],
+        ["gather 6 queries", "in one launch", "0:3 x 0:10", "3:6 x 10:20"],
     ),
     "ring, text, own keys of rank 2": Batch(ring(text(24), (9, 8, 7), 2, 2), ["0:7 x 0:7 causal"]),
     "ring, text, keys of an earlier rank": Batch(ring(text(24), (9, 8, 7), 2, 0), ["0:7 x 0:9"]),
     "ring, text, keys of a later rank": Batch(ring(text(24), (9, 8, 7), 0, 1), []),
     "ring, packed, over the seam": Batch(
-        ring(text(24, documents=2), (9, 8, 7), 1, 1), ["0:3 x 0:3 causal", "3:8 x 3:8 causal"]
+        ring(text(24, documents=2), (9, 8, 7), 1, 1),
+        ["in one launch", "0:3 x 0:3 causal", "3:8 x 3:8 causal"],
     ),
     "ulysses, text, ragged": Batch(
         ulysses(text(24), (9, 8, 7)), ["gather 24 queries", "gather 24 keys", "0:24 x 0:24 causal"]
     ),
     "ulysses, packed, ragged": Batch(
         ulysses(text(24, documents=2), (9, 8, 7)),
-        ["gather 24 queries", "gather 24 keys", "0:12 x 0:12 causal", "12:24 x 12:24 causal"],
+        [
+            "gather 24 queries",
+            "gather 24 keys",
+            "in one launch",
+            "0:12 x 0:12 causal",
+            "12:24 x 12:24 causal",
+        ],
     ),
     "queries without keys": Batch(rows((_SIX, _SIX + 1, _SIX[:0])), []),
     "keys without queries": Batch(rows((_SIX[:0], _SIX[:0], _SIX)), []),

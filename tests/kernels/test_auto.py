@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_lvx import Visibility, cache
 from ds_lvx.config.registry import KERNELS
-from ds_lvx.kernels import cudnn, flash, interface, native, warn
+from ds_lvx.kernels import cudnn, flash, interface, native, triton_forward, warn
 from ds_lvx.kernels.auto import AutoKernel
 from ds_lvx.kernels.choice import candidates, describe, kernel_for, obstacle
 from ds_lvx.kernels.flash_kernel import FlashKernel
@@ -223,8 +223,9 @@ def on_cuda(dtype: torch.dtype, head_dim: int = 64) -> Tensor:
 
 @pytest.mark.usefixtures("_some_gpu")
 def test_the_candidates_of_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
-    assert list(candidates(on_cuda(torch.bfloat16))) == ["native", "flash", "cudnn", "triton"]
-    assert list(candidates(on_cuda(torch.float32))) == ["native", "triton"]
+    triton = ["triton", "triton_atomic"]
+    assert list(candidates(on_cuda(torch.bfloat16))) == ["native", "flash", "cudnn", *triton]
+    assert list(candidates(on_cuda(torch.float32))) == ["native", *triton]
     assert list(candidates(on_cuda(torch.float64))) == ["native"]
     lines = describe(on_cuda(torch.bfloat16))
     assert lines[0] == (
@@ -234,6 +235,28 @@ def test_the_candidates_of_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
     assert describe(on_cuda(torch.float32))[0] == "triton"
     assert isinstance(kernel_for("auto", on_cuda(torch.bfloat16)), AutoKernel)
     assert not caplog.records
+
+
+@pytest.mark.usefixtures("_some_gpu")
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (10, 0)])
+def test_the_kernel_of_every_batch_on_a_card(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By rule: FlashAttention where calls are described (`BATCHES` says which), else Triton."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(triton_forward, "forward_kernel", None)  # not an interpreted one
+    for name, batch in BATCHES.items():
+        (samples, queries), keys = batch.sees.q_start.shape, batch.sees.kv_pos.shape[1]
+        for dtype, head_dim in ((torch.bfloat16, 64), (torch.bfloat16, 20), (torch.float32, 64)):
+            with FakeTensorMode():
+                q = torch.empty(samples, queries, 4, head_dim, dtype=dtype, device="cuda")
+                k = torch.empty(samples, keys, 2, head_dim, dtype=dtype, device="cuda")
+            problem = Problem(q, k, k, Rule(batch.sees), softmax_scale=0.1)
+            able = dtype == torch.bfloat16 and head_dim % 8 == 0 and batch.calls is not None
+            expected = "flash" if able else "triton"
+            auto = kernel_for("auto", q)
+            taken = auto.choice(problem) if isinstance(auto, AutoKernel) else auto.name
+            assert taken == (expected if capability >= (8, 0) else "native"), (name, dtype)
 
 
 @pytest.mark.usefixtures("_some_gpu")

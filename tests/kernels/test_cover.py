@@ -11,7 +11,7 @@ from ds_lvx.kernels import covering
 from ds_lvx.kernels.cover import Cover, Order, Rectangle
 from ds_lvx.kernels.covering import cover_of
 from ds_lvx.kernels.rule import Rule
-from tests.kernels.batches import BATCHES, calls_of, rows, text
+from tests.kernels.batches import BATCHES, calls_of, joined, own, prefix, rows, text
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -113,13 +113,36 @@ def test_what_is_sole_is_in_no_other_rectangle(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_more_calls_are_allowed_where_each_has_much_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    many = text(80, documents=40)  # 40 squares of 2
+    many = of_frames(40)  # of one key, each seen by all later queries
     assert cover_of(many) is None
     monkeypatch.setattr(covering, "LARGE_CALL_SCORES", 4)
     found = cover_of(many)
     assert found is not None
     assert len(found.inner) == 40
-    assert cover_of(text(160, documents=80)) is None
+    assert cover_of(of_frames(80)) is None
+
+
+def of_frames(frames: int) -> Visibility:
+    """Two queries a frame, which see the frames so far."""
+    return rows((*prefix(2 * frames, frames), torch.arange(frames)))
+
+
+def test_what_lies_one_after_the_other_is_one_launch() -> None:
+    """Of samples that differ, too; not where a query is left over, or a key."""
+    packed, frames = text(24, documents=3), rows((*own(24, 4), torch.arange(24) // 6))
+    found = cover_of(joined(packed, text(24, documents=2)))
+    assert found is not None
+    assert found.sequences is not None
+    assert found.calls == 1
+    assert found.sequences.queries.tolist() == [0, 8, 16, 24, 36, 48]
+    assert torch.equal(found.sequences.queries, found.sequences.keys)
+    assert (found.sequences.longest, found.sequences.causal) == ((12, 12), True)
+    mixed = cover_of(joined(packed, frames))
+    assert mixed is not None
+    assert mixed.sequences is None
+    padded = cover_of(text(24, documents=3, padding=slice(23, 24)))
+    assert padded is not None
+    assert padded.sequences is None
 
 
 def test_a_rule_knows_its_cover_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,12 @@ HEADS, KV_HEADS, HEAD_DIM, SCALE = 4, 2, 8, 0.3
 
 
 class Asked(FlashKernel):
-    """Keeps what it asks of PyTorch: samples, queries and keys of each call, and whether causal."""
+    """Keeps what it asks of PyTorch: samples, queries and keys of each call, and whether causal.
+
+    One call for each rectangle, also where one launch could do them all.
+    """
+
+    _has_sequences = False
 
     def __init__(self) -> None:
         self.calls: list[tuple[tuple[int, int, int], bool]] = []
@@ -201,6 +206,16 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).removeprefix("aten.").removesuffix(".default")
+        if name.startswith("_flash_attention"):
+            q, k, *_ = args[1:] if name.endswith("backward") else args
+            lengths, longest = (args[6:8], args[8:10]) if len(args) > 10 else (args[3:5], args[5:7])
+            assert all(t.is_cuda and t.dtype == torch.int32 for t in lengths)
+            assert all(t.shape == lengths[0].shape for t in lengths)
+            assert longest[0] <= len(q)
+            assert longest[1] <= len(k)
+            causal = bool(args[11 if name.endswith("backward") else 8])
+            self.calls.append((name, [len(q), len(k)], causal))
+            return func(*args, **kwargs or {})
         if "flash_attention" in name:
             backward = name.endswith("backward")
             q, k = args[1:3] if backward else args[:2]
@@ -226,7 +241,13 @@ def on_fake_cuda(sees: Visibility) -> tuple[list[Tensor], list[Tensor], list[Any
             else Order(torch.empty(order.places.shape, dtype=torch.int64, device="cuda"))
             for order in (cover.queries, cover.keys)
         ]
-        rule.__dict__["cover"] = replace(cover, queries=orders[0], keys=orders[1])
+        sequences = cover.sequences
+        if sequences is not None:
+            bounds = torch.empty(len(sequences.queries), dtype=torch.int32, device="cuda")
+            sequences = replace(sequences, queries=bounds, keys=bounds)
+        rule.__dict__["cover"] = replace(
+            cover, queries=orders[0], keys=orders[1], sequences=sequences
+        )
         q, k, v, dout = inputs
         problem = Problem(q, k, v, rule, softmax_scale=SCALE)
         out, lse = FlashKernel().forward(problem)
@@ -250,6 +271,14 @@ def test_cudas_flash_operators_take_every_cover(name: str) -> None:
     assert [t.dtype for t in found[3:]] == [torch.bfloat16] * 2
     cover = cover_of(sees)
     assert cover is not None
+    if cover.sequences is not None:
+        ends = [
+            cover.shape[0] * (length if order is None else order.places.shape[1])
+            for order, length in zip((cover.queries, cover.keys), cover.shape[1:], strict=True)
+        ]
+        passes = ("_flash_attention_forward", "_flash_attention_backward")
+        assert calls == [(one, ends, cover.sequences.causal) for one in passes]
+        return
     forward = "_scaled_dot_product_flash_attention"
     expected = [
         (name, list(each.size[1:]), each.causal)

@@ -15,6 +15,7 @@ from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
 from ds_lvx.kernels import native, onednn, triton_forward, triton_kernel
 from ds_lvx.kernels.choice import kernel_for
+from ds_lvx.kernels.interface import Problem, Upstream
 from ds_lvx.kernels.merge import merge_
 from ds_lvx.kernels.native import NativeKernel
 from ds_lvx.kernels.rule import Rule
@@ -113,6 +114,13 @@ def test_fp32_is_exact(shape: tuple[int, ...], visibility: str, processors: int)
     assert max(found.values()) <= 2e-5, found
 
 
+@pytest.mark.parametrize(("shape", "sees"), [(SHAPES[1], "frames"), (SHAPES[2], "none")])
+def test_five_products_are_exact(shape: tuple[int, ...], sees: str) -> None:
+    kernel = kernel_for("triton_atomic", torch.empty(1, 1, 1, 16))
+    found = errors(kernel, tensors(shape, torch.float32), rule(shape, sees), 0.2)
+    assert max(found.values()) <= 2e-5, found
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES[1:5])
 def test_16_bits_are_as_exact_as_pytorchs(
@@ -168,6 +176,18 @@ def test_strided_keys_are_read_in_place() -> None:
     assert max(found.values()) <= 2e-5
 
 
+def test_heads_lie_further_apart_than_32_bits_count() -> None:
+    """Three heads of 2^30 numbers each, of which nobody touches more than is attended to."""
+    shape = (1, 4, 20, 6, 3, 16)
+    inputs = tensors(shape, torch.float32)
+    apart = torch.empty(2**31 + 2**10, dtype=torch.float16)
+    k = apart.as_strided((1, 20, 3, 16), (2**30, 16, 2**30, 1))
+    k.copy_(inputs[1])
+    q, v = inputs[0].half(), inputs[2].half()
+    found = errors(TritonKernel(), [q, k, v], None, 0.2)
+    assert max(found.values()) <= 1e-2, found
+
+
 def test_every_run_gives_the_same_bits(processors: int) -> None:
     shape = (1, 11, 500, 3, 1, 64)
     q, k, v = tensors(shape, torch.float32)
@@ -213,12 +233,33 @@ def test_blocks_that_nobody_sees_are_skipped() -> None:
     rows = [t.int()[None] for t in (queries // 64, queries // 64 + 1, keys // 1024)]
     seen = Rule(Visibility(*rows))
     lists, counts = seen.lists(rows=128, keys=64, group=2, of_keys=False)
-    assert counts.tolist() == [[16, 16, 16, 16]]
+    assert counts.tolist() == [[[16, 16]] * 4]
     for tile in range(4):
         assert lists[0, tile, :16].tolist() == list(range(16 * tile, 16 * tile + 16))
     lists, counts = seen.lists(rows=128, keys=64, group=2, of_keys=True)
     assert counts.unique().tolist() == [1]
     assert lists[0, :, 0].tolist() == [block // 16 for block in range(64)]
+
+
+def test_blocks_that_are_seen_wholly_are_not_masked() -> None:
+    """Told something else of their keys after the lists were made, the kernels do not look."""
+    shape = (1, 24, 200, 2, 1, 16)  # of two frames; the last block is cut short
+    q, k, v = tensors(shape, torch.float32)
+    queries, keys = torch.arange(24), torch.arange(200)
+    sees = Visibility(*(t.int()[None] for t in (queries * 0, queries // 16 + 1, keys // 128)))
+    dout = torch.randn(q.shape)
+    asked = Problem(q, k, v, Rule(sees), softmax_scale=0.2)
+
+    def results() -> list[Tensor]:
+        out, lse = TritonKernel().forward(asked)
+        delta = (dout * out).sum(-1).transpose(1, 2)
+        return [out, lse, *TritonKernel().backward(asked, Upstream(dout, lse, delta))]
+
+    first = results()
+    sees.kv_pos[:, :128] = 9  # of which every query sees all
+    assert all(torch.equal(one, other) for one, other in zip(first, results(), strict=True))
+    sees.kv_pos[:, 128:] = 9
+    assert not torch.equal(first[0], results()[0])
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 1000])

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ds_lvx import cli
+from ds_lvx.compare import command
 from ds_lvx.compare.kernels import report as kernels_report
-from ds_lvx.compare.kernels.cases import PAPER
+from ds_lvx.compare.kernels.cases import MEASURED
 from launch import bench_kernels, bench_memory
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -52,7 +57,7 @@ def test_quick_run_writes_json_and_tables(tmp_path: Path, monkeypatch: pytest.Mo
     assert results["versions"]["torch"] == torch.__version__
     assert results["rates"]["matrix_flops"] > 0
     status = {record["name"]: record["status"] for record in results["records"]}
-    assert len(status) == 2 * 2 * (1 + 4) + 4
+    assert len(status) == 2 * 2 * (1 + 4) + 5
     assert status["tiny-24-visibility/native/backward"] == "ok"
     assert status["tiny-24/sdpa-cudnn/forward"] == "failed"
     assert kernels_report.measured_table(results) in document.read_text()
@@ -92,7 +97,7 @@ def test_committed_floors_are_those_of_the_formulas(
         for folder in (tmp_path, BENCHMARKS)
     )
     assert fresh["kind"] == committed["kind"] == "predicted"
-    assert len(committed["records"]) == 2 * len(PAPER)
+    assert len(committed["records"]) == 2 * len(MEASURED)
     assert committed["records"] == fresh["records"]
 
 
@@ -125,24 +130,29 @@ def gpu_script(*words: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_dry_run_prints_commands_of_less_than_8_minutes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_dry_run_prints_commands_of_less_than_8_minutes(gpus: int, tmp_path: Path) -> None:
     (tmp_path / "a.whl").touch()
     folder = tmp_path / "results"
-    done = gpu_script("--dry-run", "--wheels", str(tmp_path), str(folder))
+    asked = ("--gpus", str(gpus), "--wheels", str(tmp_path), str(folder))
+    done = gpu_script("--dry-run", *asked)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    limits = [re.match(r"timeout -k (\d+) (\d+) ", line) for line in lines]
+    limits = [re.match(r"timeout -s INT -k (\d+) (\d+) ", line) for line in lines]
     assert all(limits), done.stdout
     checks_s = 20
     limits_s = sum(int(number) for limit in limits if limit for number in limit.groups())
     assert limits_s + checks_s < 8 * 60
-    for line, word in zip(
-        lines,
-        ("a.whl", "-m gpu", "bench_kernels.py", "--parts memory", "--parts step_time"),
-        strict=True,
-    ):
+    parts = {
+        1: ("a.whl", "-m gpu", "bench_kernels.py", "--parts memory", "--parts step_time"),
+        4: ("a.whl", "doctor", "184576", "512K", "--recompute", "--parts step_time --ranks 4"),
+    }
+    for line, word in zip(lines, parts[gpus], strict=True):
         assert word in line
-    assert "tests/kernels/test_kernels.py" in lines[1]
+    if gpus == 1:
+        tests = [word for word in lines[1].split() if word.startswith("tests/")]
+        assert tests[:2] == ["tests/kernels/test_auto.py", "tests/kernels/test_triton_gpu.py"]
+        assert "tests/kernels/test_kernels.py" in tests
     assert not folder.exists()
 
 
@@ -150,18 +160,32 @@ def test_dry_run_prints_commands_of_less_than_8_minutes(tmp_path: Path) -> None:
 def test_the_benchmarks_know_the_options_of_the_gpu_script(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And ds-lvx those of its own."""
     scripts = {"bench_kernels.py": bench_kernels, "bench_memory.py": bench_memory}
     found = []
-    for line in gpu_script("--dry-run", "out").stdout.splitlines():
+    lines = [
+        gpu_script("--dry-run", "--gpus", gpus, "out").stdout.splitlines() for gpus in ("1", "4")
+    ]
+    for line in itertools.chain(*lines):
         words = shlex.split(line)
         for number, word in enumerate(words):
             name = word.rpartition("/")[2]
+            if name == "ds_lvx.cli":
+                found.append(words[number + 1])
+                parser = argparse.ArgumentParser()
+                import_module(cli.COMMANDS[found[-1]][0]).add_arguments(parser)
+                asked = parser.parse_args(words[number + 2 :])
+                if found[-1] == "compare":
+                    asked.device = "cpu"
+                    command.settle(asked)
+                    assert command.contest_of(asked, 4)[1] == {}
             if name in scripts:
                 there = ["--device", "cpu"] if name == "bench_kernels.py" else []
                 monkeypatch.setattr(sys, "argv", [*words[number:], *there])
                 scripts[name].parse_options()
                 found.append(name)
-    assert found == ["bench_kernels.py", "bench_memory.py", "bench_memory.py"]
+    one = ["bench_kernels.py", "bench_memory.py", "bench_memory.py"]
+    assert found == [*one, "doctor", *["compare"] * 3, "bench_memory.py"]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +193,8 @@ def test_the_benchmarks_know_the_options_of_the_gpu_script(
     [
         (["--wheels"], "--wheels: got no folder"),
         (["--wheels", "/nowhere"], "--wheels: got /nowhere, which holds no *.whl"),
+        (["--gpus"], "--gpus: got '', expected 1 or more"),
+        (["--gpus", "two"], "--gpus: got 'two', expected 1 or more"),
         (["--fast"], "got the unknown option --fast"),
         (["a", "b"], "got two output folders, a and b"),
     ],

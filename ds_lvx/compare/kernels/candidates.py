@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ds_lvx.kernels import flash_version
 from ds_lvx.kernels.auto import AutoKernel
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.interface import Problem, Upstream
@@ -26,15 +27,22 @@ from ds_lvx.kernels.interface import Problem, Upstream
 SCORES_BYTES = 8 * 2**30
 """A candidate that would materialise more scores than this, in fp32, is left out."""
 
-OURS = ("auto", "flash", "triton", "native")
+IN_PLACE = {f"flash-{name.lower()}": name for name in flash_version.VERSIONS}
+"""Our ``flash`` on another FlashAttention than PyTorch's own."""
+OURS = ("auto", "flash", "triton", "triton_atomic", "native", *IN_PLACE)
+SAME = {("triton_atomic", "forward")}
+"""Who has another's code there, and is not timed again."""
 BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
-PACKAGES = {"flash-attn-3": "flash_attn_interface", "flash-attn-2": "flash_attn"}
-
+PACKAGES = {
+    "flash-attn-4": "flash_attn.cute.interface",
+    "flash-attn-3": "flash_attn_interface",
+    "flash-attn-2": "flash_attn.flash_attn_interface",
+}
 Tensors: TypeAlias = tuple[Tensor, ...]
 
 
@@ -65,8 +73,21 @@ class Candidate:
 
 def names() -> list[str]:
     """All candidates of this machine."""
-    installed = [name for name, package in PACKAGES.items() if find_spec(package) is not None]
-    return [*OURS, *installed, *BACKENDS]
+    installed = [name for name, package in PACKAGES.items() if _is_installed(package)]
+    in_place = [
+        name
+        for name, version in IN_PLACE.items()
+        if flash_version.obstacle(version) is None
+        and _is_installed(flash_version.VERSIONS[version].module)
+    ]
+    return [*(name for name in OURS if name not in IN_PLACE), *in_place, *installed, *BACKENDS]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ImportError:  # of the package that it is in
+        return False
 
 
 def make(name: str, problem: Problem, upstream: Upstream) -> Candidate:
@@ -81,6 +102,9 @@ def make(name: str, problem: Problem, upstream: Upstream) -> Candidate:
         LeftOut: it is not to be tried; why.
         Exception: whatever the implementation says that it cannot do.
     """
+    if name in IN_PLACE:
+        active = partial(flash_version.used, IN_PLACE[name])
+        return replace(_ours("flash", problem, upstream), active=active)
     if name in OURS:
         return _ours(name, problem, upstream)
     other = _flash_attn if name in PACKAGES else _sdpa

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
 from ds_lvx.compare.kernels.roofline import Problem, Work, backward_work, forward_work
-from ds_lvx.compare.operators.tensors import FRAMES, FRAMES_SEEN, Shape, first_frame
+from ds_lvx.compare.operators.tensors import (
+    FRAMES_SEEN,
+    Shape,
+    Shards,
+    end_of_prefix,
+    first_frame,
+    make_shards,
+    split,
+)
 
 DIRECTIONS = ("forward", "backward")
 
@@ -18,29 +28,58 @@ class KernelCase:
     Attributes:
         model: whose cross-attention it is.
         ranks: that share the sample.
-        shape: of the rank's queries and keys, in bf16.
+        shape: of the rank's queries and keys, in bf16; with ``shard`` of the whole sequence.
+        shard: which of the ranks it is, over whose keys all queries go; None: ``shape`` says all.
     """
 
     model: str
     ranks: int
     shape: Shape
+    shard: int | None = None
 
     @property
     def name(self) -> str:
-        """Such as ``mllama-192`` or ``mllama-192-visibility``."""
+        """Such as ``mllama-192``, ``mllama-192-visibility`` or ``moss_vl-2304-of8``."""
         rule = "" if self.shape.visibility == "all" else "-visibility"
-        return f"{self.model}-{self.shape.seqlen_q}{rule}"
+        part = "" if self.shard is None else f"-of{self.ranks}"
+        return f"{self.model}-{self.shape.seqlen_q}{part}{rule}"
+
+    @property
+    def keys(self) -> range:
+        """Which of the sequence's keys the rank has."""
+        lengths = split(self.shape.seqlen_kv, 1 if self.shard is None else self.ranks)
+        first = sum(lengths[: self.shard or 0])
+        return range(first, first + lengths[self.shard or 0])
+
+    def draw(self, device: torch.device) -> Shards:
+        """All queries, and the rank's keys."""
+        if self.shard is None:
+            return make_shards(self.shape, ranks=1, shards=[0], device=device)
+        return make_shards(
+            self.shape,
+            ranks=self.ranks,
+            shards=[self.shard],
+            device=device,
+            of_queries=range(self.ranks),
+        )
 
     def problem(self) -> Problem:
         """What its operations and bytes follow from."""
-        shape, visible, seen = self.shape, 1.0, 1.0
+        shape, keys, visible, seen = self.shape, self.keys, 1.0, 1.0
         if shape.visibility == "frames":
-            firsts = {first_frame(row, shape.seqlen_q) for row in range(shape.seqlen_q)}
+            firsts = {first_frame(row, shape) for row in range(shape.seqlen_q)}
             frames = {frame + more for frame in firsts for more in range(FRAMES_SEEN)}
-            visible, seen = FRAMES_SEEN / FRAMES, len(frames) / FRAMES
+            visible, seen = FRAMES_SEEN / shape.frames, len(frames) / shape.frames
+        elif shape.visibility == "prefix":
+            ends = (
+                -(-end_of_prefix(row, shape) * shape.seqlen_kv // shape.frames)
+                for row in range(shape.seqlen_q)
+            )
+            own = [min(max(end - keys.start, 0), len(keys)) for end in ends]
+            visible, seen = sum(own) / shape.seqlen_q / len(keys), max(own) / len(keys)
         return Problem(
             queries=shape.seqlen_q,
-            keys=shape.seqlen_kv,
+            keys=len(keys),
             heads=shape.heads,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
@@ -72,5 +111,23 @@ PAPER = (
 """Llama-3.2-Vision on 6 ranks with 125K keys each, mPLUG-Owl3-7B on 16 with 91K, OpenFlamingo on 16
 with 128K: whole frames, so 128,080, 93,312 and 131,072 keys."""
 
-QUICK = (*_cases("tiny", 2, (24,), 320, (4, 2, 32)), *_cases("tiny", 2, (1,), 160, (2, 2, 16)))
+
+def _moss(ranks: int) -> Iterator[KernelCase]:
+    """The middle one of the ranks that share 256 frames of 721 keys."""
+    shape = Shape(2304, 256 * 721, heads=32, kv_heads=8, head_dim=128, frames=256)
+    for rule in ("all", "prefix"):
+        yield KernelCase("moss_vl", ranks, replace(shape, visibility=rule), ranks // 2)
+
+
+MOSS = tuple(case for ranks in (1, 2, 4, 8) for case in _moss(ranks))
+"""MOSS-VL on 1 to 8 ranks: text between the frames, which it sees up to its own place."""
+
+MEASURED = (*PAPER[2:6], *MOSS[-2:], *PAPER[6:8], *MOSS[:2], *PAPER[:2], *MOSS[2:-2], *PAPER[8:])
+"""All of them, in the order in which a run that is cut short should have them."""
+
+QUICK = (
+    *_cases("tiny", 2, (24,), 320, (4, 2, 32)),
+    *_cases("tiny", 2, (1,), 160, (2, 2, 16)),
+    KernelCase("tiny_prefix", 4, Shape(24, 336, 1, 4, 2, 32, visibility="prefix", frames=8), 2),
+)
 """To try the script."""

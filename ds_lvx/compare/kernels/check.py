@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ds_lvx.compare.kernels.cases import KernelCase
 from ds_lvx.compare.operators.exactness import largest
-from ds_lvx.compare.operators.tensors import make_shards
 from ds_lvx.kernels.interface import Problem, Upstream
 from ds_lvx.kernels.native import NativeKernel
 from ds_lvx.kernels.reference import ReferenceKernel
@@ -77,14 +76,13 @@ def exact(case: KernelCase, device: torch.device) -> Exact:
     Raises:
         ArithmeticError: PyTorch's own out, on which lse and delta rest, is wrong.
     """
-    shape = case.shape
-    drawn = make_shards(shape, ranks=1, shards=[0], device=device)
+    drawn = case.draw(device)
     q, k, v = (tensor.detach() for tensor in (drawn.q, *drawn.k_and_v()))
     rule = None if drawn.visibility is None else _known(drawn.visibility)
-    problem = Problem(q, k, v, rule, softmax_scale=shape.head_dim**-0.5)
+    problem = Problem(q, k, v, rule, softmax_scale=q.shape[3] ** -0.5)
     out, lse = NativeKernel().forward(problem)
     upstream = Upstream(drawn.dout, lse, _delta(drawn.dout.float(), out.float()))
-    rows, keys = _some(shape.seqlen_q, _ROWS, device), _some(shape.seqlen_kv, _KEYS, device)
+    rows, keys = _some(q.shape[1], _ROWS, device), _some(k.shape[1], _KEYS, device)
     checked = Exact(problem, upstream, rows, keys, _in_float64(problem, upstream, rows, keys), out)
     errors = checked.errors("forward", (out, lse))
     if not is_right(errors):

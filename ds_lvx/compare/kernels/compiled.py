@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 from ds_lvx.compare.kernels.occupancy import BLOCK_SHARED_BYTES, programs_per_multiprocessor
 from ds_lvx.kernels import triton_backward, triton_forward, triton_kernel
-from ds_lvx.kernels.triton_tiles import padded
+from ds_lvx.kernels.triton_tiles import ANY_ADDRESS, padded
 
 INT32 = ("q_start", "q_end", "kv_pos", "visible", "counts")
 FP32 = ("out", "lse", "delta", "dq", "parts", "part_lses")
@@ -36,6 +36,7 @@ KERNELS = {
     "forward": (triton_forward.forward_kernel, triton_kernel.forward_tiles),
     "queries": (triton_backward.queries_kernel, triton_kernel.queries_tiles),
     "keys": (triton_backward.keys_kernel, triton_kernel.keys_tiles),
+    "atomic": (triton_backward.keys_kernel, triton_kernel.atomic_tiles),
 }
 _GROUP = 4
 
@@ -63,8 +64,9 @@ def configurations() -> Iterator[Configuration]:
     for name, visibility in product(KERNELS, (False, True)):
         for head_dim, rows in product((64, 80, 128, 256), (4, 4096)):
             yield Configuration(name, torch.bfloat16, head_dim, rows, visibility)
-        # fp32 has one tile for all.
-        yield Configuration(name, torch.float32, 256, 4096, visibility)
+        # fp32 has one tile for all that it does.
+        widest = 128 if name == "atomic" else 256
+        yield Configuration(name, torch.float32, widest, 4096, visibility)
 
 
 def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
@@ -83,6 +85,8 @@ def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
         "VISIBILITY": configuration.visibility,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
+    if kernel is triton_backward.keys_kernel:
+        constants["ATOMIC"] = configuration.kernel == "atomic"
     types, aligned = _signature(kernel, dtype, constants)
     done = triton.compile(
         ASTSource(kernel, types, constants, aligned),
@@ -127,7 +131,8 @@ def _signature(kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> An
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, argument in enumerate(kernel.arg_names)
-        if types[argument].startswith("*") or argument.startswith("stride")
+        if argument not in ANY_ADDRESS
+        and (types[argument].startswith("*") or argument.startswith("stride"))
     }
     return types, aligned
 

@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from ds_lvx.compare.fresh import RunError
-from ds_lvx.compare.kernels.candidates import OURS
+from ds_lvx.compare.kernels.candidates import OURS, SAME
 from ds_lvx.compare.kernels.cases import DIRECTIONS, KernelCase
 from ds_lvx.compare.kernels.roofline import floor
 from ds_lvx.compare.kernels.trial import Bench, Timing, Trial
@@ -54,6 +54,7 @@ def trials_of(
         for case in cases
         for candidate in candidates
         for direction in DIRECTIONS
+        if (candidate, direction) not in SAME
     ]
     for pattern in only:
         if not fnmatch.filter([trial.name for trial in trials], pattern):

@@ -10,19 +10,22 @@ from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ds_lvx.attention import recompute
 from ds_lvx.attention.call import Call, settle
 from ds_lvx.attention.common import LocalAttention
 from ds_lvx.attention.layout import Layout
-from ds_lvx.compare.harness import METHODS
+from ds_lvx.attention.sequence import gather_sequence
+from ds_lvx.compare.harness import GATHERED, METHODS
 from ds_lvx.compare.operators.tensors import Shards
 from ds_lvx.config import registry
 from ds_lvx.distributed.bundles import Spec
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.interface import Kernel
 from ds_lvx.kernels.rule import Rule
+from ds_lvx.kernels.visibility import Visibility
 
 _OPERATIONS = {"lvx": "lv_xattn", "ring": "ring_attention", "ulysses": "ulysses_attention"}
 _NOTED = ("forward", "fold", "backward")
@@ -95,8 +98,11 @@ def attend(
     Collectives: the method's, and one agreement.
     """
     name, schedule = METHODS[method]
-    if name == "none":
-        return LocalAttention.apply(_alone(shards, kernel), shards.q, *shards.k_and_v())[0], None
+    if name in ("none", GATHERED):
+        gathered = name == GATHERED
+        k, v = _gathered(shards) if gathered else shards.k_and_v()
+        sees = shards.over_all if gathered else shards.visibility
+        return LocalAttention.apply(_alone(shards.q, k, sees, kernel), shards.q, k, v)[0], None
     again = recomputes(method, recompute_kv)
     if again:
         keys = {"features": shards.keys["features"]}
@@ -120,12 +126,19 @@ def attend(
     return out, None if schedule is None else call.schedule
 
 
-def _alone(shards: Shards, kernel: Any) -> Call:
-    _, seqlen_q, _, head_dim = shards.q.shape
-    seqlen_kv = next(iter(shards.keys.values())).shape[1]
-    rule = None if shards.visibility is None else Rule(shards.visibility)
+def _gathered(shards: Shards) -> tuple[Tensor, Tensor]:
+    """K and V of all ranks, on every rank: of all features, where they are projected."""
+    if shards.is_projected:
+        return shards.project(gather_sequence(shards.keys["features"]))
+    k, v = gather_sequence(torch.cat(shards.k_and_v(), dim=2)).chunk(2, dim=2)
+    return k, v
+
+
+def _alone(q: Tensor, k: Tensor, visibility: Visibility | None, kernel: Any) -> Call:
+    head_dim = q.shape[3]
+    rule = None if visibility is None else Rule(visibility)
     return Call(
-        Layout(Channel(None), (seqlen_q,), (seqlen_kv,), rule, device=shards.q.device),
+        Layout(Channel(None), q.shape[1:2], k.shape[1:2], rule, device=q.device),
         kernel=kernel,
         softmax_scale=head_dim**-0.5,
         requires_grad=True,

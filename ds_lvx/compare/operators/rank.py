@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ds_lvx
 from ds_lvx.compare.fresh import bind
-from ds_lvx.compare.harness import now
+from ds_lvx.compare.harness import GATHERED, now
 from ds_lvx.compare.network import read_counters
 from ds_lvx.compare.operators import exactness
 from ds_lvx.compare.operators.attend import NotingKernel, attend, recomputes
@@ -156,14 +156,23 @@ class Turn:
         self.schedule: str | None = None
         self._shards = shards
         self._world = world
+        # Of as many shards of keys as the method projects here.
+        self._projections = world.size if method == GATHERED else 1
         self._again = shards.is_projected and recomputes(method, contest.recompute)
         self._attend = partial(attend, method, shards, recompute_kv=contest.recompute)
         self._kernel = kernel_for(contest.kernel, shards.q)
         self._noted: tuple[NotingKernel, int] | None = None
 
     def results(self) -> dict[str, Tensor]:
-        """This rank's output and gradients."""
-        return self._shards.results(self._attend(self._kernel)[0])
+        """This rank's output and gradients.
+
+        Not those of weights that have projected the keys of all ranks: only their sum over the
+        ranks is what others have.
+        """
+        found = self._shards.results(self._attend(self._kernel)[0])
+        if self._projections == 1:
+            return found
+        return {name: t for name, t in found.items() if not name.endswith("_proj")}
 
     def step(self) -> Seconds:
         """Forward and backward of one step, begun on all ranks together."""
@@ -185,17 +194,22 @@ class Turn:
         if self._noted is None:
             return 0.0, 0.0
         noting, in_forward = self._noted
-        projected = self._shards.k_and_v() if self._shards.is_projected else None
+        projected = self._project()
         noting.repeat(0, in_forward)
         middle = now()
         noting.repeat(in_forward)
-        if projected is not None:
+        if projected:
             if self._again:
-                projected = self._shards.k_and_v()
+                projected = self._project()
             torch.autograd.backward(projected, [k.detach() for k in projected])
         end = now()
         self._shards.clear()
         return middle - begin, end - middle
+
+    def _project(self) -> list[Tensor]:
+        if not self._shards.is_projected:
+            return []
+        return [t for _ in range(self._projections) for t in self._shards.k_and_v()]
 
     def _note(self) -> tuple[NotingKernel, int]:
         """A kernel that has noted a step, and how many of its calls are forward's."""

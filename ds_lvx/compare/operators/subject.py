@@ -8,13 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 from ds_lvx.compare.document import Cells, Results, columns, times
-from ds_lvx.compare.harness import slowest, spread
+from ds_lvx.compare.harness import GATHERED, slowest, spread
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
 from ds_lvx.compare.operators.exactness import Difference
 from ds_lvx.compare.operators.rank import Contest
 
-PEERS = ("ring", "ulysses")
+PEERS = ("ring", "ulysses", GATHERED)
 
 
 class DisagreementError(RuntimeError):
@@ -172,6 +172,7 @@ def text(results: Results) -> str:
         method: str = record["method"]
         return method + f" ({record['ranks'][0]['schedule']})" * (method == "lvx-auto")
 
+    measured = {record["method"] for record in results["records"]}
     cells: Cells = {
         "method": label,
         "forward, s": lambda record: _seconds(record["forward_s"]["median"]),
@@ -184,7 +185,7 @@ def text(results: Results) -> str:
             f"{math.ceil(record['step_over_kernels'] * 100) / 100:.2f}"
         ),
         "sent a rank, MB": lambda record: f"{record['bytes_sent'] / 1e6:.3f}",
-        **{f"x {peer}": faster(peer) for peer in PEERS},
+        **{f"x {peer}": faster(peer) for peer in PEERS if peer != GATHERED or peer in measured},
     }
     caption = [
         f"{results['kind']} on {results['hardware']['device']}, {results['threads_per_rank']} "
@@ -232,7 +233,7 @@ def draw(results: Results) -> Any:
 
     found = list(results["records"])[::-1]
     names, places = [record["method"] for record in found], range(len(found))
-    colours = {"lvx": "C2", "ring": "C3", "ulysses": "C0", "none": "C7"}
+    colours = {"lvx": "C2", "ring": "C3", "ulysses": "C0", GATHERED: "C1", "none": "C7"}
     own = [colours[method.partition("-")[0]] for method in names]
     figure = Figure(figsize=(10, 1.6 + 0.45 * len(found)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)

@@ -19,7 +19,7 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 }
-VISIBILITIES = ("all", "causal", "frames")
+VISIBILITIES = ("all", "causal", "frames", "prefix")
 FRAMES = 16
 FRAMES_SEEN = 4
 Rows = TypeVar("Rows", int, Tensor)
@@ -34,8 +34,10 @@ class Shape:
         batch, heads, kv_heads, head_dim: as in `ds_lvx.lv_xattn`.
         dtype: its name in torch.
         visibility: ``"all"``; ``"causal"``, where the last query sees all keys and the others
-            their share from the front; ``"frames"``, where the keys are 16 frames and a query sees
-            four in a row, later ones the later the query is.
+            their share from the front; ``"frames"``, where the keys are frames and a query sees
+            four in a row, later ones the later the query is; ``"prefix"``, where it sees all frames
+            up to its own.
+        frames: that the keys are.
         features_dim: width of the features that K and V are projected from; None for K and V as
             they are.
     """
@@ -49,6 +51,7 @@ class Shape:
     dtype: str = "bfloat16"
     visibility: str = "all"
     features_dim: int | None = None
+    frames: int = FRAMES
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -88,6 +91,7 @@ class Shards:
             features_dim]`` and twice ``[features_dim, kv_heads * head_dim]``.
         head_dim: of keys that are projected.
         visibility: of these queries over these keys.
+        over_all: of these queries over the keys of all shards.
     """
 
     q: Tensor
@@ -95,6 +99,7 @@ class Shards:
     keys: dict[str, Tensor]
     head_dim: int
     visibility: Visibility | None
+    over_all: Visibility | None
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -138,17 +143,27 @@ class Shards:
             leaf.grad = None
 
 
-def make_shards(shape: Shape, *, ranks: int, shards: Sequence[int], device: torch.device) -> Shards:
+def make_shards(
+    shape: Shape,
+    *,
+    ranks: int,
+    shards: Sequence[int],
+    device: torch.device,
+    of_queries: Sequence[int] | None = None,
+) -> Shards:
     """The tensors of some shards of ``ranks``, in order; of all, they are the whole sequence.
+
+    With ``of_queries`` the queries are of other shards than the keys.
 
     Shards of keys differ in scale, from half to one and a half: their parts of a result then have
     a different lse, and a merge that ignored it would be wrong by far.
     """
     q_lengths, kv_lengths = split(shape.seqlen_q, ranks), split(shape.seqlen_kv, ranks)
+    own = shards if of_queries is None else of_queries
 
     def draw(name: str, lengths: Sequence[int], *size: int) -> Tensor:
         parts = []
-        for shard in shards:
+        for shard in shards if lengths is kv_lengths else own:
             wide = _randn((shape.batch, lengths[shard], *size), f"{name} {shard}", device)
             if name in ("k", "features"):
                 wide *= 0.5 + shard / max(ranks - 1, 1)
@@ -165,14 +180,14 @@ def make_shards(shape: Shape, *, ranks: int, shards: Sequence[int], device: torc
         for name in ("k_proj", "v_proj"):
             weight = _randn(size, name, device) * shape.features_dim**-0.5
             keys[name] = _leaf(weight.to(shape.tensor_dtype))
+    rows = _indices(q_lengths, own, device)
     return Shards(
         _leaf(draw("q", *queries)),
         draw("dout", *queries),
         keys,
         shape.head_dim,
-        _visibility(
-            shape, _indices(q_lengths, shards, device), _indices(kv_lengths, shards, device)
-        ),
+        _visibility(shape, rows, _indices(kv_lengths, shards, device)),
+        _visibility(shape, rows, torch.arange(shape.seqlen_kv, device=device)),
     )
 
 
@@ -191,9 +206,14 @@ def _indices(lengths: Sequence[int], shards: Sequence[int], device: torch.device
     return torch.cat([parts[shard] for shard in shards])
 
 
-def first_frame(row: Rows, seqlen_q: int) -> Rows:
-    """The first of the frames that a query sees, by `Shape.visibility`: later for later ones."""
-    return row * (FRAMES - FRAMES_SEEN) // max(seqlen_q - 1, 1)
+def first_frame(row: Rows, shape: Shape) -> Rows:
+    """The first of the ``"frames"`` that a query sees: later for later ones."""
+    return row * (shape.frames - FRAMES_SEEN) // max(shape.seqlen_q - 1, 1)
+
+
+def end_of_prefix(row: Rows, shape: Shape) -> Rows:
+    """Behind the last of the frames that a query sees by ``"prefix"``: its own."""
+    return row * shape.frames // shape.seqlen_q + 1
 
 
 def _visibility(shape: Shape, rows: Tensor, keys: Tensor) -> Visibility | None:
@@ -203,7 +223,11 @@ def _visibility(shape: Shape, rows: Tensor, keys: Tensor) -> Visibility | None:
         start, end = torch.zeros_like(rows), (rows + 1) * shape.seqlen_kv // shape.seqlen_q
         position = keys
     else:
-        start = first_frame(rows, shape.seqlen_q)
-        end, position = start + FRAMES_SEEN, keys * FRAMES // shape.seqlen_kv
+        position = keys * shape.frames // shape.seqlen_kv
+        if shape.visibility == "prefix":
+            start, end = torch.zeros_like(rows), end_of_prefix(rows, shape)
+        else:
+            start = first_frame(rows, shape)
+            end = start + FRAMES_SEEN
     parts = (part.to(torch.int32).repeat(shape.batch, 1) for part in (start, end, position))
     return Visibility(*parts)
