@@ -124,7 +124,7 @@ def forward_tiles(q: Tensor, k: Tensor) -> Tiles:
     """Tiles of the forward kernel."""
     rows, wide = _rows(q, k), padded(q.shape[3])
     if q.dtype == torch.float32:
-        return _FP32 if wide <= 128 else Tiles(16, 16, 8, 1)
+        return _FP32
     if wide > 128:
         return Tiles(_least(rows, 64), 64, 8, 2)
     if rows <= 64:
@@ -139,7 +139,7 @@ def queries_tiles(q: Tensor, k: Tensor) -> Tiles:
         return _FP32 if wide <= 128 else Tiles(16, 16, 4, 1)
     if wide > 128:
         return Tiles(_least(rows, 64), 32, 8, 2)
-    return Tiles(_least(rows, 64), 64, 4, 2)
+    return Tiles(_least(rows, 64), 32 if _masked(q) else 64, 4, 2)
 
 
 def keys_tiles(q: Tensor, k: Tensor) -> Tiles:
@@ -160,11 +160,18 @@ def atomic_tiles(q: Tensor, k: Tensor) -> Tiles:
     rows, wide = _rows(q, k), padded(q.shape[3])
     if q.dtype == torch.float32 or wide > 128:
         return keys_tiles(q, k)
+    if rows <= 16 and _masked(q):
+        return Tiles(16, 32, 4, 2)
     return Tiles(_least(rows, 64 if wide <= 64 else 32), 64, 8, 2)
 
 
-# Exact fp32 has no tensor cores to feed; more would not fit the registers at head_dim 256.
+# Exact fp32 has no tensor cores to feed; more would not fit the registers.
 _FP32 = Tiles(16, 32, 8, 1)
+
+
+def _masked(q: Tensor) -> bool:
+    """Whether a head is shorter than its tile, whose columns have masks then: more registers."""
+    return padded(q.shape[3]) != q.shape[3]
 
 
 def _rows(q: Tensor, k: Tensor) -> int:
