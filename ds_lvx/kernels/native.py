@@ -8,9 +8,9 @@ in 16 bits or 32 (`ds_lvx.kernels.onednn`), unless queries are very few.
 
 PyTorch's kernels round their output to q's dtype. A part that is still to be merged would be
 rounded twice, so on a CPU, where it costs next to nothing, 16-bit parts are computed block by
-block in fp32. So are 16-bit gradients where it is faster: of few queries, because what makes 16 bits
-fast there are large matrix products; and of any on a processor without AVX-512, where PyTorch's
-products in 16 bits take ten times as long as those in fp32.
+block in fp32. So are 16-bit gradients where it is faster: of few queries, because what makes 16
+bits fast there are large matrix products; and of any on a processor without AVX-512, where
+PyTorch's products in 16 bits take ten times as long as those in fp32.
 """
 
 from __future__ import annotations
