@@ -87,7 +87,7 @@ def step_each(ranks: int, offset: int) -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize(("ranks", "offset"), [(2, 0), (3, 3)])
+@pytest.mark.parametrize(("ranks", "offset"), [(2, 0), pytest.param(3, 3, marks=pytest.mark.slow)])
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
     results = run_ranks(step_each, ranks, ranks, offset)
     for index, name in enumerate(BATCHES):
@@ -165,6 +165,7 @@ def test_training_equals_one_process() -> None:
     check(jobs, ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
 
 
+@pytest.mark.slow
 def test_a_rank_without_images_trains_along() -> None:
     jobs = [(rules("recompute", 3, 3), tiny_model), (rules("lvx", 3, 0), tiny_model)]
     check(jobs, ranks=3, batches=[[one_image(7)], [text_only(8)]], sp_size=3)
