@@ -62,7 +62,9 @@ def test_a_model_type_has_one_family(families: Families) -> None:
         families.register("new", with_parts(*PARTS))
     with pytest.raises(ValueError, match=r"'mllama', which ds_lvx\.models\.mllama"):
         families.register("mllama", first)
-    with pytest.raises(NotImplementedError, match="'newer'; expected one of mllama, moss_vl, new;"):
+    with pytest.raises(
+        NotImplementedError, match="'newer'; expected one of mllama, moss_vl, idefics, new;"
+    ):
         families.named("newer")
 
 
@@ -145,6 +147,6 @@ def test_outside_of_models_nothing_names_a_family() -> None:
         if name.startswith(("ds_lvx/models/", *CASES)):
             continue
         for number, line in enumerate(path.read_text().splitlines(), start=1):
-            if re.search(r"mllama|llama-3\.2|moss", line, re.I) and not USAGE.search(line):
+            if re.search(r"mllama|llama-3\.2|moss|idefics", line, re.I) and not USAGE.search(line):
                 named.append(f"{name}:{number}: {line.strip()}")
     assert not named, "\n".join(named)
