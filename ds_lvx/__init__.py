@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ds_lvx.attention.checkpointing import checkpointing
     from ds_lvx.attention.lvx import lv_xattn
+    from ds_lvx.attention.merge import merge_attention
     from ds_lvx.attention.module import LVXAttention
     from ds_lvx.attention.recompute import lv_xattn_recompute
     from ds_lvx.attention.ring import ring_attention
@@ -41,6 +42,7 @@ __all__ = [
     "lv_xattn",
     "lv_xattn_recompute",
     "mean_loss",
+    "merge_attention",
     "owned",
     "register_family",
     "ring_attention",
@@ -61,6 +63,7 @@ _HOMES = {
     "lv_xattn": "attention.lvx",
     "lv_xattn_recompute": "attention.recompute",
     "mean_loss": "sharding",
+    "merge_attention": "attention.merge",
     "owned": "sharding",
     "register_family": "models.registry",
     "ring_attention": "attention.ring",

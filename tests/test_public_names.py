@@ -32,6 +32,7 @@ SIGNATURES = {
     "shard_batch": "batch, *, model, groups=None, frames='all'",
     "gather_sequence": "x, dim=1, *, groups=None",
     "mean_loss": "loss, *, groups=None",
+    "merge_attention": "parts",
     "register_family": "model_type, family",
     "checkpointing": "checkpoint_function",
     "shutdown": "engine=None",

@@ -31,9 +31,8 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
         part_lse: lse's shape.
     """
     total = torch.logaddexp(lse, part_lse)
-    finite = _finite(total)
-    out.mul_(_per_row(torch.exp(lse - finite)))
-    out.add_(part_out * _per_row(torch.exp(part_lse - finite)))
+    out.mul_(per_row(weight_of(lse, total)))
+    out.add_(part_out * per_row(weight_of(part_lse, total)))
     lse.copy_(total)
 
 
@@ -55,17 +54,20 @@ def merge_stacked(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         lse: the same dtype, ``[n, batch, num_heads, seqlen_q]``.
     """
     total = lse.logsumexp(dim=0)
-    finite = _finite(total)
-    out *= _per_row(torch.exp(lse - finite))
+    out *= per_row(weight_of(lse, total))
     return out.sum(dim=0), total
 
 
-def _finite(lse: Tensor) -> Tensor:
-    """Where nothing is seen exp(-inf - finite) = 0 is what we want, and exp(-inf + inf) is NaN."""
-    return lse.clamp_min(torch.finfo(lse.dtype).min)
+def weight_of(part_lse: Tensor, lse: Tensor) -> Tensor:
+    """What a part weighs in the whole, ``exp(part_lse - lse)``; 0 where nothing is seen.
+
+    There exp(-inf - finite) = 0 is what we want, and exp(-inf + inf) is NaN.
+    """
+    return torch.exp(part_lse - lse.clamp_min(torch.finfo(lse.dtype).min))
 
 
-def _per_row(weight: Tensor) -> Tensor:
+def per_row(weight: Tensor) -> Tensor:
+    """A number a row, ``[..., num_heads, seqlen_q]``, in the layout of out, to multiply it with."""
     return weight.transpose(-1, -2).unsqueeze(-1)
 
 
