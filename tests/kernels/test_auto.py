@@ -286,6 +286,31 @@ def test_a_few_large_slices_are_calls(
 
 
 @pytest.mark.usefixtures("_some_gpu")
+def test_where_bits_are_to_repeat_no_sum_is_without_an_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """cuDNN and the five products only without `torch.use_deterministic_algorithms`."""
+    monkeypatch.setattr(triton_forward, "forward_kernel", None)
+    sees = BATCHES["a window that slides"].sees
+    keys = sees.kv_pos.shape[1]
+    with FakeTensorMode():
+        q = torch.empty(1, keys, 4, 64, dtype=torch.bfloat16, device="cuda")
+        lse = torch.empty(1, 4, keys, device="cuda")
+    auto, upstream = kernel_for("auto", q), Upstream(q, lse, lse)
+    assert isinstance(auto, AutoKernel)
+    whole = Problem(q, q, q, softmax_scale=0.1)
+    window = Problem(q, q, q, Rule(sees, sees), softmax_scale=0.1)
+    assert [auto.choice(whole, upstream), auto.choice(window, upstream)] == [
+        "cudnn",
+        "triton_atomic",
+    ]
+    assert auto.choice(window) == "triton"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert [auto.choice(whole), auto.choice(window)] == ["cudnn", "triton"]
+    assert [auto.choice(whole, upstream), auto.choice(window, upstream)] == ["flash", "triton"]
+
+
+@pytest.mark.usefixtures("_some_gpu")
 def test_a_table_of_another_card_is_ignored_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
     Table("kernels-nvidia-a100-0123456789ab.json").add("kind", {"chosen": "native"})
     for _ in range(2):

@@ -219,6 +219,7 @@ class Load:
         frames: visual input of a rank.
         warm_up_frames: visual input of a rank in the step before the measured ones.
         steps: measured ones.
+        counts_launches: in one more step, on CUDA.
     """
 
     case: Case
@@ -226,6 +227,7 @@ class Load:
     frames: int
     warm_up_frames: int
     steps: int
+    counts_launches: bool = False
 
 
 def weigh(load: Load) -> dict[str, Any]:
@@ -236,7 +238,7 @@ def weigh(load: Load) -> dict[str, Any]:
         ``kept_bytes`` (after forward), ``peak_bytes``, both above what was there before the step,
         ``forward_s``, ``backward_s``, ``step_s`` (with the optimizer's), ``processor_s`` (of all
         threads in the same time, which neighbours on the machine do not lengthen), and ``loss``;
-        ``launches`` of one step on CUDA, else None.
+        ``launches`` of one more step on CUDA where they are asked for, else None.
     """
     config = ds_config(load.setting, load.case, ranks=int(os.environ["WORLD_SIZE"]))
     with _on_device():
@@ -246,7 +248,7 @@ def weigh(load: Load) -> dict[str, Any]:
         _weighed(engine, load.case, load.warm_up_frames)
         columns = _columns([_weighed(engine, load.case, load.frames) for _ in range(load.steps)])
         launches = None
-        if get_accelerator().device_name() == "cuda":
+        if load.counts_launches and get_accelerator().device_name() == "cuda":
             launches = _launches(lambda: _weighed(engine, load.case, load.frames))
     return {**columns, "before_bytes": columns["before_bytes"][0], "launches": launches}
 
