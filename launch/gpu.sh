@@ -89,12 +89,12 @@ on_one() {
   if "$PYTHON" -c 'import xdist' 2>/dev/null; then side_by_side=(-n 8); fi
 
   tests 100 gpu "${gpu_tests[@]}"
-  step kernels 165 "$PYTHON" launch/bench_kernels.py --budget_s 145 --seconds 0.2 \
+  step kernels 155 "$PYTHON" launch/bench_kernels.py --budget_s 135 --seconds 0.1 \
     --output "$output/kernels.json"
-  step memory 65 "$PYTHON" launch/bench_memory.py --parts memory --ranks 1 --steps 1 \
-    --features frozen --only "lvx, recompute, checkpointing, chunks" --budget_gib 4 \
+  step memory 100 "$PYTHON" launch/bench_memory.py --parts memory --ranks 1 --steps 1 \
+    --features frozen --only "lvx, recompute, checkpointing, chunks" --budget_gib 2 \
     --output_dir "$output"
-  step step_time 80 "$PYTHON" launch/bench_memory.py --parts step_time --ranks 1 --rounds 1 \
+  step step_time 55 "$PYTHON" launch/bench_memory.py --parts step_time --ranks 1 --rounds 1 \
     --steps 3 --brief --output_dir "$output"
 }
 compare() {

@@ -3,8 +3,9 @@
 The rule: cuDNN's attention from Hopper on, FlashAttention before it, where all see all or a few
 large slices make up who sees what; else Triton's kernel, which takes any rule in one launch, in
 backward from Hopper on with five products; else ``native``. Where PyTorch is to be deterministic
-(`torch.use_deterministic_algorithms`), nothing is taken whose sums have no order. Nothing is measured here; ``ds-lvx doctor --tune`` does that, and writes the table
-(`ds_lvx.kernels.table`). docs/kernels.md has the measurements that the rule comes from.
+(`torch.use_deterministic_algorithms`), nothing is taken whose sums have no order. Nothing is
+measured here; ``ds-lvx doctor --tune`` does that, and writes the table (`ds_lvx.kernels.table`).
+docs/kernels.md has the measurements that the rule comes from.
 """
 
 from __future__ import annotations

@@ -82,9 +82,10 @@ class Scales:
             steps=steps,
             counts_launches=counts_launches,
         )
+        shared = max(len(os.sched_getaffinity(0)) // self.ranks, 1)
         where = Ranks(
             self.ranks,
-            self.threads,
+            shared if self.on_cuda else self.threads,
             "cuda" if self.on_cuda else "cpu",
             timeout_s=_TIMEOUT_S,
             environment=PROMPT_FREEING,
