@@ -254,9 +254,10 @@ def test_the_kernel_of_every_batch_on_a_card(
                 q = torch.empty(samples, queries, 4, head_dim, dtype=dtype, device="cuda")
                 k = torch.empty(samples, keys, 2, head_dim, dtype=dtype, device="cuda")
             problem = Problem(q, k, k, Rule(batch.sees), softmax_scale=0.1)
-            calls = [line for line in batch.calls or () if not line.startswith("gather")]
-            one = len(calls) <= 1 or (before_hopper and "in one launch" in calls)
-            able = dtype == torch.bfloat16 and head_dim % 8 == 0 and batch.calls is not None and one
+            calls = ["none", "none"] if batch.calls is None else batch.calls
+            one = all(line.startswith(f"0:{queries} x 0:{keys}") for line in calls)
+            one = one or (before_hopper and "in one launch" in calls)
+            able = dtype == torch.bfloat16 and head_dim % 8 == 0 and one
             expected = ("flash" if before_hopper else "cudnn") if able else "triton"
             auto = kernel_for("auto", q)
             taken = auto.choice(problem) if isinstance(auto, AutoKernel) else auto.name
@@ -264,25 +265,40 @@ def test_the_kernel_of_every_batch_on_a_card(
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(
+    ("queries", "keys", "large"),
+    [
+        (60, 6_000, {"forward": False, "backward": False}),
+        (600, 60_000, {"forward": False, "backward": True}),
+        (2400, 120_000, {"forward": True, "backward": True}),
+    ],
+)
 def test_a_few_large_slices_are_calls(
-    capability: tuple[int, int], large: bool, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int],
+    queries: int,
+    keys: int,
+    large: dict[str, bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Text that sees its own of three videos and the next: a call a video, if each fills a card."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(triton_forward, "forward_kernel", None)
-    queries, keys = (600, 60_000) if large else (60, 6_000)
     row, key = torch.arange(queries) * 3 // queries, torch.arange(keys) * 3 // keys
     sees = Visibility(*(t.int()[None] for t in (row, row + 2, key)))
     with FakeTensorMode():
         q = torch.empty(1, queries, 32, 128, dtype=torch.bfloat16, device="cuda")
         k = torch.empty(1, keys, 8, 128, dtype=torch.bfloat16, device="cuda")
+        lse = torch.empty(1, 32, queries, device="cuda")
     auto = kernel_for("auto", q)
     assert isinstance(auto, AutoKernel)
-    by_calls = "flash" if capability < (9, 0) else "cudnn"
-    taken = auto.choice(Problem(q, k, k, Rule(sees, sees), softmax_scale=0.1))
-    assert taken == (by_calls if large else "triton")
+    before_hopper = capability < (9, 0)
+    by_calls = "flash" if before_hopper else "cudnn"
+    others = {"forward": "triton", "backward": "triton" if before_hopper else "triton_atomic"}
+    problem = Problem(q, k, k, Rule(sees, sees), softmax_scale=0.1)
+    for passes, upstream in (("forward", None), ("backward", Upstream(q, lse, lse))):
+        expected = by_calls if large[passes] else others[passes]
+        assert auto.choice(problem, upstream) == expected, passes
 
 
 @pytest.mark.usefixtures("_some_gpu")
@@ -298,6 +314,13 @@ def test_where_bits_are_to_repeat_no_sum_is_without_an_order(
         lse = torch.empty(1, 4, keys, device="cuda")
     auto, upstream = kernel_for("auto", q), Upstream(q, lse, lse)
     assert isinstance(auto, AutoKernel)
+    exact = torch.empty_like(q, dtype=torch.float32)
+    assert (
+        kernel_for("auto", exact).choice(  # type: ignore[attr-defined]
+            Problem(exact, exact, exact, Rule(sees, sees), softmax_scale=0.1), upstream
+        )
+        == "triton"
+    )
     whole = Problem(q, q, q, softmax_scale=0.1)
     window = Problem(q, q, q, Rule(sees, sees), softmax_scale=0.1)
     assert [auto.choice(whole, upstream), auto.choice(window, upstream)] == [
