@@ -405,30 +405,3 @@ def test_cudnn_is_called_as_pytorch_declares_it() -> None:
     assert "torch.float32" in (obstacle(able, q.float()) or "")
     wide = torch.empty(1, 1, 1, 256, dtype=torch.bfloat16)
     assert "head_dim 256, where it does 8 to 128" in (obstacle(able, wide) or "")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", sorted(BATCHES))
-def test_flash_on_a_gpu_is_right(name: str) -> None:
-    """Every described batch that slices make up, against float64; cuDNN where it is plain."""
-    sees = BATCHES[name].sees
-    if BATCHES[name].calls is None:
-        return
-    shape = (*sees.q_start.shape, sees.kv_pos.shape[1], 4, 2, 64)
-    q, k, v = tensors(shape, torch.bfloat16)
-    asked = Problem(q.double(), k.double(), v.double(), Rule(sees), softmax_scale=0.1)
-    reference = KERNELS["reference"].load()()
-    out, lse = reference.forward(asked)
-    upstream = Upstream(q.double(), lse, (q * out).sum(-1).transpose(1, 2))
-    exact = [out, *reference.backward(asked, upstream)]
-    device = torch.device("cuda")
-    problem = Problem(*(t.cuda() for t in (q, k, v)), Rule.on(sees, device), softmax_scale=0.1)
-    given = Upstream(problem.q, lse.float().cuda(), upstream.delta.float().cuda())
-    for kernel in ("flash", "cudnn") if name in ("all visible", "text only") else ("flash",):
-        found = candidates(problem.q)[kernel]
-        results = [found.forward(problem)[0], *found.backward(problem, given)]
-        for one, other in zip(results, exact, strict=True):
-            largest = float(other.abs().max()) if other.numel() else 1.0
-            torch.testing.assert_close(
-                one.cpu().double(), other, atol=2e-2 * max(largest, 1e-3), rtol=0, msg=kernel
-            )
