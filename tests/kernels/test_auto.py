@@ -14,10 +14,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_lvx import Visibility, cache
-from ds_lvx.config.registry import KERNELS
-from ds_lvx.kernels import cudnn, flash, interface, native, triton_forward, warn
+from ds_lvx.kernels import interface, native, triton_forward, warn
 from ds_lvx.kernels.auto import AutoKernel
-from ds_lvx.kernels.choice import candidates, describe, kernel_for, obstacle
+from ds_lvx.kernels.choice import candidates, describe, kernel_for
 from ds_lvx.kernels.flash_kernel import FlashKernel
 from ds_lvx.kernels.interface import Problem, Upstream
 from ds_lvx.kernels.native import NativeKernel
@@ -389,19 +388,3 @@ def test_only_the_first_rank_warns(
     monkeypatch.setattr(warn.Channel, "world", lambda: Second)
     warn.warn_once("something")
     assert not caplog.records
-
-
-def test_cudnn_is_called_as_pytorch_declares_it() -> None:
-    """No GPU here: PyTorch's shape inference checks the arguments."""
-    q, k, v = (t.to("meta") for t in tensors((2, 8, 64, 4, 2, 64), torch.bfloat16))
-    how = {"causal": False, "softmax_scale": 0.1}
-    out, lse = cudnn.forward(q, k, v, **how)
-    assert out.shape == q.shape
-    assert lse.shape == (2, 4, 8)
-    gradients = cudnn.backward(q, k, v, q, flash.stand_in(q, lse), lse, **how)
-    assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]
-    able = KERNELS["cudnn"]
-    assert obstacle(able, q) is None
-    assert "torch.float32" in (obstacle(able, q.float()) or "")
-    wide = torch.empty(1, 1, 1, 256, dtype=torch.bfloat16)
-    assert "head_dim 256, where it does 8 to 128" in (obstacle(able, wide) or "")

@@ -16,7 +16,7 @@ from ds_lvx.kernels.native import NativeKernel
 from ds_lvx.kernels.rule import Rule
 from tests.kernels.asking import backward, fold, forward
 from tests.kernels.batches import BATCHES
-from tests.kernels.test_kernels import rule, tensors
+from tests.kernels.test_kernels import like, rule, tensors
 
 pytestmark = pytest.mark.gpu
 
@@ -193,3 +193,29 @@ def test_flash_on_a_gpu_is_right(name: str) -> None:
             torch.testing.assert_close(
                 one.cpu().double(), other, atol=2e-2 * max(largest, 1e-3), rtol=0, msg=kernel
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("visibility", ["none", "frames"])
+def test_native_against_the_oracle(visibility: str, dtype: torch.dtype) -> None:
+    shape = (2, 33, 1000, 8, 2, 64)
+    q, k, v = (t.cuda() for t in tensors(shape, dtype))
+    sees = rule(shape, visibility)
+    if sees is not None:
+        sees = Visibility(sees.q_start.cuda(), sees.q_end.cuda(), sees.kv_pos.cuda())
+    leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
+    exact_out, exact_lse = attention_oracle(*leaves, visibility=sees, softmax_scale=0.1)
+    dout = torch.randn_like(q)
+    (exact_out * dout).sum().backward()
+    kernel = kernel_for("native", like(dtype))
+    out, lse = forward(kernel, q, k, v, visibility=sees, softmax_scale=0.1)
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), exact_out, atol=limit, rtol=limit)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=limit, rtol=limit)
+    delta = (dout.float() * exact_out.float()).sum(-1).transpose(1, 2)
+    gradients = backward(
+        kernel, q, k, v, dout, lse, delta, visibility=sees, softmax_scale=0.1, has_dlse=False
+    )
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(gradient.double(), leaf.grad, atol=limit, rtol=limit)
