@@ -23,8 +23,10 @@ from ds_lvx.compare.kernels.compiled import NAMES, compiled, configurations
 sample = {("bf16", 80, 4), ("bf16", 128, 4096), ("bf16", 256, 4096), ("fp32", 256, 4096)}
 sample |= {("fp32", 128, 4096)}  # the widest that adds up dq
 for each in configurations():
-    if each.visibility and (NAMES[each.dtype], each.head_dim, each.rows) in sample:
-        for capability in map(int, sys.argv[1:]):
+    name = (NAMES[each.dtype], each.head_dim, each.rows)
+    if each.visibility and name in sample:
+        # The others for one GPU: what they spill there they spill elsewhere, as a rule.
+        for capability in map(int, sys.argv[1:] if name == ("bf16", 128, 4096) else sys.argv[2:3]):
             print(json.dumps(compiled(each, capability)), flush=True)
 """
 
@@ -43,7 +45,7 @@ def test_the_sample_compiles_for_every_gpu() -> None:
     command = [sys.executable, "-c", COMPILE, *map(str, BLOCK_SHARED_BYTES)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(records) == 4 * 4 * len(BLOCK_SHARED_BYTES)
+    assert len(records) == 4 * (len(BLOCK_SHARED_BYTES) + 3)
     for record in records:
         assert record["spilled_bytes"] <= most_spilled(record), record
         assert record["shared_bytes"] <= record["most_shared_bytes"], record
