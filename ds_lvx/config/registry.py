@@ -155,7 +155,7 @@ def schedule_words() -> tuple[str, ...]:
 
 def kernel_words() -> tuple[str, ...]:
     """What ``kernel`` may be."""
-    return (AUTO, *(name for name, entry in KERNELS.items()))
+    return (AUTO, *KERNELS)
 
 
 def can_chunk(schedule: str) -> bool:

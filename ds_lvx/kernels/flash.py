@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import attention
 
-from ds_lvx.kernels import whole
 from ds_lvx.kernels.device import AMPERE, capability, launches_triton, triton_parts
 
 _aten = torch.ops.aten
@@ -109,17 +108,8 @@ def forward(
         softmax_scale: factor on the scores.
 
     Returns:
-        ``out [B, S, H, D]`` in q's dtype (wider, where all see all: `ds_lvx.kernels.whole`), and
-        ``lse [B, H, S]`` in fp32 (fp64 for fp64).
+        ``out [B, S, H, D]`` in q's dtype and ``lse [B, H, S]`` in fp32 (fp64 for fp64).
     """
-    if not causal:
-        return whole.forward(_forward, q, k, v, softmax_scale=softmax_scale)
-    return _forward(q, k, v, causal=causal, softmax_scale=softmax_scale)
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
     tensors = [heads_first(t) for t in (q, k, v)]
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
@@ -148,26 +138,8 @@ def backward(
     Args:
         q, k, v, causal, softmax_scale: as in `forward`.
         dout, out: like q, and its dtype; ``out`` may be `stand_in`'s.
-        lse: ``[B, H, S]``, finite.
+        lse: ``[B, H, S]``, finite and contiguous.
     """
-    given = (q, k, v, dout, out, lse)
-    if not causal:
-        return whole.backward(_backward, *given, softmax_scale=softmax_scale)
-    return _backward(*given, causal=causal, softmax_scale=softmax_scale)
-
-
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    causal: bool,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    lse = lse.contiguous()
     tensors = [heads_first(t) for t in (dout, q, k, v, out)]
     if q.device.type == "cpu":
         gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -9,11 +9,12 @@ tests run this very code.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_lvx.kernels import flash, flash_varlen
+from ds_lvx.kernels import flash, flash_varlen, whole
 from ds_lvx.kernels.cover import Cover, Order, Rectangle, Sequences
 from ds_lvx.kernels.covering import MOST_LARGE_CALLS
 from ds_lvx.kernels.interface import Kernel, Problem, Upstream, no_gradients, written
@@ -36,9 +37,19 @@ class FlashKernel(Kernel):
 
     name = "flash"
 
-    _attend = staticmethod(flash.forward)
-    _gradients = staticmethod(flash.backward)
+    _call = staticmethod(flash.forward)
+    _call_backward = staticmethod(flash.backward)
     _has_sequences = True
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
+        """One slice, by `ds_lvx.kernels.whole`."""
+        return whole.forward(self._call, q, k, v, **how)
+
+    def _gradients(
+        self, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor, **how: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of `_attend`; ``rest`` is dout, out and lse."""
+        return whole.backward(self._call_backward, (q, k, v), *rest, **how)
 
     def serves(self, problem: Problem, upstream: Upstream | None = None) -> bool:
         """Whether these calls can do it: slices make up the rule, and lse has no gradient."""

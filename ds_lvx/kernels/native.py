@@ -22,7 +22,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from ds_lvx.kernels import dense, flash, onednn
+from ds_lvx.kernels import dense, flash, onednn, whole
 from ds_lvx.kernels.choice import made_for_speed
 from ds_lvx.kernels.interface import Kernel, Problem, Upstream, no_gradients, written
 from ds_lvx.kernels.merge import accumulation_dtype, empty_part, merge_
@@ -187,7 +187,7 @@ def _forward(problem: Problem, mask: Tensor | None, *, fused: bool) -> tuple[Ten
     if fused and q.device.type == "cpu":
         return flash.cpu_forward(q, k, v, mask=mask, softmax_scale=scale)
     if fused:
-        return flash.forward(q, k, v, causal=False, softmax_scale=scale)
+        return whole.forward(flash.forward, q, k, v, causal=False, softmax_scale=scale)
     warn_of_products(q)
     dtype = accumulation_dtype(q.dtype)
     with onednn.products():
@@ -204,7 +204,9 @@ def _backward(
     if fused:
         dout = dout.to(q.dtype)
         out = flash.stand_in(dout, delta)
-        return flash.backward(q, k, v, dout, out, lse, causal=False, softmax_scale=scale)
+        return whole.backward(
+            flash.backward, (q, k, v), dout, out, lse, causal=False, softmax_scale=scale
+        )
     warn_of_products(q)
     dtype = accumulation_dtype(q.dtype)
     with onednn.products():

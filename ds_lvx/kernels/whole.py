@@ -34,19 +34,19 @@ _MOST_PARTS, _LEAST_KEYS = 32, 2048  # a part with fewer keys is over when it ha
 
 
 def forward(
-    attend: Attend, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention over all keys, by some kernel's calls.
+    """Attention over all keys, or causal, by some kernel's calls.
 
     Args:
-        attend: takes q, k, v, ``causal`` and ``softmax_scale``, and returns out and lse.
-        q: ``[B, S, H, D]``; no length is 0.
-        k, v: ``[B, T, K, D]``.
-        softmax_scale: factor on the scores.
+        attend: such as `ds_lvx.kernels.flash.forward`.
+        q, k, v, causal, softmax_scale: as there. What is causal is one call as it is.
 
     Returns:
         ``out [B, S, H, D]`` in q's dtype, or in fp32 where parts merged, and ``lse [B, H, S]``.
     """
+    if causal:
+        return attend(q, k, v, causal=True, softmax_scale=softmax_scale)
     batch, seqlen, heads, _ = q.shape
     kv_heads = k.shape[2]
     alone, together = heads * _tiles(seqlen), kv_heads * _tiles(seqlen * heads // kv_heads)
@@ -65,29 +65,28 @@ def forward(
 
 def backward(
     gradients: Gradients,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    operands: tuple[Tensor, Tensor, Tensor],
     dout: Tensor,
     out: Tensor,
     lse: Tensor,
     *,
+    causal: bool,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward`, given the softmax over all keys of all ranks.
 
     Args:
-        gradients: takes what follows, in this order, and ``causal`` and ``softmax_scale``.
-        q, k, v, softmax_scale: as in `forward`.
-        dout, out: like q.
-        lse: ``[B, H, S]``.
+        gradients: such as `ds_lvx.kernels.flash.backward`.
+        operands: q, k and v.
+        dout, out, lse, causal, softmax_scale: as there; lse need not be contiguous.
 
     Returns:
         dq, dk, dv like q, k, v.
     """
-    how = {"causal": False, "softmax_scale": softmax_scale}
+    how = {"causal": causal, "softmax_scale": softmax_scale}
+    q, k, v = operands
     (_, seqlen, heads, _), (seqlen_kv, kv_heads) = q.shape, k.shape[1:3]
-    if heads == kv_heads or seqlen_kv < seqlen:
+    if causal or heads == kv_heads or seqlen_kv < seqlen:
         return gradients(q, k, v, dout, out, lse.contiguous(), **how)
     q, dout, out = (grouped(t, kv_heads) for t in (q, dout, out))
     dq, dk, dv = gradients(q, k, v, dout, out, _grouped_lse(lse, kv_heads), **how)

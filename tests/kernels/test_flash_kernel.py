@@ -43,13 +43,13 @@ class Asked(FlashKernel):
     def __init__(self) -> None:
         self.calls: list[tuple[tuple[int, int, int], bool]] = []
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Any:  # type: ignore[override]
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Any:
         self.calls.append(((*q.shape[:2], k.shape[1]), how["causal"]))
-        return FlashKernel._attend(q, k, v, **how)
+        return super()._attend(q, k, v, **how)
 
-    def _gradients(self, q: Tensor, k: Tensor, *rest: Tensor, **how: Any) -> Any:  # type: ignore[override]
+    def _gradients(self, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor, **how: Any) -> Any:
         self.calls.append(((*q.shape[:2], k.shape[1]), how["causal"]))
-        return FlashKernel._gradients(q, k, *rest, **how)
+        return super()._gradients(q, k, v, *rest, **how)
 
 
 def tensors(sees: Visibility, dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -36,8 +36,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int, int]]:
 
         return kept_call
 
-    monkeypatch.setattr(flash, "_forward", kept(flash._forward))
-    monkeypatch.setattr(flash, "_backward", kept(flash._backward))
+    monkeypatch.setattr(flash, "forward", kept(flash.forward))
+    monkeypatch.setattr(flash, "backward", kept(flash.backward))
     monkeypatch.setattr(whole, "processors", lambda tensor: 16)
     monkeypatch.setattr(whole, "_TILE", 8)
     monkeypatch.setattr(whole, "_LEAST_KEYS", 8)
@@ -54,12 +54,11 @@ def test_against_float64(shape: tuple[int, ...], calls: list[Any]) -> None:
     dout = torch.randn_like(exact_out)
     exact = torch.autograd.grad(exact_out, leaves, dout)
     q, k, v = (leaf.detach() for leaf in leaves)
-    out, lse = flash.forward(q, k, v, causal=False, softmax_scale=SCALE)
+    out, lse = whole.forward(flash.forward, q, k, v, causal=False, softmax_scale=SCALE)
     # As lse and delta of a layer over the keys of all ranks come: no part of this call knows them.
     delta = (dout * exact_out).sum(-1).transpose(1, 2).detach()
-    gradients = flash.backward(
-        q, k, v, dout, stand_in(dout, delta), exact_lse.detach(), causal=False, softmax_scale=SCALE
-    )
+    rest = (dout, stand_in(dout, delta), exact_lse.detach())
+    gradients = whole.backward(flash.backward, (q, k, v), *rest, causal=False, softmax_scale=SCALE)
     for found, right in zip((out, lse, *gradients), (exact_out, exact_lse, *exact), strict=True):
         assert found.shape == right.shape
         torch.testing.assert_close(found, right.detach(), atol=1e-12, rtol=1e-12)
@@ -70,10 +69,10 @@ def test_what_is_asked(calls: list[Any]) -> None:
     Two samples have tiles enough for no more."""
     for batch in (1, 2):
         q, k = torch.randn(batch, 5, 6, 8), torch.randn(batch, 37, 2, 8)
-        out, lse = flash.forward(q, k, k, causal=False, softmax_scale=SCALE)
-        flash.backward(q, k, k, q, out, lse, causal=False, softmax_scale=SCALE)
-        flash.forward(q, q, q, causal=True, softmax_scale=SCALE)
-        flash.forward(q[:, :1], k, k, causal=False, softmax_scale=SCALE)
+        out, lse = whole.forward(flash.forward, q, k, k, causal=False, softmax_scale=SCALE)
+        whole.backward(flash.backward, (q, k, k), q, out, lse, causal=False, softmax_scale=SCALE)
+        whole.forward(flash.forward, q, q, q, causal=True, softmax_scale=SCALE)
+        whole.forward(flash.forward, q[:, :1], k, k, causal=False, softmax_scale=SCALE)
     of_one = [(4, 15, 2, 9), (1, 15, 2, 1), (1, 15, 2, 37), (1, 5, 6, 5)]
     of_two = [(2, 15, 2, 37), (2, 15, 2, 37), (2, 5, 6, 5)]
     assert calls == [*of_one, (1, 1, 6, 37), *of_two, (2, 1, 6, 37)]
