@@ -62,7 +62,9 @@ def test_a_model_type_has_one_family(families: Families) -> None:
         families.register("new", with_parts(*PARTS))
     with pytest.raises(ValueError, match=r"'mllama', which ds_lvx\.models\.mllama"):
         families.register("mllama", first)
-    with pytest.raises(NotImplementedError, match="'newer'; expected one of mllama, moss_vl, new;"):
+    with pytest.raises(
+        NotImplementedError, match="'newer'; expected one of mllama, moss_vl, mplugowl3, new;"
+    ):
         families.named("newer")
 
 

@@ -1,0 +1,115 @@
+"""mPLUG-Owl3 (241101): which modules attend, and what the sharded text model needs.
+
+The model's code comes with its checkpoints; nothing of it is imported here, and its modules are
+found by name and by what they have. Text layers are Qwen2's. In some of them, the hyper layers, the
+text attends in one softmax to itself and to all images whose tokens are not behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ds_lvx.models.batch import Text
+from ds_lvx.models.contract import Family
+from ds_lvx.models.dimensions import Model
+from ds_lvx.models.layers import Layer, LayerPlan
+from ds_lvx.models.mplugowl3 import batch as batches
+from ds_lvx.models.mplugowl3 import dimensions, forward
+from ds_lvx.models.mplugowl3.attention import Attention
+from ds_lvx.models.patch import PatchedAttention
+from ds_lvx.models.visual import Visual
+
+_MODEL = "mPLUGOwl3Model"
+_GATE = "gate"  # of release 240728
+
+
+class MPlugOwl3(Family):
+    """See `ds_lvx.models.contract.Family` for what each part does."""
+
+    keys = batches.KEYS
+    features_key = forward.FEATURES
+    patterns: Mapping[str, str] = {"local": "*vision_model*", "self": "*language_model*.self_attn"}
+    lora_targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
+
+    # ---- patching
+
+    def find(self, model: nn.Module) -> Any:
+        return next((m for m in model.modules() if type(m).__name__ == _MODEL), None)
+
+    def attention_layers(self, model: Any) -> list[Layer]:
+        vision = [
+            _layer(f"vision_model.{name}", module, model.config.vision_config)
+            for name, module in model.vision_model.named_modules()
+            if hasattr(module, "q_proj")
+        ]
+        text = [
+            _layer(f"language_model.model.layers.{number}.self_attn", layer.self_attn, model.config)
+            for number, layer in enumerate(model.language_model.model.layers)
+        ]
+        return [*vision, *text]
+
+    def forward(self, layer: Layer, plan: LayerPlan) -> PatchedAttention:
+        if plan.kind == "cross" and plan.method in ("ulysses", "auto"):
+            raise NotImplementedError(
+                f"ds_lvx.layers: got method {plan.method!r} for {plan.name}, a hyper layer of "
+                "mPLUG-Owl3, whose softmax over images and text needs lse; use 'lvx' or 'ring'"
+            )
+        return Attention(layer, plan)
+
+    def text_model(self, model: Any) -> nn.Module:
+        return model.language_model
+
+    def check(self, model: Any, *, sp_size: int) -> None:
+        if any(hasattr(layer.self_attn, _GATE) for layer in model.language_model.model.layers):
+            raise NotImplementedError(
+                "got an mPLUG-Owl3 with gates (240728); expected release 241101, whose hyper "
+                "layers have one softmax over images and text"
+            )
+
+    def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
+        text = model.language_model
+        # Before the hook that checks the features and shares them.
+        text.register_forward_pre_hook(forward.Pack(text), with_kwargs=True, prepend=True)
+
+    # ---- batches
+
+    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
+        return batches.visual(batch, text, model)
+
+    def blank(self, model: Any) -> dict[str, Tensor]:
+        return batches.blank(model)
+
+    # ---- models
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
+
+    def frame_tokens(self, config: Any) -> int:
+        return batches.image_tokens(config)
+
+    def regions(self) -> Mapping[str, str]:
+        return {
+            r".*\blanguage_model(\.model\.layers\.\d+)?": "text",
+            r".*\bvision_model": "vision",
+            r".*\bvision2text_model": "vision",
+        }
+
+    def vision_tower(self, model: Any) -> Any:
+        return model.vision_model
+
+
+def _layer(name: str, module: Any, config: Any) -> Layer:
+    kind: Any = "cross" if hasattr(module, "v_kv_proj") else "self"
+    heads = int(config.num_attention_heads)
+    return Layer(
+        name,
+        "local" if name.startswith("vision_model") else kind,
+        module,
+        heads,
+        int(getattr(config, "num_key_value_heads", heads)),
+        int(config.hidden_size) // heads,
+        int(config.hidden_size),
+    )
