@@ -26,6 +26,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
@@ -158,8 +159,10 @@ class WorkerPool:
 
 @functools.cache
 def session_pool() -> WorkerPool:
-    """The pool of this process. `tests/conftest.py` ends it with the test session."""
-    return WorkerPool()
+    """The pool of this process, at whose end it ends; with the test session in `conftest.py`."""
+    pool = WorkerPool()
+    atexit.register(pool.discard)  # before multiprocessing waits for its processes
+    return pool
 
 
 def run_ranks(

@@ -8,8 +8,9 @@ in 16 bits or 32 (`ds_lvx.kernels.onednn`), unless queries are very few.
 
 PyTorch's kernels round their output to q's dtype. A part that is still to be merged would be
 rounded twice, so on a CPU, where it costs next to nothing, 16-bit parts are computed block by
-block in fp32. So are 16-bit gradients of few queries, because it is faster: what makes 16 bits fast
-there are large matrix products.
+block in fp32. So are 16-bit gradients where it is faster: of few queries, because what makes 16
+bits fast there are large matrix products; and of any on a processor without AVX-512, where
+PyTorch's products in 16 bits take ten times as long as those in fp32.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _CPU_BLOCK_BYTES = 2**22  # of K and V in fp32
 _CPU_SCORE_ELEMENTS = 2**21
 _CPU_MIN_KEYS = 512  # of products: with fewer, merging their results takes longer
 _FEW_QUERIES = 128
+_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _FEWEST_ROWS = 16  # for products: queries times the query heads of a key/value head
 
 
@@ -73,11 +75,11 @@ class NativeKernel(Kernel):
         if problem.is_empty:
             return no_gradients(problem, into, q.dtype)
         fused = not upstream.has_dlse and _fused(problem)
-        few = q.device.type == "cpu" and q.shape[1] <= _FEW_QUERIES
-        if problem.rule is None and fused and not (few and _is_narrow(q)):
+        slow = q.device.type == "cpu" and (q.shape[1] <= _FEW_QUERIES or not _AVX512)
+        if problem.rule is None and fused and not (slow and _is_narrow(q)):
             dq, dk, dv = _backward(problem, upstream, None, fused=True)
             return dq, *written((dk, dv), into)
-        wide = accumulation_dtype(q.dtype) if fused and few else q.dtype
+        wide = accumulation_dtype(q.dtype) if fused and slow else q.dtype
         return _backward_blocks(problem, upstream, fused=fused, wide=wide, into=into)
 
 

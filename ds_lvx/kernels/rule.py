@@ -278,12 +278,19 @@ def _listed(some: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
     how many there are of both, and of the former."""
     counts = torch.stack([t.sum(dim=2, dtype=torch.int32) for t in (some, every)], dim=2)
     if not some.is_cpu:  # whose stream would wait for the number of places
-        rank = some.to(torch.int8) + every
-        return rank.argsort(dim=2, descending=True, stable=True).to(torch.int32), counts
+        return _sorted(some, every), counts
     order = torch.zeros(some.shape, dtype=torch.int32)
     _list_into(order, every, torch.zeros_like(counts[..., 1]))
     _list_into(order, some & ~every, counts[..., 1])
     return order, counts
+
+
+def _sorted(some: Tensor, every: Tensor) -> Tensor:
+    """All places, those of `_listed` first."""
+    rank = some.to(torch.int8) + every
+    order = rank.argsort(dim=2, descending=True, stable=True)
+    # What is sorted lies as it lay, which may be transposed; kernels count on dense rows.
+    return order.to(torch.int32, memory_format=torch.contiguous_format)
 
 
 def _list_into(order: Tensor, marks: Tensor, behind: Tensor) -> None:

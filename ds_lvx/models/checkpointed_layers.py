@@ -62,7 +62,8 @@ class LayerCheckpointing:
         if not wanted:
             # The reentrant variants give no gradient to parameters when no argument wants one.
             lifted = (torch.zeros((), requires_grad=True, device=_device(args)),)
-        for tensor in (*args, *lifted) if self._keeps_arguments else lifted:
+        # What follows the states, such as features, is the same for all layers.
+        for tensor in (*(args if self._keeps_arguments else args[1:]), *lifted):
             if isinstance(tensor, Tensor):
                 tensor.no_checkpointing = True  # type: ignore[attr-defined]
         return self.function(run, *args, *lifted)

@@ -14,10 +14,17 @@ from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.kernels import subject as kernels
 from ds_lvx.compare.kernels import trial as trials
 from ds_lvx.compare.kernels.candidates import Candidate, LeftOut, make, names
-from ds_lvx.compare.kernels.cases import DIRECTIONS, MEASURED, MOSS, PAPER, QUICK, KernelCase
+from ds_lvx.compare.kernels.cases import DIRECTIONS, MEASURED, MOSS, PAPER, QUICK, TEXT, KernelCase
 from ds_lvx.compare.kernels.check import exact, is_right
 from ds_lvx.compare.kernels.report import floors, floors_table, measured_table
-from ds_lvx.compare.kernels.trial import Bench, Timing, Trial, host_s, samples_s
+from ds_lvx.compare.kernels.trial import (
+    LEAST_SAMPLES,
+    Bench,
+    Timing,
+    Trial,
+    host_s,
+    samples_s,
+)
 from ds_lvx.compare.operators.tensors import FRAMES
 from tests.compare import dying_worker
 
@@ -70,7 +77,7 @@ def test_moss_vls_shapes() -> None:
     assert {case.shape.seqlen_kv for case in MOSS} == {184_576}
     assert [len(case.keys) for case in MOSS[::2]] == [184_576, 92_288, 46_144, 23_072]
     assert MOSS[-1].name == "moss_vl-2304-of8-visibility"
-    assert set(MEASURED) == {*PAPER, *MOSS}
+    assert set(MEASURED) == {*PAPER, *MOSS, *TEXT}
 
 
 @pytest.mark.parametrize("case", [*QUICK[:2], QUICK[-1]], ids=lambda case: case.name)
@@ -343,6 +350,6 @@ def test_slow_functions_run_less_often(seconds: float, taken: int, monkeypatch: 
 def test_on_cuda_the_device_s_time_counts_and_the_host_s_stands_beside_it() -> None:
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     taken = samples_s(lambda: a @ a, a.device, repeats=7, seconds=1.0)
-    assert len(taken) == 7
+    assert LEAST_SAMPLES <= len(taken) <= 7  # as many as were expected to take the time
     assert min(taken) > 2 * 8192**3 / 4e15, "faster than any card: launched, not computed"
     assert max(host_s(lambda: a @ a, a.device)) < min(taken)

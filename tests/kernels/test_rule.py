@@ -81,6 +81,18 @@ def test_lists_hold_every_pair_that_meets(seed: int, of_keys: bool) -> None:
                 assert (other in listed[:whole]) == (bool(seen.all()) and seen.shape == (4, 7))
 
 
+@pytest.mark.parametrize("of_keys", [False, True])
+def test_a_device_lists_the_same_as_the_host(of_keys: bool) -> None:
+    """A kernel reads the lists by their addresses, whatever the strides."""
+    found = rule_module._meet(random_rule(0), rows=4, keys=7, group=2)
+    some, every = (t.transpose(1, 2) if of_keys else t for t in found)
+    expected, counts = rule_module._listed(some, every)
+    listed = rule_module._sorted(some, every)
+    assert listed.dtype == torch.int32 and listed.is_contiguous() and expected.is_contiguous()
+    within = torch.arange(listed.shape[2]) < counts[:, :, :1]
+    assert torch.equal(listed[within], expected[within])
+
+
 def test_nothing_is_found_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks, lists and parts are found by who asks first."""
     calls: list[str] = []

@@ -129,6 +129,7 @@ def test_16_bits_are_as_exact_as_pytorchs(
     """At most twice the error of PyTorch's own kernel in the same dtype."""
     # Else it would be in fp32.
     monkeypatch.setattr(native, "_FEW_QUERIES", 0)
+    monkeypatch.setattr(native, "_AVX512", True)
     monkeypatch.setattr(onednn, "serves", lambda: False)
     inputs, sees = tensors(shape, dtype), rule(shape, "frames")
     found = errors(TritonKernel(), inputs, sees, 0.2)

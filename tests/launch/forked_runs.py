@@ -19,6 +19,8 @@ from tests.ranks import FORKED
 
 # Against hangs alone.
 _END_S = 300.0
+# Between asking a rank to end and ending it; short, as a scheduler's may be.
+_GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Run:
         for process in self.processes:
             if process.is_alive() and not at_once:
                 process.terminate()
-        deadline = time.monotonic() + (0 if at_once else 30)
+        deadline = time.monotonic() + (0 if at_once else _GRACE_S)
         while time.monotonic() < deadline and any(p.is_alive() for p in self.processes):
             time.sleep(0.02)
         for process in self.processes:

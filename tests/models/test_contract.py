@@ -62,9 +62,8 @@ def test_a_model_type_has_one_family(families: Families) -> None:
         families.register("new", with_parts(*PARTS))
     with pytest.raises(ValueError, match=r"'mllama', which ds_lvx\.models\.mllama"):
         families.register("mllama", first)
-    with pytest.raises(
-        NotImplementedError, match="'newer'; expected one of mllama, moss_vl, mplugowl3, new;"
-    ):
+    known = "mllama, moss_vl, idefics, mplugowl3, new;"
+    with pytest.raises(NotImplementedError, match=f"'newer'; expected one of {known}"):
         families.named("newer")
 
 
@@ -147,6 +146,6 @@ def test_outside_of_models_nothing_names_a_family() -> None:
         if name.startswith(("ds_lvx/models/", *CASES)):
             continue
         for number, line in enumerate(path.read_text().splitlines(), start=1):
-            if re.search(r"mllama|llama-3\.2|moss", line, re.I) and not USAGE.search(line):
+            if re.search(r"mllama|llama-3\.2|moss|idefics", line, re.I) and not USAGE.search(line):
                 named.append(f"{name}:{number}: {line.strip()}")
     assert not named, "\n".join(named)

@@ -104,6 +104,32 @@ def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
         groups.close()
 
 
+def pass_on_a_gpu() -> bool:
+    """A second pass, forward and backward, in which PyTorch refuses to wait."""
+    model = model_of_all_methods()
+    groups = SequenceParallelGroups(1)
+    patch_model(model, LVXConfig.from_ds_config(config(sp_size=1)), groups)
+    model.to("cuda", torch.bfloat16)
+    for refuses in (False, True):
+        batch = hard_batch()
+        batch["pixel_values"] = batch["pixel_values"].bfloat16()
+        draft = draft_batch(batch, model=model).pin_memory()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if refuses else "default")
+        try:
+            loss = model(**ds_lvx.shard_batch(draft, model=model)).loss
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    groups.close()
+    return bool(loss.isfinite())
+
+
+@pytest.mark.gpu
+def test_no_wait_on_a_gpu() -> None:
+    assert run_ranks(pass_on_a_gpu, 1, device="cuda") == [True]
+
+
 def test_waits_are_seen(fake: FakeCuda) -> None:
     x = torch.ones(3).pin_memory().to(DEVICE, non_blocking=True)
     assert fake.waits == []

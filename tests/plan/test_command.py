@@ -48,10 +48,16 @@ def test_text_has_the_answer_and_where_it_comes_from(capsys: pytest.CaptureFixtu
         assert words in text
 
 
+def section(title: str) -> str:
+    """Of docs/models.md."""
+    document = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    return document.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
 def test_the_numbers_for_an_hour_of_video_are_the_commands(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    document = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    document = section("MOSS-VL")
     commands = re.findall(r"^ds-lvx (plan .*--group 8)$", document, re.MULTILINE)
     rows = re.findall(r"^\| [\d,]+ \| .* \|$", document, re.MULTILINE)
     assert len(commands) == len(rows) == 2
@@ -73,6 +79,26 @@ def test_the_numbers_for_an_hour_of_video_are_the_commands(
         needs = f"needs {alone.partition(':')[0]} a rank and 73.6 GiB may be filled"
         assert needs in failure(capsys, *words[:-1], "1")
     assert re.findall(r"sends less than `lvx` \((.*?)\)", document)[0] in ulysses
+
+
+def test_the_numbers_of_idefics_are_the_command_s(capsys: pytest.CaptureFixture[str]) -> None:
+    document = section("idefics")
+    (command,) = re.findall(r"^ds-lvx (plan .*--group 8)$", document, re.MULTILINE)
+    alone, memory, sends, ring, step = (
+        cell.strip()
+        for cell in document.partition("|---|\n")[2].splitlines()[0].strip("|").split("|")
+    )
+    assert main(command.split()) == 0
+    out = capsys.readouterr().out
+    assert "2,048 text tokens, 900 frames = 57,600 visual tokens" in out
+    gather, of_ring = (
+        re.findall(rf"^  {method}  .*", out, re.MULTILINE)[0] for method in ("lvx gather", "ring")
+    )
+    assert all(cell in gather for cell in (memory, sends, step)), gather
+    assert ring in of_ring, of_ring
+    assert main([*command.split()[:-1], "1", "--json"]) == 0
+    (one,) = json.loads(capsys.readouterr().out)["steps"]
+    assert f"{one['memory']['peak'] / 2**30:.1f} GiB" == alone
 
 
 def test_json_has_every_method_and_its_parts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Who computes attention in the kernel benchmark: our kernels, PyTorch's backends, flash-attn.
 
-Ours take a `Visibility`; the others take a dense mask, where they take any.
+Ours take a `Visibility`; the others take a dense mask, where they take any, and know the causal one
+by name.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from ds_lvx.kernels import flash_version
 from ds_lvx.kernels.auto import AutoKernel
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.interface import Problem, Upstream
+from ds_lvx.kernels.rule import Structure
 
 SCORES_BYTES = 8 * 2**30
 """A candidate that would materialise more scores than this, in fp32, is left out."""
 
 IN_PLACE = {f"flash-{name.lower()}": name for name in flash_version.VERSIONS}
 """Our ``flash`` on another FlashAttention than PyTorch's own."""
-OURS = ("auto", "flash", "triton", "triton_atomic", "native", *IN_PLACE)
+OURS = ("auto", "flash", "cudnn", "triton", "triton_atomic", "native", *IN_PLACE)
 SAME = {("triton_atomic", "forward")}
 """Who has another's code there, and is not timed again."""
 BACKENDS = {
@@ -146,15 +148,16 @@ def _by_autograd(
 
 def _flash_attn(name: str, problem: Problem, dout: Tensor) -> Candidate:
     """The flash-attn package, where it is installed."""
-    if problem.rule is not None:
+    causal = _is_causal(problem)
+    if problem.rule is not None and not causal:
         raise LeftOut("flash_attn_func takes no mask")
     function = import_module(PACKAGES[name]).flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        found = function(q, k, v, softmax_scale=problem.softmax_scale)
+        found = function(q, k, v, softmax_scale=problem.softmax_scale, causal=causal)
         return found[0] if isinstance(found, tuple) else found
 
-    notes = {"mask": "none", "kv": "in place"}
+    notes = {"mask": "causal" if causal else "none", "kv": "in place"}
     return _by_autograd(attend, (problem.q, problem.k, problem.v), dout, notes=notes)
 
 
@@ -169,7 +172,9 @@ def _sdpa(name: str, problem: Problem, dout: Tensor) -> Candidate:
         _refuse_large_scores(problem)
     operands = problem.q, problem.k, problem.v
     group = problem.q.shape[2] // problem.k.shape[2]
-    mask = None if problem.rule is None else problem.rule.visibility.mask()[:, None]
+    causal, mask = _is_causal(problem), None
+    if problem.rule is not None and not causal:
+        mask = problem.rule.visibility.mask()[:, None]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = scaled_dot_product_attention(
@@ -177,6 +182,7 @@ def _sdpa(name: str, problem: Problem, dout: Tensor) -> Candidate:
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=mask,
+            is_causal=causal,
             scale=problem.softmax_scale,
             enable_gqa=q.shape[2] != k.shape[2],
         )
@@ -188,7 +194,7 @@ def _sdpa(name: str, problem: Problem, dout: Tensor) -> Candidate:
 
     active = partial(sdpa_kernel, BACKENDS[name])
     notes = {
-        "mask": "none" if mask is None else "dense bool",
+        "mask": "causal" if causal else "none" if mask is None else "dense bool",
         "mask_bytes": 0 if mask is None else mask.numel(),
         "kv": "in place",
     }
@@ -198,6 +204,11 @@ def _sdpa(name: str, problem: Problem, dout: Tensor) -> Candidate:
     repeated = problem.q, *(t.repeat_interleave(group, dim=2) for t in operands[1:])
     more: dict[str, Any] = {"notes": notes, "active": active, "by_key_head": summed}
     return _by_autograd(attend, repeated, dout, **more)
+
+
+def _is_causal(problem: Problem) -> bool:
+    """Whether the rule is the one that all implementations know by name."""
+    return problem.rule is not None and problem.rule.structure == Structure.CAUSAL
 
 
 def _groups_heads(

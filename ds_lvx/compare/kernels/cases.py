@@ -77,6 +77,8 @@ class KernelCase:
             )
             own = [min(max(end - keys.start, 0), len(keys)) for end in ends]
             visible, seen = sum(own) / shape.seqlen_q / len(keys), max(own) / len(keys)
+        elif shape.visibility == "causal":
+            visible = (shape.seqlen_q + 1) / (2 * shape.seqlen_q)
         return Problem(
             queries=shape.seqlen_q,
             keys=len(keys),
@@ -122,7 +124,16 @@ def _moss(ranks: int) -> Iterator[KernelCase]:
 MOSS = tuple(case for ranks in (1, 2, 4, 8) for case in _moss(ranks))
 """MOSS-VL on 1 to 8 ranks: text between the frames, which it sees up to its own place."""
 
-MEASURED = (*PAPER[2:6], *MOSS[-2:], *PAPER[6:8], *MOSS[:2], *PAPER[:2], *MOSS[2:-2], *PAPER[8:])
+TEXT = tuple(
+    KernelCase("text", 1, Shape(length, length, 1, 32, 8, 128, visibility="causal"))
+    for length in (4096, 16384)
+)
+"""Self-attention of the text, which every method but ring attention computes in one piece."""
+
+MEASURED = (
+    *(*PAPER[2:6], *MOSS[-2:], *TEXT[:1], *PAPER[6:8], *MOSS[:2], *PAPER[:2], *MOSS[2:-2]),
+    *(*PAPER[8:], *TEXT[1:]),
+)
 """All of them, in the order in which a run that is cut short should have them."""
 
 QUICK = (

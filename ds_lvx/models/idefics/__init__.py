@@ -1,1 +1,1 @@
-"""idefics (v1): its dimensions, for the planner."""
+"""idefics (v1). Importing this package imports no torch."""

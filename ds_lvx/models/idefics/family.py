@@ -1,0 +1,172 @@
+"""idefics (v1): which modules attend, and what the sharded text needs.
+
+Before every n-th layer of the text a gated layer attends to the images. Both run on this rank's
+shards; vision encoder and perceiver resampler run as they are, on this rank's images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import IdeficsConfig, IdeficsForVisionText2Text
+from transformers.models.idefics.modeling_idefics import IdeficsAttention
+from transformers.models.idefics.perceiver import IdeficsPerceiverAttention
+from transformers.models.idefics.vision import IdeficsVisionAttention
+
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.models.batch import Text
+from ds_lvx.models.contract import Family, Size
+from ds_lvx.models.dimensions import Model
+from ds_lvx.models.dispatch import Dispatched
+from ds_lvx.models.draft import Draft
+from ds_lvx.models.idefics import batch as batches
+from ds_lvx.models.idefics import dimensions, forward, sized
+from ds_lvx.models.idefics import processor as processors
+from ds_lvx.models.idefics.attention import Attention
+from ds_lvx.models.layers import Kind, Layer, LayerPlan
+from ds_lvx.models.patch import PatchedAttention
+from ds_lvx.models.visual import Visual
+
+_LOCAL = (IdeficsVisionAttention, IdeficsPerceiverAttention)
+
+
+class Idefics(Family):
+    """See `ds_lvx.models.contract.Family` for what each part does."""
+
+    keys = batches.KEYS
+    features_key = forward.FEATURES
+    patterns: Mapping[str, str] = {
+        "local": "*vision_model*",
+        "cross": "*.cross_attn",
+        "self": "*model.layers.*.self_attn",
+    }
+    # The text model's projections; encoder and perceiver have other names around theirs.
+    lora_targets = (
+        r"(.*\.)?model\.(layers|gated_cross_attn_layers)\.\d+\.\w+\.(q_proj|k_proj|v_proj|o_proj)"
+    )
+
+    # ---- patching
+
+    def find(self, model: nn.Module) -> IdeficsForVisionText2Text | None:
+        inside = (m for m in model.modules() if isinstance(m, IdeficsForVisionText2Text))
+        return next(inside, None)
+
+    def attention_layers(self, model: IdeficsForVisionText2Text) -> list[Layer]:
+        return [
+            _layer(name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, (IdeficsAttention, *_LOCAL))
+        ]
+
+    def forward(self, layer: Layer, plan: LayerPlan) -> PatchedAttention:
+        if layer.kind == "self" and not plan.recompute_kv:
+            return Dispatched(layer.module, plan)
+        return Attention(layer.module, plan)
+
+    def text_model(self, model: IdeficsForVisionText2Text) -> nn.Module:
+        return model.model
+
+    def check(self, model: IdeficsForVisionText2Text, *, sp_size: int) -> None:
+        layers: Any = model.model.layers
+        rope = layers[0].self_attn.rotary_emb.rope_type
+        if sp_size > 1 and ("dynamic" in rope or rope == "longrope"):
+            raise NotImplementedError(
+                f'got rope_type "{rope}", whose frequencies depend on the longest position that a '
+                'rank sees; expected "default", "linear", "yarn" or "llama3", or '
+                "sequence_parallel_size 1"
+            )
+
+    def install(self, model: IdeficsForVisionText2Text, plans: Sequence[LayerPlan]) -> None:
+        forward.install(model, offloads=any(plan.features == "offload" for plan in plans))
+
+    # ---- batches
+
+    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
+        return batches.visual(batch, text, model)
+
+    def blank(self, model: IdeficsForVisionText2Text) -> dict[str, Tensor]:
+        return batches.blank(model.config)
+
+    def shard(
+        self,
+        batch: Mapping[str, Any] | Draft,
+        model: Any,
+        *,
+        channel: Channel,
+        frames: str,
+        always_vision: bool,
+        records: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """A batch without images has a blank one that nobody sees, as the model wants it: gated
+        layers are never skipped, because their MLP runs for every token."""
+        return super().shard(
+            batch, model, channel=channel, frames=frames, always_vision=True, records=records
+        )
+
+    def media_text(self, processor: Any, times: Sequence[float] | None) -> str:
+        return processors.media_text(times)
+
+    def frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        return processors.frames(processor, input_ids, pictures, count=count, dtype=dtype)
+
+    # ---- models
+
+    def load_processor(self, name: str) -> processors.Processor:
+        return processors.Processor.of(name)
+
+    def vision_tower(self, model: IdeficsForVisionText2Text) -> Any:
+        return model.model.vision_model
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
+
+    def frame_tokens(self, config: Any) -> int:
+        return batches.image_tokens(config)
+
+    def config(self, size: Size) -> IdeficsConfig:
+        return sized.config_of(size)
+
+    def size(self, config: Any = None) -> Size:
+        return sized.size_of(config)
+
+    def build(
+        self, config: IdeficsConfig, *, gate: float, dtype: torch.dtype
+    ) -> IdeficsForVisionText2Text:
+        return sized.build(config, gate=gate, dtype=dtype)
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]:
+        return sized.random_frames(
+            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
+        )
+
+    def regions(self) -> Mapping[str, str]:
+        return {
+            r".*\bcross_attn": "cross_attention",
+            # Its layers as well: one that is checkpointed runs again by itself.
+            r"(.*\.)?model(\.(layers|gated_cross_attn_layers)\.\d+)?": "text",
+            r".*\blm_head": "text",
+            r".*\bvision_model": "vision",
+            r".*\bperceiver_resampler": "vision",
+        }
+
+
+def _layer(name: str, module: Any) -> Layer:
+    kind: Kind = "local"
+    if isinstance(module, IdeficsAttention):
+        kind = "cross" if module.is_cross_attention else "self"
+    heads = int(getattr(module, "n_heads", None) or module.num_heads)
+    width = int(module.k_proj.in_features)
+    return Layer(name, kind, module, heads, heads, int(module.head_dim), width)

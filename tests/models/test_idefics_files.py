@@ -1,0 +1,152 @@
+"""idefics from a checkpoint's folder: its own processor's text, pixels and mask."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import IdeficsProcessor, PreTrainedTokenizerFast
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+
+from ds_lvx.compare.case import (
+    Setting,
+    build_model,
+    cut,
+    ds_config,
+    make_batch,
+    part_of,
+    random_case,
+)
+from ds_lvx.config import LVXConfig
+from ds_lvx.data.batch import BatchMaker, FrameRate
+from ds_lvx.data.chat import read_conversations
+from ds_lvx.data.text import TextEncoder
+from ds_lvx.models import patch_model
+from ds_lvx.models.registry import FAMILIES
+from ds_lvx.sharding import shard_batch
+from ds_lvx.training.model import Source
+from tests.data.media import chat, write_image, write_jsonl, write_video
+from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.models.idefics_case import SIZE, tiny_model
+from tests.models.moss_vl_case import OneRank
+from tests.ranks import run_ranks
+
+FAKE = "<fake_token_around_image>"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, and two samples."""
+    folder = tmp_path_factory.mktemp("idefics")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ("<s>", "</s>", "<unk>", FAKE, "<image>")
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+    )
+    images = IdeficsImageProcessorPil(image_size=SIZE)
+    IdeficsProcessor(images, fast, image_size=SIZE).save_pretrained(folder)
+    added = {"vocab_size": len(fast) - 2, "additional_vocab_size": 2}
+    tiny_model(**added, max_position_embeddings=512).save_pretrained(folder)
+    write_video(folder / "a.mp4")
+    write_image(folder / "a.png", (40, 24))
+    write_jsonl(
+        folder / "train.jsonl",
+        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
+        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="It is green."),
+    )
+    return folder
+
+
+def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:
+    """Every sample with all its frames, as one process takes it."""
+    source = Source.of(str(folder))
+    encoder = TextEncoder(source.processor, 512, family=source.family)
+    maker = BatchMaker(encoder, FrameRate(count=frames), owned=range)
+    conversations = read_conversations(folder / "train.jsonl")
+    return [dict(maker.batch([each]).inputs) for each in conversations]
+
+
+def test_text_pixels_and_mask_are_those_of_the_model_s_processor(folder: Path) -> None:
+    processor = Source.of(str(folder)).processor
+    image = Image.open(folder / "a.png")
+    theirs = processor.own(text=[["Look", image, image, "end</s>a", image, "b"]])
+    ids, mask = theirs["input_ids"], theirs["image_attention_mask"]
+    mine = FAMILIES.named("idefics").frames(
+        processor, ids, [[image] * 3], count=3, dtype=torch.float32
+    )
+    start, end = mine["visible_images"].unbind(dim=-1)
+    index = torch.arange(3)
+    seen = (start[..., None] <= index) & (index < end[..., None])
+    assert torch.equal(seen, mask.bool())
+    assert not seen.any(dim=-1).all()
+    torch.testing.assert_close(mine["pixel_values"], theirs["pixel_values"])
+    ids = whole_batches(folder, frames=3)[1]["input_ids"][0]
+    assert processor.tokenizer.decode(ids) == (
+        f"<s>User: Look{FAKE}<image>{FAKE}{FAKE}<image>{FAKE}<image>{FAKE}<image>{FAKE}\n"
+        "Assistant: It is green.</s>\n"
+    )
+
+
+def test_a_comparison_trains_a_model_of_random_weights() -> None:
+    case = cut(random_case("idefics"), hidden=256, cross_layers=1, self_layers=2, vision_layers=1)
+    sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 28}
+    case = replace(case, **sizes, vocabulary=96, text_tokens=8)
+    model = build_model(case, dtype=torch.float32)
+    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
+    config = ds_config(Setting("lvx", True, False), case, ranks=1)
+    groups: Any = OneRank()
+    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    shard = shard_batch(batch, model=model, frames="local")
+    assert shard["ds_lvx"].kv_lengths == (2 * case.frame_tokens,)
+    model(**shard).loss.backward()
+    silent = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert all("post_layernorm" in name for name in silent)
+    regions = case.contract().regions()
+    parts = {part_of(name, regions) for name, _ in model.named_parameters()}
+    assert parts == {"cross_attention", "text", "vision"}
+
+
+@pytest.mark.slow
+def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    config = json.loads(Path(write_config(tmp_path / "ds.json", stage=3)).read_text())
+    config["ds_lvx"]["layers"][2]["match"] = FAMILIES.named("idefics").patterns["self"]
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    given = {
+        "model": folder,
+        "data": folder / "train.jsonl",
+        "frames": 3,
+        "deepspeed_config": str(tmp_path / "ds.json"),
+        "output_dir": tmp_path / "out",
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "lr_scheduler": "constant",
+    }
+    run_ranks(finetune, 2, *arguments(**given))
+    losses = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    assert len(losses) == 2
+    source = Source.of(str(folder))
+    start = []
+    for batch in whole_batches(folder, frames=3):
+        model, labels = source.load(torch.float32), batch.pop("labels")
+        seen = batch.pop("visible_images")
+        index = torch.arange(batch["pixel_values"].shape[1])
+        mask = (seen[..., :1] <= index) & (index < seen[..., 1:])
+        logits = model(**batch, image_attention_mask=mask).logits[0, :-1]
+        start.append(torch.nn.functional.cross_entropy(logits, labels[0, 1:]).item())
+    assert losses[0] in [pytest.approx(each, abs=1e-5) for each in start]
+    trained = Source.of(str(tmp_path / "out" / "model"))
+    assert trained.processor.image_token_id == source.processor.image_token_id
