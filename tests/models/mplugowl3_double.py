@@ -1,6 +1,6 @@
 """A compact double of mPLUG-Owl3 (241101) for tests: its modules, names, inputs and numbers, dense
-masks. Written from a description of the model. ``B`` samples, ``T`` text tokens, ``P`` visual
-tokens of an image.
+masks. Written from a description of the model, with one intended difference: hyper layers, too, do
+not see the padding of a batch. ``B`` samples, ``T`` text tokens, ``P`` visual tokens of an image.
 """
 
 from __future__ import annotations
@@ -10,25 +10,31 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
-class MPlugOwl3Config(PreTrainedConfig):
-    model_type = "mplugowl3"
+class SiglipVisionConfig(PreTrainedConfig):
+    model_type = "siglip_vision_model"
 
     def __init__(self, **kwargs):
+        self.hidden_size, self.num_attention_heads, self.num_hidden_layers = 16, 2, 3
+        self.image_size, self.patch_size, self.intermediate_size = 8, 4, 24
+        super().__init__(**kwargs)
+
+
+class mPLUGOwl3Config(PreTrainedConfig):  # noqa: N801  (the model's own name)
+    model_type = "mplugowl3"
+
+    def __init__(self, vision_config=None, vision_batch_size=2, **kwargs):
         self.vocab_size, self.hidden_size, self.intermediate_size = 96, 32, 48
         self.num_hidden_layers, self.num_attention_heads, self.num_key_value_heads = 4, 4, 2
         self.hyper_layers, self.rope_theta, self.rms_norm_eps = [1, 3], 1e4, 1e-6
-        self.attention_dropout = 0.0
-        self.vision_config = SimpleNamespace(
-            hidden_size=16, num_attention_heads=2, num_hidden_layers=3, image_size=8, patch_size=4
-        )
-        super().__init__(**kwargs)
-
-    def to_dict(self):
-        return {**vars(self), "vision_config": vars(self.vision_config)}
+        self.attention_dropout, self.max_position_embeddings = 0.0, 512
+        self.vision_batch_size = vision_batch_size
+        given = isinstance(vision_config, SiglipVisionConfig)
+        self.vision_config = vision_config if given else SiglipVisionConfig(**(vision_config or {}))
+        super().__init__(tie_word_embeddings=False, **kwargs)
 
 
 def rope(x, positions, theta):
@@ -63,11 +69,29 @@ class SiglipEncoderLayer(nn.Module):
         width = config.hidden_size
         self.self_attn = SiglipAttention(config)
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, width))
+        inner = config.intermediate_size
+        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
+
+
+class SiglipEncoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        layers = (SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
+        self.gradient_checkpointing = False
+
+    def forward(self, x):
+        states = [x]
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                states.append(self._gradient_checkpointing_func(layer.__call__, states[-1]))
+            else:
+                states.append(layer(states[-1]))
+        return states
 
 
 class SiglipVisionTransformer(nn.Module):
@@ -75,14 +99,15 @@ class SiglipVisionTransformer(nn.Module):
         super().__init__()
         side, width = config.patch_size, config.hidden_size
         self.patch_embedding = nn.Conv2d(3, width, side, stride=side)
-        layers = (SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.layers = nn.ModuleList(layers)
+        self.position_embedding = nn.Embedding((config.image_size // side) ** 2, width)
+        places = torch.arange(self.position_embedding.num_embeddings)[None]
+        self.register_buffer("position_ids", places, persistent=False)
+        self.encoder = SiglipEncoder(config)
 
     def forward(self, pixel_values, output_hidden_states=True):
-        states = [self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        return SimpleNamespace(hidden_states=states)
+        x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        x = x + self.position_embedding(self.position_ids)
+        return SimpleNamespace(hidden_states=self.encoder(x))
 
 
 class Qwen2RMSNorm(nn.Module):
@@ -127,6 +152,8 @@ class HyperQwen2SdpaAttention(nn.Module):
         for sample in range(len(x)):
             keys, values = k[sample : sample + 1], v[sample : sample + 1]
             sees = index <= index[:, None]
+            if attention_mask is not None:
+                sees = sees & (attention_mask[sample] != 0)
             if image_embeds is not None and len(media_offset[sample]):
                 starts = media_offset[sample]
                 images = image_embeds[first : first + len(starts)]
@@ -193,27 +220,42 @@ class HyperQwen2DecoderLayer(nn.Module):
         return (hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)),)
 
 
-class HyperQwen2Model(nn.Module):
+class mPLUGOwl3PreTrainedModel(PreTrainedModel):  # noqa: N801
+    config_class = mPLUGOwl3Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HyperQwen2DecoderLayer"]  # noqa: RUF012
+
+
+class HyperQwen2Model(mPLUGOwl3PreTrainedModel):
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = (HyperQwen2DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = Qwen2RMSNorm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
 
-    def forward(self, input_ids, image_embeds=None, media_offset=None):
+    def forward(self, input_ids, attention_mask=None, image_embeds=None, media_offset=None):
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
-            x = layer(x, image_embeds=image_embeds, media_offset=media_offset)[0]
+            given = x, attention_mask, None, image_embeds, media_offset
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer.__call__, *given)[0]
+            else:
+                x = layer(*given)[0]
         return self.norm(x)
 
 
-class HyperQwen2ForCausalLM(nn.Module):
+class HyperQwen2ForCausalLM(mPLUGOwl3PreTrainedModel):
+    _tied_weights_keys = ["lm_head.weight"]  # noqa: RUF012  (a list, as in its own code)
+
     def __init__(self, config):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.model = HyperQwen2Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
     def forward(
         self,
@@ -225,29 +267,38 @@ class HyperQwen2ForCausalLM(nn.Module):
         labels=None,
         use_cache=None,
     ):
-        logits = self.lm_head(self.model(input_ids, image_embeds, media_offset)).float()
+        x = self.model(input_ids, attention_mask, image_embeds, media_offset)
+        logits = self.lm_head(x).float()
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
-class mPLUGOwl3Model(nn.Module):  # noqa: N801  (the model's own name)
+class mPLUGOwl3Model(mPLUGOwl3PreTrainedModel):  # noqa: N801
     def __init__(self, config):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.language_model = HyperQwen2ForCausalLM(config)
         self.vision_model = SiglipVisionTransformer(config.vision_config)
         inner, outer = config.vision_config.hidden_size, config.hidden_size
         self.vision2text_model = nn.Sequential(
             nn.Linear(inner, outer), nn.GELU(), nn.Linear(outer, outer)
         )
+        self.vision_batch_size = config.vision_batch_size
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.model.embed_tokens
+
+    def _small_batched_forward(self, pixel_values):
+        parts = pixel_values.split(self.vision_batch_size)
+        return torch.cat([self.vision_model(part).hidden_states[-2] for part in parts])
 
     def forward_image(self, pixel_values):
         if pixel_values is None:
             return None
-        states = self.vision_model(pixel_values, output_hidden_states=True).hidden_states[-2]
-        return self.vision2text_model(states)
+        dtype = self.language_model.model.embed_tokens.weight.dtype
+        return self.vision2text_model(self._small_batched_forward(pixel_values.to(dtype)))
 
     def forward(self, pixel_values=None, **kwargs):
         return self.language_model(image_embeds=self.forward_image(pixel_values), **kwargs)

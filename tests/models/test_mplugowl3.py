@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from ds_lvx.config import LVXConfig
-from ds_lvx.models.batch import Text
-from ds_lvx.models.mplugowl3.batch import visual
-from ds_lvx.models.mplugowl3.family import MPlugOwl3
-from ds_lvx.models.prepare import patch
-from tests.models import mllama_case
 from tests.models.mllama_case import (
     assert_same_training,
     plain_step,
     reference_steps,
     sharded_steps,
 )
-from tests.models.mplugowl3_double import MPlugOwl3Config, mPLUGOwl3Model
+from tests.models.mplugowl3_case import (
+    Batch,
+    ds_config,
+    hard_batch,
+    left_padded,
+    lora_model,
+    one_image,
+    seen_by_nobody,
+    text_only,
+    tiny_model,
+)
 from tests.ranks import run_ranks
 
-Batch = dict[str, Any]
 RECOMPUTE: dict[str, Any] = {"method": "lvx", "recompute_kv": True}
 RULES: dict[str, tuple[dict[str, Any], str]] = {
     # the rule of the hyper layers, the method of the other text layers
@@ -33,64 +36,19 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "ring": ({"method": "ring"}, "lvx"),
     "recompute": (RECOMPUTE, "ulysses"),
 }
-
-
-def tiny_model() -> mPLUGOwl3Model:
-    """Four text layers, two of them hyper layers; nothing at 0 or 1; always the same weights."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = mPLUGOwl3Model(MPlugOwl3Config())
-        for name, parameter in model.named_parameters():
-            if "norm" in name and name.endswith("weight"):
-                torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
-            else:
-                torch.nn.init.normal_(parameter, std=0.2)
-        # The last layer of the tower is not used by the model either.
-        model.vision_model.layers[-1].requires_grad_(False)
-    return model
-
-
-def make_batch(images_at: Sequence[Sequence[int]], *, lengths: Sequence[int], seed: int) -> Batch:
-    """A batch as the processor returns it, padded on the right, with labels."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 96, (len(lengths), max(lengths)), generator=generator)
-    valid = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    count = sum(map(len, images_at))
-    labels = ids.masked_fill(valid == 0, -100)
-    for row, places in enumerate(images_at):
-        labels[row, list(places)] = -100
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "pixel_values": torch.randn(count, 3, 8, 8, generator=generator),
-        "media_offset": [torch.tensor(list(places), dtype=torch.int64) for places in images_at],
-    }
-
-
-def hard_batch(seed: int = 0) -> Batch:
-    """Text before the first image, unequal texts, a sample without images."""
-    return make_batch([[2, 3, 7, 9], [0], []], lengths=[15, 12, 7], seed=seed)
-
-
-def one_image(seed: int = 1) -> Batch:
-    return make_batch([[4]], lengths=[11], seed=seed)
-
-
-def text_only(seed: int = 2) -> Batch:
-    batch = make_batch([[], []], lengths=[9, 13], seed=seed)
-    del batch["pixel_values"]
-    return batch
-
-
-BATCHES = {make.__name__: make for make in (hard_batch, one_image, text_only)}
+UNUSED = "vision_model.encoder.layers.2."  # frozen: the model does not use it
 
 
 def rules(name: str, ranks: int, stage: int = 0) -> dict[str, Any]:
     hyper, text = RULES[name]
-    config = mllama_case.ds_config(stage=stage, sp_size=ranks, cross=hyper, self_attn=text)
-    hyper_layers = "*.layers.[02].self_attn"
-    config["ds_lvx"]["layers"][1]["match"] = hyper_layers
-    return config
+    return ds_config(stage=stage, sp_size=ranks, cross=hyper, self_attn=text)
+
+
+# ---- every kind of batch
+
+BATCHES = {
+    make.__name__: make for make in (hard_batch, left_padded, one_image, seen_by_nobody, text_only)
+}
 
 
 @functools.cache
@@ -98,85 +56,170 @@ def reference(name: str) -> dict[str, Any]:
     return reference_steps([[BATCHES[name]()]], tiny_model())
 
 
-def compared(results: list[dict[str, Any]], expected: dict[str, Any], ranks: int) -> None:
-    """Of gradients those of parameters that train; the others have none in one process."""
+def trained_only(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`plain_step` of all ranks without the gradients of what is frozen."""
     for result in results:
-        result["grads"] = {n: g for n, g in result["grads"].items() if n in expected["grads"]}
-    assert_same_training(results, expected, sp_size=ranks)
+        result["grads"] = {k: v for k, v in result["grads"].items() if not k.startswith(UNUSED)}
+    return results
 
 
-def step_each(ranks: int) -> list[dict[str, Any]]:
+def step_each(ranks: int, offset: int) -> list[dict[str, Any]]:
+    order = list(RULES) * 3
     return [
-        plain_step(rules(name, ranks), make(), model=tiny_model())
-        for name in RULES
-        for make in BATCHES.values()
+        plain_step(rules(rule, ranks), make(), model=tiny_model())
+        for make, rule in zip(BATCHES.values(), order[offset:], strict=False)
     ]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_every_kind_of_batch_equals_one_process(ranks: int) -> None:
-    results = run_ranks(step_each, ranks, ranks)
-    cases = [(rule, name) for rule in RULES for name in BATCHES]
-    for index, (rule, name) in enumerate(cases):
+@pytest.mark.parametrize(
+    ("ranks", "offset"),
+    [(1, 3), (2, 0), *(pytest.param(3, n, marks=pytest.mark.slow) for n in range(4))],
+)
+def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
+    results = run_ranks(step_each, ranks, ranks, offset)
+    for index, name in enumerate(BATCHES):
+        mine = trained_only([each[index] for each in results])
         try:
-            compared([each[index] for each in results], reference(name), ranks)
+            assert_same_training(mine, reference(name), sp_size=ranks)
         except AssertionError as error:
-            raise AssertionError(f"{name} by {rule} on {ranks} ranks: {error}") from error
+            raise AssertionError(f"{name} on {ranks} ranks: {error}") from error
+        missing = {n for each in mine for n in each["missing"] if not n.startswith(UNUSED)}
+        assert missing == set(), name
 
 
 def test_reference_has_gradients_everywhere() -> None:
     """Else the comparisons compare zeros."""
-    assert all(grad.any() for grad in reference("hard_batch")["grads"].values())
+    silent = {name for name, grad in reference("hard_batch")["grads"].items() if not grad.any()}
+    assert silent == set()
 
 
-def train_each(config: dict[str, Any], batches: Any) -> dict[str, Any]:
-    return sharded_steps(config, batches, model=tiny_model())
+def test_a_padded_sample_has_the_loss_that_it_has_alone() -> None:
+    """In the double; here by the comparisons with it."""
+    batch, model = left_padded(), tiny_model()
+    losses, labelled, first = [], [], 0
+    for row, places in enumerate(batch["media_offset"]):
+        here = batch["attention_mask"][row].bool()
+        last = first + len(places)
+        alone = {key: batch[key][row : row + 1, here] for key in ("input_ids", "labels")}
+        places = places - int((~here).sum())
+        pixels = batch["pixel_values"][first:last]
+        losses.append(model(**alone, pixel_values=pixels, media_offset=[places]).loss)
+        labelled.append((alone["labels"][:, 1:] != -100).sum())
+        first = last
+    total = sum(loss * count for loss, count in zip(losses, labelled, strict=True))
+    torch.testing.assert_close(total / sum(labelled), model(**batch).loss)
+
+
+def local_images(batch: Batch, cuts: list[list[int]], rank: int) -> Batch:
+    """Sample b's images ``cuts[b][rank]`` to ``cuts[b][rank + 1]``."""
+    counts = [len(places) for places in batch["media_offset"]]
+    mine = [
+        image
+        for images, cut in zip(batch["pixel_values"].split(counts), cuts, strict=True)
+        for image in images[cut[rank] : cut[rank + 1]]
+    ]
+    return {
+        **batch,
+        "pixel_values": torch.stack(mine) if mine else None,
+        "images_per_sample": torch.tensor([cut[rank + 1] - cut[rank] for cut in cuts]),
+    }
+
+
+def step_local(cuts: list[list[int]]) -> dict[str, Any]:
+    batch = local_images(hard_batch(5), cuts, torch.distributed.get_rank())
+    return plain_step(rules("recompute", 2), batch, frames="local", model=tiny_model())
 
 
 @pytest.mark.parametrize(
-    ("stage", "name"),
-    [
-        (3, "recompute"),
-        pytest.param(0, "recompute", marks=pytest.mark.slow),
-        pytest.param(2, "lvx", marks=pytest.mark.slow),
-        pytest.param(1, "ring", marks=pytest.mark.slow),
-    ],
+    "cuts", [[[0, 1, 4], [0, 1, 1], [0, 0, 0]], [[0, 0, 4], [0, 0, 1], [0] * 3]]
 )
-def test_training_equals_one_process(stage: int, name: str) -> None:
-    batches = [[hard_batch(0)], [one_image(1)]]
-    results = run_ranks(train_each, 2, rules(name, 2, stage), batches)
-    assert_same_training(results, reference_steps(batches, tiny_model()), sp_size=2)
+def test_images_that_are_on_their_ranks_already(cuts: list[list[int]]) -> None:
+    expected = reference_steps([[hard_batch(5)]], tiny_model())
+    assert_same_training(trained_only(run_ranks(step_local, 2, cuts)), expected, sp_size=2)
 
 
-def test_a_replica_without_images_beside_one_with_images() -> None:
-    """Under ZeRO-3 both run an image through the tower."""
+def wrong_local() -> str:
+    batch = local_images(
+        hard_batch(), [[0, 1, 2], [0, 1, 1], [0] * 3], torch.distributed.get_rank()
+    )
+    try:
+        plain_step(rules("lvx", 2), batch, frames="local", model=tiny_model())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_images_that_are_on_no_rank_are_missed_on_all() -> None:
+    for message in run_ranks(wrong_local, 2):
+        assert (
+            "got pixel_values of [2, 1, 0] images by sample, and media_offset of [4, 1, 0]"
+            in message
+        )
+
+
+# ---- training
+
+
+def train_each(jobs: list[tuple[dict[str, Any], Any]], batches: Any) -> list[dict[str, Any]]:
+    return [sharded_steps(config, batches, model=make()) for config, make in jobs]
+
+
+def check(
+    jobs: list[tuple[dict[str, Any], Any]], *, ranks: int, batches: Any, sp_size: int
+) -> None:
+    results = run_ranks(train_each, ranks, jobs, batches)
+    for index, (config, make) in enumerate(jobs):
+        expected = reference_steps(batches, make())
+        try:
+            assert_same_training([each[index] for each in results], expected, sp_size=sp_size)
+        except AssertionError as error:
+            raise AssertionError(f"job {index}, {config}: {error}") from error
+
+
+def checkpointed(make: Any, *, reentrant: bool = False) -> Any:
+    model = make()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return model
+
+
+def section(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    return {**config, "activation_checkpointing": settings}
+
+
+def frozen_text() -> Any:
+    model = tiny_model()
+    model.language_model.requires_grad_(False)
+    return model
+
+
+def test_training_equals_one_process() -> None:
+    """Two steps: methods, stages, checkpoints, LoRA, a frozen text model."""
+    jobs = [
+        (rules("recompute", 2, 3), tiny_model),
+        (rules("chunks", 2, 2), partial(checkpointed, lora_model)),
+        (section(rules("lvx", 2, 3)), tiny_model),
+        (rules("ring", 2, 0), partial(checkpointed, tiny_model, reentrant=True)),
+        (section(rules("recompute", 2, 1), partition_activations=True), frozen_text),
+    ]
+    check(jobs, ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["recompute", "lvx"])
+def test_every_stage_equals_one_process(name: str) -> None:
+    jobs = [(rules(name, 3, stage), tiny_model) for stage in range(4)]
+    check(jobs, ranks=3, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=3)
+
+
+@pytest.mark.slow
+def test_a_rank_without_images_trains_along() -> None:
+    jobs = [(rules("recompute", 3, 3), tiny_model), (rules("lvx", 3, 0), tiny_model)]
+    check(jobs, ranks=3, batches=[[one_image(7)], [text_only(8)]], sp_size=3)
+
+
+@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_replica_without_images_beside_one_with_images(sp_size: int) -> None:
+    """Under ZeRO-3 both run an image through the tower, once, whatever ``vision_batch_size``."""
     batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
-    results = run_ranks(train_each, 2, rules("recompute", 1, 3), batches)
-    assert_same_training(results, reference_steps(batches, tiny_model()), sp_size=1)
-
-
-def test_what_hyper_layers_cannot_do_is_refused() -> None:
-    config = rules("lvx", 2)
-    config["ds_lvx"]["layers"][1].update(method="ulysses", schedule="auto")
-    with pytest.raises(NotImplementedError, match=r"layers\.0\.self_attn, a hyper layer .*'ring'"):
-        patch(MPlugOwl3(), tiny_model(), LVXConfig.from_ds_config(config), sp_size=2)
-    gated = tiny_model()
-    gated.language_model.model.layers[0].self_attn.gate = torch.nn.Parameter(torch.zeros(32))
-    with pytest.raises(NotImplementedError, match="expected release 241101"):
-        MPlugOwl3().check(gated, sp_size=2)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"media_offset": [torch.tensor([2, 11])]}, r"\[2, 11\] for sample 0; .* from 0 to 10"),
-        ({"media_offset": [torch.tensor([4, 2])]}, "that go up"),
-        ({"media_offset": [torch.tensor([2, 4])]}, r"\(1, 3, 8, 8\) for 2 images in media_offset"),
-        ({"media_offset": []}, "expected a list with a tensor for each of 1 samples"),
-        ({"pixel_values": torch.zeros(1, 3, 9, 9)}, r"\(1, 3, 9, 9\).*expected \(1, 3, 8, 8\)"),
-    ],
-)
-def test_offsets_that_do_not_fit(change: Batch, message: str) -> None:
-    batch = {**one_image(), **change}
-    with pytest.raises(ValueError, match=message):
-        visual(batch, Text.of(batch), tiny_model())
+    jobs = [(rules("lvx", sp_size, 3), tiny_model)]
+    check(jobs, ranks=2 * sp_size, batches=batches, sp_size=sp_size)

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import Text, split
+from ds_lvx.models.batch import Text, digest, split
 from ds_lvx.models.visual import Runs, Visual
 
 PIXELS = "pixel_values"
 OFFSETS = "media_offset"
-KEYS = (PIXELS, OFFSETS)
+COUNTS = "images_per_sample"
+"""How many of a sample's images the pixels at hand are: int64 ``[B]``; of use for local images."""
+KEYS = (PIXELS, OFFSETS, COUNTS)
 PLACES = "image_places"
 """Where each image of this rank goes in ``[B * n_r]``: int64 ``[images]``."""
 POSITIONS = "image_positions"
@@ -32,37 +34,41 @@ class Images(Visual):
 
     Attributes:
         sample, position: int64 ``[N]``, of each image: its sample, and where it stands in the text.
-        holder: int64 ``[N]``, the rank of each image; None where all are at hand.
+        here: int64 ``[B]``, images of each sample whose pixels are at hand.
+        holder: int64 ``[N]``, the rank of each image; None where only this rank's are known.
         ranks: that share the batch, where ``holder`` is known.
     """
 
     sample: Tensor
     position: Tensor
+    here: Tensor
     holder: Tensor | None = None
     ranks: int = 0
 
     def part(self, rank: int, size: int) -> Images:
         """This rank's images, of pixels that are those of all."""
+        self._check(self.here)
         holder = self._dealt(size)
         cut = {key: value[holder == rank] for key, value in self.arguments.items()}
         return replace(self, holder=holder, ranks=size, arguments=cut)
 
     def shared_record(self) -> dict[str, Any]:
         """What must be the same on every rank of the group."""
-        return {**super().shared_record(), OFFSETS: self.position.tolist()}
+        return {**super().shared_record(), OFFSETS: digest(self.sample, self.position)}
 
     def record(self) -> dict[str, Any]:
-        """Nothing that the other ranks do not know.
+        """What the other ranks must hear of: how many images are here, where they do not know."""
+        alone = {} if self.holder is not None else {COUNTS: self.here.tolist()}
+        return {**super().record(), **alone}
 
-        Raises:
-            NotImplementedError: images that are on their ranks already.
-        """
-        if self.holder is None:
-            raise NotImplementedError(
-                'got frames="local" for mPLUG-Owl3; expected frames="all": the whole batch on '
-                "every rank"
-            )
-        return super().record()
+    def settled(self, records: Sequence[Mapping[str, Any]]) -> Images:
+        """With the rank of each image: those of a sample lie on the ranks in order."""
+        if self.holder is not None:
+            return self
+        held = torch.tensor([record[COUNTS] for record in records])
+        self._check(held.sum(dim=0))
+        ranks = torch.arange(len(records)).repeat(held.shape[1])
+        return replace(self, holder=ranks.repeat_interleave(held.T.flatten()), ranks=len(records))
 
     def shares(self, parts: int) -> tuple[int, ...]:
         """Images by rank."""
@@ -102,6 +108,15 @@ class Images(Visual):
         assert self.holder is not None, "part() comes first"
         return self.holder
 
+    def _check(self, found: Tensor) -> None:
+        """Compare images by sample, int64 ``[B]``, with the offsets."""
+        if not torch.equal(found, self._counts()):
+            raise ValueError(
+                f"got {PIXELS} of {found.tolist()} images by sample, and {OFFSETS} of "
+                f"{self._counts().tolist()}; expected an image for each of its tokens in the text: "
+                'pass the images of all ranks, or frames="local" and on all ranks together all'
+            )
+
     def _dealt(self, parts: int) -> Tensor:
         """The rank of each image: each sample's in runs of about as many."""
         each = [
@@ -134,30 +149,76 @@ def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Images:
     images whose tokens are before it, or are it.
 
     Raises:
-        ValueError: offsets that do not fit the text, or pixels that do not fit the offsets.
+        ValueError: offsets that do not fit the text, pixels that do not fit the offsets or the
+            model, or positions of the caller's own.
     """
+    _check_positions(text)
     offsets = _offsets(batch, text)
-    position = torch.cat([torch.zeros(0, dtype=torch.int64), *offsets])
     counts = torch.tensor([len(each) for each in offsets])
-    pixels, side = batch.get(PIXELS), model.config.vision_config.image_size
-    found = 0 if pixels is None else tuple(pixels.shape)
-    wanted = (len(position), 3, side, side)
-    if found != wanted and (pixels is not None or len(position)):
-        raise ValueError(
-            f"got {PIXELS} {found} for {len(position)} images in {OFFSETS}; expected {wanted}: "
-            "use the processor that belongs to the model"
-        )
     index = torch.arange(text.shape[1])
     seen = [torch.searchsorted(each, index, right=True) for each in offsets]
     end = torch.stack(seen).to(torch.int32)
+    rows = _check_pixels(batch.get(PIXELS), model.config.vision_config)
     return Images(
-        count=len(position),
+        count=rows,
         unit_tokens=image_tokens(model.config),
-        arguments={} if pixels is None else {PIXELS: pixels},
+        arguments={PIXELS: batch[PIXELS]} if PIXELS in batch else {},
         runs=Runs(torch.zeros_like(end), end, None, None),
         sample=torch.arange(len(counts)).repeat_interleave(counts),
-        position=position,
+        position=torch.cat([torch.zeros(0, dtype=torch.int64), *offsets]),
+        here=_here(batch.get(COUNTS), rows, counts),
     )
+
+
+def _check_positions(text: Text) -> None:
+    """Positions are the tokens' places in their row, as those of their images are."""
+    places = torch.arange(text.shape[1])
+    if text.position_ids is not None and bool((text.position_ids.cpu() != places).any()):
+        raise ValueError(
+            "got position_ids that are not 0, 1, 2, ...; expected none: images stand where their "
+            "tokens are in the row, and samples packed into one row would see each other; give "
+            "each sample a row of its own"
+        )
+
+
+def _check_pixels(pixels: Any, vision: Any) -> int:
+    """How many images there are."""
+    if pixels is None:
+        return 0
+    found: Any = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+    side = vision.image_size
+    images = found[0] if isinstance(found, tuple) and found else 0
+    if found != (images, 3, side, side):
+        raise ValueError(
+            f"got {PIXELS} {found}; expected (images, 3, {side}, {side}), all samples' one after "
+            "the other: use the processor that belongs to the model"
+        )
+    return int(images)
+
+
+def _here(given: Any, rows: int, counts: Tensor) -> Tensor:
+    """Images by sample of ``rows`` images at hand.
+
+    Args:
+        given: as the caller has it, or None: all images, or the only sample's.
+        rows: images at hand.
+        counts: int64 ``[B]``, of all ranks.
+    """
+    if given is None:
+        total = int(counts.sum())
+        if len(counts) > 1 and rows not in (0, total):
+            raise ValueError(
+                f"got {PIXELS} of {rows} images, of {total} in {len(counts)} samples; expected all "
+                f"of them, or {COUNTS} [batch] beside them: how many of each sample these are"
+            )
+        return counts if rows == total else torch.tensor([rows] + [0] * (len(counts) - 1))
+    here = torch.as_tensor(given, dtype=torch.int64).cpu().flatten()
+    if len(here) != len(counts) or bool((here < 0).any()) or int(here.sum()) != rows:
+        raise ValueError(
+            f"got {COUNTS} {here.tolist()} for {rows} images; expected one number for each of "
+            f"{len(counts)} samples, which add up to the images at hand"
+        )
+    return here
 
 
 def _offsets(batch: Mapping[str, Any], text: Text) -> list[Tensor]:

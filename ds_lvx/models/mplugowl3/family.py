@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ds_lvx.distributed.channel import Channel
 from ds_lvx.models.batch import Text
 from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
-from ds_lvx.models.layers import Layer, LayerPlan
+from ds_lvx.models.draft import Draft
+from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.mplugowl3 import batch as batches
 from ds_lvx.models.mplugowl3 import dimensions, forward
 from ds_lvx.models.mplugowl3.attention import Attention
@@ -23,6 +25,8 @@ from ds_lvx.models.patch import PatchedAttention
 from ds_lvx.models.visual import Visual
 
 _MODEL = "mPLUGOwl3Model"
+_IMAGES = "v_kv_proj"
+"""Of a hyper layer's attention; its rule goes by this name, not by that of the text's attention."""
 _GATE = "gate"  # of release 240728
 
 
@@ -31,8 +35,12 @@ class MPlugOwl3(Family):
 
     keys = batches.KEYS
     features_key = forward.FEATURES
-    patterns: Mapping[str, str] = {"local": "*vision_model*", "self": "*language_model*.self_attn"}
-    lora_targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
+    patterns: Mapping[str, str] = {
+        "local": "*vision_model*",
+        "cross": f"*.{_IMAGES}",
+        "self": "*language_model*.self_attn",
+    }
+    lora_targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|v_kv_proj)"
 
     # ---- patching
 
@@ -57,6 +65,12 @@ class MPlugOwl3(Family):
                 f"ds_lvx.layers: got method {plan.method!r} for {plan.name}, a hyper layer of "
                 "mPLUG-Owl3, whose softmax over images and text needs lse; use 'lvx' or 'ring'"
             )
+        if plan.features == "offload":
+            raise NotImplementedError(
+                f'ds_lvx.layers: got features "offload" for {plan.name}, a hyper layer of '
+                "mPLUG-Owl3, whose own forward norms the features on the device; remove it from "
+                "the rule, and checkpoint the layers"
+            )
         return Attention(layer, plan)
 
     def text_model(self, model: Any) -> nn.Module:
@@ -73,6 +87,7 @@ class MPlugOwl3(Family):
         text = model.language_model
         # Before the hook that checks the features and shares them.
         text.register_forward_pre_hook(forward.Pack(text), with_kwargs=True, prepend=True)
+        model.register_forward_pre_hook(forward.EncodeOnce(model), with_kwargs=True)
 
     # ---- batches
 
@@ -81,6 +96,22 @@ class MPlugOwl3(Family):
 
     def blank(self, model: Any) -> dict[str, Tensor]:
         return batches.blank(model)
+
+    def shard(
+        self,
+        batch: Mapping[str, Any] | Draft,
+        model: Any,
+        *,
+        channel: Channel,
+        frames: str,
+        always_vision: bool,
+        records: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """A batch without images has a blank one that nobody sees, so that what makes K and V of
+        images gets a gradient of 0: with none, ZeRO-3 would take that of the step before."""
+        return super().shard(
+            batch, model, channel=channel, frames=frames, always_vision=True, records=records
+        )
 
     # ---- models
 
@@ -102,11 +133,13 @@ class MPlugOwl3(Family):
 
 
 def _layer(name: str, module: Any, config: Any) -> Layer:
-    kind: Any = "cross" if hasattr(module, "v_kv_proj") else "self"
+    kind: Kind = "local" if name.startswith("vision_model") else "self"
+    if hasattr(module, _IMAGES):
+        kind, name = "cross", f"{name}.{_IMAGES}"
     heads = int(config.num_attention_heads)
     return Layer(
         name,
-        "local" if name.startswith("vision_model") else kind,
+        kind,
         module,
         heads,
         int(getattr(config, "num_key_value_heads", heads)),

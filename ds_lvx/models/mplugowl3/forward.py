@@ -7,19 +7,22 @@ come with the batch, features go to their places, and the loss counts the labels
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, ShardedBatch
+from ds_lvx.models.checkpointed_layers import run_layer
 from ds_lvx.models.mplugowl3.attention import mask_of, rotary
 from ds_lvx.models.mplugowl3.batch import PLACES, POSITIONS
 from ds_lvx.models.patch import KEYWORD, Hook
 
 FEATURES = "image_embeds"
 _SHIFTED = "shift_labels"
+_ENCODE = "_small_batched_forward"
 
 
 class Pack(Hook):
@@ -55,6 +58,37 @@ class Pack(Hook):
             self._text.forward = self._before
 
 
+class EncodeOnce(Hook):
+    """A forward pre-hook of the model: its tower runs once a forward with a sharded batch.
+
+    By itself it runs over ``vision_batch_size`` images at a time: not equally often on all ranks,
+    which under ZeRO-3 would wait for each other.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._before = model, vars(model).get(_ENCODE)
+        self._own = getattr(model, _ENCODE, None)
+        self._sharded = False
+        if self._own is not None:
+            setattr(model, _ENCODE, self._encode)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        self._sharded = kwargs.get(KEYWORD) is not None
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        assert self._own is not None
+        if not self._sharded:
+            return cast(Tensor, self._own(pixels))
+        states = self._model.vision_model(pixels, output_hidden_states=True).hidden_states
+        return cast(Tensor, states[-2])
+
+    def undo(self) -> None:
+        """Give the model its own way back."""
+        vars(self._model).pop(_ENCODE, None)
+        if self._before is not None:
+            setattr(self._model, _ENCODE, self._before)
+
+
 class TextForward:
     """The forward of a causal language model with ``model`` and ``lm_head``."""
 
@@ -66,6 +100,12 @@ class TextForward:
         batch = kwargs.get(KEYWORD)
         if batch is None:
             return self._own(*args, **kwargs)
+        for key in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(key):
+                raise NotImplementedError(
+                    f"got {key}=True with a sharded batch of mPLUG-Owl3; its layers' states and "
+                    "weights are not collected: leave it out"
+                )
         logits = self._text.lm_head(self._hidden(batch, kwargs)).float()
         loss = None
         if kwargs.get("labels") is not None:
@@ -89,14 +129,17 @@ class TextForward:
             of_images = rotary(positions, head_dim=head_dim, theta=theta)
         mask = mask_of(batch, x, text=of_text, images=of_images)
         for layer in inside.layers:
-            x = layer(
-                x,
+            run = partial(
+                layer,
                 attention_mask=mask,
                 position_ids=None,
                 image_embeds=features,
                 media_offset=None,
                 use_cache=False,
-            )[0]
+            )
+            out = run_layer(run, layer, inside, args=(x,))
+            # DeepSpeed's checkpoint returns a tuple of one tensor as that tensor.
+            x = out if isinstance(out, Tensor) else out[0]
         return torch.as_tensor(inside.norm(x))
 
 

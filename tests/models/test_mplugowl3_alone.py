@@ -1,0 +1,118 @@
+"""mPLUG-Owl3 in one process: what patching changes, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from ds_lvx.config import LVXConfig
+from ds_lvx.models import patch_model
+from ds_lvx.models.mplugowl3.family import MPlugOwl3
+from ds_lvx.sharding import shard_batch
+from tests.models.moss_vl_case import OneRank
+from tests.models.mplugowl3_case import ds_config, hard_batch, tiny_model
+
+LVX: dict[str, Any] = {"method": "lvx"}
+
+
+def patched(model: Any, hyper: dict[str, Any] = LVX) -> Any:
+    groups: Any = OneRank()
+    config = ds_config(stage=0, sp_size=1, cross=hyper, self_attn="ring")
+    return patch_model(model, LVXConfig.from_ds_config(config), groups)
+
+
+def insides(model: Any) -> dict[str, Any]:
+    """Everything a patch could leave behind, by module."""
+    return {
+        name: (
+            sorted(module.__dict__),
+            *map(dict, (module._forward_pre_hooks, module._forward_hooks)),
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
+    model, batch = tiny_model().eval(), hard_batch()
+    before, expected = insides(model), model(**batch)
+    patch = patched(model)
+    copied = copy.deepcopy(model)
+    out = model(**batch)
+    assert torch.equal(out.logits, expected.logits)
+    assert torch.equal(out.loss, expected.loss)
+    patch.unpatch()
+    assert insides(model) == before
+    changed = tiny_model().eval()
+    for parameter in (*copied.parameters(), *changed.parameters()):
+        parameter.data.mul_(1.1)
+    with torch.no_grad():
+        theirs = copied(**shard_batch(batch, model=copied))
+        torch.testing.assert_close(theirs.loss, changed(**batch).loss)
+
+
+@pytest.mark.parametrize("method", ["ulysses", "auto"])
+def test_methods_without_lse_are_refused(method: str) -> None:
+    words = r"layers\.0\.self_attn\.v_kv_proj, a hyper layer .* use 'lvx' or 'ring'"
+    with pytest.raises(NotImplementedError, match=words):
+        patched(tiny_model(), {"method": method})
+
+
+def test_offload_is_refused() -> None:
+    rule = {**LVX, "recompute_kv": True, "features": "offload"}
+    with pytest.raises(NotImplementedError, match=r'"offload" for .*v_kv_proj'):
+        patched(tiny_model(), rule)
+
+
+def test_the_release_with_gates_is_refused() -> None:
+    gated = tiny_model()
+    gated.language_model.model.layers[0].self_attn.gate = torch.nn.Parameter(torch.zeros(32))
+    with pytest.raises(NotImplementedError, match="expected release 241101"):
+        MPlugOwl3().check(gated, sp_size=2)
+
+
+def test_states_of_layers_are_refused() -> None:
+    model = tiny_model()
+    patched(model)
+    with pytest.raises(NotImplementedError, match="output_hidden_states=True with a sharded"):
+        model(**shard_batch(hard_batch(), model=model), output_hidden_states=True)
+
+
+BAD: dict[str, Any] = {
+    r"media_offset \[2, 15\] for sample 0; .* from 0 to 14": lambda b: {
+        **b,
+        "media_offset": [torch.tensor([2, 15]), *b["media_offset"][1:]],
+    },
+    r"media_offset \[4, 2\] for sample 0; .* that go up": lambda b: {
+        **b,
+        "media_offset": [torch.tensor([4, 2]), *b["media_offset"][1:]],
+    },
+    r"expected a list with a tensor for each of 3 samples": lambda b: {**b, "media_offset": []},
+    r"pixel_values \(5, 3, 4, 4\); expected \(images, 3, 8, 8\)": lambda b: {
+        **b,
+        "pixel_values": b["pixel_values"][..., :4, :4],
+    },
+    r"of 4 images, of 5 in 3 samples; expected all of them, or images_per_sample": lambda b: {
+        **b,
+        "pixel_values": b["pixel_values"][:4],
+    },
+    r"of \[3, 1, 0\] images by sample, and media_offset of \[4, 1, 0\]": lambda b: {
+        **b,
+        "pixel_values": b["pixel_values"][:4],
+        "images_per_sample": [3, 1, 0],
+    },
+    r"images_per_sample \[5, 1, 0\] for 5 images": lambda b: {**b, "images_per_sample": [5, 1, 0]},
+    r"position_ids that are not 0, 1, 2": lambda b: {
+        **b,
+        "position_ids": torch.arange(15)[None] % 5,
+    },
+    r"'pixel_value' in the batch; .*'pixel_values'": lambda b: {**b, "pixel_value": 0},
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_a_bad_batch_is_told_what_is_wrong(words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        shard_batch(BAD[words](hard_batch()), model=tiny_model())
