@@ -34,7 +34,7 @@ class mPLUGOwl3Config(PreTrainedConfig):  # noqa: N801  (the model's own name)
         self.vision_batch_size = vision_batch_size
         given = isinstance(vision_config, SiglipVisionConfig)
         self.vision_config = vision_config if given else SiglipVisionConfig(**(vision_config or {}))
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        super().__init__(**{"tie_word_embeddings": False, **kwargs})
 
 
 def rope(x, positions, theta):

@@ -85,7 +85,7 @@ BAD: dict[str, Any] = {
         **b,
         "media_offset": [torch.tensor([2, 15]), *b["media_offset"][1:]],
     },
-    r"media_offset \[4, 2\] for sample 0; .* that go up": lambda b: {
+    r"media_offset \[4, 2\] for sample 0; .* that never go down": lambda b: {
         **b,
         "media_offset": [torch.tensor([4, 2]), *b["media_offset"][1:]],
     },

@@ -22,6 +22,8 @@ OFFSETS = "media_offset"
 COUNTS = "images_per_sample"
 """How many of a sample's images the pixels at hand are: int64 ``[B]``; of use for local images."""
 KEYS = (PIXELS, OFFSETS, COUNTS)
+PADDING = -1
+"""In offsets that are one tensor, where a sample has fewer images than another."""
 PLACES = "image_places"
 """Where each image of this rank goes in ``[B * n_r]``: int64 ``[images]``."""
 POSITIONS = "image_positions"
@@ -222,20 +224,24 @@ def _here(given: Any, rows: int, counts: Tensor) -> Tensor:
 
 
 def _offsets(batch: Mapping[str, Any], text: Text) -> list[Tensor]:
+    """Of each sample, int64 ``[images]``."""
     samples, length = text.shape
     given = batch.get(OFFSETS, [()] * samples)
-    if not isinstance(given, Sequence) or len(given) != samples:
+    if not isinstance(given, Sequence | Tensor) or len(given) != samples:
         raise ValueError(
             f"got {OFFSETS} of {type(given).__name__}; expected a list with a tensor for each of "
-            f"{samples} samples: the numbers of its images' tokens"
+            f"{samples} samples, the numbers of its images' tokens, or one tensor of them, padded "
+            f"with {PADDING}"
         )
     offsets = [torch.as_tensor(each, dtype=torch.int64).cpu().flatten() for each in given]
+    if isinstance(given, Tensor):
+        offsets = [each[each != PADDING] for each in offsets]
     for sample, each in enumerate(offsets):
         inside = bool(((each >= 0) & (each < length)).all())
-        if not inside or bool((each.diff() <= 0).any()):
+        if not inside or bool((each.diff() < 0).any()):
             raise ValueError(
                 f"got {OFFSETS} {each.tolist()} for sample {sample}; expected numbers of tokens "
-                f"that go up, from 0 to {length - 1}"
+                f"that never go down, from 0 to {length - 1}"
             )
     return offsets
 

@@ -7,19 +7,22 @@ text attends in one softmax to itself and to all images whose tokens are not beh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.models import remote
 from ds_lvx.models.batch import Text
-from ds_lvx.models.contract import Family
+from ds_lvx.models.contract import Family, Size
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.draft import Draft
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.mplugowl3 import batch as batches
-from ds_lvx.models.mplugowl3 import dimensions, forward
+from ds_lvx.models.mplugowl3 import dimensions, forward, sized
+from ds_lvx.models.mplugowl3 import processor as processors
 from ds_lvx.models.mplugowl3.attention import Attention
 from ds_lvx.models.patch import PatchedAttention
 from ds_lvx.models.visual import Visual
@@ -27,6 +30,10 @@ from ds_lvx.models.visual import Visual
 _MODEL = "mPLUGOwl3Model"
 _IMAGES = "v_kv_proj"
 """Of a hyper layer's attention; its rule goes by this name, not by that of the text's attention."""
+_ADVICE = (
+    "the files that come with mPLUG-Owl3's checkpoints are for transformers 4; take modeling and "
+    "configuration files that were ported to 5"
+)
 _GATE = "gate"  # of release 240728
 
 
@@ -113,7 +120,43 @@ class MPlugOwl3(Family):
             batch, model, channel=channel, frames=frames, always_vision=True, records=records
         )
 
+    def media_text(self, processor: Any, times: Sequence[float] | None) -> str:
+        return processors.media_text(times)
+
+    def frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = processor.frames(input_ids, pictures, dtype=dtype)
+        return made
+
     # ---- models
+
+    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+        model = remote.load(name, dtype, trust_remote_code=trust_remote_code, advice=_ADVICE)
+        remote.restore_buffers(model)
+        return model
+
+    def load_processor(self, name: str) -> processors.Processor:
+        return processors.Processor.of(name)
+
+    def config(self, size: Size) -> Any:
+        return sized.config_of(size)
+
+    def size(self, config: Any = None) -> Size:
+        return sized.size_of(config)
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]:
+        return sized.random_frames(
+            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
+        )
 
     def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
         return dimensions.dimensions(config, name, source)
@@ -123,6 +166,8 @@ class MPlugOwl3(Family):
 
     def regions(self) -> Mapping[str, str]:
         return {
+            # Of a hyper layer's attention the rest is the text's as well.
+            rf".*\b{_IMAGES}": "cross_attention",
             r".*\blanguage_model(\.model\.layers\.\d+)?": "text",
             r".*\bvision_model": "vision",
             r".*\bvision2text_model": "vision",
