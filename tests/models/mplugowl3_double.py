@@ -104,10 +104,11 @@ class SiglipVisionTransformer(nn.Module):
         self.register_buffer("position_ids", places, persistent=False)
         self.encoder = SiglipEncoder(config)
 
-    def forward(self, pixel_values, output_hidden_states=True):
+    def forward(self, pixel_values, output_hidden_states=False):
         x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
         x = x + self.position_embedding(self.position_ids)
-        return SimpleNamespace(hidden_states=self.encoder(x))
+        states = self.encoder(x)
+        return SimpleNamespace(hidden_states=states if output_hidden_states else None)
 
 
 class Qwen2RMSNorm(nn.Module):
@@ -292,7 +293,10 @@ class mPLUGOwl3Model(mPLUGOwl3PreTrainedModel):  # noqa: N801
 
     def _small_batched_forward(self, pixel_values):
         parts = pixel_values.split(self.vision_batch_size)
-        return torch.cat([self.vision_model(part).hidden_states[-2] for part in parts])
+        return torch.cat([self._encoded(part) for part in parts])
+
+    def _encoded(self, pixel_values):
+        return self.vision_model(pixel_values, output_hidden_states=True).hidden_states[-2]
 
     def forward_image(self, pixel_values):
         if pixel_values is None:

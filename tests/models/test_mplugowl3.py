@@ -186,20 +186,24 @@ def section(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
     return {**config, "activation_checkpointing": settings}
 
 
-def frozen_text() -> Any:
+def frozen(part: str) -> Any:
     model = tiny_model()
-    model.language_model.requires_grad_(False)
+    model.get_submodule(part).requires_grad_(False)
     return model
 
 
 def test_training_equals_one_process() -> None:
-    """Two steps: methods, stages, checkpoints, LoRA, a frozen text model."""
+    """Two steps: methods, stages, checkpoints, LoRA, frozen parts."""
     jobs = [
         (rules("recompute", 2, 3), tiny_model),
+        (rules("recompute", 2, 2), partial(frozen, "vision_model")),
         (rules("chunks", 2, 2), partial(checkpointed, lora_model)),
         (section(rules("lvx", 2, 3)), tiny_model),
         (rules("ring", 2, 0), partial(checkpointed, tiny_model, reentrant=True)),
-        (section(rules("recompute", 2, 1), partition_activations=True), frozen_text),
+        (
+            section(rules("recompute", 2, 1), partition_activations=True),
+            partial(frozen, "language_model"),
+        ),
     ]
     check(jobs, ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
 

@@ -62,7 +62,8 @@ class EncodeOnce(Hook):
     """A forward pre-hook of the model: its tower runs once a forward with a sharded batch.
 
     By itself it runs over ``vision_batch_size`` images at a time: not equally often on all ranks,
-    which under ZeRO-3 would wait for each other.
+    which under ZeRO-3 would wait for each other. And it keeps the states of all its layers until
+    it is done, of which the last but one is used.
     """
 
     def __init__(self, model: Any) -> None:
@@ -76,11 +77,24 @@ class EncodeOnce(Hook):
         self._sharded = kwargs.get(KEYWORD) is not None
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        assert self._own is not None
+        tower = self._model.vision_model
         if not self._sharded:
+            assert self._own is not None
             return cast(Tensor, self._own(pixels))
-        states = self._model.vision_model(pixels, output_hidden_states=True).hidden_states
-        return cast(Tensor, states[-2])
+        if any(parameter.requires_grad for parameter in tower.parameters()):
+            return cast(Tensor, tower(pixels, output_hidden_states=True).hidden_states[-2])
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+
+        last = tower.encoder.layers[-1].register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                tower(pixels)
+        finally:
+            last.remove()
+        return found[0]
 
     def undo(self) -> None:
         """Give the model its own way back."""
