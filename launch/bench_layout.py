@@ -25,7 +25,8 @@ import torch
 from ds_lvx.attention.layout import Layout
 from ds_lvx.compare import machine, peak
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.kernels import triton_kernel
+from ds_lvx.kernels import triton_tiles
+from ds_lvx.kernels.device import HOPPER
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.models.batch import Text, split
 from ds_lvx.models.visual import Runs
@@ -77,11 +78,11 @@ def _ask(part: Rule) -> int:
     k = torch.empty(1, seqlen_kv, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="meta")
     group = HEADS // KV_HEADS
     for choose_tiles, of_keys in (
-        (triton_kernel.forward_tiles, False),
-        (triton_kernel.queries_tiles, False),
-        (triton_kernel.keys_tiles, True),
+        (triton_tiles.forward_tiles, False),
+        (triton_tiles.queries_tiles, False),
+        (triton_tiles.keys_tiles, True),
     ):
-        tiles = choose_tiles(q, k)
+        tiles = choose_tiles(q, k, HOPPER)
         part.lists(rows=tiles.rows, keys=tiles.keys, group=group, of_keys=of_keys)
     return len(part.blocks(queries_per_block=seqlen_q, keys_per_block=4096))
 

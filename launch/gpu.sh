@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call of less than 8 minutes. On one: the tests marked gpu, the
 # kernels beside PyTorch's and flash-attn's, the memory benchmark, one rank's training step. On
-# several: whether attention is exact over NCCL, then lvx beside Ulysses, ring attention and the
+# several: the tests marked gpus, whether attention is exact over NCCL, then lvx beside Ulysses, ring attention and the
 # visual tokens gathered on every rank, on MOSS-VL's shape and on mllama's, and the training step.
 # Each has a time limit of its own; what fails or runs into its limit is noted, what it had written
 # by then is kept, and the rest still runs. All that is printed is in gpu.log, too.
@@ -68,7 +68,7 @@ mapfile -t gpu_tests < <(
     | awk '{ print ($0 ~ /kernels\/test_(triton|auto)/) ? 0 : ($0 ~ /^tests\/kernels/) ? 1 : 2, $0 }' \
     | sort -s -n -k1,1 | cut -d' ' -f2
 )
-site=""
+site="" side_by_side=()
 
 # Seconds for each. With what `timeout` waits after its signal, and 20 s for the checks before, less
 # than 8 minutes.
@@ -78,15 +78,23 @@ install() {
       "$wheels"/*.whl
   fi
 }
+tests() {
+  local limit_s=$1 mark=$2
+  shift 2
+  step tests "$limit_s" "$PYTHON" -m pytest -v -m "$mark" --durations=10 -o junit_family=xunit2 \
+    --junitxml="$output/tests.xml" "${side_by_side[@]}" "$@"
+}
 on_one() {
-  step tests 100 "$PYTHON" -m pytest -v -m gpu --durations=10 -o junit_family=xunit2 \
-    --junitxml="$output/tests.xml" "${gpu_tests[@]}"
-  step kernels 165 "$PYTHON" launch/bench_kernels.py --budget_s 145 --seconds 0.2 \
+  # Most of their time compilers take, which run side by side where pytest-xdist is.
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then side_by_side=(-n 8); fi
+
+  tests 100 gpu "${gpu_tests[@]}"
+  step kernels 155 "$PYTHON" launch/bench_kernels.py --budget_s 135 --seconds 0.1 \
     --output "$output/kernels.json"
-  step memory 65 "$PYTHON" launch/bench_memory.py --parts memory --ranks 1 --steps 1 \
-    --features frozen --only "lvx, recompute, checkpointing, chunks" --budget_gib 4 \
+  step memory 100 "$PYTHON" launch/bench_memory.py --parts memory --ranks 1 --steps 1 \
+    --features frozen --only "lvx, recompute, checkpointing, chunks" --budget_gib 2 \
     --output_dir "$output"
-  step step_time 80 "$PYTHON" launch/bench_memory.py --parts step_time --ranks 1 --rounds 1 \
+  step step_time 55 "$PYTHON" launch/bench_memory.py --parts step_time --ranks 1 --rounds 1 \
     --steps 3 --brief --output_dir "$output"
 }
 compare() {
@@ -97,6 +105,7 @@ compare() {
     "$@"
 }
 on_several() {
+  tests 50 gpus tests/attention
   step doctor 75 "$PYTHON" -m ds_lvx.cli doctor --timeout 60
   compare moss_vl --seqlen-q 2304 --seqlen-kv 184576
   compare mllama --seqlen-q 384 --seqlen-kv 512K
@@ -195,7 +204,10 @@ site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 # The checkout first: it is what is tried, even where a wheel holds ds_lvx too.
 export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PATH="$site/bin:$PATH"
-export PYTHONUNBUFFERED=1
+# Bytecode of packages in a folder that cannot be written: a process of ours takes 6 s to import all
+# instead of 18.
+export PYTHONUNBUFFERED=1 PYTHONPYCACHEPREFIX="$site/bytecode"
+unset PYTHONDONTWRITEBYTECODE
 install
 require_packages
 steps

@@ -10,18 +10,13 @@ A row is what belongs to one token of one sample: ``[num_heads, head_dim]``.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from ds_lvx.distributed.bundles import Bundle, Spec, Unwritten
+from ds_lvx.kernels.device import launches_triton, triton_parts
 from ds_lvx.kernels.merge import accumulation_dtype, merge_stacked
 
-_TRITON_CAPABILITY = (8, 0)
 _FP16_EXPONENT = 15  # the largest fp16 is just below 2^16
 
 
@@ -36,7 +31,7 @@ def encode(part: Tensor, dtype: torch.dtype) -> Bundle:
         return [part.to(dtype)]
     if launches_triton(part):
         bundle = [spec.empty(part.device) for spec in specs(tuple(part.shape), dtype)]
-        _triton().encode(part, *bundle)
+        triton_parts().encode(part, *bundle)
         return bundle
     wide = part.to(torch.float32)
     scale = _scale(wide)
@@ -55,7 +50,7 @@ def to_send(part: Tensor, dtype: torch.dtype, lse: Tensor | None = None) -> Unwr
         if len(encoded) == 1:
             encoded[0].copy_(part)
         elif launches_triton(part):
-            _triton().encode(part, *encoded)
+            triton_parts().encode(part, *encoded)
         else:
             for view, tensor in zip(encoded, encode(part, dtype), strict=True):
                 view.copy_(tensor)
@@ -93,29 +88,13 @@ def joined(
     dtype = accumulation_dtype(arrived[0].dtype)
     if launches_triton(own) and dtype == torch.float32:
         factors = arrived[1] if len(arrived) > 1 else None
-        out, total = _triton().join(arrived[0], factors, lse, own, mine)
+        out, total = triton_parts().join(arrived[0], factors, lse, own, mine)
         return out, total
     parts = decode(arrived).to(dtype)
     parts[mine] = own
     if lse is None:
         return parts.sum(dim=0), None
     return merge_stacked(parts, lse.to(dtype))
-
-
-def launches_triton(tensor: Tensor) -> bool:
-    """Whether Triton's kernels do what is otherwise a row of PyTorch's operations."""
-    return tensor.is_cuda and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    able = torch.cuda.get_device_capability() >= _TRITON_CAPABILITY
-    return able and find_spec("triton") is not None
-
-
-def _triton() -> ModuleType:
-    # Late: it takes a second to import, and decides then whether to interpret.
-    return import_module("ds_lvx.kernels.triton_parts")
 
 
 def _scale(part: Tensor) -> Tensor:

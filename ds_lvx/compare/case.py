@@ -215,11 +215,12 @@ def case_of(checkpoint: str, *, trust_remote_code: bool = False) -> Case:
 def build_model(
     case: Case, *, checkpoint: str | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> nn.Module:
-    """The model on the CPU; only what the case trains wants gradients.
+    """The model, on the device that tensors are made on; only what the case trains has gradients.
 
     Args:
         case: its sizes.
-        checkpoint: of its weights; None draws them in bf16, the same every time, with open gates.
+        checkpoint: of its weights; None draws them in bf16, with open gates: the same every time on
+            one kind of device.
         dtype: of its weights.
     """
     family = case.contract()

@@ -72,7 +72,6 @@ class Kernel(Entry):
         dtypes: of q, k and v.
         head_dims: the least and the largest; None where any does.
         for_speed: ``auto`` may take it.
-        public: it can be named in a config.
         obstacle: ``module:name`` of a function that says why it cannot do queries like some q, or
             that it can (None); empty where dtypes and head_dims say all.
         package: what else has to be installed; empty: nothing.
@@ -81,7 +80,6 @@ class Kernel(Entry):
     dtypes: tuple[str, ...] = FLOATS
     head_dims: tuple[int, int] | None = None
     for_speed: bool = True
-    public: bool = True
     obstacle: str = ""
     package: str = ""
 
@@ -122,7 +120,6 @@ KERNELS: dict[str, Kernel] = {
             "ds_lvx.kernels.cudnn:CudnnKernel",
             dtypes=("bfloat16", "float16"),
             head_dims=(8, 128),
-            public=False,
             obstacle="ds_lvx.kernels.cudnn:obstacle",
         ),
         Kernel(
@@ -158,7 +155,7 @@ def schedule_words() -> tuple[str, ...]:
 
 def kernel_words() -> tuple[str, ...]:
     """What ``kernel`` may be."""
-    return (AUTO, *(name for name, entry in KERNELS.items() if entry.public))
+    return (AUTO, *(name for name, entry in KERNELS.items()))
 
 
 def can_chunk(schedule: str) -> bool:

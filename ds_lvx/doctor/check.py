@@ -146,7 +146,7 @@ def _advice(kernel: str, device: str, *, right_alone: bool) -> str:
             "cpu": "another interface by GLOO_SOCKET_IFNAME; then report this output",
         }
         return f"on 1 rank it is right, so look at the communication: {means[device]}"
-    if kernel in ("flash", "triton", "triton_atomic", "auto"):
+    if kernel not in ("native", "reference"):
         return 'do without it: "kernel": "native" in the ds_lvx section; then report this output'
     return "compare the versions with constraints.txt, and report this output"
 

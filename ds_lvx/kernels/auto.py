@@ -1,21 +1,31 @@
 """The ``auto`` kernel: by a tuned table where it has the kind of problem, else by rule.
 
-The rule: FlashAttention where slices make up who sees what, else Triton's kernel, which takes any
-rule, else ``native``. Nothing is measured here; ``ds-lvx doctor --tune`` does that, and writes the
-table (`ds_lvx.kernels.table`).
+The rule: cuDNN's attention from Hopper on, FlashAttention before it, where all see all or a few
+large slices make up who sees what; else Triton's kernel, which takes any rule in one launch, in
+backward from Hopper on with five products; else ``native``. Where PyTorch is to be deterministic
+(`torch.use_deterministic_algorithms`), nothing is taken whose sums have no order. Nothing is
+measured here; ``ds-lvx doctor --tune`` does that, and writes the table (`ds_lvx.kernels.table`).
+docs/kernels.md has the measurements that the rule comes from.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from ds_lvx.kernels.device import HOPPER, capability
 from ds_lvx.kernels.interface import Kernel, Problem, Upstream
 from ds_lvx.kernels.table import Table, kind_of
 
-BY_RULE = ("flash", "triton", "native")
-"""The first that is there and serves a problem is taken; ``native`` serves all."""
+BY_RULE = ("cudnn", "flash", "triton_atomic", "triton", "native")
+"""The first that is there, serves a problem and suits it is taken; ``native`` serves all."""
+_IN_NO_ORDER = ("cudnn", "triton_atomic")
+"""Who adds up dq in any order. PyTorch's flash kernel sees to it itself."""
+_LARGE_CALL_FLOPS = 5e10
+"""Of a slice, forward: what an H100 does in some 80 us, the time of a launch and of its tail."""
 
 
 class AutoKernel(Kernel):
@@ -41,9 +51,26 @@ class AutoKernel(Kernel):
         """
         entries = self._table.entries()
         tuned = entries.get(kind_of(problem, upstream)) if entries else None
-        names = BY_RULE if tuned is None else (tuned["chosen"], *BY_RULE)
-        able = (name for name in names if name in self._candidates)
-        return next(name for name in able if self._candidates[name].serves(problem, upstream))
+        if tuned is not None and self._can(tuned["chosen"], problem, upstream):
+            chosen: str = tuned["chosen"]
+            return chosen
+        able = [name for name in BY_RULE if self._can(name, problem, upstream)]
+        return next(name for name in able if self._suits(name, problem, upstream))
+
+    def _suits(self, name: str, problem: Problem, upstream: Upstream | None) -> bool:
+        """Whether a kernel that serves a problem is the best there for it."""
+        if name in _IN_NO_ORDER and upstream is not None and _in_order():
+            return False
+        if name == "triton_atomic":
+            return upstream is not None and capability(problem.q) >= HOPPER
+        if name not in ("cudnn", "flash"):
+            return True
+        is_large = "triton" not in self._candidates or _has_large_calls(name, problem)
+        return is_large and preferred(name, problem.q)
+
+    def _can(self, name: str, problem: Problem, upstream: Upstream | None) -> bool:
+        kernel = self._candidates.get(name)
+        return kernel is not None and kernel.serves(problem, upstream)
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """See `ds_lvx.kernels.interface.Kernel.forward`."""
@@ -64,3 +91,27 @@ class AutoKernel(Kernel):
         """See `ds_lvx.kernels.interface.Kernel.backward`."""
         kernel = self._candidates[self.choice(problem, upstream)]
         return kernel.backward(problem, upstream, into=into)
+
+
+def _in_order() -> bool:
+    """Whether every run is to give the same bits."""
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def preferred(name: str, q: Tensor) -> bool:
+    """Whether the rule knows a kernel that works by calls, on a GPU with queries like ``q``."""
+    return name != "cudnn" or capability(q) >= HOPPER
+
+
+def _has_large_calls(name: str, problem: Problem) -> bool:
+    """Whether one call, or a few that each fill a GPU, make up the rule."""
+    cover = problem.cover
+    if cover is None:
+        return False
+    if len(cover.rectangles) <= 1:
+        return True
+    if name == "flash" and cover.sequences is not None:
+        return capability(problem.q) < HOPPER  # from which on Triton's one launch is faster
+    scores = sum(math.prod(each.size) for each in cover.rectangles) / len(cover.rectangles)
+    heads, head_dim = problem.q.shape[2:]
+    return 4.0 * head_dim * heads * scores >= _LARGE_CALL_FLOPS

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_lvx.config.registry import AUTO, FLOATS, KERNELS, kernel_words
 from ds_lvx.config.registry import Kernel as Entry
-from ds_lvx.kernels.auto import BY_RULE, AutoKernel
+from ds_lvx.kernels.auto import AutoKernel, preferred
 from ds_lvx.kernels.interface import Kernel
 from ds_lvx.kernels.table import Table, table_of
 from ds_lvx.kernels.warn import warn_once
@@ -77,7 +77,7 @@ def describe(q: Tensor) -> list[str]:
     if names == [ALWAYS]:
         return [f"{ALWAYS}: the only one for {q.dtype} on {q.device.type} that is made for speed"]
     table = table_of(q.device)
-    lines = [_by_rule(names)]
+    lines = [_by_rule(names, q)]
     if table.ignored():
         lines.append(_ignored(table))
     if not table.entries():
@@ -90,14 +90,16 @@ def describe(q: Tensor) -> list[str]:
     return lines
 
 
-def _by_rule(names: Sequence[str]) -> str:
-    where = {
-        "flash": "flash where all see all, or slices make up the rule",
-        "triton": "triton for other rules" if "flash" in names else "triton",
-        ALWAYS: f"{ALWAYS} elsewhere",
-    }
+def _by_rule(names: Sequence[str], q: Tensor) -> str:
+    """The rule of `AutoKernel.choice` in words."""
+    by_calls = next((n for n in ("cudnn", "flash") if n in names and preferred(n, q)), None)
     last = "triton" if "triton" in names else ALWAYS
-    return ", ".join(where[name] for name in BY_RULE if name in names and name in ("flash", last))
+    if by_calls is None:
+        return last
+    return (
+        f"{by_calls} where all see all, or a few large slices make up the rule, "
+        f"{last} {'for other rules' if last == 'triton' else 'elsewhere'}"
+    )
 
 
 def _ignored(table: Table) -> str:
@@ -110,7 +112,7 @@ def _ignored(table: Table) -> str:
 
 def made_for_speed(q: Tensor) -> str:
     """The kernels other than ``native`` that are, each with what keeps it from queries like q."""
-    others = (e for e in KERNELS.values() if e.for_speed and e.public and e.name != ALWAYS)
+    others = (e for e in KERNELS.values() if e.for_speed and e.name != ALWAYS)
     return "; ".join(f"'{entry.name}'{obstacle(entry, q) or ''}" for entry in others)
 
 

@@ -1,11 +1,11 @@
-"""PyTorch's cuDNN attention, slice by slice like ``flash``, for ``auto`` where it is faster."""
+"""PyTorch's cuDNN attention, slice by slice like ``flash``: what ``auto`` takes from Hopper on."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ds_lvx.kernels import flash
+from ds_lvx.kernels import flash, whole
 from ds_lvx.kernels.flash_kernel import FlashKernel
 
 _aten = torch.ops.aten
@@ -23,6 +23,14 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `ds_lvx.kernels.flash.forward`."""
+    if not causal:
+        return whole.forward(_forward, q, k, v, softmax_scale=softmax_scale)
+    return _forward(q, k, v, causal=causal, softmax_scale=softmax_scale)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
     out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
         *(flash.heads_first(t) for t in (q, k, v)), None, True, 0.0, causal, scale=softmax_scale
     )
@@ -41,11 +49,28 @@ def backward(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ds_lvx.kernels.flash.backward`."""
+    given = (q, k, v, dout, out, lse)
+    if not causal:
+        return whole.backward(_backward, *given, softmax_scale=softmax_scale)
+    return _backward(*given, causal=causal, softmax_scale=softmax_scale)
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     # Without dropout nobody reads the generator's state.
     nothing = torch.zeros((), dtype=torch.int64, device=q.device)
     gradients = _aten._scaled_dot_product_cudnn_attention_backward(
         *(flash.heads_first(t) for t in (dout, q, k, v, out)),
-        lse.unsqueeze(-1),
+        lse.contiguous().unsqueeze(-1),
         nothing,
         nothing,
         None,

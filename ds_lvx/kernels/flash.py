@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import attention
 
+from ds_lvx.kernels import whole
+from ds_lvx.kernels.device import AMPERE, capability, launches_triton, triton_parts
+
 _aten = torch.ops.aten
 
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_HEAD_DIM_MULTIPLE = 8
 CUDA_MAX_HEAD_DIM = 256
-CUDA_CAPABILITY = (8, 0)
 _STAND_IN_NUMBERS = 2**22  # at a time; 16 MiB in fp32, for each of three or four temporaries
 
 
@@ -34,7 +36,7 @@ def cuda_can(q: Tensor) -> bool:
     It wants 16 bits, a head_dim that is a multiple of 8 up to 256, and Ampere or newer.
     """
     head_dim = q.shape[-1]
-    able = not q.is_cuda or torch.cuda.get_device_capability(q.device) >= CUDA_CAPABILITY
+    able = not q.is_cuda or capability(q) >= AMPERE
     return (
         able
         and q.dtype in CUDA_DTYPES
@@ -107,8 +109,17 @@ def forward(
         softmax_scale: factor on the scores.
 
     Returns:
-        ``out [B, S, H, D]`` in q's dtype and ``lse [B, H, S]`` in fp32 (fp64 for fp64).
+        ``out [B, S, H, D]`` in q's dtype (wider, where all see all: `ds_lvx.kernels.whole`), and
+        ``lse [B, H, S]`` in fp32 (fp64 for fp64).
     """
+    if not causal:
+        return whole.forward(_forward, q, k, v, softmax_scale=softmax_scale)
+    return _forward(q, k, v, causal=causal, softmax_scale=softmax_scale)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
     tensors = [heads_first(t) for t in (q, k, v)]
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
@@ -137,8 +148,26 @@ def backward(
     Args:
         q, k, v, causal, softmax_scale: as in `forward`.
         dout, out: like q, and its dtype; ``out`` may be `stand_in`'s.
-        lse: ``[B, H, S]``, finite and contiguous.
+        lse: ``[B, H, S]``, finite.
     """
+    given = (q, k, v, dout, out, lse)
+    if not causal:
+        return whole.backward(_backward, *given, softmax_scale=softmax_scale)
+    return _backward(*given, causal=causal, softmax_scale=softmax_scale)
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = lse.contiguous()
     tensors = [heads_first(t) for t in (dout, q, k, v, out)]
     if q.device.type == "cpu":
         gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -184,9 +213,12 @@ def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
 
     Right as long as delta holds no gradient of lse: then dout = 0 implies delta = 0, and
     ``|delta| / |dout| <= |out|`` fits in any dtype. Rows are scaled by their largest element first,
-    so that the square of a tiny dout does not underflow. What this takes in fp32 exists for a range
-    of queries at a time.
+    so that the square of a tiny dout does not underflow. One launch where Triton is; elsewhere what
+    this takes in fp32 exists for a range of queries at a time.
     """
+    if launches_triton(dout) and dout.dtype in CUDA_DTYPES:
+        made: Tensor = triton_parts().stand_in(dout, delta)
+        return made
     step = max(_STAND_IN_NUMBERS // max(dout[:, :1].numel(), 1), 1)
     if step >= dout.shape[1]:
         return _stand_in(dout, delta)

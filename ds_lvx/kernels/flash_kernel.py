@@ -42,7 +42,7 @@ class FlashKernel(Kernel):
 
     def serves(self, problem: Problem, upstream: Upstream | None = None) -> bool:
         """Whether these calls can do it: slices make up the rule, and lse has no gradient."""
-        cover = _cover(problem)
+        cover = problem.cover
         return (
             cover is not None
             and (self._has_sequences or len(cover.rectangles) <= MOST_LARGE_CALLS)
@@ -51,7 +51,7 @@ class FlashKernel(Kernel):
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """See `ds_lvx.kernels.interface.Kernel.forward`."""
-        cover, q = _cover(problem), problem.q
+        cover, q = problem.cover, problem.q
         if cover is None:
             return NativeKernel().forward(problem)
         if cover.is_one_call:
@@ -68,7 +68,7 @@ class FlashKernel(Kernel):
 
     def fold(self, problem: Problem, running: tuple[Tensor, Tensor]) -> None:
         """See `ds_lvx.kernels.interface.Kernel.fold`; slice by slice."""
-        cover = _cover(problem)
+        cover = problem.cover
         if cover is None:
             NativeKernel().fold(problem, running)
         elif cover.queries is not None:
@@ -84,7 +84,7 @@ class FlashKernel(Kernel):
         into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ds_lvx.kernels.interface.Kernel.backward`."""
-        cover, q, k, v = _cover(problem), problem.q, problem.k, problem.v
+        cover, q, k, v = problem.cover, problem.q, problem.k, problem.v
         if cover is None or upstream.has_dlse:
             return NativeKernel().backward(problem, upstream, into=into)
         if not cover.rectangles:
@@ -238,18 +238,10 @@ class FlashKernel(Kernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, dout, out, lse = (_queries_of(each, t) for t in rows)
         k, v = (_keys_of(each, t) for t in keys)
-        lse = lse.transpose(1, 2).contiguous()
+        lse = lse.transpose(1, 2)
         return self._gradients(
             q, k, v, dout, out, lse, causal=each.causal, softmax_scale=softmax_scale
         )
-
-
-def _cover(problem: Problem) -> Cover | None:
-    """What the problem's rule is made of; see `ds_lvx.kernels.rule.Rule.cover`."""
-    if problem.rule is not None and not problem.is_empty:
-        return problem.rule.cover
-    batch, seqlen_q = problem.q.shape[:2]
-    return Cover.of_all(batch, seqlen_q, problem.k.shape[1])
 
 
 def _taken(order: Order | None, tensor: Tensor) -> Tensor:

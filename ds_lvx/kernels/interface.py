@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ds_lvx.kernels.cover import Cover
 from ds_lvx.kernels.merge import merge_
 from ds_lvx.kernels.rule import Rule
 
@@ -39,6 +40,14 @@ class Problem:
     def is_empty(self) -> bool:
         """No query or no key."""
         return self.q.numel() == 0 or self.k.numel() == 0
+
+    @property
+    def cover(self) -> Cover | None:
+        """What is visible in slices; None where too many; see `ds_lvx.kernels.rule.Rule.cover`."""
+        if self.rule is not None and not self.is_empty:
+            return self.rule.cover
+        batch, seqlen_q = self.q.shape[:2]
+        return Cover.of_all(batch, seqlen_q, self.k.shape[1])
 
     def as_part(self) -> Problem:
         """The same, to be merged with others."""

@@ -204,9 +204,7 @@ def _backward(
     if fused:
         dout = dout.to(q.dtype)
         out = flash.stand_in(dout, delta)
-        return flash.backward(
-            q, k, v, dout, out, lse.contiguous(), causal=False, softmax_scale=scale
-        )
+        return flash.backward(q, k, v, dout, out, lse, causal=False, softmax_scale=scale)
     warn_of_products(q)
     dtype = accumulation_dtype(q.dtype)
     with onednn.products():

@@ -9,11 +9,21 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ds_lvx.kernels import triton_backward, triton_forward
+from ds_lvx.kernels.device import AMPERE, capability, processors
 from ds_lvx.kernels.interface import Kernel, Problem, Upstream, no_gradients, written
 from ds_lvx.kernels.merge import empty_part
-from ds_lvx.kernels.triton_tiles import Tiles, count, padded, shape_options, splits
+from ds_lvx.kernels.triton_tiles import (
+    Tiles,
+    atomic_tiles,
+    count,
+    forward_tiles,
+    keys_tiles,
+    padded,
+    queries_tiles,
+    shape_options,
+    splits,
+)
 
-MIN_CAPABILITY = (8, 0)
 _ROWS_OF_A_MERGE = 32
 _ATOMIC_FP32 = 128  # head_dim beyond which exact fp32 has no registers for five products in one
 
@@ -27,7 +37,7 @@ def obstacle(q: Tensor) -> str | None:
             f"tensors on {q.device.type}, where it needs an NVIDIA GPU (or TRITON_INTERPRET=1 in "
             "the environment, to try it slowly on a CPU)"
         )
-    if torch.cuda.get_device_capability(q.device) < MIN_CAPABILITY:
+    if capability(q) < AMPERE:
         return "a GPU before Ampere (compute capability 8.0)"
     return None
 
@@ -96,10 +106,10 @@ def _parts(problem: Problem) -> tuple[Tensor, Tensor]:
     q, k, v = (_last_dim_dense(t) for t in (problem.q, problem.k, problem.v))
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_kv, kv_heads = k.shape[1:3]
-    tiles = forward_tiles(q, k)
+    tiles = forward_tiles(q, k, capability(q))
     shape = shape_options(problem)
     numbers = count(seqlen_q * shape["GROUP"], tiles.rows), batch * kv_heads
-    parts = splits(math.prod(numbers), count(seqlen_kv, tiles.keys), _processors(q))
+    parts = splits(math.prod(numbers), count(seqlen_kv, tiles.keys), processors(q))
     out = torch.empty(parts, batch, seqlen_q, heads, head_dim, device=q.device)
     lse = torch.empty(parts, batch, heads, seqlen_q, device=q.device)
     triton_forward.forward_kernel[(numbers[0], parts, numbers[1])](
@@ -120,76 +130,14 @@ def _parts(problem: Problem) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def forward_tiles(q: Tensor, k: Tensor) -> Tiles:
-    """Tiles of the forward kernel."""
-    rows, wide = _rows(q, k), padded(q.shape[3])
-    if q.dtype == torch.float32:
-        return _FP32
-    if wide > 128:
-        return Tiles(_least(rows, 64), 64, 8, 2)
-    if rows <= 64:
-        return Tiles(_least(rows, 64), 64, 4, 3)
-    return Tiles(128, 64 if wide > 64 else 128, 8, 3)
-
-
-def queries_tiles(q: Tensor, k: Tensor) -> Tiles:
-    """Tiles of the kernel that makes dq."""
-    rows, wide = _rows(q, k), padded(q.shape[3])
-    if q.dtype == torch.float32:
-        return _FP32 if wide <= 128 else Tiles(16, 16, 4, 1)
-    if wide > 128:
-        return Tiles(_least(rows, 64), 32, 8, 2)
-    return Tiles(_least(rows, 64), 32 if _masked(q) else 64, 4, 2)
-
-
-def keys_tiles(q: Tensor, k: Tensor) -> Tiles:
-    """Tiles of the kernel that makes dk and dv."""
-    rows, wide = _rows(q, k), padded(q.shape[3])
-    if q.dtype == torch.float32:
-        return _FP32 if wide <= 128 else Tiles(16, 16, 8, 1)
-    if wide > 128:
-        return Tiles(_least(rows, 32), 32, 8, 2)
-    if rows <= 16:
-        # The loop has one step: several programs on a multiprocessor hide each other's loads.
-        return Tiles(16, 64, 4, 2)
-    return Tiles(_least(rows, 64), 64, 8, 3) if wide > 64 else Tiles(_least(rows, 64), 128, 8, 2)
-
-
-def atomic_tiles(q: Tensor, k: Tensor) -> Tiles:
-    """Tiles of the same kernel where it adds up dq, too."""
-    rows, wide = _rows(q, k), padded(q.shape[3])
-    if q.dtype == torch.float32 or wide > 128:
-        return keys_tiles(q, k)
-    if rows <= 16 and _masked(q):
-        return Tiles(16, 32, 4, 2)
-    return Tiles(_least(rows, 64 if wide <= 64 else 32), 64, 8, 2)
-
-
-# Exact fp32 has no tensor cores to feed; more would not fit the registers.
-_FP32 = Tiles(16, 32, 8, 1)
-
-
-def _masked(q: Tensor) -> bool:
-    """Whether a head is shorter than its tile, whose columns have masks then: more registers."""
-    return padded(q.shape[3]) != q.shape[3]
-
-
-def _rows(q: Tensor, k: Tensor) -> int:
-    return q.shape[1] * (q.shape[2] // k.shape[2])
-
-
-def _least(rows: int, at_most: int) -> int:
-    return min(at_most, padded(rows))
-
-
 def _queries_gradient(problem: Problem, inputs: tuple[Tensor, ...]) -> Tensor:
     q, k = inputs[:2]
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_kv, kv_heads = k.shape[1:3]
-    tiles = queries_tiles(q, k)
+    tiles = queries_tiles(q, k, capability(q))
     shape = shape_options(problem)
     numbers = count(seqlen_q * shape["GROUP"], tiles.rows), batch * kv_heads
-    parts = splits(math.prod(numbers), count(seqlen_kv, tiles.keys), _processors(q))
+    parts = splits(math.prod(numbers), count(seqlen_kv, tiles.keys), processors(q))
     dq = torch.empty(parts, batch, seqlen_q, heads, head_dim, device=q.device)
     triton_backward.queries_kernel[(numbers[0], parts, numbers[1])](
         *inputs,
@@ -217,7 +165,8 @@ def _keys_gradient(
     ``dq`` its parts are added to it."""
     q, k = inputs[:2]
     batch, seqlen_kv, kv_heads, _ = k.shape
-    tiles = keys_tiles(q, k) if dq is None else atomic_tiles(q, k)
+    choose = keys_tiles if dq is None else atomic_tiles
+    tiles = choose(q, k, capability(q))
     dk, dv = (torch.empty_like(k), torch.empty_like(k)) if into is None else into
     dk, dv = (t if t.stride(-1) == 1 else torch.empty_like(k) for t in (dk, dv))
     triton_backward.keys_kernel[(count(seqlen_kv, tiles.keys), batch * kv_heads)](
@@ -278,9 +227,3 @@ def _merge(parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor, *, fold: bool)
 
 def _last_dim_dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _processors(tensor: Tensor) -> int:
-    if tensor.device.type != "cuda":
-        return 1  # the interpreter
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count

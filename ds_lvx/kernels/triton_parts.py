@@ -1,4 +1,7 @@
-"""Parts of a result on their way home, in Triton: encoded by one launch, joined by another.
+"""What lies between kernels, in Triton, one launch each.
+
+Parts of a result on their way home are encoded and joined, and what stands for out in backward is
+made.
 
 `ds_lvx.attention.wire` and `ds_lvx.kernels.merge` say what is computed, and do it by PyTorch's
 operations where these kernels are not there; here the numbers are read once and written once.
@@ -27,11 +30,13 @@ _ROWS = 16
 _OF_ROWS = ("stride_hb", "stride_hs", "stride_mn", "stride_mb", "stride_ms")
 _OF_FACTORS = ("stride_fn", "stride_fb", "stride_fs")
 _OF_LSES = ("stride_ln", "stride_lb", "stride_lh", "stride_ls")
-_AS_THEY_COME = (*LENGTHS, *_OF_ROWS, *_OF_FACTORS, *_OF_LSES)
+_OF_DELTA = ("stride_db", "stride_dh", "stride_ds")
+_AS_THEY_COME = (*LENGTHS, *_OF_ROWS, *_OF_FACTORS, *_OF_LSES, *_OF_DELTA)
 _ONE_BY_ONE = (*ANY_ADDRESS, "factor", "factors", "lses")
 _TOP = tl.constexpr(0x7F800000)  # the exponent of an fp32 number
 _ONE = tl.constexpr(1 << 23)  # of it
 _SMALLEST = tl.constexpr(2.0**-106)
+_TINY = tl.constexpr(2.0**-126)  # the smallest normal number in fp32
 
 
 @triton.jit(do_not_specialize=_AS_THEY_COME, do_not_specialize_on_alignment=_ONE_BY_ONE)
@@ -152,6 +157,74 @@ def join_kernel(
             part = part * tl.exp(each - finite)[:, None]
         mixed += part
     tl.store(out + rows[:, None] * HEAD_DIM + dims, mixed, mask=mask)
+
+
+@triton.jit(do_not_specialize=_AS_THEY_COME, do_not_specialize_on_alignment=_ONE_BY_ONE)
+def stand_in_kernel(
+    dout,  # [B, S, H, D]
+    delta,  # [B, H, S], fp32
+    out,  # [B, S, H, D], dense
+    rows_of_all,  # B * S * H
+    seqlen,
+    heads,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    stride_db,
+    stride_dh,
+    stride_ds,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    dims = tl.arange(0, BLOCK_D)
+    is_row = rows < rows_of_all
+    mask = is_row[:, None] & (dims < HEAD_DIM)
+    head, token = rows % heads, rows // heads
+    batch, position = token // seqlen, token % seqlen
+    at = batch * stride_ob + position * stride_os + head * stride_oh
+    gradient = tl.load(dout + at[:, None] + dims, mask=mask, other=0.0).to(tl.float32)
+    wanted = tl.load(
+        delta + batch * stride_db + head * stride_dh + position * stride_ds, mask=is_row, other=0.0
+    )
+    largest = tl.maximum(tl.max(tl.abs(gradient), 1), _TINY)
+    unit = gradient / largest[:, None]
+    squares = tl.maximum(tl.sum(unit * unit, 1), 1.0)  # at least 1 unless dout is 0
+    length = wanted.to(tl.float32) / largest / squares
+    made = unit * length[:, None]
+    tl.store(out + rows[:, None] * HEAD_DIM + dims, made.to(out.dtype.element_ty), mask=mask)
+
+
+def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
+    """See `ds_lvx.kernels.flash.stand_in`.
+
+    Args:
+        dout: ``[B, S, H, D]``.
+        delta: ``[B, H, S]``.
+
+    Returns:
+        Like dout, dense.
+    """
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    batch, seqlen, heads, head_dim = dout.shape
+    out = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
+    rows = batch * seqlen * heads
+    if rows:
+        stand_in_kernel[(count(rows, _ROWS),)](
+            dout,
+            delta,
+            out,
+            rows,
+            seqlen,
+            heads,
+            *dout.stride()[:3],
+            *delta.stride(),
+            HEAD_DIM=head_dim,
+            BLOCK_D=padded(head_dim),
+            BLOCK_R=_ROWS,
+        )
+    return out
 
 
 def encode(part: Tensor, half: Tensor, factor: Tensor) -> None:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ds_lvx.kernels.device import HOPPER
 from ds_lvx.kernels.interface import Problem
 
 MIN_ROWS = 16  # the least that a tensor core takes
@@ -62,6 +64,86 @@ def shape_options(problem: Problem) -> dict[str, Any]:
         # fp32 means fp32: TF32 has three digits.
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }
+
+
+def forward_tiles(q: Tensor, k: Tensor, capability: int) -> Tiles:
+    """Tiles of the forward kernel.
+
+    Args:
+        q, k: what it computes.
+        capability: of the GPU, such as 90.
+    """
+    rows, wide = _rows(q, k), padded(q.shape[3])
+    if q.dtype == torch.float32:
+        return _FP32
+    if wide > 128:
+        return Tiles(_least(rows, 64), 64, 8, 2)
+    if rows <= 64:
+        return Tiles(_least(rows, 64), 64, 4, 3)
+    if _is_hoppers(q, rows, capability):
+        return Tiles(128, 128, 8, 3)
+    return Tiles(128, 64 if wide > 64 else 128, 8, 3)
+
+
+def queries_tiles(q: Tensor, k: Tensor, capability: int) -> Tiles:
+    """Tiles of the kernel that makes dq; see `forward_tiles`."""
+    rows, wide = _rows(q, k), padded(q.shape[3])
+    if q.dtype == torch.float32:
+        return _FP32 if wide <= 128 else Tiles(16, 16, 4, 1)
+    if wide > 128:
+        return Tiles(_least(rows, 64), 32, 8, 2)
+    if _is_hoppers(q, rows, capability):
+        return Tiles(128, 64, 8, 3)
+    return Tiles(_least(rows, 64), 32 if _masked(q) else 64, 4, 2)
+
+
+def keys_tiles(q: Tensor, k: Tensor, capability: int) -> Tiles:
+    """Tiles of the kernel that makes dk and dv; see `forward_tiles`."""
+    rows, wide = _rows(q, k), padded(q.shape[3])
+    if q.dtype == torch.float32:
+        return _FP32 if wide <= 128 else Tiles(16, 16, 8, 1)
+    if wide > 128:
+        return Tiles(_least(rows, 32), 32, 8, 2)
+    if rows <= 16:
+        # The loop has one step: several programs on a multiprocessor hide each other's loads.
+        return Tiles(16, 64, 4, 2)
+    if _is_hoppers(q, rows, capability):
+        return Tiles(32, 64, 4, 2)
+    return Tiles(_least(rows, 64), 64, 8, 3) if wide > 64 else Tiles(_least(rows, 64), 128, 8, 2)
+
+
+def atomic_tiles(q: Tensor, k: Tensor, capability: int) -> Tiles:
+    """Tiles of the same kernel where it adds up dq, too; see `forward_tiles`."""
+    rows, wide = _rows(q, k), padded(q.shape[3])
+    if q.dtype == torch.float32 or wide > 128:
+        return keys_tiles(q, k, capability)
+    if rows <= 16 and _masked(q):
+        return Tiles(16, 32, 4, 2)
+    if _is_hoppers(q, rows, capability):
+        return Tiles(64, 128, 8, 2)
+    return Tiles(_least(rows, 64 if wide <= 64 else 32), 64, 8, 2)
+
+
+# Exact fp32 has no tensor cores to feed; more would not fit the registers.
+_FP32 = Tiles(16, 32, 8, 1)
+
+
+def _is_hoppers(q: Tensor, rows: int, capability: int) -> bool:
+    """Whether tiles are those that were the fastest of some 25 on an H200, at head_dim 128."""
+    return capability >= HOPPER and rows > 64 and padded(q.shape[3]) == 128 and not _masked(q)
+
+
+def _masked(q: Tensor) -> bool:
+    """Whether a head is shorter than its tile, whose columns have masks then: more registers."""
+    return padded(q.shape[3]) != q.shape[3]
+
+
+def _rows(q: Tensor, k: Tensor) -> int:
+    return q.shape[1] * (q.shape[2] // k.shape[2])
+
+
+def _least(rows: int, at_most: int) -> int:
+    return min(at_most, padded(rows))
 
 
 def count(length: int, size: int) -> int:

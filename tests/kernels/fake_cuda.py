@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ds_lvx.kernels import device
+
 _aten = torch.ops.aten
 
 
 class WithoutCuda(TorchFunctionMode):
-    """Does by operators what PyTorch's Python methods ask a CUDA that is linked for."""
+    """Does by operators what PyTorch's Python methods ask a CUDA that is linked for.
+
+    The GPU is of an H100's kind, as far as PyTorch is asked of it, with one multiprocessor, which
+    every call fills, and without Triton.
+    """
+
+    def __enter__(self) -> Any:
+        self._stack = ExitStack()
+        properties = SimpleNamespace(multi_processor_count=1)
+        for place, name, answer in (
+            (torch.cuda, "get_device_capability", (9, 0)),
+            (torch.cuda, "get_device_properties", properties),
+            (device, "_has_triton", False),
+        ):
+            self._stack.enter_context(mock.patch.object(place, name, _answers(answer)))
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self._stack.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.copy_:
@@ -27,6 +52,10 @@ class WithoutCuda(TorchFunctionMode):
                 return _aten.index_put_(target, places, source)
             return _aten.copy_(_part(target, places), source)
         return func(*args, **kwargs or {})
+
+
+def _answers(answer: Any) -> Callable[..., Any]:
+    return lambda *_: answer
 
 
 def _part(tensor: Tensor, places: Any) -> Tensor:

@@ -229,7 +229,7 @@ def test_the_candidates_of_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
     assert list(candidates(on_cuda(torch.float64))) == ["native"]
     lines = describe(on_cuda(torch.bfloat16))
     assert lines[0] == (
-        "flash where all see all, or slices make up the rule, triton for other rules"
+        "cudnn where all see all, or a few large slices make up the rule, triton for other rules"
     )
     assert lines[1] == "no kind tuned on this card: ds-lvx doctor --tune"
     assert describe(on_cuda(torch.float32))[0] == "triton"
@@ -242,7 +242,9 @@ def test_the_candidates_of_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
 def test_the_kernel_of_every_batch_on_a_card(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By rule: FlashAttention where calls are described (`BATCHES` says which), else Triton."""
+    """By rule: cuDNN or FlashAttention where one call does it (`BATCHES` says which), else Triton,
+    as these calls are small."""
+    before_hopper = capability < (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(triton_forward, "forward_kernel", None)  # not an interpreted one
     for name, batch in BATCHES.items():
@@ -252,11 +254,60 @@ def test_the_kernel_of_every_batch_on_a_card(
                 q = torch.empty(samples, queries, 4, head_dim, dtype=dtype, device="cuda")
                 k = torch.empty(samples, keys, 2, head_dim, dtype=dtype, device="cuda")
             problem = Problem(q, k, k, Rule(batch.sees), softmax_scale=0.1)
-            able = dtype == torch.bfloat16 and head_dim % 8 == 0 and batch.calls is not None
-            expected = "flash" if able else "triton"
+            calls = [line for line in batch.calls or () if not line.startswith("gather")]
+            one = len(calls) <= 1 or (before_hopper and "in one launch" in calls)
+            able = dtype == torch.bfloat16 and head_dim % 8 == 0 and batch.calls is not None and one
+            expected = ("flash" if before_hopper else "cudnn") if able else "triton"
             auto = kernel_for("auto", q)
             taken = auto.choice(problem) if isinstance(auto, AutoKernel) else auto.name
             assert taken == (expected if capability >= (8, 0) else "native"), (name, dtype)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_few_large_slices_are_calls(
+    capability: tuple[int, int], large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text that sees its own of three videos and the next: a call a video, if each fills a card."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(triton_forward, "forward_kernel", None)
+    queries, keys = (600, 60_000) if large else (60, 6_000)
+    row, key = torch.arange(queries) * 3 // queries, torch.arange(keys) * 3 // keys
+    sees = Visibility(*(t.int()[None] for t in (row, row + 2, key)))
+    with FakeTensorMode():
+        q = torch.empty(1, queries, 32, 128, dtype=torch.bfloat16, device="cuda")
+        k = torch.empty(1, keys, 8, 128, dtype=torch.bfloat16, device="cuda")
+    auto = kernel_for("auto", q)
+    assert isinstance(auto, AutoKernel)
+    by_calls = "flash" if capability < (9, 0) else "cudnn"
+    taken = auto.choice(Problem(q, k, k, Rule(sees, sees), softmax_scale=0.1))
+    assert taken == (by_calls if large else "triton")
+
+
+@pytest.mark.usefixtures("_some_gpu")
+def test_where_bits_are_to_repeat_no_sum_is_without_an_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """cuDNN and the five products only without `torch.use_deterministic_algorithms`."""
+    monkeypatch.setattr(triton_forward, "forward_kernel", None)
+    sees = BATCHES["a window that slides"].sees
+    keys = sees.kv_pos.shape[1]
+    with FakeTensorMode():
+        q = torch.empty(1, keys, 4, 64, dtype=torch.bfloat16, device="cuda")
+        lse = torch.empty(1, 4, keys, device="cuda")
+    auto, upstream = kernel_for("auto", q), Upstream(q, lse, lse)
+    assert isinstance(auto, AutoKernel)
+    whole = Problem(q, q, q, softmax_scale=0.1)
+    window = Problem(q, q, q, Rule(sees, sees), softmax_scale=0.1)
+    assert [auto.choice(whole, upstream), auto.choice(window, upstream)] == [
+        "cudnn",
+        "triton_atomic",
+    ]
+    assert auto.choice(window) == "triton"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert [auto.choice(whole), auto.choice(window)] == ["cudnn", "triton"]
+    assert [auto.choice(whole, upstream), auto.choice(window, upstream)] == ["flash", "triton"]
 
 
 @pytest.mark.usefixtures("_some_gpu")

@@ -88,7 +88,9 @@ def test_a_device_lists_the_same_as_the_host(of_keys: bool) -> None:
     some, every = (t.transpose(1, 2) if of_keys else t for t in found)
     expected, counts = rule_module._listed(some, every)
     listed = rule_module._sorted(some, every)
-    assert listed.dtype == torch.int32 and listed.is_contiguous() and expected.is_contiguous()
+    assert listed.dtype == torch.int32
+    assert listed.is_contiguous()
+    assert expected.is_contiguous()
     within = torch.arange(listed.shape[2]) < counts[:, :, :1]
     assert torch.equal(listed[within], expected[within])
 

@@ -76,7 +76,7 @@ def _bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=[1, 24], ids=["one part", "several parts"])
 def processors(request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     """Multiprocessors: with many of them the keys are split."""
-    monkeypatch.setattr(triton_kernel, "_processors", lambda tensor: request.param)
+    monkeypatch.setattr(triton_kernel, "processors", lambda tensor: request.param)
     return request.param
 
 

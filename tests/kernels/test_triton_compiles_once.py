@@ -43,7 +43,7 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
         found.setdefault(kernel.fn.__name__, set()).add(key)
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", launch)
-    monkeypatch.setattr(triton_kernel, "_processors", lambda tensor: 132)
+    monkeypatch.setattr(triton_kernel, "processors", lambda tensor: 132)
     return found
 
 

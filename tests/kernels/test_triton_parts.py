@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from ds_lvx.attention import wire
-from ds_lvx.kernels import triton_parts
+from ds_lvx.kernels import flash, triton_parts
 from ds_lvx.kernels.merge import merge_, merge_stacked
 
 pytestmark = pytest.mark.skipif(
@@ -83,3 +83,21 @@ def test_join_is_decode_and_merge(shape: tuple[int, ...], *, softmax: bool, fact
     torch.testing.assert_close(found[0], expected, atol=1e-6, rtol=1e-6)
     if softmax:
         torch.testing.assert_close(found[1], total, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_stands_for_out_has_its_row_sums(shape: tuple[int, ...]) -> None:
+    """As the operations make it, for rows large, tiny and zero, heads' rows apart."""
+    batch, seqlen, heads, head_dim = shape
+    dout = drawn(batch, heads, seqlen, head_dim).transpose(1, 2)
+    sizes = torch.tensor([1.0, 1e-30, 1e30, 0.0, 1e-20])[:seqlen].view(1, seqlen, 1, 1)
+    dout = (dout * sizes).bfloat16()
+    out = drawn(*shape, seed=1).bfloat16()
+    delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
+    found = triton_parts.stand_in(dout, delta)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, flash.stand_in(dout, delta), atol=1e-6, rtol=1e-2)
+    sums = (dout.double() * found.double()).sum(-1).transpose(1, 2)
+    scale = dout.double().norm(dim=-1).transpose(1, 2).clamp_min(1e-38)
+    torch.testing.assert_close(sums / scale, delta.double() / scale, atol=2e-2, rtol=0)
+    assert triton_parts.stand_in(dout[:, :0], delta[:, :, :0]).shape == (batch, 0, heads, head_dim)

@@ -145,7 +145,10 @@ def test_dry_run_prints_commands_of_less_than_8_minutes(gpus: int, tmp_path: Pat
     assert limits_s + checks_s < 8 * 60
     parts = {
         1: ("a.whl", "-m gpu", "bench_kernels.py", "--parts memory", "--parts step_time"),
-        4: ("a.whl", "doctor", "184576", "512K", "--recompute", "--parts step_time --ranks 4"),
+        4: (
+            *("a.whl", "-m gpus", "doctor", "184576", "512K", "--recompute"),
+            "--parts step_time --ranks 4",
+        ),
     }
     for line, word in zip(lines, parts[gpus], strict=True):
         assert word in line

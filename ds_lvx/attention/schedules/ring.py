@@ -12,6 +12,7 @@ from ds_lvx.attention.call import Call
 from ds_lvx.attention.keys import Keys, Saved
 from ds_lvx.distributed.bundles import Bundle, Spec
 from ds_lvx.distributed.pending import Pending
+from ds_lvx.kernels.device import launches_triton
 from ds_lvx.kernels.merge import accumulation_dtype, merge_
 from ds_lvx.kernels.rule import Rule
 
@@ -147,7 +148,7 @@ def _sum(home: Tensor, arrived: Bundle) -> Tensor:
 
 
 def _by_one_launch(home: Tensor) -> bool:
-    return wire.launches_triton(home) and home.dtype == torch.float32
+    return launches_triton(home) and home.dtype == torch.float32
 
 
 def _twice(encoded: Bundle) -> Bundle:

@@ -131,7 +131,7 @@ TEXT = tuple(
 """Self-attention of the text, which every method but ring attention computes in one piece."""
 
 MEASURED = (
-    *(*PAPER[2:6], *MOSS[-2:], *TEXT[:1], *PAPER[6:8], *MOSS[:2], *PAPER[:2], *MOSS[2:-2]),
+    *(*PAPER[2:6], *MOSS[-2:], *TEXT[:1], *PAPER[:2], *PAPER[6:8], *MOSS[:2], *MOSS[2:-2]),
     *(*PAPER[8:], *TEXT[1:]),
 )
 """All of them, in the order in which a run that is cut short should have them."""

@@ -26,17 +26,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ds_lvx.compare.kernels.occupancy import BLOCK_SHARED_BYTES, programs_per_multiprocessor
-from ds_lvx.kernels import triton_backward, triton_forward, triton_kernel
+from ds_lvx.kernels import triton_backward, triton_forward, triton_tiles
 from ds_lvx.kernels.triton_tiles import ANY_ADDRESS, padded
 
 INT32 = ("q_start", "q_end", "kv_pos", "visible", "counts")
 FP32 = ("out", "lse", "delta", "dq", "parts", "part_lses")
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 KERNELS = {
-    "forward": (triton_forward.forward_kernel, triton_kernel.forward_tiles),
-    "queries": (triton_backward.queries_kernel, triton_kernel.queries_tiles),
-    "keys": (triton_backward.keys_kernel, triton_kernel.keys_tiles),
-    "atomic": (triton_backward.keys_kernel, triton_kernel.atomic_tiles),
+    "forward": (triton_forward.forward_kernel, triton_tiles.forward_tiles),
+    "queries": (triton_backward.queries_kernel, triton_tiles.queries_tiles),
+    "keys": (triton_backward.keys_kernel, triton_tiles.keys_tiles),
+    "atomic": (triton_backward.keys_kernel, triton_tiles.atomic_tiles),
 }
 _GROUP = 4
 
@@ -75,7 +75,7 @@ def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
     dtype, head_dim, rows = configuration.dtype, configuration.head_dim, configuration.rows
     q = torch.empty(1, max(rows // _GROUP, 1), _GROUP, head_dim, dtype=dtype, device="meta")
     k = torch.empty(1, 100_000, 1, head_dim, dtype=dtype, device="meta")
-    tiles = choose(q, k)
+    tiles = choose(q, k, capability)
     constants = {
         "GROUP": _GROUP,
         "HEAD_DIM": head_dim,

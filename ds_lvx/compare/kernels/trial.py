@@ -188,12 +188,23 @@ def samples_s(
         seconds: that all of them together should take; at least five are taken, or ``repeats``.
     """
     measured = _on_cuda if device.type == "cuda" else _on_cpu
-    once = max(measured(run, 0.0)[0], 1e-9)
+    once = max(_once_on_cuda(run) if device.type == "cuda" else _on_cpu(run, 0.0)[0], 1e-9)
     least = min(LEAST_SAMPLES, repeats)
     taken: list[float] = []
     while len(taken) < least:
         taken += measured(run, max(min(seconds, repeats * once), least * once))
     return taken[:repeats]
+
+
+def _once_on_cuda(run: Callable[[], Any]) -> float:
+    """One run by events: enough to know how many more to take."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    seconds: float = begin.elapsed_time(end) / 1e3
+    return seconds
 
 
 def _on_cuda(run: Callable[[], Any], seconds: float) -> list[float]:

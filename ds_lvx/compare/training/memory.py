@@ -65,17 +65,27 @@ class Scales:
         """Where: else on a CPU."""
         return torch.cuda.is_available()
 
-    def run(self, setting: Setting, *, frames: int, timed: bool = False) -> dict[str, Any]:
+    def run(
+        self, setting: Setting, *, frames: int, timed: bool = False, counts_launches: bool = False
+    ) -> dict[str, Any]:
         """One run: each rank's samples, and the rank that needs most.
 
         A run for times warms up at full size. One for bytes does not: what malloc has left over
         from a step of the same size would count as there before.
         """
         warm_up_frames, steps = (frames, self.steps) if timed else (1, 1)
-        load = Load(self.case, setting, frames=frames, warm_up_frames=warm_up_frames, steps=steps)
+        load = Load(
+            self.case,
+            setting,
+            frames=frames,
+            warm_up_frames=warm_up_frames,
+            steps=steps,
+            counts_launches=counts_launches,
+        )
+        shared = max(len(os.sched_getaffinity(0)) // self.ranks, 1)
         where = Ranks(
             self.ranks,
-            self.threads,
+            shared if self.on_cuda else self.threads,
             "cuda" if self.on_cuda else "cpu",
             timeout_s=_TIMEOUT_S,
             environment=PROMPT_FREEING,
@@ -254,7 +264,8 @@ def recomputation(scales: Scales, *, checkpointing: bool, rounds: int) -> dict[s
     runs: dict[str, list[Any]] = {name: [] for name in pair}
     for _ in range(rounds):
         for name, setting in pair.items():
-            runs[name] += scales.run(setting, frames=scales.frames, timed=True)["ranks"]
+            found = scales.run(setting, frames=scales.frames, timed=True, counts_launches=True)
+            runs[name] += found["ranks"]
     seconds = {
         column: {
             name: spread([s for run in own for s in run[column]]) for name, own in runs.items()

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import ds_lvx
 from ds_lvx.compare.case import Case, build_model, ds_config, make_batch
@@ -65,7 +67,7 @@ class Task:
     repeats: int = 5
 
     def build(self) -> torch.nn.Module:
-        """The model on the CPU."""
+        """The model, on the device that tensors are made on."""
         checkpoint = self.model if self.checkpoint else None
         return build_model(self.case, checkpoint=checkpoint, dtype=DTYPES[self.dtype])
 
@@ -217,6 +219,7 @@ class Load:
         frames: visual input of a rank.
         warm_up_frames: visual input of a rank in the step before the measured ones.
         steps: measured ones.
+        counts_launches: in one more step, on CUDA.
     """
 
     case: Case
@@ -224,6 +227,7 @@ class Load:
     frames: int
     warm_up_frames: int
     steps: int
+    counts_launches: bool = False
 
 
 def weigh(load: Load) -> dict[str, Any]:
@@ -233,13 +237,35 @@ def weigh(load: Load) -> dict[str, Any]:
         ``before_bytes`` (before the first measured step), and lists with one entry a measured step:
         ``kept_bytes`` (after forward), ``peak_bytes``, both above what was there before the step,
         ``forward_s``, ``backward_s``, ``step_s`` (with the optimizer's), ``processor_s`` (of all
-        threads in the same time, which neighbours on the machine do not lengthen), and ``loss``.
+        threads in the same time, which neighbours on the machine do not lengthen), and ``loss``;
+        ``launches`` of one more step on CUDA where they are asked for, else None.
     """
     config = ds_config(load.setting, load.case, ranks=int(os.environ["WORLD_SIZE"]))
-    with _training(build_model(load.case), torch.optim.SGD, config) as engine:
+    with _on_device():
+        model = build_model(load.case)
+    with _training(model, torch.optim.SGD, config) as engine:
+        del model
         _weighed(engine, load.case, load.warm_up_frames)
         columns = _columns([_weighed(engine, load.case, load.frames) for _ in range(load.steps)])
-    return {**columns, "before_bytes": columns["before_bytes"][0]}
+        launches = None
+        if load.counts_launches and get_accelerator().device_name() == "cuda":
+            launches = _launches(lambda: _weighed(engine, load.case, load.frames))
+    return {**columns, "before_bytes": columns["before_bytes"][0], "launches": launches}
+
+
+@contextmanager
+def _on_device() -> Iterator[None]:
+    """New tensors on this rank's device: weights are drawn there in a moment."""
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    with torch.device(get_accelerator().current_device_name()):
+        yield
+
+
+def _launches(step: Callable[[], Any]) -> int:
+    """How many kernels and copies the GPU is given in a step, by PyTorch's profiler."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        step()
+    return sum(event.device_type == DeviceType.CUDA for event in found.events() or ())
 
 
 def _weighed(engine: Any, case: Case, frames: int) -> dict[str, float]:
