@@ -1,6 +1,7 @@
-"""A compact double of mPLUG-Owl3 (241101) for tests: its modules, names, inputs and numbers, dense
-masks. Written from a description of the model, with one intended difference: hyper layers, too, do
-not see the padding of a batch. ``B`` samples, ``T`` text tokens, ``P`` visual tokens of an image.
+"""A compact double of mPLUG-Owl3 for tests, release 241101 or, ``gated``, 240728: its modules,
+names, inputs and numbers, dense masks. Written from a description of the model, with two intended
+differences: hyper layers, too, do not see the padding of a batch, and the gated one takes the other
+one's ``media_offset``. ``B`` samples, ``T`` text tokens, ``P`` visual tokens of an image.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ class SiglipVisionConfig(PreTrainedConfig):
 class mPLUGOwl3Config(PreTrainedConfig):  # noqa: N801  (the model's own name)
     model_type = "mplugowl3"
 
-    def __init__(self, vision_config=None, vision_batch_size=2, **kwargs):
+    def __init__(self, vision_config=None, vision_batch_size=2, gated=False, **kwargs):
         self.vocab_size, self.hidden_size, self.intermediate_size = 96, 32, 48
         self.num_hidden_layers, self.num_attention_heads, self.num_key_value_heads = 4, 4, 2
         self.hyper_layers, self.rope_theta, self.rms_norm_eps = [1, 3], 1e4, 1e-6
         self.attention_dropout, self.max_position_embeddings = 0.0, 512
-        self.vision_batch_size = vision_batch_size
+        self.vision_batch_size, self.gated = vision_batch_size, gated
         given = isinstance(vision_config, SiglipVisionConfig)
         self.vision_config = vision_config if given else SiglipVisionConfig(**(vision_config or {}))
         super().__init__(**{"tie_word_embeddings": False, **kwargs})
@@ -132,6 +133,8 @@ class HyperQwen2SdpaAttention(nn.Module):
         self.k_proj, self.v_proj = nn.Linear(width, narrow), nn.Linear(width, narrow)
         if hyper:
             self.v_kv_proj = nn.Linear(width, 2 * narrow)
+            if config.gated:
+                self.gate = nn.Parameter(torch.zeros(width))
 
     def forward(
         self,
@@ -163,6 +166,11 @@ class HyperQwen2SdpaAttention(nn.Module):
                 both = self.v_kv_proj(images).flatten(0, 1)
                 both = both.unflatten(1, (self.kv_heads, 2, self.head_dim)).permute(2, 1, 0, 3)
                 places = starts.repeat_interleave(each)
+                if self.config.gated:
+                    keys = rope(both[0], places + 1, theta)[None], keys
+                    values, sees = (both[1][None], values), (places < index[:, None], sees)
+                    outs.append(self.mixed(q[sample : sample + 1], keys, values, sees))
+                    continue
                 keys = torch.cat((rope(both[0], places, theta)[None], keys), dim=2)
                 values = torch.cat((both[1][None], values), dim=2)
                 sees = torch.cat((places <= index[:, None], sees), dim=1)
@@ -172,6 +180,15 @@ class HyperQwen2SdpaAttention(nn.Module):
             outs.append(out)
         out = torch.cat(outs).transpose(1, 2).flatten(2)
         return self.o_proj(out), None, None
+
+    def mixed(self, q, keys, values, sees):
+        """Attention to images, then to text, by the gate; before the first image text alone."""
+        images, text = (
+            F.scaled_dot_product_attention(q, *kv, attn_mask=mask, enable_gqa=True)
+            for *kv, mask in zip(keys, values, sees, strict=True)
+        )
+        gate = self.gate.sigmoid().view(self.heads, 1, self.head_dim)
+        return torch.where(sees[0].any(1)[:, None], text * (1 - gate) + images * gate, text)
 
 
 class Qwen2MLP(nn.Module):

@@ -227,3 +227,59 @@ def test_a_replica_without_images_beside_one_with_images(sp_size: int) -> None:
     batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
     jobs = [(rules("lvx", sp_size, 3), tiny_model)]
     check(jobs, ranks=2 * sp_size, batches=batches, sp_size=sp_size)
+
+
+# ---- release 240728, whose hyper layers have a gate
+
+GATED = partial(tiny_model, gated=True)
+GATED_RULES = {
+    **RULES,
+    "ulysses": ({"method": "ulysses"}, "ulysses"),
+    "auto": ({"method": "auto"}, "ring"),
+}
+
+
+def gated_rules(name: str, ranks: int, stage: int = 0) -> dict[str, Any]:
+    hyper, text = GATED_RULES[name]
+    return ds_config(stage=stage, sp_size=ranks, cross=hyper, self_attn=text)
+
+
+@functools.cache
+def gated_reference(name: str) -> dict[str, Any]:
+    return reference_steps([[BATCHES[name]()]], GATED())
+
+
+def gated_step_each(ranks: int, offset: int) -> list[dict[str, Any]]:
+    order = (list(GATED_RULES) * 3)[offset:]
+    return [
+        plain_step(gated_rules(rule, ranks), make(), model=GATED())
+        for make, rule in zip(BATCHES.values(), order, strict=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "offset"),
+    [(2, 3), *(pytest.param(3, n, marks=pytest.mark.slow) for n in range(6))],
+)
+def test_gated_layers_equal_one_process(ranks: int, offset: int) -> None:
+    results = run_ranks(gated_step_each, ranks, ranks, offset)
+    for index, name in enumerate(BATCHES):
+        mine = trained_only([each[index] for each in results])
+        try:
+            assert_same_training(mine, gated_reference(name), sp_size=ranks)
+        except AssertionError as error:
+            raise AssertionError(f"{name} on {ranks} ranks: {error}") from error
+
+
+def test_gated_reference_has_gradients_everywhere() -> None:
+    grads = gated_reference("hard_batch")["grads"]
+    assert any(name.endswith("self_attn.gate") for name in grads)
+    assert all(grad.any() for grad in grads.values())
+
+
+def test_gated_training_equals_one_process() -> None:
+    jobs = [
+        (gated_rules("recompute", 2, 3), GATED),
+        (section(gated_rules("ulysses", 2, 2)), partial(checkpointed, GATED)),
+    ]
+    check(jobs, ranks=2, batches=[[hard_batch(0)], [text_only(1)]], sp_size=2)

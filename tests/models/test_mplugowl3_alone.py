@@ -10,8 +10,7 @@ import torch
 
 from ds_lvx.config import LVXConfig
 from ds_lvx.models import patch_model
-from ds_lvx.models.mplugowl3.family import MPlugOwl3
-from ds_lvx.sharding import shard_batch
+from ds_lvx.sharding import draft_batch, shard_batch
 from tests.models.moss_vl_case import OneRank
 from tests.models.mplugowl3_case import ds_config, hard_batch, tiny_model
 
@@ -66,11 +65,33 @@ def test_offload_is_refused() -> None:
         patched(tiny_model(), rule)
 
 
-def test_the_release_with_gates_is_refused() -> None:
-    gated = tiny_model()
-    gated.language_model.model.layers[0].self_attn.gate = torch.nn.Parameter(torch.zeros(32))
-    with pytest.raises(NotImplementedError, match="expected release 241101"):
-        MPlugOwl3().check(gated, sp_size=2)
+def test_gated_layers_run_every_method() -> None:
+    for method in ("lvx", "ring", "ulysses", "auto"):
+        patched(tiny_model(gated=True), {"method": method}).unpatch()
+
+
+def counted(batch: dict[str, Any]) -> torch.Tensor:
+    """``media_offset [B, T, 2]`` as the processor of release 240728 has it."""
+    length, before, rows = batch["input_ids"].shape[1], 0, []
+    for places in batch["media_offset"]:
+        seen = (torch.arange(length)[:, None] > places).sum(dim=1)
+        if len(places) == 0:
+            seen = torch.full((length,), -1_000_000)
+        rows.append(torch.stack((torch.full((length,), before), before + seen), dim=1))
+        before += len(places)
+    return torch.stack(rows)
+
+
+def test_offsets_may_be_those_of_either_release() -> None:
+    model, batch = tiny_model(gated=True).eval(), hard_batch()
+    expected = model(**batch)
+    patched(model)
+    for offsets in (batch["media_offset"], counted(batch)):
+        draft = draft_batch({**batch, "media_offset": offsets}, model=model)
+        out = model(**shard_batch(draft, model=model))
+        torch.testing.assert_close(out.logits, expected.logits)
+    with pytest.raises(ValueError, match=r"\(3, 5, 2\); expected \(3, 15, 2\)"):
+        shard_batch({**batch, "media_offset": counted(batch)[:, :5]}, model=model)
 
 
 def test_states_of_layers_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.models import FAMILIES, patch_model
+from ds_lvx.models.mplugowl3.processor import media_text
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_video
@@ -100,6 +102,12 @@ def test_text_and_offsets_are_those_of_the_model_s_processor(folder: Path) -> No
     assert places == [n for n, each in enumerate(ids) if each == processor.image_token_id]
     assert first["pixel_values"].shape == (3, 3, SIZE, SIZE)
     assert second["images_per_sample"].tolist() == [4]
+
+
+def test_a_tokenizer_without_tokens_for_a_video_has_its_images_alone() -> None:
+    tokenizer: Any = SimpleNamespace(get_vocab=lambda: {"<|image|>": 0})
+    assert media_text(tokenizer, [0.0, 1.0]) == "<|image|><|image|>"
+    assert media_text(tokenizer, None) == "<|image|>"
 
 
 def test_pixels_are_resized_whole_and_normalised(folder: Path) -> None:

@@ -30,7 +30,8 @@ def mask_of(batch: ShardedBatch, x: Tensor, *, text: Rotary, images: Rotary | No
 
 
 class Attention(ShardedForward):
-    """Attention of the text to itself, and in hyper layers in the same softmax to the images.
+    """Attention of the text to itself, and in hyper layers to the images: in the same softmax, or
+    in one of their own, mixed by a gate.
 
     Args:
         layer: an attention module of Qwen2's, with ``v_kv_proj`` in a hyper layer.
@@ -79,6 +80,9 @@ class Attention(ShardedForward):
             # What the layers share are the features before their norms.
             own = replace(batch, features_gradient=None)
             images = self._images(image_embeds, attention_mask)
+            if is_gated(module):
+                visual = attend(self.plan, own, q, **images)
+                return self._mixed(batch, attend(self.text_plan, batch, q, **text), visual)
             out, _ = merge_attention(
                 [
                     attend_part(self.plan, own, q, **images),
@@ -86,6 +90,16 @@ class Attention(ShardedForward):
                 ]
             )
         return module.o_proj(out.flatten(2)), None, None
+
+    def _mixed(
+        self, batch: ShardedBatch, text: Tensor, visual: Tensor
+    ) -> tuple[Tensor, None, None]:
+        """Text and images ``[B, s, H, D]`` by the gate; where no image is seen, text."""
+        share = self.module.gate.sigmoid().to(text.dtype)
+        if batch.row_mask is not None:
+            share = share * batch.row_mask[:, 0]
+        mixed = text.flatten(2) * (1 - share) + visual.flatten(2) * share
+        return self.module.o_proj(mixed), None, None
 
     def _text(self, x: Tensor, carried: Any) -> dict[str, Any]:
         module = self.module
@@ -115,6 +129,11 @@ class Attention(ShardedForward):
             "kv_heads": self.kv_heads,
             "scale": self.head_dim**-0.5,
         }
+
+
+def is_gated(module: Any) -> bool:
+    """Whether a hyper layer's attention is that of release 240728."""
+    return hasattr(module, "gate")
 
 
 def rotary(positions: Tensor, *, head_dim: int, theta: float) -> Rotary:

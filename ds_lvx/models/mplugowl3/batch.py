@@ -39,6 +39,8 @@ class Images(Visual):
         here: int64 ``[B]``, images of each sample whose pixels are at hand.
         holder: int64 ``[N]``, the rank of each image; None where only this rank's are known.
         ranks: that share the batch, where ``holder`` is known.
+        strictly: a token does not see the image that it stands for, and images stand a place later
+            for rotary embeddings (release 240728).
     """
 
     sample: Tensor
@@ -46,6 +48,7 @@ class Images(Visual):
     here: Tensor
     holder: Tensor | None = None
     ranks: int = 0
+    strictly: bool = False
 
     def part(self, rank: int, size: int) -> Images:
         """This rank's images, of pixels that are those of all."""
@@ -65,12 +68,14 @@ class Images(Visual):
 
     def settled(self, records: Sequence[Mapping[str, Any]]) -> Images:
         """With the rank of each image: those of a sample lie on the ranks in order."""
-        if self.holder is not None:
-            return self
-        held = torch.tensor([record[COUNTS] for record in records])
-        self._check(held.sum(dim=0))
-        ranks = torch.arange(len(records)).repeat(held.shape[1])
-        return replace(self, holder=ranks.repeat_interleave(held.T.flatten()), ranks=len(records))
+        whole = self
+        if self.holder is None:
+            held = torch.tensor([record[COUNTS] for record in records])
+            self._check(held.sum(dim=0))
+            ranks = torch.arange(len(records)).repeat(held.shape[1])
+            holder = ranks.repeat_interleave(held.T.flatten())
+            whole = replace(self, holder=holder, ranks=len(records))
+        return whole._a_place_later() if self.strictly else whole
 
     def shares(self, parts: int) -> tuple[int, ...]:
         """Images by rank."""
@@ -109,6 +114,12 @@ class Images(Visual):
     def _holder(self) -> Tensor:
         assert self.holder is not None, "part() comes first"
         return self.holder
+
+    def _a_place_later(self) -> Images:
+        """As if each image's token stood at the next place: before it an image is not seen."""
+        assert self.runs is not None
+        end = torch.nn.functional.pad(self.runs.end[:, :-1], (1, 0))
+        return replace(self, position=self.position + 1, runs=replace(self.runs, end=end))
 
     def _check(self, found: Tensor) -> None:
         """Compare images by sample, int64 ``[B]``, with the offsets."""
@@ -227,6 +238,8 @@ def _offsets(batch: Mapping[str, Any], text: Text) -> list[Tensor]:
     """Of each sample, int64 ``[images]``."""
     samples, length = text.shape
     given = batch.get(OFFSETS, [()] * samples)
+    if isinstance(given, Tensor) and given.ndim == 3:
+        given = _places_of_counts(given, text)
     if not isinstance(given, Sequence | Tensor) or len(given) != samples:
         raise ValueError(
             f"got {OFFSETS} of {type(given).__name__}; expected a list with a tensor for each of "
@@ -244,6 +257,23 @@ def _offsets(batch: Mapping[str, Any], text: Text) -> list[Tensor]:
                 f"that never go down, from 0 to {length - 1}"
             )
     return offsets
+
+
+def _places_of_counts(given: Tensor, text: Text) -> list[Tensor]:
+    """The numbers of images' tokens, from how many images stand before each token.
+
+    Args:
+        given: int ``[B, T, 2]``, as the processor of release 240728 has it: images of the samples
+            before, and those and the images before the token.
+        text: the whole text.
+    """
+    if given.shape != (*text.shape, 2):
+        raise ValueError(
+            f"got {OFFSETS} {tuple(given.shape)}; expected {(*text.shape, 2)}, the first two as "
+            "input_ids: the whole sequence, never a shard"
+        )
+    more = given.cpu().diff(dim=2)[..., 0].clamp(min=0).diff(dim=1)
+    return [torch.where(row > 0)[0] for row in more]
 
 
 def image_tokens(config: Any) -> int:

@@ -1,13 +1,15 @@
-"""mPLUG-Owl3 (241101): which modules attend, and what the sharded text model needs.
+"""mPLUG-Owl3: which modules attend, and what the sharded text model needs.
 
 The model's code comes with its checkpoints; nothing of it is imported here, and its modules are
 found by name and by what they have. Text layers are Qwen2's. In some of them, the hyper layers, the
-text attends in one softmax to itself and to all images whose tokens are not behind it.
+text attends to itself and to all images whose tokens are not behind it: in one softmax (release
+241101), or in two whose results a gate mixes, to images before the token only (240728).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.mplugowl3 import batch as batches
 from ds_lvx.models.mplugowl3 import dimensions, forward, sized
 from ds_lvx.models.mplugowl3 import processor as processors
-from ds_lvx.models.mplugowl3.attention import Attention
+from ds_lvx.models.mplugowl3.attention import Attention, is_gated
 from ds_lvx.models.patch import PatchedAttention
 from ds_lvx.models.visual import Visual
 
@@ -34,7 +36,6 @@ _ADVICE = (
     "the files that come with mPLUG-Owl3's checkpoints are for transformers 4; take modeling and "
     "configuration files that were ported to 5"
 )
-_GATE = "gate"  # of release 240728
 
 
 class MPlugOwl3(Family):
@@ -67,7 +68,8 @@ class MPlugOwl3(Family):
         return [*vision, *text]
 
     def forward(self, layer: Layer, plan: LayerPlan) -> PatchedAttention:
-        if plan.kind == "cross" and plan.method in ("ulysses", "auto"):
+        one_softmax = plan.kind == "cross" and not is_gated(layer.module)
+        if one_softmax and plan.method in ("ulysses", "auto"):
             raise NotImplementedError(
                 f"ds_lvx.layers: got method {plan.method!r} for {plan.name}, a hyper layer of "
                 "mPLUG-Owl3, whose softmax over images and text needs lse; use 'lvx' or 'ring'"
@@ -82,13 +84,6 @@ class MPlugOwl3(Family):
 
     def text_model(self, model: Any) -> nn.Module:
         return model.language_model
-
-    def check(self, model: Any, *, sp_size: int) -> None:
-        if any(hasattr(layer.self_attn, _GATE) for layer in model.language_model.model.layers):
-            raise NotImplementedError(
-                "got an mPLUG-Owl3 with gates (240728); expected release 241101, whose hyper "
-                "layers have one softmax over images and text"
-            )
 
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
         text = model.language_model
@@ -116,12 +111,19 @@ class MPlugOwl3(Family):
     ) -> dict[str, Any]:
         """A batch without images has a blank one that nobody sees, so that what makes K and V of
         images gets a gradient of 0: with none, ZeRO-3 would take that of the step before."""
+        if isinstance(batch, Draft):
+            draft = batch
+        else:
+            place = channel.rank, channel.size
+            draft = Draft.of(self, batch, model, place=place, frames=frames)
+        if any(is_gated(layer.self_attn) for layer in model.language_model.model.layers):
+            draft = draft.seen(lambda visual: replace(visual, strictly=True))
         return super().shard(
-            batch, model, channel=channel, frames=frames, always_vision=True, records=records
+            draft, model, channel=channel, frames=frames, always_vision=True, records=records
         )
 
     def media_text(self, processor: Any, times: Sequence[float] | None) -> str:
-        return processors.media_text(times)
+        return processors.media_text(processor.tokenizer, times)
 
     def frames(
         self,

@@ -22,7 +22,7 @@ from ds_lvx.models.patch import KEYWORD, Hook
 
 FEATURES = "image_embeds"
 _SHIFTED = "shift_labels"
-_ENCODE = "_small_batched_forward"
+_ENCODE = "forward_image"
 
 
 class Pack(Hook):
@@ -62,45 +62,51 @@ class EncodeOnce(Hook):
     """A forward pre-hook of the model: its tower runs once a forward with a sharded batch.
 
     By itself it runs over ``vision_batch_size`` images at a time: not equally often on all ranks,
-    which under ZeRO-3 would wait for each other. And it keeps the states of all its layers until
-    it is done, of which the last but one is used.
+    which under ZeRO-3 would wait for each other. It keeps the states of all its layers until it is
+    done, of which the last but one is used. And in release 240728 it never trains.
     """
 
     def __init__(self, model: Any) -> None:
         self._model, self._before = model, vars(model).get(_ENCODE)
-        self._own = getattr(model, _ENCODE, None)
+        self._own = getattr(model, _ENCODE)
         self._sharded = False
-        if self._own is not None:
-            setattr(model, _ENCODE, self._encode)
+        setattr(model, _ENCODE, self._encode)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         self._sharded = kwargs.get(KEYWORD) is not None
 
-    def _encode(self, pixels: Tensor) -> Tensor:
-        tower = self._model.vision_model
-        if not self._sharded:
-            assert self._own is not None
-            return cast(Tensor, self._own(pixels))
-        if any(parameter.requires_grad for parameter in tower.parameters()):
-            return cast(Tensor, tower(pixels, output_hidden_states=True).hidden_states[-2])
-        found: list[Tensor] = []
-
-        def keep(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-            found.append(args[0] if args else kwargs["hidden_states"])
-
-        last = tower.encoder.layers[-1].register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                tower(pixels)
-        finally:
-            last.remove()
-        return found[0]
+    def _encode(self, pixels: Tensor | None) -> Any:
+        if not self._sharded or pixels is None:
+            return self._own(pixels)
+        model = self._model
+        dtype = model.language_model.model.embed_tokens.weight.dtype
+        states = _states(model.vision_model, pixels.to(dtype))
+        to_text = model.vision2text_model
+        return states if to_text is None else to_text(states)
 
     def undo(self) -> None:
         """Give the model its own way back."""
         vars(self._model).pop(_ENCODE, None)
         if self._before is not None:
             setattr(self._model, _ENCODE, self._before)
+
+
+def _states(tower: Any, pixels: Tensor) -> Tensor:
+    """What the last layer of the tower but one makes of images, ``[images, P, hidden]``."""
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        return cast(Tensor, tower(pixels, output_hidden_states=True).hidden_states[-2])
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+    last = tower.encoder.layers[-1].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            tower(pixels)
+    finally:
+        last.remove()
+    return found[0]
 
 
 class TextForward:

@@ -19,6 +19,7 @@ from ds_lvx.models.mplugowl3.batch import COUNTS, OFFSETS, PADDING, PIXELS
 from ds_lvx.models.remote import read_json
 
 IMAGE_TOKEN = "<|image|>"
+_VIDEO = ("<|start_video_frame|>", "<|end_video_frame|>")
 _CHAT_TEMPLATE = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\n<|im_end|>{% endif %}"
     "{% for message in messages %}"
@@ -84,8 +85,11 @@ class Processor:
         return {**found, PIXELS: torch.stack(images)} if images else found
 
 
-def media_text(times: Sequence[float] | None) -> str:
-    """See `ds_lvx.models.contract.Family.media_text`."""
+def media_text(tokenizer: Any, times: Sequence[float] | None) -> str:
+    """See `ds_lvx.models.contract.Family.media_text`; release 240728 has no tokens for a video."""
     if times is None:
         return IMAGE_TOKEN
-    return f"<|start_video_frame|>{IMAGE_TOKEN * len(times)}<|end_video_frame|>"
+    frames = IMAGE_TOKEN * len(times)
+    if _VIDEO[0] not in tokenizer.get_vocab():
+        return frames
+    return frames.join(_VIDEO)
