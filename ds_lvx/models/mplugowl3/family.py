@@ -48,6 +48,7 @@ class MPlugOwl3(Family):
         "cross": f"*.{_IMAGES}",
         "self": "*language_model*.self_attn",
     }
+    without: Mapping[str, str] = {"ulysses": "release 241101 needs lse of its hyper layers"}
     lora_targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|v_kv_proj)"
 
     # ---- patching
