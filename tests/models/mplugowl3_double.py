@@ -44,7 +44,8 @@ def rope(x, positions, theta):
     angles = positions[..., None].float() / theta ** (torch.arange(half) / half)
     cos, sin = angles.cos(), angles.sin()
     first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
 
 
 class SiglipAttention(nn.Module):

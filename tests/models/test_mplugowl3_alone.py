@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from ds_lvx.compare.fake_cuda import DEVICE, FakeCuda
 from ds_lvx.config import LVXConfig
+from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import draft_batch, shard_batch
+from launch.bench_launches import made_up_ranks
 from tests.models.moss_vl_case import OneRank
 from tests.models.mplugowl3_case import ds_config, hard_batch, tiny_model
 
@@ -137,3 +140,33 @@ BAD: dict[str, Any] = {
 def test_a_bad_batch_is_told_what_is_wrong(words: str) -> None:
     with pytest.raises(ValueError, match=words):
         shard_batch(BAD[words](hard_batch()), model=tiny_model())
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sixteen_bits_are_close_to_thirty_two(*, gated: bool, autocast: bool) -> None:
+    model, batch = tiny_model(gated=gated), hard_batch()
+    expected = model(**batch).loss
+    model = model if autocast else model.bfloat16()
+    patched(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(**shard_batch(batch, model=model)).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(*, gated: bool) -> None:
+    hyper = {**LVX, "recompute_kv": True, "kernel": "native"}
+    config = ds_config(stage=1, sp_size=3, cross=hyper, self_attn="ring")
+    config["ds_lvx"]["layers"][2]["kernel"] = "native"
+    with FakeCuda() as fake, made_up_ranks(3):
+        model, groups = tiny_model(gated=gated, hidden_size=64), SequenceParallelGroups(3)
+        patch_model(model, LVXConfig.from_ds_config(config), groups)
+        model.to(DEVICE)
+        fake.reset()
+        draft = draft_batch(hard_batch(), model=model).pin_memory()
+        model(**shard_batch(draft, model=model)).loss.backward()
+        assert fake.waits == []
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        groups.close()
