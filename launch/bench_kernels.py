@@ -163,9 +163,15 @@ def compile_all() -> dict[str, Any]:
 
 
 def render(options: argparse.Namespace) -> None:
-    """Write the tables of whatever JSON there is into the document."""
+    """Write the tables of whatever JSON there is into the document.
+
+    What was left out of the measurement for lack of time may be in a second one, ``-others.json``.
+    """
     paths = {part: path_of(part, options) for part in PARTS}
+    paths["others"] = options.output.with_name(f"{options.output.stem}-others.json")
     found = {part: json.loads(p.read_text()) if p.exists() else None for part, p in paths.items()}
+    if found["others"] is not None:
+        found["measured"] = kernels_report.joined(found["measured"], found["others"])
     tables = {"measured": kernels_report.measured_table(found["measured"])}
     if found["floors"] is not None:
         tables["floors"] = kernels_report.floors_table(found["floors"], found["measured"])

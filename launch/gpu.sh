@@ -65,7 +65,7 @@ fi
 # Our own kernels first: if the time is up, others are left out.
 mapfile -t gpu_tests < <(
   grep -rl --include='test_*.py' 'mark\.gpu' tests | sort | sort -s -t/ -k2,2 \
-    | awk '{ print ($0 ~ /kernels\/test_(triton|auto)/) ? 0 : ($0 ~ /^tests\/kernels/) ? 1 : 2, $0 }' \
+    | awk '{ print ($0 ~ /kernels\/test_gpu/) ? 0 : ($0 ~ /^tests\/kernels/) ? 1 : 2, $0 }' \
     | sort -s -n -k1,1 | cut -d' ' -f2
 )
 site="" side_by_side=()

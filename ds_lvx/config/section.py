@@ -88,8 +88,8 @@ class LayerRule(BaseModel):
     a layer's K and V never exist whole. Needs `recompute_kv`."""
 
     kernel: str = "auto"
-    """Who computes one block on one device: `native`, `flash`, `triton`, `triton_atomic`,
-    `reference` or `auto`."""
+    """Who computes one block on one device: `native`, `flash`, `cudnn`, `triton`,
+    `triton_atomic`, `reference` or `auto`."""
 
     @field_validator("method", "schedule", "kernel")
     @classmethod

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels.device import HOPPER, capability
+from ds_lvx.kernels.flash import CUDA_DTYPES
 from ds_lvx.kernels.interface import Kernel, Problem, Upstream
 from ds_lvx.kernels.table import Table, kind_of
 
@@ -24,8 +25,10 @@ BY_RULE = ("cudnn", "flash", "triton_atomic", "triton", "native")
 """The first that is there, serves a problem and suits it is taken; ``native`` serves all."""
 _IN_NO_ORDER = ("cudnn", "triton_atomic")
 """Who adds up dq in any order. PyTorch's flash kernel sees to it itself."""
-_LARGE_CALL_FLOPS = 5e10
-"""Of a slice, forward: what an H100 does in some 80 us, the time of a launch and of its tail."""
+_LARGE_CALL_FLOPS = {"forward": 5e11, "backward": 5e10}
+"""Of the products of a slice in forward. A call of many takes the host half a millisecond forward,
+with the merge behind it, and Triton's kernel is nearly as fast as cuDNN's there; in backward it
+takes 1.5 times as long."""
 
 
 class AutoKernel(Kernel):
@@ -62,10 +65,12 @@ class AutoKernel(Kernel):
         if name in _IN_NO_ORDER and upstream is not None and _in_order():
             return False
         if name == "triton_atomic":
-            return upstream is not None and capability(problem.q) >= HOPPER
+            narrow = problem.q.dtype in CUDA_DTYPES
+            return upstream is not None and narrow and capability(problem.q) >= HOPPER
         if name not in ("cudnn", "flash"):
             return True
-        is_large = "triton" not in self._candidates or _has_large_calls(name, problem)
+        least = _LARGE_CALL_FLOPS["forward" if upstream is None else "backward"]
+        is_large = "triton" not in self._candidates or _has_large_calls(name, problem, least)
         return is_large and preferred(name, problem.q)
 
     def _can(self, name: str, problem: Problem, upstream: Upstream | None) -> bool:
@@ -103,15 +108,15 @@ def preferred(name: str, q: Tensor) -> bool:
     return name != "cudnn" or capability(q) >= HOPPER
 
 
-def _has_large_calls(name: str, problem: Problem) -> bool:
-    """Whether one call, or a few that each fill a GPU, make up the rule."""
+def _has_large_calls(name: str, problem: Problem, least_flops: float) -> bool:
+    """Whether one call of all queries and keys, or a few large ones, make up the rule."""
     cover = problem.cover
     if cover is None:
         return False
-    if len(cover.rectangles) <= 1:
+    if cover.is_one_call or not cover.rectangles:
         return True
     if name == "flash" and cover.sequences is not None:
         return capability(problem.q) < HOPPER  # from which on Triton's one launch is faster
     scores = sum(math.prod(each.size) for each in cover.rectangles) / len(cover.rectangles)
     heads, head_dim = problem.q.shape[2:]
-    return 4.0 * head_dim * heads * scores >= _LARGE_CALL_FLOPS
+    return 4.0 * head_dim * heads * scores >= least_flops

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-AMPERE, HOPPER = 80, 90
+AMPERE, HOPPER, BLACKWELL = 80, 90, 100
 """Compute capabilities."""
 
 

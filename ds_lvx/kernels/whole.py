@@ -53,7 +53,8 @@ def forward(
     groups = seqlen > 1 and together <= _FEWER_TILES * alone
     rows = grouped(q, kv_heads) if groups else q
     parts = 1
-    if batch == 1:  # else parts cannot stand as samples
+    # Parts of several samples cannot stand as samples; one query has kernels of its own.
+    if batch == 1 and seqlen > 1:
         parts = parts_of(together if groups else alone, processors(q), k.shape[1])
     if parts == 1:
         out, lse = attend(rows, k, v, causal=False, softmax_scale=softmax_scale)

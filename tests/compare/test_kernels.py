@@ -16,7 +16,7 @@ from ds_lvx.compare.kernels import trial as trials
 from ds_lvx.compare.kernels.candidates import Candidate, LeftOut, make, names
 from ds_lvx.compare.kernels.cases import DIRECTIONS, MEASURED, MOSS, PAPER, QUICK, TEXT, KernelCase
 from ds_lvx.compare.kernels.check import exact, is_right
-from ds_lvx.compare.kernels.report import floors, floors_table, measured_table
+from ds_lvx.compare.kernels.report import floors, floors_table, joined, measured_table
 from ds_lvx.compare.kernels.trial import (
     LEAST_SAMPLES,
     Bench,
@@ -353,3 +353,26 @@ def test_on_cuda_the_device_s_time_counts_and_the_host_s_stands_beside_it() -> N
     assert LEAST_SAMPLES <= len(taken) <= 7  # as many as were expected to take the time
     assert min(taken) > 2 * 8192**3 / 4e15, "faster than any card: launched, not computed"
     assert max(host_s(lambda: a @ a, a.device)) < min(taken)
+
+
+def test_a_second_measurement_gives_what_the_first_had_no_time_for() -> None:
+    first = {
+        "hardware": "a card",
+        "versions": "1",
+        "records": [
+            {"name": "a", "status": "ok"},
+            {"name": "b", "status": "left out"},
+        ],
+    }
+    second = {
+        **first,
+        "records": [
+            {"name": "a", "status": "failed"},
+            {"name": "b", "status": "ok"},
+            {"name": "c", "status": "ok"},
+        ],
+    }
+    found = joined(first, second)["records"]
+    assert [(r["name"], r["status"]) for r in found] == [("a", "ok"), ("b", "ok"), ("c", "ok")]
+    with pytest.raises(ValueError, match="hardware: got another beside a card"):
+        joined(first, {**second, "hardware": "another"})

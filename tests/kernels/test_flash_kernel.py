@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.kernels import covering, flash
+from ds_lvx.config.registry import KERNELS
+from ds_lvx.kernels import covering, cudnn, flash
+from ds_lvx.kernels.choice import obstacle
 from ds_lvx.kernels.cover import Cover, Order
 from ds_lvx.kernels.covering import cover_of
 from ds_lvx.kernels.flash_kernel import FlashKernel
@@ -294,6 +297,34 @@ def test_cudas_flash_operators_take_every_cover(name: str) -> None:
         assert queries
         assert keys
         assert not causal or queries == keys
+
+
+@pytest.mark.parametrize("calls", [flash, cudnn], ids=["flash", "cudnn"])
+def test_operators_are_called_as_pytorch_declares_them(calls: ModuleType) -> None:
+    """On tensors without a device: its shape inference checks the arguments."""
+    q, k, v = (
+        torch.empty(2, length, heads, 64, dtype=torch.bfloat16, device="meta")
+        for length, heads in ((8, 4), (64, 2), (64, 2))
+    )
+    for causal, keys, values in ((False, k, v), (True, k[:, :8], v[:, :8])):
+        how = {"causal": causal, "softmax_scale": 0.1}
+        out, lse = calls.forward(q, keys, values, **how)
+        assert out.shape == q.shape
+        assert lse.shape == (2, 4, 8)
+        found = calls.backward(q, keys, values, q, flash.stand_in(q, lse), lse, **how)
+        assert [each.shape for each in found] == [q.shape, keys.shape, values.shape]
+
+
+def test_who_can_what() -> None:
+    q = torch.empty(2, 8, 4, 64, dtype=torch.bfloat16)
+    assert flash.cuda_can(q)
+    assert not flash.cuda_can(q.float())
+    assert not flash.cuda_can(q[..., :12])
+    able = KERNELS["cudnn"]
+    assert obstacle(able, q) is None
+    assert "torch.float32" in (obstacle(able, q.float()) or "")
+    wide = torch.empty(1, 1, 1, 256, dtype=torch.bfloat16)
+    assert "head_dim 256, where it does 8 to 128" in (obstacle(able, wide) or "")
 
 
 def test_a_stand_in_is_made_range_by_range(monkeypatch: pytest.MonkeyPatch) -> None:

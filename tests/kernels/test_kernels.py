@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.kernels import flash, onednn
+from ds_lvx.kernels import onednn
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.interface import Kernel, written
 from ds_lvx.kernels.merge import empty_part, merge
@@ -362,47 +362,6 @@ def test_a_tiny_dout_does_not_underflow() -> None:
 
     for tiny, plain in zip(gradients(1e-25), gradients(1.0), strict=True):
         torch.testing.assert_close(tiny, plain, atol=1e-5, rtol=1e-4)
-
-
-def test_the_cuda_kernels_are_called_as_pytorch_declares_them() -> None:
-    """No GPU here: PyTorch's shape inference checks the arguments."""
-    q, k, v = (t.to("meta") for t in tensors((2, 8, 64, 4, 2, 64), torch.bfloat16))
-    how = {"causal": False, "softmax_scale": 0.1}
-    out, lse = flash.forward(q, k, v, **how)
-    assert out.shape == q.shape
-    assert lse.shape == (2, 4, 8)
-    gradients = flash.backward(q, k, v, q, flash.stand_in(q, lse), lse, **how)
-    assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]
-    assert flash.cuda_can(q)
-    assert not flash.cuda_can(q.float())
-    assert not flash.cuda_can(q[..., :12])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("visibility", ["none", "frames"])
-def test_cuda_against_the_oracle(visibility: str, dtype: torch.dtype) -> None:
-    shape = (2, 33, 1000, 8, 2, 64)
-    q, k, v = (t.cuda() for t in tensors(shape, dtype))
-    sees = rule(shape, visibility)
-    if sees is not None:
-        sees = Visibility(sees.q_start.cuda(), sees.q_end.cuda(), sees.kv_pos.cuda())
-    leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
-    exact_out, exact_lse = attention_oracle(*leaves, visibility=sees, softmax_scale=0.1)
-    dout = torch.randn_like(q)
-    (exact_out * dout).sum().backward()
-    kernel = kernel_for("native", like(dtype))
-    out, lse = forward(kernel, q, k, v, visibility=sees, softmax_scale=0.1)
-    limit = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(out.double(), exact_out, atol=limit, rtol=limit)
-    torch.testing.assert_close(lse.double(), exact_lse, atol=limit, rtol=limit)
-    delta = (dout.float() * exact_out.float()).sum(-1).transpose(1, 2)
-    gradients = backward(
-        kernel, q, k, v, dout, lse, delta, visibility=sees, softmax_scale=0.1, has_dlse=False
-    )
-    for gradient, leaf in zip(gradients, leaves, strict=True):
-        assert leaf.grad is not None
-        torch.testing.assert_close(gradient.double(), leaf.grad, atol=limit, rtol=limit)
 
 
 def test_choosing() -> None:

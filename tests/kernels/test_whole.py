@@ -18,7 +18,7 @@ SHAPES = [  # B, S, T, H, K
     (1, 40, 50, 6, 2),  # many queries: more tiles apart than together
     (2, 5, 37, 6, 2),
     (1, 5, 37, 3, 3),
-    (1, 1, 37, 4, 1),
+    (1, 1, 37, 4, 1),  # one query: neither groups nor parts in forward
     (1, 9, 4, 4, 2),  # fewer keys than queries
 ]
 
@@ -73,8 +73,10 @@ def test_what_is_asked(calls: list[Any]) -> None:
         out, lse = flash.forward(q, k, k, causal=False, softmax_scale=SCALE)
         flash.backward(q, k, k, q, out, lse, causal=False, softmax_scale=SCALE)
         flash.forward(q, q, q, causal=True, softmax_scale=SCALE)
+        flash.forward(q[:, :1], k, k, causal=False, softmax_scale=SCALE)
     of_one = [(4, 15, 2, 9), (1, 15, 2, 1), (1, 15, 2, 37), (1, 5, 6, 5)]
-    assert calls == [*of_one, (2, 15, 2, 37), (2, 15, 2, 37), (2, 5, 6, 5)]
+    of_two = [(2, 15, 2, 37), (2, 15, 2, 37), (2, 5, 6, 5)]
+    assert calls == [*of_one, (1, 1, 6, 37), *of_two, (2, 1, 6, 37)]
 
 
 @pytest.mark.parametrize(

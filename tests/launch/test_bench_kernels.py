@@ -22,6 +22,7 @@ from ds_lvx.compare import command
 from ds_lvx.compare.kernels import report as kernels_report
 from ds_lvx.compare.kernels.cases import MEASURED
 from launch import bench_kernels, bench_memory
+from tests.kernels.test_ahead_of_time import most_spilled
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT = ROOT / "docs" / "kernels.md"
@@ -110,12 +111,12 @@ def test_the_documents_tables_are_those_of_the_committed_json(
     assert document.read_text() == DOCUMENT.read_text()
 
 
-def test_committed_compiled_kernels_spill_nothing() -> None:
+def test_committed_compiled_kernels_spill_as_little_as_measured() -> None:
     compiled = json.loads((BENCHMARKS / "kernels-compiled.json").read_text())
     assert compiled["kind"] == "measured"
     assert {record["capability"] for record in compiled["records"]} == {80, 90, 100}
     for each in compiled["records"]:
-        assert each["spilled_bytes"] == 0
+        assert each["spilled_bytes"] <= most_spilled(each)
         assert each["shared_bytes"] <= each["most_shared_bytes"]
         assert each["programs_per_multiprocessor"] >= 1
 
@@ -154,8 +155,7 @@ def test_dry_run_prints_commands_of_less_than_8_minutes(gpus: int, tmp_path: Pat
         assert word in line
     if gpus == 1:
         tests = [word for word in lines[1].split() if word.startswith("tests/")]
-        assert tests[:2] == ["tests/kernels/test_auto.py", "tests/kernels/test_triton_gpu.py"]
-        assert "tests/kernels/test_kernels.py" in tests
+        assert tests[0] == "tests/kernels/test_gpu.py"
     assert not folder.exists()
 
 

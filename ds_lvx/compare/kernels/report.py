@@ -73,6 +73,26 @@ def floors_table(predicted: Record, measured: Record | None) -> str:
     return f"{title}\n\n{columns(predicted['records'], cells)}"
 
 
+def joined(results: Record | None, others: Record) -> dict[str, Any]:
+    """A measurement, and what another has times of that the first has not.
+
+    Raises:
+        ValueError: they are of different hardware or versions.
+    """
+    if results is None:
+        return dict(others)
+    for name in ("hardware", "versions"):
+        if results[name] != others[name]:
+            raise ValueError(
+                f"{name}: got {others[name]} beside {results[name]}; expected one machine"
+            )
+    found = {r["name"]: r for r in results["records"]}
+    for record in others["records"]:
+        if found.get(record["name"], {"status": "left out"})["status"] == "left out":
+            found[record["name"]] = record
+    return {**results, "records": list(found.values())}
+
+
 def measured_table(results: Record | None) -> str:
     """Times of all candidates, ours against the best peer, and why times are missing."""
     if results is None:
@@ -108,13 +128,15 @@ def _times(records: Sequence[Record]) -> str:
     cells: dict[Place, dict[str, str]] = {}
     for r in records:
         cells.setdefault(_place(r), {})[r["candidate"]] = time(r)
+    timed = _medians(records)
+    cells = {place: own for place, own in cells.items() if place in timed}
     candidates = list(dict.fromkeys(r["candidate"] for r in records))
     rows = [(*place, *(own.get(c, "-") for c in candidates)) for place, own in cells.items()]
     return markdown([("median (p10 to p90), ms", "", *candidates), *rows])
 
 
 def _ours(records: Sequence[Record]) -> str:
-    """What the times of our kernels mean, and how they stand against the best of the others."""
+    """What the times of ``auto`` mean, and how they stand against the best of the others."""
     peers = {
         place: min(others, key=lambda pair: pair[1], default=("-", math.nan))
         for place, own in _medians(records).items()
@@ -143,7 +165,8 @@ def _ours(records: Sequence[Record]) -> str:
             "-" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 1e6:,.1f}"
         ),
     }
-    return columns([r for r in records if r["ours"] and r["status"] == "ok"], cells)
+    auto = [r for r in records if r["candidate"] == "auto" and r["status"] == "ok"]
+    return columns(auto, cells)
 
 
 def _auto(seconds: Mapping[Place, Mapping[str, float]]) -> str:

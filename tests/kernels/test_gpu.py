@@ -1,4 +1,4 @@
-"""The Triton kernels as they are compiled for the GPU at hand, against the float64 oracle."""
+"""The kernels as they run on the GPU at hand, against float64."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from torch import Tensor
 
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.kernels.choice import kernel_for
-from ds_lvx.kernels.interface import Kernel
+from ds_lvx.config.registry import KERNELS
+from ds_lvx.kernels.choice import candidates, kernel_for
+from ds_lvx.kernels.interface import Kernel, Problem, Upstream
 from ds_lvx.kernels.merge import merge_
 from ds_lvx.kernels.native import NativeKernel
+from ds_lvx.kernels.rule import Rule
 from tests.kernels.asking import backward, fold, forward
-from tests.kernels.test_kernels import rule, tensors
+from tests.kernels.batches import BATCHES
+from tests.kernels.test_kernels import like, rule, tensors
 
 pytestmark = pytest.mark.gpu
 
@@ -164,3 +167,55 @@ def test_keys_beyond_2_31_numbers() -> None:
     for gradient in (dk, dv):
         assert not gradient[:, :-50].any()
         assert gradient[:, -50:].any(dim=(0, 2, 3)).all()
+
+
+@pytest.mark.parametrize("name", sorted(BATCHES))
+def test_flash_on_a_gpu_is_right(name: str) -> None:
+    """Every described batch that slices make up, against float64; cuDNN where it is plain."""
+    sees = BATCHES[name].sees
+    if BATCHES[name].calls is None:
+        return
+    shape = (*sees.q_start.shape, sees.kv_pos.shape[1], 4, 2, 64)
+    q, k, v = tensors(shape, torch.bfloat16)
+    asked = Problem(q.double(), k.double(), v.double(), Rule(sees), softmax_scale=0.1)
+    reference = KERNELS["reference"].load()()
+    out, lse = reference.forward(asked)
+    upstream = Upstream(q.double(), lse, (q * out).sum(-1).transpose(1, 2))
+    exact = [out, *reference.backward(asked, upstream)]
+    device = torch.device("cuda")
+    problem = Problem(*(t.cuda() for t in (q, k, v)), Rule.on(sees, device), softmax_scale=0.1)
+    given = Upstream(problem.q, lse.float().cuda(), upstream.delta.float().cuda())
+    for kernel in ("flash", "cudnn") if name in ("all visible", "text only") else ("flash",):
+        found = candidates(problem.q)[kernel]
+        results = [found.forward(problem)[0], *found.backward(problem, given)]
+        for one, other in zip(results, exact, strict=True):
+            largest = float(other.abs().max()) if other.numel() else 1.0
+            torch.testing.assert_close(
+                one.cpu().double(), other, atol=2e-2 * max(largest, 1e-3), rtol=0, msg=kernel
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("visibility", ["none", "frames"])
+def test_native_against_the_oracle(visibility: str, dtype: torch.dtype) -> None:
+    shape = (2, 33, 1000, 8, 2, 64)
+    q, k, v = (t.cuda() for t in tensors(shape, dtype))
+    sees = rule(shape, visibility)
+    if sees is not None:
+        sees = Visibility(sees.q_start.cuda(), sees.q_end.cuda(), sees.kv_pos.cuda())
+    leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
+    exact_out, exact_lse = attention_oracle(*leaves, visibility=sees, softmax_scale=0.1)
+    dout = torch.randn_like(q)
+    (exact_out * dout).sum().backward()
+    kernel = kernel_for("native", like(dtype))
+    out, lse = forward(kernel, q, k, v, visibility=sees, softmax_scale=0.1)
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), exact_out, atol=limit, rtol=limit)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=limit, rtol=limit)
+    delta = (dout.float() * exact_out.float()).sum(-1).transpose(1, 2)
+    gradients = backward(
+        kernel, q, k, v, dout, lse, delta, visibility=sees, softmax_scale=0.1, has_dlse=False
+    )
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(gradient.double(), leaf.grad, atol=limit, rtol=limit)
