@@ -43,6 +43,40 @@ def attend(
     Returns:
         ``[B, s, H, D]``.
     """
+    return attend_part(
+        plan,
+        batch,
+        q,
+        features=features,
+        project_kv=project_kv,
+        trains=trains,
+        kv_heads=kv_heads,
+        scale=scale,
+        returns_lse=False,
+    )[0]
+
+
+def attend_part(
+    plan: LayerPlan,
+    batch: ShardedBatch,
+    q: Tensor,
+    *,
+    features: Tensor,
+    project_kv: Callable[[Tensor], tuple[Tensor, Tensor]],
+    trains: bool,
+    kv_heads: int,
+    scale: float,
+    returns_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`attend` as a part for `ds_lvx.merge_attention`, by another method than Ulysses.
+
+    Args:
+        plan, batch, q, features, project_kv, trains, kv_heads, scale: as in `attend`.
+        returns_lse: lse gets a gradient.
+
+    Returns:
+        out ``[B, s, H, D]``, lse ``[B, H, s]``.
+    """
     layout = batch.layout(plan.kind)
     method, schedule = _resolved(plan, layout, q, kv_heads=kv_heads, width=features.shape[-1])
     # A projection that runs again in backward knows only there who wants a gradient.
@@ -54,6 +88,7 @@ def attend(
         softmax_scale=scale,
         schedule=schedule,
         requires_grad=wanted and torch.is_grad_enabled(),
+        returns_lse=returns_lse,
     )
     if plan.recompute_kv:
         return recompute.attend_recompute(
@@ -64,19 +99,19 @@ def attend(
             kv_chunk_tokens=plan.chunk_tokens(),
             shared=batch.features_gradient if plan.kind == "cross" else None,
             layer=plan.name,
-        )[0]
+        )
     return _attend_kept(method, call, q, *project_kv(features))
 
 
-def _attend_kept(method: str, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_kept(method: str, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention to K and V that autograd keeps for backward."""
     # "none" gets here in a group of one rank only, where ring attention is the local one.
     entry = METHODS[method if METHODS[method].distributed else "ring"]
-    out: Tensor = entry.load()(call, q, k, v)[0]
+    out, lse = entry.load()(call, q, k, v)
     if not any(call.kv_lengths):
         # Sums over nothing: they tie the projections to the graph, for gradients of 0 and not none.
         out = out + k.sum() + v.sum()
-    return out
+    return out, lse
 
 
 def _resolved(

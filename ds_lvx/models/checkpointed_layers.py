@@ -120,22 +120,44 @@ class EncoderForward:
         forward = self._previous
         if forward is None:
             forward = functools.partial(type(self.layer).forward, self.layer)
-        given = getattr(self.encoder, _FUNCTION, None)
-        if given is None or not (getattr(self.encoder, _FLAG) and self.layer.training):
-            return forward(*args, **kwargs)
-        run = LayerCheckpointing(
-            self.layer,
-            given,
-            function=checkpointing(given) if self.function is None else self.function,
-            keeps_arguments=True,
-        )
-        return run(functools.partial(forward, **kwargs), *args)
+        run = functools.partial(forward, **kwargs)
+        return run_layer(run, self.layer, self.encoder, args=args, function=self.function)
 
     def remove(self) -> None:
         """Give the layer its forward back."""
         del self.layer.__dict__["forward"]
         if self._previous is not None:
             self.layer.forward = self._previous
+
+
+def run_layer(
+    forward: Callable[..., Any],
+    layer: nn.Module,
+    owner: nn.Module,
+    *,
+    args: Sequence[Any],
+    function: Checkpointing | None = None,
+) -> Any:
+    """A layer's result, checkpointed where the module that has the layers says so.
+
+    Args:
+        forward: of the layer, with its keywords.
+        layer: whose parameters tell whether it trains.
+        owner: which transformers tells whether to checkpoint, and how.
+        args: positional arguments of ``forward``.
+        function: the one to use; None is what transformers gave the owner.
+    """
+    given = getattr(owner, _FUNCTION, None)
+    if given is None or not (getattr(owner, _FLAG) and layer.training):
+        return forward(*args)
+    run = LayerCheckpointing(
+        layer,
+        given,
+        function=checkpointing(given) if function is None else function,
+        # A layer of an encoder: what it is given is used elsewhere, too.
+        keeps_arguments=not is_patched(layer),
+    )
+    return run(forward, *args)
 
 
 class CheckpointLayers(Hook):
@@ -155,7 +177,10 @@ class CheckpointLayers(Hook):
         encoders: Sequence[nn.Module] = (),
     ) -> None:
         self._layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        self._before = [(m, m.__dict__.get(_FLAG)) for m in model.modules() if hasattr(m, _FLAG)]
+        owners = [m for m in model.modules() if hasattr(m, _FLAG)]
+        # Modules whose own code checkpoints the layers that it loops over.
+        self._loops = [m for m in owners if m not in encoders and _loops(m)]
+        self._before = [(m, m.__dict__.get(_FLAG)) for m in owners]
         self._section = section
         if section is not None:
             section.check_layers(self._count())
@@ -186,10 +211,10 @@ class CheckpointLayers(Hook):
         """Give the layers back as they were."""
         for forward in self._encoder_layers:
             forward.remove()
-        for layer in self._layers:
-            function = layer.__dict__.get(_FUNCTION)
+        for module in (*self._layers, *self._loops):
+            function = module.__dict__.get(_FUNCTION)
             if isinstance(function, LayerCheckpointing):
-                setattr(layer, _FUNCTION, function.previous)
+                setattr(module, _FUNCTION, function.previous)
         if self._section is None:
             return
         for module, flag in self._before:
@@ -199,7 +224,8 @@ class CheckpointLayers(Hook):
                 setattr(module, _FLAG, flag)
 
     def _count(self) -> int:
-        return sum(map(is_patched, self._layers))
+        looped = [layer for loop in self._loops for layer in cast(Any, loop).layers]
+        return sum(map(is_patched, (*self._layers, *looped)))
 
     def _switch_on(self, model: Any) -> None:
         if not any(layer.gradient_checkpointing for layer in self._layers):
@@ -207,20 +233,28 @@ class CheckpointLayers(Hook):
 
     def _wrap(self) -> None:
         for layer in self._layers:
-            found = layer.__dict__.get(_FUNCTION)
-            if found is None or not layer.gradient_checkpointing:
-                continue
-            if isinstance(found, LayerCheckpointing):
-                continue
-            chosen = found if self._section is None else deepspeed.checkpointing.checkpoint
-            wrapped = LayerCheckpointing(
-                layer,
-                found,
-                function=checkpointing(chosen),
-                # A layer of an encoder: what it is given is used elsewhere, too.
-                keeps_arguments=not is_patched(layer),
-            )
-            setattr(layer, _FUNCTION, wrapped)
+            # A layer of an encoder: what it is given is used elsewhere, too.
+            self._wrap_one(layer, keeps_arguments=not is_patched(layer))
+        if self._section is not None:
+            for encoder in self._loops:
+                if not is_patched(encoder):
+                    self._wrap_one(encoder, keeps_arguments=True)
+
+    def _wrap_one(self, module: nn.Module, *, keeps_arguments: bool) -> None:
+        found = module.__dict__.get(_FUNCTION)
+        if found is None or not getattr(module, _FLAG) or isinstance(found, LayerCheckpointing):
+            return
+        chosen = found if self._section is None else deepspeed.checkpointing.checkpoint
+        wrapped = LayerCheckpointing(
+            module, found, function=checkpointing(chosen), keeps_arguments=keeps_arguments
+        )
+        setattr(module, _FUNCTION, wrapped)
+
+
+def _loops(module: Any) -> bool:
+    """Whether a module with the switch has layers without one."""
+    layers = getattr(module, "layers", None)
+    return isinstance(layers, nn.ModuleList) and not any(hasattr(m, _FLAG) for m in layers)
 
 
 def _configured(model: nn.Module, key: str) -> bool:

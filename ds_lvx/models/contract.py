@@ -89,6 +89,8 @@ class Family(ABC):
         always: arguments that every shard carries.
         patterns: the pattern of each kind of layer (``"local"``, ``"cross"``, ``"self"``), in this
             order, for the rules of a ds_config that a tool writes.
+        without: methods that cross-attention of some of its models cannot run, and why; a tool
+            leaves them out.
     """
 
     model_type: str = ""
@@ -96,6 +98,7 @@ class Family(ABC):
     features_key: str = "features"
     always: Mapping[str, Any] = {"use_cache": False}
     patterns: Mapping[str, str] = {}
+    without: Mapping[str, str] = {}
 
     # ---- required: patching a model
 

@@ -135,6 +135,12 @@ class Draft:
         """The same with every tensor changed that goes to the device."""
         return self if self.content is None else replace(self, content=self.content.each(change))
 
+    def seen(self, change: Callable[[Any], Visual]) -> Draft:
+        """The same with its visual part changed, in nothing that ranks have agreed on."""
+        if self.content is None:
+            return self
+        return replace(self, content=replace(self.content, visual=change(self.content.visual)))
+
 
 @dataclass(frozen=True, eq=False)
 class _Content:

@@ -24,6 +24,7 @@ BUILT_IN: Mapping[str, str] = {
     "mllama": "ds_lvx.models.mllama.family:Mllama",
     "moss_vl": "ds_lvx.models.moss_vl.family:MossVL",
     "idefics": "ds_lvx.models.idefics.family:Idefics",
+    "mplugowl3": "ds_lvx.models.mplugowl3.family:MPlugOwl3",
 }
 """``model_type`` -> where its `Family` is."""
 

@@ -205,6 +205,10 @@ def test_methods_without_enough_heads_are_skipped_with_the_reason() -> None:
     )
     by_ring = replace(TASK, text_method="ring")
     assert skipped(by_ring, methods, ranks=9) == {"ulysses": "8 query heads for 9 ranks"}
+    mplug = replace(TASK, case=replace(TASK.case, family="mplugowl3"))
+    assert skipped(mplug, methods, ranks=2) == {
+        "ulysses": "release 241101 needs lse of its hyper layers"
+    }
 
 
 def test_a_cut_model_keeps_the_shape_of_its_heads() -> None:

@@ -104,7 +104,8 @@ def _option(name: str) -> str:
 def skipped(task: Task, methods: Sequence[str], *, ranks: int) -> dict[str, str]:
     """Methods that cannot do the task, and why."""
     if task.case.heads >= ranks:
-        return {}
+        without = task.case.contract().without
+        return {name: without[name] for name in methods if name in without}
     why = f"{task.case.heads} query heads for {ranks} ranks"
     if task.text_method == "ulysses" and task.case.self_layers > 0:
         return {name: f"{why}, in the text" for name in methods if name != "none"}

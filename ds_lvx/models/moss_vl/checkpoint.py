@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM
+
+from ds_lvx.models import remote
 
 _FREQUENCIES = "inv_freq"
 _VISION_THETA = 1e4
+_ADVICE = (
+    "the files of most MOSS-VL checkpoints are for 4.57.1; take the modeling and configuration "
+    "files of a release for transformers 5"
+)
 
 
 def load(name: str, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
@@ -24,21 +28,8 @@ def load(name: str, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
     Raises:
         ValueError: it may not, or is written for another transformers.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    except (ImportError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"got {name}, whose own code does not run on transformers {transformers.__version__} "
-            f"({type(error).__name__}: {error}); expected code written for transformers 5: the "
-            "files of most MOSS-VL checkpoints are for 4.57.1; take the modeling and configuration "
-            "files of a release for transformers 5"
-        ) from error
+    model = remote.load(name, dtype, trust_remote_code=trust_remote_code, advice=_ADVICE)
     restore_frequencies(model)
-    tied: Any = model._tied_weights_keys
-    if isinstance(tied, list):
-        model._tied_weights_keys = {}  # transformers 5 saves by a dict; no weights are tied
     return model
 
 

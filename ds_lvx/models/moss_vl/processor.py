@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.hub import cached_file
 
 from ds_lvx.models.moss_vl.batch import PIXELS
 from ds_lvx.models.moss_vl.resize import Budget
+from ds_lvx.models.remote import read_json
 
 IMAGE_TOKEN = "<|image_pad|>"
 _FILE = "preprocessor_config.json"
@@ -69,7 +69,7 @@ class Processor:
     def of(cls, name: str) -> Processor:
         """That of a checkpoint, from a folder or the hub."""
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
-        return cls(tokenizer, _read(name, _FILE), _read(name, _VIDEO_FILE))
+        return cls(tokenizer, read_json(name, _FILE), read_json(name, _VIDEO_FILE))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `of` reads."""
@@ -136,8 +136,3 @@ def media_text(times: Sequence[float] | None) -> str:
         return IMAGE_TOKEN
     frames = [f"<|time_start|>{time:.1f} seconds<|time_end|>{IMAGE_TOKEN}" for time in times]
     return f"<|vision_start|>{''.join(frames)}<|vision_end|>"
-
-
-def _read(name: str, file: str) -> Any:
-    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    return {} if found is None else json.loads(Path(found).read_text())

@@ -1,0 +1,168 @@
+"""In place of the forward of mPLUG-Owl3's text model, whose signature takes no keyword of ours.
+
+With a sharded batch the layers run one after the other as in the model's own forward: positions
+come with the batch, features go to their places, and the loss counts the labels of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, ShardedBatch
+from ds_lvx.models.checkpointed_layers import run_layer
+from ds_lvx.models.mplugowl3.attention import mask_of, rotary
+from ds_lvx.models.mplugowl3.batch import PLACES, POSITIONS
+from ds_lvx.models.patch import KEYWORD, Hook
+
+FEATURES = "image_embeds"
+_SHIFTED = "shift_labels"
+_ENCODE = "forward_image"
+
+
+class Pack(Hook):
+    """A forward pre-hook of the text model: features ``[B, s_kv, hidden]``, each in its place.
+
+    It owns the forward in its place as well, and gives that back.
+    """
+
+    def __init__(self, text: Any) -> None:
+        self._text, self._before = text, vars(text).get("forward")
+        text.forward = TextForward(text)
+
+    def __call__(
+        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        batch, x = kwargs.get(KEYWORD), kwargs.get(FEATURES)
+        if batch is None or x is None:
+            return None
+        places = kwargs[PLACES]
+        if batch.cross is None or len(places) == 0:
+            return None  # a blank image, which is dropped
+        tokens, hidden = x.shape[1:]
+        length = batch.cross.kv_lengths[batch.channel.rank]
+        samples = kwargs[POSITIONS].shape[0]
+        features = x.new_zeros(samples * length // tokens, tokens, hidden)
+        features = features.index_copy(0, places, x)
+        return args, {**kwargs, FEATURES: features.view(samples, length, hidden)}
+
+    def undo(self) -> None:
+        """Give the text model its forward back."""
+        del self._text.__dict__["forward"]
+        if self._before is not None:
+            self._text.forward = self._before
+
+
+class EncodeOnce(Hook):
+    """A forward pre-hook of the model: its tower runs once a forward with a sharded batch.
+
+    By itself it runs over ``vision_batch_size`` images at a time: not equally often on all ranks,
+    which under ZeRO-3 would wait for each other. It keeps the states of all its layers until it is
+    done, of which the last but one is used. And in release 240728 it never trains.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._before = model, vars(model).get(_ENCODE)
+        self._own = getattr(model, _ENCODE)
+        self._sharded = False
+        setattr(model, _ENCODE, self._encode)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        self._sharded = kwargs.get(KEYWORD) is not None
+
+    def _encode(self, pixels: Tensor | None) -> Any:
+        if not self._sharded or pixels is None:
+            return self._own(pixels)
+        model = self._model
+        dtype = model.language_model.model.embed_tokens.weight.dtype
+        states = _states(model.vision_model, pixels.to(dtype))
+        to_text = model.vision2text_model
+        return states if to_text is None else to_text(states)
+
+    def undo(self) -> None:
+        """Give the model its own way back."""
+        vars(self._model).pop(_ENCODE, None)
+        if self._before is not None:
+            setattr(self._model, _ENCODE, self._before)
+
+
+def _states(tower: Any, pixels: Tensor) -> Tensor:
+    """What the last layer of the tower but one makes of images, ``[images, P, hidden]``."""
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        return cast(Tensor, tower(pixels, output_hidden_states=True).hidden_states[-2])
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+    last = tower.encoder.layers[-1].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            tower(pixels)
+    finally:
+        last.remove()
+    return found[0]
+
+
+class TextForward:
+    """The forward of a causal language model with ``model`` and ``lm_head``."""
+
+    def __init__(self, text: Any) -> None:
+        self._text, self._own = text, text.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Logits and loss of this rank's shard; without a sharded batch the model's own."""
+        batch = kwargs.get(KEYWORD)
+        if batch is None:
+            return self._own(*args, **kwargs)
+        for key in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(key):
+                raise NotImplementedError(
+                    f"got {key}=True with a sharded batch of mPLUG-Owl3; its layers' states and "
+                    "weights are not collected: leave it out"
+                )
+        logits = self._text.lm_head(self._hidden(batch, kwargs)).float()
+        loss = None
+        if kwargs.get("labels") is not None:
+            flat = logits.flatten(0, 1), kwargs[_SHIFTED].flatten()
+            total = nn.functional.cross_entropy(*flat, ignore_index=IGNORED_LABEL, reduction="sum")
+            loss = total / kwargs[ITEMS_KEY]
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    def _hidden(self, batch: ShardedBatch, kwargs: Mapping[str, Any]) -> Tensor:
+        inside, config, features = self._text.model, self._text.config, kwargs.get(FEATURES)
+        x = inside.embed_tokens(kwargs["input_ids"])
+        head_dim = config.hidden_size // config.num_attention_heads
+        theta = _theta(config)
+        of_text = rotary(kwargs["position_ids"], head_dim=head_dim, theta=theta)
+        of_text = of_text[0].to(x.dtype), of_text[1].to(x.dtype)
+        of_images = None
+        if features is not None:
+            positions = kwargs[POSITIONS]
+            each = features.shape[1] // max(positions.shape[1], 1)
+            positions = positions.repeat_interleave(each, dim=1)
+            of_images = rotary(positions, head_dim=head_dim, theta=theta)
+        mask = mask_of(batch, x, text=of_text, images=of_images)
+        for layer in inside.layers:
+            run = partial(
+                layer,
+                attention_mask=mask,
+                position_ids=None,
+                image_embeds=features,
+                media_offset=None,
+                use_cache=False,
+            )
+            out = run_layer(run, layer, inside, args=(x,))
+            # DeepSpeed's checkpoint returns a tuple of one tensor as that tensor.
+            x = out if isinstance(out, Tensor) else out[0]
+        return torch.as_tensor(inside.norm(x))
+
+
+def _theta(config: Any) -> float:
+    theta = getattr(config, "rope_theta", None)
+    return float(config.rope_parameters["rope_theta"] if theta is None else theta)

@@ -1,0 +1,79 @@
+"""Models whose code comes with their checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoModelForCausalLM
+from transformers.utils.hub import cached_file
+
+
+def load(name: str, dtype: torch.dtype, *, trust_remote_code: bool, advice: str) -> Any:
+    """The model of a checkpoint, from a folder or the hub.
+
+    Args:
+        name: of the folder, or on the hub.
+        dtype: of the weights.
+        trust_remote_code: its code may run.
+        advice: for code that is written for another transformers, of which files and what to do.
+
+    Raises:
+        ValueError: it may not run, or does not.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except (ImportError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"got {name}, whose own code does not run on transformers {transformers.__version__} "
+            f"({type(error).__name__}: {error}); expected code written for transformers 5: {advice}"
+        ) from error
+    for module in model.modules():
+        if isinstance(getattr(module, "_tied_weights_keys", None), list):
+            # transformers 5 saves by a dict; no weights are tied.
+            module._tied_weights_keys = cast(Any, {})
+    return model
+
+
+def restore_buffers(model: Any) -> None:
+    """Compute the buffers again that no checkpoint holds, such as tables of positions.
+
+    transformers 5 leaves them uninitialised in a loaded model, but for classes that ask it not to.
+
+    Args:
+        model: of a class that a configuration is enough for.
+    """
+    weights = register_module_parameter_registration_hook(cast(Any, _without_memory))
+    try:
+        fresh = type(model)(copy.deepcopy(model.config))
+    finally:
+        weights.remove()
+    _copy_buffers(fresh, model)
+
+
+def _without_memory(module: nn.Module, name: str, parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def _copy_buffers(fresh: nn.Module, model: nn.Module) -> None:
+    modules = dict(model.named_modules())
+    for name, source in fresh.named_modules():
+        for key in source._non_persistent_buffers_set:
+            buffer, there = source._buffers[key], modules[name]._buffers.get(key)
+            if buffer is not None:
+                device = buffer.device if there is None else there.device
+                modules[name]._buffers[key] = buffer.to(device)
+
+
+def read_json(name: str, file: str) -> Any:
+    """A file of a checkpoint, from a folder or the hub; empty where there is none."""
+    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    return {} if found is None else json.loads(Path(found).read_text())
