@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
+from ds_lvx.attention.checkpointing import is_partitioned
 from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
 from ds_lvx.models import family_of
 from ds_lvx.models.batch import span, split
@@ -156,7 +157,7 @@ def _shard(
         inside,
         channel=resolve(groups),
         frames=frames,
-        always_vision=current is not None and current.dp_size > 1,
+        always_vision=(current is not None and current.dp_size > 1) or is_partitioned(inside),
         records=records,
     )
 

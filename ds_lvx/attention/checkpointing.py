@@ -38,7 +38,7 @@ class Checkpointing:
         Raises:
             NotImplementedError: DeepSpeed's non-reentrant checkpoint under ZeRO-3.
         """
-        if self._fails_at_stage_3 and any(_is_partitioned(m) for m in _modules(function)):
+        if self._fails_at_stage_3 and any(is_partitioned(m) for m in _modules(function)):
             raise NotImplementedError(
                 "deepspeed.checkpointing.non_reentrant_checkpoint: got a layer whose parameters "
                 "ZeRO stage 3 has partitioned, on which it fails in backward; use "
@@ -141,5 +141,6 @@ def _modules(function: Any) -> Iterator[nn.Module]:
                 yield from _modules(value)
 
 
-def _is_partitioned(module: nn.Module) -> bool:
+def is_partitioned(module: nn.Module) -> bool:
+    """Whether ZeRO-3 has split parameters of a module over the ranks."""
     return any(hasattr(parameter, "ds_status") for parameter in module.parameters())
