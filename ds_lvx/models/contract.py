@@ -192,9 +192,8 @@ class Family(ABC):
             frames: ``"all"`` or ``"local"``.
             always_vision: send a batch without images through tower and cross-attention all the
                 same (with nothing to see, and exactly no effect), so that this group takes part in
-                every collective that groups with images take part in, and ZeRO-3
-                has a gradient of every parameter: where it has none, it applies that of the step
-                before once more.
+                every collective that groups with images take part in, and ZeRO-3 has a gradient
+                of every parameter: where it has none, it applies that of the step before again.
             records: `Draft.record` of every rank of the group, where they have told each other.
 
         Collectives: one agreement on the control plane; none with ``records``.
