@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
 from ds_lvx.models import family_of
 from ds_lvx.models.batch import span, split
 from ds_lvx.models.draft import Draft
+from ds_lvx.models.patch import KEYWORD
 
 
 def owned(count: int, *, groups: SequenceParallelGroups | None = None) -> range:
@@ -152,14 +154,16 @@ def _shard(
 ) -> dict[str, Any]:
     family, inside = family_of(model)
     current = SequenceParallelGroups.current() if groups is None else groups
-    return family.shard(
+    world = None if current is None or current.dp_size == 1 else current.world_channel
+    shard = family.shard(
         batch,
         inside,
         channel=resolve(groups),
         frames=frames,
-        always_vision=(current is not None and current.dp_size > 1) or is_partitioned(inside),
+        always_vision=world is not None or is_partitioned(inside),
         records=records,
     )
+    return {**shard, KEYWORD: replace(shard[KEYWORD], world=world)}
 
 
 def mean_loss(loss: Tensor, *, groups: SequenceParallelGroups | None = None) -> Tensor:

@@ -17,13 +17,21 @@ from torch import Tensor
 from ds_lvx.attention.host_memory import HostMemory
 
 
-def chunk_lengths(kv_lengths: Sequence[int], rank: int, chunk_tokens: int | None) -> list[int]:
+def chunk_lengths(
+    kv_lengths: Sequence[int], rank: int, chunk_tokens: int | None, *, elsewhere: int = 0
+) -> list[int]:
     """Tokens of each chunk of a rank's features: at most ``chunk_tokens`` each, evenly split.
 
     Every rank has the same number of chunks, empty ones included: a layer's projection then runs
     equally often everywhere, which ZeRO-3's gathering of its weights depends on.
+
+    Args:
+        kv_lengths: of the group's ranks.
+        rank: whose features.
+        chunk_tokens: of a chunk, at most; None for one chunk.
+        elsewhere: the most tokens of a rank of another group that must run as often.
     """
-    longest = max(kv_lengths)
+    longest = max(*kv_lengths, elsewhere)
     count = 1 if chunk_tokens is None else max(-(-longest // chunk_tokens), 1)
     each, more = divmod(kv_lengths[rank], count)
     return [each + (index < more) for index in range(count)]

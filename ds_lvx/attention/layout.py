@@ -35,6 +35,10 @@ class Layout:
             where all see all.
         first_query, first_key: places in the whole sequence.
         device: the one that computes.
+
+    Attributes:
+        elsewhere: the most keys of a rank of another group, where a projection in chunks has to run
+            as often there; 0 where that does not matter.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Layout:
         self.q_lengths = q_lengths
         self.kv_lengths = kv_lengths
         self.device = device
+        self.elsewhere = 0
         self._rule = rule
         self._first_query, self._first_key = first_query, first_key
         self._settled: dict[Hashable, Any] = {}

@@ -139,7 +139,9 @@ def attend_recompute(
     """
     if kv_chunk_tokens is None and features.device != q.device:
         kv_chunk_tokens = STREAMED_TOKENS
-    lengths = chunk_lengths(call.kv_lengths, call.channel.rank, kv_chunk_tokens)
+    lengths = chunk_lengths(
+        call.kv_lengths, call.channel.rank, kv_chunk_tokens, elsewhere=call.layout.elsewhere
+    )
     if len(lengths) > 1 and not can_chunk(call.schedule):
         call = replace(call, schedule="gather")
     anchor = call.anchor(q.device)

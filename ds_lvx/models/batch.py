@@ -37,12 +37,14 @@ class ShardedBatch:
             when every token sees some.
         features_gradient: where layers that project K and V again add up the gradient of the
             visual features; the running forward fills it in.
+        world: all ranks, where other groups train on other batches; `shard_batch` fills it in.
     """
 
     text: Layout
     cross: Layout | None
     row_mask: Tensor | None
     features_gradient: FeatureGradient | None = None
+    world: Channel | None = None
 
     @classmethod
     def of(

@@ -237,7 +237,9 @@ class _Content:
                 rule = visual.rule(self._valid(shares, records))
                 row_mask = ~visual.runs.sees_nothing
         elif always_vision:
-            arguments, kv_lengths = family.blank(model), (0,) * size
+            # Where others have features, a batch without images has some of length 0.
+            arguments = dict(visual.arguments) if visual.encoded else family.blank(model)
+            kv_lengths = (0,) * size
             row_mask = torch.zeros(self.text.shape).bool()
         keyword = ShardedBatch.of(
             channel=channel,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,9 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
     ]
     for attention in attentions:
         attention.install()
-    hook = PrepareText(family, sp_size)
+    hook = PrepareText(
+        family, sp_size, chunked=[plan.kind for plan in plans if plan.chunk_tokens()]
+    )
     family.text_model(model).register_forward_pre_hook(hook, with_kwargs=True)
     family.install(model, plans)
     return Patch(model, layers, plans)
@@ -42,9 +44,10 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
 class PrepareText(Hook):
     """A forward pre-hook of the text model: checks a sharded batch and hands it what it misses."""
 
-    def __init__(self, family: Family, sp_size: int) -> None:
+    def __init__(self, family: Family, sp_size: int, *, chunked: Collection[str] = ()) -> None:
         self.family = family
         self.sp_size = sp_size
+        self.chunked = sorted({*chunked})  # kinds of layers that project in chunks
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -70,8 +73,27 @@ class PrepareText(Hook):
             length = batch.kv_lengths[batch.channel.rank]
             features, gradient = share(_by_sample(features, text.shape[0], length))
             batch = replace(batch, features_gradient=gradient)
+        self._tell_other_groups(batch, module)
         prepared = {**kwargs, KEYWORD: batch, key: features}
         return args, {**prepared, **self.family.prepare(batch, prepared)}
+
+    def _tell_other_groups(self, batch: ShardedBatch, module: nn.Module) -> None:
+        """Let the chunks of a projection be as many in all groups as where they are the most.
+
+        ZeRO-3 gathers the projection's weights from all ranks for each of them.
+
+        Collectives: one agreement of all ranks on the control plane, where layers project in chunks
+        under ZeRO-3 and there are other groups.
+        """
+        if not self.chunked or batch.world is None:
+            return
+        if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+            return
+        layouts = {kind: batch.layout(kind) for kind in self.chunked}
+        most = {kind: max(layout.kv_lengths) for kind, layout in layouts.items()}
+        records = batch.world.agree(most)
+        for kind, layout in layouts.items():
+            layout.elsewhere = max(record[kind] for record in records)
 
 
 def _check_arguments(

@@ -31,13 +31,13 @@ def run_here(folder: str) -> float:
         try:
             return float(runpy.run_path(f"{folder}/check.py")["largest_difference"]())
         finally:
-            FAMILIES.forget("nano_vision")
-            for name in ("nano_vision", "nano_family"):
+            FAMILIES.forget("nano_nvlm")
+            for name in ("nano_nvlm", "nano_family"):
                 sys.modules.pop(name, None)
 
 
 def test_the_documents_model_equals_one_process_on_two_ranks(tmp_path: Path) -> None:
-    assert save_code(tmp_path) == ["nano_vision.py", "nano_family.py", "check.py"]
+    assert save_code(tmp_path) == ["nano_nvlm.py", "nano_family.py", "check.py"]
     for difference in run_ranks(run_here, 2, str(tmp_path)):
         assert 0 <= difference < 1e-5
 
