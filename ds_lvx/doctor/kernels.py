@@ -55,7 +55,7 @@ def _kernel(name: str, probes: Mapping[str, Tensor]) -> Finding:
     facts = {"available": [short for short, reason in reasons.items() if reason is None]}
     if len(facts["available"]) == len(probes):
         return Finding(name, f"available for {' and '.join(probes)}", facts=facts)
-    # Without a GPU it is no fault that a GPU's kernel does not run.
+    # Some are made for 16 bits; and without a GPU it is no fault that a GPU's kernel does not run.
     cpu = all(q.device.type == "cpu" for q in probes.values())
     lines = [
         f"available for {short}" if reason is None else f"not available for {short}: {reason}"
@@ -63,5 +63,5 @@ def _kernel(name: str, probes: Mapping[str, Tensor]) -> Finding:
     ]
     if len(set(reasons.values())) == 1:
         lines = [f"not available: {next(iter(reasons.values()))}"]
-    state = State.NOTE if cpu else State.WARNING
+    state = State.OK if facts["available"] else State.NOTE if cpu else State.WARNING
     return Finding(name, lines[0], state, details=lines[1:], facts={**facts, "reasons": reasons})

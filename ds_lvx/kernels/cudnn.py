@@ -14,6 +14,8 @@ MAX_HEAD_DIM = 128
 
 def obstacle(q: Tensor) -> str | None:
     """Why cuDNN's kernel cannot do queries like ``q``; None where it can."""
+    if q.device.type != "cuda":
+        return f"tensors on {q.device.type}, where it needs an NVIDIA GPU"
     if flash.cuda_can(q) and q.shape[-1] <= MAX_HEAD_DIM and torch.backends.cudnn.enabled:
         return None
     return f"{q.dtype} with head_dim {q.shape[-1]}, where it does 16 bits and 8, 16, ... 128"

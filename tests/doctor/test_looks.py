@@ -280,8 +280,13 @@ def test_a_kernel_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     triton = found["triton"]
     assert triton.state is State.NOTE
     assert "not installed; pip install triton" in triton.value
+    assert found["cudnn"].state is State.NOTE
     assert found["auto, bf16"].value.startswith("native: ")
     assert kernels.available("cpu") == ["auto", "native", "flash", "reference"]
+    monkeypatch.setattr(kernels, "why_not", lambda name, q: "16 bits" * (q.itemsize > 2) or None)
+    some = by_name(kernels.findings("cpu"))["cudnn"]
+    assert (some.state, some.value) == (State.OK, "available for bf16")
+    assert some.details == ["not available for fp32: 16 bits"]
 
 
 def test_the_files_of_measurements_have_an_age(

@@ -17,7 +17,7 @@ from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
 from ds_lvx.config.registry import KERNELS
 from ds_lvx.kernels import covering, cudnn, flash
-from ds_lvx.kernels.choice import obstacle
+from ds_lvx.kernels.choice import kernel_for, obstacle
 from ds_lvx.kernels.cover import Cover, Order
 from ds_lvx.kernels.covering import cover_of
 from ds_lvx.kernels.flash_kernel import FlashKernel
@@ -321,10 +321,23 @@ def test_who_can_what() -> None:
     assert not flash.cuda_can(q.float())
     assert not flash.cuda_can(q[..., :12])
     able = KERNELS["cudnn"]
-    assert obstacle(able, q) is None
-    assert "torch.float32" in (obstacle(able, q.float()) or "")
-    wide = torch.empty(1, 1, 1, 256, dtype=torch.bfloat16)
-    assert "head_dim 256, where it does 8 to 128" in (obstacle(able, wide) or "")
+    assert "on cpu, where it needs an NVIDIA GPU" in (obstacle(able, q) or "")
+    with pytest.raises(ValueError, match=r"'cudnn' for tensors on cpu.*use 'native' or 'flash'"):
+        kernel_for("cudnn", q)
+    with FakeTensorMode(), WithoutCuda():
+        q, exact, wide, odd = (
+            torch.empty(1, 1, 1, head_dim, dtype=dtype, device="cuda")
+            for head_dim, dtype in (
+                (64, torch.bfloat16),
+                (64, torch.float32),
+                (256, torch.bfloat16),
+                (20, torch.bfloat16),
+            )
+        )
+        assert obstacle(able, q) is None
+        assert "torch.float32" in (obstacle(able, exact) or "")
+        assert "head_dim 256, where it does 8 to 128" in (obstacle(able, wide) or "")
+        assert "head_dim 20, where it does 16 bits and 8, 16" in (obstacle(able, odd) or "")
 
 
 def test_a_stand_in_is_made_range_by_range(monkeypatch: pytest.MonkeyPatch) -> None:
