@@ -1,11 +1,12 @@
 """The ``auto`` kernel: by a tuned table where it has the kind of problem, else by rule.
 
-The rule: cuDNN's attention from Hopper on, FlashAttention before it, where all see all or a few
-large slices make up who sees what; else Triton's kernel, which takes any rule in one launch, in
-backward from Hopper on with five products; else ``native``. Where PyTorch is to be deterministic
-(`torch.use_deterministic_algorithms`), nothing is taken whose sums have no order. Nothing is
-measured here; ``ds-lvx doctor --tune`` does that, and writes the table (`ds_lvx.kernels.table`).
-docs/kernels.md has the measurements that the rule comes from.
+The rule: where all see all, or a few large slices make up who sees what, cuDNN's attention from
+Hopper on, for shapes that come often (`ds_lvx.kernels.repeats`), and FlashAttention before it. Else
+Triton's kernel, which takes any rule in one launch, in backward from Hopper on with five products;
+else ``native``. Where PyTorch is to be deterministic (`torch.use_deterministic_algorithms`),
+nothing is taken whose sums have no order. Nothing is measured here; ``ds-lvx doctor --tune`` does
+that, and writes the table (`ds_lvx.kernels.table`). docs/kernels.md has the measurements that the
+rule comes from.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels.device import HOPPER, capability
-from ds_lvx.kernels.flash import CUDA_DTYPES
+from ds_lvx.kernels.flash import CUDA_DTYPES, version_in_place
 from ds_lvx.kernels.interface import Kernel, Problem, Upstream
+from ds_lvx.kernels.repeats import SAVED_S, Repeats
+from ds_lvx.kernels.rule import Structure
 from ds_lvx.kernels.table import Table, kind_of
 
 BY_RULE = ("cudnn", "flash", "triton_atomic", "triton", "native")
@@ -31,34 +34,68 @@ with the merge behind it, and Triton's kernel is nearly as fast as cuDNN's there
 takes 1.5 times as long."""
 
 
+_SHORT, _MOST_MEASURED = 64, 128  # of head_dim
+
+
 class AutoKernel(Kernel):
     """One of some kernels, call by call.
 
     Args:
         candidates: by name; ``native`` among them.
         table: what was measured.
+        repeats: which shapes have come how often, for cuDNN.
     """
 
     name = "auto"
 
-    def __init__(self, candidates: Mapping[str, Kernel], table: Table) -> None:
+    def __init__(
+        self, candidates: Mapping[str, Kernel], table: Table, repeats: Repeats | None = None
+    ) -> None:
         self._candidates = dict(candidates)
         self._table = table
+        self._repeats = Repeats() if repeats is None else repeats
 
-    def choice(self, problem: Problem, upstream: Upstream | None = None) -> str:
-        """The kernel that is taken: the table's, where it serves, or by rule.
+    def settled(self) -> AutoKernel:
+        """The same for shapes that have come often."""
+        return AutoKernel(self._candidates, self._table, Repeats(0.0))
+
+    def choice(
+        self, problem: Problem, upstream: Upstream | None = None, *, without: str = ""
+    ) -> str:
+        """The kernel that is the best for such problems: the table's, where it serves, or by rule.
 
         Args:
             problem: what is computed.
             upstream: in backward; None: forward.
+            without: a kernel that is not to be taken.
         """
         entries = self._table.entries()
         tuned = entries.get(kind_of(problem, upstream)) if entries else None
-        if tuned is not None and self._can(tuned["chosen"], problem, upstream):
+        if tuned is not None and tuned["chosen"] != without:
             chosen: str = tuned["chosen"]
-            return chosen
-        able = [name for name in BY_RULE if self._can(name, problem, upstream)]
+            if self._can(chosen, problem, upstream):
+                return chosen
+        names = (name for name in BY_RULE if name != without)
+        able = [name for name in names if self._can(name, problem, upstream)]
         return next(name for name in able if self._suits(name, problem, upstream))
+
+    def _taken(self, problem: Problem, upstream: Upstream | None = None) -> Kernel:
+        """The kernel of a call: the best, unless that is cuDNN's and the shape has come seldom."""
+        name = self.choice(problem, upstream)
+        if name == "cudnn" and not self._pays(problem, upstream):
+            name = self.choice(problem, upstream, without=name)
+        return self._candidates[name]
+
+    def _pays(self, problem: Problem, upstream: Upstream | None) -> bool:
+        """See `ds_lvx.kernels.repeats`."""
+        cover, passes = problem.cover, "forward" if upstream is None else "backward"
+        calls = () if cover is None else tuple((r.size, r.causal) for r in cover.rectangles)
+        heads, head_dim = problem.q.shape[2:]
+        scores = sum(math.prod(size) / (2 if causal else 1) for size, causal in calls)
+        operations = (4.0 if upstream is None else 10.0) * heads * head_dim * scores
+        shapes = (passes, problem.q.dtype, heads, problem.k.shape[2], head_dim, calls)
+        saved_s = SAVED_S[passes] * operations
+        return self._repeats.pay(shapes, saved_s=saved_s, count=len(calls))
 
     def _suits(self, name: str, problem: Problem, upstream: Upstream | None) -> bool:
         """Whether a kernel that serves a problem is the best there for it."""
@@ -69,9 +106,14 @@ class AutoKernel(Kernel):
             return upstream is not None and narrow and capability(problem.q) >= HOPPER
         if name not in ("cudnn", "flash"):
             return True
+        if not preferred(name, problem.q):
+            return False
+        if "triton" not in self._candidates:
+            return True
         least = _LARGE_CALL_FLOPS["forward" if upstream is None else "backward"]
-        is_large = "triton" not in self._candidates or _has_large_calls(name, problem, least)
-        return is_large and preferred(name, problem.q)
+        if not _has_large_calls(name, problem, least):
+            return False
+        return name == "cudnn" or _suits_flash(problem, upstream)
 
     def _can(self, name: str, problem: Problem, upstream: Upstream | None) -> bool:
         kernel = self._candidates.get(name)
@@ -79,12 +121,12 @@ class AutoKernel(Kernel):
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """See `ds_lvx.kernels.interface.Kernel.forward`."""
-        return self._candidates[self.choice(problem)].forward(problem)
+        return self._taken(problem).forward(problem)
 
     def fold(self, problem: Problem, running: tuple[Tensor, Tensor]) -> None:
         """See `ds_lvx.kernels.interface.Kernel.fold`; by the kernel of forward."""
         part = problem.as_part()
-        self._candidates[self.choice(part)].fold(part, running)
+        self._taken(part).fold(part, running)
 
     def backward(
         self,
@@ -94,8 +136,7 @@ class AutoKernel(Kernel):
         into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ds_lvx.kernels.interface.Kernel.backward`."""
-        kernel = self._candidates[self.choice(problem, upstream)]
-        return kernel.backward(problem, upstream, into=into)
+        return self._taken(problem, upstream).backward(problem, upstream, into=into)
 
 
 def _in_order() -> bool:
@@ -104,8 +145,23 @@ def _in_order() -> bool:
 
 
 def preferred(name: str, q: Tensor) -> bool:
-    """Whether the rule knows a kernel that works by calls, on a GPU with queries like ``q``."""
-    return name != "cudnn" or capability(q) >= HOPPER
+    """Whether the rule knows a kernel that works by calls, on a GPU with queries like ``q``.
+
+    Where FlashAttention 3 or 4 is in the place of PyTorch's own, cuDNN is no faster.
+    """
+    return name != "cudnn" or (capability(q) >= HOPPER and version_in_place() is None)
+
+
+def _suits_flash(problem: Problem, upstream: Upstream | None) -> bool:
+    """Whether ``flash`` is to be taken where Triton's kernels are: on an H200 PyTorch's own is the
+    slower one forward, and the faster in backward of causal text and where a head is short."""
+    if capability(problem.q) < HOPPER or version_in_place() is not None:
+        return True
+    head_dim = problem.q.shape[3]
+    if head_dim > _MOST_MEASURED:
+        return True
+    causal = problem.rule is not None and problem.rule.structure == Structure.CAUSAL
+    return upstream is not None and (causal or head_dim <= _SHORT)
 
 
 def _has_large_calls(name: str, problem: Problem, least_flops: float) -> bool:

@@ -13,6 +13,7 @@ from ds_lvx.config.registry import AUTO, FLOATS, KERNELS, kernel_words
 from ds_lvx.config.registry import Kernel as Entry
 from ds_lvx.kernels.auto import AutoKernel, preferred
 from ds_lvx.kernels.interface import Kernel
+from ds_lvx.kernels.repeats import repeats_on
 from ds_lvx.kernels.table import Table, table_of
 from ds_lvx.kernels.warn import warn_once
 
@@ -56,7 +57,7 @@ def _auto(q: Tensor) -> Kernel:
     table = table_of(q.device)
     if table.ignored():
         warn_once(_ignored(table))
-    return AutoKernel(found, table)
+    return AutoKernel(found, table, repeats_on(q.device))
 
 
 def candidates(q: Tensor) -> dict[str, Kernel]:
@@ -97,7 +98,8 @@ def _by_rule(names: Sequence[str], q: Tensor) -> str:
     if by_calls is None:
         return last
     return (
-        f"{by_calls} where all see all, or a few large slices make up the rule, "
+        f"{by_calls} where all see all, or a few large slices make up the rule"
+        f"{' (shapes that come often)' if by_calls == 'cudnn' else ''}, "
         f"{last} {'for other rules' if last == 'triton' else 'elsewhere'}"
     )
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -15,6 +16,12 @@ from torch.overrides import TorchFunctionMode
 from ds_lvx.kernels import device
 
 _aten = torch.ops.aten
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch says of an H100; tensors there are made up."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB")
 
 
 class WithoutCuda(TorchFunctionMode):

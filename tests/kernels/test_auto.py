@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_lvx import Visibility, cache
-from ds_lvx.kernels import interface, native, triton_forward, warn
+from ds_lvx.kernels import interface, native, warn
 from ds_lvx.kernels.auto import AutoKernel
 from ds_lvx.kernels.choice import candidates, describe, kernel_for
 from ds_lvx.kernels.flash_kernel import FlashKernel
@@ -23,7 +23,7 @@ from ds_lvx.kernels.native import NativeKernel
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.table import Table, kind_of, table_of
 from tests.kernels.batches import BATCHES, text
-from tests.kernels.fake_cuda import WithoutCuda
+from tests.kernels.fake_cuda import WithoutCuda, pretend_gpu
 from tests.kernels.test_kernels import rule, tensors
 
 SHAPE = (1, 5, 300, 4, 2, 16)
@@ -210,9 +210,7 @@ def test_off_cuda_there_is_one_candidate() -> None:
 
 @pytest.fixture
 def _some_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What PyTorch says of a GPU; tensors there are made up."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB")
+    pretend_gpu(monkeypatch)
 
 
 def on_cuda(dtype: torch.dtype, head_dim: int = 64) -> Tensor:
@@ -228,108 +226,13 @@ def test_the_candidates_of_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
     assert list(candidates(on_cuda(torch.float64))) == ["native"]
     lines = describe(on_cuda(torch.bfloat16))
     assert lines[0] == (
-        "cudnn where all see all, or a few large slices make up the rule, triton for other rules"
+        "cudnn where all see all, or a few large slices make up the rule (shapes that come often), "
+        "triton for other rules"
     )
     assert lines[1] == "no kind tuned on this card: ds-lvx doctor --tune"
     assert describe(on_cuda(torch.float32))[0] == "triton"
     assert isinstance(kernel_for("auto", on_cuda(torch.bfloat16)), AutoKernel)
     assert not caplog.records
-
-
-@pytest.mark.usefixtures("_some_gpu")
-@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (10, 0)])
-def test_the_kernel_of_every_batch_on_a_card(
-    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By rule: cuDNN or FlashAttention where one call does it (`BATCHES` says which), else Triton,
-    as these calls are small."""
-    before_hopper = capability < (9, 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(triton_forward, "forward_kernel", None)  # not an interpreted one
-    for name, batch in BATCHES.items():
-        (samples, queries), keys = batch.sees.q_start.shape, batch.sees.kv_pos.shape[1]
-        for dtype, head_dim in ((torch.bfloat16, 64), (torch.bfloat16, 20), (torch.float32, 64)):
-            with FakeTensorMode():
-                q = torch.empty(samples, queries, 4, head_dim, dtype=dtype, device="cuda")
-                k = torch.empty(samples, keys, 2, head_dim, dtype=dtype, device="cuda")
-            problem = Problem(q, k, k, Rule(batch.sees), softmax_scale=0.1)
-            calls = ["none", "none"] if batch.calls is None else batch.calls
-            one = all(line.startswith(f"0:{queries} x 0:{keys}") for line in calls)
-            one = one or (before_hopper and "in one launch" in calls)
-            able = dtype == torch.bfloat16 and head_dim % 8 == 0 and one
-            expected = ("flash" if before_hopper else "cudnn") if able else "triton"
-            auto = kernel_for("auto", q)
-            taken = auto.choice(problem) if isinstance(auto, AutoKernel) else auto.name
-            assert taken == (expected if capability >= (8, 0) else "native"), (name, dtype)
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
-@pytest.mark.parametrize(
-    ("queries", "keys", "large"),
-    [
-        (60, 6_000, {"forward": False, "backward": False}),
-        (600, 60_000, {"forward": False, "backward": True}),
-        (2400, 120_000, {"forward": True, "backward": True}),
-    ],
-)
-def test_a_few_large_slices_are_calls(
-    capability: tuple[int, int],
-    queries: int,
-    keys: int,
-    large: dict[str, bool],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Text that sees its own of three videos and the next: a call a video, if each fills a card."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(triton_forward, "forward_kernel", None)
-    row, key = torch.arange(queries) * 3 // queries, torch.arange(keys) * 3 // keys
-    sees = Visibility(*(t.int()[None] for t in (row, row + 2, key)))
-    with FakeTensorMode():
-        q = torch.empty(1, queries, 32, 128, dtype=torch.bfloat16, device="cuda")
-        k = torch.empty(1, keys, 8, 128, dtype=torch.bfloat16, device="cuda")
-        lse = torch.empty(1, 32, queries, device="cuda")
-    auto = kernel_for("auto", q)
-    assert isinstance(auto, AutoKernel)
-    before_hopper = capability < (9, 0)
-    by_calls = "flash" if before_hopper else "cudnn"
-    others = {"forward": "triton", "backward": "triton" if before_hopper else "triton_atomic"}
-    problem = Problem(q, k, k, Rule(sees, sees), softmax_scale=0.1)
-    for passes, upstream in (("forward", None), ("backward", Upstream(q, lse, lse))):
-        expected = by_calls if large[passes] else others[passes]
-        assert auto.choice(problem, upstream) == expected, passes
-
-
-@pytest.mark.usefixtures("_some_gpu")
-def test_where_bits_are_to_repeat_no_sum_is_without_an_order(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """cuDNN and the five products only without `torch.use_deterministic_algorithms`."""
-    monkeypatch.setattr(triton_forward, "forward_kernel", None)
-    sees = BATCHES["a window that slides"].sees
-    keys = sees.kv_pos.shape[1]
-    with FakeTensorMode():
-        q = torch.empty(1, keys, 4, 64, dtype=torch.bfloat16, device="cuda")
-        lse = torch.empty(1, 4, keys, device="cuda")
-    auto, upstream = kernel_for("auto", q), Upstream(q, lse, lse)
-    assert isinstance(auto, AutoKernel)
-    exact = torch.empty_like(q, dtype=torch.float32)
-    assert (
-        kernel_for("auto", exact).choice(  # type: ignore[attr-defined]
-            Problem(exact, exact, exact, Rule(sees, sees), softmax_scale=0.1), upstream
-        )
-        == "triton"
-    )
-    whole = Problem(q, q, q, softmax_scale=0.1)
-    window = Problem(q, q, q, Rule(sees, sees), softmax_scale=0.1)
-    assert [auto.choice(whole, upstream), auto.choice(window, upstream)] == [
-        "cudnn",
-        "triton_atomic",
-    ]
-    assert auto.choice(window) == "triton"
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert [auto.choice(whole), auto.choice(window)] == ["cudnn", "triton"]
-    assert [auto.choice(whole, upstream), auto.choice(window, upstream)] == ["flash", "triton"]
 
 
 @pytest.mark.usefixtures("_some_gpu")

@@ -116,6 +116,8 @@ def make(name: str, problem: Problem, upstream: Upstream) -> Candidate:
 def _ours(name: str, problem: Problem, upstream: Upstream) -> Candidate:
     """One of our kernels. Its backward is given lse and delta, as on a rank."""
     kernel = kernel_for(name, problem.q)
+    if isinstance(kernel, AutoKernel):
+        kernel = kernel.settled()
 
     def chosen(direction: str) -> str:
         if not isinstance(kernel, AutoKernel):
