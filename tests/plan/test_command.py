@@ -81,8 +81,11 @@ def test_the_numbers_for_an_hour_of_video_are_the_commands(
     assert re.findall(r"sends less than `lvx` \((.*?)\)", document)[0] in ulysses
 
 
-def test_the_numbers_of_idefics_are_the_command_s(capsys: pytest.CaptureFixture[str]) -> None:
-    document = section("idefics")
+@pytest.mark.parametrize("title", ["idefics", "OpenFlamingo"])
+def test_the_numbers_of_a_table_are_the_command_s(
+    title: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = section(title)
     (command,) = re.findall(r"^ds-lvx (plan .*--group 8)$", document, re.MULTILINE)
     alone, memory, sends, ring, step = (
         cell.strip()
