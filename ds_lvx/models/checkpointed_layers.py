@@ -22,6 +22,7 @@ from ds_lvx.models.patch import Hook, is_patched
 
 _FUNCTION = "_gradient_checkpointing_func"
 _FLAG = "gradient_checkpointing"
+_SWITCH = "_set_gradient_checkpointing"
 
 
 class LayerCheckpointing:
@@ -229,7 +230,9 @@ class CheckpointLayers(Hook):
 
     def _switch_on(self, model: Any) -> None:
         if not any(layer.gradient_checkpointing for layer in self._layers):
-            model._set_gradient_checkpointing(True, deepspeed.checkpointing.checkpoint)
+            # Some models are no transformers models and hold one.
+            owner = next(m for m in model.modules() if hasattr(m, _SWITCH))
+            getattr(owner, _SWITCH)(True, deepspeed.checkpointing.checkpoint)
 
     def _wrap(self) -> None:
         for layer in self._layers:

@@ -25,8 +25,12 @@ BUILT_IN: Mapping[str, str] = {
     "moss_vl": "ds_lvx.models.moss_vl.family:MossVL",
     "idefics": "ds_lvx.models.idefics.family:Idefics",
     "mplugowl3": "ds_lvx.models.mplugowl3.family:MPlugOwl3",
+    "openflamingo": "ds_lvx.models.openflamingo.family:OpenFlamingo",
 }
 """``model_type`` -> where its `Family` is."""
+
+CLASSES: Mapping[str, str] = {"Flamingo": "openflamingo"}
+"""``model_type`` of models that carry none, by the name of their class."""
 
 KNOWN: Mapping[str, str] = {
     name: f"ds_lvx.models.{name}.dimensions"
@@ -167,4 +171,7 @@ def family_of(model: nn.Module) -> tuple[Family, Any]:
 
 def _model_type(module: nn.Module) -> str:
     of_config = getattr(getattr(module, "config", None), "model_type", None)
-    return str(getattr(module, "model_type", None) if of_config is None else of_config)
+    if of_config is None:
+        of_config = getattr(module, "model_type", None)
+    names = (CLASSES.get(kind.__name__) for kind in type(module).__mro__)
+    return str(next(filter(None, names), None) if of_config is None else of_config)

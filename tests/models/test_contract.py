@@ -62,7 +62,7 @@ def test_a_model_type_has_one_family(families: Families) -> None:
         families.register("new", with_parts(*PARTS))
     with pytest.raises(ValueError, match=r"'mllama', which ds_lvx\.models\.mllama"):
         families.register("mllama", first)
-    known = "mllama, moss_vl, idefics, mplugowl3, new;"
+    known = "mllama, moss_vl, idefics, mplugowl3, openflamingo, new;"
     with pytest.raises(NotImplementedError, match=f"'newer'; expected one of {known}"):
         families.named("newer")
 
@@ -124,7 +124,7 @@ def test_the_planner_gets_dimensions_without_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PLANNING], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["9 mllama moss_vl mplugowl3 idefics", "[]"]
+    assert done.stdout.splitlines() == ["10 mllama moss_vl mplugowl3 idefics", "[]"]
 
 
 # ---- who names a family
@@ -136,6 +136,7 @@ CASES = (
     "launch/bench_memory.py",
 )
 """Measure shapes of named models."""
+FAMILY = re.compile(r"mllama|llama-3\.2|moss|idefics|flamingo", re.IGNORECASE)
 USAGE = re.compile(r"--model |--deepspeed_config |ds_configs/")
 
 
@@ -146,6 +147,6 @@ def test_outside_of_models_nothing_names_a_family() -> None:
         if name.startswith(("ds_lvx/models/", *CASES)):
             continue
         for number, line in enumerate(path.read_text().splitlines(), start=1):
-            if re.search(r"mllama|llama-3\.2|moss|idefics", line, re.I) and not USAGE.search(line):
+            if FAMILY.search(line) and not USAGE.search(line):
                 named.append(f"{name}:{number}: {line.strip()}")
     assert not named, "\n".join(named)

@@ -85,6 +85,7 @@ def test_the_numbers_for_an_hour_of_video_are_the_commands(
     ("title", "size"),
     [
         ("idefics", "2,048 text tokens, 900 frames = 57,600 visual tokens"),
+        ("OpenFlamingo", "2,048 text tokens, 900 frames = 57,600 visual tokens"),
         ("mPLUG-Owl3", "4,096 text tokens, 3,600 frames = 2,624,400 visual tokens"),
     ],
 )

@@ -33,6 +33,7 @@ def test_llama_vision_has_the_dimensions_of_transformers_config(tmp_path: Path) 
         ("mPLUG-Owl3-1B", 1.0, 729, (4, 14, 2, 64)),
         ("mPLUG-Owl3-2B", 2.2, 729, (4, 12, 2, 128)),
         ("OpenFlamingo-9B", 8.4, 64, (8, 8, 8, 64)),
+        ("OpenFlamingo-4B", 4.0, 64, (16, 8, 8, 64)),
         ("OpenFlamingo-3B", 2.6, 64, (24, 8, 8, 64)),
         ("idefics-9b", 9.0, 64, (8, 32, 32, 128)),
         ("MOSS-VL-Instruct-0708", 11.3, 721, (12, 32, 8, 128)),

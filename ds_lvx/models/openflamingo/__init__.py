@@ -1,1 +1,1 @@
-"""OpenFlamingo: its dimensions, for the planner."""
+"""OpenFlamingo. Importing this package imports no torch."""

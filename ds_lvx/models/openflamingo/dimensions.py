@@ -36,6 +36,14 @@ def known() -> tuple[Model, ...]:
             every=1,
         ),
         _flamingo(
+            "OpenFlamingo-4B-vitl-rpj3b",
+            hidden=2560,
+            layers=32,
+            heads=32,
+            vocabulary=50_432,
+            every=2,
+        ),
+        _flamingo(
             "OpenFlamingo-9B-vitl-mpt7b",
             hidden=4096,
             layers=32,

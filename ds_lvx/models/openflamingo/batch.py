@@ -1,0 +1,103 @@
+"""OpenFlamingo's batches: what of them is visual, and the rule by which text sees images.
+
+Shapes: ``B`` samples, ``T`` text tokens, ``N`` images of a sample (those of a sample with fewer are
+padded), of one frame each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_lvx.models.batch import Text
+from ds_lvx.models.visual import Runs, Visual
+
+PIXELS = "vision_x"
+KEYS = (PIXELS,)
+
+
+@dataclass(frozen=True, eq=False)
+class Counted(Runs):
+    """The run of images that each token sees, by the image tokens up to it."""
+
+    def check_images(self, images: int) -> None:
+        """Compare with the number of images that came.
+
+        Raises:
+            ValueError: the text has more image tokens.
+        """
+        reach = int(self.end.max()) if self.end.numel() else 0
+        if reach > images:
+            raise ValueError(
+                f"got {reach} image tokens in the text of a sample and {images} images a sample in "
+                f"{PIXELS}; expected an image for each of them"
+            )
+
+
+def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
+    """The visual part of a batch: the pixels, and the image tokens of the text.
+
+    Args:
+        batch: with ``vision_x [B, N, 1, channels, height, width]``, or with nothing but text.
+        text: its text.
+        model: a `Flamingo`.
+    """
+    if text.position_ids is not None:
+        raise ValueError(
+            "got position_ids; expected none: the model's own code counts the tokens of a row, "
+            "padding among them, and does not keep packed samples apart"
+        )
+    latest, pixels = latest_only(model), batch.get(PIXELS)
+    if pixels is None and not latest:
+        raise ValueError(
+            f"got a batch without {PIXELS} for a model whose text sees all images before it; "
+            "expected a blank image at least, as its own code wants it: text before the first "
+            "image takes the mean of all images of the batch's sample"
+        )
+    if pixels is not None:
+        _check_pixels(pixels, model, batch_size=text.shape[0])
+    count = 0 if pixels is None else pixels.shape[1]
+    end = (text.input_ids.cpu() == model.media_token_id).cumsum(1, dtype=torch.int32)
+    start = (end - 1).clamp(min=0) if latest else torch.zeros_like(end)
+    arguments = {} if pixels is None else {PIXELS: pixels}
+    runs = Counted(start, end, None, None)
+    return Visual(count, latents(model), arguments, runs, blind_see_all=not latest)
+
+
+def blank(model: Any) -> dict[str, Tensor]:
+    """One blank image."""
+    return {PIXELS: torch.zeros(1, 1, 1, *_image(model))}
+
+
+def latents(model: Any) -> int:
+    """Visual tokens of an image that text sees."""
+    parameter = model.perceiver.latents
+    # Of a parameter that ZeRO-3 has partitioned the shape is empty.
+    return int(getattr(parameter, "ds_shape", parameter.shape)[0])
+
+
+def latest_only(model: Any) -> bool:
+    """Whether text sees the latest image alone, not all before it."""
+    layers = (layer for layer in model.lang_encoder.gated_cross_attn_layers if layer is not None)
+    return all(layer.attn.only_attend_immediate_media for layer in layers)
+
+
+def _image(model: Any) -> tuple[int, int, int]:
+    size = model.vision_encoder.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return 3, int(height), int(width)
+
+
+def _check_pixels(pixels: Any, model: Any, *, batch_size: int) -> None:
+    found: Any = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+    images = found[1] if isinstance(found, tuple) and len(found) > 1 else 0
+    expected = (batch_size, images, 1, *_image(model))
+    if found != expected:
+        raise ValueError(
+            f"got {PIXELS} {found}; expected {expected}, images of one frame each for {batch_size} "
+            "samples, by the image processor that belongs to the model"
+        )

@@ -1,0 +1,167 @@
+"""OpenFlamingo: which modules attend, and what the sharded text needs.
+
+The model's code is the package ``open_flamingo``; nothing of it is imported here, and its modules
+are found by name and by what they have. Before every n-th layer of a language model of transformers
+a gated layer attends to the images. Both run on this rank's shards; vision encoder and perceiver
+resampler run as they are, on this rank's images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.models.batch import Text
+from ds_lvx.models.contract import Family
+from ds_lvx.models.dispatch import Dispatched
+from ds_lvx.models.draft import Draft
+from ds_lvx.models.layers import Layer, LayerPlan
+from ds_lvx.models.openflamingo import batch as batches
+from ds_lvx.models.openflamingo import forward
+from ds_lvx.models.openflamingo.attention import Attention
+from ds_lvx.models.patch import PatchedAttention
+from ds_lvx.models.visual import Visual
+
+_MODEL = "Flamingo"
+_PARTS = ("vision_encoder", "perceiver", "lang_encoder", "media_token_id")
+_SELF_ATTENTION: Mapping[str, str] = {"llama": "self_attn", "gpt_neox": "attention"}
+"""Of a layer of the language models that can be sharded, by their ``model_type``."""
+
+
+class OpenFlamingo(Family):
+    """See `ds_lvx.models.contract.Family` for what each part does."""
+
+    keys = batches.KEYS
+    features_key = forward.FEATURES
+    patterns: Mapping[str, str] = {
+        "local": "perceiver*",
+        "cross": "*.gated_cross_attn_layer.attn",
+        "self": "*.decoder_layer.*",
+    }
+    lora_targets = (
+        r".*\.decoder_layer\.(self_attn|attention)\.\w+"
+        r"|.*\.gated_cross_attn_layer\.attn\.(to_q|to_kv|to_out)"
+    )
+
+    # ---- patching
+
+    def find(self, model: nn.Module) -> Any:
+        return next((m for m in model.modules() if _is_model(m)), None)
+
+    def attention_layers(self, model: Any) -> list[Layer]:
+        names = {module: name for name, module in model.named_modules()}
+        found = [_own_layer(names[pair[0]], pair[0]) for pair in model.perceiver.layers]
+        config = model.lang_encoder.config
+        heads = int(config.num_attention_heads)
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        for layer in model.lang_encoder._get_decoder_layers():
+            gated = layer.gated_cross_attn_layer
+            if gated is not None:
+                found.append(_own_layer(names[gated.attn], gated.attn))
+            module = getattr(layer.decoder_layer, _SELF_ATTENTION[config.model_type])
+            width = int(config.hidden_size)
+            found.append(Layer(names[module], "self", module, heads, kv_heads, size, width))
+        return found
+
+    def forward(self, layer: Layer, plan: LayerPlan) -> PatchedAttention:
+        kind = Attention if layer.kind == "cross" else Dispatched
+        return kind(layer.module, plan)
+
+    def text_model(self, model: Any) -> nn.Module:
+        found: nn.Module = model.lang_encoder
+        return found
+
+    def check(self, model: Any, *, sp_size: int) -> None:
+        config = model.lang_encoder.config
+        if config.model_type not in _SELF_ATTENTION:
+            raise NotImplementedError(
+                f"got an OpenFlamingo whose language model is a {config.model_type!r}; expected "
+                f"one of {', '.join(_SELF_ATTENTION)} as transformers has them, such as that of "
+                "OpenFlamingo-4B-vitl-rpj3b: MPT's attention adds a bias by distance (ALiBi), "
+                "which the sharded attention has not"
+            )
+        _check_rotary(config, sp_size)
+        if model.perceiver.media_time_embs is not None:
+            raise NotImplementedError(
+                "got a perceiver with max_num_media, which embeds an image's number in its sample; "
+                "expected one without, as the published models have it"
+            )
+        layers = [m for m in model.lang_encoder.gated_cross_attn_layers if m is not None]
+        if len({layer.attn.only_attend_immediate_media for layer in layers}) != 1:
+            raise NotImplementedError(
+                f"got {len(layers)} gated layers, of which some see the latest image only and some "
+                "all before; expected at least one, and the same only_attend_immediate_media in "
+                "all of them"
+            )
+
+    def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
+        forward.install(model, offloads=any(plan.features == "offload" for plan in plans))
+
+    def encoders(self, model: Any) -> Sequence[Any]:
+        """The gated layers, which stand outside of the language model's own."""
+        inside = model.lang_encoder.base_model
+        layers = [m for m in model.lang_encoder.gated_cross_attn_layers if m is not None]
+        return (forward.Gated(inside, layers),)
+
+    # ---- batches
+
+    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
+        return batches.visual(batch, text, model)
+
+    def blank(self, model: Any) -> dict[str, Tensor]:
+        return batches.blank(model)
+
+    def shard(
+        self,
+        batch: Mapping[str, Any] | Draft,
+        model: Any,
+        *,
+        channel: Channel,
+        frames: str,
+        always_vision: bool,
+        records: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """A batch without images has a blank one that nobody sees, as the model wants it: gated
+        layers are never skipped, because their MLP runs for every token."""
+        return super().shard(
+            batch, model, channel=channel, frames=frames, always_vision=True, records=records
+        )
+
+    # ---- models
+
+    def vision_tower(self, model: Any) -> Any:
+        return model.vision_encoder
+
+    def regions(self) -> Mapping[str, str]:
+        return {
+            r".*\bgated_cross_attn_layers?(\.\d+)?\.attn": "cross_attention",
+            r"(.*\.)?lang_encoder": "text",
+            r"(.*\.)?vision_encoder": "vision",
+            r"(.*\.)?perceiver": "vision",
+        }
+
+
+def _is_model(module: nn.Module) -> bool:
+    named = any(kind.__name__ == _MODEL for kind in type(module).__mro__)
+    return named and all(hasattr(module, part) for part in _PARTS)
+
+
+def _own_layer(name: str, module: Any) -> Layer:
+    """One of the package's own: in the perceiver, or in a gated layer."""
+    heads, inside = int(module.heads), int(module.to_q.out_features)
+    kind: Any = "local" if name.startswith("perceiver") else "cross"
+    width = int(module.to_kv.in_features)
+    return Layer(name, kind, module, heads, heads, inside // heads, width)
+
+
+def _check_rotary(config: Any, sp_size: int) -> None:
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if sp_size > 1 and ("dynamic" in kind or kind == "longrope"):
+        raise NotImplementedError(
+            f'got rope_type "{kind}", whose frequencies depend on the longest position that a rank '
+            'sees; expected "default", "linear", "yarn" or "llama3", or sequence_parallel_size 1'
+        )

@@ -1,0 +1,149 @@
+"""What the model's own forward would do otherwise with a sharded batch.
+
+It encodes the images and leaves features and the places of image tokens on every layer of the text,
+then runs the language model on text alone. With a sharded batch the language model is handed the
+features and the batch, and its layers get them from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_lvx.attention.features import offload
+from ds_lvx.models.batch import ShardedBatch
+from ds_lvx.models.openflamingo.attention import places
+from ds_lvx.models.patch import KEYWORD, Hook
+
+FEATURES = "ds_lvx_media"
+_FORWARD = "forward"
+
+
+class Forward:
+    """In place of the model's forward, which knows no keyword of ours.
+
+    Args:
+        model: a `Flamingo`.
+        offloads: the features are to wait on the host.
+    """
+
+    def __init__(self, model: Any, *, offloads: bool) -> None:
+        self._model, self._offloads = model, offloads
+        self._own = vars(model).get(_FORWARD)
+
+    def __call__(self, *args: Any, ds_lvx: ShardedBatch | None = None, **kwargs: Any) -> Any:
+        """The language model's output."""
+        if ds_lvx is not None:
+            return self._sharded(ds_lvx, **kwargs)
+        own = partial(type(self._model).forward, self._model) if self._own is None else self._own
+        return own(*args, **kwargs)
+
+    def _sharded(self, batch: ShardedBatch, *, vision_x: Tensor, **text: Any) -> Any:
+        features = self._encoded(vision_x)
+        given = {
+            KEYWORD: batch,
+            FEATURES: offload(features) if self._offloads else features,
+            # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.
+            "attention_mask": text["input_ids"].new_zeros(1, 1, 1, 1),
+        }
+        with _cleared(self._model.lang_encoder) as lang_encoder:
+            return lang_encoder(**text, **given)
+
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        """``vision_x [B, n, 1, ...]`` to features ``[B, n * latents, width]``."""
+        tower = self._model.vision_encoder
+        dtype = next(tower.parameters()).dtype
+        with torch.no_grad():  # as the model's own forward has it
+            tokens = tower(pixels.to(dtype).flatten(0, 2))[1]
+        states: Tensor = self._model.perceiver(tokens.unflatten(0, pixels.shape[:3]))
+        return states.flatten(1, 2)
+
+
+@contextmanager
+def _cleared(lang_encoder: Any) -> Iterator[Any]:
+    """Layers hold on to nothing of a batch afterwards."""
+    try:
+        yield lang_encoder
+    finally:
+        lang_encoder.clear_conditioned_layers()
+
+
+class KeepForward(Hook):
+    """A forward pre-hook of the model that only knows which forward to put back."""
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        self._model, self._before = model, vars(model).get(_FORWARD)
+        setattr(model, _FORWARD, forward)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        return None
+
+    def undo(self) -> None:
+        """Give the model its forward back."""
+        vars(self._model).pop(_FORWARD, None)
+        if self._before is not None:
+            setattr(self._model, _FORWARD, self._before)
+
+
+class Hand(Hook):
+    """A forward pre-hook of the language model, the last: its layers get the features."""
+
+    def __call__(
+        self, module: Any, args: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        if kwargs.get(KEYWORD) is None:
+            return None
+        for layer in module._get_decoder_layers():
+            layer.condition_vis_x(kwargs[FEATURES])
+        return args, {key: value for key, value in kwargs.items() if key != FEATURES}
+
+
+class Condition(Hook):
+    """A forward pre-hook of a layer: the batch, where the language model left its image tokens."""
+
+    def __call__(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        batch = kwargs.get(KEYWORD)
+        if batch is not None:
+            module.condition_media_locations(places(batch))
+            module.condition_use_cached_media(False)
+
+
+class Gated:
+    """The gated layers as an encoder whose checkpointing is the language model's.
+
+    Attributes:
+        layers: the gated layers.
+    """
+
+    def __init__(self, inside: nn.Module, layers: Sequence[nn.Module]) -> None:
+        self._inside: Any = inside
+        self.layers = layers
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the layers are checkpointed."""
+        return bool(self._inside.gradient_checkpointing)
+
+    @property
+    def _gradient_checkpointing_func(self) -> Any:
+        return self._inside._gradient_checkpointing_func
+
+
+def install(model: Any, *, offloads: bool) -> None:
+    """Put all of it on a model.
+
+    Args:
+        model: the whole model.
+        offloads: the features are to wait on the host.
+    """
+    hook = KeepForward(model, Forward(model, offloads=offloads))
+    model.register_forward_pre_hook(hook)
+    # After the hook that checks the features and shares them.
+    model.lang_encoder.register_forward_pre_hook(Hand(), with_kwargs=True)
+    for layer in model.lang_encoder._get_decoder_layers():
+        layer.register_forward_pre_hook(Condition(), with_kwargs=True)
