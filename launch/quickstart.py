@@ -106,9 +106,10 @@ def cross_attention_bytes(options: argparse.Namespace, training: Digits, method:
     """Bytes this rank sends for cross-attention in one step, forward and backward.
 
     The text layers' own attention is measured on the text alone and taken off. What ZeRO sends for
-    weights and gradients is the same for every method and not counted.
+    weights and gradients is the same for every method and not counted. Under ZeRO-3 text alone goes
+    through the cross-attention, too, so that it is left out here.
     """
-    config = ds_config(options)
+    config = {**ds_config(options), "zero_optimization": {"stage": 2}}
     for rule in config["ds_lvx"]["layers"]:
         if rule["match"].endswith("cross_attn"):
             rule.update(method=method, recompute_kv=method == "lvx")

@@ -89,6 +89,8 @@ class Family(ABC):
         always: arguments that every shard carries.
         patterns: the pattern of each kind of layer (``"local"``, ``"cross"``, ``"self"``), in this
             order, for the rules of a ds_config that a tool writes.
+        skips_vision: a batch without images leaves out tower and cross-attention; else it has a
+            blank one that nobody sees, as models want it whose layers run for every token.
         without: methods that cross-attention of some of its models cannot run, and why; a tool
             leaves them out.
     """
@@ -98,6 +100,7 @@ class Family(ABC):
     features_key: str = "features"
     always: Mapping[str, Any] = {"use_cache": False}
     patterns: Mapping[str, str] = {}
+    skips_vision: bool = True
     without: Mapping[str, str] = {}
 
     # ---- required: patching a model
@@ -206,7 +209,7 @@ class Family(ABC):
             model,
             channel=channel,
             frames=frames,
-            always_vision=always_vision,
+            always_vision=always_vision or not self.skips_vision,
             records=records,
         )
 

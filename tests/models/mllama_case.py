@@ -204,7 +204,7 @@ def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: str
         "ds_lvx": {
             "sequence_parallel_size": sp_size,
             "layers": [
-                VISION_RULE,
+                {**VISION_RULE},  # a test may write into it
                 {"match": "*.cross_attn", **cross},
                 {"match": "*language_model*.self_attn", "method": self_attn},
             ],

@@ -16,12 +16,10 @@ from transformers.models.idefics.modeling_idefics import IdeficsAttention
 from transformers.models.idefics.perceiver import IdeficsPerceiverAttention
 from transformers.models.idefics.vision import IdeficsVisionAttention
 
-from ds_lvx.distributed.channel import Channel
 from ds_lvx.models.batch import Text
 from ds_lvx.models.contract import Family, Size
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
-from ds_lvx.models.draft import Draft
 from ds_lvx.models.idefics import batch as batches
 from ds_lvx.models.idefics import dimensions, forward, sized
 from ds_lvx.models.idefics import processor as processors
@@ -38,6 +36,7 @@ class Idefics(Family):
 
     keys = batches.KEYS
     features_key = forward.FEATURES
+    skips_vision = False  # gated layers run their MLP for every token
     patterns: Mapping[str, str] = {
         "local": "*vision_model*",
         "cross": "*.cross_attn",
@@ -89,22 +88,6 @@ class Idefics(Family):
 
     def blank(self, model: IdeficsForVisionText2Text) -> dict[str, Tensor]:
         return batches.blank(model.config)
-
-    def shard(
-        self,
-        batch: Mapping[str, Any] | Draft,
-        model: Any,
-        *,
-        channel: Channel,
-        frames: str,
-        always_vision: bool,
-        records: Sequence[Mapping[str, Any]] | None = None,
-    ) -> dict[str, Any]:
-        """A batch without images has a blank one that nobody sees, as the model wants it: gated
-        layers are never skipped, because their MLP runs for every token."""
-        return super().shard(
-            batch, model, channel=channel, frames=frames, always_vision=True, records=records
-        )
 
     def media_text(self, processor: Any, times: Sequence[float] | None) -> str:
         return processors.media_text(times)

@@ -43,6 +43,7 @@ class MPlugOwl3(Family):
 
     keys = batches.KEYS
     features_key = forward.FEATURES
+    skips_vision = False  # so that what makes K and V of images always has a gradient
     patterns: Mapping[str, str] = {
         "local": "*vision_model*",
         "cross": f"*.{_IMAGES}",
@@ -110,8 +111,7 @@ class MPlugOwl3(Family):
         always_vision: bool,
         records: Sequence[Mapping[str, Any]] | None = None,
     ) -> dict[str, Any]:
-        """A batch without images has a blank one that nobody sees, so that what makes K and V of
-        images gets a gradient of 0: with none, ZeRO-3 would take that of the step before."""
+        """In release 240728 a token does not see the image that it stands for."""
         if isinstance(batch, Draft):
             draft = batch
         else:
@@ -120,7 +120,12 @@ class MPlugOwl3(Family):
         if any(is_gated(layer.self_attn) for layer in model.language_model.model.layers):
             draft = draft.seen(lambda visual: replace(visual, strictly=True))
         return super().shard(
-            draft, model, channel=channel, frames=frames, always_vision=True, records=records
+            draft,
+            model,
+            channel=channel,
+            frames=frames,
+            always_vision=always_vision,
+            records=records,
         )
 
     def media_text(self, processor: Any, times: Sequence[float] | None) -> str:

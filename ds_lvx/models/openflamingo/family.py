@@ -13,11 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ds_lvx.distributed.channel import Channel
 from ds_lvx.models.batch import Text
 from ds_lvx.models.contract import Family
 from ds_lvx.models.dispatch import Dispatched
-from ds_lvx.models.draft import Draft
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.openflamingo import batch as batches
 from ds_lvx.models.openflamingo import forward
@@ -36,6 +34,7 @@ class OpenFlamingo(Family):
 
     keys = batches.KEYS
     features_key = forward.FEATURES
+    skips_vision = False  # gated layers run their MLP for every token
     patterns: Mapping[str, str] = {
         "local": "perceiver*",
         "cross": "*.gated_cross_attn_layer.attn",
@@ -114,22 +113,6 @@ class OpenFlamingo(Family):
 
     def blank(self, model: Any) -> dict[str, Tensor]:
         return batches.blank(model)
-
-    def shard(
-        self,
-        batch: Mapping[str, Any] | Draft,
-        model: Any,
-        *,
-        channel: Channel,
-        frames: str,
-        always_vision: bool,
-        records: Sequence[Mapping[str, Any]] | None = None,
-    ) -> dict[str, Any]:
-        """A batch without images has a blank one that nobody sees, as the model wants it: gated
-        layers are never skipped, because their MLP runs for every token."""
-        return super().shard(
-            batch, model, channel=channel, frames=frames, always_vision=True, records=records
-        )
 
     # ---- models
 
