@@ -31,6 +31,7 @@ AHEAD = 2
 # What a launcher or a scheduler sends to all processes of a run means the rank.
 _OF_THE_RANK = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _GRACE_S = 1.0
+_DYING_S = 10.0
 _NO_ROOM = "unable to allocate shared memory"
 
 
@@ -134,8 +135,12 @@ class Feed(Generic[T]):
         return made.value
 
     def _lost(self, error: Exception) -> str:
-        # One that is just ending breaks off before it can be seen to have ended.
-        connection.wait([each.sentinel for each in self._workers], timeout=_GRACE_S)
+        # One that is just ending breaks off before it can be seen to have ended: first its sockets
+        # close, then its sentinel, and only then the system has its exit code.
+        ended = connection.wait([each.sentinel for each in self._workers], timeout=_DYING_S)
+        for each in self._workers:
+            if each.sentinel in ended:
+                each.join()
         codes = [each.exitcode for each in self._workers if each.exitcode is not None]
         if not codes:
             return (
