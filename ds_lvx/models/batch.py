@@ -194,6 +194,21 @@ class Text:
         end = (index + 1).expand(batch, length)
         return Visibility(start, end, keys)
 
+    def refuse_packed(self) -> None:
+        """Refuse samples packed into a row, for models that would not keep them apart.
+
+        Raises:
+            NotImplementedError: positions start anew within a row.
+        """
+        if self.attention_mask is not None or self.position_ids is None:
+            return
+        if bool((self.position_ids.diff(dim=1) != 1).any()):
+            raise NotImplementedError(
+                "got position_ids that start anew within a row, without attention_mask; the "
+                "model's own attention does not keep packed samples apart: give each sample a row "
+                "of its own, or attention_mask beside them, and a token sees all before it"
+            )
+
     def shard(self, here: slice) -> dict[str, Any]:
         """The model's text arguments for the shard ``here``.
 

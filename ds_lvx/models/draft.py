@@ -241,6 +241,8 @@ class _Content:
             arguments = dict(visual.arguments) if visual.encoded else family.blank(model)
             kv_lengths = (0,) * size
             row_mask = torch.zeros(self.text.shape).bool()
+        if not visual.attended:
+            kv_lengths, row_mask = None, None
         keyword = ShardedBatch.of(
             channel=channel,
             text_lengths=lengths,
