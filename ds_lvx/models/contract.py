@@ -174,6 +174,16 @@ class Family(ABC):
         """Put further hooks on the model, of classes derived from `ds_lvx.models.patch.Hook`."""
         return
 
+    def text(self, batch: Mapping[str, Any], model: Any) -> Text:
+        """The text of a batch, checked; a class of its own may leave it whole on every rank.
+
+        Args:
+            batch, model: as in `visual`.
+        """
+        from ds_lvx.models.batch import Text
+
+        return Text.of(batch)
+
     def encoders(self, model: Any) -> Sequence[nn.Module]:
         """Encoders of images with ``layers``, whose checkpointing transformers leaves undone."""
         return ()

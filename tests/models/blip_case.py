@@ -16,6 +16,7 @@ from transformers import (
     InstructBlipVideoForConditionalGeneration,
     LlamaConfig,
     OPTConfig,
+    T5Config,
 )
 
 from ds_lvx.models import FAMILIES
@@ -54,6 +55,19 @@ def llama() -> LlamaConfig:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
+    )
+
+
+def t5() -> T5Config:
+    return T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
     )
 
 
@@ -173,6 +187,14 @@ def videos(seed: int = 4) -> Batch:
     """Three frames of each of two samples, one padded between frames and text."""
     batch = with_instructions(make_batch(["iii  ....", "iii......"], seed=seed), [2, 4])
     return {**batch, "pixel_values": batch["pixel_values"].unflatten(0, (2, 3))}
+
+
+def answers(seed: int = 6) -> Batch:
+    """For a language model with an encoder: what the decoder is to write, of other lengths."""
+    batch, generator = instructed(seed), torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, IMAGE, (3, 5), generator=generator)
+    labels[1, 2:] = -100
+    return {**batch, "labels": labels}
 
 
 def text_only(seed: int = 5) -> Batch:

@@ -13,6 +13,7 @@ import torch
 from tests.models.blip_case import (
     SIDE,
     Batch,
+    answers,
     ds_config,
     hard_batch,
     instructed,
@@ -20,6 +21,7 @@ from tests.models.blip_case import (
     llama,
     lora_model,
     one_image,
+    t5,
     text_only,
     tiny_model,
     videos,
@@ -124,6 +126,33 @@ def step_local(cuts: list[list[int]], make: Any, model: Any) -> dict[str, Any]:
 def test_images_that_are_on_their_ranks_already(name: str, cuts: Any) -> None:
     results = run_ranks(step_local, 2, cuts, *CASES[name])
     assert_same_training(results, reference(name), sp_size=2)
+
+
+# ---- a text that is not split
+
+
+def whole_text(stage: int) -> list[dict[str, Any]]:
+    """A step by itself, and two of an engine; of the logits, the same on all ranks, one rank's."""
+    config = ds_config(stage=stage, sp_size=2, self_attn="ring")
+    del config["ds_lvx"]["layers"][1]
+    make = partial(tiny_model, "instructblip", text=t5())
+    two = [[answers(6)], [answers(7)]]
+    results = [
+        plain_step(config, answers(6), model=make()),
+        sharded_steps(config, two, model=make()),
+    ]
+    if torch.distributed.get_rank() > 0:
+        for result in results:
+            result["logits"] = [logits[:, :0] for logits in result["logits"]]
+    return results
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_language_model_with_an_encoder_runs_whole_on_every_rank(stage: int) -> None:
+    results = run_ranks(whole_text, 2, stage)
+    for index, batches in enumerate([[[answers(6)]], [[answers(6)], [answers(7)]]]):
+        expected = reference_steps(batches, tiny_model("instructblip", text=t5()))
+        assert_same_training([each[index] for each in results], expected, sp_size=2)
 
 
 # ---- training

@@ -26,7 +26,7 @@ from ds_lvx.models.adapters.processor import Processor
 from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
-from tests.models.blip_case import PLACES, SIDE, opt, tiny_model
+from tests.models.blip_case import PLACES, SIDE, opt, t5, tiny_model
 from tests.ranks import run_ranks
 
 KINDS = ("blip-2", "instructblip", "instructblipvideo")
@@ -117,11 +117,14 @@ def test_text_places_and_instructions_are_those_of_the_models(folder: Path) -> N
     assert reader.decode(batch["qformer_input_ids"][0]) == "Question: What animal? Answer: "
 
 
-def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+def test_files_of_another_model_are_refused(folder: Path) -> None:
     source = Source.of(str(folder))
     name = "video" if source.family.model_type == "instructblipvideo" else "image"
     setattr(source.config, f"{name}_token_index", 7)
     with pytest.raises(ValueError, match=r"and a model for which it is 7; expected the same"):
+        Processor.of(str(folder), source.config)
+    source.config.text_config = t5()
+    with pytest.raises(ValueError, match=r"whose language model \(t5\) has an encoder"):
         Processor.of(str(folder), source.config)
 
 

@@ -51,6 +51,7 @@ class Blip2(Adapter):
         return next((m for m in model.modules() if isinstance(m, self.of_class)), None)
 
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
+        super().install(model, plans)
         hook = Encode(model, self.encoder, takes=self.takes, as_videos=self.of_video)
         model.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -9,13 +9,14 @@ among the text's.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ds_lvx.models.adapters.batch import Images, images_of, places_of
+from ds_lvx.models.adapters.whole_text import ShareLoss, WholeText
 from ds_lvx.models.batch import ShardedBatch, Text
 from ds_lvx.models.contract import Family
 from ds_lvx.models.dispatch import Dispatched
@@ -72,7 +73,9 @@ class Adapter(Family):
     # ---- patching
 
     def attention_layers(self, model: Any) -> list[Layer]:
-        text = {id(module) for module in self.text_model(model).modules()}
+        inside = self.text_model(model)
+        split = not cast(Any, inside).config.is_encoder_decoder
+        text = {id(module) for module in inside.modules()} if split else set()
         layers = []
         for name, module in model.named_modules():
             if isinstance(module, self.within):
@@ -90,12 +93,6 @@ class Adapter(Family):
 
     def check(self, model: Any, *, sp_size: int) -> None:
         config: Any = self.text_model(model).config
-        if config.is_encoder_decoder:
-            raise NotImplementedError(
-                f"got a {type(model).__name__} whose language model is an encoder-decoder "
-                f"({config.model_type}); expected one that continues a text, such as OPT or "
-                "Llama: its attention has biases by position, and is not sharded"
-            )
         if getattr(config, "layerdrop", 0.0) > 0:
             raise NotImplementedError(
                 f"got layerdrop {config.layerdrop}, by which each rank would skip layers of its "
@@ -105,10 +102,21 @@ class Adapter(Family):
         refuse_growing_rope(rope.get("rope_type", "default"), sp_size)
 
     def prepare(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        if "decoder_input_ids" in arguments:
+            return {}  # an encoder-decoder, which runs whole
         # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.
         return {"attention_mask": torch.zeros(1, 1, 1, 1, device=batch.text.device)}
 
+    def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
+        config: Any = self.text_model(model).config
+        if config.is_encoder_decoder:
+            model.register_forward_hook(ShareLoss(), with_kwargs=True)
+
     # ---- batches
+
+    def text(self, batch: Mapping[str, Any], model: Any) -> Text:
+        whole = model.config.text_config.is_encoder_decoder
+        return WholeText.of(batch) if whole else Text.of(batch)
 
     def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
         text.refuse_packed()

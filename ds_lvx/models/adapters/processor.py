@@ -89,8 +89,14 @@ class Processor:
             config: of the model.
 
         Raises:
-            ValueError: the model has no image token.
+            ValueError: the model has no image token, or its language model an encoder.
         """
+        if config.text_config.is_encoder_decoder:
+            raise ValueError(
+                f"got {name}, whose language model ({config.text_config.model_type}) has an "
+                "encoder; expected one that continues a text, as chats are written here: train it "
+                "by ds_lvx.initialize and batches of your own"
+            )
         video = hasattr(config, "video_token_index")
         token = config.video_token_index if video else config.image_token_index
         if token is None:
