@@ -78,7 +78,7 @@ def step_each(ranks: int, offset: int) -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize(("ranks", "offset"), [(2, 0), (3, 1)])
+@pytest.mark.parametrize(("ranks", "offset"), [(2, 0), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
     results = run_ranks(step_each, ranks, ranks, offset)
     for index, name in enumerate(CASES):

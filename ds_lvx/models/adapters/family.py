@@ -3,7 +3,7 @@
 Images are dealt out over the ranks. Encoder and adapter run as they are on a rank's own images, and
 attend within an image. The rows that they make, few of them, are gathered where the text has their
 places; the text is split by token, and attends to itself over all ranks. No visual key travels but
-among the text's.
+among the text's. A language model with an encoder runs whole on every rank.
 """
 
 from __future__ import annotations
