@@ -44,8 +44,24 @@ def gather_sequence(
     records = channel.agree(record, error)
     require_same(records, ("dim", "other dimensions", "dtype"), what="gather_sequence")
     lengths, dim = tuple(other["length"] for other in records), record["dim"]
-    wants_grad = torch.is_grad_enabled() and any(other["needs_grad"] for other in records)
-    anchor = torch.zeros((), device=x.device, requires_grad=wants_grad)
+    wants_grad = any(other["needs_grad"] for other in records)
+    return gather_shards(x, dim, channel=channel, lengths=lengths, wants_grad=wants_grad)
+
+
+def gather_shards(
+    x: Tensor, dim: int, *, channel: Channel, lengths: tuple[int, ...], wants_grad: bool
+) -> Tensor:
+    """`gather_sequence` of shards of which every rank knows the lengths; nothing is agreed on.
+
+    Args:
+        x: this rank's shard, any dtype.
+        dim: the dimension that is split, 0 or more.
+        channel: the ranks that hold shards.
+        lengths: of their shards.
+        wants_grad: a rank's shard wants a gradient; the same on every rank.
+    """
+    # A rank whose own shard wants none takes part in backward all the same.
+    anchor = torch.zeros((), device=x.device, requires_grad=wants_grad and torch.is_grad_enabled())
     whole: Tensor = _GatherSequence.apply(channel, lengths, dim, anchor, x)
     return whole
 

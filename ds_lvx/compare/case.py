@@ -189,8 +189,10 @@ def case_of(checkpoint: str, *, trust_remote_code: bool = False) -> Case:
         trust_remote_code: code that comes with it may run.
 
     Raises:
-        ValueError: it cannot be read, or is of another family.
+        ValueError: it cannot be read, is of another family, or has nothing to compare.
     """
+    if checkpoint in FAMILIES:
+        _check_cross(checkpoint, checkpoint)
     if checkpoint in FAMILIES and checkpoint not in random_models():
         raise ValueError(
             f"--model: got {checkpoint!r}, a family without models of random weights: their code "
@@ -208,8 +210,17 @@ def case_of(checkpoint: str, *, trust_remote_code: bool = False) -> Case:
             f"--model: got {checkpoint!r}, a model of type {config.model_type!r}; expected one of "
             f"type {', '.join(map(repr, FAMILIES))}"
         )
+    _check_cross(checkpoint, config.model_type)
     case = Case.of(FAMILIES.named(config.model_type).size(config), config.model_type)
     return replace(case, trust_remote_code=trust_remote_code)
+
+
+def _check_cross(name: str, model_type: str) -> None:
+    if "cross" not in FAMILIES.named(model_type).patterns:
+        raise ValueError(
+            f"--model: got {name!r}, of a family whose images are tokens of the text; expected a "
+            "model with cross-attention, whose methods are compared"
+        )
 
 
 def build_model(

@@ -190,6 +190,8 @@ class BatchMaker:
                 count=len(mine),
                 dtype=self._dtype,
             )
+            prompts = [sample.text.prompt for sample in samples]
+            inputs |= self.encoder.family.beside_text(self.encoder.processor, prompts)
         tokens = sum(len(sample.text.input_ids) for sample in samples)
         return Batch(inputs, tokens, sum(frames), failed)
 

@@ -28,12 +28,29 @@ class EncodedText:
     """One sample as tokens.
 
     Attributes:
-        input_ids: every token of the conversation, one image token a frame.
+        input_ids: every token of the conversation, with a frame's image tokens.
         labels: the same, with -100 where nothing is learnt.
     """
 
     input_ids: list[int]
     labels: list[int]
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens before the first that is learnt."""
+        learnt = (place for place, label in enumerate(self.labels) if label != IGNORED)
+        return self.input_ids[: next(learnt, None)]
+
+    def with_repeated(self, token: int, times: int) -> EncodedText:
+        """The same with one token written so many times."""
+        if times == 1:
+            return self
+        each = [times if here == token else 1 for here in self.input_ids]
+        ids, labels = (
+            [value for value, count in zip(values, each, strict=True) for _ in range(count)]
+            for values in (self.input_ids, self.labels)
+        )
+        return EncodedText(ids, labels)
 
 
 class TextEncoder:
@@ -56,6 +73,7 @@ class TextEncoder:
         self.image_token: str = processor.image_token
         self.image_token_id: int = processor.image_token_id
         self.max_length = max_length
+        self._places = family.frame_places(processor)
         template = processor.chat_template or self.tokenizer.chat_template
         self._template = ChatTemplate(self.tokenizer, template, image_token=self.image_token)
         if not self.tokenizer.is_fast:
@@ -84,7 +102,8 @@ class TextEncoder:
     def fingerprint(self) -> str:
         """Of all that decides how a text is written and tokenized; hexadecimal."""
         tokenizer = self.tokenizer.backend_tokenizer.to_str()
-        written = (self.family.model_type, self.image_token, self._template.text, tokenizer)
+        frame = (self.image_token, self._places)
+        written = (self.family.model_type, frame, self._template.text, tokenizer)
         return hashlib.sha256(repr(written).encode()).hexdigest()
 
     def encode(
@@ -123,8 +142,9 @@ class TextEncoder:
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        if len(ids) > self.max_length:
-            raise self._too_long(conversation, str(len(ids)), frame_counts)
+        length = len(ids) + sum(frame_counts) * (self._places - 1)
+        if length > self.max_length:
+            raise self._too_long(conversation, str(length), frame_counts)
         labels = [IGNORED] * len(ids)
         for place in _inside(offsets, spans):
             if ids[place] != self.image_token_id:
@@ -136,12 +156,13 @@ class TextEncoder:
                 expected="an answer of at least one token",
                 do="write the assistant's text out",
             )
-        return EncodedText(ids, labels)
+        return EncodedText(ids, labels).with_repeated(self.image_token_id, self._places)
 
     def _refuse_huge(self, conversation: Conversation, frame_counts: Sequence[int]) -> None:
         """Refuse what cannot be short enough, before it is written: no token is longer than all."""
         said = [len(message.text.strip()) for message in conversation.messages]
-        least = max(sum(said) // self._longest_token, sum(map(bool, said))) + sum(frame_counts)
+        least = max(sum(said) // self._longest_token, sum(map(bool, said)))
+        least += sum(frame_counts) * self._places
         if least > self.max_length:
             raise self._too_long(conversation, f"at least {least}", frame_counts)
 
@@ -170,7 +191,7 @@ class TextEncoder:
     ) -> DataError:
         return DataError.at(
             conversation.source,
-            got=f"{tokens} tokens ({sum(frame_counts)} of them frames)",
+            got=f"{tokens} tokens ({sum(frame_counts) * self._places} of them frames)",
             expected=f"at most {self.max_length} (--max_length, the model's positions)",
             do="shorten the text, take fewer frames, or raise --max_length if the model allows",
         )

@@ -53,7 +53,7 @@ class ShardedBatch:
         channel: Channel,
         text_lengths: tuple[int, ...],
         kv_lengths: tuple[int, ...] | None,
-        text_rule: Visibility,
+        text_rule: Visibility | None,
         cross_rule: Visibility | None,
         row_mask: Tensor | None,
         device: torch.device,
@@ -62,9 +62,9 @@ class ShardedBatch:
 
         Args:
             channel: the sequence-parallel group that shares the batch.
-            text_lengths: text tokens by rank; they add up to T.
+            text_lengths: text tokens by rank.
             kv_lengths: visual tokens by rank, or None when no layer is to look at images.
-            text_rule: of the whole text, on the CPU: T queries, T keys.
+            text_rule: of the whole text, on the CPU: T queries, T keys; None where all see all.
             cross_rule: of the whole text and the visual tokens of all ranks in the order of ranks,
                 on the CPU; None where all see all.
             row_mask: bool ``[B, T]``, False where a text token may see no image at all; None when
@@ -163,6 +163,29 @@ class Text:
         """``(B, T)``."""
         return self.input_ids.shape[0], self.input_ids.shape[1]
 
+    @property
+    def labelled(self) -> int:
+        """Tokens that are learnt; the first is predicted by nobody."""
+        return 0 if self.labels is None else int((self.labels[:, 1:] != IGNORED_LABEL).sum())
+
+    def lengths(self, size: int) -> tuple[int, ...]:
+        """Tokens by rank, of ``size`` ranks.
+
+        Raises:
+            ValueError: there are fewer tokens than ranks.
+        """
+        length = self.shape[1]
+        if length < size:
+            raise ValueError(
+                f"got {length} text tokens for {size} ranks; expected at least one "
+                "token a rank: use longer texts or a smaller sequence_parallel_size"
+            )
+        return split(length, size)
+
+    def part(self, rank: int, size: int) -> slice:
+        """A rank's part of it."""
+        return span(self.lengths(size), rank)
+
     def each(self, change: Callable[[Tensor], Tensor]) -> Text:
         """The same with every tensor changed."""
         parts = {key: getattr(self, key) for key in TEXT_KEYS}
@@ -174,7 +197,7 @@ class Text:
         parts = (self.input_ids, self.attention_mask, self.position_ids, self.labels)
         return digest(*parts)
 
-    def visibility(self) -> Visibility:
+    def visibility(self) -> Visibility | None:
         """Causal attention of the whole text; padding and packing as transformers has them.
 
         A key that ``attention_mask`` drops is invisible. Without ``attention_mask``, positions
@@ -193,6 +216,21 @@ class Text:
             start = (index * starts).cummax(dim=-1).values.to(torch.int32).expand(batch, length)
         end = (index + 1).expand(batch, length)
         return Visibility(start, end, keys)
+
+    def refuse_packed(self) -> None:
+        """Refuse samples packed into a row, for models that would not keep them apart.
+
+        Raises:
+            NotImplementedError: positions start anew within a row.
+        """
+        if self.attention_mask is not None or self.position_ids is None:
+            return
+        if bool((self.position_ids.diff(dim=1) != 1).any()):
+            raise NotImplementedError(
+                "got position_ids that start anew within a row, without attention_mask; the "
+                "model's own attention does not keep packed samples apart: give each sample a row "
+                "of its own, or attention_mask beside them, and a token sees all before it"
+            )
 
     def shard(self, here: slice) -> dict[str, Any]:
         """The model's text arguments for the shard ``here``.

@@ -56,40 +56,51 @@ class LayerCheckpointing:
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)``, checkpointed."""
         trains = any(parameter.requires_grad for parameter in self.layer.parameters())
-        run, lifted = _lift(function, count=len(args))
-        wanted = [t for t in (*args, *lifted) if isinstance(t, Tensor) and t.requires_grad]
+        run, tensors, lifted = _lift(function, args)
+        wanted = [tensor for tensor in (*tensors, *lifted) if tensor.requires_grad]
         if not torch.is_grad_enabled() or not (wanted or trains):
             return function(*args)
         if not wanted:
             # The reentrant variants give no gradient to parameters when no argument wants one.
             lifted = (torch.zeros((), requires_grad=True, device=_device(args)),)
         # What follows the states, such as features, is the same for all layers.
-        for tensor in (*(args if self._keeps_arguments else args[1:]), *lifted):
-            if isinstance(tensor, Tensor):
-                tensor.no_checkpointing = True  # type: ignore[attr-defined]
-        return self.function(run, *args, *lifted)
+        for tensor in (*(tensors if self._keeps_arguments else tensors[1:]), *lifted):
+            tensor.no_checkpointing = True  # type: ignore[attr-defined]
+        return self.function(run, *tensors, *lifted)
 
 
 def _lift(
-    function: Callable[..., Any], *, count: int
-) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-    """A function that takes the gradient-wanting tensors of its keywords as further arguments."""
+    function: Callable[..., Any], args: Sequence[Any]
+) -> tuple[Callable[..., Any], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """A function of tensors alone: those of ``args``, then the gradient-wanting ones of its
+    keywords; and these tensors.
+
+    DeepSpeed, where it partitions activations, gives any other argument back twice.
+    """
+    tensors = tuple(x for x in args if isinstance(x, Tensor))
+    count = len(tensors)
+    others = [None if isinstance(x, Tensor) else (x,) for x in args]
+
+    def whole(given: Sequence[Any]) -> list[Any]:
+        rest = iter(given[:count])
+        return [next(rest) if other is None else other[0] for other in others]
+
     if not isinstance(function, functools.partial):
-        return (lambda *args: function(*args[:count])), ()
+        return (lambda *given: function(*whole(given))), tensors, ()
     leaves, structure = tree_flatten(function.keywords)
     places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
     lifted = tuple(leaves[place] for place in places)
     # What is lifted must not be held back here: a checkpoint decides where it lies.
     leaves = [None if place in places else leaf for place, leaf in enumerate(leaves)]
 
-    def run(*args: Any) -> Any:
+    def run(*given: Any) -> Any:
         filled = list(leaves)
-        for place, tensor in zip(places, args[count:], strict=False):
+        for place, tensor in zip(places, given[count:], strict=False):
             filled[place] = tensor
         keywords = tree_unflatten(filled, structure)
-        return function.func(*function.args, *args[:count], **keywords)
+        return function.func(*function.args, *whole(given), **keywords)
 
-    return run, lifted
+    return run, tensors, lifted
 
 
 def _device(args: Sequence[Any]) -> torch.device | None:

@@ -8,8 +8,9 @@ carrying the keyword ``ds_lvx`` to the layers.
 
 Two kinds of models exist. In a *cross* model text attends to visual features that its layers get
 beside the text; they stay on the rank that encoded them. The parts below are for those. In a
-*concatenated* model visual tokens stand among the text's; such a family overrides `Family.shard`,
-and has layers of kind ``"self"`` and ``"local"`` only.
+*concatenated* model visual tokens stand among the text's; such a family has layers of kind
+``"self"`` and ``"local"`` only, and its `Visual` is not ``attended``
+(``ds_lvx/models/adapters/``), or it overrides `Family.shard`.
 
 Shapes: ``B`` samples, ``T`` text tokens of the whole sequence. A *unit* is a piece of the visual
 input that no rank cuts: an image, or a frame of a video.
@@ -85,7 +86,8 @@ class Family(ABC):
             ``model.config.model_type`` or ``model.model_type``; set by the registry.
         keys: what a batch may hold beside ``input_ids``, ``attention_mask``, ``position_ids`` and
             ``labels``.
-        features_key: the keyword by which the text model gets its visual features.
+        features_key: the keyword by which the text model gets its visual features; empty where
+            they stand among the text.
         always: arguments that every shard carries.
         patterns: the pattern of each kind of layer (``"local"``, ``"cross"``, ``"self"``), in this
             order, for the rules of a ds_config that a tool writes.
@@ -171,6 +173,16 @@ class Family(ABC):
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
         """Put further hooks on the model, of classes derived from `ds_lvx.models.patch.Hook`."""
         return
+
+    def text(self, batch: Mapping[str, Any], model: Any) -> Text:
+        """The text of a batch, checked; a class of its own may leave it whole on every rank.
+
+        Args:
+            batch, model: as in `visual`.
+        """
+        from ds_lvx.models.batch import Text
+
+        return Text.of(batch)
 
     def encoders(self, model: Any) -> Sequence[nn.Module]:
         """Encoders of images with ``layers``, whose checkpointing transformers leaves undone."""
@@ -329,6 +341,24 @@ class Family(ABC):
         The text may grow before the first answer only.
         """
         return written
+
+    def frame_places(self, processor: Any) -> int:
+        """Tokens of the text that a frame takes; its image token, once in what a chat template
+        writes, is so many of them.
+
+        Args:
+            processor: the checkpoint's.
+        """
+        return 1
+
+    def beside_text(self, processor: Any, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """What the processor returns beside a text with frames, of the text alone.
+
+        Args:
+            processor: the checkpoint's.
+            prompts: of each sample, its tokens before the first that is learnt.
+        """
+        return {}
 
     def frames(
         self,

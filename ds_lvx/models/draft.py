@@ -25,8 +25,6 @@ from ds_lvx.models.batch import (
     ShardedBatch,
     Text,
     move,
-    span,
-    split,
 )
 from ds_lvx.models.contract import Family
 from ds_lvx.models.patch import KEYWORD
@@ -123,9 +121,8 @@ class Draft:
 
     @property
     def labelled(self) -> int:
-        """Tokens that are learnt; the first is predicted by nobody."""
-        labels = self.checked().text.labels
-        return 0 if labels is None else int((labels[:, 1:] != IGNORED_LABEL).sum())
+        """Tokens that are learnt."""
+        return self.checked().text.labelled
 
     def pin_memory(self) -> Draft:
         """The same in pinned memory; a data loader with ``pin_memory=True`` calls it."""
@@ -167,12 +164,8 @@ class _Content:
         rank, size = place
         batch = {key: value for key, value in batch.items() if value is not None}
         _check_keys(batch, family, frames)
-        text = Text.of(batch)
-        if text.shape[1] < size:
-            raise ValueError(
-                f"got {text.shape[1]} text tokens for {size} ranks; expected at least one "
-                "token a rank: use longer texts or a smaller sequence_parallel_size"
-            )
+        text = family.text(batch, model)
+        text.lengths(size)  # there have to be enough tokens
         visual = family.visual(batch, text, model)
         if visual.encoded and frames == "local":
             raise ValueError(
@@ -223,8 +216,7 @@ class _Content:
         shares = tuple(int(record["share"]) for record in records)
         if self.frames == "all":
             shares = visual.shares(size)
-        lengths = split(self.text.shape[1], size)
-        here = span(lengths, rank)
+        here = self.text.part(rank, size)
         arguments: dict[str, Any] = {}
         kv_lengths, rule, row_mask = None, None, None
         if visual.runs is not None:
@@ -241,9 +233,11 @@ class _Content:
             arguments = dict(visual.arguments) if visual.encoded else family.blank(model)
             kv_lengths = (0,) * size
             row_mask = torch.zeros(self.text.shape).bool()
+        if not visual.attended:
+            kv_lengths, row_mask = None, None
         keyword = ShardedBatch.of(
             channel=channel,
-            text_lengths=lengths,
+            text_lengths=self.text.lengths(size),
             kv_lengths=kv_lengths,
             text_rule=self.text.visibility(),
             cross_rule=rule,

@@ -99,6 +99,24 @@ def refuse_dropout(dropout: float) -> None:
         )
 
 
+def refuse_growing_rope(rope: str, sp_size: int) -> None:
+    """Raise where rotary frequencies depend on what a rank sees.
+
+    Args:
+        rope: transformers' ``rope_type``.
+        sp_size: ranks that share a batch.
+
+    Raises:
+        NotImplementedError: they do.
+    """
+    if sp_size > 1 and ("dynamic" in rope or rope == "longrope"):
+        raise NotImplementedError(
+            f'got rope_type "{rope}", whose frequencies depend on the longest position that a '
+            'rank sees; expected "default", "linear", "yarn" or "llama3", or '
+            "sequence_parallel_size 1"
+        )
+
+
 def trains(*modules: nn.Module) -> bool:
     """Whether a parameter of the modules wants a gradient."""
     return any(p.requires_grad for module in modules for p in module.parameters())

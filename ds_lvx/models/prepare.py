@@ -74,7 +74,9 @@ class PrepareText(Hook):
             features, gradient = share(_by_sample(features, text.shape[0], length))
             batch = replace(batch, features_gradient=gradient)
         self._tell_other_groups(batch, module)
-        prepared = {**kwargs, KEYWORD: batch, key: features}
+        prepared = {**kwargs, KEYWORD: batch}
+        if key:
+            prepared[key] = features
         return args, {**prepared, **self.family.prepare(batch, prepared)}
 
     def _tell_other_groups(self, batch: ShardedBatch, module: nn.Module) -> None:

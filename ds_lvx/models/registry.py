@@ -26,6 +26,9 @@ BUILT_IN: Mapping[str, str] = {
     "idefics": "ds_lvx.models.idefics.family:Idefics",
     "mplugowl3": "ds_lvx.models.mplugowl3.family:MPlugOwl3",
     "openflamingo": "ds_lvx.models.openflamingo.family:OpenFlamingo",
+    "blip-2": "ds_lvx.models.adapters.blip:Blip2",
+    "instructblip": "ds_lvx.models.adapters.blip:InstructBlip",
+    "instructblipvideo": "ds_lvx.models.adapters.blip:InstructBlipVideo",
 }
 """``model_type`` -> where its `Family` is."""
 

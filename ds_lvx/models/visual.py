@@ -23,6 +23,10 @@ from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 from ds_lvx.models.batch import Text, digest, span, split
 
 PADDING = -1
+PIXELS = "pixel_values"
+COUNTS = "images_per_sample"
+"""How many of a sample's images the pixels at hand are: int64 ``[B]``, where a batch has the images
+of all samples one after the other; of use for local images."""
 _CHUNK_ELEMENTS = 1 << 22
 
 
@@ -227,6 +231,11 @@ class Visual:
         return {key: value[:, here] for key, value in self.arguments.items()}
 
     @property
+    def attended(self) -> bool:
+        """Whether layers attend to the units; else these stand among the text, as its tokens."""
+        return True
+
+    @property
     def tells_padding(self) -> bool:
         """Whether only this rank knows which parts of its units are padding."""
         return self.runs is not None and self.runs.tiles is None
@@ -251,6 +260,34 @@ class Visual:
         return self.runs.visibility(
             valid, patches=tokens, blind_see_all=self.blind_see_all, counts=self.counts
         )
+
+
+def images_at_hand(given: Any, rows: int, counts: Tensor) -> Tensor:
+    """Images by sample of ``rows`` images at hand, int64 ``[B]``.
+
+    Args:
+        given: `COUNTS` as the caller has it, or None: all images, or the only sample's.
+        rows: images at hand.
+        counts: int64 ``[B]``, of all ranks.
+
+    Raises:
+        ValueError: it cannot be told of which samples they are.
+    """
+    if given is None:
+        total = int(counts.sum())
+        if len(counts) > 1 and rows not in (0, total):
+            raise ValueError(
+                f"got {PIXELS} of {rows} images, of {total} in {len(counts)} samples; expected all "
+                f"of them, or {COUNTS} [batch] beside them: how many of each sample these are"
+            )
+        return counts if rows == total else torch.tensor([rows] + [0] * (len(counts) - 1))
+    here = torch.as_tensor(given, dtype=torch.int64).cpu().flatten()
+    if len(here) != len(counts) or bool((here < 0).any()) or int(here.sum()) != rows:
+        raise ValueError(
+            f"got {COUNTS} {here.tolist()} for {rows} images; expected one number for each of "
+            f"{len(counts)} samples, which add up to the images at hand"
+        )
+    return here
 
 
 def pack_tiles(tiles: Tensor) -> str:

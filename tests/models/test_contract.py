@@ -62,7 +62,10 @@ def test_a_model_type_has_one_family(families: Families) -> None:
         families.register("new", with_parts(*PARTS))
     with pytest.raises(ValueError, match=r"'mllama', which ds_lvx\.models\.mllama"):
         families.register("mllama", first)
-    known = "mllama, moss_vl, idefics, mplugowl3, openflamingo, new;"
+    known = (
+        "mllama, moss_vl, idefics, mplugowl3, openflamingo, "
+        "blip-2, instructblip, instructblipvideo, new;"
+    )
     with pytest.raises(NotImplementedError, match=f"'newer'; expected one of {known}"):
         families.named("newer")
 
@@ -136,7 +139,7 @@ CASES = (
     "launch/bench_memory.py",
 )
 """Measure shapes of named models."""
-FAMILY = re.compile(r"mllama|llama-3\.2|moss|idefics|flamingo", re.IGNORECASE)
+FAMILY = re.compile(r"mllama|llama-3\.2|moss|idefics|flamingo|blip", re.IGNORECASE)
 USAGE = re.compile(r"--model |--deepspeed_config |ds_configs/")
 
 

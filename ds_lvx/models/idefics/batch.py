@@ -58,7 +58,7 @@ class Images(Visual):
 
 def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Images:
     """The visual part of a batch, as idefics's processor has it."""
-    _check_positions(text)
+    text.refuse_packed()
     pixels = batch.get(PIXELS)
     if pixels is not None:
         _check_pixels(pixels, model.config.vision_config, batch_size=text.shape[0])
@@ -80,22 +80,6 @@ def image_tokens(config: Any) -> int:
         return int(config.perceiver_config.resampler_n_latents)
     vision = config.vision_config
     return int((vision.image_size // vision.patch_size) ** 2 + 1)
-
-
-def _check_positions(text: Text) -> None:
-    """Refuse samples packed into a row.
-
-    Raises:
-        NotImplementedError: the model's own attention would not keep them apart.
-    """
-    if text.attention_mask is not None or text.position_ids is None:
-        return
-    if bool((text.position_ids.diff(dim=1) != 1).any()):
-        raise NotImplementedError(
-            "got position_ids that start anew within a row, without attention_mask; the model's "
-            "own attention does not keep packed samples apart: give each sample a row of its own, "
-            "or attention_mask beside them, and a token sees all before it"
-        )
 
 
 def _check_pixels(pixels: Any, vision: Any, *, batch_size: int) -> None:

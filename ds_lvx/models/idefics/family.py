@@ -25,7 +25,7 @@ from ds_lvx.models.idefics import dimensions, forward, sized
 from ds_lvx.models.idefics import processor as processors
 from ds_lvx.models.idefics.attention import Attention
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
-from ds_lvx.models.patch import PatchedAttention
+from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
 from ds_lvx.models.visual import Visual
 
 _LOCAL = (IdeficsVisionAttention, IdeficsPerceiverAttention)
@@ -70,13 +70,7 @@ class Idefics(Family):
 
     def check(self, model: IdeficsForVisionText2Text, *, sp_size: int) -> None:
         layers: Any = model.model.layers
-        rope = layers[0].self_attn.rotary_emb.rope_type
-        if sp_size > 1 and ("dynamic" in rope or rope == "longrope"):
-            raise NotImplementedError(
-                f'got rope_type "{rope}", whose frequencies depend on the longest position that a '
-                'rank sees; expected "default", "linear", "yarn" or "llama3", or '
-                "sequence_parallel_size 1"
-            )
+        refuse_growing_rope(layers[0].self_attn.rotary_emb.rope_type, sp_size)
 
     def install(self, model: IdeficsForVisionText2Text, plans: Sequence[LayerPlan]) -> None:
         forward.install(model, offloads=any(plan.features == "offload" for plan in plans))

@@ -29,7 +29,7 @@ from ds_lvx.models.mllama import batch as batches
 from ds_lvx.models.mllama import dimensions, features, tiny
 from ds_lvx.models.mllama import frames as framing
 from ds_lvx.models.mllama.attention import CrossAttention, RecomputedSelfAttention
-from ds_lvx.models.patch import PatchedAttention
+from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
 from ds_lvx.models.visual import Visual
 
 _KINDS: dict[type[nn.Module], Kind] = {
@@ -76,13 +76,7 @@ class Mllama(Family):
         return model.model.language_model
 
     def check(self, model: MllamaForConditionalGeneration, *, sp_size: int) -> None:
-        rope = model.model.language_model.rotary_emb.rope_type
-        if sp_size > 1 and ("dynamic" in rope or rope == "longrope"):
-            raise NotImplementedError(
-                f'got rope_type "{rope}", whose frequencies depend on the longest position that a '
-                'rank sees; expected "default", "linear", "yarn" or "llama3", or '
-                "sequence_parallel_size 1"
-            )
+        refuse_growing_rope(model.model.language_model.rotary_emb.rope_type, sp_size)
 
     def prepare(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
         states, rows = arguments[self.features_key], batch.row_mask

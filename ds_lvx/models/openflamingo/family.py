@@ -20,7 +20,7 @@ from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.openflamingo import batch as batches
 from ds_lvx.models.openflamingo import forward
 from ds_lvx.models.openflamingo.attention import Attention
-from ds_lvx.models.patch import PatchedAttention
+from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
 from ds_lvx.models.visual import Visual
 
 _MODEL = "Flamingo"
@@ -83,7 +83,8 @@ class OpenFlamingo(Family):
                 "OpenFlamingo-4B-vitl-rpj3b: MPT's attention adds a bias by distance (ALiBi), "
                 "which the sharded attention has not"
             )
-        _check_rotary(config, sp_size)
+        rope = getattr(config, "rope_parameters", None) or {}
+        refuse_growing_rope(rope.get("rope_type", "default"), sp_size)
         if model.perceiver.media_time_embs is not None:
             raise NotImplementedError(
                 "got a perceiver with max_num_media, which embeds an image's number in its sample; "
@@ -139,12 +140,3 @@ def _own_layer(name: str, module: Any) -> Layer:
     kind: Any = "local" if name.startswith("perceiver") else "cross"
     width = int(module.to_kv.in_features)
     return Layer(name, kind, module, heads, heads, inside // heads, width)
-
-
-def _check_rotary(config: Any, sp_size: int) -> None:
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if sp_size > 1 and ("dynamic" in kind or kind == "longrope"):
-        raise NotImplementedError(
-            f'got rope_type "{kind}", whose frequencies depend on the longest position that a rank '
-            'sees; expected "default", "linear", "yarn" or "llama3", or sequence_parallel_size 1'
-        )

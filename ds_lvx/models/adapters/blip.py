@@ -1,0 +1,181 @@
+"""BLIP-2, InstructBLIP and InstructBLIP-Video of transformers.
+
+A Q-Former makes 32 tokens of an image or a frame. InstructBLIP's reads the instruction as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Blip2ForConditionalGeneration,
+    InstructBlipForConditionalGeneration,
+    InstructBlipVideoForConditionalGeneration,
+)
+from transformers.models.blip_2.modeling_blip_2 import (
+    Blip2Attention,
+    Blip2QFormerMultiHeadAttention,
+)
+from transformers.models.instructblip.modeling_instructblip import (
+    InstructBlipAttention,
+    InstructBlipQFormerMultiHeadAttention,
+)
+from transformers.models.instructblipvideo.modeling_instructblipvideo import (
+    InstructBlipVideoAttention,
+    InstructBlipVideoQFormerMultiHeadAttention,
+)
+
+from ds_lvx.models.adapters.family import Adapter
+from ds_lvx.models.adapters.forward import Encode
+from ds_lvx.models.adapters.processor import INSTRUCTION, INSTRUCTION_MASK, Processor
+from ds_lvx.models.layers import LayerPlan
+from ds_lvx.models.visual import COUNTS, PIXELS, images_at_hand
+
+
+class Blip2(Adapter):
+    """See `ds_lvx.models.contract.Family` for what each part does."""
+
+    keys: tuple[str, ...] = (PIXELS, COUNTS)
+    within: tuple[type[nn.Module], ...] = (Blip2Attention, Blip2QFormerMultiHeadAttention)
+    of_class: Any = Blip2ForConditionalGeneration
+    encoder = "get_image_features"
+    takes: tuple[str, ...] = ()
+    of_video = False
+
+    # ---- patching
+
+    def find(self, model: nn.Module) -> Any:
+        return next((m for m in model.modules() if isinstance(m, self.of_class)), None)
+
+    def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
+        super().install(model, plans)
+        hook = Encode(model, self.encoder, takes=self.takes, as_videos=self.of_video)
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    # ---- batches
+
+    def image_token(self, config: Any) -> int | None:
+        found = config.video_token_index if self.of_video else config.image_token_index
+        return None if found is None else int(found)
+
+    def image_places(self, config: Any) -> int:
+        return int(config.num_query_tokens)
+
+    def at_hand(
+        self, batch: Mapping[str, Any], counts: Tensor, config: Any
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        pixels, of_samples = batch.get(PIXELS), COUNTS in batch
+        if pixels is None:
+            return {}, torch.zeros_like(counts)
+        given = batch.get(COUNTS)
+        if self.of_video and not of_samples and isinstance(pixels, Tensor) and pixels.ndim == 5:
+            given, of_samples = [pixels.shape[1]] * len(pixels), True
+            pixels = pixels.flatten(0, 1)
+        _check_pixels(pixels, config.vision_config, of_video=self.of_video)
+        here = images_at_hand(given, len(pixels), counts)
+        arguments = {PIXELS: pixels}
+        if self.takes and len(pixels) > 0:
+            of_samples = of_samples or self.of_video
+            arguments |= _instructions(batch, here, of_samples=of_samples)
+        return arguments, here
+
+    def frame_places(self, processor: Processor) -> int:
+        return processor.places
+
+    def frames(
+        self,
+        processor: Processor,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        return processor.frames(pictures, dtype=dtype)
+
+    def blank(self, model: Any) -> dict[str, Tensor]:
+        blank = {key: torch.ones(1, 1, dtype=torch.int64) for key in self.takes}
+        return {PIXELS: torch.zeros(1, 3, *_sides(model.config.vision_config)), **blank}
+
+    # ---- models
+
+    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+        return self.of_class.from_pretrained(name, dtype=dtype)
+
+    def load_processor(self, name: str) -> Processor:
+        return Processor.of(name, self.of_class.config_class.from_pretrained(name))
+
+
+class InstructBlip(Blip2):
+    """Its Q-Former reads an instruction for each image, by tokens of its own."""
+
+    keys = (PIXELS, COUNTS, INSTRUCTION, INSTRUCTION_MASK)
+    within: tuple[type[nn.Module], ...] = (
+        InstructBlipAttention,
+        InstructBlipQFormerMultiHeadAttention,
+    )
+    of_class: Any = InstructBlipForConditionalGeneration
+    takes = (INSTRUCTION, INSTRUCTION_MASK)
+
+    def beside_text(
+        self, processor: Processor, prompts: Sequence[Sequence[int]]
+    ) -> dict[str, Tensor]:
+        return processor.instructions(prompts)
+
+
+class InstructBlipVideo(InstructBlip):
+    """Its Q-Former makes tokens of a frame, and reads the sample's instruction for each."""
+
+    within = (InstructBlipVideoAttention, InstructBlipVideoQFormerMultiHeadAttention)
+    of_class = InstructBlipVideoForConditionalGeneration
+    encoder = "get_video_features"
+    of_video = True
+
+
+def _sides(vision: Any) -> tuple[int, int]:
+    """Height and width of an image."""
+    size = vision.image_size
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _check_pixels(pixels: Any, vision: Any, *, of_video: bool) -> None:
+    found: Any = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+    expected = (3, *_sides(vision))
+    if not isinstance(found, tuple) or len(found) != 4 or found[1:] != expected:
+        images = "samples, frames" if of_video else "images"
+        raise ValueError(
+            f"got {PIXELS} {found}; expected ({images}, {', '.join(map(str, expected))}), or all "
+            f"samples' one after the other, with {COUNTS}: use the model's own processor"
+        )
+
+
+def _instructions(batch: Mapping[str, Any], here: Tensor, *, of_samples: bool) -> dict[str, Tensor]:
+    """What the Q-Former reads with each image.
+
+    Args:
+        batch: the whole batch.
+        here: int64 ``[B]``, images at hand of each sample.
+        of_samples: the instructions are those of the samples; else of the images.
+    """
+    ids: Any = batch.get(INSTRUCTION)
+    shape = tuple(ids.shape) if isinstance(ids, Tensor) else None
+    of_samples = of_samples or (len(here) == 1 and shape is not None and shape[0] == 1)
+    rows = len(here) if of_samples else int(here.sum())
+    mask: Any = batch.get(INSTRUCTION_MASK)
+    if mask is None and isinstance(ids, Tensor):
+        mask = torch.ones_like(ids)
+    for key, value in ((INSTRUCTION, ids), (INSTRUCTION_MASK, mask)):
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if shape is None or len(shape) != 2 or found != (rows, shape[1]):
+            raise ValueError(
+                f"got {key} {found}; expected (images, tokens), {rows} rows: an instruction for "
+                f"each image, or with {COUNTS}, or of a video, one for each sample"
+            )
+    given: dict[str, Any] = {INSTRUCTION: ids, INSTRUCTION_MASK: mask}
+    if not of_samples:
+        return given
+    counts = here.to(ids.device)
+    return {key: value.repeat_interleave(counts, dim=0) for key, value in given.items()}

@@ -1,0 +1,79 @@
+"""Text that no rank splits, for language models with an encoder: each rank runs them whole.
+
+Their attention has biases by position, which the sharded one has not. Images are dealt out all the
+same. Every rank gets what all of them made, and an even share of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ds_lvx.kernels.visibility import Visibility
+from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, Text
+from ds_lvx.models.patch import KEYWORD, Hook
+
+_LABELS = "labels"
+
+
+class WholeText(Text):
+    """The text of the encoder, and the labels of the decoder, ``[B, L]``."""
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> WholeText:
+        """Take the text out of a batch.
+
+        Raises:
+            ValueError: as of `Text.of`; labels that are not ``[B, L]``.
+        """
+        text = super().of({key: value for key, value in batch.items() if key != _LABELS})
+        labels = batch.get(_LABELS)
+        found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        if labels is not None and (len(found) != 2 or found[0] != text.shape[0]):
+            raise ValueError(
+                f"got labels {found}; expected ({text.shape[0]}, tokens): what the decoder is to "
+                "write for each sample, of any length"
+            )
+        return cls(text.input_ids, text.attention_mask, text.position_ids, labels, text.items)
+
+    @property
+    def labelled(self) -> int:
+        """Tokens that are learnt."""
+        return 0 if self.labels is None else int((self.labels != IGNORED_LABEL).sum())
+
+    def lengths(self, size: int) -> tuple[int, ...]:
+        """Tokens by rank: all."""
+        return (self.shape[1],) * size
+
+    def part(self, rank: int, size: int) -> slice:
+        """A rank's part: all."""
+        return slice(0, self.shape[1])
+
+    def visibility(self) -> Visibility | None:
+        """None: no sharded layer attends to it."""
+        return None
+
+    def shard(self, here: slice) -> dict[str, Any]:
+        """The model's text arguments, and by what the sum of the losses is divided."""
+        shard: dict[str, Any] = {"input_ids": self.input_ids}
+        if self.attention_mask is not None:
+            shard["attention_mask"] = self.attention_mask
+        if self.labels is not None:
+            shard[_LABELS] = self.labels
+            shard[ITEMS_KEY] = max(self.labelled, 1) if self.items is None else self.items
+        return shard
+
+
+class ShareLoss(Hook):
+    """A forward hook of the model: every rank computed the whole loss, and gets its share of it."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> Any:
+        batch, labels = kwargs.get(KEYWORD), kwargs.get(_LABELS)
+        if batch is None or labels is None:
+            return None
+        flat = out.logits.flatten(0, 1).float(), labels.flatten()
+        total = nn.functional.cross_entropy(*flat, ignore_index=IGNORED_LABEL, reduction="sum")
+        out.loss = total / kwargs[ITEMS_KEY] / batch.channel.size
+        return out

@@ -1,0 +1,163 @@
+"""BLIP-2 and its like from a checkpoint's folder: text, places, pixels and instructions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoTokenizer,
+    Blip2Processor,
+    InstructBlipProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from ds_lvx.compare.case import case_of
+from ds_lvx.data.batch import BatchMaker, FrameRate
+from ds_lvx.data.chat import read_conversations
+from ds_lvx.data.text import TextEncoder
+from ds_lvx.models.adapters.processor import Processor
+from ds_lvx.training.model import Source
+from tests.data.media import chat, write_image, write_jsonl, write_video
+from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.models.blip_case import PLACES, SIDE, opt, t5, tiny_model
+from tests.ranks import run_ranks
+
+KINDS = ("blip-2", "instructblip", "instructblipvideo")
+
+
+def write_tokenizer(folder: Path, *special: str) -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>"
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def write_checkpoint(folder: Path, kind: str) -> Path:
+    """A checkpoint with the files that its own processor writes, and two samples."""
+    token = "<video>" if kind == "instructblipvideo" else "<image>"
+    text = write_tokenizer(folder, "</s>", "<pad>", token)
+    reader = write_tokenizer(folder / "qformer_tokenizer", "</s>", "<pad>")
+    images = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    if kind == "blip-2":
+        Blip2Processor(images, text, num_query_tokens=PLACES).save_pretrained(folder)
+    elif kind == "instructblip":
+        own = InstructBlipProcessor(images, text, reader, num_query_tokens=PLACES)
+        own.save_pretrained(folder)
+    else:
+        images.save_pretrained(folder)
+    language = opt(vocab_size=len(text), max_position_embeddings=256)
+    image = text.convert_tokens_to_ids(token)
+    tiny_model(kind, text=language, image=image, reads=len(reader)).save_pretrained(folder)
+    write_video(folder / "a.mp4")
+    write_image(folder / "a.png", (40, 24))
+    write_jsonl(
+        folder / "train.jsonl",
+        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
+        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="It is green."),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("blip"), request.param)
+
+
+def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:
+    """Every sample with all its frames."""
+    source = Source.of(str(folder))
+    encoder = TextEncoder(source.processor, 256, family=source.family)
+    maker = BatchMaker(encoder, FrameRate(count=frames), owned=range)
+    conversations = read_conversations(folder / "train.jsonl")
+    return [dict(maker.batch([each]).inputs) for each in conversations]
+
+
+def for_own_model(batch: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A batch of one sample as the model's own code takes it."""
+    batch = {key: value for key, value in batch.items() if key != "images_per_sample"}
+    images = len(batch["pixel_values"])
+    if kind == "instructblip":
+        for key in ("qformer_input_ids", "qformer_attention_mask"):
+            batch[key] = batch[key].expand(images, -1)
+    if kind == "instructblipvideo":
+        batch["pixel_values"] = batch["pixel_values"][None]
+    return batch
+
+
+def test_text_places_and_instructions_are_those_of_the_models(folder: Path) -> None:
+    source = Source.of(str(folder))
+    processor, image = source.processor, Image.open(folder / "a.png")
+    (batch, second), token = whole_batches(folder, frames=2), source.processor.image_token
+    places = token * PLACES
+    written = processor.tokenizer.decode(second["input_ids"][0])
+    assert written == 3 * places + "</s>Question: Look Answer: It is green.</s>\n"
+    learnt = second["labels"][0] != -100
+    assert processor.tokenizer.decode(second["input_ids"][0][learnt]) == "It is green.</s>"
+    if source.family.model_type == "blip-2":
+        own = Blip2Processor.from_pretrained(folder)
+        theirs = own(images=image, text="</s>Question: Look Answer:", return_tensors="pt")
+        length = theirs["input_ids"].shape[1]
+        assert torch.equal(second["input_ids"][:, 2 * PLACES :][:, :length], theirs["input_ids"])
+        torch.testing.assert_close(second["pixel_values"][:1], theirs["pixel_values"])
+        return
+    reader = AutoTokenizer.from_pretrained(folder, subfolder="qformer_tokenizer")
+    assert reader.decode(batch["qformer_input_ids"][0]) == "Question: What animal? Answer: "
+
+
+def test_files_of_another_model_are_refused(folder: Path) -> None:
+    source = Source.of(str(folder))
+    name = "video" if source.family.model_type == "instructblipvideo" else "image"
+    setattr(source.config, f"{name}_token_index", 7)
+    with pytest.raises(ValueError, match=r"and a model for which it is 7; expected the same"):
+        Processor.of(str(folder), source.config)
+    source.config.text_config = t5()
+    with pytest.raises(ValueError, match=r"whose language model \(t5\) has an encoder"):
+        Processor.of(str(folder), source.config)
+
+
+def test_there_is_no_cross_attention_to_compare(folder: Path) -> None:
+    for name in ("blip-2", str(folder)):
+        with pytest.raises(ValueError, match="whose images are tokens of the text"):
+            case_of(name)
+
+
+@pytest.mark.slow
+def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    config = json.loads(Path(write_config(tmp_path / "ds.json", stage=3)).read_text())
+    del config["ds_lvx"]["layers"][1]
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    given = {
+        "model": folder,
+        "data": folder / "train.jsonl",
+        "frames": 3,
+        "deepspeed_config": str(tmp_path / "ds.json"),
+        "output_dir": tmp_path / "out",
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "lr_scheduler": "constant",
+    }
+    run_ranks(finetune, 2, *arguments(**given))
+    losses = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    assert len(losses) == 2
+    source = Source.of(str(folder))
+    model = source.load(torch.float32).train()
+    start = [
+        model(**for_own_model(each, source.family.model_type)).loss.item()
+        for each in whole_batches(folder, frames=3)
+    ]
+    assert losses[0] in [pytest.approx(each, abs=1e-5) for each in start]
+    trained = Source.of(str(tmp_path / "out" / "model"))
+    assert trained.processor.image_token_id == source.processor.image_token_id
