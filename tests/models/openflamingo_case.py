@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from ds_lvx.models import FAMILIES
 from tests.models import mllama_case
@@ -26,6 +33,10 @@ class LlamaFlamingo(FlamingoLMMixin, LlamaForCausalLM):
 
 class NeoXFlamingo(FlamingoLMMixin, GPTNeoXForCausalLM):
     decoder_layers_attr_name = "gpt_neox.layers"
+
+
+class MptFlamingo(FlamingoLMMixin, MptForCausalLM):
+    decoder_layers_attr_name = "transformer.blocks"
 
 
 class Model(Flamingo):
@@ -53,6 +64,8 @@ def tiny_model(language: str = "llama", *, latest: bool = True, **settings: Any)
         lang_encoder: Any
         if language == "llama":
             lang_encoder = LlamaFlamingo(LlamaConfig(**text, num_key_value_heads=2))
+        elif language == "mpt":
+            lang_encoder = MptFlamingo(_mpt_config(**text))
         else:
             lang_encoder = NeoXFlamingo(GPTNeoXConfig(**text))
         model = Model(
@@ -76,16 +89,28 @@ def tiny_model(language: str = "llama", *, latest: bool = True, **settings: Any)
     return model
 
 
+def _mpt_config(**text: Any) -> MptConfig:
+    return MptConfig(
+        vocab_size=text["vocab_size"],
+        d_model=text["hidden_size"],
+        n_layers=text["num_hidden_layers"],
+        n_heads=text["num_attention_heads"],
+        max_seq_len=text["max_position_embeddings"],
+        initializer_range=text["initializer_range"],
+        attn_config={"clip_qkv": text.get("clip_qkv"), "softmax_scale": text.get("softmax_scale")},
+    )
+
+
 def all_before(language: str = "llama") -> Model:
     return tiny_model(language, latest=False)
 
 
-def lora_model() -> Any:
+def lora_model(language: str = "llama") -> Any:
     """`tiny_model` inside peft's wrapper: adapters of the text's attention train."""
     torch.manual_seed(3)
     targets = FAMILIES.named("openflamingo").lora_targets
     config = LoraConfig(r=2, lora_alpha=1, target_modules=targets, init_lora_weights=False)
-    return get_peft_model(tiny_model(), config)
+    return get_peft_model(tiny_model(language), config)
 
 
 def make_batch(texts: Sequence[str], *, left: bool = False, seed: int = 0) -> Batch:

@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import IdeficsProcessor, PreTrainedTokenizerFast
-from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
 from ds_lvx.compare.case import (
     Setting,
@@ -33,7 +30,8 @@ from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
-from tests.models.idefics_case import SIZE, tiny_model
+from tests.models import idefics_case
+from tests.models.idefics_case import tiny_model
 from tests.models.moss_vl_case import OneRank
 from tests.ranks import run_ranks
 
@@ -44,22 +42,9 @@ FAKE = "<fake_token_around_image>"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, and two samples."""
     folder = tmp_path_factory.mktemp("idefics")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ("<s>", "</s>", "<unk>", FAKE, "<image>")
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<unk>",
-    )
-    images = IdeficsImageProcessorPil(image_size=SIZE)
-    IdeficsProcessor(images, fast, image_size=SIZE).save_pretrained(folder)
-    added = {"vocab_size": len(fast) - 2, "additional_vocab_size": 2}
+    own = FAMILIES.named("idefics").tiny()[1].own
+    own.save_pretrained(folder)
+    added = {"vocab_size": len(own.tokenizer) - 2, "additional_vocab_size": 2}
     tiny_model(**added, max_position_embeddings=512).save_pretrained(folder)
     write_video(folder / "a.mp4")
     write_image(folder / "a.png", (40, 24))
@@ -118,6 +103,25 @@ def test_a_comparison_trains_a_model_of_random_weights() -> None:
     regions = case.contract().regions()
     parts = {part_of(name, regions) for name, _ in model.named_parameters()}
     assert parts == {"cross_attention", "text", "vision"}
+
+
+def test_a_tiny_one_is_made_of_nothing(folder: Path) -> None:
+    source = Source.of("tiny:idefics")
+    source.check_tokenizer()
+    model = source.load(torch.float32)
+    config = idefics_case.ds_config(stage=0, sp_size=1, cross={"method": "lvx"}, self_attn="ring")
+    groups: Any = OneRank()
+    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    gates = [p for name, p in model.named_parameters() if "alpha_" in name]
+    assert len(gates) == 4
+    assert all(bool((gate == 0.5).all()) for gate in gates)
+    encoder = TextEncoder(source.processor, source.max_length(None), family=source.family)
+    maker = BatchMaker(encoder, FrameRate(count=3), owned=range)
+    conversations = read_conversations(folder / "train.jsonl")
+    batch = dict(maker.batch([conversations[1]]).inputs)
+    model(**shard_batch(batch, model=model, frames="local")).loss.backward()
+    silent = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert all("post_layernorm" in name for name in silent)
 
 
 @pytest.mark.slow

@@ -121,8 +121,8 @@ def small_model() -> Any:
     return tiny_model(num_hidden_layers=2, cross_attention_layers=[1])
 
 
-def config_of(sp_size: int) -> dict[str, Any]:
-    return ds_config(stage=3, sp_size=sp_size, cross=IN_CHUNKS, self_attn="ulysses")
+def config_of(sp_size: int, *, stage: int = 3) -> dict[str, Any]:
+    return ds_config(stage=stage, sp_size=sp_size, cross=IN_CHUNKS, self_attn="ulysses")
 
 
 @pytest.mark.slow
@@ -150,9 +150,10 @@ def text_of(batch: Batch) -> Batch:
     return {key: batch[key] for key in TEXT}
 
 
-def check(ours: list[list[Batch]], theirs: list[list[Batch]]) -> None:
+def check(ours: list[list[Batch]], theirs: list[list[Batch]], *, stage: int = 3) -> None:
     """Two replicas of one rank each."""
-    results = run_ranks(sharded_steps, 2, config_of(1), ours, timeout_s=120)
+    config = config_of(1, stage=stage)
+    results = run_ranks(sharded_steps, 2, config, ours, timeout_s=120)
     assert_same_training(results, reference_steps(theirs), sp_size=1)
 
 
@@ -163,11 +164,52 @@ def test_replicas_of_unequal_images_project_in_as_many_chunks() -> None:
     check(batches, batches)
 
 
-def test_text_alone_beside_features_has_features_of_no_length() -> None:
-    """No tower runs then, nor for a blank image."""
-    given = {k: v for k, v in hard_batch(0).items() if k not in FRAMES}
-    tokens = 3 * TILES * PATCHES
-    given["cross_attention_states"] = torch.randn(2, tokens, 32, generator=torch.manual_seed(0))
-    text = text_of(hard_batch(1))
-    ours = text | {"cross_attention_states": torch.zeros(2, 0, 32)}
-    check([[given, ours], [ours, given]], [[given, text], [text, given]])
+def with_features(batch: Batch, *, seed: int) -> Batch:
+    """The batch with random features in place of its frames."""
+    samples, tokens = len(batch["input_ids"]), batch["pixel_values"].shape[1] * TILES * PATCHES
+    features = torch.randn(samples, tokens, 32, generator=torch.Generator().manual_seed(seed))
+    rest = {key: value for key, value in batch.items() if key not in FRAMES}
+    return rest | {"cross_attention_states": features}
+
+
+def nothing_beside(batch: Batch) -> Batch:
+    return text_of(batch) | {"cross_attention_states": torch.zeros(2, 0, 32)}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_text_alone_is_what_other_replicas_have(stage: int) -> None:
+    """Beside features no tower runs, and beside images one does, whatever the text came with."""
+    given, images = with_features(hard_batch(0), seed=0), hard_batch(2)
+    text, empty = text_of(hard_batch(1)), nothing_beside(hard_batch(1))
+    ours = [[given, text], [empty, given], [images, empty], [empty, text]]
+    theirs = [[given, text], [text, given], [images, text], [text, text]]
+    check(ours, theirs, stage=stage)
+
+
+def fails_alike(batches: list[Batch]) -> str:
+    engine = start_engine(config_of(1), small_model())
+    batch = batches[engine.ds_lvx.groups.dp_rank]
+    with pytest.raises(ValueError, match="cross_attention_states") as caught:
+        engine(**shard_batch(batch, model=engine.module))
+    end_engine(engine)
+    return str(caught.value)
+
+
+def test_images_beside_features_are_refused_on_all_ranks() -> None:
+    batches = [hard_batch(2), with_features(hard_batch(0), seed=0), text_of(hard_batch(1))]
+    for message in run_ranks(fails_alike, 3, batches, timeout_s=120):
+        assert "got cross_attention_states on ranks 1 and pixel_values on others" in message
+
+
+def test_images_beside_features_train_where_nothing_is_shared() -> None:
+    """ZeRO 0 fills in gradients of 0."""
+    batches = [[with_features(hard_batch(0), seed=0), hard_batch(2)]]
+    check(batches, batches, stage=0)
+
+
+@pytest.mark.slow
+def test_text_alone_beside_features_on_two_ranks_each() -> None:
+    given, text = with_features(hard_batch(0), seed=0), text_of(hard_batch(1))
+    batches = [[given, text], [text, given]]
+    results = run_ranks(sharded_steps, 4, config_of(2), batches, timeout_s=120)
+    assert_same_training(results, reference_steps(batches), sp_size=2)

@@ -21,7 +21,7 @@ from ds_lvx.models.contract import Family, Size
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.idefics import batch as batches
-from ds_lvx.models.idefics import dimensions, forward, sized
+from ds_lvx.models.idefics import dimensions, forward, sized, tiny
 from ds_lvx.models.idefics import processor as processors
 from ds_lvx.models.idefics.attention import Attention
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
@@ -121,6 +121,10 @@ class Idefics(Family):
         self, config: IdeficsConfig, *, gate: float, dtype: torch.dtype
     ) -> IdeficsForVisionText2Text:
         return sized.build(config, gate=gate, dtype=dtype)
+
+    def tiny(self) -> tuple[IdeficsConfig, processors.Processor]:
+        processor = tiny.tiny_processor()
+        return tiny.tiny_config(processor), processor
 
     def random_frames(
         self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int

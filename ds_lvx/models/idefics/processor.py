@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 from ds_lvx.models.idefics.batch import PIXELS, SEEN
 
 IMAGE_TOKEN = "<image>"
-_AROUND = "<fake_token_around_image>"
+AROUND = "<fake_token_around_image>"
 
 
 class Processor:
@@ -42,7 +42,7 @@ class Processor:
 
 def media_text(times: Sequence[float] | None) -> str:
     """An image, or the frames of a video, as the processor writes images side by side."""
-    return _AROUND + (IMAGE_TOKEN + _AROUND) * (1 if times is None else len(times))
+    return AROUND + (IMAGE_TOKEN + AROUND) * (1 if times is None else len(times))
 
 
 def latest_images(input_ids: Tensor, *, image: int, end: int | None) -> Tensor:

@@ -20,8 +20,8 @@ from ds_lvx.models.visual import Runs, Visual
 STATES = "cross_attention_states"
 _MASK_KEYS = ("cross_attention_mask", "visible_images")
 COUNTS = "num_images"
-_FRAME_KEYS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-KEYS = (*_MASK_KEYS, COUNTS, *_FRAME_KEYS, STATES)
+FRAME_KEYS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+KEYS = (*_MASK_KEYS, COUNTS, *FRAME_KEYS, STATES)
 
 
 def visual(batch: Mapping[str, Any], text: Text, model: MllamaForConditionalGeneration) -> Visual:
@@ -36,7 +36,7 @@ def visual(batch: Mapping[str, Any], text: Text, model: MllamaForConditionalGene
         raise ValueError("got cross_attention_mask and visible_images; expected one of them")
     if STATES in batch and "pixel_values" in batch:
         raise ValueError(f"got pixel_values and {STATES}; expected one of them")
-    pixels = {key: batch[key] for key in _FRAME_KEYS if key in batch}
+    pixels = {key: batch[key] for key in FRAME_KEYS if key in batch}
     _check_pixels(pixels, model, batch_size=text.shape[0])
     runs = _runs(batch, text)
     counts = _counts(batch, runs, batch_size=text.shape[0])
@@ -115,7 +115,7 @@ def _check_pixels(
 ) -> None:
     if "pixel_values" not in pixels:
         return
-    missing = [key for key in _FRAME_KEYS if key not in pixels]
+    missing = [key for key in FRAME_KEYS if key not in pixels]
     if missing:
         raise ValueError(f"got pixel_values without {missing[0]}; the vision tower needs both")
     config: Any = model.config.vision_config

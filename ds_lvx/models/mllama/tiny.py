@@ -1,7 +1,6 @@
 """mllama with random weights, cut to any size; and a tiny one with a processor, for trying out.
 
-The tokenizer knows the 256 bytes and a few special tokens, so that it writes any language and needs
-no file. The tiny model's frames are one tile of 28 x 28 pixels. Nothing is downloaded.
+The tiny model's frames are one tile of 28 x 28 pixels. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     MllamaConfig,
@@ -20,6 +18,7 @@ from transformers import (
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
+from ds_lvx.models.byte_tokenizer import byte_tokenizer
 from ds_lvx.models.contract import Size
 
 IMAGE_TOKEN = "<|image|>"
@@ -48,15 +47,8 @@ _CHAT_TEMPLATE = (
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of bytes; the image token is the last id, past the model's output vocabulary."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: number for number, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    names = (*_SPECIAL_TOKENS, IMAGE_TOKEN)
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    return byte_tokenizer(
+        (*_SPECIAL_TOKENS, IMAGE_TOKEN),
         bos_token="<|begin_of_text|>",
         eos_token="<|eot_id|>",
         pad_token="<|end_of_text|>",

@@ -18,14 +18,14 @@ from ds_lvx.models.contract import Family
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.openflamingo import batch as batches
-from ds_lvx.models.openflamingo import forward
+from ds_lvx.models.openflamingo import forward, mpt
 from ds_lvx.models.openflamingo.attention import Attention
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
 from ds_lvx.models.visual import Visual
 
 _MODEL = "Flamingo"
 _PARTS = ("vision_encoder", "perceiver", "lang_encoder", "media_token_id")
-_SELF_ATTENTION: Mapping[str, str] = {"llama": "self_attn", "gpt_neox": "attention"}
+_SELF_ATTENTION: Mapping[str, str] = {"llama": "self_attn", "gpt_neox": "attention", "mpt": "attn"}
 """Of a layer of the language models that can be sharded, by their ``model_type``."""
 
 
@@ -41,7 +41,7 @@ class OpenFlamingo(Family):
         "self": "*.decoder_layer.*",
     }
     lora_targets = (
-        r".*\.decoder_layer\.(self_attn|attention)\.\w+"
+        r".*\.decoder_layer\.(self_attn|attention|attn)\.\w+"
         r"|.*\.gated_cross_attn_layer\.attn\.(to_q|to_kv|to_out)"
     )
 
@@ -67,7 +67,9 @@ class OpenFlamingo(Family):
         return found
 
     def forward(self, layer: Layer, plan: LayerPlan) -> PatchedAttention:
-        kind = Attention if layer.kind == "cross" else Dispatched
+        if layer.kind == "cross":
+            return Attention(layer.module, plan)
+        kind = mpt.SelfAttention if type(layer.module).__name__ == mpt.CLASS else Dispatched
         return kind(layer.module, plan)
 
     def text_model(self, model: Any) -> nn.Module:
@@ -75,14 +77,8 @@ class OpenFlamingo(Family):
         return found
 
     def check(self, model: Any, *, sp_size: int) -> None:
+        _check_language(model.lang_encoder)
         config = model.lang_encoder.config
-        if config.model_type not in _SELF_ATTENTION:
-            raise NotImplementedError(
-                f"got an OpenFlamingo whose language model is a {config.model_type!r}; expected "
-                f"one of {', '.join(_SELF_ATTENTION)} as transformers has them, such as that of "
-                "OpenFlamingo-4B-vitl-rpj3b: MPT's attention adds a bias by distance (ALiBi), "
-                "which the sharded attention has not"
-            )
         rope = getattr(config, "rope_parameters", None) or {}
         refuse_growing_rope(rope.get("rope_type", "default"), sp_size)
         if model.perceiver.media_time_embs is not None:
@@ -140,3 +136,18 @@ def _own_layer(name: str, module: Any) -> Layer:
     kind: Any = "local" if name.startswith("perceiver") else "cross"
     width = int(module.to_kv.in_features)
     return Layer(name, kind, module, heads, heads, inside // heads, width)
+
+
+def _check_language(lang_encoder: Any) -> None:
+    kind = lang_encoder.config.model_type
+    layers = [each.decoder_layer for each in lang_encoder._get_decoder_layers()]
+    attention = {
+        type(getattr(each, _SELF_ATTENTION.get(kind, ""), None)).__name__ for each in layers
+    }
+    if kind not in _SELF_ATTENTION or (kind == "mpt" and attention != {mpt.CLASS}):
+        raise NotImplementedError(
+            f"got an OpenFlamingo whose language model is a {kind!r} "
+            f"({type(lang_encoder).__name__} of {type(lang_encoder).__module__}); expected one of "
+            f"{', '.join(_SELF_ATTENTION)} as transformers itself has them, without code of the "
+            "checkpoint: of an MPT its MptForCausalLM"
+        )

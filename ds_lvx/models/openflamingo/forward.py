@@ -18,10 +18,17 @@ from torch import Tensor, nn
 from ds_lvx.attention.features import offload
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.openflamingo.attention import places
+from ds_lvx.models.openflamingo.mpt import BIAS, carrying
 from ds_lvx.models.patch import KEYWORD, Hook
 
 FEATURES = "ds_lvx_media"
 _FORWARD = "forward"
+
+
+class _Pass:
+    """The sharded batch of the forward that is running, for layers that are handed no keywords."""
+
+    batch: ShardedBatch | None = None
 
 
 class Forward:
@@ -29,11 +36,12 @@ class Forward:
 
     Args:
         model: a `Flamingo`.
+        state: what its hooks know.
         offloads: the features are to wait on the host.
     """
 
-    def __init__(self, model: Any, *, offloads: bool) -> None:
-        self._model, self._offloads = model, offloads
+    def __init__(self, model: Any, state: _Pass, *, offloads: bool) -> None:
+        self._model, self._state, self._offloads = model, state, offloads
         self._own = vars(model).get(_FORWARD)
 
     def __call__(self, *args: Any, ds_lvx: ShardedBatch | None = None, **kwargs: Any) -> Any:
@@ -51,7 +59,7 @@ class Forward:
             # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.
             "attention_mask": text["input_ids"].new_zeros(1, 1, 1, 1),
         }
-        with _cleared(self._model.lang_encoder) as lang_encoder:
+        with _cleared(self._model.lang_encoder, self._state) as lang_encoder:
             return lang_encoder(**text, **given)
 
     def _encoded(self, pixels: Tensor) -> Tensor:
@@ -65,11 +73,12 @@ class Forward:
 
 
 @contextmanager
-def _cleared(lang_encoder: Any) -> Iterator[Any]:
-    """Layers hold on to nothing of a batch afterwards."""
+def _cleared(lang_encoder: Any, state: _Pass) -> Iterator[Any]:
+    """Nothing holds on to anything of a batch afterwards."""
     try:
         yield lang_encoder
     finally:
+        state.batch = None
         lang_encoder.clear_conditioned_layers()
 
 
@@ -93,10 +102,14 @@ class KeepForward(Hook):
 class Hand(Hook):
     """A forward pre-hook of the language model, the last: its layers get the features."""
 
+    def __init__(self, state: _Pass) -> None:
+        self._state = state
+
     def __call__(
         self, module: Any, args: Any, kwargs: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        if kwargs.get(KEYWORD) is None:
+        self._state.batch = kwargs.get(KEYWORD)
+        if self._state.batch is None:
             return None
         for layer in module._get_decoder_layers():
             layer.condition_vis_x(kwargs[FEATURES])
@@ -104,13 +117,23 @@ class Hand(Hook):
 
 
 class Condition(Hook):
-    """A forward pre-hook of a layer: the batch, where the language model left its image tokens."""
+    """A forward pre-hook of a layer: the batch, where the language model left its image tokens, and
+    where its bias goes to an attention that is handed no keyword."""
 
-    def __call__(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-        batch = kwargs.get(KEYWORD)
-        if batch is not None:
-            module.condition_media_locations(places(batch))
-            module.condition_use_cached_media(False)
+    def __init__(self, state: _Pass) -> None:
+        self._state = state
+
+    def __call__(
+        self, module: Any, args: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        batch = self._state.batch
+        if batch is None:
+            return None
+        module.condition_media_locations(places(batch))
+        module.condition_use_cached_media(False)
+        if BIAS not in kwargs:
+            return None
+        return args, {**kwargs, BIAS: carrying(kwargs[BIAS], batch)}
 
 
 class Gated:
@@ -141,9 +164,10 @@ def install(model: Any, *, offloads: bool) -> None:
         model: the whole model.
         offloads: the features are to wait on the host.
     """
-    hook = KeepForward(model, Forward(model, offloads=offloads))
+    state = _Pass()
+    hook = KeepForward(model, Forward(model, state, offloads=offloads))
     model.register_forward_pre_hook(hook)
     # After the hook that checks the features and shares them.
-    model.lang_encoder.register_forward_pre_hook(Hand(), with_kwargs=True)
+    model.lang_encoder.register_forward_pre_hook(Hand(state), with_kwargs=True)
     for layer in model.lang_encoder._get_decoder_layers():
-        layer.register_forward_pre_hook(Condition(), with_kwargs=True)
+        layer.register_forward_pre_hook(Condition(state), with_kwargs=True)
