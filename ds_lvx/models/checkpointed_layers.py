@@ -56,44 +56,51 @@ class LayerCheckpointing:
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)``, checkpointed."""
         trains = any(parameter.requires_grad for parameter in self.layer.parameters())
-        run, lifted = _lift(function, count=len(args))
-        wanted = [t for t in (*args, *lifted) if isinstance(t, Tensor) and t.requires_grad]
+        run, tensors, lifted = _lift(function, args)
+        wanted = [tensor for tensor in (*tensors, *lifted) if tensor.requires_grad]
         if not torch.is_grad_enabled() or not (wanted or trains):
             return function(*args)
         if not wanted:
             # The reentrant variants give no gradient to parameters when no argument wants one.
-            lifted = (torch.zeros((), requires_grad=True, device=_device(args)),)
+            lifted = (torch.zeros((), requires_grad=True, device=_device(tensors)),)
         # What follows the states, such as features, is the same for all layers.
-        for tensor in (*(args if self._keeps_arguments else args[1:]), *lifted):
-            if isinstance(tensor, Tensor):
-                tensor.no_checkpointing = True  # type: ignore[attr-defined]
-        return self.function(run, *args, *lifted)
+        for tensor in (*(tensors if self._keeps_arguments else tensors[1:]), *lifted):
+            tensor.no_checkpointing = True  # type: ignore[attr-defined]
+        return self.function(run, *tensors, *lifted)
 
 
 def _lift(
-    function: Callable[..., Any], *, count: int
-) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-    """A function that takes the gradient-wanting tensors of its keywords as further arguments."""
-    if not isinstance(function, functools.partial):
-        return (lambda *args: function(*args[:count])), ()
-    leaves, structure = tree_flatten(function.keywords)
-    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
-    lifted = tuple(leaves[place] for place in places)
-    # What is lifted must not be held back here: a checkpoint decides where it lies.
-    leaves = [None if place in places else leaf for place, leaf in enumerate(leaves)]
+    function: Callable[..., Any], args: Sequence[Any]
+) -> tuple[Callable[..., Any], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """A function of tensors alone, and those: positional ones, and the gradient-wanting keywords.
 
-    def run(*args: Any) -> Any:
-        filled = list(leaves)
-        for place, tensor in zip(places, args[count:], strict=False):
+    What is no tensor is not handed to DeepSpeed 0.19.8, which with partition_activations hands it
+    back with a None behind it (``merge_tensors``).
+    """
+    keywords = function.keywords if isinstance(function, functools.partial) else {}
+    leaves, structure = tree_flatten(keywords)
+    places = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
+    wanted = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+    tensors, lifted = tuple(args[i] for i in places), tuple(leaves[i] for i in wanted)
+    # What is handed over must not be held back here: a checkpoint decides where it lies.
+    others = [None if i in places else x for i, x in enumerate(args)]
+    leaves = [None if i in wanted else x for i, x in enumerate(leaves)]
+
+    def run(*given: Tensor) -> Any:
+        positional, filled = list(others), list(leaves)
+        for place, tensor in zip(places, given, strict=False):
+            positional[place] = tensor
+        for place, tensor in zip(wanted, given[len(places) :], strict=False):
             filled[place] = tensor
-        keywords = tree_unflatten(filled, structure)
-        return function.func(*function.args, *args[:count], **keywords)
+        if not isinstance(function, functools.partial):
+            return function(*positional)
+        return function.func(*function.args, *positional, **tree_unflatten(filled, structure))
 
-    return run, lifted
+    return run, tensors, lifted
 
 
-def _device(args: Sequence[Any]) -> torch.device | None:
-    return next((a.device for a in args if isinstance(a, Tensor)), None)
+def _device(tensors: Sequence[Tensor]) -> torch.device | None:
+    return next((tensor.device for tensor in tensors), None)
 
 
 class EncoderForward:

@@ -7,9 +7,11 @@ balancing images over ranks, agreeing on all ranks, blank frames, refusing what 
 carrying the keyword ``ds_lvx`` to the layers.
 
 Two kinds of models exist. In a *cross* model text attends to visual features that its layers get
-beside the text; they stay on the rank that encoded them. The parts below are for those. In a
-*concatenated* model visual tokens stand among the text's; such a family overrides `Family.shard`,
-and has layers of kind ``"self"`` and ``"local"`` only.
+beside the text; they stay on the rank that encoded them. The parts below are for those. Where an
+encoder makes these features of one sequence of text and images, its layers are of kind ``"self"``,
+with layouts of their own (`ds_lvx.models.visual.Visual.layouts`). In a *concatenated* model visual
+tokens stand among the text's; such a family overrides `Family.shard`, and has layers of kind
+``"self"`` and ``"local"`` only.
 
 Shapes: ``B`` samples, ``T`` text tokens of the whole sequence. A *unit* is a piece of the visual
 input that no rank cuts: an image, or a frame of a video.
@@ -44,6 +46,7 @@ class Size:
     Attributes:
         vocabulary: of the output; the image token's id is this number.
         hidden, heads, kv_heads, mlp: of the text model.
+        head_dim: of the text model; 0: hidden / heads.
         layers: of the text model, cross-attention layers among them.
         cross_at: which of them attend to images.
         positions: that the text may have.
@@ -59,6 +62,7 @@ class Size:
     heads: int = 4
     kv_heads: int = 2
     mlp: int = 128
+    head_dim: int = 0
     layers: int = 4
     cross_at: tuple[int, ...] = (1, 3)
     positions: int = 256
@@ -149,7 +153,20 @@ class Family(ABC):
         the tower and drops the result, so that it takes part in ZeRO-3's gathers and its gradients
         are 0, not absent."""
 
-    # ---- patching: with defaults
+    # ---- with defaults
+
+    def text(self, batch: Mapping[str, Any], model: Any) -> Text:
+        """The text that is cut evenly over the ranks: the one that looks at visual features.
+
+        Args:
+            batch, model: as of `visual`.
+
+        Raises:
+            ValueError: it is missing, or its entries have different shapes.
+        """
+        from ds_lvx.models.batch import Text
+
+        return Text.of(batch)
 
     def check(self, model: Any, *, sp_size: int) -> None:
         """Refuse a model that cannot be sharded over ``sp_size`` ranks.
@@ -329,6 +346,20 @@ class Family(ABC):
         The text may grow before the first answer only.
         """
         return written
+
+    def inputs(
+        self, processor: Any, input_ids: Sequence[int], labels: Sequence[int]
+    ) -> Mapping[str, Sequence[int]]:
+        """What the model takes of a conversation's text, each padded at the end in a batch.
+
+        Args:
+            processor: the checkpoint's.
+            input_ids, labels: of the whole conversation; -100 where nothing is learnt.
+
+        Raises:
+            ValueError: the model cannot take such a conversation.
+        """
+        return {"input_ids": input_ids, "labels": labels}
 
     def frames(
         self,

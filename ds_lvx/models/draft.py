@@ -123,9 +123,8 @@ class Draft:
 
     @property
     def labelled(self) -> int:
-        """Tokens that are learnt; the first is predicted by nobody."""
-        labels = self.checked().text.labels
-        return 0 if labels is None else int((labels[:, 1:] != IGNORED_LABEL).sum())
+        """Tokens that are learnt."""
+        return self.checked().text.labelled
 
     def pin_memory(self) -> Draft:
         """The same in pinned memory; a data loader with ``pin_memory=True`` calls it."""
@@ -167,7 +166,7 @@ class _Content:
         rank, size = place
         batch = {key: value for key, value in batch.items() if value is not None}
         _check_keys(batch, family, frames)
-        text = Text.of(batch)
+        text = family.text(batch, model)
         if text.shape[1] < size:
             raise ValueError(
                 f"got {text.shape[1]} text tokens for {size} ranks; expected at least one "
@@ -229,12 +228,13 @@ class _Content:
         kv_lengths, rule, row_mask = None, None, None
         if visual.runs is not None:
             visual.runs.check_images(sum(shares))
-        if sum(shares) > 0:
-            blank = shares[rank] == 0 and not visual.encoded
-            arguments = family.blank(model) if blank else dict(visual.arguments)
+        if sum(shares) > 0 or visual.has_more:
+            if sum(shares) > 0 or always_vision:
+                blank = shares[rank] == 0 and not visual.encoded
+                arguments = family.blank(model) if blank else dict(visual.arguments)
             kv_lengths = visual.lengths(shares)
+            rule = visual.rule(self._valid(shares, records))
             if visual.runs is not None:
-                rule = visual.rule(self._valid(shares, records))
                 row_mask = ~visual.runs.sees_nothing
         elif always_vision:
             # Where others have features, a batch without images has some of length 0.
@@ -249,6 +249,7 @@ class _Content:
             cross_rule=rule,
             row_mask=row_mask,
             device=device,
+            others=visual.layouts(self.text, channel=channel, lengths=lengths, device=device),
         )
         beside = visual.beside(rank, self.text, here)
         shard = {**self.text.shard(here), **arguments, **beside}

@@ -19,10 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds_lvx.attention.layout import Layout
+from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 from ds_lvx.models.batch import Text, digest, span, split
 
 PADDING = -1
+PIXELS = "pixel_values"
+COUNTS = "images_per_sample"
+"""How many of a sample's images the pixels at hand are: int64 ``[B]``; of use for local images, in
+models that have those of all samples one after the other."""
 _CHUNK_ELEMENTS = 1 << 22
 
 
@@ -168,6 +174,7 @@ class Visual:
         counts: int ``[B]``, units of each sample; what is beyond pads the batch, and nobody sees
             it, so that a sample's loss does not depend on who shares its batch. None: the model's
             own way with padding.
+        has_more: the text looks at more than units, so at something also where there are none.
     """
 
     count: int
@@ -178,6 +185,7 @@ class Visual:
     blind_see_all: bool = False
     encoded: bool = False
     counts: Tensor | None = None
+    has_more: bool = False
 
     def shared_record(self) -> dict[str, Any]:
         """What must be the same on every rank of the group."""
@@ -209,6 +217,19 @@ class Visual:
             rank: whose arguments.
             text: the whole text.
             here: this rank's part of it.
+        """
+        return {}
+
+    def layouts(
+        self, text: Text, *, channel: Channel, lengths: tuple[int, ...], device: torch.device
+    ) -> Mapping[str, Layout]:
+        """Further layouts, for `ShardedBatch.others`.
+
+        Args:
+            text: the whole text.
+            channel: the ranks that share it.
+            lengths: its tokens by rank.
+            device: where the model computes.
         """
         return {}
 
@@ -251,6 +272,31 @@ class Visual:
         return self.runs.visibility(
             valid, patches=tokens, blind_see_all=self.blind_see_all, counts=self.counts
         )
+
+
+def images_at_hand(given: Any, rows: int, counts: Tensor) -> Tensor:
+    """Images by sample of ``rows`` images at hand.
+
+    Args:
+        given: as the caller has it, or None: all images, or the only sample's.
+        rows: images at hand.
+        counts: int64 ``[B]``, of all ranks.
+    """
+    if given is None:
+        total = int(counts.sum())
+        if len(counts) > 1 and rows not in (0, total):
+            raise ValueError(
+                f"got {PIXELS} of {rows} images, of {total} in {len(counts)} samples; expected all "
+                f"of them, or {COUNTS} [batch] beside them: how many of each sample these are"
+            )
+        return counts if rows == total else torch.tensor([rows] + [0] * (len(counts) - 1))
+    here = torch.as_tensor(given, dtype=torch.int64).cpu().flatten()
+    if len(here) != len(counts) or bool((here < 0).any()) or int(here.sum()) != rows:
+        raise ValueError(
+            f"got {COUNTS} {here.tolist()} for {rows} images; expected one number for each of "
+            f"{len(counts)} samples, which add up to the images at hand"
+        )
+    return here
 
 
 def pack_tiles(tiles: Tensor) -> str:

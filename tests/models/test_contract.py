@@ -62,7 +62,7 @@ def test_a_model_type_has_one_family(families: Families) -> None:
         families.register("new", with_parts(*PARTS))
     with pytest.raises(ValueError, match=r"'mllama', which ds_lvx\.models\.mllama"):
         families.register("mllama", first)
-    known = "mllama, moss_vl, idefics, mplugowl3, openflamingo, new;"
+    known = "mllama, moss_vl, idefics, mplugowl3, openflamingo, t5gemma2, new;"
     with pytest.raises(NotImplementedError, match=f"'newer'; expected one of {known}"):
         families.named("newer")
 
@@ -124,7 +124,7 @@ def test_the_planner_gets_dimensions_without_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PLANNING], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["10 mllama moss_vl mplugowl3 idefics", "[]"]
+    assert done.stdout.splitlines() == ["13 mllama moss_vl mplugowl3 idefics t5gemma2", "[]"]
 
 
 # ---- who names a family
@@ -136,7 +136,7 @@ CASES = (
     "launch/bench_memory.py",
 )
 """Measure shapes of named models."""
-FAMILY = re.compile(r"mllama|llama-3\.2|moss|idefics|flamingo", re.IGNORECASE)
+FAMILY = re.compile(r"mllama|llama-3\.2|moss|idefics|flamingo|t5gemma", re.IGNORECASE)
 USAGE = re.compile(r"--model |--deepspeed_config |ds_configs/")
 
 

@@ -15,12 +15,9 @@ from torch import Tensor
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 from ds_lvx.models.batch import Text, digest, split
-from ds_lvx.models.visual import Runs, Visual
+from ds_lvx.models.visual import COUNTS, PIXELS, Runs, Visual, images_at_hand
 
-PIXELS = "pixel_values"
 OFFSETS = "media_offset"
-COUNTS = "images_per_sample"
-"""How many of a sample's images the pixels at hand are: int64 ``[B]``; of use for local images."""
 KEYS = (PIXELS, OFFSETS, COUNTS)
 PADDING = -1
 """In offsets that are one tensor, where a sample has fewer images than another."""
@@ -179,7 +176,7 @@ def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Images:
         runs=Runs(torch.zeros_like(end), end, None, None),
         sample=torch.arange(len(counts)).repeat_interleave(counts),
         position=torch.cat([torch.zeros(0, dtype=torch.int64), *offsets]),
-        here=_here(batch.get(COUNTS), rows, counts),
+        here=images_at_hand(batch.get(COUNTS), rows, counts),
     )
 
 
@@ -207,31 +204,6 @@ def _check_pixels(pixels: Any, vision: Any) -> int:
             "the other: use the processor that belongs to the model"
         )
     return int(images)
-
-
-def _here(given: Any, rows: int, counts: Tensor) -> Tensor:
-    """Images by sample of ``rows`` images at hand.
-
-    Args:
-        given: as the caller has it, or None: all images, or the only sample's.
-        rows: images at hand.
-        counts: int64 ``[B]``, of all ranks.
-    """
-    if given is None:
-        total = int(counts.sum())
-        if len(counts) > 1 and rows not in (0, total):
-            raise ValueError(
-                f"got {PIXELS} of {rows} images, of {total} in {len(counts)} samples; expected all "
-                f"of them, or {COUNTS} [batch] beside them: how many of each sample these are"
-            )
-        return counts if rows == total else torch.tensor([rows] + [0] * (len(counts) - 1))
-    here = torch.as_tensor(given, dtype=torch.int64).cpu().flatten()
-    if len(here) != len(counts) or bool((here < 0).any()) or int(here.sum()) != rows:
-        raise ValueError(
-            f"got {COUNTS} {here.tolist()} for {rows} images; expected one number for each of "
-            f"{len(counts)} samples, which add up to the images at hand"
-        )
-    return here
 
 
 def _offsets(batch: Mapping[str, Any], text: Text) -> list[Tensor]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from ds_lvx.models.mplugowl3.batch import COUNTS, OFFSETS, PADDING, PIXELS
+from ds_lvx.models.mplugowl3.batch import OFFSETS, PADDING
 from ds_lvx.models.remote import read_json
+from ds_lvx.models.visual import COUNTS, PIXELS
 
 IMAGE_TOKEN = "<|image|>"
 _VIDEO = ("<|start_video_frame|>", "<|end_video_frame|>")

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ds_lvx.models.contract import Size
-from ds_lvx.models.mplugowl3.batch import COUNTS, OFFSETS, PIXELS
+from ds_lvx.models.mplugowl3.batch import OFFSETS
+from ds_lvx.models.visual import COUNTS, PIXELS
 
 
 def config_of(size: Size) -> Any:
