@@ -98,16 +98,18 @@ def test_text_and_pixels_are_those_of_the_model_s_processor(folder: Path) -> Non
     processor = Source.of(str(folder)).processor
     image = Image.open(folder / "a.png")
     mark = VISUAL["boi_token"]
-    theirs = processor.own(text=[f"Look{mark}{mark}b"], images=[[image, image]])
+    theirs = processor.own(
+        text=[f"Look{mark}{mark}b"], images=[[image, image]], return_tensors="pt"
+    )
     family = FAMILIES.named("t5gemma2")
     text = f"Look{family.media_text(processor, [0.0, 1.0])}b"
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     mine = family.inputs(processor, [*ids, 9, 8], [*[-100] * len(ids), 9, 8])
-    assert mine["input_ids"] == list(theirs["input_ids"][0])
+    assert mine["input_ids"] == theirs["input_ids"][0].tolist()
     assert mine["decoder_input_ids"] == [processor.tokenizer.bos_token_id, 9]
     assert mine["labels"] == [9, 8]
     made = family.frames(processor, torch.zeros(1, 1), [[image] * 2], count=2, dtype=torch.float32)
-    torch.testing.assert_close(made["pixel_values"], torch.tensor(theirs["pixel_values"]))
+    torch.testing.assert_close(made["pixel_values"], theirs["pixel_values"])
 
 
 def test_a_conversation_is_read_and_said(folder: Path, tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_a_conversation_is_read_and_said(folder: Path, tmp_path: Path) -> None:
     read = decode(batch["input_ids"][0])
     image = f"{VISUAL['boi_token']}{VISUAL['image_token'] * TOKENS}{VISUAL['eoi_token']}"
     assert read.count(image) == 3
-    assert read.endswith("Assistant:")
+    assert read.endswith("Assistant: ")
     later = chat(("text", "Go on"), answer="No")
     later["messages"] = [*later["messages"], *chat(("image", "a.png"), answer="Yes")["messages"]]
     write_image(tmp_path / "a.png", (40, 24))

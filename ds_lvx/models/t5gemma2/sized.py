@@ -143,6 +143,7 @@ def random_frames(
     tokens = _PROMPT + text_tokens
     image = config.encoder.image_token_id
     text = torch.randint(1, config.decoder.vocab_size - 2, (1, tokens), generator=generator)
+    text[0, 0] = config.encoder.eoi_token_id  # which ends an image
     visual = torch.full((1, total * image_tokens(config)), image)
     side, mine = config.encoder.vision_config.image_size, list(frames)
     batch = {
