@@ -35,6 +35,7 @@ class Case:
         hidden, heads, kv_heads: of the text model.
         cross_layers, self_layers: of the text model, cross-attention first.
         mlp, vocabulary: of the text model.
+        head_dim: of the text model; 0: hidden / heads.
         text_tokens: of the one sample, over all ranks.
         vision_hidden, vision_heads, vision_mlp, vision_layers, vision_global_layers: of the vision
             tower.
@@ -53,6 +54,7 @@ class Case:
     cross_layers: int = 8
     self_layers: int = 0
     mlp: int = 64
+    head_dim: int = 0
     vocabulary: int = 512
     text_tokens: int = 256
     vision_hidden: int = 16
@@ -170,7 +172,7 @@ def cut(case: Case, *, hidden: int | None = None, **layers: int | None) -> Case:
     if "vision_layers" in changes:
         changes["vision_global_layers"] = min(case.vision_global_layers, changes["vision_layers"])
     if hidden is not None:
-        head_dim = case.hidden // case.heads
+        head_dim = case.head_dim or case.hidden // case.heads
         heads, rest = divmod(hidden, head_dim)
         if rest or heads < 1:
             raise ValueError(f"--hidden: got {hidden}; expected a multiple of {head_dim}, a head")

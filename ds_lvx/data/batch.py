@@ -150,7 +150,9 @@ class BatchMaker:
                 expected=f"at least {self._min_tokens}, one for each rank that shares a sample",
                 do="lengthen the text or lower sequence_parallel_size",
             )
-        return Sample(source, text, frames)
+        sample = Sample(source, text, frames)
+        self._inputs(sample)  # what is wrong with it is said before anything is decoded
+        return sample
 
     def labelled(self, conversations: Sequence[Conversation]) -> int:
         """How many tokens of some conversations are learnt. Decodes nothing.
@@ -169,9 +171,10 @@ class BatchMaker:
             conversations: B of them, the same on every rank that shares them.
 
         Returns:
-            Its inputs: ``input_ids``, ``attention_mask``, ``labels`` int64 ``[B, T]``, padded at
-            the end; where a sample has frames also what the family's processor returns for this
-            rank's frames (`ds_lvx.models.contract.Family.frames`).
+            Its inputs: ``input_ids``, ``attention_mask``, ``labels`` int64 ``[B, T]``, or what
+            the family has of the text, padded at the end; where a sample has frames also what the
+            family's processor returns for this rank's frames
+            (`ds_lvx.models.contract.Family.frames`).
 
         Raises:
             DataError: with file and line.
@@ -232,18 +235,28 @@ class BatchMaker:
         chosen = choose(video, fps=rate.fps, count=rate.count, max_frames=rate.max_frames)
         return Frames(part.value, video, chosen)
 
+    def _inputs(self, sample: Sample) -> Mapping[str, Sequence[int]]:
+        try:
+            text = sample.text
+            return self.encoder.family.inputs(self.encoder.processor, text.input_ids, text.labels)
+        except ValueError as error:
+            raise DataError(f"{sample.source}: {error}") from None
+
     def _text(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        length = max(len(sample.text.input_ids) for sample in samples)
+        rows = [self._inputs(sample) for sample in samples]
 
-        def padded(rows: list[list[int]], fill: int) -> Tensor:
-            return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+        def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+            # What is shorter than there are ranks (an answer may be) is padded, too.
+            length = max(self._min_tokens, *map(len, rows))
+            return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
 
-        ids = [sample.text.input_ids for sample in samples]
-        return {
-            "input_ids": padded(ids, self.encoder.pad_token_id),
-            "attention_mask": padded([[1] * len(row) for row in ids], 0),
-            "labels": padded([sample.text.labels for sample in samples], IGNORED),
+        pad = self.encoder.pad_token_id
+        batch = {
+            key: padded([row[key] for row in rows], IGNORED if key == "labels" else pad)
+            for key in rows[0]
         }
+        ones = [[1] * len(row["input_ids"]) for row in rows]
+        return {**batch, "attention_mask": padded(ones, 0)}
 
     def _pictures(self, sample: Sample, mine: range) -> Iterator[Any]:
         """Decode the frames ``mine`` of a sample, file by file, and no others."""

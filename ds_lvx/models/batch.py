@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class ShardedBatch:
         features_gradient: where layers that project K and V again add up the gradient of the
             visual features; the running forward fills it in.
         world: all ranks, where other groups train on other batches; `shard_batch` fills it in.
+        others: of a model with further sequences, or with layers that see a part of one: layouts
+            by names of the family's own.
     """
 
     text: Layout
@@ -45,6 +47,7 @@ class ShardedBatch:
     row_mask: Tensor | None
     features_gradient: FeatureGradient | None = None
     world: Channel | None = None
+    others: Mapping[str, Layout] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -57,6 +60,7 @@ class ShardedBatch:
         cross_rule: Visibility | None,
         row_mask: Tensor | None,
         device: torch.device,
+        others: Mapping[str, Layout],
     ) -> ShardedBatch:
         """The keyword of this rank, from what holds for the whole batch and every rank knows.
 
@@ -70,6 +74,7 @@ class ShardedBatch:
             row_mask: bool ``[B, T]``, False where a text token may see no image at all; None when
                 every token sees some.
             device: where the model computes.
+            others: see the class.
         """
         here = span(text_lengths, channel.rank)
         text = Layout.of_batch(channel, text_lengths, text_lengths, text_rule, device=device)
@@ -77,7 +82,7 @@ class ShardedBatch:
         if kv_lengths is not None:
             cross = Layout.of_batch(channel, text_lengths, kv_lengths, cross_rule, device=device)
         mask = None if row_mask is None else move(row_mask[:, None, here, None], device)
-        return cls(text, cross, mask)
+        return cls(text, cross, mask, others=others)
 
     @property
     def channel(self) -> Channel:
@@ -133,22 +138,29 @@ class Text:
     items: float | None = None
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any]) -> Text:
+    def of(cls, batch: Mapping[str, Any], *, prefix: str = "") -> Self:
         """Take the text out of a batch.
+
+        Args:
+            batch: what the caller gave.
+            prefix: of every key but ``labels``.
 
         Raises:
             ValueError: a tensor is missing or has another shape than ``input_ids``; a
                 ``num_items_in_batch`` that is no number above 0.
         """
-        input_ids = batch.get("input_ids")
+        first, *others = (f"{prefix}{key}" for key in TEXT_KEYS[:3])
+        input_ids = batch.get(first)
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             raise ValueError(
-                f"got input_ids {_shape(input_ids)}; expected a tensor [batch, seqlen]: pass the "
+                f"got {first} {_shape(input_ids)}; expected a tensor [batch, seqlen]: pass the "
                 'batch as the processor returns it, with return_tensors="pt"'
             )
-        for key in TEXT_KEYS[1:]:
-            _check_like(key, batch.get(key), input_ids, one_row=key == "position_ids")
-        attention_mask, position_ids, labels = (batch.get(key) for key in TEXT_KEYS[1:])
+        others.append(TEXT_KEYS[3])
+        for key in others:
+            one_row = key.endswith("position_ids")
+            _check_like(key, batch.get(key), input_ids, first=first, one_row=one_row)
+        attention_mask, position_ids, labels = (batch.get(key) for key in others)
         items = batch.get(ITEMS_KEY)
         return cls(
             input_ids,
@@ -186,7 +198,13 @@ class Text:
         """A rank's part of it."""
         return span(self.lengths(size), rank)
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Text:
+    @property
+    def divisor(self) -> float:
+        """What the sum of the losses is divided by."""
+        # No label at all: the sum of the losses is 0, and so is the loss.
+        return max(self.labelled, 1) if self.items is None else self.items
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with every tensor changed."""
         parts = {key: getattr(self, key) for key in TEXT_KEYS}
         changed: dict[str, Any] = {k: change(v) for k, v in parts.items() if v is not None}
@@ -250,9 +268,7 @@ class Text:
             shifted = torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED_LABEL)
             shard["labels"] = self.labels[:, here]
             shard["shift_labels"] = shifted[:, here].contiguous()
-            # No label at all: the sum of the losses is 0, and so is the loss.
-            labelled = max(int((shifted != IGNORED_LABEL).sum()), 1)
-            shard[ITEMS_KEY] = labelled if self.items is None else self.items
+            shard[ITEMS_KEY] = self.divisor
         return shard
 
 
@@ -289,13 +305,13 @@ def _items(given: Any) -> float:
     return value
 
 
-def _check_like(key: str, value: Any, input_ids: Tensor, *, one_row: bool) -> None:
+def _check_like(key: str, value: Any, input_ids: Tensor, *, first: str, one_row: bool) -> None:
     if value is None:
         return
     allowed = [tuple(input_ids.shape)] + [(1, input_ids.shape[1])] * one_row
     if not isinstance(value, Tensor) or tuple(value.shape) not in allowed:
         raise ValueError(
-            f"got {key} {_shape(value)}; expected the shape of input_ids, {allowed[0]}: the "
+            f"got {key} {_shape(value)}; expected the shape of {first}, {allowed[0]}: the "
             "whole sequence, neither cut nor expanded"
         )
 

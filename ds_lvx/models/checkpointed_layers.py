@@ -62,7 +62,7 @@ class LayerCheckpointing:
             return function(*args)
         if not wanted:
             # The reentrant variants give no gradient to parameters when no argument wants one.
-            lifted = (torch.zeros((), requires_grad=True, device=_device(args)),)
+            lifted = (torch.zeros((), requires_grad=True, device=_device(tensors)),)
         # What follows the states, such as features, is the same for all layers.
         for tensor in (*(tensors if self._keeps_arguments else tensors[1:]), *lifted):
             tensor.no_checkpointing = True  # type: ignore[attr-defined]
@@ -72,39 +72,35 @@ class LayerCheckpointing:
 def _lift(
     function: Callable[..., Any], args: Sequence[Any]
 ) -> tuple[Callable[..., Any], tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """A function of tensors alone: those of ``args``, then the gradient-wanting ones of its
-    keywords; and these tensors.
+    """A function of tensors alone, and those: positional ones, and the gradient-wanting keywords.
 
-    DeepSpeed, where it partitions activations, gives any other argument back twice.
+    What is no tensor is not handed to DeepSpeed 0.19.8, which with partition_activations hands it
+    back with a None behind it (``merge_tensors``).
     """
-    tensors = tuple(x for x in args if isinstance(x, Tensor))
-    count = len(tensors)
-    others = [None if isinstance(x, Tensor) else (x,) for x in args]
+    keywords = function.keywords if isinstance(function, functools.partial) else {}
+    leaves, structure = tree_flatten(keywords)
+    places = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
+    wanted = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+    tensors, lifted = tuple(args[i] for i in places), tuple(leaves[i] for i in wanted)
+    # What is handed over must not be held back here: a checkpoint decides where it lies.
+    others = [None if i in places else x for i, x in enumerate(args)]
+    leaves = [None if i in wanted else x for i, x in enumerate(leaves)]
 
-    def whole(given: Sequence[Any]) -> list[Any]:
-        rest = iter(given[:count])
-        return [next(rest) if other is None else other[0] for other in others]
-
-    if not isinstance(function, functools.partial):
-        return (lambda *given: function(*whole(given))), tensors, ()
-    leaves, structure = tree_flatten(function.keywords)
-    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
-    lifted = tuple(leaves[place] for place in places)
-    # What is lifted must not be held back here: a checkpoint decides where it lies.
-    leaves = [None if place in places else leaf for place, leaf in enumerate(leaves)]
-
-    def run(*given: Any) -> Any:
-        filled = list(leaves)
-        for place, tensor in zip(places, given[count:], strict=False):
+    def run(*given: Tensor) -> Any:
+        positional, filled = list(others), list(leaves)
+        for place, tensor in zip(places, given, strict=False):
+            positional[place] = tensor
+        for place, tensor in zip(wanted, given[len(places) :], strict=False):
             filled[place] = tensor
-        keywords = tree_unflatten(filled, structure)
-        return function.func(*function.args, *whole(given), **keywords)
+        if not isinstance(function, functools.partial):
+            return function(*positional)
+        return function.func(*function.args, *positional, **tree_unflatten(filled, structure))
 
     return run, tensors, lifted
 
 
-def _device(args: Sequence[Any]) -> torch.device | None:
-    return next((a.device for a in args if isinstance(a, Tensor)), None)
+def _device(tensors: Sequence[Tensor]) -> torch.device | None:
+    return next((tensor.device for tensor in tensors), None)
 
 
 class EncoderForward:

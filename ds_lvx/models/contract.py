@@ -7,10 +7,11 @@ balancing images over ranks, agreeing on all ranks, blank frames, refusing what 
 carrying the keyword ``ds_lvx`` to the layers.
 
 Two kinds of models exist. In a *cross* model text attends to visual features that its layers get
-beside the text; they stay on the rank that encoded them. The parts below are for those. In a
-*concatenated* model visual tokens stand among the text's; such a family has layers of kind
-``"self"`` and ``"local"`` only, and its `Visual` is not ``attended``
-(``ds_lvx/models/adapters/``), or it overrides `Family.shard`.
+beside the text; they stay on the rank that encoded them. The parts below are for those. Where an
+encoder makes these features of one sequence of text and images, its layers are of kind ``"self"``,
+with layouts of their own (`ds_lvx.models.visual.Visual.layouts`). In a *concatenated* model visual
+tokens stand among the text's; such a family has layers of kind ``"self"`` and ``"local"`` only, and
+its `Visual` is not ``attended`` (``ds_lvx/models/adapters/``), or it overrides `Family.shard`.
 
 Shapes: ``B`` samples, ``T`` text tokens of the whole sequence. A *unit* is a piece of the visual
 input that no rank cuts: an image, or a frame of a video.
@@ -45,6 +46,7 @@ class Size:
     Attributes:
         vocabulary: of the output; the image token's id is this number.
         hidden, heads, kv_heads, mlp: of the text model.
+        head_dim: of the text model; 0: hidden / heads.
         layers: of the text model, cross-attention layers among them.
         cross_at: which of them attend to images.
         positions: that the text may have.
@@ -60,6 +62,7 @@ class Size:
     heads: int = 4
     kv_heads: int = 2
     mlp: int = 128
+    head_dim: int = 0
     layers: int = 4
     cross_at: tuple[int, ...] = (1, 3)
     positions: int = 256
@@ -151,7 +154,21 @@ class Family(ABC):
         the tower and drops the result, so that it takes part in ZeRO-3's gathers and its gradients
         are 0, not absent."""
 
-    # ---- patching: with defaults
+    # ---- with defaults
+
+    def text(self, batch: Mapping[str, Any], model: Any) -> Text:
+        """The text that looks at visual features, checked. It is cut evenly over the ranks; one of
+        a class of its own may stay whole on each.
+
+        Args:
+            batch, model: as of `visual`.
+
+        Raises:
+            ValueError: it is missing, or its entries have different shapes.
+        """
+        from ds_lvx.models.batch import Text
+
+        return Text.of(batch)
 
     def check(self, model: Any, *, sp_size: int) -> None:
         """Refuse a model that cannot be sharded over ``sp_size`` ranks.
@@ -173,16 +190,6 @@ class Family(ABC):
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
         """Put further hooks on the model, of classes derived from `ds_lvx.models.patch.Hook`."""
         return
-
-    def text(self, batch: Mapping[str, Any], model: Any) -> Text:
-        """The text of a batch, checked; a class of its own may leave it whole on every rank.
-
-        Args:
-            batch, model: as in `visual`.
-        """
-        from ds_lvx.models.batch import Text
-
-        return Text.of(batch)
 
     def encoders(self, model: Any) -> Sequence[nn.Module]:
         """Encoders of images with ``layers``, whose checkpointing transformers leaves undone."""
@@ -359,6 +366,20 @@ class Family(ABC):
             prompts: of each sample, its tokens before the first that is learnt.
         """
         return {}
+
+    def inputs(
+        self, processor: Any, input_ids: Sequence[int], labels: Sequence[int]
+    ) -> Mapping[str, Sequence[int]]:
+        """What the model takes of a conversation's text, each padded at the end in a batch.
+
+        Args:
+            processor: the checkpoint's.
+            input_ids, labels: of the whole conversation; -100 where nothing is learnt.
+
+        Raises:
+            ValueError: the model cannot take such a conversation.
+        """
+        return {"input_ids": input_ids, "labels": labels}
 
     def frames(
         self,

@@ -47,6 +47,24 @@ class Layers:
 
 
 @dataclass(frozen=True)
+class RowLayers(Layers):
+    """Layers of an encoder in which all visual tokens of a sample attend to each other.
+
+    Attributes:
+        full: how many of them see all; the others a window.
+        window: tokens of it.
+    """
+
+    full: int = 0
+    window: int = 0
+
+    def share_seen(self, tokens: int) -> float:
+        """Of all pairs of so many tokens, those that a layer sees, on average."""
+        windowed = min(self.window / tokens, 1.0) * (self.count - self.full)
+        return (self.full + windowed) / self.count
+
+
+@dataclass(frozen=True)
 class Model:
     """A multimodal model with cross-attention.
 
@@ -61,6 +79,9 @@ class Model:
         projector_parameters: between tower and cross-attention.
         tower_states: states of the tower's width that it keeps for each of its tokens, frozen too.
         source: of all these numbers.
+        rows: of an encoder between projector and cross-attention; None: there is none.
+        embeddings: tables of the vocabulary, for what goes in and what comes out.
+        recomputes: cross-attention layers can project K and V again.
     """
 
     name: str
@@ -73,12 +94,16 @@ class Model:
     projector_parameters: int
     tower_states: int
     source: str
+    rows: RowLayers | None = None
+    embeddings: int = 2
+    recomputes: bool = True
 
     @property
     def parameters(self) -> int:
         """Weights of the model, embeddings in and out included; norms and biases left out."""
-        embeddings = 2 * self.vocabulary * self.text.hidden
+        embeddings = self.embeddings * self.vocabulary * self.text.hidden
         layers = self.text.parameters + self.cross.parameters + self.tower.parameters
+        layers += 0 if self.rows is None else self.rows.parameters
         return layers + embeddings + self.projector_parameters
 
     def with_frames(self, frames: int) -> Model:

@@ -216,17 +216,18 @@ class _Content:
         shares = tuple(int(record["share"]) for record in records)
         if self.frames == "all":
             shares = visual.shares(size)
-        here = self.text.part(rank, size)
+        lengths, here = self.text.lengths(size), self.text.part(rank, size)
         arguments: dict[str, Any] = {}
         kv_lengths, rule, row_mask = None, None, None
         if visual.runs is not None:
             visual.runs.check_images(sum(shares))
-        if sum(shares) > 0:
-            blank = shares[rank] == 0 and not visual.encoded
-            arguments = family.blank(model) if blank else dict(visual.arguments)
+        if sum(shares) > 0 or visual.has_more:
+            if sum(shares) > 0 or always_vision:
+                blank = shares[rank] == 0 and not visual.encoded
+                arguments = family.blank(model) if blank else dict(visual.arguments)
             kv_lengths = visual.lengths(shares)
+            rule = visual.rule(self._valid(shares, records))
             if visual.runs is not None:
-                rule = visual.rule(self._valid(shares, records))
                 row_mask = ~visual.runs.sees_nothing
         elif always_vision:
             # Where others have features, a batch without images has some of length 0.
@@ -237,12 +238,13 @@ class _Content:
             kv_lengths, row_mask = None, None
         keyword = ShardedBatch.of(
             channel=channel,
-            text_lengths=self.text.lengths(size),
+            text_lengths=lengths,
             kv_lengths=kv_lengths,
             text_rule=self.text.visibility(),
             cross_rule=rule,
             row_mask=row_mask,
             device=device,
+            others=visual.layouts(self.text, channel=channel, lengths=lengths, device=device),
         )
         beside = visual.beside(rank, self.text, here)
         shard = {**self.text.shard(here), **arguments, **beside}

@@ -29,6 +29,7 @@ BUILT_IN: Mapping[str, str] = {
     "blip-2": "ds_lvx.models.adapters.blip:Blip2",
     "instructblip": "ds_lvx.models.adapters.blip:InstructBlip",
     "instructblipvideo": "ds_lvx.models.adapters.blip:InstructBlipVideo",
+    "t5gemma2": "ds_lvx.models.t5gemma2.family:T5Gemma2",
 }
 """``model_type`` -> where its `Family` is."""
 
@@ -37,7 +38,7 @@ CLASSES: Mapping[str, str] = {"Flamingo": "openflamingo"}
 
 KNOWN: Mapping[str, str] = {
     name: f"ds_lvx.models.{name}.dimensions"
-    for name in ("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics")
+    for name in ("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2")
 }
 """``model_type`` -> the module with ``known``, a function that returns models known by name, and
 where a config can be read, ``dimensions``, as in `Family`. The planner predicts more models than

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds_lvx.attention.layout import Layout
+from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 from ds_lvx.models.batch import Text, digest, span, split
 
@@ -172,6 +174,7 @@ class Visual:
         counts: int ``[B]``, units of each sample; what is beyond pads the batch, and nobody sees
             it, so that a sample's loss does not depend on who shares its batch. None: the model's
             own way with padding.
+        has_more: the text looks at more than units, so at something also where there are none.
     """
 
     count: int
@@ -182,6 +185,7 @@ class Visual:
     blind_see_all: bool = False
     encoded: bool = False
     counts: Tensor | None = None
+    has_more: bool = False
 
     def shared_record(self) -> dict[str, Any]:
         """What must be the same on every rank of the group."""
@@ -213,6 +217,19 @@ class Visual:
             rank: whose arguments.
             text: the whole text.
             here: this rank's part of it.
+        """
+        return {}
+
+    def layouts(
+        self, text: Text, *, channel: Channel, lengths: tuple[int, ...], device: torch.device
+    ) -> Mapping[str, Layout]:
+        """Further layouts, for `ShardedBatch.others`.
+
+        Args:
+            text: the whole text.
+            channel: the ranks that share it.
+            lengths: its tokens by rank.
+            device: where the model computes.
         """
         return {}
 

@@ -221,6 +221,7 @@ class Footprint:
         vision: the vision tower's activations at their peak.
         cross: the cross-attention's at their peak, features included.
         text: the text's activations and logits, and the queries of other ranks.
+        rows: the activations of an encoder over all visual tokens.
         vision_stays: what of ``vision`` is still there in the text's backward.
     """
 
@@ -228,12 +229,15 @@ class Footprint:
     vision: int
     cross: int
     text: int
+    rows: int
     vision_stays: int
 
     @property
     def peak(self) -> int:
         """The most at any moment: in the vision tower, or in the text's backward."""
-        return self.states + max(self.vision, self.vision_stays + self.cross + self.text)
+        return self.states + max(
+            self.vision, self.vision_stays + self.cross + self.text + self.rows
+        )
 
 
 def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footprint:
@@ -264,6 +268,7 @@ def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footpri
         vision=vision,
         cross=peak(attention, setting, load),
         text=_text(scenario, queries) + travelling,
+        rows=_rows(scenario, load.keys),
         vision_stays=stays,
     )
 
@@ -290,6 +295,16 @@ def _vision(scenario: Scenario, tokens: int) -> tuple[int, int]:
         return tokens * tower.count * layer, tokens * tower.count * layer
     kept = tokens * max(states, tower.count) * state
     return kept + tokens * layer, kept
+
+
+def _rows(scenario: Scenario, tokens: int) -> int:
+    """What an encoder's layers keep, and one of them at its peak."""
+    rows = scenario.model.rows
+    if rows is None:
+        return 0
+    layer = _LAYER_BYTES * rows.hidden
+    kept = scenario.element_bytes * rows.hidden if scenario.checkpointing else layer
+    return tokens * (rows.count * kept + layer)
 
 
 def _text(scenario: Scenario, queries: int) -> int:

@@ -82,7 +82,7 @@ def _question(scenario: Scenario, cluster: Cluster) -> str:
     settings = [
         f"ZeRO {scenario.zero_stage}",
         "all weights train" if scenario.trains_all else "cross-attention trains",
-        *(["K and V recomputed (lvx)"] if scenario.recompute else []),
+        *(["K and V recomputed (lvx)"] if scenario.recomputes("lvx") else []),
         *(["layers checkpointed"] if scenario.checkpointing else []),
     ]
     return (

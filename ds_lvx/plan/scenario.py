@@ -64,13 +64,18 @@ class Scenario:
 
     def recomputes(self, way: str) -> bool:
         """Whether cross-attention layers project K and V again; lvx alone can."""
-        return self.recompute and way.startswith("lvx")
+        return self.recompute and self.model.recomputes and way.startswith("lvx")
 
     def cross_shape(self, ranks: int, way: str) -> AttentionShape:
         """One cross-attention layer."""
         keys = [count * self.model.frame_tokens for count in evenly(self.frames, ranks)]
         shape = self._shape(self.model.cross, ranks, keys)
         return replace(shape, recompute=self.recomputes(way))
+
+    def rows_shape(self, ranks: int, rows: Layers) -> AttentionShape:
+        """One layer of an encoder over all visual tokens."""
+        tokens = self.cross_shape(ranks, "ring").kv_lengths
+        return replace(self._shape(rows, ranks, tokens), q_lengths=tokens)
 
     def text_shape(self, ranks: int) -> AttentionShape:
         """One self-attention layer of the text."""

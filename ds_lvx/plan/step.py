@@ -76,6 +76,7 @@ def step(scenario: Scenario, cluster: Cluster, *, ranks: int, way: str) -> Step:
         "projection of K and V": count * sum(each.projection_s for each in projections),
         "cross-attention, network": count * layer.exposed_s,
         **_text(scenario, cluster, ranks, text_method),
+        **_rows(scenario, cluster, ranks, text_method),
         "vision": _vision(scenario, cluster.device, ranks),
     }
     parts["ZeRO, network"] = max(0.0, _zero(scenario, cluster) - sum(parts.values()))
@@ -114,6 +115,24 @@ def _text(scenario: Scenario, cluster: Cluster, ranks: int, method: str) -> dict
     return {
         "text layers": layers + model.text.count * attention.seconds - waiting,
         "text, network": waiting,
+    }
+
+
+def _rows(scenario: Scenario, cluster: Cluster, ranks: int, method: str) -> dict[str, float]:
+    """The layers of an encoder over all visual tokens; of windows the pairs that are seen."""
+    rows = scenario.model.rows
+    if rows is None:
+        return {}
+    tokens = scenario.frames_of_a_rank(ranks) * scenario.model.frame_tokens
+    passes = (3 if scenario.trains_all else 2) + (1 if scenario.checkpointing else 0)
+    layer = passes * _products(cluster.device, rows.parameters // rows.count, tokens)
+    attention = cost(scenario.rows_shape(ranks, rows), cluster, method)
+    kernels = attention.forward.kernel_s + attention.backward.kernel_s
+    unseen = kernels * (1 - rows.share_seen(scenario.visual_tokens))
+    waiting = attention.exposed_s
+    return {
+        "encoder layers": rows.count * (layer + attention.seconds - waiting - unseen),
+        "encoder, network": rows.count * waiting,
     }
 
 

@@ -64,7 +64,7 @@ def test_a_model_type_has_one_family(families: Families) -> None:
         families.register("mllama", first)
     known = (
         "mllama, moss_vl, idefics, mplugowl3, openflamingo, "
-        "blip-2, instructblip, instructblipvideo, new;"
+        "blip-2, instructblip, instructblipvideo, t5gemma2, new;"
     )
     with pytest.raises(NotImplementedError, match=f"'newer'; expected one of {known}"):
         families.named("newer")
@@ -127,7 +127,7 @@ def test_the_planner_gets_dimensions_without_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PLANNING], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["10 mllama moss_vl mplugowl3 idefics", "[]"]
+    assert done.stdout.splitlines() == ["13 mllama moss_vl mplugowl3 idefics t5gemma2", "[]"]
 
 
 # ---- who names a family
@@ -139,7 +139,7 @@ CASES = (
     "launch/bench_memory.py",
 )
 """Measure shapes of named models."""
-FAMILY = re.compile(r"mllama|llama-3\.2|moss|idefics|flamingo|blip", re.IGNORECASE)
+FAMILY = re.compile(r"mllama|llama-3\.2|moss|idefics|flamingo|blip|t5gemma", re.IGNORECASE)
 USAGE = re.compile(r"--model |--deepspeed_config |ds_configs/")
 
 

@@ -86,6 +86,7 @@ def test_the_numbers_for_an_hour_of_video_are_the_commands(
     [
         ("idefics", "2,048 text tokens, 900 frames = 57,600 visual tokens"),
         ("OpenFlamingo", "2,048 text tokens, 900 frames = 57,600 visual tokens"),
+        ("T5Gemma 2", "512 text tokens, 450 frames = 115,200 visual tokens"),
         ("mPLUG-Owl3", "4,096 text tokens, 3,600 frames = 2,624,400 visual tokens"),
     ],
 )

@@ -36,6 +36,9 @@ def test_llama_vision_has_the_dimensions_of_transformers_config(tmp_path: Path) 
         ("OpenFlamingo-4B", 4.0, 64, (16, 8, 8, 64)),
         ("OpenFlamingo-3B", 2.6, 64, (24, 8, 8, 64)),
         ("idefics-9b", 9.0, 64, (8, 32, 32, 128)),
+        ("t5gemma-2-270m", 0.79, 256, (18, 4, 1, 256)),
+        ("t5gemma-2-1b", 2.1, 256, (26, 4, 1, 256)),
+        ("t5gemma-2-4b", 7.5, 256, (34, 8, 4, 256)),
         ("MOSS-VL-Instruct-0708", 11.3, 721, (12, 32, 8, 128)),
     ],
 )

@@ -228,7 +228,7 @@ def predict(setting: Setting, case: Case, *, ranks: int, cuda: bool) -> dict[str
         setting, case, ranks: what is measured.
         cuda: where; on a CPU the same is predicted for an accelerator as well.
     """
-    head_dim = case.hidden // case.heads
+    head_dim = case.head_dim or case.hidden // case.heads
     attention = CrossAttention(case.hidden, case.heads, case.kv_heads, head_dim, case.cross_layers)
     accelerator = formulas.Load(keys=1, ranks=ranks, features_train=case.features != "frozen")
     here = replace(accelerator, host_is_device=not cuda)

@@ -7,7 +7,7 @@ same. Every rank gets what all of them made, and an even share of the loss.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -22,13 +22,14 @@ class WholeText(Text):
     """The text of the encoder, and the labels of the decoder, ``[B, L]``."""
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any]) -> WholeText:
+    def of(cls, batch: Mapping[str, Any], *, prefix: str = "") -> Self:
         """Take the text out of a batch.
 
         Raises:
             ValueError: as of `Text.of`; labels that are not ``[B, L]``.
         """
-        text = super().of({key: value for key, value in batch.items() if key != _LABELS})
+        others = {key: value for key, value in batch.items() if key != _LABELS}
+        text = super().of(others, prefix=prefix)
         labels = batch.get(_LABELS)
         found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         if labels is not None and (len(found) != 2 or found[0] != text.shape[0]):
@@ -62,7 +63,7 @@ class WholeText(Text):
             shard["attention_mask"] = self.attention_mask
         if self.labels is not None:
             shard[_LABELS] = self.labels
-            shard[ITEMS_KEY] = max(self.labelled, 1) if self.items is None else self.items
+            shard[ITEMS_KEY] = self.divisor
         return shard
 
 

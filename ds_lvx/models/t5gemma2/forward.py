@@ -1,0 +1,50 @@
+"""What the encoder's own forward would do otherwise with a sharded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ds_lvx.models.patch import KEYWORD, Hook
+from ds_lvx.models.t5gemma2.batch import FULL, PLACES, SLIDING
+from ds_lvx.models.visual import PIXELS
+
+FEATURES = "encoder_hidden_states"
+
+
+class Embed(Hook):
+    """A forward pre-hook of the encoder: embeddings of this rank's text and images.
+
+    A rank without images has a blank one, which goes nowhere. There are no masks: those that
+    transformers makes have as many columns as rows.
+    """
+
+    def __call__(
+        self, module: Any, args: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        if kwargs.get(KEYWORD) is None:
+            return None
+        given = dict(kwargs)
+        embedded = module.text_model.embed_tokens(given.pop("input_ids"))
+        pixels, places = given.pop(PIXELS, None), given.pop(PLACES)
+        if pixels is not None:
+            features = module.get_image_features(pixels, return_dict=True).pooler_output
+            embedded = _placed(embedded, features.to(embedded.dtype).flatten(0, 1), places)
+        masks = dict.fromkeys((FULL, SLIDING))
+        return args, {**given, "inputs_embeds": embedded, "attention_mask": masks}
+
+
+def _placed(embedded: Tensor, features: Tensor, places: Tensor) -> Tensor:
+    """Embeddings ``[B, n_r, hidden]`` with features ``[images P, hidden]`` at their places."""
+    if len(places) == 0:
+        return embedded + features[:0].sum()  # of a blank image: gradients of 0, and not none
+    return embedded.flatten(0, 1).index_copy(0, places, features).view_as(embedded)
+
+
+def masks(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Masks for the decoder, whose forward puts them side by side; nobody reads them."""
+    mask = arguments[FEATURES].new_zeros(1, 1, 1, 1)
+    every = dict.fromkeys((FULL, SLIDING), mask)
+    return {"attention_mask": every, "encoder_attention_mask": every}

@@ -1,0 +1,162 @@
+"""T5Gemma2 with random weights, cut to any size, and frames to measure with.
+
+A size counts the encoder's layers and the decoder's, which are those that look at images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
+
+from ds_lvx.models.contract import Size
+from ds_lvx.models.t5gemma2.batch import image_tokens
+from ds_lvx.models.visual import COUNTS, PIXELS
+
+_POOLED = 4
+"""Patches of a visual token, by side."""
+_WINDOW = 1024
+_PROMPT = 16
+"""Tokens of text in the encoder's row that is measured."""
+_CLOSED = ("mm_input_projection_weight", "eoi_embedding")
+"""Zeros in a new model, as gates are in others."""
+
+
+def config_of(size: Size) -> T5Gemma2Config:
+    """The configuration of a model cut to a size; its last two tokens are an image's.
+
+    Raises:
+        ValueError: no layers in encoder or decoder.
+    """
+    cross = len(size.cross_at)
+    if not 0 < cross < size.layers:
+        raise ValueError(
+            f"got {size.layers - cross} layers of self-attention and {cross} of cross-attention; "
+            "expected at least one of each: the encoder's and the decoder's"
+        )
+    text = {
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.mlp,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_dim or size.hidden // size.heads,
+        "query_pre_attn_scalar": size.head_dim or size.hidden // size.heads,
+        "max_position_embeddings": size.positions,
+        "initializer_range": size.initializer_range,
+        "sliding_window": _WINDOW,
+        "bos_token_id": size.bos,
+        "eos_token_id": size.eos,
+        "pad_token_id": 0 if size.pad is None else size.pad,
+    }
+    side = max(size.image_size // size.patch_size // _POOLED, 1)
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": size.vision_hidden,
+        "num_attention_heads": size.vision_heads,
+        "intermediate_size": size.vision_mlp,
+        "num_hidden_layers": size.vision_layers,
+        "image_size": size.image_size,
+        "patch_size": size.patch_size,
+        "vision_use_head": False,
+    }
+    return T5Gemma2Config(
+        encoder={
+            "text_config": {**text, "num_hidden_layers": size.layers - cross},
+            "vision_config": vision,
+            "mm_tokens_per_image": side**2,
+            "eoi_token_index": size.vocabulary - 2,
+            "initializer_range": size.initializer_range,
+        },
+        decoder={**text, "num_hidden_layers": cross},
+        image_token_index=size.vocabulary - 1,
+        initializer_range=size.initializer_range,
+    )
+
+
+def size_of(config: Any) -> Size:
+    """The size of a configuration; None is T5Gemma 2 4B-4B's."""
+    if config is None:
+        return Size(
+            vocabulary=262_144,
+            hidden=2560,
+            heads=8,
+            kv_heads=4,
+            mlp=10_240,
+            head_dim=256,
+            layers=68,
+            cross_at=tuple(range(34, 68)),
+            positions=131_072,
+            vision_hidden=1152,
+            vision_heads=16,
+            vision_mlp=4304,
+            vision_layers=27,
+            vision_global_layers=0,
+            image_size=896,
+        )
+    text, vision, decoder = config.encoder.text_config, config.encoder.vision_config, config.decoder
+    layers = text.num_hidden_layers + decoder.num_hidden_layers
+    return Size(
+        vocabulary=text.vocab_size,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        mlp=text.intermediate_size,
+        head_dim=text.head_dim,
+        layers=layers,
+        cross_at=tuple(range(text.num_hidden_layers, layers)),
+        positions=text.max_position_embeddings,
+        vision_hidden=vision.hidden_size,
+        vision_heads=vision.num_attention_heads,
+        vision_mlp=vision.intermediate_size,
+        vision_layers=vision.num_hidden_layers,
+        vision_global_layers=0,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+    )
+
+
+def build(
+    config: T5Gemma2Config, *, gate: float, dtype: torch.dtype
+) -> T5Gemma2ForConditionalGeneration:
+    """Random weights, by torch's generator; ``gate`` times as large where a new model has zeros."""
+    model = T5Gemma2ForConditionalGeneration._from_config(config, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(_CLOSED):
+            partitioned = hasattr(parameter, "ds_id")
+            with deepspeed.zero.GatheredParameters(
+                [parameter], modifier_rank=0, enabled=partitioned
+            ):
+                nn.init.normal_(parameter, std=gate * config.initializer_range)
+    return model
+
+
+def random_frames(
+    config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+) -> dict[str, Tensor]:
+    """See `ds_lvx.models.contract.Family.random_frames`; ``text_tokens`` are the decoder's."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = _PROMPT + text_tokens
+    image = config.encoder.image_token_id
+    text = torch.randint(1, config.decoder.vocab_size - 2, (1, tokens), generator=generator)
+    text[0, 0] = config.encoder.eoi_token_id  # which ends an image
+    visual = torch.full((1, total * image_tokens(config)), image)
+    side, mine = config.encoder.vision_config.image_size, list(frames)
+    batch = {
+        "input_ids": torch.cat((visual, text[:, :_PROMPT]), dim=1),
+        "labels": text[:, _PROMPT:],
+        COUNTS: torch.tensor([len(mine)]),
+    }
+    if not mine:
+        return batch
+    pixels = torch.empty(len(mine), 3, side, side)
+    for place, frame in enumerate(mine):
+        generator.manual_seed(seed + 1 + frame)
+        # Brighter or darker than others, so that a method which lost some would show.
+        shift = torch.randn(3, 1, 1, generator=generator)
+        pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
+    return {**batch, PIXELS: pixels}

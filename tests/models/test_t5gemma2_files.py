@@ -1,0 +1,183 @@
+"""T5Gemma2 from a checkpoint's folder: its own processor's text and pixels, tools on it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import Gemma3Processor, PreTrainedTokenizerFast
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+from ds_lvx.compare.case import (
+    Setting,
+    build_model,
+    cut,
+    ds_config,
+    make_batch,
+    part_of,
+    random_case,
+)
+from ds_lvx.config import LVXConfig
+from ds_lvx.data.batch import BatchMaker, FrameRate
+from ds_lvx.data.chat import read_conversations
+from ds_lvx.data.errors import DataError
+from ds_lvx.data.text import TextEncoder
+from ds_lvx.models import patch_model
+from ds_lvx.models.registry import FAMILIES
+from ds_lvx.sharding import shard_batch
+from ds_lvx.training.model import Source
+from tests.data.media import chat, write_image, write_jsonl, write_video
+from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.models.moss_vl_case import OneRank
+from tests.models.t5gemma2_case import SIZE, TOKENS, tiny_model
+from tests.ranks import run_ranks
+
+SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
+VISUAL = {
+    "boi_token": "<start_of_image>",
+    "eoi_token": "<end_of_image>",
+    "image_token": "<image_soft_token>",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, and two samples."""
+    folder = tmp_path_factory.mktemp("t5gemma2")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i + 4 for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = (*SPECIAL, *VISUAL.values())
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{f"{name.strip('<>')}_token": name for name in SPECIAL},
+        extra_special_tokens=VISUAL,
+    )
+    images = Gemma3ImageProcessorPil(size={"height": SIZE, "width": SIZE})
+    Gemma3Processor(images, fast, image_seq_length=TOKENS).save_pretrained(folder)
+    ids = {key: fast.convert_tokens_to_ids(token) for key, token in VISUAL.items()}
+    tiny_model(
+        vocab_size=max(fast.get_vocab().values()) + 1,
+        eoi=ids["eoi_token"],
+        image=ids["image_token"],
+        bos_token_id=fast.bos_token_id,
+        pad_token_id=fast.pad_token_id,
+    ).save_pretrained(folder)
+    write_video(folder / "a.mp4")
+    write_image(folder / "a.png", (40, 24))
+    write_jsonl(
+        folder / "train.jsonl",
+        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
+        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="Yes"),
+    )
+    return folder
+
+
+def maker_of(folder: Path, *, frames: int, ranks: int = 1) -> BatchMaker:
+    source = Source.of(str(folder))
+    encoder = TextEncoder(source.processor, 512, family=source.family)
+    return BatchMaker(encoder, FrameRate(count=frames), owned=range, min_tokens=ranks)
+
+
+def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:
+    """Every sample with all its frames, as one process takes it."""
+    maker = maker_of(folder, frames=frames)
+    conversations = read_conversations(folder / "train.jsonl")
+    return [dict(maker.batch([each]).inputs) for each in conversations]
+
+
+def test_text_and_pixels_are_those_of_the_model_s_processor(folder: Path) -> None:
+    processor = Source.of(str(folder)).processor
+    image = Image.open(folder / "a.png")
+    mark = VISUAL["boi_token"]
+    theirs = processor.own(
+        text=[f"Look{mark}{mark}b"], images=[[image, image]], return_tensors="pt"
+    )
+    family = FAMILIES.named("t5gemma2")
+    text = f"Look{family.media_text(processor, [0.0, 1.0])}b"
+    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    mine = family.inputs(processor, [*ids, 9, 8], [*[-100] * len(ids), 9, 8])
+    assert mine["input_ids"] == theirs["input_ids"][0].tolist()
+    assert mine["decoder_input_ids"] == [processor.tokenizer.bos_token_id, 9]
+    assert mine["labels"] == [9, 8]
+    made = family.frames(processor, torch.zeros(1, 1), [[image] * 2], count=2, dtype=torch.float32)
+    torch.testing.assert_close(made["pixel_values"], theirs["pixel_values"])
+
+
+def test_a_conversation_is_read_and_said(folder: Path, tmp_path: Path) -> None:
+    maker = maker_of(folder, frames=2, ranks=8)
+    decode = maker.encoder.tokenizer.decode
+    batch = maker.batch(read_conversations(folder / "train.jsonl")[1:]).inputs
+    assert decode(batch["labels"][0, :4]).startswith("Yes<eos>")
+    assert decode(batch["decoder_input_ids"][0, :4]) == "<bos>Yes"
+    assert len(batch["labels"][0]) == 8  # a token for each rank
+    read = decode(batch["input_ids"][0])
+    image = f"{VISUAL['boi_token']}{VISUAL['image_token'] * TOKENS}{VISUAL['eoi_token']}"
+    assert read.count(image) == 3
+    assert read.endswith("Assistant: ")
+    later = chat(("text", "Go on"), answer="No")
+    later["messages"] = [*later["messages"], *chat(("image", "a.png"), answer="Yes")["messages"]]
+    write_image(tmp_path / "a.png", (40, 24))
+    write_jsonl(tmp_path / "later.jsonl", later)
+    (conversation,) = read_conversations(tmp_path / "later.jsonl")
+    with pytest.raises(DataError, match=r"later\.jsonl.*got an image behind an answer"):
+        maker.sample(conversation)
+
+
+def test_a_comparison_trains_a_model_of_random_weights() -> None:
+    case = cut(random_case("t5gemma2"), hidden=512, cross_layers=1, self_layers=6, vision_layers=1)
+    assert (case.heads, case.kv_heads, case.head_dim) == (2, 1, 256)
+    sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 112}
+    case = replace(case, **sizes, vocabulary=96, text_tokens=8, mlp=64)
+    model = build_model(case, dtype=torch.float32)
+    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
+    config = ds_config(Setting("lvx", False, False), case, ranks=1)
+    groups: Any = OneRank()
+    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    shard = shard_batch(batch, model=model, frames="local")
+    assert shard["ds_lvx"].kv_lengths == (2 * case.frame_tokens + 16,)
+    model(**shard).loss.backward()
+    assert all(parameter.grad.any() for _, parameter in model.named_parameters())
+    regions = case.contract().regions()
+    parts = {part_of(name, regions) for name, _ in model.named_parameters()}
+    assert parts == {"cross_attention", "text", "vision"}
+
+
+@pytest.mark.slow
+def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    config = json.loads(Path(write_config(tmp_path / "ds.json", stage=3)).read_text())
+    patterns = FAMILIES.named("t5gemma2").patterns
+    methods = {"local": "none", "cross": "lvx", "self": "ulysses"}
+    config["ds_lvx"]["layers"] = [
+        {"match": patterns[kind], "method": method} for kind, method in methods.items()
+    ]
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    given = {
+        "model": folder,
+        "data": folder / "train.jsonl",
+        "frames": 3,
+        "deepspeed_config": str(tmp_path / "ds.json"),
+        "output_dir": tmp_path / "out",
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "lr_scheduler": "constant",
+    }
+    run_ranks(finetune, 2, *arguments(**given))
+    losses = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    assert len(losses) == 2
+    source = Source.of(str(folder))
+    start = []
+    for batch in whole_batches(folder, frames=3):
+        batch.pop("images_per_sample")
+        start.append(source.load(torch.float32)(**batch).loss.item())
+    assert losses[0] in [pytest.approx(each, abs=1e-5) for each in start]
+    trained = Source.of(str(tmp_path / "out" / "model"))
+    assert trained.processor.image_token_id == source.processor.image_token_id
