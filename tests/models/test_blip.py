@@ -147,7 +147,7 @@ def whole_text(stage: int) -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_language_model_with_an_encoder_runs_whole_on_every_rank(stage: int) -> None:
     results = run_ranks(whole_text, 2, stage)
     for index, batches in enumerate([[[answers(6)]], [[answers(6)], [answers(7)]]]):
