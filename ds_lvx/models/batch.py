@@ -9,7 +9,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.kernels.visibility import Visibility
+
+if TYPE_CHECKING:
+    from ds_lvx.models.decoding import Decoding
 
 IGNORED_LABEL = -100
 TEXT_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -38,6 +41,8 @@ class ShardedBatch:
         features_gradient: where layers that project K and V again add up the gradient of the
             visual features; the running forward fills it in.
         world: all ranks, where other groups train on other batches; `shard_batch` fills it in.
+        decoding: the generation whose forward it is: every rank has the whole text then, and rows
+            of ``row_mask`` are those of the model.
     """
 
     text: Layout
@@ -45,6 +50,7 @@ class ShardedBatch:
     row_mask: Tensor | None
     features_gradient: FeatureGradient | None = None
     world: Channel | None = None
+    decoding: Decoding | None = None
 
     @classmethod
     def of(
@@ -93,6 +99,10 @@ class ShardedBatch:
     def kv_lengths(self) -> tuple[int, ...] | None:
         """Visual tokens by rank, or None when no layer is to look at images."""
         return None if self.cross is None else self.cross.kv_lengths
+
+    def shards(self, kind: str) -> bool:
+        """Whether a kind of layer, ``self`` or ``cross``, attends to what other ranks hold."""
+        return kind == "cross" or self.decoding is None
 
     def layout(self, kind: str) -> Layout:
         """The layout of a kind of layer: ``self`` or ``cross``."""

@@ -213,6 +213,27 @@ class Family(ABC):
             records=records,
         )
 
+    # ---- for generating
+
+    def generator(self, model: Any) -> Any:
+        """The module whose ``generate`` runs, transformers' own, and whose forward gets keywords.
+
+        Raises:
+            NotImplementedError: a model that cannot generate with its keys sharded; says why.
+        """
+        raise self.lacks("generator", "ds_lvx.generate")
+
+    def decode(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Further arguments of the text model for a forward of generation, as `prepare`.
+
+        Args:
+            batch: the keyword. Every rank has the whole text; after the prompt a forward has one
+                token a row.
+            arguments: of the text model; its features are kept elsewhere, and there is a tensor
+                ``[rows, 0, hidden]`` in their place.
+        """
+        return {}
+
     # ---- for the planner
 
     def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:

@@ -93,6 +93,20 @@ class Mllama(Family):
             "use_cache": False,
         }
 
+    def generator(self, model: MllamaForConditionalGeneration) -> MllamaForConditionalGeneration:
+        if 0 in model.config.get_text_config().cross_attention_layers:
+            raise NotImplementedError(
+                "got cross_attention_layers that begin with layer 0, by whose cache transformers "
+                "counts the tokens of the text; expected a first layer of text alone"
+            )
+        return model
+
+    def decode(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        states, rows = arguments[self.features_key], batch.row_mask
+        if states is None or rows is None:
+            return {}
+        return {"full_text_row_masked_out_mask": rows.to(states.dtype)}
+
     def install(self, model: MllamaForConditionalGeneration, plans: Sequence[LayerPlan]) -> None:
         features.install(model, offloads=any(plan.features == "offload" for plan in plans))
 
