@@ -78,6 +78,9 @@ class Idefics(Family):
                 "sequence_parallel_size 1"
             )
 
+    def generator(self, model: IdeficsForVisionText2Text) -> IdeficsForVisionText2Text:
+        return model
+
     def install(self, model: IdeficsForVisionText2Text, plans: Sequence[LayerPlan]) -> None:
         forward.install(model, offloads=any(plan.features == "offload" for plan in plans))
 
