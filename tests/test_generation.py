@@ -24,6 +24,7 @@ from tests.models.mllama_case import (
     Batch,
     ds_config,
     end_engine,
+    lora_model,
     make_batch,
     start_engine,
     tiny_model,
@@ -202,6 +203,55 @@ def trained_reference() -> dict[str, Any]:
 def test_an_engine_generates_between_steps(stage: int) -> None:
     for answer in run_ranks(generate_with_an_engine, 2, stage):
         torch.testing.assert_close(answer, trained_reference(), atol=1e-5, rtol=1e-5)
+
+
+RULES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    # of cross-attention and of the text: how they train is no matter
+    ({"method": "ring"}, {"method": "ring"}),
+    ({"method": "lvx", "recompute_kv": True}, {"method": "lvx", "recompute_kv": True}),
+    ({**LVX, "recompute_kv": True, "features": "offload"}, {"method": "ulysses"}),
+]
+
+
+def generate_by_rules(batch: Batch) -> list[Tensor]:
+    found = []
+    for cross, text in RULES:
+        rules = config(2)
+        rules["ds_lvx"]["layers"][1] |= cross
+        rules["ds_lvx"]["layers"][2] |= text
+        model = lora_model()
+        session = ds_lvx.apply(model, rules)
+        found.append(ds_lvx.generate(model, batch, max_new_tokens=5))
+        session.close()
+    return found
+
+
+def test_methods_of_training_and_adapters_change_nothing() -> None:
+    case = Case(interleaved())
+    expected = lora_model().eval().generate(**case.inputs(), max_new_tokens=5)
+    plain_model = tiny_model().eval().generate(**case.inputs(), max_new_tokens=5)
+    assert not torch.equal(expected, plain_model), "the adapters do nothing"
+    for answer in run_ranks(generate_by_rules, 2, case.batch):
+        for found in answer:
+            assert torch.equal(found, expected), (found, expected)
+
+
+def generate_in_replicas() -> Tensor:
+    """One replica has no image and ends first: under ZeRO-3 it takes part to the other's end."""
+    engine = start_engine(ds_config(stage=3, sp_size=2, cross=LVX, self_attn="ulysses"))
+    first = engine.ds_lvx.groups.dp_rank == 0
+    batch, tokens = (text_alone(), 3) if first else (interleaved(), 6)
+    found: Tensor = ds_lvx.generate(engine, batch, max_new_tokens=tokens)
+    end_engine(engine)
+    return found
+
+
+@pytest.mark.slow
+def test_replicas_generate_side_by_side() -> None:
+    model = tiny_model().eval()
+    for rank, found in enumerate(run_ranks(generate_in_replicas, 4)):
+        case, tokens = (Case(text_alone()), 3) if rank < 2 else (Case(interleaved()), 6)
+        assert torch.equal(found, model.generate(**case.inputs(), max_new_tokens=tokens)), rank
 
 
 # --------------------------------------------------------------------------------------------
