@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ds_lvx.attention.checkpointing import is_partitioned
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.failures import named
 from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
 from ds_lvx.models import family_of
 from ds_lvx.models.batch import TEXT_KEYS, digest
@@ -93,6 +94,7 @@ def generate(
             transformers' ``DynamicCache``, assisted decoding, weights of attention.
         RuntimeError: on all ranks: they chose different tokens; names the token. Or another rank
             failed between two tokens.
+        RankOutOfMemoryError: names this rank and the size, as in an engine's calls.
 
     Collectives: two agreements of 2 KiB a rank on the control plane (the first may be longer). For
     each forward and cross-attention layer an all-gather of ``(n-1) R H (4 D + 4)`` bytes a rank,
@@ -101,18 +103,19 @@ def generate(
     first message carries ``8 (R + 1)`` bytes more, by which the ranks compare their tokens, and one
     message like it ends the generation. ZeRO-3 adds its own.
     """
-    family, inside = family_of(model)
     channel = resolve(groups)
-    waits = is_partitioned(inside)
-    draft, record, error = None, {}, None
+    found, draft, record, error = None, None, {}, None
     try:
+        found = family, inside = _patched(model)
         draft = _draft(family, inside, batch, channel=channel, frames=frames, kwargs=kwargs)
         record = {**draft.record(), **_record(family, inside, kwargs, first=channel.rank == 0)}
     # Whatever it is: the other ranks must not wait for this one.
     except Exception as caught:  # noqa: BLE001
         error = caught
     records = channel.agree(record, error)
+    assert found is not None
     assert draft is not None
+    (family, inside), waits = found, is_partitioned(found[1])
     content = draft.checked()
     require_same(records, [*content.shared_record(), _ARGUMENTS], what="ds_lvx.generate")
     text, prompt = content.prompt(
@@ -126,7 +129,12 @@ def generate(
     del draft, content, prompt  # pixels, which nobody needs once they are encoded
     if channel.rank > 0:
         kwargs["streamer"] = None
-    with _evaluating(inside), _random_numbers_of(records[0], inside), feeding(runner, decoding):
+    with (
+        named("ds_lvx.generate", groups),
+        _evaluating(inside),
+        _random_numbers_of(records[0], inside),
+        feeding(runner, decoding),
+    ):
         try:
             result = runner.generate(**text, **{"synced_gpus": waits, **kwargs})
         except Exception as caught:
@@ -134,6 +142,22 @@ def generate(
             raise
     decoding.finish(result if isinstance(result, Tensor) else result.sequences)
     return result
+
+
+def _patched(model: Any) -> tuple[Family, Any]:
+    """The family of a model, and the model itself inside its wrappers."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"got a model of type {type(model).__name__}; expected a torch.nn.Module that "
+            "ds_lvx.apply has patched, or the engine of ds_lvx.initialize"
+        )
+    family, inside = family_of(model)
+    if not is_patched(inside):
+        raise ValueError(
+            "got a model that ds_lvx has not patched; call ds_lvx.apply(model, config) or "
+            "ds_lvx.initialize first"
+        )
+    return family, inside
 
 
 def _draft(
@@ -146,11 +170,6 @@ def _draft(
     kwargs: Mapping[str, Any],
 ) -> Draft:
     """This rank's part of the batch, once all that is wrong with the call has been looked for."""
-    if not is_patched(model):
-        raise ValueError(
-            "got a model that ds_lvx has not patched; call ds_lvx.apply(model, config) or "
-            "ds_lvx.initialize first"
-        )
     _check_arguments(family, family.generator(model), kwargs)
     if not isinstance(batch, Mapping):
         raise ValueError(

@@ -316,15 +316,15 @@ def test_a_rank_keeps_its_own_keys_and_sends_one_message_a_layer_and_token(beams
 class On(LogitsProcessor):
     """Does something on one rank when it chooses the token of a number."""
 
-    def __init__(self, rank: int, token: int, prompt: int, fails: bool) -> None:
+    def __init__(self, rank: int, token: int, prompt: int, error: Exception | None = None) -> None:
         self.here = torch.distributed.get_rank() == rank
-        self.length, self.fails = prompt + token - 1, fails
+        self.length, self.error = prompt + token - 1, error
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not self.here or input_ids.shape[1] != self.length:
             return scores
-        if self.fails:
-            raise KeyError("a word")
+        if self.error is not None:
+            raise self.error
         return scores.roll(1, dims=-1)
 
 
@@ -366,10 +366,11 @@ def go_apart() -> dict[str, str]:
     session = ds_lvx.apply(model, config(2))
     length = batch["input_ids"].shape[1]
     wrong: dict[str, dict[str, Any]] = {
-        "token": {"logits_processor": [On(1, 3, length, False)]},
-        "last token": {"logits_processor": [On(1, 5, length, False)]},
+        "token": {"logits_processor": [On(1, 3, length)]},
+        "last token": {"logits_processor": [On(1, 5, length)]},
         "end": {"stopping_criteria": [StopOn(0, length + 2)]},
-        "failure": {"logits_processor": [On(1, 2, length, True)]},
+        "failure": {"logits_processor": [On(1, 2, length, KeyError("a word"))]},
+        "memory": {"logits_processor": [On(1, 2, length, MemoryError())]},
         "streamer": {"streamer": Broken()},
         "prompt": {"max_new_tokens": None, "max_length": length},
     }
@@ -402,6 +403,9 @@ def test_ranks_that_go_apart_stop_with_the_token() -> None:
         "well; its own error says why"
     )
     assert second["failure"] == "KeyError: 'a word'"
+    assert second["memory"].startswith("RankOutOfMemoryError: rank 1 (rank 1 of the 2 that share")
+    assert "ran out of memory in ds_lvx.generate: " in second["memory"]
+    assert "rank 1 " in first["memory"]
 
 
 # --------------------------------------------------------------------------------------------
@@ -415,6 +419,9 @@ def mistakes() -> dict[str, str]:
     other = tiny_model() if rank == 0 else model
     wrong: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "unpatched": (other, batch, {}),
+        "no model": ("mllama" if rank == 0 else model, batch, {}),
+        "another model": (torch.nn.Linear(1, 1) if rank == 0 else model, batch, {}),
+        "no batch": (model, [batch], {}),
         "no cache": (model, batch, {"use_cache": False}),
         "cache": (model, batch, {"cache_implementation": "static"}),
         "config": (model, batch, {"generation_config": GenerationConfig(use_cache=False)}),
@@ -441,6 +448,9 @@ def test_mistakes_are_named_on_every_rank() -> None:
     assert first == second
     for name, expected in {
         "unpatched": "ValueError: rank 0: got a model that ds_lvx has not patched; call ds_lvx.",
+        "no model": "ValueError: rank 0: got a model of type str; expected a torch.nn.Module that",
+        "another model": "NotImplementedError: rank 0: got a model of class Linear; expected one",
+        "no batch": "ValueError: all ranks: got a batch of type list; expected what the processor",
         "no cache": "NotImplementedError: all ranks: got use_cache=False for generation",
         "cache": "NotImplementedError: all ranks: got cache_implementation='static' for",
         "config": "NotImplementedError: all ranks: got use_cache=False for generation",
