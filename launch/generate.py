@@ -66,7 +66,7 @@ def answer_all(options: Options, world: Channel) -> None:
     source, encoder, dtype = together(world, lambda: read(options, speaks=speaks))
     torch.manual_seed(options.seed)
     device = get_accelerator().current_device_name()
-    model = together(world, lambda: source.load(dtype).to(device))
+    model = together(world, lambda: load(options, source, dtype).to(device))
     session = ds_lvx.apply(model, options.deepspeed_config)
     if session.groups.dp_size > 1:
         raise ValueError(
@@ -103,6 +103,16 @@ def read(options: Options, *, speaks: bool) -> tuple[Source, TextEncoder, torch.
     if speaks and options.output is not None:
         Path(options.output).write_text("")
     return source, encoder, dtype
+
+
+def load(options: Options, source: Source, dtype: torch.dtype) -> Any:
+    """The model, with its adapter."""
+    model = source.load(dtype)
+    if options.adapter is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, options.adapter)
 
 
 def answer(

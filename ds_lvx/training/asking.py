@@ -20,6 +20,7 @@ class Options:
     """What the user asked for; `parser` has the meaning of each."""
 
     model: str
+    adapter: str | None
     trust_remote_code: bool
     deepspeed_config: str
     prompt: str | None
@@ -125,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     add = top.add_argument
     add("--model", required=True, help="folder or hub name of a checkpoint; `tiny`: random weights")
+    add("--adapter", help="folder or hub name of a LoRA adapter of that model")
     add("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
     add("--deepspeed_config", required=True, help="a ds_config with `ds_lvx`")
     add("--prompt", help="a question; images and videos go before it")

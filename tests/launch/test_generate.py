@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ds_lvx.models import FAMILIES
 from ds_lvx.training.asking import parse
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.checkpoint_folder import write_checkpoint
@@ -52,9 +54,11 @@ def given(folder: Path, *more: object) -> list[str]:
     return [str(word) for word in (*words, *more, "--traceback")]
 
 
-def expected(folder: Path) -> list[str]:
+def expected(folder: Path, *, adapter: Path | None = None) -> list[str]:
     """Of each line, what one process answers in the place of its last answer."""
     model: Any = AutoModelForImageTextToText.from_pretrained(folder / "checkpoint").eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
     tokenizer = AutoProcessor.from_pretrained(folder / "checkpoint").tokenizer
     answers = []
     for sample in one_process_samples(folder / "checkpoint", folder / "chats.jsonl", frames=FRAMES):
@@ -89,6 +93,19 @@ def test_a_question_of_the_command_line(folder: Path, tmp_path: Path) -> None:
     record = json.loads(out.read_text())
     assert record["answer"] == expected(folder)[0]
     assert record["reference"] is None
+
+
+def test_a_model_with_an_adapter(folder: Path, tmp_path: Path) -> None:
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder / "checkpoint")
+    targets = FAMILIES.default().lora_targets
+    lora = LoraConfig(r=4, lora_alpha=32, target_modules=targets, init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "answer.jsonl"
+    words = ["--video", folder / "a.mp4", "--prompt", "What animal?", "--output", out]
+    assert run_ranks(run, 2, *given(folder, *words, "--adapter", tmp_path / "adapter")) == [0, 0]
+    answer = json.loads(out.read_text())["answer"]
+    assert answer == expected(folder, adapter=tmp_path / "adapter")[0]
+    assert answer != expected(folder)[0], "the adapter does nothing"
 
 
 def test_what_is_wrong_is_said_on_every_rank(folder: Path) -> None:
