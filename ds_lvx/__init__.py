@@ -1,7 +1,8 @@
 """Distributed cross-attention for visual inputs that do not fit one GPU, inside DeepSpeed.
 
-The main path is `initialize` -> `shard_batch` -> ``engine(**shard)`` -> `shutdown`. The operators
-(`lv_xattn` and its peers) serve without it, on any process group.
+The main path is `initialize` -> `shard_batch` -> ``engine(**shard)`` -> `shutdown`; `generate` asks
+the trained model, or one that `apply` has patched. The operators (`lv_xattn` and its peers) serve
+without it, on any process group.
 
 A public name is imported when it is first asked for: the command ``ds-lvx`` needs no torch.
 """
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from ds_lvx.distributed.groups import SequenceParallelGroups
     from ds_lvx.distributed.shutdown import shutdown
     from ds_lvx.distributed.traffic import traffic
-    from ds_lvx.initialize import initialize
+    from ds_lvx.generation import generate
+    from ds_lvx.initialize import apply, initialize
     from ds_lvx.kernels.visibility import Visibility
     from ds_lvx.models.registry import register_family
     from ds_lvx.sharding import mean_loss, owned, shard_batch
@@ -36,8 +38,10 @@ __all__ = [
     "LVXConfig",
     "SequenceParallelGroups",
     "Visibility",
+    "apply",
     "checkpointing",
     "gather_sequence",
+    "generate",
     "initialize",
     "lv_xattn",
     "lv_xattn_recompute",
@@ -57,8 +61,10 @@ _HOMES = {
     "LVXConfig": "config",
     "SequenceParallelGroups": "distributed.groups",
     "Visibility": "kernels.visibility",
+    "apply": "initialize",
     "checkpointing": "attention.checkpointing",
     "gather_sequence": "attention.sequence",
+    "generate": "generation",
     "initialize": "initialize",
     "lv_xattn": "attention.lvx",
     "lv_xattn_recompute": "attention.recompute",

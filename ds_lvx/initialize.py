@@ -1,4 +1,7 @@
-"""The main path: a ds_config becomes groups, a patched model and a DeepSpeed engine."""
+"""The main path: a ds_config becomes groups, a patched model and a DeepSpeed engine.
+
+`apply` goes half of it: a patched model, for inference or a trainer of one's own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT as DEFAULT_PORT
 from torch import nn
 
 from ds_lvx.attention.auto import CLUSTERS
@@ -25,9 +28,11 @@ from ds_lvx.models import patch_model
 from ds_lvx.models.layers import explain_auto, table
 from ds_lvx.models.patch import Patch, ScaleLoss
 
+_WHAT = "ds_lvx.initialize"
+
 
 class Session:
-    """What `initialize` made besides the engine; it lies at ``engine.ds_lvx``.
+    """What `initialize` made besides the engine, at ``engine.ds_lvx``, or what `apply` made.
 
     Attributes:
         config: the ``ds_lvx`` section.
@@ -43,22 +48,29 @@ class Session:
         groups: SequenceParallelGroups,
         patch: Patch,
         checkpoints: ActivationCheckpointing | None,
+        *,
+        owns_groups: bool = True,
     ) -> None:
         self.config = config
         self.checkpoints = checkpoints
         self.groups = groups
         self.patch = patch
+        self._owns_groups = owns_groups
         self.guard = Guard(groups)
         self._activated = flash_version.activate(config.flash_attention)
 
     def close(self) -> None:
-        """Give the model back as it was and end the groups. Calling it twice is allowed."""
+        """Give the model back as it was and end the groups, but not those that `apply` was given.
+
+        Calling it twice is allowed.
+        """
         self.guard.close()
         if self._activated:
             flash_version.restore()
         self.patch.unpatch()
         forget_checkpoints(self.groups)
-        self.groups.close()
+        if self._owns_groups:
+            self.groups.close()
 
 
 def initialize(
@@ -68,7 +80,7 @@ def initialize(
     model_parameters: Any = None,
     training_data: Any = None,
     lr_scheduler: Any = None,
-    distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT,
+    distributed_port: int = DEFAULT_PORT,
     mpu: Any = None,
     dist_init_required: bool | None = None,
     collate_fn: Any = None,
@@ -105,7 +117,7 @@ def initialize(
             "ds_lvx.sequence_parallel_size in the ds_config"
         )
     source = _config_source(args, config, config_params)
-    lvx, checkpoints = _read_config(source, port=distributed_port)
+    lvx, checkpoints = _read_config(source, port=distributed_port, what=_WHAT)
     return _start(
         lvx,
         checkpoints,
@@ -123,6 +135,50 @@ def initialize(
     )
 
 
+def apply(
+    model: nn.Module, config: Any, *, groups: SequenceParallelGroups | None = None
+) -> Session:
+    """Patch a model as `initialize` does, without an engine: for `ds_lvx.generate`, evaluation, or
+    another trainer, which then calls ``model(**ds_lvx.shard_batch(batch, model=model))``.
+
+    Starts ``torch.distributed`` where it does not run, makes the sequence-parallel groups, and
+    patches the instance ``model``. The first rank prints how each layer runs.
+
+    Args:
+        model: a supported model, or one inside wrappers, on the device where it is to compute.
+        config: a ds_config, its path or a dict; of it the sections ``ds_lvx`` and
+            ``activation_checkpointing`` are used.
+        groups: groups to use, of the config's ``sequence_parallel_size``; None makes new ones.
+
+    Returns:
+        The `Session`; ``close()`` gives the model back as it was, and ends groups made here.
+
+    Raises:
+        ValueError, NotImplementedError: as `initialize`, on all ranks.
+
+    Collectives: making the groups, and agreements on the control plane.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"got model of type {type(model).__name__}; expected a torch.nn.Module")
+    lvx, checkpoints = _read_config(config, port=DEFAULT_PORT, what="ds_lvx.apply")
+    if groups is not None and groups.sp_size != lvx.sequence_parallel_size:
+        raise ValueError(
+            f"got groups of {groups.sp_size} ranks for ds_lvx.sequence_parallel_size "
+            f"{lvx.sequence_parallel_size}; expected the same: leave groups out, or change one"
+        )
+    used = SequenceParallelGroups(lvx.sequence_parallel_size) if groups is None else groups
+    try:
+        patch = _patch_on_all_ranks(model, lvx, used, checkpoints, what="ds_lvx.apply")
+        session = Session(lvx, used, patch, checkpoints, owns_groups=groups is None)
+        if checkpoints is not None:
+            checkpoints.configure(used)
+    except BaseException:
+        if groups is None:
+            used.close()
+        raise
+    return session
+
+
 def _start(
     lvx: LVXConfig,
     checkpoints: ActivationCheckpointing | None,
@@ -133,7 +189,7 @@ def _start(
     groups = SequenceParallelGroups(lvx.sequence_parallel_size)
     session = None
     try:
-        patch = _patch_on_all_ranks(model, lvx, groups, checkpoints)
+        patch = _patch_on_all_ranks(model, lvx, groups, checkpoints, what=_WHAT)
         session = Session(lvx, groups, patch, checkpoints)
         if checkpoints is not None:
             checkpoints.configure(groups)
@@ -164,7 +220,9 @@ def _config_source(args: Any, config: Any, config_params: Any) -> Any:
     return from_args if source is None else source
 
 
-def _read_config(source: Any, *, port: int) -> tuple[LVXConfig, ActivationCheckpointing | None]:
+def _read_config(
+    source: Any, *, port: int, what: str
+) -> tuple[LVXConfig, ActivationCheckpointing | None]:
     """Read the config on every rank, start ``torch.distributed``, and compare what was read."""
     lvx, checkpoints, error = None, None, None
     try:
@@ -185,7 +243,7 @@ def _read_config(source: Any, *, port: int) -> tuple[LVXConfig, ActivationCheckp
         "the ds_lvx section": lvx.model_dump(),
         "the activation_checkpointing section": checkpoints and checkpoints.model_dump(),
     }
-    world.agree_on(sections, what="ds_lvx.initialize")
+    world.agree_on(sections, what=what)
     lvx.check_world_size(world.size)
     return lvx, checkpoints
 
@@ -195,6 +253,8 @@ def _patch_on_all_ranks(
     config: LVXConfig,
     groups: SequenceParallelGroups,
     checkpoints: ActivationCheckpointing | None,
+    *,
+    what: str,
 ) -> Patch:
     patch, error = None, None
     try:
@@ -206,7 +266,7 @@ def _patch_on_all_ranks(
     lines = "" if patch is None else table(patch.plans)
     try:
         groups.world_channel.agree({}, error)
-        groups.world_channel.agree_on({"layers": lines}, what="ds_lvx.initialize")
+        groups.world_channel.agree_on({"layers": lines}, what=what)
     except BaseException:
         if patch is not None:
             patch.unpatch()

@@ -122,7 +122,8 @@ def options() -> set[str]:
         parser = argparse.ArgumentParser()
         import_module(module).add_arguments(parser)
         found |= set(parser._option_string_actions)
-    scripts = [*(ROOT / "launch").rglob("*.*"), PACKAGE / "training" / "options.py"]
+    parsers = [PACKAGE / "training" / name for name in ("options.py", "asking.py")]
+    scripts = [*(ROOT / "launch").rglob("*.*"), *parsers]
     for script in (path for path in scripts if path.suffix in (".py", ".sh")):
         code = script.read_text()
         found |= set(re.findall(r"(?<!-)--[a-z][\w-]*", code))

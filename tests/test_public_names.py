@@ -27,6 +27,8 @@ SIGNATURES = {
     "ring_attention": f"q, k, v, *, {COMMON}, kernel='auto', return_lse=False",
     "ulysses_attention": f"q, k, v, *, {COMMON}, kernel='auto'",
     "Visibility": "q_start, q_end, kv_pos",
+    "apply": "model, config, *, groups=None",
+    "generate": "model, batch, *, groups=None, frames='all', **kwargs",
     "SequenceParallelGroups": "sequence_parallel_size",
     "owned": "count, *, groups=None",
     "shard_batch": "batch, *, model, groups=None, frames='all'",

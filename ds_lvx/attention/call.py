@@ -18,6 +18,7 @@ from ds_lvx.attention.auto import Wanted, decide
 from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.replay import once, recording, replaying
 from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.attention.witness import Witness
 from ds_lvx.config.registry import AUTO, SCHEDULES, can_chunk, schedule_words
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel, ProcessGroup
@@ -41,6 +42,7 @@ class Call:
         schedule: lvx's way to move queries, not ``auto`` any more; ignored by other methods.
         requires_grad: some rank needs a gradient, so every rank takes part in backward.
         returns_lse: lse is an output that may get a gradient of its own.
+        witness: what travels with the parts of the schedule ``replicated``.
     """
 
     layout: Layout
@@ -49,6 +51,7 @@ class Call:
     schedule: str = "gather"
     requires_grad: bool = False
     returns_lse: bool = False
+    witness: Witness | None = None
 
     @property
     def channel(self) -> Channel:

@@ -93,8 +93,9 @@ def lv_xattn(
     a rank sends ``(n-1) s H (2 D e + 4)`` bytes in forward and ``(n-1) s H (3 D e + 8)`` in
     backward, and once ``8 (n-1) s`` for visibility (a sample; n ranks, s = seqlen_q, e bytes an
     element; bf16 adds up to ``16 (n-1) s``, ``gather`` pads each tensor's part of a row to 16
-    bytes). ``replicated`` sends instead ``(n-1) s H 4`` and an all-reduce of ``s H D`` fp32 in
-    forward, that alone in backward. Every rank must run backward.
+    bytes). ``replicated`` sends instead ``(n-1) s H (4 D + 4)`` where out in fp32 of all ranks is
+    up to 1 MiB, else ``(n-1) s H 4`` and an all-reduce of ``s H D`` fp32, in forward; the latter
+    alone in backward. Every rank must run backward.
 
     Source: the paper's section 3.1; the gather schedule and visibility are ours.
     """

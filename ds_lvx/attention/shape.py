@@ -92,6 +92,20 @@ def head_groups(*, kv_heads: int, q_bytes: int, on_cpu: bool) -> tuple[int, ...]
     return (edge, middle, edge) if middle else (edge, edge)
 
 
+AT_ONCE_BYTES = 2**20
+"""Of the parts of all ranks together: up to so many, one message takes less than two."""
+
+
+def goes_at_once(out_bytes: float, ranks: int) -> bool:
+    """Whether queries that every rank holds are so few that their parts are gathered whole.
+
+    Args:
+        out_bytes: of out, as parts are merged (fp32).
+        ranks: that send one.
+    """
+    return out_bytes * ranks <= AT_ONCE_BYTES
+
+
 def leaving_groups(*, kv_heads: int, q_bytes: int, on_cpu: bool) -> tuple[int, ...]:
     """`head_groups` where all heads arrive together, as in Ulysses: only the last group is small.
 

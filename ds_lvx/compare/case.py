@@ -17,7 +17,8 @@ from transformers import AutoConfig
 
 from ds_lvx.config import LVXConfig
 from ds_lvx.models import FAMILIES
-from ds_lvx.models.contract import Family, Size
+from ds_lvx.models.contract import Family
+from ds_lvx.models.size import Size
 from ds_lvx.plan.memory import Setting
 
 _BUCKET_ELEMENTS = 2**23  # two of the largest weights that train for the memory's measurement

@@ -53,7 +53,16 @@ _FOR_STATES = (
     "take a higher ZeRO stage, more ranks, ZeRO's offload (offload_optimizer, offload_param) or "
     "LoRA; docs/memory.md says what each of them saves"
 )
-_ADVICE = {"step": _FOR_STATES, "deepspeed.initialize": _FOR_STATES}
+_FOR_KEYS = (
+    "take more ranks for a sample (sequence_parallel_size), fewer frames, or fewer beams and "
+    "returned sequences, for each of which the text has a cache; docs/generation.md says what a "
+    "rank keeps"
+)
+_ADVICE = {
+    "step": _FOR_STATES,
+    "deepspeed.initialize": _FOR_STATES,
+    "ds_lvx.generate": _FOR_KEYS,
+}
 
 
 class RankOutOfMemoryError(torch.OutOfMemoryError):

@@ -77,6 +77,8 @@ def attend_part(
     Returns:
         out ``[B, s, H, D]``, lse ``[B, H, s]``.
     """
+    if batch.decoding is not None:
+        return batch.decoding.attend(plan, batch, q, project_kv=project_kv, scale=scale)
     layout = batch.layout(plan.kind)
     method, schedule = _resolved(plan, layout, q, kv_heads=kv_heads, width=features.shape[-1])
     # A projection that runs again in backward knows only there who wants a gradient.

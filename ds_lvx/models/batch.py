@@ -9,7 +9,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.kernels.visibility import Visibility
+
+if TYPE_CHECKING:
+    from ds_lvx.models.decoding import Decoding
 
 IGNORED_LABEL = -100
 TEXT_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -40,6 +43,8 @@ class ShardedBatch:
         world: all ranks, where other groups train on other batches; `shard_batch` fills it in.
         others: of a model with further sequences, or with layers that see a part of one: layouts
             by names of the family's own.
+        decoding: the generation whose forward it is: every rank has the whole text then, and rows
+            of ``row_mask`` are those of the model.
     """
 
     text: Layout
@@ -48,6 +53,7 @@ class ShardedBatch:
     features_gradient: FeatureGradient | None = None
     world: Channel | None = None
     others: Mapping[str, Layout] = field(default_factory=dict)
+    decoding: Decoding | None = None
 
     @classmethod
     def of(
@@ -98,6 +104,10 @@ class ShardedBatch:
     def kv_lengths(self) -> tuple[int, ...] | None:
         """Visual tokens by rank, or None when no layer is to look at images."""
         return None if self.cross is None else self.cross.kv_lengths
+
+    def shards(self, kind: str) -> bool:
+        """Whether a kind of layer, ``self`` or ``cross``, attends to what other ranks hold."""
+        return kind == "cross" or self.decoding is None
 
     def layout(self, kind: str) -> Layout:
         """The layout of a kind of layer: ``self`` or ``cross``."""

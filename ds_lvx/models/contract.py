@@ -23,8 +23,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from ds_lvx.models.size import Size
 
 if TYPE_CHECKING:
     import torch
@@ -37,48 +38,6 @@ if TYPE_CHECKING:
     from ds_lvx.models.layers import Layer, LayerPlan
     from ds_lvx.models.patch import PatchedAttention
     from ds_lvx.models.visual import Visual
-
-
-@dataclass(frozen=True)
-class Size:
-    """Dimensions of a model with random weights, in words that every family understands.
-
-    Attributes:
-        vocabulary: of the output; the image token's id is this number.
-        hidden, heads, kv_heads, mlp: of the text model.
-        head_dim: of the text model; 0: hidden / heads.
-        layers: of the text model, cross-attention layers among them.
-        cross_at: which of them attend to images.
-        positions: that the text may have.
-        vision_hidden, vision_heads, vision_mlp, vision_layers, vision_global_layers: of the tower.
-        image_size, patch_size, tiles: of a frame.
-        rope_theta: base of the rotary embedding.
-        initializer_range: standard deviation of the weights.
-        bos, eos, pad: ids of those tokens.
-    """
-
-    vocabulary: int
-    hidden: int = 64
-    heads: int = 4
-    kv_heads: int = 2
-    mlp: int = 128
-    head_dim: int = 0
-    layers: int = 4
-    cross_at: tuple[int, ...] = (1, 3)
-    positions: int = 256
-    vision_hidden: int = 16
-    vision_heads: int = 2
-    vision_mlp: int = 32
-    vision_layers: int = 2
-    vision_global_layers: int = 1
-    image_size: int = 28
-    patch_size: int = 14
-    tiles: int = 1
-    rope_theta: float = 1e4
-    initializer_range: float = 0.02
-    bos: int = 0
-    eos: int = 0
-    pad: int | None = None
 
 
 class Family(ABC):
@@ -231,6 +190,27 @@ class Family(ABC):
             always_vision=always_vision or not self.skips_vision,
             records=records,
         )
+
+    # ---- for generating
+
+    def generator(self, model: Any) -> Any:
+        """The module whose ``generate`` runs, transformers' own, and whose forward gets keywords.
+
+        Raises:
+            NotImplementedError: a model that cannot generate with its keys sharded; says why.
+        """
+        raise self.lacks("generator", "ds_lvx.generate")
+
+    def decode(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Further arguments of the text model for a forward of generation, as `prepare`.
+
+        Args:
+            batch: the keyword. Every rank has the whole text; after the prompt a forward has one
+                token a row.
+            arguments: of the text model; its features are kept elsewhere, and there is a tensor
+                ``[rows, 0, hidden]`` in their place.
+        """
+        return {}
 
     # ---- for the planner
 

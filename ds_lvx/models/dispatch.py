@@ -120,6 +120,6 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls."""
     ours: Dispatched = getattr(module, ATTRIBUTE)
-    if ds_lvx is None:
+    if ds_lvx is None or not ds_lvx.shards(ours.plan.kind):
         return ours.own(query, key, value, attention_mask, **kwargs)
     return ours.sharded(ds_lvx, (query, key, value), **kwargs), None

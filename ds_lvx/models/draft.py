@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.kernels.visibility import Visibility
 from ds_lvx.models.batch import (
     IGNORED_LABEL,
     ITEMS_KEY,
@@ -25,8 +26,10 @@ from ds_lvx.models.batch import (
     ShardedBatch,
     Text,
     move,
+    span,
 )
 from ds_lvx.models.contract import Family
+from ds_lvx.models.decoding import Prompt
 from ds_lvx.models.patch import KEYWORD
 from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
 
@@ -81,10 +84,19 @@ class Draft:
         *,
         place: tuple[int, int],
         frames: str,
+        whole_text: bool = False,
     ) -> Draft:
-        """The draft of the rank at ``place``, its number and how many there are."""
+        """The draft of the rank at ``place``, its number and how many there are.
+
+        Args:
+            family, batch, model, frames: as in `ds_lvx.sharding.draft_batch`.
+            place: of the rank.
+            whole_text: every rank will have all of the text, which may have any length.
+        """
         try:
-            return cls(_Content.of(family, batch, model, place=place, frames=frames))
+            content = _Content.of(family, batch, model, place=place, frames=frames)
+            content.text.lengths(1 if whole_text else place[1])  # there have to be enough tokens
+            return cls(content)
         # Whatever it is: the other ranks must not wait for this one.
         except Exception as caught:  # noqa: BLE001
             return cls(None, caught)
@@ -165,7 +177,6 @@ class _Content:
         batch = {key: value for key, value in batch.items() if value is not None}
         _check_keys(batch, family, frames)
         text = family.text(batch, model)
-        text.lengths(size)  # there have to be enough tokens
         visual = family.visual(batch, text, model)
         if visual.encoded and frames == "local":
             raise ValueError(
@@ -211,12 +222,69 @@ class _Content:
         always_vision: bool,
     ) -> Any:
         """This rank's shard on the model's device, knowing how many units each rank holds."""
-        (rank, size), device = self.place, _device(model)
+        (rank, size), device = self.place, device_of(model)
+        lengths, here = self.text.lengths(size), self.text.part(rank, size)
+        part = self._part(records, family=family, model=model, always_vision=always_vision)
+        keyword = ShardedBatch.of(
+            channel=channel,
+            text_lengths=lengths,
+            kv_lengths=part.kv_lengths,
+            text_rule=self.text.visibility(),
+            cross_rule=part.rule,
+            row_mask=part.row_mask,
+            device=device,
+            others=part.visual.layouts(self.text, channel=channel, lengths=lengths, device=device),
+        )
+        beside = part.visual.beside(rank, self.text, here)
+        shard = {**self.text.shard(here), **part.arguments, **beside}
+        moved = {key: move(value, device) for key, value in shard.items()}
+        return {**moved, **family.always, KEYWORD: keyword}
+
+    def prompt(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        *,
+        family: Family,
+        model: Any,
+        channel: Channel,
+        always_vision: bool,
+    ) -> tuple[dict[str, Tensor], Prompt]:
+        """The whole text on the model's device, and what generation begins with beside it."""
+        (rank, _), device = self.place, device_of(model)
+        part = self._part(records, family=family, model=model, always_vision=always_vision)
+        beside = part.visual.beside(rank, self.text, slice(0, self.text.shape[1]))
+        # The text's own are transformers', which makes more of them for more tokens and rows.
+        others = {key: value for key, value in beside.items() if key not in TEXT_KEYS}
+        arguments = {**part.arguments, **others}
+        rule = part.rule
+        if rule is not None and part.kv_lengths is not None:
+            rule = rule.part(slice(None), span(part.kv_lengths, rank))
+        prompt = Prompt(
+            channel=channel,
+            device=device,
+            shape=self.text.shape,
+            arguments={key: move(value, device) for key, value in arguments.items()},
+            kv_lengths=part.kv_lengths,
+            rule=rule,
+            row_mask=part.row_mask,
+        )
+        given = {key: getattr(self.text, key) for key in TEXT_KEYS if key != "labels"}
+        return {k: move(v, device) for k, v in given.items() if v is not None}, prompt
+
+    def _part(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        *,
+        family: Family,
+        model: Any,
+        always_vision: bool,
+    ) -> _Part:
+        """This rank's part of what is visual, and who sees it."""
+        rank, size = self.place
         visual = self.visual.settled(records)
         shares = tuple(int(record["share"]) for record in records)
         if self.frames == "all":
             shares = visual.shares(size)
-        lengths, here = self.text.lengths(size), self.text.part(rank, size)
         arguments: dict[str, Any] = {}
         kv_lengths, rule, row_mask = None, None, None
         if visual.runs is not None:
@@ -236,20 +304,7 @@ class _Content:
             row_mask = torch.zeros(self.text.shape).bool()
         if not visual.attended:
             kv_lengths, row_mask = None, None
-        keyword = ShardedBatch.of(
-            channel=channel,
-            text_lengths=lengths,
-            kv_lengths=kv_lengths,
-            text_rule=self.text.visibility(),
-            cross_rule=rule,
-            row_mask=row_mask,
-            device=device,
-            others=visual.layouts(self.text, channel=channel, lengths=lengths, device=device),
-        )
-        beside = visual.beside(rank, self.text, here)
-        shard = {**self.text.shard(here), **arguments, **beside}
-        moved = {key: move(value, device) for key, value in shard.items()}
-        return {**moved, **family.always, KEYWORD: keyword}
+        return _Part(visual, arguments, kv_lengths, rule, row_mask)
 
     @property
     def _tells_padding(self) -> bool:
@@ -268,6 +323,18 @@ class _Content:
         return torch.cat(parts, dim=1)
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What is visual of one rank: its arguments of the model, visual tokens by rank, the rule of
+    the whole text over all of them, and which tokens see any, bool ``[B, T]``."""
+
+    visual: Visual
+    arguments: Mapping[str, Tensor]
+    kv_lengths: tuple[int, ...] | None
+    rule: Visibility | None
+    row_mask: Tensor | None
+
+
 def _check_keys(batch: Mapping[str, Any], family: Family, frames: str) -> None:
     if frames not in ("all", "local"):
         raise ValueError(f'got frames={frames!r}; expected "all" or "local"')
@@ -281,7 +348,8 @@ def _check_keys(batch: Mapping[str, Any], family: Family, frames: str) -> None:
             )
 
 
-def _device(model: torch.nn.Module) -> torch.device:
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model computes."""
     parameter = next(model.parameters())
     # A parameter that ZeRO-3 keeps elsewhere tells nothing of where the model computes.
     if hasattr(parameter, "ds_id"):

@@ -41,8 +41,8 @@ class PatchedAttention:
 class ShardedForward(PatchedAttention):
     """Takes the place of an attention module's ``forward``.
 
-    With a sharded batch (keyword ``ds_lvx``) it runs `sharded`; without one, the module's own
-    forward.
+    With a sharded batch (keyword ``ds_lvx``) it runs `sharded`; without one, or where every rank
+    has all that the layer attends to, the module's own forward.
     """
 
     def __init__(self, module: nn.Module, plan: LayerPlan) -> None:
@@ -51,7 +51,7 @@ class ShardedForward(PatchedAttention):
         self.previous = module.__dict__.get("forward")
 
     def __call__(self, *args: Any, ds_lvx: ShardedBatch | None = None, **kwargs: Any) -> Any:
-        if ds_lvx is not None:
+        if ds_lvx is not None and ds_lvx.shards(self.plan.kind):
             return self.sharded(ds_lvx, *args, **kwargs)
         if self.previous is not None:
             return self.previous(*args, **kwargs)

@@ -77,6 +77,10 @@ class Sizes:
         """out or dq where they are all-reduced."""
         return self.of_q(queries) * FP32_BYTES
 
+    def gathered_part_bytes(self, queries: float) -> float:
+        """lse and out in fp32 as one message."""
+        return _row([self.lse_bytes(queries), self.summed_bytes(queries)])
+
     def query_bytes(self, queries: float) -> float:
         """q on its way to other ranks' keys; in backward q, dout, lse and delta."""
         if self.backward:

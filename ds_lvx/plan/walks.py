@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
+from ds_lvx.attention.shape import goes_at_once
 from ds_lvx.distributed.alignment import padded as aligned
 from ds_lvx.plan.pieces import Pieces, Sizes, padded
 from ds_lvx.plan.transfers import Transfer
@@ -107,7 +108,7 @@ def _rotated_queries_send(sizes: Sizes, rank: int) -> float:
 
 
 def _replicated(pieces: Pieces) -> None:
-    """Everyone has all queries; lse is gathered and out summed, or dq."""
+    """Everyone has all queries; parts are gathered, or lse is gathered and out summed; or dq."""
     queries, backward = pieces.most_queries, pieces.backward
     if backward:
         pieces.touch(pieces.of_q(queries), "delta")
@@ -116,6 +117,10 @@ def _replicated(pieces: Pieces) -> None:
     pieces.attend(queries, pieces.most_keys)
     if backward:
         pieces.project(gradients=True)
+    elif goes_at_once(pieces.summed_bytes(queries), pieces.n):
+        pieces.send(pieces.ranks.gather(pieces.gathered_part_bytes(queries)))
+        pieces.touch(pieces.n * pieces.of_q(queries), "merge stacked")
+        return
     else:
         pieces.send(pieces.ranks.gather(pieces.lse_bytes(queries)))
         pieces.touch(pieces.of_q(queries), "merge")
@@ -123,8 +128,10 @@ def _replicated(pieces: Pieces) -> None:
 
 
 def _replicated_sends(sizes: Sizes, rank: int) -> float:
-    """lse to everyone, and an all-reduce of out; in backward one of dq."""
+    """The part to everyone, or lse to everyone and an all-reduce of out; in backward one of dq."""
     queries, n = sizes.shape.q_lengths[rank], sizes.shape.ranks
+    if not sizes.backward and goes_at_once(sizes.summed_bytes(queries), n):
+        return (n - 1) * sizes.gathered_part_bytes(queries)
     gathered = 0 if sizes.backward else (n - 1) * sizes.lse_bytes(queries)
     return gathered + 2 * (n - 1) / n * sizes.summed_bytes(queries)
 

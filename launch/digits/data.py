@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from ds_lvx.models import FAMILIES
-from ds_lvx.models.contract import Size
+from ds_lvx.models.size import Size
 
 IMAGE_TOKEN = 10  # the digits are tokens 0 to 9
 FRAME_SIZE = 32

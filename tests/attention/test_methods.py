@@ -9,6 +9,7 @@ import torch
 
 import ds_lvx
 from ds_lvx.attention.common import delta_of
+from ds_lvx.attention.shape import goes_at_once
 from ds_lvx.kernels import interface as kernels
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.flash_kernel import FlashKernel
@@ -236,9 +237,17 @@ def run_replicated(problem: Problem) -> dict[str, torch.Tensor]:
     return {"out": out, "lse": lse, "dq": q.grad, "dk": shard["k"].grad, "dv": shard["v"].grad}
 
 
-@pytest.mark.parametrize("visibility", ["none", "frames"])
-def test_replicated_queries_get_the_whole_result_on_every_rank(visibility: str) -> None:
-    problem = Problem((7, 0, 0), (13, 0, 30), visibility=visibility, lse_weight=0.5)
+@pytest.mark.parametrize(
+    ("queries", "visibility"),
+    # Parts of so few queries are gathered, those of so many are summed.
+    [(7, "none"), (7, "frames"), (2400, "frames")],
+)
+def test_replicated_queries_get_the_whole_result_on_every_rank(
+    queries: int, visibility: str
+) -> None:
+    problem = Problem((queries, 0, 0), (13, 0, 30), visibility=visibility, lse_weight=0.5)
+    out_bytes = queries * problem.batch * problem.heads * problem.head_dim * 4
+    assert goes_at_once(out_bytes, 3) == (queries == 7)
     answers = run_ranks(run_replicated, 3, problem)
     exact = problem.oracle()
     for answer in answers:

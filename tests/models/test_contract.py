@@ -13,8 +13,8 @@ import pytest
 from torch import nn
 
 from ds_lvx.models import FAMILIES, Family, family_of, register_family
-from ds_lvx.models.contract import Size
 from ds_lvx.models.registry import BUILT_IN, Families
+from ds_lvx.models.size import Size
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("find", "attention_layers", "forward", "text_model", "visual", "blank")

@@ -17,7 +17,7 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverAttention
 from transformers.models.idefics.vision import IdeficsVisionAttention
 
 from ds_lvx.models.batch import Text
-from ds_lvx.models.contract import Family, Size
+from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.idefics import batch as batches
@@ -26,6 +26,7 @@ from ds_lvx.models.idefics import processor as processors
 from ds_lvx.models.idefics.attention import Attention
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
+from ds_lvx.models.size import Size
 from ds_lvx.models.visual import Visual
 
 _LOCAL = (IdeficsVisionAttention, IdeficsPerceiverAttention)
@@ -71,6 +72,9 @@ class Idefics(Family):
     def check(self, model: IdeficsForVisionText2Text, *, sp_size: int) -> None:
         layers: Any = model.model.layers
         refuse_growing_rope(layers[0].self_attn.rotary_emb.rope_type, sp_size)
+
+    def generator(self, model: IdeficsForVisionText2Text) -> IdeficsForVisionText2Text:
+        return model
 
     def install(self, model: IdeficsForVisionText2Text, plans: Sequence[LayerPlan]) -> None:
         forward.install(model, offloads=any(plan.features == "offload" for plan in plans))

@@ -63,10 +63,11 @@ class Hand(Hook):
             # An image of one visual token each, so that a mask of one column fits any number.
             FEATURES if module.config.use_resampler else _UNSAMPLED: features.unsqueeze(2),
             "image_attention_mask": batch.row_mask[:, 0],
-            # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.
-            "attention_mask": kwargs["input_ids"].new_zeros(1, 1, 1, 1),
-            "use_cache": False,
         }
+        if batch.decoding is None:
+            # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.
+            given["attention_mask"] = kwargs["input_ids"].new_zeros(1, 1, 1, 1)
+            given["use_cache"] = False
         return args, {**kwargs, FEATURES: None, **given}
 
 

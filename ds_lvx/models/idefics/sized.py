@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
-from ds_lvx.models.contract import Size
 from ds_lvx.models.idefics.batch import PIXELS, SEEN
+from ds_lvx.models.size import Size
 
 _PERCEIVER = {
     "use_resampler": True,

@@ -7,9 +7,9 @@ from transformers.models.idefics.configuration_idefics import IdeficsPerceiverCo
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
-from ds_lvx.models.contract import Size
 from ds_lvx.models.idefics.processor import AROUND, IMAGE_TOKEN, Processor
 from ds_lvx.models.idefics.sized import config_of
+from ds_lvx.models.size import Size
 
 IMAGE_SIZE = 28
 MAX_POSITIONS = 4096

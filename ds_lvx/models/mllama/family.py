@@ -21,7 +21,7 @@ from transformers.models.mllama.modeling_mllama import (
 )
 
 from ds_lvx.models.batch import ShardedBatch, Text
-from ds_lvx.models.contract import Family, Size
+from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
@@ -30,6 +30,7 @@ from ds_lvx.models.mllama import dimensions, features, tiny
 from ds_lvx.models.mllama import frames as framing
 from ds_lvx.models.mllama.attention import CrossAttention, RecomputedSelfAttention
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
+from ds_lvx.models.size import Size
 from ds_lvx.models.visual import Visual
 
 _KINDS: dict[type[nn.Module], Kind] = {
@@ -86,6 +87,20 @@ class Mllama(Family):
             "attention_mask": arguments["input_ids"].new_zeros(1, 1, 1, 1),
             "use_cache": False,
         }
+
+    def generator(self, model: MllamaForConditionalGeneration) -> MllamaForConditionalGeneration:
+        if 0 in model.config.get_text_config().cross_attention_layers:
+            raise NotImplementedError(
+                "got cross_attention_layers that begin with layer 0, by whose cache transformers "
+                "counts the tokens of the text; expected a first layer of text alone"
+            )
+        return model
+
+    def decode(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        states, rows = arguments[self.features_key], batch.row_mask
+        if states is None or rows is None:
+            return {}
+        return {"full_text_row_masked_out_mask": rows.to(states.dtype)}
 
     def install(self, model: MllamaForConditionalGeneration, plans: Sequence[LayerPlan]) -> None:
         features.install(model, offloads=any(plan.features == "offload" for plan in plans))

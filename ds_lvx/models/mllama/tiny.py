@@ -19,7 +19,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
-from ds_lvx.models.contract import Size
+from ds_lvx.models.size import Size
 
 IMAGE_TOKEN = "<|image|>"
 IMAGE_SIZE = 28

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.models.batch import ShardedBatch, Text
-from ds_lvx.models.contract import Family, Size
+from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.moss_vl import batch as batches
@@ -23,6 +23,7 @@ from ds_lvx.models.moss_vl import checkpoint, dimensions, forward, sized
 from ds_lvx.models.moss_vl.attention import Attention, mask_of
 from ds_lvx.models.moss_vl.processor import Processor, media_text
 from ds_lvx.models.patch import PatchedAttention
+from ds_lvx.models.size import Size
 from ds_lvx.models.visual import Visual
 
 _MODEL = "MossVLForConditionalGeneration"

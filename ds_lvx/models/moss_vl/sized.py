@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ds_lvx.models.contract import Size
 from ds_lvx.models.moss_vl.batch import PIXELS, SEEN
+from ds_lvx.models.size import Size
 
 IMAGE_SIZE = 864
 """Pixels by side of a frame, where none says more: about those of 256 frames of a film."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.models import remote
 from ds_lvx.models.batch import Text
-from ds_lvx.models.contract import Family, Size
+from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.draft import Draft
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
@@ -27,6 +27,7 @@ from ds_lvx.models.mplugowl3 import dimensions, forward, sized
 from ds_lvx.models.mplugowl3 import processor as processors
 from ds_lvx.models.mplugowl3.attention import Attention, is_gated
 from ds_lvx.models.patch import PatchedAttention
+from ds_lvx.models.size import Size
 from ds_lvx.models.visual import Visual
 
 _MODEL = "mPLUGOwl3Model"

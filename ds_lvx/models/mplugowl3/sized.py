@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ds_lvx.models.contract import Size
 from ds_lvx.models.mplugowl3.batch import OFFSETS
+from ds_lvx.models.size import Size
 from ds_lvx.models.visual import COUNTS, PIXELS
 
 

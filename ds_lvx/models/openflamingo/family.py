@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ds_lvx.models.batch import Text
+from ds_lvx.models.batch import ShardedBatch, Text
 from ds_lvx.models.contract import Family
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Layer, LayerPlan
@@ -93,6 +93,13 @@ class OpenFlamingo(Family):
                 "all before; expected at least one, and the same only_attend_immediate_media in "
                 "all of them"
             )
+
+    def generator(self, model: Any) -> Any:
+        return model.lang_encoder
+
+    def decode(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        # The language model's forward asks for one, and transformers drops one that is all ones.
+        return {"attention_mask": arguments.get("attention_mask")}
 
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
         forward.install(model, offloads=any(plan.features == "offload" for plan in plans))

@@ -2,7 +2,8 @@
 
 It encodes the images and leaves features and the places of image tokens on every layer of the text,
 then runs the language model on text alone. With a sharded batch the language model is handed the
-features and the batch, and its layers get them from there.
+features and the batch, and its layers get them from there. Generation is the language model's own,
+which is handed the pixels instead.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ds_lvx.attention.features import offload
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.openflamingo.attention import places
+from ds_lvx.models.openflamingo.batch import PIXELS
 from ds_lvx.models.openflamingo.mpt import BIAS, carrying
 from ds_lvx.models.patch import KEYWORD, Hook
 
@@ -52,24 +54,24 @@ class Forward:
         return own(*args, **kwargs)
 
     def _sharded(self, batch: ShardedBatch, *, vision_x: Tensor, **text: Any) -> Any:
-        features = self._encoded(vision_x)
         given = {
             KEYWORD: batch,
-            FEATURES: offload(features) if self._offloads else features,
+            FEATURES: self.encoded(vision_x),
             # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.
             "attention_mask": text["input_ids"].new_zeros(1, 1, 1, 1),
         }
         with _cleared(self._model.lang_encoder, self._state) as lang_encoder:
             return lang_encoder(**text, **given)
 
-    def _encoded(self, pixels: Tensor) -> Tensor:
-        """``vision_x [B, n, 1, ...]`` to features ``[B, n * latents, width]``."""
+    def encoded(self, pixels: Tensor) -> Tensor:
+        """``vision_x [B, n, 1, ...]`` to features ``[B, n * latents, width]``, where they wait."""
         tower = self._model.vision_encoder
         dtype = next(tower.parameters()).dtype
         with torch.no_grad():  # as the model's own forward has it
             tokens = tower(pixels.to(dtype).flatten(0, 2))[1]
         states: Tensor = self._model.perceiver(tokens.unflatten(0, pixels.shape[:3]))
-        return states.flatten(1, 2)
+        features = states.flatten(1, 2)
+        return offload(features) if self._offloads else features
 
 
 @contextmanager
@@ -97,6 +99,34 @@ class KeepForward(Hook):
         vars(self._model).pop(_FORWARD, None)
         if self._before is not None:
             setattr(self._model, _FORWARD, self._before)
+
+
+class Encode(Hook):
+    """A forward pre-hook of the language model, the first: pixels of a prompt to features."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+
+    def __call__(
+        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        if kwargs.get(KEYWORD) is None or kwargs.get(PIXELS) is None:
+            return None
+        others = {key: value for key, value in kwargs.items() if key != PIXELS}
+        return args, {**others, FEATURES: self._forward.encoded(kwargs[PIXELS])}
+
+
+class Clear(Hook):
+    """A forward hook of the language model: layers hold on to nothing of a generation."""
+
+    def __init__(self, state: _Pass) -> None:
+        self._state = state
+
+    def __call__(self, module: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        batch = kwargs.get(KEYWORD)
+        if batch is not None and batch.decoding is not None:
+            self._state.batch = None
+            module.clear_conditioned_layers()
 
 
 class Hand(Hook):
@@ -165,9 +195,12 @@ def install(model: Any, *, offloads: bool) -> None:
         offloads: the features are to wait on the host.
     """
     state = _Pass()
-    hook = KeepForward(model, Forward(model, state, offloads=offloads))
-    model.register_forward_pre_hook(hook)
-    # After the hook that checks the features and shares them.
-    model.lang_encoder.register_forward_pre_hook(Hand(state), with_kwargs=True)
-    for layer in model.lang_encoder._get_decoder_layers():
+    forward = Forward(model, state, offloads=offloads)
+    model.register_forward_pre_hook(KeepForward(model, forward))
+    text = model.lang_encoder
+    # Before the hook that checks the features and shares them, and after it.
+    text.register_forward_pre_hook(Encode(forward), with_kwargs=True, prepend=True)
+    text.register_forward_pre_hook(Hand(state), with_kwargs=True)
+    text.register_forward_hook(Clear(state), with_kwargs=True)
+    for layer in text._get_decoder_layers():
         layer.register_forward_pre_hook(Condition(state), with_kwargs=True)

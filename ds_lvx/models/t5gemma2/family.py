@@ -19,10 +19,11 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
 )
 
 from ds_lvx.models.batch import ShardedBatch, Text
-from ds_lvx.models.contract import Family, Size
+from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention
+from ds_lvx.models.size import Size
 from ds_lvx.models.t5gemma2 import batch as batches
 from ds_lvx.models.t5gemma2 import dimensions, forward, sized
 from ds_lvx.models.t5gemma2 import processor as processors

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
-from ds_lvx.models.contract import Size
+from ds_lvx.models.size import Size
 from ds_lvx.models.t5gemma2.batch import image_tokens
 from ds_lvx.models.visual import COUNTS, PIXELS
 

@@ -1,0 +1,300 @@
+"""Generating with the visual keys sharded: transformers' ``generate`` on every rank of a group.
+
+The ranks have the same text, the same logits and the same random numbers, so that each of them
+chooses the tokens itself. What the model needs for that is `ds_lvx.models.decoding`.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_lvx.attention.checkpointing import is_partitioned
+from ds_lvx.distributed.agreement import require_same
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.failures import named
+from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
+from ds_lvx.models import family_of
+from ds_lvx.models.batch import TEXT_KEYS, digest
+from ds_lvx.models.contract import Family
+from ds_lvx.models.decoding import Decoding, feeding
+from ds_lvx.models.draft import Draft, device_of
+from ds_lvx.models.patch import is_patched
+
+_ARGUMENTS = "the arguments of generate"
+_RANDOM = "random numbers"
+_SHORT = 60
+# By the name of a setting: values that are served, and what to do with another one.
+_SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "use_cache": ((True,), "without a cache every token would run the whole text: leave it out"),
+    "cache_implementation": (("dynamic",), 'expected "dynamic", transformers\' own cache'),
+    "past_key_values": ((), "a cache from outside has no sharded keys: leave it out"),
+    "prefill_chunk_size": ((), "the prompt runs as a whole: leave it out"),
+    "output_attentions": ((False,), "no rank has the weights of all keys: leave it out"),
+}
+# Likewise: those that run the model in another way than token by token, or another model.
+_ALONE: Mapping[str, tuple[Any, ...]] = {
+    "assistant_model": (),
+    "assistant_early_exit": (),
+    "constraints": (),
+    "custom_generate": (),
+    "dola_layers": (),
+    "force_words_ids": (),
+    "guidance_scale": (1,),
+    "negative_prompt_ids": (),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0,),
+    "prompt_lookup_num_tokens": (),
+    "token_healing": (False,),
+}
+
+
+def generate(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    groups: SequenceParallelGroups | None = None,
+    frames: str = "all",
+    **kwargs: Any,
+) -> Any:
+    """transformers' ``generate`` with the visual keys sharded over the ranks of a group.
+
+    Every rank of a sequence-parallel group calls it with the same text and arguments. A rank
+    encodes its own frames, projects K and V of them once a cross-attention layer, and keeps these
+    and no others. The text is whole on every rank, with the model's own cache. The model runs in
+    evaluation mode, whatever its mode is.
+
+    Args:
+        model: from `ds_lvx.apply` or `ds_lvx.initialize`, or its engine at any ZeRO stage.
+        batch: what the processor of the model's family returns, as for `ds_lvx.shard_batch`; pad
+            texts on the left. Labels are not looked at.
+        groups: the groups; None is the current ones, or all ranks as one group.
+        frames: ``"all"``: the batch holds every frame, this rank's are cut. ``"local"``: it holds
+            this rank's frames already.
+        kwargs: of transformers' ``generate``: ``generation_config`` and its fields
+            (``max_new_tokens``, ``do_sample``, ``num_beams``, ``num_return_sequences``, ...),
+            ``logits_processor``, ``stopping_criteria``, ``return_dict_in_generate`` and so on.
+            ``streamer`` is used on the first rank of the group; others may pass None.
+
+    Returns:
+        What transformers returns, the same on every rank. Random numbers are those of the group's
+        first rank; the generators of other ranks stay as they are, unless they were as that one's:
+        then they go on together. ``past_key_values`` of the result holds the text alone.
+
+    Raises:
+        ValueError: on all ranks, naming the rank that is wrong: a model that is not patched, what
+            `ds_lvx.shard_batch` refuses of a batch, arguments that differ, no room for new tokens.
+        NotImplementedError: a family that cannot generate, no cache or another one than
+            transformers' ``DynamicCache``, assisted decoding, weights of attention.
+        RuntimeError: on all ranks: they chose different tokens; names the token. Or another rank
+            failed between two tokens.
+        RankOutOfMemoryError: names this rank and the size, as in an engine's calls.
+
+    Collectives: two agreements of 2 KiB a rank on the control plane (the first may be longer). For
+    each forward and cross-attention layer an all-gather of ``(n-1) R H (4 D + 4)`` bytes a rank,
+    for R queries (those of the prompt, then one a row); of queries whose parts together are more
+    than 1 MiB an all-gather of ``(n-1) R H 4`` and an all-reduce of ``R H D`` fp32. A token's
+    first message carries ``8 (R + 1)`` bytes more, by which the ranks compare their tokens, and one
+    message like it ends the generation. ZeRO-3 adds its own.
+    """
+    channel = resolve(groups)
+    found, draft, record, error = None, None, {}, None
+    try:
+        found = family, inside = _patched(model)
+        draft = _draft(family, inside, batch, channel=channel, frames=frames, kwargs=kwargs)
+        record = {**draft.record(), **_record(family, inside, kwargs, first=channel.rank == 0)}
+    # Whatever it is: the other ranks must not wait for this one.
+    except Exception as caught:  # noqa: BLE001
+        error = caught
+    records = channel.agree(record, error)
+    assert found is not None
+    assert draft is not None
+    (family, inside), waits = found, is_partitioned(found[1])
+    content = draft.checked()
+    require_same(records, [*content.shared_record(), _ARGUMENTS], what="ds_lvx.generate")
+    text, prompt = content.prompt(
+        records,
+        family=family,
+        model=inside,
+        channel=channel,
+        always_vision=waits or not family.skips_vision,
+    )
+    runner, decoding = family.generator(inside), Decoding(prompt)
+    del draft, content, prompt  # pixels, which nobody needs once they are encoded
+    if channel.rank > 0:
+        kwargs["streamer"] = None
+    with (
+        named("ds_lvx.generate", groups),
+        _evaluating(inside),
+        _random_numbers_of(records[0], inside),
+        feeding(runner, decoding),
+    ):
+        try:
+            result = runner.generate(**text, **{"synced_gpus": waits, **kwargs})
+        except Exception as caught:
+            decoding.fail(caught, waits=waits)
+            raise
+    decoding.finish(result if isinstance(result, Tensor) else result.sequences)
+    return result
+
+
+def _patched(model: Any) -> tuple[Family, Any]:
+    """The family of a model, and the model itself inside its wrappers."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"got a model of type {type(model).__name__}; expected a torch.nn.Module that "
+            "ds_lvx.apply has patched, or the engine of ds_lvx.initialize"
+        )
+    family, inside = family_of(model)
+    if not is_patched(inside):
+        raise ValueError(
+            "got a model that ds_lvx has not patched; call ds_lvx.apply(model, config) or "
+            "ds_lvx.initialize first"
+        )
+    return family, inside
+
+
+def _draft(
+    family: Family,
+    model: Any,
+    batch: Any,
+    *,
+    channel: Channel,
+    frames: str,
+    kwargs: Mapping[str, Any],
+) -> Draft:
+    """This rank's part of the batch, once all that is wrong with the call has been looked for."""
+    _check_arguments(family, family.generator(model), kwargs)
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"got a batch of type {type(batch).__name__}; expected what the processor returns"
+        )
+    place = channel.rank, channel.size
+    return Draft.of(family, batch, model, place=place, frames=frames, whole_text=True)
+
+
+def _record(
+    family: Family, model: Any, kwargs: Mapping[str, Any], *, first: bool
+) -> dict[str, Any]:
+    """What the other ranks must know beside the batch."""
+    record = {_ARGUMENTS: _described(kwargs)}
+    if first and _setting(family.generator(model), kwargs, "do_sample"):
+        record[_RANDOM] = _Generator(model).packed()
+    return record
+
+
+# --------------------------------------------------------------------------------------------
+# Arguments
+
+
+def _check_arguments(family: Family, runner: Any, kwargs: Mapping[str, Any]) -> None:
+    inputs = {*TEXT_KEYS, *family.keys, "inputs", "inputs_embeds"} & kwargs.keys()
+    if inputs:
+        raise ValueError(
+            f"got {', '.join(sorted(inputs))} among the arguments of generate; expected the whole "
+            "input in the batch, as the processor returns it"
+        )
+    alone = "expected a way to generate that runs the model alone, token by token: leave it out"
+    for name, (served, advice) in {
+        **_SERVED,
+        **{name: (served, alone) for name, served in _ALONE.items()},
+    }.items():
+        value = _setting(runner, kwargs, name)
+        if value is not None and not any(value == each for each in served):
+            raise NotImplementedError(
+                f"got {name}={_word(value)} for generation with sharded keys; {advice}"
+            )
+
+
+def _setting(runner: Any, kwargs: Mapping[str, Any], name: str) -> Any:
+    """A setting as transformers finds it: an argument, or of the config that was given, or of the
+    model's own."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    for config in (kwargs.get("generation_config"), runner.generation_config):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return None
+
+
+def _described(kwargs: Mapping[str, Any]) -> str:
+    """The arguments in words that are the same on ranks which were given the same."""
+    used = {name: value for name, value in kwargs.items() if name != "streamer"}
+    return ", ".join(f"{name}={_word(used[name])}" for name in sorted(used)) or "none"
+
+
+def _word(value: Any) -> str:
+    """A value, or what can be said of it: objects are told by their class."""
+    if isinstance(value, Tensor):
+        return f"tensor {list(value.shape)} {digest(value)}"
+    if isinstance(value, str | int | float | None):
+        text = repr(value)
+    elif isinstance(value, Mapping):
+        text = "{" + ", ".join(f"{_word(k)}: {_word(v)}" for k, v in value.items()) + "}"
+    elif isinstance(value, list | tuple):
+        text = "[" + ", ".join(map(_word, value)) + "]"
+    elif hasattr(value, "to_diff_dict"):  # a GenerationConfig
+        text = f"{type(value).__name__} {_word(value.to_diff_dict())}"
+    else:
+        return type(value).__name__
+    return text if len(text) <= _SHORT else f"{text[:_SHORT]}... ({zlib.crc32(text.encode())})"
+
+
+# --------------------------------------------------------------------------------------------
+# Surroundings
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode: no dropout, and no checkpoints, which drop the cache."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Generator:
+    """The random generator that chooses tokens: that of the device where the model computes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        device = device_of(model)
+        self._module: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+
+    def state(self) -> Tensor:
+        """A copy of it, uint8 on the CPU."""
+        state: Tensor = self._module.get_rng_state()
+        return state
+
+    def restore(self, state: Tensor) -> None:
+        """Set it."""
+        self._module.set_rng_state(state)
+
+    def packed(self) -> str:
+        """The state for a record."""
+        return base64.b85encode(self.state().numpy().tobytes()).decode()
+
+
+@contextmanager
+def _random_numbers_of(record: Mapping[str, Any], model: nn.Module) -> Iterator[None]:
+    """Random numbers of the rank whose record it is, where it says any."""
+    if _RANDOM not in record:
+        yield
+        return
+    generator = _Generator(model)
+    own = generator.state()
+    theirs = torch.frombuffer(bytearray(base64.b85decode(record[_RANDOM])), dtype=torch.uint8)
+    generator.restore(theirs)
+    try:
+        yield
+    finally:
+        if not torch.equal(own, theirs):
+            generator.restore(own)

@@ -1,0 +1,361 @@
+"""Generation on the ranks of a group: all have the whole text, each the keys of its own units.
+
+The first forward of the model runs the prompt, the others a token each. K and V of cross-attention
+are projected once a layer, from this rank's features, and stay here; queries are the same on all
+ranks, whose parts of the result meet by the schedule ``replicated``. Text attends to itself on
+every rank, as the model does alone. Rows of one sample (beams, sequences to return) share its keys:
+they are further queries, and no cache of keys is repeated or put in another order.
+
+Shapes: ``B`` samples, ``C`` rows of each, ``T`` tokens of the prompt, ``s`` of a forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_lvx.attention import lvx
+from ds_lvx.attention.call import Call
+from ds_lvx.attention.layout import Layout
+from ds_lvx.attention.schedules.replicated import say
+from ds_lvx.attention.witness import Witness
+from ds_lvx.distributed.agreement import require_same
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.kernels.choice import kernel_for
+from ds_lvx.kernels.rule import Rule
+from ds_lvx.kernels.visibility import Visibility
+from ds_lvx.models.batch import ShardedBatch, digest, move
+from ds_lvx.models.layers import LayerPlan
+from ds_lvx.models.patch import KEYWORD, Hook
+
+ENDED, FAILED = -1, -2
+_ALL = slice(None)
+_LAST = slice(-1, None)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What generation begins with, on one rank.
+
+    Attributes:
+        channel: the sequence-parallel group.
+        device: where the model computes.
+        shape: ``(B, T)``.
+        arguments: of the model's first forward beside the text, on the device: this rank's units,
+            which are let go then.
+        kv_lengths: visual tokens by rank, or None when no layer is to look at images.
+        rule: of the prompt over this rank's visual tokens, on the CPU; None: all see all.
+        row_mask: bool ``[B, T]`` on the CPU, False where a token may see no image at all; None when
+            every token sees some.
+    """
+
+    channel: Channel
+    device: torch.device
+    shape: tuple[int, int]
+    arguments: Mapping[str, Any]
+    kv_lengths: tuple[int, ...] | None
+    rule: Visibility | None
+    row_mask: Tensor | None
+
+    def batch(self, tokens: slice, *, copies: int, decoding: Decoding) -> ShardedBatch:
+        """The keyword of a forward.
+
+        Args:
+            tokens: whose rows of the rule it goes by; a token that is chosen sees what the last one
+                of the prompt sees.
+            copies: C.
+            decoding: whose forward it is.
+        """
+        count = len(range(*tokens.indices(self.shape[1])))
+        each = (count,) * self.channel.size
+        text = Layout(self.channel, each, each, device=self.device)
+        mask = None
+        if self.row_mask is not None:
+            rows = self.row_mask[:, tokens].repeat_interleave(copies, dim=0)
+            mask = move(rows[:, None, :, None], self.device)
+        return ShardedBatch(text, self._cross(tokens, count * copies), mask, decoding=decoding)
+
+    def _cross(self, tokens: slice, queries: int) -> Layout | None:
+        if self.kv_lengths is None:
+            return None
+        rank, rule = self.channel.rank, None
+        if self.rule is not None:
+            part = self.rule.part(tokens, _ALL)
+            copies = queries // part.q_start.shape[1]
+            starts, ends = (each.repeat(1, copies) for each in (part.q_start, part.q_end))
+            rule = Rule.on(Visibility(starts, ends, part.kv_pos), self.device)
+        return Layout(
+            self.channel,
+            (queries,) * self.channel.size,
+            self.kv_lengths,
+            rule,
+            device=self.device,
+            first_query=rank * queries,
+            first_key=sum(self.kv_lengths[:rank]),
+        )
+
+
+class Decoding:
+    """The state of one generation on one rank.
+
+    Attributes:
+        keys: K and V ``[B, s_kv, H_kv, D]`` by the name of a layer, of this rank's visual tokens.
+        step: forwards that have begun, less the prompt's: the tokens that a row has been fed.
+    """
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.keys: dict[str, tuple[Tensor, Tensor]] = {}
+        self.step = -1
+        self._prompt = prompt
+        self._copies = 1
+        self._later: ShardedBatch | None = None
+        self._features: Tensor | None = None
+        self._stand_in: Tensor | None = None
+        self._witness: Witness | None = None
+        self._like: Tensor | None = None  # queries of one token a row
+        self._in_forward = False
+
+    @property
+    def channel(self) -> Channel:
+        """The sequence-parallel group."""
+        return self._prompt.channel
+
+    # ---- a forward
+
+    def begin(self, input_ids: Tensor) -> dict[str, Any]:
+        """Arguments for a forward of the model.
+
+        Args:
+            input_ids: ``[B * C, s]``, what it is fed.
+
+        Raises:
+            ValueError: other tokens than those of the prompt, or more than one of each row.
+
+        Collectives: an agreement on the control plane before the prompt, in which a rank that has
+            failed before says so.
+        """
+        self.step += 1
+        self._in_forward = True
+        wrong = self._wrong_shape(input_ids)
+        if self.step == 0:
+            records = self.channel.agree({"rows of the batch": len(input_ids)}, wrong)
+            require_same(records, records[0], what="ds_lvx.generate")
+            self._copies = len(input_ids) // self._prompt.shape[0]
+            arguments, self._prompt = self._prompt.arguments, replace(self._prompt, arguments={})
+            return {**arguments, KEYWORD: self._batch(_ALL)}
+        if wrong is not None:
+            raise wrong
+        if self._later is None:
+            self._later = self._batch(_LAST)
+        step = move(torch.tensor([self.step], dtype=torch.int64), input_ids.device)
+        numbers = torch.cat([step, input_ids[:, 0].to(torch.int64)])
+        self._witness = Witness(numbers, self._compare)
+        return {KEYWORD: self._later}
+
+    def _wrong_shape(self, input_ids: Tensor) -> ValueError | None:
+        samples, length = self._prompt.shape
+        expected = length if self.step == 0 else 1
+        if input_ids.shape[1] == expected and len(input_ids) % samples == 0:
+            return None
+        return ValueError(
+            f"got input_ids {tuple(input_ids.shape)} in forward {self.step} of a generation; "
+            f"expected {expected} tokens a row, of {samples} samples: use a way to generate that "
+            "runs the prompt once and then token by token"
+        )
+
+    def _batch(self, tokens: slice) -> ShardedBatch:
+        return self._prompt.batch(tokens, copies=self._copies, decoding=self)
+
+    def end_forward(self) -> None:
+        """A forward of the model is over: after that of the prompt all layers have their keys."""
+        self._in_forward, self._features = False, None
+
+    def keep(self, features: Tensor | None, by_sample: Callable[[Tensor, int], Tensor]) -> Any:
+        """Keep the visual features until layers have their keys.
+
+        Args:
+            features: what the text model got.
+            by_sample: brings those of so many samples into the shape ``[B, s_kv, hidden]``.
+
+        Returns:
+            What the text model gets in their place: ``[B * C, 0, hidden]``; None without images.
+        """
+        if self._prompt.kv_lengths is None:
+            return None
+        if self._stand_in is None:
+            assert features is not None, "the prompt's forward encodes the units"
+            samples = self._prompt.shape[0]
+            kept = self._features = by_sample(features, samples)
+            self._stand_in = torch.empty(
+                (samples * self._copies, 0, *kept.shape[2:]),
+                dtype=kept.dtype,
+                device=self._prompt.device,
+            )
+        return self._stand_in
+
+    def attend(
+        self,
+        plan: LayerPlan,
+        batch: ShardedBatch,
+        q: Tensor,
+        *,
+        project_kv: Callable[[Tensor], tuple[Tensor, Tensor]],
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of the same queries on every rank over the visual tokens of all.
+
+        Args:
+            plan, batch: the layer, and the keyword of this forward.
+            q: ``[B * C, s, H, D]``.
+            project_kv: features ``[B, s_kv, hidden]`` to K and V, in the prompt's forward.
+            scale: factor of the scores.
+
+        Returns:
+            out ``[B * C, s, H, D]``, lse ``[B * C, H, s]``.
+        """
+        if plan.name not in self.keys:
+            assert self._features is not None, "every layer runs with the prompt"
+            self.keys[plan.name] = project_kv(self._features.to(q.device))
+        k, v = self.keys[plan.name]
+        rows, tokens, heads, head_dim = q.shape
+        # Rows of a sample lie side by side: they are queries over the same keys.
+        together = q.reshape(len(k), -1, heads, head_dim)
+        if self._like is None:
+            self._like = q.new_empty(len(k), rows // len(k), heads, head_dim)
+        layout = batch.layout("cross")
+        kind = ("kernel", plan.kernel, q.dtype, head_dim, q.device)
+        witness, self._witness = self._witness, None
+        call = Call(
+            layout,
+            kernel=layout.settled(kind, lambda: kernel_for(plan.kernel, q)),
+            softmax_scale=scale,
+            schedule="replicated",
+            witness=witness,
+        )
+        out, lse = lvx.attend(call, together, k, v)
+        by_row = lse.unflatten(2, (-1, tokens)).transpose(1, 2).reshape(rows, heads, tokens)
+        return out.reshape(q.shape), by_row
+
+    # ---- the end
+
+    def finish(self, sequences: Tensor) -> None:
+        """Compare what the ranks return.
+
+        Args:
+            sequences: int ``[rows, tokens]``.
+
+        Raises:
+            RuntimeError: on all ranks, when they chose different tokens.
+
+        Collectives: one message like that of a layer.
+        """
+        self._say(ENDED, digest(sequences), self._compare)
+
+    def release(self) -> None:
+        """Let go of the keys, which a forward's keyword may still refer to."""
+        self.keys, self._later, self._features = {}, None, None
+
+    def fail(self, error: Exception, *, waits: bool) -> None:
+        """Let the other ranks know that this one stops; then they stop as well.
+
+        What fails inside a forward they are not told: they may be in any of its messages.
+
+        Args:
+            error: why.
+            waits: ranks run the same forwards to the end (ZeRO-3), and hear nothing between them.
+        """
+        if self.step < 0:
+            self.channel.agree({}, error)
+        elif not self._in_forward and not waits:
+            self._say(FAILED, 0, lambda everyones: None)
+
+    def _say(self, state: int, number: int, compare: Callable[[Tensor], None]) -> None:
+        if self.channel.size == 1:
+            return
+        rows = self._prompt.shape[0] * self._copies
+        numbers = torch.zeros(1 + rows, dtype=torch.int64)
+        numbers[0], numbers[1] = state, number
+        numbers = move(numbers, self._prompt.device)
+        if self._like is not None:
+            say(self.channel, self._like, Witness(numbers, compare))
+            return
+        one_each = (1,) * self.channel.size
+        compare(self.channel.gather_rows([numbers[None]], [0], one_each).wait()[0])
+
+    def _compare(self, everyones: Tensor) -> None:
+        said = everyones.tolist()
+        if any(each != said[0] for each in said):
+            raise RuntimeError(f"ds_lvx.generate: {_difference(said)}")
+
+
+def _difference(said: list[list[int]]) -> str:
+    """What is wrong when ranks say different things, by rank: a state, or which token; its ids."""
+    states = [each[0] for each in said]
+    failed, ended = (_ranks(states, state) for state in (FAILED, ENDED))
+    token = max(states)
+    if failed:
+        where = f" at new token {token}" if token > 0 else ""
+        return f"{failed} failed{where}, and so the others stop as well; its own error says why"
+    if ended and token > 0:
+        wrong = f"{ended} ended where others went on from new token {token}"
+    elif ended:
+        wrong = "the ranks return different sequences"
+    else:
+        tokens = ", ".join(f"{each[1:]} on rank {rank}" for rank, each in enumerate(said))
+        wrong = f"the ranks disagree on new token {token} of each row: {tokens}"
+    return (
+        f"{wrong}; expected the same on every rank of the group: the same weights, dtype, versions "
+        "and kind of device, and processors and criteria that go by their arguments alone"
+    )
+
+
+def _ranks(states: list[int], state: int) -> str:
+    """The ranks in a state, in words; empty for none."""
+    found = [str(rank) for rank, each in enumerate(states) if each == state]
+    return "" if not found else f"{'rank' if len(found) == 1 else 'ranks'} {', '.join(found)}"
+
+
+class _Begin(Hook):
+    """A forward pre-hook of the model, the first: what a forward of generation needs."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        self._decoding = decoding
+
+    def __call__(
+        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, **self._decoding.begin(kwargs["input_ids"])}
+
+
+class _End(Hook):
+    """A forward hook of the model."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        self._decoding = decoding
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._decoding.end_forward()
+
+
+@contextmanager
+def feeding(model: nn.Module, decoding: Decoding) -> Iterator[None]:
+    """Let every forward of the model be one of this generation.
+
+    Args:
+        model: that generates; it is called with keywords.
+        decoding: the state.
+    """
+    # First, so that the family's own hooks find the keyword.
+    begin = model.register_forward_pre_hook(_Begin(decoding), with_kwargs=True, prepend=True)
+    end = model.register_forward_hook(_End(decoding))
+    try:
+        yield
+    finally:
+        begin.remove()
+        end.remove()
+        decoding.release()

@@ -1,0 +1,146 @@
+"""What `launch/generate.py` asks: a question of the command line, or the lines of a file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ds_lvx.data.batch import BatchMaker, FrameRate, Sample
+from ds_lvx.data.chat import Chats, Conversation, Message, Part
+from ds_lvx.data.errors import DataError, Source
+from ds_lvx.data.text import IGNORED, EncodedText
+
+_OPEN = "?"  # in the place of an answer that nobody knows
+_DEFAULT_FPS = 1.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; `parser` has the meaning of each."""
+
+    model: str
+    adapter: str | None
+    trust_remote_code: bool
+    deepspeed_config: str
+    prompt: str | None
+    image: list[str]
+    video: list[str]
+    data: str | None
+    fps: float | None
+    frames: int | None
+    max_frames: int | None
+    max_length: int | None
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    output: str | None
+    traceback: bool
+
+    @property
+    def rate(self) -> FrameRate:
+        """Which frames of a video are taken."""
+        fps = _DEFAULT_FPS if self.fps is None and self.frames is None else self.fps
+        return FrameRate(fps=fps, count=self.frames, max_frames=self.max_frames)
+
+    def conversations(self) -> Iterator[Conversation]:
+        """What is asked, one conversation after the other.
+
+        Raises:
+            DataError: of the file of chats, with its line.
+        """
+        if self.data is not None:
+            chats = Chats(self.data)
+            yield from (chats[index] for index in range(len(chats)))
+            return
+        parts = [Part("image", path) for path in self.image]
+        parts += [Part("video", path) for path in self.video]
+        question = Message("user", (*parts, Part("text", str(self.prompt))))
+        answer = Message("assistant", (Part("text", _OPEN),))
+        yield Conversation(Source("--prompt", 1), (question, answer))
+
+    def reference(self, conversation: Conversation) -> str | None:
+        """The answer that a line of the file has."""
+        return None if self.data is None else _asked(conversation)[1].text
+
+
+def question(conversation: Conversation) -> str:
+    """What the user says last."""
+    return _asked(conversation)[0].text
+
+
+def _asked(conversation: Conversation) -> tuple[Message, Message]:
+    """The last answer that is learnt, and what the user says before it."""
+    messages = conversation.messages
+    place = max(n for n, m in enumerate(messages) if m.role == "assistant" and m.learnt)
+    before = [message for message in messages[:place] if message.role == "user"]
+    return (before[-1] if before else Message("user", ())), messages[place]
+
+
+class Prompts(BatchMaker):
+    """Makes batches that end where the last answer begins."""
+
+    def sample(self, conversation: Conversation) -> Sample:
+        """See `BatchMaker.sample`.
+
+        Raises:
+            DataError: likewise; and for images or videos that come after the answer.
+        """
+        whole = super().sample(conversation)
+        ids, labels = whole.text.input_ids, whole.text.labels
+        end = max(place for place, label in enumerate(labels) if label != IGNORED)
+        while end > 0 and labels[end - 1] != IGNORED:
+            end -= 1
+        if ids[:end].count(self.encoder.image_token_id) != whole.num_frames:
+            raise DataError.at(
+                conversation.source,
+                got="images or videos after the last answer",
+                expected="all of them before it",
+                do="end the chat with the answer that is asked for",
+            )
+        return replace(whole, text=EncodedText(ids[:end], [IGNORED] * end))
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line.
+
+    Raises:
+        SystemExit: with a usage message.
+    """
+    top = parser()
+    values = vars(top.parse_args(arguments))
+    del values["local_rank"]
+    if (values["prompt"] is None) == (values["data"] is None):
+        top.error("got --prompt and --data, or neither; expected one of them")
+    if values["data"] is not None and (values["image"] or values["video"]):
+        top.error("got --image or --video with --data, whose lines name their own")
+    return Options(**values)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser, with one line of help for each option."""
+    top = argparse.ArgumentParser(
+        prog="generate.py",
+        description="Ask a model about images and videos, with the visual keys split over ranks.",
+    )
+    top.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
+    add = top.add_argument
+    add("--model", required=True, help="folder or hub name of a checkpoint; `tiny`: random weights")
+    add("--adapter", help="folder or hub name of a LoRA adapter of that model")
+    add("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
+    add("--deepspeed_config", required=True, help="a ds_config with `ds_lvx`")
+    add("--prompt", help="a question; images and videos go before it")
+    add("--image", action="append", default=[], help="a file; may be given again")
+    add("--video", action="append", default=[], help="a file; may be given again")
+    add("--data", help="JSONL file of chats; the last answer of each is asked for")
+    rate = top.add_mutually_exclusive_group()
+    rate.add_argument("--fps", type=float, help="frames a second of video (default: 1)")
+    rate.add_argument("--frames", type=int, help="frames a video, evenly spaced")
+    add("--max_frames", type=int, help="with --fps: frames of a video at most")
+    add("--max_length", type=int, help="text tokens of a prompt (default: the model's positions)")
+    add("--max_new_tokens", type=int, default=256, help="of an answer (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="of sampling; 0 (default): the likeliest")
+    add("--seed", type=int, default=0, help="of sampling")
+    add("--output", help="JSONL file for the answers")
+    add("--traceback", action="store_true", help="show where an error was raised")
+    return top

@@ -1,0 +1,118 @@
+"""`launch/generate.py` answers what transformers answers in one process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ds_lvx.models import FAMILIES
+from ds_lvx.training.asking import parse
+from tests.data.media import chat, write_image, write_jsonl, write_video
+from tests.launch.checkpoint_folder import write_checkpoint
+from tests.launch.finetune_runs import ROOT, one_process_samples, write_config
+from tests.ranks import RankError, run_ranks
+
+FRAMES, TOKENS = 3, 6
+
+
+def run(*arguments: str) -> int:
+    """The script's own main, on a rank of `tests.ranks`."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "launch" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    code: int = script.main(arguments)
+    return code
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generate")
+    write_checkpoint(folder / "checkpoint")
+    write_video(folder / "a.mp4", frames=9)
+    write_image(folder / "a.png", (100, 40))
+    samples = [
+        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
+        chat(("image", "a.png"), ("text", "Where is it?"), answer="In a green meadow."),
+    ]
+    samples[1]["messages"] += chat(("text", "And now?"), answer="Gone.")["messages"]
+    write_jsonl(folder / "chats.jsonl", *samples)
+    write_config(folder / "ds.json", stage=0)
+    return folder
+
+
+def given(folder: Path, *more: object) -> list[str]:
+    words: list[object] = ["--model", folder / "checkpoint", "--deepspeed_config"]
+    words += [folder / "ds.json", "--frames", FRAMES, "--max_new_tokens", TOKENS]
+    return [str(word) for word in (*words, *more, "--traceback")]
+
+
+def expected(folder: Path, *, adapter: Path | None = None) -> list[str]:
+    """Of each line, what one process answers in the place of its last answer."""
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder / "checkpoint").eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    tokenizer = AutoProcessor.from_pretrained(folder / "checkpoint").tokenizer
+    answers = []
+    for sample in one_process_samples(folder / "checkpoint", folder / "chats.jsonl", frames=FRAMES):
+        labels = sample.pop("labels")[0].tolist()
+        end = max(place for place, label in enumerate(labels) if label != -100)
+        while labels[end - 1] != -100:
+            end -= 1
+        for key in ("input_ids", "attention_mask", "cross_attention_mask"):
+            sample[key] = sample[key][:, :end]
+        out = model.generate(**sample, max_new_tokens=TOKENS, do_sample=False)
+        answers.append(tokenizer.decode(out[0, end:], skip_special_tokens=True))
+    return answers
+
+
+def test_the_lines_of_a_file_are_answered(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    data = folder / "chats.jsonl"
+    assert run_ranks(run, 2, *given(folder, "--data", data, "--output", out)) == [0, 0]
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["answer"] for record in records] == expected(folder)
+    assert all(record["answer"] for record in records)
+    assert [record["reference"] for record in records] == ["A big rabbit.", "Gone."]
+    assert [record["question"] for record in records] == ["What animal?", "And now?"]
+    assert records[1]["source"] == f"{data}:2"
+    assert all(record["new_tokens"] <= TOKENS and record["seconds"] > 0 for record in records)
+
+
+def test_a_question_of_the_command_line(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answer.jsonl"
+    words = ["--video", folder / "a.mp4", "--prompt", "What animal?", "--output", out]
+    assert run_ranks(run, 2, *given(folder, *words)) == [0, 0]
+    record = json.loads(out.read_text())
+    assert record["answer"] == expected(folder)[0]
+    assert record["reference"] is None
+
+
+def test_a_model_with_an_adapter(folder: Path, tmp_path: Path) -> None:
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder / "checkpoint")
+    targets = FAMILIES.default().lora_targets
+    lora = LoraConfig(r=4, lora_alpha=32, target_modules=targets, init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "answer.jsonl"
+    words = ["--video", folder / "a.mp4", "--prompt", "What animal?", "--output", out]
+    assert run_ranks(run, 2, *given(folder, *words, "--adapter", tmp_path / "adapter")) == [0, 0]
+    answer = json.loads(out.read_text())["answer"]
+    assert answer == expected(folder, adapter=tmp_path / "adapter")[0]
+    assert answer != expected(folder)[0], "the adapter does nothing"
+
+
+def test_what_is_wrong_is_said_on_every_rank(folder: Path) -> None:
+    with pytest.raises(RankError) as caught:
+        run_ranks(run, 2, *given(folder, "--video", "no.mp4", "--prompt", "What?"))
+    assert all("--prompt:1: " in text for text in caught.value.errors.values())
+    assert len(caught.value.errors) == 2
+    for words in (["--prompt", "a", "--data", "b"], ["--image", "a"], ["--data", "b", "--video"]):
+        with pytest.raises(SystemExit):
+            parse(["--model", "tiny", "--deepspeed_config", "c", *words])
