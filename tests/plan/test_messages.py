@@ -57,6 +57,15 @@ def test_the_documents_have_these_formulas(document: str) -> None:
         assert written == pytest.approx([sent.forward, sent.backward]), row
 
 
+def test_few_queries_that_every_rank_holds_go_as_one_message() -> None:
+    n, heads, head_dim = 4, 32, 128
+    shape = AttentionShape(1, (1,) * n, (96_000,) * n, heads, 8, head_dim)
+    sent = bytes_sent(shape, "lvx replicated")
+    numbers = {"n": n, "S": 1, "H": heads, "D": head_dim}
+    row = formulas("docs/how-it-works.md", "replicated, few queries")
+    assert [value(each, **numbers) for each in row] == pytest.approx([sent.forward, sent.backward])
+
+
 def test_unequal_shards_send_as_much_together() -> None:
     even = AttentionShape(2, (8,) * 3, (40,) * 3, 6, 3, 16, 4)
     uneven = AttentionShape(2, (3, 21, 0), (20, 0, 100), 6, 3, 16, 4)
