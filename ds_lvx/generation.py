@@ -129,6 +129,8 @@ def generate(
     del draft, content, prompt  # pixels, which nobody needs once they are encoded
     if channel.rank > 0:
         kwargs["streamer"] = None
+    if kwargs.get("generation_config") is None:
+        kwargs["use_cache"] = True  # some models' own settings say no
     with (
         named("ds_lvx.generate", groups),
         _evaluating(inside),
@@ -217,7 +219,10 @@ def _setting(runner: Any, kwargs: Mapping[str, Any], name: str) -> Any:
     model's own."""
     if kwargs.get(name) is not None:
         return kwargs[name]
-    for config in (kwargs.get("generation_config"), runner.generation_config):
+    given = kwargs.get("generation_config")
+    if name == "use_cache" and given is None:
+        return None
+    for config in (given, runner.generation_config):
         if getattr(config, name, None) is not None:
             return getattr(config, name)
     return None

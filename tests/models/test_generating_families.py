@@ -87,6 +87,7 @@ FLAMINGO: dict[str, dict[str, Any]] = {
     "latest": {},
     "all before": {"latest": False},
     "neox": {"language": "neox"},
+    "mpt": {"language": "mpt"},
 }
 
 
