@@ -151,6 +151,18 @@ def test_a_comparison_trains_a_model_of_random_weights() -> None:
     assert parts == {"cross_attention", "text", "vision"}
 
 
+def test_a_checkpoint_has_a_size() -> None:
+    family = FAMILIES.named("t5gemma2")
+    published = family.config(family.size())
+    assert (published.encoder.mm_tokens_per_image, published.encoder.image_token_id) == (
+        256,
+        256001,
+    )
+    assert family.size(published) == family.size()
+    with pytest.raises(NotImplementedError, match=r"'tokens': 4, .* expected .*'tokens': 1, "):
+        family.size(tiny_model().config)
+
+
 @pytest.mark.slow
 def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     config = json.loads(Path(write_config(tmp_path / "ds.json", stage=3)).read_text())

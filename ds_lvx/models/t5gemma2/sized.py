@@ -22,12 +22,14 @@ _POOLED = 4
 _WINDOW = 1024
 _PROMPT = 16
 """Tokens of text in the encoder's row that is measured."""
+_IMAGE, _BEHIND = 256_001, 256_000
+"""Ids of an image's tokens and of the one behind them, where the vocabulary has room for them."""
 _CLOSED = ("mm_input_projection_weight", "eoi_embedding")
 """Zeros in a new model, as gates are in others."""
 
 
 def config_of(size: Size) -> T5Gemma2Config:
-    """The configuration of a model cut to a size; its last two tokens are an image's.
+    """The configuration of a model cut to a size; a small vocabulary ends with an image's tokens.
 
     Raises:
         ValueError: no layers in encoder or decoder.
@@ -53,6 +55,9 @@ def config_of(size: Size) -> T5Gemma2Config:
         "eos_token_id": size.eos,
         "pad_token_id": 0 if size.pad is None else size.pad,
     }
+    image, behind = _IMAGE, _BEHIND
+    if size.vocabulary <= _IMAGE:
+        image, behind = size.vocabulary - 1, size.vocabulary - 2
     side = max(size.image_size // size.patch_size // _POOLED, 1)
     vision = {
         "model_type": "siglip_vision_model",
@@ -69,17 +74,21 @@ def config_of(size: Size) -> T5Gemma2Config:
             "text_config": {**text, "num_hidden_layers": size.layers - cross},
             "vision_config": vision,
             "mm_tokens_per_image": side**2,
-            "eoi_token_index": size.vocabulary - 2,
+            "eoi_token_index": behind,
             "initializer_range": size.initializer_range,
         },
         decoder={**text, "num_hidden_layers": cross},
-        image_token_index=size.vocabulary - 1,
+        image_token_index=image,
         initializer_range=size.initializer_range,
     )
 
 
 def size_of(config: Any) -> Size:
-    """The size of a configuration; None is T5Gemma 2 4B-4B's."""
+    """The size of a configuration; None is T5Gemma 2 4B-4B's.
+
+    Raises:
+        NotImplementedError: its images have other tokens than the published models'.
+    """
     if config is None:
         return Size(
             vocabulary=262_144,
@@ -100,7 +109,7 @@ def size_of(config: Any) -> Size:
         )
     text, vision, decoder = config.encoder.text_config, config.encoder.vision_config, config.decoder
     layers = text.num_hidden_layers + decoder.num_hidden_layers
-    return Size(
+    size = Size(
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
         heads=text.num_attention_heads,
@@ -118,6 +127,23 @@ def size_of(config: Any) -> Size:
         image_size=vision.image_size,
         patch_size=vision.patch_size,
     )
+    found, expected = _tokens(config), _tokens(config_of(size))
+    if found != expected:
+        raise NotImplementedError(
+            f"got a T5Gemma2 whose images have {found}; expected {expected}, as published models "
+            "of its sizes have them: others cannot be cut to a size"
+        )
+    return size
+
+
+def _tokens(config: Any) -> dict[str, int]:
+    """What the text has to know of an image's tokens."""
+    encoder = config.encoder
+    return {
+        "tokens": image_tokens(config),
+        "image_token_index": int(encoder.image_token_id),
+        "eoi_token_index": int(encoder.eoi_token_id),
+    }
 
 
 def build(
@@ -141,9 +167,9 @@ def random_frames(
     """See `ds_lvx.models.contract.Family.random_frames`; ``text_tokens`` are the decoder's."""
     generator = torch.Generator().manual_seed(seed)
     tokens = _PROMPT + text_tokens
-    image = config.encoder.image_token_id
-    text = torch.randint(1, config.decoder.vocab_size - 2, (1, tokens), generator=generator)
-    text[0, 0] = config.encoder.eoi_token_id  # which ends an image
+    image, behind = config.encoder.image_token_id, config.encoder.eoi_token_id
+    text = torch.randint(1, behind, (1, tokens), generator=generator)
+    text[0, 0] = behind
     visual = torch.full((1, total * image_tokens(config)), image)
     side, mine = config.encoder.vision_config.image_size, list(frames)
     batch = {
