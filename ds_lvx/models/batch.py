@@ -66,7 +66,7 @@ class ShardedBatch:
         cross_rule: Visibility | None,
         row_mask: Tensor | None,
         device: torch.device,
-        others: Mapping[str, Layout],
+        others: Mapping[str, Layout] | None = None,
     ) -> ShardedBatch:
         """The keyword of this rank, from what holds for the whole batch and every rank knows.
 
@@ -88,7 +88,7 @@ class ShardedBatch:
         if kv_lengths is not None:
             cross = Layout.of_batch(channel, text_lengths, kv_lengths, cross_rule, device=device)
         mask = None if row_mask is None else move(row_mask[:, None, here, None], device)
-        return cls(text, cross, mask, others=others)
+        return cls(text, cross, mask, others={} if others is None else others)
 
     @property
     def channel(self) -> Channel:

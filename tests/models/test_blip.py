@@ -194,6 +194,7 @@ def section(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
     return {**config, "activation_checkpointing": settings}
 
 
+@pytest.mark.slow
 def test_training_equals_one_process() -> None:
     """Two steps: stages, methods, checkpoints, LoRA, a frozen tower, families."""
     two = [[hard_batch(0)], [left_padded(1)]]

@@ -152,6 +152,7 @@ def recomputed_text(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.slow
 def test_training_equals_one_process() -> None:
     """Two steps: methods, stages, checkpoints, LoRA, a model without a resampler, frozen text."""
     jobs = [

@@ -192,6 +192,7 @@ def frozen(part: str) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_training_equals_one_process() -> None:
     """Two steps: methods, stages, checkpoints, LoRA, frozen parts."""
     jobs = [

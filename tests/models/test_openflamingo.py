@@ -207,6 +207,7 @@ def frozen_text(language: str) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_training_equals_one_process() -> None:
     """Two steps: recomputation, host features, checkpoints, LoRA, all images before."""
     jobs = [

@@ -147,6 +147,7 @@ def frozen_tower() -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_training_equals_one_process() -> None:
     """Two steps: methods, stages, checkpoints, LoRA, a frozen tower."""
     jobs = [
