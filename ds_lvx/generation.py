@@ -10,6 +10,7 @@ import base64
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ _SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "use_cache": ((True,), "without a cache every token would run the whole text: leave it out"),
     "cache_implementation": (("dynamic",), 'expected "dynamic", transformers\' own cache'),
     "past_key_values": ((), "a cache from outside has no sharded keys: leave it out"),
+    "max_time": ((), "each rank has a clock of its own: use max_new_tokens"),
     "prefill_chunk_size": ((), "the prompt runs as a whole: leave it out"),
     "output_attentions": ((False,), "no rank has the weights of all keys: leave it out"),
 }
@@ -93,7 +95,8 @@ def generate(
         NotImplementedError: a family that cannot generate, no cache or another one than
             transformers' ``DynamicCache``, assisted decoding, weights of attention.
         RuntimeError: on all ranks: they chose different tokens; names the token. Or another rank
-            failed between two tokens.
+            failed between two tokens; under ZeRO-3, whose ranks run every forward together, only
+            the end of that rank's process tells them.
         RankOutOfMemoryError: names this rank and the size, as in an engine's calls.
 
     Collectives: two agreements of 2 KiB a rank on the control plane (the first may be longer). For
@@ -118,13 +121,21 @@ def generate(
     (family, inside), waits = found, is_partitioned(found[1])
     content = draft.checked()
     require_same(records, [*content.shared_record(), _ARGUMENTS], what="ds_lvx.generate")
-    text, prompt = content.prompt(
-        records,
-        family=family,
-        model=inside,
-        channel=channel,
-        always_vision=waits or not family.skips_vision,
-    )
+    current = SequenceParallelGroups.current() if groups is None else groups
+    try:
+        with named("ds_lvx.generate", groups):
+            text, prompt = content.prompt(
+                records,
+                family=family,
+                model=inside,
+                channel=channel,
+                always_vision=waits or not family.skips_vision,
+            )
+    except Exception as caught:
+        channel.agree({}, caught)  # where the others agree on the rows of the prompt
+        raise
+    if current is not None and current.dp_size > 1:
+        prompt = replace(prompt, world=current.world_channel)
     runner, decoding = family.generator(inside), Decoding(prompt)
     del draft, content, prompt  # pixels, which nobody needs once they are encoded
     if channel.rank > 0:
@@ -272,16 +283,18 @@ class _Generator:
 
     def __init__(self, model: nn.Module) -> None:
         device = device_of(model)
-        self._module: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+        on_cpu = device.type == "cpu"
+        self._module: Any = torch if on_cpu else torch.get_device_module(device)
+        self._which: dict[str, Any] = {} if on_cpu else {"device": device}
 
     def state(self) -> Tensor:
         """A copy of it, uint8 on the CPU."""
-        state: Tensor = self._module.get_rng_state()
+        state: Tensor = self._module.get_rng_state(**self._which)
         return state
 
     def restore(self, state: Tensor) -> None:
         """Set it."""
-        self._module.set_rng_state(state)
+        self._module.set_rng_state(state, **self._which)
 
     def packed(self) -> str:
         """The state for a record."""

@@ -63,7 +63,7 @@ def answer_all(options: Options, world: Channel) -> None:
         NotImplementedError: a model or a combination that does not exist; on all ranks.
     """
     speaks = world.rank == 0
-    source, encoder, dtype = together(world, lambda: read(options, speaks=speaks))
+    source, encoder, dtype = together(world, lambda: read(options))
     torch.manual_seed(options.seed)
     device = get_accelerator().current_device_name()
     model = together(world, lambda: load(options, source, dtype).to(device))
@@ -75,6 +75,7 @@ def answer_all(options: Options, world: Channel) -> None:
         )
     prompts = Prompts(encoder, options.rate, owned=ds_lvx.owned, dtype=dtype)
     conversations = options.conversations()
+    together(world, lambda: begin(options, speaks=speaks))
     while (asked := together(world, lambda: next(conversations, None))) is not None:
         batch = together(world, lambda asked=asked: prompts.batch([asked]).inputs)
         started = time.perf_counter()
@@ -93,16 +94,22 @@ def answer_all(options: Options, world: Channel) -> None:
     session.close()
 
 
-def read(options: Options, *, speaks: bool) -> tuple[Source, TextEncoder, torch.dtype]:
-    """Config and processor of the model, and the dtype to run it in; an empty file for answers."""
+def read(options: Options) -> tuple[Source, TextEncoder, torch.dtype]:
+    """Config and processor of the model, and the dtype to run it in."""
     dtype = training_dtype(read_ds_config(options.deepspeed_config))
     source = Source.of(options.model, trust_remote_code=options.trust_remote_code)
+    if not source.family.has("generator"):
+        raise source.family.lacks("generator", "launch/generate.py")
     source.check_tokenizer()
     length = source.max_length(options.max_length)
     encoder = TextEncoder(source.processor, length, family=source.family)
+    return source, encoder, dtype
+
+
+def begin(options: Options, *, speaks: bool) -> None:
+    """An empty file for the answers."""
     if speaks and options.output is not None:
         Path(options.output).write_text("")
-    return source, encoder, dtype
 
 
 def load(options: Options, source: Source, dtype: torch.dtype) -> Any:

@@ -52,6 +52,7 @@ class Prompt:
         rule: of the prompt over this rank's visual tokens, on the CPU; None: all see all.
         row_mask: bool ``[B, T]`` on the CPU, False where a token may see no image at all; None when
             every token sees some.
+        world: all ranks, where other groups generate from other batches.
     """
 
     channel: Channel
@@ -61,6 +62,7 @@ class Prompt:
     kv_lengths: tuple[int, ...] | None
     rule: Visibility | None
     row_mask: Tensor | None
+    world: Channel | None = None
 
     def batch(self, tokens: slice, *, copies: int, decoding: Decoding) -> ShardedBatch:
         """The keyword of a forward.
@@ -78,7 +80,8 @@ class Prompt:
         if self.row_mask is not None:
             rows = self.row_mask[:, tokens].repeat_interleave(copies, dim=0)
             mask = move(rows[:, None, :, None], self.device)
-        return ShardedBatch(text, self._cross(tokens, count * copies), mask, decoding=decoding)
+        cross = self._cross(tokens, count * copies)
+        return ShardedBatch(text, cross, mask, world=self.world, decoding=decoding)
 
     def _cross(self, tokens: slice, queries: int) -> Layout | None:
         if self.kv_lengths is None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_lvx.attention.layout import Layout
+from ds_lvx.kernels.transfer import to_device
 from ds_lvx.models.attend import attend
 from ds_lvx.models.batch import ShardedBatch, span
 from ds_lvx.models.layers import LayerPlan
@@ -110,7 +111,8 @@ def columns(
     # From the middle: the smaller the numbers are, the finer is what fp32 keeps of their sums.
     places = torch.arange(length, dtype=torch.float64) - length // 2
     here = span(text.kv_lengths, text.channel.rank)
-    of_keys = exact_parts(places, dtype, parts=_parts_of(places, dtype))[here].to(slopes.device)
+    of_keys = exact_parts(places, dtype, parts=_parts_of(places, dtype))[here]
+    of_keys = to_device(of_keys.contiguous(), slopes.device)
     # What fp32 keeps of a slope, in as many parts as that takes.
     of_queries = exact_parts(slopes.double(), dtype, parts=1 if dtype.itemsize > 2 else 3)
     pairs = of_queries.shape[1], of_keys.shape[1]

@@ -22,16 +22,13 @@ from ds_lvx.models.batch import ShardedBatch, Text
 from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
-from ds_lvx.models.patch import PatchedAttention
+from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
 from ds_lvx.models.size import Size
 from ds_lvx.models.t5gemma2 import batch as batches
 from ds_lvx.models.t5gemma2 import dimensions, forward, sized
 from ds_lvx.models.t5gemma2 import processor as processors
 from ds_lvx.models.t5gemma2.attention import EncoderAttention, MergedAttention
 from ds_lvx.models.visual import Visual
-
-_VARYING = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies depend on the longest position that a rank sees."""
 
 
 class T5Gemma2(Family):
@@ -70,14 +67,8 @@ class T5Gemma2(Family):
                     f"got attn_logit_softcapping {part.attn_logit_softcapping}; expected null, as "
                     "published models have it: the sharded attention takes scores as they are"
                 )
-            rope = {each["rope_type"] for each in part.rope_parameters.values() if each is not None}
-            varying = sorted(rope.intersection(_VARYING))
-            if varying and sp_size > 1:
-                raise NotImplementedError(
-                    f"got rope_type {varying[0]!r}, whose frequencies depend on the longest "
-                    'position that a rank sees; expected "default", "linear", "yarn" or "llama3", '
-                    "or sequence_parallel_size 1"
-                )
+            for each in part.rope_parameters.values():
+                refuse_growing_rope("default" if each is None else each["rope_type"], sp_size)
 
     def forward(self, layer: Layer, plan: LayerPlan) -> PatchedAttention:
         if layer.kind == "self":
