@@ -101,9 +101,7 @@ def trained_only(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize(
-    ("ranks", "offset"), [(1, 2), (2, 0), pytest.param(3, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("ranks", "offset"), [(2, 0), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
     results = run_ranks(step_each, ranks, ranks, offset)
     for index, (name, (make, _)) in enumerate(CASES.items()):
@@ -175,6 +173,7 @@ def section(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
     return {**config, "activation_checkpointing": settings}
 
 
+@pytest.mark.slow
 def test_training_equals_one_process() -> None:
     """Two steps: stages, methods, checkpoints, LoRA, a frozen tower."""
     two = [[hard_batch(0)], [left_padded(1)]]
