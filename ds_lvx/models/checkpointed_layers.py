@@ -23,6 +23,7 @@ from ds_lvx.models.patch import Hook, is_patched
 _FUNCTION = "_gradient_checkpointing_func"
 _FLAG = "gradient_checkpointing"
 _SWITCH = "_set_gradient_checkpointing"
+_DEFAULT = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 
 class LayerCheckpointing:
@@ -155,9 +156,10 @@ def run_layer(
         args: positional arguments of ``forward``.
         function: the one to use; None is what transformers gave the owner.
     """
-    given = getattr(owner, _FUNCTION, None)
-    if given is None or not (getattr(owner, _FLAG) and layer.training):
+    if not (getattr(owner, _FLAG, False) and layer.training):
         return forward(*args)
+    # Models with a switch of their own, from before transformers had one, have no function.
+    given = getattr(owner, _FUNCTION, _DEFAULT)
     run = LayerCheckpointing(
         layer,
         given,
@@ -232,14 +234,18 @@ class CheckpointLayers(Hook):
                 setattr(module, _FLAG, flag)
 
     def _count(self) -> int:
-        looped = [layer for loop in self._loops for layer in cast(Any, loop).layers]
+        looped = [layer for loop in self._loops for layer in _stack(loop)]
         return sum(map(is_patched, (*self._layers, *looped)))
 
     def _switch_on(self, model: Any) -> None:
         if not any(layer.gradient_checkpointing for layer in self._layers):
             # Some models are no transformers models and hold one.
             owner = next(m for m in model.modules() if hasattr(m, _SWITCH))
-            getattr(owner, _SWITCH)(True, deepspeed.checkpointing.checkpoint)
+            # Not by calling it: a switch of older code takes other arguments.
+            for module in owner.modules():
+                if hasattr(module, _FLAG):
+                    setattr(module, _FLAG, True)
+                    setattr(module, _FUNCTION, deepspeed.checkpointing.checkpoint)
 
     def _wrap(self) -> None:
         for layer in self._layers:
@@ -263,8 +269,14 @@ class CheckpointLayers(Hook):
 
 def _loops(module: Any) -> bool:
     """Whether a module with the switch has layers without one."""
-    layers = getattr(module, "layers", None)
-    return isinstance(layers, nn.ModuleList) and not any(hasattr(m, _FLAG) for m in layers)
+    layers = _stack(module)
+    return len(layers) > 0 and not any(hasattr(layer, _FLAG) for layer in layers)
+
+
+def _stack(module: Any) -> Sequence[nn.Module]:
+    """The layers of a module, by the names that they have in models."""
+    found = (getattr(module, name, None) for name in ("layers", "h"))
+    return next((tuple(each) for each in found if isinstance(each, nn.ModuleList)), ())
 
 
 def _configured(model: nn.Module, key: str) -> bool:

@@ -7,7 +7,7 @@ deep copy of it as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -133,6 +133,24 @@ class Hook:
     def undo(self) -> None:
         """What has to happen when the hook is taken off."""
         return
+
+
+class KeepForward(Hook):
+    """A forward pre-hook that does nothing: it puts another forward in the place of a module's, and
+    knows which one to put back."""
+
+    def __init__(self, model: Any, forward: Callable[..., Any]) -> None:
+        self._model, self._before = model, vars(model).get("forward")
+        model.forward = forward
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        return None
+
+    def undo(self) -> None:
+        """Give the model its forward back."""
+        vars(self._model).pop("forward", None)
+        if self._before is not None:
+            self._model.forward = self._before
 
 
 class ScaleLoss(Hook):

@@ -29,6 +29,7 @@ BUILT_IN: Mapping[str, str] = {
     "blip-2": "ds_lvx.models.adapters.blip:Blip2",
     "instructblip": "ds_lvx.models.adapters.blip:InstructBlip",
     "instructblipvideo": "ds_lvx.models.adapters.blip:InstructBlipVideo",
+    "qwen": "ds_lvx.models.qwen_vl.family:QwenVL",
     "t5gemma2": "ds_lvx.models.t5gemma2.family:T5Gemma2",
 }
 """``model_type`` -> where its `Family` is."""

@@ -142,3 +142,23 @@ def places_of(text: Text, token: int | None, *, unit_tokens: int) -> Tensor:
 def images_of(places: Tensor, unit_tokens: int) -> Tensor:
     """int64 ``[B]``: images of each sample by the places of its text."""
     return places.sum(dim=1) // unit_tokens
+
+
+def check_pixels(pixels: Any, sides: tuple[int, int], *, images: str) -> None:
+    """Compare pixels with the images that a model takes.
+
+    Args:
+        pixels: as the caller has them.
+        sides: height and width.
+        images: what their first dimensions are.
+
+    Raises:
+        ValueError: they are others.
+    """
+    found: Any = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+    expected = (3, *sides)
+    if not isinstance(found, tuple) or len(found) != 4 or found[1:] != expected:
+        raise ValueError(
+            f"got {PIXELS} {found}; expected ({images}, {', '.join(map(str, expected))}), or all "
+            f"samples' one after the other, with {COUNTS}: use the model's own processor"
+        )

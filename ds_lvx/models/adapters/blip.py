@@ -28,6 +28,7 @@ from transformers.models.instructblipvideo.modeling_instructblipvideo import (
     InstructBlipVideoQFormerMultiHeadAttention,
 )
 
+from ds_lvx.models.adapters.batch import check_pixels
 from ds_lvx.models.adapters.family import Adapter
 from ds_lvx.models.adapters.forward import Encode
 from ds_lvx.models.adapters.processor import INSTRUCTION, INSTRUCTION_MASK, Processor
@@ -74,7 +75,8 @@ class Blip2(Adapter):
         if self.of_video and not of_samples and isinstance(pixels, Tensor) and pixels.ndim == 5:
             given, of_samples = [pixels.shape[1]] * len(pixels), True
             pixels = pixels.flatten(0, 1)
-        _check_pixels(pixels, config.vision_config, of_video=self.of_video)
+        images = "samples, frames" if self.of_video else "images"
+        check_pixels(pixels, _sides(config.vision_config), images=images)
         here = images_at_hand(given, len(pixels), counts)
         arguments = {PIXELS: pixels}
         if self.takes and len(pixels) > 0:
@@ -139,17 +141,6 @@ def _sides(vision: Any) -> tuple[int, int]:
     """Height and width of an image."""
     size = vision.image_size
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _check_pixels(pixels: Any, vision: Any, *, of_video: bool) -> None:
-    found: Any = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
-    expected = (3, *_sides(vision))
-    if not isinstance(found, tuple) or len(found) != 4 or found[1:] != expected:
-        images = "samples, frames" if of_video else "images"
-        raise ValueError(
-            f"got {PIXELS} {found}; expected ({images}, {', '.join(map(str, expected))}), or all "
-            f"samples' one after the other, with {COUNTS}: use the model's own processor"
-        )
 
 
 def _instructions(batch: Mapping[str, Any], here: Tensor, *, of_samples: bool) -> dict[str, Tensor]:

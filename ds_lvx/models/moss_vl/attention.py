@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from ds_lvx.attention.projection import Placed
@@ -24,6 +23,7 @@ from ds_lvx.models.patch import (
     refuse_dropout,
     trains,
 )
+from ds_lvx.models.rotary import rotated
 
 ROTARY = "ds_lvx_frame_rotary"
 """Cosines and sines of this rank's visual tokens: a keyword of the text model."""
@@ -106,10 +106,3 @@ class Attention(ShardedForward):
             scale=module.scaling,
         )
         return module.o_proj(out.flatten(2)), None
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of ``[B, s, H, D]`` by halves, ``cos`` and ``sin`` ``[B or 1, s, D]``."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x * cos.unsqueeze(2) + turned * sin.unsqueeze(2)).to(x.dtype)

@@ -18,6 +18,7 @@ from ds_lvx.models.attend import attend, attend_part
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import KEYWORD, ShardedForward, heads, refuse_dropout, trains
+from ds_lvx.models.rotary import rotated
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -142,10 +143,3 @@ def rotary(positions: Tensor, *, head_dim: int, theta: float) -> Rotary:
     angles = positions.float()[..., None] / theta**exponents
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of ``[B, s, H, D]`` by halves, ``cos`` and ``sin`` ``[B or 1, s, D]``."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x * cos.unsqueeze(2) + turned * sin.unsqueeze(2)).to(x.dtype)

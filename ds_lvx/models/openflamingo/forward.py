@@ -21,10 +21,9 @@ from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.openflamingo.attention import places
 from ds_lvx.models.openflamingo.batch import PIXELS
 from ds_lvx.models.openflamingo.mpt import BIAS, carrying
-from ds_lvx.models.patch import KEYWORD, Hook
+from ds_lvx.models.patch import KEYWORD, Hook, KeepForward
 
 FEATURES = "ds_lvx_media"
-_FORWARD = "forward"
 
 
 class _Pass:
@@ -44,7 +43,7 @@ class Forward:
 
     def __init__(self, model: Any, state: _Pass, *, offloads: bool) -> None:
         self._model, self._state, self._offloads = model, state, offloads
-        self._own = vars(model).get(_FORWARD)
+        self._own = vars(model).get("forward")
 
     def __call__(self, *args: Any, ds_lvx: ShardedBatch | None = None, **kwargs: Any) -> Any:
         """The language model's output."""
@@ -82,23 +81,6 @@ def _cleared(lang_encoder: Any, state: _Pass) -> Iterator[Any]:
     finally:
         state.batch = None
         lang_encoder.clear_conditioned_layers()
-
-
-class KeepForward(Hook):
-    """A forward pre-hook of the model that only knows which forward to put back."""
-
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        self._model, self._before = model, vars(model).get(_FORWARD)
-        setattr(model, _FORWARD, forward)
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        return None
-
-    def undo(self) -> None:
-        """Give the model its forward back."""
-        vars(self._model).pop(_FORWARD, None)
-        if self._before is not None:
-            setattr(self._model, _FORWARD, self._before)
 
 
 class Encode(Hook):

@@ -1,0 +1,1 @@
+"""Qwen-VL, the first release, whose code comes with its checkpoints."""

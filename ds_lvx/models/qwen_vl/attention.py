@@ -1,0 +1,120 @@
+"""Qwen-VL's attention of the text on this rank's shard.
+
+A layer hands its attention the rotary embedding as it got it. What attention must know of a sharded
+batch travels in its place.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_lvx.models.attend import attend
+from ds_lvx.models.batch import ShardedBatch, span
+from ds_lvx.models.layers import LayerPlan
+from ds_lvx.models.patch import ShardedForward, heads, refuse_dropout
+from ds_lvx.models.rotary import rotated
+
+ROTARY = "rotary_pos_emb"
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """What the layers hand on to their attention.
+
+    Attributes:
+        batch: the sharded batch.
+        cos, sin: of this rank's tokens, fp32 ``[1, s, n]``; a head's first n dimensions turn.
+        log_n: fp32 ``[1, s, 1, 1]``, factor of the queries at their places in evaluation.
+    """
+
+    batch: ShardedBatch
+    cos: Tensor
+    sin: Tensor
+    log_n: Tensor
+
+    @classmethod
+    def of(cls, batch: ShardedBatch, text: Any, device: torch.device) -> Carried:
+        """That of a batch, by the places of tokens in the whole text.
+
+        Args:
+            batch: the keyword.
+            text: the text model, with ``rotary_emb``.
+            device: where it computes.
+        """
+        lengths = batch.text_lengths
+        here = span(lengths, batch.channel.rank)
+        places = torch.arange(here.start, here.stop, device=device).float()
+        size, base = int(text.rotary_emb.dim), float(text.rotary_emb.base)
+        if text.use_dynamic_ntk and not text.training:
+            base *= _ntk_alpha(sum(lengths), text.seq_length) ** (size / (size - 2))
+        exponents = torch.arange(0, size, 2, device=device).float() / size
+        angles = torch.outer(places, 1.0 / base**exponents)[None]
+        angles = torch.cat((angles, angles), dim=-1)
+        log_n = ((places + 1).log() / math.log(text.seq_length)).clamp(min=1)
+        return cls(batch, angles.cos(), angles.sin(), log_n[None, :, None, None])
+
+
+class Attention(ShardedForward):
+    """``QWenAttention``: one projection to q, k and v, rotary embedding of q and k.
+
+    Raises:
+        NotImplementedError: the plan is to project K and V again, which one layer projects with Q.
+    """
+
+    def __init__(self, module: Any, plan: LayerPlan) -> None:
+        super().__init__(module, plan)
+        if plan.recompute_kv:
+            raise NotImplementedError(
+                f"ds_lvx.layers: got recompute_kv for {plan.name}, whose K and V are projected "
+                "together with Q; remove it from this rule"
+            )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = (*args, kwargs.get(ROTARY))
+        batch = next((each.batch for each in given if isinstance(each, Carried)), None)
+        return super().__call__(*args, ds_lvx=batch, **kwargs)
+
+    def sharded(
+        self, batch: ShardedBatch, hidden_states: Tensor, rotary_pos_emb: Carried, **_unused: Any
+    ) -> tuple[Tensor, None]:
+        """Attention of this rank's text ``[B, s, H * D]``.
+
+        Args:
+            batch: the keyword.
+            hidden_states: the text.
+            rotary_pos_emb: what the layer was handed.
+        """
+        module = self.module
+        refuse_dropout(module.attn_dropout.p if module.training else 0.0)
+        mixed = module.c_attn(hidden_states).chunk(3, dim=2)
+        q, k, v = (heads(part, module.head_dim) for part in mixed)
+        q, k = (_turned(part, rotary_pos_emb) for part in (q, k))
+        if module.use_logn_attn and not module.training:
+            q = q * rotary_pos_emb.log_n.to(q.dtype)
+        out = attend(
+            self.plan,
+            batch,
+            q,
+            features=k.flatten(2),
+            project_kv=lambda _: (k, v),
+            trains=v.requires_grad,
+            kv_heads=k.shape[2],
+            scale=module.head_dim**-0.5,
+        )
+        return module.c_proj(out.flatten(2)), None
+
+
+def _turned(x: Tensor, carried: Carried) -> Tensor:
+    turns = carried.cos.shape[-1]
+    turned = rotated(x[..., :turns], carried.cos, carried.sin)
+    return torch.cat((turned, x[..., turns:]), dim=-1) if turns < x.shape[-1] else turned
+
+
+def _ntk_alpha(length: int, trained: int) -> float:
+    """Factor of the rotary base for a text that is longer than those of the training."""
+    return float(max(2 ** math.ceil(math.log2(length / trained) + 1) - 1, 1))
