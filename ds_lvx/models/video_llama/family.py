@@ -25,18 +25,16 @@ from ds_lvx.models.video_llama.attention import VideoAttention
 from ds_lvx.models.video_llama.forward import KeepForward
 from ds_lvx.models.visual import Visual
 
-_PARTS = (
+_MODULES = {
     "visual_encoder",
     "ln_vision",
     "Qformer",
-    "query_tokens",
     "video_frame_position_embedding",
-    "video_query_tokens",
     "video_Qformer",
     "llama_proj",
     "llama_model",
-    "IMAGE_PATCH_TOKEN_ID",
-)
+}
+_OTHERS = ("query_tokens", "video_query_tokens", "IMAGE_PATCH_TOKEN_ID")
 _BERT = ("query", "key", "value", "num_attention_heads", "attention_head_size")
 _CROSS = ".crossattention.self"
 
@@ -52,8 +50,7 @@ class VideoLlama(Family):
     # ---- patching
 
     def find(self, model: nn.Module) -> Any:
-        has_parts = (m for m in model.modules() if all(hasattr(m, part) for part in _PARTS))
-        return next(has_parts, None)
+        return next((m for m in model.modules() if _is_model(m)), None)
 
     def attention_layers(self, model: Any) -> list[Layer]:
         found = []
@@ -110,6 +107,12 @@ class VideoLlama(Family):
 
     def vision_tower(self, model: Any) -> Any:
         return model.visual_encoder
+
+
+def _is_model(module: nn.Module) -> bool:
+    # Wrappers such as peft's have a model's attributes, too, but not its children.
+    children = {name for name, _ in module.named_children()}
+    return children >= _MODULES and all(hasattr(module, other) for other in _OTHERS)
 
 
 def _of_bert(name: str, module: Any) -> Layer:
