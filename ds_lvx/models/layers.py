@@ -11,6 +11,7 @@ from torch import nn
 from ds_lvx.attention.auto import Cluster, Wanted, explain
 from ds_lvx.attention.recompute import STREAMED_TOKENS
 from ds_lvx.config import LayerRule, LVXConfig, summarise_names
+from ds_lvx.config.registry import AUTO
 
 Kind: TypeAlias = Literal["self", "cross", "local"]
 """Text to text, text to images, or an encoder's layer that never leaves its rank."""
@@ -20,6 +21,7 @@ _WHAT = {
     "cross": "looks at all images, and the images are sharded",
 }
 _PROPOSAL = {"self": "ulysses", "cross": "lvx"}
+_REPLICATED = ("lvx", "replicated")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Layer:
         num_kv_heads: key/value heads.
         head_dim: of both.
         features_dim: width of what K and V are projected from.
+        replicated: every rank has all of its queries, and does the same with what it returns: it
+            runs by lvx's schedule ``replicated``, and a rule has nothing to choose but a kernel.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Layer:
     num_kv_heads: int
     head_dim: int
     features_dim: int
+    replicated: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,9 @@ def make_plans(layers: Sequence[Layer], config: LVXConfig, *, sp_size: int) -> l
 
 def _plan(layer: Layer, rules: Mapping[str, LayerRule | None]) -> LayerPlan:
     rule = rules[layer.name]
+    if layer.replicated and (rule is None or _allows_replicated(rule)):
+        kernel = AUTO if rule is None else rule.kernel
+        return LayerPlan(layer.name, layer.kind, *_REPLICATED, kernel, False)
     # An image is encoded on the rank that holds it: there is nothing to choose.
     if rule is None or (layer.kind == "local" and rule.method == "auto"):
         return LayerPlan(layer.name, layer.kind, "none", "auto", "auto", False)
@@ -111,6 +119,13 @@ def _plan(layer: Layer, rules: Mapping[str, LayerRule | None]) -> LayerPlan:
         rule.features,
         rule.kv_chunk_tokens,
     )
+
+
+def _allows_replicated(rule: LayerRule) -> bool:
+    """Whether a rule leaves lvx's schedule ``replicated`` to a layer that has to run by it."""
+    open_method = rule.method in (AUTO, "none")
+    named = rule.method == _REPLICATED[0] and rule.schedule in (AUTO, _REPLICATED[1])
+    return (open_method or named) and not rule.recompute_kv
 
 
 def _without_method(plans: Sequence[LayerPlan], sp_size: int) -> list[str]:
@@ -134,6 +149,14 @@ def _problem(layer: Layer, plan: LayerPlan, sp_size: int) -> tuple[type[Exceptio
             f'ds_lvx.layers: got method "{plan.method}" for {summarise_names([layer.name])[0]}, '
             "but an image is encoded on the rank that holds it; put a rule such as "
             '{"match": "*vision_model*", "method": "none"} first'
+        )
+    if layer.replicated:
+        if (plan.method, plan.schedule, plan.recompute_kv) == (*_REPLICATED, False):
+            return None
+        return NotImplementedError, (
+            f'ds_lvx.layers: got method "{plan.method}", schedule "{plan.schedule}", recompute_kv '
+            f"{plan.recompute_kv} for {summarise_names([layer.name])[0]}, whose queries every rank "
+            'has; expected no rule for it, or {"method": "lvx", "schedule": "replicated"}'
         )
     if plan.method == "ulysses" and layer.num_heads < sp_size:
         return ValueError, (

@@ -30,11 +30,12 @@ BUILT_IN: Mapping[str, str] = {
     "instructblip": "ds_lvx.models.adapters.blip:InstructBlip",
     "instructblipvideo": "ds_lvx.models.adapters.blip:InstructBlipVideo",
     "qwen": "ds_lvx.models.qwen_vl.family:QwenVL",
+    "video_llama": "ds_lvx.models.video_llama.family:VideoLlama",
     "t5gemma2": "ds_lvx.models.t5gemma2.family:T5Gemma2",
 }
 """``model_type`` -> where its `Family` is."""
 
-CLASSES: Mapping[str, str] = {"Flamingo": "openflamingo"}
+CLASSES: Mapping[str, str] = {"Flamingo": "openflamingo", "VideoLLAMA": "video_llama"}
 """``model_type`` of models that carry none, by the name of their class."""
 
 KNOWN: Mapping[str, str] = {

@@ -64,7 +64,8 @@ def test_a_model_type_has_one_family(families: Families) -> None:
         families.register("mllama", first)
     known = (
         "mllama, moss_vl, idefics, mplugowl3, openflamingo, "
-        "blip-2, instructblip, instructblipvideo, qwen, t5gemma2, new;"
+        "blip-2, instructblip, instructblipvideo, qwen, video_llama, "
+        "t5gemma2, new;"
     )
     with pytest.raises(NotImplementedError, match=f"'newer'; expected one of {known}"):
         families.named("newer")
@@ -139,7 +140,9 @@ CASES = (
     "launch/bench_memory.py",
 )
 """Measure shapes of named models."""
-FAMILY = re.compile(r"mllama|llama-3\.2|moss|idefics|flamingo|blip|qwen|t5gemma", re.IGNORECASE)
+FAMILY = re.compile(
+    r"mllama|llama-3\.2|moss|idefics|flamingo|blip|qwen|video_?llama|t5gemma", re.IGNORECASE
+)
 USAGE = re.compile(r"--model |--deepspeed_config |ds_configs/")
 
 

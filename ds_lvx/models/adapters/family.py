@@ -79,9 +79,9 @@ class Adapter(Family):
         layers = []
         for name, module in model.named_modules():
             if isinstance(module, self.within):
-                layers.append(_layer(name, module, of_text=False))
-            elif id(module) in text and _is_causal(module):
-                layers.append(_layer(name, module, of_text=True))
+                layers.append(layer_of(name, module, of_text=False))
+            elif id(module) in text and is_causal(module):
+                layers.append(layer_of(name, module, of_text=True))
         return layers
 
     def forward(self, layer: Layer, plan: LayerPlan) -> PatchedAttention:
@@ -142,12 +142,13 @@ class Adapter(Family):
         return self.image_places(config)
 
 
-def _is_causal(module: Any) -> bool:
+def is_causal(module: Any) -> bool:
     """Whether it is a decoder's attention to the text before a token."""
     return bool(getattr(module, "is_causal", False)) and hasattr(module, "layer_idx")
 
 
-def _layer(name: str, module: Any, *, of_text: bool) -> Layer:
+def layer_of(name: str, module: Any, *, of_text: bool) -> Layer:
+    """A layer of the text, or one that never leaves its rank, as its module's config has it."""
     config = module.config
     heads, width = int(config.num_attention_heads), int(config.hidden_size)
     size = int(getattr(module, "head_dim", None) or width // heads)

@@ -1,0 +1,1 @@
+"""Video-LLaMA. Importing this package imports no torch."""
