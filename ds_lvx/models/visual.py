@@ -213,7 +213,10 @@ class Visual:
     def prompt_positions(self, text: Text) -> Tensor | None:
         """Positions ``[B, T]`` of a prompt in which images take places; None: transformers' own.
 
-        A new token stands one place behind the last.
+        A new token stands one place behind the last, and sees what that sees.
+
+        Raises:
+            ValueError: a prompt behind which new tokens would see more; on every rank.
         """
         return None
 

@@ -119,6 +119,15 @@ def test_mplugowl3_generates_what_whole_forwards_do(ranks: int) -> None:
     check(answers, owl_reference())
 
 
+def end_with_an_image() -> None:
+    with pytest.raises(ValueError, match=r"prompt of sample 0 that ends with an image"):
+        generate_each("mplugowl3_case", OWL, {"": (mplugowl3_case.seen_by_nobody(), {})})
+
+
+def test_a_prompt_that_ends_with_an_image_is_for_one_softmax_only() -> None:
+    run_ranks(end_with_an_image, 2)
+
+
 # ---- both
 
 
