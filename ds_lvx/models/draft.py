@@ -269,6 +269,8 @@ class _Content:
             row_mask=part.row_mask,
         )
         given = {key: getattr(self.text, key) for key in TEXT_KEYS if key != "labels"}
+        positions = part.visual.prompt_positions(self.text)
+        given |= {} if positions is None else {"position_ids": positions}
         return {k: move(v, device) for k, v in given.items() if v is not None}, prompt
 
     def _part(

@@ -210,6 +210,16 @@ class Visual:
         here = span(self.shares(size), rank)
         return replace(self, arguments=self.cut(here))
 
+    def prompt_positions(self, text: Text) -> Tensor | None:
+        """Positions ``[B, T]`` of a prompt in which images take places; None: transformers' own.
+
+        A new token stands one place behind the last, and sees what that sees.
+
+        Raises:
+            ValueError: a prompt behind which new tokens would see more; on every rank.
+        """
+        return None
+
     def beside(self, rank: int, text: Text, here: slice) -> dict[str, Any]:
         """Further arguments of the model: what follows from the whole text and all units.
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests.models.moss_vl_double_places import expanded, frames_of, xrope
 from tests.models.moss_vl_double_vision import (
     MossVLPreTrainedModel,
     MossVLTextConfig,
@@ -91,9 +93,18 @@ class MossVLTextSelfAttention(nn.Module):
             heads(self.v_proj(source), None),
         )
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+    def forward(
+        self,
+        hidden_states,
+        position_embeddings,
+        attention_mask=None,
+        past_key_values=None,
+        **kwargs,
+    ):
         rotary = position_embeddings
         q, k, v = self.projected(hidden_states, hidden_states, rotary, rotary)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
         return self.o_proj(attention(self, q, k, v, attention_mask)), None
 
 
@@ -142,13 +153,21 @@ class MossVLSelfAttentionDecoderLayer(GradientCheckpointingLayer):
     def add_attention(self, config, layer_idx):
         self.self_attn = MossVLTextSelfAttention(config, layer_idx)
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+    def forward(
+        self,
+        hidden_states,
+        position_embeddings,
+        attention_mask=None,
+        past_key_values=None,
+        **kwargs,
+    ):
         hidden_states = (
             hidden_states
             + self.self_attn(
                 hidden_states=self.input_layernorm(hidden_states),
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
             )[0]
         )
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -210,6 +229,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
         cross_attention_mask=None,
         vision_position_ids=None,
         use_cache=None,
+        past_key_values=None,
         **kwargs,
     ):
         x = inputs_embeds
@@ -217,7 +237,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
-            past_key_values=None,
+            past_key_values=past_key_values,
             position_ids=position_ids,
         )
         rotary, of_vision = self.rotary_emb(x, position_ids), None
@@ -234,6 +254,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
                 cross_attention_states=cross_attention_states,
                 cross_attention_mask=cross_attention_mask,
                 vision_position_embeddings=of_vision,
+                past_key_values=past_key_values,
                 **kwargs,
             )
         return self.norm(x)
@@ -312,57 +333,7 @@ class MossVLModel(MossVLPreTrainedModel):
         )
 
 
-def frames_of(grid_thw, media_nums_per_sample, merge):
-    """For each sample the ``(h, w)`` of its frames, in merged patches."""
-    rows = iter(grid_thw.tolist())
-    samples = [[next(rows) for _ in range(count)] for count in media_nums_per_sample]
-    return [[(h // merge, w // merge) for t, h, w in rows for _ in range(t)] for rows in samples]
-
-
-def expanded(mask, tokens, length):
-    """``[B, 1, T, F]``, True = hidden -> ``[B, 1, T, length]``."""
-    out = torch.ones(*mask.shape[:3], length, dtype=torch.bool)
-    for row, counts, filled in zip(mask, tokens, out, strict=True):
-        each = row[..., : len(counts)].repeat_interleave(torch.tensor(counts, dtype=int), dim=-1)
-        filled[..., : each.shape[-1]] = each
-    return out
-
-
-def xrope(pads, valid, frames, length):
-    """Positions of the text ``[3, B, T]`` and of the visual tokens ``[3, B, length]``.
-
-    A walk through each sample: a text token takes one position, a frame as many as the longer of
-    its sides, and one for the separator, which it shares with its token in the text.
-    """
-    text = torch.zeros(pads.shape, dtype=torch.long)
-    vision = torch.zeros(3, len(pads), length, dtype=torch.long)
-    for row, sample in enumerate(frames):
-        waiting, place, now = iter(sample), 0, 0
-        for column in range(pads.shape[1]):
-            if not valid[row, column]:
-                continue
-            frame = next(waiting, None) if pads[row, column] else None
-            if frame is not None:
-                h, w = frame
-                across = torch.stack(
-                    [
-                        torch.full((h, w), now),
-                        *torch.meshgrid(
-                            torch.arange(now, now + h), torch.arange(now, now + w), indexing="ij"
-                        ),
-                    ]
-                )
-                now += max(h, w)
-                end = place + h * w
-                vision[:, row, place:end] = across.flatten(1)
-                vision[:, row, end] = now
-                place = end + 1
-            text[row, column] = now
-            now += 0 if pads[row, column] and frame is None else 1
-    return text.expand(3, -1, -1), vision
-
-
-class MossVLForConditionalGeneration(MossVLPreTrainedModel):
+class MossVLForConditionalGeneration(MossVLPreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = False
     _tied_weights_keys = ["lm_head.weight"]  # noqa: RUF012  (a list, as in its own code)
 
@@ -381,8 +352,21 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel):
     def visual(self):
         return self.model.visual
 
-    def forward(self, input_ids=None, labels=None, use_cache=None, **kwargs):
-        logits = self.lm_head(self.model(input_ids=input_ids, **kwargs))
+    def prepare_inputs_for_generation(self, input_ids, cache_position=None, **kwargs):
+        """As its own code has it, which needs an argument that transformers 5 does not give."""
+        raise TypeError(f"cache_position is {cache_position}")
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        labels=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        text = {"attention_mask": attention_mask, "position_ids": position_ids}
+        logits = self.lm_head(self.model(input_ids=input_ids, **text, **kwargs))
         loss = None
         if labels is not None:
             size = self.config.text_config.vocab_size

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
@@ -267,7 +267,7 @@ class HyperQwen2Model(mPLUGOwl3PreTrainedModel):
         return self.norm(x)
 
 
-class HyperQwen2ForCausalLM(mPLUGOwl3PreTrainedModel):
+class HyperQwen2ForCausalLM(mPLUGOwl3PreTrainedModel, GenerationMixin):
     _tied_weights_keys = ["lm_head.weight"]  # noqa: RUF012  (a list, as in its own code)
 
     def __init__(self, config):

@@ -6,12 +6,15 @@ import functools
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import ds_lvx
-from tests.models import idefics_case, moss_vl_case, openflamingo_case
+from ds_lvx.models.contract import Family
+from ds_lvx.models.idefics.family import Idefics
+from tests.models import idefics_case, openflamingo_case
 from tests.ranks import run_ranks
 
 Batch = dict[str, Any]
@@ -23,16 +26,23 @@ def without_labels(batch: Batch) -> Batch:
 
 
 def generate_each(
-    case_name: str, models: Mapping[str, Any], each: Mapping[str, tuple[Batch, dict[str, Any]]]
+    case_name: str,
+    models: Mapping[str, Any],
+    each: Mapping[str, tuple[Batch, dict[str, Any]]],
+    *,
+    sp_size: int = 2,
+    names: tuple[str, ...] = ("sequences", "logits"),
 ) -> dict[str, Any]:
     case, results = import_module(f"tests.models.{case_name}"), {}
     for kind, arguments in models.items():
         model = case.tiny_model(**arguments)
-        config = case.ds_config(stage=0, sp_size=2, cross={"method": "lvx"}, self_attn="ulysses")
+        config = case.ds_config(
+            stage=0, sp_size=sp_size, cross={"method": "lvx"}, self_attn="ulysses"
+        )
         session = ds_lvx.apply(model, config)
         for name, (batch, keywords) in each.items():
             result = ds_lvx.generate(model, batch, **{**KEYWORDS, **keywords})
-            results[f"{kind} {name}"] = (result.sequences, result.logits)
+            results[f"{kind} {name}"] = tuple(result[key] for key in names)
         session.close()
     return results
 
@@ -132,15 +142,16 @@ def test_openflamingo_generates_what_whole_forwards_do() -> None:
 
 
 def ask_another() -> None:
-    model = moss_vl_case.tiny_model()
-    config = moss_vl_case.ds_config(
+    model = idefics_case.tiny_model()
+    config = idefics_case.ds_config(
         stage=0, sp_size=2, cross={"method": "lvx"}, self_attn="ulysses"
     )
     session = ds_lvx.apply(model, config)
-    with pytest.raises(
-        NotImplementedError, match=r"all ranks: .*'moss_vl' .* has no generator\(\)"
-    ):
-        ds_lvx.generate(model, moss_vl_case.hard_batch())
+    wrong = pytest.raises(
+        NotImplementedError, match=r"all ranks: .*'idefics' .* has no generator\(\)"
+    )
+    with mock.patch.object(Idefics, "generator", Family.generator), wrong:
+        ds_lvx.generate(model, idefics_case.one_image())
     session.close()
 
 

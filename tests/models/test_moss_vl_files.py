@@ -28,7 +28,7 @@ from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
-from tests.models import moss_vl_double, moss_vl_double_vision
+from tests.models import moss_vl_double, moss_vl_double_places, moss_vl_double_vision
 from tests.models.mllama_case import reference_steps
 from tests.models.moss_vl_case import OneRank, tiny_model
 from tests.ranks import run_ranks
@@ -54,9 +54,10 @@ CODE = "modeling_moss_vl"
 
 def write_code(folder: Path) -> None:
     """The double as the one file of code that a checkpoint brings."""
-    parts = [Path(each.__file__).read_text() for each in (moss_vl_double_vision, moss_vl_double)]
-    parts[1] = re.sub(r"from tests\.\S+ import \(.*?\)\n", "", parts[1], flags=re.DOTALL)
-    parts[1] = parts[1].replace("from __future__ import annotations\n", "")
+    modules = (moss_vl_double_vision, moss_vl_double_places, moss_vl_double)
+    first, *others = (Path(each.__file__).read_text() for each in modules)
+    own = r"from (tests\.\S+|__future__) import (\(.*?\)|[^(]*?)\n"
+    parts = [first, *(re.sub(own, "", each, flags=re.DOTALL) for each in others)]
     (folder / f"{CODE}.py").write_text("\n".join(parts))
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.models.moss_vl.grid import Grid, frame_positions, text_positions
-from tests.models.moss_vl_double import xrope
+from tests.models.moss_vl_double_places import xrope
 
 Frames = list[tuple[int, int]]
 

@@ -26,7 +26,8 @@ from ds_lvx.models.patch import (
 from ds_lvx.models.rotary import rotated
 
 ROTARY = "ds_lvx_frame_rotary"
-"""Cosines and sines of this rank's visual tokens: a keyword of the text model."""
+"""Cosines and sines of this rank's visual tokens: a keyword of the text model. A token that is
+chosen finds keys that are turned already, and has none."""
 
 
 def mask_of(batch: ShardedBatch, arguments: Mapping[str, Any]) -> Tensor:

@@ -110,10 +110,7 @@ class Frames(Visual):
 
     def beside(self, rank: int, text: Text, here: slice) -> dict[str, Any]:
         """Positions of this rank's text and frames, and where its frames' tokens go."""
-        valid = torch.ones_like(self.pads)
-        if text.attention_mask is not None:
-            valid = text.attention_mask.cpu() != 0
-        positions, starts = text_positions(self.pads, valid, self.grid)
+        positions, starts = self._positions(text)
         (mine,) = torch.where(self._holder == rank)
         grid, length = self.grid.part(mine), self.lengths()[rank]
         tokens, samples = grid.tokens, len(self.pads)
@@ -140,6 +137,17 @@ class Frames(Visual):
             "grid_thw": table[:, 1:],
             "media_nums_per_sample": torch.bincount(table[:, 0], minlength=samples).tolist(),
         }
+
+    def prompt_positions(self, text: Text) -> Tensor:
+        """Padding behind a text stands at its end, from where new tokens go on."""
+        return self._positions(text)[0].cummax(dim=1).values
+
+    def _positions(self, text: Text) -> tuple[Tensor, Tensor]:
+        """Of the whole text ``[B, T]``, and of the frames' starts ``[F]``."""
+        valid = torch.ones_like(self.pads)
+        if text.attention_mask is not None:
+            valid = text.attention_mask.cpu() != 0
+        return text_positions(self.pads, valid, self.grid)
 
     @property
     def _holder(self) -> Tensor:

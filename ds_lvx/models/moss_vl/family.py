@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ds_lvx.models.batch import ShardedBatch, Text
 from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
+from ds_lvx.models.inputs import generating, plain_inputs
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.moss_vl import batch as batches
 from ds_lvx.models.moss_vl import checkpoint, dimensions, forward, sized
@@ -64,18 +65,23 @@ class MossVL(Family):
         return model.model.language_model
 
     def prepare(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        text, rows = arguments["inputs_embeds"], batch.row_mask
-        mask = mask_of(batch, arguments)
-        return {
-            # Of attention's output and of the MLP's: the layer is the identity on those rows.
-            "full_text_row_masked_out_mask": None if rows is None else rows.to(text.dtype),
-            "attention_mask": mask,
-            "cross_attention_mask": mask,
-            "use_cache": False,
-        }
+        cross = self.decode(batch, arguments)
+        return {**cross, "attention_mask": cross["cross_attention_mask"], "use_cache": False}
 
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
         forward.install(model, offloads=any(plan.features == "offload" for plan in plans))
+        plain_inputs(model, self.keys)
+
+    def generator(self, model: Any) -> Any:
+        return generating(model)
+
+    def decode(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        text, rows = arguments["inputs_embeds"], batch.row_mask
+        return {
+            # Of attention's output and of the MLP's: the layer is the identity on those rows.
+            "full_text_row_masked_out_mask": None if rows is None else rows.to(text.dtype),
+            "cross_attention_mask": mask_of(batch, arguments),
+        }
 
     # ---- batches
 

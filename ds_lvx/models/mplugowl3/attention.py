@@ -17,16 +17,25 @@ from ds_lvx.attention.projection import Placed
 from ds_lvx.models.attend import attend, attend_part
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.layers import Layer, LayerPlan
+from ds_lvx.models.mplugowl3.cached import Cached
 from ds_lvx.models.patch import KEYWORD, ShardedForward, heads, refuse_dropout, trains
 from ds_lvx.models.rotary import rotated
 
 Rotary = tuple[Tensor, Tensor]
 
 
-def mask_of(batch: ShardedBatch, x: Tensor, *, text: Rotary, images: Rotary | None) -> Tensor:
-    """The mask that carries a sharded batch, and the rotary embeddings of its text and images."""
+def mask_of(
+    batch: ShardedBatch,
+    x: Tensor,
+    *,
+    text: Rotary,
+    images: Rotary | None,
+    cached: Cached | None = None,
+) -> Tensor:
+    """The mask that carries a sharded batch, and the rotary embeddings of its text and images; in
+    generation it is one layer's, with its text so far."""
     mask: Any = x.new_zeros(1, 1, 1, 1)
-    mask.ds_lvx, mask.text, mask.images = batch, text, images
+    mask.ds_lvx, mask.text, mask.images, mask.cached = batch, text, images, cached
     return cast(Tensor, mask)
 
 
@@ -50,7 +59,9 @@ class Attention(ShardedForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         batch = getattr(kwargs.get("attention_mask"), KEYWORD, None)
-        return super().__call__(*args, ds_lvx=batch, **kwargs)
+        if batch is not None:  # in generation, too: the text's keys are cached here
+            return self.sharded(batch, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     def sharded(
         self,
@@ -75,21 +86,18 @@ class Attention(ShardedForward):
         refuse_dropout(module.attention_dropout if module.training else 0.0)
         q = rotated(heads(module.q_proj(hidden_states), self.head_dim), *attention_mask.text)
         if image_embeds is None:
-            out = attend(self.text_plan, batch, q, **self._text(hidden_states, attention_mask))
+            out, _ = self._to_text(batch, q, hidden_states, attention_mask, returns_lse=False)
         else:
-            text = self._text(hidden_states, attention_mask)
             # What the layers share are the features before their norms.
             own = replace(batch, features_gradient=None)
             images = self._images(image_embeds, attention_mask)
             if is_gated(module):
                 visual = attend(self.plan, own, q, **images)
-                return self._mixed(batch, attend(self.text_plan, batch, q, **text), visual)
-            out, _ = merge_attention(
-                [
-                    attend_part(self.plan, own, q, **images),
-                    attend_part(self.text_plan, batch, q, **text),
-                ]
-            )
+                text, _ = self._to_text(batch, q, hidden_states, attention_mask, returns_lse=False)
+                return self._mixed(batch, text, visual)
+            visual_part = attend_part(self.plan, own, q, **images)
+            text_part = self._to_text(batch, q, hidden_states, attention_mask, returns_lse=True)
+            out, _ = merge_attention([visual_part, text_part])
         return module.o_proj(out.flatten(2)), None, None
 
     def _mixed(
@@ -101,6 +109,19 @@ class Attention(ShardedForward):
             share = share * batch.row_mask[:, 0]
         mixed = text.flatten(2) * (1 - share) + visual.flatten(2) * share
         return self.module.o_proj(mixed), None, None
+
+    def _to_text(
+        self, batch: ShardedBatch, q: Tensor, x: Tensor, carried: Any, *, returns_lse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to the text, of which every rank has a part, or in generation all."""
+        text, cached = self._text(x, carried), carried.cached
+        if cached is None:
+            return attend_part(self.text_plan, batch, q, **text, returns_lse=returns_lse)
+        keys = text["project_kv"](x)
+        found: tuple[Tensor, Tensor] = cached.attend(
+            q, keys, scale=text["scale"], kernel=self.plan.kernel
+        )
+        return found
 
     def _text(self, x: Tensor, carried: Any) -> dict[str, Any]:
         module = self.module
@@ -116,6 +137,8 @@ class Attention(ShardedForward):
 
         def project(features: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
             # Looked up at every call: LoRA and ZeRO-3 act on the modules' own calls.
+            if carried.cached is not None:  # kept as they were before the first layer's norm
+                features = carried.cached.norm(features)
             both = module.v_kv_proj(features).unflatten(2, (-1, 2, self.head_dim))
             k, v = both.unbind(dim=3)
             return rotated(k, *(part[:, tokens] for part in carried.images)), v

@@ -107,6 +107,20 @@ class Images(Visual):
         positions[places] = self.position[mine]
         return {PLACES: places, POSITIONS: positions.view(text.shape[0], most)}
 
+    def prompt_positions(self, text: Text) -> None:
+        """Places in the row, as those of images are.
+
+        Raises:
+            ValueError: in release 240728, a prompt that ends with an image.
+        """
+        behind = self.sample[self.position >= text.shape[1]].tolist()
+        if behind:  # its place was moved to the next token
+            raise ValueError(
+                f"got a prompt of sample {behind[0]} that ends with an image; expected text behind "
+                "it: in mPLUG-Owl3's release 240728 that token does not see the image, and new "
+                "ones would"
+            )
+
     @property
     def _holder(self) -> Tensor:
         assert self.holder is not None, "part() comes first"

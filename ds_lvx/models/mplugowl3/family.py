@@ -21,6 +21,7 @@ from ds_lvx.models.batch import Text
 from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.draft import Draft
+from ds_lvx.models.inputs import generating, plain_inputs
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.mplugowl3 import batch as batches
 from ds_lvx.models.mplugowl3 import dimensions, forward, sized
@@ -92,12 +93,21 @@ class MPlugOwl3(Family):
         text = model.language_model
         # Before the hook that checks the features and shares them.
         text.register_forward_pre_hook(forward.Pack(text), with_kwargs=True, prepend=True)
-        model.register_forward_pre_hook(forward.EncodeOnce(model), with_kwargs=True)
+        once = forward.EncodeOnce(model)
+        model.register_forward_pre_hook(once, with_kwargs=True)
+        # Before that: generation is the text model's own.
+        encode = forward.Encode(once.encoded)
+        text.register_forward_pre_hook(encode, with_kwargs=True, prepend=True)
+        plain_inputs(text, (forward.FEATURES, batches.OFFSETS))
+
+    def generator(self, model: Any) -> Any:
+        return generating(model.language_model)
 
     # ---- batches
 
     def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        return batches.visual(batch, text, model)
+        found = batches.visual(batch, text, model)
+        return replace(found, strictly=_is_strict(model))
 
     def blank(self, model: Any) -> dict[str, Tensor]:
         return batches.blank(model)
@@ -112,13 +122,13 @@ class MPlugOwl3(Family):
         always_vision: bool,
         records: Sequence[Mapping[str, Any]] | None = None,
     ) -> dict[str, Any]:
-        """In release 240728 a token does not see the image that it stands for."""
+        """A draft of a data worker's, too, goes by the model's release."""
         if isinstance(batch, Draft):
             draft = batch
         else:
             place = channel.rank, channel.size
             draft = Draft.of(self, batch, model, place=place, frames=frames)
-        if any(is_gated(layer.self_attn) for layer in model.language_model.model.layers):
+        if _is_strict(model):
             draft = draft.seen(lambda visual: replace(visual, strictly=True))
         return super().shard(
             draft,
@@ -184,6 +194,15 @@ class MPlugOwl3(Family):
 
     def vision_tower(self, model: Any) -> Any:
         return model.vision_model
+
+
+def _is_strict(model: Any) -> bool:
+    """Whether it is release 240728, in which a token does not see the image that it stands for.
+
+    False of what a data worker has, which knows no layers.
+    """
+    text = getattr(model, "language_model", None)
+    return text is not None and any(is_gated(layer.self_attn) for layer in text.model.layers)
 
 
 def _layer(name: str, module: Any, config: Any) -> Layer:

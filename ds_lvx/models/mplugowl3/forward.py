@@ -6,7 +6,8 @@ come with the batch, features go to their places, and the loss counts the labels
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -16,9 +17,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, ShardedBatch
 from ds_lvx.models.checkpointed_layers import run_layer
-from ds_lvx.models.mplugowl3.attention import mask_of, rotary
+from ds_lvx.models.mplugowl3.attention import Rotary, mask_of, rotary
 from ds_lvx.models.mplugowl3.batch import PLACES, POSITIONS
+from ds_lvx.models.mplugowl3.cached import Cached, causal
 from ds_lvx.models.patch import KEYWORD, Hook
+from ds_lvx.models.visual import PIXELS
 
 FEATURES = "image_embeds"
 _SHIFTED = "shift_labels"
@@ -78,6 +81,10 @@ class EncodeOnce(Hook):
     def _encode(self, pixels: Tensor | None) -> Any:
         if not self._sharded or pixels is None:
             return self._own(pixels)
+        return self.encoded(pixels)
+
+    def encoded(self, pixels: Tensor) -> Any:
+        """Images to features ``[images, P, hidden]``."""
         model = self._model
         dtype = model.language_model.model.embed_tokens.weight.dtype
         states = _states(model.vision_model, pixels.to(dtype))
@@ -89,6 +96,24 @@ class EncodeOnce(Hook):
         vars(self._model).pop(_ENCODE, None)
         if self._before is not None:
             setattr(self._model, _ENCODE, self._before)
+
+
+class Encode(Hook):
+    """A forward pre-hook of the text model, the first: pixels of a prompt to features.
+
+    Generation is the text model's own, which is handed the pixels.
+    """
+
+    def __init__(self, encoded: Callable[[Tensor], Any]) -> None:
+        self._encoded = encoded
+
+    def __call__(
+        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        if kwargs.get(KEYWORD) is None or kwargs.get(PIXELS) is None:
+            return None
+        others = {key: value for key, value in kwargs.items() if key != PIXELS}
+        return args, {**others, FEATURES: self._encoded(kwargs[PIXELS])}
 
 
 def _states(tower: Any, pixels: Tensor) -> Tensor:
@@ -114,6 +139,7 @@ class TextForward:
 
     def __init__(self, text: Any) -> None:
         self._text, self._own = text, text.forward
+        self.__signature__ = inspect.signature(self._own)  # which transformers' generate looks at
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Logits and loss of this rank's shard; without a sharded batch the model's own."""
@@ -126,34 +152,39 @@ class TextForward:
                     f"got {key}=True with a sharded batch of mPLUG-Owl3; its layers' states and "
                     "weights are not collected: leave it out"
                 )
-        logits = self._text.lm_head(self._hidden(batch, kwargs)).float()
+        hidden, cache = self._hidden(batch, kwargs), None
+        if batch.decoding is not None:
+            hidden, cache = hidden[:, -1:], kwargs["past_key_values"]
+        logits = self._text.lm_head(hidden).float()
         loss = None
         if kwargs.get("labels") is not None:
             flat = logits.flatten(0, 1), kwargs[_SHIFTED].flatten()
             total = nn.functional.cross_entropy(*flat, ignore_index=IGNORED_LABEL, reduction="sum")
             loss = total / kwargs[ITEMS_KEY]
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def _hidden(self, batch: ShardedBatch, kwargs: Mapping[str, Any]) -> Tensor:
-        inside, config, features = self._text.model, self._text.config, kwargs.get(FEATURES)
-        x = inside.embed_tokens(kwargs["input_ids"])
-        head_dim = config.hidden_size // config.num_attention_heads
-        theta = _theta(config)
-        of_text = rotary(kwargs["position_ids"], head_dim=head_dim, theta=theta)
-        of_text = of_text[0].to(x.dtype), of_text[1].to(x.dtype)
-        of_images = None
-        if features is not None:
-            positions = kwargs[POSITIONS]
-            each = features.shape[1] // max(positions.shape[1], 1)
-            positions = positions.repeat_interleave(each, dim=1)
-            of_images = rotary(positions, head_dim=head_dim, theta=theta)
-        mask = mask_of(batch, x, text=of_text, images=of_images)
-        for layer in inside.layers:
+        inside, cache = self._text.model, kwargs.get("past_key_values")
+        x, rule = inside.embed_tokens(kwargs["input_ids"]), None
+        positions = kwargs["position_ids"]
+        if batch.decoding is not None:
+            assert cache is not None, "generation has a cache"
+            past = cache.get_seq_length()
+            # As those of images: places in the row, padding included.
+            positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
+            rule = causal(kwargs.get("attention_mask"), x, past=past)
+        cos, sin = self._rotary(positions)
+        of_text = cos.to(x.dtype), sin.to(x.dtype)
+        of_images = self._rotary_of_images(batch, kwargs)
+        for number, layer in enumerate(inside.layers):
+            cached = None
+            if batch.decoding is not None:
+                cached = Cached(cache, number, rule, layer.input_layernorm)
             run = partial(
                 layer,
-                attention_mask=mask,
+                attention_mask=mask_of(batch, x, text=of_text, images=of_images, cached=cached),
                 position_ids=None,
-                image_embeds=features,
+                image_embeds=kwargs.get(FEATURES),
                 media_offset=None,
                 use_cache=False,
             )
@@ -161,6 +192,22 @@ class TextForward:
             # DeepSpeed's checkpoint returns a tuple of one tensor as that tensor.
             x = out if isinstance(out, Tensor) else out[0]
         return torch.as_tensor(inside.norm(x))
+
+    def _rotary(self, positions: Tensor) -> Rotary:
+        config = self._text.config
+        head_dim = config.hidden_size // config.num_attention_heads
+        return rotary(positions, head_dim=head_dim, theta=_theta(config))
+
+    def _rotary_of_images(self, batch: ShardedBatch, kwargs: Mapping[str, Any]) -> Rotary | None:
+        """Of this rank's visual tokens; None where there are none to be projected."""
+        positions, features = kwargs.get(POSITIONS), kwargs.get(FEATURES)
+        if positions is None or features is None:
+            return None
+        tokens = features.shape[1]
+        if batch.decoding is not None:  # which keeps the features
+            tokens = 0 if batch.kv_lengths is None else batch.kv_lengths[batch.channel.rank]
+        each = tokens // max(positions.shape[1], 1)
+        return self._rotary(positions.repeat_interleave(each, dim=1))
 
 
 def _theta(config: Any) -> float:

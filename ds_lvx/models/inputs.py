@@ -1,0 +1,75 @@
+"""The arguments of a forward of generation, of models whose code comes with the checkpoint.
+
+Such code cuts masks and images to the tokens at hand, by arguments that transformers no longer
+gives. With sharded keys all of that comes with the keyword, and transformers' own way is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+from transformers import GenerationMixin
+
+from ds_lvx.models.patch import Hook
+
+_PREPARE = "prepare_inputs_for_generation"
+
+
+class PlainInputs(Hook):
+    """A forward pre-hook of a model that generates; it only knows what to put back.
+
+    In the place of the model's own way it puts itself as `prepare`.
+
+    Args:
+        model: of transformers' ``GenerationMixin``.
+        visual: arguments by which the model's own generation is told.
+    """
+
+    def __init__(self, model: Any, visual: Collection[str]) -> None:
+        self._model, self._visual = model, frozenset(visual)
+        self._before = vars(model).get(_PREPARE)
+        self._own = getattr(model, _PREPARE)
+        setattr(model, _PREPARE, self.prepare)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        return None
+
+    def prepare(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What the model's forward gets: by its own way where it is to look at images itself."""
+        if not self._visual.isdisjoint(kwargs):
+            made: dict[str, Any] = self._own(*args, **kwargs)
+            return made
+        return GenerationMixin.prepare_inputs_for_generation(self._model, *args, **kwargs)
+
+    def undo(self) -> None:
+        """Give the model its own way back."""
+        vars(self._model).pop(_PREPARE, None)
+        if self._before is not None:
+            setattr(self._model, _PREPARE, self._before)
+
+
+def plain_inputs(model: Any, visual: Collection[str]) -> None:
+    """Put `PlainInputs` on a model, where it can generate."""
+    if _generates(model):
+        model.register_forward_pre_hook(PlainInputs(model, visual))
+
+
+def generating(model: Any) -> Any:
+    """The model itself, where it can generate.
+
+    Raises:
+        NotImplementedError: its code has no ``GenerationMixin``, which transformers 5 asks for.
+    """
+    if _generates(model):
+        return model
+    raise NotImplementedError(
+        f"got a {type(model).__name__} that is no GenerationMixin of transformers; expected one: "
+        "in transformers 5 no model generates without it, so add it to the bases of the class in "
+        "the checkpoint's modeling file"
+    )
+
+
+def _generates(model: Any) -> bool:
+    return isinstance(model, GenerationMixin)

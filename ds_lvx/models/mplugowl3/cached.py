@@ -1,0 +1,80 @@
+"""The text of mPLUG-Owl3 in generation: whole on every rank, with transformers' cache.
+
+The keys of the text so far are the same on every rank, and each attends to them by itself; in a
+hyper layer they are one part of a softmax whose other part is that of the images, of all ranks.
+
+Shapes: ``R`` rows, ``s`` tokens of a forward, ``t`` tokens so far, with these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_lvx.kernels.choice import kernel_for
+from ds_lvx.kernels.interface import Problem
+from ds_lvx.kernels.rule import Rule
+from ds_lvx.kernels.visibility import EVERYTHING, Visibility
+
+
+@dataclass(frozen=True, eq=False)
+class Cached:
+    """What a layer attends by in a forward of generation.
+
+    Attributes:
+        cache: transformers' own, of the text's K and V after rotary embedding.
+        number: of the layer.
+        rule: of the tokens of this forward over the text so far; None where all see all.
+        norm: of the layer, through which features go before they are K and V of images.
+    """
+
+    cache: Any
+    number: int
+    rule: Rule | None
+    norm: nn.Module
+
+    def attend(
+        self, q: Tensor, keys: tuple[Tensor, Tensor], *, scale: float, kernel: str
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to the text so far.
+
+        Args:
+            q: ``[R, s, H, D]``.
+            keys: K and V ``[R, s, H_kv, D]`` of these tokens, which the cache takes.
+            scale: factor of the scores.
+            kernel: its name.
+
+        Returns:
+            out ``[R, s, H, D]``, lse ``[R, H, s]``.
+        """
+        new = [each.transpose(1, 2) for each in keys]
+        k, v = (each.transpose(1, 2) for each in self.cache.update(*new, self.number))
+        problem = Problem(q, k, v, self.rule, softmax_scale=scale)
+        out, lse = kernel_for(kernel, q).forward(problem)
+        return out.to(q.dtype), lse
+
+
+def causal(attention_mask: Tensor | None, x: Tensor, *, past: int) -> Rule | None:
+    """Tokens behind ``past`` others over all of these; None where all see all.
+
+    Args:
+        attention_mask: ``[R, t]``, 0 at padding, which nobody sees; None without.
+        x: ``[R, s, hidden]``, the tokens.
+        past: t - s.
+    """
+    (rows, tokens), device = x.shape[:2], x.device
+    chosen = tokens == 1
+    if attention_mask is None and chosen:
+        return None
+    # Of the prompt the host knows the rule; for a token that is chosen nobody waits.
+    where = device if chosen else torch.device("cpu")
+    index = torch.arange(past + tokens, dtype=torch.int32, device=where)
+    keys = index.expand(rows, -1)
+    if attention_mask is not None:
+        keys = keys.masked_fill(attention_mask.to(where) == 0, EVERYTHING)
+    end = (index[past:] + 1).expand(rows, -1)
+    visibility = Visibility(torch.zeros_like(end), end, keys)
+    return Rule(visibility) if chosen else Rule.on(visibility, device)
