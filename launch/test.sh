@@ -12,6 +12,8 @@ if [ "${1:-}" = --coverage ]; then
   shift
 fi
 source launch/env.sh
+# Python's own cache: else each of some hundred processes compiles what it imports.
+unset PYTHONDONTWRITEBYTECODE
 
 ruff check .
 ruff format --check .

@@ -199,6 +199,8 @@ def serve(connection: Connection, output: str, environment: dict[str, str]) -> N
         output: file for what is printed.
         environment: of this process.
     """
+    # Else the thread that serves a connection spins while who holds it waits for a core.
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.setsid()  # its children end with it, and Ctrl-C is for pytest alone
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)

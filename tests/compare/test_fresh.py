@@ -28,7 +28,8 @@ def load(setting: Setting) -> Load:
 
 
 @pytest.mark.slow
-def test_every_rank_answers_with_every_sample() -> None:
+def test_every_rank_answers_with_every_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_fresh_ranks(monkeypatch)
     answers = on_ranks(weigh, load(Setting(recompute_kv=True, checkpointing=True)), TWO)
     assert len(answers) == 2
     for answer in answers:

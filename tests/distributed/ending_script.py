@@ -36,7 +36,7 @@ def train() -> tuple[Any, ...]:
 
 def attend() -> tuple[Any, ...]:
     deepspeed.init_distributed(verbose=False)
-    groups = ds_lvx.SequenceParallelGroups(2)
+    groups = ds_lvx.SequenceParallelGroups.current() or ds_lvx.SequenceParallelGroups(2)
     q = torch.randn(1, 4, 2, 8, requires_grad=True)
     methods = (ds_lvx.lv_xattn, ds_lvx.ring_attention, ds_lvx.ulysses_attention)
     outputs = [method(q, q, q) for method in methods]
@@ -48,7 +48,7 @@ def attend() -> tuple[Any, ...]:
 
 
 try:
-    kept = train() if KIND == "zero3" else attend()
+    kept = attend() if KIND == "failing" else (*train(), *attend())
     theirs = Theirs(ds_lvx.SequenceParallelGroups.current().sp_group)
 finally:
     # An engine is found without being given.

@@ -1,9 +1,8 @@
-"""`launch/finetune.py`, in which rank `$RUNS_OUT` asks for too much memory in its third step."""
+"""`launch/finetune.py`, in which a rank asks for too much memory in its third step."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +37,3 @@ def hungry(runs_out: int, words: Sequence[str]) -> int:
 
     Trainer.train = train_hungrily  # type: ignore[method-assign]
     return finetune_main(words)
-
-
-if __name__ == "__main__":
-    sys.exit(hungry(int(os.environ["RUNS_OUT"]), sys.argv[1:]))

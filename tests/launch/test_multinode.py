@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -72,27 +71,6 @@ def test_two_nodes_of_two_ranks_train_as_one_node_of_four(tmp_path: Path) -> Non
     assert [row["loss"] for row in several] == pytest.approx(losses, abs=1e-6)
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
     assert "lvxnodes" not in left.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_namespaces")
-def test_the_methods_are_compared_over_two_nodes_of_two_ranks(tmp_path: Path) -> None:
-    words = ("--seqlen-q", 16, "--seqlen-kv", 64, "--methods", "lvx-gather", "ulysses")
-    done = bash(
-        FOLDER / "local.sh",
-        "launch/compare.py",
-        *(*words, "--warmup", 0, "--repeats", 1, "--output", tmp_path),
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.glob("*.json")
-    results = json.loads(path.read_text())
-    assert (results["kind"], results["ranks"]) == ("emulated", 4)
-    assert results["network"]["how"].startswith("one network namespace for 2 ranks, each behind")
-    assert [record["method"] for record in results["records"]] == ["lvx-gather", "ulysses"]
-    for record in results["records"]:
-        assert record["bytes_sent"] > 0
-        # Two ranks share an interface: its counters are nobody's.
-        assert record["interface_over_traffic"] is None
 
 
 @pytest.mark.parametrize(

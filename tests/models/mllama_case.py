@@ -200,6 +200,8 @@ def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: str
             "allgather_bucket_size": 4096,
             "stage3_prefetch_bucket_size": 4096,
             "stage3_param_persistence_threshold": 64,
+            # Else DeepSpeed looks through all that is left of a step, for each of its modules.
+            "stage3_max_reuse_distance": 0,
         },
         "ds_lvx": {
             "sequence_parallel_size": sp_size,

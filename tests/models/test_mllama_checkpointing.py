@@ -87,10 +87,8 @@ def check(jobs: list[tuple[Any, ...]], make: Callable[[], Any] = tiny_model) -> 
         (2, "chunks"),
         (3, "recompute"),
         pytest.param(0, "lvx", marks=pytest.mark.slow),
-        pytest.param(0, "recompute", marks=pytest.mark.slow),
         pytest.param(1, "ring", marks=pytest.mark.slow),
         pytest.param(2, "ulysses", marks=pytest.mark.slow),
-        pytest.param(3, "chunks", marks=pytest.mark.slow),
         pytest.param(3, "offload", marks=pytest.mark.slow),
     ],
 )
@@ -108,9 +106,11 @@ def test_transformers_checkpoints_before_initialize() -> None:
 @pytest.mark.parametrize(("stage", "name"), [(2, "chunks"), (3, "recompute")])
 def test_lora_under_checkpoints(stage: int, name: str) -> None:
     config = config_of(name, stage)
-    jobs = [(config,), (config_of(name, stage, {}),), (config, partial(enabled, False))]
-    makes = [lora_model, lora_model, partial(enabled, False, lora_model)]
-    check([(job[0], make) for job, make in zip(jobs, makes, strict=True)], lora_model)
+    checkpointed = {
+        2: (config_of(name, stage, {}), lora_model),
+        3: (config, partial(enabled, False, lora_model)),
+    }
+    check([(config, lora_model), checkpointed[stage]], lora_model)
 
 
 def lora_with_dropout(section: dict[str, Any] | None) -> dict[str, Any]:

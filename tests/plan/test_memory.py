@@ -55,9 +55,10 @@ def _saved(cases: list[tuple[str, int, torch.dtype]]) -> list[tuple[int, list[in
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kv_heads", "features"), [(1, "trained"), (4, "frozen")], ids=["one key head", "four, frozen"]
+    ("setting", "kv_heads", "features"),
+    [(Setting(), 1, "trained"), (RECOMPUTE, 4, "frozen"), (CHUNKS, 1, "trained")],
+    ids=["kept", "again", "chunks"],
 )
-@pytest.mark.parametrize("setting", [Setting(), RECOMPUTE, CHUNKS], ids=["kept", "again", "chunks"])
 def test_a_token_adds_to_the_peak_what_the_formula_says(
     setting: Setting, kv_heads: int, features: str
 ) -> None:
