@@ -79,8 +79,8 @@ class Accelerator(accelerate.Accelerator):
         if world != launched:
             raise ValueError(
                 f"accelerate counts {world} processes where the launcher started {launched}, and "
-                "each would train alone; on CPUs pass TrainingArguments(use_cpu=True) or "
-                "Accelerator(cpu=True)"
+                "each would train alone; on CPUs pass TrainingArguments(use_cpu=True), or make "
+                "accelerate.PartialState(cpu=True) before the Accelerator"
             )
         lvx = LVXConfig.from_ds_config(dict(plugin.deepspeed_config))
         lvx.check_world_size(world)

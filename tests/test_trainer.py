@@ -17,11 +17,12 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ds_lvx.trainer import Trainer
+from ds_lvx.trainer import Trainer, TrainerMixin
 from tests.models.mllama_case import ds_config, make_batch, tiny_model, trained, weights
 from tests.ranks import run_ranks
 
 STEPS = 3
+SLOW = pytest.mark.slow
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
 
 
@@ -166,7 +167,7 @@ def alone(tiny: Path) -> dict[str, Any]:
     return run(transformers.Trainer, tiny / "alone", tiny, **EVALUATING)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=SLOW), 2, pytest.param(3, marks=SLOW)])
 def test_losses_weights_and_evaluation_are_those_of_one_process(
     stage: int, alone: dict[str, Any], tiny: Path, tmp_path: Path
 ) -> None:
@@ -193,7 +194,7 @@ def test_two_replicas_of_two_ranks_train_on_the_samples_of_one_process(
         assert found["metrics"]["eval_size"] == pytest.approx(alone["metrics"]["eval_size"])
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=SLOW)])
 def test_resuming_goes_on_as_if_nothing_had_been(
     stage: int, alone: dict[str, Any], tiny: Path, tmp_path: Path
 ) -> None:
@@ -207,3 +208,38 @@ def test_resuming_goes_on_as_if_nothing_had_been(
     for found in resumed:
         rest = {key: alone[key][2:] for key in ("losses", "rates")}
         assert_same(found, {**alone, **rest})
+
+
+class OwnLoss(transformers.Trainer):
+    """A Trainer of a user's own: its loss is made from the logits and the labels of the batch."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        out = model(**inputs)
+        logits, labels = out.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+        smoothed = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
+        loss = 0.5 * smoothed + 0.1 * out.loss
+        return (loss, out) if return_outputs else loss
+
+
+class ShardedOwnLoss(TrainerMixin, OwnLoss):
+    pass
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=SLOW)])
+def test_a_trainer_with_a_loss_of_its_own_finds_whole_logits(
+    stage: int, tiny: Path, tmp_path: Path
+) -> None:
+    more = {**EVALUATING, "activation_checkpointing": True}
+    expected = run(OwnLoss, tmp_path / "alone", tiny, **more)
+    for found in run_ranks(run, 2, ShardedOwnLoss, tmp_path, tiny, config=config_of(stage), **more):
+        assert_same(found, expected)
+
+
+def test_a_config_without_our_section_is_an_error(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got no DeepSpeed; expected a ds_config with a section"):
+        run(Trainer, tmp_path, tiny)
+    with pytest.raises(NotImplementedError, match="got use_liger_kernel in the training arguments"):
+        run(Trainer, tmp_path, tiny, use_liger_kernel=True)
+    forget_state()
