@@ -4,6 +4,9 @@ The main path is `initialize` -> `shard_batch` -> ``engine(**shard)`` -> `shutdo
 the trained model, or one that `apply` has patched. The operators (`lv_xattn` and its peers) serve
 without it, on any process group.
 
+`ds_lvx.trainer` and `ds_lvx.accelerate` have the classes of transformers and accelerate for models
+of ours.
+
 A public name is imported when it is first asked for: the command ``ds-lvx`` needs no torch.
 """
 
@@ -79,6 +82,9 @@ _HOMES = {
     "ulysses_attention": "attention.ulysses",
 }
 
+# Of packages that need not be installed: they are no names of ``import *``.
+_MODULES = ("accelerate", "trainer")
+
 
 class _Package(ModuleType):
     """This package, whose submodules take no public name.
@@ -98,6 +104,8 @@ sys.modules[__name__].__class__ = _Package
 if not TYPE_CHECKING:  # a type checker would take every name for one that exists
 
     def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            return import_module(f"{__name__}.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
@@ -106,4 +114,4 @@ if not TYPE_CHECKING:  # a type checker would take every name for one that exist
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

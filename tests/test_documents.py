@@ -23,6 +23,7 @@ LINK = re.compile(r"\[([^][]*)\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 # Files that a reader is told to write, or that a run leaves.
 WRITTEN = {
     *("ask.py", "attention_example.py", "check.py", "example.py", "make_clip.py", "script.py"),
+    "train.py",
     *("nano_family.py", "nano_nvlm.py", "NAME.py"),
     *("ds_configs/mine.json", "ds_configs/....json", "docs/benchmarks/kernels.json"),
 }

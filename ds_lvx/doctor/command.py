@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
+from ds_lvx.config import LVXConfig
 from ds_lvx.doctor import check, devices, kernels, measurements, network, system, tune, versions
 from ds_lvx.doctor.findings import Finding, Section, State, count
 
@@ -44,7 +46,10 @@ def run(options: argparse.Namespace) -> int:
             print(text, flush=True)
 
     sections = []
-    for section in examine(checks=not options.no_check, timeout_s=options.timeout, tell=show):
+    looked_at = examine(checks=not options.no_check, timeout_s=options.timeout, tell=show)
+    if options.config is not None:
+        looked_at = chain([Section("Config", [config_finding(options.config)])], looked_at)
+    for section in looked_at:
         sections.append(section)
         show(section.text() + "\n")
     errors, warnings = (count(sections, state) for state in (State.ERROR, State.WARNING))
@@ -77,6 +82,21 @@ def examine(
         faults = [one.value for one in talk.findings if one.state is State.ERROR]
         blocked = f"communication cannot work here ({faults[0]})" if faults else ""
         yield from check.sections(device, timeout_s=timeout_s, blocked=blocked, tell=tell)
+
+
+def config_finding(path: str) -> Finding:
+    """Whether a ds_config's section is right, and who acts on it."""
+    try:
+        size = LVXConfig.from_ds_config(path).sequence_parallel_size
+    except (ValueError, NotImplementedError) as error:
+        return Finding(path, str(error), State.ERROR, advice="docs/configuration.md has every key")
+    return Finding(
+        path,
+        f"a section ds_lvx for {size} ranks a sample",
+        State.NOTE,
+        advice="only ds_lvx.initialize, ds_lvx.trainer and ds_lvx.accelerate act on it: Trainer of "
+        "transformers, Accelerator of accelerate and deepspeed.initialize train without it",
+    )
 
 
 def _section(title: str, look: Callable[[], list[Finding]]) -> Section:

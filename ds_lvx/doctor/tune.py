@@ -43,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that go with ``--tune``."""
     group = parser.add_argument_group("tuning (the shapes of a config, or those of one rank)")
     group.add_argument("--tune", action="store_true", help="measure this card's kernels for auto")
-    group.add_argument("--config", metavar="FILE", help="ds_config; gives ranks, methods, dtype")
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="ds_config; gives ranks, methods, dtype. Without --tune: looked at",
+    )
     group.add_argument("--model", help="name on the Hugging Face hub, or path of a config.json")
     group.add_argument("--text", default="4096", help="text tokens of a sample (64K is 65,536)")
     group.add_argument("--frames", type=int, default=64, help="of a sample")

@@ -199,7 +199,7 @@ def test_a_part_that_raises_does_not_hide_the_others(
         raise OSError("no such file")
 
     monkeypatch.setattr("ds_lvx.doctor.devices.findings", fail)
-    options = argparse.Namespace(json=False, no_check=True, timeout=1.0, tune=False)
+    options = argparse.Namespace(json=False, no_check=True, timeout=1.0, tune=False, config=None)
     assert command.run(options) == 1
     text = capsys.readouterr().out
     assert "FAIL  Devices  could not be looked at: OSError: no such file" in text

@@ -1,0 +1,239 @@
+"""accelerate's ``Accelerator`` for models whose visual tokens are sharded."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import accelerate
+import deepspeed
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import recursively_apply
+from torch import Tensor
+
+from ds_lvx.config import LVXConfig
+from ds_lvx.config.ds_config import SECTION
+from ds_lvx.distributed.shutdown import shutdown
+from ds_lvx.initialize import Session, initialize
+from ds_lvx.whole_batches import WholeBatches
+
+
+class Accelerator(accelerate.Accelerator):
+    """``accelerate.Accelerator`` whose model, in `prepare`, becomes an engine of ds_lvx.
+
+    The script stays as it is: the prepared model takes the batches of the prepared data loader,
+    which gives every rank of a sequence-parallel group the same samples, on the CPU. The loss is
+    that of the whole batch, on every rank; logits are of the whole without gradients or labels,
+    else of this rank's shard. `gather`, `gather_for_metrics` and `reduce` take every replica once.
+
+    Args:
+        args, kwargs: accelerate's; its DeepSpeed plugin must have a ds_config with a section
+            ``ds_lvx``.
+
+    Attributes:
+        lvx: the section.
+        session: what `ds_lvx.initialize` made besides the engine; None before `prepare`.
+        gathers_training: gather the logits in training too (`WholeBatches`).
+        derives_batch_size: whether ``train_batch_size`` is left to DeepSpeed, which multiplies.
+
+    Raises:
+        ValueError: no DeepSpeed, no section, a mistake in it, or ranks that accelerate overlooks.
+    """
+
+    lvx: LVXConfig | None = None
+    session: Session | None = None
+    gathers_training = False
+    derives_batch_size = False
+    deepspeed_engine_wrapped: Any
+    _batches: WholeBatches | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._read_section()
+
+    @classmethod
+    def of(cls, accelerator: accelerate.Accelerator) -> Accelerator:
+        """Make one of accelerate's, which has prepared nothing yet, one of ours; the same object.
+
+        Raises:
+            ValueError: as of this class.
+        """
+        accelerator.__class__ = cls
+        assert isinstance(accelerator, cls)
+        accelerator._read_section()
+        return accelerator
+
+    def _read_section(self) -> None:
+        plugin = getattr(self.state, "deepspeed_plugin", None)
+        if plugin is None or SECTION not in plugin.deepspeed_config:
+            got = "no DeepSpeed" if plugin is None else f"a ds_config without a section {SECTION}"
+            raise ValueError(
+                f"got {got}; expected a ds_config with a section {SECTION}: give one (deepspeed= "
+                "of TrainingArguments, hf_ds_config= of DeepSpeedPlugin), or use the class of "
+                "transformers or accelerate"
+            )
+        world, launched = self.state.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+        if world != launched:
+            raise ValueError(
+                f"accelerate counts {world} processes where the launcher started {launched}, and "
+                "each would train alone; on CPUs pass TrainingArguments(use_cpu=True), or make "
+                "accelerate.PartialState(cpu=True) before the Accelerator"
+            )
+        lvx = LVXConfig.from_ds_config(dict(plugin.deepspeed_config))
+        lvx.check_world_size(world)
+        self.lvx = lvx
+
+    @property
+    def sp_size(self) -> int:
+        """Ranks that share a sample."""
+        return 1 if self.lvx is None else self.lvx.sequence_parallel_size
+
+    @property
+    def num_processes(self) -> int:
+        """Replicas: how many different batches there are at once, as accelerate uses it."""
+        return int(self.state.num_processes) // self.sp_size
+
+    def prepare_data_loader(
+        self,
+        data_loader: Any,
+        device_placement: bool | None = None,
+        slice_fn_for_dispatch: Callable[..., Any] | None = None,
+    ) -> Any:
+        """accelerate's, with samples by replica. Batches stay on the CPU: only shards leave it.
+
+        Raises:
+            NotImplementedError: ``dispatch_batches``, by which one rank reads for all.
+        """
+        if getattr(data_loader, "_is_accelerate_prepared", False):
+            return super().prepare_data_loader(data_loader)
+        if self.dispatch_batches:
+            raise NotImplementedError(
+                "got dispatch_batches=True, by which ranks of a group get different samples; leave "
+                "it out"
+            )
+        replica = self.process_index // self.sp_size
+        _seed_workers_by(replica, data_loader)
+        prepared = prepare_data_loader(
+            data_loader,
+            self.device,
+            num_processes=self.num_processes,
+            process_index=replica,
+            split_batches=self.split_batches,
+            put_on_device=False,
+            rng_types=self.rng_types.copy(),
+            dispatch_batches=False,
+            even_batches=self.even_batches,
+            use_seedable_sampler=self.use_seedable_sampler,
+            data_seed=self.dataloader_config.data_seed,
+            use_stateful_dataloader=self.use_stateful_dataloader,
+        )
+        self._dataloaders.append(prepared)
+        return prepared
+
+    def _prepare_deepspeed(self, *args: Any) -> Any:
+        with _initializing_by(self._start):
+            return super()._prepare_deepspeed(*args)
+
+    def _start(self, *, model: Any, config_params: Any, **arguments: Any) -> Any:
+        """What ``deepspeed.initialize`` is called for."""
+        config = dict(config_params)
+        if self.derives_batch_size:
+            config.pop("train_batch_size", None)
+        returned = initialize(model=model, config=config, **arguments)
+        engine = returned[0]
+        self.session = engine.ds_lvx
+        averages = engine.zero_optimization_stage() == 3
+        self._batches = WholeBatches(model, engine.ds_lvx.groups, averages=averages)
+        self._batches.gathers_training = self.gathers_training
+        return returned
+
+    @contextmanager
+    def without_logits(self) -> Iterator[None]:
+        """Let forwards without gradients, but with labels, keep their logits where they are."""
+        batches = self._batches
+        before = batches is not None and batches.gathers_evaluation
+        if batches is not None:
+            batches.gathers_evaluation = batches.gathers_training
+        try:
+            yield
+        finally:
+            if batches is not None:
+                batches.gathers_evaluation = before
+
+    def gather(self, tensor: Any) -> Any:
+        """accelerate's, with every replica once: the first rank of its group."""
+        gathered = super().gather(tensor)
+        return gathered if self.sp_size == 1 else recursively_apply(self._replicas, gathered)
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """accelerate's, with every replica once: the first rank of its group."""
+        if not (use_gather_object or _has_other_than_tensors(input_data)):
+            return super().gather_for_metrics(input_data)
+        if self.process_index % self.sp_size:
+            input_data = input_data[:0]
+        return super().gather_for_metrics(input_data, use_gather_object=True)
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """accelerate's, with every replica once: ranks of a group hold the same value."""
+        reduced = super().reduce(tensor, reduction, scale)
+        if reduction != "sum" or self.sp_size == 1:
+            return reduced
+        return recursively_apply(lambda x: x / self.sp_size, reduced)
+
+    def _replicas(self, gathered: Tensor) -> Tensor:
+        by_rank = gathered.unflatten(0, (self.state.num_processes, -1))
+        return by_rank[:: self.sp_size].flatten(0, 1)
+
+    def free_memory(self, *objects: Any) -> Any:
+        """accelerate's; the model is given back as it was."""
+        self._close()
+        return super().free_memory(*objects)
+
+    def end_training(self) -> None:
+        """accelerate's, after `ds_lvx.shutdown`: call it last, on every rank."""
+        wrapped, self.deepspeed_engine_wrapped = self.deepspeed_engine_wrapped, None
+        self._close()
+        shutdown(None if wrapped is None else wrapped.engine)
+        super().end_training()
+
+    def _close(self) -> None:
+        if self._batches is not None:
+            self._batches.remove()
+        if self.session is not None:
+            self.session.close()
+        self._batches = self.session = None
+
+
+@contextmanager
+def _initializing_by(start: Callable[..., Any]) -> Iterator[None]:
+    """Let accelerate start its engine by another function; in there DeepSpeed's is its own."""
+    theirs = deepspeed.initialize
+
+    def once(**arguments: Any) -> Any:
+        deepspeed.initialize = theirs
+        return start(**arguments)
+
+    deepspeed.initialize = once
+    try:
+        yield
+    finally:
+        deepspeed.initialize = theirs
+
+
+def _seed_workers_by(replica: int, data_loader: Any) -> None:
+    """Let workers of the ranks of a group draw the same random numbers (``seed_worker``)."""
+    init = getattr(data_loader, "worker_init_fn", None)
+    if isinstance(init, functools.partial) and "rank" in init.keywords:
+        again = functools.partial(init.func, *init.args, **{**init.keywords, "rank": replica})
+        data_loader.worker_init_fn = again
+
+
+def _has_other_than_tensors(data: Any) -> bool:
+    try:
+        recursively_apply(lambda x: x, data, error_on_other_type=True)
+    except TypeError:
+        return True
+    return False

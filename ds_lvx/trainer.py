@@ -1,0 +1,125 @@
+"""transformers' ``Trainer`` for models whose visual tokens are sharded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from ds_lvx.accelerate import Accelerator
+from ds_lvx.config import read_ds_config
+from ds_lvx.models.batch import TEXT_KEYS
+
+_BATCH_SIZE = "train_batch_size"
+
+
+class TrainerMixin:
+    """Goes before `transformers.Trainer` or a subclass: ``class SFT(TrainerMixin, SFTTrainer)``.
+
+    The script stays as it is. ``TrainingArguments(deepspeed=...)`` has a ds_config with a section
+    ``ds_lvx``; the ranks of a sequence-parallel group get the same samples, and each runs its
+    shard. Losses, weights and metrics are those of one process for each replica.
+
+    Where the subclass has a ``compute_loss`` of its own, it finds the logits of the whole batch in
+    training too. In evaluation it finds them wherever predictions are wanted; these are the logits
+    alone.
+
+    Raises:
+        ValueError: no section ``ds_lvx``, a mistake in it, or ranks that accelerate overlooks.
+        NotImplementedError: settings of the arguments that do not go with sharded samples.
+    """
+
+    accelerator: Any
+    args: Any
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's, with an accelerator of ours."""
+        _refuse(self.args)
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        ours = self.accelerator = Accelerator.of(self.accelerator)
+        ours.gathers_training = type(self).compute_loss is not transformers.Trainer.compute_loss  # type: ignore[attr-defined]
+        self.gather_function = functools.partial(
+            ours.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
+        )
+        self._leave_batch_size(ours)
+
+    def _leave_batch_size(self, ours: Accelerator) -> None:
+        """``train_batch_size``: Trainer multiplies by all ranks, DeepSpeed by the replicas."""
+        given = self.args.deepspeed
+        config = {} if given is None else read_ds_config(given)
+        ours.derives_batch_size = config.get(_BATCH_SIZE, "auto") == "auto"
+        settings = ours.state.deepspeed_plugin.hf_ds_config
+        settings.mismatches = [
+            line for line in settings.mismatches if not line.startswith(f"- ds {_BATCH_SIZE}=")
+        ]
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Samples of an optimizer step: those of all replicas."""
+        whole: int = super().get_total_train_batch_size(args)  # type: ignore[misc]
+        return whole // self.accelerator.sp_size
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Of this rank's share."""
+        whole: int = super().floating_point_ops(inputs)  # type: ignore[misc]
+        return whole // self.accelerator.sp_size
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Trainer's; what is seen stays where it is, and only this rank's part leaves the CPU."""
+        prepared: dict[str, Any] = super()._prepare_inputs(  # type: ignore[misc]
+            {key: value for key, value in inputs.items() if not _is_visual(key, value)}
+        )
+        dtype = self.accelerator.state.deepspeed_plugin.hf_ds_config.dtype()
+        rest = {key: value for key, value in inputs.items() if key not in prepared}
+        return {**prepared, **{key: _cast(value, dtype) for key, value in rest.items()}}
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Trainer's; the logits are of the whole batch, and alone."""
+        silent = self.accelerator.without_logits() if prediction_loss_only else nullcontext()
+        with silent:
+            loss, logits, labels = super().prediction_step(  # type: ignore[misc]
+                model, inputs, prediction_loss_only, ignore_keys=ignore_keys
+            )
+        return loss, logits[0] if isinstance(logits, tuple) else logits, labels
+
+
+class Trainer(TrainerMixin, transformers.Trainer):
+    """`transformers.Trainer` for models whose visual tokens are sharded: see `TrainerMixin`."""
+
+
+def _is_visual(key: str, value: Any) -> bool:
+    return key not in TEXT_KEYS and isinstance(value, Tensor | list | Mapping)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if is_float else value
+
+
+def _refuse(args: Any) -> None:
+    """Raise for settings that do not go with sharded samples."""
+    problems = {
+        "parallelism_config": args.parallelism_config is not None,
+        "train_sampling_strategy='batch_rebalance'": (
+            args.train_sampling_strategy == "batch_rebalance"
+        ),
+        "use_liger_kernel": args.use_liger_kernel,
+        "auto_find_batch_size": args.auto_find_batch_size,
+        "predict_with_generate": getattr(args, "predict_with_generate", False),
+    }
+    for name, is_set in problems.items():
+        if is_set:
+            raise NotImplementedError(
+                f"got {name} in the training arguments, which does not go with samples that are "
+                "shared by several ranks; leave it out"
+            )

@@ -1,0 +1,140 @@
+"""A patched model that takes whole batches, for trainers that know nothing of shards.
+
+What such a trainer sees is one process's: the batch that it gives, the loss, the logits. Only the
+gradient of the loss is this rank's share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_lvx.attention.sequence import gather_sequence
+from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.models.batch import ITEMS_KEY
+from ds_lvx.models.patch import KEYWORD, scale_gradient
+from ds_lvx.sharding import shard_batch
+
+# TRL's models have these beside, or in place of, the logits.
+_BY_TOKEN = (
+    "logits",
+    "log_probs",
+    "entropy",
+    "log_sum_sq_probs",
+    "mean_logits",
+    "is_top1",
+    "label_mask",
+)
+
+
+class WholeBatches:
+    """Hooks on a model: ``model(**batch)`` with the batch as a processor returns it.
+
+    Every rank of a sequence-parallel group calls the model with the same batch. Each runs its
+    shard; ``out.loss`` is the loss of the whole on every rank, and its gradient this rank's share.
+    ``out.logits`` are of the whole where they are gathered, else of the shard. A forward whose
+    batch was cut already (`ds_lvx.shard_batch`, `ds_lvx.generate`) is left alone.
+
+    Args:
+        model: what the trainer calls: a patched model, or one around it.
+        groups: the groups that share a batch.
+        averages: whether gradients are averaged over a group (ZeRO-3), not summed.
+
+    Attributes:
+        gathers_training: gather the logits in training too, differentiable: for a loss of the
+            trainer's own. Without labels in the batch they always are.
+        gathers_evaluation: gather them without gradients.
+    """
+
+    def __init__(self, model: nn.Module, groups: SequenceParallelGroups, *, averages: bool) -> None:
+        self.gathers_training = False
+        self.gathers_evaluation = True
+        self._groups = groups
+        self._factor = 1.0 if averages else 1.0 / groups.sp_size
+        self._running: tuple[Any, bool] | None = None
+        self._handles = [
+            # First, so that every other hook sees the shard.
+            model.register_forward_pre_hook(self._cut, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._join, with_kwargs=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off. Calling it twice is allowed."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _cut(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if kwargs.get(KEYWORD) is not None:
+            return None
+        if args:
+            raise ValueError(
+                f"got {len(args)} positional arguments for a model whose batches are sharded; "
+                "expected the batch as keywords: model(**batch)"
+            )
+        if kwargs.get("past_key_values") is not None:
+            raise NotImplementedError(
+                "got a forward with past_key_values; call ds_lvx.generate(model, batch, ...) to "
+                "generate with sharded visual keys"
+            )
+        batch = {key: value for key, value in kwargs.items() if _is_content(key, value)}
+        options = {key: value for key, value in kwargs.items() if key not in batch}
+        shard = shard_batch(batch, model=model, groups=self._groups)
+        gathers = self.gathers_training if torch.is_grad_enabled() else self.gathers_evaluation
+        self._running = shard[KEYWORD], gathers or "labels" not in batch
+        return (), {**options, **shard}
+
+    def _join(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
+    ) -> Any:
+        running, self._running = self._running, None
+        if running is None or kwargs.get(KEYWORD) is not running[0]:
+            return None
+        gathers = running[1]
+        if isinstance(out, tuple):
+            parts = list(out)
+            place = 0
+            if "labels" in kwargs:
+                parts[0], place = self._whole_loss(parts[0]), 1
+            if gathers:
+                parts[place] = self._whole_sequence(parts[place])
+            return tuple(parts)
+        if out.get("loss") is not None:
+            out.loss = self._whole_loss(out.loss)
+        for name in _BY_TOKEN if gathers else ():
+            if out.get(name) is not None:
+                setattr(out, name, self._whole_sequence(out[name]))
+        return out
+
+    def _whole_loss(self, share: Tensor) -> Tensor:
+        """The sum of the shares, with the gradient of this one."""
+        total = self._groups.channel.all_reduce(share.detach().to(torch.float32))
+        whole: Tensor = _Valued.apply(share, total.to(share.dtype))
+        return whole
+
+    def _whole_sequence(self, shard: Tensor) -> Tensor:
+        """What there is of every token, on every rank.
+
+        Every rank computes the same loss from it, so that its gradient arrives once a rank.
+        """
+        whole = gather_sequence(shard, groups=self._groups)
+        return scale_gradient(whole, self._factor) if whole.requires_grad else whole
+
+
+class _Valued(torch.autograd.Function):
+    """Another value, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def _is_content(key: str, value: Any) -> bool:
+    """Whether a keyword of the model is part of the batch, not an option of the forward."""
+    return isinstance(value, Tensor | list) or (key == ITEMS_KEY and value is not None)

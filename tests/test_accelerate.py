@@ -1,0 +1,77 @@
+"""`ds_lvx.accelerate.Accelerator` in a loop that was written for accelerate's."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import deepspeed
+import pytest
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DeepSpeedPlugin
+from torch.utils.data import DataLoader
+from transformers import MllamaForConditionalGeneration
+
+from ds_lvx.accelerate import Accelerator
+from tests.models.mllama_case import tiny_model, trained, weights
+from tests.ranks import run_ranks
+from tests.test_trainer import assert_same, config_of, forget_state, samples
+
+
+def loop(kind: type[Any], tiny: Path, *, config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One epoch, two batches a step, then the logits of one batch."""
+    forget_state()
+    plugin = None
+    if config is not None:
+        deepspeed.init_distributed("gloo")  # accelerate does not where torch.distributed runs
+        plugin = DeepSpeedPlugin(hf_ds_config=copy.deepcopy(config))
+    PartialState(cpu=True)  # ``cpu=True`` of an Accelerator would leave DeepSpeed out
+    accelerator = kind(gradient_accumulation_steps=2, deepspeed_plugin=plugin)
+    plain = MllamaForConditionalGeneration.from_pretrained(tiny)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05)
+    loader = DataLoader(samples(), batch_size=1)
+    model, optimizer, loader = accelerator.prepare(plain, optimizer, loader)
+    losses = []
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(accelerator.gather_for_metrics(loss.detach()).mean().item())
+    with torch.no_grad():
+        logits = model(**batch).logits
+    found = {
+        "losses": losses,
+        "rates": accelerator.num_processes,
+        "metrics": {"eval_size": logits.abs().mean().item()},
+        "counted": accelerator.reduce(torch.ones(())).item(),
+        "objects": accelerator.gather_for_metrics(["one"]),
+        "weights": (
+            {name: p.detach().clone() for name, p in trained(plain)}
+            if config is None
+            else weights(model)
+        ),
+    }
+    if config is not None:
+        with pytest.raises(NotImplementedError, match=r"call ds_lvx\.generate"):
+            plain.generate(**batch, max_new_tokens=2)
+    accelerator.free_memory()
+    forget_state()
+    return found
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_losses_weights_and_logits_are_those_of_one_process(stage: int, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    expected = loop(accelerate.Accelerator, tmp_path)
+    config = config_of(stage, gradient_clipping=0.5, zero_allow_untested_optimizer=True)
+    for found in run_ranks(loop, 2, Accelerator, tmp_path, config=config):
+        assert_same(found, expected)
+        assert found["counted"] == 1
+        assert found["objects"] == ["one"]
