@@ -26,7 +26,7 @@ from ds_lvx.models.batch import TEXT_KEYS, digest
 from ds_lvx.models.contract import Family
 from ds_lvx.models.decoding import Decoding, feeding
 from ds_lvx.models.draft import Draft, device_of
-from ds_lvx.models.patch import is_patched
+from ds_lvx.models.patch import is_prepared
 
 _ARGUMENTS = "the arguments of generate"
 _RANDOM = "random numbers"
@@ -165,7 +165,7 @@ def _patched(model: Any) -> tuple[Family, Any]:
             "ds_lvx.apply has patched, or the engine of ds_lvx.initialize"
         )
     family, inside = family_of(model)
-    if not is_patched(inside):
+    if not is_prepared(inside):
         raise ValueError(
             "got a model that ds_lvx has not patched; call ds_lvx.apply(model, config) or "
             "ds_lvx.initialize first"

@@ -83,6 +83,15 @@ def is_patched(model: nn.Module) -> bool:
     return any(patched_attention(module) is not None for module in model.modules())
 
 
+def is_prepared(model: nn.Module) -> bool:
+    """Whether ds_lvx has put anything on a model: of some no attention is patched, but hooks are."""
+    return is_patched(model) or any(
+        isinstance(hook, Hook)
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
+    )
+
+
 def refuse_dropout(dropout: float) -> None:
     """Raise where attention is to drop weights.
 

@@ -13,12 +13,12 @@ from ds_lvx.config import LVXConfig
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.contract import Family
 from ds_lvx.models.layers import make_plans
-from ds_lvx.models.patch import KEYWORD, Hook, Patch, is_patched
+from ds_lvx.models.patch import KEYWORD, Hook, Patch, is_prepared
 
 
 def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Patch:
     """Make this instance's attention run as the config says; see `ds_lvx.models.patch_model`."""
-    if is_patched(model):
+    if is_prepared(model):
         raise ValueError(
             "got a model that ds_lvx has patched already; call ds_lvx.shutdown(engine) on the "
             "engine that uses it before a second ds_lvx.initialize"
