@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -132,7 +132,8 @@ def generate(
                 always_vision=waits or not family.skips_vision,
             )
     except Exception as caught:
-        channel.agree({}, caught)  # where the others agree on the rows of the prompt
+        with suppress(Exception):  # it would name the ranks once more
+            channel.agree({}, caught)  # where the others agree on the rows of the prompt
         raise
     if current is not None and current.dp_size > 1:
         prompt = replace(prompt, world=current.world_channel)

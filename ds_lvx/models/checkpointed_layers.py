@@ -240,9 +240,8 @@ class CheckpointLayers(Hook):
     def _switch_on(self, model: Any) -> None:
         if not any(layer.gradient_checkpointing for layer in self._layers):
             # Some models are no transformers models and hold one, or several.
-            layer = self._layers[0]
             owners = (m for m in model.modules() if hasattr(m, _SWITCH))
-            owner = next(m for m in owners if any(each is layer for each in m.modules()))
+            owner = next(m for m in owners if {*self._layers[:1]} <= {*m.modules()})
             # Not by calling it: a switch of older code takes other arguments.
             for module in owner.modules():
                 if hasattr(module, _FLAG):

@@ -84,7 +84,7 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def is_prepared(model: nn.Module) -> bool:
-    """Whether ds_lvx has put anything on a model: of some no attention is patched, but hooks are."""
+    """Whether ds_lvx has put anything on a model; on some it patches no attention."""
     return is_patched(model) or any(
         isinstance(hook, Hook)
         for module in model.modules()
