@@ -149,6 +149,7 @@ def section(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
 TWO = [[hard_batch(0)], [collated(1)]]
 
 
+@pytest.mark.slow
 def test_training_equals_one_process() -> None:
     """Two steps: stages, methods, what is frozen, a batch of text alone."""
     jobs = [
