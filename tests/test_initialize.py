@@ -81,8 +81,8 @@ def test_rank_0_prints_one_table_and_shutdown_ends_everything() -> None:
         assert ("recompute_kv" in result["printed"]) == (rank == 0)
         assert result["patched"]
         assert result["current"]
-        # The text's masks, three for the features, the checkpoints, the loss's scale at stage 3.
-        assert result["hooks"] == 6
+        # The text's masks, four for the features, the checkpoints, the loss's scale at stage 3.
+        assert result["hooks"] == 7
         assert not result["left"]
         assert result["sizes"] == (2, 2)
         assert result["batch"] == 2  # two replicas, not four ranks
