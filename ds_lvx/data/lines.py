@@ -1,4 +1,4 @@
-"""A JSONL file as an index of its lines: read once a machine, then each line when asked for.
+"""A JSONL file, or a JSON array, as an index: read once a machine, then each line when asked for.
 
 A hundred thousand lines cost a few megabytes of offsets, whatever stands in them. A line is parsed
 as strict JSON: a key that occurs twice is an error, not a choice.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -22,7 +23,7 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Lines:
-    """The lines of a file that are not blank.
+    """The lines of a file that are not blank, or the elements of the one array that it is.
 
     Args:
         path: of the file. A byte-order mark before a line is skipped.
@@ -33,8 +34,8 @@ class Lines:
         sha256: of its bytes, hexadecimal.
 
     Raises:
-        DataError: no such file, nothing in it, or no lines of UTF-8 but a JSON array or UTF-16;
-            lines themselves are looked at when they are asked for.
+        DataError: no such file, nothing in it, UTF-16, or an array that breaks off; lines
+            themselves are looked at when they are asked for.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -45,10 +46,18 @@ class Lines:
             raise self._error(found, "a JSONL file", "check the path")
         try:
             with open(self.path, "rb") as file:
-                self._refuse_other_formats(file)
-            self._index = kept_index(self.path)
+                is_array = self._is_array(file)
+            self._index = kept_index(self.path, is_array=is_array)
         except OSError as error:
             raise self._error(f"a file that cannot be read ({error.strerror})") from None
+        except DataError:
+            raise
+        except ValueError as error:
+            raise self._error(
+                f"a JSON array that cannot be read on from {error}",
+                "[{...}, {...}]",
+                "correct the file there",
+            ) from None
         self.sha256 = self._index.sha256
         if not self._index.numbers:
             raise self._error("an empty file", "at least one line of JSON", "add samples to it")
@@ -115,18 +124,14 @@ class Lines:
             do="correct the line (`jq -c . FILE` puts every object on a line of its own)",
         )
 
-    def _refuse_other_formats(self, file: BinaryIO) -> None:
+    def _is_array(self, file: BinaryIO) -> bool:
         start = file.read(4096)
         if start.startswith(_UTF16):
             raise self._error(
                 "a file in UTF-16", do=f"rewrite it: iconv -f UTF-16 -t UTF-8 {self.path} > FILE"
             )
-        if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            raise self._error(
-                "a JSON array, as LLaVA's files are",
-                "one JSON object a line",
-                f"rewrite it: jq -c '.[]' {self.path} > FILE",
-            )
+        start = start.removeprefix(codecs.BOM_UTF8).lstrip()
+        return re.match(rb"\[\s*(\{|\]|$)", start) is not None
 
     def _error(
         self,
