@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ds_lvx.data.chat import Conversation, Part
 from ds_lvx.data.errors import DataError, Source
-from ds_lvx.data.frames import DecodeCount, Video, choose, decode
+from ds_lvx.data.frames import DecodeCount, Video, choose, decode, probe, segment
+from ds_lvx.data.held import Films, Held
 from ds_lvx.data.images import load_image
 from ds_lvx.data.kept import kept_probe
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
@@ -42,19 +43,24 @@ class Frames:
     """Consecutive visual inputs of a sample that one file holds.
 
     Attributes:
-        path: the file.
+        path: the file, or what another file holds of it.
         video: what its container says, or None for an image.
         indices: the chosen frames of the video; ``(0,)`` for an image.
+        first: frame of the video at which the part begins that is taken.
     """
 
-    path: str
+    path: str | Held
     video: Video | None
     indices: tuple[int, ...]
+    first: int = 0
 
     @property
     def times(self) -> list[float] | None:
-        """Seconds of a video's chosen frames; None for an image."""
-        return None if self.video is None else [self.video.seconds(i) for i in self.indices]
+        """Seconds of a video's chosen frames, from the part's beginning; None for an image."""
+        if self.video is None:
+            return None
+        begin = self.video.seconds(self.first)
+        return [self.video.seconds(index) - begin for index in self.indices]
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,8 @@ class BatchMaker:
         self._dtype = dtype
         self.limits = limits
         # Every epoch comes back to the same films. Times take 8 bytes a frame.
-        self._probe = lru_cache(maxsize=64)(partial(kept_probe, limits=limits))
+        self._probe = lru_cache(maxsize=64)(self._probed)
+        self._films = Films()
         # A step asks for the labels of all its samples before it comes to the first of them.
         self._sample = lru_cache(maxsize=256)(self.sample)
 
@@ -225,15 +232,24 @@ class BatchMaker:
 
     def _frames(self, part: Part) -> Frames:
         if part.kind == "image":
-            return Frames(part.value, None, (0,))
-        video = self._probe(part.value)
+            return Frames(part.file, None, (0,))
+        video = self._probe(part.file)
         rate = self._rate
         if part.fps is not None:  # the line's own go first
             rate = replace(rate, fps=part.fps, count=None)
         elif part.nframes is not None:
             rate = FrameRate(count=part.nframes)
-        chosen = choose(video, fps=rate.fps, count=rate.count, max_frames=rate.max_frames)
-        return Frames(part.value, video, chosen)
+        taken = range(len(video))
+        if part.start is not None or part.end is not None:
+            taken = segment(video, part.start, part.end)
+        piece = replace(video, timestamps=video.timestamps[taken.start : taken.stop])
+        chosen = choose(piece, fps=rate.fps, count=rate.count, max_frames=rate.max_frames)
+        return Frames(part.file, video, tuple(taken[n] for n in chosen), taken.start)
+
+    def _probed(self, file: str | Held) -> Video:
+        if isinstance(file, str):
+            return kept_probe(file, limits=self.limits)
+        return probe(self._films.path(file), limits=self.limits)
 
     def _inputs(self, sample: Sample) -> Mapping[str, Sequence[int]]:
         try:
@@ -271,9 +287,10 @@ class BatchMaker:
                     continue
                 if frames.video is None:
                     yield load_image(frames.path, limits=self.limits)
-                else:
-                    yield from decode(
-                        frames.video, wanted, counter=self.counter, limits=self.limits
-                    )
+                    continue
+                video = frames.video
+                if isinstance(frames.path, Held):  # its file may have gone since
+                    video = replace(video, path=self._films.path(frames.path))
+                yield from decode(video, wanted, counter=self.counter, limits=self.limits)
             except ValueError as error:
                 raise DataError(f"{sample.source}: {error}") from None

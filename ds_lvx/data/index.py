@@ -57,21 +57,25 @@ class Index:
                 getattr(self, column).append(value)
 
 
-def kept_index(path: str, *, is_array: bool = False) -> Index:
-    """`scan` or `scan_array`, or what it found when this file was read before.
+def kept_index(path: str, read: Callable[[str], Index]) -> Index:
+    """What ``read`` finds, or what it found when this file was read before.
+
+    Args:
+        path: of the file.
+        read: `scan`, or another that reads such files.
 
     The ranks of a machine wait for the first of them. The cache is in `ds_lvx.cache.folder`, a few
     bytes a line, one file for each path; a file of another size or time of change is read anew.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: as of `scan_array`.
+        ValueError: as ``read`` does.
     """
-    state, read = Path(path).stat(), scan_array if is_array else scan
+    state = Path(path).stat()
     if state.st_size < SMALL_BYTES:
         return read(path)
     place = str(Path(path).resolve())
-    stamp = [place, state.st_size, state.st_mtime_ns, _FORMAT]
+    stamp = [place, state.st_size, state.st_mtime_ns, read.__name__, _FORMAT]
     name = f"lines/{hashlib.sha256(os.fsencode(place)).hexdigest()[:32]}.json"
     found = _index(cache.read(name), stamp)
     if found is None:  # only now the lock, behind which others may have written it

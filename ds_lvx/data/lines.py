@@ -12,11 +12,12 @@ import os
 import re
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ds_lvx.data.errors import DataError, Source, shown
-from ds_lvx.data.index import kept_index
+from ds_lvx.data.index import kept_index, scan, scan_array
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -46,8 +47,8 @@ class Lines:
             raise self._error(found, "a JSONL file", "check the path")
         try:
             with open(self.path, "rb") as file:
-                is_array = self._is_array(file)
-            self._index = kept_index(self.path, is_array=is_array)
+                read = scan_array if self._is_array(file) else scan
+            self._index = kept_index(self.path, read)
         except OSError as error:
             raise self._error(f"a file that cannot be read ({error.strerror})") from None
         except DataError:
@@ -104,25 +105,16 @@ class Lines:
         Raises:
             DataError: it is none; see also `raw`.
         """
-        raw = self.raw(index)
-        try:
-            record = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-        except RecursionError:
-            problem = "JSON that is nested too deeply"
-        except ValueError as error:
-            start = shown(raw[:200].decode("utf-8", "replace").strip())
-            hint = ", NUL bytes as of UTF-16" if b"\0" in raw else ""
-            problem = f"{start} ({error}{hint})"
-        else:
-            if isinstance(record, dict):
-                return record
-            problem = f"{type(record).__name__} {shown(record)}"
-        raise DataError.at(
-            self.source(index),
-            got=problem,
-            expected="one JSON object",
-            do="correct the line (`jq -c . FILE` puts every object on a line of its own)",
-        )
+        return parsed(self.raw(index), self.source(index))
+
+    @property
+    def folder(self) -> str:
+        """Of the file."""
+        return str(Path(self.path).parent)
+
+    def blocks(self, kept: Sequence[int]) -> tuple[int, ...]:
+        """All in one file."""
+        return (len(kept),)
 
     def _is_array(self, file: BinaryIO) -> bool:
         start = file.read(4096)
@@ -140,6 +132,32 @@ class Lines:
         do: str = "check the file and its rights",
     ) -> DataError:
         return DataError.at(self.path, got=got, expected=expected, do=do)
+
+
+def parsed(raw: bytes, source: Source) -> dict[str, Any]:
+    """Bytes as the JSON object that they are.
+
+    Raises:
+        DataError: they are none.
+    """
+    try:
+        record = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except RecursionError:
+        problem = "JSON that is nested too deeply"
+    except ValueError as error:
+        start = shown(raw[:200].decode("utf-8", "replace").strip())
+        hint = ", NUL bytes as of UTF-16" if b"\0" in raw else ""
+        problem = f"{start} ({error}{hint})"
+    else:
+        if isinstance(record, dict):
+            return record
+        problem = f"{type(record).__name__} {shown(record)}"
+    raise DataError.at(
+        source,
+        got=problem,
+        expected="one JSON object",
+        do="correct the line (`jq -c . FILE` puts every object on a line of its own)",
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

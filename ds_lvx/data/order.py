@@ -11,6 +11,7 @@ needs, whatever the batch sizes are now::
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 
@@ -22,19 +23,29 @@ class SampleOrder:
         num_samples: in the data set.
         seed: of the permutations.
         shuffle: False keeps the order of the file.
+        blocks: samples of each file of the data set: files are permuted, and samples inside each,
+            so that a file is read while its samples are taken. None: all in one.
     """
 
-    def __init__(self, num_samples: int, seed: int, *, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        blocks: tuple[int, ...] | None = None,
+    ) -> None:
         self.num_samples = num_samples
         self._seed = seed
         self._shuffle = shuffle
+        self._blocks = (num_samples,) if blocks is None else blocks
 
     def sample(self, place: int) -> int:
         """The index of the sample at a place."""
         epoch, offset = divmod(place, self.num_samples)
         if not self._shuffle:
             return offset
-        return _permutation(self.num_samples, self._seed, epoch)[offset]
+        return _permutation(self._blocks, self._seed, epoch)[offset]
 
     def micro_batch(self, place: int, size: int, *, replica: int = 0) -> list[int]:
         """The samples of one replica for the micro-batch that begins at a place.
@@ -49,6 +60,13 @@ class SampleOrder:
 
 
 @lru_cache(maxsize=4)
-def _permutation(num_samples: int, seed: int, epoch: int) -> tuple[int, ...]:
+def _permutation(blocks: tuple[int, ...], seed: int, epoch: int) -> tuple[int, ...]:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return tuple(torch.randperm(num_samples, generator=generator).tolist())
+    if len(blocks) == 1:
+        return tuple(torch.randperm(blocks[0], generator=generator).tolist())
+    begins = [0, *accumulate(blocks)]
+    order: list[int] = []
+    for block in torch.randperm(len(blocks), generator=generator).tolist():
+        inside = torch.randperm(blocks[block], generator=generator)
+        order += (inside + begins[block]).tolist()
+    return tuple(order)

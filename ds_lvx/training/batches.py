@@ -119,7 +119,7 @@ class Recipe:
         """The file, and which of its samples this replica takes."""
         micro = self.sizes.micro
         if place.kind == TRAINING:
-            order = SampleOrder(len(self.training), self.seed)
+            order = SampleOrder(len(self.training), self.seed, blocks=self.training.blocks)
             return self.training, order.micro_batch(place.sample, micro, replica=self.replica)
         assert self.evaluation is not None
         first, last = place.sample + self.replica * micro, len(self.evaluation) - 1

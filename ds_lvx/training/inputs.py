@@ -100,7 +100,11 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     sizes = batch_sizes(ds_config, world_size // lvx.sequence_parallel_size)
     _check_output(options)
     training, evaluation = (
-        None if path is None else Chats(path, limits=options.limits)
+        None
+        if path is None
+        else Chats(
+            path, limits=options.limits, format=options.format, media_root=options.media_root
+        )
         for path in (options.data, options.eval_data)
     )
     assert training is not None
@@ -216,5 +220,7 @@ def _total_steps(options: Options, sizes: BatchSizes, training: Chats) -> int:
 def _fingerprint(
     training: Chats, left_out: Sequence[int], rate: FrameRate, encoder: TextEncoder
 ) -> str:
-    taken = (training.lines.sha256, list(left_out), rate, encoder.max_length)
+    taken: tuple[object, ...] = (training.lines.sha256, list(left_out), rate, encoder.max_length)
+    if training.format != "messages":
+        taken = (*taken, training.format)
     return hashlib.sha256(repr(taken).encode()).hexdigest()[:16]

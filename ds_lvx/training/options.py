@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ds_lvx.data.formats import FORMATS
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 
 CHECKS = ("lines", "headers", "frames")
@@ -23,6 +24,8 @@ class Options:
     trust_remote_code: bool
     data: str
     eval_data: str | None
+    format: str | None
+    media_root: str | None
     fps: float | None
     frames: int | None
     max_frames: int | None
@@ -117,8 +120,9 @@ def _add_inputs(group: Any) -> None:
         action="store_true",
         help="run code that comes with the checkpoint, for models that transformers has not",
     )
-    group.add_argument("--data", required=True, help="JSONL file of chats to train on")
-    group.add_argument("--eval_data", help="JSONL file of chats to evaluate on")
+    group.add_argument("--data", required=True, help="chats to train on (docs/data.md)")
+    group.add_argument("--eval_data", help="chats to evaluate on")
+    add_format(group)
     rate = group.add_mutually_exclusive_group()
     rate.add_argument("--fps", type=_above(float, 0), help="frames a second of video (default: 1)")
     rate.add_argument("--frames", type=_above(int, 0), help="frames a video, evenly spaced")
@@ -152,6 +156,16 @@ def _add_inputs(group: Any) -> None:
         "a GPU, else 0)",
     )
     group.add_argument("--deepspeed_config", required=True, help="a ds_config with `ds_lvx`")
+
+
+def add_format(group: Any) -> None:
+    """How the files of chats are written."""
+    group.add_argument(
+        "--format", choices=tuple(FORMATS), help="of their records (default: told by content)"
+    )
+    group.add_argument(
+        "--media_root", help="folder that relative paths of media begin in (default: the data's)"
+    )
 
 
 def _add_limits(group: Any) -> None:

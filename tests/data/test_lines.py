@@ -75,7 +75,7 @@ def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     scan = index.scan
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(index, "SMALL_BYTES", 0)
-    monkeypatch.setattr(index, "scan", noted)
+    monkeypatch.setattr("ds_lvx.data.lines.scan", noted)
     return paths
 
 
