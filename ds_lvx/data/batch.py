@@ -6,61 +6,19 @@ Shapes: ``B`` samples, ``T`` tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_lvx.data.chat import Conversation, Part
+from ds_lvx.data.chat import Conversation
+from ds_lvx.data.chosen import Chooser, FrameRate, Frames
 from ds_lvx.data.errors import DataError, Source
-from ds_lvx.data.frames import DecodeCount, Video, choose, decode, probe, segment
-from ds_lvx.data.held import Films, Held
-from ds_lvx.data.images import load_image
-from ds_lvx.data.kept import kept_probe
+from ds_lvx.data.frames import DecodeCount
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 from ds_lvx.data.text import IGNORED, EncodedText, TextEncoder
-
-
-@dataclass(frozen=True)
-class FrameRate:
-    """Which frames of a video are taken: ``fps`` a second, or ``count`` in all, or every one.
-
-    Attributes:
-        fps: frames a second.
-        count: frames of a video, evenly spaced.
-        max_frames: of those at ``fps``, or of all, at most so many, evenly spaced.
-    """
-
-    fps: float | None = None
-    count: int | None = None
-    max_frames: int | None = None
-
-
-@dataclass(frozen=True)
-class Frames:
-    """Consecutive visual inputs of a sample that one file holds.
-
-    Attributes:
-        path: the file, or what another file holds of it.
-        video: what its container says, or None for an image.
-        indices: the chosen frames of the video; ``(0,)`` for an image.
-        first: frame of the video at which the part begins that is taken.
-    """
-
-    path: str | Held
-    video: Video | None
-    indices: tuple[int, ...]
-    first: int = 0
-
-    @property
-    def times(self) -> list[float] | None:
-        """Seconds of a video's chosen frames, from the part's beginning; None for an image."""
-        if self.video is None:
-            return None
-        begin = self.video.seconds(self.first)
-        return [self.video.seconds(index) - begin for index in self.indices]
 
 
 @dataclass(frozen=True)
@@ -108,6 +66,7 @@ class BatchMaker:
         limits: for images and films.
 
     Attributes:
+        chooser: of frames.
         counter: frames decoded so far.
         limits: for images and films.
     """
@@ -126,14 +85,11 @@ class BatchMaker:
         self.encoder = encoder
         self._skip = skip
         self.counter = DecodeCount()
-        self._rate = rate
         self._owned = owned
         self._min_tokens = min_tokens
         self._dtype = dtype
         self.limits = limits
-        # Every epoch comes back to the same films. Times take 8 bytes a frame.
-        self._probe = lru_cache(maxsize=64)(self._probed)
-        self._films = Films()
+        self.chooser = Chooser(rate, limits)
         # A step asks for the labels of all its samples before it comes to the first of them.
         self._sample = lru_cache(maxsize=256)(self.sample)
 
@@ -145,7 +101,7 @@ class BatchMaker:
         """
         source = conversation.source
         try:
-            frames = tuple(self._frames(part) for part in conversation.media)
+            frames = tuple(self.chooser.frames(part) for part in conversation.media)
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
         counts, times = [len(f.indices) for f in frames], [f.times for f in frames]
@@ -230,27 +186,6 @@ class BatchMaker:
             for _ in range(sample.num_frames)[mine.start : mine.stop][done:]:
                 yield Image.new("RGB", (32, 32))
 
-    def _frames(self, part: Part) -> Frames:
-        if part.kind == "image":
-            return Frames(part.file, None, (0,))
-        video = self._probe(part.file)
-        rate = self._rate
-        if part.fps is not None:  # the line's own go first
-            rate = replace(rate, fps=part.fps, count=None)
-        elif part.nframes is not None:
-            rate = FrameRate(count=part.nframes)
-        taken = range(len(video))
-        if part.start is not None or part.end is not None:
-            taken = segment(video, part.start, part.end)
-        piece = replace(video, timestamps=video.timestamps[taken.start : taken.stop])
-        chosen = choose(piece, fps=rate.fps, count=rate.count, max_frames=rate.max_frames)
-        return Frames(part.file, video, tuple(taken[n] for n in chosen), taken.start)
-
-    def _probed(self, file: str | Held) -> Video:
-        if isinstance(file, str):
-            return kept_probe(file, limits=self.limits)
-        return probe(self._films.path(file), limits=self.limits)
-
     def _inputs(self, sample: Sample) -> Mapping[str, Sequence[int]]:
         try:
             text = sample.text
@@ -285,12 +220,6 @@ class BatchMaker:
             try:
                 if not wanted:
                     continue
-                if frames.video is None:
-                    yield load_image(frames.path, limits=self.limits)
-                    continue
-                video = frames.video
-                if isinstance(frames.path, Held):  # its file may have gone since
-                    video = replace(video, path=self._films.path(frames.path))
-                yield from decode(video, wanted, counter=self.counter, limits=self.limits)
+                yield from self.chooser.pictures(frames, wanted, self.counter)
             except ValueError as error:
                 raise DataError(f"{sample.source}: {error}") from None

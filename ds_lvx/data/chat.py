@@ -34,6 +34,7 @@ from typing import Any
 from ds_lvx.data.conversation import KINDS, ROLES, Conversation, Medium, Message, Part
 from ds_lvx.data.errors import DataError, Source, shown
 from ds_lvx.data.formats import convert_of
+from ds_lvx.data.formats.messages import parts
 from ds_lvx.data.held import Held
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 from ds_lvx.data.opened import open_data
@@ -120,6 +121,28 @@ class Chats:
         """
         line = self._kept[index]
         return self._convert(self.lines.record(line), self.lines.source(line))
+
+    def media(self, index: int) -> list[tuple[str, bool]]:
+        """Kind of each medium that a record names, and whether it is there.
+
+        Raises:
+            DataError: the record is not in the format.
+        """
+        record = self.converted(index)
+        named = [(kind, value) for kind in KINDS for value in record.get(f"{kind}s") or ()]
+        named += [(p["type"], p.get(p["type"])) for p in parts(record) if p.get("type") in KINDS]
+        return [
+            (kind, self._is_there(value))
+            for kind, value in named
+            if kind != "text" and isinstance(value, _MEDIA)
+        ]
+
+    def _is_there(self, value: str | Held | Medium) -> bool:
+        file = value.file if isinstance(value, Medium) else value
+        try:
+            return isinstance(file, Held) or media_file(file, self._folder) is not None
+        except PathError:
+            return False
 
     def source(self, index: int) -> Source:
         """The line of a conversation."""

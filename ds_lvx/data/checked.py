@@ -65,7 +65,8 @@ def line_key(raw: bytes, conversation: Conversation) -> str:
         OSError: a file is not there any more.
     """
     stamps = [_stamp(part.file) for part in conversation.media]
-    return _digest(raw + repr(stamps).encode("utf-8", "surrogateescape"))
+    said = repr((stamps, conversation.messages))
+    return _digest(raw + said.encode("utf-8", "surrogateescape"))
 
 
 def _stamp(file: str | Held) -> tuple[str, int | str, int]:

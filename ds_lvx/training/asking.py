@@ -13,7 +13,6 @@ from ds_lvx.data.text import IGNORED, EncodedText
 from ds_lvx.training.options import add_format
 
 _OPEN = "?"  # in the place of an answer that nobody knows
-_DEFAULT_FPS = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ class Options:
     @property
     def rate(self) -> FrameRate:
         """Which frames of a video are taken."""
-        fps = _DEFAULT_FPS if self.fps is None and self.frames is None else self.fps
-        return FrameRate(fps=fps, count=self.frames, max_frames=self.max_frames)
+        return FrameRate.asked(self)
 
     def conversations(self) -> Iterator[Conversation]:
         """What is asked, one conversation after the other.

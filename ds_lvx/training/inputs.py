@@ -21,8 +21,6 @@ from ds_lvx.training.model import Source
 from ds_lvx.training.options import Options
 from ds_lvx.training.run_state import written
 
-DEFAULT_FPS = 1.0
-
 
 @dataclass(frozen=True)
 class BatchSizes:
@@ -113,8 +111,7 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     encoder = TextEncoder(
         source.processor, source.max_length(options.max_length), family=source.family
     )
-    fps = DEFAULT_FPS if options.fps is None and options.frames is None else options.fps
-    rate = FrameRate(fps=fps, count=options.frames, max_frames=options.max_frames)
+    rate = FrameRate.asked(options)
     checks = Checks(
         level=options.check_data,
         model=options.model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ds_lvx.data.formats import FORMATS
@@ -63,13 +63,12 @@ class Options:
     @property
     def limits(self) -> Limits:
         """Of lines, images and videos."""
-        return Limits(
-            max_pixels=self.max_pixels,
-            max_film_frames=self.max_film_frames,
-            max_lead_in_frames=self.max_lead_in_frames,
-            max_gap_s=self.max_gap_s,
-            max_line_bytes=self.max_line_bytes,
-        )
+        return limits_of(self)
+
+
+def limits_of(options: Any) -> Limits:
+    """What the options of `add_limits` say."""
+    return Limits(**{each.name: getattr(options, each.name) for each in fields(Limits)})
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -102,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     # DeepSpeed's launcher writes the first form, torch.distributed.launch the second.
     top.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     _add_inputs(top.add_argument_group("model and data"))
-    _add_limits(top.add_argument_group("limits of the data; what is above is an error"))
+    add_limits(top.add_argument_group("limits of the data; what is above is an error"))
     _add_training(top.add_argument_group("training"))
     _add_outputs(top.add_argument_group("output"))
     return top
@@ -123,19 +122,7 @@ def _add_inputs(group: Any) -> None:
     group.add_argument("--data", required=True, help="chats to train on (docs/data.md)")
     group.add_argument("--eval_data", help="chats to evaluate on")
     add_format(group)
-    rate = group.add_mutually_exclusive_group()
-    rate.add_argument("--fps", type=_above(float, 0), help="frames a second of video (default: 1)")
-    rate.add_argument("--frames", type=_above(int, 0), help="frames a video, evenly spaced")
-    group.add_argument(
-        "--max_frames",
-        type=_above(int, 0),
-        help="with --fps: frames of a video at most; of a longer one so many, evenly spaced",
-    )
-    group.add_argument(
-        "--max_length",
-        type=_above(int, 1),
-        help="text tokens a sample may have (default: the model's positions); more is an error",
-    )
+    add_rate(group)
     group.add_argument(
         "--check_data",
         choices=CHECKS,
@@ -168,7 +155,25 @@ def add_format(group: Any) -> None:
     )
 
 
-def _add_limits(group: Any) -> None:
+def add_rate(group: Any) -> None:
+    """How much of a sample is taken."""
+    rate = group.add_mutually_exclusive_group()
+    rate.add_argument("--fps", type=_above(float, 0), help="frames a second of video (default: 1)")
+    rate.add_argument("--frames", type=_above(int, 0), help="frames a video, evenly spaced")
+    group.add_argument(
+        "--max_frames",
+        type=_above(int, 0),
+        help="with --fps: frames of a video at most; of a longer one so many, evenly spaced",
+    )
+    group.add_argument(
+        "--max_length",
+        type=_above(int, 1),
+        help="text tokens a sample may have (default: the model's positions); more is an error",
+    )
+
+
+def add_limits(group: Any) -> None:
+    """Bounds of what a line, an image or a film may cost."""
     default = DEFAULT_LIMITS
     group.add_argument(
         "--max_pixels",
