@@ -129,7 +129,10 @@ class Chats:
             DataError: the record is not in the format.
         """
         record = self.converted(index)
-        named = [(kind, value) for kind in KINDS for value in record.get(f"{kind}s") or ()]
+        lists = {kind: record.get(f"{kind}s") for kind in KINDS}
+        named = [
+            (k, value) for k, found in lists.items() if isinstance(found, list) for value in found
+        ]
         named += [(p["type"], p.get(p["type"])) for p in parts(record) if p.get("type") in KINDS]
         return [
             (kind, self._is_there(value))

@@ -47,8 +47,8 @@ class Lines:
             raise self._error(found, "a JSONL file", "check the path")
         try:
             with open(self.path, "rb") as file:
-                read = scan_array if self._is_array(file) else scan
-            self._index = kept_index(self.path, read)
+                self._is_array = _is_array(file, self.path)
+            self._index = kept_index(self.path, scan_array if self._is_array else scan)
         except OSError as error:
             raise self._error(f"a file that cannot be read ({error.strerror})") from None
         except DataError:
@@ -67,8 +67,10 @@ class Lines:
         return len(self._index.numbers)
 
     def source(self, index: int) -> Source:
-        """Where a line stands, its number counted with the blank ones."""
-        return Source(self.path, self._index.numbers[index])
+        """Where a line stands, its number counted with the blank ones; of an array the element,
+        counted from 0."""
+        line = self._index.numbers[index]
+        return Source(self.path, line, f"line {line}, element {index}" if self._is_array else None)
 
     def raw(self, index: int) -> bytes:
         """The bytes of a line.
@@ -116,15 +118,6 @@ class Lines:
         """All in one file."""
         return (len(kept),)
 
-    def _is_array(self, file: BinaryIO) -> bool:
-        start = file.read(4096)
-        if start.startswith(_UTF16):
-            raise self._error(
-                "a file in UTF-16", do=f"rewrite it: iconv -f UTF-16 -t UTF-8 {self.path} > FILE"
-            )
-        start = start.removeprefix(codecs.BOM_UTF8).lstrip()
-        return re.match(rb"\[\s*(\{|\]|$)", start) is not None
-
     def _error(
         self,
         got: str,
@@ -132,6 +125,19 @@ class Lines:
         do: str = "check the file and its rights",
     ) -> DataError:
         return DataError.at(self.path, got=got, expected=expected, do=do)
+
+
+def _is_array(file: BinaryIO, path: str) -> bool:
+    start = file.read(4096)
+    if start.startswith(_UTF16):
+        raise DataError.at(
+            path,
+            got="a file in UTF-16",
+            expected="a JSONL file in UTF-8",
+            do=f"rewrite it: iconv -f UTF-16 -t UTF-8 {path} > FILE",
+        )
+    start = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    return re.match(rb"\[\s*(\{|\]|$)", start) is not None
 
 
 def parsed(raw: bytes, source: Source) -> dict[str, Any]:

@@ -130,7 +130,13 @@ def _load(path: str) -> tuple[Any, list[str]]:
     parts = [datasets.Dataset.from_file(file) for file in kinds[".arrow"]]
     if kinds[".parquet"]:
         # Arrow's, mapped into memory, in the cache folder of `datasets`.
-        parts = [datasets.Dataset.from_parquet(kinds[".parquet"])]
+        silent = datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()
+        try:
+            parts = [datasets.Dataset.from_parquet(kinds[".parquet"])]
+        finally:
+            if not silent:
+                datasets.enable_progress_bars()
     rows = datasets.concatenate_datasets(parts)
     return rows.with_format("arrow"), kinds[".parquet"] or kinds[".arrow"]
 

@@ -103,7 +103,9 @@ def test_media_may_lie_elsewhere(folder: Path) -> None:
     (folder / "sets").mkdir()
     path = write_jsonl(folder / "sets" / "d.json", [turns(image="a.png")])
     assert said(Chats(path, media_root=folder)) == expected(folder, own())
-    with pytest.raises(DataError, match=r"d\.json:1: got no such file: .*sets/a\.png"):
+    with pytest.raises(
+        DataError, match=r"d\.json, line 1, element 0: got no such file: .*sets/a\.png"
+    ):
         Chats(path)[0]
     with pytest.raises(DataError, match="--media_root: got nowhere, which is no folder"):
         Chats(path, media_root="nowhere")

@@ -53,7 +53,9 @@ def test_an_array_is_read_element_by_element(tmp_path: Path) -> None:
     lines = pickle.loads(pickle.dumps(Lines(_file(tmp_path, data))))
     assert [lines.record(n)["a"] for n in range(3)] == ["é]", 2, 3]
     assert [lines.source(n).line for n in range(4)] == [2, 4, 5, 5]
-    with pytest.raises(DataError, match=r"d\.jsonl:5: got int 4; expected one JSON object"):
+    with pytest.raises(
+        DataError, match=r"d\.jsonl, line 5, element 3: got int 4; expected one JSON object"
+    ):
         lines.record(3)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -139,6 +140,13 @@ def test_rows_of_hugging_face_data_sets_are_read(folder: Path) -> None:
     (folder / "no.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"no\.parquet: got a data set that cannot be read"):
         Chats(folder / "no.parquet")
+
+
+def test_without_datasets_its_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows(folder).to_parquet(str(folder / "d.parquet"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"no package `datasets`.*pip install 'ds_lvx\[data\]'"):
+        Chats(folder / "d.parquet")
 
 
 def write_shards(folder: Path, counts: tuple[int, ...] = (3, 2)) -> Path:
