@@ -17,6 +17,7 @@ from ds_lvx.data.chat import Chats
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.training.check import Checks, bad_samples
+from ds_lvx.training.lengths import sample_lengths
 from ds_lvx.training.model import Source
 from ds_lvx.training.options import Options
 from ds_lvx.training.run_state import written
@@ -63,6 +64,7 @@ class Inputs:
         total_steps: optimizer steps of the whole run.
         fingerprint: of the training data and of what is taken from it.
         skipped: what is wrong with the samples that are left out.
+        lengths: of the training samples, where they are grouped by them.
     """
 
     ds_config: dict[str, Any]
@@ -76,6 +78,7 @@ class Inputs:
     total_steps: int
     fingerprint: str
     skipped: tuple[str, ...]
+    lengths: Sequence[int] | None = None
 
 
 def read_inputs(options: Options, world_size: int) -> Inputs:
@@ -137,12 +140,13 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
 
 
 def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
-    """Look at every sample (`bad_samples`), and leave out what is bad where the options say so.
+    """Look at every sample (`bad_samples`), and leave out what is bad where the options say so;
+    find lengths where samples are grouped by them.
 
     Raises:
         ValueError: on all ranks: a bad sample, or none that is good.
 
-    Collectives: two agreements on the control plane for each file of data.
+    Collectives: two agreements on the control plane for each file of data, one for lengths.
     """
     skip = options.on_bad_sample == "skip"
     look = partial(bad_samples, checks=inputs.checks, source=inputs.source, world=world, skip=skip)
@@ -151,13 +155,19 @@ def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
     if evaluation is not None:
         bad_too = look(evaluation)
         evaluation = evaluation.without(bad_too)
+    lengths = None
+    if options.group_by_length:
+        lengths = sample_lengths(training, inputs.checks, inputs.source, world=world)
     return replace(
         inputs,
         training=training,
         evaluation=evaluation,
         total_steps=_total_steps(options, inputs.sizes, training),
-        fingerprint=_fingerprint(training, sorted(bad), inputs.rate, inputs.encoder),
+        fingerprint=_fingerprint(
+            training, sorted(bad), inputs.rate, inputs.encoder, is_grouped=options.group_by_length
+        ),
         skipped=(*bad.values(), *bad_too.values()),
+        lengths=lengths,
     )
 
 
@@ -215,9 +225,16 @@ def _total_steps(options: Options, sizes: BatchSizes, training: Chats) -> int:
 
 
 def _fingerprint(
-    training: Chats, left_out: Sequence[int], rate: FrameRate, encoder: TextEncoder
+    training: Chats,
+    left_out: Sequence[int],
+    rate: FrameRate,
+    encoder: TextEncoder,
+    *,
+    is_grouped: bool = False,
 ) -> str:
     taken: tuple[object, ...] = (training.lines.sha256, list(left_out), rate, encoder.max_length)
     if training.format != "messages":
         taken = (*taken, training.format)
+    if is_grouped:
+        taken = (*taken, "grouped by length")
     return hashlib.sha256(repr(taken).encode()).hexdigest()[:16]

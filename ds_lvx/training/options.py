@@ -35,6 +35,7 @@ class Options:
     max_gap_s: float
     max_line_bytes: int
     max_length: int | None
+    group_by_length: bool
     check_data: str
     on_bad_sample: str
     workers: int | None
@@ -227,6 +228,11 @@ def _add_training(group: Any) -> None:
         "--gradient_checkpointing",
         action="store_true",
         help="keep one tensor a layer and compute the rest again in backward",
+    )
+    group.add_argument(
+        "--group_by_length",
+        action="store_true",
+        help="take samples of about one length at once, text tokens and visual tokens counted",
     )
     group.add_argument("--seed", type=_from(int, 0), default=0)
 
