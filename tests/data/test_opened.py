@@ -91,6 +91,7 @@ def test_dataset_info_says_what_columns_mean(folder: Path, entry: Any, record: A
         ({"file_name": "d.json", "columns": {"picture": "x"}}, "got the key 'picture'"),
         ({"file_name": "d.json", "formatting": "csv"}, "got formatting 'csv'"),
         ({"file_name": "d.json", "num_samples": 3}, "got the key 'num_samples'"),
+        ({"file_name": "d.json", "columns": {"prompt": ["x"]}}, "for 'columns'; expected names"),
         ({"file_name": "no.json"}, r"no\.json: got no such file"),
         ({"file_name": "d.json", "columns": {"response": "a"}}, "expected the column 'a'"),
     ],

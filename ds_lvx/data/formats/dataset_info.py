@@ -58,10 +58,18 @@ class Columns:
         if not self.is_alpaca:
             said = turns.messages(record, source, key=names["messages"], tags=self.tags)
             return {**beside, "messages": turns.with_system({"system": system}, said), **lists}
-        history = record.get(names["history"]) or ()
+        history = record.get(names["history"]) or []
+        pairs = history if isinstance(history, list) else [history]
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            raise DataError.at(
+                source,
+                got=f"{shown(history)} for {names['history']!r}",
+                expected='[["a question", "its answer"], ...]',
+                do="correct it",
+            )
         asked, answer = record[names["prompt"]], record[names["response"]]
         further = record.get(names["query"])
-        found = written(asked, answer, further=further, system=system, history=history, lists=lists)
+        found = written(asked, answer, further=further, system=system, history=pairs, lists=lists)
         return {**beside, **found}
 
 
@@ -99,7 +107,7 @@ def entry(path: str, name: str | None) -> tuple[str, Callable[..., dict[str, Any
 
 def _columns(info: Mapping[str, Any], where: str) -> Columns:
     formatting = info.get("formatting", "alpaca")
-    given, tags = info.get("columns") or {}, info.get("tags") or {}
+    given, tags = (_names(info, key, where) for key in ("columns", "tags"))
     unknown = [key for key in given if key not in (*_COLUMNS, *_MEDIA)]
     unknown += [key for key in tags if key not in (*_TAGS, *_TOOL_TAGS)]
     if formatting not in ("alpaca", "sharegpt", "openai") or unknown:
@@ -127,6 +135,15 @@ def _columns(info: Mapping[str, Any], where: str) -> Columns:
         tools=(*plain.tools, *(tags[key] for key in _TOOL_TAGS if key in tags)),
     )
     return Columns(False, {**names, **given}, ours)
+
+
+def _names(info: Mapping[str, Any], key: str, where: str) -> dict[str, str]:
+    found = info.get(key) or {}
+    if not isinstance(found, dict) or not all(isinstance(each, str) for each in found.values()):
+        raise DataError.at(
+            where, got=f"{shown(found)} for {key!r}", expected="names", do="correct the entry"
+        )
+    return found
 
 
 def _tag(tags: Mapping[str, str], key: str, default: tuple[str, ...]) -> tuple[str, ...]:

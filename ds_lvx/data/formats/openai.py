@@ -20,7 +20,7 @@ _ROLES = {"developer": "system"}
 
 def sniff(record: Mapping[str, Any]) -> int:
     """Whether a record has a part that is a URL."""
-    return 2 * any(part.get("type") in _KINDS for part in messages.parts(record))
+    return 2 * any(part.get("type") in tuple(_KINDS) for part in messages.parts(record))
 
 
 def convert(record: dict[str, Any], source: Source) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def _message(message: Any, number: int, source: Source) -> Any:
 
 def _part(part: Any, where: str, source: Source) -> Any:
     key = part.get("type") if isinstance(part, dict) else None
-    if key not in _KINDS:
+    if key not in tuple(_KINDS):  # it may be anything
         return part
     value = part.get(key)
     asked = value if isinstance(value, dict) else {"url": value}

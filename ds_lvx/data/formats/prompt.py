@@ -50,7 +50,7 @@ def written(
     *,
     further: Any = None,
     system: Any = None,
-    history: Sequence[Sequence[Any]] = (),
+    history: Sequence[tuple[Any, Any]] = (),
     lists: Mapping[str, list[Any]],
 ) -> dict[str, Any]:
     """A record in our own form.

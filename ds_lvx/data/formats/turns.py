@@ -65,14 +65,15 @@ def messages(
 def _message(turn: Any, where: str, source: Source, *, tags: Tags) -> dict[str, Any]:
     role = turn.get(tags.role) if isinstance(turn, dict) else None
     text = turn.get(tags.content) if isinstance(turn, dict) else None
-    if isinstance(role, str) and role in tags.roles and isinstance(text, str):
+    is_known = isinstance(role, str) and role in tags.roles
+    if is_known and isinstance(text, str):
         rest = {key: turn[key] for key in ("weight",) if key in turn}
-        return {"role": tags.roles[role], "content": text, **rest}
+        return {"role": tags.roles[str(role)], "content": text, **rest}
     tools = "; tools are not read: write them out in the text" if role in tags.tools else ""
     known = ", ".join(tags.roles)
     if not isinstance(turn, dict):
         got, expected = f"{shown(turn)} for {where}", "an object"
-    elif role not in tags.roles:
+    elif not is_known:
         got, expected = f"{tags.role} {shown(role)} in {where}", f"one of {known}"
     else:
         got, expected = f"{tags.content} {shown(text)} in {where}", "a string"
