@@ -12,6 +12,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ds_lvx.compare.command",
         "measure the methods side by side, on your shapes and network",
     ),
+    "data": (
+        "ds_lvx.training.data_command",
+        "look at a data set: what is in it, what would fail, what is learnt",
+    ),
     "doctor": (
         "ds_lvx.doctor.command",
         "what this machine has, and whether attention is exact on it",

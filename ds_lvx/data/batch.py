@@ -6,55 +6,19 @@ Shapes: ``B`` samples, ``T`` tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_lvx.data.chat import Conversation, Part
+from ds_lvx.data.chat import Conversation
+from ds_lvx.data.chosen import Chooser, FrameRate, Frames
 from ds_lvx.data.errors import DataError, Source
-from ds_lvx.data.frames import DecodeCount, Video, choose, decode
-from ds_lvx.data.images import load_image
-from ds_lvx.data.kept import kept_probe
+from ds_lvx.data.frames import DecodeCount
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 from ds_lvx.data.text import IGNORED, EncodedText, TextEncoder
-
-
-@dataclass(frozen=True)
-class FrameRate:
-    """Which frames of a video are taken: ``fps`` a second, or ``count`` in all, or every one.
-
-    Attributes:
-        fps: frames a second.
-        count: frames of a video, evenly spaced.
-        max_frames: of those at ``fps``, or of all, at most so many, evenly spaced.
-    """
-
-    fps: float | None = None
-    count: int | None = None
-    max_frames: int | None = None
-
-
-@dataclass(frozen=True)
-class Frames:
-    """Consecutive visual inputs of a sample that one file holds.
-
-    Attributes:
-        path: the file.
-        video: what its container says, or None for an image.
-        indices: the chosen frames of the video; ``(0,)`` for an image.
-    """
-
-    path: str
-    video: Video | None
-    indices: tuple[int, ...]
-
-    @property
-    def times(self) -> list[float] | None:
-        """Seconds of a video's chosen frames; None for an image."""
-        return None if self.video is None else [self.video.seconds(i) for i in self.indices]
 
 
 @dataclass(frozen=True)
@@ -102,6 +66,7 @@ class BatchMaker:
         limits: for images and films.
 
     Attributes:
+        chooser: of frames.
         counter: frames decoded so far.
         limits: for images and films.
     """
@@ -120,13 +85,11 @@ class BatchMaker:
         self.encoder = encoder
         self._skip = skip
         self.counter = DecodeCount()
-        self._rate = rate
         self._owned = owned
         self._min_tokens = min_tokens
         self._dtype = dtype
         self.limits = limits
-        # Every epoch comes back to the same films. Times take 8 bytes a frame.
-        self._probe = lru_cache(maxsize=64)(partial(kept_probe, limits=limits))
+        self.chooser = Chooser(rate, limits)
         # A step asks for the labels of all its samples before it comes to the first of them.
         self._sample = lru_cache(maxsize=256)(self.sample)
 
@@ -138,7 +101,7 @@ class BatchMaker:
         """
         source = conversation.source
         try:
-            frames = tuple(self._frames(part) for part in conversation.media)
+            frames = tuple(self.chooser.frames(part) for part in conversation.media)
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
         counts, times = [len(f.indices) for f in frames], [f.times for f in frames]
@@ -223,18 +186,6 @@ class BatchMaker:
             for _ in range(sample.num_frames)[mine.start : mine.stop][done:]:
                 yield Image.new("RGB", (32, 32))
 
-    def _frames(self, part: Part) -> Frames:
-        if part.kind == "image":
-            return Frames(part.value, None, (0,))
-        video = self._probe(part.value)
-        rate = self._rate
-        if part.fps is not None:  # the line's own go first
-            rate = replace(rate, fps=part.fps, count=None)
-        elif part.nframes is not None:
-            rate = FrameRate(count=part.nframes)
-        chosen = choose(video, fps=rate.fps, count=rate.count, max_frames=rate.max_frames)
-        return Frames(part.value, video, chosen)
-
     def _inputs(self, sample: Sample) -> Mapping[str, Sequence[int]]:
         try:
             text = sample.text
@@ -269,11 +220,6 @@ class BatchMaker:
             try:
                 if not wanted:
                     continue
-                if frames.video is None:
-                    yield load_image(frames.path, limits=self.limits)
-                else:
-                    yield from decode(
-                        frames.video, wanted, counter=self.counter, limits=self.limits
-                    )
+                yield from self.chooser.pictures(frames, wanted, self.counter)
             except ValueError as error:
                 raise DataError(f"{sample.source}: {error}") from None

@@ -25,25 +25,27 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ds_lvx.data.conversation import KINDS, ROLES, Conversation, Medium, Message, Part
 from ds_lvx.data.errors import DataError, Source, shown
+from ds_lvx.data.formats import convert_of
+from ds_lvx.data.formats.messages import parts
+from ds_lvx.data.held import Held
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
-from ds_lvx.data.lines import Lines
+from ds_lvx.data.opened import open_data
 from ds_lvx.data.paths import PathError, media_file
 
-ROLES = ("system", "user", "assistant")
-KINDS = ("text", "image", "video")
 _EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}'
 _MESSAGE_KEYS = ("role", "content", "weight")
 _PART_KEYS = {
     "text": ("type", "text", "literal"),
     "image": ("type", "image"),
-    "video": ("type", "video", "fps", "nframes"),
+    "video": ("type", "video", "fps", "nframes", "video_start", "video_end"),
 }
 # What other formats say beside the messages about what is to be learnt, and what to write instead.
 _BESIDE = {
@@ -51,90 +53,99 @@ _BESIDE = {
         ("image", "video"), 'write a list "images" or "videos", and <image> or <video>'
     ),
     **dict.fromkeys(("audio", "audios"), "take the line out: sound is not read"),
+    **dict.fromkeys(("video_start", "video_end"), "write it into the entry of the video"),
     "system": "write it as the first message, of the role system",
     **dict.fromkeys(("tools", "functions"), "write them out in the text of a message"),
     "objects": "write the boxes out in the text of a message",
     **dict.fromkeys(("rejected", "rejected_response", "rejected_messages"), "take it out"),
     **dict.fromkeys(("weight", "loss"), 'write "weight" 0 or 1 into the assistant\'s messages'),
 }
+_MEDIA = (str, Held, Medium)
 _PLACEHOLDER = re.compile("<(image|video)>")
 _FPS = (1e-4, 1000)
 _NFRAMES = (1, 1_000_000)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of a message.
-
-    Attributes:
-        kind: ``"text"``, ``"image"`` or ``"video"``.
-        value: the text, or the path of the file.
-        fps: frames a second of this video; None leaves it to the run.
-        nframes: frames of this video in all; None leaves it to the run.
-    """
-
-    kind: str
-    value: str
-    fps: float | None = None
-    nframes: int | None = None
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        role: one of `ROLES`.
-        parts: its text and media, in order.
-        learnt: whether an assistant's text is learnt; a ``"weight"`` of 0 says no.
-    """
-
-    role: str
-    parts: tuple[Part, ...]
-    learnt: bool = True
-
-    @property
-    def text(self) -> str:
-        """The text parts, joined."""
-        return "".join(part.value for part in self.parts if part.kind == "text")
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One sample: a line of the file."""
-
-    source: Source
-    messages: tuple[Message, ...]
-
-    @property
-    def media(self) -> list[Part]:
-        """Its images and videos, in the order of the text."""
-        parts = [part for message in self.messages for part in message.parts]
-        return [part for part in parts if part.kind != "text"]
+_SECONDS = (0, 1_000_000)
+_BOUNDS = {"fps": _FPS, "nframes": _NFRAMES, "video_start": _SECONDS, "video_end": _SECONDS}
 
 
 class Chats:
-    """The conversations of a JSONL file, each parsed and checked when it is asked for.
+    """The conversations of a data set, each read and checked when it is asked for.
 
     Args:
-        path: the file; blank lines are skipped.
+        path: of a JSONL file (blank lines are skipped), or of another of `ds_lvx.data.opened`.
+        format: of its records, a name of `ds_lvx.data.formats.FORMATS`; None: told by content.
+        media_root: folder that relative paths of media begin in; None: that of the file.
         limits: of a line.
 
+    Attributes:
+        lines: the records.
+        format: of the records.
+        blocks: how many samples lie together in a file, in their order.
+
     Raises:
-        DataError: of the file as a whole (`Lines`); asked for a line, what is wrong with it.
+        DataError: of the file as a whole; asked for a record, what is wrong with it.
     """
 
-    def __init__(self, path: str | Path, *, limits: Limits = DEFAULT_LIMITS) -> None:
-        self.lines = Lines(path, limits=limits)
-        self._folder = Path(path).parent
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        limits: Limits = DEFAULT_LIMITS,
+        format: str | None = None,
+        media_root: str | Path | None = None,
+    ) -> None:
+        self.lines, convert = open_data(path, limits=limits)
+        self.format, self._convert = convert_of(self.lines, format, convert)
+        self._folder = Path(self.lines.folder if media_root is None else media_root)
+        if not self._folder.is_dir():
+            raise DataError.at(
+                "--media_root",
+                got=f"{media_root}, which is no folder",
+                expected="the folder that paths of media begin in",
+                do="correct it",
+            )
         self._kept: Sequence[int] = range(len(self.lines))
+        self.blocks = self.lines.blocks(self._kept)
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __getitem__(self, index: int) -> Conversation:
+        return _Line(self.source(index), self._folder).conversation(self.converted(index))
+
+    def converted(self, index: int) -> dict[str, Any]:
+        """A record in our own form; what it names is not looked for.
+
+        Raises:
+            DataError: it is not in the format.
+        """
         line = self._kept[index]
-        return _Line(self.lines.source(line), self._folder).conversation(self.lines.record(line))
+        return self._convert(self.lines.record(line), self.lines.source(line))
+
+    def media(self, index: int) -> list[tuple[str, bool]]:
+        """Kind of each medium that a record names, and whether it is there.
+
+        Raises:
+            DataError: the record is not in the format.
+        """
+        record = self.converted(index)
+        lists = {kind: record.get(f"{kind}s") for kind in KINDS}
+        named = [
+            (k, value) for k, found in lists.items() if isinstance(found, list) for value in found
+        ]
+        named += [(p["type"], p.get(p["type"])) for p in parts(record) if p.get("type") in KINDS]
+        return [
+            (kind, self._is_there(value))
+            for kind, value in named
+            if kind != "text" and isinstance(value, _MEDIA)
+        ]
+
+    def _is_there(self, value: str | Held | Medium) -> bool:
+        file = value.file if isinstance(value, Medium) else value
+        try:
+            return isinstance(file, Held) or media_file(file, self._folder) is not None
+        except PathError:
+            return False
 
     def source(self, index: int) -> Source:
         """The line of a conversation."""
@@ -144,6 +155,7 @@ class Chats:
         """The same file, some of its conversations left out."""
         chats = copy(self)
         chats._kept = array("q", (n for n in self._kept if n not in left_out))
+        chats.blocks = self.lines.blocks(chats._kept)
         return chats
 
 
@@ -175,7 +187,9 @@ class _Line:
     def conversation(self, record: dict[str, Any]) -> Conversation:
         if not isinstance(record.get("messages"), list):
             found = f"the keys {shown(sorted(record))}"
-            raise self.error(found, f'a list "messages": {_EXAMPLE}', "rewrite the line")
+            raise self.error(
+                found, f'a list "messages": {_EXAMPLE}', "rewrite the line, or say its --format"
+            )
         for key, do in _BESIDE.items():
             if record.get(key) not in (None, "", [], {}):
                 expected = "messages, images and videos"
@@ -203,13 +217,30 @@ class _Line:
         values = record.get(f"{kind}s")
         if values is None:
             return []
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        if not isinstance(values, list) or not all(isinstance(value, _MEDIA) for value in values):
             found = f'{shown(values)} for "{kind}s"'
             raise self.error(found, f'"{kind}s": ["a path", ...]', "correct the list")
-        return [
-            Part(kind, self.file(value, f"{kind}s[{n}]"))
-            for n, value in enumerate(map(str, values))
-        ]
+        return [self.named(kind, value, f"{kind}s[{n}]") for n, value in enumerate(values)]
+
+    def named(self, kind: str, value: str | Held | Medium, where: str) -> Part:
+        """A medium where its file is named."""
+        medium = value if isinstance(value, Medium) else Medium(value)
+        if isinstance(medium.file, Held):
+            part = Part(kind, medium.file.name, held=medium.file)
+        else:
+            part = Part(kind, self.file(medium.file, where))
+        return self.timed(part, medium.more, where)
+
+    def timed(self, part: Part, item: Mapping[str, Any], where: str) -> Part:
+        """A medium with what an entry says of its frames."""
+        fps, nframes, start, end = (self.number(item, key, where) for key in _BOUNDS)
+        if fps is not None and nframes is not None:
+            raise self.error(f"fps and nframes in {where}", "one of them", "drop the other")
+        if end is not None and end <= (start or 0):
+            found = f"video_start {start} and video_end {end} in {where}"
+            raise self.error(found, "the end after the start, in seconds", "correct them")
+        said = {"fps": fps, "nframes": nframes, "start": start, "end": end}
+        return replace(part, **{key: value for key, value in said.items() if value is not None})
 
     def message(self, item: Any, number: int) -> Message:
         where = f"messages[{number}]"
@@ -273,18 +304,15 @@ class _Line:
     def medium(self, item: dict[str, Any], kind: str, where: str) -> Part:
         """An image or a video, named here or, where the entry has no path, beside the messages."""
         value = item.get(kind)
-        if value is not None and not isinstance(value, str):
+        if value is not None and not isinstance(value, _MEDIA):
             example = f'{{"type": "{kind}", "{kind}": "..."}}'
             found = f"{_name(value)} for {kind!r} in {where}"
             raise self.error(found, example, "correct the entry")
         if value is None:
             part = self.beside(kind, f"{kind!r} without a path in {where}")
         else:
-            part = Part(kind, self.file(value, where))
-        fps, nframes = (self.frames(item, key, where) for key in ("fps", "nframes"))
-        if fps is not None and nframes is not None:
-            raise self.error(f"fps and nframes in {where}", "one of them", "drop the other")
-        return replace(part, fps=fps, nframes=nframes)
+            part = self.named(kind, value, where)
+        return self.timed(part, item, where)
 
     def beside(self, kind: str, said: str) -> Part:
         """The next of the media beside the messages."""
@@ -304,14 +332,13 @@ class _Line:
             raise self.error(f"literal {shown(literal)} in {where}", "true or false", "correct it")
         return bool(literal)
 
-    def frames(self, item: dict[str, Any], key: str, where: str) -> Any:
-        value = item.get(key)
-        low, high = _FPS if key == "fps" else _NFRAMES
-        kinds = (int, float) if key == "fps" else int
+    def number(self, item: Mapping[str, Any], key: str, where: str) -> Any:
+        value, (low, high) = item.get(key), _BOUNDS[key]
+        kinds: Any = int if key == "nframes" else (int, float)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-            expected = f"{'a' if key == 'fps' else 'a whole'} number from {low} to {high:,}"
+            expected = f"{'a whole' if kinds is int else 'a'} number from {low} to {high:,}"
             raise self.error(f"{key} {shown(value)} in {where}", expected, "correct it")
         return value
 

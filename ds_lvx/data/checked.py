@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ds_lvx.data.chat import Conversation
+from ds_lvx.data.held import Held
 
 FOLDER = ".ds_lvx-checked"
 _DIGITS = 32
@@ -63,9 +64,16 @@ def line_key(raw: bytes, conversation: Conversation) -> str:
     Raises:
         OSError: a file is not there any more.
     """
-    files = [(part.value, os.stat(part.value)) for part in conversation.media]
-    stamps = [(path, status.st_size, status.st_mtime_ns) for path, status in files]
-    return _digest(raw + repr(stamps).encode("utf-8", "surrogateescape"))
+    stamps = [_stamp(part.file) for part in conversation.media]
+    said = repr((stamps, conversation.messages))
+    return _digest(raw + said.encode("utf-8", "surrogateescape"))
+
+
+def _stamp(file: str | Held) -> tuple[str, int | str, int]:
+    if isinstance(file, Held):
+        return file.name, file.key, 0
+    status = os.stat(file)
+    return file, status.st_size, status.st_mtime_ns
 
 
 def _digest(data: bytes) -> str:

@@ -9,18 +9,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Source:
-    """A line of a JSONL file.
+    """A line of a JSONL file, or a record of another.
 
     Attributes:
         path: the file as the caller named it.
         line: counted from 1.
+        place: what a record has in the place of a line.
     """
 
     path: str
     line: int
+    place: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}"
+        return f"{self.path}:{self.line}" if self.place is None else f"{self.path}, {self.place}"
 
 
 class DataError(ValueError):

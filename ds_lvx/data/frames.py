@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 # Some containers (MPEG-TS) seek past the place asked for: then an earlier keyframe is asked for.
 _KEYFRAMES_BACK = (0, 1, 2, 4, 8)
+# Ends of segments are often rounded up.
+_BEYOND_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,32 @@ def choose(
     if most is None or most >= len(chosen):
         return chosen
     return tuple(chosen[(2 * k + 1) * len(chosen) // (2 * most)] for k in range(most))
+
+
+def segment(video: Video, start: float | None, end: float | None) -> range:
+    """The frames that are shown in a part of a video, as if it were a film of its own.
+
+    Args:
+        video: from `probe`.
+        start, end: seconds from the first frame on; None: its beginning, its end. The frame that is
+            shown at ``start`` is the first, the last begins before ``end``.
+
+    Raises:
+        ValueError: no part of the video, or one that ends more than `_BEYOND_S` after it.
+    """
+    low, high = 0.0 if start is None else start, math.inf if end is None else end
+    begins = [video.seconds(index) for index in range(len(video))]
+    # What a text says is rounded; a frame that begins within a microsecond begins then.
+    first = max(bisect_right(begins, low + 1e-6) - 1, 0)
+    last = bisect_left(begins, high - 1e-6)
+    length = begins[-1] + (begins[-1] / (len(begins) - 1) if len(begins) > 1 else 0.0)
+    if not 0 <= low < high or low > length or (end is not None and end > length + _BEYOND_S):
+        until = "its end" if end is None else f"{end:g} s"
+        raise ValueError(
+            f"{video.path}: got the part from {low:g} s to {until} of a video of {length:.2f} s; "
+            f"expected 0 <= start < end <= {length:.2f}; correct the times"
+        )
+    return range(first, last)
 
 
 def _at_rate(video: Video, fps: float) -> tuple[int, ...]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from ds_lvx.data.held import Held
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 
 if TYPE_CHECKING:
@@ -25,11 +27,11 @@ _SIXTEEN = ("PNG", "PPM")
 _CURE = "save it as PNG with 8 bits a channel"
 
 
-def load_image(path: str, *, limits: Limits = DEFAULT_LIMITS) -> Image:
+def load_image(path: str | Held, *, limits: Limits = DEFAULT_LIMITS) -> Image:
     """Decode an image: upright, RGB, what is transparent on white, 16 bits scaled to 8.
 
     Args:
-        path: a file in a format of ``FORMATS``.
+        path: a file in a format of ``FORMATS``, or what another file holds of it.
         limits: for its size.
 
     Raises:
@@ -42,7 +44,7 @@ def load_image(path: str, *, limits: Limits = DEFAULT_LIMITS) -> Image:
         return _rgb(ImageOps.exif_transpose(image))
 
 
-def check_image(path: str, *, limits: Limits = DEFAULT_LIMITS) -> None:
+def check_image(path: str | Held, *, limits: Limits = DEFAULT_LIMITS) -> None:
     """Look at the header of an image alone.
 
     Args:
@@ -56,14 +58,15 @@ def check_image(path: str, *, limits: Limits = DEFAULT_LIMITS) -> None:
 
 
 @contextmanager
-def _opened(path: str, limits: Limits) -> Iterator[Any]:
+def _opened(path: str | Held, limits: Limits) -> Iterator[Any]:
     """An image whose header has been looked at; what it raises while open is about the file."""
     from PIL import Image
 
     Image.init()
     readable = [name for name in FORMATS if name in Image.OPEN]  # an older PIL has no AVIF
     try:
-        with Image.open(path, formats=readable) as image:
+        file = path if isinstance(path, str) else BytesIO(path.read())
+        with Image.open(file, formats=readable) as image:
             limits.check_size(*image.size)
             _check(image)
             yield image

@@ -10,9 +10,14 @@ needs, whatever the batch sizes are now::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
+
+_WINDOW = 50
+"""Batches whose samples are sorted by length; between such windows the order stays random."""
 
 
 class SampleOrder:
@@ -22,19 +27,46 @@ class SampleOrder:
         num_samples: in the data set.
         seed: of the permutations.
         shuffle: False keeps the order of the file.
+        blocks: samples of each file of the data set: files are permuted, and samples inside each,
+            so that a file is read while its samples are taken. None: all in one.
+        lengths: of the samples: those of about one length are taken together. None: whatever comes.
+        together: samples that are taken at once, by all replicas; with ``lengths``.
     """
 
-    def __init__(self, num_samples: int, seed: int, *, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        blocks: tuple[int, ...] | None = None,
+        lengths: Sequence[int] | None = None,
+        together: int = 1,
+    ) -> None:
         self.num_samples = num_samples
         self._seed = seed
         self._shuffle = shuffle
+        self._blocks = (num_samples,) if blocks is None else blocks
+        self._lengths = lengths
+        self._together = together
+        self._grouped: dict[int, tuple[int, ...]] = {}
 
     def sample(self, place: int) -> int:
         """The index of the sample at a place."""
         epoch, offset = divmod(place, self.num_samples)
         if not self._shuffle:
             return offset
-        return _permutation(self.num_samples, self._seed, epoch)[offset]
+        order = _permutation(self._blocks, self._seed, epoch)
+        if self._lengths is None:
+            return order[offset]
+        if epoch not in self._grouped:
+            # An epoch may end inside a batch.
+            begun = -epoch * self.num_samples % self._together
+            groups = _groups(order, self._lengths, self._together, seed=self._seed + epoch)
+            cut = len(groups) - begun
+            latest = [*self._grouped.items()][-1:]
+            self._grouped = {**dict(latest), epoch: groups[cut:] + groups[:cut]}
+        return self._grouped[epoch][offset]
 
     def micro_batch(self, place: int, size: int, *, replica: int = 0) -> list[int]:
         """The samples of one replica for the micro-batch that begins at a place.
@@ -49,6 +81,27 @@ class SampleOrder:
 
 
 @lru_cache(maxsize=4)
-def _permutation(num_samples: int, seed: int, epoch: int) -> tuple[int, ...]:
+def _permutation(blocks: tuple[int, ...], seed: int, epoch: int) -> tuple[int, ...]:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return tuple(torch.randperm(num_samples, generator=generator).tolist())
+    if len(blocks) == 1:
+        return tuple(torch.randperm(blocks[0], generator=generator).tolist())
+    begins = [0, *accumulate(blocks)]
+    order: list[int] = []
+    for block in torch.randperm(len(blocks), generator=generator).tolist():
+        inside = torch.randperm(blocks[block], generator=generator)
+        order += (inside + begins[block]).tolist()
+    return tuple(order)
+
+
+def _groups(
+    order: Sequence[int], lengths: Sequence[int], together: int, *, seed: int
+) -> tuple[int, ...]:
+    """An order in which every ``together`` samples are of about one length; the rest comes last."""
+    groups: list[list[int]] = []
+    for first in range(0, len(order), _WINDOW * together):
+        window = sorted(order[first : first + _WINDOW * together], key=lambda n: lengths[n])
+        groups += [window[n : n + together] for n in range(0, len(window), together)]
+    rest = groups.pop() if len(groups[-1]) < together else []
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    shuffled = torch.randperm(len(groups), generator=generator).tolist()
+    return (*(sample for n in shuffled for sample in groups[n]), *rest)

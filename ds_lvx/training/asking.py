@@ -10,9 +10,9 @@ from ds_lvx.data.batch import BatchMaker, FrameRate, Sample
 from ds_lvx.data.chat import Chats, Conversation, Message, Part
 from ds_lvx.data.errors import DataError, Source
 from ds_lvx.data.text import IGNORED, EncodedText
+from ds_lvx.training.options import add_format
 
 _OPEN = "?"  # in the place of an answer that nobody knows
-_DEFAULT_FPS = 1.0
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Options:
     image: list[str]
     video: list[str]
     data: str | None
+    format: str | None
+    media_root: str | None
     fps: float | None
     frames: int | None
     max_frames: int | None
@@ -40,8 +42,7 @@ class Options:
     @property
     def rate(self) -> FrameRate:
         """Which frames of a video are taken."""
-        fps = _DEFAULT_FPS if self.fps is None and self.frames is None else self.fps
-        return FrameRate(fps=fps, count=self.frames, max_frames=self.max_frames)
+        return FrameRate.asked(self)
 
     def conversations(self) -> Iterator[Conversation]:
         """What is asked, one conversation after the other.
@@ -50,7 +51,7 @@ class Options:
             DataError: of the file of chats, with its line.
         """
         if self.data is not None:
-            chats = Chats(self.data)
+            chats = Chats(self.data, format=self.format, media_root=self.media_root)
             yield from (chats[index] for index in range(len(chats)))
             return
         parts = [Part("image", path) for path in self.image]
@@ -132,7 +133,8 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", help="a question; images and videos go before it")
     add("--image", action="append", default=[], help="a file; may be given again")
     add("--video", action="append", default=[], help="a file; may be given again")
-    add("--data", help="JSONL file of chats; the last answer of each is asked for")
+    add("--data", help="chats (docs/data.md); the last answer of each is asked for")
+    add_format(top)
     rate = top.add_mutually_exclusive_group()
     rate.add_argument("--fps", type=float, help="frames a second of video (default: 1)")
     rate.add_argument("--frames", type=int, help="frames a video, evenly spaced")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -74,6 +74,7 @@ class Recipe:
 
     Attributes:
         training, evaluation: the samples.
+        lengths: of the samples to train on, where they are grouped by them.
         checks: that they passed, with the rate and the limits of their media.
         sizes: of batches.
         seed: of their order.
@@ -85,6 +86,7 @@ class Recipe:
 
     training: Chats
     evaluation: Chats | None
+    lengths: Sequence[int] | None
     checks: Checks
     sizes: BatchSizes
     seed: int
@@ -101,6 +103,7 @@ class Recipe:
         return cls(
             inputs.training,
             inputs.evaluation,
+            inputs.lengths,
             inputs.checks,
             inputs.sizes,
             seed=options.seed,
@@ -108,6 +111,17 @@ class Recipe:
             skip=options.on_bad_sample == "skip",
             replica=replica,
             place=(rank, size),
+        )
+
+    @cached_property
+    def order(self) -> SampleOrder:
+        """Of the samples to train on."""
+        return SampleOrder(
+            len(self.training),
+            self.seed,
+            blocks=self.training.blocks,
+            lengths=self.lengths,
+            together=self.sizes.per_forward,
         )
 
     def lines(self, place: Place) -> list[Line]:
@@ -119,8 +133,7 @@ class Recipe:
         """The file, and which of its samples this replica takes."""
         micro = self.sizes.micro
         if place.kind == TRAINING:
-            order = SampleOrder(len(self.training), self.seed)
-            return self.training, order.micro_batch(place.sample, micro, replica=self.replica)
+            return self.training, self.order.micro_batch(place.sample, micro, replica=self.replica)
         assert self.evaluation is not None
         first, last = place.sample + self.replica * micro, len(self.evaluation) - 1
         # Past the end the last sample, with nothing to learn.

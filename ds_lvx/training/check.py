@@ -162,7 +162,7 @@ def _problem(chats: Chats, maker: BatchMaker, index: int, level: str) -> str | N
         for part in conversation.media:
             if part.kind == "image":
                 try:
-                    check_image(part.value, limits=maker.limits)
+                    check_image(part.file, limits=maker.limits)
                 except ValueError as error:
                     raise DataError(f"{conversation.source}: {error}") from None
         sample = maker.sample(conversation)

@@ -17,11 +17,10 @@ from ds_lvx.data.chat import Chats
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.training.check import Checks, bad_samples
+from ds_lvx.training.lengths import sample_lengths
 from ds_lvx.training.model import Source
 from ds_lvx.training.options import Options
 from ds_lvx.training.run_state import written
-
-DEFAULT_FPS = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class Inputs:
         total_steps: optimizer steps of the whole run.
         fingerprint: of the training data and of what is taken from it.
         skipped: what is wrong with the samples that are left out.
+        lengths: of the training samples, where they are grouped by them.
     """
 
     ds_config: dict[str, Any]
@@ -78,6 +78,7 @@ class Inputs:
     total_steps: int
     fingerprint: str
     skipped: tuple[str, ...]
+    lengths: Sequence[int] | None = None
 
 
 def read_inputs(options: Options, world_size: int) -> Inputs:
@@ -100,7 +101,11 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     sizes = batch_sizes(ds_config, world_size // lvx.sequence_parallel_size)
     _check_output(options)
     training, evaluation = (
-        None if path is None else Chats(path, limits=options.limits)
+        None
+        if path is None
+        else Chats(
+            path, limits=options.limits, format=options.format, media_root=options.media_root
+        )
         for path in (options.data, options.eval_data)
     )
     assert training is not None
@@ -109,8 +114,7 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     encoder = TextEncoder(
         source.processor, source.max_length(options.max_length), family=source.family
     )
-    fps = DEFAULT_FPS if options.fps is None and options.frames is None else options.fps
-    rate = FrameRate(fps=fps, count=options.frames, max_frames=options.max_frames)
+    rate = FrameRate.asked(options)
     checks = Checks(
         level=options.check_data,
         model=options.model,
@@ -136,12 +140,13 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
 
 
 def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
-    """Look at every sample (`bad_samples`), and leave out what is bad where the options say so.
+    """Look at every sample (`bad_samples`), and leave out what is bad where the options say so;
+    find lengths where samples are grouped by them.
 
     Raises:
         ValueError: on all ranks: a bad sample, or none that is good.
 
-    Collectives: two agreements on the control plane for each file of data.
+    Collectives: two agreements on the control plane for each file of data, one for lengths.
     """
     skip = options.on_bad_sample == "skip"
     look = partial(bad_samples, checks=inputs.checks, source=inputs.source, world=world, skip=skip)
@@ -150,13 +155,19 @@ def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
     if evaluation is not None:
         bad_too = look(evaluation)
         evaluation = evaluation.without(bad_too)
+    lengths = None
+    if options.group_by_length:
+        lengths = sample_lengths(training, inputs.checks, inputs.source, world=world)
     return replace(
         inputs,
         training=training,
         evaluation=evaluation,
         total_steps=_total_steps(options, inputs.sizes, training),
-        fingerprint=_fingerprint(training, sorted(bad), inputs.rate, inputs.encoder),
+        fingerprint=_fingerprint(
+            training, sorted(bad), inputs.rate, inputs.encoder, is_grouped=options.group_by_length
+        ),
         skipped=(*bad.values(), *bad_too.values()),
+        lengths=lengths,
     )
 
 
@@ -214,7 +225,16 @@ def _total_steps(options: Options, sizes: BatchSizes, training: Chats) -> int:
 
 
 def _fingerprint(
-    training: Chats, left_out: Sequence[int], rate: FrameRate, encoder: TextEncoder
+    training: Chats,
+    left_out: Sequence[int],
+    rate: FrameRate,
+    encoder: TextEncoder,
+    *,
+    is_grouped: bool = False,
 ) -> str:
-    taken = (training.lines.sha256, list(left_out), rate, encoder.max_length)
+    taken: tuple[object, ...] = (training.lines.sha256, list(left_out), rate, encoder.max_length)
+    if training.format != "messages":
+        taken = (*taken, training.format)
+    if is_grouped:
+        taken = (*taken, "grouped by length")
     return hashlib.sha256(repr(taken).encode()).hexdigest()[:16]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from ds_lvx.data.formats import FORMATS
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 
 CHECKS = ("lines", "headers", "frames")
@@ -23,6 +24,8 @@ class Options:
     trust_remote_code: bool
     data: str
     eval_data: str | None
+    format: str | None
+    media_root: str | None
     fps: float | None
     frames: int | None
     max_frames: int | None
@@ -32,6 +35,7 @@ class Options:
     max_gap_s: float
     max_line_bytes: int
     max_length: int | None
+    group_by_length: bool
     check_data: str
     on_bad_sample: str
     workers: int | None
@@ -60,13 +64,12 @@ class Options:
     @property
     def limits(self) -> Limits:
         """Of lines, images and videos."""
-        return Limits(
-            max_pixels=self.max_pixels,
-            max_film_frames=self.max_film_frames,
-            max_lead_in_frames=self.max_lead_in_frames,
-            max_gap_s=self.max_gap_s,
-            max_line_bytes=self.max_line_bytes,
-        )
+        return limits_of(self)
+
+
+def limits_of(options: Any) -> Limits:
+    """What the options of `add_limits` say."""
+    return Limits(**{each.name: getattr(options, each.name) for each in fields(Limits)})
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -99,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     # DeepSpeed's launcher writes the first form, torch.distributed.launch the second.
     top.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     _add_inputs(top.add_argument_group("model and data"))
-    _add_limits(top.add_argument_group("limits of the data; what is above is an error"))
+    add_limits(top.add_argument_group("limits of the data; what is above is an error"))
     _add_training(top.add_argument_group("training"))
     _add_outputs(top.add_argument_group("output"))
     return top
@@ -117,21 +120,10 @@ def _add_inputs(group: Any) -> None:
         action="store_true",
         help="run code that comes with the checkpoint, for models that transformers has not",
     )
-    group.add_argument("--data", required=True, help="JSONL file of chats to train on")
-    group.add_argument("--eval_data", help="JSONL file of chats to evaluate on")
-    rate = group.add_mutually_exclusive_group()
-    rate.add_argument("--fps", type=_above(float, 0), help="frames a second of video (default: 1)")
-    rate.add_argument("--frames", type=_above(int, 0), help="frames a video, evenly spaced")
-    group.add_argument(
-        "--max_frames",
-        type=_above(int, 0),
-        help="with --fps: frames of a video at most; of a longer one so many, evenly spaced",
-    )
-    group.add_argument(
-        "--max_length",
-        type=_above(int, 1),
-        help="text tokens a sample may have (default: the model's positions); more is an error",
-    )
+    group.add_argument("--data", required=True, help="chats to train on (docs/data.md)")
+    group.add_argument("--eval_data", help="chats to evaluate on")
+    add_format(group)
+    add_rate(group)
     group.add_argument(
         "--check_data",
         choices=CHECKS,
@@ -154,7 +146,35 @@ def _add_inputs(group: Any) -> None:
     group.add_argument("--deepspeed_config", required=True, help="a ds_config with `ds_lvx`")
 
 
-def _add_limits(group: Any) -> None:
+def add_format(group: Any) -> None:
+    """How the files of chats are written."""
+    group.add_argument(
+        "--format", choices=tuple(FORMATS), help="of their records (default: told by content)"
+    )
+    group.add_argument(
+        "--media_root", help="folder that relative paths of media begin in (default: the data's)"
+    )
+
+
+def add_rate(group: Any) -> None:
+    """How much of a sample is taken."""
+    rate = group.add_mutually_exclusive_group()
+    rate.add_argument("--fps", type=_above(float, 0), help="frames a second of video (default: 1)")
+    rate.add_argument("--frames", type=_above(int, 0), help="frames a video, evenly spaced")
+    group.add_argument(
+        "--max_frames",
+        type=_above(int, 0),
+        help="with --fps: frames of a video at most; of a longer one so many, evenly spaced",
+    )
+    group.add_argument(
+        "--max_length",
+        type=_above(int, 1),
+        help="text tokens a sample may have (default: the model's positions); more is an error",
+    )
+
+
+def add_limits(group: Any) -> None:
+    """Bounds of what a line, an image or a film may cost."""
     default = DEFAULT_LIMITS
     group.add_argument(
         "--max_pixels",
@@ -208,6 +228,11 @@ def _add_training(group: Any) -> None:
         "--gradient_checkpointing",
         action="store_true",
         help="keep one tensor a layer and compute the rest again in backward",
+    )
+    group.add_argument(
+        "--group_by_length",
+        action="store_true",
+        help="take samples of about one length at once, text tokens and visual tokens counted",
     )
     group.add_argument("--seed", type=_from(int, 0), default=0)
 

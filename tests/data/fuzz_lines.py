@@ -156,7 +156,8 @@ class Reader:
                 self._maker.sample(chats[index])
         except DataError as error:
             words = str(error)
-            assert words.startswith((f"{self.path}:1: ", f"{self.path}: got ")), words
+            places = (":1: ", ": got ", ", line 1, element ")
+            assert words.startswith(tuple(f"{self.path}{place}" for place in places)), words
             assert len(words) < 2000, f"{len(words)} characters"
             assert words.encode()  # what cannot be printed or sent is no message
             return False

@@ -212,3 +212,23 @@ def test_order_is_a_permutation_each_epoch_and_knows_its_place() -> None:
     assert [SampleOrder(5, seed=3).sample(n) for n in range(15)] == stream
     assert [SampleOrder(5, seed=4).sample(n) for n in range(15)] != stream
     assert [SampleOrder(3, seed=4, shuffle=False).sample(n) for n in range(4)] == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("count", [40, 41, 43])
+def test_samples_of_one_length_come_together(count: int) -> None:
+    """2 replicas of 2 samples: every batch inside of an epoch, wherever the epoch begins."""
+    lengths = [(7 * n) % count for n in range(count)]
+    order = SampleOrder(count, seed=3, lengths=lengths, together=4)
+    places = [order.sample(place) for place in range(3 * count)]
+    epochs = [places[first : first + count] for first in range(0, 3 * count, count)]
+    assert all(sorted(epoch) == [*range(count)] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    spreads = []
+    for first in range(0, 3 * count - 3, 4):
+        batch = [n for r in (0, 1) for n in order.micro_batch(first, 2, replica=r)]
+        assert batch == places[first : first + 4]
+        found = [lengths[n] for n in batch]
+        spreads.append(max(found) - min(found))
+    # A batch over the end of an epoch, and what is left of one, may be of any lengths.
+    assert sum(spread > 3 for spread in spreads) <= 2 * 3
+    assert [order.sample(place) for place in range(count, count + 9)] == epochs[1][:9]

@@ -34,8 +34,11 @@ def test_lines_are_found_again_with_their_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (b'[{"a": 1},\n {"a": 2}]', r"d\.jsonl: got a JSON array.*jq -c '\.\[\]'"),
-        ('\ufeff\n[{"a": 1}]'.encode(), r"d\.jsonl: got a JSON array"),
+        (b'[{"a": 1},\n {"a": 2}', r"d\.jsonl: got a JSON array.* from line 2: neither a comma"),
+        (b'[{"a": 1},\n {"a": 2},\n]', r"got a JSON array.* from line 3: Expecting value"),
+        (b'[{"a": 1}]\n{"a": 2}', r"got a JSON array.* from line 1: text after"),
+        ('\ufeff\n[{"a": '.encode() + b"[" * 10_000, r"d\.jsonl: got a JSON array.*too deeply"),
+        (b"[]", r"d\.jsonl: got an empty file"),
         ('{"a": 1}\n'.encode("utf-16"), r"d\.jsonl: got a file in UTF-16.*iconv -f UTF-16"),
         (b"\xef\xbb\xbf", r"d\.jsonl: got an empty file"),
     ],
@@ -43,6 +46,17 @@ def test_lines_are_found_again_with_their_numbers(tmp_path: Path) -> None:
 def test_other_formats_are_named(tmp_path: Path, data: bytes, expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         Lines(_file(tmp_path, data))
+
+
+def test_an_array_is_read_element_by_element(tmp_path: Path) -> None:
+    data = '\ufeff [\n{"a": "é]"},\n\n{"a":\n 2} , {"a": 3}, 4]\n'.encode()
+    lines = pickle.loads(pickle.dumps(Lines(_file(tmp_path, data))))
+    assert [lines.record(n)["a"] for n in range(3)] == ["é]", 2, 3]
+    assert [lines.source(n).line for n in range(4)] == [2, 4, 5, 5]
+    with pytest.raises(
+        DataError, match=r"d\.jsonl, line 5, element 3: got int 4; expected one JSON object"
+    ):
+        lines.record(3)
 
 
 def test_utf16_without_its_mark_is_named_by_the_line(tmp_path: Path) -> None:
@@ -63,7 +77,7 @@ def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     scan = index.scan
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(index, "SMALL_BYTES", 0)
-    monkeypatch.setattr(index, "scan", noted)
+    monkeypatch.setattr("ds_lvx.data.lines.scan", noted)
     return paths
 
 

@@ -118,9 +118,10 @@ def test_a_system_text_is_written_as_the_template_takes_it(
 
 
 def test_the_documents_examples_run_on_that_template(tmp_path: Path) -> None:
-    document = (Path(__file__).parents[2] / "docs" / "fine-tuning.md").read_text()
-    examples = re.findall(r"```json\n(\{\"messages\".*?)```", document, re.DOTALL)
-    assert len(examples) == 3
+    docs = Path(__file__).parents[2] / "docs"
+    text = "".join((docs / name).read_text() for name in ("fine-tuning.md", "data.md"))
+    examples = re.findall(r"```json\n(\{\"messages\".*?)```", text, re.DOTALL)
+    assert len(examples) == 4
     for name in ("clip.mp4", "clips/a.mp4", "stills/b.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

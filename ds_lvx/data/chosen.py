@@ -1,0 +1,119 @@
+"""Which frames of the media of a sample are taken, and their pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from ds_lvx.data.conversation import Part
+from ds_lvx.data.frames import DecodeCount, Video, choose, decode, probe, segment
+from ds_lvx.data.held import Films, Held
+from ds_lvx.data.images import load_image
+from ds_lvx.data.kept import kept_probe
+from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
+
+
+@dataclass(frozen=True)
+class FrameRate:
+    """Which frames of a video are taken: ``fps`` a second, or ``count`` in all, or every one.
+
+    Attributes:
+        fps: frames a second.
+        count: frames of a video, evenly spaced.
+        max_frames: of those at ``fps``, or of all, at most so many, evenly spaced.
+    """
+
+    fps: float | None = None
+    count: int | None = None
+    max_frames: int | None = None
+
+    @classmethod
+    def asked(cls, options: Any) -> FrameRate:
+        """What ``--fps``, ``--frames`` and ``--max_frames`` say; one frame a second without."""
+        fps = 1.0 if options.fps is None and options.frames is None else options.fps
+        return cls(fps=fps, count=options.frames, max_frames=options.max_frames)
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Consecutive visual inputs of a sample that one file holds.
+
+    Attributes:
+        path: the file, or what another file holds of it.
+        video: what its container says, or None for an image.
+        indices: the chosen frames of the video; ``(0,)`` for an image.
+        first: frame of the video at which the part begins that is taken.
+    """
+
+    path: str | Held
+    video: Video | None
+    indices: tuple[int, ...]
+    first: int = 0
+
+    @property
+    def times(self) -> list[float] | None:
+        """Seconds of a video's chosen frames, from the part's beginning; None for an image."""
+        if self.video is None:
+            return None
+        begin = self.video.seconds(self.first)
+        return [self.video.seconds(index) - begin for index in self.indices]
+
+
+class Chooser:
+    """Looks at media, and decodes what is chosen of them.
+
+    Args:
+        rate: which frames of a video are taken.
+        limits: for images and films.
+    """
+
+    def __init__(self, rate: FrameRate, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._rate = rate
+        self._limits = limits
+        # Every epoch comes back to the same films. Times take 8 bytes a frame.
+        self._probe = lru_cache(maxsize=64)(self._probed)
+        self._films = Films()
+
+    def frames(self, part: Part) -> Frames:
+        """The chosen frames of an image or a video. Decodes nothing.
+
+        Raises:
+            ValueError: it is no video, or has not the part that is asked for.
+        """
+        if part.kind == "image":
+            return Frames(part.file, None, (0,))
+        video = self._probe(part.file)
+        rate = self._rate
+        if part.fps is not None:  # the line's own go first
+            rate = replace(rate, fps=part.fps, count=None)
+        elif part.nframes is not None:
+            rate = FrameRate(count=part.nframes)
+        taken = range(len(video))
+        if part.start is not None or part.end is not None:
+            taken = segment(video, part.start, part.end)
+        piece = replace(video, timestamps=video.timestamps[taken.start : taken.stop])
+        chosen = choose(piece, fps=rate.fps, count=rate.count, max_frames=rate.max_frames)
+        return Frames(part.file, video, tuple(taken[n] for n in chosen), taken.start)
+
+    def pictures(
+        self, frames: Frames, indices: Sequence[int], counter: DecodeCount | None = None
+    ) -> Iterator[Any]:
+        """The pictures of some of the frames.
+
+        Raises:
+            ValueError: one cannot be decoded.
+        """
+        if frames.video is None:
+            yield load_image(frames.path, limits=self._limits)
+            return
+        video = frames.video
+        if isinstance(frames.path, Held):  # its file may have gone since
+            video = replace(video, path=self._films.path(frames.path))
+        yield from decode(video, indices, counter=counter, limits=self._limits)
+
+    def _probed(self, file: str | Held) -> Video:
+        if isinstance(file, str):
+            return kept_probe(file, limits=self._limits)
+        return probe(self._films.path(file), limits=self._limits)

@@ -1,0 +1,89 @@
+"""A sample: what is said, by whom, and the images and videos in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ds_lvx.data.errors import Source
+from ds_lvx.data.held import Held
+
+ROLES = ("system", "user", "assistant")
+KINDS = ("text", "image", "video")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a message.
+
+    Attributes:
+        kind: ``"text"``, ``"image"`` or ``"video"``.
+        value: the text, or the path of the file.
+        fps: frames a second of this video; None leaves it to the run.
+        nframes: frames of this video in all; None leaves it to the run.
+        start, end: seconds of this video, of which the part between is taken; None: its beginning,
+            its end.
+        held: the medium, where it has no file of its own; ``value`` then is what messages call it.
+    """
+
+    kind: str
+    value: str
+    fps: float | None = None
+    nframes: int | None = None
+    start: float | None = None
+    end: float | None = None
+    held: Held | None = None
+
+    @property
+    def file(self) -> str | Held:
+        """Where a medium's bytes are."""
+        return self.value if self.held is None else self.held
+
+
+@dataclass(frozen=True)
+class Medium:
+    """An image or a video as a converter gives it (`ds_lvx.data.formats`).
+
+    Attributes:
+        file: a path, or the bytes that another file holds.
+        more: what a part says beside the path: ``fps``, ``nframes``, ``video_start``,
+            ``video_end``.
+    """
+
+    file: str | Held
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: one of `ROLES`.
+        parts: its text and media, in order.
+        learnt: whether an assistant's text is learnt; a ``"weight"`` of 0 says no.
+    """
+
+    role: str
+    parts: tuple[Part, ...]
+    learnt: bool = True
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined."""
+        return "".join(part.value for part in self.parts if part.kind == "text")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One sample: a line of the file."""
+
+    source: Source
+    messages: tuple[Message, ...]
+
+    @property
+    def media(self) -> list[Part]:
+        """Its images and videos, in the order of the text."""
+        parts = [part for message in self.messages for part in message.parts]
+        return [part for part in parts if part.kind != "text"]

@@ -1,0 +1,96 @@
+"""`ds-lvx data check`: what it counts, names and shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ds_lvx import cli
+from ds_lvx.data import chosen
+from ds_lvx.data.frames import Video
+from ds_lvx.data.limits import Limits
+from tests.data.formats_case import ANSWER, OWN_PART, own, parts, text, turns, write_media
+from tests.data.media import write_jsonl
+
+
+def check(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    """The command's status, and what it prints."""
+    status = cli.main(["data", "check", *map(str, words)])
+    said = capsys.readouterr()
+    return status, said.out + said.err
+
+
+def test_all_that_is_wrong_is_said_in_one_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_media(tmp_path)
+    (folder / "text.png").write_text("no picture")
+    records = [
+        own(),
+        own("<image><image>x", images=["a.png", "no.png"]),
+        own("<image>x", images=["text.png"]),
+        "{",
+        own("x"),
+        parts(OWN_PART, text()),
+        {"prompt": "x"},
+    ]
+    path = write_jsonl(folder / "d.jsonl", *records)
+    status, said = check(capsys, path, "--fps", 5)
+    assert status == 1
+    assert f"{path}: 7 samples, format messages" in said
+    assert "media found    4 images, 1 videos (1 of them parts of videos)" in said
+    assert "media missing  1 images, 0 videos" in said
+    assert "frames         1 to 4 a sample" in said
+    assert "would fail     5 samples" in said
+    problems = said[said.index("would fail") :]
+    for line, problem in ((2, "no such file"), (3, "cannot be decoded"), (4, "got '{'")):
+        assert f"{path}:{line}: " in problems
+        assert problem in problems
+    assert f"{path}:5: got" in problems
+    assert f"{path}:7: got the keys ['prompt']" in problems
+    assert check(capsys, write_jsonl(path, own()), "--decode")[0] == 0
+    assert "--format messages" in check(capsys, write_jsonl(path, own(), turns("x")))[1]
+
+
+def test_tokens_are_shown_with_what_is_learnt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(write_media(tmp_path) / "d.jsonl", own(), own("x" * 900, images=[]))
+    plain = check(capsys, path, "--model", "tiny", "--show", 1, "--max_length", 200)[1]
+    assert "\x1b" not in plain
+    assert f"learnt: {ANSWER}" in plain
+    assert f"{path}:1: " in plain
+    assert "tokens         " in plain
+    assert f"{path}:2: got" in plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    coloured = check(capsys, path, "--model", "tiny", "--show", 1)[1]
+    assert "\x1b[1;32mR\x1b[0m" in coloured
+    assert "\x1b[1;32mW\x1b[0m" not in coloured
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "[1;32m" not in check(capsys, path, "--model", "tiny", "--show", 1)[1]
+    status, said = check(capsys, path, "--show", 1)
+    assert status == 2
+    assert "--show: got no --model" in said
+
+
+def test_a_thousand_samples_look_at_a_film_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, probed = write_media(tmp_path), []
+    real = chosen.kept_probe
+
+    def probe(path: str, *, limits: Limits) -> Video:
+        probed.append(path)
+        return real(path, limits=limits)
+
+    monkeypatch.setattr(chosen, "kept_probe", probe)
+    path = folder / "d.json"
+    path.write_text(json.dumps([turns(image="a.png"), turns("<video>x", video="c.mp4")] * 500))
+    status, said = check(capsys, path, "--model", "tiny")
+    assert status == 0
+    assert "1,000 samples, format llava" in said
+    assert "media found    500 images, 500 videos" in said
+    assert len(probed) == 1

@@ -1,0 +1,44 @@
+"""Samples grouped by length: lengths are text and visual tokens, and a run takes them so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ds_lvx.training.batches import TRAINING, Place, Recipe
+from ds_lvx.training.inputs import check_samples, read_inputs
+from ds_lvx.training.options import parse
+from tests.data.formats_case import own, write_media
+from tests.data.media import write_jsonl
+from tests.launch.finetune_runs import arguments, write_config
+
+ALONE: Any = SimpleNamespace(rank=0, size=1, agree=lambda record, _error=None: [record])
+
+
+def test_a_run_takes_samples_of_one_length_at_once(tmp_path: Path) -> None:
+    folder = write_media(tmp_path)
+    film = own("<video>x", videos=["c.mp4"])
+    path = write_jsonl(folder / "d.jsonl", *[own("x", images=[]), own("<image>x"), film] * 4)
+    config = write_config(folder / "ds.json", stage=0, sp_size=1, micro=4)
+    words = arguments(
+        model="tiny", data=path, frames=3, deepspeed_config=config, output_dir=folder / "out"
+    )
+    found = []
+    for more in ([], ["--group_by_length"]):
+        options = parse([*words, *more])
+        inputs = check_samples(read_inputs(options, 1), options, ALONE)
+        found.append(inputs)
+    plain, grouped = found
+    assert plain.lengths is None
+    assert plain.fingerprint != grouped.fingerprint
+    frame = grouped.source.family.frame_tokens(grouped.source.config)
+    none, one, three = grouped.lengths[:3]
+    # A frame is one token of the text, and its own.
+    assert (one - none, three - one) == (frame + 1, 2 * (frame + 1))
+    assert list(grouped.lengths) == [none, one, three] * 4
+    recipe = Recipe.of(grouped, options, ALONE)
+    kinds = [
+        {number % 3 for number in recipe.samples(Place(TRAINING, place))[1]} for place in (0, 4, 8)
+    ]
+    assert sorted(kinds, key=min) == [{0}, {1}, {2}]
