@@ -15,6 +15,8 @@ from transformers import get_scheduler
 import ds_lvx
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.models.patch import KEYWORD
+from ds_lvx.models.shares import Share, counted, saved, shares
 from ds_lvx.sharding import finish_batch
 from ds_lvx.training.batches import TRAINING, Batches, Made, Place
 from ds_lvx.training.ending import EndAskedError, Ending, raise_if_asked
@@ -112,6 +114,7 @@ class Trainer:
             trusted=options.trust_checkpoint,
         )
         self._saved_step: int | None = None
+        self._shares: list[Share] | None = None
         self._ending = Ending()
         self._progress = Progress(self._folder, rank=world.rank, total_steps=inputs.total_steps)
         self._tokens_of_a_frame = inputs.source.family.frame_tokens(inputs.source.config)
@@ -225,7 +228,7 @@ class Trainer:
         Collectives: one agreement a forward on the control plane (`_agree`): of the first and the
         last one by all ranks, of the others inside the group.
         """
-        sizes = self._inputs.sizes
+        sizes, is_first = self._inputs.sizes, self._shares is None
         losses: list[Tensor] = []
         tokens, items = 0, 0.0
         for number in range(sizes.accumulation):
@@ -243,6 +246,8 @@ class Trainer:
             tokens += made.num_tokens + made.num_frames * self._tokens_of_a_frame
             self.samples_seen += sizes.per_forward
         self.step += 1
+        if self._shares is not None and is_first:
+            self._progress.log_shares(self.step, self._shares)
         self._progress.advance(tokens * sizes.replicas)
         return torch.stack(losses).mean()
 
@@ -250,7 +255,26 @@ class Trainer:
         draft = made.draft.learning(items)
         drafts = [record["draft"] for record in self._of_group(records)]
         shard = finish_batch(draft, drafts, model=self.engine.module)
+        if items is not None and self._shares is None:
+            return self._first_forward(shard)
         loss: Tensor = self.engine(**shard).loss
+        return loss
+
+    def _first_forward(self, shard: dict[str, Any]) -> Tensor:
+        """A forward that finds out what each rank of the group holds.
+
+        Collectives: one agreement of the group.
+        """
+        with saved() as count:
+            loss: Tensor = self.engine(**shard).loss
+        records = self._groups.channel.agree({"bytes": count.bytes})
+        found = shares(
+            self.engine.ds_lvx.patch,
+            shard[KEYWORD],
+            samples=shard["input_ids"].shape[0],
+            element_bytes=next(self.engine.module.parameters()).element_size(),
+        )
+        self._shares = counted(found, [record["bytes"] for record in records])
         return loss
 
     def _agree(self, place: Place, *, everyone: bool) -> tuple[Made, Records]:

@@ -8,12 +8,14 @@ import math
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
+from ds_lvx.models.shares import Share, share_table
 from ds_lvx.training.check import listed
 from ds_lvx.training.disk import write_text
 
@@ -77,6 +79,12 @@ class Progress:
         self.say(", ".join(f"{key} {value:.6g}" for key, value in values.items()))
         self._since, self._tokens = time.perf_counter(), 0
 
+    def log_shares(self, step: int, found: Sequence[Share]) -> None:
+        """Show and write what each rank holds of a batch; the last is what one rank would."""
+        *ranks, alone = map(asdict, found)
+        self._write({"step": step, "ranks": ranks, "one_rank": alone})
+        self.say(f"ds_lvx: the first batch\n{share_table(found)}")
+
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self._writes:
@@ -94,7 +102,7 @@ class Progress:
         """Leave the bar as it stands."""
         self._bar.close()
 
-    def _write(self, row: dict[str, float]) -> None:
+    def _write(self, row: dict[str, Any]) -> None:
         if not self._writes:
             return
         self._unwritten.append(json.dumps(row) + "\n")
