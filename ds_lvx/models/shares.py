@@ -1,4 +1,4 @@
-"""What each rank holds of a batch, beside what one rank would hold of the whole: proof of sharding."""
+"""What each rank holds of a batch, and what one rank would hold of the whole."""
 
 from __future__ import annotations
 

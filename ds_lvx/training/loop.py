@@ -328,11 +328,13 @@ class Trainer:
         return every is not None and self.step % every == 0
 
     def _log(self, loss: Tensor, learning_rate: float) -> None:
+        norm = self.engine.get_global_grad_norm()  # None at stage 0 in fp32
         self._progress.log(
             step=self.step,
             epoch=round(self.samples_seen / len(self._inputs.training), 4),
             loss=float(ds_lvx.mean_loss(loss)),
             learning_rate=learning_rate,
+            **({} if norm is None else {"grad_norm": float(norm)}),
         )
 
     def _state(self) -> RunState:
