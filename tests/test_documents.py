@@ -33,7 +33,7 @@ FOREIGN = {
     "--signal",
     *("--ipc", "--shm-size"),
     *("--hostfile", "--master_addr", "--master_port", "--no_ssh", "--node_rank", "--num_gpus"),
-    *("--help", "--kill-on-bad-exit", "--nproc_per_node", "--ntasks-per-node"),
+    *("--logdir", "--help", "--kill-on-bad-exit", "--nproc_per_node", "--ntasks-per-node"),
 }
 
 

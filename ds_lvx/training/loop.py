@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import get_scheduler
 import ds_lvx
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.models.layers import table
 from ds_lvx.models.patch import KEYWORD
 from ds_lvx.models.shares import Share, counted, saved, shares
 from ds_lvx.sharding import finish_batch
@@ -26,7 +27,8 @@ from ds_lvx.training.model import parameter_groups
 from ds_lvx.training.options import Options
 from ds_lvx.training.progress import Progress
 from ds_lvx.training.run_state import Checkpoints, RunState, SaveError
-from ds_lvx.training.together import told
+from ds_lvx.training.together import together, told
+from ds_lvx.training.trackers import Trackers
 
 Records = list[dict[str, Any]]
 
@@ -116,7 +118,11 @@ class Trainer:
         self._saved_step: int | None = None
         self._shares: list[Share] | None = None
         self._ending = Ending()
-        self._progress = Progress(self._folder, rank=world.rank, total_steps=inputs.total_steps)
+        names = options.report_to if world.rank == 0 else []
+        trackers = together(world, lambda: Trackers(names, self._folder, asdict(options)))
+        self._progress = Progress(
+            self._folder, rank=world.rank, total_steps=inputs.total_steps, trackers=trackers
+        )
         self._tokens_of_a_frame = inputs.source.family.frame_tokens(inputs.source.config)
 
     def run(self) -> None:
@@ -130,6 +136,7 @@ class Trainer:
             with self._ending:
                 self.resume()
                 self._progress.start(self.step)
+                self._progress.text("layers", table(self.engine.ds_lvx.patch.plans))
                 self._batches.begin(self.step, self.samples_seen)
                 self._work()
                 self.export()
