@@ -146,7 +146,7 @@ class Accelerator(accelerate.Accelerator):
         engine = returned[0]
         self.session = engine.ds_lvx
         averages = engine.zero_optimization_stage() == 3
-        self._batches = WholeBatches(model, engine.ds_lvx.groups, averages=averages)
+        self._batches = WholeBatches(model, engine.ds_lvx, averages=averages)
         self._batches.gathers_training = self.gathers_training
         return returned
 

@@ -20,6 +20,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ds_lvx.doctor.command",
         "what this machine has, and whether attention is exact on it",
     ),
+    "merge": (
+        "ds_lvx.training.merging",
+        "fold a LoRA adapter into its base",
+    ),
+    "parity": (
+        "ds_lvx.training.parity",
+        "train your model on your data, sharded and in one process, and compare",
+    ),
     "plan": (
         "ds_lvx.plan.command",
         "predict time, bytes and memory of a training step on any cluster",

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.attention.sequence import gather_sequence
-from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.initialize import Session
 from ds_lvx.models.batch import ITEMS_KEY
 from ds_lvx.models.patch import KEYWORD, scale_gradient
+from ds_lvx.models.shares import share_table, shares
 from ds_lvx.sharding import shard_batch
 
 # TRL's models have these beside, or in place of, the logits.
@@ -40,7 +41,7 @@ class WholeBatches:
 
     Args:
         model: what the trainer calls: a patched model, or one around it.
-        groups: the groups that share a batch.
+        session: of the model: the groups that share a batch.
         averages: whether gradients are averaged over a group (ZeRO-3), not summed.
 
     Attributes:
@@ -49,11 +50,12 @@ class WholeBatches:
         gathers_evaluation: gather them without gradients.
     """
 
-    def __init__(self, model: nn.Module, groups: SequenceParallelGroups, *, averages: bool) -> None:
+    def __init__(self, model: nn.Module, session: Session, *, averages: bool) -> None:
         self.gathers_training = False
         self.gathers_evaluation = True
-        self._groups = groups
-        self._factor = 1.0 if averages else 1.0 / groups.sp_size
+        self._session, self._groups = session, session.groups
+        self._factor = 1.0 if averages else 1.0 / session.groups.sp_size
+        self._proved = False
         self._running: tuple[Any, bool] | None = None
         self._handles = [
             # First, so that every other hook sees the shard.
@@ -83,8 +85,22 @@ class WholeBatches:
         options = {key: value for key, value in kwargs.items() if key not in batch}
         shard = shard_batch(batch, model=model, groups=self._groups)
         gathers = self.gathers_training if torch.is_grad_enabled() else self.gathers_evaluation
+        if torch.is_grad_enabled() and not self._proved:
+            self._prove(model, shard)
         self._running = shard[KEYWORD], gathers or "labels" not in batch
         return (), {**options, **shard}
+
+    def _prove(self, model: nn.Module, shard: Mapping[str, Any]) -> None:
+        """Show what each rank holds of the first batch."""
+        self._proved = True
+        if self._groups.world_channel.rank == 0:
+            found = shares(
+                self._session.patch,
+                shard[KEYWORD],
+                samples=shard["input_ids"].shape[0],
+                element_bytes=next(model.parameters()).element_size(),
+            )
+            print(f"ds_lvx: the first batch\n{share_table(found)}", flush=True)
 
     def _join(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any

@@ -29,11 +29,11 @@ WRITTEN = {
 }
 # Options of other programs.
 FOREIGN = {
-    "--requeue",
+    *("--gpus-per-node", "--gpus-per-task", "--nodes", "--requeue"),
     "--signal",
     *("--ipc", "--shm-size"),
     *("--hostfile", "--master_addr", "--master_port", "--no_ssh", "--node_rank", "--num_gpus"),
-    *("--help", "--kill-on-bad-exit", "--nproc_per_node", "--ntasks-per-node"),
+    *("--logdir", "--help", "--kill-on-bad-exit", "--nproc_per_node", "--ntasks-per-node"),
 }
 
 

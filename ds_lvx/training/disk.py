@@ -174,16 +174,33 @@ class Written:
         """
         if self._trusted:
             return self._own.load(path, map_location)
-        try:
-            with torch.serialization.safe_globals(_of_deepspeed()):
-                return torch.load(path, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            what = "other objects" if named is None else f"an object of {named[1]}"
-            raise ValueError(
-                f"{path}: got {what}; expected tensors and plain values: loading others runs code "
-                "of whoever wrote the file; if you trust it, pass --trust_checkpoint"
-            ) from None
+        return read(Path(path), map_location=map_location)
+
+
+def read(
+    path: Path, *, map_location: Any = "cpu", trusted: bool = False, mmap: bool = False
+) -> Any:
+    """What a file of a checkpoint holds; of one that is not trusted tensors and plain values alone.
+
+    Args:
+        path: of the file.
+        map_location: as of ``torch.load``.
+        trusted: run code that the file holds.
+        mmap: map the file, and read of it what is used.
+
+    Raises:
+        ValueError: it holds objects that nobody here has put there.
+    """
+    try:
+        with torch.serialization.safe_globals(_of_deepspeed()):
+            return torch.load(path, map_location=map_location, weights_only=not trusted, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = "other objects" if named is None else f"an object of {named[1]}"
+        raise ValueError(
+            f"{path}: got {what}; expected tensors and plain values: loading others runs code "
+            "of whoever wrote the file; if you trust it, pass --trust_checkpoint"
+        ) from None
 
 
 @contextmanager

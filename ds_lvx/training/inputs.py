@@ -21,6 +21,7 @@ from ds_lvx.training.lengths import sample_lengths
 from ds_lvx.training.model import Source
 from ds_lvx.training.options import Options
 from ds_lvx.training.run_state import written
+from ds_lvx.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     except ValueError as error:
         raise ValueError(f"{options.deepspeed_config}: {error}") from None
     sizes = batch_sizes(ds_config, world_size // lvx.sequence_parallel_size)
+    check_trackers(options.report_to)
     _check_output(options)
     training, evaluation = (
         None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from transformers import get_scheduler
 import ds_lvx
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.models.layers import table
+from ds_lvx.models.patch import KEYWORD
+from ds_lvx.models.shares import Share, counted, saved, shares
 from ds_lvx.sharding import finish_batch
 from ds_lvx.training.batches import TRAINING, Batches, Made, Place
 from ds_lvx.training.ending import EndAskedError, Ending, raise_if_asked
@@ -24,7 +27,8 @@ from ds_lvx.training.model import parameter_groups
 from ds_lvx.training.options import Options
 from ds_lvx.training.progress import Progress
 from ds_lvx.training.run_state import Checkpoints, RunState, SaveError
-from ds_lvx.training.together import told
+from ds_lvx.training.together import together, told
+from ds_lvx.training.trackers import Trackers
 
 Records = list[dict[str, Any]]
 
@@ -112,8 +116,13 @@ class Trainer:
             trusted=options.trust_checkpoint,
         )
         self._saved_step: int | None = None
+        self._shares: list[Share] | None = None
         self._ending = Ending()
-        self._progress = Progress(self._folder, rank=world.rank, total_steps=inputs.total_steps)
+        names = options.report_to if world.rank == 0 else []
+        trackers = together(world, lambda: Trackers(names, self._folder, asdict(options)))
+        self._progress = Progress(
+            self._folder, rank=world.rank, total_steps=inputs.total_steps, trackers=trackers
+        )
         self._tokens_of_a_frame = inputs.source.family.frame_tokens(inputs.source.config)
 
     def run(self) -> None:
@@ -127,6 +136,7 @@ class Trainer:
             with self._ending:
                 self.resume()
                 self._progress.start(self.step)
+                self._progress.text("layers", table(self.engine.ds_lvx.patch.plans))
                 self._batches.begin(self.step, self.samples_seen)
                 self._work()
                 self.export()
@@ -225,7 +235,7 @@ class Trainer:
         Collectives: one agreement a forward on the control plane (`_agree`): of the first and the
         last one by all ranks, of the others inside the group.
         """
-        sizes = self._inputs.sizes
+        sizes, is_first = self._inputs.sizes, self._shares is None
         losses: list[Tensor] = []
         tokens, items = 0, 0.0
         for number in range(sizes.accumulation):
@@ -243,6 +253,8 @@ class Trainer:
             tokens += made.num_tokens + made.num_frames * self._tokens_of_a_frame
             self.samples_seen += sizes.per_forward
         self.step += 1
+        if self._shares is not None and is_first:
+            self._progress.log_shares(self.step, self._shares)
         self._progress.advance(tokens * sizes.replicas)
         return torch.stack(losses).mean()
 
@@ -250,7 +262,26 @@ class Trainer:
         draft = made.draft.learning(items)
         drafts = [record["draft"] for record in self._of_group(records)]
         shard = finish_batch(draft, drafts, model=self.engine.module)
+        if items is not None and self._shares is None:
+            return self._first_forward(shard)
         loss: Tensor = self.engine(**shard).loss
+        return loss
+
+    def _first_forward(self, shard: dict[str, Any]) -> Tensor:
+        """A forward that finds out what each rank of the group holds.
+
+        Collectives: one agreement of the group.
+        """
+        with saved() as count:
+            loss: Tensor = self.engine(**shard).loss
+        records = self._groups.channel.agree({"bytes": count.bytes})
+        found = shares(
+            self.engine.ds_lvx.patch,
+            shard[KEYWORD],
+            samples=shard["input_ids"].shape[0],
+            element_bytes=next(self.engine.module.parameters()).element_size(),
+        )
+        self._shares = counted(found, [record["bytes"] for record in records])
         return loss
 
     def _agree(self, place: Place, *, everyone: bool) -> tuple[Made, Records]:
@@ -304,11 +335,13 @@ class Trainer:
         return every is not None and self.step % every == 0
 
     def _log(self, loss: Tensor, learning_rate: float) -> None:
+        norm = self.engine.get_global_grad_norm()  # None at stage 0 in fp32
         self._progress.log(
             step=self.step,
             epoch=round(self.samples_seen / len(self._inputs.training), 4),
             loss=float(ds_lvx.mean_loss(loss)),
             learning_rate=learning_rate,
+            **({} if norm is None else {"grad_norm": float(norm)}),
         )
 
     def _state(self) -> RunState:

@@ -135,7 +135,7 @@ def _refuse_adapter(name: str, *, only_local: bool) -> None:
         of = base.get("base_model_name_or_path") if isinstance(base, dict) else None
         raise ValueError(
             f"--model: got {name}, a LoRA adapter of {of}; expected a whole model; merge the two "
-            "first: docs/fine-tuning.md, LoRA, has the commands"
+            f"first: ds-lvx merge --adapter {name} --output FOLDER"
         )
 
 

@@ -59,6 +59,7 @@ class Options:
     resume: str | None
     trust_checkpoint: bool
     log_steps: int
+    report_to: list[str]
     traceback: bool
 
     @property
@@ -257,6 +258,13 @@ def _add_outputs(group: Any) -> None:
         help="resume from files that hold more than tensors, which runs code of whoever wrote them",
     )
     group.add_argument("--log_steps", type=_above(int, 0), default=1)
+    group.add_argument(
+        "--report_to",
+        nargs="+",
+        default=[],
+        metavar="TRACKER",
+        help="what else gets the metrics: tensorboard, wandb, trackio and accelerate's others",
+    )
     group.add_argument("--traceback", action="store_true", help="show where an error was raised")
 
 

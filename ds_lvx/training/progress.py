@@ -8,14 +8,17 @@ import math
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
+from ds_lvx.models.shares import Share, share_table
 from ds_lvx.training.check import listed
 from ds_lvx.training.disk import write_text
+from ds_lvx.training.trackers import Trackers
 
 
 class Progress:
@@ -25,9 +28,12 @@ class Progress:
         folder: where the files are written.
         rank: of this process.
         total_steps: of the run.
+        trackers: that are told the same.
     """
 
-    def __init__(self, folder: Path, *, rank: int, total_steps: int) -> None:
+    def __init__(
+        self, folder: Path, *, rank: int, total_steps: int, trackers: Trackers | None = None
+    ) -> None:
         self._folder = folder
         self._file = folder / "metrics.jsonl"
         self._writes = rank == 0
@@ -35,6 +41,7 @@ class Progress:
         self._since = time.perf_counter()
         self._tokens = 0
         self._unwritten: list[str] = []
+        self._trackers = trackers
         if self._writes:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -77,6 +84,19 @@ class Progress:
         self.say(", ".join(f"{key} {value:.6g}" for key, value in values.items()))
         self._since, self._tokens = time.perf_counter(), 0
 
+    def log_shares(self, step: int, found: Sequence[Share]) -> None:
+        """Show and write what each rank holds of a batch; the last is what one rank would."""
+        *ranks, alone = map(asdict, found)
+        self._write({"step": step, "ranks": ranks, "one_rank": alone})
+        self.say(f"ds_lvx: the first batch\n{share_table(found)}")
+        self.text("first batch", share_table(found), step=step)
+
+    def text(self, name: str, text: str, *, step: int = 0) -> None:
+        """Tell trackers something that is no number; in a fixed width."""
+        if self._trackers is not None:
+            lines = "".join(f"    {line}\n" for line in text.splitlines())
+            self._trackers.log({name: lines, "step": step})
+
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self._writes:
@@ -91,12 +111,16 @@ class Progress:
             (self._folder / "skipped.txt").write_text("".join(f"{text}\n" for text in problems))
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as it stands, and end the trackers."""
         self._bar.close()
+        if self._trackers is not None:
+            self._trackers.finish()
 
-    def _write(self, row: dict[str, float]) -> None:
+    def _write(self, row: dict[str, Any]) -> None:
         if not self._writes:
             return
+        if self._trackers is not None:
+            self._trackers.log(row)
         self._unwritten.append(json.dumps(row) + "\n")
         try:
             with self._file.open("a") as file:

@@ -24,6 +24,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.training import disk
+from ds_lvx.training.moving import States, check_target, place_states, read_states
 from ds_lvx.training.together import together, told
 
 _PARTIAL = ".partial"
@@ -32,10 +33,8 @@ LATEST, WHOLE, AUTO = "latest", "whole", "auto"
 """What `Checkpoints.find` may be asked for, beside a folder; the first is a file's name, too."""
 # What must be the same in the run that resumes, and what to do where it is not.
 _SAME = {
-    "world_size": "start as many processes",
-    "sequence_parallel_size": "set ds_lvx.sequence_parallel_size to it",
-    "zero_stage": "set zero_optimization.stage to it",
-    "samples_per_step": "set the batch size and gradient accumulation of the ds_config to it",
+    "samples_per_step": "set the batch size and gradient accumulation of the ds_config so that "
+    "times the replicas they make it",
     "seed": "pass it as --seed",
     "data": "give the same --data, --fps or --frames; to go on with other data, start a new run "
     "with --model output_dir/model",
@@ -208,8 +207,11 @@ class Checkpoints:
     def load(self, engine: Any, path: Path, expected: RunState) -> RunState:
         """Restore weights, optimizer, scheduler and random state.
 
+        Where ranks or ZeRO stage are not those that wrote it, every rank takes its new part
+        (`ds_lvx.training.moving`); ranks that were not there take the first one's random state.
+
         Args:
-            engine: made from the same config.
+            engine: made from a config with as many samples a step.
             path: a checkpoint's folder.
             expected: of the run that resumes; its ``step`` and ``samples_seen`` do not matter.
 
@@ -221,14 +223,27 @@ class Checkpoints:
                 message lists every difference and what to do.
         """
         state = together(self._world, lambda: self._read(path, expected))
+        moves = (state.world_size, state.zero_stage) != (expected.world_size, expected.zero_stage)
+        if moves:
+            states = together(self._world, lambda: self._moved(path, engine, state))
+            place_states(states, engine)
+        else:
+            self._load(engine, path)
+        own, first = self._random_file(path), path / "random-0.pt"
+        _restore_random(torch.load(own if own.is_file() else first, weights_only=True))
+        return state
+
+    def _load(self, engine: Any, path: Path) -> None:
         with disk.in_place_of_deepspeeds(engine, trusted=self._trusted):
             loaded, _ = engine.load_checkpoint(
                 str(path.parent), tag=path.name, load_module_strict=not self._only_trained
             )
         if loaded is None:
             raise ValueError(f"{path}: got files that DeepSpeed cannot load; take another one")
-        _restore_random(torch.load(self._random_file(path), weights_only=True))
-        return state
+
+    def _moved(self, path: Path, engine: Any, state: RunState) -> States:
+        check_target(engine)
+        return read_states(path, engine, stage=state.zero_stage, trusted=self._trusted)
 
     def _prepare(self, partial: Path) -> None:
         if self._world.rank == 0:
@@ -283,10 +298,9 @@ class Checkpoints:
         ]
         if problems:
             raise ValueError("\n".join([f"--resume: {path} is of another run", *problems]))
-        if not self._random_file(path).is_file():
-            raise ValueError(
-                f"--resume: got {path} without {self._random_file(path).name}; expected one a rank"
-            )
+        own = self._random_file(path)
+        if self._world.rank < state.world_size and not own.is_file():
+            raise ValueError(f"--resume: got {path} without {own.name}; expected one a rank")
         return state
 
     def _random_file(self, folder: Path) -> Path:

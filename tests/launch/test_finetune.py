@@ -92,6 +92,13 @@ def test_a_checkpoint_of_the_hub_trains_and_is_saved_at_every_stage(
     assert learning_rates == pytest.approx([1e-2, 0.75e-2, 0.25e-2])  # cosine
     assert [row["loss"] for row in training] == pytest.approx(expected_losses, abs=1e-4)
 
+    first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 1
+    for key in ("text_tokens", "visual_tokens", "features_bytes", "activation_bytes"):
+        held = [rank[key] for rank in first["ranks"]]
+        assert sum(held) == first["one_rank"][key]
+        assert max(held) < 0.75 * first["one_rank"][key]
+
     model = AutoModelForImageTextToText.from_pretrained(out / "model")
     loss = one_process_loss(
         model, one_process_samples(out / "model", folder / "eval.jsonl", frames=FRAMES)

@@ -159,20 +159,20 @@ def test_the_last_checkpoint_survives_bad_data_and_serves(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_another_world_size_cannot_resume(tmp_path: Path) -> None:
+def test_other_steps_cannot_resume(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png")
     data = write_jsonl(tmp_path / "train.jsonl", chat(("image", "a.png")))
     config = write_config(tmp_path / "ds.json", stage=1)
     given = {"data": data, "output_dir": tmp_path / "out", "save_steps": 1, "max_steps": 1}
     words = arguments(model="tiny", **given)
     run_ranks(finetune, 2, *words, "--deepspeed_config", config)
-    alone = write_config(tmp_path / "alone.json", stage=1, sp_size=1)
+    more = write_config(tmp_path / "more.json", stage=1, sp_size=1, accumulation=3)
     _fails(
         1,
         *words,
-        *("--resume", "--deepspeed_config", alone),
-        expected=r"world_size: got 1 for a checkpoint with 2; start as many processes"
-        r"(.|\n)*sequence_parallel_size: got 1",
+        *("--resume", "--seed", "5", "--deepspeed_config", more),
+        expected=r"samples_per_step: got 3 for a checkpoint with 1; set the batch size"
+        r"(.|\n)*seed: got 5",
     )
     nowhere = tmp_path / "nowhere"
     words = arguments(model="tiny", deepspeed_config=config, **{**given, "output_dir": nowhere})

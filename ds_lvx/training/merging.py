@@ -1,0 +1,74 @@
+"""``ds-lvx merge``: a LoRA adapter folded into its base, a whole model as any other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_lvx.training.model import Source
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``ds-lvx merge``."""
+    add = parser.add_argument
+    add("--adapter", required=True, help="folder of the adapter: OUTPUT_DIR/model of a LoRA run")
+    add("--output", required=True, help="a new folder for the merged model")
+    add("--model", help="folder or hub name of its base (default: the one the adapter names)")
+    add("--trust_remote_code", action="store_true", help="run code that comes with the base")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Merge, and write the model with its processor; 0.
+
+    Raises:
+        ValueError: no adapter, no base, a base of other shapes, or a folder that holds something.
+    """
+    output, adapter = Path(options.output), Path(options.adapter)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output: got {output}, which is there; expected a new folder")
+    name = _base_of(adapter) if options.model is None else options.model
+    source = Source.of(name, trust_remote_code=options.trust_remote_code)
+    model = _merged(source, adapter)
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    source.processor.save_pretrained(partial)
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+    print(f"saved {output}: {name} with {adapter}")
+    return 0
+
+
+def _base_of(adapter: Path) -> str:
+    path = adapter / "adapter_config.json"
+    try:
+        name = json.loads(path.read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"--adapter: got {adapter}, whose adapter_config.json cannot be read ({error}); "
+            "expected the folder of a LoRA adapter, OUTPUT_DIR/model of a run with --lora_r"
+        ) from None
+    if not name:
+        raise ValueError(f"--adapter: got {path}, which names no base; name it: --model")
+    return str(name)
+
+
+def _merged(source: Source, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    dtype = getattr(source.config, "dtype", None)
+    base = source.load(torch.float32 if dtype is None else dtype)
+    try:
+        return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"--adapter: got {adapter}, which does not fit {source.name} ({reason}); expected the "
+            "base that it was trained on; name it: --model"
+        ) from error

@@ -1,0 +1,92 @@
+"""Experiment trackers, by accelerate's own classes: TensorBoard, Weights & Biases, trackio, ..."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_LOGS = "logs"
+_NONE = "none"
+_KINDS = int | float | str | bool
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse what cannot be reported to.
+
+    Args:
+        names: as the user gave them.
+
+    Raises:
+        ValueError: accelerate, or a tracker's package, is not there, or nobody knows the name.
+    """
+    if not _wanted(names):
+        return
+    try:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    except ImportError:
+        raise ValueError(
+            "--report_to: got no accelerate, whose trackers these are; install it: pip install "
+            "'ds_lvx[trainer]'"
+        ) from None
+    there = sorted(map(str, get_available_trackers()))
+    for name in _wanted(names):
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(
+                f"--report_to: got {name!r}; expected some of {', '.join(LOGGER_TYPE_TO_CLASS)}"
+            )
+        if name not in there:
+            raise ValueError(
+                f"--report_to: got {name}, which is not installed; expected one of those that are "
+                f"({', '.join(there) or 'none'}): pip install {name}, or leave it out"
+            )
+
+
+class Trackers:
+    """What a run reports to. Of one process, the first.
+
+    Args:
+        names: of trackers that `check_trackers` let pass.
+        folder: of the run; trackers that keep files keep them in ``logs`` there.
+        settings: of the run.
+    """
+
+    def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> None:
+        self._trackers: list[Any] = []
+        if not _wanted(names):
+            return
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        self._owns_state = not PartialState._shared_state
+        PartialState()
+        known = {key: value for key, value in settings.items() if isinstance(value, _KINDS)}
+        for name in _wanted(names):
+            kind = LOGGER_TYPE_TO_CLASS[name]
+            place = {"logging_dir": folder / _LOGS} if kind.requires_logging_directory else {}
+            tracker = kind(folder.resolve().name, **place)
+            tracker.start()
+            tracker.store_init_configuration(known)
+            self._trackers.append(tracker)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Report what a line of ``metrics.jsonl`` has, numbers and text, at its ``step``."""
+        values = {
+            key: value for key, value in row.items() if key != "step" and isinstance(value, _KINDS)
+        }
+        for tracker in self._trackers:
+            tracker.log(values, step=row["step"])
+
+    def finish(self) -> None:
+        """End them; calling it twice is allowed."""
+        trackers, self._trackers = self._trackers, []
+        for tracker in trackers:
+            tracker.finish()
+        if trackers and self._owns_state:
+            from accelerate import PartialState
+
+            PartialState._reset_state()
+
+
+def _wanted(names: Sequence[str]) -> list[str]:
+    return [name for name in dict.fromkeys(names) if name != _NONE]
