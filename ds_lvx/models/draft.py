@@ -259,6 +259,7 @@ class _Content:
         rule = part.rule
         if rule is not None and part.kv_lengths is not None:
             rule = rule.part(slice(None), span(part.kv_lengths, rank))
+        positions = part.visual.prompt_positions(self.text)
         prompt = Prompt(
             channel=channel,
             device=device,
@@ -267,9 +268,9 @@ class _Content:
             kv_lengths=part.kv_lengths,
             rule=rule,
             row_mask=part.row_mask,
+            positions=positions,
         )
         given = {key: getattr(self.text, key) for key in TEXT_KEYS if key != "labels"}
-        positions = part.visual.prompt_positions(self.text)
         given |= {} if positions is None else {"position_ids": positions}
         return {k: move(v, device) for k, v in given.items() if v is not None}, prompt
 
