@@ -65,7 +65,12 @@ class Options:
 
     def reference(self, conversation: Conversation) -> str | None:
         """The answer that a line of the file has."""
-        return None if self.data is None else _asked(conversation)[1].text
+        return None if self.data is None else reference(conversation)
+
+
+def reference(conversation: Conversation) -> str:
+    """What the last answer of a chat is."""
+    return _asked(conversation)[1].text
 
 
 def question(conversation: Conversation) -> str:
@@ -82,7 +87,9 @@ def _asked(conversation: Conversation) -> tuple[Message, Message]:
 
 
 class Prompts(BatchMaker):
-    """Makes batches that end where the last answer begins."""
+    """Makes batches that end where the last answer begins, padded at the beginning."""
+
+    pads_left = True
 
     def sample(self, conversation: Conversation) -> Sample:
         """See `BatchMaker.sample`.

@@ -11,14 +11,19 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText
 
 from ds_lvx.models import FAMILIES
 from ds_lvx.training.asking import parse
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.checkpoint_folder import write_checkpoint
-from tests.launch.finetune_runs import ROOT, one_process_samples, write_config
+from tests.launch.finetune_runs import (
+    ROOT,
+    one_process_answers,
+    one_process_samples,
+    write_config,
+)
 from tests.ranks import RankError, run_ranks
 
 FRAMES, TOKENS = 3, 6
@@ -59,21 +64,9 @@ def given(folder: Path, *more: object) -> list[str]:
 
 def expected(folder: Path, *, adapter: Path | None = None, data: str = "chats.jsonl") -> list[str]:
     """Of each line, what one process answers in the place of its last answer."""
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder / "checkpoint").eval()
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter).eval()
-    tokenizer = AutoProcessor.from_pretrained(folder / "checkpoint").tokenizer
-    answers = []
-    for sample in one_process_samples(folder / "checkpoint", folder / data, frames=FRAMES):
-        labels = sample.pop("labels")[0].tolist()
-        end = max(place for place, label in enumerate(labels) if label != -100)
-        while labels[end - 1] != -100:
-            end -= 1
-        for key in ("input_ids", "attention_mask", "cross_attention_mask"):
-            sample[key] = sample[key][:, :end]
-        out = model.generate(**sample, max_new_tokens=TOKENS, do_sample=False)
-        answers.append(tokenizer.decode(out[0, end:], skip_special_tokens=True))
-    return answers
+    checkpoint = folder / "checkpoint"
+    samples = one_process_samples(checkpoint, folder / data, frames=FRAMES)
+    return one_process_answers(checkpoint, samples, tokens=TOKENS, adapter=adapter)
 
 
 def test_the_lines_of_a_file_are_answered(folder: Path, tmp_path: Path) -> None:
