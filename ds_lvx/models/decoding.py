@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -55,6 +55,7 @@ class Prompt:
             every token sees some.
         world: all ranks, where other groups generate from other batches.
         positions: int ``[B, T]`` on the CPU, where they are not transformers' own.
+        others: layouts of the prompt's forward, `ShardedBatch.others`.
         kept: where keys are there already: the first prompt, they, and the stand-in for features.
     """
 
@@ -67,10 +68,11 @@ class Prompt:
     row_mask: Tensor | None
     world: Channel | None = None
     positions: Tensor | None = None
+    others: Mapping[str, Layout] = field(default_factory=dict)
     kept: Kept | None = None
 
     def behind(self, tokens: int) -> Prompt:
-        """So many tokens that see what the last one sees, without this rank's units.
+        """So many tokens that see what the last one sees, once the units are encoded.
 
         Args:
             tokens: of each sample.
@@ -81,7 +83,11 @@ class Prompt:
             rule = Visibility(start, end, rule.kv_pos)
         mask = None if mask is None else mask[:, -1:].repeat(1, tokens)
         shape = self.shape[0], tokens
-        return replace(self, shape=shape, arguments={}, rule=rule, row_mask=mask)
+        return replace(self.without_units(), shape=shape, rule=rule, row_mask=mask)
+
+    def without_units(self) -> Prompt:
+        """The same once the units are encoded."""
+        return replace(self, arguments={}, others={})
 
     def batch(self, tokens: slice, *, copies: int, decoding: Decoding) -> ShardedBatch:
         """The keyword of a forward.
@@ -100,7 +106,9 @@ class Prompt:
             rows = self.row_mask[:, tokens].repeat_interleave(copies, dim=0)
             mask = move(rows[:, None, :, None], self.device)
         cross = self._cross(tokens, count * copies)
-        return ShardedBatch(text, cross, mask, world=self.world, decoding=decoding)
+        return ShardedBatch(
+            text, cross, mask, world=self.world, others=self.others, decoding=decoding
+        )
 
     def _cross(self, tokens: slice, queries: int) -> Layout | None:
         if self.kv_lengths is None:
@@ -150,6 +158,11 @@ class Decoding:
         """The sequence-parallel group."""
         return self._prompt.channel
 
+    @property
+    def copies(self) -> int:
+        """C."""
+        return self._copies
+
     # ---- a forward
 
     def begin(self, input_ids: Tensor) -> dict[str, Any]:
@@ -171,9 +184,9 @@ class Decoding:
             records = self.channel.agree({"rows of the batch": len(input_ids)}, wrong)
             require_same(records, records[0], what="ds_lvx.generate")
             self._copies = len(input_ids) // self._prompt.shape[0]
-            arguments, self._prompt = self._prompt.arguments, replace(self._prompt, arguments={})
-            self._first = replace(self._first, arguments={})
-            return {**arguments, KEYWORD: self._batch(_ALL)}
+            given = {**self._prompt.arguments, KEYWORD: self._batch(_ALL)}
+            self._prompt, self._first = self._prompt.without_units(), self._first.without_units()
+            return given
         if wrong is not None:
             raise wrong
         if self._later is None:

@@ -250,7 +250,7 @@ class _Content:
         always_vision: bool,
     ) -> tuple[dict[str, Tensor], Prompt]:
         """The whole text on the model's device, and what generation begins with beside it."""
-        (rank, _), device = self.place, device_of(model)
+        (rank, size), device = self.place, device_of(model)
         part = self._part(records, family=family, model=model, always_vision=always_vision)
         beside = part.visual.beside(rank, self.text, slice(0, self.text.shape[1]))
         # The text's own are transformers', which makes more of them for more tokens and rows.
@@ -269,6 +269,9 @@ class _Content:
             rule=rule,
             row_mask=part.row_mask,
             positions=positions,
+            others=part.visual.layouts(
+                self.text, channel=channel, lengths=(self.text.shape[1],) * size, device=device
+            ),
         )
         given = {key: getattr(self.text, key) for key in TEXT_KEYS if key != "labels"}
         given |= {} if positions is None else {"position_ids": positions}

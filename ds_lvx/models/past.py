@@ -22,7 +22,10 @@ from ds_lvx.models.decoding import Decoding, Prompt
 from ds_lvx.models.draft import device_of
 
 _NAME = "ds_lvx"  # of the attribute of a cache
-_IMAGE_TOKEN = ("image_token_id", "image_token_index", "media_token_id")
+_IMAGE_TOKEN = (
+    *("image_token_id", "image_token_index", "video_token_index"),
+    *("media_token_id", "IMAGE_PATCH_TOKEN_ID"),
+)
 
 
 @dataclass(frozen=True, eq=False)
