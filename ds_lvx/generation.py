@@ -26,6 +26,7 @@ from ds_lvx.models.batch import TEXT_KEYS, digest
 from ds_lvx.models.contract import Family
 from ds_lvx.models.decoding import Decoding, feeding
 from ds_lvx.models.draft import Draft, device_of
+from ds_lvx.models.past import Continued, leave
 from ds_lvx.models.patch import is_prepared
 
 _ARGUMENTS = "the arguments of generate"
@@ -35,7 +36,6 @@ _SHORT = 60
 _SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "use_cache": ((True,), "without a cache every token would run the whole text: leave it out"),
     "cache_implementation": (("dynamic",), 'expected "dynamic", transformers\' own cache'),
-    "past_key_values": ((), "a cache from outside has no sharded keys: leave it out"),
     "max_time": ((), "each rank has a clock of its own: use max_new_tokens"),
     "prefill_chunk_size": ((), "the prompt runs as a whole: leave it out"),
     "output_attentions": ((False,), "no rank has the weights of all keys: leave it out"),
@@ -83,15 +83,20 @@ def generate(
             (``max_new_tokens``, ``do_sample``, ``num_beams``, ``num_return_sequences``, ...),
             ``logits_processor``, ``stopping_criteria``, ``return_dict_in_generate`` and so on.
             ``streamer`` is used on the first rank of the group; others may pass None.
+            ``past_key_values`` is that of an earlier result: nothing is encoded again. The batch
+            is the longer text then, without images; what the cache has of another text behind
+            their common beginning is dropped from it.
 
     Returns:
         What transformers returns, the same on every rank. Random numbers are those of the group's
         first rank; the generators of other ranks stay as they are, unless they were as that one's:
-        then they go on together. ``past_key_values`` of the result holds the text alone.
+        then they go on together. ``past_key_values`` of the result holds the text, and this rank's
+        visual keys beside it, for as long as the caller keeps it.
 
     Raises:
         ValueError: on all ranks, naming the rank that is wrong: a model that is not patched, what
-            `ds_lvx.shard_batch` refuses of a batch, arguments that differ, no room for new tokens.
+            `ds_lvx.shard_batch` refuses of a batch, arguments that differ, no room for new tokens,
+            a cache that is not of this model or goes with another text.
         NotImplementedError: a family that cannot generate, no cache or another one than
             transformers' ``DynamicCache``, assisted decoding, weights of attention.
         RuntimeError: on all ranks: they chose different tokens; names the token. Or another rank
@@ -107,21 +112,23 @@ def generate(
     message like it ends the generation. ZeRO-3 adds its own.
     """
     channel = resolve(groups)
-    found, draft, record, error = None, None, {}, None
+    current = SequenceParallelGroups.current() if groups is None else groups
+    found, content, record, error = None, None, {}, None
     try:
         found = family, inside = _patched(model)
-        draft = _draft(family, inside, batch, channel=channel, frames=frames, kwargs=kwargs)
-        record = {**draft.record(), **_record(family, inside, kwargs, first=channel.rank == 0)}
+        _check_arguments(family, family.generator(inside), kwargs)
+        if kwargs.get("past_key_values") is not None:
+            _check_replicas(current, inside)
+        content = _content(family, inside, batch, channel=channel, frames=frames, kwargs=kwargs)
+        record = {**content.record(), **_record(family, inside, kwargs, first=channel.rank == 0)}
     # Whatever it is: the other ranks must not wait for this one.
     except Exception as caught:  # noqa: BLE001
         error = caught
     records = channel.agree(record, error)
     assert found is not None
-    assert draft is not None
+    assert content is not None
     (family, inside), waits = found, is_partitioned(found[1])
-    content = draft.checked()
-    require_same(records, [*content.shared_record(), _ARGUMENTS], what="ds_lvx.generate")
-    current = SequenceParallelGroups.current() if groups is None else groups
+    require_same(records, [_ARGUMENTS, *content.shared_record()], what="ds_lvx.generate")
     try:
         with named("ds_lvx.generate", groups):
             text, prompt = content.prompt(
@@ -138,7 +145,7 @@ def generate(
     if current is not None and current.dp_size > 1:
         prompt = replace(prompt, world=current.world_channel)
     runner, decoding = family.generator(inside), Decoding(prompt)
-    del draft, content, prompt  # pixels, which nobody needs once they are encoded
+    del content, prompt  # pixels, which nobody needs once they are encoded
     if channel.rank > 0:
         kwargs["streamer"] = None
     if kwargs.get("generation_config") is None:
@@ -154,7 +161,9 @@ def generate(
         except Exception as caught:
             decoding.fail(caught, waits=waits)
             raise
-    decoding.finish(result if isinstance(result, Tensor) else result.sequences)
+        sequences = result if isinstance(result, Tensor) else result.sequences
+        leave(getattr(result, "past_key_values", None), inside, decoding, sequences)
+    decoding.finish(sequences)
     return result
 
 
@@ -174,7 +183,7 @@ def _patched(model: Any) -> tuple[Family, Any]:
     return family, inside
 
 
-def _draft(
+def _content(
     family: Family,
     model: Any,
     batch: Any,
@@ -182,15 +191,27 @@ def _draft(
     channel: Channel,
     frames: str,
     kwargs: Mapping[str, Any],
-) -> Draft:
-    """This rank's part of the batch, once all that is wrong with the call has been looked for."""
-    _check_arguments(family, family.generator(model), kwargs)
+) -> Any:
+    """This rank's part of the batch, or what goes on from the cache that came with it."""
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"got a batch of type {type(batch).__name__}; expected what the processor returns"
         )
+    cache = kwargs.get("past_key_values")
+    if cache is not None:
+        return Continued.of(batch, cache, family=family, model=model, channel=channel)
     place = channel.rank, channel.size
-    return Draft.of(family, batch, model, place=place, frames=frames, whole_text=True)
+    draft = Draft.of(family, batch, model, place=place, frames=frames, whole_text=True)
+    return draft.checked()
+
+
+def _check_replicas(groups: SequenceParallelGroups | None, model: nn.Module) -> None:
+    """A replica that encodes nothing leaves those alone that do, in ZeRO-3's collectives."""
+    if groups is not None and groups.dp_size > 1 and is_partitioned(model):
+        raise NotImplementedError(
+            f"got past_key_values under ZeRO-3 with {groups.dp_size} replicas, which run the same "
+            "forwards; expected one replica, or a lower stage: leave it out"
+        )
 
 
 def _record(

@@ -5,8 +5,9 @@
         --deepspeed_config ds_configs/finetune-zero2.json \\
         --video film.mp4 --fps 1 --prompt "What happens after the rabbit wakes up?"
 
-`docs/generation.md` has more. Each rank decodes only the frames that it holds. The first writes the
-answer as it comes, and with `--output` a line of JSON for each.
+`docs/generation.md` has more. With `--chat` questions are typed, and the video is encoded for the
+first of them. Each rank decodes only the frames that it holds. The first writes the answer as it
+comes, and with `--output` a line of JSON for each.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from transformers.utils import logging
 
 import ds_lvx
 from ds_lvx.config import read_ds_config
+from ds_lvx.data.chat import Conversation
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.slurm import read_slurm
 from ds_lvx.distributed.start import init_distributed
 from ds_lvx.training.asking import Options, Prompts, parse, question
+from ds_lvx.training.chatting import OPEN, Questions, conversation
 from ds_lvx.training.model import Source, training_dtype
 from ds_lvx.training.together import together
 
@@ -64,7 +67,6 @@ def answer_all(options: Options, world: Channel) -> None:
         ValueError: something that the user gave is wrong; on all ranks.
         NotImplementedError: a model or a combination that does not exist; on all ranks.
     """
-    speaks = world.rank == 0
     source, encoder, dtype = together(world, lambda: read(options))
     torch.manual_seed(options.seed)
     device = get_accelerator().current_device_name()
@@ -76,24 +78,111 @@ def answer_all(options: Options, world: Channel) -> None:
             "expected as many: all ranks answer the same question"
         )
     prompts = Prompts(encoder, options.rate, owned=ds_lvx.owned, dtype=dtype)
-    conversations = options.conversations()
-    together(world, lambda: begin(options, speaks=speaks))
-    while (asked := together(world, lambda: next(conversations, None))) is not None:
-        batch = together(world, lambda asked=asked: prompts.batch([asked]).inputs)
+    asking = Asking(options, model, prompts, world)
+    together(world, asking.begin)
+    if options.chat:
+        asking.chat(Questions(sys.stdin, world, options.prompt))
+    else:
+        asking.each(options.conversations())
+    session.close()
+
+
+class Asking:
+    """What a run asks of its model.
+
+    Args:
+        options: of the run.
+        model: patched.
+        prompts: makes batches.
+        world: all ranks.
+    """
+
+    def __init__(self, options: Options, model: Any, prompts: Prompts, world: Channel) -> None:
+        self._options, self._model, self._prompts, self._world = options, model, prompts, world
+        self._tokenizer = prompts.encoder.tokenizer
+        self._speaks = world.rank == 0
+
+    def begin(self) -> None:
+        """An empty file for the answers."""
+        if self._speaks and self._options.output is not None:
+            Path(self._options.output).write_text("")
+
+    def each(self, conversations: Iterator[Conversation]) -> None:
+        """Answer one conversation after the other."""
+        while (asked := together(self._world, lambda: next(conversations, None))) is not None:
+            inputs = together(self._world, lambda asked=asked: self._prompts.batch([asked]).inputs)
+            self._answer(asked, inputs, None)
+
+    def chat(self, questions: Questions) -> None:
+        """Answer questions about the same images and videos, which are encoded for the first.
+
+        What is wrong with a question, such as no room for it, is said, and it is taken back.
+        """
+        turns: list[tuple[str, str]] = []
+        cache = None
+        for said in questions:
+            asked = conversation(self._options.media, [*turns, (said, OPEN)])
+            try:
+                inputs = together(
+                    self._world,
+                    lambda asked=asked, cache=cache: (
+                        self._prompts.batch([asked]).inputs
+                        if cache is None
+                        else self._prompts.text(asked)
+                    ),
+                )
+                text, cache = self._answer(asked, inputs, cache)
+            except ValueError as error:
+                if cache is None:  # the media are wrong, not the question
+                    raise
+                if self._speaks:
+                    print(f"error: {error}", file=sys.stderr, flush=True)
+                continue
+            turns.append((said, text))
+
+    def _answer(
+        self, asked: Conversation, inputs: Mapping[str, Any], cache: Any
+    ) -> tuple[str, Any]:
+        """The answer, written to the terminal as it comes and to the file; and its cache."""
         started = time.perf_counter()
-        tokens = answer(model, batch, encoder.tokenizer, options, speaks=speaks)
+        found = self._generate(inputs, cache)
         seconds = time.perf_counter() - started
-        text = encoder.tokenizer.decode(tokens, skip_special_tokens=True)
+        tokens = found.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         record = {
             "source": str(asked.source),
             "question": question(asked),
             "answer": text,
-            "reference": options.reference(asked),
+            "reference": self._options.reference(asked),
             "new_tokens": len(tokens),
             "seconds": seconds,
         }
-        together(world, lambda record=record: write(options, record, speaks=speaks))
-    session.close()
+        together(self._world, lambda: self._write(record))
+        return text, found.past_key_values
+
+    def _generate(self, inputs: Mapping[str, Any], cache: Any) -> Any:
+        options, streamer = self._options, None
+        if self._speaks:
+            streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if options.temperature > 0:
+            sampling = {"do_sample": True, "temperature": options.temperature}
+        return ds_lvx.generate(
+            self._model,
+            inputs,
+            frames="local",
+            max_new_tokens=options.max_new_tokens,
+            streamer=streamer,
+            past_key_values=cache,
+            return_dict_in_generate=True,
+            **sampling,
+        )
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        """Add a line to the file of answers, on one rank."""
+        if self._speaks and self._options.output is not None:
+            with Path(self._options.output).open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 def read(options: Options) -> tuple[Source, TextEncoder, torch.dtype]:
@@ -108,12 +197,6 @@ def read(options: Options) -> tuple[Source, TextEncoder, torch.dtype]:
     return source, encoder, dtype
 
 
-def begin(options: Options, *, speaks: bool) -> None:
-    """An empty file for the answers."""
-    if speaks and options.output is not None:
-        Path(options.output).write_text("")
-
-
 def load(options: Options, source: Source, dtype: torch.dtype) -> Any:
     """The model, with its adapter."""
     model = source.load(dtype)
@@ -122,33 +205,6 @@ def load(options: Options, source: Source, dtype: torch.dtype) -> Any:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, options.adapter)
-
-
-def answer(
-    model: Any, batch: Mapping[str, Any], tokenizer: Any, options: Options, *, speaks: bool
-) -> list[int]:
-    """The new tokens of one prompt, written to the terminal as they come."""
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if options.temperature > 0:
-        sampling = {"do_sample": True, "temperature": options.temperature}
-    found = ds_lvx.generate(
-        model,
-        batch,
-        frames="local",
-        max_new_tokens=options.max_new_tokens,
-        streamer=streamer if speaks else None,
-        **sampling,
-    )
-    new: list[int] = found[0, batch["input_ids"].shape[1] :].tolist()
-    return new
-
-
-def write(options: Options, record: Mapping[str, Any], *, speaks: bool) -> None:
-    """Add a line to the file of answers, on one rank."""
-    if speaks and options.output is not None:
-        with Path(options.output).open("a") as file:
-            file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

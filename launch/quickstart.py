@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from digits.data import Batch, Digits, count_correct, evaluation_batches, load, training_batches
+from digits.data import Batch, Digits, accuracy, load, prompts, training_batches
 from digits.model import tiny_model
 from digits.report import Run, report
 from transformers import get_cosine_schedule_with_warmup
@@ -31,7 +31,8 @@ from transformers import get_cosine_schedule_with_warmup
 import ds_lvx
 
 FRAMES = 8  # of a sequence
-HELD_OUT_BATCH = 15  # sequences; they come out even
+ANSWER = {"max_new_tokens": 1, "do_sample": False}  # a digit
+PROMPT_FRAMES = 4  # the last of which is asked for
 WARM_UP_STEPS = 20
 TEXT_KEYS = ("input_ids", "labels")
 
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def train_sharded(options: argparse.Namespace, training: Digits, held_out: Digits) -> Run:
-    """The training loop of the README, and the accuracy on digits never trained on."""
+    """The training loop of the README, and the digits that it generates for frames never seen."""
     engine = make_engine(options, ds_config(options))
     losses, start = [], time.perf_counter()
     for batch in batches(options, training):
@@ -65,15 +66,10 @@ def train_sharded(options: argparse.Namespace, training: Digits, held_out: Digit
         show(losses)
     seconds = time.perf_counter() - start
 
-    engine.eval()
-    correct = 0
-    with torch.no_grad():
-        for batch in evaluation_batches(held_out, batch_size=HELD_OUT_BATCH, frames=FRAMES):
-            out = engine(**ds_lvx.shard_batch(batch, model=engine.module))
-            correct += count_correct(ds_lvx.gather_sequence(out.logits), batch)
+    found = ds_lvx.generate(engine, prompts(held_out, frames=PROMPT_FRAMES), **ANSWER)
     ranks = engine.ds_lvx.groups.sp_size
     close(engine)
-    return Run(losses, correct / len(held_out), seconds, ranks)
+    return Run(losses, accuracy(found, held_out), seconds, ranks)
 
 
 def train_alone(options: argparse.Namespace, training: Digits, held_out: Digits) -> Run:
@@ -94,12 +90,9 @@ def train_alone(options: argparse.Namespace, training: Digits, held_out: Digits)
         losses.append(out.loss.item())
     seconds = time.perf_counter() - start
 
-    correct = 0
-    with torch.no_grad():
-        for batch in evaluation_batches(held_out, batch_size=HELD_OUT_BATCH, frames=FRAMES):
-            out = model(**to_device(batch, device), use_cache=False)
-            correct += count_correct(out.logits, batch)
-    return Run(losses, correct / len(held_out), seconds, 1)
+    inputs = to_device(prompts(held_out, frames=PROMPT_FRAMES), device)
+    found = model.eval().generate(**inputs, **ANSWER)
+    return Run(losses, accuracy(found, held_out), seconds, 1)
 
 
 def cross_attention_bytes(options: argparse.Namespace, training: Digits, method: str) -> int:

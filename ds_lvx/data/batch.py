@@ -69,7 +69,10 @@ class BatchMaker:
         chooser: of frames.
         counter: frames decoded so far.
         limits: for images and films.
+        pads_left: short texts are padded at the beginning, not at the end.
     """
+
+    pads_left = False
 
     def __init__(
         self,
@@ -199,7 +202,9 @@ class BatchMaker:
         def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
             # What is shorter than there are ranks (an answer may be) is padded, too.
             length = max(self._min_tokens, *map(len, rows))
-            return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
+            pads = [[fill] * (length - len(row)) for row in rows]
+            pairs = zip(pads, rows, strict=True) if self.pads_left else zip(rows, pads, strict=True)
+            return torch.tensor([[*first, *second] for first, second in pairs])
 
         pad = self.encoder.pad_token_id
         batch = {

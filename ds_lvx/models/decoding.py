@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from ds_lvx.models.batch import ShardedBatch, digest, move
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.patch import KEYWORD, Hook
 
+Kept: TypeAlias = "tuple[Prompt, Mapping[str, tuple[Tensor, Tensor]], Tensor | None]"
 ENDED, FAILED = -1, -2
 _ALL = slice(None)
 _LAST = slice(-1, None)
@@ -53,6 +54,9 @@ class Prompt:
         row_mask: bool ``[B, T]`` on the CPU, False where a token may see no image at all; None when
             every token sees some.
         world: all ranks, where other groups generate from other batches.
+        positions: int ``[B, T]`` on the CPU, where they are not transformers' own.
+        others: layouts of the prompt's forward, `ShardedBatch.others`.
+        kept: where keys are there already: the first prompt, they, and the stand-in for features.
     """
 
     channel: Channel
@@ -63,6 +67,27 @@ class Prompt:
     rule: Visibility | None
     row_mask: Tensor | None
     world: Channel | None = None
+    positions: Tensor | None = None
+    others: Mapping[str, Layout] = field(default_factory=dict)
+    kept: Kept | None = None
+
+    def behind(self, tokens: int) -> Prompt:
+        """So many tokens that see what the last one sees, once the units are encoded.
+
+        Args:
+            tokens: of each sample.
+        """
+        rule, mask = self.rule, self.row_mask
+        if rule is not None:
+            start, end = (each[:, -1:].repeat(1, tokens) for each in (rule.q_start, rule.q_end))
+            rule = Visibility(start, end, rule.kv_pos)
+        mask = None if mask is None else mask[:, -1:].repeat(1, tokens)
+        shape = self.shape[0], tokens
+        return replace(self.without_units(), shape=shape, rule=rule, row_mask=mask)
+
+    def without_units(self) -> Prompt:
+        """The same once the units are encoded."""
+        return replace(self, arguments={}, others={})
 
     def batch(self, tokens: slice, *, copies: int, decoding: Decoding) -> ShardedBatch:
         """The keyword of a forward.
@@ -81,7 +106,9 @@ class Prompt:
             rows = self.row_mask[:, tokens].repeat_interleave(copies, dim=0)
             mask = move(rows[:, None, :, None], self.device)
         cross = self._cross(tokens, count * copies)
-        return ShardedBatch(text, cross, mask, world=self.world, decoding=decoding)
+        return ShardedBatch(
+            text, cross, mask, world=self.world, others=self.others, decoding=decoding
+        )
 
     def _cross(self, tokens: slice, queries: int) -> Layout | None:
         if self.kv_lengths is None:
@@ -114,7 +141,7 @@ class Decoding:
     def __init__(self, prompt: Prompt) -> None:
         self.keys: dict[str, tuple[Tensor, Tensor]] = {}
         self.step = -1
-        self._prompt = prompt
+        self._first, self._prompt = prompt, prompt
         self._copies = 1
         self._later: ShardedBatch | None = None
         self._features: Tensor | None = None
@@ -122,11 +149,19 @@ class Decoding:
         self._witness: Witness | None = None
         self._like: Tensor | None = None  # queries of one token a row
         self._in_forward = False
+        if prompt.kept is not None:
+            self._first, keys, self._stand_in = prompt.kept
+            self.keys = dict(keys)
 
     @property
     def channel(self) -> Channel:
         """The sequence-parallel group."""
         return self._prompt.channel
+
+    @property
+    def copies(self) -> int:
+        """C."""
+        return self._copies
 
     # ---- a forward
 
@@ -149,8 +184,9 @@ class Decoding:
             records = self.channel.agree({"rows of the batch": len(input_ids)}, wrong)
             require_same(records, records[0], what="ds_lvx.generate")
             self._copies = len(input_ids) // self._prompt.shape[0]
-            arguments, self._prompt = self._prompt.arguments, replace(self._prompt, arguments={})
-            return {**arguments, KEYWORD: self._batch(_ALL)}
+            given = {**self._prompt.arguments, KEYWORD: self._batch(_ALL)}
+            self._prompt, self._first = self._prompt.without_units(), self._first.without_units()
+            return given
         if wrong is not None:
             raise wrong
         if self._later is None:
@@ -162,6 +198,11 @@ class Decoding:
 
     def _wrong_shape(self, input_ids: Tensor) -> ValueError | None:
         samples, length = self._prompt.shape
+        if self._prompt.kept is not None and len(input_ids) != samples:
+            return ValueError(
+                f"got {len(input_ids)} rows for past_key_values of {samples} samples; expected one "
+                "row a sample: no beams and one sequence each, or leave past_key_values out"
+            )
         expected = length if self.step == 0 else 1
         if input_ids.shape[1] == expected and len(input_ids) % samples == 0:
             return None
@@ -258,6 +299,10 @@ class Decoding:
         Collectives: one message like that of a layer.
         """
         self._say(ENDED, digest(sequences), self._compare)
+
+    def kept(self) -> Kept | None:
+        """What another generation goes on with; None where samples have several rows."""
+        return (self._first, dict(self.keys), self._stand_in) if self._copies == 1 else None
 
     def release(self) -> None:
         """Let go of the keys, which a forward's keyword may still refer to."""

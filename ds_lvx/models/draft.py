@@ -250,7 +250,7 @@ class _Content:
         always_vision: bool,
     ) -> tuple[dict[str, Tensor], Prompt]:
         """The whole text on the model's device, and what generation begins with beside it."""
-        (rank, _), device = self.place, device_of(model)
+        (rank, size), device = self.place, device_of(model)
         part = self._part(records, family=family, model=model, always_vision=always_vision)
         beside = part.visual.beside(rank, self.text, slice(0, self.text.shape[1]))
         # The text's own are transformers', which makes more of them for more tokens and rows.
@@ -259,6 +259,7 @@ class _Content:
         rule = part.rule
         if rule is not None and part.kv_lengths is not None:
             rule = rule.part(slice(None), span(part.kv_lengths, rank))
+        positions = part.visual.prompt_positions(self.text)
         prompt = Prompt(
             channel=channel,
             device=device,
@@ -267,9 +268,12 @@ class _Content:
             kv_lengths=part.kv_lengths,
             rule=rule,
             row_mask=part.row_mask,
+            positions=positions,
+            others=part.visual.layouts(
+                self.text, channel=channel, lengths=(self.text.shape[1],) * size, device=device
+            ),
         )
         given = {key: getattr(self.text, key) for key in TEXT_KEYS if key != "labels"}
-        positions = part.visual.prompt_positions(self.text)
         given |= {} if positions is None else {"position_ids": positions}
         return {k: move(v, device) for k, v in given.items() if v is not None}, prompt
 

@@ -36,8 +36,12 @@ class PlainInputs(Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         return None
 
-    def prepare(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What the model's forward gets: by its own way where it is to look at images itself."""
+    def prepare(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """What the model's forward gets: by its own way where it is to look at images itself.
+
+        The cache has a name here, because transformers refuses one that no signature names.
+        """
+        kwargs["past_key_values"] = past_key_values
         if not self._visual.isdisjoint(kwargs):
             made: dict[str, Any] = self._own(*args, **kwargs)
             return made

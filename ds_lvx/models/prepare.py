@@ -71,7 +71,9 @@ class PrepareText(Hook):
         if batch.decoding is not None:
             length = 0 if batch.kv_lengths is None else batch.kv_lengths[batch.channel.rank]
             stand_in = batch.decoding.keep(features, lambda x, b: _by_sample(x, b, length))
-            prepared = {**kwargs, KEYWORD: batch, key: stand_in}
+            prepared = {**kwargs, KEYWORD: batch}
+            if key:
+                prepared[key] = stand_in
             return args, {**prepared, **self.family.decode(batch, prepared)}
         text = _check_arguments(batch, kwargs, features)
         if features is not None and batch.kv_lengths is not None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ds_lvx.data.batch import BatchMaker, FrameRate, Sample
 from ds_lvx.data.chat import Chats, Conversation, Message, Part
-from ds_lvx.data.errors import DataError, Source
+from ds_lvx.data.errors import DataError
 from ds_lvx.data.text import IGNORED, EncodedText
+from ds_lvx.training.chatting import OPEN, conversation
 from ds_lvx.training.options import add_format
-
-_OPEN = "?"  # in the place of an answer that nobody knows
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Options:
     adapter: str | None
     trust_remote_code: bool
     deepspeed_config: str
+    chat: bool
     prompt: str | None
     image: list[str]
     video: list[str]
@@ -44,6 +45,12 @@ class Options:
         """Which frames of a video are taken."""
         return FrameRate.asked(self)
 
+    @property
+    def media(self) -> tuple[Part, ...]:
+        """Images and videos of the command line."""
+        images = [Part("image", path) for path in self.image]
+        return (*images, *(Part("video", path) for path in self.video))
+
     def conversations(self) -> Iterator[Conversation]:
         """What is asked, one conversation after the other.
 
@@ -54,15 +61,16 @@ class Options:
             chats = Chats(self.data, format=self.format, media_root=self.media_root)
             yield from (chats[index] for index in range(len(chats)))
             return
-        parts = [Part("image", path) for path in self.image]
-        parts += [Part("video", path) for path in self.video]
-        question = Message("user", (*parts, Part("text", str(self.prompt))))
-        answer = Message("assistant", (Part("text", _OPEN),))
-        yield Conversation(Source("--prompt", 1), (question, answer))
+        yield conversation(self.media, [(str(self.prompt), OPEN)])
 
     def reference(self, conversation: Conversation) -> str | None:
         """The answer that a line of the file has."""
-        return None if self.data is None else _asked(conversation)[1].text
+        return None if self.data is None else reference(conversation)
+
+
+def reference(conversation: Conversation) -> str:
+    """What the last answer of a chat is."""
+    return _asked(conversation)[1].text
 
 
 def question(conversation: Conversation) -> str:
@@ -79,7 +87,9 @@ def _asked(conversation: Conversation) -> tuple[Message, Message]:
 
 
 class Prompts(BatchMaker):
-    """Makes batches that end where the last answer begins."""
+    """Makes batches that end where the last answer begins, padded at the beginning."""
+
+    pads_left = True
 
     def sample(self, conversation: Conversation) -> Sample:
         """See `BatchMaker.sample`.
@@ -101,6 +111,15 @@ class Prompts(BatchMaker):
             )
         return replace(whole, text=EncodedText(ids[:end], [IGNORED] * end))
 
+    def text(self, conversation: Conversation) -> dict[str, Any]:
+        """The text of a prompt alone, as `batch` has it. Decodes nothing.
+
+        Raises:
+            DataError: as of `batch`.
+        """
+        inputs = self._text([self._sample(conversation)])
+        return {k: v for k, v in inputs.items() if k not in self.encoder.family.keys}
+
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line.
@@ -111,8 +130,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     top = parser()
     values = vars(top.parse_args(arguments))
     del values["local_rank"]
-    if (values["prompt"] is None) == (values["data"] is None):
-        top.error("got --prompt and --data, or neither; expected one of them")
+    if values["chat"] and values["data"] is not None:
+        top.error("got --chat with --data, whose lines are chats of their own")
+    if not values["chat"] and (values["prompt"] is None) == (values["data"] is None):
+        top.error("got --prompt and --data, or neither; expected one of them, or --chat")
     if values["data"] is not None and (values["image"] or values["video"]):
         top.error("got --image or --video with --data, whose lines name their own")
     return Options(**values)
@@ -131,6 +152,7 @@ def parser() -> argparse.ArgumentParser:
     add("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
     add("--deepspeed_config", required=True, help="a ds_config with `ds_lvx`")
     add("--prompt", help="a question; images and videos go before it")
+    add("--chat", action="store_true", help="questions of the terminal, or lines of standard input")
     add("--image", action="append", default=[], help="a file; may be given again")
     add("--video", action="append", default=[], help="a file; may be given again")
     add("--data", help="chats (docs/data.md); the last answer of each is asked for")

@@ -113,6 +113,8 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     assert training is not None
     source = Source.of(options.model, trust_remote_code=options.trust_remote_code)
     source.check_tokenizer()
+    if options.eval_generate > 0 and not source.family.has("generator"):
+        raise source.family.lacks("generator", "--eval_generate")
     encoder = TextEncoder(
         source.processor, source.max_length(options.max_length), family=source.family
     )

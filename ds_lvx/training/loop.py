@@ -19,6 +19,7 @@ from ds_lvx.models.layers import table
 from ds_lvx.models.patch import KEYWORD
 from ds_lvx.models.shares import Share, counted, saved, shares
 from ds_lvx.sharding import finish_batch
+from ds_lvx.training.answers import Answers, means
 from ds_lvx.training.batches import TRAINING, Batches, Made, Place
 from ds_lvx.training.ending import EndAskedError, Ending, raise_if_asked
 from ds_lvx.training.export import save_pretrained
@@ -123,6 +124,9 @@ class Trainer:
         self._progress = Progress(
             self._folder, rank=world.rank, total_steps=inputs.total_steps, trackers=trackers
         )
+        self._answers: Answers | None = None
+        if options.eval_generate > 0:
+            self._answers = Answers(engine, inputs, options, world=world)
         self._tokens_of_a_frame = inputs.source.family.frame_tokens(inputs.source.config)
 
     def run(self) -> None:
@@ -196,7 +200,10 @@ class Trainer:
             )
 
     def evaluate(self) -> float:
-        """The mean loss of the labelled tokens of all evaluation samples, logged and returned."""
+        """The mean loss of the labelled tokens of all evaluation samples, logged and returned.
+
+        Beside it stand the scores of answers, where some are asked for.
+        """
         total, tokens = 0.0, 0
         self.engine.eval()
         with torch.no_grad():
@@ -210,7 +217,10 @@ class Trainer:
         # Each rank has its share of a replica's loss, and all of the replica's tokens.
         everyone = sum(record["tokens"] for record in records) / self._groups.sp_size
         loss = sum(record["total"] for record in records) / everyone
-        self._progress.log_evaluation(step=self.step, eval_loss=loss)
+        rows = [] if self._answers is None else self._answers.rows(self._ending.asked)
+        self._progress.answers(self.step, rows)
+        scores = means(rows) if rows else {}
+        self._progress.log_evaluation(step=self.step, eval_loss=loss, **scores)
         return loss
 
     def export(self) -> None:

@@ -54,6 +54,8 @@ class Options:
     gradient_checkpointing: bool
     seed: int
     eval_steps: int | None
+    eval_generate: int
+    eval_new_tokens: int
     save_steps: int | None
     keep_checkpoints: int
     resume: str | None
@@ -85,6 +87,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         top.error("--max_frames: not allowed with --frames, which is a number itself")
     del values["local_rank"]  # from the launcher; the environment says the same
     options = Options(**values)
+    if options.eval_generate > 0 and options.eval_data is None:
+        top.error("--eval_generate: got no --eval_data; expected the chats whose answers to give")
     if options.on_bad_sample == "skip" and options.check_data == "lines":
         top.error(
             "argument --on_bad_sample: got skip with --check_data lines; expected headers or "
@@ -241,6 +245,19 @@ def _add_training(group: Any) -> None:
 def _add_outputs(group: Any) -> None:
     group.add_argument("--output_dir", required=True, help="where everything goes, on all nodes")
     group.add_argument("--eval_steps", type=_above(int, 0), help="default: only at the end")
+    group.add_argument(
+        "--eval_generate",
+        type=_from(int, 0),
+        default=0,
+        help="answers to generate at every evaluation, of the first samples; answers.jsonl has "
+        "them beside their references (default: 0)",
+    )
+    group.add_argument(
+        "--eval_new_tokens",
+        type=_above(int, 0),
+        default=64,
+        help="of each of these answers (default: %(default)s)",
+    )
     group.add_argument("--save_steps", type=_above(int, 0), help="steps between checkpoints")
     group.add_argument(
         "--keep_checkpoints", type=_above(int, 0), default=2, help="older ones are deleted"

@@ -7,7 +7,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ds_lvx.training.trackers import Trackers
 
 
 class Progress:
-    """Progress bar, ``metrics.jsonl`` and ``skipped.txt``; silent on all ranks but the first.
+    """Progress bar and the run's files of lines and words; silent on all ranks but the first.
 
     Args:
         folder: where the files are written.
@@ -36,6 +36,7 @@ class Progress:
     ) -> None:
         self._folder = folder
         self._file = folder / "metrics.jsonl"
+        self._answers = folder / "answers.jsonl"
         self._writes = rank == 0
         self._bar: Any = tqdm(total=total_steps, disable=rank != 0, unit="step", desc="training")
         self._since = time.perf_counter()
@@ -48,9 +49,9 @@ class Progress:
     def start(self, step: int) -> None:
         """Begin at a step: forget what an interrupted run wrote about later ones."""
         if self._writes:
-            rows = self._file.read_text().splitlines() if self._file.is_file() and step else []
-            kept = [row for row in rows if _step_of(row) <= step]
-            write_text(self._file, "".join(row + "\n" for row in kept))
+            write_text(self._file, _until(self._file, step))
+            if self._answers.is_file():
+                write_text(self._answers, _until(self._answers, step))
         self._bar.update(step)
         self._since, self._tokens = time.perf_counter(), 0
 
@@ -97,6 +98,17 @@ class Progress:
             lines = "".join(f"    {line}\n" for line in text.splitlines())
             self._trackers.log({name: lines, "step": step})
 
+    def answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add the answers of an evaluation to ``answers.jsonl``."""
+        if not self._writes or not rows:
+            return
+        text = "".join(json.dumps({"step": step, **row}) + "\n" for row in rows)
+        try:
+            with self._answers.open("a") as file:
+                file.write(text)
+        except OSError as error:
+            self.say(f"warning: {self._answers}: {error.strerror}; these answers are not kept")
+
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self._writes:
@@ -133,6 +145,12 @@ class Progress:
                 )
         else:
             self._unwritten.clear()
+
+
+def _until(file: Path, step: int) -> str:
+    """The lines of a file that are not of later steps than this one."""
+    rows = file.read_text().splitlines() if file.is_file() and step else []
+    return "".join(row + "\n" for row in rows if _step_of(row) <= step)
 
 
 def _step_of(row: str) -> float:

@@ -90,13 +90,15 @@ def training_batches(
         yield digits.batch(chosen.view(batch_size, frames))
 
 
-def evaluation_batches(digits: Digits, *, batch_size: int, frames: int) -> Iterator[Batch]:
-    """Every digit once. Their number has to be a multiple of ``frames``."""
-    for chosen in torch.arange(len(digits)).view(-1, frames).split(batch_size):
-        yield digits.batch(chosen)
+def prompts(digits: Digits, *, frames: int) -> Batch:
+    """A prompt for every digit: a sequence that ends with its frame, behind others in order."""
+    places = torch.arange(len(digits))
+    batch = digits.batch((places[:, None] + torch.arange(1 - frames, 1)) % len(digits))
+    batch["attention_mask"] = torch.ones_like(batch.pop("labels"))
+    text = ("input_ids", "attention_mask", "cross_attention_mask")  # without the digit asked for
+    return {key: value[:, :-1] if key in text else value for key, value in batch.items()}
 
 
-def count_correct(logits: Tensor, batch: Batch) -> int:
-    """How many digits are named at their image tokens, from logits ``[B, T, vocabulary]``."""
-    at_images = logits[:, 0::2].argmax(dim=-1).cpu()
-    return int((at_images == batch["input_ids"][:, 1::2]).sum())
+def accuracy(sequences: Tensor, digits: Digits) -> float:
+    """The share of `prompts` that a generation of one token ``[count, tokens]`` has read."""
+    return float((sequences[:, -1].cpu() == digits.digits).float().mean())

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, get_scheduler
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, get_scheduler
 
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.frames import choose, decode, probe
@@ -150,6 +151,28 @@ def one_process_loss(model: Any, samples: Sequence[dict[str, Any]]) -> float:
         total += float(loss) * labelled
         count += labelled
     return total / count
+
+
+def one_process_answers(
+    folder: Path, samples: Sequence[dict[str, Any]], *, tokens: int, adapter: Path | None = None
+) -> list[str]:
+    """What transformers alone generates in the place of the last answer of each sample."""
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
+    answers = []
+    for sample in samples:
+        labels = sample["labels"][0].tolist()
+        end = max(place for place, label in enumerate(labels) if label != -100)
+        while labels[end - 1] != -100:
+            end -= 1
+        given = {key: value for key, value in sample.items() if key != "labels"}
+        for key in ("input_ids", "attention_mask", "cross_attention_mask"):
+            given[key] = given[key][:, :end]
+        out = model.generate(**given, max_new_tokens=tokens, do_sample=False)
+        answers.append(tokenizer.decode(out[0, end:], skip_special_tokens=True))
+    return answers
 
 
 def one_process_training(

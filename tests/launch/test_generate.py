@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText
 
 from ds_lvx.models import FAMILIES
 from ds_lvx.training.asking import parse
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.checkpoint_folder import write_checkpoint
-from tests.launch.finetune_runs import ROOT, one_process_samples, write_config
+from tests.launch.finetune_runs import (
+    ROOT,
+    one_process_answers,
+    one_process_samples,
+    write_config,
+)
 from tests.ranks import RankError, run_ranks
 
 FRAMES, TOKENS = 3, 6
@@ -54,23 +62,11 @@ def given(folder: Path, *more: object) -> list[str]:
     return [str(word) for word in (*words, *more, "--traceback")]
 
 
-def expected(folder: Path, *, adapter: Path | None = None) -> list[str]:
+def expected(folder: Path, *, adapter: Path | None = None, data: str = "chats.jsonl") -> list[str]:
     """Of each line, what one process answers in the place of its last answer."""
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder / "checkpoint").eval()
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter).eval()
-    tokenizer = AutoProcessor.from_pretrained(folder / "checkpoint").tokenizer
-    answers = []
-    for sample in one_process_samples(folder / "checkpoint", folder / "chats.jsonl", frames=FRAMES):
-        labels = sample.pop("labels")[0].tolist()
-        end = max(place for place, label in enumerate(labels) if label != -100)
-        while labels[end - 1] != -100:
-            end -= 1
-        for key in ("input_ids", "attention_mask", "cross_attention_mask"):
-            sample[key] = sample[key][:, :end]
-        out = model.generate(**sample, max_new_tokens=TOKENS, do_sample=False)
-        answers.append(tokenizer.decode(out[0, end:], skip_special_tokens=True))
-    return answers
+    checkpoint = folder / "checkpoint"
+    samples = one_process_samples(checkpoint, folder / data, frames=FRAMES)
+    return one_process_answers(checkpoint, samples, tokens=TOKENS, adapter=adapter)
 
 
 def test_the_lines_of_a_file_are_answered(folder: Path, tmp_path: Path) -> None:
@@ -116,3 +112,40 @@ def test_what_is_wrong_is_said_on_every_rank(folder: Path) -> None:
     for words in (["--prompt", "a", "--data", "b"], ["--image", "a"], ["--data", "b", "--video"]):
         with pytest.raises(SystemExit):
             parse(["--model", "tiny", "--deepspeed_config", "c", *words])
+
+
+# ---- several questions
+
+
+def run_chat(typed: str, *arguments: str) -> int:
+    """The script on a rank whose standard input has some lines."""
+    reading, writing = os.pipe()
+    os.write(writing, typed.encode())
+    os.close(writing)
+    with open(reading) as lines, mock.patch.object(sys, "stdin", lines):
+        return run(*arguments)
+
+
+def fresh(folder: Path, turns: list[tuple[str, str]]) -> str:
+    """What one process answers to the whole conversation, everything encoded anew."""
+    first, *others = turns
+    sample = chat(("video", "a.mp4"), ("text", first[0]), answer=first[1])
+    for asked, answer in others:
+        sample["messages"] += chat(("text", asked), answer=answer)["messages"]
+    sample["messages"][-1]["content"] = "?"
+    write_jsonl(folder / "chat.jsonl", sample)
+    return expected(folder, data="chat.jsonl")[0]
+
+
+def test_a_chat_answers_as_whole_conversations_do(folder: Path, tmp_path: Path) -> None:
+    out, asked = tmp_path / "answers.jsonl", ["What animal?", "Where is it?", "And now?"]
+    typed = f"{asked[1]}\n\n{'too long ' * 300}\n{asked[2]}"
+    words = ["--video", folder / "a.mp4", "--chat", "--prompt", asked[0], "--output", out]
+    assert run_ranks(run_chat, 2, typed, *given(folder, *words)) == [0, 0]
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["question"] for record in records] == asked
+    turns: list[tuple[str, str]] = []
+    for record in records:
+        turns.append((record["question"], "?"))
+        assert record["answer"] == fresh(folder, turns), turns
+        turns[-1] = record["question"], record["answer"]

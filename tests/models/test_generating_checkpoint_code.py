@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import ds_lvx
 from ds_lvx.models import FAMILIES
 from tests.models import moss_vl_case, mplugowl3_case
 from tests.models.test_generating_families import (
@@ -21,10 +22,14 @@ from tests.models.test_generating_families import (
     generate_each,
     without_labels,
 )
+from tests.models.test_moss_vl import local_frames
+from tests.models.test_mplugowl3 import local_images
 from tests.ranks import run_ranks
 
 Cases = dict[str, tuple[Batch, dict[str, Any]]]
 NEW: int = KEYWORDS["max_new_tokens"]
+SEED, TEMPERATURE = 7, 1.5
+SAMPLED = {"do_sample": True, "top_k": 0, "temperature": TEMPERATURE}
 BEAMS = {"num_beams": 2, "num_return_sequences": 2}
 
 
@@ -41,12 +46,17 @@ def extended(batch: Batch, ids: torch.Tensor) -> Batch:
 
 
 @torch.no_grad()
-def greedy(model: Any, batch: Batch, *, suppress_tokens: list[int]) -> Any:
+def forwards(model: Any, batch: Batch, *, suppress_tokens: list[int], sampled: bool = False) -> Any:
+    """By whole forwards of the model; sampled as transformers does it, from the seed."""
     ids, logits = batch["input_ids"], []
+    torch.manual_seed(SEED)
     for _ in range(NEW):
         logits.append(model(**extended(batch, ids)).logits[:, -1])
         allowed = logits[-1].index_fill(1, torch.tensor(suppress_tokens).long(), -torch.inf)
-        ids = torch.cat([ids, allowed.argmax(dim=1, keepdim=True)], dim=1)
+        chosen = allowed.argmax(dim=1, keepdim=True)
+        if sampled:
+            chosen = torch.multinomial((allowed / TEMPERATURE).softmax(dim=-1), num_samples=1)
+        ids = torch.cat([ids, chosen], dim=1)
     return ids, tuple(logits)
 
 
@@ -56,7 +66,7 @@ def reference(case_name: str, models: Mapping[str, Any], cases: Cases) -> dict[s
         model = case.tiny_model(**arguments).eval()
         for name, (batch, keywords) in cases.items():
             suppressed = keywords.get("suppress_tokens", [])
-            results[f"{kind} {name}"] = greedy(model, batch, suppress_tokens=suppressed)
+            results[f"{kind} {name}"] = forwards(model, batch, suppress_tokens=suppressed)
     return results
 
 
@@ -155,6 +165,43 @@ def test_beams_have_the_scores_of_whole_forwards(case_name: str) -> None:
         for row in range(2):
             expected = mean_log_probability(model, batch, sequences[row::2])
             torch.testing.assert_close(scores[row::2], expected, atol=1e-5, rtol=1e-5)
+
+
+Cut = Callable[[Batch, list[list[int]], int], Batch]
+CUT: dict[str, tuple[Cut, list[list[int]]]] = {
+    "moss_vl_case": (local_frames, [[0, 1, 4], [0, 4, 5], [0, 0, 1]]),
+    "mplugowl3_case": (local_images, [[0, 1, 4], [0, 1, 1], [0, 0, 0]]),
+}
+
+
+def sample_local_frames(case_name: str, batch: Batch, keywords: dict[str, Any]) -> list[Any]:
+    """Sampled with the frames of all ranks, and with this rank's; the first rank's seed counts."""
+    case: Any = import_module(f"tests.models.{case_name}")
+    rank, found = torch.distributed.get_rank(), []
+    cut, cuts = CUT[case_name]
+    model = case.tiny_model()
+    given = case.ds_config(stage=0, sp_size=2, cross={"method": "lvx"}, self_attn="ulysses")
+    session = ds_lvx.apply(model, given)
+    for frames, part in (("all", batch), ("local", cut(batch, cuts, rank))):
+        torch.manual_seed(SEED + rank)
+        out = ds_lvx.generate(model, part, frames=frames, **{**KEYWORDS, **keywords, **SAMPLED})
+        found.append((out.sequences, out.logits))
+    session.close()
+    return found
+
+
+@pytest.mark.parametrize("case_name", [*CUT])
+def test_sampling_and_frames_that_are_on_their_ranks(case_name: str) -> None:
+    case: Any = import_module(f"tests.models.{case_name}")
+    cases = moss_cases() if case is moss_vl_case else owl_cases()
+    batch, keywords = next(iter(cases.values()))
+    suppressed, model = keywords.get("suppress_tokens", []), case.tiny_model().eval()
+    expected = forwards(model, batch, suppress_tokens=suppressed, sampled=True)
+    likeliest = forwards(model, batch, suppress_tokens=suppressed)
+    assert not torch.equal(expected[0], likeliest[0]), "nothing is sampled"
+    for answers in run_ranks(sample_local_frames, 2, case_name, batch, keywords):
+        for found in answers:
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["moss_vl", "mplugowl3"])

@@ -28,9 +28,9 @@ from transformers.models.instructblipvideo.modeling_instructblipvideo import (
     InstructBlipVideoQFormerMultiHeadAttention,
 )
 
-from ds_lvx.models.adapters.batch import check_pixels
+from ds_lvx.models.adapters.batch import LENGTHS, ROWS, check_pixels
 from ds_lvx.models.adapters.family import Adapter
-from ds_lvx.models.adapters.forward import Encode
+from ds_lvx.models.adapters.forward import Encode, EncodePrompt
 from ds_lvx.models.adapters.processor import INSTRUCTION, INSTRUCTION_MASK, Processor
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.visual import COUNTS, PIXELS, images_at_hand
@@ -53,8 +53,12 @@ class Blip2(Adapter):
 
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
         super().install(model, plans)
-        hook = Encode(model, self.encoder, takes=self.takes, as_videos=self.of_video)
+        token = self.image_token(model.config)
+        hook = Encode(model, self.encoder, token=token, takes=self.takes, as_videos=self.of_video)
         model.register_forward_pre_hook(hook, with_kwargs=True)
+        takes = (ROWS, LENGTHS, PIXELS, *self.takes)
+        prompt = EncodePrompt(model, takes, hook.embed)
+        self.text_model(model).register_forward_pre_hook(prompt, with_kwargs=True)
 
     # ---- batches
 

@@ -112,6 +112,16 @@ class Adapter(Family):
         if config.is_encoder_decoder:
             model.register_forward_hook(ShareLoss(), with_kwargs=True)
 
+    def generator(self, model: Any) -> Any:
+        text: Any = self.text_model(model)
+        if text.config.is_encoder_decoder:
+            raise NotImplementedError(
+                f"got a text model with an encoder, {text.config.model_type}, which runs whole on "
+                "every rank; expected a decoder alone to generate with images of all ranks: use "
+                "transformers' own generate on a model that is not patched"
+            )
+        return text
+
     # ---- batches
 
     def text(self, batch: Mapping[str, Any], model: Any) -> Text:

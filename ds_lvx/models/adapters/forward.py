@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +40,57 @@ def gather_images(
     return whole.index_select(0, rows)
 
 
+class EncodePrompt(Hook):
+    """A forward pre-hook of a text model: a prompt as embeddings, with the images at their places.
+
+    Generation is the text model's own, which is handed the images of this rank.
+
+    Args:
+        model: the whole model, whose own parameters ZeRO-3 has to have ready.
+        takes: the arguments that are the images'.
+        embed: embeds ids ``[B, T]`` with a batch, by these arguments.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        takes: Collection[str],
+        embed: Callable[[ShardedBatch, Tensor, Mapping[str, Any]], Tensor],
+    ) -> None:
+        self._model, self._takes, self._embed = model, tuple(takes), embed
+
+    def __call__(
+        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        batch: ShardedBatch | None = kwargs.get(KEYWORD)
+        if batch is None or batch.decoding is None or self._takes[0] not in kwargs:
+            return None
+        given, copies = dict(kwargs), batch.decoding.copies
+        ids = given.pop("input_ids")[::copies]  # rows of a sample lie side by side
+        taken = {key: given.pop(key, None) for key in self._takes}
+        own = [*self._model.parameters(recurse=False)]
+        with deepspeed.zero.GatheredParameters(
+            own, enabled=any(hasattr(each, "ds_id") for each in own)
+        ):
+            x = self._embed(replace(batch, decoding=None), ids, taken)
+        return args, {**given, "inputs_embeds": x.repeat_interleave(copies, dim=0)}
+
+
+def with_images(text: Any, ids: Tensor, places: Tensor, made: Tensor | None) -> Tensor:
+    """Embeddings of a text ``[B, T, hidden]``, with ``made [m, hidden]`` at the places of images.
+
+    Args:
+        text: the text model, whose embedding may have no row for the token of a place.
+        ids: ``[B, T]``.
+        places: bool ``[B, T]``.
+        made: what stands there, in order; None: nothing does.
+    """
+    x: Tensor = text.get_input_embeddings()(ids.masked_fill(places, 0))
+    if made is None:
+        return x
+    return x.masked_scatter(places[..., None].expand_as(x), made.to(x.dtype))
+
+
 class Encode(Hook):
     """A forward pre-hook of a model of transformers, and what runs in the place of its encoder.
 
@@ -49,11 +102,19 @@ class Encode(Hook):
         name: of the method.
         takes: arguments of the model's that it takes as well, tensors with a row an image.
         as_videos: it takes ``[videos, frames, ...]``; here a frame is a video of its own.
+        token: that stands in the places of images.
     """
 
     def __init__(
-        self, model: Any, name: str, *, takes: Collection[str] = (), as_videos: bool = False
+        self,
+        model: Any,
+        name: str,
+        *,
+        token: int | None,
+        takes: Collection[str] = (),
+        as_videos: bool = False,
     ) -> None:
+        self._token = -1 if token is None else token  # batches are refused without
         self._model, self._name, self._takes = model, name, tuple(takes)
         self._as_videos = as_videos
         self._before = vars(model).get(name)
@@ -76,8 +137,25 @@ class Encode(Hook):
     def _encode(self, pixels: Tensor | None = None, **kwargs: Any) -> Any:
         if self._now is None:
             return self._own(pixels, **kwargs)
-        batch, rows, lengths = self._now
-        self._now = None  # it is run once a forward, and keeps nothing alive
+        now, self._now = self._now, None  # it is run once a forward, and keeps nothing alive
+        return self._made(*now, pixels, kwargs)
+
+    def embed(self, batch: ShardedBatch, ids: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """A prompt's embeddings, for `EncodePrompt`."""
+        rows, lengths, pixels = (given[key] for key in (ROWS, LENGTHS, PIXELS))
+        made = None
+        if pixels is not None:
+            made = self._made(batch, rows, lengths, pixels, given).pooler_output
+        return with_images(self._model.language_model, ids, ids == self._token, made)
+
+    def _made(
+        self,
+        batch: ShardedBatch,
+        rows: Tensor,
+        lengths: tuple[int, ...],
+        pixels: Tensor | None,
+        kwargs: Mapping[str, Any],
+    ) -> Any:
         if pixels is None:
             return SimpleNamespace(
                 pooler_output=torch.zeros(0, device=rows.device),

@@ -21,8 +21,8 @@ from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
 from ds_lvx.models.video_llama import batch as batches
+from ds_lvx.models.video_llama import forward
 from ds_lvx.models.video_llama.attention import VideoAttention
-from ds_lvx.models.video_llama.forward import KeepForward
 from ds_lvx.models.visual import Visual
 
 _MODULES = {
@@ -93,7 +93,10 @@ class VideoLlama(Family):
         return {"attention_mask": torch.zeros(1, 1, 1, 1, device=batch.text.device)}
 
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
-        model.register_forward_pre_hook(KeepForward(model))
+        forward.install(model)
+
+    def generator(self, model: Any) -> Any:
+        return model.llama_model
 
     # ---- batches
 

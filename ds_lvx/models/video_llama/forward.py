@@ -7,7 +7,7 @@ frame, ``V`` videos, ``P`` rows of a video, ``s`` tokens of this rank's text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -15,10 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ds_lvx.models.adapters.forward import EncodePrompt, with_images
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.patch import KEYWORD, Hook, patched_attention
 from ds_lvx.models.video_llama.attention import VideoAttention, share_gradient
-from ds_lvx.models.video_llama.batch import PIXELS, ROWS, VIDEO, rows_of
+from ds_lvx.models.video_llama.batch import NUMBERS, PIXELS, ROWS, VIDEO, rows_of
 
 _FORWARD = "forward"
 
@@ -44,16 +45,20 @@ class Forward:
     def _sharded(
         self, batch: ShardedBatch, *, input_ids: Tensor, frame_numbers: Tensor, **kwargs: Any
     ) -> Any:
-        model, rows, pixels = self._model, kwargs.pop(ROWS), kwargs.pop(PIXELS, None)
-        places = input_ids == model.IMAGE_PATCH_TOKEN_ID
+        given = {ROWS: kwargs.pop(ROWS), NUMBERS: frame_numbers, PIXELS: kwargs.pop(PIXELS, None)}
+        with _autocast(self._model):
+            x = self.embed(batch, input_ids, given)
+            return self._model.llama_model(inputs_embeds=x, **kwargs, **{KEYWORD: batch})
+
+    def embed(self, batch: ShardedBatch, ids: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """Embeddings of this rank's text, with the rows of videos at their places."""
+        model, made = self._model, None
         with _autocast(model):
-            # The language model's embedding may have no row for the token of a place.
-            x = model.llama_model.get_input_embeddings()(input_ids.masked_fill(places, 0))
-            if pixels is not None:
-                found = self._video(batch, pixels, frame_numbers).flatten(0, 1)
-                made = model.llama_proj(found.index_select(0, rows))
-                x = x.masked_scatter(places[..., None].expand_as(x), made.to(x.dtype))
-            return model.llama_model(inputs_embeds=x, **kwargs, **{KEYWORD: batch})
+            if given[PIXELS] is not None:
+                found = self._video(batch, given[PIXELS], given[NUMBERS]).flatten(0, 1)
+                made = model.llama_proj(found.index_select(0, given[ROWS]))
+            places = ids == model.IMAGE_PATCH_TOKEN_ID
+            return with_images(model.llama_model, ids, places, made)
 
     def _video(self, batch: ShardedBatch, pixels: Tensor, numbers: Tensor) -> Tensor:
         """What the video Q-Former makes of all videos, ``[V, P, width]``, the same on every rank.
@@ -95,9 +100,9 @@ class Forward:
 class KeepForward(Hook):
     """A forward pre-hook of the model that only knows which forward to put back."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
         self._model, self._before = model, vars(model).get(_FORWARD)
-        setattr(model, _FORWARD, Forward(model))
+        setattr(model, _FORWARD, forward)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         return None
@@ -107,6 +112,14 @@ class KeepForward(Hook):
         vars(self._model).pop(_FORWARD, None)
         if self._before is not None:
             setattr(self._model, _FORWARD, self._before)
+
+
+def install(model: Any) -> None:
+    """Put all of it on a model."""
+    forward = Forward(model)
+    model.register_forward_pre_hook(KeepForward(model, forward))
+    prompt = EncodePrompt(model, (ROWS, NUMBERS, PIXELS), forward.embed)
+    model.llama_model.register_forward_pre_hook(prompt, with_kwargs=True)
 
 
 @contextmanager

@@ -1,0 +1,121 @@
+"""Measure generation by ranks and visual tokens, against one process.
+
+    python launch/bench_generate.py                        8K to 128K tokens on 1, 2 and 4 ranks
+    python launch/bench_generate.py --network 1gbit,0.1ms  an emulated network (needs root)
+    python launch/bench_generate.py --quick --output_dir /tmp/generate    tiny shapes
+
+Writes generate.json and generate.png into --output_dir, and a table into --document. Where there
+are GPUs, each rank takes one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_lvx.compare import generation
+from ds_lvx.compare.case import Case
+from ds_lvx.compare.document import deliver, save
+from ds_lvx.compare.fresh import RunError
+from ds_lvx.compare.generation import DTYPES, Job
+from ds_lvx.compare.harness import Ranks
+from ds_lvx.compare.machine import cores, header
+from ds_lvx.compare.network import Network, NetworkError
+from ds_lvx.plan.units import count
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = Case(hidden=1024, heads=8, kv_heads=8, cross_layers=2, self_layers=2, mlp=2048)
+QUICK = replace(MODEL, hidden=64, heads=4, kv_heads=2, mlp=64, text_tokens=16)
+
+
+def main() -> None:
+    """Measure, then write JSON, plot and table."""
+    options = parse_options()
+    try:
+        if options.render:
+            results = json.loads((options.output_dir / "generate.json").read_text())
+        else:
+            results = measure(options)
+    except (RunError, NetworkError) as error:
+        sys.exit(f"bench_generate: {error}")
+    deliver(
+        generation,
+        results,
+        program="bench_generate.py",
+        folder=options.output_dir,
+        document=options.document,
+    )
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=ROOT / "docs" / "benchmarks")
+    add("--document", type=Path, help="Markdown file that gets the table")
+    add("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    add("--tokens", nargs="+", default=["8K", "32K", "128K"], help="visual tokens of the sample")
+    add("--new_tokens", type=int, default=32, help="that are timed")
+    add("--dtype", choices=DTYPES, default="bfloat16" if cuda else "float32")
+    add("--budget_gib", type=float, default=8.0, help="of a rank; larger runs are left out")
+    add("--network", metavar="RATE[,LATENCY]", help="an emulated one, such as 1gbit,0.1ms")
+    add("--threads", type=int, help="of a rank (default: its share of the cores)")
+    add("--quick", action="store_true", help="tiny shapes, to try the script")
+    add("--render", action="store_true", help="nothing measured: from the JSON")
+    options = parser.parse_args()
+    for name in ("new_tokens", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}: got {value}; expected at least 1")
+    if min(options.ranks) < 1 or (cuda and max(options.ranks) > torch.cuda.device_count()):
+        parser.error(f"--ranks: got {options.ranks}; expected 1 or more, and a GPU for each")
+    return options
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All sizes on all numbers of ranks; what is too large is left out, and named."""
+    job = Job(QUICK if options.quick else MODEL, 1, options.new_tokens, options.dtype)
+    network = None if options.network is None else Network.parse(options.network)
+    device = "cuda" if torch.cuda.is_available() and network is None else "cpu"
+    head = header(emulated=network is not None, device=device)
+    head |= {"network": None if network is None else str(network), "left_out": []}
+    threads = options.threads or max(cores() // max(options.ranks), 1)
+    head["threads_per_rank"] = threads
+    records: list[dict[str, Any]] = []
+    for words in options.tokens:
+        frames = max(round(count(words, what="--tokens") / job.case.frame_tokens), 1)
+        for number in options.ranks:
+            own = replace(job, frames=frames)
+            needed = own.needed_bytes(number) / 2**30
+            if needed > options.budget_gib:
+                why = f"{needed:.1f} GiB, and --budget_gib is {options.budget_gib:g}"
+                left = {"ranks": number, "visual_tokens": own.tokens, "why": why}
+                head["left_out"].append(left)
+                continue
+            records.append(generation.record(own, Ranks(number, threads, device, network)))
+            say(records[-1])
+            results = generation.assemble(job, records, **head)
+            # Of use even if the rest never comes.
+            save(results, options.output_dir / f"{generation.name(results)}.json")
+    return generation.assemble(job, records, **head)
+
+
+def say(record: dict[str, Any]) -> None:
+    """A line of progress."""
+    print(
+        f"{record['visual_tokens']:,} visual tokens, {record['ranks']} ranks: "
+        f"{record['tokens_per_s']:.2f} tokens a second, {record['kept_bytes'] / 2**20:,.0f} MiB",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Scores of answers, and what `--eval_generate` asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ds_lvx.training.answers import means, token_f1, words
+from ds_lvx.training.options import parse
+from ds_lvx.training.progress import Progress
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "f1"),
+    [
+        ("A big rabbit.", "a BIG rabbit", 1.0),
+        ("a rabbit", "A big rabbit.", 0.8),
+        ("rabbit rabbit", "rabbit", 2 / 3),
+        ("Rot, grün", "grün, rot", 1.0),
+        ("", "a rabbit", 0.0),
+        ("...", "!", 1.0),
+    ],
+)
+def test_token_f1(answer: str, expected: str, f1: float) -> None:
+    assert token_f1(answer, expected) == pytest.approx(f1)
+
+
+def test_the_order_of_words_counts_for_a_match_alone() -> None:
+    assert words("Rot, grün!") == ["rot", "grün"]
+    rows = [{"exact_match": 1.0, "token_f1": 1.0}, {"exact_match": 0.0, "token_f1": 0.5}]
+    assert means(rows) == {"exact_match": 0.5, "token_f1": 0.75}
+
+
+def test_answers_want_evaluation_data(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "tiny", "--data", "a", "--deepspeed_config", "b", "--output_dir", "c"]
+    with pytest.raises(SystemExit):
+        parse([*words, "--eval_generate", "2"])
+    assert "--eval_generate: got no --eval_data" in capsys.readouterr().err
+    assert parse([*words, "--eval_generate", "2", "--eval_data", "d"]).eval_new_tokens == 64
+
+
+def test_a_run_that_resumes_forgets_answers_of_later_steps(tmp_path: Path) -> None:
+    for step in (0, 2):
+        progress = Progress(tmp_path, rank=0, total_steps=4)
+        progress.start(step)
+        for number in range(step + 1, 5):
+            progress.answers(number, [{"answer": f"{step}"}])
+        progress.close()
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert [line[-3] for line in lines] == ["0", "0", "2", "2"]
