@@ -22,6 +22,7 @@ from ds_lvx.distributed.channel import Channel, is_initialized
 from ds_lvx.distributed.failures import Guard
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.distributed.shutdown import remember
+from ds_lvx.distributed.slurm import read_slurm
 from ds_lvx.distributed.start import init_distributed, remove_shared_memory
 from ds_lvx.kernels import flash_version
 from ds_lvx.models import patch_model
@@ -232,7 +233,7 @@ def _read_config(
         check_ds_config(ds_config, sequence_parallel_size=lvx.sequence_parallel_size)
     except (ValueError, NotImplementedError) as caught:
         error = caught
-    if error is not None and not is_initialized() and "RANK" not in os.environ:
+    if error is not None and not is_initialized() and "RANK" not in os.environ and not read_slurm():
         raise error  # no launcher started this process: there is nobody to tell
     init_distributed(distributed_port=port)
     world = Channel.world()

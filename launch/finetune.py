@@ -23,6 +23,7 @@ import ds_lvx
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.failures import RankOutOfMemoryError, named
 from ds_lvx.distributed.notes import PeerError
+from ds_lvx.distributed.slurm import read_slurm
 from ds_lvx.distributed.start import init_distributed, remove_shared_memory
 from ds_lvx.training.batches import Batches
 from ds_lvx.training.ending import EndAskedError
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     options.limits.tell_pil()
     logging.disable_progress_bar()  # of loading and saving: they would tear the training's apart
+    read_slurm()
     # Before anything is put on a device: several ranks share a node.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     init_distributed()

@@ -29,6 +29,7 @@ import ds_lvx
 from ds_lvx.config import read_ds_config
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.slurm import read_slurm
 from ds_lvx.distributed.start import init_distributed
 from ds_lvx.training.asking import Options, Prompts, parse, question
 from ds_lvx.training.model import Source, training_dtype
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     logging.disable_progress_bar()
+    read_slurm()
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     init_distributed()
     world = Channel.world()

@@ -15,6 +15,7 @@ from torch.utils import cpp_extension
 
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.interfaces import GLOO, interfaces, leading_to_master
+from ds_lvx.distributed.slurm import read_slurm
 
 # A build takes under a minute. Ranks that start together wait for the one of them that builds.
 _BUILD_TIMEOUT_S = 900.0
@@ -36,7 +37,8 @@ def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: 
     comes next waits for it forever, without a word. Here the wait comes first, with a line on each
     node that names the file, and it ends. The file is never removed: nothing in it says who holds
     it, and with a home folder that nodes share, that may be a process of another machine. Where
-    gloo would take the loopback, it is told the interface that leads to MASTER_ADDR.
+    gloo would take the loopback, it is told the interface that leads to MASTER_ADDR. A task of srun
+    that no other launcher started is told its rank (`ds_lvx.distributed.slurm.read_slurm`).
 
     Args:
         build_timeout_s: how long to wait for another process's build, in seconds.
@@ -44,10 +46,12 @@ def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: 
 
     Raises:
         TimeoutError: the file is still there; the error says what to do.
+        ValueError: variables of Slurm that make no sense.
 
     Collectives: the rendezvous of all ranks, unless ``torch.distributed`` runs already.
     """
     if not deepspeed.comm.is_initialized():
+        read_slurm()
         operator = _operator()
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"
         if operator is not None:

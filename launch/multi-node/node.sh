@@ -7,7 +7,7 @@
 # The first argument is DeepSpeed's hostfile, the same on all nodes: a line `name slots=RANKS` a
 # node, node 0 first. MASTER_ADDR is an address of node 0 that the others reach, MASTER_PORT
 # (29500) a free port there. INTERFACE is this node's network interface; without it, the one that
-# leads to MASTER_ADDR. Under Slurm: NODE_RANK=$SLURM_NODEID. docs/multi-node.md has the details.
+# leads to MASTER_ADDR. Under Slurm: launch/slurm/. docs/multi-node.md has the details.
 set -euo pipefail
 
 fail() {
