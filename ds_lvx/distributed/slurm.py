@@ -35,12 +35,8 @@ def read_slurm(environ: MutableMapping[str, str] = os.environ) -> bool:
     rank, local_rank, size = (_number(environ, name) for name in _NEEDED)
     if in_batch_script or size == 1:
         return False
-    environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(local_rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_SIZE": str(_tasks_here(environ, size)),
-    }
+    environ["RANK"], environ["LOCAL_RANK"] = str(rank), str(local_rank)
+    environ["WORLD_SIZE"], environ["LOCAL_SIZE"] = str(size), str(_tasks_here(environ, size))
     if "MASTER_ADDR" not in environ:
         environ["MASTER_ADDR"] = _first_node(environ)
     job = _number(environ, "SLURM_JOB_ID") if "SLURM_JOB_ID" in environ else 0
