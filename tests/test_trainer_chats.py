@@ -55,6 +55,7 @@ def first_loss(folder: Path, data: str) -> float:
     return next(log["loss"] for log in record.logs if "loss" in log)
 
 
+@pytest.mark.slow
 def test_a_trainer_trains_on_chats(tmp_path: Path) -> None:
     folder = write_media(tmp_path)
     write_checkpoint(folder / "checkpoint")

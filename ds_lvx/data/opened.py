@@ -78,5 +78,5 @@ def _refuse(path: str) -> None:
             path,
             got=f"the address {address[0]}..." if address else "an archive that is packed",
             expected="a file or a folder of this machine" if address else "a .tar",
-            do="download it first" if address else "unpack it: gunzip FILE.tar.gz",
+            do="download it first" if address else "unpack it to .tar",
         )

@@ -242,11 +242,11 @@ def _joined(record: dict[str, Any], media: dict[str, Held], source: Source) -> d
     return joined
 
 
-def _replaced(value: Any, known: dict[str, Held], used: set[Held], key: str = "") -> Any:
+def _replaced(value: Any, known: dict[str, Held], used: set[Held], *, key: str = "") -> Any:
     if isinstance(value, dict):
-        return {name: _replaced(each, known, used, name) for name, each in value.items()}
+        return {name: _replaced(each, known, used, key=name) for name, each in value.items()}
     if isinstance(value, list):
-        return [_replaced(each, known, used, key) for each in value]
+        return [_replaced(each, known, used, key=key) for each in value]
     if key in _NAMED and isinstance(value, str) and value in known:
         used.add(known[value])
         return known[value]

@@ -81,6 +81,8 @@ def test_dataset_info_says_what_columns_mean(folder: Path, entry: Any, record: A
     same = expected(folder, own())
     assert said(Chats(path)) == said(Chats(f"{path}:mine")) == said(Chats(folder)) == same
     assert Chats(path).format == "dataset_info"
+    with pytest.raises(DataError, match=r"--format: got llava for .*name the file itself"):
+        Chats(path, format="llava")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_mistakes_in_shards_are_named(folder: Path, files: dict[str, bytes], pro
         (folder / "d.tar").write_bytes(wrong)
         with pytest.raises(DataError, match=r"d\.tar: got a shard that cannot be read"):
             Chats(folder / "d.tar")
-    for other, cure in (("d.tar.gz", "unpack it"), ("s3://a/b.tar", "download it first")):
+    for other, cure in (("d.tar.gz", "unpack it to"), ("s3://a/b.tar", "download it first")):
         with pytest.raises(DataError, match=cure):
             Chats(other)
 

@@ -57,9 +57,16 @@ def convert_of(records: Records, wanted: str | None, own: Convert | None) -> tup
         Its name, and what converts a record.
 
     Raises:
-        DataError: the content may be of several formats.
+        DataError: the content may be of several formats, or the file says its columns itself.
     """
-    if own is not None and wanted is None:
+    if own is not None:
+        if wanted is not None:
+            raise DataError.at(
+                "--format",
+                got=f"{wanted} for {records.path}, whose columns dataset_info.json names",
+                expected="none",
+                do="leave it out, or name the file itself",
+            )
         return "dataset_info", own
     name = told(records) if wanted is None else wanted
     if name not in FORMATS:

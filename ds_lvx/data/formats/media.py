@@ -57,7 +57,8 @@ def listed(record: Mapping[str, Any], source: Source) -> dict[str, list[Medium]]
             )
         values = record[name] if isinstance(record[name], list) else [record[name]]
         lists[f"{kind}s"] = [
-            _medium(value, kind, f"{name}[{n}]", source) for n, value in enumerate(values)
+            _medium(value, kind, where=f"{name}[{n}]", source=source)
+            for n, value in enumerate(values)
         ]
     times = _times(record, source, "the record")
     videos = lists.get("videos", [])
@@ -73,7 +74,7 @@ def listed(record: Mapping[str, Any], source: Source) -> dict[str, list[Medium]]
     return lists
 
 
-def _medium(value: Any, kind: str, where: str, source: Source) -> Medium:
+def _medium(value: Any, kind: str, *, where: str, source: Source) -> Medium:
     more: dict[str, Any] = {}
     if isinstance(value, dict):
         names = (*_PATHS, kind)
@@ -84,7 +85,7 @@ def _medium(value: Any, kind: str, where: str, source: Source) -> Medium:
         others = [key for key, v in value.items() if key not in known and v is not None]
         more |= times
         if len(paths) != 1 or others or (more and kind == "image"):
-            raise _wrong(value, kind, where, source)
+            raise _wrong(value, kind, where=where, source=source)
         value = paths[0]
     if isinstance(value, str) and value.startswith("data:"):
         try:
@@ -97,11 +98,11 @@ def _medium(value: Any, kind: str, where: str, source: Source) -> Medium:
                 do="write the data again, or name a file",
             ) from None
     if not isinstance(value, str | Held):
-        raise _wrong(value, kind, where, source)
+        raise _wrong(value, kind, where=where, source=source)
     return Medium(value, more)
 
 
-def _wrong(value: Any, kind: str, where: str, source: Source) -> DataError:
+def _wrong(value: Any, kind: str, *, where: str, source: Source) -> DataError:
     example = '"a.mp4" or {"path": "a.mp4", "video_start": 1.5, "video_end": 4}'
     frames = "; a video given as a list of frames is written as images"
     return DataError.at(
