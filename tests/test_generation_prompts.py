@@ -11,6 +11,7 @@ import torch
 import ds_lvx
 from ds_lvx.models import draft
 from tests.generation_case import LVX, blind, config, interleaved, one_image, text_alone
+from tests.models import idefics_case
 from tests.models.mllama_case import Batch, ds_config, end_engine, start_engine, tiny_model
 from tests.ranks import run_ranks
 from tests.test_generation_past import KEYWORDS, SECOND, behind, text_of, whole
@@ -73,6 +74,36 @@ def test_split_prompts_generate_what_one_process_does(ranks: int) -> None:
             torch.testing.assert_close(
                 answer[name], each, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
             )
+
+
+IDEFICS = (idefics_case.left_padded, idefics_case.text_only, idefics_case.all_before)
+
+
+def generate_idefics() -> list[Any]:
+    model, found, lengths = idefics_case.tiny_model(), [], []
+    given = idefics_case.ds_config(stage=0, sp_size=2, cross=LVX, self_attn="ring")
+    session = ds_lvx.apply(model, given)
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, args: lengths.append(args[0].shape[1])
+    )
+    with mock.patch.object(draft, "SPLIT_TOKENS", 5):
+        for make in IDEFICS:
+            out = ds_lvx.generate(model, make(), **KEYWORDS)
+            assert lengths[0] < make()["input_ids"].shape[1], lengths
+            lengths.clear()
+            found.append((out.sequences, out.logits))
+    session.close()
+    return found
+
+
+def test_idefics_splits_its_prompts() -> None:
+    model, expected = idefics_case.tiny_model().eval(), []
+    for make in IDEFICS:
+        given = {key: value for key, value in make().items() if key != "labels"}
+        out: Any = model.generate(**given, **KEYWORDS)
+        expected.append((out.sequences, out.logits))
+    for answer in run_ranks(generate_idefics, 2):
+        torch.testing.assert_close(answer, expected, atol=1e-5, rtol=1e-5)
 
 
 def generate_with_an_engine(batch: Batch) -> Any:
