@@ -109,7 +109,9 @@ def generate(
     for R queries (those of the prompt, then one a row); of queries whose parts together are more
     than 1 MiB an all-gather of ``(n-1) R H 4`` and an all-reduce of ``R H D`` fp32. A token's
     first message carries ``8 (R + 1)`` bytes more, by which the ranks compare their tokens, and one
-    message like it ends the generation. ZeRO-3 adds its own.
+    message like it ends the generation. A prompt that is split (`ds_lvx.models.draft.SPLIT_TOKENS`)
+    has those of a forward of training, then an all-gather of K and V of the text for each of its
+    layers, and one of logits. ZeRO-3 adds its own.
     """
     channel = resolve(groups)
     current = SequenceParallelGroups.current() if groups is None else groups

@@ -77,7 +77,7 @@ def attend_part(
     Returns:
         out ``[B, s, H, D]``, lse ``[B, H, s]``.
     """
-    if batch.decoding is not None:
+    if batch.decoding is not None and plan.kind == "cross":
         return batch.decoding.attend(plan, batch, q, project_kv=project_kv, scale=scale)
     layout = batch.layout(plan.kind)
     method, schedule = _resolved(plan, layout, q, kv_heads=kv_heads, width=features.shape[-1])

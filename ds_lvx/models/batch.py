@@ -45,6 +45,7 @@ class ShardedBatch:
             by names of the family's own.
         decoding: the generation whose forward it is: every rank has the whole text then, and rows
             of ``row_mask`` are those of the model.
+        split: a generation's prompt is split over the ranks, as in training.
     """
 
     text: Layout
@@ -54,6 +55,7 @@ class ShardedBatch:
     world: Channel | None = None
     others: Mapping[str, Layout] = field(default_factory=dict)
     decoding: Decoding | None = None
+    split: bool = False
 
     @classmethod
     def of(
@@ -107,7 +109,7 @@ class ShardedBatch:
 
     def shards(self, kind: str) -> bool:
         """Whether a kind of layer, ``self`` or ``cross``, attends to what other ranks hold."""
-        return kind == "cross" or self.decoding is None
+        return kind == "cross" or self.decoding is None or self.split
 
     def layout(self, kind: str) -> Layout:
         """The layout of a kind of layer: ``self`` or ``cross``."""

@@ -55,6 +55,7 @@ class Family(ABC):
             order, for the rules of a ds_config that a tool writes.
         skips_vision: a batch without images leaves out tower and cross-attention; else it has a
             blank one that nobody sees, as models want it whose layers run for every token.
+        splits_prompt: a generation's long prompt is split: text layers fill the cache, then attend.
         without: methods that cross-attention of some of its models cannot run, and why; a tool
             leaves them out.
     """
@@ -65,6 +66,7 @@ class Family(ABC):
     always: Mapping[str, Any] = {"use_cache": False}
     patterns: Mapping[str, str] = {}
     skips_vision: bool = True
+    splits_prompt: bool = False
     without: Mapping[str, str] = {}
 
     # ---- required: patching a model

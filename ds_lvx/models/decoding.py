@@ -13,121 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
-from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.schedules.replicated import say
 from ds_lvx.attention.witness import Witness
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.choice import kernel_for
-from ds_lvx.kernels.rule import Rule
-from ds_lvx.kernels.visibility import Visibility
-from ds_lvx.models.batch import ShardedBatch, digest, move
+from ds_lvx.models.batch import ShardedBatch, digest, move, span
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.patch import KEYWORD, Hook
+from ds_lvx.models.prompt import LAST, WHOLE, Kept, Prompt
 
-Kept: TypeAlias = "tuple[Prompt, Mapping[str, tuple[Tensor, Tensor]], Tensor | None]"
 ENDED, FAILED = -1, -2
-_ALL = slice(None)
-_LAST = slice(-1, None)
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """What generation begins with, on one rank.
-
-    Attributes:
-        channel: the sequence-parallel group.
-        device: where the model computes.
-        shape: ``(B, T)``.
-        arguments: of the model's first forward beside the text, on the device: this rank's units,
-            which are let go then.
-        kv_lengths: visual tokens by rank, or None when no layer is to look at images.
-        rule: of the prompt over this rank's visual tokens, on the CPU; None: all see all.
-        row_mask: bool ``[B, T]`` on the CPU, False where a token may see no image at all; None when
-            every token sees some.
-        world: all ranks, where other groups generate from other batches.
-        positions: int ``[B, T]`` on the CPU, where they are not transformers' own.
-        others: layouts of the prompt's forward, `ShardedBatch.others`.
-        kept: where keys are there already: the first prompt, they, and the stand-in for features.
-    """
-
-    channel: Channel
-    device: torch.device
-    shape: tuple[int, int]
-    arguments: Mapping[str, Any]
-    kv_lengths: tuple[int, ...] | None
-    rule: Visibility | None
-    row_mask: Tensor | None
-    world: Channel | None = None
-    positions: Tensor | None = None
-    others: Mapping[str, Layout] = field(default_factory=dict)
-    kept: Kept | None = None
-
-    def behind(self, tokens: int) -> Prompt:
-        """So many tokens that see what the last one sees, once the units are encoded.
-
-        Args:
-            tokens: of each sample.
-        """
-        rule, mask = self.rule, self.row_mask
-        if rule is not None:
-            start, end = (each[:, -1:].repeat(1, tokens) for each in (rule.q_start, rule.q_end))
-            rule = Visibility(start, end, rule.kv_pos)
-        mask = None if mask is None else mask[:, -1:].repeat(1, tokens)
-        shape = self.shape[0], tokens
-        return replace(self.without_units(), shape=shape, rule=rule, row_mask=mask)
-
-    def without_units(self) -> Prompt:
-        """The same once the units are encoded."""
-        return replace(self, arguments={}, others={})
-
-    def batch(self, tokens: slice, *, copies: int, decoding: Decoding) -> ShardedBatch:
-        """The keyword of a forward.
-
-        Args:
-            tokens: whose rows of the rule it goes by; a token that is chosen sees what the last one
-                of the prompt sees.
-            copies: C.
-            decoding: whose forward it is.
-        """
-        count = len(range(*tokens.indices(self.shape[1])))
-        each = (count,) * self.channel.size
-        text = Layout(self.channel, each, each, device=self.device)
-        mask = None
-        if self.row_mask is not None:
-            rows = self.row_mask[:, tokens].repeat_interleave(copies, dim=0)
-            mask = move(rows[:, None, :, None], self.device)
-        cross = self._cross(tokens, count * copies)
-        return ShardedBatch(
-            text, cross, mask, world=self.world, others=self.others, decoding=decoding
-        )
-
-    def _cross(self, tokens: slice, queries: int) -> Layout | None:
-        if self.kv_lengths is None:
-            return None
-        rank, rule = self.channel.rank, None
-        if self.rule is not None:
-            part = self.rule.part(tokens, _ALL)
-            copies = queries // part.q_start.shape[1]
-            starts, ends = (each.repeat(1, copies) for each in (part.q_start, part.q_end))
-            rule = Rule.on(Visibility(starts, ends, part.kv_pos), self.device)
-        return Layout(
-            self.channel,
-            (queries,) * self.channel.size,
-            self.kv_lengths,
-            rule,
-            device=self.device,
-            first_query=rank * queries,
-            first_key=sum(self.kv_lengths[:rank]),
-        )
 
 
 class Decoding:
@@ -149,6 +53,7 @@ class Decoding:
         self._witness: Witness | None = None
         self._like: Tensor | None = None  # queries of one token a row
         self._in_forward = False
+        self._split: tuple[int, ...] | None = None  # tokens by rank of the prompt that runs
         if prompt.kept is not None:
             self._first, keys, self._stand_in = prompt.kept
             self.keys = dict(keys)
@@ -165,11 +70,11 @@ class Decoding:
 
     # ---- a forward
 
-    def begin(self, input_ids: Tensor) -> dict[str, Any]:
-        """Arguments for a forward of the model.
+    def begin(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Further arguments for a forward of the model.
 
         Args:
-            input_ids: ``[B * C, s]``, what it is fed.
+            given: its arguments, ``input_ids [B * C, s]`` among them.
 
         Raises:
             ValueError: other tokens than those of the prompt, or more than one of each row.
@@ -177,6 +82,7 @@ class Decoding:
         Collectives: an agreement on the control plane before the prompt, in which a rank that has
             failed before says so.
         """
+        input_ids: Tensor = given["input_ids"]
         self.step += 1
         self._in_forward = True
         wrong = self._wrong_shape(input_ids)
@@ -184,13 +90,13 @@ class Decoding:
             records = self.channel.agree({"rows of the batch": len(input_ids)}, wrong)
             require_same(records, records[0], what="ds_lvx.generate")
             self._copies = len(input_ids) // self._prompt.shape[0]
-            given = {**self._prompt.arguments, KEYWORD: self._batch(_ALL)}
+            arguments = {**self._prompt.arguments, **self._first_batch(given)}
             self._prompt, self._first = self._prompt.without_units(), self._first.without_units()
-            return given
+            return arguments
         if wrong is not None:
             raise wrong
         if self._later is None:
-            self._later = self._batch(_LAST)
+            self._later = self._batch(LAST)
         step = move(torch.tensor([self.step], dtype=torch.int64), input_ids.device)
         numbers = torch.cat([step, input_ids[:, 0].to(torch.int64)])
         self._witness = Witness(numbers, self._compare)
@@ -215,9 +121,38 @@ class Decoding:
     def _batch(self, tokens: slice) -> ShardedBatch:
         return self._prompt.batch(tokens, copies=self._copies, decoding=self)
 
-    def end_forward(self) -> None:
-        """A forward of the model is over: after that of the prompt all layers have their keys."""
+    def _first_batch(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword of the prompt's forward, and the part of its text where that is split."""
+        split = self._prompt.split
+        if split is None or self._copies > 1 or given.get("output_hidden_states"):
+            return {KEYWORD: self._batch(WHOLE)}
+        self._split = split.text_lengths
+        here = span(split.text_lengths, self.channel.rank)
+        parts = {key: given[key][:, here] for key in ("input_ids", "position_ids")}
+        return {**parts, KEYWORD: replace(split, decoding=self)}
+
+    def end_forward(self, cache: Any, output: Any) -> None:
+        """A forward of the model is over: after that of the prompt all layers have their keys.
+
+        Args:
+            cache: transformers' own.
+            output: of the model. After a prompt that was split, every rank gets the logits of its
+                last token, and in the cache K and V of all.
+
+        Collectives: after such a prompt an all-gather of this rank's K and V for each layer of the
+            text, and one of logits.
+        """
         self._in_forward, self._features = False, None
+        lengths, self._split = self._split, None
+        if lengths is None:
+            return
+        for layer in cache.layers:
+            if layer.get_seq_length() > 0:
+                mine = [layer.keys, layer.values]
+                layer.keys, layer.values = self.channel.gather_rows(mine, [2, 2], lengths).wait()
+        last = [output.logits[:, -1:].contiguous()]
+        everyones = self.channel.gather_rows(last, [1], (1,) * self.channel.size).wait()[0]
+        output.logits = everyones[:, -1:]
 
     def keep(self, features: Tensor | None, by_sample: Callable[[Tensor, int], Tensor]) -> Any:
         """Keep the visual features until layers have their keys.
@@ -278,7 +213,7 @@ class Decoding:
             layout,
             kernel=layout.settled(kind, lambda: kernel_for(plan.kernel, q)),
             softmax_scale=scale,
-            schedule="replicated",
+            schedule="gather" if batch.split else "replicated",
             witness=witness,
         )
         out, lse = lvx.attend(call, together, k, v)
@@ -377,7 +312,7 @@ class _Begin(Hook):
     def __call__(
         self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, **self._decoding.begin(kwargs["input_ids"])}
+        return args, {**kwargs, **self._decoding.begin(kwargs)}
 
 
 class _End(Hook):
@@ -386,8 +321,9 @@ class _End(Hook):
     def __init__(self, decoding: Decoding) -> None:
         self._decoding = decoding
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._decoding.end_forward()
+    def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+        self._decoding.end_forward(kwargs.get("past_key_values"), output)
+        return output
 
 
 @contextmanager
@@ -400,7 +336,7 @@ def feeding(model: nn.Module, decoding: Decoding) -> Iterator[None]:
     """
     # First, so that the family's own hooks find the keyword.
     begin = model.register_forward_pre_hook(_Begin(decoding), with_kwargs=True, prepend=True)
-    end = model.register_forward_hook(_End(decoding))
+    end = model.register_forward_hook(_End(decoding), with_kwargs=True)
     try:
         yield
     finally:

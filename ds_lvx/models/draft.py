@@ -29,9 +29,12 @@ from ds_lvx.models.batch import (
     span,
 )
 from ds_lvx.models.contract import Family
-from ds_lvx.models.decoding import Prompt
-from ds_lvx.models.patch import KEYWORD
+from ds_lvx.models.patch import KEYWORD, patched_attention
+from ds_lvx.models.prompt import Prompt
 from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
+
+SPLIT_TOKENS = 2048
+"""A prompt of so many text tokens is split over the ranks, where its family can."""
 
 
 def shard(
@@ -223,9 +226,17 @@ class _Content:
     ) -> Any:
         """This rank's shard on the model's device, knowing how many units each rank holds."""
         (rank, size), device = self.place, device_of(model)
-        lengths, here = self.text.lengths(size), self.text.part(rank, size)
+        here = self.text.part(rank, size)
         part = self._part(records, family=family, model=model, always_vision=always_vision)
-        keyword = ShardedBatch.of(
+        keyword = self._keyword(part, channel=channel, device=device)
+        beside = part.visual.beside(rank, self.text, here)
+        shard = {**self.text.shard(here), **part.arguments, **beside}
+        moved = {key: move(value, device) for key, value in shard.items()}
+        return {**moved, **family.always, KEYWORD: keyword}
+
+    def _keyword(self, part: _Part, *, channel: Channel, device: torch.device) -> ShardedBatch:
+        lengths = self.text.lengths(channel.size)
+        return ShardedBatch.of(
             channel=channel,
             text_lengths=lengths,
             kv_lengths=part.kv_lengths,
@@ -235,10 +246,6 @@ class _Content:
             device=device,
             others=part.visual.layouts(self.text, channel=channel, lengths=lengths, device=device),
         )
-        beside = part.visual.beside(rank, self.text, here)
-        shard = {**self.text.shard(here), **part.arguments, **beside}
-        moved = {key: move(value, device) for key, value in shard.items()}
-        return {**moved, **family.always, KEYWORD: keyword}
 
     def prompt(
         self,
@@ -260,6 +267,10 @@ class _Content:
         if rule is not None and part.kv_lengths is not None:
             rule = rule.part(slice(None), span(part.kv_lengths, rank))
         positions = part.visual.prompt_positions(self.text)
+        split = None
+        if size > 1 and self.text.shape[1] >= SPLIT_TOKENS and splits_prompt(family, model):
+            split = self._keyword(part, channel=channel, device=device)
+            split = replace(split, split=True)
         prompt = Prompt(
             channel=channel,
             device=device,
@@ -269,6 +280,7 @@ class _Content:
             rule=rule,
             row_mask=part.row_mask,
             positions=positions,
+            split=split,
             others=part.visual.layouts(
                 self.text, channel=channel, lengths=(self.text.shape[1],) * size, device=device
             ),
@@ -339,6 +351,14 @@ class _Part:
     kv_lengths: tuple[int, ...] | None
     rule: Visibility | None
     row_mask: Tensor | None
+
+
+def splits_prompt(family: Family, model: torch.nn.Module) -> bool:
+    """Whether a long prompt is split over the ranks: where the text's layers leave K and V in the
+    cache, which those that project them again do not."""
+    found = map(patched_attention, model.modules())
+    plans = [each.plan for each in found if each is not None and each.plan.kind == "self"]
+    return family.splits_prompt and not any(plan.recompute_kv for plan in plans)
 
 
 def _check_keys(batch: Mapping[str, Any], family: Family, frames: str) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.models.batch import TEXT_KEYS, Text, digest, move
 from ds_lvx.models.contract import Family
-from ds_lvx.models.decoding import Decoding, Prompt
+from ds_lvx.models.decoding import Decoding
 from ds_lvx.models.draft import device_of
+from ds_lvx.models.prompt import Prompt
 
 _NAME = "ds_lvx"  # of the attribute of a cache
 _IMAGE_TOKEN = (

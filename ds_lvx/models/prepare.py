@@ -74,6 +74,9 @@ class PrepareText(Hook):
             prepared = {**kwargs, KEYWORD: batch}
             if key:
                 prepared[key] = stand_in
+            if batch.split:
+                more = self.family.prepare(batch, prepared)
+                return args, {**prepared, **more, "use_cache": True}
             return args, {**prepared, **self.family.decode(batch, prepared)}
         text = _check_arguments(batch, kwargs, features)
         if features is not None and batch.kv_lengths is not None:

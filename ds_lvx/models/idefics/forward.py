@@ -64,10 +64,10 @@ class Hand(Hook):
             FEATURES if module.config.use_resampler else _UNSAMPLED: features.unsqueeze(2),
             "image_attention_mask": batch.row_mask[:, 0],
         }
-        if batch.decoding is None:
+        if batch.shards("self"):
             # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.
             given["attention_mask"] = kwargs["input_ids"].new_zeros(1, 1, 1, 1)
-            given["use_cache"] = False
+            given["use_cache"] = batch.decoding is not None
         return args, {**kwargs, FEATURES: None, **given}
 
 

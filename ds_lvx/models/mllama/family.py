@@ -45,6 +45,7 @@ class Mllama(Family):
 
     keys = batches.KEYS
     features_key = batches.STATES
+    splits_prompt = True
     patterns: Mapping[str, str] = {
         "local": "*vision_model*",
         "cross": "*.cross_attn",
