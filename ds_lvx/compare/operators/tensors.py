@@ -27,31 +27,24 @@ Rows = TypeVar("Rows", int, Tensor)
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention over a whole sequence; it is split over the ranks as evenly as it goes.
+    """One attention over a whole sequence; it is split over the ranks as evenly as it goes."""
 
-    Attributes:
-        seqlen_q, seqlen_kv: of all ranks together.
-        batch, heads, kv_heads, head_dim: as in `ds_lvx.lv_xattn`.
-        dtype: its name in torch.
-        visibility: ``"all"``; ``"causal"``, where the last query sees all keys and the others
-            their share from the front; ``"frames"``, where the keys are frames and a query sees
-            four in a row, later ones the later the query is; ``"prefix"``, where it sees all frames
-            up to its own.
-        frames: that the keys are.
-        features_dim: width of the features that K and V are projected from; None for K and V as
-            they are.
-    """
-
+    # seqlen_q, seqlen_kv: of all ranks together
     seqlen_q: int = 256
     seqlen_kv: int = 32768
+    # batch, heads, kv_heads, head_dim: as in `ds_lvx.lv_xattn`
     batch: int = 1
     heads: int = 8
     kv_heads: int = 8
     head_dim: int = 64
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # its name in torch
+    # ``"all"``; ``"causal"``, where the last query sees all keys and the others their share from
+    # the front; ``"frames"``, where the keys are frames and a query sees four in a row, later ones
+    # the later the query is; ``"prefix"``, where it sees all frames up to its own
     visibility: str = "all"
+    # width of the features that K and V are projected from; None for K and V as they are
     features_dim: int | None = None
-    frames: int = FRAMES
+    frames: int = FRAMES  # that the keys are
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -82,24 +75,18 @@ def split(total: int, ranks: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Shards:
-    """The tensors of some shards. All but ``dout`` and ``visibility`` are leaves.
+    """The tensors of some shards. All but ``dout`` and ``visibility`` are leaves."""
 
-    Attributes:
-        q, dout: ``[batch, seqlen_q, heads, head_dim]``.
-        keys: ``{"k": ..., "v": ...}``, each ``[batch, seqlen_kv, kv_heads, head_dim]``; or
-            ``{"features": ..., "k_proj": ..., "v_proj": ...}``, ``[batch, seqlen_kv,
-            features_dim]`` and twice ``[features_dim, kv_heads * head_dim]``.
-        head_dim: of keys that are projected.
-        visibility: of these queries over these keys.
-        over_all: of these queries over the keys of all shards.
-    """
-
+    # q, dout: ``[batch, seqlen_q, heads, head_dim]``
     q: Tensor
     dout: Tensor
+    # ``{"k": ..., "v": ...}``, each ``[batch, seqlen_kv, kv_heads, head_dim]``; or ``{"features":
+    # ..., "k_proj": ..., "v_proj": ...}``, ``[batch, seqlen_kv, features_dim]`` and twice
+    # ``[features_dim, kv_heads * head_dim]``
     keys: dict[str, Tensor]
-    head_dim: int
-    visibility: Visibility | None
-    over_all: Visibility | None
+    head_dim: int  # of keys that are projected
+    visibility: Visibility | None  # of these queries over these keys
+    over_all: Visibility | None  # of these queries over the keys of all shards
 
     @property
     def leaves(self) -> dict[str, Tensor]:
