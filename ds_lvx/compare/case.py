@@ -30,46 +30,39 @@ Regions: TypeAlias = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Case:
-    """A model's sizes, and what of it trains.
+    """A model's sizes, and what of it trains."""
 
-    Attributes:
-        hidden, heads, kv_heads: of the text model.
-        cross_layers, self_layers: of the text model, cross-attention first.
-        mlp, vocabulary: of the text model.
-        head_dim: of the text model; 0: hidden / heads.
-        text_tokens: of the one sample, over all ranks.
-        vision_hidden, vision_heads, vision_mlp, vision_layers, vision_global_layers: of the vision
-            tower.
-        image_size, patch_size, tiles: of a frame.
-        trains: of the text model, ``"kv"`` (what makes K and V of the visual features), ``"cross"``
-            (all of the cross-attention layers) or ``"all"``.
-        features: ``"trained"`` (the projector trains, so the features need a gradient),
-            ``"frozen"``, or ``"tower"`` (the vision tower trains as well).
-        family: its ``model_type``; empty for the first one that ds_lvx knows.
-        trust_remote_code: code that comes with a checkpoint may run.
-    """
-
+    # hidden, heads, kv_heads: of the text model
     hidden: int = 4096
     heads: int = 32
     kv_heads: int = 8
+    # cross_layers, self_layers: of the text model, cross-attention first
     cross_layers: int = 8
     self_layers: int = 0
+    # mlp, vocabulary: of the text model
     mlp: int = 64
-    head_dim: int = 0
+    head_dim: int = 0  # of the text model; 0: hidden / heads
     vocabulary: int = 512
-    text_tokens: int = 256
+    text_tokens: int = 256  # of the one sample, over all ranks
+    # vision_hidden, vision_heads, vision_mlp, vision_layers, vision_global_layers: of the vision
+    # tower
     vision_hidden: int = 16
     vision_heads: int = 2
     vision_mlp: int = 32
     vision_layers: int = 1
     vision_global_layers: int = 1
+    # image_size, patch_size, tiles: of a frame
     image_size: int = 8
     patch_size: int = 1
     tiles: int = 1
+    # of the text model, ``"kv"`` (what makes K and V of the visual features), ``"cross"`` (all of
+    # the cross-attention layers) or ``"all"``
     trains: str = "kv"
+    # ``"trained"`` (the projector trains, so the features need a gradient), ``"frozen"``, or
+    # ``"tower"`` (the vision tower trains as well)
     features: str = "trained"
-    family: str = ""
-    trust_remote_code: bool = False
+    family: str = ""  # its ``model_type``; empty for the first one that ds_lvx knows
+    trust_remote_code: bool = False  # code that comes with a checkpoint may run
 
     @classmethod
     def of(cls, size: Size, family: str) -> Case:
@@ -154,12 +147,9 @@ def random_case(name: str) -> Case:
 
 
 def cut(case: Case, *, hidden: int | None = None, **layers: int | None) -> Case:
-    """A model of fewer or narrower layers; None leaves a size as it is.
+    """A model of fewer (``cross_layers``, ...) or narrower layers; None leaves a size as it is.
 
-    Args:
-        case: what is cut.
-        hidden: the size of a head stays, and how many query heads share one of K and V.
-        layers: ``cross_layers``, ``self_layers``, ``vision_layers``.
+    The size of a head stays, and how many query heads share one of K and V.
 
     Raises:
         ValueError: a ``hidden`` that is no multiple of the size of a head, or no layers.
@@ -185,11 +175,7 @@ def cut(case: Case, *, hidden: int | None = None, **layers: int | None) -> Case:
 
 
 def case_of(checkpoint: str, *, trust_remote_code: bool = False) -> Case:
-    """The sizes of a checkpoint, by its config; all of it trains.
-
-    Args:
-        checkpoint: folder or hub name.
-        trust_remote_code: code that comes with it may run.
+    """The sizes of a checkpoint, by its config (folder or hub name); all of it trains.
 
     Raises:
         ValueError: it cannot be read, is of another family, or has nothing to compare.
@@ -231,11 +217,8 @@ def build_model(
 ) -> nn.Module:
     """The model, on the device that tensors are made on; only what the case trains has gradients.
 
-    Args:
-        case: its sizes.
-        checkpoint: of its weights; None draws them in bf16, with open gates: the same every time on
-            one kind of device.
-        dtype: of its weights.
+    Without a checkpoint its weights are drawn in bf16, with open gates: the same every time on one
+    kind of device.
     """
     family = case.contract()
     model: nn.Module
@@ -284,16 +267,10 @@ def part_of(name: str, regions: Regions) -> str | None:
 def make_batch(
     case: Case, *, frames: range, total: int, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
-    """One sample of random text and frames; every token sees all frames.
+    """A sample of random text and ``total`` frames, for ``shard_batch(..., frames="local")``.
 
-    Args:
-        case: sizes.
-        frames: those that are there, this rank's; a frame is the same whoever makes it.
-        total: of the sample.
-        dtype: of the pixels.
-
-    Returns:
-        A batch for ``ds_lvx.shard_batch(..., frames="local")``.
+    Every token sees all frames. Of these ``frames`` are there, this rank's, with pixels of
+    ``dtype``; a frame is the same whoever makes it.
     """
     batch = case.contract().random_frames(
         case.config(), text_tokens=case.text_tokens, total=total, frames=frames, seed=0
@@ -311,16 +288,10 @@ def ds_config(
     zero_stage: int = 2,
     text_method: str = "ulysses",
 ) -> dict[str, Any]:
-    """The ds_config that trains a case on ``ranks`` ranks that share one sample.
+    """The ds_config that trains a case on ``ranks`` ranks, all of the job, that share one sample.
 
-    Args:
-        setting: of the cross-attention.
-        case: what is trained.
-        ranks: all of the job.
-        schedule: of lvx; None is the default.
-        dtype: ``"bfloat16"`` or ``"float32"``.
-        zero_stage: of DeepSpeed.
-        text_method: of the text's own attention.
+    ``setting`` and ``schedule`` (of lvx; None is the default) are the cross-attention's,
+    ``text_method`` the text's. ``dtype`` is ``"bfloat16"`` or ``"float32"``.
     """
     match = case.contract().patterns
     rule = {"match": match["cross"], **setting.rule()}

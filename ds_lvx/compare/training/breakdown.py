@@ -38,16 +38,13 @@ COLUMNS = (*PARTS, *EXPOSED)
 
 @dataclass
 class Breakdown:
-    """One step of one rank, in seconds.
+    """One step of one rank, in seconds."""
 
-    Attributes:
-        parts_s: phase -> `COLUMNS` -> seconds; they add up to the step.
-        hidden_s: phase -> seconds in which a transfer was under way while the rank did something
-            else. A transfer counts from its start until its result has arrived and been asked for,
-            so this is the most that it can have hidden.
-    """
-
+    # phase -> `COLUMNS` -> seconds; they add up to the step
     parts_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    # phase -> seconds in which a transfer was under way while the rank did something else. A
+    # transfer counts from its start until its result has arrived and been asked for, so this is the
+    # most that it can have hidden
     hidden_s: dict[str, float] = field(default_factory=dict)
 
 
@@ -82,11 +79,8 @@ class Marks:
 class Parts:
     """Follows which part of a model computes; one step at a time, inside `recording`.
 
-    Args:
-        model: with its hooks for ``regions`` until `remove`.
-        regions: which modules are which part; a module in none belongs to its nearest ancestor in
-            one, and to ``"rest"`` where there is none.
-        marks: makes the marks of a step; a test may give others.
+    The model has hooks until `remove`. A module in none of ``regions`` belongs to its nearest
+    ancestor in one, and to ``"rest"`` where there is none.
 
     Raises:
         ValueError: the model has none of these modules.
@@ -135,8 +129,13 @@ class Parts:
             self._marks = None
         times = marks.read()
         moments = [(times[mark], phase, part) for mark, phase, part in changes]
-        filled = broken_down(moments, times[end], [_at(times, t) for t in transfers])
-        result.parts_s, result.hidden_s = filled.parts_s, filled.hidden_s
+        seconds = [
+            Transfer(
+                t.collective, *(times[int(mark)] for mark in (t.started_s, t.waited_s, t.done_s))
+            )
+            for t in transfers
+        ]
+        vars(result).update(vars(broken_down(moments, times[end], seconds)))
 
     def enter(self, phase: str) -> None:
         """The step goes on to another of `PHASES`."""
@@ -145,12 +144,10 @@ class Parts:
     # ---- hooks
 
     def _follow(self, module: nn.Module, part: str, *, around: str) -> None:
-        before = module.register_forward_pre_hook(
-            partial(self._begin, part, around), with_kwargs=True
-        )
+        begin, end = partial(self._begin, part, around), partial(self._end, part)
+        self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         # Also when a recomputation ends in the middle of a module, by an exception of its own.
-        after = module.register_forward_hook(partial(self._end, part), always_call=True)
-        self._handles += [before, after]
+        self._handles.append(module.register_forward_hook(end, always_call=True))
 
     def _begin(self, part: str, around: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._marks is None:
@@ -163,7 +160,11 @@ class Parts:
     def _end(self, part: str, module: nn.Module, args: Any, output: Any) -> None:
         if self._marks is None:
             return
-        self._in_backward(_first_tensor(output), part)
+        if isinstance(output, Mapping):
+            output = list(output.values())
+        if isinstance(output, Sequence) and output:
+            output = output[0]
+        self._in_backward(output, part)
         self._change(self._phase, self._outer.pop())
 
     def _in_backward(self, tensor: Any, part: str) -> None:
@@ -188,28 +189,12 @@ class Parts:
             self._changes.append((self._marks.mark(), phase, part))
 
 
-def _at(times: Sequence[float], transfer: Transfer) -> Transfer:
-    """A transfer whose times were numbers of marks, in seconds."""
-    numbers = (transfer.started_s, transfer.waited_s, transfer.done_s)
-    return Transfer(transfer.collective, *(times[int(number)] for number in numbers))
-
-
-def _first_tensor(output: Any) -> Any:
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    return output[0] if isinstance(output, Sequence) and output else output
-
-
 def broken_down(
     changes: Sequence[tuple[float, str, str]], end: float, transfers: Sequence[Transfer]
 ) -> Breakdown:
-    """The parts of a step.
+    """The parts of a step, from when it went on to which phase and part, in order, and its end.
 
-    Args:
-        changes: when the step went on to which phase and part; seconds, in order.
-        end: when it was over.
-        transfers: those of ZeRO are named ``"zero ..."``. Where a wait is inside another, the outer
-            one counts.
+    Where a transfer is waited for inside another, the outer one counts.
     """
     result = Breakdown(
         parts_s={phase: dict.fromkeys(COLUMNS, 0.0) for phase in PHASES},

@@ -25,10 +25,7 @@ _COLLECTIVES = ("all_", "reduce", "broadcast", "inference_all_reduce", "barrier"
 def zero_watched(observer: Observer, *, clock: Clock) -> Iterator[None]:
     """Call ``observer`` with each transfer of DeepSpeed's backend; named ``"zero all_reduce"``.
 
-    Args:
-        observer: gets the transfer. One inside an operator of ds_lvx's (an all-to-all of Ulysses)
-            is told twice, here and there.
-        clock: as in `ds_lvx.distributed.pending.watching`.
+    One inside an operator of ds_lvx's (an all-to-all of Ulysses) is told twice, here and there.
     """
     backend = deepspeed_comm.cdb
     deepspeed_comm.cdb = _Watched(backend, observer, clock)
@@ -66,8 +63,7 @@ class _WatchedWork:
     """A handle of ``torch.distributed``; when its first wait is over, the time it began is told."""
 
     def __init__(self, work: Any, clock: Clock, tell: Callable[[float], None]) -> None:
-        self._work, self._clock = work, clock
-        self._tell: Callable[[float], None] | None = tell
+        self._work, self._clock, self._tell = work, clock, [tell]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
@@ -76,7 +72,6 @@ class _WatchedWork:
         """As of the handle."""
         waited = self._clock()
         result = self._work.wait(*args, **kwargs)
-        if self._tell is not None:
-            self._tell(waited)
-            self._tell = None
+        while self._tell:
+            self._tell.pop()(waited)
         return result
