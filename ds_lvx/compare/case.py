@@ -32,26 +32,22 @@ Regions: TypeAlias = Mapping[str, str]
 class Case:
     """A model's sizes, and what of it trains."""
 
-    # hidden, heads, kv_heads: of the text model
+    # Of the text model, whose cross-attention layers come first.
     hidden: int = 4096
     heads: int = 32
     kv_heads: int = 8
-    # cross_layers, self_layers: of the text model, cross-attention first
     cross_layers: int = 8
     self_layers: int = 0
-    # mlp, vocabulary: of the text model
     mlp: int = 64
-    head_dim: int = 0  # of the text model; 0: hidden / heads
+    head_dim: int = 0  # 0: hidden / heads
     vocabulary: int = 512
     text_tokens: int = 256  # of the one sample, over all ranks
-    # vision_hidden, vision_heads, vision_mlp, vision_layers, vision_global_layers: of the vision
-    # tower
+    # Of the vision tower, and of a frame.
     vision_hidden: int = 16
     vision_heads: int = 2
     vision_mlp: int = 32
     vision_layers: int = 1
     vision_global_layers: int = 1
-    # image_size, patch_size, tiles: of a frame
     image_size: int = 8
     patch_size: int = 1
     tiles: int = 1
@@ -267,10 +263,10 @@ def part_of(name: str, regions: Regions) -> str | None:
 def make_batch(
     case: Case, *, frames: range, total: int, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
-    """A sample of random text and ``total`` frames, for ``shard_batch(..., frames="local")``.
+    """One sample of random text and frames; every token sees all frames.
 
-    Every token sees all frames. Of these ``frames`` are there, this rank's, with pixels of
-    ``dtype``; a frame is the same whoever makes it.
+    Of ``total`` frames those are there that ``shard_batch(..., frames="local")`` is to get; a frame
+    is the same whoever makes it.
     """
     batch = case.contract().random_frames(
         case.config(), text_tokens=case.text_tokens, total=total, frames=frames, seed=0

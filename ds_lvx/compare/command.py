@@ -1,4 +1,7 @@
-"""``ds-lvx compare``: the methods side by side, on the shapes and the network of your choice."""
+"""``ds-lvx compare``: the methods side by side, on the shapes and the network of your choice.
+
+Options out of their range, or that do not fit each other, are a `ValueError`.
+"""
 
 from __future__ import annotations
 
@@ -129,11 +132,7 @@ def show(results: Mapping[str, Any], options: argparse.Namespace) -> int:
 
 
 def settle(options: argparse.Namespace) -> Ranks:
-    """`settle_measurement`, and where it runs, by the options or as this machine has it.
-
-    Raises:
-        ValueError: options out of their range, or that do not fit each other.
-    """
+    """`settle_measurement`, and where it runs, by the options or as this machine has it."""
     settle_measurement(options)
     network = None if options.network is None else Network.parse(options.network)
     device = _device(options.device, network)
@@ -151,11 +150,7 @@ def settle(options: argparse.Namespace) -> Ranks:
 
 
 def settle_measurement(options: argparse.Namespace) -> None:
-    """Replace words of the options of `add_measurement` by what they mean.
-
-    Raises:
-        ValueError: options out of their range.
-    """
+    """Replace words of the options of `add_measurement` by what they mean."""
     options.methods = _methods_of(options.methods)
     options.recompute = bool(options.recompute)
     _check_at_least(0, warmup=options.warmup)
@@ -183,11 +178,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def contest_of(options: argparse.Namespace, ranks: int) -> tuple[Contest, dict[str, str]]:
-    """What the options ask for, and the methods that cannot do it, with the reason.
-
-    Raises:
-        ValueError: an option that is out of its range, or no method that is left.
-    """
+    """What the options ask for, and the methods that cannot do it, with the reason."""
 
     def given(*names: str) -> dict[str, Any]:
         return {name: getattr(options, name) for name in names}

@@ -105,10 +105,11 @@ def times(ratio: float | None, digits: int = 2) -> str:
     return "-" if ratio is None else f"{math.floor(ratio * 10**digits) / 10**digits:.{digits}f}"
 
 
-def percentiles(spread: Mapping[str, float], digits: int = 3) -> str:
+def percentiles(
+    spread: Mapping[str, float], write: Callable[[float], str] = "{:.3f}".format
+) -> str:
     """``0.207 (0.182 to 0.223)``."""
-    median, p10, p90 = (f"{spread[name]:.{digits}f}" for name in ("median", "p10", "p90"))
-    return f"{median} ({p10} to {p90})"
+    return "{} ({} to {})".format(*(write(spread[name]) for name in ("median", "p10", "p90")))
 
 
 def write_between(document: Path, mark: str, text: str) -> None:

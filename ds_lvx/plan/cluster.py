@@ -135,7 +135,7 @@ class Device:
     operation_s: float  # of a small operation
     call_s: float  # of an operator's call, forward or backward, beside all kernels and messages
     element_bytes: int = 2  # that the times were taken with; others are scaled
-    # whole_alone, backward_alone: the kernels while all neighbours are idle, where these matter
+    # The kernels while all neighbours are idle, where these matter.
     whole_alone: KernelTime | None = None
     backward_alone: KernelTime | None = None
     alone: float = 1.0  # share of the time that all else takes then

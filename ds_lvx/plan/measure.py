@@ -39,7 +39,7 @@ Run: TypeAlias = Callable[[], object]
 class Samples:
     """What is measured."""
 
-    # heads, kv_heads, head_dim: of the attention kernels
+    # Of the attention kernels.
     heads: int
     kv_heads: int
     head_dim: int
@@ -54,11 +54,9 @@ class Samples:
 def measure(wanted: Samples) -> dict[str, Any]:
     """Every sample of this rank, in seconds, in a process of its own.
 
-    Returns:
-        ``device``; ``kernels`` (by kind, a list of shape and samples; ``whole_alone`` and
-        ``backward_alone`` are for rank 0 while the others wait), ``elementwise``, ``operation``,
-        ``matmul``, ``call``, ``transfers`` (by kind, a list of bytes and samples), and ``hidden``
-        (transfers under a kernel).
+    ``kernels`` are by kind, lists of shape and samples; ``whole_alone`` and ``backward_alone`` are
+    for rank 0 while the others wait. ``transfers`` are lists of bytes and samples, ``hidden`` those
+    under a kernel.
 
     Collectives: those that are measured, and agreements of 2 KiB on the CPU.
     """

@@ -37,7 +37,7 @@ class Ranks:
         return min(self.cluster.gpus_per_node, self.size)
 
     def shift(self, nbytes: float, *, hops: int = 1, crowded: bool = False) -> Transfer:
-        """Every rank sends ``nbytes`` to the one ``hops`` ahead on the ring, or behind.
+        """Every rank sends ``nbytes`` to the one ``hops`` ahead on the ring.
 
         ``crowded``: another shift, to the other side, is under way at the same time.
         """

@@ -9,15 +9,7 @@ from itertools import product
 import torch
 
 from ds_lvx.compare.kernels.roofline import Problem, Work, backward_work, forward_work
-from ds_lvx.compare.operators.tensors import (
-    FRAMES_SEEN,
-    Shape,
-    Shards,
-    end_of_prefix,
-    first_frame,
-    make_shards,
-    split,
-)
+from ds_lvx.compare.operators.tensors import Shape, Shards, make_shards, split, visibility
 
 DIRECTIONS = ("forward", "backward")
 
@@ -54,21 +46,20 @@ class KernelCase:
 
     def problem(self) -> Problem:
         """What its operations and bytes follow from."""
-        shape, keys, visible, seen = self.shape, self.keys, 1.0, 1.0
-        rows = range(shape.seqlen_q)
-        if shape.visibility == "frames":
-            firsts = {first_frame(row, shape) for row in rows}
-            frames = {frame + more for frame in firsts for more in range(FRAMES_SEEN)}
-            visible, seen = FRAMES_SEEN / shape.frames, len(frames) / shape.frames
-        elif shape.visibility == "prefix":
-            ends = (-(-end_of_prefix(r, shape) * shape.seqlen_kv // shape.frames) for r in rows)
-            own = [min(max(end - keys.start, 0), len(keys)) for end in ends]
-            visible, seen = sum(own) / len(rows) / len(keys), max(own) / len(keys)
-        elif shape.visibility == "causal":
-            visible = (len(rows) + 1) / (2 * len(rows))
+        shape, keys, visible, seen = self.shape, len(self.keys), 1.0, 1.0
+        places = torch.arange(self.keys.start, self.keys.stop)
+        sees = visibility(shape, torch.arange(shape.seqlen_q), places)
+        if sees is not None:  # positions are in order: a query sees a run of keys
+            position = sees.kv_pos[0]
+            first, behind = (torch.searchsorted(position, e[0]) for e in (sees.q_start, sees.q_end))
+            visible = (behind - first).sum().item() / shape.seqlen_q / keys
+            runs = torch.zeros(keys + 1, dtype=torch.int64)
+            for edges, begins in ((first, 1), (behind, -1)):
+                runs.index_add_(0, edges, torch.full_like(edges, begins))
+            seen = (runs.cumsum(0) > 0).sum().item() / keys
         return Problem(
-            len(rows),
-            len(keys),
+            shape.seqlen_q,
+            keys,
             shape.heads,
             shape.kv_heads,
             shape.head_dim,

@@ -33,9 +33,8 @@ _ROWS, _KEYS = 32, 64
 class Exact:
     """A case's tensors and what is right for them."""
 
-    # problem, upstream: what the candidates get; lse and delta are PyTorch's
-    problem: Problem
-    upstream: Upstream
+    problem: Problem  # what the candidates get
+    upstream: Upstream  # likewise; lse and delta are PyTorch's
     rows: Tensor  # the queries that are checked
     keys: Tensor  # the keys whose gradients are checked
     # in float64 ``out [1, rows, H, D]`` and ``lse [1, rows, H]``, ``dq`` of the rows, and ``dk``

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from ds_lvx.compare.document import Cells, cell, columns, markdown, times
+from ds_lvx.compare.document import Cells, cell, columns, markdown, percentiles, times
 from ds_lvx.compare.kernels.candidates import OURS
 from ds_lvx.compare.kernels.cases import DIRECTIONS, KernelCase
 from ds_lvx.compare.kernels.roofline import floor
@@ -116,11 +116,8 @@ def _times(records: Sequence[Record], timed: Seconds) -> str:
     candidates = list(dict.fromkeys(r["candidate"] for r in records))
     rows = {place: dict.fromkeys(candidates, "-") for place in map(_place, records)}
     for r in records:
-        text = r["status"]
-        if text == "ok":
-            text = "{} ({} to {})".format(
-                *(_ms(r["device_s"][n]) for n in ("median", "p10", "p90"))
-            )
+        is_timed = r["status"] == "ok"
+        text = percentiles(r["device_s"], _ms) if is_timed else r["status"]
         rows[_place(r)][r["candidate"]] = text
     body = ((*place, *own.values()) for place, own in rows.items() if place in timed)
     return markdown([("median (p10 to p90), ms", "", *candidates), *body])

@@ -30,14 +30,13 @@ class Rates(Protocol):
 class Problem:
     """Attention of some queries over the keys of one rank."""
 
-    # queries, keys, heads, kv_heads, head_dim, batch, element_bytes: S, T, H, K, D, B, e
-    queries: int
-    keys: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    batch: int = 1
-    element_bytes: int = 2
+    queries: int  # S
+    keys: int  # T
+    heads: int  # H
+    kv_heads: int  # K
+    head_dim: int  # D
+    batch: int = 1  # B
+    element_bytes: int = 2  # e
     visible: float = 1.0  # share of the S x T pairs in which the query sees the key
     seen: float = 1.0  # share of the keys that any query sees; nobody has to read the others
 

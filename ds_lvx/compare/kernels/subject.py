@@ -80,16 +80,18 @@ class Worker:
         """
         if self._process is None:
             self._pipe, theirs = self._context.Pipe()
-            self._process = self._context.Process(target=_serve, args=(theirs, *self._bench))
+            bench = (theirs, *self._bench)
+            self._process = self._context.Process(target=_serve, args=bench, daemon=True)
             self._process.start()
             theirs.close()
             self._answer(_START_S)
-        self._pipe.send((method, arguments))
-        return self._answer(limit_s)
+        return self._answer(limit_s, (method, arguments))
 
-    def _answer(self, limit_s: float) -> Any:
+    def _answer(self, limit_s: float, *questions: Any) -> Any:
         problem = f"was not done after {limit_s:.0f} s"
         try:
+            for question in questions:
+                self._pipe.send(question)
             if self._pipe.poll(limit_s):
                 return self._pipe.recv()
         except (EOFError, ConnectionError):

@@ -130,12 +130,7 @@ class Bench:
         return found, memory.peak_bytes() - before
 
     def rates(self) -> dict[str, Any]:
-        """What the device reaches: a bf16 matrix product, and a copy of its memory.
-
-        Returns:
-            ``matrix_flops`` (of a product of two square matrices) and ``memory_bytes_per_s`` (read
-            and written), by their medians, their sizes and every sample.
-        """
+        """What the device reaches: a bf16 product of square matrices, and a copy of its memory."""
         size, copied = (256, 2**22) if self._timing.quick else (8192, 2**31)
         a, b = (torch.randn(size, size, device=self._device).bfloat16() for _ in range(2))
         product = torch.empty_like(a)

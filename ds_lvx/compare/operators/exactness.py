@@ -28,9 +28,8 @@ class Difference:
     other: str
     tensor: str  # ``out``, or ``d`` and the name of an input
     error: float  # as a share of the largest value of both; infinite where one is not a number
-    # index, values: where it is in this rank's shard, and what both have there
-    index: tuple[int, ...]
-    values: tuple[float, float]
+    index: tuple[int, ...]  # where it is in this rank's shard
+    values: tuple[float, float]  # what both have there
     tolerance: float  # what ``error`` may be
     rank: int
     shape: str  # whether it is of the ``"whole"`` shape, or of a ``"small"`` one like it

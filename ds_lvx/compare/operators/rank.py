@@ -39,9 +39,8 @@ class Contest:
     recompute: bool = False
     overlap: bool = True  # transfers run under computation
     kernel: str = "auto"  # as in `ds_lvx.lv_xattn`
-    # warmup, repeats: rounds, in each of which every method has one step
-    warmup: int = 2
-    repeats: int = 10
+    warmup: int = 2  # rounds, in each of which every method has one step
+    repeats: int = 10  # likewise
 
 
 def alone(contest: Contest) -> dict[str, Any]:
@@ -53,12 +52,9 @@ def alone(contest: Contest) -> dict[str, Any]:
 def measure(contest: Contest) -> dict[str, Any]:
     """Compare results, then time steps. Every rank of the world calls it.
 
-    Returns:
-        ``differences``: see `exactness.Difference`. ``methods``, empty where there are
-        disagreements: by name, ``step`` and ``kernels`` with ``forward_s`` and ``backward_s`` of
-        every repeat, ``traffic`` of one step in bytes and calls, and ``interface``, what left the
-        interface in that step, where GLOO_SOCKET_IFNAME names it. ``none`` is in rank 0's answer
-        only.
+    ``methods`` is empty where there are disagreements; each has ``forward_s`` and ``backward_s`` of
+    every repeat, ``traffic`` of one step, and ``interface``, what left the interface in that step,
+    where GLOO_SOCKET_IFNAME names it. ``none`` is in rank 0's answer only.
 
     Collectives: those of the methods, and agreements of 2 KiB on the CPU.
     """

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ds_lvx.compare.document import Cells, Results, columns, times
+from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
 from ds_lvx.compare.harness import GATHERED, slowest, spread
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
@@ -166,9 +166,7 @@ def text(results: Results) -> str:
         ),
         "forward, s": lambda r: _seconds(r["forward_s"]["median"]),
         "backward, s": lambda r: _seconds(r["backward_s"]["median"]),
-        "step, s (p10 to p90)": lambda r: "{} ({} to {})".format(
-            *(_seconds(r["step_s"][each]) for each in ("median", "p10", "p90"))
-        ),
+        "step, s (p10 to p90)": lambda r: percentiles(r["step_s"], _seconds),
         "kernels alone, s": lambda r: _seconds(r["kernels_s"]["median"]),
         "step / kernels": lambda r: f"{math.ceil(r['step_over_kernels'] * 100) / 100:.2f}",
         "sent a rank, MB": lambda r: f"{r['bytes_sent'] / 1e6:.3f}",

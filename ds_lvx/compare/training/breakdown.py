@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import deepspeed.comm.comm as deepspeed_comm
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -26,11 +27,13 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from ds_lvx.compare.case import Regions, part_of
-from ds_lvx.compare.training.zero_transfers import ZERO, zero_watched
-from ds_lvx.distributed.pending import Transfer, watching
+from ds_lvx.distributed.pending import Clock, Observer, Transfer, watching
 
 PHASES = ("forward", "backward", "optimizer")
 PARTS = ("vision", "text", "cross_attention", "rest")
+ZERO = "zero "
+_COLLECTIVES = ("all_", "reduce", "broadcast", "inference_all_reduce", "barrier")
+"""How the names of the backend's collectives begin."""
 EXPOSED = tuple(f"exposed_{where}" for where in ("cross_attention", "text", "zero", "rest"))
 COLUMNS = (*PARTS, *EXPOSED)
 """Parts of a phase: computing in a part of the model; waiting in one, or for ZeRO's transfers."""
@@ -135,7 +138,8 @@ class Parts:
             )
             for t in transfers
         ]
-        vars(result).update(vars(broken_down(moments, times[end], seconds)))
+        filled = broken_down(moments, times[end], seconds)
+        result.parts_s, result.hidden_s = filled.parts_s, filled.hidden_s
 
     def enter(self, phase: str) -> None:
         """The step goes on to another of `PHASES`."""
@@ -227,3 +231,66 @@ def _column(part: str, wait: str) -> str:
         return part
     column = "exposed_zero" if wait.startswith(ZERO) else f"exposed_{part}"
     return column if column in EXPOSED else "exposed_rest"
+
+
+# ---- the transfers of DeepSpeed itself: ZeRO's gradients and parameters
+
+
+@contextmanager
+def zero_watched(observer: Observer, *, clock: Clock) -> Iterator[None]:
+    """Call ``observer`` with each transfer of DeepSpeed's backend; named ``"zero all_reduce"``.
+
+    All of them go through one object; a stand-in takes its place that tells how long each call, and
+    the wait for its handle, takes. (DeepSpeed's own logger waits for every transfer where it
+    starts.) One inside an operator of ds_lvx's (an all-to-all of Ulysses) is told twice.
+    """
+    backend = deepspeed_comm.cdb
+    deepspeed_comm.cdb = _Watched(backend, observer, clock)
+    try:
+        yield
+    finally:
+        deepspeed_comm.cdb = backend
+
+
+class _Watched:
+    """DeepSpeed's backend, but that its collectives are told."""
+
+    def __init__(self, backend: Any, observer: Observer, clock: Clock) -> None:
+        self._backend, self._observer, self._clock = backend, observer, clock
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._backend, name)
+        is_told = callable(found) and name.startswith(_COLLECTIVES)
+        return partial(self._told, name, found) if is_told else found
+
+    def _told(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        started = self._clock()
+        result = function(*args, **kwargs)
+
+        def tell(waited: float) -> None:
+            self._observer(Transfer(f"{ZERO}{name}", started, waited, self._clock()))
+
+        if hasattr(result, "wait"):
+            return _WatchedWork(result, self._clock, tell)
+        tell(started)
+        return result
+
+
+class _WatchedWork:
+    """A handle of ``torch.distributed``; when its first wait is over, the time it began is told."""
+
+    def __init__(self, work: Any, clock: Clock, tell: Callable[[float], None]) -> None:
+        self._work, self._clock = work, clock
+        self._tell: Callable[[float], None] | None = tell
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the handle."""
+        waited = self._clock()
+        result = self._work.wait(*args, **kwargs)
+        if self._tell is not None:
+            self._tell(waited)
+            self._tell = None
+        return result

@@ -285,8 +285,8 @@ def _of_times(results: Results) -> str:
     cells: Cells = {
         "vision tower": "{vision_tower}",
         "checkpointing": lambda r: "yes" if r["checkpointing"] else "no",
-        "K, V kept: step, s": lambda r: percentiles(r["step_s"]["kept"], 2),
-        "recomputed: step, s": lambda r: percentiles(r["step_s"]["recomputed"], 2),
+        "K, V kept: step, s": lambda r: percentiles(r["step_s"]["kept"], "{:.2f}".format),
+        "recomputed: step, s": lambda r: percentiles(r["step_s"]["recomputed"], "{:.2f}".format),
         "costs": "{recomputation_costs[step_s]:+.1%}",
         "costs in processor time": "{recomputation_costs[processor_s]:+.1%}",
     }

@@ -99,12 +99,10 @@ def _columns(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
 def finetune(task: Task) -> dict[str, Any]:
     """One step that is compared, then steps to warm up, timed ones and broken-down ones.
 
-    Returns:
-        ``losses`` of all steps (the whole sample's) and ``gradient_norms`` by parameter after the
-        first; by timed step ``step_s``, ``processor_s`` (of all threads of this process),
-        ``attention_bytes`` (`ds_lvx.traffic`) and ``interface_bytes`` (what the network interface
-        sent without packet headers, DeepSpeed's own included; None where ranks share it);
-        ``broken_down``: a `Breakdown` for each further step, and ``whole_s`` by the clock.
+    ``losses`` are those of all steps (the whole sample's), ``gradient_norms`` those after the
+    first. ``processor_s`` is of all threads of this process; ``interface_bytes`` what the network
+    interface sent without packet headers, DeepSpeed's own included (None where ranks share it);
+    ``broken_down`` a `Breakdown` for each further step, and ``whole_s`` by the clock.
     """
     config = task.ds_config(ranks=int(os.environ["WORLD_SIZE"]))
     with (
@@ -116,8 +114,12 @@ def finetune(task: Task) -> dict[str, Any]:
 
 def _finetuned(engine: Any, task: Task) -> dict[str, Any]:
     """The steps of one engine; see `finetune`."""
-    own, dtype = ds_lvx.owned(task.frames), DTYPES[task.dtype]
-    batch = make_batch(task.case, frames=own, total=task.frames, dtype=dtype)
+    batch = make_batch(
+        task.case,
+        frames=ds_lvx.owned(task.frames),
+        total=task.frames,
+        dtype=DTYPES[task.dtype],
+    )
     losses: list[float] = []
     norms: dict[str, float] = {}
 
@@ -202,12 +204,10 @@ class Load:
 def weigh(load: Load) -> dict[str, Any]:
     """Train some steps; bytes and seconds of each.
 
-    Returns:
-        ``before_bytes`` (before the first measured step), and lists with one entry a measured step:
-        ``kept_bytes`` (after forward), ``peak_bytes``, both above what was there before the step,
-        ``forward_s``, ``backward_s``, ``step_s`` (with the optimizer's), ``processor_s`` (of all
-        threads in the same time, which neighbours on the machine do not lengthen), and ``loss``;
-        ``launches`` of one more step on CUDA where they are asked for, else None.
+    ``kept_bytes`` (after forward) and ``peak_bytes`` are above what was there before the step,
+    ``before_bytes`` of the first. ``step_s`` has the optimizer's time, too; ``processor_s`` is of
+    all threads in that time, which neighbours on the machine do not lengthen. ``launches`` are of
+    one more step on CUDA where they are asked for, else None.
     """
     config = ds_config(load.setting, load.case, ranks=int(os.environ["WORLD_SIZE"]))
     with own_device():  # where weights are drawn in a moment
