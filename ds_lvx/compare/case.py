@@ -51,11 +51,11 @@ class Case:
     image_size: int = 8
     patch_size: int = 1
     tiles: int = 1
-    # of the text model, ``"kv"`` (what makes K and V of the visual features), ``"cross"`` (all of
-    # the cross-attention layers) or ``"all"``
+    # Of the text model, ``"kv"`` (what makes K and V of the visual features), ``"cross"`` (all of
+    # the cross-attention layers) or ``"all"``.
     trains: str = "kv"
     # ``"trained"`` (the projector trains, so the features need a gradient), ``"frozen"``, or
-    # ``"tower"`` (the vision tower trains as well)
+    # ``"tower"`` (the vision tower trains as well).
     features: str = "trained"
     family: str = ""  # its ``model_type``; empty for the first one that ds_lvx knows
     trust_remote_code: bool = False  # code that comes with a checkpoint may run

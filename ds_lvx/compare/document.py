@@ -19,21 +19,14 @@ Results = Mapping[str, Any]
 class Subject(Protocol):
     """What a subject has to say about its results."""
 
-    def name(self, results: Results, /) -> str:
-        """Of the files, and of the place in a document."""
-        ...
+    # Of the files, and of the place in a document.
+    def name(self, results: Results, /) -> str: ...
 
-    def text(self, results: Results, /) -> str:
-        """Tables and what belongs to them, in Markdown."""
-        ...
+    # Tables and what belongs to them, in Markdown.
+    def text(self, results: Results, /) -> str: ...
 
-    def draw(self, results: Results, /) -> Any:
-        """A figure of matplotlib's; None where there is none.
-
-        Raises:
-            ModuleNotFoundError: matplotlib is not installed.
-        """
-        ...
+    # A figure of matplotlib's; None where there is none, ModuleNotFoundError without matplotlib.
+    def draw(self, results: Results, /) -> Any: ...
 
 
 def deliver(

@@ -33,7 +33,7 @@ class Place:
     """Where a rank runs."""
 
     prefix: Sequence[str] = ()  # a command that runs the rank's, such as ``ip netns exec name``
-    # variables on top of this process's
+    # Variables on top of this process's.
     environment: Mapping[str, str] = field(default_factory=dict)
 
 

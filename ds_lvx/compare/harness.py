@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 from ds_lvx.compare.fresh import answer, bind, run_fresh
 from ds_lvx.compare.network import MASTER, Lab, Network
 from ds_lvx.config import registry
+from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.shutdown import shutdown
 from ds_lvx.distributed.start import init_distributed
 
@@ -45,7 +46,7 @@ class Ranks:
     count: int  # of processes
     threads: int = 1  # of each, on a CPU
     device: str = "cpu"  # ``"cpu"``, or the name of this machine's accelerator
-    # between them, each in a network namespace; None is this machine's own
+    # Between them, each in a network namespace; None is this machine's own.
     network: Network | None = None
     timeout_s: float = 3600.0  # for the whole run
     environment: Mapping[str, str] = field(default_factory=dict)  # further variables
@@ -113,6 +114,13 @@ def now() -> float:
     """Seconds of this process's clock, when the accelerator has done all that it was given."""
     get_accelerator().synchronize()
     return time.perf_counter()
+
+
+def meet(world: Channel) -> float:
+    """A barrier for ranks that have done all they were given; the time after it."""
+    now()
+    world.barrier()
+    return now()
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any]:

@@ -5,12 +5,14 @@ What the script needs (root, iproute2, kernel features) it says itself, and `Net
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from ds_lvx.compare.fresh import Place
+from ds_lvx.plan.profile import ranks_of_this_node
 from ds_lvx.plan.units import bytes_per_s, seconds
 
 SCRIPT = Path(__file__).with_name("netlab.sh")
@@ -112,8 +114,8 @@ class Counters(NamedTuple):
     sent_packets: int
     received_bytes: int
     received_packets: int
-    # by TCP, on every interface of the network namespace; the bytes of those are among
-    # ``sent_bytes``
+    # By TCP, on every interface of the network namespace; the bytes of those are among
+    # ``sent_bytes``.
     segments_sent_again: int = 0
 
     def since(self, earlier: Counters) -> Counters:
@@ -124,6 +126,18 @@ class Counters(NamedTuple):
     def sent_payload_bytes(self) -> int:
         """What was sent without the headers of Ethernet, IP and TCP."""
         return self.sent_bytes - HEADER_BYTES * self.sent_packets
+
+
+def own_counters() -> Counters | None:
+    """Of the interface that GLOO_SOCKET_IFNAME names; None where other ranks share it."""
+    shared = ranks_of_this_node() != 1
+    return None if shared else read_counters(os.environ.get("GLOO_SOCKET_IFNAME", ""))
+
+
+def carried_since(before: Counters | None) -> Counters | None:
+    """What has changed since `own_counters`."""
+    after = own_counters()
+    return None if before is None or after is None else after.since(before)
 
 
 def read_counters(interface: str, folder: Path = Path("/proc/self/net")) -> Counters | None:

@@ -16,8 +16,8 @@ class Card:
     matrix_flops: float  # bf16 matrix products without sparsity, operations a second
     memory_bytes_per_s: float  # of the device's memory
     memory_bytes: int  # of the device's memory
-    # to its neighbours in a node, one way, where they are joined by NVLink; 0 where only PCIe joins
-    # them
+    # To its neighbours in a node, one way, where they are joined by NVLink; 0 where only PCIe joins
+    # them.
     link_bytes_per_s: float
     source: str  # the data sheet
 

@@ -41,8 +41,8 @@ class Wire:
 
     bytes_per_s: float  # that a rank sends, one way; of large transfers
     latency_s: float  # until a message of no length has arrived
-    # bytes and seconds that were measured, both ascending, the latency not included: between them,
-    # smaller transfers may be slower than the rate says
+    # Bytes and seconds that were measured, both ascending, the latency not included: between them,
+    # smaller transfers may be slower than the rate says.
     points: tuple[tuple[float, float], ...] = ()
 
     def busy_s(self, nbytes: float) -> float:
@@ -63,10 +63,10 @@ class Link:
     gather: Wire  # a hop of an all-gather
     exchange: Wire  # an all-to-all; its latency counts once for each peer
     shifts: Wire  # two shifts, to both sides, of many such pairs that overlap; bytes of both
-    # by how much a shift under way slows down what the rank computes. Nothing on a GPU; on a CPU
-    # somebody has to send
+    # By how much a shift under way slows down what the rank computes. Nothing on a GPU; on a CPU
+    # somebody has to send.
     drag_s: float = 0.0
-    # of the rank, that each byte sent takes besides, as one comes in for it. Nothing on a GPU
+    # Of the rank, that each byte sent takes besides, as one comes in for it. Nothing on a GPU.
     processor_s: float = 0.0
 
     @classmethod
@@ -88,15 +88,15 @@ class KernelTime:
     """How long one attention kernel takes: a cost a call, and terms by shape."""
 
     call_s: float  # of a call on next to nothing
-    # of a query row against a key, for one number of head_dim (``B s t H D`` of them)
+    # Of a query row against a key, for one number of head_dim (``B s t H D`` of them).
     pair_s: float
     key_s: float  # of a number of K, and of V beside it (``B t K D`` of them)
     row_s: float  # of a number of q (``B s H D`` of them)
-    # computing and moving K and V hide each other (a GPU); else they add up
+    # Computing and moving K and V hide each other (a GPU); else they add up.
     overlapped: bool = False
     tile_rows: int = 1  # queries are computed in so many at a time
-    # what the terms miss, such as caches: queries, numbers of K, and measured over fitted at that
-    # shape. Between the shapes it is interpolated
+    # What the terms miss, such as caches: queries, numbers of K, and measured over fitted at that
+    # shape. Between the shapes it is interpolated.
     ratios: tuple[tuple[float, float, float], ...] = ()
 
     def seconds(

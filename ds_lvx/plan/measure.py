@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.common import delta_of
 from ds_lvx.attention.layout import Layout
-from ds_lvx.compare.harness import joined, now
+from ds_lvx.compare.harness import joined, meet, now
 from ds_lvx.distributed.bundles import Bundle, Spec
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.pending import Pending
@@ -45,7 +44,7 @@ class Samples:
     head_dim: int
     lengths: tuple[tuple[int, int], ...]  # pairs of seqlen_q and seqlen_kv
     message_bytes: tuple[int, ...]  # of the transfers, ascending
-    # bytes of a shift, and seqlen_q and seqlen_kv of the kernel above it
+    # Bytes of a shift, and seqlen_q and seqlen_kv of the kernel above it.
     hidden: tuple[int, int, int]
     elements: int  # of elementwise operations, and the square of a matrix product's side
     repeats: int  # of each
@@ -88,9 +87,7 @@ class _Bench:
         """
         found: list[tuple[float, float]] = []
         for _ in range(self.wanted.repeats + 1):
-            get_accelerator().synchronize()
-            self.world.barrier()
-            begun = time.perf_counter(), time.process_time()
+            begun = meet(self.world), time.process_time()
             if part:
                 run()
             found.append((now() - begun[0], time.process_time() - begun[1]))

@@ -29,7 +29,7 @@ class Step:
     parts: dict[str, float]  # seconds by part; they add up to ``seconds``
     cross: Cost  # one cross-attention layer
     bytes_sent: float  # by a rank for all cross-attention layers
-    footprint: Footprint  # memory
+    footprint: Footprint
     fits: bool  # the memory suffices
 
     @property

@@ -91,14 +91,14 @@ class Ranks:
 class Pass:
     """A forward or a backward of one rank."""
 
-    seconds: float = 0.0  # in all
+    seconds: float = 0.0
     kernel_s: float = 0.0  # in attention kernels
     projection_s: float = 0.0  # in the projection of K and V, or its backward
     other_s: float = 0.0  # in merging, copying, calls
     exposed_s: float = 0.0  # waiting for the network; these four add up to ``seconds``
     wire_s: float = 0.0  # that the network is used, hidden or not
     bytes_sent: float = 0.0  # as `ds_lvx.traffic` counts them; of the rank that sends most
-    messages: int = 0  # sent
+    messages: int = 0
 
 
 class Timeline:

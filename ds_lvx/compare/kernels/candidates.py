@@ -57,10 +57,10 @@ class Candidate:
     """One implementation on one case."""
 
     forward: Callable[[], Tensors]  # gives ``out [1, S, H, D]``, and lse where it is told
-    # gives dq, dk, dv like q, k, v; the first call may do a forward before
+    # Gives dq, dk, dv like q, k, v; the first call may do a forward before.
     backward: Callable[[], Tensors]
     notes: dict[str, Any] = field(default_factory=dict)  # what is not part of its time
-    # what `backward` returned, with dk and dv of the key/value heads
+    # What `backward` returned, with dk and dv of the key/value heads.
     by_key_head: Callable[[Tensors], Tensors] = lambda gradients: gradients
     active: Callable[[], AbstractContextManager[Any]] = nullcontext  # a context around all calls
     chosen: Callable[[str], str] | None = None  # by direction, the kernel that really computed

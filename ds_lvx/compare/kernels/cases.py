@@ -21,7 +21,7 @@ class KernelCase:
     model: str  # whose cross-attention it is
     ranks: int  # that share the sample
     shape: Shape  # of the rank's queries and keys, in bf16; with ``shard`` of the whole sequence
-    # which of the ranks it is, over whose keys all queries go; None: ``shape`` says all
+    # Which of the ranks it is, over whose keys all queries go; None: ``shape`` says all.
     shard: int | None = None
 
     @property

@@ -37,8 +37,8 @@ class Exact:
     upstream: Upstream  # likewise; lse and delta are PyTorch's
     rows: Tensor  # the queries that are checked
     keys: Tensor  # the keys whose gradients are checked
-    # in float64 ``out [1, rows, H, D]`` and ``lse [1, rows, H]``, ``dq`` of the rows, and ``dk``
-    # and ``dv [1, keys, K, D]``
+    # In float64 ``out [1, rows, H, D]`` and ``lse [1, rows, H]``, ``dq`` of the rows, and ``dk``
+    # and ``dv [1, keys, K, D]``.
     right: Mapping[str, Tensor]
     out: Tensor  # PyTorch's, of all queries
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -13,11 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from ds_lvx.compare.harness import GATHERED, joined, now, own_device
-from ds_lvx.compare.network import read_counters
+from ds_lvx.compare.harness import GATHERED, joined, meet, now, own_device
+from ds_lvx.compare.network import carried_since, own_counters
 from ds_lvx.compare.operators import exactness
 from ds_lvx.compare.operators.attend import NotingKernel, attend, recomputes
 from ds_lvx.compare.operators.tensors import Shape, Shards, make_shards
@@ -25,7 +23,6 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.pending import without_overlap
 from ds_lvx.distributed.traffic import traffic
 from ds_lvx.kernels.choice import kernel_for
-from ds_lvx.plan.profile import ranks_of_this_node
 
 
 @dataclass(frozen=True)
@@ -33,9 +30,9 @@ class Contest:
     """What is measured."""
 
     shape: Shape  # of the whole sequence
-    # some of `harness.METHODS`; ``none`` is all of it on rank 0, while the others wait
+    # Some of `harness.METHODS`; ``none`` is all of it on rank 0, while the others wait.
     methods: Sequence[str]
-    # lvx projects K and V again in backward; only with ``shape.features_dim``
+    # K and V are projected again by lvx in backward; only with ``shape.features_dim``.
     recompute: bool = False
     overlap: bool = True  # transfers run under computation
     kernel: str = "auto"  # as in `ds_lvx.lv_xattn`
@@ -146,7 +143,7 @@ class Turn:
 
     def step(self, *, counts: bool = False) -> None:
         """Forward and backward of one step, begun on all ranks together."""
-        begin = self._meet()
+        begin = meet(self._world)
         if not self.takes_part:
             return
         out, _ = self._attend(self._kernel)
@@ -161,7 +158,7 @@ class Turn:
             out, self.schedule = self._attend(noting)
             self._noted = noting, len(noting.calls)
             self._shards.results(out)
-        begin = self._meet()
+        begin = meet(self._world)
         if self._noted is None:
             return
         noting, in_forward = self._noted
@@ -193,17 +190,13 @@ class Turn:
         What TCP sends again is no traffic of the method: a step with such is counted anew, three
         times at most.
         """
-        # Ranks that share an interface cannot tell whose bytes they were.
-        shared = ranks_of_this_node() != 1
-        interface = "" if shared else os.environ.get("GLOO_SOCKET_IFNAME", "")
         for _ in range(3):
-            self._meet()
-            before = read_counters(interface)
+            meet(self._world)
+            before = own_counters()
             with traffic() as sent:
                 self.step()
-                self._meet()
-            after = read_counters(interface)
-            carried = None if before is None or after is None else after.since(before)
+                meet(self._world)
+            carried = carried_since(before)
             again = 0 if carried is None else carried.segments_sent_again
             if not any(answer["again"] for answer in self._world.agree({"again": again})):
                 break
@@ -218,9 +211,3 @@ class Turn:
             if carried is None
             else {**carried._asdict(), "sent_payload_bytes": carried.sent_payload_bytes},
         }
-
-    def _meet(self) -> float:
-        """A barrier; the time after it."""
-        get_accelerator().synchronize()
-        self._world.barrier()
-        return now()

@@ -38,9 +38,9 @@ class Shape:
     dtype: str = "bfloat16"  # its name in torch
     # ``"all"``; ``"causal"``, where the last query sees all keys and the others their share from
     # the front; ``"frames"``, where the keys are frames and a query sees four in a row, later ones
-    # the later the query is; ``"prefix"``, where it sees all frames up to its own
+    # the later the query is; ``"prefix"``, where it sees all frames up to its own.
     visibility: str = "all"
-    # width of the features that K and V are projected from; None for K and V as they are
+    # Width of the features that K and V are projected from; None for K and V as they are.
     features_dim: int | None = None
     frames: int = FRAMES  # that the keys are
 
@@ -79,7 +79,7 @@ class Shards:
     dout: Tensor  # the same
     # ``{"k": ..., "v": ...}``, each ``[batch, seqlen_kv, kv_heads, head_dim]``; or ``{"features":
     # ..., "k_proj": ..., "v_proj": ...}``, ``[batch, seqlen_kv, features_dim]`` and twice
-    # ``[features_dim, kv_heads * head_dim]``
+    # ``[features_dim, kv_heads * head_dim]``.
     keys: dict[str, Tensor]
     head_dim: int  # of keys that are projected
     visibility: Visibility | None  # of these queries over these keys

@@ -43,11 +43,11 @@ COLUMNS = (*PARTS, *EXPOSED)
 class Breakdown:
     """One step of one rank, in seconds."""
 
-    # phase -> `COLUMNS` -> seconds; they add up to the step
+    # Phase -> `COLUMNS` -> seconds; they add up to the step.
     parts_s: dict[str, dict[str, float]] = field(default_factory=dict)
-    # phase -> seconds in which a transfer was under way while the rank did something else. A
+    # Phase -> seconds in which a transfer was under way while the rank did something else. A
     # transfer counts from its start until its result has arrived and been asked for, so this is the
-    # most that it can have hidden
+    # most that it can have hidden.
     hidden_s: dict[str, float] = field(default_factory=dict)
 
 

@@ -49,7 +49,7 @@ class Scales:
     ranks: int = 2  # that share the sample; each is a process
     frames: int = 32  # the smallest visual input of a rank, at which step times are compared
     steps: int = 3  # measured at that size; one at others
-    # what the largest run may add to a rank's memory; 0: it is not so large
+    # What the largest run may add to a rank's memory; 0: it is not so large.
     budget_bytes: int = GIB
     threads: int = 1  # of a rank on a CPU
 

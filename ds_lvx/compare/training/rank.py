@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 import ds_lvx
 from ds_lvx.compare.case import Case, build_model, ds_config, make_batch
 from ds_lvx.compare.harness import METHODS, now, own_device
-from ds_lvx.compare.network import read_counters
+from ds_lvx.compare.network import carried_since, own_counters
 from ds_lvx.compare.peak import meter
 from ds_lvx.compare.training.breakdown import Parts
 from ds_lvx.distributed.pending import without_overlap
@@ -133,20 +133,18 @@ def _finetuned(engine: Any, task: Task) -> dict[str, Any]:
         """
         engine.ds_lvx.groups.world_channel.barrier()
         with around or nullcontext() as found, ds_lvx.traffic() as traffic:
-            start, worked, counted = now(), time.process_time(), _interface_bytes()
+            start, worked, counted = now(), time.process_time(), own_counters()
             shard = ds_lvx.shard_batch(batch, model=engine.module, frames="local")
             loss = engine(**shard).loss
             enter("backward")
             engine.backward(loss)
             enter("optimizer")
             engine.step()
-            sample = {
-                "step_s": now() - start,
-                "processor_s": time.process_time() - worked,
-                "interface_bytes": None if counted is None else (_interface_bytes() or 0) - counted,
-            }
+            sample = {"step_s": now() - start, "processor_s": time.process_time() - worked}
+            carried = carried_since(counted)
+            sent = None if carried is None else carried.sent_payload_bytes
         losses.append(float(ds_lvx.mean_loss(loss)))
-        return {**sample, "attention_bytes": traffic.bytes_sent}, found
+        return {**sample, "interface_bytes": sent, "attention_bytes": traffic.bytes_sent}, found
 
     def look(phase: str) -> None:
         if phase == "optimizer":
@@ -176,14 +174,6 @@ def gradient_norms(engine: Any) -> dict[str, float]:
             gradient = safe_get_full_grad(parameter)
             norms[name] = 0.0 if gradient is None else float(gradient.float().norm())
     return norms
-
-
-def _interface_bytes() -> int | None:
-    """What this rank's interface sent, where the network is its own."""
-    if "NETLAB" not in os.environ:
-        return None
-    counters = read_counters(os.environ["GLOO_SOCKET_IFNAME"])
-    return None if counters is None else counters.sent_payload_bytes
 
 
 # ---- memory
