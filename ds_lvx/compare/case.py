@@ -30,34 +30,19 @@ Regions: TypeAlias = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Case:
-    """A model's sizes, and what of it trains.
+    """A model's sizes, and what of it trains."""
 
-    Attributes:
-        hidden, heads, kv_heads: of the text model.
-        cross_layers, self_layers: of the text model, cross-attention first.
-        mlp, vocabulary: of the text model.
-        head_dim: of the text model; 0: hidden / heads.
-        text_tokens: of the one sample, over all ranks.
-        vision_hidden, vision_heads, vision_mlp, vision_layers, vision_global_layers: of the vision
-            tower.
-        image_size, patch_size, tiles: of a frame.
-        trains: of the text model, ``"kv"`` (what makes K and V of the visual features), ``"cross"``
-            (all of the cross-attention layers) or ``"all"``.
-        features: ``"trained"`` (the projector trains, so the features need a gradient),
-            ``"frozen"``, or ``"tower"`` (the vision tower trains as well).
-        family: its ``model_type``; empty for the first one that ds_lvx knows.
-        trust_remote_code: code that comes with a checkpoint may run.
-    """
-
+    # Of the text model, whose cross-attention layers come first.
     hidden: int = 4096
     heads: int = 32
     kv_heads: int = 8
     cross_layers: int = 8
     self_layers: int = 0
     mlp: int = 64
-    head_dim: int = 0
+    head_dim: int = 0  # 0: hidden / heads
     vocabulary: int = 512
-    text_tokens: int = 256
+    text_tokens: int = 256  # of the one sample, over all ranks
+    # Of the vision tower, and of a frame.
     vision_hidden: int = 16
     vision_heads: int = 2
     vision_mlp: int = 32
@@ -66,10 +51,14 @@ class Case:
     image_size: int = 8
     patch_size: int = 1
     tiles: int = 1
+    # Of the text model, ``"kv"`` (what makes K and V of the visual features), ``"cross"`` (all of
+    # the cross-attention layers) or ``"all"``.
     trains: str = "kv"
+    # ``"trained"`` (the projector trains, so the features need a gradient), ``"frozen"``, or
+    # ``"tower"`` (the vision tower trains as well).
     features: str = "trained"
-    family: str = ""
-    trust_remote_code: bool = False
+    family: str = ""  # its ``model_type``; empty for the first one that ds_lvx knows
+    trust_remote_code: bool = False  # code that comes with a checkpoint may run
 
     @classmethod
     def of(cls, size: Size, family: str) -> Case:
@@ -154,12 +143,9 @@ def random_case(name: str) -> Case:
 
 
 def cut(case: Case, *, hidden: int | None = None, **layers: int | None) -> Case:
-    """A model of fewer or narrower layers; None leaves a size as it is.
+    """A model of fewer (``cross_layers``, ...) or narrower layers; None leaves a size as it is.
 
-    Args:
-        case: what is cut.
-        hidden: the size of a head stays, and how many query heads share one of K and V.
-        layers: ``cross_layers``, ``self_layers``, ``vision_layers``.
+    The size of a head stays, and how many query heads share one of K and V.
 
     Raises:
         ValueError: a ``hidden`` that is no multiple of the size of a head, or no layers.
@@ -185,11 +171,7 @@ def cut(case: Case, *, hidden: int | None = None, **layers: int | None) -> Case:
 
 
 def case_of(checkpoint: str, *, trust_remote_code: bool = False) -> Case:
-    """The sizes of a checkpoint, by its config; all of it trains.
-
-    Args:
-        checkpoint: folder or hub name.
-        trust_remote_code: code that comes with it may run.
+    """The sizes of a checkpoint, by its config (folder or hub name); all of it trains.
 
     Raises:
         ValueError: it cannot be read, is of another family, or has nothing to compare.
@@ -231,11 +213,8 @@ def build_model(
 ) -> nn.Module:
     """The model, on the device that tensors are made on; only what the case trains has gradients.
 
-    Args:
-        case: its sizes.
-        checkpoint: of its weights; None draws them in bf16, with open gates: the same every time on
-            one kind of device.
-        dtype: of its weights.
+    Without a checkpoint its weights are drawn in bf16, with open gates: the same every time on one
+    kind of device.
     """
     family = case.contract()
     model: nn.Module
@@ -286,14 +265,8 @@ def make_batch(
 ) -> dict[str, Tensor]:
     """One sample of random text and frames; every token sees all frames.
 
-    Args:
-        case: sizes.
-        frames: those that are there, this rank's; a frame is the same whoever makes it.
-        total: of the sample.
-        dtype: of the pixels.
-
-    Returns:
-        A batch for ``ds_lvx.shard_batch(..., frames="local")``.
+    Of ``total`` frames those are there that ``shard_batch(..., frames="local")`` is to get; a frame
+    is the same whoever makes it.
     """
     batch = case.contract().random_frames(
         case.config(), text_tokens=case.text_tokens, total=total, frames=frames, seed=0
@@ -311,16 +284,10 @@ def ds_config(
     zero_stage: int = 2,
     text_method: str = "ulysses",
 ) -> dict[str, Any]:
-    """The ds_config that trains a case on ``ranks`` ranks that share one sample.
+    """The ds_config that trains a case on ``ranks`` ranks, all of the job, that share one sample.
 
-    Args:
-        setting: of the cross-attention.
-        case: what is trained.
-        ranks: all of the job.
-        schedule: of lvx; None is the default.
-        dtype: ``"bfloat16"`` or ``"float32"``.
-        zero_stage: of DeepSpeed.
-        text_method: of the text's own attention.
+    ``setting`` and ``schedule`` (of lvx; None is the default) are the cross-attention's,
+    ``text_method`` the text's. ``dtype`` is ``"bfloat16"`` or ``"float32"``.
     """
     match = case.contract().patterns
     rule = {"match": match["cross"], **setting.rule()}

@@ -1,4 +1,7 @@
-"""``ds-lvx compare``: the methods side by side, on the shapes and the network of your choice."""
+"""``ds-lvx compare``: the methods side by side, on the shapes and the network of your choice.
+
+Options out of their range, or that do not fit each other, are a `ValueError`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,10 @@ from ds_lvx.compare.operators.rank import Contest
 from ds_lvx.compare.operators.tensors import DTYPES, VISIBILITIES, Shape
 from ds_lvx.compare.training import model
 from ds_lvx.config.registry import kernel_words
+from ds_lvx.config.words import nearest
 from ds_lvx.plan.units import count
 
+WORDS = ("lvx", *METHODS)
 DEFAULT_METHODS = ("lvx", "ulysses", "ring", "none")
 
 
@@ -65,29 +69,24 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     lengths.add_argument("--visibility", choices=VISIBILITIES, default="all")
     how = parser.add_argument_group("how")
-    names = ("lvx", *METHODS)
+    both = argparse.BooleanOptionalAction
     how.add_argument(
         "--methods",
         nargs="+",
         default=DEFAULT_METHODS,
         metavar="METHOD",
-        help=f"of {', '.join(names)} (lvx: both schedules; gathered: the visual tokens on every "
+        help=f"of {', '.join(WORDS)} (lvx: both schedules; gathered: the visual tokens on every "
         "rank; none: one process)",
     )
     how.add_argument("--kernel", choices=kernel_words(), default="auto")
     how.add_argument(
         "--recompute",
-        action=argparse.BooleanOptionalAction,
+        action=both,
         help="K and V come from features by a projection, which lvx runs again in backward; "
         "--no-recompute: all methods keep K and V",
     )
     how.add_argument("--features-dim", type=int, help="of the features; default: heads * head-dim")
-    how.add_argument(
-        "--overlap",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="transfers run under computation",
-    )
+    how.add_argument("--overlap", action=both, default=True, help="transfers run under computation")
     how.add_argument("--warmup", type=int, default=2, help="steps of each method, not counted")
     how.add_argument("--repeats", type=int, default=10, help="steps of each method")
 
@@ -133,11 +132,7 @@ def show(results: Mapping[str, Any], options: argparse.Namespace) -> int:
 
 
 def settle(options: argparse.Namespace) -> Ranks:
-    """`settle_measurement`, and where it runs, by the options or as this machine has it.
-
-    Raises:
-        ValueError: options out of their range, or that do not fit each other.
-    """
+    """`settle_measurement`, and where it runs, by the options or as this machine has it."""
     settle_measurement(options)
     network = None if options.network is None else Network.parse(options.network)
     device = _device(options.device, network)
@@ -155,12 +150,8 @@ def settle(options: argparse.Namespace) -> Ranks:
 
 
 def settle_measurement(options: argparse.Namespace) -> None:
-    """Replace words of the options of `add_measurement` by what they mean.
-
-    Raises:
-        ValueError: options out of their range.
-    """
-    options.methods = methods_of(options.methods)
+    """Replace words of the options of `add_measurement` by what they mean."""
+    options.methods = _methods_of(options.methods)
     options.recompute = bool(options.recompute)
     _check_at_least(0, warmup=options.warmup)
     _check_at_least(1, repeats=options.repeats)
@@ -187,11 +178,11 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def contest_of(options: argparse.Namespace, ranks: int) -> tuple[Contest, dict[str, str]]:
-    """What the options ask for, and the methods that cannot do it, with the reason.
+    """What the options ask for, and the methods that cannot do it, with the reason."""
 
-    Raises:
-        ValueError: an option that is out of its range, or no method that is left.
-    """
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(options, name) for name in names}
+
     features_dim = options.features_dim
     if options.recompute and features_dim is None:
         features_dim = options.heads * options.head_dim
@@ -200,10 +191,7 @@ def contest_of(options: argparse.Namespace, ranks: int) -> tuple[Contest, dict[s
         seqlen_kv=count(options.seqlen_kv, what="--seqlen-kv"),
         kv_heads=options.heads if options.kv_heads is None else options.kv_heads,
         features_dim=features_dim,
-        **{
-            name: getattr(options, name)
-            for name in ("batch", "heads", "head_dim", "dtype", "visibility")
-        },
+        **given("batch", "heads", "head_dim", "dtype", "visibility"),
     )
     skipped = {}
     if "ulysses" in options.methods:
@@ -214,22 +202,18 @@ def contest_of(options: argparse.Namespace, ranks: int) -> tuple[Contest, dict[s
     able = tuple(method for method in options.methods if method not in skipped)
     if not able:
         raise ValueError(f"--methods: none is left: {'; '.join(skipped.values())}")
-    names = ("recompute", "overlap", "kernel", "warmup", "repeats")
-    return Contest(shape, able, **{name: getattr(options, name) for name in names}), skipped
+    how = given("recompute", "overlap", "kernel", "warmup", "repeats")
+    return Contest(shape, able, **how), skipped
 
 
-def methods_of(words: Sequence[str]) -> tuple[str, ...]:
-    """Methods by their names; ``lvx`` is both schedules, and none comes twice.
-
-    Raises:
-        ValueError: an unknown one; names the nearest.
-    """
+def _methods_of(words: Sequence[str]) -> tuple[str, ...]:
+    """Methods by their names; ``lvx`` is both schedules, and none comes twice."""
     found: dict[str, None] = {}
     for word in words:
-        if word != "lvx" and word not in METHODS:
-            near = get_close_matches(word, ("lvx", *METHODS), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"--methods: got {word!r}; expected some of {['lvx', *METHODS]}{hint}")
+        if word not in WORDS:
+            near = nearest(word, WORDS)
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise ValueError(f"--methods: got {word!r}; expected some of {list(WORDS)}{hint}")
         found |= dict.fromkeys((f"lvx-{each}" for each in SHARDED) if word == "lvx" else (word,))
     return tuple(found)
 

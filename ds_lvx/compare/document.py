@@ -19,21 +19,14 @@ Results = Mapping[str, Any]
 class Subject(Protocol):
     """What a subject has to say about its results."""
 
-    def name(self, results: Results, /) -> str:
-        """Of the files, and of the place in a document."""
-        ...
+    # Of the files, and of the place in a document.
+    def name(self, results: Results, /) -> str: ...
 
-    def text(self, results: Results, /) -> str:
-        """Tables and what belongs to them, in Markdown."""
-        ...
+    # Tables and what belongs to them, in Markdown.
+    def text(self, results: Results, /) -> str: ...
 
-    def draw(self, results: Results, /) -> Any:
-        """A figure of matplotlib's; None where there is none.
-
-        Raises:
-            ModuleNotFoundError: matplotlib is not installed.
-        """
-        ...
+    # A figure of matplotlib's; None where there is none, ModuleNotFoundError without matplotlib.
+    def draw(self, results: Results, /) -> Any: ...
 
 
 def deliver(
@@ -48,11 +41,9 @@ def deliver(
     """Write the files and the document's table, and print the table or the JSON.
 
     Args:
-        subject: whose results they are.
-        results: for the JSON.
-        program: whose place in the document it is.
+        subject, results: whose they are, and for the JSON.
+        program: whose place in the ``document`` it is, see `write_between`.
         folder: for JSON and plot.
-        document: Markdown, see `write_between`.
         as_json: what is printed.
     """
     name, text = subject.name(results), subject.text(results)
@@ -91,12 +82,13 @@ Cells: TypeAlias = Mapping[str, str | Callable[[Any], str]]
 """By heading, what makes a record's cell: a format of its names, or a function of it."""
 
 
+def cell(made_by: str | Callable[[Any], str], record: Mapping[str, Any]) -> str:
+    """One of a record's `Cells`."""
+    return made_by.format_map(record) if isinstance(made_by, str) else made_by(record)
+
+
 def columns(records: Sequence[Mapping[str, Any]], cells: Cells) -> str:
     """A table with a line a record."""
-
-    def cell(made_by: str | Callable[[Any], str], record: Mapping[str, Any]) -> str:
-        return made_by.format_map(record) if isinstance(made_by, str) else made_by(record)
-
     rows = [[cell(made_by, record) for made_by in cells.values()] for record in records]
     return markdown([list(cells), *rows])
 
@@ -106,20 +98,17 @@ def times(ratio: float | None, digits: int = 2) -> str:
     return "-" if ratio is None else f"{math.floor(ratio * 10**digits) / 10**digits:.{digits}f}"
 
 
-def percentiles(spread: Mapping[str, float], digits: int = 3) -> str:
+def percentiles(
+    spread: Mapping[str, float], write: Callable[[float], str] = "{:.3f}".format
+) -> str:
     """``0.207 (0.182 to 0.223)``."""
-    median, p10, p90 = (f"{spread[name]:.{digits}f}" for name in ("median", "p10", "p90"))
-    return f"{median} ({p10} to {p90})"
+    return "{} ({} to {})".format(*(write(spread[name]) for name in ("median", "p10", "p90")))
 
 
 def write_between(document: Path, mark: str, text: str) -> None:
-    """Replace what stands between the two comment lines of ``document`` for ``mark``.
+    """Replace what stands in Markdown between ``<!-- MARK: begin -->`` and ``<!-- MARK: end -->``.
 
-    Args:
-        document: Markdown.
-        mark: such as ``bench_kernels.py, measured``; the lines are ``<!-- MARK: begin -->`` and
-            ``<!-- MARK: end -->``.
-        text: without blank lines around it.
+    A mark is such as ``bench_kernels.py, measured``.
 
     Raises:
         ValueError: the document does not have both lines, in order.

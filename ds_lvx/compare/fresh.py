@@ -30,14 +30,10 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs.
+    """Where a rank runs."""
 
-    Attributes:
-        prefix: a command that runs the rank's, such as ``ip netns exec name``.
-        environment: variables on top of this process's.
-    """
-
-    prefix: Sequence[str] = ()
+    prefix: Sequence[str] = ()  # a command that runs the rank's, such as ``ip netns exec name``
+    # Variables on top of this process's.
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -52,20 +48,18 @@ def run_fresh(
     places: Sequence[Place] | None = None,
     master: str = "127.0.0.1",
 ) -> list[Any]:
-    """Run a module's ``main`` on ranks that are new processes.
+    """Run a module that calls `answer` in new processes, one a rank; its answers, by rank.
+
+    RANK and the other variables of a launcher are set.
 
     Args:
-        module: name of a module that calls `answer`.
+        module: its name.
         request: for the module, JSON.
-        ranks: processes; RANK and the other variables of a launcher are set.
-        threads: of a rank.
+        ranks, threads: processes, and threads of each.
         timeout_s: for the whole run.
         environment: further variables, of all ranks.
         places: one a rank, where they do not all run here.
         master: address of rank 0 as every rank sees it.
-
-    Returns:
-        What the module's function returned, by rank.
 
     Raises:
         RunError: a rank failed or took too long; all are ended.
@@ -88,21 +82,18 @@ def run_fresh(
         try:
             for rank, place in enumerate([Place()] * ranks if places is None else places):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared, **place.environment}
+                command = [*place.prefix, sys.executable, "-m", module, str(path)]
                 with (folder / f"log-{rank}").open("w") as log:
-                    processes.append(
-                        subprocess.Popen(
-                            [*place.prefix, sys.executable, "-m", module, str(path)],
-                            env={**os.environ, **own},
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                        )
-                    )
+                    output: Any = {"stdout": log, "stderr": subprocess.STDOUT}
+                    processes.append(subprocess.Popen(command, env={**os.environ, **own}, **output))
             _wait(processes, folder, timeout_s)
         finally:
             for process in processes:
                 process.kill()  # nothing, where it has ended
                 process.wait()
-            _remove_shared_buffers(master, port)
+            # DeepSpeed's operator for CPUs leaves a buffer a rank in shared memory for ever.
+            for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{master}_{port}_*"):
+                buffer.unlink(missing_ok=True)
         return [json.loads((folder / f"answer-{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -153,13 +144,6 @@ def _failure(folder: Path, rank: int, what: str) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
-
-
-def _remove_shared_buffers(master: str, port: int) -> None:
-    """DeepSpeed's operator for CPUs leaves a buffer a rank in shared memory for ever."""
-    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{master}_{port}_*"):
-        buffer.unlink(missing_ok=True)

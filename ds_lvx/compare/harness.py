@@ -9,19 +9,23 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any, get_type_hints
 
 import numpy as np
+import torch
 from deepspeed.accelerator import get_accelerator
 from pydantic import TypeAdapter
 
-from ds_lvx.compare.fresh import answer, run_fresh
+from ds_lvx.compare.fresh import answer, bind, run_fresh
 from ds_lvx.compare.network import MASTER, Lab, Network
 from ds_lvx.config import registry
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.shutdown import shutdown
+from ds_lvx.distributed.start import init_distributed
 
 SHARDED = tuple(sorted(s for s, entry in registry.SCHEDULES.items() if not entry.same_queries))
 """Schedules of queries that are split."""
@@ -37,23 +41,15 @@ METHODS: Mapping[str, tuple[str, str | None]] = {
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where something runs.
+    """Where something runs."""
 
-    Attributes:
-        count: of processes.
-        threads: of each, on a CPU.
-        device: ``"cpu"``, or the name of this machine's accelerator.
-        network: between them, each in a network namespace; None is this machine's own.
-        timeout_s: for the whole run.
-        environment: further variables.
-    """
-
-    count: int
-    threads: int = 1
-    device: str = "cpu"
+    count: int  # of processes
+    threads: int = 1  # of each, on a CPU
+    device: str = "cpu"  # ``"cpu"``, or the name of this machine's accelerator
+    # Between them, each in a network namespace; None is this machine's own.
     network: Network | None = None
-    timeout_s: float = 3600.0
-    environment: Mapping[str, str] = field(default_factory=dict)
+    timeout_s: float = 3600.0  # for the whole run
+    environment: Mapping[str, str] = field(default_factory=dict)  # further variables
 
 
 def on_ranks(function: Callable[[Any], Any], request: Any, ranks: Ranks) -> list[Any]:
@@ -62,7 +58,6 @@ def on_ranks(function: Callable[[Any], Any], request: Any, ranks: Ranks) -> list
     Args:
         function: of a module, with one argument: the request.
         request: a dataclass of what JSON has.
-        ranks: where.
 
     Raises:
         RunError: a rank failed.
@@ -93,10 +88,39 @@ def _called(call: Mapping[str, Any]) -> Any:
     return function(TypeAdapter(kind).validate_python(call["request"]))
 
 
+@contextmanager
+def joined() -> Iterator[torch.device]:
+    """In a rank that `on_ranks` started: ``torch.distributed``, and this rank's device."""
+    device = own_device()
+    if device.type == "cpu":
+        bind(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    init_distributed(verbose=False)
+    try:
+        yield device
+    finally:
+        shutdown()
+
+
+def own_device() -> torch.device:
+    """The device of this rank, which its tensors are made on from now on."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(accelerator.current_device_name())
+
+
 def now() -> float:
     """Seconds of this process's clock, when the accelerator has done all that it was given."""
     get_accelerator().synchronize()
     return time.perf_counter()
+
+
+def meet(world: Channel) -> float:
+    """A barrier for ranks that have done all they were given; the time after it."""
+    now()
+    world.barrier()
+    return now()
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any]:

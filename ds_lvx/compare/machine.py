@@ -14,14 +14,8 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    "ds_lvx",
-    "torch",
-    "transformers",
-    "deepspeed",
-    "triton",
-    "flash-attn",
-    "flash-attn-3",
-    "flash-attn-4",
+    *("ds_lvx", "torch", "transformers", "deepspeed", "triton"),
+    *("flash-attn", "flash-attn-3", "flash-attn-4"),
 )
 
 
@@ -30,15 +24,12 @@ def header(
 ) -> dict[str, Any]:
     """Kind, command and versions; of what was measured also device, hardware and load.
 
-    Args:
-        emulated: the ranks were real, but the network between them was slowed down on purpose.
-        predicted: nothing was measured on hardware.
-        device: ``"cpu"`` where the ranks did not use the accelerator of this machine.
+    ``emulated``: the network between the ranks, which are real, was slowed down on purpose.
+    ``device`` is ``"cpu"`` where they did not use the accelerator of this machine.
     """
-    program = Path(sys.argv[0]).name
     begin = {
         "kind": "predicted" if predicted else "emulated" if emulated else "measured",
-        "command": shlex.join([program, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": versions(PACKAGES),
     }
     if predicted:

@@ -5,12 +5,14 @@ What the script needs (root, iproute2, kernel features) it says itself, and `Net
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from ds_lvx.compare.fresh import Place
+from ds_lvx.plan.profile import ranks_of_this_node
 from ds_lvx.plan.units import bytes_per_s, seconds
 
 SCRIPT = Path(__file__).with_name("netlab.sh")
@@ -26,15 +28,10 @@ class NetworkError(RuntimeError):
 
 @dataclass(frozen=True)
 class Network:
-    """What a rank's link carries.
+    """What a rank's link carries."""
 
-    Attributes:
-        bits_per_s: in each direction, packet headers included.
-        latency_s: one way, on top of the machine's own.
-    """
-
-    bits_per_s: int
-    latency_s: float = 0.0
+    bits_per_s: int  # in each direction, packet headers included
+    latency_s: float = 0.0  # one way, on top of the machine's own
 
     @classmethod
     def parse(cls, text: str) -> Network:
@@ -59,10 +56,7 @@ class Network:
 class Lab:
     """Network namespaces, one a rank, while the context is open; gone after it, however it ends.
 
-    Args:
-        network: what each rank's link carries.
-        ranks: namespaces.
-        name: theirs begin with it; letters and digits. Labs of other names may stand beside.
+    Their names begin with ``name``, letters and digits; labs of other names may stand beside.
 
     Raises:
         NetworkError: not root, no iproute2, or a kernel without what it needs; and a lab of this
@@ -114,17 +108,14 @@ class Lab:
 
 
 class Counters(NamedTuple):
-    """What an interface has carried since it exists.
-
-    Attributes:
-        segments_sent_again: by TCP, on every interface of the network namespace; the bytes of
-            those are among ``sent_bytes``.
-    """
+    """What an interface has carried since it exists."""
 
     sent_bytes: int
     sent_packets: int
     received_bytes: int
     received_packets: int
+    # By TCP, on every interface of the network namespace; the bytes of those are among
+    # ``sent_bytes``.
     segments_sent_again: int = 0
 
     def since(self, earlier: Counters) -> Counters:
@@ -137,28 +128,32 @@ class Counters(NamedTuple):
         return self.sent_bytes - HEADER_BYTES * self.sent_packets
 
 
+def own_counters() -> Counters | None:
+    """Of the interface that GLOO_SOCKET_IFNAME names; None where other ranks share it."""
+    shared = ranks_of_this_node() != 1
+    return None if shared else read_counters(os.environ.get("GLOO_SOCKET_IFNAME", ""))
+
+
+def carried_since(before: Counters | None) -> Counters | None:
+    """What has changed since `own_counters`."""
+    after = own_counters()
+    return None if before is None or after is None else after.since(before)
+
+
 def read_counters(interface: str, folder: Path = Path("/proc/self/net")) -> Counters | None:
     """The counters of an interface of this process's network namespace; None where it has none.
 
-    Args:
-        interface: its name.
-        folder: with the kernel's tables ``dev`` and ``snmp``.
+    ``folder`` has the kernel's tables ``dev`` and ``snmp``; some sandboxes have neither.
     """
-    for line in _lines(folder / "dev"):
+    dev, snmp = (
+        table.read_text().splitlines() if table.exists() else []
+        for table in (folder / "dev", folder / "snmp")
+    )
+    tcp = [line.split() for line in snmp if line.startswith("Tcp:")]  # names, and values
+    again = dict(zip(*tcp, strict=True)).get("RetransSegs", 0) if len(tcp) == 2 else 0
+    for line in dev:
         name, colon, values = line.partition(":")
         if colon and name.strip() == interface:
             columns = [int(value) for value in values.split()]
-            return Counters(columns[8], columns[9], columns[0], columns[1], _sent_again(folder))
+            return Counters(columns[8], columns[9], columns[0], columns[1], int(again))
     return None
-
-
-def _sent_again(folder: Path) -> int:
-    table = [line.split() for line in _lines(folder / "snmp") if line.startswith("Tcp:")]
-    if len(table) != 2:  # names and values; some sandboxes have neither
-        return 0
-    names, values = table
-    return int(values[names.index("RetransSegs")])
-
-
-def _lines(table: Path) -> list[str]:
-    return table.read_text().splitlines() if table.exists() else []

@@ -26,19 +26,12 @@ PROMPT_FREEING = {
 
 
 class Meter(NamedTuple):
-    """Reads the memory of this process on one device.
+    """Reads the memory of this process on one device."""
 
-    Attributes:
-        source: where from.
-        reset: begins a new peak, from what is in use now.
-        now_bytes: what is in use now.
-        peak_bytes: the most that was in use since `reset`.
-    """
-
-    source: str
-    reset: Callable[[], object]
-    now_bytes: Callable[[], int]
-    peak_bytes: Callable[[], int]
+    source: str  # where from
+    reset: Callable[[], object]  # begins a new peak, from what is in use now
+    now_bytes: Callable[[], int]  # what is in use now
+    peak_bytes: Callable[[], int]  # the most that was in use since `reset`
 
 
 def meter(device: str | None = None) -> Meter:

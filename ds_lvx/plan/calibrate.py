@@ -65,15 +65,10 @@ _QUICK = measure.Samples(
 
 
 def calibrate(*, ranks: int, network: Network | None = None, quick: bool = False) -> dict[str, Any]:
-    """Measure on ``ranks`` fresh processes of this machine.
+    """Measure on ``ranks`` fresh processes of this machine; on a CPU they share its cores.
 
-    Args:
-        ranks: a GPU each; on a CPU, processes that share its cores.
-        network: an emulated one between them.
-        quick: tiny shapes, to try it; the result is of no use.
-
-    Returns:
-        The profile: what it was measured with, every sample, and the ``cluster`` that follows.
+    The profile has what it was measured with, every sample, and the ``cluster`` that follows. A
+    ``quick`` one, of tiny shapes, is of no use.
 
     Raises:
         ValueError: more ranks than GPUs.
@@ -86,7 +81,7 @@ def calibrate(*, ranks: int, network: Network | None = None, quick: bool = False
         )
     request = _QUICK if quick else _GPU if cuda else _CPU
     where = Ranks(ranks, max(cores() // ranks, 1), "cuda" if cuda else "cpu", network)
-    answers = on_ranks(measure.alone, request, where)
+    answers = on_ranks(measure.measure, request, where)
     begin = header(emulated=network is not None, device=where.device)
     # One rank shows no link: what is guessed of the device stands there.
     cluster = profile.guess(
@@ -95,18 +90,14 @@ def calibrate(*, ranks: int, network: Network | None = None, quick: bool = False
     cluster["device"]["memory_bytes"] = begin["hardware"]["memory_bytes"] // (1 if cuda else ranks)
     over = "" if network is None else f" over an emulated network of {network}"
     cluster["source"] = f"measured on {platform.node()} with {ranks} ranks{over}"
-    return refit(
-        {
-            **begin,
-            "host": platform.node(),
-            "ranks": ranks,
-            "threads_per_rank": where.threads,
-            "network": None if network is None else str(network),
-            "request": asdict(request),
-            "cluster": cluster,
-            "answers": answers,
-        }
-    )
+    about = {
+        "host": platform.node(),
+        "ranks": ranks,
+        "threads_per_rank": where.threads,
+        "network": None if network is None else str(network),
+        "request": asdict(request),
+    }
+    return refit({**begin, **about, "cluster": cluster, "answers": answers})
 
 
 def refit(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,12 +114,8 @@ def pooled(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
     """The first profile with the samples of both, which were measured with the same request.
 
     A machine's speed drifts; calibrated before and after something, both ends count.
-
-    Raises:
-        ValueError: the requests differ.
     """
-    requests = {json.dumps([each["request"], each["ranks"]]) for each in (first, second)}
-    if len(requests) > 1:
+    if len({json.dumps([each["request"], each["ranks"]]) for each in (first, second)}) > 1:
         raise ValueError(
             "got profiles of different requests or ranks; expected the same, so that their samples "
             "belong together"

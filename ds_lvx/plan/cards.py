@@ -10,24 +10,16 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Card:
-    """A device, as its maker's data sheet has it.
+    """A device, as its maker's data sheet has it."""
 
-    Attributes:
-        name: how it is asked for.
-        matrix_flops: bf16 matrix products without sparsity, operations a second.
-        memory_bytes_per_s: of the device's memory.
-        memory_bytes: of the device's memory.
-        link_bytes_per_s: to its neighbours in a node, one way, where they are joined by NVLink; 0
-            where only PCIe joins them.
-        source: the data sheet.
-    """
-
-    name: str
-    matrix_flops: float
-    memory_bytes_per_s: float
-    memory_bytes: int
+    name: str  # how it is asked for
+    matrix_flops: float  # bf16 matrix products without sparsity, operations a second
+    memory_bytes_per_s: float  # of the device's memory
+    memory_bytes: int  # of the device's memory
+    # To its neighbours in a node, one way, where they are joined by NVLink; 0 where only PCIe joins
+    # them.
     link_bytes_per_s: float
-    source: str
+    source: str  # the data sheet
 
 
 CARDS = {
@@ -49,9 +41,9 @@ def card(name: str) -> Card:
     Raises:
         ValueError: an unknown one; lists the known.
     """
-    names = {known.lower(): known for known in CARDS}
-    if name.lower() not in names:
-        near = get_close_matches(name.lower(), names, n=1)
-        hint = f"; did you mean {names[near[0]]!r}?" if near else ""
-        raise ValueError(f"card: got {name!r}; expected one of {list(CARDS)}{hint}")
-    return CARDS[names[name.lower()]]
+    for known, found in CARDS.items():
+        if known.lower() == name.lower():
+            return found
+    near = get_close_matches(name.upper(), CARDS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"card: got {name!r}; expected one of {list(CARDS)}{hint}")

@@ -52,13 +52,10 @@ def cheapest(
     methods: tuple[str, ...] = ("lvx", "ring", "ulysses"),
     schedules: tuple[str, ...] = ("ring", "gather"),
 ) -> Choice:
-    """The fastest method and schedule for a call, as predicted.
+    """The fastest method and schedule of those allowed for a call, as predicted.
 
-    Args:
-        shape: the call, with the lengths of all ranks.
-        cluster: see `ds_lvx.plan.profile.current`. Every rank must use the same one.
-        methods: those allowed; the first of equally fast ones is taken.
-        schedules: those of lvx that are allowed.
+    Of equally fast ones the first is taken. Every rank must use the same cluster, see
+    `ds_lvx.plan.profile.current`.
 
     Raises:
         ValueError: none of the methods can run this call; says why for each.

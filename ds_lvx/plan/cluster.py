@@ -37,17 +37,12 @@ _SAME_SHAPE = 1e-4  # squared octaves
 
 @dataclass(frozen=True)
 class Wire:
-    """One kind of transfer.
+    """One kind of transfer."""
 
-    Attributes:
-        bytes_per_s: that a rank sends, one way; of large transfers.
-        latency_s: until a message of no length has arrived.
-        points: bytes and seconds that were measured, both ascending, the latency not included:
-            between them, smaller transfers may be slower than the rate says.
-    """
-
-    bytes_per_s: float
-    latency_s: float
+    bytes_per_s: float  # that a rank sends, one way; of large transfers
+    latency_s: float  # until a message of no length has arrived
+    # Bytes and seconds that were measured, both ascending, the latency not included: between them,
+    # smaller transfers may be slower than the rate says.
     points: tuple[tuple[float, float], ...] = ()
 
     def busy_s(self, nbytes: float) -> float:
@@ -62,24 +57,16 @@ class Wire:
 
 @dataclass(frozen=True)
 class Link:
-    """What joins ranks, by the kind of transfer; on real networks the kinds differ.
+    """What joins ranks, by the kind of transfer; on real networks the kinds differ."""
 
-    Attributes:
-        shift: from rank to rank, point to point.
-        gather: a hop of an all-gather.
-        exchange: an all-to-all; its latency counts once for each peer.
-        shifts: two shifts, to both sides, of many such pairs that overlap; bytes of both.
-        drag_s: by how much a shift under way slows down what the rank computes. Nothing on a GPU;
-            on a CPU somebody has to send.
-        processor_s: of the rank, that each byte sent takes besides, as one comes in for it. Nothing
-            on a GPU.
-    """
-
-    shift: Wire
-    gather: Wire
-    exchange: Wire
-    shifts: Wire
+    shift: Wire  # from rank to rank, point to point
+    gather: Wire  # a hop of an all-gather
+    exchange: Wire  # an all-to-all; its latency counts once for each peer
+    shifts: Wire  # two shifts, to both sides, of many such pairs that overlap; bytes of both
+    # By how much a shift under way slows down what the rank computes. Nothing on a GPU; on a CPU
+    # somebody has to send.
     drag_s: float = 0.0
+    # Of the rank, that each byte sent takes besides, as one comes in for it. Nothing on a GPU.
     processor_s: float = 0.0
 
     @classmethod
@@ -98,37 +85,24 @@ class Link:
 
 @dataclass(frozen=True)
 class KernelTime:
-    """How long one attention kernel takes: a cost a call, and terms by shape.
+    """How long one attention kernel takes: a cost a call, and terms by shape."""
 
-    Attributes:
-        call_s: of a call on next to nothing.
-        pair_s: of a query row against a key, for one number of head_dim (``B s t H D`` of them).
-        key_s: of a number of K, and of V beside it (``B t K D`` of them).
-        row_s: of a number of q (``B s H D`` of them).
-        overlapped: computing and moving K and V hide each other (a GPU); else they add up.
-        tile_rows: queries are computed in so many at a time.
-        ratios: what the terms miss, such as caches: queries, numbers of K, and measured over fitted
-            at that shape. Between the shapes it is interpolated.
-    """
-
-    call_s: float
+    call_s: float  # of a call on next to nothing
+    # Of a query row against a key, for one number of head_dim (``B s t H D`` of them).
     pair_s: float
-    key_s: float
-    row_s: float
+    key_s: float  # of a number of K, and of V beside it (``B t K D`` of them)
+    row_s: float  # of a number of q (``B s H D`` of them)
+    # Computing and moving K and V hide each other (a GPU); else they add up.
     overlapped: bool = False
-    tile_rows: int = 1
+    tile_rows: int = 1  # queries are computed in so many at a time
+    # What the terms miss, such as caches: queries, numbers of K, and measured over fitted at that
+    # shape. Between the shapes it is interpolated.
     ratios: tuple[tuple[float, float, float], ...] = ()
 
     def seconds(
         self, queries: float, keys: float, *, width: float, kv_width: float, scale: float = 1.0
     ) -> float:
-        """A call.
-
-        Args:
-            queries, keys: lengths.
-            width, kv_width: numbers of a query and of a key: ``B H D``, ``B K D``.
-            scale: for wider elements.
-        """
+        """A call; ``width`` and ``kv_width`` are the numbers of a query and a key: B H D, B K D."""
         tiles = -(-queries // self.tile_rows) * self.tile_rows
         computing, moving = tiles * keys * width * self.pair_s, keys * kv_width * self.key_s
         shape = max(computing, moving) if self.overlapped else computing + moving
@@ -149,36 +123,22 @@ class KernelTime:
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU, or one rank on a CPU, while all its neighbours work too.
+    """One GPU, or one rank on a CPU, while all its neighbours work too."""
 
-    Attributes:
-        name: of the card.
-        memory_bytes: of the device.
-        whole: attention whose result is final.
-        partial: attention whose result is still to be merged.
-        backward: of attention.
-        matmul_flops: multiplications and additions a second, in large matrix products.
-        stream_bytes_per_s: read and written together by elementwise operations.
-        operation_s: of a small operation.
-        call_s: of an operator's call, forward or backward, beside all kernels and messages.
-        element_bytes: that the times were taken with; others are scaled.
-        whole_alone, backward_alone: the kernels while all neighbours are idle, where these matter.
-        alone: share of the time that all else takes then.
-    """
-
-    name: str
-    memory_bytes: int
-    whole: KernelTime
-    partial: KernelTime
-    backward: KernelTime
-    matmul_flops: float
-    stream_bytes_per_s: float
-    operation_s: float
-    call_s: float
-    element_bytes: int = 2
+    name: str  # of the card
+    memory_bytes: int  # of the device
+    whole: KernelTime  # attention whose result is final
+    partial: KernelTime  # attention whose result is still to be merged
+    backward: KernelTime  # of attention
+    matmul_flops: float  # multiplications and additions a second, in large matrix products
+    stream_bytes_per_s: float  # read and written together by elementwise operations
+    operation_s: float  # of a small operation
+    call_s: float  # of an operator's call, forward or backward, beside all kernels and messages
+    element_bytes: int = 2  # that the times were taken with; others are scaled
+    # The kernels while all neighbours are idle, where these matter.
     whole_alone: KernelTime | None = None
     backward_alone: KernelTime | None = None
-    alone: float = 1.0
+    alone: float = 1.0  # share of the time that all else takes then
 
     @property
     def limit_bytes(self) -> int:
@@ -253,11 +213,8 @@ def from_card(
 ) -> Cluster:
     """A cluster by its card's data sheet.
 
-    Args:
-        card: of every rank.
-        gpus, gpus_per_node: see `Cluster`.
-        within, across: links where they are known; else the card's NVLink (or PCIe) and a network
-            of 200 Gbit/s a node.
+    Where the links are not given, they are the card's NVLink (or PCIe) and a network of 200 Gbit/s
+    a node.
     """
     nvlink = LINK_SHARE * (card.link_bytes_per_s or PCIE_BYTES_PER_S)
     network = LINK_SHARE * NETWORK_BYTES_PER_S

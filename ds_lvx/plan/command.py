@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ds_lvx.plan import profile
 from ds_lvx.plan.cards import CARDS, card
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     """Plan or calibrate; the exit status."""
     if options.calibrate:
         return _calibrate(options)
-    scenario, cluster = scenario_of(options), cluster_of(options)
+    scenario, cluster = _scenario_of(options), _cluster_of(options)
     found = plan(scenario, cluster, group=options.group)
     if options.plot is not None:
         try:
@@ -92,12 +93,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def scenario_of(options: argparse.Namespace) -> Scenario:
-    """What the options say about the training.
-
-    Raises:
-        ValueError: an option that is missing, unknown, or out of its range.
-    """
+def _scenario_of(options: argparse.Namespace) -> Scenario:
     if options.model is None:
         raise ValueError("--model: got none; expected a name, or the path of a config.json")
     wanted = model(options.model)
@@ -117,12 +113,8 @@ def scenario_of(options: argparse.Namespace) -> Scenario:
     )
 
 
-def cluster_of(options: argparse.Namespace) -> Cluster:
-    """What the options say about the cluster: a profile or a card, and links.
-
-    Raises:
-        ValueError: an unknown card, a profile that cannot be read, no GPU, a rate without its unit.
-    """
+def _cluster_of(options: argparse.Namespace) -> Cluster:
+    """A profile or a card, and links."""
     if options.card is None and options.profile is None:
         raise ValueError(
             f"--card: got neither a card nor a profile; expected --card with one of {list(CARDS)}, "
@@ -137,21 +129,17 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
     else:
         known = from_card(card(options.card), gpus=1)
     known = known.with_gpus(options.gpus, options.gpus_per_node)
-    return replace(
-        known,
-        within=_link(options, "within", known.within, WITHIN_LATENCY_S),
-        across=_link(options, "across", known.across, ACROSS_LATENCY_S),
-    )
-
-
-def _link(options: argparse.Namespace, side: str, known: Link, latency_s: float) -> Link:
-    rate, latency = getattr(options, side), getattr(options, f"{side}_latency")
-    if rate is None and latency is None:
-        return known
-    return Link.of(
-        known.shift.bytes_per_s if rate is None else bytes_per_s(rate, what=f"--{side}"),
-        latency_s if latency is None else seconds(latency, what=f"--{side}-latency"),
-    )
+    links: dict[str, Any] = {}
+    for side, latency_s in (("within", WITHIN_LATENCY_S), ("across", ACROSS_LATENCY_S)):
+        rate, latency = getattr(options, side), getattr(options, f"{side}_latency")
+        rate_s = getattr(known, side).shift.bytes_per_s
+        if rate is not None:
+            rate_s = bytes_per_s(rate, what=f"--{side}")
+        if latency is not None:
+            latency_s = seconds(latency, what=f"--{side}-latency")
+        if rate is not None or latency is not None:
+            links[side] = Link.of(rate_s, latency_s)
+    return replace(known, **links)
 
 
 def _calibrate(options: argparse.Namespace) -> int:

@@ -27,13 +27,7 @@ ALONE = ("whole_alone", "backward_alone")
 def slowest(
     records: Iterable[Mapping[str, Any]], name: str = "seconds", *, at: float = 0.5
 ) -> float:
-    """The median over repeats, or another quantile, of the slowest rank's time.
-
-    Args:
-        records: of the same thing, by rank.
-        name: of the samples in them.
-        at: the quantile.
-    """
+    """The median over repeats, or another quantile, of the slowest rank's time; records by rank."""
     return float(np.quantile(np.max([each[name] for each in records], axis=0), at))
 
 
@@ -61,9 +55,7 @@ def kernel_time(
 def wire(nbytes: Sequence[float], seconds: Sequence[float]) -> Wire:
     """A link's latency, the rate of its largest transfers, and what lies between.
 
-    Args:
-        nbytes: ascending; the first is next to nothing.
-        seconds: of each.
+    The bytes are ascending; the first are next to nothing.
     """
     latency_s = seconds[0]
     busy = np.maximum.accumulate(seconds) - latency_s  # more bytes never take less: that is noise

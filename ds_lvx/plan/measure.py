@@ -7,26 +7,22 @@ which the timers of PyTorch and Triton know nothing of.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-import ds_lvx
 from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.common import delta_of
 from ds_lvx.attention.layout import Layout
-from ds_lvx.compare.fresh import bind
+from ds_lvx.compare.harness import joined, meet, now
 from ds_lvx.distributed.bundles import Bundle, Spec
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.pending import Pending
-from ds_lvx.distributed.start import init_distributed
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.interface import Kernel, Problem, Upstream
 from ds_lvx.plan.profile import device_name
@@ -40,57 +36,39 @@ Run: TypeAlias = Callable[[], object]
 
 @dataclass(frozen=True)
 class Samples:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        heads, kv_heads, head_dim: of the attention kernels.
-        lengths: pairs of seqlen_q and seqlen_kv.
-        message_bytes: of the transfers, ascending.
-        hidden: bytes of a shift, and seqlen_q and seqlen_kv of the kernel above it.
-        elements: of elementwise operations, and the square of a matrix product's side.
-        repeats: of each.
-    """
-
+    # Of the attention kernels.
     heads: int
     kv_heads: int
     head_dim: int
-    lengths: tuple[tuple[int, int], ...]
-    message_bytes: tuple[int, ...]
+    lengths: tuple[tuple[int, int], ...]  # pairs of seqlen_q and seqlen_kv
+    message_bytes: tuple[int, ...]  # of the transfers, ascending
+    # Bytes of a shift, and seqlen_q and seqlen_kv of the kernel above it.
     hidden: tuple[int, int, int]
-    elements: int
-    repeats: int
+    elements: int  # of elementwise operations, and the square of a matrix product's side
+    repeats: int  # of each
 
 
-def alone(wanted: Samples) -> dict[str, Any]:
-    """`measure` between the start and the end of ``torch.distributed``."""
-    accelerator, device = get_accelerator(), torch.device("cpu")
-    if accelerator.device_name() == "cpu":
-        bind(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    else:
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-        device = torch.device(accelerator.current_device_name())
-    init_distributed(verbose=False)
-    try:
-        return measure(_Bench(Channel.world(), device, wanted))
-    finally:
-        ds_lvx.shutdown()
+def measure(wanted: Samples) -> dict[str, Any]:
+    """Every sample of this rank, in seconds, in a process of its own.
 
-
-def measure(bench: _Bench) -> dict[str, Any]:
-    """Every sample of this rank, in seconds; every rank of the world calls it.
-
-    Returns:
-        ``device``; ``kernels`` (by kind, a list of shape and samples; ``whole_alone`` and
-        ``backward_alone`` are for rank 0 while the others wait), ``elementwise``, ``operation``,
-        ``matmul``, ``call``, ``transfers`` (by kind, a list of bytes and samples), and ``hidden``
-        (transfers under a kernel).
+    ``kernels`` are by kind, lists of shape and samples; ``whole_alone`` and ``backward_alone`` are
+    for rank 0 while the others wait. ``transfers`` are lists of bytes and samples, ``hidden`` those
+    under a kernel.
 
     Collectives: those that are measured, and agreements of 2 KiB on the CPU.
     """
-    found = {"device": device_name(bench.device), "kernels": _kernels(bench), **_operations(bench)}
-    if bench.world.size == 1:
-        return {**found, "transfers": {}, "hidden": []}
-    return {**found, "transfers": _transfers(bench), "hidden": [_hidden(bench)]}
+    with joined() as device:
+        bench = _Bench(Channel.world(), device, wanted)
+        several = bench.world.size > 1
+        return {
+            "device": device_name(device),
+            "kernels": _kernels(bench),
+            **_operations(bench),
+            "transfers": _transfers(bench) if several else {},
+            "hidden": [_hidden(bench)] if several else [],
+        }
 
 
 @dataclass(frozen=True)
@@ -104,24 +82,17 @@ class _Bench:
     def samples(self, run: Run, *, part: bool = True) -> dict[str, list[float]]:
         """Seconds of each repeat on this rank, after one that is not counted; of both clocks.
 
-        ``processor_seconds`` are those of all threads of this rank.
-
-        Args:
-            run: what is timed.
-            part: False for a rank that waits while others run.
+        ``processor_seconds`` are those of all threads of this rank. A rank without ``part`` waits
+        while others run.
         """
-        found: dict[str, list[float]] = {"seconds": [], "processor_seconds": []}
-        for repeat in range(self.wanted.repeats + 1):
-            get_accelerator().synchronize()
-            self.world.barrier()
-            begun = time.perf_counter(), time.process_time()
+        found: list[tuple[float, float]] = []
+        for _ in range(self.wanted.repeats + 1):
+            begun = meet(self.world), time.process_time()
             if part:
                 run()
-            get_accelerator().synchronize()
-            if repeat:
-                found["seconds"].append(time.perf_counter() - begun[0])
-                found["processor_seconds"].append(time.process_time() - begun[1])
-        return found
+            found.append((now() - begun[0], time.process_time() - begun[1]))
+        wall, processor = zip(*found[1:], strict=True)
+        return {"seconds": list(wall), "processor_seconds": list(processor)}
 
     def seconds(self, run: Run, *, part: bool = True) -> list[float]:
         """`samples` of the wall's clock alone."""
@@ -143,13 +114,12 @@ class _Bench:
 def _kernels(bench: _Bench) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for seqlen_q, seqlen_kv in bench.wanted.lengths:
-        runs = _kernel_runs(bench, seqlen_q, seqlen_kv)
+        shape = {"seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv}
+        runs = _kernel_runs(bench, **shape)
         seconds = {kind: bench.seconds(run) for kind, run in runs.items()}
         for kind in ("whole", "backward"):  # what a rank gains where its neighbours are idle
-            mine = bench.seconds(runs[kind], part=bench.world.rank == 0)
-            seconds[f"{kind}_alone"] = mine
+            seconds[f"{kind}_alone"] = bench.seconds(runs[kind], part=bench.world.rank == 0)
         for kind, each in seconds.items():
-            shape = {"seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv}
             found.setdefault(kind, []).append({**shape, "seconds": each})
     return found
 
@@ -201,12 +171,8 @@ def _call(bench: _Bench) -> Run:
         bench.random(1, 1, heads, wanted.head_dim).requires_grad_()
         for heads in (wanted.heads, wanted.kv_heads, wanted.kv_heads)
     )
-    call = Call(
-        Layout(Channel(None), (1,), (1,), device=q.device),
-        kernel=kernel_for("auto", q),
-        softmax_scale=1.0,
-        requires_grad=True,
-    )
+    layout = Layout(Channel(None), (1,), (1,), device=q.device)
+    call = Call(layout, kernel_for("auto", q), softmax_scale=1.0, requires_grad=True)
     dout = torch.ones_like(q)
     return lambda: lvx.attend(call, q, k, v)[0].backward(dout)
 
@@ -242,16 +208,16 @@ def _transfer(kind: str, world: Channel, message: Tensor) -> Run:
     def rotate() -> None:
         """A ring's backward: at every step one message moves on, one goes home."""
         world.shift([message], [spec]).wait()
-        returning: Pending[Bundle] | None = None
+        returning: list[Pending[Bundle]] = []
         for step in range(1, n):
-            following = world.shift([message], [spec]) if step < n - 1 else None
-            if returning is not None:
-                returning.wait()
-            returning = world.shift([other], [spec], hops=-step)
-            if following is not None:
-                following.wait()
-        if returning is not None:
-            returning.wait()
+            following = [world.shift([message], [spec])] if step < n - 1 else []
+            for each in returning:
+                each.wait()
+            returning = [world.shift([other], [spec], hops=-step)]
+            for each in following:
+                each.wait()
+        for each in returning:
+            each.wait()
 
     return rotate
 
@@ -262,10 +228,9 @@ def _hidden(bench: _Bench) -> dict[str, Any]:
     kernel = _kernel_runs(bench, seqlen_q, seqlen_kv)["partial"]
     message = bench.message(nbytes)
 
-    def shifts(under: Run | None = None) -> None:
+    def shifts(under: Run = lambda: None) -> None:
         sides = [bench.world.shift([message], [Spec.of(message)], hops=hops) for hops in (1, -1)]
-        if under is not None:
-            under()
+        under()
         for side in sides:
             side.wait()
 

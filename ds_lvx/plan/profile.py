@@ -24,18 +24,13 @@ FORMAT = 3
 
 
 def current(device: Any, world: int) -> Cluster:
-    """The cluster that this process runs on, as well as it is known.
+    """The cluster of ``world`` ranks that this process runs on, as well as it is known.
 
-    Args:
-        device: ``torch.device`` or its name, of the tensors.
-        world: ranks in all.
-
-    Returns:
-        The profile of this device with the nearest number of ranks, if one has been measured; else
-        the card's data sheet; else, on a CPU, a cautious guess, and on an unknown accelerator the
-        data sheet of an A100. `Cluster.source` says which it is. Ranks of a node are those that
-        the launcher names in LOCAL_WORLD_SIZE or LOCAL_SIZE. On an emulated network (NETLAB), the
-        profile is one that was measured over it; else its rate stands for the link.
+    The profile of the tensors' device with the nearest number of ranks, if one has been measured;
+    else the card's data sheet; else, on a CPU, a cautious guess, and on an unknown accelerator the
+    data sheet of an A100. `Cluster.source` says which it is. Ranks of a node are those that the
+    launcher names in LOCAL_WORLD_SIZE or LOCAL_SIZE. On an emulated network (NETLAB), the profile
+    is one that was measured over it; else its rate stands for the link.
 
     Hosts may have different profiles: let one rank ask, and give the others its answer.
     """
@@ -76,7 +71,10 @@ def device_name(device: Any) -> str:
     """What a profile calls a device: the card's name, or ``cpu`` and the processor's."""
     kind = str(device).partition(":")[0]
     if kind == "cpu":
-        return f"cpu {_processor()}"
+        path = Path("/proc/cpuinfo")
+        text = path.read_text() if path.exists() else ""
+        match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        return f"cpu {match[1].strip() if match else 'of an unknown kind'}"
     import torch
 
     if kind == "cuda" and torch.cuda.is_available():
@@ -114,24 +112,16 @@ def read(path: Path) -> Cluster:
 
 
 def _nearest(name: str, world: int, network: str | None) -> Cluster | None:
-    counts = []
-    for path in sorted(cache.folder().glob(f"profile-{_slug(name)}--*.json")):
-        ranks = path.stem.split("--")[1]
-        if ranks.isdigit() and path == path_of(name, int(ranks), network):
-            counts.append(int(ranks))
+    paths = cache.folder().glob(f"profile-{_slug(name)}--*.json")
+    counts = {
+        int(ranks) for ranks in (path.stem.split("--")[1] for path in paths) if ranks.isdigit()
+    }
     for count in sorted(counts, key=lambda count: (abs(count - world), count)):
         try:
             return read(path_of(name, count, network))
         except ValueError:
-            continue  # of another version: the next one, or the data sheet
+            continue  # of another network or version: the next one, or the data sheet
     return None
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    text = path.read_text() if path.exists() else ""
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else "of an unknown kind"
 
 
 def _some_cpu(gpus: int, gpus_per_node: int) -> Cluster:

@@ -47,37 +47,29 @@ TABLE = (
 def cluster(*, both_ways: bool) -> Cluster:
     """6 A100 of 40 GB, 3 a node, with the links that the authors name.
 
-    Args:
-        both_ways: their 64 and 25 GB/s count both directions together, as 64 GB/s of PCIe 4.0 with
-            16 lanes does; else each direction by itself.
+    ``both_ways``: their 64 and 25 GB/s count both directions together, as 64 GB/s of PCIe 4.0 with
+    16 lanes does; else each direction by itself.
     """
-    share = 2 if both_ways else 1
-    return from_card(
-        CARDS["A100-40"],
-        gpus=RANKS,
-        gpus_per_node=3,
-        within=Link.of(WITHIN_BYTES_PER_S / share, _LATENCY_S),
-        across=Link.of(ACROSS_BYTES_PER_S / share, _LATENCY_S),
+    within, across = (
+        Link.of(rate / (2 if both_ways else 1), _LATENCY_S)
+        for rate in (WITHIN_BYTES_PER_S, ACROSS_BYTES_PER_S)
     )
+    card = CARDS["A100-40"]
+    return from_card(card, gpus=RANKS, gpus_per_node=3, within=within, across=across)
 
 
 def compare(row: Row, on: Cluster) -> dict[str, Any]:
     """The table's line beside the prediction, for all 8 cross-attention layers."""
     llama = FAMILIES.known()[0]
     cross, keys = llama.cross, row.frames * llama.frame_tokens
-    shape = AttentionShape.even(
-        queries=row.text_tokens,
-        keys=keys,
-        ranks=RANKS,
-        heads=cross.heads,
-        kv_heads=cross.kv_heads,
-        head_dim=cross.head_dim,
-    )
+    heads = {name: getattr(cross, name) for name in ("heads", "kv_heads", "head_dim")}
+    shape = AttentionShape.even(queries=row.text_tokens, keys=keys, ranks=RANKS, **heads)
     repeated = replace(shape, kv_heads=shape.heads)
     ring_s, lvx_s = (
         cross.count * sum(walk(Pieces(repeated, on, backward=each)) for each in (False, True))
         for walk in (_ring_s, _lvx_s)
     )
+    ours = {way: cross.count * cost(shape, on, way).seconds for way in ("ring", "lvx gather")}
     speedup, published = ring_s / lvx_s, row.ring_s / row.lvx_s
     return {
         **asdict(row),
@@ -87,9 +79,7 @@ def compare(row: Row, on: Cluster) -> dict[str, Any]:
         "speedup": published,
         "predicted_speedup": speedup,
         "predicted_over_published": speedup / published,
-        "predicted_of_ds_lvx_s": {
-            way: cross.count * cost(shape, on, way).seconds for way in ("ring", "lvx gather")
-        },
+        "predicted_of_ds_lvx_s": ours,
     }
 
 

@@ -123,20 +123,16 @@ def _config(scenario: Scenario, best: Step) -> str:
 def _methods(found: Plan, ranks: int) -> str:
     steps = found.at(ranks)
     ring = next((each.cross_seconds for each in steps if each.way == "ring"), None)
-    rows = [
-        (
-            _name(each),
-            duration(each.seconds),
-            duration(each.cross_seconds),
-            duration(each.parts["cross-attention, network"]),
-            _size(each.bytes_sent),
-            _size(each.footprint.peak) + ("" if each.fits else ", too much"),
-            "-" if ring is None else f"{ring / each.cross_seconds:.3g}",
-        )
-        for each in steps
+    rows: list[tuple[str, ...]] = [
+        ("method", "step", "cross-attention", "waiting", "sends", "memory", "x ring")
     ]
-    head = ("method", "step", "cross-attention", "waiting", "sends", "memory", "x ring")
-    return _table([head, *rows])
+    for each in steps:
+        waiting = each.parts["cross-attention, network"]
+        times = map(duration, (each.seconds, each.cross_seconds, waiting))
+        memory = _size(each.footprint.peak) + ("" if each.fits else ", too much")
+        faster = "-" if ring is None else f"{ring / each.cross_seconds:.3g}"
+        rows.append((_name(each), *times, _size(each.bytes_sent), memory, faster))
+    return _table(rows)
 
 
 def _name(each: Step) -> str:
@@ -167,10 +163,6 @@ def save_plot(scenario: Scenario, cluster: Cluster, ranks: int, path: Path) -> N
 
     Of the attention alone, forward and backward, without the projection of K and V, which is the
     same for all. Groups of one rank have none, and are drawn with all GPUs.
-
-    Raises:
-        ValueError: a cluster of one GPU.
-        ModuleNotFoundError: there is no matplotlib.
     """
     from matplotlib.figure import Figure
 

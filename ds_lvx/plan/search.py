@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from ds_lvx.plan.cluster import Cluster
@@ -16,54 +17,39 @@ from ds_lvx.plan.step import Step, step
 CANDIDATES = ("lvx gather", "lvx ring", "ulysses", "ring")
 """Method and schedule of every plan."""
 _MOST_GPUS = 2**20
+_SECONDS = attrgetter("seconds")
 
 
 @dataclass(frozen=True)
 class Stop:
-    """How far a method goes on these GPUs.
+    """How far a method goes on these GPUs."""
 
-    Attributes:
-        name: of the method and schedule.
-        fits_from: the smallest group whose memory suffices; None where none does.
-        fastest_at: the group with the shortest step among those that fit.
-        ends_at: the largest group it can run.
-        reason: in one line, why it stops.
-    """
-
-    name: str
-    fits_from: int | None
-    fastest_at: int | None
-    ends_at: int
-    reason: str
+    name: str  # of the method and schedule
+    fits_from: int | None  # the smallest group whose memory suffices; None where none does
+    fastest_at: int | None  # the group with the shortest step among those that fit
+    ends_at: int  # the largest group it can run
+    reason: str  # in one line, why it stops
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer.
+    """The answer."""
 
-    Attributes:
-        steps: every group size and method that can run; small groups first.
-        best: the one with the most samples a second that fits.
-        quickest: the one with the shortest step that fits.
-        stops: by method.
-    """
-
-    steps: tuple[Step, ...]
-    best: Step
-    quickest: Step
-    stops: tuple[Stop, ...]
+    steps: tuple[Step, ...]  # every group size and method that can run; small groups first
+    best: Step  # the one with the most samples a second that fits
+    quickest: Step  # the one with the shortest step that fits
+    stops: tuple[Stop, ...]  # by method
 
     def at(self, ranks: int) -> list[Step]:
         """All methods with one group size, fastest first."""
-        return sorted((each for each in self.steps if each.ranks == ranks), key=_seconds)
+        return sorted((each for each in self.steps if each.ranks == ranks), key=_SECONDS)
 
 
 def plan(scenario: Scenario, cluster: Cluster, *, group: int | None = None) -> Plan:
     """Look at all groups that divide the GPUs, or at one.
 
     Raises:
-        ValueError: ``group`` does not divide the GPUs, or nothing fits; says by how much, and what
-            would.
+        ValueError: ``group`` does not divide the GPUs; nothing fits, by how much, and what would.
     """
     divisors = [each for each in range(1, cluster.gpus + 1) if cluster.gpus % each == 0]
     if group is not None and group not in divisors:
@@ -86,13 +72,9 @@ def plan(scenario: Scenario, cluster: Cluster, *, group: int | None = None) -> P
     return Plan(
         steps=steps,
         best=min(fitting, key=lambda each: each.seconds * each.ranks),
-        quickest=min(fitting, key=_seconds),
+        quickest=min(fitting, key=_SECONDS),
         stops=tuple(each for each in stops if each is not None),
     )
-
-
-def _seconds(each: Step) -> float:
-    return each.seconds
 
 
 def _stop(scenario: Scenario, groups: Sequence[int], own: Sequence[Step]) -> Stop | None:
@@ -106,7 +88,7 @@ def _stop(scenario: Scenario, groups: Sequence[int], own: Sequence[Step]) -> Sto
     if not fitting:
         problem = f"; {problem}" if problem else ": no group of these GPUs is large enough"
         return Stop(way, None, None, ends_at, f"memory{problem}")
-    fastest = min(fitting, key=_seconds)
+    fastest = min(fitting, key=_SECONDS)
     reason = problem or "does not stop on these GPUs"
     larger = next((each for each in own if each.ranks > fastest.ranks), None)
     if larger is not None:

@@ -21,27 +21,16 @@ _CROSS_PARTS = ("cross-attention", "projection of K and V", "cross-attention, ne
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a rank.
+    """One step of a rank."""
 
-    Attributes:
-        ranks: of the group that shares a sample.
-        way: of the cross-attention: its method, and the schedule of lvx.
-        text_method: of the text's self-attention.
-        parts: seconds by part; they add up to ``seconds``.
-        cross: one cross-attention layer.
-        bytes_sent: by a rank for all cross-attention layers.
-        footprint: memory.
-        fits: the memory suffices.
-    """
-
-    ranks: int
-    way: str
-    text_method: str
-    parts: dict[str, float]
-    cross: Cost
-    bytes_sent: float
+    ranks: int  # of the group that shares a sample
+    way: str  # of the cross-attention: its method, and the schedule of lvx
+    text_method: str  # of the text's self-attention
+    parts: dict[str, float]  # seconds by part; they add up to ``seconds``
+    cross: Cost  # one cross-attention layer
+    bytes_sent: float  # by a rank for all cross-attention layers
     footprint: Footprint
-    fits: bool
+    fits: bool  # the memory suffices
 
     @property
     def seconds(self) -> float:
@@ -97,19 +86,19 @@ def step(scenario: Scenario, cluster: Cluster, *, ranks: int, way: str) -> Step:
 
 
 def _text(scenario: Scenario, cluster: Cluster, ranks: int, method: str) -> dict[str, float]:
-    model, device, trained = scenario.model, cluster.device, scenario.trains_all
+    model, text = scenario.model, scenario.model.text
     tokens = -(-scenario.text_tokens // ranks)
-    again = 1 if scenario.checkpointing else 0
-
-    def products(parameters: int, passes: int) -> float:
-        return passes * _products(device, parameters, tokens)
-
-    layer = products(
-        model.text.query_parameters + model.text.key_parameters, (3 if trained else 2) + again
+    passes, again = (3 if scenario.trains_all else 2), (1 if scenario.checkpointing else 0)
+    head, of_text, of_cross = (
+        _products(cluster.device, parameters, tokens)
+        for parameters in (
+            model.vocabulary * text.hidden,
+            text.query_parameters + text.key_parameters,
+            model.cross.query_parameters,
+        )
     )
-    layers = model.text.count * layer
-    layers += model.cross.count * products(model.cross.query_parameters, 3 + again)
-    layers += products(model.vocabulary * model.text.hidden, 3 if trained else 2)
+    layers = passes * head + text.count * (passes + again) * of_text
+    layers += model.cross.count * (3 + again) * of_cross
     attention = cost(scenario.text_shape(ranks), cluster, method)
     waiting = model.text.count * attention.exposed_s
     return {

@@ -15,21 +15,13 @@ from ds_lvx.plan.cluster import Cluster
 
 @dataclass(frozen=True)
 class Transfer:
-    """A transfer that a rank takes part in.
+    """A transfer that a rank takes part in."""
 
-    Attributes:
-        busy_s: in which the link carries nothing else.
-        latency_s: after which it has arrived besides.
-        sent_bytes: by this rank.
-        messages: by this rank.
-        drag_s: by which it slows down what the rank computes.
-    """
-
-    busy_s: float
-    latency_s: float
-    sent_bytes: float
-    messages: int
-    drag_s: float = 0.0
+    busy_s: float  # in which the link carries nothing else
+    latency_s: float  # after which it has arrived besides
+    sent_bytes: float  # by this rank
+    messages: int  # by this rank
+    drag_s: float = 0.0  # by which it slows down what the rank computes
 
 
 @dataclass(frozen=True)
@@ -47,10 +39,7 @@ class Ranks:
     def shift(self, nbytes: float, *, hops: int = 1, crowded: bool = False) -> Transfer:
         """Every rank sends ``nbytes`` to the one ``hops`` ahead on the ring.
 
-        Args:
-            nbytes: of a rank.
-            hops: on the ring, backwards when negative.
-            crowded: another shift, to the other side, is under way at the same time.
+        ``crowded``: another shift, to the other side, is under way at the same time.
         """
         n, g = self.size, self.per_node
         hops %= n
@@ -100,26 +89,15 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward or a backward of one rank.
-
-    Attributes:
-        seconds: in all.
-        kernel_s: in attention kernels.
-        projection_s: in the projection of K and V, or its backward.
-        other_s: in merging, copying, calls.
-        exposed_s: waiting for the network; these four add up to ``seconds``.
-        wire_s: that the network is used, hidden or not.
-        bytes_sent: as `ds_lvx.traffic` counts them; of the rank that sends most.
-        messages: sent.
-    """
+    """A forward or a backward of one rank."""
 
     seconds: float = 0.0
-    kernel_s: float = 0.0
-    projection_s: float = 0.0
-    other_s: float = 0.0
-    exposed_s: float = 0.0
-    wire_s: float = 0.0
-    bytes_sent: float = 0.0
+    kernel_s: float = 0.0  # in attention kernels
+    projection_s: float = 0.0  # in the projection of K and V, or its backward
+    other_s: float = 0.0  # in merging, copying, calls
+    exposed_s: float = 0.0  # waiting for the network; these four add up to ``seconds``
+    wire_s: float = 0.0  # that the network is used, hidden or not
+    bytes_sent: float = 0.0  # as `ds_lvx.traffic` counts them; of the rank that sends most
     messages: int = 0
 
 

@@ -1,4 +1,7 @@
-"""Quantities as people write them: ``25GB/s``, ``200mbit``, ``1ms``, ``100M``."""
+"""Quantities as people write them: ``25GB/s``, ``200mbit``, ``1ms``, ``100M``.
+
+What is none is a `ValueError` that names what it was given for.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,7 @@ _COUNTS = {"": 1, "k": 1024, "ki": 1024, "m": 10**6, "g": 10**9}
 
 
 def bytes_per_s(text: str, *, what: str = "rate") -> float:
-    """A rate in bytes a second: ``25GB/s`` (bytes), ``200mbit`` or ``200Gb/s`` (bits).
-
-    Raises:
-        ValueError: no number, no unit, or nothing at all.
-    """
+    """A rate in bytes a second: ``25GB/s`` (bytes), ``200mbit`` or ``200Gb/s`` (bits)."""
     rate = _quantity(
         text,
         _bytes_in,
@@ -30,23 +29,13 @@ def bytes_per_s(text: str, *, what: str = "rate") -> float:
 
 
 def seconds(text: str, *, what: str = "latency") -> float:
-    """A time in seconds: ``1ms``, ``20us``.
-
-    Raises:
-        ValueError: no number, or no unit.
-    """
+    """A time in seconds: ``1ms``, ``20us``."""
     expected = f"a time with its unit, one of {list(_SECONDS)}, such as 1ms or 20us"
     return _quantity(text, _SECONDS.get, f"{what}: got {text!r}; expected {expected}")
 
 
 def count(text: str, *, what: str = "count") -> int:
-    """A whole number, perhaps with K, M or G: ``64K`` is 65,536, as lengths are, ``100M`` 10^8.
-
-    K is 1,024 and Ki too; M and G are powers of ten.
-
-    Raises:
-        ValueError: not such a number, or less than 1.
-    """
+    """A whole number of at least 1: ``64K`` is 65,536, as lengths are, ``100M`` 10^8."""
     error = f"{what}: got {text!r}; expected a whole number of at least 1, such as 384, 64K or 100M"
     value = _quantity(text, lambda unit: _COUNTS.get(unit.lower()), error)
     if value != int(value) or value < 1:

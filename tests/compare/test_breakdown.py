@@ -11,8 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_lvx.compare.training.breakdown import Breakdown, Marks, Parts, broken_down
-from ds_lvx.compare.training.zero_transfers import zero_watched
+from ds_lvx.compare.training.breakdown import (
+    Breakdown,
+    Marks,
+    Parts,
+    broken_down,
+    zero_watched,
+)
 from ds_lvx.distributed.pending import Pending, Transfer, blocking
 from ds_lvx.models import FAMILIES
 

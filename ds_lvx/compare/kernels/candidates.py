@@ -54,35 +54,28 @@ class LeftOut(Exception):  # noqa: N818 - no fault: a decision that the record t
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation on one case.
+    """One implementation on one case."""
 
-    Attributes:
-        forward: gives ``out [1, S, H, D]``, and lse where it is told.
-        backward: gives dq, dk, dv in the layout of q, k, v; the first call may do a forward before.
-        notes: what is not part of its time.
-        by_key_head: what `backward` returned, with dk and dv of the key/value heads.
-        active: a context around all calls.
-        chosen: by direction, the kernel that really computed.
-    """
-
-    forward: Callable[[], Tensors]
+    forward: Callable[[], Tensors]  # gives ``out [1, S, H, D]``, and lse where it is told
+    # Gives dq, dk, dv like q, k, v; the first call may do a forward before.
     backward: Callable[[], Tensors]
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)  # what is not part of its time
+    # What `backward` returned, with dk and dv of the key/value heads.
     by_key_head: Callable[[Tensors], Tensors] = lambda gradients: gradients
-    active: Callable[[], AbstractContextManager[Any]] = nullcontext
-    chosen: Callable[[str], str] | None = None
+    active: Callable[[], AbstractContextManager[Any]] = nullcontext  # a context around all calls
+    chosen: Callable[[str], str] | None = None  # by direction, the kernel that really computed
 
 
 def names() -> list[str]:
     """All candidates of this machine."""
-    installed = [name for name, package in PACKAGES.items() if _is_installed(package)]
-    in_place = [
-        name
+    modules = PACKAGES | {
+        name: flash_version.VERSIONS[version].module
         for name, version in IN_PLACE.items()
         if flash_version.obstacle(version) is None
-        and _is_installed(flash_version.VERSIONS[version].module)
-    ]
-    return [*(name for name in OURS if name not in IN_PLACE), *in_place, *installed, *BACKENDS]
+    }
+    every = (*OURS, *PACKAGES, *BACKENDS)
+    absent = {*IN_PLACE, *PACKAGES} - {name for name, m in modules.items() if _is_installed(m)}
+    return [name for name in every if name not in absent]
 
 
 def _is_installed(module: str) -> bool:
@@ -93,12 +86,7 @@ def _is_installed(module: str) -> bool:
 
 
 def make(name: str, problem: Problem, upstream: Upstream) -> Candidate:
-    """A candidate on a case.
-
-    Args:
-        name: one of `names`.
-        problem: what it computes.
-        upstream: for its backward, which PyTorch's and flash-attn's take dout of.
+    """A candidate, one of `names`, on a case; PyTorch's and flash-attn's take dout of ``upstream``.
 
     Raises:
         LeftOut: it is not to be tried; why.
@@ -124,11 +112,10 @@ def _ours(name: str, problem: Problem, upstream: Upstream) -> Candidate:
             return kernel.name
         return kernel.choice(problem, None if direction == "forward" else upstream)
 
-    rule = "none" if problem.rule is None else "Visibility"
     return Candidate(
         partial(kernel.forward, problem),
         partial(kernel.backward, problem, upstream),
-        {"mask": rule, "kv": "in place"},
+        {"mask": "none" if problem.rule is None else "Visibility", "kv": "in place"},
         chosen=chosen,
     )
 
@@ -170,10 +157,14 @@ def _sdpa(name: str, problem: Problem, dout: Tensor) -> Candidate:
     the backend has no grouped heads, K and V are repeated beforehand; neither that nor the sum of
     their gradients is timed.
     """
-    if name == "sdpa-math":
-        _refuse_large_scores(problem)
-    operands = problem.q, problem.k, problem.v
-    group = problem.q.shape[2] // problem.k.shape[2]
+    (batch, queries, heads, _), operands = problem.q.shape, (problem.q, problem.k, problem.v)
+    scores_gib = 4 * batch * heads * queries * problem.k.shape[1] / 2**30
+    if name == "sdpa-math" and scores_gib > SCORES_BYTES / 2**30:
+        raise LeftOut(
+            f"would materialise {scores_gib:.0f} GiB of scores; the budget is "
+            f"{SCORES_BYTES / 2**30:.0f} GiB"
+        )
+    group = heads // problem.k.shape[2]
     causal, mask = _is_causal(problem), None
     if problem.rule is not None and not causal:
         mask = problem.rule.visibility.mask()[:, None]
@@ -228,13 +219,3 @@ def _groups_heads(
     except RuntimeError:
         return False
     return True
-
-
-def _refuse_large_scores(problem: Problem) -> None:
-    batch, queries, heads, _ = problem.q.shape
-    scores = 4 * batch * heads * queries * problem.k.shape[1]
-    if scores > SCORES_BYTES:
-        raise LeftOut(
-            f"would materialise {scores / 2**30:.0f} GiB of scores; the budget is "
-            f"{SCORES_BYTES / 2**30:.0f} GiB"
-        )

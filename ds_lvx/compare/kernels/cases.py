@@ -4,37 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
 from ds_lvx.compare.kernels.roofline import Problem, Work, backward_work, forward_work
-from ds_lvx.compare.operators.tensors import (
-    FRAMES_SEEN,
-    Shape,
-    Shards,
-    end_of_prefix,
-    first_frame,
-    make_shards,
-    split,
-)
+from ds_lvx.compare.operators.tensors import Shape, Shards, make_shards, split, visibility
 
 DIRECTIONS = ("forward", "backward")
 
 
 @dataclass(frozen=True)
 class KernelCase:
-    """Cross-attention of one layer on one rank.
+    """Cross-attention of one layer on one rank."""
 
-    Attributes:
-        model: whose cross-attention it is.
-        ranks: that share the sample.
-        shape: of the rank's queries and keys, in bf16; with ``shard`` of the whole sequence.
-        shard: which of the ranks it is, over whose keys all queries go; None: ``shape`` says all.
-    """
-
-    model: str
-    ranks: int
-    shape: Shape
+    model: str  # whose cross-attention it is
+    ranks: int  # that share the sample
+    shape: Shape  # of the rank's queries and keys, in bf16; with ``shard`` of the whole sequence
+    # Which of the ranks it is, over whose keys all queries go; None: ``shape`` says all.
     shard: int | None = None
 
     @property
@@ -47,44 +34,35 @@ class KernelCase:
     @property
     def keys(self) -> range:
         """Which of the sequence's keys the rank has."""
+        shard = self.shard or 0
         lengths = split(self.shape.seqlen_kv, 1 if self.shard is None else self.ranks)
-        first = sum(lengths[: self.shard or 0])
-        return range(first, first + lengths[self.shard or 0])
+        return range(sum(lengths[:shard]), sum(lengths[: shard + 1]))
 
     def draw(self, device: torch.device) -> Shards:
         """All queries, and the rank's keys."""
-        if self.shard is None:
-            return make_shards(self.shape, ranks=1, shards=[0], device=device)
-        return make_shards(
-            self.shape,
-            ranks=self.ranks,
-            shards=[self.shard],
-            device=device,
-            of_queries=range(self.ranks),
-        )
+        ranks, shard = (1, 0) if self.shard is None else (self.ranks, self.shard)
+        every = range(ranks)
+        return make_shards(self.shape, ranks=ranks, shards=[shard], device=device, of_queries=every)
 
     def problem(self) -> Problem:
         """What its operations and bytes follow from."""
-        shape, keys, visible, seen = self.shape, self.keys, 1.0, 1.0
-        if shape.visibility == "frames":
-            firsts = {first_frame(row, shape) for row in range(shape.seqlen_q)}
-            frames = {frame + more for frame in firsts for more in range(FRAMES_SEEN)}
-            visible, seen = FRAMES_SEEN / shape.frames, len(frames) / shape.frames
-        elif shape.visibility == "prefix":
-            ends = (
-                -(-end_of_prefix(row, shape) * shape.seqlen_kv // shape.frames)
-                for row in range(shape.seqlen_q)
-            )
-            own = [min(max(end - keys.start, 0), len(keys)) for end in ends]
-            visible, seen = sum(own) / shape.seqlen_q / len(keys), max(own) / len(keys)
-        elif shape.visibility == "causal":
-            visible = (shape.seqlen_q + 1) / (2 * shape.seqlen_q)
+        shape, keys, visible, seen = self.shape, len(self.keys), 1.0, 1.0
+        places = torch.arange(self.keys.start, self.keys.stop)
+        sees = visibility(shape, torch.arange(shape.seqlen_q), places)
+        if sees is not None:  # positions are in order: a query sees a run of keys
+            position = sees.kv_pos[0]
+            first, behind = (torch.searchsorted(position, e[0]) for e in (sees.q_start, sees.q_end))
+            visible = (behind - first).sum().item() / shape.seqlen_q / keys
+            runs = torch.zeros(keys + 1, dtype=torch.int64)
+            for edges, begins in ((first, 1), (behind, -1)):
+                runs.index_add_(0, edges, torch.full_like(edges, begins))
+            seen = (runs.cumsum(0) > 0).sum().item() / keys
         return Problem(
-            queries=shape.seqlen_q,
-            keys=len(keys),
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
+            shape.seqlen_q,
+            keys,
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
             element_bytes=shape.tensor_dtype.itemsize,
             visible=visible,
             seen=seen,
@@ -114,15 +92,13 @@ PAPER = (
 with 128K: whole frames, so 128,080, 93,312 and 131,072 keys."""
 
 
-def _moss(ranks: int) -> Iterator[KernelCase]:
-    """The middle one of the ranks that share 256 frames of 721 keys."""
-    shape = Shape(2304, 256 * 721, heads=32, kv_heads=8, head_dim=128, frames=256)
-    for rule in ("all", "prefix"):
-        yield KernelCase("moss_vl", ranks, replace(shape, visibility=rule), ranks // 2)
-
-
-MOSS = tuple(case for ranks in (1, 2, 4, 8) for case in _moss(ranks))
-"""MOSS-VL on 1 to 8 ranks: text between the frames, which it sees up to its own place."""
+_MOSS = Shape(2304, 256 * 721, heads=32, kv_heads=8, head_dim=128, frames=256)
+MOSS = tuple(
+    KernelCase("moss_vl", ranks, replace(_MOSS, visibility=rule), ranks // 2)
+    for ranks, rule in product((1, 2, 4, 8), ("all", "prefix"))
+)
+"""MOSS-VL's 256 frames of 721 keys on 1 to 8 ranks, as the middle one has them: text between the
+frames, which it sees up to its own place."""
 
 TEXT = tuple(
     KernelCase("text", 1, Shape(length, length, 1, 32, 8, 128, visibility="causal"))

@@ -31,30 +31,21 @@ _ROWS, _KEYS = 32, 64
 
 @dataclass(frozen=True)
 class Exact:
-    """A case's tensors and what is right for them.
+    """A case's tensors and what is right for them."""
 
-    Attributes:
-        problem, upstream: what the candidates get; lse and delta are PyTorch's.
-        rows: the queries that are checked.
-        keys: the keys whose gradients are checked.
-        right: in float64 ``out [1, rows, H, D]`` and ``lse [1, rows, H]``, ``dq`` of the rows, and
-            ``dk`` and ``dv [1, keys, K, D]``.
-        out: PyTorch's, of all queries.
-    """
-
-    problem: Problem
-    upstream: Upstream
-    rows: Tensor
-    keys: Tensor
+    problem: Problem  # what the candidates get
+    upstream: Upstream  # likewise; lse and delta are PyTorch's
+    rows: Tensor  # the queries that are checked
+    keys: Tensor  # the keys whose gradients are checked
+    # In float64 ``out [1, rows, H, D]`` and ``lse [1, rows, H]``, ``dq`` of the rows, and ``dk``
+    # and ``dv [1, keys, K, D]``.
     right: Mapping[str, Tensor]
-    out: Tensor
+    out: Tensor  # PyTorch's, of all queries
 
     def errors(self, direction: str, found: Sequence[Tensor]) -> dict[str, float]:
-        """Largest error of each result; infinite where one is not finite, see `TOLERANCE`.
+        """Largest error of each result of all queries and keys; infinite where one is not finite.
 
-        Args:
-            direction: ``"forward"``: out and, where it is told, lse; ``"backward"``: dq, dk, dv.
-            found: the candidate's, of all queries and keys.
+        ``"forward"`` has out and, where it is told, lse; ``"backward"`` dq, dk and dv.
         """
         if direction == "forward":
             results = {"out": found[0]}
@@ -78,22 +69,19 @@ def exact(case: KernelCase, device: torch.device) -> Exact:
     """
     drawn = case.draw(device)
     q, k, v = (tensor.detach() for tensor in (drawn.q, *drawn.k_and_v()))
-    rule = None if drawn.visibility is None else _known(drawn.visibility)
+    rule = None
+    if (sees := drawn.visibility) is not None:  # known on the CPU, as a model has it
+        rule = Rule(sees, Visibility(sees.q_start.cpu(), sees.q_end.cpu(), sees.kv_pos.cpu()))
     problem = Problem(q, k, v, rule, softmax_scale=q.shape[3] ** -0.5)
     out, lse = NativeKernel().forward(problem)
     upstream = Upstream(drawn.dout, lse, _delta(drawn.dout.float(), out.float()))
     rows, keys = _some(q.shape[1], _ROWS, device), _some(k.shape[1], _KEYS, device)
-    checked = Exact(problem, upstream, rows, keys, _in_float64(problem, upstream, rows, keys), out)
+    right = _in_float64(problem, upstream, rows, keys)
+    checked = Exact(problem, upstream, rows, keys, right, out)
     errors = checked.errors("forward", (out, lse))
     if not is_right(errors):
         raise ArithmeticError(f"PyTorch's own out or lse is wrong: {errors}")
     return checked
-
-
-def _known(sees: Visibility) -> Rule:
-    """The rule as a model has it, known on the CPU."""
-    host = Visibility(sees.q_start.cpu(), sees.q_end.cpu(), sees.kv_pos.cpu())
-    return Rule(sees, host)
 
 
 def is_right(errors: Mapping[str, float]) -> bool:
@@ -104,7 +92,6 @@ def is_right(errors: Mapping[str, float]) -> bool:
 def _in_float64(
     problem: Problem, upstream: Upstream, rows: Tensor, keys: Tensor
 ) -> dict[str, Tensor]:
-    """See `Exact.right`."""
     kernel, every = ReferenceKernel(), slice(None)
     part, dout = _part(problem, rows, every), upstream.dout.double()
     out, lse = kernel.forward(part)

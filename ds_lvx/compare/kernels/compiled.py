@@ -42,15 +42,7 @@ _GROUP = 4
 
 
 class Configuration(NamedTuple):
-    """What decides how a kernel is compiled.
-
-    Attributes:
-        kernel: a key of `KERNELS`.
-        dtype: of q, k, v.
-        head_dim: of q, k, v.
-        rows: query rows of a key/value head.
-        visibility: whether there is a rule.
-    """
+    """What decides how one of `KERNELS` is compiled; ``rows`` are those of a key/value head."""
 
     kernel: str
     dtype: torch.dtype
@@ -93,41 +85,32 @@ def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": tiles.warps, "num_stages": tiles.stages},
     )
-    shared = done.metadata.shared
     registers, spilled = _resources(done.asm["cubin"])
+    needs = {"registers": registers, "warps": tiles.warps, "shared_bytes": done.metadata.shared}
     return {
         "capability": capability,
         **configuration._asdict(),
         "dtype": NAMES[dtype],
         "tile_rows": tiles.rows,
         "tile_keys": tiles.keys,
-        "warps": tiles.warps,
         "stages": tiles.stages,
-        "registers": registers,
+        **needs,
         "spilled_bytes": spilled,
-        "shared_bytes": shared,
         "most_shared_bytes": BLOCK_SHARED_BYTES[capability],
         "wgmma": "wgmma.mma_async" in done.asm["ptx"],
-        "programs_per_multiprocessor": programs_per_multiprocessor(
-            capability, registers=registers, warps=tiles.warps, shared_bytes=shared
-        ),
+        "programs_per_multiprocessor": programs_per_multiprocessor(capability, **needs),
     }
 
 
 def _signature(kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> Any:
     """Types of a kernel's arguments, and which of them are multiples of 16."""
-    types: dict[str, str] = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            types[argument] = "constexpr"
-        elif argument in INT32:
-            types[argument] = "*i32"
-        elif argument in FP32:
-            types[argument] = "*fp32"
-        elif argument in ("q", "k", "v", "dout", "dk", "dv"):
-            types[argument] = f"*{NAMES[dtype]}"
-        else:
-            types[argument] = "fp32" if argument.startswith("scale") else "i32"
+    known = dict.fromkeys(INT32, "*i32") | dict.fromkeys(FP32, "*fp32")
+    known |= dict.fromkeys(("q", "k", "v", "dout", "dk", "dv"), f"*{NAMES[dtype]}")
+    known |= dict.fromkeys(constants, "constexpr")
+    types = {
+        argument: known.get(argument, "fp32" if argument.startswith("scale") else "i32")
+        for argument in kernel.arg_names
+    }
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, argument in enumerate(kernel.arg_names)
@@ -152,11 +135,5 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def main() -> None:
-    """Compile all configurations for the capability that the command names."""
-    capability = int(sys.argv[1])
-    print(json.dumps([compiled(each, capability) for each in configurations()]))
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps([compiled(each, int(sys.argv[1])) for each in configurations()]))

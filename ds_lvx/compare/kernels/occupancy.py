@@ -19,15 +19,9 @@ _MOST_PROGRAMS = 32
 def programs_per_multiprocessor(
     capability: int, *, registers: int, warps: int, shared_bytes: int
 ) -> int:
-    """How many programs run on a multiprocessor side by side.
+    """How many programs, with so many registers a thread, run on a multiprocessor side by side.
 
     The tensor memory of compute capability 10.0 is not counted; it may allow fewer.
-
-    Args:
-        capability: 80, 90 or 100.
-        registers: of a thread.
-        warps: of a program.
-        shared_bytes: of a program.
     """
     of_warp = -(-registers * _WARP // _REGISTERS_UNIT) * _REGISTERS_UNIT
     of_all = BLOCK_SHARED_BYTES[capability] + _RESERVED_BYTES  # one program may have all of it

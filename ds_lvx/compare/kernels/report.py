@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
-from ds_lvx.compare.document import Cells, columns, markdown, times
+from ds_lvx.compare.document import Cells, cell, columns, markdown, percentiles, times
 from ds_lvx.compare.kernels.candidates import OURS
 from ds_lvx.compare.kernels.cases import DIRECTIONS, KernelCase
 from ds_lvx.compare.kernels.roofline import floor
@@ -18,6 +19,8 @@ CARD_NAMES = ("A100-80", "H100", "H200", "B200")
 Record = Mapping[str, Any]
 Place = tuple[str, str]
 """A case and a direction."""
+Seconds = Mapping[Place, Mapping[str, float]]
+"""Medians, by candidate."""
 
 
 def floors(cases: Iterable[KernelCase]) -> list[dict[str, Any]]:
@@ -26,35 +29,31 @@ def floors(cases: Iterable[KernelCase]) -> list[dict[str, Any]]:
     ``seconds`` and ``bound`` are by card; see `ds_lvx.compare.kernels.roofline`.
     """
     found = []
-    for case, direction in ((case, each) for case in cases for each in DIRECTIONS):
+    for case, direction in product(cases, DIRECTIONS):
         work = case.work(direction)
         least = {name: floor(work, CARDS[name]) for name in CARD_NAMES}
-        found.append(
-            {
-                "case": case.name,
-                "direction": direction,
-                "shape": vars(case.shape),
-                "flops": work.flops,
-                "memory_bytes": work.memory_bytes,
-                "seconds": {name: each.seconds for name, each in least.items()},
-                "bound": {name: each.bound for name, each in least.items()},
-            }
-        )
+        about = {"case": case.name, "direction": direction, "shape": vars(case.shape)}
+        seconds = {name: each.seconds for name, each in least.items()}
+        bound = {name: each.bound for name, each in least.items()}
+        found.append({**about, **work._asdict(), "seconds": seconds, "bound": bound})
     return found
 
 
 def floors_table(predicted: Record, measured: Record | None) -> str:
     """Floors by card, with ``auto``'s measured time where there is one from a GPU."""
-    seconds: dict[Place, float] = {}
+    timed: Mapping[Place, Mapping[str, float]] = {}
+    title = (
+        "Predicted: the least time by the data sheet, and whether matrix products or memory set it."
+    )
     if measured is not None and measured["device"] == "cuda":
-        found = _medians(measured["records"])
-        seconds = {place: own["auto"] for place, own in found.items() if "auto" in own}
+        timed = _medians(measured["records"])
+        title += f" Measured: `auto`, {measured['hardware']['device']}."
 
     def least(card: str) -> Callable[[Record], str]:
         return lambda r: f"{_ms(r['seconds'][card])} {r['bound'][card]}"
 
     def own(r: Record) -> str:
-        found = seconds.get((r["case"], r["direction"]))
+        found = timed.get((r["case"], r["direction"]), {}).get("auto")
         return "not measured" if found is None else _ms(found)
 
     cells: Cells = {
@@ -65,11 +64,6 @@ def floors_table(predicted: Record, measured: Record | None) -> str:
         **{f"{card}, ms": least(card) for card in CARD_NAMES},
         "measured, ms": own,
     }
-    where = f" Measured: `auto`, {measured['hardware']['device']}." if measured and seconds else ""
-    title = (
-        "Predicted: the least time by the data sheet, and whether matrix products or memory set "
-        f"it.{where}"
-    )
     return f"{title}\n\n{columns(predicted['records'], cells)}"
 
 
@@ -98,18 +92,18 @@ def measured_table(results: Record | None) -> str:
     if results is None:
         return "Not measured yet: no file `benchmarks/kernels.json`."
     rates, records = results["rates"], results["records"]
+    seconds = _medians(records)
     title = (
         f"{results['hardware']['device']}; timed by {rates['clock']}. Measured in the same run: a "
         f"bf16 product of {rates['matrix_size']:,} x {rates['matrix_size']:,} matrices at "
         f"{rates['matrix_flops'] / 1e12:.3g} TFLOP/s, a copy in memory at "
         f"{rates['memory_bytes_per_s'] / 1e12:.3g} TB/s."
     )
-    parts = [title, _times(records), _ours(records), _auto(_medians(records)), *_reasons(records)]
-    return "\n\n".join(parts)
+    tables = _times(records, seconds), _ours(records, seconds), _auto(seconds)
+    return "\n\n".join([title, *tables, *_reasons(records)])
 
 
-def _medians(records: Sequence[Record]) -> dict[Place, dict[str, float]]:
-    """Seconds by place and candidate, where there is a time."""
+def _medians(records: Sequence[Record]) -> Seconds:
     found: dict[Place, dict[str, float]] = {}
     for r in records:
         if r["status"] == "ok":
@@ -117,49 +111,38 @@ def _medians(records: Sequence[Record]) -> dict[Place, dict[str, float]]:
     return found
 
 
-def _times(records: Sequence[Record]) -> str:
+def _times(records: Sequence[Record], timed: Seconds) -> str:
     """A row for each case and direction, a column for each candidate."""
-
-    def time(r: Record) -> str:
-        if r["status"] != "ok":
-            return str(r["status"])
-        return "{} ({} to {})".format(*(_ms(r["device_s"][n]) for n in ("median", "p10", "p90")))
-
-    cells: dict[Place, dict[str, str]] = {}
-    for r in records:
-        cells.setdefault(_place(r), {})[r["candidate"]] = time(r)
-    timed = _medians(records)
-    cells = {place: own for place, own in cells.items() if place in timed}
     candidates = list(dict.fromkeys(r["candidate"] for r in records))
-    rows = [(*place, *(own.get(c, "-") for c in candidates)) for place, own in cells.items()]
-    return markdown([("median (p10 to p90), ms", "", *candidates), *rows])
+    rows = {place: dict.fromkeys(candidates, "-") for place in map(_place, records)}
+    for r in records:
+        is_timed = r["status"] == "ok"
+        text = percentiles(r["device_s"], _ms) if is_timed else r["status"]
+        rows[_place(r)][r["candidate"]] = text
+    body = ((*place, *own.values()) for place, own in rows.items() if place in timed)
+    return markdown([("median (p10 to p90), ms", "", *candidates), *body])
 
 
-def _ours(records: Sequence[Record]) -> str:
+def _ours(records: Sequence[Record], timed: Seconds) -> str:
     """What the times of ``auto`` mean, and how they stand against the best of the others."""
     peers = {
-        place: min(others, key=lambda pair: pair[1], default=("-", math.nan))
-        for place, own in _medians(records).items()
-        for others in [[pair for pair in own.items() if pair[0] not in OURS]]
+        place: min((s, name) for name, s in [*own.items(), ("-", math.inf)] if name not in OURS)
+        for place, own in timed.items()
     }
 
-    def who(r: Record) -> str:
-        chosen = r.get("chosen")
-        return f"auto ({chosen})" if r["candidate"] == "auto" and chosen else r["candidate"]
-
     def faster(r: Record) -> str:
-        ratio = peers[_place(r)][1] / r["device_s"]["median"]
-        return times(None if math.isnan(ratio) else ratio)
+        ratio = peers[_place(r)][0] / r["device_s"]["median"]
+        return times(None if math.isinf(ratio) else ratio)
 
     cells: Cells = {
         "case": lambda r: _place(r)[0],
         "direction": "{direction}",
-        "kernel": who,
+        "kernel": lambda r: f"auto ({r['chosen']})" if r.get("chosen") else "auto",
         "TFLOP/s": "{tflops_per_s:.3g}",
         "of the rate that binds": lambda r: (
             f"{r['share_of_' + r['bound'] + '_rate']:.1%} {r['bound']}"
         ),
-        "best peer": lambda r: peers[_place(r)][0],
+        "best peer": lambda r: peers[_place(r)][1],
         "times as fast as it": faster,
         "memory on top, MB": lambda r: (
             "-" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 1e6:,.1f}"
@@ -169,7 +152,7 @@ def _ours(records: Sequence[Record]) -> str:
     return columns(auto, cells)
 
 
-def _auto(seconds: Mapping[Place, Mapping[str, float]]) -> str:
+def _auto(seconds: Seconds) -> str:
     """One line on the choice of ``auto``, over all cases."""
     gaps = {p: own["auto"] / min(own.values()) - 1 for p, own in seconds.items() if "auto" in own}
     if not gaps:
@@ -185,13 +168,12 @@ def _auto(seconds: Mapping[Place, Mapping[str, float]]) -> str:
 def _reasons(records: Sequence[Record]) -> list[str]:
     """Why there is no time, each reason once."""
     reasons: dict[str, list[str]] = {}
-    for r in records:
-        if r["status"] != "ok":
-            # The first line, and no bar that would end a column.
-            line = r["reason"].strip().partition("\n")[0].replace("|", "/")
-            line = line if len(line) <= 100 else f"{line[:97]}..."
-            text = f"{r['candidate']} {r['status']}: {line}"
-            reasons.setdefault(text, []).append("/".join(_place(r)))
+    for r in (record for record in records if record["status"] != "ok"):
+        # The first line, and no bar that would end a column.
+        line = r["reason"].strip().partition("\n")[0].replace("|", "/")
+        line = line if len(line) <= 100 else f"{line[:97]}..."
+        text = f"{r['candidate']} {r['status']}: {line}"
+        reasons.setdefault(text, []).append("/".join(_place(r)))
     lines = [f"- {text} ({len(where)}: {where[0]} ...)" for text, where in reasons.items()]
     return ["Without a time:", "\n".join(lines)] if lines else []
 
@@ -200,21 +182,21 @@ def compiled_table(compiled: Record) -> str:
     """What the compiler made of the kernels in bf16 at the paper's head_dims, by capability."""
     records = compiled["records"]
     capabilities = sorted({r["capability"] for r in records})
+    head: Cells = {
+        "kernel": "{kernel}",
+        "head_dim": "{head_dim}",
+        "rows": "{rows:,}",
+        "visibility": lambda r: "yes" if r["visibility"] else "no",
+        "tile": "{tile_rows} x {tile_keys}",
+        "warps, stages": "{warps}, {stages}",
+    }
     rows: dict[tuple[str, ...], list[str]] = {}
     for r in records:
         if r["dtype"] == "bf16" and r["head_dim"] in PAPER_HEAD_DIMS:
-            about = (
-                r["kernel"],
-                str(r["head_dim"]),
-                f"{r['rows']:,}",
-                "yes" if r["visibility"] else "no",
-                f"{r['tile_rows']} x {r['tile_keys']}",
-                f"{r['warps']}, {r['stages']}",
-            )
             figures = (r["registers"], f"{r['shared_bytes'] / 1024:.0f}")
             programs = r["programs_per_multiprocessor"]
-            rows.setdefault(about, []).append(", ".join(map(str, (*figures, programs))))
-    head = ("kernel", "head_dim", "rows", "visibility", "tile", "warps, stages")
+            own = rows.setdefault(tuple(cell(made_by, r) for made_by in head.values()), [])
+            own.append(", ".join(map(str, (*figures, programs))))
     more = (f"sm_{each}: registers, shared KB, programs" for each in capabilities)
     table = markdown([(*head, *more), *((*about, *own) for about, own in rows.items())])
     notes = "\n".join(_compiled_line(records, each) for each in capabilities)

@@ -17,10 +17,7 @@ FP32_BYTES = 4
 
 
 class Rates(Protocol):
-    """What a device can do; a `ds_lvx.plan.cards.Card` is one, and so are measured rates.
-
-    Operations of matrix products, and bytes of the device's memory, a second.
-    """
+    """Operations of matrix products and bytes of memory a second: of a data sheet, or measured."""
 
     @property
     def matrix_flops(self) -> float: ...
@@ -31,47 +28,28 @@ class Rates(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """Attention of some queries over the keys of one rank.
+    """Attention of some queries over the keys of one rank."""
 
-    Attributes:
-        queries, keys: S and T.
-        heads, kv_heads, head_dim: H, K (which divides H), D.
-        batch: B.
-        element_bytes: e; 2 for bf16.
-        visible: share of the S x T pairs in which the query sees the key.
-        seen: share of the keys that any query sees; nobody has to read the others.
-    """
-
-    queries: int
-    keys: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    batch: int = 1
-    element_bytes: int = 2
-    visible: float = 1.0
-    seen: float = 1.0
+    queries: int  # S
+    keys: int  # T
+    heads: int  # H
+    kv_heads: int  # K
+    head_dim: int  # D
+    batch: int = 1  # B
+    element_bytes: int = 2  # e
+    visible: float = 1.0  # share of the S x T pairs in which the query sees the key
+    seen: float = 1.0  # share of the keys that any query sees; nobody has to read the others
 
 
 class Work(NamedTuple):
-    """What a call has to do at least.
-
-    Attributes:
-        flops: operations of matrix products; a multiply and an add are two.
-        memory_bytes: read and written.
-    """
+    """Operations of matrix products (a multiply and an add are two), bytes read and written."""
 
     flops: float
     memory_bytes: float
 
 
 class Floor(NamedTuple):
-    """The least time of a call.
-
-    Attributes:
-        seconds: of the resource that takes longest.
-        bound: which one that is.
-    """
+    """The least time of a call, and what takes it."""
 
     seconds: float
     bound: Literal["matrix", "memory"]

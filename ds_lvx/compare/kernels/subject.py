@@ -7,14 +7,11 @@ address, after which CUDA does nothing more) or hang; the next trial then gets a
 from __future__ import annotations
 
 import fnmatch
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict
-from functools import cache
+from itertools import product
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -42,43 +39,38 @@ def trials_of(
     """What is measured, in order.
 
     Args:
-        cases: shapes.
-        candidates: names.
+        cases, candidates: all of these with each other, forward and backward.
         only: shell patterns on names such as ``mllama-192/triton/forward``; none: everything.
 
     Raises:
         ValueError: a pattern that matches nothing.
     """
     trials = [
-        Trial(case, candidate, direction)
-        for case in cases
-        for candidate in candidates
-        for direction in DIRECTIONS
-        if (candidate, direction) not in SAME
+        Trial(*each)
+        for each in product(cases, candidates, DIRECTIONS)
+        if each[1:] not in SAME  # has another's code there
     ]
-    for pattern in only:
-        if not fnmatch.filter([trial.name for trial in trials], pattern):
+    names = [trial.name for trial in trials]
+    matching = {pattern: fnmatch.filter(names, pattern) for pattern in only or ("*",)}
+    for pattern, found in matching.items():
+        if not found:
             raise ValueError(
                 f"--only: got {pattern!r}, which matches nothing; expected a pattern for "
                 f"CASE/CANDIDATE/DIRECTION, with the cases {', '.join(c.name for c in cases)}, the "
                 f"candidates {', '.join(candidates)}, and forward or backward"
             )
-    return [each for each in trials if not only or any(fnmatch.fnmatch(each.name, p) for p in only)]
+    wanted = {name for found in matching.values() for name in found}
+    return [trial for trial in trials if trial.name in wanted]
 
 
 class Worker:
-    """A process with a bench; a new one begins where a call finds none.
-
-    Args:
-        make: makes the bench, in the process.
-        timing: for it.
-    """
+    """A process with a bench, which ``make`` makes in it; a call that finds none begins one."""
 
     def __init__(self, make: Callable[[Timing], Any], timing: Timing) -> None:
         self._bench = (make, timing)
         self._context: Any = get_context(timing.start)
-        self._pool: ProcessPoolExecutor | None = None
-        self._process: int | None = None
+        self._process: Any = None
+        self._pipe: Any = None
 
     def ask(self, method: str, *arguments: Any, limit_s: float = LIMIT_S) -> Any:
         """What a method of the bench returns.
@@ -86,53 +78,49 @@ class Worker:
         Raises:
             RunError: the process ended, or took longer than ``limit_s``; it is gone then.
         """
+        if self._process is None:
+            self._pipe, theirs = self._context.Pipe()
+            bench = (theirs, *self._bench)
+            self._process = self._context.Process(target=_serve, args=bench, daemon=True)
+            self._process.start()
+            theirs.close()
+            self._answer(_START_S)
+        return self._answer(limit_s, (method, arguments))
+
+    def _answer(self, limit_s: float, *questions: Any) -> Any:
+        problem = f"was not done after {limit_s:.0f} s"
         try:
-            if self._pool is None:
-                self._pool = ProcessPoolExecutor(1, mp_context=self._context)
-                self._process = self._pool.submit(_begin, *self._bench).result(_START_S)
-            return self._pool.submit(_answer, *self._bench, method, *arguments).result(limit_s)
-        except BrokenProcessPool:
-            self._process = None
+            for question in questions:
+                self._pipe.send(question)
+            if self._pipe.poll(limit_s):
+                return self._pipe.recv()
+        except (EOFError, ConnectionError):
             problem = "ended"
-        except TimeoutError:
-            problem = f"was not done after {limit_s:.0f} s"
         self.end()
         raise RunError(f"the process {problem}; its output stands above")
 
     def end(self) -> None:
         """End the process, where there is one."""
         if self._process is not None:
-            os.kill(self._process, signal.SIGKILL)
-        if self._pool is not None:
-            self._pool.shutdown(wait=self._process is not None)
-        self._pool = self._process = None
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+        self._process = None
 
 
-@cache
-def _bench(make: Callable[[Timing], Any], timing: Timing) -> Any:
-    return make(timing)
-
-
-def _begin(make: Callable[[Timing], Any], timing: Timing) -> int:
-    """In the process: make its bench; the process's number."""
-    _bench(make, timing)
-    return os.getpid()
-
-
-def _answer(make: Callable[[Timing], Any], timing: Timing, method: str, *arguments: Any) -> Any:
-    """In the process: ask its bench."""
-    return getattr(_bench(make, timing), method)(*arguments)
+def _serve(pipe: Any, make: Callable[[Timing], Any], timing: Timing) -> None:
+    """In the process: answer what its bench is asked; an exception ends it."""
+    bench = make(timing)
+    pipe.send("ready")
+    while True:
+        method, arguments = pipe.recv()
+        pipe.send(getattr(bench, method)(*arguments))
 
 
 def measure(
     trials: Sequence[Trial], timing: Timing, *, make: Callable[[Timing], Any] = Bench
 ) -> Iterator[Mapping[str, Any]]:
     """Measure trials, one after the other, whatever they do to the process.
-
-    Args:
-        trials: what to measure.
-        timing: how.
-        make: makes the bench in the process; a test may give another.
 
     Yields:
         The device's rates, then a record a trial `with_rates`, as soon as it is there.
@@ -146,28 +134,30 @@ def measure(
         rates = worker.ask("rates")
         yield rates
         for trial in trials:
-            about = {
+            record = {"status": "left out", "reason": "the time of the whole run was over"}
+            if time.time() <= deadline:
+                record = _result(worker, trial)
+            yield {
                 "name": trial.name,
                 "case": asdict(trial.case),
                 "candidate": trial.candidate,
                 "ours": trial.candidate in OURS,
                 "direction": trial.direction,
+                **with_rates(trial, record, rates),
             }
-            if time.time() > deadline:
-                reason = "the time of the whole run was over"
-                yield {**about, "status": "left out", "reason": reason}
-                continue
-            try:
-                yield {**about, **with_rates(trial, worker.ask("record", trial), rates)}
-            except RunError as error:
-                yield {**about, "status": "failed", "reason": str(error)}
-                continue
-            try:
-                worker.ask("tidy")
-            except (RunError, RuntimeError):  # CUDA does nothing more in this process
-                worker.end()
     finally:
         worker.end()
+
+
+def _result(worker: Worker, trial: Trial) -> dict[str, Any]:
+    """A trial's record, with a process that serves the next one."""
+    try:
+        record: dict[str, Any] = worker.ask("record", trial)
+    except RunError as error:
+        return {"status": "failed", "reason": str(error)}
+    with suppress(RunError):  # CUDA did nothing more in it: the next trial has a new one
+        worker.ask("tidy")
+    return record
 
 
 def with_rates(trial: Trial, record: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,8 +175,7 @@ def with_rates(trial: Trial, record: Mapping[str, Any], rates: Mapping[str, Any]
     least = floor(work, reached)
     return {
         **record,
-        "flops": work.flops,
-        "memory_bytes": work.memory_bytes,
+        **work._asdict(),
         "tflops_per_s": work.flops / seconds / 1e12,
         "share_of_matrix_rate": work.flops / seconds / reached.matrix_flops,
         "share_of_memory_rate": work.memory_bytes / seconds / reached.memory_bytes_per_s,

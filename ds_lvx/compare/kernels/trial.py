@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
@@ -28,13 +29,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One measurement.
-
-    Attributes:
-        case: what is computed.
-        candidate: who computes it.
-        direction: ``"forward"`` or ``"backward"``.
-    """
+    """One measurement: what is computed, by whom, and ``"forward"`` or ``"backward"``."""
 
     case: KernelCase
     candidate: str
@@ -48,39 +43,25 @@ class Trial:
 
 @dataclass(frozen=True)
 class Timing:
-    """How trials are timed.
+    """How trials are timed."""
 
-    Attributes:
-        device: ``"cuda"`` or ``"cpu"``.
-        repeats: samples of a time, at most.
-        seconds: that the samples of one time should take.
-        budget_s: of the whole run; what has not begun then is left out.
-        quick: small sizes for the device's rates.
-        start: how a process starts; ``"fork"`` is quick, and breaks CUDA and OpenMP.
-    """
-
-    device: str
-    repeats: int = 50
-    seconds: float = 0.5
-    budget_s: float = 3600.0
-    quick: bool = False
-    start: str = "spawn"
+    device: str  # ``"cuda"`` or ``"cpu"``
+    repeats: int = 50  # samples of a time, at most
+    seconds: float = 0.5  # that the samples of one time should take
+    budget_s: float = 3600.0  # of the whole run; what has not begun then is left out
+    quick: bool = False  # small sizes for the device's rates
+    start: str = "spawn"  # of a process: ``"fork"`` is quick, and breaks CUDA and OpenMP
 
 
 class Bench:
-    """Measures trials in this process; keeps the inputs of the last case.
-
-    Args:
-        timing: how.
-        make: makes a candidate; a test may give another.
-    """
+    """Measures trials in this process; keeps the inputs of the last case."""
 
     def __init__(self, timing: Timing, make: Callable[..., Candidate] = make) -> None:
         self._timing = timing
         self._make = make
         self._device = torch.device(timing.device)
         self._case: KernelCase | None = None
-        self._exact: Exact | Exception | None = None
+        self._exact: Exact | str = ""
 
     def record(self, trial: Trial) -> dict[str, Any]:
         """The result of a trial, whatever happens."""
@@ -93,8 +74,7 @@ class Bench:
             # Anything that a candidate can raise is a result.
             except Exception as error:  # noqa: BLE001
                 warnings = sorted({str(each.message) for each in said})
-                reason = f"{type(error).__name__}: {error}"
-                return {"status": "failed", "reason": reason, "warnings": warnings}
+                return {"status": "failed", "reason": _told(error), "warnings": warnings}
 
     def tidy(self) -> None:
         """Free what the last trial left; raises if CUDA is broken."""
@@ -114,28 +94,29 @@ class Bench:
                 found = candidate.by_key_head(found)
             errors = known.errors(trial.direction, found)
             del found
-            record = {**candidate.notes, "extra_bytes": extra, "errors": _plain(errors)}
+            # JSON has neither NaN nor inf.
+            told = {name: e if math.isfinite(e) else str(e) for name, e in errors.items()}
+            record = {**candidate.notes, "extra_bytes": extra, "errors": told}
             if candidate.chosen is not None:
                 record["chosen"] = candidate.chosen(trial.direction)
             if not is_right(errors):
                 return {"status": "wrong", "reason": "differs from float64", **record}
-            taken = self._samples_s(run, self._timing.repeats, self._timing.seconds)
+            timing = self._timing
+            taken = samples_s(run, self._device, repeats=timing.repeats, seconds=timing.seconds)
             host = host_s(run, self._device) or taken
         return {"status": "ok", **record, "device_s": spread(taken), "host_s": spread(host)}
 
     def _known(self, case: KernelCase) -> Exact:
         """The case's tensors and what is right; made once, also where that fails."""
         if case != self._case:
-            self._exact = None  # frees the last one first
-            self._case = case
+            self._case, self._exact = case, ""  # frees the last one first
             try:
                 self._exact = exact(case, self._device)
             # Kept for every candidate of the case: none of them can be checked.
             except Exception as error:  # noqa: BLE001
-                self._exact = error.with_traceback(None)
-        if not isinstance(self._exact, Exact):
-            what = f"{type(self._exact).__name__}: {self._exact}"
-            raise RuntimeError(f"the inputs could not be made: {what}")
+                self._exact = _told(error)
+        if isinstance(self._exact, str):
+            raise RuntimeError(f"the inputs could not be made: {self._exact}")
         return self._exact
 
     def _extra_bytes(self, run: Callable[[], Any]) -> tuple[Any, int | None]:
@@ -148,23 +129,17 @@ class Bench:
         found = run()
         return found, memory.peak_bytes() - before
 
-    def _samples_s(self, run: Callable[[], Any], repeats: int, seconds: float) -> list[float]:
-        return samples_s(run, self._device, repeats=repeats, seconds=seconds)
-
     def rates(self) -> dict[str, Any]:
-        """What the device reaches: a bf16 matrix product, and a copy of its memory.
-
-        Returns:
-            ``matrix_flops`` (of a product of two square matrices) and ``memory_bytes_per_s`` (read
-            and written), by their medians, their sizes and every sample.
-        """
+        """What the device reaches: a bf16 product of square matrices, and a copy of its memory."""
         size, copied = (256, 2**22) if self._timing.quick else (8192, 2**31)
         a, b = (torch.randn(size, size, device=self._device).bfloat16() for _ in range(2))
         product = torch.empty_like(a)
         source = torch.ones(copied, dtype=torch.uint8, device=self._device)
         target = torch.empty_like(source)
-        products = spread(self._samples_s(lambda: torch.mm(a, b, out=product), 20, 2.0))
-        copies = spread(self._samples_s(lambda: target.copy_(source), 20, 2.0))
+        products, copies = (
+            spread(samples_s(run, self._device, repeats=20, seconds=2.0))
+            for run in (partial(torch.mm, a, b, out=product), partial(target.copy_, source))
+        )
         return {
             "matrix_size": size,
             "matrix_s": products,
@@ -179,13 +154,9 @@ class Bench:
 def samples_s(
     run: Callable[[], Any], device: torch.device, *, repeats: int, seconds: float
 ) -> list[float]:
-    """Seconds of a function on its device.
+    """Seconds of a function that has run before: at most ``repeats`` samples.
 
-    Args:
-        run: the function, which has run before.
-        device: where it works.
-        repeats: samples, at most.
-        seconds: that all of them together should take; at least five are taken, or ``repeats``.
+    All together they should take ``seconds``; but five are taken, or ``repeats``.
     """
     measured = _on_cuda if device.type == "cuda" else _on_cpu
     once = max(_once_on_cuda(run) if device.type == "cuda" else _on_cpu(run, 0.0)[0], 1e-9)
@@ -203,8 +174,7 @@ def _once_on_cuda(run: Callable[[], Any]) -> float:
     run()
     end.record()
     end.synchronize()
-    seconds: float = begin.elapsed_time(end) / 1e3
-    return seconds
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def _on_cuda(run: Callable[[], Any], seconds: float) -> list[float]:
@@ -228,6 +198,5 @@ def host_s(run: Callable[[], Any], device: torch.device) -> list[float]:
     return [timer.timeit(1).mean for _ in range(LEAST_SAMPLES)]
 
 
-def _plain(errors: Mapping[str, float]) -> dict[str, float | str]:
-    """Without the NaN and inf that JSON does not have."""
-    return {name: e if math.isfinite(e) else str(e) for name, e in errors.items()}
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -36,9 +36,6 @@ class NotingKernel:
 
     Of tensors that look alike only the first is kept, for all of them: a time does not depend on
     the values, and the shards of all ranks need not fit in one.
-
-    Args:
-        kernel: who computes.
     """
 
     def __init__(self, kernel: Kernel) -> None:
@@ -89,13 +86,10 @@ def attend(
 ) -> tuple[Tensor, str | None]:
     """The output by a method, as its public function makes it, and the schedule that lvx took.
 
-    Args:
-        method: one of `harness.METHODS`; on every rank, but for ``none``.
-        shards: this rank's; for ``none`` the whole sequence.
-        kernel: a `Kernel`, or a `NotingKernel`.
-        recompute_kv: where the method can.
+    For ``none`` the shards are those of the whole sequence. K and V are projected again where the
+    method can.
 
-    Collectives: the method's, and one agreement.
+    Collectives: the method's, and one agreement; none for ``none``.
     """
     name, schedule = METHODS[method]
     if name in ("none", GATHERED):

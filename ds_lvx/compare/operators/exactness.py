@@ -22,28 +22,17 @@ _SCORES, _QUERIES = 2**21, 256
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference between two results of one tensor on one rank.
-
-    Attributes:
-        one, other: who computed them.
-        tensor: ``out``, or ``d`` and the name of an input.
-        error: as a share of the largest value of both; infinite where one is not a number.
-        index: where it is, in this rank's shard.
-        values: one's and the other's there.
-        tolerance: what ``error`` may be.
-        rank: on which rank.
-        shape: whether it is of the ``"whole"`` shape, or of a ``"small"`` one like it.
-    """
+    """The largest difference between ``one`` and ``other``'s result of a tensor on a rank."""
 
     one: str
     other: str
-    tensor: str
-    error: float
-    index: tuple[int, ...]
-    values: tuple[float, float]
-    tolerance: float
+    tensor: str  # ``out``, or ``d`` and the name of an input
+    error: float  # as a share of the largest value of both; infinite where one is not a number
+    index: tuple[int, ...]  # where it is in this rank's shard
+    values: tuple[float, float]  # what both have there
+    tolerance: float  # what ``error`` may be
     rank: int
-    shape: str
+    shape: str  # whether it is of the ``"whole"`` shape, or of a ``"small"`` one like it
 
     @property
     def is_too_large(self) -> bool:

@@ -5,81 +5,57 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-import ds_lvx
-from ds_lvx.compare.fresh import bind
-from ds_lvx.compare.harness import GATHERED, now
-from ds_lvx.compare.network import read_counters
+from ds_lvx.compare.harness import GATHERED, joined, meet, now, own_device
+from ds_lvx.compare.network import carried_since, own_counters
 from ds_lvx.compare.operators import exactness
 from ds_lvx.compare.operators.attend import NotingKernel, attend, recomputes
 from ds_lvx.compare.operators.tensors import Shape, Shards, make_shards
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.pending import without_overlap
-from ds_lvx.distributed.start import init_distributed
 from ds_lvx.distributed.traffic import traffic
 from ds_lvx.kernels.choice import kernel_for
-from ds_lvx.plan.profile import ranks_of_this_node
-
-Seconds: TypeAlias = tuple[float, float]
-"""Of forward and of backward."""
 
 
 @dataclass(frozen=True)
 class Contest:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        shape: of the whole sequence.
-        methods: some of `harness.METHODS`; ``none`` is all of it on rank 0, while the others wait.
-        recompute: lvx projects K and V again in backward; only with ``shape.features_dim``.
-        overlap: transfers run under computation.
-        kernel: as in `ds_lvx.lv_xattn`.
-        warmup, repeats: rounds, in each of which every method has one step.
-    """
-
-    shape: Shape
+    shape: Shape  # of the whole sequence
+    # Some of `harness.METHODS`; ``none`` is all of it on rank 0, while the others wait.
     methods: Sequence[str]
+    # K and V are projected again by lvx in backward; only with ``shape.features_dim``.
     recompute: bool = False
-    overlap: bool = True
-    kernel: str = "auto"
-    warmup: int = 2
-    repeats: int = 10
+    overlap: bool = True  # transfers run under computation
+    kernel: str = "auto"  # as in `ds_lvx.lv_xattn`
+    warmup: int = 2  # rounds, in each of which every method has one step
+    repeats: int = 10  # likewise
 
 
 def alone(contest: Contest) -> dict[str, Any]:
-    """`measure` between the start and the end of ``torch.distributed``."""
-    if get_accelerator().device_name() == "cpu":
-        bind(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    init_distributed(verbose=False)
-    try:
+    """`measure` in a process of its own."""
+    with joined():
         return measure(contest)
-    finally:
-        ds_lvx.shutdown()
 
 
 def measure(contest: Contest) -> dict[str, Any]:
     """Compare results, then time steps. Every rank of the world calls it.
 
-    Returns:
-        ``differences``: see `exactness.Difference`. ``methods``, empty where there are
-        disagreements: by name, ``step`` and ``kernels`` with ``forward_s`` and ``backward_s`` of
-        every repeat, ``traffic`` of one step in bytes and calls, and ``interface``, what left the
-        interface in that step, where GLOO_SOCKET_IFNAME names it. ``none`` is in rank 0's answer
-        only.
+    ``methods`` is empty where there are disagreements; each has ``forward_s`` and ``backward_s`` of
+    every repeat, ``traffic`` of one step, and ``interface``, what left the interface in that step,
+    where GLOO_SOCKET_IFNAME names it. ``none`` is in rank 0's answer only.
 
     Collectives: those of the methods, and agreements of 2 KiB on the CPU.
     """
-    world, device = Channel.world(), _device()
+    world, device = Channel.world(), own_device()
     found = check(contest, world, device)
     records = world.agree({"disagree": any(difference.is_too_large for difference in found)})
     differences = [asdict(difference) for difference in found]
@@ -88,26 +64,19 @@ def measure(contest: Contest) -> dict[str, Any]:
         return result
     turns = _turns(contest, contest.shape, world, device)
     with nullcontext() if contest.overlap else without_overlap():
-        rounds = [
-            {method: (turn.step(), turn.kernels()) for method, turn in turns.items()}
-            for _ in range(contest.warmup + contest.repeats)
-        ][contest.warmup :]
-        counted = {method: turn.counted() for method, turn in turns.items()}
-    for method, turn in turns.items():
-        if turn.takes_part:
-            steps, kernels = zip(*(each[method] for each in rounds), strict=True)
-            result["methods"][method] = {
-                "step": _columns(steps),
-                "kernels": _columns(kernels),
-                "schedule": turn.schedule,
-                **counted[method],
-            }
+        for counts in [False] * contest.warmup + [True] * contest.repeats:
+            for turn in turns.values():
+                turn.step(counts=counts)
+                turn.kernels(counts=counts)
+        for method, turn in turns.items():
+            counted = turn.counted()
+            if turn.takes_part:
+                result["methods"][method] = {
+                    **turn.seconds,
+                    "schedule": turn.schedule,
+                    **counted,
+                }
     return result
-
-
-def _columns(pairs: Sequence[Seconds]) -> dict[str, list[float]]:
-    forward_s, backward_s = map(list, zip(*pairs, strict=True))
-    return {"forward_s": forward_s, "backward_s": backward_s}
 
 
 def check(contest: Contest, world: Channel, device: torch.device) -> list[exactness.Difference]:
@@ -138,22 +107,20 @@ def _turns(contest: Contest, shape: Shape, world: Channel, device: torch.device)
 
 
 class Turn:
-    """A method on this rank's tensors.
-
-    Args:
-        method: one of `harness.METHODS`.
-        contest: for its options.
-        shards: this rank's, or for ``none`` the whole sequence's.
-        world: all ranks.
+    """A method on this rank's tensors, or for ``none`` on the whole sequence's.
 
     Attributes:
-        takes_part: whether this rank has anything to do; else it waits, and takes no seconds.
+        takes_part: whether this rank has anything to do; else it waits.
         schedule: of lvx, not ``auto`` any more; known after the first `kernels`.
+        seconds: of ``step`` and of ``kernels``, by pass, of every one that counts.
     """
 
     def __init__(self, method: str, contest: Contest, shards: Shards, world: Channel) -> None:
         self.takes_part = method != "none" or world.rank == 0
         self.schedule: str | None = None
+        self.seconds: dict[str, dict[str, list[float]]] = {
+            what: {"forward_s": [], "backward_s": []} for what in ("step", "kernels")
+        }
         self._shards = shards
         self._world = world
         # Of as many shards of keys as the method projects here.
@@ -174,25 +141,26 @@ class Turn:
             return found
         return {name: t for name, t in found.items() if not name.endswith("_proj")}
 
-    def step(self) -> Seconds:
+    def step(self, *, counts: bool = False) -> None:
         """Forward and backward of one step, begun on all ranks together."""
-        begin = self._meet()
+        begin = meet(self._world)
         if not self.takes_part:
-            return 0.0, 0.0
+            return
         out, _ = self._attend(self._kernel)
         middle = now()
         out.backward(self._shards.dout)
-        end = now()
-        self._shards.clear()
-        return middle - begin, end - middle
+        self._done("step", begin, middle, counts=counts)
 
-    def kernels(self) -> Seconds:
+    def kernels(self, *, counts: bool = False) -> None:
         """The step's kernels and projections alone, begun on all ranks together."""
         if self.takes_part and self._noted is None:
-            self._noted = self._note()
-        begin = self._meet()
+            noting = NotingKernel(self._kernel)
+            out, self.schedule = self._attend(noting)
+            self._noted = noting, len(noting.calls)
+            self._shards.results(out)
+        begin = meet(self._world)
         if self._noted is None:
-            return 0.0, 0.0
+            return
         noting, in_forward = self._noted
         projected = self._project()
         noting.repeat(0, in_forward)
@@ -202,22 +170,19 @@ class Turn:
             if self._again:
                 projected = self._project()
             torch.autograd.backward(projected, [k.detach() for k in projected])
+        self._done("kernels", begin, middle, counts=counts)
+
+    def _done(self, what: str, begin: float, middle: float, *, counts: bool) -> None:
         end = now()
         self._shards.clear()
-        return middle - begin, end - middle
+        if counts:
+            self.seconds[what]["forward_s"].append(middle - begin)
+            self.seconds[what]["backward_s"].append(end - middle)
 
     def _project(self) -> list[Tensor]:
         if not self._shards.is_projected:
             return []
         return [t for _ in range(self._projections) for t in self._shards.k_and_v()]
-
-    def _note(self) -> tuple[NotingKernel, int]:
-        """A kernel that has noted a step, and how many of its calls are forward's."""
-        noting = NotingKernel(self._kernel)
-        out, self.schedule = self._attend(noting)
-        in_forward = len(noting.calls)
-        self._shards.results(out)
-        return noting, in_forward
 
     def counted(self) -> dict[str, Any]:
         """One step's bytes, as `ds_lvx.traffic` and as the interface count them.
@@ -225,17 +190,13 @@ class Turn:
         What TCP sends again is no traffic of the method: a step with such is counted anew, three
         times at most.
         """
-        # Ranks that share an interface cannot tell whose bytes they were.
-        alone = ranks_of_this_node() == 1
-        interface = os.environ.get("GLOO_SOCKET_IFNAME", "") if alone else ""
         for _ in range(3):
-            self._meet()
-            before = read_counters(interface)
+            meet(self._world)
+            before = own_counters()
             with traffic() as sent:
                 self.step()
-                self._meet()
-            after = read_counters(interface)
-            carried = None if before is None or after is None else after.since(before)
+                meet(self._world)
+            carried = carried_since(before)
             again = 0 if carried is None else carried.segments_sent_again
             if not any(answer["again"] for answer in self._world.agree({"again": again})):
                 break
@@ -250,17 +211,3 @@ class Turn:
             if carried is None
             else {**carried._asdict(), "sent_payload_bytes": carried.sent_payload_bytes},
         }
-
-    def _meet(self) -> float:
-        """A barrier; the time after it."""
-        get_accelerator().synchronize()
-        self._world.barrier()
-        return now()
-
-
-def _device() -> torch.device:
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        return torch.device("cpu")
-    accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device(accelerator.current_device_name())

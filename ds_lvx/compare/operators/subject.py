@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ds_lvx.compare.document import Cells, Results, columns, times
+from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
 from ds_lvx.compare.harness import GATHERED, slowest, spread
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
@@ -36,7 +36,7 @@ def assemble(
     Raises:
         DisagreementError: methods do not compute the same.
     """
-    largest = check(answers)
+    largest = _check(answers)
     return {
         **header(emulated=bool(network), device=device),
         "network": network_record(network, ranks_of_a_node=ranks_of_a_node),
@@ -47,7 +47,7 @@ def assemble(
         **asdict(contest),
         "skipped": dict(skipped),
         "largest_differences": largest,
-        "records": records(answers),
+        "records": _records(answers),
     }
 
 
@@ -59,19 +59,14 @@ def network_record(text: str | None, *, ranks_of_a_node: int = 1) -> dict[str, A
     ranks = "a rank" if ranks_of_a_node == 1 else f"for {ranks_of_a_node} ranks"
     return {
         "name": str(network),
-        "bits_per_s": network.bits_per_s,
-        "latency_s": network.latency_s,
+        **asdict(network),
         "how": f"one network namespace {ranks}, each behind a token bucket in both directions "
         "(launch/netlab.sh); real processes and sockets on one machine",
     }
 
 
-def check(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The largest difference of each pair and tensor over all ranks, as records for the JSON.
-
-    Raises:
-        DisagreementError: one is too large.
-    """
+def _check(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The largest difference of each pair and tensor over all ranks, as records for the JSON."""
     found = [Difference(**record) for answer in answers for record in answer["differences"]]
     found.sort(key=lambda difference: -difference.error)
     bad = [difference for difference in found if difference.is_too_large]
@@ -88,7 +83,7 @@ def check(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return list(largest.values())
 
 
-def records(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _records(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One record a method: seconds of the slowest rank, bytes of the rank that sends most."""
     found = []
     for method in answers[0]["methods"]:
@@ -108,10 +103,10 @@ def records(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         record |= {"exposed_s": step_s - kernels_s, "step_over_kernels": step_s / kernels_s}
         found.append(record)
     medians = {record["method"]: record["step_s"]["median"] for record in found}
-    for method, record in zip(medians, found, strict=True):
-        record["times_faster_than"] = {
-            peer: seconds / medians[method] for peer, seconds in medians.items() if peer != method
-        }
+    for record in found:
+        peers = {name: s for name, s in medians.items() if name != record["method"]}
+        own_s = record["step_s"]["median"]
+        record["times_faster_than"] = {peer: seconds / own_s for peer, seconds in peers.items()}
     return found
 
 
@@ -146,45 +141,35 @@ def count(number: int) -> str:
 
 def name(results: Results) -> str:
     """A name for the files of a comparison, from what was compared."""
-    shape = results["shape"]
+    shape, network = results["shape"], results["network"]
     words = [
-        f"compare-q{count(shape['seqlen_q'])}-kv{count(shape['seqlen_kv'])}".replace(",", ""),
+        f"compare-q{count(shape['seqlen_q'])}-kv{count(shape['seqlen_kv'])}",
         f"ranks{results['ranks']}",
+        "" if shape["visibility"] == "all" else shape["visibility"],
+        "" if shape["features_dim"] is None else ("features", "recompute")[results["recompute"]],
+        "" if results["overlap"] else "no-overlap",
     ]
-    if shape["visibility"] != "all":
-        words.append(shape["visibility"])
-    if shape["features_dim"] is not None:
-        words.append("recompute" if results["recompute"] else "features")
-    if not results["overlap"]:
-        words.append("no-overlap")
-    if results["network"] is not None:
-        words.append(results["network"]["name"].replace(",", "-"))
-    return "-".join(words)
+    where = "" if network is None else "-" + network["name"].replace(",", "-")
+    return "-".join(filter(None, words)).replace(",", "") + where
 
 
 def text(results: Results) -> str:
     """What was compared on what, and a line a method. Ratios are rounded to our disadvantage."""
 
     def faster(peer: str) -> Callable[[Any], str]:
-        return lambda record: _ratio(record["times_faster_than"].get(peer))
-
-    def label(record: Mapping[str, Any]) -> str:
-        method: str = record["method"]
-        return method + f" ({record['ranks'][0]['schedule']})" * (method == "lvx-auto")
+        return lambda r: _ratio(r["times_faster_than"].get(peer))
 
     measured = {record["method"] for record in results["records"]}
     cells: Cells = {
-        "method": label,
-        "forward, s": lambda record: _seconds(record["forward_s"]["median"]),
-        "backward, s": lambda record: _seconds(record["backward_s"]["median"]),
-        "step, s (p10 to p90)": lambda record: "{} ({} to {})".format(
-            *(_seconds(record["step_s"][each]) for each in ("median", "p10", "p90"))
+        "method": lambda r: (
+            r["method"] + f" ({r['ranks'][0]['schedule']})" * (r["method"] == "lvx-auto")
         ),
-        "kernels alone, s": lambda record: _seconds(record["kernels_s"]["median"]),
-        "step / kernels": lambda record: (
-            f"{math.ceil(record['step_over_kernels'] * 100) / 100:.2f}"
-        ),
-        "sent a rank, MB": lambda record: f"{record['bytes_sent'] / 1e6:.3f}",
+        "forward, s": lambda r: _seconds(r["forward_s"]["median"]),
+        "backward, s": lambda r: _seconds(r["backward_s"]["median"]),
+        "step, s (p10 to p90)": lambda r: percentiles(r["step_s"], _seconds),
+        "kernels alone, s": lambda r: _seconds(r["kernels_s"]["median"]),
+        "step / kernels": lambda r: f"{math.ceil(r['step_over_kernels'] * 100) / 100:.2f}",
+        "sent a rank, MB": lambda r: f"{r['bytes_sent'] / 1e6:.3f}",
         **{f"x {peer}": faster(peer) for peer in PEERS if peer != GATHERED or peer in measured},
     }
     caption = [
@@ -197,26 +182,22 @@ def text(results: Results) -> str:
 
 def title(results: Results) -> str:
     """One line about what was compared, on what."""
-    shape = results["shape"]
-    words = [
-        f"S_q = {count(shape['seqlen_q'])}",
-        f"S_kv = {count(shape['seqlen_kv'])}",
-        f"{shape['heads']} heads ({shape['kv_heads']} of K and V) of {shape['head_dim']}",
-        shape["dtype"],
-        f"{results['ranks']} ranks",
-    ]
-    if shape["batch"] > 1:
-        words.insert(0, f"batch {shape['batch']}")
-    if shape["visibility"] != "all":
-        words.append(f"visibility {shape['visibility']}")
-    if shape["features_dim"] is not None:
-        how = "projected again by lvx" if results["recompute"] else "kept"
-        words.append(f"K and V from features of {shape['features_dim']}, {how}")
-    if not results["overlap"]:
-        words.append("no overlap")
-    if results["network"] is not None:
-        words.append(f"emulated network of {results['network']['name']}")
-    return ", ".join(words)
+    shape, network = results["shape"], results["network"]
+    how = "projected again by lvx" if results["recompute"] else "kept"
+    features = f"K and V from features of {shape['features_dim']}, {how}"
+    words = {
+        f"batch {shape['batch']}": shape["batch"] > 1,
+        f"S_q = {count(shape['seqlen_q'])}": True,
+        f"S_kv = {count(shape['seqlen_kv'])}": True,
+        f"{shape['heads']} heads ({shape['kv_heads']} of K and V) of {shape['head_dim']}": True,
+        shape["dtype"]: True,
+        f"{results['ranks']} ranks": True,
+        f"visibility {shape['visibility']}": shape["visibility"] != "all",
+        features: shape["features_dim"] is not None,
+        "no overlap": not results["overlap"],
+        f"emulated network of {network and network['name']}": network is not None,
+    }
+    return ", ".join(word for word, is_said in words.items() if is_said)
 
 
 def _ratio(ratio: float | None) -> str:
@@ -245,9 +226,8 @@ def draw(results: Results) -> Any:
     kernels = [record["kernels_s"]["median"] for record in found]
     left.plot(kernels, places, "k|", markersize=14, label="its kernels alone")
     left.set_yticks(places, names)
-    left.set_xscale("log")
     left.grid(axis="x", which="both", alpha=0.3)
-    left.set_xlabel("seconds, forward + backward; median, p10 to p90")
+    left.set(xscale="log", xlabel="seconds, forward + backward; median, p10 to p90")
     left.legend(fontsize=8)
     # Without ring the slowest method is the measure.
     slow = max(found, key=lambda record: record["step_s"]["median"])["method"]
@@ -255,6 +235,5 @@ def draw(results: Results) -> Any:
     ratios = [record["times_faster_than"].get(peer, 1.0) for record in found]
     bars = right.barh(places, ratios, color=own)
     right.bar_label(bars, [f"{_ratio(ratio)} x" for ratio in ratios], padding=3, fontsize=8)
-    right.set_xlim(0, 1.2 * max(ratios))
-    right.set_xlabel(f"times faster than {peer}")
+    right.set(xlim=(0, 1.2 * max(ratios)), xlabel=f"times faster than {peer}")
     return figure

@@ -8,7 +8,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,36 +21,28 @@ DTYPES = {
 VISIBILITIES = ("all", "causal", "frames", "prefix")
 FRAMES = 16
 FRAMES_SEEN = 4
-Rows = TypeVar("Rows", int, Tensor)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention over a whole sequence; it is split over the ranks as evenly as it goes.
+    """One attention over a whole sequence; it is split over the ranks as evenly as it goes."""
 
-    Attributes:
-        seqlen_q, seqlen_kv: of all ranks together.
-        batch, heads, kv_heads, head_dim: as in `ds_lvx.lv_xattn`.
-        dtype: its name in torch.
-        visibility: ``"all"``; ``"causal"``, where the last query sees all keys and the others
-            their share from the front; ``"frames"``, where the keys are frames and a query sees
-            four in a row, later ones the later the query is; ``"prefix"``, where it sees all frames
-            up to its own.
-        frames: that the keys are.
-        features_dim: width of the features that K and V are projected from; None for K and V as
-            they are.
-    """
-
+    # Of all ranks together.
     seqlen_q: int = 256
     seqlen_kv: int = 32768
+    # As in `ds_lvx.lv_xattn`.
     batch: int = 1
     heads: int = 8
     kv_heads: int = 8
     head_dim: int = 64
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # its name in torch
+    # ``"all"``; ``"causal"``, where the last query sees all keys and the others their share from
+    # the front; ``"frames"``, where the keys are frames and a query sees four in a row, later ones
+    # the later the query is; ``"prefix"``, where it sees all frames up to its own.
     visibility: str = "all"
+    # Width of the features that K and V are projected from; None for K and V as they are.
     features_dim: int | None = None
-    frames: int = FRAMES
+    frames: int = FRAMES  # that the keys are
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -82,24 +73,17 @@ def split(total: int, ranks: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Shards:
-    """The tensors of some shards. All but ``dout`` and ``visibility`` are leaves.
+    """The tensors of some shards. All but ``dout`` and ``visibility`` are leaves."""
 
-    Attributes:
-        q, dout: ``[batch, seqlen_q, heads, head_dim]``.
-        keys: ``{"k": ..., "v": ...}``, each ``[batch, seqlen_kv, kv_heads, head_dim]``; or
-            ``{"features": ..., "k_proj": ..., "v_proj": ...}``, ``[batch, seqlen_kv,
-            features_dim]`` and twice ``[features_dim, kv_heads * head_dim]``.
-        head_dim: of keys that are projected.
-        visibility: of these queries over these keys.
-        over_all: of these queries over the keys of all shards.
-    """
-
-    q: Tensor
-    dout: Tensor
+    q: Tensor  # [batch, seqlen_q, heads, head_dim]
+    dout: Tensor  # the same
+    # ``{"k": ..., "v": ...}``, each ``[batch, seqlen_kv, kv_heads, head_dim]``; or ``{"features":
+    # ..., "k_proj": ..., "v_proj": ...}``, ``[batch, seqlen_kv, features_dim]`` and twice
+    # ``[features_dim, kv_heads * head_dim]``.
     keys: dict[str, Tensor]
-    head_dim: int
-    visibility: Visibility | None
-    over_all: Visibility | None
+    head_dim: int  # of keys that are projected
+    visibility: Visibility | None  # of these queries over these keys
+    over_all: Visibility | None  # of these queries over the keys of all shards
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -153,10 +137,9 @@ def make_shards(
 ) -> Shards:
     """The tensors of some shards of ``ranks``, in order; of all, they are the whole sequence.
 
-    With ``of_queries`` the queries are of other shards than the keys.
-
-    Shards of keys differ in scale, from half to one and a half: their parts of a result then have
-    a different lse, and a merge that ignored it would be wrong by far.
+    With ``of_queries`` the queries are of other shards than the keys. Shards of keys differ in
+    scale, from half to one and a half: their parts of a result then have a different lse, and a
+    merge that ignored it would be wrong by far.
     """
     q_lengths, kv_lengths = split(shape.seqlen_q, ranks), split(shape.seqlen_kv, ranks)
     own = shards if of_queries is None else of_queries
@@ -186,8 +169,8 @@ def make_shards(
         draw("dout", *queries),
         keys,
         shape.head_dim,
-        _visibility(shape, rows, _indices(kv_lengths, shards, device)),
-        _visibility(shape, rows, torch.arange(shape.seqlen_kv, device=device)),
+        visibility(shape, rows, _indices(kv_lengths, shards, device)),
+        visibility(shape, rows, torch.arange(shape.seqlen_kv, device=device)),
     )
 
 
@@ -206,28 +189,17 @@ def _indices(lengths: Sequence[int], shards: Sequence[int], device: torch.device
     return torch.cat([parts[shard] for shard in shards])
 
 
-def first_frame(row: Rows, shape: Shape) -> Rows:
-    """The first of the ``"frames"`` that a query sees: later for later ones."""
-    return row * (shape.frames - FRAMES_SEEN) // max(shape.seqlen_q - 1, 1)
-
-
-def end_of_prefix(row: Rows, shape: Shape) -> Rows:
-    """Behind the last of the frames that a query sees by ``"prefix"``: its own."""
-    return row * shape.frames // shape.seqlen_q + 1
-
-
-def _visibility(shape: Shape, rows: Tensor, keys: Tensor) -> Visibility | None:
+def visibility(shape: Shape, rows: Tensor, keys: Tensor) -> Visibility | None:
+    """Of queries over keys, by their places in the whole sequence; None: all see all."""
     if shape.visibility == "all":
         return None
+    start, position = torch.zeros_like(rows), keys * shape.frames // shape.seqlen_kv
     if shape.visibility == "causal":
-        start, end = torch.zeros_like(rows), (rows + 1) * shape.seqlen_kv // shape.seqlen_q
-        position = keys
+        end, position = (rows + 1) * shape.seqlen_kv // shape.seqlen_q, keys
+    elif shape.visibility == "prefix":
+        end = rows * shape.frames // shape.seqlen_q + 1
     else:
-        position = keys * shape.frames // shape.seqlen_kv
-        if shape.visibility == "prefix":
-            start, end = torch.zeros_like(rows), end_of_prefix(rows, shape)
-        else:
-            start = first_frame(rows, shape)
-            end = start + FRAMES_SEEN
+        start = rows * (shape.frames - FRAMES_SEEN) // max(shape.seqlen_q - 1, 1)
+        end = start + FRAMES_SEEN
     parts = (part.to(torch.int32).repeat(shape.batch, 1) for part in (start, end, position))
     return Visibility(*parts)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import deepspeed.comm.comm as deepspeed_comm
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -26,11 +27,13 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from ds_lvx.compare.case import Regions, part_of
-from ds_lvx.compare.training.zero_transfers import ZERO, zero_watched
-from ds_lvx.distributed.pending import Transfer, watching
+from ds_lvx.distributed.pending import Clock, Observer, Transfer, watching
 
 PHASES = ("forward", "backward", "optimizer")
 PARTS = ("vision", "text", "cross_attention", "rest")
+ZERO = "zero "
+_COLLECTIVES = ("all_", "reduce", "broadcast", "inference_all_reduce", "barrier")
+"""How the names of the backend's collectives begin."""
 EXPOSED = tuple(f"exposed_{where}" for where in ("cross_attention", "text", "zero", "rest"))
 COLUMNS = (*PARTS, *EXPOSED)
 """Parts of a phase: computing in a part of the model; waiting in one, or for ZeRO's transfers."""
@@ -38,16 +41,13 @@ COLUMNS = (*PARTS, *EXPOSED)
 
 @dataclass
 class Breakdown:
-    """One step of one rank, in seconds.
+    """One step of one rank, in seconds."""
 
-    Attributes:
-        parts_s: phase -> `COLUMNS` -> seconds; they add up to the step.
-        hidden_s: phase -> seconds in which a transfer was under way while the rank did something
-            else. A transfer counts from its start until its result has arrived and been asked for,
-            so this is the most that it can have hidden.
-    """
-
+    # Phase -> `COLUMNS` -> seconds; they add up to the step.
     parts_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    # Phase -> seconds in which a transfer was under way while the rank did something else. A
+    # transfer counts from its start until its result has arrived and been asked for, so this is the
+    # most that it can have hidden.
     hidden_s: dict[str, float] = field(default_factory=dict)
 
 
@@ -82,11 +82,8 @@ class Marks:
 class Parts:
     """Follows which part of a model computes; one step at a time, inside `recording`.
 
-    Args:
-        model: with its hooks for ``regions`` until `remove`.
-        regions: which modules are which part; a module in none belongs to its nearest ancestor in
-            one, and to ``"rest"`` where there is none.
-        marks: makes the marks of a step; a test may give others.
+    The model has hooks until `remove`. A module in none of ``regions`` belongs to its nearest
+    ancestor in one, and to ``"rest"`` where there is none.
 
     Raises:
         ValueError: the model has none of these modules.
@@ -135,7 +132,13 @@ class Parts:
             self._marks = None
         times = marks.read()
         moments = [(times[mark], phase, part) for mark, phase, part in changes]
-        filled = broken_down(moments, times[end], [_at(times, t) for t in transfers])
+        seconds = [
+            Transfer(
+                t.collective, *(times[int(mark)] for mark in (t.started_s, t.waited_s, t.done_s))
+            )
+            for t in transfers
+        ]
+        filled = broken_down(moments, times[end], seconds)
         result.parts_s, result.hidden_s = filled.parts_s, filled.hidden_s
 
     def enter(self, phase: str) -> None:
@@ -145,12 +148,10 @@ class Parts:
     # ---- hooks
 
     def _follow(self, module: nn.Module, part: str, *, around: str) -> None:
-        before = module.register_forward_pre_hook(
-            partial(self._begin, part, around), with_kwargs=True
-        )
+        begin, end = partial(self._begin, part, around), partial(self._end, part)
+        self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         # Also when a recomputation ends in the middle of a module, by an exception of its own.
-        after = module.register_forward_hook(partial(self._end, part), always_call=True)
-        self._handles += [before, after]
+        self._handles.append(module.register_forward_hook(end, always_call=True))
 
     def _begin(self, part: str, around: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._marks is None:
@@ -163,7 +164,11 @@ class Parts:
     def _end(self, part: str, module: nn.Module, args: Any, output: Any) -> None:
         if self._marks is None:
             return
-        self._in_backward(_first_tensor(output), part)
+        if isinstance(output, Mapping):
+            output = list(output.values())
+        if isinstance(output, Sequence) and output:
+            output = output[0]
+        self._in_backward(output, part)
         self._change(self._phase, self._outer.pop())
 
     def _in_backward(self, tensor: Any, part: str) -> None:
@@ -188,28 +193,12 @@ class Parts:
             self._changes.append((self._marks.mark(), phase, part))
 
 
-def _at(times: Sequence[float], transfer: Transfer) -> Transfer:
-    """A transfer whose times were numbers of marks, in seconds."""
-    numbers = (transfer.started_s, transfer.waited_s, transfer.done_s)
-    return Transfer(transfer.collective, *(times[int(number)] for number in numbers))
-
-
-def _first_tensor(output: Any) -> Any:
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    return output[0] if isinstance(output, Sequence) and output else output
-
-
 def broken_down(
     changes: Sequence[tuple[float, str, str]], end: float, transfers: Sequence[Transfer]
 ) -> Breakdown:
-    """The parts of a step.
+    """The parts of a step, from when it went on to which phase and part, in order, and its end.
 
-    Args:
-        changes: when the step went on to which phase and part; seconds, in order.
-        end: when it was over.
-        transfers: those of ZeRO are named ``"zero ..."``. Where a wait is inside another, the outer
-            one counts.
+    Where a transfer is waited for inside another, the outer one counts.
     """
     result = Breakdown(
         parts_s={phase: dict.fromkeys(COLUMNS, 0.0) for phase in PHASES},
@@ -242,3 +231,66 @@ def _column(part: str, wait: str) -> str:
         return part
     column = "exposed_zero" if wait.startswith(ZERO) else f"exposed_{part}"
     return column if column in EXPOSED else "exposed_rest"
+
+
+# ---- the transfers of DeepSpeed itself: ZeRO's gradients and parameters
+
+
+@contextmanager
+def zero_watched(observer: Observer, *, clock: Clock) -> Iterator[None]:
+    """Call ``observer`` with each transfer of DeepSpeed's backend; named ``"zero all_reduce"``.
+
+    All of them go through one object; a stand-in takes its place that tells how long each call, and
+    the wait for its handle, takes. (DeepSpeed's own logger waits for every transfer where it
+    starts.) One inside an operator of ds_lvx's (an all-to-all of Ulysses) is told twice.
+    """
+    backend = deepspeed_comm.cdb
+    deepspeed_comm.cdb = _Watched(backend, observer, clock)
+    try:
+        yield
+    finally:
+        deepspeed_comm.cdb = backend
+
+
+class _Watched:
+    """DeepSpeed's backend, but that its collectives are told."""
+
+    def __init__(self, backend: Any, observer: Observer, clock: Clock) -> None:
+        self._backend, self._observer, self._clock = backend, observer, clock
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._backend, name)
+        is_told = callable(found) and name.startswith(_COLLECTIVES)
+        return partial(self._told, name, found) if is_told else found
+
+    def _told(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        started = self._clock()
+        result = function(*args, **kwargs)
+
+        def tell(waited: float) -> None:
+            self._observer(Transfer(f"{ZERO}{name}", started, waited, self._clock()))
+
+        if hasattr(result, "wait"):
+            return _WatchedWork(result, self._clock, tell)
+        tell(started)
+        return result
+
+
+class _WatchedWork:
+    """A handle of ``torch.distributed``; when its first wait is over, the time it began is told."""
+
+    def __init__(self, work: Any, clock: Clock, tell: Callable[[float], None]) -> None:
+        self._work, self._clock = work, clock
+        self._tell: Callable[[float], None] | None = tell
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the handle."""
+        waited = self._clock()
+        result = self._work.wait(*args, **kwargs)
+        if self._tell is not None:
+            self._tell(waited)
+            self._tell = None
+        return result

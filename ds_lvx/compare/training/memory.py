@@ -19,6 +19,7 @@ import torch
 from ds_lvx.compare.case import Case, ds_config
 from ds_lvx.compare.document import Cells, Results, columns, percentiles
 from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
+from ds_lvx.compare.machine import cores
 from ds_lvx.compare.peak import PROMPT_FREEING
 from ds_lvx.compare.training.rank import Load, weigh
 from ds_lvx.plan import memory as formulas
@@ -42,23 +43,15 @@ _TIMEOUT_S = 6 * 3600.0
 
 @dataclass(frozen=True)
 class Scales:
-    """How the settings are measured.
+    """How the settings are measured."""
 
-    Attributes:
-        case: what is trained.
-        ranks: that share the sample; each is a process.
-        frames: the smallest visual input of a rank, at which step times are compared.
-        steps: measured at that size; one at others.
-        budget_bytes: what the largest run may add to a rank's memory; 0: it is not so large.
-        threads: of a rank on a CPU.
-    """
-
-    case: Case
-    ranks: int = 2
-    frames: int = 32
-    steps: int = 3
+    case: Case  # what is trained
+    ranks: int = 2  # that share the sample; each is a process
+    frames: int = 32  # the smallest visual input of a rank, at which step times are compared
+    steps: int = 3  # measured at that size; one at others
+    # What the largest run may add to a rank's memory; 0: it is not so large.
     budget_bytes: int = GIB
-    threads: int = 1
+    threads: int = 1  # of a rank on a CPU
 
     @property
     def on_cuda(self) -> bool:
@@ -74,46 +67,28 @@ class Scales:
         from a step of the same size would count as there before.
         """
         warm_up_frames, steps = (frames, self.steps) if timed else (1, 1)
-        load = Load(
-            self.case,
-            setting,
-            frames=frames,
-            warm_up_frames=warm_up_frames,
-            steps=steps,
-            counts_launches=counts_launches,
-        )
-        shared = max(len(os.sched_getaffinity(0)) // self.ranks, 1)
-        where = Ranks(
-            self.ranks,
-            shared if self.on_cuda else self.threads,
-            "cuda" if self.on_cuda else "cpu",
-            timeout_s=_TIMEOUT_S,
-            environment=PROMPT_FREEING,
-        )
-        ranks = on_ranks(weigh, load, where)
+        load = Load(self.case, setting, frames, warm_up_frames, steps, counts_launches)
+        threads = max(cores() // self.ranks, 1) if self.on_cuda else self.threads
+        device = "cuda" if self.on_cuda else "cpu"
+        more: Any = {"timeout_s": _TIMEOUT_S, "environment": PROMPT_FREEING}
+        ranks = on_ranks(weigh, load, Ranks(self.ranks, threads, device, **more))
+
+        def most(name: str) -> float:
+            return max(statistics.median(rank[name]) for rank in ranks)
+
         return {
             "tokens": frames * self.case.frame_tokens,
-            **{
-                name: max(statistics.median(rank[name]) for rank in ranks)
-                for name in ("kept_bytes", "peak_bytes")
-            },
-            **{
-                name: slowest(*(rank[name] for rank in ranks)) for name in ("step_s", "processor_s")
-            },
+            "kept_bytes": most("kept_bytes"),
+            "peak_bytes": most("peak_bytes"),
+            "step_s": slowest(*(rank["step_s"] for rank in ranks)),
+            "processor_s": slowest(*(rank["processor_s"] for rank in ranks)),
             "load_average": os.getloadavg(),
             "ranks": ranks,
         }
 
-    def largest(self, setting: Setting, runs: Sequence[Mapping[str, Any]]) -> int:
-        """Frames that fill the budget, from smaller runs and the bytes a token by the formula."""
-        slope, intercept = _line(runs, "peak_bytes")
-        # Where sizes are too small for a slope, the formula keeps the run from being endless.
-        cost = max(slope, self.cost(setting))
-        return max(int((self.budget_bytes - intercept) / cost / self.case.frame_tokens), 1)
-
     def cost(self, setting: Setting) -> float:
         """Bytes a token by the formula."""
-        predicted = predict(setting, self.case, ranks=self.ranks, cuda=self.on_cuda)
+        predicted = _predict(setting, self.case, ranks=self.ranks, cuda=self.on_cuda)
         return predicted["peak_bytes_per_token"]
 
 
@@ -141,14 +116,8 @@ def measure(
 ) -> dict[str, Any]:
     """Measure one setting: step times at the smallest size, bytes at three, the last as fits.
 
-    Args:
-        name: of the setting.
-        setting: how the cross-attention layers run.
-        scales: sizes and steps; the case's ``features`` say whether they want a gradient.
-        say: gets a line about every run.
-
-    Returns:
-        A record for the JSON: the ds_config, predicted and measured bytes a token, every sample.
+    ``say`` gets a line about every run. The record for the JSON has the ds_config, predicted and
+    measured bytes a token, and every sample.
     """
     case = scales.case
     timed = scales.run(setting, frames=scales.frames, timed=True)
@@ -174,19 +143,15 @@ def measure(
 def enlarge(
     record: Mapping[str, Any], scales: Scales, *, say: Callable[[str], None] = print, **about: Any
 ) -> dict[str, Any]:
-    """A record with one more run, the largest that the budget allows.
+    """A record of `measure` as it would be with one more run, the largest that the budget allows.
 
-    Args:
-        record: of `measure`, in the same case and on as many ranks.
-        scales: its budget counts.
-        say: gets a line about the run.
-        about: what else the run's record is to hold.
-
-    Returns:
-        The record as it would be if the run had been its last from the start.
+    The case and the number of ranks are the same. The run's record holds ``about``, too.
     """
     setting = Setting(**record["setting"])
-    frames = scales.largest(setting, record["runs"])
+    slope, intercept = _line(record["runs"], "peak_bytes")
+    # Where sizes are too small for a slope, the formula keeps the run from being endless.
+    room = (scales.budget_bytes - intercept) / max(slope, scales.cost(setting))
+    frames = max(int(room / scales.case.frame_tokens), 1)
     run = {**scales.run(setting, frames=frames), **about}
     runs = sorted([*record["runs"], run], key=lambda each: int(each["tokens"]))
     larger = {**record, "budget_bytes": scales.budget_bytes, "runs": runs}
@@ -208,7 +173,7 @@ def _line(runs: Sequence[Mapping[str, Any]], column: str) -> tuple[float, float]
 def compared(record: Mapping[str, Any], *, ranks: int, cuda: bool) -> dict[str, Any]:
     """What follows from a record's samples: slopes, times, and the formulas beside them."""
     setting, case = Setting(**record["setting"]), Case(**record["case"])
-    predicted = predict(setting, case, ranks=ranks, cuda=cuda)
+    predicted = _predict(setting, case, ranks=ranks, cuda=cuda)
     slope, _ = _line(record["runs"], "peak_bytes")
     return {
         "kept_bytes_per_token": _line(record["runs"], "kept_bytes")[0],
@@ -221,25 +186,19 @@ def compared(record: Mapping[str, Any], *, ranks: int, cuda: bool) -> dict[str, 
     }
 
 
-def predict(setting: Setting, case: Case, *, ranks: int, cuda: bool) -> dict[str, float]:
-    """Bytes that a visual token costs by the formulas of `ds_lvx.plan.memory`.
-
-    Args:
-        setting, case, ranks: what is measured.
-        cuda: where; on a CPU the same is predicted for an accelerator as well.
-    """
+def _predict(setting: Setting, case: Case, *, ranks: int, cuda: bool) -> dict[str, float]:
+    """Bytes that a visual token costs by the formulas, here and on an accelerator."""
     head_dim = case.head_dim or case.hidden // case.heads
     attention = CrossAttention(case.hidden, case.heads, case.kv_heads, head_dim, case.cross_layers)
     accelerator = formulas.Load(keys=1, ranks=ranks, features_train=case.features != "frozen")
     here = replace(accelerator, host_is_device=not cuda)
     saved = formulas.kept(attention, setting, here)
+    there = formulas.peak_per_key(attention, setting, accelerator)
     return {
         "kept_bytes_per_token": saved.features + attention.layers * saved.of_keys,
         "kept_by_a_layer_bytes_per_token": saved.of_keys,
         "peak_bytes_per_token": formulas.peak_per_key(attention, setting, here),
-        "peak_bytes_per_token_on_an_accelerator": formulas.peak_per_key(
-            attention, setting, accelerator
-        ),
+        "peak_bytes_per_token_on_an_accelerator": there,
     }
 
 
@@ -247,17 +206,9 @@ def recomputation(scales: Scales, *, checkpointing: bool, rounds: int) -> dict[s
     """Times of a whole step, in the proportions of a real model, with and without `recompute_kv`.
 
     In a step K and V of the cross-attention are a small part: the vision tower, the projector and
-    the text's own layers take their time too.
-
-    Args:
-        scales: one process, frames, and steps in each process after one to warm up; the case's
-            ``features`` say whether the vision tower is trained.
-        checkpointing: of the layers, without and with recomputation.
-        rounds: processes for each, in turns, so that both see the same neighbours.
-
-    Returns:
-        A record for the JSON; ``recomputation_costs`` are shares of the step without it, in wall
-        time and in processor time.
+    the text's own layers take their time too. Both have ``rounds`` processes, in turns, so that
+    they see the same neighbours. ``recomputation_costs`` in the record for the JSON are shares of
+    the step without it, in wall time and in processor time.
     """
     kept, case = Setting(checkpointing=checkpointing), scales.case
     pair = {"kept": kept, "recomputed": replace(kept, recompute_kv=True)}
@@ -334,8 +285,8 @@ def _of_times(results: Results) -> str:
     cells: Cells = {
         "vision tower": "{vision_tower}",
         "checkpointing": lambda r: "yes" if r["checkpointing"] else "no",
-        "K, V kept: step, s": lambda r: percentiles(r["step_s"]["kept"], 2),
-        "recomputed: step, s": lambda r: percentiles(r["step_s"]["recomputed"], 2),
+        "K, V kept: step, s": lambda r: percentiles(r["step_s"]["kept"], "{:.2f}".format),
+        "recomputed: step, s": lambda r: percentiles(r["step_s"]["recomputed"], "{:.2f}".format),
         "costs": "{recomputation_costs[step_s]:+.1%}",
         "costs in processor time": "{recomputation_costs[processor_s]:+.1%}",
     }
@@ -365,8 +316,10 @@ def draw(results: Results) -> Any:
     predicted = [GIB / record["predicted"]["peak_bytes_per_token"] for record in records]
     axes.plot(predicted, places, "k|", markersize=12, label="formula")
     axes.set_yticks(places, [f"{r['name']} ({r['features']})" for r in records], fontsize=8)
-    axes.set_xlim(0, 1.15 * max(values))
-    axes.set_xlabel("visual tokens per GiB of a rank, at the peak of a training step")
-    axes.set_title("Room for visual tokens; in brackets, whether their features want a gradient")
+    axes.set(
+        xlim=(0, 1.15 * max(values)),
+        xlabel="visual tokens per GiB of a rank, at the peak of a training step",
+        title="Room for visual tokens; in brackets, whether their features want a gradient",
+    )
     axes.legend(loc="center right")
     return figure

@@ -117,11 +117,7 @@ def compare(
 ) -> dict[str, Any]:
     """Train by every method, ``none`` on one process, the others on all ranks.
 
-    Args:
-        task: its own method does not count.
-        methods: of `METHODS`.
-        ranks: that share the sample.
-        say: gets a line about every method.
+    ``say`` gets a line about every method.
 
     Returns:
         For the JSON: ``records``, one a method, with every sample of every rank; and
@@ -194,6 +190,7 @@ def record(method: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for sample in ranks
     ]
     the_same = ("losses", "gradient_norms")  # on all ranks
+    own = [{k: value for k, value in each.items() if k not in the_same} for each in answers]
     return {
         "method": method,
         "ranks": len(answers),
@@ -202,28 +199,27 @@ def record(method: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "attention_bytes": max(max(answer["attention_bytes"]) for answer in answers),
         "typical": in_order[(len(in_order) - 1) // 2],
         "sum_of_parts_over_whole": [min(sums), max(sums)],
-        "answers": [
-            {name: value for name, value in answer.items() if name not in the_same}
-            for answer in answers
-        ],
+        "answers": own,
     }
 
 
 def disagreements(records: Sequence[Mapping[str, Any]], *, dtype: str) -> list[str]:
     """Where losses or gradients differ from those of the first method, in lines."""
+
+    def losses(of: Mapping[str, Any]) -> dict[str, float]:
+        return {f"step {number}": loss for number, loss in enumerate(of["losses"], start=1)}
+
     lines: list[str] = []
     for one, other in ((records[0], each) for each in records[1:]):
         share = NEGLIGIBLE if one["ranks"] == other["ranks"] else NEGLIGIBLE_ELSEWHERE[dtype]
-        negligible = share * max(one["gradient_norms"].values(), default=0.0)
-        losses, others = (
-            {f"step {number}": loss for number, loss in enumerate(each["losses"], start=1)}
-            for each in (one, other)
-        )
-        for what, values, own, least in (
-            ("losses", losses, others, 0.0),
-            ("norms of gradients", one["gradient_norms"], other["gradient_norms"], negligible),
-        ):
-            apart = _apart(values, own, least=least, tolerance=TOLERANCES[dtype])
+        norms, others = one["gradient_norms"], other["gradient_norms"]
+        negligible = share * max(norms.values(), default=0.0)
+        for what, apart in {
+            "losses": _apart(losses(one), losses(other), least=0.0, tolerance=TOLERANCES[dtype]),
+            "norms of gradients": _apart(
+                norms, others, least=negligible, tolerance=TOLERANCES[dtype]
+            ),
+        }.items():
             if apart:
                 lines.append(f"{one['method']} and {other['method']} disagree on {what}: {apart}")
     return lines
@@ -333,13 +329,9 @@ def draw(results: Results) -> Any:
     heights = np.zeros(len(records))
     for phase, (kinds, colour) in itertools.product(PHASES, _BARS.values()):
         seconds = [sum(step[phase][column] for column in kinds) for step in steps]
-        look: Any = {
-            "color": colour,
-            "hatch": _HATCHES[phase],
-            "edgecolor": "white",
-            "linewidth": 0.5,
-        }
-        axes.bar(range(len(records)), seconds, bottom=heights, width=0.6, **look)
+        look: Any = {"color": colour, "hatch": _HATCHES[phase], "width": 0.6}
+        edge: Any = {"edgecolor": "white", "linewidth": 0.5}
+        axes.bar(range(len(records)), seconds, bottom=heights, **look, **edge)
         heights = heights + seconds
     for place, height in enumerate(heights):
         axes.text(place, height, f" {height:.3g} s", ha="center", va="bottom", fontsize=9)
@@ -348,9 +340,7 @@ def draw(results: Results) -> Any:
     axes.margins(y=0.08)
     axes.set_title(_title(results).replace("; ", ";\n", 1).replace(". ", ".\n", 1), fontsize=8)
     legend = [Patch(facecolor=colour, label=bar) for bar, (_, colour) in _BARS.items()]
-    legend += [
-        Patch(facecolor="white", edgecolor="gray", hatch=hatch, label=phase)
-        for phase, hatch in _HATCHES.items()
-    ]
+    grey: Any = {"facecolor": "white", "edgecolor": "gray"}
+    legend += [Patch(**grey, hatch=hatch, label=phase) for phase, hatch in _HATCHES.items()]
     axes.legend(handles=legend[::-1], fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

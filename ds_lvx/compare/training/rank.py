@@ -21,8 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import ds_lvx
 from ds_lvx.compare.case import Case, build_model, ds_config, make_batch
-from ds_lvx.compare.harness import METHODS, now
-from ds_lvx.compare.network import read_counters
+from ds_lvx.compare.harness import METHODS, now, own_device
+from ds_lvx.compare.network import carried_since, own_counters
 from ds_lvx.compare.peak import meter
 from ds_lvx.compare.training.breakdown import Parts
 from ds_lvx.distributed.pending import without_overlap
@@ -34,37 +34,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Task:
-    """A fine-tuning task by one method, and its steps. Sizes are those of the whole sample.
+    """A fine-tuning task by one method, and its steps. Sizes are those of the whole sample."""
 
-    Attributes:
-        model: its name, or folder or hub name of a checkpoint.
-        case: its sizes, the text's tokens, and what trains.
-        frames: of the one sample.
-        dtype: a key of `DTYPES`.
-        zero_stage: of DeepSpeed.
-        text_method: of the text's own attention, ``"ulysses"`` or ``"ring"``.
-        recompute: lvx projects K and V again in backward.
-        checkpointing: of the layers.
-        checkpoint: the weights are those of the checkpoint ``model``, not random.
-        method: of the cross-attention, one of `METHODS`.
-        overlap: transfers run under what is computed.
-        warmup: steps after the first and before the timed ones.
-        repeats: timed steps, and broken-down ones.
-    """
-
-    model: str
-    case: Case
-    frames: int
-    dtype: str = "float32"
-    zero_stage: int = 2
-    text_method: str = "ulysses"
-    recompute: bool = True
-    checkpointing: bool = False
-    checkpoint: bool = False
-    method: str = "none"
-    overlap: bool = True
-    warmup: int = 1
-    repeats: int = 5
+    model: str  # its name, or folder or hub name of a checkpoint
+    case: Case  # its sizes, the text's tokens, and what trains
+    frames: int  # of the one sample
+    dtype: str = "float32"  # a key of `DTYPES`
+    zero_stage: int = 2  # of DeepSpeed
+    text_method: str = "ulysses"  # of the text's own attention, ``"ulysses"`` or ``"ring"``
+    recompute: bool = True  # lvx projects K and V again in backward
+    checkpointing: bool = False  # of the layers
+    checkpoint: bool = False  # the weights are those of the checkpoint ``model``, not random
+    method: str = "none"  # of the cross-attention, one of `METHODS`
+    overlap: bool = True  # transfers run under what is computed
+    warmup: int = 1  # steps after the first and before the timed ones
+    repeats: int = 5  # timed steps, and broken-down ones
 
     def build(self) -> torch.nn.Module:
         """The model, on the device that tensors are made on."""
@@ -90,7 +74,7 @@ def _training(model: Any, optimizer: type[torch.optim.Optimizer], config: Any) -
     """The engine of a model, until the ranks part."""
     # torch 2.13 renamed collectives that DeepSpeed calls by their old names: a warning each.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    own_device()
     weights = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = ds_lvx.initialize(
         model=model,
@@ -115,12 +99,10 @@ def _columns(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
 def finetune(task: Task) -> dict[str, Any]:
     """One step that is compared, then steps to warm up, timed ones and broken-down ones.
 
-    Returns:
-        ``losses`` of all steps (the whole sample's) and ``gradient_norms`` by parameter after the
-        first; by timed step ``step_s``, ``processor_s`` (of all threads of this process),
-        ``attention_bytes`` (`ds_lvx.traffic`) and ``interface_bytes`` (what the network interface
-        sent without packet headers, DeepSpeed's own included; None where ranks share it);
-        ``broken_down``: a `Breakdown` for each further step, and ``whole_s`` by the clock.
+    ``losses`` are those of all steps (the whole sample's), ``gradient_norms`` those after the
+    first. ``processor_s`` is of all threads of this process; ``interface_bytes`` what the network
+    interface sent without packet headers, DeepSpeed's own included (None where ranks share it);
+    ``broken_down`` a `Breakdown` for each further step, and ``whole_s`` by the clock.
     """
     config = task.ds_config(ranks=int(os.environ["WORLD_SIZE"]))
     with (
@@ -150,30 +132,26 @@ def _finetuned(engine: Any, task: Task) -> dict[str, Any]:
         ``enter`` is told of each phase after the first.
         """
         engine.ds_lvx.groups.world_channel.barrier()
-        with nullcontext() if around is None else around as found, ds_lvx.traffic() as traffic:
-            start, worked, counted = now(), time.process_time(), _interface_bytes()
+        with around or nullcontext() as found, ds_lvx.traffic() as traffic:
+            start, worked, counted = now(), time.process_time(), own_counters()
             shard = ds_lvx.shard_batch(batch, model=engine.module, frames="local")
             loss = engine(**shard).loss
             enter("backward")
             engine.backward(loss)
             enter("optimizer")
             engine.step()
-            sample = {
-                "step_s": now() - start,
-                "processor_s": time.process_time() - worked,
-                "interface_bytes": None if counted is None else (_interface_bytes() or 0) - counted,
-            }
+            sample = {"step_s": now() - start, "processor_s": time.process_time() - worked}
+            carried = carried_since(counted)
+            sent = None if carried is None else carried.sent_payload_bytes
         losses.append(float(ds_lvx.mean_loss(loss)))
-        return {**sample, "attention_bytes": traffic.bytes_sent}, found
+        return {**sample, "interface_bytes": sent, "attention_bytes": traffic.bytes_sent}, found
 
     def look(phase: str) -> None:
         if phase == "optimizer":
             norms.update(gradient_norms(engine))
 
     step(look)
-    for _ in range(task.warmup):
-        step()
-    timed = [step()[0] for _ in range(task.repeats)]
+    timed = [step()[0] for _ in range(task.warmup + task.repeats)][task.warmup :]
     parts = Parts(engine.module, task.case.contract().regions())
     pairs = [step(parts.enter, parts.recording()) for _ in range(task.repeats)]
     parts.remove()
@@ -198,50 +176,31 @@ def gradient_norms(engine: Any) -> dict[str, float]:
     return norms
 
 
-def _interface_bytes() -> int | None:
-    """What this rank's interface sent, where the network is its own."""
-    if "NETLAB" not in os.environ:
-        return None
-    counters = read_counters(os.environ["GLOO_SOCKET_IFNAME"])
-    return None if counters is None else counters.sent_payload_bytes
-
-
 # ---- memory
 
 
 @dataclass(frozen=True)
 class Load:
-    """Steps whose memory counts.
+    """Steps whose memory counts."""
 
-    Attributes:
-        case: what is trained, in bf16 at ZeRO stage 2.
-        setting: how.
-        frames: visual input of a rank.
-        warm_up_frames: visual input of a rank in the step before the measured ones.
-        steps: measured ones.
-        counts_launches: in one more step, on CUDA.
-    """
-
-    case: Case
+    case: Case  # what is trained, in bf16 at ZeRO stage 2
     setting: Setting
-    frames: int
-    warm_up_frames: int
-    steps: int
-    counts_launches: bool = False
+    frames: int  # visual input of a rank
+    warm_up_frames: int  # visual input of a rank in the step before the measured ones
+    steps: int  # measured ones
+    counts_launches: bool = False  # in one more step, on CUDA
 
 
 def weigh(load: Load) -> dict[str, Any]:
     """Train some steps; bytes and seconds of each.
 
-    Returns:
-        ``before_bytes`` (before the first measured step), and lists with one entry a measured step:
-        ``kept_bytes`` (after forward), ``peak_bytes``, both above what was there before the step,
-        ``forward_s``, ``backward_s``, ``step_s`` (with the optimizer's), ``processor_s`` (of all
-        threads in the same time, which neighbours on the machine do not lengthen), and ``loss``;
-        ``launches`` of one more step on CUDA where they are asked for, else None.
+    ``kept_bytes`` (after forward) and ``peak_bytes`` are above what was there before the step,
+    ``before_bytes`` of the first. ``step_s`` has the optimizer's time, too; ``processor_s`` is of
+    all threads in that time, which neighbours on the machine do not lengthen. ``launches`` are of
+    one more step on CUDA where they are asked for, else None.
     """
     config = ds_config(load.setting, load.case, ranks=int(os.environ["WORLD_SIZE"]))
-    with _on_device():
+    with own_device():  # where weights are drawn in a moment
         model = build_model(load.case)
     with _training(model, torch.optim.SGD, config) as engine:
         del model
@@ -249,23 +208,11 @@ def weigh(load: Load) -> dict[str, Any]:
         columns = _columns([_weighed(engine, load.case, load.frames) for _ in range(load.steps)])
         launches = None
         if load.counts_launches and get_accelerator().device_name() == "cuda":
-            launches = _launches(lambda: _weighed(engine, load.case, load.frames))
+            with profile(activities=[ProfilerActivity.CUDA]) as found:
+                _weighed(engine, load.case, load.frames)
+            events = found.events() or ()
+            launches = sum(event.device_type == DeviceType.CUDA for event in events)
     return {**columns, "before_bytes": columns["before_bytes"][0], "launches": launches}
-
-
-@contextmanager
-def _on_device() -> Iterator[None]:
-    """New tensors on this rank's device: weights are drawn there in a moment."""
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    with torch.device(get_accelerator().current_device_name()):
-        yield
-
-
-def _launches(step: Callable[[], Any]) -> int:
-    """How many kernels and copies the GPU is given in a step, by PyTorch's profiler."""
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        step()
-    return sum(event.device_type == DeviceType.CUDA for event in found.events() or ())
 
 
 def _weighed(engine: Any, case: Case, frames: int) -> dict[str, float]:
@@ -277,22 +224,19 @@ def _weighed(engine: Any, case: Case, frames: int) -> dict[str, float]:
     memory = meter()
     memory.reset()
     before = memory.now_bytes()
-    times, worked = [now()], time.process_time()
+    begun, worked = now(), time.process_time()
     out = engine(**shard)
-    times.append(now())
-    kept = memory.now_bytes() - before
+    forward, kept = now(), memory.now_bytes() - before
     engine.backward(out.loss)
-    times.append(now())
-    peak = memory.peak_bytes() - before
+    backward, peak = now(), memory.peak_bytes() - before
     engine.step()
-    times.append(now())
     return {
         "before_bytes": before,
         "kept_bytes": kept,
         "peak_bytes": peak,
-        "forward_s": times[1] - times[0],
-        "backward_s": times[2] - times[1],
-        "step_s": times[3] - times[0],
+        "forward_s": forward - begun,
+        "backward_s": backward - forward,
+        "step_s": now() - begun,
         "processor_s": time.process_time() - worked,
         "loss": out.loss.item(),
     }
