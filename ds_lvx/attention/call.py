@@ -17,12 +17,13 @@ from torch import Tensor
 from ds_lvx.attention.auto import Wanted, decide
 from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.replay import once, recording, replaying
-from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.attention.shape import AttentionShape, Hybrid, check_heads
 from ds_lvx.attention.witness import Witness
-from ds_lvx.config.registry import AUTO, SCHEDULES, can_chunk, schedule_words
+from ds_lvx.config.registry import ACROSS, AUTO, SCHEDULES, can_chunk, schedule_words
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel, ProcessGroup
 from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
+from ds_lvx.distributed.subgroups import check_division
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.interface import Kernel, Problem
 from ds_lvx.kernels.rule import Rule
@@ -43,6 +44,7 @@ class Call:
         requires_grad: some rank needs a gradient, so every rank takes part in backward.
         returns_lse: lse is an output that may get a gradient of its own.
         witness: what travels with the parts of the schedule ``replicated``.
+        hybrid: the subgroups inside which heads are split, if that is the method.
     """
 
     layout: Layout
@@ -52,6 +54,7 @@ class Call:
     requires_grad: bool = False
     returns_lse: bool = False
     witness: Witness | None = None
+    hybrid: Hybrid | None = None
 
     @property
     def channel(self) -> Channel:
@@ -67,6 +70,11 @@ class Call:
     def kv_lengths(self) -> tuple[int, ...]:
         """Keys of every rank."""
         return self.layout.kv_lengths
+
+    def across(self, batch: int) -> Call:
+        """The same call over a hybrid's subgroups: each is one rank, with some of the heads."""
+        assert self.hybrid is not None
+        return replace(self, layout=self.layout.across(self.hybrid, batch), hybrid=None)
 
     def problem(
         self, q: Tensor, k: Tensor, v: Tensor, rule: Rule | None, *, partial: bool = False
@@ -94,6 +102,7 @@ def settle(
     schedule: str | None = None,
     return_lse: bool = False,
     kv_chunk_tokens: int | None = None,
+    hybrid: Hybrid | None = None,
 ) -> Call:
     """Check a call on this rank and agree on it with the other ranks of the group.
 
@@ -104,6 +113,7 @@ def settle(
         group, visibility, softmax_scale, kernel, return_lse, kv_chunk_tokens: the function's
             arguments.
         schedule: likewise; None for a method without schedules.
+        hybrid: of `hybrid_attention`.
 
     Raises:
         ValueError, NotImplementedError: on all ranks, naming the rank that got something wrong, or
@@ -125,6 +135,7 @@ def settle(
             schedule=schedule,
             return_lse=return_lse,
             kv_chunk_tokens=kv_chunk_tokens,
+            hybrid=hybrid,
         ),
     )
     # A checkpoint's first pass may run without gradients; its second has them, on every rank.
@@ -143,17 +154,21 @@ def _settle(
     schedule: str | None,
     return_lse: bool,
     kv_chunk_tokens: int | None,
+    hybrid: Hybrid | None,
 ) -> Call:
     error: Exception | None = None
     record: dict[str, Any] = {}
     try:
         chosen = _check(q, keys, visibility, kernel=kernel, schedule=schedule)
         _check_chunks(kv_chunk_tokens, schedule)
+        if hybrid is not None:
+            _check_hybrid(hybrid, q, schedule, channel.size)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
         record = _signature(operation, q, keys, visibility)
         record |= {"softmax_scale": scale, "kernel": kernel, "schedule": schedule}
         record |= {"return_lse": return_lse, "grad_enabled": torch.is_grad_enabled()}
         record |= {"kv_chunk_tokens": kv_chunk_tokens}
+        record |= {} if hybrid is None else {"ulysses": hybrid.ulysses, "across": hybrid.across}
     # Whatever it is: the other ranks must not wait for this one.
     except Exception as raised:  # noqa: BLE001
         error = raised
@@ -175,7 +190,9 @@ def _settle(
         shape = _shape(q, keys, q_lengths, kv_lengths, visibility, backward=backward)
         # Features on the host come in chunks as well.
         chunked = kv_chunk_tokens is not None or any(t.device != q.device for t in keys.values())
-        wanted = Wanted("lvx", schedule, recompute_kv="features" in keys, chunked=chunked)
+        wanted = Wanted(
+            "lvx", schedule, recompute_kv="features" in keys, chunked=chunked, hybrid=hybrid
+        )
         choice = decide(wanted, shape, channel, q.device)
         if choice is not None:
             schedule = choice.schedule
@@ -196,12 +213,13 @@ def _settle(
         schedule="gather" if schedule is None else schedule,
         requires_grad=requires_grad,
         returns_lse=return_lse,
+        hybrid=hybrid,
     )
 
 
 def _needs(operation: str, schedule: str | None) -> dict[str, bool]:
     """Whose part of the rule a rank needs: what travels meets the other ranks' part."""
-    if schedule is not None:  # lvx: keys stay
+    if schedule is not None and operation != "hybrid_attention":  # lvx: keys stay
         return {"all_queries": not SCHEDULES[schedule].same_queries, "all_keys": False}
     return {"all_queries": operation != "ring_attention", "all_keys": True}
 
@@ -232,6 +250,26 @@ def _shape(
         backward=backward,
         features_dim=0 if features is None else features.shape[-1],
     )
+
+
+def _check_hybrid(hybrid: Hybrid, q: Tensor, schedule: str | None, ranks: int) -> None:
+    if not isinstance(hybrid.ulysses, int) or hybrid.ulysses < 1:
+        raise ValueError(
+            f"ulysses: got {hybrid.ulysses!r}; expected the ranks of a subgroup, 1 or more"
+        )
+    if hybrid.across not in ACROSS:
+        raise ValueError(f"across: got {hybrid.across!r}; expected one of {list(ACROSS)}")
+    if hybrid.across == "ring" and schedule not in (None, AUTO):
+        raise ValueError(
+            f"schedule: got {schedule!r} with across 'ring', which has no schedules; use across "
+            "'lvx', or leave schedule out"
+        )
+    check_division(ranks, hybrid.ulysses)
+    check_heads(q.shape[2], hybrid.ulysses)
+    if schedule is not None and schedule != AUTO and SCHEDULES[schedule].same_queries:
+        raise ValueError(
+            f"hybrid_attention: got schedule {schedule!r}; expected 'ring', 'gather' or 'auto'"
+        )
 
 
 def _check_replicated(operation: str, schedule: str, q_lengths: tuple[int, ...]) -> None:
