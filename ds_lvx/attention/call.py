@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from ds_lvx.attention.auto import Wanted, decide
+from ds_lvx.attention.checks import check_features, check_hybrid, check_keys, check_visibility
 from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.replay import once, recording, replaying
-from ds_lvx.attention.shape import AttentionShape, Hybrid, check_heads
+from ds_lvx.attention.shape import AttentionShape, Hybrid
 from ds_lvx.attention.witness import Witness
-from ds_lvx.config.registry import ACROSS, AUTO, SCHEDULES, can_chunk, schedule_words
+from ds_lvx.config.registry import AUTO, SCHEDULES, can_chunk, schedule_words
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel, ProcessGroup
 from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
-from ds_lvx.distributed.subgroups import check_division
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.interface import Kernel, Problem
 from ds_lvx.kernels.rule import Rule
@@ -162,7 +162,7 @@ def _settle(
         chosen = _check(q, keys, visibility, kernel=kernel, schedule=schedule)
         _check_chunks(kv_chunk_tokens, schedule)
         if hybrid is not None:
-            _check_hybrid(hybrid, q, schedule, channel.size)
+            check_hybrid(hybrid, q, schedule, channel.size)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
         record = _signature(operation, q, keys, visibility)
         record |= {"softmax_scale": scale, "kernel": kernel, "schedule": schedule}
@@ -252,26 +252,6 @@ def _shape(
     )
 
 
-def _check_hybrid(hybrid: Hybrid, q: Tensor, schedule: str | None, ranks: int) -> None:
-    if not isinstance(hybrid.ulysses, int) or hybrid.ulysses < 1:
-        raise ValueError(
-            f"ulysses: got {hybrid.ulysses!r}; expected the ranks of a subgroup, 1 or more"
-        )
-    if hybrid.across not in ACROSS:
-        raise ValueError(f"across: got {hybrid.across!r}; expected one of {list(ACROSS)}")
-    if hybrid.across == "ring" and schedule not in (None, AUTO):
-        raise ValueError(
-            f"schedule: got {schedule!r} with across 'ring', which has no schedules; use across "
-            "'lvx', or leave schedule out"
-        )
-    check_division(ranks, hybrid.ulysses)
-    check_heads(q.shape[2], hybrid.ulysses)
-    if schedule is not None and schedule != AUTO and SCHEDULES[schedule].same_queries:
-        raise ValueError(
-            f"hybrid_attention: got schedule {schedule!r}; expected 'ring', 'gather' or 'auto'"
-        )
-
-
 def _check_replicated(operation: str, schedule: str, q_lengths: tuple[int, ...]) -> None:
     same = schedule != AUTO and SCHEDULES[schedule].same_queries
     if same and len(set(q_lengths)) > 1:
@@ -342,62 +322,7 @@ def _check(
     if "k" in keys:
         check_keys(q, keys["k"], keys["v"])
     else:
-        _check_features(q, keys["features"])
+        check_features(q, keys["features"])
     if visibility is not None:
         check_visibility(q, next(iter(keys.values())).shape[1], visibility)
     return chosen
-
-
-def check_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise a ValueError unless k and v fit q."""
-    batch, _, heads, head_dim = q.shape
-    for name, tensor in {"k": k, "v": v}.items():
-        fits = tensor.dim() == 4 and tensor.shape[0] == batch and tensor.shape[3] == head_dim
-        if not fits:
-            raise ValueError(
-                f"{name}: got shape {list(tensor.shape)} for q {list(q.shape)}; expected "
-                f"[{batch}, seqlen_kv, num_kv_heads, {head_dim}]"
-            )
-        if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(
-                f"{name}: got {tensor.dtype} on {tensor.device} for q {q.dtype} on {q.device}; "
-                "expected the same dtype and device; convert one with .to(...)"
-            )
-    if k.shape != v.shape:
-        raise ValueError(
-            f"v: got shape {list(v.shape)} for k {list(k.shape)}; expected the same shape"
-        )
-    if k.shape[2] == 0 or heads % k.shape[2] != 0:
-        raise ValueError(
-            f"k, v: got {k.shape[2]} heads for {heads} query heads; expected a divisor of {heads}"
-        )
-
-
-def _check_features(q: Tensor, features: Tensor) -> None:
-    elsewhere = features.device != q.device and features.device.type != "cpu"
-    if features.dim() < 2 or features.shape[0] != q.shape[0] or elsewhere:
-        raise ValueError(
-            f"features: got shape {list(features.shape)} on {features.device} for q "
-            f"{list(q.shape)} on {q.device}; expected [{q.shape[0]}, seqlen_kv, ...] on the same "
-            "device or on the host"
-        )
-
-
-def check_visibility(q: Tensor, seqlen_kv: int, visibility: Visibility) -> None:
-    """Raise a ValueError unless the rule is for these queries and keys."""
-    if not isinstance(visibility, Visibility):
-        raise ValueError(
-            f"visibility: got {type(visibility).__name__}; expected ds_lvx.Visibility or None"
-        )
-    wanted = (q.shape[0], q.shape[1])
-    if tuple(visibility.q_start.shape) != wanted or visibility.q_start.device != q.device:
-        raise ValueError(
-            f"visibility: got q_start {list(visibility.q_start.shape)} on "
-            f"{visibility.q_start.device} for q {list(q.shape)} on {q.device}; expected "
-            f"{list(wanted)}, this rank's queries, on q's device"
-        )
-    if visibility.kv_pos.shape[1] != seqlen_kv:
-        raise ValueError(
-            f"visibility: got kv_pos {list(visibility.kv_pos.shape)} for {seqlen_kv} keys; "
-            "expected one position a key of this rank"
-        )

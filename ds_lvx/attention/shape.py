@@ -66,13 +66,17 @@ class AttentionShape:
         return len(self.q_lengths)
 
 
+ACROSS = ("ring", "lvx")
+"""What may run across a hybrid's subgroups."""
+
+
 @dataclass(frozen=True)
 class Hybrid:
     """Ulysses inside subgroups of adjacent ranks, and another method across them.
 
     Attributes:
         ulysses: ranks of a subgroup, which share the heads.
-        across: ``"ring"`` or ``"lvx"``.
+        across: one of `ACROSS`.
     """
 
     ulysses: int

@@ -103,9 +103,6 @@ METHODS: dict[str, Method] = {
     )
 }
 
-ACROSS = ("ring", "lvx")
-"""What may run across the subgroups of a method that has them."""
-
 SCHEDULES: dict[str, Schedule] = {
     entry.name: entry
     for entry in (

@@ -116,6 +116,10 @@ class LVXConfig(BaseModel):
     layers: list[LayerRule] = Field(default_factory=list)
     """Rules in order of precedence: the first whose pattern matches a layer decides for it."""
 
+    loss_tiles: int = Field(default=1, ge=1)
+    """Pieces of a rank's text of which logits and loss are computed one after the other, so that
+    the logits of all its tokens never exist at once; 1: all of them, as the model does it."""
+
     flash_attention: FlashAttention = "builtin"
     """Which FlashAttention is behind PyTorch's operators: its own, or version 3 or 4 where it is
     installed and the GPU can run it."""

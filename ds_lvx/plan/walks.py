@@ -13,8 +13,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
 
-from ds_lvx.attention.shape import AttentionShape, Hybrid, goes_at_once
-from ds_lvx.config.registry import ACROSS
+from ds_lvx.attention.shape import ACROSS, AttentionShape, Hybrid, goes_at_once
 from ds_lvx.distributed.alignment import padded as aligned
 from ds_lvx.plan.pieces import Pieces, Sizes, across, padded, subgroup
 from ds_lvx.plan.transfers import Transfer
