@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ds_lvx.attention.checkpointing import checkpointing
+    from ds_lvx.attention.hybrid import hybrid_attention
     from ds_lvx.attention.lvx import lv_xattn
     from ds_lvx.attention.merge import merge_attention
     from ds_lvx.attention.module import LVXAttention
@@ -45,6 +46,7 @@ __all__ = [
     "checkpointing",
     "gather_sequence",
     "generate",
+    "hybrid_attention",
     "initialize",
     "lv_xattn",
     "lv_xattn_recompute",
@@ -68,6 +70,7 @@ _HOMES = {
     "checkpointing": "attention.checkpointing",
     "gather_sequence": "attention.sequence",
     "generate": "generation",
+    "hybrid_attention": "attention.hybrid",
     "initialize": "initialize",
     "lv_xattn": "attention.lvx",
     "lv_xattn_recompute": "attention.recompute",

@@ -273,6 +273,8 @@ def _patch_on_all_ranks(
             patch.unpatch()
         raise
     assert patch is not None
+    for size in sorted({plan.ulysses for plan in patch.plans if plan.ulysses is not None}):
+        groups.divide(size)
     explanation = _explain_auto(patch, groups)
     if groups.world_channel.rank == 0:
         print(f"ds_lvx: {groups.dp_size} x {groups.sp_size} ranks (data x sequence parallel)")

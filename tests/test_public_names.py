@@ -24,6 +24,10 @@ SIGNATURES = {
         f"q, features, project_kv, *, {COMMON}, schedule='auto', kernel='auto', return_lse=False, "
         "kv_chunk_tokens=None"
     ),
+    "hybrid_attention": (
+        f"q, k, v, *, ulysses, across='ring', {COMMON}, schedule='auto', kernel='auto', "
+        "return_lse=False"
+    ),
     "ring_attention": f"q, k, v, *, {COMMON}, kernel='auto', return_lse=False",
     "ulysses_attention": f"q, k, v, *, {COMMON}, kernel='auto'",
     "Visibility": "q_start, q_end, kv_pos",

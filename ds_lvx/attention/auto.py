@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.attention.shape import AttentionShape, Hybrid
 from ds_lvx.config import registry
 from ds_lvx.distributed.channel import Channel, ProcessGroup
 from ds_lvx.plan.choose import Choice, cheapest
@@ -23,7 +23,12 @@ from ds_lvx.plan.profile import current
 _logger = logging.getLogger("ds_lvx")
 
 # Of equally fast ones the first is taken.
-METHODS = tuple(name for name, entry in registry.METHODS.items() if entry.distributed)
+METHODS = tuple(
+    name
+    for name, entry in registry.METHODS.items()
+    # Nobody has said how large subgroups shall be.
+    if entry.distributed and not entry.subgroups
+)
 _SCHEDULES = tuple(
     sorted(name for name, entry in registry.SCHEDULES.items() if not entry.same_queries)
 )
@@ -38,25 +43,28 @@ class Wanted:
         schedule: of lvx, or ``"auto"``.
         recompute_kv: K and V are projected again in backward, which not every method can do.
         chunked: K and V exist in chunks, which not every schedule can do.
+        hybrid: the subgroups of the method ``hybrid``.
     """
 
     method: str = "auto"
     schedule: str = "auto"
     recompute_kv: bool = False
     chunked: bool = False
+    hybrid: Hybrid | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether there is anything to choose."""
         if self.method == registry.AUTO:
             return True
-        return self.schedule == registry.AUTO and registry.METHODS[self.method].has_schedules
+        across = self.method if self.hybrid is None else self.hybrid.across
+        return self.schedule == registry.AUTO and registry.METHODS[across].has_schedules
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Those that may run."""
         if self.method != "auto":
-            return (self.method,)
+            return (self.method if self.hybrid is None else self.hybrid.name,)
         able = (m for m in METHODS if registry.METHODS[m].recomputes or not self.recompute_kv)
         return tuple(able)
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ds_lvx.attention.auto import Wanted, decide
+from ds_lvx.attention.checks import check_features, check_hybrid, check_keys, check_visibility
 from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.replay import once, recording, replaying
-from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.attention.shape import AttentionShape, Hybrid
 from ds_lvx.attention.witness import Witness
 from ds_lvx.config.registry import AUTO, SCHEDULES, can_chunk, schedule_words
 from ds_lvx.distributed.agreement import require_same
@@ -43,6 +44,7 @@ class Call:
         requires_grad: some rank needs a gradient, so every rank takes part in backward.
         returns_lse: lse is an output that may get a gradient of its own.
         witness: what travels with the parts of the schedule ``replicated``.
+        hybrid: the subgroups inside which heads are split, if that is the method.
     """
 
     layout: Layout
@@ -52,6 +54,7 @@ class Call:
     requires_grad: bool = False
     returns_lse: bool = False
     witness: Witness | None = None
+    hybrid: Hybrid | None = None
 
     @property
     def channel(self) -> Channel:
@@ -67,6 +70,11 @@ class Call:
     def kv_lengths(self) -> tuple[int, ...]:
         """Keys of every rank."""
         return self.layout.kv_lengths
+
+    def across(self, batch: int) -> Call:
+        """The same call over a hybrid's subgroups: each is one rank, with some of the heads."""
+        assert self.hybrid is not None
+        return replace(self, layout=self.layout.across(self.hybrid, batch), hybrid=None)
 
     def problem(
         self, q: Tensor, k: Tensor, v: Tensor, rule: Rule | None, *, partial: bool = False
@@ -94,6 +102,7 @@ def settle(
     schedule: str | None = None,
     return_lse: bool = False,
     kv_chunk_tokens: int | None = None,
+    hybrid: Hybrid | None = None,
 ) -> Call:
     """Check a call on this rank and agree on it with the other ranks of the group.
 
@@ -104,6 +113,7 @@ def settle(
         group, visibility, softmax_scale, kernel, return_lse, kv_chunk_tokens: the function's
             arguments.
         schedule: likewise; None for a method without schedules.
+        hybrid: of `hybrid_attention`.
 
     Raises:
         ValueError, NotImplementedError: on all ranks, naming the rank that got something wrong, or
@@ -125,6 +135,7 @@ def settle(
             schedule=schedule,
             return_lse=return_lse,
             kv_chunk_tokens=kv_chunk_tokens,
+            hybrid=hybrid,
         ),
     )
     # A checkpoint's first pass may run without gradients; its second has them, on every rank.
@@ -143,17 +154,21 @@ def _settle(
     schedule: str | None,
     return_lse: bool,
     kv_chunk_tokens: int | None,
+    hybrid: Hybrid | None,
 ) -> Call:
     error: Exception | None = None
     record: dict[str, Any] = {}
     try:
         chosen = _check(q, keys, visibility, kernel=kernel, schedule=schedule)
         _check_chunks(kv_chunk_tokens, schedule)
+        if hybrid is not None:
+            check_hybrid(hybrid, q, schedule, channel.size)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
         record = _signature(operation, q, keys, visibility)
         record |= {"softmax_scale": scale, "kernel": kernel, "schedule": schedule}
         record |= {"return_lse": return_lse, "grad_enabled": torch.is_grad_enabled()}
         record |= {"kv_chunk_tokens": kv_chunk_tokens}
+        record |= {} if hybrid is None else {"ulysses": hybrid.ulysses, "across": hybrid.across}
     # Whatever it is: the other ranks must not wait for this one.
     except Exception as raised:  # noqa: BLE001
         error = raised
@@ -175,7 +190,9 @@ def _settle(
         shape = _shape(q, keys, q_lengths, kv_lengths, visibility, backward=backward)
         # Features on the host come in chunks as well.
         chunked = kv_chunk_tokens is not None or any(t.device != q.device for t in keys.values())
-        wanted = Wanted("lvx", schedule, recompute_kv="features" in keys, chunked=chunked)
+        wanted = Wanted(
+            "lvx", schedule, recompute_kv="features" in keys, chunked=chunked, hybrid=hybrid
+        )
         choice = decide(wanted, shape, channel, q.device)
         if choice is not None:
             schedule = choice.schedule
@@ -196,12 +213,13 @@ def _settle(
         schedule="gather" if schedule is None else schedule,
         requires_grad=requires_grad,
         returns_lse=return_lse,
+        hybrid=hybrid,
     )
 
 
 def _needs(operation: str, schedule: str | None) -> dict[str, bool]:
     """Whose part of the rule a rank needs: what travels meets the other ranks' part."""
-    if schedule is not None:  # lvx: keys stay
+    if schedule is not None and operation != "hybrid_attention":  # lvx: keys stay
         return {"all_queries": not SCHEDULES[schedule].same_queries, "all_keys": False}
     return {"all_queries": operation != "ring_attention", "all_keys": True}
 
@@ -304,62 +322,7 @@ def _check(
     if "k" in keys:
         check_keys(q, keys["k"], keys["v"])
     else:
-        _check_features(q, keys["features"])
+        check_features(q, keys["features"])
     if visibility is not None:
         check_visibility(q, next(iter(keys.values())).shape[1], visibility)
     return chosen
-
-
-def check_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise a ValueError unless k and v fit q."""
-    batch, _, heads, head_dim = q.shape
-    for name, tensor in {"k": k, "v": v}.items():
-        fits = tensor.dim() == 4 and tensor.shape[0] == batch and tensor.shape[3] == head_dim
-        if not fits:
-            raise ValueError(
-                f"{name}: got shape {list(tensor.shape)} for q {list(q.shape)}; expected "
-                f"[{batch}, seqlen_kv, num_kv_heads, {head_dim}]"
-            )
-        if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(
-                f"{name}: got {tensor.dtype} on {tensor.device} for q {q.dtype} on {q.device}; "
-                "expected the same dtype and device; convert one with .to(...)"
-            )
-    if k.shape != v.shape:
-        raise ValueError(
-            f"v: got shape {list(v.shape)} for k {list(k.shape)}; expected the same shape"
-        )
-    if k.shape[2] == 0 or heads % k.shape[2] != 0:
-        raise ValueError(
-            f"k, v: got {k.shape[2]} heads for {heads} query heads; expected a divisor of {heads}"
-        )
-
-
-def _check_features(q: Tensor, features: Tensor) -> None:
-    elsewhere = features.device != q.device and features.device.type != "cpu"
-    if features.dim() < 2 or features.shape[0] != q.shape[0] or elsewhere:
-        raise ValueError(
-            f"features: got shape {list(features.shape)} on {features.device} for q "
-            f"{list(q.shape)} on {q.device}; expected [{q.shape[0]}, seqlen_kv, ...] on the same "
-            "device or on the host"
-        )
-
-
-def check_visibility(q: Tensor, seqlen_kv: int, visibility: Visibility) -> None:
-    """Raise a ValueError unless the rule is for these queries and keys."""
-    if not isinstance(visibility, Visibility):
-        raise ValueError(
-            f"visibility: got {type(visibility).__name__}; expected ds_lvx.Visibility or None"
-        )
-    wanted = (q.shape[0], q.shape[1])
-    if tuple(visibility.q_start.shape) != wanted or visibility.q_start.device != q.device:
-        raise ValueError(
-            f"visibility: got q_start {list(visibility.q_start.shape)} on "
-            f"{visibility.q_start.device} for q {list(q.shape)} on {q.device}; expected "
-            f"{list(wanted)}, this rank's queries, on q's device"
-        )
-    if visibility.kv_pos.shape[1] != seqlen_kv:
-        raise ValueError(
-            f"visibility: got kv_pos {list(visibility.kv_pos.shape)} for {seqlen_kv} keys; "
-            "expected one position a key of this rank"
-        )

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_lvx.attention.shape import Hybrid
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.subgroups import Divisions
 from ds_lvx.kernels.rule import Rule, Structure
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 
@@ -159,18 +161,45 @@ class Layout:
         return self.settled(("padded rule", batch), lambda: self._padded_rule(batch))
 
     def _padded_rule(self, batch: int) -> Rule | None:
-        if len(set(self.q_lengths)) == len(set(self.kv_lengths)) == 1:
+        ranks = len(self.q_lengths)
+        return self._padded(batch, (max(self.q_lengths),) * ranks, (max(self.kv_lengths),) * ranks)
+
+    def across(self, hybrid: Hybrid, batch: int) -> Layout:
+        """The layout of a hybrid's subgroups: what the ranks of each hold together, padded.
+
+        Args:
+            hybrid: what the subgroups are.
+            batch: samples.
+
+        Collectives: those of `Divisions.of`.
+        """
+        return self.settled((hybrid.ulysses, batch), lambda: self._across(hybrid, batch))
+
+    def _across(self, hybrid: Hybrid, batch: int) -> Layout:
+        longest = hybrid.longest(self.q_lengths), hybrid.longest(self.kv_lengths)
+        return Layout(
+            Divisions.of(self.channel, hybrid.ulysses).across,
+            hybrid.together(self.q_lengths),
+            hybrid.together(self.kv_lengths),
+            self._padded(batch, *longest),
+            device=self.device,
+        )
+
+    def _padded(
+        self, batch: int, q_longest: tuple[int, ...], kv_longest: tuple[int, ...]
+    ) -> Rule | None:
+        """The whole rule with the part of every rank as long as this."""
+        if (q_longest, kv_longest) == (self.q_lengths, self.kv_lengths):
             return self.rule(queries=None, keys=None)
         if self._rule is None:
             lengths = sum(self.q_lengths), sum(self.kv_lengths)
-            return self._padded(Visibility.all(batch, *lengths, device=torch.device("cpu")))
-        return self._padded(self._rule.host or self._rule.visibility)
-
-    def _padded(self, whole: Visibility) -> Rule:
+            whole = Visibility.all(batch, *lengths, device=torch.device("cpu"))
+        else:
+            whole = self._rule.host or self._rule.visibility
         padded = Visibility(
-            _pad_parts(whole.q_start, self.q_lengths, 0),
-            _pad_parts(whole.q_end, self.q_lengths, 0),
-            _pad_parts(whole.kv_pos, self.kv_lengths, EVERYTHING),
+            _pad_parts(whole.q_start, self.q_lengths, q_longest, 0),
+            _pad_parts(whole.q_end, self.q_lengths, q_longest, 0),
+            _pad_parts(whole.kv_pos, self.kv_lengths, kv_longest, EVERYTHING),
         )
         return Rule.on(padded, self.device) if padded.kv_pos.is_cpu else Rule(padded)
 
@@ -194,7 +223,6 @@ def _span(lengths: Sequence[int], rank: int | None, first: int) -> slice:
     return slice(start, start + lengths[rank])
 
 
-def _pad_parts(whole: Tensor, lengths: Sequence[int], value: int) -> Tensor:
-    longest = max(lengths)
-    parts = zip(whole.split(list(lengths), dim=1), lengths, strict=True)
-    return torch.cat([F.pad(part, (0, longest - n), value=value) for part, n in parts], dim=1)
+def _pad_parts(whole: Tensor, lengths: Sequence[int], longest: Sequence[int], value: int) -> Tensor:
+    parts = zip(whole.split(list(lengths), dim=1), lengths, longest, strict=True)
+    return torch.cat([F.pad(part, (0, m - n), value=value) for part, n, m in parts], dim=1)

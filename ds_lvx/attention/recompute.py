@@ -15,7 +15,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ds_lvx.attention.call import Call, Group, check_keys, settle
+from ds_lvx.attention.call import Call, Group, settle
+from ds_lvx.attention.checks import check_keys
 from ds_lvx.attention.features import Chunks, FeatureGradient, chunk_lengths
 from ds_lvx.attention.keys import ChunkedKeys, Keys, WholeKeys
 from ds_lvx.attention.lvx import saved_for

@@ -66,6 +66,40 @@ class AttentionShape:
         return len(self.q_lengths)
 
 
+ACROSS = ("ring", "lvx")
+"""What may run across a hybrid's subgroups."""
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Ulysses inside subgroups of adjacent ranks, and another method across them.
+
+    Attributes:
+        ulysses: ranks of a subgroup, which share the heads.
+        across: one of `ACROSS`.
+    """
+
+    ulysses: int
+    across: str
+
+    @property
+    def name(self) -> str:
+        """``"hybrid 4 ring"``: the planner's word for it, before the schedule of lvx."""
+        return f"hybrid {self.ulysses} {self.across}"
+
+    def longest(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """How long the shards of each rank are made, by rank: as the longest of its subgroup.
+
+        At least 1, which sees and is seen by nobody: no message is empty.
+        """
+        by_group = [lengths[i : i + self.ulysses] for i in range(0, len(lengths), self.ulysses)]
+        return tuple(max(1, *shards) for shards in by_group for _ in shards)
+
+    def together(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """What a subgroup holds then, by subgroup."""
+        return tuple(self.ulysses * each for each in self.longest(lengths)[:: self.ulysses])
+
+
 UNDIVIDED_BYTES = {"cpu": 2**15, "cuda": 2**22}
 """Of a rank's queries: up to so many, more messages cost more than they hide."""
 _FIRST_SHARE = 8  # of the first and of the last group: one of so many heads
@@ -142,6 +176,15 @@ def head_layout(heads: int, kv_heads: int, ranks: int) -> tuple[int, int]:
     even = [f for f in enough if kv_heads * f % ranks == 0]
     repeats = even[0] if kv_heads < ranks and even else enough[0]
     return repeats, -kv_heads * repeats % ranks
+
+
+def check_heads(num_heads: int, ranks: int) -> None:
+    """Raise a ValueError where there are fewer query heads than ranks to split them over."""
+    if num_heads < ranks:
+        raise ValueError(
+            f"ulysses: got {num_heads} query heads for {ranks} ranks; expected at least one "
+            "head a rank; use a smaller sequence_parallel_size, or the methods 'lvx' or 'ring'"
+        )
 
 
 def evenly(total: int, parts: int) -> list[int]:

@@ -15,15 +15,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ds_lvx.attention.call import Call, Group, settle
 from ds_lvx.attention.common import LocalAttention, delta_of
+from ds_lvx.attention.heads import divided, to_heads, to_sequence
 from ds_lvx.attention.replay import once
-from ds_lvx.attention.shape import head_layout, head_slices, leaving_groups
-from ds_lvx.distributed.bundles import readable
-from ds_lvx.distributed.channel import Channel
+from ds_lvx.attention.shape import check_heads, head_slices, leaving_groups
 from ds_lvx.distributed.pending import Pending
 from ds_lvx.kernels.interface import Upstream
 from ds_lvx.kernels.visibility import Visibility
@@ -70,15 +68,6 @@ def ulysses_attention(
     return attend(call, q, k, v)[0]
 
 
-def check_heads(num_heads: int, sp_size: int) -> None:
-    """Raise a ValueError where Ulysses has fewer query heads than ranks."""
-    if num_heads < sp_size:
-        raise ValueError(
-            f"ulysses: got {num_heads} query heads for {sp_size} ranks; expected at least one "
-            "head a rank; use a smaller sequence_parallel_size, or the methods 'lvx' or 'ring'"
-        )
-
-
 def attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     """`ulysses_attention` for a call that is settled: ``out``, and no lse but in a group of one."""
     channel = call.channel
@@ -88,14 +77,8 @@ def attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor 
     seqlen_q, seqlen_kv = max(call.q_lengths), max(call.kv_lengths)
     if seqlen_q == 0 or seqlen_kv == 0:
         return _nothing(q, k, v), None
-    repeats, padding = head_layout(q.shape[2], k.shape[2], channel.size)
-    padded_q = _pad(q, seqlen_q, padding * (q.shape[2] // (k.shape[2] * repeats)))
-    padded_k, padded_v = (
-        _pad(t.repeat_interleave(repeats, dim=2) if repeats > 1 else t, seqlen_kv, padding)
-        for t in (k, v)
-    )
-    anchor = call.anchor(q.device)
-    out = _UlyssesAttention.apply(call, anchor, padded_q, padded_k, padded_v)
+    padded = divided(q, k, v, ranks=channel.size, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv)
+    out = _UlyssesAttention.apply(call, call.anchor(q.device), *padded)
     return out[:, : q.shape[1], : q.shape[2]], None
 
 
@@ -124,13 +107,13 @@ class _UlyssesAttention(torch.autograd.Function):
         rule = call.layout.padded_rule(q.shape[0])
 
         def attend_by_heads() -> tuple[Tensor, ...]:
-            held = _to_heads(call.channel, (q, k, v))
+            held = to_heads(call.channel, (q, k, v))
             outs, lses, returning = [], [], []
             for heads in _groups(*held):
                 out, lse = call.kernel.forward(call.problem(*_of(heads, *held), rule))
                 outs.append(out.to(q.dtype))
                 lses.append(lse)
-                returning.append(_to_sequence(call.channel, outs[-1:]))
+                returning.append(to_sequence(call.channel, outs[-1:]))
             return *held, _whole(outs, dim=2), _whole(lses, dim=1), *_all_heads(returning)
 
         *saved, out = once("ulysses_attention's attention", attend_by_heads)
@@ -143,7 +126,7 @@ class _UlyssesAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
         call = ctx.call
-        (dout,) = _to_heads(call.channel, (dout,))
+        (dout,) = to_heads(call.channel, (dout,))
         delta = delta_of(out, dout, None, lse)
         returning = []
         for heads in _groups(q, k, v):
@@ -152,58 +135,9 @@ class _UlyssesAttention(torch.autograd.Function):
             problem = call.problem(*_of(heads, q, k, v), ctx.rule)
             dq, dk, dv = call.kernel.backward(problem, upstream)
             gradients = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-            returning.append(_to_sequence(call.channel, gradients))
+            returning.append(to_sequence(call.channel, gradients))
             del dq, dk, dv, gradients
         return None, None, *_all_heads(returning)
-
-
-# --------------------------------------------------------------------------------------------
-# Between tokens and heads
-
-
-def _to_heads(channel: Channel, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """``[B, s, H, D]`` of this rank's tokens -> ``[B, S, H / n, D]``, all tokens; one message."""
-    parts = [t.unflatten(2, (channel.size, -1)).movedim(2, 0) for t in tensors]
-    tables = _exchange(channel, parts).wait()
-    # One after the other, of all ranks, before they are taken apart: one table needs no copy then.
-    whole = [table.movedim(0, 1).flatten(1, 2) for table in tables]
-    return [readable(tensor) for tensor in _apart(whole, _heads(parts), dim=2)]
-
-
-def _to_sequence(channel: Channel, tensors: Sequence[Tensor]) -> Pending[list[Tensor]]:
-    """``[B, S, h, D]`` of some of this rank's heads -> ``[B, s, n, h, D]``, those of all ranks."""
-    parts = [t.unflatten(1, (channel.size, -1)).movedim(1, 0) for t in tensors]
-    heads = _heads(parts)  # what is sent is not kept until it comes home
-    return _exchange(channel, parts).then(
-        lambda tables: [t.movedim(0, 2) for t in _apart(tables, heads, dim=3)]
-    )
-
-
-def _exchange(channel: Channel, parts: Sequence[Tensor]) -> Pending[list[Tensor]]:
-    """Send each rank its part of some tensors ``[n, B, s, h, D]``, and get theirs of ours.
-
-    Tensors of as many tokens lie side by side, by heads, in one table; else each has its own.
-    """
-    tables = [run[0] if len(run) == 1 else torch.cat(run, dim=3) for run in _runs(parts)]
-    arriving = channel.exchange_rows(tables, [0] * len(tables), (1,) * channel.size)
-    return arriving.then(lambda found: [table.squeeze(1) for table in found])
-
-
-def _runs(parts: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The tensors of each table."""
-    same_tokens = len({part.shape[2] for part in parts}) == 1
-    return [list(parts)] if same_tokens else [[part] for part in parts]
-
-
-def _heads(parts: Sequence[Tensor]) -> list[list[int]]:
-    """Heads of the tensors of each table."""
-    return [[part.shape[3] for part in run] for run in _runs(parts)]
-
-
-def _apart(tables: Sequence[Tensor], heads: Sequence[list[int]], *, dim: int) -> list[Tensor]:
-    """The tensors that lie side by side in tables; these have the heads in ``dim``."""
-    pairs = zip(tables, heads, strict=True)
-    return [tensor for table, each in pairs for tensor in table.split(each, dim=dim)]
 
 
 def _groups(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
@@ -231,8 +165,3 @@ def _all_heads(returning: Sequence[Pending[list[Tensor]]]) -> list[Tensor]:
     """``[B, s, H, D]`` of each tensor whose groups of heads come home."""
     groups = zip(*(pending.wait() for pending in returning), strict=True)
     return [_whole(parts, dim=3).flatten(2, 3) for parts in groups]
-
-
-def _pad(tensor: Tensor, seqlen: int, heads: int) -> Tensor:
-    missing = seqlen - tensor.shape[1]
-    return F.pad(tensor, (0, 0, 0, heads, 0, missing)) if missing or heads else tensor

@@ -17,7 +17,7 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
-from ds_lvx.attention.ulysses import check_heads
+from ds_lvx.attention.shape import check_heads
 from ds_lvx.compare.document import Subject, deliver
 from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.harness import GATHERED, METHODS, SHARDED, Ranks, on_ranks

@@ -43,12 +43,14 @@ class Method(Entry):
         recomputes: it can project K and V again in backward.
         splits_heads: it needs a query head a rank at least.
         distributed: it serves a sequence that is split.
+        subgroups: it splits heads inside subgroups, and runs another method across them.
     """
 
     has_schedules: bool = False
     recomputes: bool = False
     splits_heads: bool = False
     distributed: bool = True
+    subgroups: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,13 @@ METHODS: dict[str, Method] = {
         Method("lvx", "ds_lvx.attention.lvx:attend", has_schedules=True, recomputes=True),
         Method("ring", "ds_lvx.attention.ring:attend"),
         Method("ulysses", "ds_lvx.attention.ulysses:attend", splits_heads=True),
+        Method(
+            "hybrid",
+            "ds_lvx.attention.hybrid:attend",
+            has_schedules=True,
+            splits_heads=True,
+            subgroups=True,
+        ),
         Method("none", "", distributed=False),
     )
 }

@@ -6,7 +6,7 @@ of the key (`ds_lvx.layers[1].method`), what it holds and the nearest thing that
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from ds_lvx.config.combinations import missing_combinations, subgroups_problem
 from ds_lvx.config.ds_config import (
     SECTION,
     DSConfig,
@@ -29,14 +30,7 @@ from ds_lvx.config.ds_config import (
     source_name,
     zero_stage,
 )
-from ds_lvx.config.registry import (
-    AUTO,
-    METHODS,
-    can_chunk,
-    kernel_words,
-    method_words,
-    schedule_words,
-)
+from ds_lvx.config.registry import kernel_words, method_words, schedule_words
 from ds_lvx.config.words import closest, key_path, nearest, shown
 
 __all__ = [
@@ -49,11 +43,13 @@ __all__ = [
 ]
 
 Features: TypeAlias = Literal["keep", "offload"]
+Across: TypeAlias = Literal["auto", "ring", "lvx"]
 FlashAttention: TypeAlias = Literal["builtin", "FA3", "FA4"]
 _WORDS: dict[str, tuple[str, ...]] = {
     "method": method_words(),
     "schedule": schedule_words(),
     "kernel": kernel_words(),
+    "across": get_args(Across),
     "features": get_args(Features),
     "flash_attention": get_args(FlashAttention),
 }
@@ -70,11 +66,19 @@ class LayerRule(BaseModel):
     """Shell pattern on the layer's qualified module name, e.g. `*.cross_attn`; `*` crosses dots."""
 
     method: str
-    """Who computes the layer: `lvx`, `ring`, `ulysses`, `none` (this rank alone) or `auto`: what
-    the planner predicts to be fastest for the batch at hand; with `recompute_kv`, that is lvx."""
+    """Who computes the layer: `lvx`, `ring`, `ulysses`, `hybrid` (ulysses inside subgroups of
+    ranks, ring or lvx across), `none` (this rank alone) or `auto`: what the planner predicts to be
+    fastest for the batch at hand, but no hybrid; with `recompute_kv`, that is lvx."""
 
     schedule: str = "auto"
     """How lvx moves the queries: `ring`, `gather`, `replicated` or `auto`, the planner's choice."""
+
+    ulysses: int | None = Field(default=None, ge=1)
+    """Adjacent ranks of a `hybrid`'s subgroup, which share the heads: those of a node, say."""
+
+    across: Across = "auto"
+    """What runs across a `hybrid`'s subgroups: `ring`, `lvx` or `auto`, which is lvx in
+    cross-attention and ring elsewhere."""
 
     recompute_kv: bool = False
     """Project K and V again in backward instead of keeping them (lvx only)."""
@@ -112,6 +116,10 @@ class LVXConfig(BaseModel):
     layers: list[LayerRule] = Field(default_factory=list)
     """Rules in order of precedence: the first whose pattern matches a layer decides for it."""
 
+    loss_tiles: int = Field(default=1, ge=1)
+    """Pieces of a rank's text of which logits and loss are computed one after the other, so that
+    the logits of all its tokens never exist at once; 1: all of them, as the model does it."""
+
     flash_attention: FlashAttention = "builtin"
     """Which FlashAttention is behind PyTorch's operators: its own, or version 3 or 4 where it is
     installed and the GPU can run it."""
@@ -122,7 +130,7 @@ class LVXConfig(BaseModel):
         problems = [
             f"{SECTION}.layers[{index}].{problem}"
             for index, rule in enumerate(self.layers)
-            for problem in _missing_combinations(rule)
+            for problem in missing_combinations(rule)
         ]
         if problems:
             raise NotImplementedError("\n".join(problems))
@@ -155,13 +163,26 @@ class LVXConfig(BaseModel):
                 '{"sequence_parallel_size": 2, "layers": []}'
             )
         try:
-            return cls.model_validate(dict(section))
+            found = cls.model_validate(dict(section))
+            found._check_subgroups(source)
+            return found
         except ValidationError as error:
             lines = (f"{source}: {_explain(details)}" for details in error.errors())
             raise ValueError("\n".join(lines)) from None
         except NotImplementedError as error:
             lines = (f"{source}: {line}" for line in str(error).splitlines())
             raise NotImplementedError("\n".join(lines)) from None
+
+    def _check_subgroups(self, source: str) -> None:
+        """Raise ValueError where a hybrid's subgroups are missing or do not divide the group."""
+        size = self.sequence_parallel_size
+        lines = [
+            f"{source}: {SECTION}.layers[{index}].ulysses: {problem}"
+            for index, rule in enumerate(self.layers)
+            if rule.method == "hybrid" and (problem := subgroups_problem(rule.ulysses, size))
+        ]
+        if lines:
+            raise ValueError("\n".join(lines))
 
     def check_world_size(self, world_size: int) -> None:
         """Raise ValueError unless `sequence_parallel_size` divides `world_size` (in ranks)."""
@@ -233,46 +254,6 @@ def summarise_names(names: Iterable[str]) -> list[str]:
         "".join(text for pair in zip(key, [*map(_runs, columns), ""], strict=True) for text in pair)
         for key, columns in groups.items()
     ]
-
-
-def _missing_combinations(rule: LayerRule) -> Iterator[str]:
-    method = rule.method
-    entry = METHODS.get(method)  # None for auto
-    if entry is not None and not entry.recomputes and rule.recompute_kv:
-        able = " or ".join(f'"{name}"' for name, each in METHODS.items() if each.recomputes)
-        yield (
-            f'recompute_kv: does not exist for method "{method}"; use method {able}, or remove '
-            "recompute_kv"
-        )
-    yield from _without_recomputation(rule)
-    if entry is not None and not entry.has_schedules and rule.schedule != AUTO:
-        able = " or ".join(f'"{name}"' for name, each in METHODS.items() if each.has_schedules)
-        yield (
-            f'schedule: got "{rule.schedule}", but method "{method}" has no schedules; use method '
-            f"{able}, or remove schedule"
-        )
-    if method == "none" and rule.kernel != "auto":
-        yield (
-            f'kernel: got "{rule.kernel}", but a layer with method "none" runs the model\'s own '
-            "attention; remove kernel"
-        )
-
-
-def _without_recomputation(rule: LayerRule) -> Iterator[str]:
-    """What only a layer that projects K and V again in backward can do."""
-    asked = {"features": rule.features == "offload", "kv_chunk_tokens": rule.kv_chunk_tokens}
-    for key, value in asked.items():
-        if value and not rule.recompute_kv:
-            yield (
-                f"{key}: got {shown(getattr(rule, key))} without recompute_kv, which keeps K and V "
-                f'whole for backward; add "recompute_kv": true, or remove {key}'
-            )
-        elif value and not can_chunk(rule.schedule):
-            yield (
-                f'{key}: got {shown(getattr(rule, key))} with schedule "{rule.schedule}", which '
-                "needs a layer's K and V whole for every query shard that passes; use schedule "
-                '"gather" or "auto"'
-            )
 
 
 # Words for error messages

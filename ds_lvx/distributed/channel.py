@@ -358,6 +358,20 @@ def new_group_alone() -> ProcessGroup:
     return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
+def new_group_of(ranks: Sequence[int]) -> ProcessGroup:
+    """A process group of some ranks of the world, this one among them; no other takes part."""
+    timeout = _timeout(dist.group.WORLD)
+    options = _urgent(timeout) if runs_nccl() else None
+    return dist.new_group(
+        list(ranks), timeout=timeout, pg_options=options, use_local_synchronization=True
+    )
+
+
+def ranks_of(group: ProcessGroup) -> list[int]:
+    """The members of a group, by their ranks in the world."""
+    return dist.get_process_group_ranks(group)
+
+
 def _timeout(group: ProcessGroup | None) -> timedelta | None:
     """How long the group waits for a rank; a new group would get torch's 30 minutes instead."""
     assert group is not None

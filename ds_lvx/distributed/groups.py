@@ -24,6 +24,7 @@ from ds_lvx.distributed.channel import (
     new_groups,
     runs_nccl,
 )
+from ds_lvx.distributed.subgroups import Divisions
 
 
 class SequenceParallelGroups:
@@ -76,11 +77,19 @@ class SequenceParallelGroups:
         """The newest groups that are not closed, or None."""
         return cls._open[-1] if cls._open else None
 
+    def divide(self, size: int) -> None:
+        """Make the subgroups of ``size`` adjacent ranks that a hybrid needs.
+
+        Collectives: making the groups; every rank of the world must call it, at the same point.
+        """
+        Divisions.make(self.channel, size, world_size=self.world_channel.size)
+
     def close(self) -> None:
         """End the groups. Calling it twice is allowed."""
         if self not in self._open:
             return
         self._open.remove(self)
+        Divisions.close(self.sp_group)
         if self.channel.home is not self.sp_group:
             destroy_group(self.channel.home)
         destroy_group(self.sp_group)

@@ -91,6 +91,7 @@ def attend_part(
         schedule=schedule,
         requires_grad=wanted and torch.is_grad_enabled(),
         returns_lse=returns_lse,
+        hybrid=plan.hybrid,
     )
     if plan.recompute_kv:
         return recompute.attend_recompute(
@@ -144,4 +145,5 @@ def _resolved(
         return method, "gather" if plan.schedule == AUTO else plan.schedule
     if plan.method == AUTO:
         NOTES.about(choice, shape, name=plan.name, rank=layout.channel.rank)
-    return choice.method, choice.schedule
+    method = choice.method if plan.hybrid is None else plan.method
+    return method, choice.schedule

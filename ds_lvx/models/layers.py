@@ -10,6 +10,7 @@ from torch import nn
 
 from ds_lvx.attention.auto import Cluster, Wanted, explain
 from ds_lvx.attention.recompute import STREAMED_TOKENS
+from ds_lvx.attention.shape import Hybrid
 from ds_lvx.config import LayerRule, LVXConfig, summarise_names
 from ds_lvx.config.registry import AUTO
 
@@ -62,6 +63,16 @@ class LayerPlan:
     recompute_kv: bool
     features: str = "keep"
     kv_chunk_tokens: int | None = None
+    ulysses: int | None = None
+    across: str = AUTO
+
+    @property
+    def hybrid(self) -> Hybrid | None:
+        """The subgroups, where that is the method."""
+        if self.ulysses is None:
+            return None
+        default = "lvx" if self.kind == "cross" else "ring"
+        return Hybrid(self.ulysses, default if self.across == AUTO else self.across)
 
     def chunk_tokens(self) -> int | None:
         """Visual tokens whose K and V exist at a time; None for all."""
@@ -72,7 +83,7 @@ class LayerPlan:
     def wanted(self) -> Wanted:
         """What the planner is to choose, and from what."""
         chunked = self.chunk_tokens() is not None
-        return Wanted(self.method, self.schedule, self.recompute_kv, chunked)
+        return Wanted(self.method, self.schedule, self.recompute_kv, chunked, self.hybrid)
 
     def record(self) -> dict[str, Any]:
         """The plan as JSON."""
@@ -118,6 +129,8 @@ def _plan(layer: Layer, rules: Mapping[str, LayerRule | None]) -> LayerPlan:
         rule.recompute_kv,
         rule.features,
         rule.kv_chunk_tokens,
+        rule.ulysses,
+        rule.across,
     )
 
 
@@ -158,11 +171,18 @@ def _problem(layer: Layer, plan: LayerPlan, sp_size: int) -> tuple[type[Exceptio
             f"{plan.recompute_kv} for {summarise_names([layer.name])[0]}, whose queries every rank "
             'has; expected no rule for it, or {"method": "lvx", "schedule": "replicated"}'
         )
-    if plan.method == "ulysses" and layer.num_heads < sp_size:
+    split = sp_size if plan.method == "ulysses" else plan.ulysses or 1
+    if layer.num_heads < split:
         return ValueError, (
-            f"ds_lvx.layers: got ulysses for attention with {layer.num_heads} heads on {sp_size} "
+            f"ds_lvx.layers: got ulysses for attention with {layer.num_heads} heads on {split} "
             "ranks; expected at least one head a rank: use lvx or ring, or a smaller "
-            "sequence_parallel_size"
+            + ("sequence_parallel_size" if plan.ulysses is None else "ulysses")
+        )
+    if plan.hybrid is not None and plan.hybrid.across == "ring" and plan.schedule != AUTO:
+        return NotImplementedError, (
+            f'ds_lvx.layers: got schedule "{plan.schedule}" for '
+            f"{summarise_names([layer.name])[0]}, where a hybrid's across is ring, which has no "
+            'schedules; use across "lvx", or remove schedule'
         )
     for key in ("features", "kv_chunk_tokens"):
         if layer.kind == "self" and getattr(plan, key) not in ("keep", None):
@@ -196,9 +216,11 @@ def table(plans: Sequence[LayerPlan]) -> str:
     header = ("layer", "method", "schedule", "kernel", "recompute_kv")
     groups: dict[tuple[str, ...], list[str]] = {}
     for plan in plans:
-        schedule = plan.schedule if plan.method == "lvx" else "-"
+        hybrid = plan.hybrid
+        method = plan.method if hybrid is None else hybrid.name
+        schedule = plan.schedule if method.endswith("lvx") else "-"
         kernel = "-" if plan.method == "none" else plan.kernel
-        settings = (plan.method, schedule, kernel, _recomputation(plan))
+        settings = (method, schedule, kernel, _recomputation(plan))
         groups.setdefault(settings, []).append(plan.name)
     rows: list[tuple[str, ...]] = [header]
     for columns, names in groups.items():

@@ -14,6 +14,7 @@ from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.contract import Family
 from ds_lvx.models.layers import make_plans
 from ds_lvx.models.patch import KEYWORD, Hook, Patch, is_prepared
+from ds_lvx.models.tiled_loss import install
 
 
 def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Patch:
@@ -37,7 +38,11 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
         family, sp_size, chunked=[plan.kind for plan in plans if plan.chunk_tokens()]
     )
     family.text_model(model).register_forward_pre_hook(hook, with_kwargs=True)
+    # Before what a family puts in the place of the loss function, and undone after it.
+    tiled = install(model, config.loss_tiles) if config.loss_tiles > 1 else None
     family.install(model, plans)
+    if tiled is not None:
+        model.register_forward_pre_hook(tiled, with_kwargs=True)
     return Patch(model, layers, plans)
 
 

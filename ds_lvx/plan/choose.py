@@ -20,7 +20,7 @@ class Choice:
     """What runs, and why.
 
     Attributes:
-        method: ``"lvx"``, ``"ring"`` or ``"ulysses"``.
+        method: ``"lvx"``, ``"ring"``, ``"ulysses"`` or one like ``"hybrid 4 lvx"``.
         schedule: of lvx; ``"gather"``, without a meaning, for the others.
         seconds: predicted, forward and backward.
         reason: one line for a person.
@@ -60,7 +60,8 @@ def cheapest(
     Raises:
         ValueError: none of the methods can run this call; says why for each.
     """
-    ways = [label(m, each) for m in methods for each in (schedules if m == "lvx" else ("",))]
+    pairs = [(m, each) for m in methods for each in (schedules if m.endswith("lvx") else ("",))]
+    ways = {label(*pair): pair for pair in pairs}
     problems = {way: obstacle(shape, way) for way in ways}
     costs = {way: cost(shape, cluster, way) for way in ways if problems[way] is None}
     if not costs:
@@ -74,7 +75,7 @@ def cheapest(
         reason += f"; next {slower[0]} with {duration(costs[slower[0]].seconds)}"
     if alone_s < costs[best].seconds:
         reason += f"; so small that one rank alone would be faster, {duration(alone_s)}"
-    method, _, schedule = best.partition(" ")
+    method, schedule = ways[best]
     return Choice(method, schedule or "gather", costs[best].seconds, reason, alone_s)
 
 

@@ -57,6 +57,9 @@ def _add_scenario(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--checkpointing", action=both, default=True, help="checkpoint the layers")
     group.add_argument(
+        "--loss-tiles", type=int, default=1, help="pieces of a rank's text for logits and loss"
+    )
+    group.add_argument(
         "--train", choices=TRAINED, default="all", help="all weights, or cross-attention alone"
     )
 
@@ -110,6 +113,7 @@ def _scenario_of(options: argparse.Namespace) -> Scenario:
         recompute=options.recompute,
         checkpointing=options.checkpointing,
         trains=options.train,
+        loss_tiles=options.loss_tiles,
     )
 
 

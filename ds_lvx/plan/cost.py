@@ -11,9 +11,9 @@ from functools import lru_cache
 
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cluster import Cluster
-from ds_lvx.plan.pieces import Pieces, Sizes
+from ds_lvx.plan.pieces import Pieces, Sizes, across
 from ds_lvx.plan.transfers import Pass
-from ds_lvx.plan.walks import WAYS, Way
+from ds_lvx.plan.walks import WAYS, Way, hybrid_of, way_of
 
 _AGREEMENT_BYTES = 2048
 _MAX_GATHERED_BYTES = 2**30
@@ -58,7 +58,8 @@ def cost(shape: AttentionShape, cluster: Cluster, way: str, *, settled: bool = T
         ValueError: an unknown way, or one that cannot split these heads.
     """
     taken = _way_of(shape, way)
-    if way == "ulysses" and (problem := obstacle(shape, way)) is not None:
+    splits = way == "ulysses" or hybrid_of(way) is not None
+    if splits and (problem := obstacle(shape, way)) is not None:
         raise ValueError(problem)
     passes = []
     for backward in (False, True)[: 1 + shape.backward]:
@@ -84,15 +85,27 @@ def _settle(pieces: Pieces, way: Way, *, agreements: int) -> None:
 
 
 def _way_of(shape: AttentionShape, way: str) -> Way:
-    if way not in WAYS:
-        raise ValueError(f"way: got {way!r}; expected one of {list(WAYS)}")
-    return WAYS["none" if shape.ranks == 1 else way]  # a rank by itself attends alone
+    found = way_of(way)
+    if found is None:
+        raise ValueError(
+            f"way: got {way!r}; expected one of {list(WAYS)}, or a hybrid of them: 'hybrid 4 ring'"
+        )
+    return WAYS["none"] if shape.ranks == 1 else found  # a rank by itself attends alone
 
 
 def obstacle(shape: AttentionShape, way: str) -> str | None:
     """Why a way cannot or should not run a call; None where it can."""
     if way == "ulysses" and shape.heads < shape.ranks:
         return f"ulysses: {shape.heads} heads do not reach {shape.ranks} ranks"
+    hybrid = hybrid_of(way)
+    if hybrid is not None:
+        if shape.ranks % hybrid.ulysses:
+            return f"{way}: {hybrid.ulysses} does not divide {shape.ranks} ranks"
+        if shape.heads < hybrid.ulysses:
+            return f"{way}: {shape.heads} heads do not reach {hybrid.ulysses} ranks"
+        _, _, inner = way.split(" ", 2)
+        problem = obstacle(across(shape, hybrid), inner)
+        return None if problem is None else f"{way}: {problem}"
     gathered_bytes = Sizes(shape).q_bytes(sum(shape.q_lengths))
     if way == "lvx gather" and gathered_bytes > _MAX_GATHERED_BYTES:
         return f"lvx gather: the queries of all ranks are {gathered_bytes / 2**30:.1f} GiB"

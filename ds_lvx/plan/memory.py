@@ -314,4 +314,11 @@ def _text(scenario: Scenario, queries: int) -> int:
     # the cross-attention's share.
     layers = text.count + (cross.count if cross.mlp else 0)
     kept = layers * (scenario.element_bytes * text.hidden if scenario.checkpointing else layer)
-    return queries * (kept + layer + _LOGIT_BYTES * scenario.model.vocabulary)
+    return queries * (kept + layer) + logits_bytes(scenario, queries)
+
+
+def logits_bytes(scenario: Scenario, queries: int) -> int:
+    """Logits of a tile of a rank's text, and the sums of the head's gradients over several."""
+    words, tiles = scenario.model.vocabulary, scenario.loss_tiles
+    sums = FP32_BYTES * words * scenario.model.text.hidden if scenario.trains_all else 0
+    return _LOGIT_BYTES * -(-queries // tiles) * words + (sums if tiles > 1 else 0)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ds_lvx.attention.shape import AttentionShape, head_groups, head_layout, leaving_groups
+from ds_lvx.attention.shape import AttentionShape, Hybrid, head_groups, head_layout, leaving_groups
 from ds_lvx.distributed.alignment import padded as aligned
 from ds_lvx.plan.cluster import Cluster, KernelTime
 from ds_lvx.plan.transfers import Ranks, Timeline, Transfer
@@ -128,7 +128,7 @@ class Pieces(Sizes):
     Attributes:
         device: of every rank.
         timeline: what the rank spends on the pieces.
-        ranks: how long their transfers take.
+        ranks: how long their transfers take; ``stride`` as of `Ranks`.
         n: ranks.
         queries, keys: of all ranks; ``most_`` of the rank with most, ``mean_`` of a rank.
     """
@@ -140,11 +140,12 @@ class Pieces(Sizes):
         *,
         backward: bool,
         timeline: Timeline | None = None,
+        stride: int = 1,
     ) -> None:
         super().__init__(shape, backward)
         self.device = cluster.device
         self.timeline = Timeline() if timeline is None else timeline
-        self.ranks = Ranks(cluster, shape.ranks)
+        self.ranks = Ranks(cluster, shape.ranks, stride)
         self.n = shape.ranks
         self.queries, self.keys = sum(shape.q_lengths), sum(shape.kv_lengths)
         self.most_queries, self.most_keys = max(shape.q_lengths), max(shape.kv_lengths)
@@ -229,4 +230,27 @@ def padded(shape: AttentionShape) -> AttentionShape:
         kv_lengths=(max(shape.kv_lengths),) * shape.ranks,
         heads=shape.heads + padding * (shape.heads // (shape.kv_heads * repeats)),
         kv_heads=shape.kv_heads * repeats + padding,
+    )
+
+
+def subgroup(shape: AttentionShape, hybrid: Hybrid, number: int) -> AttentionShape:
+    """What the ranks of one of a hybrid's subgroups hold."""
+    first, last = number * hybrid.ulysses, (number + 1) * hybrid.ulysses
+    return replace(
+        shape,
+        q_lengths=hybrid.longest(shape.q_lengths)[first:last],
+        kv_lengths=hybrid.longest(shape.kv_lengths)[first:last],
+    )
+
+
+def across(shape: AttentionShape, hybrid: Hybrid) -> AttentionShape:
+    """The call over a hybrid's subgroups, each as one rank with a share of the heads."""
+    inside = padded(subgroup(shape, hybrid, 0))
+    return replace(
+        shape,
+        q_lengths=hybrid.together(shape.q_lengths),
+        kv_lengths=hybrid.together(shape.kv_lengths),
+        heads=inside.heads // hybrid.ulysses,
+        kv_heads=inside.kv_heads // hybrid.ulysses,
+        features_dim=0,
     )

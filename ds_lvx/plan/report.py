@@ -114,8 +114,9 @@ def _config(scenario: Scenario, best: Step) -> str:
         rule["schedule"] = schedule
     if scenario.recomputes(best.way):
         rule["recompute_kv"] = True
+    tiles = f'"loss_tiles": {scenario.loss_tiles}; ' if scenario.loss_tiles > 1 else ""
     return (
-        f'In the ds_config: "sequence_parallel_size": {best.ranks}; cross-attention '
+        f'In the ds_config: "sequence_parallel_size": {best.ranks}; {tiles}cross-attention '
         f"{json.dumps(rule)}; text {json.dumps({'method': best.text_method})}"
     )
 

@@ -23,6 +23,7 @@ class Scenario:
         checkpointing: layers are checkpointed.
         trains: ``"all"`` weights, or ``"cross"``: the cross-attention layers and the projector.
         element_bytes: of weights and activations.
+        loss_tiles: pieces of a rank's text, of which logits are made one after the other.
     """
 
     model: Model
@@ -33,9 +34,10 @@ class Scenario:
     checkpointing: bool = True
     trains: str = "all"
     element_bytes: int = 2
+    loss_tiles: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("text_tokens", "frames"):
+        for name in ("text_tokens", "frames", "loss_tiles"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; expected at least 1")
         if self.zero_stage not in range(4):

@@ -26,15 +26,27 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of one group on a cluster; the first one is the first of its node."""
+    """The ranks of one group on a cluster; the first one is the first of its node.
+
+    Attributes:
+        cluster: where they are.
+        size: of the group.
+        stride: its ranks are so far apart; as many groups do the same at the same time.
+    """
 
     cluster: Cluster
     size: int
+    stride: int = 1
 
     @property
     def per_node(self) -> int:
         """Ranks of the group on one node."""
-        return min(self.cluster.gpus_per_node, self.size)
+        return min(max(self.cluster.gpus_per_node // self.stride, 1), self.size)
+
+    @property
+    def beside(self) -> int:
+        """Groups that share the link of a node."""
+        return min(self.stride, self.cluster.gpus_per_node)
 
     def shift(self, nbytes: float, *, hops: int = 1, crowded: bool = False) -> Transfer:
         """Every rank sends ``nbytes`` to the one ``hops`` ahead on the ring.
@@ -46,7 +58,7 @@ class Ranks:
         leaving = 0 if n <= g else min(hops, g, n - hops)  # of a node's ranks
         busy = latency = drag = 0.0
         sides = [(self.cluster.within, 1)] if leaving < g else []
-        sides += [(self.cluster.across, leaving)] if leaving else []
+        sides += [(self.cluster.across, leaving * self.beside)] if leaving else []
         for link, sharing in sides:
             sent = sharing * nbytes
             own = link.shifts.busy_s(2 * sent) / 2 if crowded else link.shift.busy_s(sent)
@@ -59,8 +71,8 @@ class Ranks:
         within, across = self.cluster.within.gather, self.cluster.across.gather
         others = self.size - 1
         between_nodes = -(-self.size // self.per_node) - 1
-        wires = [within] * (self.per_node > 1) + [across] * (between_nodes > 0)
-        busy = max((wire.busy_s(others * nbytes) for wire in wires), default=0.0)
+        wires = [(within, 1)] * (self.per_node > 1) + [(across, self.beside)] * (between_nodes > 0)
+        busy = max((wire.busy_s(n * others * nbytes) for wire, n in wires), default=0.0)
         latency = between_nodes * across.latency_s + (others - between_nodes) * within.latency_s
         return self._to_all(busy, latency, nbytes)
 
@@ -71,7 +83,7 @@ class Ranks:
         busy = within.exchange.busy_s((g - 1) * nbytes)
         latency = within.shift.latency_s + (g - 1) * within.exchange.latency_s if g > 1 else 0.0
         if n > g:
-            busy = max(busy, across.exchange.busy_s(g * (n - g) * nbytes))
+            busy = max(busy, across.exchange.busy_s(self.beside * g * (n - g) * nbytes))
             latency = max(latency, across.shift.latency_s + (n - g) * across.exchange.latency_s)
         return self._to_all(busy, latency, nbytes)
 

@@ -9,12 +9,13 @@ docs/planning.md has the formulas.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from typing import NamedTuple
 
-from ds_lvx.attention.shape import goes_at_once
+from ds_lvx.attention.shape import ACROSS, AttentionShape, Hybrid, goes_at_once
 from ds_lvx.distributed.alignment import padded as aligned
-from ds_lvx.plan.pieces import Pieces, Sizes, padded
+from ds_lvx.plan.pieces import Pieces, Sizes, across, padded, subgroup
 from ds_lvx.plan.transfers import Transfer
 
 
@@ -188,27 +189,34 @@ def _ulysses(pieces: Pieces) -> None:
         backward=pieces.backward,
         timeline=pieces.timeline,
     )
-    q = wide.of_q(wide.most_queries)
-    all_three = q + wide.of_k_and_v(wide.most_keys)
-    arriving, leaving = (q, all_three) if wide.backward else (all_three, q)
-
-    def all_to_all(numbers: float) -> float:
-        wide.touch(numbers, "around an all-to-all")
-        nbytes = numbers * wide.shape.element_bytes / wide.n
-        return wide.timeline.post(wide.ranks.exchange(nbytes))
-
-    wide.timeline.wait(all_to_all(arriving))
+    arriving, leaving = _both_ways(wide)
+    wide.timeline.wait(_all_to_all(wide, arriving))
     if wide.backward:
-        wide.touch(q, "delta")
+        wide.touch(arriving, "delta")
     kernel = wide.device.backward if wide.backward else wide.device.whole
     returning = []
     for share in wide.leaving_shares:
         wide.attend(wide.queries, wide.keys, share=share / wide.n, kernel=kernel)
-        returning.append(all_to_all(share * leaving))
+        returning.append(_all_to_all(wide, share * leaving))
     for arrives in returning:
         wide.timeline.wait(arrives)
     if pieces.backward:
         pieces.project(gradients=True)
+
+
+def _both_ways(wide: Pieces) -> tuple[float, float]:
+    """Numbers that a rank splits by heads, and that it joins again by tokens: q, k and v, and out;
+    dout, and dq, dk and dv."""
+    q = wide.of_q(wide.most_queries)
+    all_three = q + wide.of_k_and_v(wide.most_keys)
+    return (q, all_three) if wide.backward else (all_three, q)
+
+
+def _all_to_all(wide: Pieces, numbers: float) -> float:
+    """Start one; when it will have arrived."""
+    wide.touch(numbers, "around an all-to-all")
+    nbytes = numbers * wide.shape.element_bytes / wide.n
+    return wide.timeline.post(wide.ranks.exchange(nbytes))
 
 
 def _ulysses_sends(sizes: Sizes, rank: int) -> float:
@@ -218,6 +226,50 @@ def _ulysses_sends(sizes: Sizes, rank: int) -> float:
     q, k = Sizes(shape).q_bytes(queries) / n, Sizes(shape).kv_bytes(keys) / 2 / n
     together = [q + 2 * k] if queries == keys else [q, k, k]
     return (n - 1) * (sum(aligned(map(int, together))) + q)
+
+
+# --------------------------------------------------------------------------------------------
+# Ulysses inside subgroups, another way across
+
+
+def _hybrid(pieces: Pieces, *, hybrid: Hybrid, way: Way) -> None:
+    """All-to-alls of a subgroup before and after the other way's walk."""
+    shape, cluster, backward = pieces.shape, pieces.ranks.cluster, pieces.backward
+    if not backward:
+        pieces.project()
+    most = max(range(shape.ranks // hybrid.ulysses), key=lambda i: _held(shape, hybrid, i))
+    inside = padded(subgroup(shape, hybrid, most))
+    wide = Pieces(inside, cluster, backward=backward, timeline=pieces.timeline)
+    arriving, leaving = _both_ways(wide)
+    if hybrid.ulysses > 1:
+        wide.timeline.wait(_all_to_all(wide, arriving))
+    if hybrid.ulysses < shape.ranks:
+        others = across(shape, hybrid)
+        stride = hybrid.ulysses
+        way.walk(
+            Pieces(others, cluster, backward=backward, timeline=pieces.timeline, stride=stride)
+        )
+    else:
+        kernel = pieces.device.backward if backward else pieces.device.whole
+        wide.attend(wide.queries, wide.keys, share=1 / wide.n, kernel=kernel)
+    if hybrid.ulysses > 1:
+        wide.timeline.wait(_all_to_all(wide, leaving))
+    if backward:
+        pieces.project(gradients=True)
+
+
+def _held(shape: AttentionShape, hybrid: Hybrid, number: int) -> int:
+    inside = subgroup(shape, hybrid, number)
+    return inside.heads * sum(inside.q_lengths) + 2 * inside.kv_heads * sum(inside.kv_lengths)
+
+
+def _hybrid_sends(sizes: Sizes, rank: int, *, hybrid: Hybrid, way: Way) -> float:
+    """Ulysses' messages to the subgroup, and those of the other way across."""
+    number, place = divmod(rank, hybrid.ulysses)
+    inside = replace(sizes, shape=subgroup(sizes.shape, hybrid, number))
+    outside = replace(sizes, shape=across(sizes.shape, hybrid))
+    sent = way.sends(outside, number) if hybrid.ulysses < sizes.shape.ranks else 0
+    return sent + (_ulysses_sends(inside, place) if hybrid.ulysses > 1 else 0)
 
 
 # --------------------------------------------------------------------------------------------
@@ -310,9 +362,37 @@ WAYS = {
     "ulysses": Way(_ulysses, _ulysses_sends, ("q", "kv")),
     "none": Way(_alone),
 }
-"""By name: the method, and the schedule of lvx."""
+"""By name: the method, and the schedule of lvx. Hybrids are made of them (`way_of`)."""
+
+
+def way_of(name: str) -> Way | None:
+    """A way by its name; None where there is none.
+
+    Args:
+        name: one of `WAYS`, or of a hybrid: ``"hybrid 4 ring"``, ``"hybrid 8 lvx gather"``.
+    """
+    hybrid = hybrid_of(name)
+    if hybrid is None:
+        return WAYS.get(name)
+    inner = WAYS.get(name.split(" ", 2)[2])
+    if inner is None or hybrid.across not in ACROSS:
+        return None
+    return Way(
+        partial(_hybrid, hybrid=hybrid, way=inner),
+        partial(_hybrid_sends, hybrid=hybrid, way=inner),
+        ("q", "kv"),
+    )
+
+
+def hybrid_of(name: str) -> Hybrid | None:
+    """The subgroups of a way; None where it is no hybrid."""
+    word, _, rest = name.partition(" ")
+    ulysses, _, inner = rest.partition(" ")
+    if word != "hybrid" or not ulysses.isdigit() or not inner:
+        return None
+    return Hybrid(int(ulysses), inner.split(" ")[0])
 
 
 def label(method: str, schedule: str) -> str:
     """The name of a way: ``"lvx ring"``, ``"ulysses"``; schedules other than lvx's mean nothing."""
-    return f"{method} {schedule}" if method == "lvx" else method
+    return f"{method} {schedule}" if method.split(" ")[-1] == "lvx" else method

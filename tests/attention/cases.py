@@ -136,6 +136,12 @@ def run_problem(problem: Problem, method: str) -> dict[str, Any]:
                 return_lse=True,
                 **arguments,
             )
+        elif method == "hybrid":
+            wants_lse = problem.lse_weight != 0
+            found = ds_lvx.hybrid_attention(
+                shard["q"], shard["k"], shard["v"], return_lse=wants_lse, **arguments
+            )
+            out, lse = found if wants_lse else (found, None)
         else:
             function = ds_lvx.lv_xattn if method == "lvx" else ds_lvx.ring_attention
             out, lse = function(shard["q"], shard["k"], shard["v"], return_lse=True, **arguments)

@@ -22,6 +22,9 @@ LONG_NAMES = [
 ] + [f"model.vision_model.transformer.layers.{i}.self_attn" for i in range(32)]
 
 
+HYBRID = {"match": "a", "method": "hybrid"}
+
+
 def section(**keys: Any) -> dict[str, Any]:
     return {"train_batch_size": 1, "ds_lvx": keys}
 
@@ -111,6 +114,15 @@ def test_path_base64_and_dict_give_the_same(tmp_path: Path) -> None:
             "",
             '"recompute_kv"',
         ),
+        (one_rule(match="a", method="hybrid"), "layers[1].ulysses", "missing", "one of 1"),
+        (
+            section(sequence_parallel_size=6, layers=[{**HYBRID, "ulysses": 4}]),
+            "layers[0].ulysses",
+            "4, which does not divide sequence_parallel_size 6",
+            "1, 2, 3, 6",
+        ),
+        (one_rule(**HYBRID, ulysses=0), "layers[1].ulysses", "0", "1 or more"),
+        (one_rule(**HYBRID, across="rng"), "layers[1].across", '"rng"', '"ring"'),
     ],
 )
 def test_mistake_names_key_value_and_remedy(
@@ -172,6 +184,15 @@ def test_misspelt_section_is_recognised(typo: str) -> None:
         ({"method": "ulysses", "schedule": "gather"}, "schedule", 'method "lvx"'),
         ({"method": "none", "schedule": "replicated"}, "schedule", 'method "lvx"'),
         ({"method": "none", "kernel": "native"}, "kernel", "remove kernel"),
+        ({"method": "ring", "ulysses": 2}, "ulysses", 'method "hybrid"'),
+        ({"method": "lvx", "across": "ring"}, "across", "remove across"),
+        ({"method": "hybrid", "recompute_kv": True}, "recompute_kv", 'method "lvx"'),
+        (
+            {"method": "hybrid", "across": "ring", "schedule": "gather"},
+            "schedule",
+            'across "lvx"',
+        ),
+        ({"method": "hybrid", "schedule": "replicated"}, "schedule", '"auto"'),
     ],
     ids=str,
 )

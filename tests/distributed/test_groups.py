@@ -15,6 +15,7 @@ from torch import nn
 import ds_lvx
 from ds_lvx.distributed.groups import resolve, resolve_groups
 from ds_lvx.distributed.start import init_distributed
+from ds_lvx.distributed.subgroups import Divisions
 from launch.bench_launches import made_up_ranks
 from tests.ranks import RankError, run_ranks
 
@@ -50,6 +51,31 @@ def describe(size: int) -> dict[str, Any]:
     groups.close()
     assert ds_lvx.SequenceParallelGroups.current() is None
     return described
+
+
+def divide() -> list[tuple[int, ...]]:
+    """Sums of ranks over the subgroups and across them, of groups that come and go."""
+    sums = []
+    for size, parts in ((4, 2), (4, 2), (2, 2), (2, 1)):
+        groups = ds_lvx.SequenceParallelGroups(size)
+        groups.divide(parts)
+        subgroups = Divisions.of(groups.channel, parts)
+        rank = torch.ones(1) * torch.distributed.get_rank()
+        sums.append(tuple(int(each.all_reduce(rank)) for each in subgroups))
+        groups.close()
+    return sums
+
+
+@pytest.mark.slow
+def test_subgroups_of_adjacent_ranks_and_across_them() -> None:
+    answers = run_ranks(divide, 4)
+    assert [answer[0] for answer in answers] == [(1, 2), (1, 4), (5, 2), (5, 4)]
+    assert [answer[1:] for answer in answers] == [
+        [(1, 2), (1, 0), (0, 1)],
+        [(1, 4), (1, 1), (1, 1)],
+        [(5, 2), (5, 2), (2, 5)],
+        [(5, 4), (5, 3), (3, 5)],
+    ]
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def make_batch(texts: Sequence[str], *, left: bool = False, seed: int = 0) -> Ba
     }
 
 
-def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: str) -> dict[str, Any]:
+def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: Any) -> dict[str, Any]:
     """`mllama_case.ds_config` for this model's names."""
     config = mllama_case.ds_config(stage=stage, sp_size=sp_size, cross=cross, self_attn=self_attn)
     config["ds_lvx"]["layers"][2]["match"] = FAMILIES.named("idefics").patterns["self"]

@@ -185,8 +185,10 @@ def trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: str) -> dict[str, Any]:
-    """A ds_config for plain SGD; ``cross`` is the rule of the cross-attention layers."""
+def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: Any) -> dict[str, Any]:
+    """A ds_config for plain SGD; ``cross`` is the rule of the cross-attention layers, ``self_attn``
+    the method or the rule of the text's."""
+    text = self_attn if isinstance(self_attn, dict) else {"method": self_attn}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,
@@ -208,7 +210,7 @@ def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: str
             "layers": [
                 {**VISION_RULE},  # a test may write into it
                 {"match": "*.cross_attn", **cross},
-                {"match": "*language_model*.self_attn", "method": self_attn},
+                {"match": "*language_model*.self_attn", **text},
             ],
         },
     }

@@ -114,7 +114,7 @@ def _tokens(part: int | Media) -> list[int]:
     return [0, 1] * frames if frames > 1 else [1] * frames
 
 
-def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: str) -> dict[str, Any]:
+def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: Any) -> dict[str, Any]:
     """`mllama_case.ds_config` for this model's names."""
     config = mllama_case.ds_config(stage=stage, sp_size=sp_size, cross=cross, self_attn=self_attn)
     config["ds_lvx"]["layers"][0] = {"match": "*visual*", "method": "none"}

@@ -93,7 +93,7 @@ def text_only(seed: int = 4) -> Batch:
     return batch
 
 
-def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: str) -> dict[str, Any]:
+def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: Any) -> dict[str, Any]:
     """`mllama_case.ds_config` for this model's names."""
     config = mllama_case.ds_config(stage=stage, sp_size=sp_size, cross=cross, self_attn=self_attn)
     patterns = FAMILIES.named("mplugowl3").patterns

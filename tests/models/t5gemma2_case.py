@@ -146,9 +146,8 @@ def text_only(seed: int = 4) -> Batch:
 def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: Any) -> dict[str, Any]:
     """`mllama_case.ds_config` for this model's names; the rules of the decoder's layers, and the
     method or the rule of the encoder's."""
-    config = mllama_case.ds_config(stage=stage, sp_size=sp_size, cross=cross, self_attn="")
+    config = mllama_case.ds_config(stage=stage, sp_size=sp_size, cross=cross, self_attn=self_attn)
     rules = config["ds_lvx"]["layers"]
-    rules[2].update(self_attn if isinstance(self_attn, dict) else {"method": self_attn})
     patterns = FAMILIES.named("t5gemma2").patterns
     for rule, kind in zip(rules, ("local", "cross", "self"), strict=True):
         rule["match"] = patterns[kind]

@@ -31,6 +31,8 @@ METHODS: list[dict[str, Any]] = [
     {"method": "lvx", "schedule": "ring", "recompute_kv": True},
     {"method": "ring"},
     {"method": "ulysses"},
+    {"method": "hybrid", "ulysses": 0},  # all ranks
+    {"method": "hybrid", "ulysses": 1, "across": "lvx", "schedule": "ring"},
 ]
 CROSS_AT = list(range(1, 1 + len(METHODS)))
 LAYERS = len(METHODS) + 2
@@ -51,6 +53,9 @@ def config(*, sp_size: int, kernel: str = "auto") -> dict[str, Any]:
         for at, method in zip(CROSS_AT, METHODS, strict=True)
     ]
     first = {"match": "*language_model*.0.self_attn", "method": "ulysses", "kernel": kernel}
+    for rule in rules:
+        if rule.get("ulysses") == 0:
+            rule["ulysses"] = sp_size
     made["ds_lvx"]["layers"] = [vision, *rules, first, {**last, "kernel": kernel}]
     return made
 

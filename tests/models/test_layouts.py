@@ -25,6 +25,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lvx recompute": {"method": "lvx", "schedule": "gather", "recompute_kv": True},
     "ring": {"method": "ring"},
     "ulysses": {"method": "ulysses"},
+    "hybrid of all": {"method": "hybrid", "ulysses": 3},
+    "hybrid of one": {"method": "hybrid", "ulysses": 1, "schedule": "ring"},
 }
 
 
@@ -42,7 +44,8 @@ def run_step(cross: dict[str, Any], self_attn: str) -> tuple[float, float]:
         lengths = batch.layout(plan.kind)
         shape = AttentionShape(2, lengths.q_lengths, lengths.kv_lengths, 4, 2, 8, 4)
         schedule = "gather" if plan.schedule == "auto" else plan.schedule
-        sent = bytes_sent(shape, label(plan.method, schedule), rank=rank)
+        method = plan.method if plan.hybrid is None else plan.hybrid.name
+        sent = bytes_sent(shape, label(method, schedule), rank=rank)
         expected += sent.forward + sent.backward
     end_engine(engine)
     return counted.bytes_sent, expected

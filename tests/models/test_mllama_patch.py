@@ -234,9 +234,22 @@ def test_the_vision_tower_has_no_method() -> None:
         plans_of([CROSS, every], sp_size=2)
 
 
+def test_hybrids_say_what_runs_across() -> None:
+    hybrid = {"method": "hybrid", "ulysses": 2}
+    rules = [{"match": "*.cross_attn", **hybrid}, {**TEXT, **hybrid}]
+    lines = table(plans_of([VISION_RULE, *rules], sp_size=4)).splitlines()
+    columns = {line.split("  ")[0]: line.split()[-6:-2] for line in lines}
+    assert columns["model.language_model.layers.{1,3}.cross_attn"] == ["hybrid", "2", "lvx", "auto"]
+    assert columns["model.language_model.layers.{0,2}.self_attn"] == ["hybrid", "2", "ring", "-"]
+    with pytest.raises(NotImplementedError, match="across is ring, which has no schedules"):
+        plans_of([VISION_RULE, rules[0], {**rules[1], "schedule": "gather"}], sp_size=4)
+
+
 def test_ulysses_with_more_ranks_than_heads() -> None:
     with pytest.raises(ValueError, match="4 heads on 5 ranks"):
         plans_of([VISION_RULE, CROSS, TEXT], sp_size=5)
+    with pytest.raises(ValueError, match=r"4 heads on 8 ranks.* a smaller ulysses"):
+        plans_of([VISION_RULE, CROSS, {**TEXT, "method": "hybrid", "ulysses": 8}], sp_size=16)
     plans_of([VISION_RULE, CROSS, {**TEXT, "method": "ring"}], sp_size=5)
 
 

@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from ds_lvx.compare.case import Case
-from ds_lvx.plan.memory import CrossAttention, Load, Setting, kept, peak, peak_per_key
+from ds_lvx.plan.memory import (
+    CrossAttention,
+    Load,
+    Setting,
+    footprint,
+    kept,
+    logits_bytes,
+    peak,
+    peak_per_key,
+)
+from ds_lvx.plan.models import model
+from ds_lvx.plan.scenario import Scenario
 from tests.plan.counting import TINY, peak_bytes, saved_bytes
 from tests.ranks import run_ranks
 
@@ -113,3 +124,17 @@ def test_ulysses_keeps_its_keys_when_checkpointed() -> None:
     # A single head of K and V is repeated, so that each of the four ranks has one.
     assert kept(one_head, checkpointed, load).of_keys == 100 * 2 * 2 * 4 * 128
     assert kept(MLLAMA, replace(checkpointed, method="lvx"), load).of_keys == 0
+
+
+def test_logits_come_in_tiles() -> None:
+    """docs/memory.md: 10 bytes a logit of one tile, and 4 a weight of the head where it trains."""
+    whole = Scenario(model("Llama-3.2-11B-Vision"), text_tokens=65_536, frames=4)
+    words, hidden = whole.model.vocabulary, whole.model.text.hidden
+    assert logits_bytes(whole, 65_536) == 10 * 65_536 * words
+    tiled = replace(whole, loss_tiles=64)
+    assert logits_bytes(tiled, 65_536) == 10 * 1024 * words + 4 * words * hidden
+    assert logits_bytes(replace(tiled, trains="cross"), 65_000) == 10 * 1016 * words
+    saved = [footprint(s, gpus=8, ranks=1, way="lvx gather").text for s in (whole, tiled)]
+    assert saved[0] - saved[1] == logits_bytes(whole, 65_536) - logits_bytes(tiled, 65_536)
+    with pytest.raises(ValueError, match="loss_tiles: got 0"):
+        replace(whole, loss_tiles=0)

@@ -22,6 +22,7 @@ from ds_lvx.models.contract import Family
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
+from ds_lvx.models.tiled_loss import is_tiled
 from ds_lvx.models.visual import Visual
 
 _MASKED_POSITIONS = ("opt",)
@@ -110,6 +111,11 @@ class Adapter(Family):
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
         config: Any = self.text_model(model).config
         if config.is_encoder_decoder:
+            if is_tiled(model.language_model.get_output_embeddings()):
+                raise NotImplementedError(
+                    "got loss_tiles for a text model that runs whole on every rank and makes its "
+                    "loss of all logits; remove loss_tiles"
+                )
             model.register_forward_hook(ShareLoss(), with_kwargs=True)
 
     def generator(self, model: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ds_lvx.kernels.visibility import Visibility
 from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, Text
 from ds_lvx.models.patch import KEYWORD, Hook
+from ds_lvx.models.tiled_loss import share_of_loss
 
 _LABELS = "labels"
 
@@ -74,7 +75,6 @@ class ShareLoss(Hook):
         batch, labels = kwargs.get(KEYWORD), kwargs.get(_LABELS)
         if batch is None or labels is None:
             return None
-        flat = out.logits.flatten(0, 1).float(), labels.flatten()
-        total = nn.functional.cross_entropy(*flat, ignore_index=IGNORED_LABEL, reduction="sum")
-        out.loss = total / kwargs[ITEMS_KEY] / batch.channel.size
+        items = kwargs[ITEMS_KEY] * batch.channel.size
+        out.loss = share_of_loss(module, out.logits, labels, items)
         return out

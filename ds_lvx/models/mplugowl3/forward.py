@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, ShardedBatch
+from ds_lvx.models.batch import ITEMS_KEY, ShardedBatch
 from ds_lvx.models.checkpointed_layers import run_layer
 from ds_lvx.models.mplugowl3.attention import Rotary, mask_of, rotary
 from ds_lvx.models.mplugowl3.batch import PLACES, POSITIONS
 from ds_lvx.models.mplugowl3.cached import Cached, causal
 from ds_lvx.models.patch import KEYWORD, Hook
+from ds_lvx.models.tiled_loss import share_of_loss
 from ds_lvx.models.visual import PIXELS
 
 FEATURES = "image_embeds"
@@ -158,9 +159,7 @@ class TextForward:
         logits = self._text.lm_head(hidden).float()
         loss = None
         if kwargs.get("labels") is not None:
-            flat = logits.flatten(0, 1), kwargs[_SHIFTED].flatten()
-            total = nn.functional.cross_entropy(*flat, ignore_index=IGNORED_LABEL, reduction="sum")
-            loss = total / kwargs[ITEMS_KEY]
+            loss = share_of_loss(self._text.lm_head, logits, kwargs[_SHIFTED], kwargs[ITEMS_KEY])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def _hidden(self, batch: ShardedBatch, kwargs: Mapping[str, Any]) -> Tensor:

@@ -13,16 +13,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ds_lvx.models.adapters.batch import LENGTHS, ROWS
 from ds_lvx.models.adapters.forward import gather_images
-from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, ShardedBatch
+from ds_lvx.models.batch import ITEMS_KEY, ShardedBatch
 from ds_lvx.models.checkpointed_layers import run_layer
 from ds_lvx.models.patch import KEYWORD, KeepForward
 from ds_lvx.models.qwen_vl.attention import ROTARY, Carried
 from ds_lvx.models.qwen_vl.batch import PLACES
+from ds_lvx.models.tiled_loss import share_of_loss
 from ds_lvx.models.visual import PIXELS
 
 _OF_TEXT = ("input_ids", "use_cache", PIXELS, ROWS, LENGTHS, PLACES)
@@ -48,9 +49,9 @@ class Forward:
         logits = self._model.lm_head(self._model.transformer(**given, **{KEYWORD: ds_lvx}))
         loss = None
         if kwargs.get("labels") is not None:
-            flat = logits.flatten(0, 1).float(), kwargs["shift_labels"].flatten()
-            total = nn.functional.cross_entropy(*flat, ignore_index=IGNORED_LABEL, reduction="sum")
-            loss = total / kwargs[ITEMS_KEY]
+            loss = share_of_loss(
+                self._model.lm_head, logits, kwargs["shift_labels"], kwargs[ITEMS_KEY]
+            )
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
