@@ -11,7 +11,9 @@ beside the text; they stay on the rank that encoded them. The parts below are fo
 encoder makes these features of one sequence of text and images, its layers are of kind ``"self"``,
 with layouts of their own (`ds_lvx.models.visual.Visual.layouts`). In a *concatenated* model visual
 tokens stand among the text's; such a family has layers of kind ``"self"`` and ``"local"`` only, and
-its `Visual` is not ``attended`` (``ds_lvx/models/adapters/``), or it overrides `Family.shard`.
+its `Visual` is not ``attended``. It derives from `ds_lvx.models.concatenated.family.Concatenated`,
+whose tokens stay on the rank that encodes them; where an adapter makes only a few of an image, they
+are gathered (``ds_lvx/models/adapters/``).
 
 Shapes: ``B`` samples, ``T`` text tokens of the whole sequence. A *unit* is a piece of the visual
 input that no rank cuts: an image, or a frame of a video.
@@ -153,6 +155,18 @@ class Family(ABC):
     def encoders(self, model: Any) -> Sequence[nn.Module]:
         """Encoders of images with ``layers``, whose checkpointing transformers leaves undone."""
         return ()
+
+    def owned(self, tokens: Sequence[int], rank: int, size: int) -> Sequence[int]:
+        """Which of a sample's units a rank holds, in order; see `ds_lvx.owned`.
+
+        Args:
+            tokens: visual tokens of each unit of the sample.
+            rank, size: its number, and how many ranks share the sample.
+        """
+        from ds_lvx.models.batch import span, split
+
+        part = span(split(len(tokens), size), rank)
+        return range(part.start, part.stop)
 
     def shard(
         self,
