@@ -7,7 +7,7 @@ first family's published model unless they are cut; weights are random, or a che
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -282,7 +282,7 @@ def part_of(name: str, regions: Regions) -> str | None:
 
 
 def make_batch(
-    case: Case, *, frames: range, total: int, dtype: torch.dtype = torch.bfloat16
+    case: Case, *, frames: Sequence[int], total: int, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
     """One sample of random text and frames; every token sees all frames.
 
