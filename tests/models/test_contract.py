@@ -65,7 +65,8 @@ def test_a_model_type_has_one_family(families: Families) -> None:
     known = (
         "mllama, moss_vl, idefics, mplugowl3, openflamingo, "
         "blip-2, instructblip, instructblipvideo, qwen, video_llama, "
-        "t5gemma2, new;"
+        "t5gemma2, qwen2_5_vl, "
+        "new;"
     )
     with pytest.raises(NotImplementedError, match=f"'newer'; expected one of {known}"):
         families.named("newer")
