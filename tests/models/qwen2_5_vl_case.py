@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ds_lvx.models import FAMILIES
-from tests.models import mllama_case
 
 VOCABULARY = 64
 PAD, START, IMAGE, VIDEO = 0, 61, 62, 63
@@ -158,14 +157,3 @@ def one_video(seed: int = 5) -> Batch:
 
 def text_only(seed: int = 4) -> Batch:
     return make_batch([[12], [9]], seed=seed)
-
-
-def ds_config(*, stage: int, sp_size: int, method: str) -> dict[str, Any]:
-    """`mllama_case.ds_config` for this model's names."""
-    config = mllama_case.ds_config(stage=stage, sp_size=sp_size, cross={}, self_attn=method)
-    rules = config["ds_lvx"]["layers"]
-    del rules[1]
-    patterns = FAMILIES.named("qwen2_5_vl").patterns
-    for rule, kind in zip(rules, ("local", "self"), strict=True):
-        rule["match"] = patterns[kind]
-    return config

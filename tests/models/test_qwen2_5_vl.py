@@ -9,22 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from ds_lvx import gather_sequence, owned, traffic
+from ds_lvx import gather_sequence, owned
 from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import shard_batch
+from tests.models import concatenated_case as case
 from tests.models.mllama_case import (
     assert_same_training,
     plain_step,
     reference_steps,
-    sharded_steps,
 )
 from tests.models.qwen2_5_vl_case import (
     IMAGE,
     MERGE,
     VIDEO,
-    ds_config,
     frozen_tower,
     hard_batch,
     left_padded,
@@ -36,27 +35,14 @@ from tests.models.qwen2_5_vl_case import (
 )
 from tests.ranks import run_ranks
 
-METHODS = ("lvx", "ring", "ulysses", "auto")
-BATCHES = {
-    make.__name__: make for make in (hard_batch, left_padded, one_image, one_video, text_only)
-}
-
-
-def rules(method: str, ranks: int, stage: int = 0) -> dict[str, Any]:
-    return ds_config(stage=stage, sp_size=ranks, method=method)
+BATCHES = (hard_batch, left_padded, one_image, one_video, text_only)
+NAME = "qwen2_5_vl"
+rules = partial(case.rules, NAME)
 
 
 @functools.cache
-def reference(name: str) -> dict[str, Any]:
-    return reference_steps([[BATCHES[name]()]], tiny_model())
-
-
-def step_each(ranks: int, offset: int) -> list[dict[str, Any]]:
-    order = list(METHODS) * 3
-    return [
-        plain_step(rules(method, ranks), make(), model=tiny_model())
-        for make, method in zip(BATCHES.values(), order[offset:], strict=False)
-    ]
+def expected() -> dict[str, Any]:
+    return case.references(BATCHES, tiny_model)
 
 
 @pytest.mark.parametrize(
@@ -64,20 +50,12 @@ def step_each(ranks: int, offset: int) -> list[dict[str, Any]]:
     [(1, 1), (2, 0), *(pytest.param(3, n, marks=pytest.mark.slow) for n in range(4))],
 )
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
-    results = run_ranks(step_each, ranks, ranks, offset)
-    for index, name in enumerate(BATCHES):
-        mine = [each[index] for each in results]
-        try:
-            assert_same_training(mine, reference(name), sp_size=ranks)
-        except AssertionError as error:
-            raise AssertionError(f"{name} on {ranks} ranks: {error}") from error
-        missing = {n for each in mine for n in each["missing"]}
-        assert name == "text_only" or missing == set(), name
+    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
 
 
 def test_reference_has_gradients_everywhere() -> None:
     """Else the comparisons compare zeros."""
-    silent = {name for name, grad in reference("hard_batch")["grads"].items() if not grad.any()}
+    silent = {name for name, grad in expected()["hard_batch"]["grads"].items() if not grad.any()}
     assert silent == set()
 
 
@@ -122,25 +100,12 @@ def step_local() -> dict[str, Any]:
 
 
 def test_frames_that_are_on_their_ranks_already() -> None:
-    expected = reference_steps([[hard_batch(5)]], tiny_model())
-    assert_same_training(run_ranks(step_local, 2), expected, sp_size=2)
-
-
-def bytes_of_forward(batch: dict[str, Any]) -> int:
-    """Bytes that a rank sends in tower, embeddings and logits: all but attention."""
-    model, config = tiny_model(num_hidden_layers=0), rules("lvx", 2)
-    config["ds_lvx"]["layers"].pop()
-    groups = SequenceParallelGroups(2)
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model)
-    with traffic() as sent:
-        model(**shard)
-    groups.close()
-    return sent.bytes_sent
+    alone = reference_steps([[hard_batch(5)]], tiny_model())
+    assert_same_training(run_ranks(step_local, 2), alone, sp_size=2)
 
 
 def test_no_visual_embedding_is_sent() -> None:
-    assert run_ranks(bytes_of_forward, 2, one_video()) == [0, 0]
+    assert run_ranks(case.bytes_of_forward, 2, NAME, tiny_model, one_video()) == [0, 0]
 
 
 def logits_in_order() -> list[Any]:
@@ -157,7 +122,7 @@ def test_logits_come_in_the_order_of_the_text() -> None:
     for whole, mask in run_ranks(logits_in_order, 2):
         there = mask.bool()
         torch.testing.assert_close(
-            whole[there], reference("left_padded")["logits"][0][0][there], atol=1e-5, rtol=1e-5
+            whole[there], expected()["left_padded"]["logits"][0][0][there], atol=1e-5, rtol=1e-5
         )
         assert not whole[~there].any()
 
@@ -165,55 +130,29 @@ def test_logits_come_in_the_order_of_the_text() -> None:
 # ---- training
 
 
-def train_each(jobs: list[tuple[dict[str, Any], Any]], batches: Any) -> list[dict[str, Any]]:
-    return [sharded_steps(config, batches, model=make()) for config, make in jobs]
-
-
-def check(
-    jobs: list[tuple[dict[str, Any], Any]], *, ranks: int, batches: Any, sp_size: int
-) -> None:
-    results = run_ranks(train_each, ranks, jobs, batches)
-    for index, (config, make) in enumerate(jobs):
-        expected = reference_steps(batches, make())
-        try:
-            assert_same_training([each[index] for each in results], expected, sp_size=sp_size)
-        except AssertionError as error:
-            raise AssertionError(f"job {index}, {config}: {error}") from error
-
-
-def checkpointed(make: Any, *, reentrant: bool = False) -> Any:
-    model = make()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    return model
-
-
-def section(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    return {**config, "activation_checkpointing": settings}
-
-
 @pytest.mark.slow
 def test_training_equals_one_process() -> None:
     """Two steps: methods, stages, checkpoints, LoRA, a frozen tower."""
     jobs = [
         (rules("lvx", 2, 3), tiny_model),
-        (rules("ulysses", 2, 2), partial(checkpointed, lora_model)),
-        (section(rules("ring", 2, 3)), tiny_model),
-        (rules("ring", 2, 0), partial(checkpointed, tiny_model, reentrant=True)),
-        (section(rules("lvx", 2, 1), partition_activations=True), frozen_tower),
+        (rules("ulysses", 2, 2), partial(case.checkpointed, lora_model)),
+        (case.section(rules("ring", 2, 3)), tiny_model),
+        (rules("ring", 2, 0), partial(case.checkpointed, tiny_model, reentrant=True)),
+        (case.section(rules("lvx", 2, 1), partition_activations=True), frozen_tower),
     ]
-    check(jobs, ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
+    case.check(jobs, ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
 
 
 @pytest.mark.slow
 def test_every_stage_equals_one_process() -> None:
     jobs = [(rules("lvx", 3, stage), tiny_model) for stage in range(4)]
-    check(jobs, ranks=3, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=3)
+    case.check(jobs, ranks=3, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=3)
 
 
 @pytest.mark.slow
 def test_a_rank_without_images_trains_along() -> None:
     jobs = [(rules("lvx", 3, 3), tiny_model), (rules("ring", 3, 0), tiny_model)]
-    check(jobs, ranks=3, batches=[[one_image(7)], [text_only(8)]], sp_size=3)
+    case.check(jobs, ranks=3, batches=[[one_image(7)], [text_only(8)]], sp_size=3)
 
 
 @pytest.mark.slow
@@ -221,4 +160,4 @@ def test_a_rank_without_images_trains_along() -> None:
 def test_a_replica_without_images_beside_one_with_images(sp_size: int) -> None:
     batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
     jobs = [(rules("lvx", sp_size, 3), tiny_model)]
-    check(jobs, ranks=2 * sp_size, batches=batches, sp_size=sp_size)
+    case.check(jobs, ranks=2 * sp_size, batches=batches, sp_size=sp_size)

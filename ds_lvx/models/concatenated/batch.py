@@ -182,25 +182,16 @@ class Units(Visual):
     arrange: Arrange
 
     @classmethod
-    def of(
-        cls, text: Text, batch: Mapping[str, Any], arrange: Arrange, *, sources: Sequence[str]
-    ) -> Units:
-        """The units of a text.
-
-        Args:
-            text: `Sequences`.
-            batch: what the caller gave.
-            arrange: see the class.
-            sources: entries of the batch that have pixels.
-        """
+    def of(cls, text: Text, pixels: Mapping[str, Tensor], arrange: Arrange) -> Units:
+        """The units of a text, `Sequences`, and the pixels at hand by source."""
         assert isinstance(text, Sequences)
-        given = {key: batch[key] for key in sources if key in batch}
+        units, owner = text.units, text.settled.owner
         return cls(
-            count=len(text.units),
+            count=len(units),
             unit_tokens=1,
-            arguments=given,
-            units=text.units,
-            owner=text.settled.owner,
+            arguments=pixels,
+            units=units,
+            owner=owner,
             arrange=arrange,
         )
 

@@ -68,6 +68,21 @@ class Concatenated(Family):
             ValueError: the batch has others.
         """
 
+    def pixels(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The pixels at hand by source, with the rows of units one after the other.
+
+        Raises:
+            ValueError: they are no tensors.
+        """
+        given = {key: batch[key] for key in self.sources if key in batch}
+        for key, value in given.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"got {key} of type {type(value).__name__}; expected a tensor: use the model's "
+                    'own processor with return_tensors="pt"'
+                )
+        return given
+
     @staticmethod
     @abstractmethod
     def arrange(units: Sequence[Unit], rows: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -148,7 +163,7 @@ class Concatenated(Family):
         return made.at(self.positions(batch, text, config))
 
     def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        return Units.of(text, batch, self.arrange, sources=self.sources)
+        return Units.of(text, self.pixels(batch), self.arrange)
 
     def owned(self, tokens: Sequence[int], rank: int, size: int) -> list[int]:
         return [unit for unit, owner in enumerate(owners(tokens, size)) if owner == rank]
