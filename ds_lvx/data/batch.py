@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor
 from ds_lvx.data.chat import Conversation, Part
 from ds_lvx.data.errors import DataError, Source
 from ds_lvx.data.frames import DecodeCount, Video, choose, decode
-from ds_lvx.data.images import load_image
+from ds_lvx.data.images import image_sides, load_image
 from ds_lvx.data.kept import kept_probe
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 from ds_lvx.data.text import IGNORED, EncodedText, TextEncoder
+from ds_lvx.models.media import Held, Medium, Shown
 
 
 @dataclass(frozen=True)
@@ -45,25 +47,40 @@ class Frames:
         path: the file.
         video: what its container says, or None for an image.
         indices: the chosen frames of the video; ``(0,)`` for an image.
+        sides: height and width of a picture, where the family asks for them.
     """
 
     path: str
     video: Video | None
     indices: tuple[int, ...]
+    sides: tuple[int, int] = (0, 0)
 
     @property
     def times(self) -> list[float] | None:
         """Seconds of a video's chosen frames; None for an image."""
         return None if self.video is None else [self.video.seconds(i) for i in self.indices]
 
+    @property
+    def medium(self) -> Medium:
+        """What the family has to know of it."""
+        return Medium(None if self.times is None else tuple(self.times), self.sides)
+
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation made ready: its text, and where its frames are to be found."""
+    """A conversation made ready: its text, and where its frames are to be found.
+
+    Attributes:
+        source: where it stands.
+        text: of it.
+        frames: of its media.
+        shown: what each medium is in the text, where the family says it by their sizes.
+    """
 
     source: Source
     text: EncodedText
     frames: tuple[Frames, ...]
+    shown: tuple[Shown, ...] = ()
 
     @property
     def num_frames(self) -> int:
@@ -100,6 +117,8 @@ class BatchMaker:
         dtype: of ``pixel_values``.
         skip: frames that cannot be decoded are no error, but black and `Batch.failed`.
         limits: for images and films.
+        deal: the tokens of a sample's units to those that this rank holds, for a family whose
+            frames take tokens by their size (`ds_lvx.models.contract.Family.owned`); None: all.
 
     Attributes:
         counter: frames decoded so far.
@@ -116,8 +135,10 @@ class BatchMaker:
         dtype: torch.dtype = torch.float32,
         skip: bool = False,
         limits: Limits = DEFAULT_LIMITS,
+        deal: Callable[[Sequence[int]], Sequence[int]] | None = None,
     ) -> None:
         self.encoder = encoder
+        self._deal = deal
         self._skip = skip
         self.counter = DecodeCount()
         self._rate = rate
@@ -127,11 +148,14 @@ class BatchMaker:
         self.limits = limits
         # Every epoch comes back to the same films. Times take 8 bytes a frame.
         self._probe = lru_cache(maxsize=64)(partial(kept_probe, limits=limits))
+        self._video_sides = lru_cache(maxsize=256)(self._sides_of_video)
         # A step asks for the labels of all its samples before it comes to the first of them.
         self._sample = lru_cache(maxsize=256)(self.sample)
 
     def sample(self, conversation: Conversation) -> Sample:
-        """Look at the media of a conversation, choose frames and write its text. Decodes nothing.
+        """Look at the media of a conversation, choose frames and write its text.
+
+        Decodes nothing; of a video whose size counts, the first frame.
 
         Raises:
             DataError: with file and line, for media that cannot be read and text that does not fit.
@@ -142,7 +166,8 @@ class BatchMaker:
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
         counts, times = [len(f.indices) for f in frames], [f.times for f in frames]
-        text = self.encoder.encode(conversation, counts, times)
+        shown = self._shown(source, frames)
+        text = self.encoder.encode(conversation, counts, times, shown)
         if len(text.input_ids) < self._min_tokens:
             raise DataError.at(
                 source,
@@ -150,7 +175,7 @@ class BatchMaker:
                 expected=f"at least {self._min_tokens}, one for each rank that shares a sample",
                 do="lengthen the text or lower sequence_parallel_size",
             )
-        sample = Sample(source, text, frames)
+        sample = Sample(source, text, frames, shown)
         self._inputs(sample)  # what is wrong with it is said before anything is decoded
         return sample
 
@@ -183,7 +208,10 @@ class BatchMaker:
         inputs = self._text(samples)
         failed: dict[int, str] = {}
         frames = [sample.num_frames for sample in samples]
-        if max(frames) > 0:
+        if max(frames) > 0 and self.encoder.family.sized_media:
+            held = [self._held(s, partial(failed.__setitem__, n)) for n, s in enumerate(samples)]
+            inputs |= self.encoder.family.media(self.encoder.processor, held, dtype=self._dtype)
+        elif max(frames) > 0:
             mine = self._owned(max(frames))
             numbered = enumerate(samples)
             inputs |= self.encoder.family.frames(
@@ -207,7 +235,27 @@ class BatchMaker:
         for _ in self._pictures(sample, range(sample.num_frames)):
             pass
 
-    def _or_black(self, sample: Sample, mine: range, fail: Callable[[str], None]) -> Iterator[Any]:
+    def _shown(self, source: Source, frames: Sequence[Frames]) -> tuple[Shown, ...]:
+        family = self.encoder.family
+        if not family.sized_media:
+            return ()
+        try:
+            return tuple(family.shown(self.encoder.processor, each.medium) for each in frames)
+        except ValueError as error:
+            raise DataError(f"{source}: {error}") from None
+
+    def _held(self, sample: Sample, fail: Callable[[str], None]) -> Held:
+        """The units of a sample that this rank holds, and their frames."""
+        tokens = [n for shown in sample.shown for n in shown.tokens]
+        units = range(len(tokens)) if self._deal is None else self._deal(tokens)
+        ends = [*accumulate((n for shown in sample.shown for n in shown.frames), initial=0)]
+        mine = [frame for unit in units for frame in range(ends[unit], ends[unit + 1])]
+        media = [frames.medium for frames in sample.frames]
+        return Held(media, units, self._or_black(sample, mine, fail))
+
+    def _or_black(
+        self, sample: Sample, mine: Sequence[int], fail: Callable[[str], None]
+    ) -> Iterator[Any]:
         """The frames ``mine`` of a sample; black ones from where it fails, if that is no error."""
         done = 0
         try:
@@ -220,12 +268,14 @@ class BatchMaker:
             from PIL import Image
 
             fail(str(error))
-            for _ in range(sample.num_frames)[mine.start : mine.stop][done:]:
+            for _ in [n for n in mine if n < sample.num_frames][done:]:
                 yield Image.new("RGB", (32, 32))
 
     def _frames(self, part: Part) -> Frames:
+        sized = self.encoder.family.sized_media
         if part.kind == "image":
-            return Frames(part.value, None, (0,))
+            sides = image_sides(part.value, limits=self.limits) if sized else (0, 0)
+            return Frames(part.value, None, (0,), sides)
         video = self._probe(part.value)
         rate = self._rate
         if part.fps is not None:  # the line's own go first
@@ -233,7 +283,12 @@ class BatchMaker:
         elif part.nframes is not None:
             rate = FrameRate(count=part.nframes)
         chosen = choose(video, fps=rate.fps, count=rate.count, max_frames=rate.max_frames)
-        return Frames(part.value, video, chosen)
+        return Frames(part.value, video, chosen, self._video_sides(video.path) if sized else (0, 0))
+
+    def _sides_of_video(self, path: str) -> tuple[int, int]:
+        """Height and width of its pictures, upright; no header tells how a frame is turned."""
+        picture: Any = next(iter(decode(self._probe(path), (0,), limits=self.limits)))
+        return picture.height, picture.width
 
     def _inputs(self, sample: Sample) -> Mapping[str, Sequence[int]]:
         try:
@@ -258,13 +313,12 @@ class BatchMaker:
         ones = [[1] * len(row["input_ids"]) for row in rows]
         return {**batch, "attention_mask": padded(ones, 0)}
 
-    def _pictures(self, sample: Sample, mine: range) -> Iterator[Any]:
+    def _pictures(self, sample: Sample, mine: Sequence[int]) -> Iterator[Any]:
         """Decode the frames ``mine`` of a sample, file by file, and no others."""
         first = 0
         for frames in sample.frames:
             count = len(frames.indices)
-            cut = slice(max(mine.start - first, 0), max(mine.stop - first, 0))
-            wanted = frames.indices[cut]
+            wanted = tuple(frames.indices[n - first] for n in mine if 0 <= n - first < count)
             first += count
             try:
                 if not wanted:

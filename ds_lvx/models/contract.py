@@ -27,6 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ds_lvx.models.media import Parts
 from ds_lvx.models.size import Size
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from ds_lvx.models.visual import Visual
 
 
-class Family(ABC):
+class Family(Parts, ABC):
     """What a family offers. Abstract parts are required; a tool names an optional one it misses.
 
     Attributes:
@@ -61,7 +62,6 @@ class Family(ABC):
             leaves them out.
     """
 
-    model_type: str = ""
     keys: tuple[str, ...] = ()
     features_key: str = "features"
     always: Mapping[str, Any] = {"use_cache": False}
@@ -155,18 +155,6 @@ class Family(ABC):
     def encoders(self, model: Any) -> Sequence[nn.Module]:
         """Encoders of images with ``layers``, whose checkpointing transformers leaves undone."""
         return ()
-
-    def owned(self, tokens: Sequence[int], rank: int, size: int) -> Sequence[int]:
-        """Which of a sample's units a rank holds, in order; see `ds_lvx.owned`.
-
-        Args:
-            tokens: visual tokens of each unit of the sample.
-            rank, size: its number, and how many ranks share the sample.
-        """
-        from ds_lvx.models.batch import span, split
-
-        part = span(split(len(tokens), size), rank)
-        return range(part.start, part.stop)
 
     def shard(
         self,
@@ -402,10 +390,3 @@ class Family(ABC):
     def has(self, part: str) -> bool:
         """Whether this family has an optional part."""
         return getattr(type(self), part) is not getattr(Family, part)
-
-    def lacks(self, part: str, what: str) -> NotImplementedError:
-        """The error for an optional part that a tool needs and this family has not."""
-        return NotImplementedError(
-            f"the model family {self.model_type!r} ({type(self).__name__}) has no {part}(), which "
-            f"{what} needs; add it as ds_lvx.models.contract.Family.{part} describes"
-        )

@@ -114,7 +114,9 @@ class Trainer:
         self._saved_step: int | None = None
         self._ending = Ending()
         self._progress = Progress(self._folder, rank=world.rank, total_steps=inputs.total_steps)
-        self._tokens_of_a_frame = inputs.source.family.frame_tokens(inputs.source.config)
+        family, config = inputs.source.family, inputs.source.config
+        # Where their size counts, frames are among the tokens of the text.
+        self._tokens_of_a_frame = 0 if family.sized_media else family.frame_tokens(config)
 
     def run(self) -> None:
         """Resume where asked, train to the end, evaluate, and write the model.

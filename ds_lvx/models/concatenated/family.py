@@ -36,6 +36,7 @@ class Concatenated(Family):
     """
 
     features_key = ""
+    sized_media = True
     lora_targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
     of_text: type[nn.Module]
     within: type[nn.Module]
@@ -167,6 +168,17 @@ class Concatenated(Family):
 
     def owned(self, tokens: Sequence[int], rank: int, size: int) -> list[int]:
         return [unit for unit, owner in enumerate(owners(tokens, size)) if owner == rank]
+
+    # ---- models
+
+    def regions(self) -> Mapping[str, str]:
+        return {
+            # Its layers as well: one that is checkpointed runs again by itself.
+            r".*\blanguage_model(\.layers\.\d+)?": "text",
+            r".*\blm_head": "text",
+            r".*\b(visual|vision_tower|vision_model)": "vision",
+            r".*\bmulti_modal_projector": "vision",
+        }
 
 
 _HEADS = ("num_attention_heads", "num_heads")

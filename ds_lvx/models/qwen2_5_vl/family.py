@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
     Qwen2_5_VLVisionAttention,
@@ -17,7 +17,11 @@ from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
+from ds_lvx.models.media import Held, Medium, Shown
 from ds_lvx.models.qwen2_5_vl import batch as batches
+from ds_lvx.models.qwen2_5_vl import sized
+from ds_lvx.models.qwen2_5_vl.processor import Processor
+from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS
 
 
@@ -67,7 +71,47 @@ class Qwen25VL(Concatenated):
     def blank(self, model: Any) -> dict[str, Tensor]:
         return batches.blank(model.config)
 
+    # ---- data
+
+    def load_processor(self, name: str) -> Processor:
+        return Processor.of(name)
+
+    def media_tokens(self, processor: Processor) -> tuple[str, ...]:
+        return (processor.image_token, processor.video_token)
+
+    def shown(self, processor: Processor, medium: Medium) -> Shown:
+        return processor.shown(medium)
+
+    def media(
+        self, processor: Processor, samples: Sequence[Held], *, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        return processor.media(samples, dtype=dtype)
+
     # ---- models
 
     def vision_tower(self, model: Any) -> Any:
         return model.model.visual
+
+    def frame_tokens(self, config: Any) -> int:
+        return sized.frame_tokens(config)
+
+    def config(self, size: Size) -> Qwen2_5_VLConfig:
+        return sized.config_of(size)
+
+    def size(self, config: Any = None) -> Size:
+        return sized.size_of(config)
+
+    def build(
+        self, config: Qwen2_5_VLConfig, *, gate: float, dtype: torch.dtype
+    ) -> Qwen2_5_VLForConditionalGeneration:
+        return sized.build(config, dtype=dtype)
+
+    def tiny(self) -> tuple[Qwen2_5_VLConfig, Processor]:
+        return sized.tiny()
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]:
+        return sized.random_frames(
+            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
+        )
