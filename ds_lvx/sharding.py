@@ -18,24 +18,36 @@ from ds_lvx.models.draft import Draft
 from ds_lvx.models.patch import KEYWORD
 
 
-def owned(count: int, *, groups: SequenceParallelGroups | None = None) -> range:
+def owned(
+    count: int | Sequence[int],
+    *,
+    groups: SequenceParallelGroups | None = None,
+    model: nn.Module | None = None,
+) -> Sequence[int]:
     """Which of a sample's frames this rank holds, so that it decodes only those.
 
     Args:
-        count: frames of the sample.
+        count: frames of the sample. With a model whose visual tokens stand among the text's: its
+            units (images, and temporal patches of videos), or, where they differ, the tokens of
+            each.
         groups: the groups; None is the current ones, or all ranks as one group.
+        model: that will get them. Needed for a model whose visual tokens stand among the text's: a
+            rank holds early frames and late ones, because a token sees those before it.
 
     Returns:
         A contiguous range, balanced: the first ``count % sp_size`` ranks hold one more; empty
-        where there are fewer frames than ranks.
+        where there are fewer frames than ranks. With a model of that kind a list, in order.
 
     Raises:
         ValueError: a negative count.
     """
-    if count < 0:
+    tokens = [1] * max(count, 0) if isinstance(count, int) else list(count)
+    if (isinstance(count, int) and count < 0) or any(each < 0 for each in tokens):
         raise ValueError(f"got count={count}; expected the number of frames, 0 or more")
     channel = resolve(groups)
-    part = span(split(count, channel.size), channel.rank)
+    if model is not None:
+        return family_of(model)[0].owned(tokens, channel.rank, channel.size)
+    part = span(split(len(tokens), channel.size), channel.rank)
     return range(part.start, part.stop)
 
 

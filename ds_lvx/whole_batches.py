@@ -115,13 +115,13 @@ class WholeBatches:
             if "labels" in kwargs:
                 parts[0], place = self._whole_loss(parts[0]), 1
             if gathers:
-                parts[place] = self._whole_sequence(parts[place])
+                parts[place] = self._whole_sequence(parts[place], kwargs)
             return tuple(parts)
         if out.get("loss") is not None:
             out.loss = self._whole_loss(out.loss)
         for name in _BY_TOKEN if gathers else ():
             if out.get(name) is not None:
-                setattr(out, name, self._whole_sequence(out[name]))
+                setattr(out, name, self._whole_sequence(out[name], kwargs))
         return out
 
     def _whole_loss(self, share: Tensor) -> Tensor:
@@ -130,17 +130,17 @@ class WholeBatches:
         whole: Tensor = _Valued.apply(share, total.to(share.dtype))
         return whole
 
-    def _whole_sequence(self, shard: Tensor) -> Tensor:
+    def _whole_sequence(self, part: Tensor, shard: Mapping[str, Any]) -> Tensor:
         """What there is of every token, on every rank.
 
         Every rank computes the same loss from it, so that its gradient arrives once a rank.
         """
-        if shard.shape[1] == 0:
+        if part.shape[1] == 0:
             raise ValueError(
                 "got the logits of no token for a loss that the trainer makes of them: with "
                 "ds_lvx.loss_tiles above 1 the model makes its loss without them; remove loss_tiles"
             )
-        whole = gather_sequence(shard, groups=self._groups)
+        whole = gather_sequence(part, groups=self._groups, shard=shard)
         return scale_gradient(whole, self._factor) if whole.requires_grad else whole
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,11 @@ from ds_lvx.kernels.merge import accumulation_dtype
 
 
 def gather_sequence(
-    x: Tensor, dim: int = 1, *, groups: SequenceParallelGroups | None = None
+    x: Tensor,
+    dim: int = 1,
+    *,
+    groups: SequenceParallelGroups | None = None,
+    shard: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """This rank's shard of a sequence -> the whole, on every rank, differentiable.
 
@@ -22,14 +27,18 @@ def gather_sequence(
         x: this rank's shard, any dtype; any length along ``dim``, 0 included.
         dim: the dimension that is split.
         groups: the groups; None is the current ones, or all ranks as one group.
+        shard: what `ds_lvx.shard_batch` returned, where x ``[B, s, ...]`` has something of each of
+            its tokens, such as logits. Of a model whose visual tokens stand among the text's, a
+            rank's tokens are not side by side; with it they are put in order.
 
     Returns:
-        The shards of all ranks, one after the other along ``dim``. In backward every rank's
+        The shards of all ranks, one after the other along ``dim``, or ``[B, T, ...]`` in the order
+        of the whole text, zeros where padding is on no rank. In backward every rank's
         gradient of the whole is summed, in fp32, and each gets its shard of the sum.
 
     Raises:
         ValueError: shapes that differ elsewhere than in ``dim``, or dtypes that differ, on all
-            ranks; a ``dim`` that x does not have.
+            ranks; a ``dim`` that x does not have, or with ``shard`` another one than 1.
 
     Collectives: one agreement on the CPU; an all-gather of ``(n - 1)`` times x's bytes, and in
     backward an all-to-all of as many as the other ranks' shards have. Every rank must run backward
@@ -39,13 +48,19 @@ def gather_sequence(
     record, error = {}, None
     try:
         record = _record(x, dim)
+        if shard is not None and record["dim"] != 1:
+            raise ValueError(f"dim: got {dim} with a shard; expected 1, the tokens' dimension")
     except ValueError as raised:
         error = raised
     records = channel.agree(record, error)
     require_same(records, ("dim", "other dimensions", "dtype"), what="gather_sequence")
     lengths, dim = tuple(other["length"] for other in records), record["dim"]
     wants_grad = any(other["needs_grad"] for other in records)
-    return gather_shards(x, dim, channel=channel, lengths=lengths, wants_grad=wants_grad)
+    whole = gather_shards(x, dim, channel=channel, lengths=lengths, wants_grad=wants_grad)
+    if shard is None:
+        return whole
+    ordered: Tensor = shard["ds_lvx"].in_order(whole)
+    return ordered
 
 
 def gather_shards(

@@ -7,7 +7,7 @@ first family's published model unless they are cut; weights are random, or a che
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -92,6 +92,11 @@ class Case:
                 pad=None,  # no sequence here begins, ends or is padded by a token
             )
         )
+
+    @property
+    def attends(self) -> str:
+        """The kind of layers whose methods are compared: those that look at visual tokens."""
+        return "cross" if "cross" in self.contract().patterns else "self"
 
     @property
     def frame_tokens(self) -> int:
@@ -201,7 +206,8 @@ def case_of(checkpoint: str, *, trust_remote_code: bool = False) -> Case:
 
 
 def _check_cross(name: str, model_type: str) -> None:
-    if "cross" not in FAMILIES.named(model_type).patterns:
+    family = FAMILIES.named(model_type)
+    if "cross" not in family.patterns and not family.has("random_frames"):
         raise ValueError(
             f"--model: got {name!r}, of a family whose images are tokens of the text; expected a "
             "model with cross-attention, whose methods are compared"
@@ -234,7 +240,7 @@ def _trained(model: nn.Module, case: Case) -> set[str]:
     """The parameters that a case trains, by name."""
     family = case.contract()
     tower = {id(parameter) for parameter in family.vision_tower(model).parameters()}
-    layers = [layer.name for layer in family.attention_layers(model) if layer.kind == "cross"]
+    layers = [layer.name for layer in family.attention_layers(model) if layer.kind == case.attends]
     inside = tuple(f"{name}." for name in layers)
     around = tuple(f"{name.rpartition('.')[0]}." for name in layers)
 
@@ -261,7 +267,7 @@ def part_of(name: str, regions: Regions) -> str | None:
 
 
 def make_batch(
-    case: Case, *, frames: range, total: int, dtype: torch.dtype = torch.bfloat16
+    case: Case, *, frames: Sequence[int], total: int, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
     """One sample of random text and frames; every token sees all frames.
 
@@ -290,7 +296,7 @@ def ds_config(
     ``text_method`` the text's. ``dtype`` is ``"bfloat16"`` or ``"float32"``.
     """
     match = case.contract().patterns
-    rule = {"match": match["cross"], **setting.rule()}
+    rule = {"match": match[case.attends], **setting.rule()}
     if schedule is not None:
         rule["schedule"] = schedule
     rules: list[dict[str, Any]] = [{"match": match["local"], "method": "none"}, rule]

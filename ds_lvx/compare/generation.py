@@ -259,7 +259,7 @@ def text(results: Results) -> str:
             "ranks": "{ranks}",
             "tokens a second": "{tokens_per_s:.2f}",
             "of one process": lambda r: times(r["speed_to_one_process"]),
-            "ms a token (p10 to p90)": lambda r: percentiles(_ms(r["token_s"]), 1),
+            "ms a token (p10 to p90)": lambda r: percentiles(_ms(r["token_s"]), "{:.1f}".format),
             "prompt, s": "{prompt_s:.1f}",
             "keys of a rank, MiB": lambda r: f"{r['predicted_kept_bytes'] / mib:,.0f}",
             "kept, measured": lambda r: f"{r['kept_bytes'] / mib:,.0f}",

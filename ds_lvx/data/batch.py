@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,15 +20,24 @@ from ds_lvx.data.errors import DataError, Source
 from ds_lvx.data.frames import DecodeCount
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 from ds_lvx.data.text import IGNORED, EncodedText, TextEncoder
+from ds_lvx.models.media import Held, Shown
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation made ready: its text, and where its frames are to be found."""
+    """A conversation made ready: its text, and where its frames are to be found.
+
+    Attributes:
+        source: where it stands.
+        text: of it.
+        frames: of its media.
+        shown: what each medium is in the text, where the family says it by their sizes.
+    """
 
     source: Source
     text: EncodedText
     frames: tuple[Frames, ...]
+    shown: tuple[Shown, ...] = ()
 
     @property
     def num_frames(self) -> int:
@@ -64,6 +74,8 @@ class BatchMaker:
         dtype: of ``pixel_values``.
         skip: frames that cannot be decoded are no error, but black and `Batch.failed`.
         limits: for images and films.
+        deal: the tokens of a sample's units to those that this rank holds, for a family whose
+            frames take tokens by their size (`ds_lvx.models.contract.Family.owned`); None: all.
 
     Attributes:
         chooser: of frames.
@@ -79,25 +91,29 @@ class BatchMaker:
         encoder: TextEncoder,
         rate: FrameRate,
         *,
-        owned: Callable[[int], range],
+        owned: Callable[[int], Sequence[int]],
         min_tokens: int = 1,
         dtype: torch.dtype = torch.float32,
         skip: bool = False,
         limits: Limits = DEFAULT_LIMITS,
+        deal: Callable[[Sequence[int]], Sequence[int]] | None = None,
     ) -> None:
         self.encoder = encoder
+        self._deal = deal
         self._skip = skip
         self.counter = DecodeCount()
         self._owned = owned
         self._min_tokens = min_tokens
         self._dtype = dtype
         self.limits = limits
-        self.chooser = Chooser(rate, limits)
+        self.chooser = Chooser(rate, limits, sized=encoder.family.sized_media)
         # A step asks for the labels of all its samples before it comes to the first of them.
         self._sample = lru_cache(maxsize=256)(self.sample)
 
     def sample(self, conversation: Conversation) -> Sample:
-        """Look at the media of a conversation, choose frames and write its text. Decodes nothing.
+        """Look at the media of a conversation, choose frames and write its text.
+
+        Decodes nothing; of a video whose size counts, the first frame.
 
         Raises:
             DataError: with file and line, for media that cannot be read and text that does not fit.
@@ -108,7 +124,8 @@ class BatchMaker:
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
         counts, times = [len(f.indices) for f in frames], [f.times for f in frames]
-        text = self.encoder.encode(conversation, counts, times)
+        shown = self._shown(source, frames)
+        text = self.encoder.encode(conversation, counts, times, shown)
         if len(text.input_ids) < self._min_tokens:
             raise DataError.at(
                 source,
@@ -116,7 +133,7 @@ class BatchMaker:
                 expected=f"at least {self._min_tokens}, one for each rank that shares a sample",
                 do="lengthen the text or lower sequence_parallel_size",
             )
-        sample = Sample(source, text, frames)
+        sample = Sample(source, text, frames, shown)
         self._inputs(sample)  # what is wrong with it is said before anything is decoded
         return sample
 
@@ -149,7 +166,10 @@ class BatchMaker:
         inputs = self._text(samples)
         failed: dict[int, str] = {}
         frames = [sample.num_frames for sample in samples]
-        if max(frames) > 0:
+        if max(frames) > 0 and self.encoder.family.sized_media:
+            held = [self._held(s, partial(failed.__setitem__, n)) for n, s in enumerate(samples)]
+            inputs |= self.encoder.family.media(self.encoder.processor, held, dtype=self._dtype)
+        elif max(frames) > 0:
             mine = self._owned(max(frames))
             numbered = enumerate(samples)
             inputs |= self.encoder.family.frames(
@@ -173,7 +193,27 @@ class BatchMaker:
         for _ in self._pictures(sample, range(sample.num_frames)):
             pass
 
-    def _or_black(self, sample: Sample, mine: range, fail: Callable[[str], None]) -> Iterator[Any]:
+    def _shown(self, source: Source, frames: Sequence[Frames]) -> tuple[Shown, ...]:
+        family = self.encoder.family
+        if not family.sized_media:
+            return ()
+        try:
+            return tuple(family.shown(self.encoder.processor, each.medium) for each in frames)
+        except ValueError as error:
+            raise DataError(f"{source}: {error}") from None
+
+    def _held(self, sample: Sample, fail: Callable[[str], None]) -> Held:
+        """The units of a sample that this rank holds, and their frames."""
+        tokens = [n for shown in sample.shown for n in shown.tokens]
+        units = range(len(tokens)) if self._deal is None else self._deal(tokens)
+        ends = [*accumulate((n for shown in sample.shown for n in shown.frames), initial=0)]
+        mine = [frame for unit in units for frame in range(ends[unit], ends[unit + 1])]
+        media = [frames.medium for frames in sample.frames]
+        return Held(media, units, self._or_black(sample, mine, fail))
+
+    def _or_black(
+        self, sample: Sample, mine: Sequence[int], fail: Callable[[str], None]
+    ) -> Iterator[Any]:
         """The frames ``mine`` of a sample; black ones from where it fails, if that is no error."""
         done = 0
         try:
@@ -186,7 +226,7 @@ class BatchMaker:
             from PIL import Image
 
             fail(str(error))
-            for _ in range(sample.num_frames)[mine.start : mine.stop][done:]:
+            for _ in [n for n in mine if n < sample.num_frames][done:]:
                 yield Image.new("RGB", (32, 32))
 
     def _inputs(self, sample: Sample) -> Mapping[str, Sequence[int]]:
@@ -214,13 +254,12 @@ class BatchMaker:
         ones = [[1] * len(row["input_ids"]) for row in rows]
         return {**batch, "attention_mask": padded(ones, 0)}
 
-    def _pictures(self, sample: Sample, mine: range) -> Iterator[Any]:
+    def _pictures(self, sample: Sample, mine: Sequence[int]) -> Iterator[Any]:
         """Decode the frames ``mine`` of a sample, file by file, and no others."""
         first = 0
         for frames in sample.frames:
             count = len(frames.indices)
-            cut = slice(max(mine.start - first, 0), max(mine.stop - first, 0))
-            wanted = frames.indices[cut]
+            wanted = tuple(frames.indices[n - first] for n in mine if 0 <= n - first < count)
             first += count
             try:
                 if not wanted:

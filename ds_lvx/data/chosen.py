@@ -10,9 +10,10 @@ from typing import Any
 from ds_lvx.data.conversation import Part
 from ds_lvx.data.frames import DecodeCount, Video, choose, decode, probe, segment
 from ds_lvx.data.held import Films, Held
-from ds_lvx.data.images import load_image
+from ds_lvx.data.images import image_sides, load_image
 from ds_lvx.data.kept import kept_probe
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
+from ds_lvx.models.media import Medium
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,14 @@ class Frames:
         video: what its container says, or None for an image.
         indices: the chosen frames of the video; ``(0,)`` for an image.
         first: frame of the video at which the part begins that is taken.
+        sides: height and width of a picture, where the family asks for them.
     """
 
     path: str | Held
     video: Video | None
     indices: tuple[int, ...]
     first: int = 0
+    sides: tuple[int, int] = (0, 0)
 
     @property
     def times(self) -> list[float] | None:
@@ -60,6 +63,11 @@ class Frames:
         begin = self.video.seconds(self.first)
         return [self.video.seconds(index) - begin for index in self.indices]
 
+    @property
+    def medium(self) -> Medium:
+        """What the family has to know of it."""
+        return Medium(None if self.times is None else tuple(self.times), self.sides)
+
 
 class Chooser:
     """Looks at media, and decodes what is chosen of them.
@@ -67,23 +75,29 @@ class Chooser:
     Args:
         rate: which frames of a video are taken.
         limits: for images and films.
+        sized: the sides of pictures are found, too.
     """
 
-    def __init__(self, rate: FrameRate, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self, rate: FrameRate, limits: Limits = DEFAULT_LIMITS, *, sized: bool = False
+    ) -> None:
         self._rate = rate
         self._limits = limits
+        self._sized = sized
         # Every epoch comes back to the same films. Times take 8 bytes a frame.
         self._probe = lru_cache(maxsize=64)(self._probed)
+        self._video_sides = lru_cache(maxsize=256)(self._sides_of_video)
         self._films = Films()
 
     def frames(self, part: Part) -> Frames:
-        """The chosen frames of an image or a video. Decodes nothing.
+        """The chosen frames of an image or a video. Decodes nothing, or its first for its sides.
 
         Raises:
             ValueError: it is no video, or has not the part that is asked for.
         """
         if part.kind == "image":
-            return Frames(part.file, None, (0,))
+            sides = image_sides(part.file, limits=self._limits) if self._sized else (0, 0)
+            return Frames(part.file, None, (0,), sides=sides)
         video = self._probe(part.file)
         rate = self._rate
         if part.fps is not None:  # the line's own go first
@@ -95,7 +109,8 @@ class Chooser:
             taken = segment(video, part.start, part.end)
         piece = replace(video, timestamps=video.timestamps[taken.start : taken.stop])
         chosen = choose(piece, fps=rate.fps, count=rate.count, max_frames=rate.max_frames)
-        return Frames(part.file, video, tuple(taken[n] for n in chosen), taken.start)
+        sides = self._video_sides(part.file) if self._sized else (0, 0)
+        return Frames(part.file, video, tuple(taken[n] for n in chosen), taken.start, sides)
 
     def pictures(
         self, frames: Frames, indices: Sequence[int], counter: DecodeCount | None = None
@@ -112,6 +127,12 @@ class Chooser:
         if isinstance(frames.path, Held):  # its file may have gone since
             video = replace(video, path=self._films.path(frames.path))
         yield from decode(video, indices, counter=counter, limits=self._limits)
+
+    def _sides_of_video(self, file: str | Held) -> tuple[int, int]:
+        """Height and width of its pictures, upright; no header tells how a frame is turned."""
+        first = Frames(file, self._probe(file), (0,))
+        picture = next(iter(self.pictures(first, (0,))))
+        return picture.height, picture.width
 
     def _probed(self, file: str | Held) -> Video:
         if isinstance(file, str):

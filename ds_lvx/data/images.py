@@ -24,6 +24,7 @@ _FIRST_COUNTS = ("MPO", "ICO")
 _EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr")
 # Whose 16 bits PIL reads as 32, some of its versions.
 _SIXTEEN = ("PNG", "PPM")
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)
 _CURE = "save it as PNG with 8 bits a channel"
 
 
@@ -55,6 +56,21 @@ def check_image(path: str | Held, *, limits: Limits = DEFAULT_LIMITS) -> None:
     """
     with _opened(path, limits):
         pass
+
+
+def image_sides(path: str | Held, *, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """Height and width of what `load_image` returns, from the header alone.
+
+    Args:
+        path, limits: as of `load_image`.
+
+    Raises:
+        ValueError: as of `load_image`, for what the header tells.
+    """
+    with _opened(path, limits) as image:
+        width, height = image.size
+        lies = image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+        return (width, height) if lies else (height, width)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ds_lvx.data.chat import Conversation
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.template import ChatTemplate, Span
 from ds_lvx.models.contract import Family
+from ds_lvx.models.media import Shown
 
 IGNORED = -100
 _OFTEN = 4
@@ -41,11 +42,12 @@ class EncodedText:
         learnt = (place for place, label in enumerate(self.labels) if label != IGNORED)
         return self.input_ids[: next(learnt, None)]
 
-    def with_repeated(self, token: int, times: int) -> EncodedText:
-        """The same with one token written so many times."""
-        if times == 1:
+    def with_repeated(self, tokens: Collection[int], times: Sequence[int]) -> EncodedText:
+        """The same with each of some tokens, in order, written so many times."""
+        if all(each == 1 for each in times):
             return self
-        each = [times if here == token else 1 for here in self.input_ids]
+        left = iter(times)
+        each = [next(left) if here in tokens else 1 for here in self.input_ids]
         ids, labels = (
             [value for value, count in zip(values, each, strict=True) for _ in range(count)]
             for values in (self.input_ids, self.labels)
@@ -87,7 +89,8 @@ class TextEncoder:
                 "take the tokenizer that belongs to the checkpoint"
             )
         added = self.tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special} - {self.image_token}
+        self._tokens = family.media_tokens(processor)
+        special = {token.content for token in added if token.special} - {*self._tokens}
         # The longest first: one token may begin like another.
         ends = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         self._end_token = re.compile(rf"\s*+(?:{ends or '(?!)'})")
@@ -111,6 +114,7 @@ class TextEncoder:
         conversation: Conversation,
         frame_counts: Sequence[int],
         times: Sequence[Sequence[float] | None] = (),
+        shown: Sequence[Shown] = (),
     ) -> EncodedText:
         """Write, tokenize and label one conversation.
 
@@ -119,14 +123,19 @@ class TextEncoder:
             frame_counts: frames of each of its media, in their order; an image counts one.
             times: seconds of the frames of each medium, None for an image; where there are none,
                 the frames of a video are images.
+            shown: what each medium is in the text, where the family says it by their sizes.
 
         Raises:
             DataError: the text is longer than ``max_length``, holds the image token itself, or
                 the template does not write what the conversation says.
         """
-        self._refuse_huge(conversation, frame_counts)
+        # Of each token that stands for a frame, or for some.
+        places = [n for each in shown for n in each.tokens]
+        places = places if shown else [self._places] * sum(frame_counts)
+        self._refuse_huge(conversation, places)
         given = times or [None] * len(frame_counts)
-        texts = [self.family.media_text(self.processor, each) for each in given]
+        texts: list[str | None] = [each.text for each in shown]
+        texts = texts or [self.family.media_text(self.processor, each) for each in given]
         media = [
             count if text is None else text for count, text in zip(frame_counts, texts, strict=True)
         ]
@@ -136,18 +145,19 @@ class TextEncoder:
             found = self.tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"]
             least = len(found) - self._longest_token  # where it is cut, a token may be many
             if least > self.max_length:  # the rest is not tokenized, at 80 times its memory
-                raise self._too_long(conversation, f"at least {least}", frame_counts)
-        self._check_images(conversation, text, sum(frame_counts))
+                raise self._too_long(conversation, f"at least {least}", places)
+        self._check_images(conversation, text, len(places))
         encoding = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        length = len(ids) + sum(frame_counts) * (self._places - 1)
+        length = len(ids) + sum(places) - len(places)
         if length > self.max_length:
-            raise self._too_long(conversation, str(length), frame_counts)
+            raise self._too_long(conversation, str(length), places)
         labels = [IGNORED] * len(ids)
+        visual = {*self.tokenizer.convert_tokens_to_ids([*self._tokens])}
         for place in _inside(offsets, spans):
-            if ids[place] != self.image_token_id:
+            if ids[place] not in visual:
                 labels[place] = ids[place]
         if all(label == IGNORED for label in labels[1:]):
             raise DataError.at(
@@ -156,15 +166,15 @@ class TextEncoder:
                 expected="an answer of at least one token",
                 do="write the assistant's text out",
             )
-        return EncodedText(ids, labels).with_repeated(self.image_token_id, self._places)
+        return EncodedText(ids, labels).with_repeated(visual, places)
 
-    def _refuse_huge(self, conversation: Conversation, frame_counts: Sequence[int]) -> None:
+    def _refuse_huge(self, conversation: Conversation, places: Sequence[int]) -> None:
         """Refuse what cannot be short enough, before it is written: no token is longer than all."""
         said = [len(message.text.strip()) for message in conversation.messages]
         least = max(sum(said) // self._longest_token, sum(map(bool, said)))
-        least += sum(frame_counts) * self._places
+        least += sum(places)
         if least > self.max_length:
-            raise self._too_long(conversation, f"at least {least}", frame_counts)
+            raise self._too_long(conversation, f"at least {least}", places)
 
     def _write(
         self, conversation: Conversation, media: Sequence[int | str]
@@ -187,23 +197,23 @@ class TextEncoder:
         return end if ending is None else ending.end()
 
     def _too_long(
-        self, conversation: Conversation, tokens: str, frame_counts: Sequence[int]
+        self, conversation: Conversation, tokens: str, places: Sequence[int]
     ) -> DataError:
         return DataError.at(
             conversation.source,
-            got=f"{tokens} tokens ({sum(frame_counts) * self._places} of them frames)",
+            got=f"{tokens} tokens ({sum(places)} of them frames)",
             expected=f"at most {self.max_length} (--max_length, the model's positions)",
             do="shorten the text, take fewer frames, or raise --max_length if the model allows",
         )
 
     def _check_images(self, conversation: Conversation, text: str, frames: int) -> None:
-        found = text.count(self.image_token)
+        found, token = sum(map(text.count, self._tokens)), " or ".join(self._tokens)
         if found != frames:
             raise DataError.at(
                 conversation.source,
-                got=f"{found} {self.image_token} in the text for {frames} frames",
+                got=f"{found} {token} in the text for {frames} frames",
                 expected="one for each",
-                do=f"take {self.image_token} out of the messages (frames get theirs by the "
+                do=f"take {token} out of the messages (frames get theirs by the "
                 "template), or use a chat template that writes one for each image",
             )
 

@@ -43,6 +43,10 @@ class ShardedBatch:
         world: all ranks, where other groups train on other batches; `shard_batch` fills it in.
         others: of a model with further sequences, or with layers that see a part of one: layouts
             by names of the family's own.
+        order: int64 ``[B, T]`` on the CPU, where the parts of all ranks, one after the other, have
+            each token of the whole text, -1 where nobody holds it; None: they are in its order.
+        deep: what forward keeps for the text's layers
+            (`ds_lvx.models.concatenated.forward.Deep`).
         decoding: the generation whose forward it is: every rank has the whole text then, and rows
             of ``row_mask`` are those of the model.
         split: a generation's prompt is split over the ranks, as in training.
@@ -54,6 +58,8 @@ class ShardedBatch:
     features_gradient: FeatureGradient | None = None
     world: Channel | None = None
     others: Mapping[str, Layout] = field(default_factory=dict)
+    order: Tensor | None = None
+    deep: Any = None
     decoding: Decoding | None = None
     split: bool = False
 
@@ -69,6 +75,7 @@ class ShardedBatch:
         row_mask: Tensor | None,
         device: torch.device,
         others: Mapping[str, Layout] | None = None,
+        order: Tensor | None = None,
     ) -> ShardedBatch:
         """The keyword of this rank, from what holds for the whole batch and every rank knows.
 
@@ -82,7 +89,7 @@ class ShardedBatch:
             row_mask: bool ``[B, T]``, False where a text token may see no image at all; None when
                 every token sees some.
             device: where the model computes.
-            others: see the class.
+            others, order: see the class.
         """
         here = span(text_lengths, channel.rank)
         text = Layout.of_batch(channel, text_lengths, text_lengths, text_rule, device=device)
@@ -90,7 +97,7 @@ class ShardedBatch:
         if kv_lengths is not None:
             cross = Layout.of_batch(channel, text_lengths, kv_lengths, cross_rule, device=device)
         mask = None if row_mask is None else move(row_mask[:, None, here, None], device)
-        return cls(text, cross, mask, others={} if others is None else others)
+        return cls(text, cross, mask, others={} if others is None else others, order=order)
 
     @property
     def channel(self) -> Channel:
@@ -106,6 +113,23 @@ class ShardedBatch:
     def kv_lengths(self) -> tuple[int, ...] | None:
         """Visual tokens by rank, or None when no layer is to look at images."""
         return None if self.cross is None else self.cross.kv_lengths
+
+    def in_order(self, parts: Tensor) -> Tensor:
+        """What there is of each token, ``[B, T, ...]``, from the parts of all ranks.
+
+        Args:
+            parts: ``[B, n, ...]``, one after the other.
+
+        Returns:
+            In the order of the whole text; zeros for padding that nobody holds.
+        """
+        if self.order is None:
+            return parts
+        order = self.order.to(parts.device)
+        rows = torch.arange(len(order), device=parts.device)[:, None]
+        found = parts[rows, order.clamp(min=0)]
+        missing = (order < 0).view(*order.shape, *[1] * (parts.ndim - 2))
+        return found.masked_fill(missing, 0)
 
     def shards(self, kind: str) -> bool:
         """Whether a kind of layer, ``self`` or ``cross``, attends to what other ranks hold."""
@@ -191,6 +215,14 @@ class Text:
     def labelled(self) -> int:
         """Tokens that are learnt; the first is predicted by nobody."""
         return 0 if self.labels is None else int((self.labels[:, 1:] != IGNORED_LABEL).sum())
+
+    def dealt(self, size: int) -> Self:
+        """The same for ``size`` ranks, where who holds what has to be found once."""
+        return self
+
+    def order(self) -> Tensor | None:
+        """See `ShardedBatch.order`."""
+        return None
 
     def lengths(self, size: int) -> tuple[int, ...]:
         """Tokens by rank, of ``size`` ranks.

@@ -11,7 +11,9 @@ beside the text; they stay on the rank that encoded them. The parts below are fo
 encoder makes these features of one sequence of text and images, its layers are of kind ``"self"``,
 with layouts of their own (`ds_lvx.models.visual.Visual.layouts`). In a *concatenated* model visual
 tokens stand among the text's; such a family has layers of kind ``"self"`` and ``"local"`` only, and
-its `Visual` is not ``attended`` (``ds_lvx/models/adapters/``), or it overrides `Family.shard`.
+its `Visual` is not ``attended``. It derives from `ds_lvx.models.concatenated.family.Concatenated`,
+whose tokens stay on the rank that encodes them; where an adapter makes only a few of an image, they
+are gathered (``ds_lvx/models/adapters/``).
 
 Shapes: ``B`` samples, ``T`` text tokens of the whole sequence. A *unit* is a piece of the visual
 input that no rank cuts: an image, or a frame of a video.
@@ -25,6 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ds_lvx.models.media import Parts
 from ds_lvx.models.size import Size
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from ds_lvx.models.visual import Visual
 
 
-class Family(ABC):
+class Family(Parts, ABC):
     """What a family offers. Abstract parts are required; a tool names an optional one it misses.
 
     Attributes:
@@ -60,7 +63,6 @@ class Family(ABC):
             leaves them out.
     """
 
-    model_type: str = ""
     keys: tuple[str, ...] = ()
     features_key: str = "features"
     always: Mapping[str, Any] = {"use_cache": False}
@@ -390,10 +392,3 @@ class Family(ABC):
     def has(self, part: str) -> bool:
         """Whether this family has an optional part."""
         return getattr(type(self), part) is not getattr(Family, part)
-
-    def lacks(self, part: str, what: str) -> NotImplementedError:
-        """The error for an optional part that a tool needs and this family has not."""
-        return NotImplementedError(
-            f"the model family {self.model_type!r} ({type(self).__name__}) has no {part}(), which "
-            f"{what} needs; add it as ds_lvx.models.contract.Family.{part} describes"
-        )

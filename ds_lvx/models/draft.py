@@ -179,7 +179,7 @@ class _Content:
         rank, size = place
         batch = {key: value for key, value in batch.items() if value is not None}
         _check_keys(batch, family, frames)
-        text = family.text(batch, model)
+        text = family.text(batch, model).dealt(size)
         visual = family.visual(batch, text, model)
         if visual.encoded and frames == "local":
             raise ValueError(
@@ -187,7 +187,8 @@ class _Content:
                 'whole batch with frames="all", or the local frames themselves'
             )
         # With frames="local" the units at hand are this rank's from the first on.
-        return cls(place, frames, text, visual if frames == "local" else visual.part(rank, size))
+        part = visual.at_hand if frames == "local" else visual.part
+        return cls(place, frames, text, part(rank, size))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> _Content:
         arguments = {key: change(value) for key, value in self.visual.arguments.items()}
@@ -245,6 +246,7 @@ class _Content:
             row_mask=part.row_mask,
             device=device,
             others=part.visual.layouts(self.text, channel=channel, lengths=lengths, device=device),
+            order=self.text.order(),
         )
 
     def prompt(

@@ -210,6 +210,10 @@ class Visual:
         here = span(self.shares(size), rank)
         return replace(self, arguments=self.cut(here))
 
+    def at_hand(self, rank: int, size: int) -> Visual:
+        """The same with one rank's units, of a batch that holds no others."""
+        return self
+
     def prompt_positions(self, text: Text) -> Tensor | None:
         """Positions ``[B, T]`` of a prompt in which images take places; None: transformers' own.
 

@@ -59,7 +59,7 @@ def as_text(scenario: Scenario, cluster: Cluster, found: Plan) -> str:
     ]
     for ranks in dict.fromkeys((best.ranks, found.quickest.ranks)):
         if ranks > 1:
-            parts += [f"Groups of {ranks}, by method of the cross-attention:"]
+            parts += [f"Groups of {ranks}, by method of the {scenario.attention}:"]
             parts += [_methods(found, ranks)]
     stops = [
         (each.name, str(each.fits_from or "-"), str(each.fastest_at or "-"), each.reason)
@@ -115,9 +115,10 @@ def _config(scenario: Scenario, best: Step) -> str:
     if scenario.recomputes(best.way):
         rule["recompute_kv"] = True
     tiles = f'"loss_tiles": {scenario.loss_tiles}; ' if scenario.loss_tiles > 1 else ""
+    text = "" if scenario.model.among else f"; text {json.dumps({'method': best.text_method})}"
     return (
-        f'In the ds_config: "sequence_parallel_size": {best.ranks}; {tiles}cross-attention '
-        f"{json.dumps(rule)}; text {json.dumps({'method': best.text_method})}"
+        f'In the ds_config: "sequence_parallel_size": {best.ranks}; {tiles}{scenario.attention} '
+        f"{json.dumps(rule)}{text}"
     )
 
 

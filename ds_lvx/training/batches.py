@@ -169,6 +169,7 @@ class Maker:
             dtype=recipe.dtype,
             skip=recipe.skip,
             limits=recipe.checks.limits,
+            deal=partial(self._family.owned, rank=rank, size=size),
         )
 
     def __call__(self, place: Place) -> Made:

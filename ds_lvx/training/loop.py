@@ -127,7 +127,9 @@ class Trainer:
         self._answers: Answers | None = None
         if options.eval_generate > 0:
             self._answers = Answers(engine, inputs, options, world=world)
-        self._tokens_of_a_frame = inputs.source.family.frame_tokens(inputs.source.config)
+        family, config = inputs.source.family, inputs.source.config
+        # Where their size counts, frames are among the tokens of the text.
+        self._tokens_of_a_frame = 0 if family.sized_media else family.frame_tokens(config)
 
     def run(self) -> None:
         """Resume where asked, train to the end, evaluate, and write the model.

@@ -235,13 +235,14 @@ def sharded_steps(
     """
     engine = start_engine(config, model)
     groups = engine.ds_lvx.groups
-    result: dict[str, Any] = {"losses": [], "logits": []}
+    result: dict[str, Any] = {"losses": [], "logits": [], "shards": []}
     for step in batches:
         shard = shard_batch(step[groups.dp_rank], model=engine.module, frames=frames)
         out = engine(**shard)
         engine.backward(out.loss)
         result["losses"].append(mean_loss(out.loss).item())
         result["logits"].append(out.logits.detach())
+        result["shards"].append(in_order_of(shard))
         if "grads" not in result:
             result["grads"] = {
                 name: safe_get_full_grad(p).clone() for name, p in trained(engine.module)
@@ -279,13 +280,18 @@ def plain_step(
     lvx_config = LVXConfig.from_ds_config(config)
     groups = SequenceParallelGroups(lvx_config.sequence_parallel_size)
     patch = patch_model(model, lvx_config, groups)
-    out = model(**shard_batch(batch, model=model, frames=frames))
+    shard = shard_batch(batch, model=model, frames=frames)
+    out = model(**shard)
     out.loss.backward()
     grads = {
         name: groups.channel.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
         for name, p in model.named_parameters()
     }
-    result = {"losses": [mean_loss(out.loss).item()], "logits": [out.logits.detach()]}
+    result = {
+        "losses": [mean_loss(out.loss).item()],
+        "logits": [out.logits.detach()],
+        "shards": [in_order_of(shard)],
+    }
     patch.unpatch()
     groups.close()
     return {
@@ -293,6 +299,12 @@ def plain_step(
         "grads": grads,
         "missing": [n for n, p in model.named_parameters() if p.grad is None],
     }
+
+
+def in_order_of(shard: dict[str, Any]) -> Tensor | None:
+    """Where the ranks' tokens, one rank after the other, belong; None: they are in order."""
+    order: Tensor | None = shard["ds_lvx"].order
+    return order
 
 
 def assert_same_training(
@@ -317,5 +329,10 @@ def assert_same_training(
                 close(result[key][name], expected, f"{key} of {name} on rank {rank}")
     for step, logits in enumerate(reference["logits"]):
         for replica, expected in enumerate(logits):
-            shards = [r["logits"][step] for r in results[replica * sp_size :][:sp_size]]
-            close(torch.cat(shards, dim=1), expected, f"logits of step {step}")
+            ranks = results[replica * sp_size :][:sp_size]
+            found = torch.cat([r["logits"][step] for r in ranks], dim=1)
+            order = ranks[0]["shards"][step] if "shards" in ranks[0] else None
+            if order is not None:  # what pads the batch is on no rank
+                rows, there = torch.arange(len(order))[:, None], order >= 0
+                found, expected = found[rows, order][there], expected[there]
+            close(found, expected, f"logits of step {step}")

@@ -116,7 +116,7 @@ def _finetuned(engine: Any, task: Task) -> dict[str, Any]:
     """The steps of one engine; see `finetune`."""
     batch = make_batch(
         task.case,
-        frames=ds_lvx.owned(task.frames),
+        frames=ds_lvx.owned(task.frames, model=engine.module),
         total=task.frames,
         dtype=DTYPES[task.dtype],
     )

@@ -1,0 +1,249 @@
+"""Batches in which every unit, an image or a frame, has its tokens among those of the text.
+
+The rank that encodes a unit holds its tokens; text is dealt around them (`deal`). Padding is left
+out. A part holds its tokens in the order of the row, of which each knows its place: attention goes
+by places, positions and labels are cut like the tokens.
+
+Legend: ``B`` rows, ``T`` tokens of a row, ``n_r`` of the longest part on rank r: others are padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ds_lvx.kernels.visibility import EVERYTHING, Visibility
+from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Text, digest
+from ds_lvx.models.concatenated.deal import PADS, TEXT, Deal
+from ds_lvx.models.visual import Visual
+
+PLACES = "visual_places"
+"""Where the tokens of this rank's units go in its part of the rows, ``[B * n_r]``: int64."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What no rank cuts.
+
+    Attributes:
+        row: of the batch that it stands in.
+        tokens: that it has there.
+        source: the entry of the batch that has its pixels.
+        rows: of that entry; those of the units of a source follow each other in order.
+        about: what else the family knows of it, such as its grid.
+    """
+
+    row: int
+    tokens: int
+    source: str
+    rows: int
+    about: tuple[int, ...] = ()
+
+
+Arrange: TypeAlias = "Callable[[Sequence[Unit], Sequence[Tensor]], dict[str, Tensor]]"
+"""Some units and the rows of each -> what the model takes of them. It pickles: a function of a
+module, or a partial of one."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sequences(Text):
+    """Rows of text and visual tokens, on the CPU.
+
+    ``position_ids`` are ``[..., B, T]``, with as many axes as the model's.
+
+    Attributes:
+        units: in the order of the rows and their tokens.
+        number: int64 ``[B, T]``, of every token its unit's number, or `TEXT`.
+        deal: who holds what, once `dealt` was asked.
+    """
+
+    units: tuple[Unit, ...]
+    number: Tensor
+    deal: Deal | None = None
+
+    @classmethod
+    def with_units(cls, text: Text, visual: Tensor, units: Sequence[Unit]) -> Self:
+        """A text and what stands in it.
+
+        Args:
+            text: the whole text.
+            visual: bool ``[B, T]``, tokens that stand for units.
+            units: in the order of their tokens.
+
+        Raises:
+            ValueError: as many tokens as the units have are not there.
+        """
+        number = torch.full(text.shape, TEXT)
+        for row, places in enumerate(visual):
+            each = [(n, unit.tokens) for n, unit in enumerate(units) if unit.row == row]
+            found, wanted = int(places.sum()), sum(tokens for _, tokens in each)
+            if found != wanted:
+                raise ValueError(
+                    f"got {found} visual tokens in sample {row}, and {len(each)} images or frames "
+                    f"of {wanted}; expected as many: use the processor that belongs to the model, "
+                    "and cut no text in the midst of them"
+                )
+            numbers = torch.tensor([n for n, _ in each], dtype=torch.int64)
+            counts = torch.tensor([tokens for _, tokens in each], dtype=torch.int64)
+            number[row, places] = numbers.repeat_interleave(counts)
+        parts: dict[str, Any] = {key: getattr(text, key) for key in (*TEXT_KEYS, "items")}
+        return cls(**parts, units=tuple(units), number=number)
+
+    def at(self, positions: Tensor | None) -> Self:
+        """The same with the model's positions; None: places in the row."""
+        return replace(self, position_ids=positions)
+
+    def dealt(self, size: int) -> Self:
+        """The same for ``size`` ranks."""
+        kept = self.number != TEXT
+        if self.attention_mask is None:
+            kept = torch.ones_like(kept)
+        else:
+            kept |= self.attention_mask != 0
+            if self.labels is not None:  # what is learnt counts, even where padding is to say it
+                kept |= _shifted(self.labels) != IGNORED_LABEL
+        tokens = [unit.tokens for unit in self.units]
+        return replace(self, deal=Deal.of(kept, self.number, tokens, size))
+
+    @property
+    def settled(self) -> Deal:
+        """Who holds what."""
+        assert self.deal is not None, "dealt() comes first"
+        return self.deal
+
+    def lengths(self, size: int) -> tuple[int, ...]:
+        """Tokens by rank, ``n_r``."""
+        return self.settled.lengths
+
+    def order(self) -> Tensor:
+        """See `ds_lvx.models.batch.ShardedBatch.order`."""
+        return self.settled.order(self.shape[1])
+
+    def visibility(self) -> Visibility:
+        """Causal by place; neither padding nor what ``attention_mask`` drops is seen."""
+        column = self.settled.column
+        pads, at = column == PADS, column.clamp(min=0)
+        hidden = pads
+        if self.attention_mask is not None:
+            hidden = hidden | (self.attention_mask.gather(1, at) == 0)
+        place = column.to(torch.int32)
+        end = place + 1  # of what pads: 0, and it sees nothing
+        return Visibility(torch.zeros_like(place), end, place.masked_fill(hidden, EVERYTHING))
+
+    def shard(self, here: slice) -> dict[str, Any]:
+        """The model's text arguments for a rank's part, with its positions in the whole."""
+        column = self.settled.column[:, here]
+        pads, at = column == PADS, column.clamp(min=0)
+
+        def part(whole: Tensor, fill: int) -> Tensor:
+            index = at.expand(*whole.shape[:-1], at.shape[1])
+            return whole.gather(-1, index).masked_fill(pads, fill)
+
+        positions = self.position_ids
+        if positions is None:
+            positions = torch.arange(self.shape[1]).expand(self.shape)
+        shard: dict[str, Any] = {
+            "input_ids": part(self.input_ids, 0),
+            "position_ids": part(positions, 0),
+        }
+        if self.labels is not None:
+            shard["labels"] = part(self.labels, IGNORED_LABEL)
+            shard["shift_labels"] = part(_shifted(self.labels), IGNORED_LABEL).contiguous()
+            shard[ITEMS_KEY] = self.divisor
+        return shard
+
+    def places(self, here: slice) -> Tensor:
+        """`PLACES` of a rank's part."""
+        column = self.settled.column[:, here]
+        unit = self.number.gather(1, column.clamp(min=0)).masked_fill(column == PADS, TEXT)
+        return (unit != TEXT).flatten().nonzero()[:, 0]
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Units(Visual):
+    """The units of a batch and their pixels.
+
+    Attributes:
+        units: in the order of the rows and their tokens.
+        owner: the rank of each.
+        arrange: makes the model's arguments of some units.
+    """
+
+    units: tuple[Unit, ...]
+    owner: tuple[int, ...]
+    arrange: Arrange
+
+    @classmethod
+    def of(cls, text: Text, pixels: Mapping[str, Tensor], arrange: Arrange) -> Units:
+        """The units of a text, `Sequences`, and the pixels at hand by source."""
+        assert isinstance(text, Sequences)
+        units, owner = text.units, text.settled.owner
+        return cls(
+            count=len(units),
+            unit_tokens=1,
+            arguments=pixels,
+            units=units,
+            owner=owner,
+            arrange=arrange,
+        )
+
+    @property
+    def attended(self) -> bool:
+        """Units stand among the text; no layer attends to them beside it."""
+        return False
+
+    def part(self, rank: int, size: int) -> Units:
+        """This rank's units, of pixels that are those of all."""
+        return self._arranged(rank, self.units, 'of all samples, or frames="local"')
+
+    def at_hand(self, rank: int, size: int) -> Units:
+        """The same, of pixels that are this rank's."""
+        units = self._mine(rank)
+        do = "of the images and frames that ds_lvx.owned names for this rank, in their order"
+        return replace(self._arranged(rank, units, do), count=len(units))
+
+    def shared_record(self) -> dict[str, Any]:
+        """What must be the same on every rank of the group."""
+        kinds = torch.tensor([[u.row, u.tokens, u.rows, *u.about] for u in self.units])
+        return {"images and frames (a checksum)": digest(kinds)}
+
+    def shares(self, parts: int) -> tuple[int, ...]:
+        """Units by rank."""
+        return tuple(self.owner.count(rank) for rank in range(parts))
+
+    def beside(self, rank: int, text: Text, here: slice) -> dict[str, Any]:
+        """Where the tokens of this rank's units are."""
+        assert isinstance(text, Sequences)
+        return {PLACES: text.places(here)}
+
+    def _mine(self, rank: int) -> list[Unit]:
+        pairs = zip(self.units, self.owner, strict=True)
+        return [unit for unit, owner in pairs if owner == rank]
+
+    def _arranged(self, rank: int, there: Sequence[Unit], do: str) -> Units:
+        """With the arguments for one rank's units, of pixels of the units that are there."""
+        starts = dict.fromkeys(self.arguments, 0)
+        rows: dict[int, Tensor] = {}
+        for unit in there:
+            start = starts.get(unit.source, 0)
+            starts[unit.source] = start + unit.rows
+            if unit.source in self.arguments:
+                rows[id(unit)] = self.arguments[unit.source][start : start + unit.rows]
+        for key, wanted in starts.items():
+            found = len(self.arguments[key]) if key in self.arguments else 0
+            if found != wanted:
+                raise ValueError(
+                    f"got {key} of {found} rows, and a text with places for {wanted}; expected "
+                    f"the pixels {do}"
+                )
+        mine = self._mine(rank)
+        made = self.arrange(mine, [rows[id(unit)] for unit in mine]) if mine else {}
+        return replace(self, arguments=made)

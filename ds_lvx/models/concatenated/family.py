@@ -1,0 +1,185 @@
+"""What families share whose visual tokens stand among the text's.
+
+A rank encodes its own images and frames and holds their tokens; text is dealt around them, so that
+tokens and work are even. No visual embedding is sent, only what attention sends of every token.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_lvx.models.batch import ShardedBatch, Text
+from ds_lvx.models.concatenated.batch import Sequences, Unit, Units
+from ds_lvx.models.concatenated.deal import owners
+from ds_lvx.models.concatenated.forward import Embed, Encoded
+from ds_lvx.models.contract import Family
+from ds_lvx.models.dispatch import Dispatched
+from ds_lvx.models.layers import Layer, LayerPlan
+from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
+from ds_lvx.models.visual import Visual
+
+SLIDING = "sliding_attention"
+
+
+class Concatenated(Family):
+    """Base of these families; a family says what its units are and how its tower runs.
+
+    Attributes:
+        of_text, within: classes of attention: of the text to itself, and within a unit.
+        sources: entries of a batch that have pixels.
+        takes: the model's arguments of units that `arrange` makes; the first has their pixels.
+    """
+
+    features_key = ""
+    sized_media = True
+    lora_targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
+    of_text: type[nn.Module]
+    within: type[nn.Module]
+    sources: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def units(self, batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
+        """The images and frames of a batch, in the order of its rows and their tokens.
+
+        Args:
+            batch: what the caller gave; entries that are None are left out. With local frames its
+                pixels are this rank's; all else is of the whole.
+            ids: int64 ``[B, T]``, on the CPU.
+            config: of the model.
+
+        Raises:
+            ValueError: entries that contradict each other or the text.
+        """
+
+    @abstractmethod
+    def visual_tokens(self, ids: Tensor, config: Any) -> Tensor:
+        """bool ``[B, T]``: the tokens that stand for units."""
+
+    @abstractmethod
+    def positions(self, batch: Mapping[str, Any], text: Text, config: Any) -> Tensor | None:
+        """The model's own positions of the whole rows, ``[..., B, T]``; None: places in the row.
+
+        Raises:
+            ValueError: the batch has others.
+        """
+
+    def pixels(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The pixels at hand by source, with the rows of units one after the other.
+
+        Raises:
+            ValueError: they are no tensors.
+        """
+        given = {key: batch[key] for key in self.sources if key in batch}
+        for key, value in given.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"got {key} of type {type(value).__name__}; expected a tensor: use the model's "
+                    'own processor with return_tensors="pt"'
+                )
+        return given
+
+    @staticmethod
+    @abstractmethod
+    def arrange(units: Sequence[Unit], rows: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The model's arguments for some units, one or more, and the rows of each in its source."""
+
+    @staticmethod
+    @abstractmethod
+    def encode(module: Any, given: Mapping[str, Any]) -> Encoded:
+        """Run the tower of the inner model, once whatever the units are.
+
+        Args:
+            module: `inner`.
+            given: what `arrange` made, or `blank`, on the device.
+        """
+
+    def inner(self, model: Any) -> Any:
+        """The module that has tower and text, and puts embeddings together."""
+        return model.model
+
+    # ---- patching
+
+    def attention_layers(self, model: Any) -> list[Layer]:
+        kinds = (self.of_text, self.within)
+        return [
+            self.layer(name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, kinds)
+        ]
+
+    def layer(self, name: str, module: Any) -> Layer:
+        """An attention module of the text or of the tower."""
+        of_text = isinstance(module, self.of_text)
+        config = module.config
+        heads = next(
+            int(getattr(config, key)) for key in _HEADS if getattr(config, key, None) is not None
+        )
+        width = int(config.hidden_size)
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        size = int(getattr(module, "head_dim", None) or width // heads)
+        return Layer(name, "self" if of_text else "local", module, heads, kv_heads, size, width)
+
+    def forward(self, layer: Layer, plan: LayerPlan) -> PatchedAttention:
+        return Dispatched(layer.module, plan)
+
+    def text_model(self, model: Any) -> nn.Module:
+        found: nn.Module = self.inner(model).language_model
+        return found
+
+    def check(self, model: Any, *, sp_size: int) -> None:
+        config: Any = self.text_model(model).config
+        types = getattr(config, "layer_types", None) or ()
+        others = [n for n, kind in enumerate(types) if kind != "full_attention"]
+        if others:
+            raise NotImplementedError(
+                f'got a text model whose layer {others[0]} is of type "{types[others[0]]}"; '
+                'expected "full_attention" in every layer, which lvx, ring and ulysses run: set '
+                "use_sliding_window to false in the text's config, as the published models have it"
+            )
+        rope = getattr(config, "rope_parameters", None) or {}
+        refuse_growing_rope(rope.get("rope_type", "default"), sp_size)
+
+    def prepare(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.
+        return {"attention_mask": torch.zeros(1, 1, 1, 1, device=batch.text.device)}
+
+    def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
+        hook = Embed(self.encode, self.takes)
+        self.inner(model).register_forward_pre_hook(hook, with_kwargs=True)
+
+    # ---- batches
+
+    def text(self, batch: Mapping[str, Any], model: Any) -> Text:
+        config = model.config
+        given = {**batch, "position_ids": None}
+        text = Text.of(given).each(lambda tensor: tensor.cpu())
+        units = self.units(batch, text.input_ids, config)
+        made = Sequences.with_units(text, self.visual_tokens(text.input_ids, config), units)
+        return made.at(self.positions(batch, text, config))
+
+    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
+        return Units.of(text, self.pixels(batch), self.arrange)
+
+    def owned(self, tokens: Sequence[int], rank: int, size: int) -> list[int]:
+        return [unit for unit, owner in enumerate(owners(tokens, size)) if owner == rank]
+
+    # ---- models
+
+    def regions(self) -> Mapping[str, str]:
+        return {
+            r".*\blanguage_model\.layers\.\d+\.self_attn": "cross_attention",
+            # Its layers as well: one that is checkpointed runs again by itself.
+            r".*\blanguage_model(\.layers\.\d+)?": "text",
+            r".*\blm_head": "text",
+            r".*\b(visual|vision_tower|vision_model)": "vision",
+            r".*\bmulti_modal_projector": "vision",
+        }
+
+
+_HEADS = ("num_attention_heads", "num_heads")

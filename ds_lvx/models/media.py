@@ -1,0 +1,117 @@
+"""Which frames a rank holds, and media whose tokens are as many as their size asks for.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Medium:
+    """An image, or the chosen frames of a video.
+
+    Attributes:
+        times: of a video's frames, in seconds; None for an image.
+        sides: height and width of a picture, in pixels.
+    """
+
+    times: tuple[float, ...] | None
+    sides: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a medium is in the text.
+
+    Attributes:
+        text: with one of `ds_lvx.models.contract.Family.media_tokens` for each unit.
+        frames: of each unit, in order.
+        tokens: of each unit; its token in the text is so many of them.
+    """
+
+    text: str
+    frames: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A sample's media, and what a rank holds of them.
+
+    Attributes:
+        media: all of them, in the order of the text.
+        units: numbers of the units that this rank holds, over all media, in order.
+        pictures: their frames, as PIL images, one at a time; take each once, in order.
+    """
+
+    media: Sequence[Medium]
+    units: Sequence[int]
+    pictures: Iterable[Any]
+
+
+class Parts:
+    """The part of `ds_lvx.models.contract.Family` that is about media.
+
+    Attributes:
+        model_type: see `ds_lvx.models.contract.Family`.
+        sized_media: how many tokens a frame takes follows from its size: `shown` and `media` are
+            asked, and none of ``media_text``, ``frame_places`` and ``frames``.
+    """
+
+    model_type: str = ""
+    sized_media: bool = False
+
+    def owned(self, tokens: Sequence[int], rank: int, size: int) -> Sequence[int]:
+        """Which of a sample's units a rank holds, in order; see `ds_lvx.owned`.
+
+        Args:
+            tokens: visual tokens of each unit of the sample.
+            rank, size: its number, and how many ranks share the sample.
+        """
+        from ds_lvx.models.batch import span, split
+
+        part = span(split(len(tokens), size), rank)
+        return range(part.start, part.stop)
+
+    def media_tokens(self, processor: Any) -> tuple[str, ...]:
+        """The tokens that stand for images and frames in a text."""
+        return (processor.image_token,)
+
+    def shown(self, processor: Any, medium: Medium) -> Shown:
+        """What a medium is in the text.
+
+        Raises:
+            ValueError: the model takes no medium of such a size.
+        """
+        raise self.lacks("shown", "training on images and videos")
+
+    def media(
+        self, processor: Any, samples: Sequence[Held], *, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """What the processor returns beside the text: all of it but pixels, and these for the units
+        that this rank holds.
+
+        Args:
+            processor: the checkpoint's.
+            samples: of the batch.
+            dtype: of the pixels.
+
+        Returns:
+            For ``ds_lvx.shard_batch(..., frames="local")``.
+        """
+        raise self.lacks("media", "training on images and videos")
+
+    def lacks(self, part: str, what: str) -> NotImplementedError:
+        """The error for an optional part that a tool needs and this family has not."""
+        return NotImplementedError(
+            f"the model family {self.model_type!r} ({type(self).__name__}) has no {part}(), which "
+            f"{what} needs; add it as ds_lvx.models.contract.Family.{part} describes"
+        )

@@ -1,0 +1,163 @@
+"""Qwen2.5-VL's batches: grids of patches, and positions of three axes.
+
+A unit is an image or a temporal patch of a video (two frames): the tower attends within one, by
+windows and whole. Legend: ``t, h, w`` patches of an image or a video, ``m`` merged ones by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+
+from ds_lvx.models.batch import Text
+from ds_lvx.models.concatenated.batch import Unit
+from ds_lvx.models.visual import PIXELS
+
+VIDEO_PIXELS = "pixel_values_videos"
+GRID, VIDEO_GRID = "image_grid_thw", "video_grid_thw"
+SECONDS, TYPES = "second_per_grid_ts", "mm_token_type_ids"
+_SOURCES = {1: (PIXELS, GRID), 2: (VIDEO_PIXELS, VIDEO_GRID)}
+"""By token type, as the processor numbers them: where pixels and grids are."""
+
+
+def token_types(ids: Tensor, config: Any) -> Tensor:
+    """int64 ``[B, T]``: 1 for an image's tokens, 2 for a video's, 0 for text."""
+    image, video = ids == config.image_token_id, ids == config.video_token_id
+    return image.long() + 2 * video.long()
+
+
+def units(batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
+    """See `ds_lvx.models.concatenated.family.Concatenated.units`."""
+    types, merge = token_types(ids, config), int(config.vision_config.spatial_merge_size)
+    given = batch.get(TYPES)
+    if given is not None and not torch.equal(given.cpu().long(), types):
+        raise ValueError(
+            f"got {TYPES} that are not those of input_ids; expected 1 where the image token is, 2 "
+            "where the video token is, and 0: leave them out, or use the model's own processor"
+        )
+    grids = {kind: iter(_grids(batch, key, merge)) for kind, (_, key) in _SOURCES.items()}
+    found: list[Unit] = []
+    for row, each in enumerate(types):
+        tokens = each[each > 0].tolist()
+        while tokens:
+            kind = tokens[0]
+            made = _medium(row, kind, grids[kind], merge)
+            count = sum(unit.tokens for unit in made)
+            if tokens[:count] != [kind] * count:
+                here = next((n for n, other in enumerate(tokens) if other != kind), len(tokens))
+                raise ValueError(
+                    f"got {here} tokens in sample {row} for a row of {_SOURCES[kind][1]} that "
+                    f"makes {count}; expected as many: use the processor that belongs to the "
+                    "model, and cut no text in the midst of an image or a video"
+                )
+            found += made
+            del tokens[:count]
+    for kind, left in grids.items():
+        more = len(list(left))
+        if more > 0:
+            key = _SOURCES[kind][1]
+            raise ValueError(
+                f"got {key} with {more} more rows than there are images or videos in input_ids; "
+                "expected the whole text: cut none of its image and video tokens"
+            )
+    return found
+
+
+def _medium(row: int, kind: int, grids: Iterator[Sequence[int]], merge: int) -> list[Unit]:
+    """The units of the next image or video, which a sample has tokens of."""
+    source, key = _SOURCES[kind]
+    grid = next(grids, None)
+    if grid is None:
+        raise ValueError(
+            f"got tokens of an image or a video in sample {row} without a row of {key}; expected "
+            "a row for each, those of the whole batch, also where frames are local"
+        )
+    t, h, w = grid
+    return [Unit(row, h * w // merge**2, source, h * w, (h, w)) for _ in range(t)]
+
+
+def _grids(batch: Mapping[str, Any], key: str, merge: int) -> list[list[int]]:
+    grids = batch.get(key)
+    if grids is None:
+        return []
+    if not isinstance(grids, Tensor) or grids.ndim != 2 or grids.shape[1] != 3:
+        got = tuple(grids.shape) if isinstance(grids, Tensor) else type(grids).__name__
+        raise ValueError(f"got {key} {got}; expected a tensor [images or videos, 3]")
+    rows: list[list[int]] = grids.tolist()
+    for t, h, w in rows:
+        if t < 1 or h < merge or w < merge or h % merge or w % merge:
+            raise ValueError(
+                f"got {[t, h, w]} in {key}; expected frames, height and width in patches, the "
+                f"sides multiples of {merge}: use the model's own processor"
+            )
+    return rows
+
+
+def positions(batch: Mapping[str, Any], text: Text, config: Any) -> Tensor | None:
+    """See `ds_lvx.models.concatenated.family.Concatenated.positions`: ``[3, B, T]``, or those
+    of a text alone that has its own."""
+    types, given = token_types(text.input_ids, config), batch.get("position_ids")
+    given = None if given is None else given.cpu()
+    if not bool(types.any()):
+        return _of_text(given, text)
+    made: Tensor = Qwen2_5_VLModel.get_rope_index(
+        _Positions(config),  # type: ignore[arg-type]
+        text.input_ids,  # type: ignore[arg-type]
+        mm_token_type_ids=types,  # type: ignore[arg-type]
+        attention_mask=text.attention_mask,
+        **{key: batch.get(key) for key in (GRID, VIDEO_GRID, SECONDS)},
+    )[0]
+    if given is not None and not torch.equal(given.long(), made):
+        raise ValueError(
+            f"got position_ids {tuple(given.shape)} that are not the model's own; expected what "
+            f"get_rope_index makes of the whole batch, {tuple(made.shape)}: leave them out"
+        )
+    return made
+
+
+def _of_text(given: Tensor | None, text: Text) -> Tensor | None:
+    """Positions of text alone: places in the row, or what the caller has, ``[1 or B, T]``."""
+    if given is None:
+        return None
+    rows, length = text.shape
+    whole = given.expand(rows, length) if given.ndim == 2 and given.shape[0] == 1 else given
+    if (
+        whole.shape[-2:] != (rows, length)
+        or whole.ndim > 3
+        or (whole.ndim == 3 and len(whole) != 3)
+    ):
+        raise ValueError(
+            f"got position_ids {tuple(given.shape)}; expected (3, {rows}, {length}) or "
+            f"({rows}, {length}): the whole sequence, neither cut nor packed"
+        )
+    return given.expand(3, rows, length)
+
+
+class _Positions(SimpleNamespace):
+    """What `get_rope_index` asks of a model, where only its config is at hand."""
+
+    def __init__(self, config: Any) -> None:
+        places = partial(Qwen2_5_VLModel.get_vision_position_ids, None)  # type: ignore[arg-type]
+        super().__init__(config=config, get_vision_position_ids=places)
+
+
+def arrange(units: Sequence[Unit], rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Units as images of one video: consecutive ones of a size share a row of the grid."""
+    sides = groupby(unit.about for unit in units)
+    grid = [[len(list(group)), *size] for size, group in sides]
+    return {PIXELS: torch.cat([*rows]), GRID: torch.tensor(grid)}
+
+
+def blank(config: Any) -> dict[str, Tensor]:
+    """One blank image, as small as there is."""
+    vision = config.vision_config
+    side = int(vision.spatial_merge_size)
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {PIXELS: torch.zeros(side**2, width), GRID: torch.tensor([[1, side, side]])}

@@ -1,0 +1,121 @@
+"""Qwen2.5-VL: which modules attend, what its units are, and how its tower runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLAttention,
+    Qwen2_5_VLVisionAttention,
+)
+
+from ds_lvx.models.batch import Text
+from ds_lvx.models.concatenated.batch import Unit
+from ds_lvx.models.concatenated.family import Concatenated
+from ds_lvx.models.concatenated.forward import Encoded
+from ds_lvx.models.dimensions import Model
+from ds_lvx.models.media import Held, Medium, Shown
+from ds_lvx.models.qwen2_5_vl import batch as batches
+from ds_lvx.models.qwen2_5_vl import dimensions, sized
+from ds_lvx.models.qwen2_5_vl.processor import Processor
+from ds_lvx.models.size import Size
+from ds_lvx.models.visual import PIXELS
+
+
+class Qwen25VL(Concatenated):
+    """See `ds_lvx.models.contract.Family` and `Concatenated` for what each part does."""
+
+    keys = (
+        PIXELS,
+        batches.GRID,
+        batches.VIDEO_PIXELS,
+        batches.VIDEO_GRID,
+        batches.SECONDS,
+        batches.TYPES,
+    )
+    patterns: Mapping[str, str] = {"local": "*visual.*", "self": "*language_model*.self_attn"}
+    of_text = Qwen2_5_VLAttention
+    within = Qwen2_5_VLVisionAttention
+    sources = (PIXELS, batches.VIDEO_PIXELS)
+    takes = (PIXELS, batches.GRID)
+
+    # ---- patching
+
+    def find(self, model: nn.Module) -> Qwen2_5_VLForConditionalGeneration | None:
+        inside = (m for m in model.modules() if isinstance(m, Qwen2_5_VLForConditionalGeneration))
+        return next(inside, None)
+
+    @staticmethod
+    def encode(module: Any, given: Mapping[str, Any]) -> Encoded:
+        made = module.get_image_features(given[PIXELS], given[batches.GRID], return_dict=True)
+        return Encoded(torch.cat(made.pooler_output))
+
+    # ---- batches
+
+    def units(self, batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
+        return batches.units(batch, ids, config)
+
+    def visual_tokens(self, ids: Tensor, config: Any) -> Tensor:
+        return batches.token_types(ids, config) > 0
+
+    def positions(self, batch: Mapping[str, Any], text: Text, config: Any) -> Tensor | None:
+        return batches.positions(batch, text, config)
+
+    @staticmethod
+    def arrange(units: Sequence[Unit], rows: Sequence[Tensor]) -> dict[str, Tensor]:
+        return batches.arrange(units, rows)
+
+    def blank(self, model: Any) -> dict[str, Tensor]:
+        return batches.blank(model.config)
+
+    # ---- data
+
+    def load_processor(self, name: str) -> Processor:
+        return Processor.of(name)
+
+    def media_tokens(self, processor: Processor) -> tuple[str, ...]:
+        return (processor.image_token, processor.video_token)
+
+    def shown(self, processor: Processor, medium: Medium) -> Shown:
+        return processor.shown(medium)
+
+    def media(
+        self, processor: Processor, samples: Sequence[Held], *, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        return processor.media(samples, dtype=dtype)
+
+    # ---- models
+
+    def vision_tower(self, model: Any) -> Any:
+        return model.model.visual
+
+    def frame_tokens(self, config: Any) -> int:
+        return sized.frame_tokens(config)
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
+
+    def config(self, size: Size) -> Qwen2_5_VLConfig:
+        return sized.config_of(size)
+
+    def size(self, config: Any = None) -> Size:
+        return sized.size_of(config)
+
+    def build(
+        self, config: Qwen2_5_VLConfig, *, gate: float, dtype: torch.dtype
+    ) -> Qwen2_5_VLForConditionalGeneration:
+        return sized.build(config, dtype=dtype)
+
+    def tiny(self) -> tuple[Qwen2_5_VLConfig, Processor]:
+        return sized.tiny()
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]:
+        return sized.random_frames(
+            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
+        )

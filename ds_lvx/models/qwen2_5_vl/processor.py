@@ -1,0 +1,132 @@
+"""Text and pixels for Qwen2.5-VL, from the files of a checkpoint.
+
+transformers' processor wants torchvision for videos, and all frames of one at once. This one takes
+the checkpoint's tokenizer and settings, and a rank's frames.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from ds_lvx.models.concatenated.patches import Patches
+from ds_lvx.models.media import Held, Medium, Shown
+from ds_lvx.models.qwen2_5_vl.batch import GRID, SECONDS, VIDEO_GRID, VIDEO_PIXELS
+from ds_lvx.models.remote import read_json
+from ds_lvx.models.visual import PIXELS
+
+START, END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}"
+    "<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""ChatML, where a checkpoint brings no template of its own."""
+_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+_IMAGE_PIXELS = (56 * 56, 28 * 28 * 1280)
+_VIDEO_PIXELS = (128 * 28 * 28, 768 * 28 * 28)
+"""Of a frame; as transformers' video processor has it where a checkpoint has no settings for it."""
+
+
+class Processor:
+    """The tokenizer of a checkpoint, and its way with pictures.
+
+    Args:
+        tokenizer: that knows the tokens of images and videos.
+        files: settings by the name of their file; empty where there is none.
+    """
+
+    image_token, video_token = IMAGE_TOKEN, VIDEO_TOKEN
+
+    def __init__(self, tokenizer: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
+        self.tokenizer = tokenizer
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+        self._files = files
+        images, videos, both = (files.get(name) or {} for name in _FILES)
+        images = both.get("image_processor") or images
+        videos = both.get("video_processor") or videos
+        least, most = _IMAGE_PIXELS
+        self.images = Patches.of(images, least=least, most=most)
+        shared = {k: v for k, v in images.items() if k not in ("size", "min_pixels", "max_pixels")}
+        least, most = _VIDEO_PIXELS
+        self.videos = Patches.of({**shared, **videos}, least=least, most=most)
+
+    @classmethod
+    def of(cls, name: str) -> Processor:
+        """That of a checkpoint, from a folder or the hub."""
+        files = {file: read_json(name, file) for file in _FILES}
+        return cls(AutoTokenizer.from_pretrained(name), files)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what `of` reads."""
+        self.tokenizer.save_pretrained(folder)
+        for name, settings in self._files.items():
+            if settings:
+                (Path(folder) / name).write_text(json.dumps(settings, indent=1))
+
+    def shown(self, medium: Medium) -> Shown:
+        """See `ds_lvx.models.media.Parts.shown`: a token for an image, or for two frames."""
+        patches = self._patches(medium)
+        tokens = patches.tokens(patches.grid(*medium.sides))
+        if medium.times is None:
+            return Shown(f"{START}{IMAGE_TOKEN}{END}", (1,), (tokens,))
+        units = self._units(medium)
+        text = f"{START}{VIDEO_TOKEN * len(units)}{END}"
+        return Shown(text, tuple(units), (tokens,) * len(units))
+
+    def media(self, samples: Sequence[Held], *, dtype: torch.dtype) -> dict[str, Tensor]:
+        """See `ds_lvx.models.media.Parts.media`."""
+        grids: dict[str, list[list[int]]] = {GRID: [], VIDEO_GRID: []}
+        rows: dict[str, list[Tensor]] = {PIXELS: [], VIDEO_PIXELS: []}
+        seconds: list[float] = []
+        for sample in samples:
+            for medium in sample.media:
+                grid = self._patches(medium).grid(*medium.sides)
+                if medium.times is None:
+                    grids[GRID].append([1, *grid])
+                else:
+                    grids[VIDEO_GRID].append([len(self._units(medium)), *grid])
+                    seconds.append(self._seconds(medium.times))
+            for source, made in self._made(sample, dtype):
+                rows[source].append(made)
+        found = {key: torch.tensor(each) for key, each in grids.items() if each}
+        found |= {key: torch.cat(each) for key, each in rows.items() if each}
+        return {**found, SECONDS: torch.tensor(seconds)} if seconds else found
+
+    def _made(self, sample: Held, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """The rows of each unit that is held, and what they belong to."""
+        mine, pictures, number = {*sample.units}, iter(sample.pictures), 0
+        for medium in sample.media:
+            patches = self._patches(medium)
+            grid = patches.grid(*medium.sides)
+            source = PIXELS if medium.times is None else VIDEO_PIXELS
+            for frames in self._units(medium):
+                if number in mine:
+                    taken = [next(pictures) for _ in range(frames)]
+                    yield source, patches.rows(taken, grid, dtype=dtype)
+                number += 1
+
+    def _patches(self, medium: Medium) -> Patches:
+        return self.images if medium.times is None else self.videos
+
+    def _units(self, medium: Medium) -> list[int]:
+        """Frames of each unit."""
+        count, each = 1 if medium.times is None else len(medium.times), self.videos.frames
+        return [min(each, count - first) for first in range(0, count, each)]
+
+    def _seconds(self, times: Sequence[float]) -> float:
+        """Between two units of a video."""
+        steps = len(times) - 1
+        return self.videos.frames * (times[-1] - times[0]) / steps if steps > 0 else 1.0

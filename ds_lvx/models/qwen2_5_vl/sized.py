@@ -1,0 +1,189 @@
+"""Qwen2.5-VL with random weights, cut to any size; a tiny one to try out, frames to measure with.
+
+All layers of the text see images. A frame that is measured is a unit of a video, a square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from ds_lvx.models.byte_tokenizer import byte_tokenizer
+from ds_lvx.models.qwen2_5_vl.batch import VIDEO_GRID, VIDEO_PIXELS
+from ds_lvx.models.qwen2_5_vl.processor import END, IMAGE_TOKEN, START, VIDEO_TOKEN, Processor
+from ds_lvx.models.size import Size
+
+_MERGE, _FRAMES = 2, 2
+_IDS = (151_652, 151_653, 151_655, 151_656)
+"""Of the tokens around an image, of an image and of a video, where a vocabulary has room."""
+_OTHERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_TINY_SIDE, _TINY_PATCH = 32, 8
+_SIDE = 32
+"""Patches of a frame that is measured, by side."""
+
+
+def config_of(size: Size, ids: tuple[int, ...] | None = None) -> Qwen2_5_VLConfig:
+    """The configuration of a model cut to a size.
+
+    Args:
+        size: its dimensions; ``cross_at`` says nothing here.
+        ids: of the tokens before and behind an image, of an image and of a video; None: the
+            published models', or where the vocabulary is small its last.
+    """
+    head = size.head_dim or size.hidden // size.heads
+    if ids is None:
+        fits = size.vocabulary > _IDS[-1]
+        ids = _IDS if fits else tuple(size.vocabulary - n for n in (4, 3, 2, 1))
+    eighth = head // 8  # of the time; of height and width what is left
+    sections = [head // 2 - 2 * (3 * eighth // 2), 3 * eighth // 2, 3 * eighth // 2]
+    text = {
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.mlp,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "max_position_embeddings": size.positions,
+        "initializer_range": size.initializer_range,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": size.rope_theta,
+            "mrope_section": sections,
+        },
+        "bos_token_id": size.bos,
+        "eos_token_id": size.eos,
+        "pad_token_id": size.pad,
+    }
+    layers = size.vision_layers
+    vision = {
+        "depth": layers,
+        "hidden_size": size.vision_hidden,
+        "intermediate_size": size.vision_mlp,
+        "num_heads": size.vision_heads,
+        "patch_size": size.patch_size,
+        "spatial_merge_size": _MERGE,
+        "temporal_patch_size": _FRAMES,
+        "window_size": 8 * size.patch_size,
+        # As published: a quarter of the layers, or at least the last, sees a whole frame.
+        "fullatt_block_indexes": [n for n in range(layers) if n % 8 == 7 or n == layers - 1],
+        "out_hidden_size": size.hidden,
+        "initializer_range": size.initializer_range,
+    }
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        vision_start_token_id=ids[0],
+        vision_end_token_id=ids[1],
+        image_token_id=ids[2],
+        video_token_id=ids[3],
+        tie_word_embeddings=False,
+    )
+
+
+def size_of(config: Any) -> Size:
+    """The size of a configuration; None is Qwen2.5-VL 7B's, with frames of 448 x 448 pixels."""
+    if config is None:
+        return Size(
+            vocabulary=152_064,
+            hidden=3584,
+            heads=28,
+            kv_heads=4,
+            mlp=18_944,
+            layers=28,
+            cross_at=tuple(range(28)),
+            positions=128_000,
+            rope_theta=1e6,
+            vision_hidden=1280,
+            vision_heads=16,
+            vision_mlp=3420,
+            vision_layers=32,
+            vision_global_layers=0,
+            image_size=448,
+        )
+    text, vision = config.text_config, config.vision_config
+    return Size(
+        vocabulary=text.vocab_size,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        mlp=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        cross_at=tuple(range(text.num_hidden_layers)),
+        positions=text.max_position_embeddings,
+        rope_theta=text.rope_parameters["rope_theta"],
+        vision_hidden=vision.hidden_size,
+        vision_heads=vision.num_heads,
+        vision_mlp=vision.intermediate_size,
+        vision_layers=vision.depth,
+        vision_global_layers=0,
+        image_size=_SIDE * vision.patch_size,
+        patch_size=vision.patch_size,
+    )
+
+
+def build(config: Qwen2_5_VLConfig, *, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+    """Random weights, by torch's generator; there are no gates."""
+    return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
+
+
+def tiny() -> tuple[Qwen2_5_VLConfig, Processor]:
+    """A model of about 200,000 parameters, and its processor: pictures have 4 to 16 tokens."""
+    tokenizer = byte_tokenizer(
+        (*_OTHERS, START, END, IMAGE_TOKEN, VIDEO_TOKEN),
+        eos_token=_OTHERS[2],
+        pad_token=_OTHERS[0],
+    )
+    pixels = {"shortest_edge": _TINY_SIDE**2, "longest_edge": 4 * _TINY_SIDE**2}
+    settings = {"size": pixels, "patch_size": _TINY_PATCH, "merge_size": _MERGE}
+    files = {
+        "preprocessor_config.json": settings,
+        "video_preprocessor_config.json": {**settings, "size": {**pixels, "longest_edge": 1024}},
+    }
+    names = (START, END, IMAGE_TOKEN, VIDEO_TOKEN)
+    ids = tuple(int(tokenizer.get_vocab()[name]) for name in names)
+    size = Size(
+        vocabulary=len(tokenizer),
+        cross_at=(),
+        positions=4096,
+        vision_heads=2,
+        patch_size=_TINY_PATCH,
+        eos=int(tokenizer.eos_token_id),
+        pad=int(tokenizer.pad_token_id),
+    )
+    return config_of(size, ids), Processor(tokenizer, files)
+
+
+def frame_tokens(config: Any) -> int:
+    """Visual tokens of a unit of `random_frames`."""
+    return (_SIDE // int(config.vision_config.spatial_merge_size)) ** 2
+
+
+def random_frames(
+    config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+) -> dict[str, Tensor]:
+    """See `ds_lvx.models.contract.Family.random_frames`: a frame is a unit of a video in front."""
+    generator = torch.Generator().manual_seed(seed)
+    vision, mine = config.vision_config, list(frames)
+    start: int = config.vision_start_token_id
+    text = torch.randint(1, start, (text_tokens,), generator=generator)
+    visual = torch.full((total * frame_tokens(config),), config.video_token_id)
+    ids = torch.cat((torch.tensor([start]), visual, text))[None]
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    batch = {
+        "input_ids": ids,
+        "labels": ids.masked_fill(ids >= start, -100),
+        VIDEO_GRID: torch.tensor([[total, _SIDE, _SIDE]]),
+    }
+    if not mine:
+        return batch
+    pixels = torch.empty(len(mine), _SIDE**2, width)
+    for place, frame in enumerate(mine):
+        generator.manual_seed(seed + 1 + frame)
+        # Brighter or darker than others, so that a method which lost some would show.
+        shift = torch.randn(1, generator=generator)
+        pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
+    return {**batch, VIDEO_PIXELS: pixels.flatten(0, 1)}

@@ -1,0 +1,116 @@
+"""What tests of families share whose visual tokens stand among the text's: the same training on
+ranks and in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ds_lvx import traffic
+from ds_lvx.config import LVXConfig
+from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.models import FAMILIES, patch_model
+from ds_lvx.sharding import shard_batch
+from tests.models import mllama_case
+from tests.models.mllama_case import (
+    assert_same_training,
+    plain_step,
+    reference_steps,
+    sharded_steps,
+)
+from tests.ranks import run_ranks
+
+METHODS = ("lvx", "ring", "ulysses", "auto")
+Make = Callable[..., Any]
+Job = tuple[dict[str, Any], Make]
+"""A ds_config, and what makes the model."""
+
+
+def rules(model_type: str, method: str, ranks: int, stage: int = 0) -> dict[str, Any]:
+    """`mllama_case.ds_config` for the names of a family: the method of the text's layers."""
+    config = mllama_case.ds_config(stage=stage, sp_size=ranks, cross={}, self_attn=method)
+    del config["ds_lvx"]["layers"][1]
+    patterns = FAMILIES.named(model_type).patterns
+    for rule, kind in zip(config["ds_lvx"]["layers"], ("local", "self"), strict=True):
+        rule["match"] = patterns[kind]
+    return config
+
+
+def references(makes: Sequence[Make], model: Make) -> dict[str, dict[str, Any]]:
+    """One step in this process for each kind of batch, by the name of what makes it."""
+    return {make.__name__: reference_steps([[make()]], model()) for make in makes}
+
+
+def step_each(
+    model_type: str, model: Make, makes: Sequence[Make], ranks: int, offset: int
+) -> list[dict[str, Any]]:
+    """One step for each kind of batch, the methods in turn: run it on every rank."""
+    return [
+        plain_step(rules(model_type, METHODS[(n + offset) % 4], ranks), make(), model=model())
+        for n, make in enumerate(makes)
+    ]
+
+
+def check_each(
+    model_type: str,
+    model: Make,
+    makes: Sequence[Make],
+    expected: Mapping[str, dict[str, Any]],
+    *,
+    ranks: int,
+    offset: int,
+) -> None:
+    """Compare `step_each` with `references`: no parameter lacks a gradient where there are images.
+
+    A batch whose name begins with ``text`` has none.
+    """
+    results = run_ranks(step_each, ranks, model_type, model, makes, ranks, offset)
+    for index, make in enumerate(makes):
+        name, mine = make.__name__, [each[index] for each in results]
+        try:
+            assert_same_training(mine, expected[name], sp_size=ranks)
+        except AssertionError as error:
+            raise AssertionError(f"{name} on {ranks} ranks: {error}") from error
+        missing = {n for each in mine for n in each["missing"]}
+        assert name.startswith("text") or missing == set(), name
+
+
+def train_each(jobs: Sequence[Job], batches: Any) -> list[dict[str, Any]]:
+    return [sharded_steps(config, batches, model=make()) for config, make in jobs]
+
+
+def check(jobs: Sequence[Job], *, ranks: int, batches: Any, sp_size: int) -> None:
+    """Compare the training of each job with one process's."""
+    results = run_ranks(train_each, ranks, jobs, batches)
+    for index, (config, make) in enumerate(jobs):
+        expected = reference_steps(batches, make())
+        try:
+            assert_same_training([each[index] for each in results], expected, sp_size=sp_size)
+        except AssertionError as error:
+            raise AssertionError(f"job {index}, {config}: {error}") from error
+
+
+def checkpointed(make: Make, *, reentrant: bool = False) -> Any:
+    model = make()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return model
+
+
+def section(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """A ds_config with a section ``activation_checkpointing``."""
+    return {**config, "activation_checkpointing": settings}
+
+
+def bytes_of_forward(model_type: str, model: Make, batch: dict[str, Any]) -> int:
+    """Bytes that a rank sends in tower, embeddings and logits of a model without layers of text:
+    all but attention. Run it on two ranks."""
+    made, config = model(num_hidden_layers=0), rules(model_type, "lvx", 2)
+    config["ds_lvx"]["layers"].pop()
+    groups = SequenceParallelGroups(2)
+    patch = patch_model(made, LVXConfig.from_ds_config(config), groups)
+    shard = shard_batch(batch, model=made)
+    with traffic() as sent:
+        made(**shard)
+    patch.unpatch()
+    groups.close()
+    return sent.bytes_sent
