@@ -10,6 +10,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ds_lvx.cli import main
 from ds_lvx.training.model import Source
 from tests.launch.checkpoint_folder import write_checkpoint
 
@@ -29,11 +30,11 @@ def test_an_adapter_is_named_and_merges_as_the_document_says(tmp_path: Path) -> 
     (Path(base) / "adapter_config.json").unlink()
 
     document = (Path(__file__).parents[2] / "docs" / "fine-tuning.md").read_text()
-    (script,) = re.findall(r"```python\n(from peft import PeftModel\n.*?)```", document, re.DOTALL)
-    for name, folder in (("clip/model", base), ("lora/model", adapter), ("lora/merged", merged)):
-        assert f"runs/{name}" in script
-        script = script.replace(f"runs/{name}", folder)
-    exec(script, {})
+    (line,) = re.findall(r"ds-lvx merge (--adapter runs/lora/model .*)", document)
+    for name, folder in (("lora/model", adapter), ("lora/merged", merged)):
+        assert f"runs/{name}" in line
+        line = line.replace(f"runs/{name}", folder)
+    assert main(["merge", *line.split()]) == 0
     assert Source.of(merged).family.model_type == "mllama"
     assert not (Path(merged) / "adapter_config.json").exists()
 
