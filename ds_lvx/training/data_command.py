@@ -189,7 +189,8 @@ def shown(sample: Sample, encoder: TextEncoder) -> Text:
     tokenizer, text = encoder.tokenizer, Text()
     ids, labels = sample.text.input_ids, sample.text.labels
     text.append(f"{sample.source}: {len(ids)} tokens, {sample.num_frames} frames\n", style="bold")
-    runs = _runs(ids, labels, encoder.image_token_id)
+    of_frames = tokenizer.convert_tokens_to_ids([*encoder.family.media_tokens(encoder.processor)])
+    runs = _runs(ids, labels, of_frames)
     for token, is_learnt, times in runs:
         written = _written(tokenizer, [token]) + (f" x {times}" if times > 1 else "")
         text.append(written, style="bold green" if is_learnt else "dim")
@@ -199,11 +200,13 @@ def shown(sample: Sample, encoder: TextEncoder) -> Text:
     return text.append("\n")
 
 
-def _runs(ids: Sequence[int], labels: Sequence[int], frame: int) -> list[tuple[int, bool, int]]:
+def _runs(
+    ids: Sequence[int], labels: Sequence[int], of_frames: Sequence[int]
+) -> list[tuple[int, bool, int]]:
     """Tokens, whether they are learnt, and how often; only frames' are counted together."""
     runs: list[tuple[int, bool, int]] = []
     for token, label in zip(ids, labels, strict=True):
-        if runs and token == frame == runs[-1][0]:
+        if runs and token in of_frames and token == runs[-1][0]:
             runs[-1] = (token, False, runs[-1][2] + 1)
         else:
             runs.append((token, label != IGNORED, 1))
