@@ -40,9 +40,11 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
     family.text_model(model).register_forward_pre_hook(hook, with_kwargs=True)
     # Before what a family puts in the place of the loss function, and undone after it.
     tiled = install(model, config.loss_tiles) if config.loss_tiles > 1 else None
-    family.install(model, plans)
-    if tiled is not None:
-        model.register_forward_pre_hook(tiled, with_kwargs=True)
+    try:
+        family.install(model, plans)
+    finally:  # of a model that the family refuses, too
+        if tiled is not None:
+            model.register_forward_pre_hook(tiled, with_kwargs=True)
     return Patch(model, layers, plans)
 
 

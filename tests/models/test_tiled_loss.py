@@ -16,6 +16,7 @@ from ds_lvx.config import LVXConfig
 from ds_lvx.models import patch_model
 from tests.largest import LargestTensor
 from tests.models import (
+    blip_case,
     idefics_case,
     mllama_case,
     moss_vl_case,
@@ -29,6 +30,7 @@ from tests.ranks import run_ranks
 
 CASES: dict[str, ModuleType] = {
     "mllama": mllama_case,
+    "blip": blip_case,
     "idefics": idefics_case,
     "moss_vl": moss_vl_case,
     "mplugowl3": mplugowl3_case,
@@ -40,7 +42,7 @@ CASES: dict[str, ModuleType] = {
 
 def config(case: ModuleType, stage: int, sp_size: int, tiles: int) -> dict[str, Any]:
     rules: dict[str, Any] = {"self_attn": "ring"}
-    if case is not qwen_vl_case:
+    if case not in (blip_case, qwen_vl_case):
         rules["cross"] = {"method": "lvx"}
     found: dict[str, Any] = case.ds_config(stage=stage, sp_size=sp_size, **rules)
     found["ds_lvx"]["loss_tiles"] = tiles
@@ -167,3 +169,12 @@ def test_a_loss_made_elsewhere_is_no_loss_in_tiles() -> None:
     model.loss_function = lambda logits, labels, *args, **kwargs: logits.sum()
     with pytest.raises(NotImplementedError, match="loss_tiles for a Mllama"):
         model(**ds_lvx.shard_batch(mllama_case.hard_batch(0), model=model))
+
+
+def test_a_whole_text_has_no_tiles() -> None:
+    """A BLIP on Flan-T5: every rank computes the loss of all."""
+    groups: Any = moss_vl_case.OneRank()
+    rules = LVXConfig.from_ds_config(config(blip_case, 0, 1, 2))
+    rules = rules.model_copy(update={"layers": rules.layers[:1]})
+    with pytest.raises(NotImplementedError, match="loss_tiles for a text model that runs whole"):
+        patch_model(blip_case.tiny_model(text=blip_case.t5()), rules, groups)
