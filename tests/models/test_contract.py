@@ -66,6 +66,7 @@ def test_a_model_type_has_one_family(families: Families) -> None:
         "mllama, moss_vl, idefics, mplugowl3, openflamingo, "
         "blip-2, instructblip, instructblipvideo, qwen, video_llama, "
         "t5gemma2, qwen2_5_vl, "
+        "qwen3_vl, "
         "new;"
     )
     with pytest.raises(NotImplementedError, match=f"'newer'; expected one of {known}"):

@@ -134,9 +134,10 @@ class Concatenated(Family):
 
     def check(self, model: Any, *, sp_size: int) -> None:
         config: Any = self.text_model(model).config
-        windows = [n for n, kind in enumerate(config.layer_types or ()) if kind != "full_attention"]
+        kinds = getattr(config, "layer_types", None) or ()
+        windows = [n for n, kind in enumerate(kinds) if kind != "full_attention"]
         if windows:
-            kind = config.layer_types[windows[0]]
+            kind = kinds[windows[0]]
             raise NotImplementedError(
                 f'got a text model whose layer {windows[0]} is of the type "{kind}"; expected '
                 '"full_attention" in every layer, which lvx, ring and ulysses run: set '
