@@ -6,7 +6,7 @@ to the visual tokens, which are on the rank that made the features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,26 +20,27 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 
 from ds_lvx.models.batch import ShardedBatch, Text
 from ds_lvx.models.concatenated.batch import Unit
-from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Deep, Encoded
 from ds_lvx.models.qwen2_5_vl import batch as qwen
+from ds_lvx.models.qwen2_5_vl.family import Qwen25VL
 from ds_lvx.models.qwen3_vl import batch as batches
+from ds_lvx.models.qwen3_vl import sized
+from ds_lvx.models.qwen3_vl.processor import Processor
+from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS
 
 
-class Qwen3VL(Concatenated):
-    """See `ds_lvx.models.contract.Family` and `Concatenated` for what each part does."""
+class Qwen3VL(Qwen25VL):
+    """See `ds_lvx.models.contract.Family` and `Concatenated` for what each part does; what is not
+    here is as of Qwen2.5-VL."""
 
     keys = (PIXELS, qwen.GRID, qwen.VIDEO_PIXELS, qwen.VIDEO_GRID, qwen.TYPES)
-    patterns: Mapping[str, str] = {"local": "*visual.*", "self": "*language_model*.self_attn"}
     of_text = Qwen3VLTextAttention
     within = Qwen3VLVisionAttention
-    sources = (PIXELS, qwen.VIDEO_PIXELS)
-    takes = (PIXELS, qwen.GRID)
 
     # ---- patching
 
-    def find(self, model: nn.Module) -> Qwen3VLForConditionalGeneration | None:
+    def find(self, model: nn.Module) -> Any:
         inside = (m for m in model.modules() if isinstance(m, Qwen3VLForConditionalGeneration))
         return next(inside, None)
 
@@ -67,20 +68,32 @@ class Qwen3VL(Concatenated):
     def units(self, batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
         return batches.units(batch, ids, config)
 
-    def visual_tokens(self, ids: Tensor, config: Any) -> Tensor:
-        return qwen.token_types(ids, config) > 0
-
     def positions(self, batch: Mapping[str, Any], text: Text, config: Any) -> Tensor | None:
         return qwen.positions(batch, text, config, model=Qwen3VLModel)
 
-    @staticmethod
-    def arrange(units: Sequence[Unit], rows: Sequence[Tensor]) -> dict[str, Tensor]:
-        return qwen.arrange(units, rows)
+    # ---- data and models
 
-    def blank(self, model: Any) -> dict[str, Tensor]:
-        return qwen.blank(model.config)
+    def load_processor(self, name: str) -> Processor:
+        return Processor.of(name)
 
-    # ---- models
+    def frame_tokens(self, config: Any) -> int:
+        return sized.frame_tokens(config)
 
-    def vision_tower(self, model: Any) -> Any:
-        return model.model.visual
+    def config(self, size: Size) -> Any:
+        return sized.config_of(size)
+
+    def size(self, config: Any = None) -> Size:
+        return sized.size_of(config)
+
+    def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
+        return sized.build(config, dtype=dtype)
+
+    def tiny(self) -> Any:
+        return sized.tiny()
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]:
+        return sized.random_frames(
+            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
+        )
