@@ -42,7 +42,10 @@ CLASSES: Mapping[str, str] = {"Flamingo": "openflamingo", "VideoLLAMA": "video_l
 
 KNOWN: Mapping[str, str] = {
     name: f"ds_lvx.models.{name}.dimensions"
-    for name in ("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2")
+    for name in (
+        *("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2"),
+        *("qwen2_5_vl", "qwen3_vl"),
+    )
 }
 """``model_type`` -> the module with ``known``, a function that returns models known by name, and
 where a config can be read, ``dimensions``, as in `Family`. The planner predicts more models than

@@ -130,7 +130,10 @@ def test_the_planner_gets_dimensions_without_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PLANNING], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["13 mllama moss_vl mplugowl3 idefics t5gemma2", "[]"]
+    assert done.stdout.splitlines() == [
+        "21 mllama moss_vl mplugowl3 idefics t5gemma2 qwen2_5_vl qwen3_vl",
+        "[]",
+    ]
 
 
 # ---- who names a family

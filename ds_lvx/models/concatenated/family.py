@@ -174,6 +174,7 @@ class Concatenated(Family):
 
     def regions(self) -> Mapping[str, str]:
         return {
+            r".*\blanguage_model\.layers\.\d+\.self_attn": "cross_attention",
             # Its layers as well: one that is checkpointed runs again by itself.
             r".*\blanguage_model(\.layers\.\d+)?": "text",
             r".*\blm_head": "text",

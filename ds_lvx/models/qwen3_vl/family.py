@@ -21,10 +21,11 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 from ds_lvx.models.batch import ShardedBatch, Text
 from ds_lvx.models.concatenated.batch import Unit
 from ds_lvx.models.concatenated.forward import Deep, Encoded
+from ds_lvx.models.dimensions import Model
 from ds_lvx.models.qwen2_5_vl import batch as qwen
 from ds_lvx.models.qwen2_5_vl.family import Qwen25VL
 from ds_lvx.models.qwen3_vl import batch as batches
-from ds_lvx.models.qwen3_vl import sized
+from ds_lvx.models.qwen3_vl import dimensions, sized
 from ds_lvx.models.qwen3_vl.processor import Processor
 from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS
@@ -78,6 +79,9 @@ class Qwen3VL(Qwen25VL):
 
     def frame_tokens(self, config: Any) -> int:
         return sized.frame_tokens(config)
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
 
     def config(self, size: Size) -> Any:
         return sized.config_of(size)

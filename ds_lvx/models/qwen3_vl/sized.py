@@ -1,6 +1,7 @@
 """Qwen3-VL with random weights, cut to any size; a tiny one to try out, frames to measure with.
 
-A size's image is the square for which the tower has a learned position for each patch.
+All layers of the text see images. A frame that is measured is a unit of a video: the square for
+which the tower has a learned position for each patch.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def config_of(size: Size, ids: tuple[int, ...] | None = None) -> Qwen3VLConfig:
         "pad_token_id": size.pad,
     }
     deep = dict.fromkeys(size.vision_layers * layer // _DEPTH for layer in _DEEP)
+    # Behind the last layer of the text nobody sees what is added to a visual token.
+    deep_layers = [*deep][: max(size.layers - 1, 0)]
     vision = {
         "depth": size.vision_layers,
         "hidden_size": size.vision_hidden,
@@ -64,7 +67,7 @@ def config_of(size: Size, ids: tuple[int, ...] | None = None) -> Qwen3VLConfig:
         "spatial_merge_size": _MERGE,
         "temporal_patch_size": _FRAMES,
         "num_position_embeddings": (size.image_size // size.patch_size) ** 2,
-        "deepstack_visual_indexes": [*deep][: size.layers],
+        "deepstack_visual_indexes": deep_layers,
         "out_hidden_size": size.hidden,
         "initializer_range": size.initializer_range,
     }
@@ -90,7 +93,7 @@ def size_of(config: Any) -> Size:
             head_dim=128,
             mlp=12_288,
             layers=36,
-            cross_at=(),
+            cross_at=tuple(range(36)),
             positions=262_144,
             rope_theta=5e6,
             vision_hidden=1152,
@@ -110,8 +113,9 @@ def size_of(config: Any) -> Size:
         head_dim=text.head_dim,
         mlp=text.intermediate_size,
         layers=text.num_hidden_layers,
-        cross_at=(),
+        cross_at=tuple(range(text.num_hidden_layers)),
         positions=text.max_position_embeddings,
+        rope_theta=text.rope_parameters["rope_theta"],
         vision_hidden=vision.hidden_size,
         vision_heads=vision.num_heads,
         vision_mlp=vision.intermediate_size,
