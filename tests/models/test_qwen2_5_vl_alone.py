@@ -42,7 +42,7 @@ def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
 
 def test_sliding_windows_are_refused_by_name() -> None:
     model = tiny_model(use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    words = r'layer 1 is of the type "sliding_attention"; .*use_sliding_window to false'
+    words = r'layer 1 is of type "sliding_attention"; .*use_sliding_window to false'
     with pytest.raises(NotImplementedError, match=words):
         patched(model)
 

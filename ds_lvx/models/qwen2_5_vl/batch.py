@@ -120,12 +120,14 @@ def positions(
     given = None if given is None else given.cpu()
     if not bool(types.any()):
         return _of_text(given, text)
+    media = {key: batch[key] for key in (GRID, VIDEO_GRID, SECONDS) if key in batch}
     made: Tensor = model.get_rope_index(
         _Positions(config, model),
         text.input_ids,
         mm_token_type_ids=types,
         attention_mask=text.attention_mask,
-        **{key: batch.get(key) for key in (GRID, VIDEO_GRID, SECONDS)},
+        # The model adds them to places, which are on the CPU.
+        **{k: each.cpu() if isinstance(each, Tensor) else each for k, each in media.items()},
     )[0]
     if given is not None and not torch.equal(given.long(), made):
         raise ValueError(
