@@ -33,6 +33,7 @@ BUILT_IN: Mapping[str, str] = {
     "video_llama": "ds_lvx.models.video_llama.family:VideoLlama",
     "t5gemma2": "ds_lvx.models.t5gemma2.family:T5Gemma2",
     "qwen2_5_vl": "ds_lvx.models.qwen2_5_vl.family:Qwen25VL",
+    "qwen3_vl": "ds_lvx.models.qwen3_vl.family:Qwen3VL",
 }
 """``model_type`` -> where its `Family` is."""
 
@@ -43,7 +44,7 @@ KNOWN: Mapping[str, str] = {
     name: f"ds_lvx.models.{name}.dimensions"
     for name in (
         *("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2"),
-        "qwen2_5_vl",
+        *("qwen2_5_vl", "qwen3_vl"),
     )
 }
 """``model_type`` -> the module with ``known``, a function that returns models known by name, and

@@ -44,6 +44,10 @@ def test_llama_vision_has_the_dimensions_of_transformers_config(tmp_path: Path) 
         ("Qwen2.5-VL-7B", 8.29, 128, (28, 28, 4, 128)),
         ("Qwen2.5-VL-32B", 33.5, 128, (64, 40, 8, 128)),
         ("Qwen2.5-VL-72B", 73.4, 128, (80, 64, 8, 128)),
+        ("Qwen3-VL-2B", 2.13, 98, (28, 16, 8, 128)),
+        ("Qwen3-VL-4B", 4.44, 98, (36, 32, 8, 128)),
+        ("Qwen3-VL-8B", 8.77, 98, (36, 32, 8, 128)),
+        ("Qwen3-VL-32B", 33.4, 98, (64, 64, 8, 128)),
     ],
 )
 def test_known_models(

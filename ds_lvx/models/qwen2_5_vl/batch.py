@@ -23,7 +23,7 @@ from ds_lvx.models.visual import PIXELS
 VIDEO_PIXELS = "pixel_values_videos"
 GRID, VIDEO_GRID = "image_grid_thw", "video_grid_thw"
 SECONDS, TYPES = "second_per_grid_ts", "mm_token_type_ids"
-_SOURCES = {1: (PIXELS, GRID), 2: (VIDEO_PIXELS, VIDEO_GRID)}
+SOURCES = {1: (PIXELS, GRID), 2: (VIDEO_PIXELS, VIDEO_GRID)}
 """By token type, as the processor numbers them: where pixels and grids are."""
 
 
@@ -33,16 +33,21 @@ def token_types(ids: Tensor, config: Any) -> Tensor:
     return image.long() + 2 * video.long()
 
 
-def units(batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
-    """See `ds_lvx.models.concatenated.family.Concatenated.units`."""
-    types, merge = token_types(ids, config), int(config.vision_config.spatial_merge_size)
-    given = batch.get(TYPES)
+def medium_types(batch: Mapping[str, Any], ids: Tensor, config: Any) -> Tensor:
+    """`token_types`, which those of the batch have to be."""
+    types, given = token_types(ids, config), batch.get(TYPES)
     if given is not None and not torch.equal(given.cpu().long(), types):
         raise ValueError(
             f"got {TYPES} that are not those of input_ids; expected 1 where the image token is, 2 "
             "where the video token is, and 0: leave them out, or use the model's own processor"
         )
-    grids = {kind: iter(_grids(batch, key, merge)) for kind, (_, key) in _SOURCES.items()}
+    return types
+
+
+def units(batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
+    """See `ds_lvx.models.concatenated.family.Concatenated.units`."""
+    types, grids = medium_types(batch, ids, config), grids_of(batch, config)
+    merge = int(config.vision_config.spatial_merge_size)
     found: list[Unit] = []
     for row, each in enumerate(types):
         tokens = each[each > 0].tolist()
@@ -53,7 +58,7 @@ def units(batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
             if tokens[:count] != [kind] * count:
                 here = next((n for n, other in enumerate(tokens) if other != kind), len(tokens))
                 raise ValueError(
-                    f"got {here} tokens in sample {row} for a row of {_SOURCES[kind][1]} that "
+                    f"got {here} tokens in sample {row} for a row of {SOURCES[kind][1]} that "
                     f"makes {count}; expected as many: use the processor that belongs to the "
                     "model, and cut no text in the midst of an image or a video"
                 )
@@ -62,7 +67,7 @@ def units(batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
     for kind, left in grids.items():
         more = len(list(left))
         if more > 0:
-            key = _SOURCES[kind][1]
+            key = SOURCES[kind][1]
             raise ValueError(
                 f"got {key} with {more} more rows than there are images or videos in input_ids; "
                 "expected the whole text: cut none of its image and video tokens"
@@ -70,9 +75,9 @@ def units(batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
     return found
 
 
-def _medium(row: int, kind: int, grids: Iterator[Sequence[int]], merge: int) -> list[Unit]:
+def _medium(row: int, kind: int, grids: Iterator[list[int]], merge: int) -> list[Unit]:
     """The units of the next image or video, which a sample has tokens of."""
-    source, key = _SOURCES[kind]
+    source, key = SOURCES[kind]
     grid = next(grids, None)
     if grid is None:
         raise ValueError(
@@ -81,6 +86,12 @@ def _medium(row: int, kind: int, grids: Iterator[Sequence[int]], merge: int) -> 
         )
     t, h, w = grid
     return [Unit(row, h * w // merge**2, source, h * w, (h, w)) for _ in range(t)]
+
+
+def grids_of(batch: Mapping[str, Any], config: Any) -> dict[int, Iterator[list[int]]]:
+    """``t, h, w`` of the images and of the videos of a batch, by token type."""
+    merge = int(config.vision_config.spatial_merge_size)
+    return {kind: iter(_grids(batch, key, merge)) for kind, (_, key) in SOURCES.items()}
 
 
 def _grids(batch: Mapping[str, Any], key: str, merge: int) -> list[list[int]]:
@@ -100,19 +111,23 @@ def _grids(batch: Mapping[str, Any], key: str, merge: int) -> list[list[int]]:
     return rows
 
 
-def positions(batch: Mapping[str, Any], text: Text, config: Any) -> Tensor | None:
+def positions(
+    batch: Mapping[str, Any], text: Text, config: Any, *, model: Any = Qwen2_5_VLModel
+) -> Tensor | None:
     """See `ds_lvx.models.concatenated.family.Concatenated.positions`: ``[3, B, T]``, or those
-    of a text alone that has its own."""
+    of a text alone that has its own. ``model`` is the class that knows them."""
     types, given = token_types(text.input_ids, config), batch.get("position_ids")
     given = None if given is None else given.cpu()
     if not bool(types.any()):
         return _of_text(given, text)
-    made: Tensor = Qwen2_5_VLModel.get_rope_index(
-        _Positions(config),  # type: ignore[arg-type]
-        text.input_ids,  # type: ignore[arg-type]
-        mm_token_type_ids=types,  # type: ignore[arg-type]
+    media = {key: batch[key] for key in (GRID, VIDEO_GRID, SECONDS) if key in batch}
+    made: Tensor = model.get_rope_index(
+        _Positions(config, model),
+        text.input_ids,
+        mm_token_type_ids=types,
         attention_mask=text.attention_mask,
-        **{key: batch.get(key) for key in (GRID, VIDEO_GRID, SECONDS)},
+        # The model adds them to places, which are on the CPU.
+        **{k: each.cpu() if isinstance(each, Tensor) else each for k, each in media.items()},
     )[0]
     if given is not None and not torch.equal(given.long(), made):
         raise ValueError(
@@ -143,8 +158,8 @@ def _of_text(given: Tensor | None, text: Text) -> Tensor | None:
 class _Positions(SimpleNamespace):
     """What `get_rope_index` asks of a model, where only its config is at hand."""
 
-    def __init__(self, config: Any) -> None:
-        places = partial(Qwen2_5_VLModel.get_vision_position_ids, None)  # type: ignore[arg-type]
+    def __init__(self, config: Any, model: Any) -> None:
+        places = partial(model.get_vision_position_ids, None)
         super().__init__(config=config, get_vision_position_ids=places)
 
 

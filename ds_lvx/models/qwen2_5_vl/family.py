@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
     Qwen2_5_VLVisionAttention,
@@ -29,7 +29,7 @@ from ds_lvx.models.visual import PIXELS
 class Qwen25VL(Concatenated):
     """See `ds_lvx.models.contract.Family` and `Concatenated` for what each part does."""
 
-    keys = (
+    keys: tuple[str, ...] = (
         PIXELS,
         batches.GRID,
         batches.VIDEO_PIXELS,
@@ -38,14 +38,14 @@ class Qwen25VL(Concatenated):
         batches.TYPES,
     )
     patterns: Mapping[str, str] = {"local": "*visual.*", "self": "*language_model*.self_attn"}
-    of_text = Qwen2_5_VLAttention
-    within = Qwen2_5_VLVisionAttention
+    of_text: type[nn.Module] = Qwen2_5_VLAttention
+    within: type[nn.Module] = Qwen2_5_VLVisionAttention
     sources = (PIXELS, batches.VIDEO_PIXELS)
     takes = (PIXELS, batches.GRID)
 
     # ---- patching
 
-    def find(self, model: nn.Module) -> Qwen2_5_VLForConditionalGeneration | None:
+    def find(self, model: nn.Module) -> Any:
         inside = (m for m in model.modules() if isinstance(m, Qwen2_5_VLForConditionalGeneration))
         return next(inside, None)
 
@@ -99,18 +99,16 @@ class Qwen25VL(Concatenated):
     def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
         return dimensions.dimensions(config, name, source)
 
-    def config(self, size: Size) -> Qwen2_5_VLConfig:
+    def config(self, size: Size) -> Any:
         return sized.config_of(size)
 
     def size(self, config: Any = None) -> Size:
         return sized.size_of(config)
 
-    def build(
-        self, config: Qwen2_5_VLConfig, *, gate: float, dtype: torch.dtype
-    ) -> Qwen2_5_VLForConditionalGeneration:
+    def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
         return sized.build(config, dtype=dtype)
 
-    def tiny(self) -> tuple[Qwen2_5_VLConfig, Processor]:
+    def tiny(self) -> Any:
         return sized.tiny()
 
     def random_frames(

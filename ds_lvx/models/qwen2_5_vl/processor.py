@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -34,9 +35,6 @@ CHAT_TEMPLATE = (
 )
 """ChatML, where a checkpoint brings no template of its own."""
 _FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-_IMAGE_PIXELS = (56 * 56, 28 * 28 * 1280)
-_VIDEO_PIXELS = (128 * 28 * 28, 768 * 28 * 28)
-"""Of a frame; as transformers' video processor has it where a checkpoint has no settings for it."""
 
 
 class Processor:
@@ -45,9 +43,16 @@ class Processor:
     Args:
         tokenizer: that knows the tokens of images and videos.
         files: settings by the name of their file; empty where there is none.
+
+    Attributes:
+        image_pixels, video_pixels: least and most of an image and of a frame, and
+        settings: others, as transformers has them where a checkpoint has none.
     """
 
     image_token, video_token = IMAGE_TOKEN, VIDEO_TOKEN
+    image_pixels = (56 * 56, 28 * 28 * 1280)
+    video_pixels = (128 * 28 * 28, 768 * 28 * 28)
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, tokenizer: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
         self.tokenizer = tokenizer
@@ -55,16 +60,17 @@ class Processor:
         self.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
         self._files = files
         images, videos, both = (files.get(name) or {} for name in _FILES)
-        images = both.get("image_processor") or images
+        images = {**self.settings, **(both.get("image_processor") or images)}
         videos = both.get("video_processor") or videos
-        least, most = _IMAGE_PIXELS
+        least, most = self.image_pixels
         self.images = Patches.of(images, least=least, most=most)
         shared = {k: v for k, v in images.items() if k not in ("size", "min_pixels", "max_pixels")}
-        least, most = _VIDEO_PIXELS
-        self.videos = Patches.of({**shared, **videos}, least=least, most=most)
+        least, most = self.video_pixels
+        self.of_videos = {**shared, **videos}
+        self.videos = Patches.of(self.of_videos, least=least, most=most)
 
     @classmethod
-    def of(cls, name: str) -> Processor:
+    def of(cls, name: str) -> Self:
         """That of a checkpoint, from a folder or the hub."""
         files = {file: read_json(name, file) for file in _FILES}
         return cls(AutoTokenizer.from_pretrained(name), files)
@@ -78,13 +84,21 @@ class Processor:
 
     def shown(self, medium: Medium) -> Shown:
         """See `ds_lvx.models.media.Parts.shown`: a token for an image, or for two frames."""
-        patches = self._patches(medium)
-        tokens = patches.tokens(patches.grid(*medium.sides))
-        if medium.times is None:
-            return Shown(f"{START}{IMAGE_TOKEN}{END}", (1,), (tokens,))
-        units = self._units(medium)
-        text = f"{START}{VIDEO_TOKEN * len(units)}{END}"
-        return Shown(text, tuple(units), (tokens,) * len(units))
+        tokens, units = self._patches(medium).tokens(self.grid(medium)), self._units(medium)
+        between = IMAGE_TOKEN if medium.times is None else self.written(medium.times)
+        return Shown(f"{START}{between}{END}", tuple(units), (tokens,) * len(units))
+
+    def written(self, times: Sequence[float]) -> str:
+        """What stands between start and end of a video, by the times of its frames."""
+        return VIDEO_TOKEN * -(-len(times) // self.videos.frames)
+
+    def grid(self, medium: Medium) -> tuple[int, int]:
+        """``h, w`` in patches of an image, or of a frame of a video.
+
+        Raises:
+            ValueError: it is more than 200 times as long as wide.
+        """
+        return self._patches(medium).grid(*medium.sides)
 
     def media(self, samples: Sequence[Held], *, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `ds_lvx.models.media.Parts.media`."""
@@ -93,7 +107,7 @@ class Processor:
         seconds: list[float] = []
         for sample in samples:
             for medium in sample.media:
-                grid = self._patches(medium).grid(*medium.sides)
+                grid = self.grid(medium)
                 if medium.times is None:
                     grids[GRID].append([1, *grid])
                 else:
@@ -109,8 +123,7 @@ class Processor:
         """The rows of each unit that is held, and what they belong to."""
         mine, pictures, number = {*sample.units}, iter(sample.pictures), 0
         for medium in sample.media:
-            patches = self._patches(medium)
-            grid = patches.grid(*medium.sides)
+            patches, grid = self._patches(medium), self.grid(medium)
             source = PIXELS if medium.times is None else VIDEO_PIXELS
             for frames in self._units(medium):
                 if number in mine:

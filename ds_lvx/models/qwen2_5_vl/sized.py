@@ -6,7 +6,7 @@ All layers of the text see images. A frame that is measured is a unit of a video
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from ds_lvx.models.qwen2_5_vl.batch import VIDEO_GRID, VIDEO_PIXELS
 from ds_lvx.models.qwen2_5_vl.processor import END, IMAGE_TOKEN, START, VIDEO_TOKEN, Processor
 from ds_lvx.models.size import Size
 
+AnyProcessor = TypeVar("AnyProcessor", bound=Processor)
 _MERGE, _FRAMES = 2, 2
 _IDS = (151_652, 151_653, 151_655, 151_656)
-"""Of the tokens around an image, of an image and of a video, where a vocabulary has room."""
 _OTHERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _TINY_SIDE, _TINY_PATCH = 32, 8
 _SIDE = 32
@@ -31,13 +31,11 @@ def config_of(size: Size, ids: tuple[int, ...] | None = None) -> Qwen2_5_VLConfi
 
     Args:
         size: its dimensions; ``cross_at`` says nothing here.
-        ids: of the tokens before and behind an image, of an image and of a video; None: the
-            published models', or where the vocabulary is small its last.
+        ids: of the tokens before and behind an image, of an image and of a video; None: those of
+            `ids_of`.
     """
     head = size.head_dim or size.hidden // size.heads
-    if ids is None:
-        fits = size.vocabulary > _IDS[-1]
-        ids = _IDS if fits else tuple(size.vocabulary - n for n in (4, 3, 2, 1))
+    ids = ids or ids_of(size)
     eighth = head // 8  # of the time; of height and width what is left
     sections = [head // 2 - 2 * (3 * eighth // 2), 3 * eighth // 2, 3 * eighth // 2]
     text = {
@@ -82,6 +80,13 @@ def config_of(size: Size, ids: tuple[int, ...] | None = None) -> Qwen2_5_VLConfi
         video_token_id=ids[3],
         tie_word_embeddings=False,
     )
+
+
+def ids_of(size: Size) -> tuple[int, ...]:
+    """Of the tokens around an image, of an image and of a video: the published models', or where
+    the vocabulary is small its last."""
+    fits = size.vocabulary > _IDS[-1]
+    return _IDS if fits else tuple(size.vocabulary - n for n in (4, 3, 2, 1))
 
 
 def size_of(config: Any) -> Size:
@@ -132,6 +137,19 @@ def build(config: Qwen2_5_VLConfig, *, dtype: torch.dtype) -> Qwen2_5_VLForCondi
 
 def tiny() -> tuple[Qwen2_5_VLConfig, Processor]:
     """A model of about 200,000 parameters, and its processor: pictures have 4 to 16 tokens."""
+    size, ids, processor = tiny_parts(Processor, video_pixels=_TINY_SIDE**2)
+    return config_of(size, ids), processor
+
+
+def tiny_parts(
+    kind: type[AnyProcessor], *, video_pixels: int
+) -> tuple[Size, tuple[int, ...], AnyProcessor]:
+    """Size, ids as of `config_of`, and processor of a tiny model.
+
+    Args:
+        kind: of processor.
+        video_pixels: the most that its settings have for videos.
+    """
     tokenizer = byte_tokenizer(
         (*_OTHERS, START, END, IMAGE_TOKEN, VIDEO_TOKEN),
         eos_token=_OTHERS[2],
@@ -141,7 +159,10 @@ def tiny() -> tuple[Qwen2_5_VLConfig, Processor]:
     settings = {"size": pixels, "patch_size": _TINY_PATCH, "merge_size": _MERGE}
     files = {
         "preprocessor_config.json": settings,
-        "video_preprocessor_config.json": {**settings, "size": {**pixels, "longest_edge": 1024}},
+        "video_preprocessor_config.json": {
+            **settings,
+            "size": {**pixels, "longest_edge": video_pixels},
+        },
     }
     names = (START, END, IMAGE_TOKEN, VIDEO_TOKEN)
     ids = tuple(int(tokenizer.get_vocab()[name]) for name in names)
@@ -154,7 +175,7 @@ def tiny() -> tuple[Qwen2_5_VLConfig, Processor]:
         eos=int(tokenizer.eos_token_id),
         pad=int(tokenizer.pad_token_id),
     )
-    return config_of(size, ids), Processor(tokenizer, files)
+    return size, ids, kind(tokenizer, files)
 
 
 def frame_tokens(config: Any) -> int:
@@ -166,24 +187,36 @@ def random_frames(
     config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
 ) -> dict[str, Tensor]:
     """See `ds_lvx.models.contract.Family.random_frames`: a frame is a unit of a video in front."""
+    visual = torch.full((total * frame_tokens(config),), config.video_token_id)
+    front = torch.cat((torch.tensor([config.vision_start_token_id]), visual))
     generator = torch.Generator().manual_seed(seed)
-    vision, mine = config.vision_config, list(frames)
+    batch = random_text(config, front, text_tokens, generator=generator)
+    batch[VIDEO_GRID] = torch.tensor([[total, _SIDE, _SIDE]])
+    return {**batch, **random_pixels(config, _SIDE, frames, generator=generator)}
+
+
+def random_text(
+    config: Any, front: Tensor, text_tokens: int, *, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Ids and labels of random text behind the tokens in front, ``[n]``."""
     start: int = config.vision_start_token_id
     text = torch.randint(1, start, (text_tokens,), generator=generator)
-    visual = torch.full((total * frame_tokens(config),), config.video_token_id)
-    ids = torch.cat((torch.tensor([start]), visual, text))[None]
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    batch = {
-        "input_ids": ids,
-        "labels": ids.masked_fill(ids >= start, -100),
-        VIDEO_GRID: torch.tensor([[total, _SIDE, _SIDE]]),
-    }
+    ids = torch.cat((front, text))[None]
+    return {"input_ids": ids, "labels": ids.masked_fill(ids >= start, -100)}
+
+
+def random_pixels(
+    config: Any, side: int, frames: Iterable[int], *, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Pixels of the frames of a video of ``side`` patches by side; a frame goes by its number."""
+    vision, mine, seed = config.vision_config, list(frames), generator.initial_seed()
     if not mine:
-        return batch
-    pixels = torch.empty(len(mine), _SIDE**2, width)
+        return {}
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.empty(len(mine), side**2, width)
     for place, frame in enumerate(mine):
         generator.manual_seed(seed + 1 + frame)
         # Brighter or darker than others, so that a method which lost some would show.
         shift = torch.randn(1, generator=generator)
         pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
-    return {**batch, VIDEO_PIXELS: pixels.flatten(0, 1)}
+    return {VIDEO_PIXELS: pixels.flatten(0, 1)}

@@ -1,0 +1,103 @@
+"""Qwen3-VL: which modules attend, what its units are, and how its tower runs.
+
+Layers of the tower give features beside its last (DeepStack). The first layers of the text add them
+to the visual tokens, which are on the rank that made the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    Qwen3VLModel,
+    Qwen3VLTextAttention,
+    Qwen3VLVisionAttention,
+)
+
+from ds_lvx.models.batch import ShardedBatch, Text
+from ds_lvx.models.concatenated.batch import Unit
+from ds_lvx.models.concatenated.forward import Deep, Encoded
+from ds_lvx.models.dimensions import Model
+from ds_lvx.models.qwen2_5_vl import batch as qwen
+from ds_lvx.models.qwen2_5_vl.family import Qwen25VL
+from ds_lvx.models.qwen3_vl import batch as batches
+from ds_lvx.models.qwen3_vl import dimensions, sized
+from ds_lvx.models.qwen3_vl.processor import Processor
+from ds_lvx.models.size import Size
+from ds_lvx.models.visual import PIXELS
+
+
+class Qwen3VL(Qwen25VL):
+    """See `ds_lvx.models.contract.Family` and `Concatenated` for what each part does; what is not
+    here is as of Qwen2.5-VL."""
+
+    keys = (PIXELS, qwen.GRID, qwen.VIDEO_PIXELS, qwen.VIDEO_GRID, qwen.TYPES)
+    of_text = Qwen3VLTextAttention
+    within = Qwen3VLVisionAttention
+
+    # ---- patching
+
+    def find(self, model: nn.Module) -> Any:
+        inside = (m for m in model.modules() if isinstance(m, Qwen3VLForConditionalGeneration))
+        return next(inside, None)
+
+    @staticmethod
+    def encode(module: Any, given: Mapping[str, Any]) -> Encoded:
+        made = module.get_image_features(given[PIXELS], given[qwen.GRID], return_dict=True)
+        deep = [torch.cat(each) for each in made.deepstack_features]
+        return Encoded(torch.cat(made.pooler_output), deep)
+
+    def prepare(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        given, deep = super().prepare(batch, arguments), batch.deep
+        if not isinstance(deep, Deep):
+            return given
+        rows, length, _ = arguments["inputs_embeds"].shape
+        mask = torch.zeros(rows * length, dtype=torch.bool, device=deep.places.device)
+        mask[deep.places] = True
+        return {
+            **given,
+            "visual_pos_masks": mask.view(rows, length),
+            "deepstack_visual_embeds": list(deep.features),
+        }
+
+    # ---- batches
+
+    def units(self, batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
+        return batches.units(batch, ids, config)
+
+    def positions(self, batch: Mapping[str, Any], text: Text, config: Any) -> Tensor | None:
+        return qwen.positions(batch, text, config, model=Qwen3VLModel)
+
+    # ---- data and models
+
+    def load_processor(self, name: str) -> Processor:
+        return Processor.of(name)
+
+    def frame_tokens(self, config: Any) -> int:
+        return sized.frame_tokens(config)
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
+
+    def config(self, size: Size) -> Any:
+        return sized.config_of(size)
+
+    def size(self, config: Any = None) -> Size:
+        return sized.size_of(config)
+
+    def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
+        return sized.build(config, dtype=dtype)
+
+    def tiny(self) -> Any:
+        return sized.tiny()
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]:
+        return sized.random_frames(
+            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
+        )

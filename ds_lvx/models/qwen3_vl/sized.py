@@ -1,0 +1,162 @@
+"""Qwen3-VL with random weights, cut to any size; a tiny one to try out, frames to measure with.
+
+All layers of the text see images. A frame that is measured is a unit of a video: the square for
+which the tower has a learned position for each patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from ds_lvx.models.qwen2_5_vl import sized as qwen
+from ds_lvx.models.qwen2_5_vl.batch import VIDEO_GRID
+from ds_lvx.models.qwen3_vl.processor import Processor
+from ds_lvx.models.size import Size
+
+_MERGE, _FRAMES = 2, 2
+_DEPTH, _DEEP = 27, (8, 16, 24)
+"""Layers of the published tower, and those whose features the text adds."""
+_TINY_VIDEO_PIXELS = 65_536
+
+
+def config_of(size: Size, ids: tuple[int, ...] | None = None) -> Qwen3VLConfig:
+    """The configuration of a model cut to a size.
+
+    Args:
+        size: its dimensions; ``cross_at`` says nothing here.
+        ids: see `ds_lvx.models.qwen2_5_vl.sized.config_of`.
+    """
+    head = size.head_dim or size.hidden // size.heads
+    ids = ids or qwen.ids_of(size)
+    of_a_side = 5 * head // 32
+    text = {
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.mlp,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": head,
+        "max_position_embeddings": size.positions,
+        "initializer_range": size.initializer_range,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": size.rope_theta,
+            "mrope_section": [head // 2 - 2 * of_a_side, of_a_side, of_a_side],
+            "mrope_interleaved": True,
+        },
+        "bos_token_id": size.bos,
+        "eos_token_id": size.eos,
+        "pad_token_id": size.pad,
+    }
+    deep = dict.fromkeys(size.vision_layers * layer // _DEPTH for layer in _DEEP)
+    # Behind the last layer of the text nobody sees what is added to a visual token.
+    deep_layers = [*deep][: max(size.layers - 1, 0)]
+    vision = {
+        "depth": size.vision_layers,
+        "hidden_size": size.vision_hidden,
+        "intermediate_size": size.vision_mlp,
+        "num_heads": size.vision_heads,
+        "patch_size": size.patch_size,
+        "spatial_merge_size": _MERGE,
+        "temporal_patch_size": _FRAMES,
+        "num_position_embeddings": (size.image_size // size.patch_size) ** 2,
+        "deepstack_visual_indexes": deep_layers,
+        "out_hidden_size": size.hidden,
+        "initializer_range": size.initializer_range,
+    }
+    return Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        vision_start_token_id=ids[0],
+        vision_end_token_id=ids[1],
+        image_token_id=ids[2],
+        video_token_id=ids[3],
+        tie_word_embeddings=False,
+    )
+
+
+def size_of(config: Any) -> Size:
+    """The size of a configuration; None is Qwen3-VL 8B's, with frames of 768 x 768 pixels."""
+    if config is None:
+        return Size(
+            vocabulary=151_936,
+            hidden=4096,
+            heads=32,
+            kv_heads=8,
+            head_dim=128,
+            mlp=12_288,
+            layers=36,
+            cross_at=tuple(range(36)),
+            positions=262_144,
+            rope_theta=5e6,
+            vision_hidden=1152,
+            vision_heads=16,
+            vision_mlp=4304,
+            vision_layers=_DEPTH,
+            vision_global_layers=0,
+            image_size=768,
+            patch_size=16,
+        )
+    text, vision = config.text_config, config.vision_config
+    return Size(
+        vocabulary=text.vocab_size,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=text.head_dim,
+        mlp=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        cross_at=tuple(range(text.num_hidden_layers)),
+        positions=text.max_position_embeddings,
+        rope_theta=text.rope_parameters["rope_theta"],
+        vision_hidden=vision.hidden_size,
+        vision_heads=vision.num_heads,
+        vision_mlp=vision.intermediate_size,
+        vision_layers=vision.depth,
+        vision_global_layers=0,
+        image_size=_side(config) * vision.patch_size,
+        patch_size=vision.patch_size,
+    )
+
+
+def build(config: Qwen3VLConfig, *, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
+    """Random weights, by torch's generator; there are no gates."""
+    return Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
+
+
+def tiny() -> tuple[Qwen3VLConfig, Processor]:
+    """A model of about 200,000 parameters, and its processor: pictures have 4 to 16 tokens."""
+    size, ids, processor = qwen.tiny_parts(Processor, video_pixels=_TINY_VIDEO_PIXELS)
+    return config_of(size, ids), processor
+
+
+def frame_tokens(config: Any) -> int:
+    """Visual tokens of a unit of `random_frames`."""
+    return (_side(config) // int(config.vision_config.spatial_merge_size)) ** 2
+
+
+def random_frames(
+    config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+) -> dict[str, Tensor]:
+    """See `ds_lvx.models.contract.Family.random_frames`: a frame is a unit of a video in front,
+    with its start and its end."""
+    ends = torch.tensor([[config.vision_start_token_id], [config.vision_end_token_id]])
+    visual = torch.full((total, frame_tokens(config)), config.video_token_id)
+    each = (ends[:1].expand(total, 1), visual, ends[1:].expand(total, 1))
+    generator = torch.Generator().manual_seed(seed)
+    batch = qwen.random_text(config, torch.cat(each, 1).flatten(), text_tokens, generator=generator)
+    side = _side(config)
+    batch[VIDEO_GRID] = torch.tensor([[total, side, side]])
+    return {**batch, **qwen.random_pixels(config, side, frames, generator=generator)}
+
+
+def _side(config: Any) -> int:
+    """Patches of a frame that is measured, by side."""
+    return isqrt(config.vision_config.num_position_embeddings)

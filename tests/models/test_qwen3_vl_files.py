@@ -1,0 +1,224 @@
+"""Qwen3-VL from a checkpoint's folder: its text and pixels, and fine-tuning on them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+from ds_lvx.compare.case import (
+    Setting,
+    build_model,
+    cut,
+    ds_config,
+    make_batch,
+    part_of,
+    random_case,
+)
+from ds_lvx.config import LVXConfig
+from ds_lvx.data.batch import BatchMaker, FrameRate
+from ds_lvx.data.chat import read_conversations
+from ds_lvx.data.errors import DataError
+from ds_lvx.data.text import TextEncoder
+from ds_lvx.models import patch_model
+from ds_lvx.models.media import Medium
+from ds_lvx.models.registry import FAMILIES
+from ds_lvx.sharding import shard_batch
+from ds_lvx.training.model import Source
+from tests.data.media import chat, write_image, write_jsonl, write_video
+from tests.launch.finetune_runs import arguments, finetune, metrics
+from tests.models.concatenated_case import rules
+from tests.models.moss_vl_case import OneRank
+from tests.ranks import run_ranks
+
+NAME = "qwen3_vl"
+IMAGE_SETTINGS: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+"""What every published checkpoint's files say."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, and two samples."""
+    folder = tmp_path_factory.mktemp(NAME)
+    family = FAMILIES.named(NAME)
+    config, processor = family.tiny()
+    torch.manual_seed(2)
+    family.build(config, gate=1.0, dtype=torch.float32).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_video(folder / "a.mp4")
+    write_image(folder / "a.png", (40, 24))
+    write_jsonl(
+        folder / "train.jsonl",
+        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
+        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="Yes"),
+    )
+    return folder
+
+
+def maker_of(folder: Path, *, frames: int, deal: Any = None) -> BatchMaker:
+    source = Source.of(str(folder))
+    encoder = TextEncoder(source.processor, 2048, family=source.family)
+    return BatchMaker(encoder, FrameRate(count=frames), owned=range, deal=deal)
+
+
+def test_pixels_are_those_of_the_model_s_processor(folder: Path) -> None:
+    processor = Source.of(str(folder)).processor
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    theirs = Qwen2VLImageProcessorPil(**settings, **IMAGE_SETTINGS)
+    for size in ((40, 24), (200, 90), (16, 16)):
+        image = Image.effect_noise(size, 90).convert("RGB")
+        expected = theirs([image], return_tensors="pt")
+        grid = processor.images.grid(size[1], size[0])
+        assert [1, *grid] == expected["image_grid_thw"][0].tolist()
+        made = processor.images.rows([image], grid, dtype=torch.float32)
+        torch.testing.assert_close(made, expected["pixel_values"], atol=1e-5, rtol=1e-5)
+
+
+def test_a_video_s_text_and_sizes_are_those_of_the_model_s_processor(folder: Path) -> None:
+    """transformers' own needs torchvision; what it does with numbers does not."""
+    processor = Source.of(str(folder)).processor
+    theirs = SimpleNamespace(
+        video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2),
+        vision_start_token="<|vision_start|>",
+        vision_end_token="<|vision_end|>",
+        video_token="<|video_pad|>",
+        _calculate_timestamps=partial(Qwen3VLProcessor._calculate_timestamps, None),
+    )
+    settings = json.loads((folder / "video_preprocessor_config.json").read_text())
+    sizes = SimpleNamespace(
+        **settings, temporal_patch_size=2, cap_pixels_per_frame=False, max_video_tokens=768
+    )
+    count_patches: Any = Qwen3VLVideoProcessor.get_num_of_video_patches
+    replace: Any = Qwen3VLProcessor.replace_video_token
+    for frames, sides in ((5, (40, 24)), (2, (64, 64)), (8, (200, 90)), (16, (100, 300))):
+        times = tuple(3 * n / 25 for n in range(frames))
+        shown = processor.shown(Medium(times, sides))
+        patches = count_patches(sizes, frames, *sides)
+        assert sum(shown.tokens) * 4 == patches
+        metadata = SimpleNamespace(fps=25, frames_indices=[3 * n for n in range(frames)])
+        grid = processor.grid(Medium(times, sides))
+        given = {
+            "video_grid_thw": torch.tensor([[len(shown.tokens), *grid]]),
+            "video_metadata": [metadata],
+        }
+        expanded = shown.text.replace("<|video_pad|>", "<|video_pad|>" * shown.tokens[0])
+        assert expanded == f"<|vision_start|>{replace(theirs, given, 0)}<|vision_end|>"
+
+
+def test_a_cap_on_a_frame_s_pixels_counts(folder: Path) -> None:
+    processor = Source.of(str(folder)).processor
+    medium = Medium((0.0, 0.5), (160, 160))
+    assert processor.grid(medium) == (20, 20)
+    processor.of_videos.update(cap_pixels_per_frame=True, max_video_tokens=16)
+    assert processor.grid(medium) == (8, 8)
+
+
+def test_a_conversation_becomes_a_batch_of_the_model(folder: Path) -> None:
+    maker = maker_of(folder, frames=5)
+    batch = maker.batch(read_conversations(folder / "train.jsonl")).inputs
+    decode = maker.encoder.tokenizer.decode
+    assert decode(batch["labels"][1][batch["labels"][1] >= 0]) == "Yes<|im_end|>"
+    assert batch["video_grid_thw"][:, 0].tolist() == [3, 3]
+    assert batch["image_grid_thw"].tolist() == [[1, 4, 4]]
+    assert len(batch["pixel_values"]) == 16
+    assert len(batch["pixel_values_videos"]) == int(batch["video_grid_thw"].prod(dim=1).sum())
+    model = Source.of(str(folder)).load(torch.float32)
+    shard_batch(batch, model=model)  # which checks text, grids and pixels
+
+
+def test_each_rank_decodes_its_own_frames(folder: Path) -> None:
+    """Early ones and late ones, whole temporal patches; together they are all."""
+    conversations = read_conversations(folder / "train.jsonl")[:1]
+    whole = maker_of(folder, frames=16).batch(conversations).inputs
+    each = len(whole["pixel_values_videos"]) // 8
+    patches = whole["pixel_values_videos"].split(each)
+    for rank, units in enumerate(([0, 1, 6, 7], [2, 3, 4, 5])):
+        deal = partial(FAMILIES.named(NAME).owned, rank=rank, size=2)
+        maker = maker_of(folder, frames=16, deal=deal)
+        part = maker.batch(conversations).inputs
+        assert torch.equal(
+            part["pixel_values_videos"], torch.cat([patches[unit] for unit in units])
+        )
+        assert torch.equal(part["input_ids"], whole["input_ids"])
+
+
+def test_a_text_that_says_a_placeholder_is_refused(folder: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "bad.jsonl", chat(("text", "<|video_pad|>?"), answer="Yes"))
+    (conversation,) = read_conversations(tmp_path / "bad.jsonl")
+    with pytest.raises(DataError, match=r"got 1 <\|image_pad\|> or <\|video_pad\|> in the text"):
+        maker_of(folder, frames=2).sample(conversation)
+
+
+def test_a_comparison_trains_a_model_of_random_weights() -> None:
+    case = cut(random_case(NAME), hidden=256, cross_layers=2, vision_layers=2)
+    assert (case.heads, case.kv_heads, case.self_layers, case.frame_tokens) == (2, 2, 0, 576)
+    sizes = {
+        "vision_hidden": 32,
+        "vision_heads": 2,
+        "vision_mlp": 64,
+        "image_size": 16,
+        "patch_size": 2,
+    }
+    case = replace(case, **sizes, vocabulary=96, text_tokens=8, mlp=64)
+    model = build_model(case, dtype=torch.float32)
+    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
+    config = ds_config(Setting("ring", False, False), case, ranks=1)
+    groups: Any = OneRank()
+    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    shard = shard_batch(batch, model=model, frames="local")
+    assert shard["ds_lvx"].text_lengths == (2 * (16 + 2) + 8,)
+    model(**shard).loss.backward()
+    silent = {name for name, each in model.named_parameters() if not each.grad.any()}
+    assert silent == set()
+    regions = case.contract().regions()
+    parts = {part_of(name, regions) for name, _ in model.named_parameters()}
+    assert parts == {"cross_attention", "text", "vision"}
+
+
+def test_a_checkpoint_has_a_size() -> None:
+    family = FAMILIES.named(NAME)
+    published = family.config(family.size())
+    assert family.size(published) == family.size()
+    assert published.video_token_id == 151_656
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path, ranks: int) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(rules(NAME, "lvx", ranks, 3)))
+    given = {
+        "model": folder,
+        "data": folder / "train.jsonl",
+        "frames": 7,
+        "deepspeed_config": str(tmp_path / "ds.json"),
+        "output_dir": tmp_path / "out",
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "lr_scheduler": "constant",
+    }
+    run_ranks(finetune, ranks, *arguments(**given))
+    losses = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    assert len(losses) == 2
+    source = Source.of(str(folder))
+    maker = maker_of(folder, frames=7)
+    start = []
+    for conversation in read_conversations(folder / "train.jsonl"):
+        batch = dict(maker.batch([conversation]).inputs)
+        ids = batch["input_ids"]
+        types = (ids == source.config.image_token_id).long()
+        types += 2 * (ids == source.config.video_token_id).long()
+        model = source.load(torch.float32)
+        start.append(model(**batch, mm_token_type_ids=types).loss.item())
+    assert losses[0] in [pytest.approx(each, abs=1e-5) for each in start]
+    trained = Source.of(str(tmp_path / "out" / "model"))
+    assert trained.processor.videos == source.processor.videos
