@@ -33,6 +33,7 @@ BUILT_IN: Mapping[str, str] = {
     "video_llama": "ds_lvx.models.video_llama.family:VideoLlama",
     "t5gemma2": "ds_lvx.models.t5gemma2.family:T5Gemma2",
     "qwen2_5_vl": "ds_lvx.models.qwen2_5_vl.family:Qwen25VL",
+    "internvl": "ds_lvx.models.internvl.family:InternVL",
 }
 """``model_type`` -> where its `Family` is."""
 

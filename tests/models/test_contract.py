@@ -66,6 +66,7 @@ def test_a_model_type_has_one_family(families: Families) -> None:
         "mllama, moss_vl, idefics, mplugowl3, openflamingo, "
         "blip-2, instructblip, instructblipvideo, qwen, video_llama, "
         "t5gemma2, qwen2_5_vl, "
+        "internvl, "
         "new;"
     )
     with pytest.raises(NotImplementedError, match=f"'newer'; expected one of {known}"):
@@ -142,7 +143,8 @@ CASES = (
 )
 """Measure shapes of named models."""
 FAMILY = re.compile(
-    r"mllama|llama-3\.2|moss|idefics|flamingo|blip|qwen|video_?llama|t5gemma", re.IGNORECASE
+    r"mllama|llama-3\.2|moss|idefics|flamingo|blip|qwen|video_?llama|t5gemma|internvl|llava_one",
+    re.IGNORECASE,
 )
 USAGE = re.compile(r"--model |--deepspeed_config |ds_configs/")
 

@@ -1,0 +1,1 @@
+"""InternVL: see `ds_lvx.models.internvl.family`."""
