@@ -105,6 +105,11 @@ class Case:
         )
 
     @property
+    def attends(self) -> str:
+        """The kind of layers whose methods are compared: those that look at visual tokens."""
+        return "cross" if "cross" in self.contract().patterns else "self"
+
+    @property
     def frame_tokens(self) -> int:
         """Visual tokens of a frame."""
         return self.contract().frame_tokens(self.config())
@@ -145,9 +150,7 @@ TINY = Case(
 
 def random_models() -> list[str]:
     """Models with random weights, by name; any other name is that of a checkpoint."""
-    families = {name: FAMILIES.named(name) for name in FAMILIES}
-    able = (n for n, each in families.items() if each.has("build") and "cross" in each.patterns)
-    return ["tiny", *able]
+    return ["tiny", *(name for name in FAMILIES if FAMILIES.named(name).has("build"))]
 
 
 def random_case(name: str) -> Case:
@@ -221,7 +224,8 @@ def case_of(checkpoint: str, *, trust_remote_code: bool = False) -> Case:
 
 
 def _check_cross(name: str, model_type: str) -> None:
-    if "cross" not in FAMILIES.named(model_type).patterns:
+    family = FAMILIES.named(model_type)
+    if "cross" not in family.patterns and not family.has("random_frames"):
         raise ValueError(
             f"--model: got {name!r}, of a family whose images are tokens of the text; expected a "
             "model with cross-attention, whose methods are compared"
@@ -257,7 +261,7 @@ def _trained(model: nn.Module, case: Case) -> set[str]:
     """The parameters that a case trains, by name."""
     family = case.contract()
     tower = {id(parameter) for parameter in family.vision_tower(model).parameters()}
-    layers = [layer.name for layer in family.attention_layers(model) if layer.kind == "cross"]
+    layers = [layer.name for layer in family.attention_layers(model) if layer.kind == case.attends]
     inside = tuple(f"{name}." for name in layers)
     around = tuple(f"{name.rpartition('.')[0]}." for name in layers)
 
@@ -325,7 +329,7 @@ def ds_config(
         text_method: of the text's own attention.
     """
     match = case.contract().patterns
-    rule = {"match": match["cross"], **setting.rule()}
+    rule = {"match": match[case.attends], **setting.rule()}
     if schedule is not None:
         rule["schedule"] = schedule
     rules: list[dict[str, Any]] = [{"match": match["local"], "method": "none"}, rule]

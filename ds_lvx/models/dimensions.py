@@ -66,7 +66,7 @@ class RowLayers(Layers):
 
 @dataclass(frozen=True)
 class Model:
-    """A multimodal model with cross-attention.
+    """A multimodal model, with cross-attention or with visual tokens among the text's.
 
     Attributes:
         name: as on the Hugging Face hub.
@@ -82,6 +82,8 @@ class Model:
         rows: of an encoder between projector and cross-attention; None: there is none.
         embeddings: tables of the vocabulary, for what goes in and what comes out.
         recomputes: cross-attention layers can project K and V again.
+        among: visual tokens stand among the text's. All layers of the text are ``cross`` then, and
+            ``text`` has none: they attend to both, each token to those before it.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Model:
     rows: RowLayers | None = None
     embeddings: int = 2
     recomputes: bool = True
+    among: bool = False
 
     @property
     def parameters(self) -> int:

@@ -256,11 +256,12 @@ def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footpri
         recompute_kv=scenario.recomputes(way),
         checkpointing=scenario.checkpointing,
     )
-    queries = max(evenly(scenario.text_tokens, ranks))
-    load = Load(keys=frames * scenario.model.frame_tokens, queries=queries, ranks=ranks)
+    queries, keys = max(evenly(scenario.sequence, ranks)), frames * scenario.model.frame_tokens
+    keys = queries if scenario.model.among else keys
+    load = Load(keys=keys, queries=queries, ranks=ranks)
     travelling = 0  # queries of other ranks that are here, with their gradients
     if setting.method == "lvx" and ranks > 1:
-        here = scenario.text_tokens if way == "lvx gather" else 2 * queries
+        here = scenario.sequence if way == "lvx gather" else 2 * queries
         travelling = _GATHERED_BYTES * here * cross.heads * cross.head_dim
     vision, stays = _vision(scenario, frames * scenario.model.tower_tokens)
     return Footprint(

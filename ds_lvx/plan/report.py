@@ -59,7 +59,7 @@ def as_text(scenario: Scenario, cluster: Cluster, found: Plan) -> str:
     ]
     for ranks in dict.fromkeys((best.ranks, found.quickest.ranks)):
         if ranks > 1:
-            parts += [f"Groups of {ranks}, by method of the cross-attention:"]
+            parts += [f"Groups of {ranks}, by method of the {scenario.attention}:"]
             parts += [_methods(found, ranks)]
     stops = [
         (each.name, str(each.fits_from or "-"), str(each.fastest_at or "-"), each.reason)
@@ -114,9 +114,10 @@ def _config(scenario: Scenario, best: Step) -> str:
         rule["schedule"] = schedule
     if scenario.recomputes(best.way):
         rule["recompute_kv"] = True
+    text = "" if scenario.model.among else f"; text {json.dumps({'method': best.text_method})}"
     return (
-        f'In the ds_config: "sequence_parallel_size": {best.ranks}; cross-attention '
-        f"{json.dumps(rule)}; text {json.dumps({'method': best.text_method})}"
+        f'In the ds_config: "sequence_parallel_size": {best.ranks}; {scenario.attention} '
+        f"{json.dumps(rule)}{text}"
     )
 
 

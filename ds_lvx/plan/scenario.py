@@ -49,6 +49,21 @@ class Scenario:
         return self.frames * self.model.frame_tokens
 
     @property
+    def sequence(self) -> int:
+        """Tokens that the text's layers run on."""
+        return self.text_tokens + (self.visual_tokens if self.model.among else 0)
+
+    @property
+    def attention(self) -> str:
+        """What looks at the visual tokens."""
+        return "self-attention" if self.model.among else "cross-attention"
+
+    @property
+    def pairs_seen(self) -> float:
+        """Of all pairs of a query and a key of cross-attention, those that count."""
+        return 0.5 if self.model.among else 1.0
+
+    @property
     def trains_all(self) -> bool:
         """Whether every weight gets a gradient."""
         return self.trains == "all"
@@ -69,6 +84,8 @@ class Scenario:
     def cross_shape(self, ranks: int, way: str) -> AttentionShape:
         """One cross-attention layer."""
         keys = [count * self.model.frame_tokens for count in evenly(self.frames, ranks)]
+        if self.model.among:
+            keys = evenly(self.sequence, ranks)
         shape = self._shape(self.model.cross, ranks, keys)
         return replace(shape, recompute=self.recomputes(way))
 
@@ -84,7 +101,7 @@ class Scenario:
     def _shape(self, layers: Layers, ranks: int, keys: Sequence[int]) -> AttentionShape:
         return AttentionShape(
             batch=1,
-            q_lengths=tuple(evenly(self.text_tokens, ranks)),
+            q_lengths=tuple(evenly(self.sequence, ranks)),
             kv_lengths=tuple(keys),
             heads=layers.heads,
             kv_heads=layers.kv_heads,

@@ -67,12 +67,14 @@ def step(scenario: Scenario, cluster: Cluster, *, ranks: int, way: str) -> Step:
     """
     layer = cost(scenario.cross_shape(ranks, way), cluster, way)
     text_method = "ulysses" if scenario.model.text.heads >= ranks else "ring"
+    text_method = way if scenario.model.among else text_method
+    seen = scenario.pairs_seen
     count, passes = scenario.model.cross.count, (layer.forward, layer.backward)
     projections = list(passes)
     if scenario.checkpointing and not scenario.recomputes(way):
         projections.append(layer.forward)  # in the layer's second forward
     parts = {
-        "cross-attention": count * sum(each.kernel_s + each.other_s for each in passes),
+        "cross-attention": count * sum(seen * each.kernel_s + each.other_s for each in passes),
         "projection of K and V": count * sum(each.projection_s for each in projections),
         "cross-attention, network": count * layer.exposed_s,
         **_text(scenario, cluster, ranks, text_method),
@@ -98,7 +100,7 @@ def step(scenario: Scenario, cluster: Cluster, *, ranks: int, way: str) -> Step:
 
 def _text(scenario: Scenario, cluster: Cluster, ranks: int, method: str) -> dict[str, float]:
     model, device, trained = scenario.model, cluster.device, scenario.trains_all
-    tokens = -(-scenario.text_tokens // ranks)
+    tokens = -(-scenario.sequence // ranks)
     again = 1 if scenario.checkpointing else 0
 
     def products(parameters: int, passes: int) -> float:

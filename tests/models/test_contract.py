@@ -66,7 +66,7 @@ def test_a_model_type_has_one_family(families: Families) -> None:
         "mllama, moss_vl, idefics, mplugowl3, openflamingo, "
         "blip-2, instructblip, instructblipvideo, qwen, video_llama, "
         "t5gemma2, qwen2_5_vl, "
-        "internvl, "
+        "internvl, llava_onevision, "
         "new;"
     )
     with pytest.raises(NotImplementedError, match=f"'newer'; expected one of {known}"):
@@ -130,7 +130,10 @@ def test_the_planner_gets_dimensions_without_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PLANNING], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["13 mllama moss_vl mplugowl3 idefics t5gemma2", "[]"]
+    assert done.stdout.splitlines() == [
+        "17 mllama moss_vl mplugowl3 idefics t5gemma2 qwen2_5_vl",
+        "[]",
+    ]
 
 
 # ---- who names a family

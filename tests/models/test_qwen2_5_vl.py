@@ -14,6 +14,7 @@ from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import shard_batch
+from ds_lvx.whole_batches import WholeBatches
 from tests.models import concatenated_case as case
 from tests.models.mllama_case import (
     assert_same_training,
@@ -113,18 +114,24 @@ def logits_in_order() -> list[Any]:
     patch = patch_model(model, LVXConfig.from_ds_config(rules("ring", 2)), groups)
     shard = shard_batch(left_padded(), model=model)
     whole = gather_sequence(model(**shard).logits, shard=shard).detach()
+    hooks = WholeBatches(model, groups, averages=False)  # what Trainer and accelerate put on it
+    with torch.no_grad():
+        out = model.eval()(**left_padded())
+    hooks.remove()
     patch.unpatch()
     groups.close()
-    return [whole, left_padded()["attention_mask"]]
+    return [whole, out.logits.detach(), out.loss.item(), left_padded()["attention_mask"]]
 
 
 def test_logits_come_in_the_order_of_the_text() -> None:
-    for whole, mask in run_ranks(logits_in_order, 2):
+    alone = expected()["left_padded"]
+    for *wholes, loss, mask in run_ranks(logits_in_order, 2):
         there = mask.bool()
-        torch.testing.assert_close(
-            whole[there], expected()["left_padded"]["logits"][0][0][there], atol=1e-5, rtol=1e-5
-        )
-        assert not whole[~there].any()
+        assert loss == pytest.approx(alone["losses"][0][0], abs=1e-5)
+        for whole in wholes:
+            wanted = alone["logits"][0][0][there]
+            torch.testing.assert_close(whole[there], wanted, atol=1e-5, rtol=1e-5)
+            assert not whole[~there].any()
 
 
 # ---- training

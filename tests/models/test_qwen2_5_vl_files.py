@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,21 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from ds_lvx.compare.case import (
+    Setting,
+    build_model,
+    cut,
+    ds_config,
+    make_batch,
+    part_of,
+    random_case,
+)
+from ds_lvx.config import LVXConfig
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.text import TextEncoder
+from ds_lvx.models import patch_model
 from ds_lvx.models.media import Medium
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
@@ -23,6 +35,7 @@ from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.finetune_runs import arguments, finetune, metrics
 from tests.models.concatenated_case import rules
+from tests.models.moss_vl_case import OneRank
 from tests.ranks import run_ranks
 
 NAME = "qwen2_5_vl"
@@ -113,6 +126,32 @@ def test_a_text_that_says_a_placeholder_is_refused(folder: Path, tmp_path: Path)
     (conversation,) = read_conversations(tmp_path / "bad.jsonl")
     with pytest.raises(DataError, match=r"got 1 <\|image_pad\|> or <\|video_pad\|> in the text"):
         maker_of(folder, frames=2).sample(conversation)
+
+
+def test_a_comparison_trains_a_model_of_random_weights() -> None:
+    case = cut(random_case(NAME), hidden=256, cross_layers=2, vision_layers=2)
+    assert (case.heads, case.kv_heads, case.self_layers, case.frame_tokens) == (2, 2, 0, 256)
+    sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "patch_size": 2}
+    case = replace(case, **sizes, vocabulary=96, text_tokens=8, mlp=64)
+    model = build_model(case, dtype=torch.float32)
+    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
+    config = ds_config(Setting("ring", False, False), case, ranks=1)
+    groups: Any = OneRank()
+    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    shard = shard_batch(batch, model=model, frames="local")
+    assert shard["ds_lvx"].text_lengths == (2 * 256 + 9,)
+    model(**shard).loss.backward()
+    assert all(parameter.grad.any() for _, parameter in model.named_parameters())
+    regions = case.contract().regions()
+    parts = {part_of(name, regions) for name, _ in model.named_parameters()}
+    assert parts == {"cross_attention", "text", "vision"}
+
+
+def test_a_checkpoint_has_a_size() -> None:
+    family = FAMILIES.named(NAME)
+    published = family.config(family.size())
+    assert family.size(published) == family.size()
+    assert published.video_token_id == 151_656
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,6 +47,31 @@ def test_text_has_the_answer_and_where_it_comes_from(capsys: pytest.CaptureFixtu
         CARDS["H100"].source,
     ):
         assert words in text
+
+
+def test_visual_tokens_may_stand_among_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        "plan",
+        "--model",
+        "Qwen2.5-VL-7B",
+        "--text",
+        "512",
+        "--frames",
+        "100",
+        "--card",
+        "H100",
+    )
+    assert main([*words, "--gpus", "8", "--group", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "12,800 visual tokens" in text
+    assert "by method of the self-attention" in text
+    assert re.search(r'8; self-attention {"method": "\w+"[^;]*}\n', text)
+    scenario = Scenario(model("Qwen2.5-VL-7B"), text_tokens=512, frames=100)
+    shape = scenario.cross_shape(8, "ring")
+    assert shape.q_lengths == shape.kv_lengths == (1664,) * 8
+    many = footprint(replace(scenario, frames=200), gpus=8, ranks=8, way="ring")
+    few = footprint(scenario, gpus=8, ranks=8, way="ring")
+    assert many.text == pytest.approx(few.text * (512 + 25_600) / (512 + 12_800), rel=0.01)
 
 
 def section(title: str) -> str:

@@ -40,6 +40,10 @@ def test_llama_vision_has_the_dimensions_of_transformers_config(tmp_path: Path) 
         ("t5gemma-2-1b", 2.1, 256, (26, 4, 1, 256)),
         ("t5gemma-2-4b", 7.5, 256, (34, 8, 4, 256)),
         ("MOSS-VL-Instruct-0708", 11.3, 721, (12, 32, 8, 128)),
+        ("Qwen2.5-VL-3B", 3.75, 128, (36, 16, 2, 128)),
+        ("Qwen2.5-VL-7B", 8.29, 128, (28, 28, 4, 128)),
+        ("Qwen2.5-VL-32B", 33.5, 128, (64, 40, 8, 128)),
+        ("Qwen2.5-VL-72B", 73.4, 128, (80, 64, 8, 128)),
     ],
 )
 def test_known_models(

@@ -137,13 +137,12 @@ class Concatenated(Family):
 
     def check(self, model: Any, *, sp_size: int) -> None:
         config: Any = self.text_model(model).config
-        kinds = getattr(config, "layer_types", None) or ()
-        windows = [n for n, kind in enumerate(kinds) if kind != "full_attention"]
-        if windows:
-            kind = kinds[windows[0]]
+        types = getattr(config, "layer_types", None) or ()
+        others = [n for n, kind in enumerate(types) if kind != "full_attention"]
+        if others:
             raise NotImplementedError(
-                f'got a text model whose layer {windows[0]} is of the type "{kind}"; expected '
-                '"full_attention" in every layer, which lvx, ring and ulysses run: set '
+                f'got a text model whose layer {others[0]} is of type "{types[others[0]]}"; '
+                'expected "full_attention" in every layer, which lvx, ring and ulysses run: set '
                 "use_sliding_window to false in the text's config, as the published models have it"
             )
         rope = getattr(config, "rope_parameters", None) or {}
@@ -177,6 +176,7 @@ class Concatenated(Family):
 
     def regions(self) -> Mapping[str, str]:
         return {
+            r".*\blanguage_model\.layers\.\d+\.self_attn": "cross_attention",
             # Its layers as well: one that is checkpointed runs again by itself.
             r".*\blanguage_model(\.layers\.\d+)?": "text",
             r".*\blm_head": "text",

@@ -1,1 +1,1 @@
-"""InternVL: see `ds_lvx.models.internvl.family`."""
+"""InternVL of transformers. Importing this package imports no torch."""

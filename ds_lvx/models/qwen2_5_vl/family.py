@@ -17,9 +17,10 @@ from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
+from ds_lvx.models.dimensions import Model
 from ds_lvx.models.media import Held, Medium, Shown
 from ds_lvx.models.qwen2_5_vl import batch as batches
-from ds_lvx.models.qwen2_5_vl import sized
+from ds_lvx.models.qwen2_5_vl import dimensions, sized
 from ds_lvx.models.qwen2_5_vl.processor import Processor
 from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS
@@ -94,6 +95,9 @@ class Qwen25VL(Concatenated):
 
     def frame_tokens(self, config: Any) -> int:
         return sized.frame_tokens(config)
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
 
     def config(self, size: Size) -> Qwen2_5_VLConfig:
         return sized.config_of(size)

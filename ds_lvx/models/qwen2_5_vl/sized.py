@@ -1,6 +1,6 @@
 """Qwen2.5-VL with random weights, cut to any size; a tiny one to try out, frames to measure with.
 
-A size's image is a square. All layers of the text see images: a size counts none that only do so.
+All layers of the text see images. A frame that is measured is a unit of a video, a square.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def size_of(config: Any) -> Size:
             kv_heads=4,
             mlp=18_944,
             layers=28,
-            cross_at=(),
+            cross_at=tuple(range(28)),
             positions=128_000,
             rope_theta=1e6,
             vision_hidden=1280,
@@ -112,8 +112,9 @@ def size_of(config: Any) -> Size:
         kv_heads=text.num_key_value_heads,
         mlp=text.intermediate_size,
         layers=text.num_hidden_layers,
-        cross_at=(),
+        cross_at=tuple(range(text.num_hidden_layers)),
         positions=text.max_position_embeddings,
+        rope_theta=text.rope_parameters["rope_theta"],
         vision_hidden=vision.hidden_size,
         vision_heads=vision.num_heads,
         vision_mlp=vision.intermediate_size,

@@ -1,0 +1,137 @@
+"""Qwen2.5-VL in one process: what patching changes, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from ds_lvx.config import LVXConfig
+from ds_lvx.models import patch_model
+from ds_lvx.sharding import draft_batch, owned, shard_batch
+from tests.models.concatenated_case import rules
+from tests.models.moss_vl_case import OneRank
+from tests.models.qwen2_5_vl_case import IMAGE, Batch, hard_batch, text_only, tiny_model
+from tests.models.test_t5gemma2_alone import insides
+
+
+def patched(model: Any, method: str = "ring") -> Any:
+    groups: Any = OneRank()
+    config = rules("qwen2_5_vl", method, 1)
+    return patch_model(model, LVXConfig.from_ds_config(config), groups)
+
+
+def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
+    model, batch = tiny_model().eval(), hard_batch()
+    before, expected = insides(model), model(**batch)
+    patch = patched(model)
+    copied = copy.deepcopy(model)
+    assert torch.equal(model(**batch).logits, expected.logits)
+    patch.unpatch()
+    assert insides(model) == before
+    for parameter in copied.parameters():
+        parameter.data.mul_(1.1)
+    changed = tiny_model().eval()
+    for parameter in changed.parameters():
+        parameter.data.mul_(1.1)
+    theirs = copied(**shard_batch(batch, model=copied))
+    torch.testing.assert_close(theirs.loss, changed(**batch).loss)
+
+
+def test_sliding_windows_are_refused_by_name() -> None:
+    model = tiny_model(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    words = r'layer 1 is of type "sliding_attention"; .*use_sliding_window to false'
+    with pytest.raises(NotImplementedError, match=words):
+        patched(model)
+
+
+def test_positions_that_the_model_makes_may_be_given() -> None:
+    model, batch = tiny_model(), hard_batch()
+    given = {key: batch.get(key) for key in ("image_grid_thw", "video_grid_thw", "attention_mask")}
+    own = model.model.get_rope_index(
+        batch["input_ids"],
+        mm_token_type_ids=batch["mm_token_type_ids"],
+        second_per_grid_ts=batch["second_per_grid_ts"],
+        **given,
+    )[0]
+    alone = shard_batch({**batch, "mm_token_type_ids": None}, model=model)
+    told = shard_batch({**batch, "position_ids": own}, model=model)
+    assert torch.equal(alone["position_ids"], told["position_ids"])
+
+
+def test_padding_whose_next_token_is_learnt_stays() -> None:
+    """Its loss counts in one process, too."""
+    batch = text_only()
+    batch["labels"][1] = 5
+    shard = shard_batch(batch, model=tiny_model())
+    assert int((shard["shift_labels"] != -100).sum()) == shard["num_items_in_batch"] == 22
+
+
+def test_owned_asks_the_model() -> None:
+    assert owned(3, model=tiny_model()) == [0, 1, 2]
+    assert owned([4, 0, 9]) == range(3)
+
+
+def test_a_draft_pickles_without_the_whole_batch() -> None:
+    draft = draft_batch(hard_batch(), model=tiny_model())
+    assert set(draft.checked().visual.arguments) == {"pixel_values", "image_grid_thw"}
+
+
+def changed(batch: Batch, **entries: Any) -> Batch:
+    return {**batch, **entries}
+
+
+def without_first_image(batch: Batch) -> Batch:
+    """Its tokens are there no more."""
+    ids = batch["input_ids"].clone()
+    ids[0, ids[0] == IMAGE] = 5
+    return {**batch, "input_ids": ids, "mm_token_type_ids": None}
+
+
+BAD: dict[str, Any] = {
+    r"image_grid_thw with 3 more rows than there are images": without_first_image,
+    r"got 6 tokens in sample 0 for a row of image_grid_thw that makes 9": lambda b: changed(
+        b, image_grid_thw=torch.tensor([[1, 6, 6], [1, 2, 2], [1, 6, 4]])
+    ),
+    r"tokens of an image or a video in sample 0 without a row of video_grid_thw": lambda b: changed(
+        b, video_grid_thw=None
+    ),
+    r"\[1, 3, 4\] in image_grid_thw; expected .* multiples of 2": lambda b: changed(
+        b, image_grid_thw=torch.tensor([[1, 3, 4]])
+    ),
+    r"image_grid_thw \(3,\); expected a tensor \[images or videos, 3\]": lambda b: changed(
+        b, image_grid_thw=torch.tensor([1, 3, 4])
+    ),
+    r"pixel_values of 51 rows, and a text with places for 52; .*frames=\"local\"": lambda b: (
+        changed(b, pixel_values=b["pixel_values"][:51])
+    ),
+    r"pixel_values_videos of 0 rows, and a text with places for": lambda b: changed(
+        b, pixel_values_videos=None
+    ),
+    r"pixel_values of type list; expected a tensor": lambda b: changed(b, pixel_values=[1]),
+    r"position_ids \(3, \d+\) that are not the model's own": lambda b: changed(
+        b, position_ids=torch.arange(b["input_ids"].shape[1]).expand(3, -1)
+    ),
+    r"mm_token_type_ids that are not those of input_ids": lambda b: changed(
+        b, mm_token_type_ids=torch.zeros_like(b["input_ids"])
+    ),
+    r"attention_mask \(3, 5\); expected the shape of input_ids": lambda b: changed(
+        b, attention_mask=b["attention_mask"][:, :5]
+    ),
+    r"'pixel_value' in the batch; .*'pixel_values'": lambda b: changed(b, pixel_value=0),
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_a_bad_batch_is_told_what_is_wrong(words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        shard_batch(BAD[words](hard_batch()), model=tiny_model())
+
+
+def test_positions_of_a_text_alone_have_its_shape() -> None:
+    words = r"position_ids \(4, 2, 12\); expected \(3, 2, 12\) or \(2, 12\)"
+    batch = changed(text_only(), position_ids=torch.zeros(4, 2, 12).long())
+    with pytest.raises(ValueError, match=words):
+        shard_batch(batch, model=tiny_model())
