@@ -101,6 +101,14 @@ def make_batch(
                 parts += [torch.tensor([START]), visual, torch.tensor([END])]
                 count += tiles
         rows.append(torch.cat(parts))
+    batch = padded(rows, left=left)
+    if count:
+        batch["pixel_values"] = torch.randn(count, 3, SIDE, SIDE, generator=generator)
+    return batch
+
+
+def padded(rows: Sequence[Tensor], *, left: bool) -> Batch:
+    """Rows of ids as text and labels; special tokens are not learnt."""
     longest = max(map(len, rows))
     ids, mask = torch.full((len(rows), longest), PAD), torch.zeros(len(rows), longest).long()
     for n, row in enumerate(rows):
@@ -109,10 +117,7 @@ def make_batch(
     labels = ids.masked_fill((mask == 0) | (ids >= START), -100)
     if left:  # nobody says the first token
         labels[torch.arange(len(rows)), mask.argmax(dim=1)] = -100
-    batch: Batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    if count:
-        batch["pixel_values"] = torch.randn(count, 3, SIDE, SIDE, generator=generator)
-    return batch
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def hard_batch(seed: int = 0) -> Batch:

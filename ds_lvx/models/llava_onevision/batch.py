@@ -51,7 +51,7 @@ def image_tokens(size: tuple[int, int], config: Any) -> tuple[int, int]:
     # Nothing is computed: what the model's own function would leave of such a grid.
     grid = torch.empty(1, rows * each, columns * each, device="meta")
     height, width = unpad_image(grid, size).shape[1:]
-    most = int(config.vision_aspect_ratio.strip("anyres_max_"))
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
     ratio = math.sqrt(height * width / (most * each**2))
     if ratio > _MOST:
         height, width = int(height // ratio), int(width // ratio)
