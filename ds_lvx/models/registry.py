@@ -45,7 +45,7 @@ KNOWN: Mapping[str, str] = {
     name: f"ds_lvx.models.{name}.dimensions"
     for name in (
         *("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2"),
-        "qwen2_5_vl",
+        *("qwen2_5_vl", "internvl", "llava_onevision"),
     )
 }
 """``model_type`` -> the module with ``known``, a function that returns models known by name, and

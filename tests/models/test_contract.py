@@ -131,7 +131,7 @@ def test_the_planner_gets_dimensions_without_torch() -> None:
         [sys.executable, "-c", PLANNING], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [
-        "17 mllama moss_vl mplugowl3 idefics t5gemma2 qwen2_5_vl",
+        "23 mllama moss_vl mplugowl3 idefics t5gemma2 qwen2_5_vl internvl llava_onevision",
         "[]",
     ]
 

@@ -16,7 +16,9 @@ from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
+from ds_lvx.models.dimensions import Model
 from ds_lvx.models.internvl import batch as batches
+from ds_lvx.models.internvl import dimensions
 from ds_lvx.models.visual import PIXELS, Visual
 
 _OF_TEXT: Mapping[str, type[nn.Module]] = {
@@ -82,6 +84,9 @@ class InternVL(Concatenated):
 
     def vision_tower(self, model: Any) -> Any:
         return model.model.vision_tower
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
 
     def frame_tokens(self, config: Any) -> int:
         return batches.tile_tokens(config)
