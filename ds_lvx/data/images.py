@@ -67,7 +67,8 @@ def image_sides(path: str, *, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int
     """
     with _opened(path, limits) as image:
         width, height = image.size
-        lies = image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+        # A TIFF's size is PIL's of the upright picture already.
+        lies = image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
         return (width, height) if lies else (height, width)
 
 

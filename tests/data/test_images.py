@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ds_lvx.data.images import load_image
+from ds_lvx.data.images import image_sides, load_image
 from ds_lvx.data.limits import Limits
 
 
@@ -106,6 +106,7 @@ def test_eight_orientations(tmp_path: Path, orientation: int, end: str) -> None:
     }
     found = np.asarray(load_image(path))
     assert found.shape == turns[orientation].shape
+    assert image_sides(path) == found.shape[:2]  # which the header alone tells
     assert np.abs(found.astype(int) - turns[orientation]).mean() < 12
 
 
