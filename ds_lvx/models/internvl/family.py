@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import InternVLForConditionalGeneration
+from transformers import InternVLConfig, InternVLForConditionalGeneration
 from transformers.models.internvl.modeling_internvl import InternVLVisionAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
@@ -18,7 +19,8 @@ from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.internvl import batch as batches
-from ds_lvx.models.internvl import dimensions
+from ds_lvx.models.internvl import dimensions, sized
+from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS, Visual
 
 _OF_TEXT: Mapping[str, type[nn.Module]] = {
@@ -90,3 +92,21 @@ class InternVL(Concatenated):
 
     def frame_tokens(self, config: Any) -> int:
         return batches.tile_tokens(config)
+
+    def config(self, size: Size) -> InternVLConfig:
+        return sized.config_of(size)
+
+    def size(self, config: Any = None) -> Size:
+        return sized.size_of(config)
+
+    def build(
+        self, config: InternVLConfig, *, gate: float, dtype: torch.dtype
+    ) -> InternVLForConditionalGeneration:
+        return sized.build(config, dtype=dtype)
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]:
+        return sized.random_frames(
+            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
+        )
