@@ -20,6 +20,8 @@ from ds_lvx.models.concatenated.forward import Encoded
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.internvl import batch as batches
 from ds_lvx.models.internvl import dimensions, sized
+from ds_lvx.models.internvl.processor import Processor
+from ds_lvx.models.media import Held, Medium, Shown
 from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS, Visual
 
@@ -81,6 +83,22 @@ class InternVL(Concatenated):
 
     def blank(self, model: Any) -> dict[str, Tensor]:
         return batches.blank(model.config)
+
+    # ---- data
+
+    def load_processor(self, name: str) -> Processor:
+        return Processor.of(name)
+
+    def shown(self, processor: Processor, medium: Medium) -> Shown:
+        return processor.shown(medium)
+
+    def media(
+        self, processor: Processor, samples: Sequence[Held], *, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        return processor.media(samples, dtype=dtype)
+
+    def tiny(self) -> tuple[InternVLConfig, Processor]:
+        return sized.tiny()
 
     # ---- models
 

@@ -12,16 +12,26 @@ import torch
 from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
+from ds_lvx.models.byte_tokenizer import byte_tokenizer
 from ds_lvx.models.internvl.batch import tile_tokens
+from ds_lvx.models.internvl.processor import END, IMAGE_TOKEN, START, Processor
 from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS
 
+_OTHERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_TINY_SIDE = 16
 _IMAGE = 151_667
 """The token of an image, where a vocabulary has room."""
 
 
-def config_of(size: Size) -> InternVLConfig:
-    """The configuration of a model cut to a size; ``cross_at`` says nothing here."""
+def config_of(size: Size, image: int | None = None) -> InternVLConfig:
+    """The configuration of a model cut to a size.
+
+    Args:
+        size: its dimensions; ``cross_at`` says nothing here.
+        image: the token of an image; None: the published models', or where the vocabulary is small
+            its last.
+    """
     text = {
         "model_type": "qwen2",
         "vocab_size": size.vocabulary,
@@ -52,7 +62,7 @@ def config_of(size: Size) -> InternVLConfig:
     return InternVLConfig(
         text_config=text,
         vision_config=vision,
-        image_token_id=min(_IMAGE, size.vocabulary - 1),
+        image_token_id=min(_IMAGE, size.vocabulary - 1) if image is None else image,
         image_seq_length=(size.image_size // size.patch_size // 2) ** 2,
         tie_word_embeddings=False,
     )
@@ -104,6 +114,29 @@ def size_of(config: Any) -> Size:
 def build(config: InternVLConfig, *, dtype: torch.dtype) -> InternVLForConditionalGeneration:
     """Random weights, by torch's generator; there are no gates."""
     return InternVLForConditionalGeneration._from_config(config, dtype=dtype)
+
+
+def tiny() -> tuple[InternVLConfig, Processor]:
+    """A model of about 200,000 parameters, and its processor: a tile has 4 tokens."""
+    tokenizer = byte_tokenizer(
+        (*_OTHERS, START, END, IMAGE_TOKEN), eos_token=_OTHERS[2], pad_token=_OTHERS[0]
+    )
+    sides = {"height": _TINY_SIDE, "width": _TINY_SIDE}
+    files: dict[str, dict[str, Any]] = {
+        "preprocessor_config.json": {"size": sides, "max_patches": 4},
+        "processor_config.json": {"image_seq_length": 4},
+    }
+    size = Size(
+        vocabulary=len(tokenizer),
+        cross_at=(),
+        positions=4096,
+        image_size=_TINY_SIDE,
+        patch_size=_TINY_SIDE // 4,
+        eos=int(tokenizer.eos_token_id),
+        pad=int(tokenizer.pad_token_id),
+    )
+    image = int(tokenizer.get_vocab()[IMAGE_TOKEN])
+    return config_of(size, image), Processor(tokenizer, files)
 
 
 def random_frames(
