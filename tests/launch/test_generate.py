@@ -114,7 +114,7 @@ def test_what_is_wrong_is_said_on_every_rank(folder: Path) -> None:
         run_ranks(run, 2, *given(folder, "--video", "no.mp4", "--prompt", "What?"))
     assert all("--prompt:1: " in text for text in caught.value.errors.values())
     assert len(caught.value.errors) == 2
-    with pytest.raises(ValueError, match="got 3 ranks and ds_lvx.sequence_parallel_size 2"):
+    with pytest.raises(ValueError, match=r"got 3 ranks and ds_lvx\.sequence_parallel_size 2"):
         script().read(parse(given(folder, "--prompt", "What?")), 3)
     for words in (
         *(["--prompt", "a", "--data", "b"], ["--image", "a"], ["--data", "b", "--video"]),
