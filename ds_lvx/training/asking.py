@@ -151,7 +151,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         top.error("got --prompt and --data, or neither; expected one of them, or --chat")
     if values["data"] is not None and (values["image"] or values["video"]):
         top.error("got --image or --video with --data, whose lines name their own")
-    return Options(**values)
+    options = Options(**values)
+    try:
+        FrameRate.asked(options)
+    except ValueError as error:
+        top.error(str(error))
+    return options
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ds_lvx.data.chosen import FrameRate
 from ds_lvx.data.formats import FORMATS
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 
@@ -83,10 +84,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     """
     top = parser()
     values = vars(top.parse_args(arguments))
-    if values["frames"] is not None and values["max_frames"] is not None:
-        top.error("--max_frames: not allowed with --frames, which is a number itself")
     del values["local_rank"]  # from the launcher; the environment says the same
     options = Options(**values)
+    try:
+        FrameRate.asked(options)
+    except ValueError as error:
+        top.error(str(error))
     if options.eval_generate > 0 and options.eval_data is None:
         top.error("--eval_generate: got no --eval_data; expected the chats whose answers to give")
     if options.on_bad_sample == "skip" and options.check_data == "lines":

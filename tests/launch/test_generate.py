@@ -118,6 +118,7 @@ def test_what_is_wrong_is_said_on_every_rank(folder: Path) -> None:
         script().read(parse(given(folder, "--prompt", "What?")), 3)
     for words in (
         *(["--prompt", "a", "--data", "b"], ["--image", "a"], ["--data", "b", "--video"]),
+        ["--prompt", "a", "--frames", "2", "--max_frames", "2"],
         *(["--prompt", "a", f"--{name}", "0"] for name in ("fps", "frames", "max_new_tokens")),
     ):
         with pytest.raises(SystemExit):
