@@ -27,7 +27,7 @@ from transformers import TextStreamer
 from transformers.utils import logging
 
 import ds_lvx
-from ds_lvx.config import read_ds_config
+from ds_lvx.config import LVXConfig, read_ds_config
 from ds_lvx.data.chat import Conversation
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
@@ -67,16 +67,11 @@ def answer_all(options: Options, world: Channel) -> None:
         ValueError: something that the user gave is wrong; on all ranks.
         NotImplementedError: a model or a combination that does not exist; on all ranks.
     """
-    source, encoder, dtype = together(world, lambda: read(options))
+    source, encoder, dtype = together(world, lambda: read(options, world.size))
     torch.manual_seed(options.seed)
     device = get_accelerator().current_device_name()
     model = together(world, lambda: load(options, source, dtype).to(device))
     session = ds_lvx.apply(model, options.deepspeed_config)
-    if session.groups.dp_size > 1:
-        raise ValueError(
-            f"got {world.size} ranks and ds_lvx.sequence_parallel_size {session.groups.sp_size}; "
-            "expected as many: all ranks answer the same question"
-        )
     prompts = Prompts(encoder, options.rate, owned=ds_lvx.owned, dtype=dtype)
     asking = Asking(options, model, prompts, world)
     together(world, asking.begin)
@@ -185,8 +180,14 @@ class Asking:
                 file.write(json.dumps(record) + "\n")
 
 
-def read(options: Options) -> tuple[Source, TextEncoder, torch.dtype]:
+def read(options: Options, ranks: int) -> tuple[Source, TextEncoder, torch.dtype]:
     """Config and processor of the model, and the dtype to run it in."""
+    size = LVXConfig.from_ds_config(options.deepspeed_config).sequence_parallel_size
+    if size != ranks:
+        raise ValueError(
+            f"got {ranks} ranks and ds_lvx.sequence_parallel_size {size}; expected as many: all "
+            "ranks answer the same question"
+        )
     dtype = training_dtype(read_ds_config(options.deepspeed_config))
     source = Source.of(options.model, trust_remote_code=options.trust_remote_code)
     if not source.family.has("generator"):

@@ -32,7 +32,13 @@ class FrameRate:
 
     @classmethod
     def asked(cls, options: Any) -> FrameRate:
-        """What ``--fps``, ``--frames`` and ``--max_frames`` say; one frame a second without."""
+        """What ``--fps``, ``--frames`` and ``--max_frames`` say; one frame a second without.
+
+        Raises:
+            ValueError: the last two stand together.
+        """
+        if options.frames is not None and options.max_frames is not None:
+            raise ValueError("--max_frames: not allowed with --frames, which is a number itself")
         fps = 1.0 if options.fps is None and options.frames is None else options.fps
         return cls(fps=fps, count=options.frames, max_frames=options.max_frames)
 

@@ -49,7 +49,7 @@ class ChatCollator:
         self._maker = BatchMaker(encoder, rate or FrameRate(fps=1), owned=range, limits=limits)
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
-        """A batch for the model, or for ``ds_lvx.shard_batch``.
+        """A batch for ``ds_lvx.shard_batch``, by which a `ds_lvx.trainer.Trainer` cuts it.
 
         Args:
             conversations: B of them.

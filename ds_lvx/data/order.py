@@ -30,7 +30,8 @@ class SampleOrder:
         blocks: samples of each file of the data set: files are permuted, and samples inside each,
             so that a file is read while its samples are taken. None: all in one.
         lengths: of the samples: those of about one length are taken together. None: whatever comes.
-        together: samples that are taken at once, by all replicas; with ``lengths``.
+        together: samples of a step, of all replicas; with ``lengths``. The shortest come first, so
+            that those of one forward are closest.
     """
 
     def __init__(

@@ -74,8 +74,7 @@ class Answers:
             first = start + groups.dp_rank * micro
             # Past the end the last sample again: all replicas run as many forwards.
             numbers = [min(n, self._count - 1) for n in range(first, first + micro)]
-            chats = [self._chats[number] for number in numbers]
-            batch, records = told(self._world, partial(self._batch, chats, asked))
+            (chats, batch), records = told(self._world, partial(self._batch, numbers, asked))
             raise_if_asked(records)
             found = [_row(c, a) for c, a in zip(chats, self._answer(batch.inputs), strict=True)]
             within = min(max(self._count - first, 0), micro)
@@ -85,9 +84,10 @@ class Answers:
         return [row for _, row in sorted(everyone, key=lambda each: each[0])]
 
     def _batch(
-        self, chats: Sequence[Conversation], asked: Callable[[], Mapping[str, Any]]
-    ) -> tuple[Batch, Row]:
-        return self._prompts.batch(chats), {**asked()}
+        self, numbers: Sequence[int], asked: Callable[[], Mapping[str, Any]]
+    ) -> tuple[tuple[list[Conversation], Batch], Row]:
+        chats = [self._chats[number] for number in numbers]
+        return (chats, self._prompts.batch(chats)), {**asked()}
 
     def _answer(self, inputs: Mapping[str, Any]) -> list[str]:
         tokens = ds_lvx.generate(

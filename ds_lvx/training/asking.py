@@ -12,7 +12,7 @@ from ds_lvx.data.chat import Chats, Conversation, Message, Part
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.text import IGNORED, EncodedText
 from ds_lvx.training.chatting import OPEN, conversation
-from ds_lvx.training.options import add_format
+from ds_lvx.training.options import above, add_format, add_rate, from_
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,31 @@ def question(conversation: Conversation) -> str:
     return _asked(conversation)[0].text
 
 
+def check_asked(conversation: Conversation) -> None:
+    """Refuse a chat whose last answer cannot be asked for.
+
+    Raises:
+        DataError: images or videos come after it.
+    """
+    after = conversation.messages[_place(conversation) :]
+    if any(part.kind != "text" for message in after for part in message.parts):
+        raise DataError.at(
+            conversation.source,
+            got="images or videos after the last answer",
+            expected="all of them before it",
+            do="end the chat with the answer that is asked for",
+        )
+
+
+def _place(conversation: Conversation) -> int:
+    """Of the last answer that is learnt."""
+    numbered = enumerate(conversation.messages)
+    return max(n for n, m in numbered if m.role == "assistant" and m.learnt)
+
+
 def _asked(conversation: Conversation) -> tuple[Message, Message]:
     """The last answer that is learnt, and what the user says before it."""
-    messages = conversation.messages
-    place = max(n for n, m in enumerate(messages) if m.role == "assistant" and m.learnt)
+    messages, place = conversation.messages, _place(conversation)
     before = [message for message in messages[:place] if message.role == "user"]
     return (before[-1] if before else Message("user", ())), messages[place]
 
@@ -97,18 +118,12 @@ class Prompts(BatchMaker):
         Raises:
             DataError: likewise; and for images or videos that come after the answer.
         """
+        check_asked(conversation)
         whole = super().sample(conversation)
         ids, labels = whole.text.input_ids, whole.text.labels
         end = max(place for place, label in enumerate(labels) if label != IGNORED)
         while end > 0 and labels[end - 1] != IGNORED:
             end -= 1
-        if ids[:end].count(self.encoder.image_token_id) != whole.num_frames:
-            raise DataError.at(
-                conversation.source,
-                got="images or videos after the last answer",
-                expected="all of them before it",
-                do="end the chat with the answer that is asked for",
-            )
         return replace(whole, text=EncodedText(ids[:end], [IGNORED] * end))
 
     def text(self, conversation: Conversation) -> dict[str, Any]:
@@ -136,7 +151,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         top.error("got --prompt and --data, or neither; expected one of them, or --chat")
     if values["data"] is not None and (values["image"] or values["video"]):
         top.error("got --image or --video with --data, whose lines name their own")
-    return Options(**values)
+    options = Options(**values)
+    try:
+        FrameRate.asked(options)
+    except ValueError as error:
+        top.error(str(error))
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -157,14 +177,20 @@ def parser() -> argparse.ArgumentParser:
     add("--video", action="append", default=[], help="a file; may be given again")
     add("--data", help="chats (docs/data.md); the last answer of each is asked for")
     add_format(top)
-    rate = top.add_mutually_exclusive_group()
-    rate.add_argument("--fps", type=float, help="frames a second of video (default: 1)")
-    rate.add_argument("--frames", type=int, help="frames a video, evenly spaced")
-    add("--max_frames", type=int, help="with --fps: frames of a video at most")
-    add("--max_length", type=int, help="text tokens of a prompt (default: the model's positions)")
-    add("--max_new_tokens", type=int, default=256, help="of an answer (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="of sampling; 0 (default): the likeliest")
-    add("--seed", type=int, default=0, help="of sampling")
+    add_rate(top)
+    add(
+        "--max_new_tokens",
+        type=above(int, 0),
+        default=256,
+        help="of an answer (default: %(default)s)",
+    )
+    add(
+        "--temperature",
+        type=from_(float, 0),
+        default=0.0,
+        help="of sampling; 0 (default): the likeliest",
+    )
+    add("--seed", type=from_(int, 0), default=0, help="of sampling")
     add("--output", help="JSONL file for the answers")
     add("--traceback", action="store_true", help="show where an error was raised")
     return top

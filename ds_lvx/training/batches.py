@@ -121,7 +121,7 @@ class Recipe:
             self.seed,
             blocks=self.training.blocks,
             lengths=self.lengths,
-            together=self.sizes.per_forward,
+            together=self.sizes.per_step,  # the same for a run that resumes on other ranks
         )
 
     def lines(self, place: Place) -> list[Line]:

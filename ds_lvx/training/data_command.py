@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="a data set, as --data of launch/finetune.py names it")
     group = parser.add_argument_group("how it is read")
     add_format(group)
-    group.add_argument("--model", help="folder or hub name of a checkpoint, for lengths in tokens")
+    group.add_argument(
+        "--model", help="folder or hub name of a checkpoint, or `tiny`: for lengths in tokens"
+    )
     group.add_argument(
         "--trust_remote_code", action="store_true", help="run code that comes with the checkpoint"
     )

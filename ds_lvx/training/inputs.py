@@ -16,11 +16,13 @@ from ds_lvx.data.batch import FrameRate
 from ds_lvx.data.chat import Chats
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.training.asking import check_asked
 from ds_lvx.training.check import Checks, bad_samples
 from ds_lvx.training.lengths import sample_lengths
 from ds_lvx.training.model import Source
 from ds_lvx.training.options import Options
 from ds_lvx.training.run_state import written
+from ds_lvx.training.together import together
 from ds_lvx.training.trackers import check_trackers
 
 
@@ -150,7 +152,8 @@ def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
     Raises:
         ValueError: on all ranks: a bad sample, or none that is good.
 
-    Collectives: two agreements on the control plane for each file of data, one for lengths.
+    Collectives: two agreements on the control plane for each file of data, one for what
+    ``--eval_generate`` asks, one for lengths.
     """
     skip = options.on_bad_sample == "skip"
     look = partial(bad_samples, checks=inputs.checks, source=inputs.source, world=world, skip=skip)
@@ -159,6 +162,7 @@ def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
     if evaluation is not None:
         bad_too = look(evaluation)
         evaluation = evaluation.without(bad_too)
+        together(world, partial(_check_asked, evaluation, options.eval_generate))
     lengths = None
     if options.group_by_length:
         lengths = sample_lengths(training, inputs.checks, inputs.source, world=world)
@@ -173,6 +177,11 @@ def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
         skipped=(*bad.values(), *bad_too.values()),
         lengths=lengths,
     )
+
+
+def _check_asked(evaluation: Chats, count: int) -> None:
+    for index in range(min(count, len(evaluation))):
+        check_asked(evaluation[index])
 
 
 def batch_sizes(ds_config: Mapping[str, Any], replicas: int) -> BatchSizes:

@@ -11,6 +11,11 @@ from ds_lvx.training.model import Source
 from ds_lvx.training.together import told
 
 
+def tokens_beside(source: Source) -> int:
+    """Visual tokens of a frame that do not stand among the text's, which counts those itself."""
+    return source.family.frame_tokens(source.config) if source.family.features_key else 0
+
+
 def sample_lengths(chats: Chats, checks: Checks, source: Source, *, world: Channel) -> array[int]:
     """Text tokens and visual tokens of every sample, the frames' headers read, no frame decoded.
 
@@ -26,7 +31,7 @@ def sample_lengths(chats: Chats, checks: Checks, source: Source, *, world: Chann
     Collectives: one agreement on the control plane, 10 bytes a sample.
     """
     maker = checks.maker(source)
-    frame_tokens = source.family.frame_tokens(source.config)
+    frame_tokens = tokens_beside(source)
 
     def mine() -> tuple[None, dict[str, list[int]]]:
         found = []

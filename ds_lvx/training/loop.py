@@ -24,6 +24,7 @@ from ds_lvx.training.batches import TRAINING, Batches, Made, Place
 from ds_lvx.training.ending import EndAskedError, Ending, raise_if_asked
 from ds_lvx.training.export import save_pretrained
 from ds_lvx.training.inputs import Inputs
+from ds_lvx.training.lengths import tokens_beside
 from ds_lvx.training.model import parameter_groups
 from ds_lvx.training.options import Options
 from ds_lvx.training.progress import Progress
@@ -127,9 +128,7 @@ class Trainer:
         self._answers: Answers | None = None
         if options.eval_generate > 0:
             self._answers = Answers(engine, inputs, options, world=world)
-        family, config = inputs.source.family, inputs.source.config
-        # Where their size counts, frames are among the tokens of the text.
-        self._tokens_of_a_frame = 0 if family.sized_media else family.frame_tokens(config)
+        self._tokens_of_a_frame = tokens_beside(inputs.source)
 
     def run(self) -> None:
         """Resume where asked, train to the end, evaluate, and write the model.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ds_lvx.data.chosen import FrameRate
 from ds_lvx.data.formats import FORMATS
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 
@@ -83,10 +84,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     """
     top = parser()
     values = vars(top.parse_args(arguments))
-    if values["frames"] is not None and values["max_frames"] is not None:
-        top.error("--max_frames: not allowed with --frames, which is a number itself")
     del values["local_rank"]  # from the launcher; the environment says the same
     options = Options(**values)
+    try:
+        FrameRate.asked(options)
+    except ValueError as error:
+        top.error(str(error))
     if options.eval_generate > 0 and options.eval_data is None:
         top.error("--eval_generate: got no --eval_data; expected the chats whose answers to give")
     if options.on_bad_sample == "skip" and options.check_data == "lines":
@@ -144,7 +147,7 @@ def _add_inputs(group: Any) -> None:
     )
     group.add_argument(
         "--workers",
-        type=_from(int, 0),
+        type=from_(int, 0),
         help="processes of a rank that decode ahead of it; 0: in the rank itself (default: 1 with "
         "a GPU, else 0)",
     )
@@ -164,16 +167,16 @@ def add_format(group: Any) -> None:
 def add_rate(group: Any) -> None:
     """How much of a sample is taken."""
     rate = group.add_mutually_exclusive_group()
-    rate.add_argument("--fps", type=_above(float, 0), help="frames a second of video (default: 1)")
-    rate.add_argument("--frames", type=_above(int, 0), help="frames a video, evenly spaced")
+    rate.add_argument("--fps", type=above(float, 0), help="frames a second of video (default: 1)")
+    rate.add_argument("--frames", type=above(int, 0), help="frames a video, evenly spaced")
     group.add_argument(
         "--max_frames",
-        type=_above(int, 0),
+        type=above(int, 0),
         help="with --fps: frames of a video at most; of a longer one so many, evenly spaced",
     )
     group.add_argument(
         "--max_length",
-        type=_above(int, 1),
+        type=above(int, 1),
         help="text tokens a sample may have (default: the model's positions); more is an error",
     )
 
@@ -183,51 +186,51 @@ def add_limits(group: Any) -> None:
     default = DEFAULT_LIMITS
     group.add_argument(
         "--max_pixels",
-        type=_above(int, 0),
+        type=above(int, 0),
         default=default.max_pixels,
         help="of an image, or of a frame (default: %(default)s)",
     )
     group.add_argument(
         "--max_film_frames",
-        type=_above(int, 0),
+        type=above(int, 0),
         default=default.max_film_frames,
         help="of a video, chosen or not (default: %(default)s)",
     )
     group.add_argument(
         "--max_lead_in_frames",
-        type=_above(int, 0),
+        type=above(int, 0),
         default=default.max_lead_in_frames,
         help="decoded only to get at a chosen one (default: %(default)s)",
     )
     group.add_argument(
         "--max_gap_s",
-        type=_above(float, 0),
+        type=above(float, 0),
         default=default.max_gap_s,
         help="seconds between two frames (default: %(default)s)",
     )
     group.add_argument(
         "--max_line_bytes",
-        type=_above(int, 0),
+        type=above(int, 0),
         default=default.max_line_bytes,
         help="of a line of --data and --eval_data (default: %(default)s)",
     )
 
 
 def _add_training(group: Any) -> None:
-    group.add_argument("--epochs", type=_above(float, 0), default=1.0)
-    group.add_argument("--max_steps", type=_above(int, 0), help="in place of --epochs")
-    group.add_argument("--learning_rate", type=_above(float, 0), default=1e-5)
+    group.add_argument("--epochs", type=above(float, 0), default=1.0)
+    group.add_argument("--max_steps", type=above(int, 0), help="in place of --epochs")
+    group.add_argument("--learning_rate", type=above(float, 0), default=1e-5)
     group.add_argument("--lr_scheduler", choices=SCHEDULERS, default="cosine")
-    group.add_argument("--warmup_steps", type=_from(int, 0), default=0)
-    group.add_argument("--weight_decay", type=_from(float, 0), default=0.0)
+    group.add_argument("--warmup_steps", type=from_(int, 0), default=0)
+    group.add_argument("--weight_decay", type=from_(float, 0), default=0.0)
     group.add_argument(
         "--lora_r",
-        type=_from(int, 0),
+        type=from_(int, 0),
         default=0,
         help="rank of LoRA on q, k, v, o of the text layers; 0 (default) trains the weights",
     )
-    group.add_argument("--lora_alpha", type=_above(int, 0), help="default: twice --lora_r")
-    group.add_argument("--lora_dropout", type=_from(float, 0), default=0.0)
+    group.add_argument("--lora_alpha", type=above(int, 0), help="default: twice --lora_r")
+    group.add_argument("--lora_dropout", type=from_(float, 0), default=0.0)
     group.add_argument("--freeze_vision", action="store_true", help="leave the vision tower as is")
     group.add_argument(
         "--gradient_checkpointing",
@@ -239,28 +242,28 @@ def _add_training(group: Any) -> None:
         action="store_true",
         help="take samples of about one length at once, text tokens and visual tokens counted",
     )
-    group.add_argument("--seed", type=_from(int, 0), default=0)
+    group.add_argument("--seed", type=from_(int, 0), default=0)
 
 
 def _add_outputs(group: Any) -> None:
     group.add_argument("--output_dir", required=True, help="where everything goes, on all nodes")
-    group.add_argument("--eval_steps", type=_above(int, 0), help="default: only at the end")
+    group.add_argument("--eval_steps", type=above(int, 0), help="default: only at the end")
     group.add_argument(
         "--eval_generate",
-        type=_from(int, 0),
+        type=from_(int, 0),
         default=0,
         help="answers to generate at every evaluation, of the first samples; answers.jsonl has "
         "them beside their references (default: 0)",
     )
     group.add_argument(
         "--eval_new_tokens",
-        type=_above(int, 0),
+        type=above(int, 0),
         default=64,
         help="of each of these answers (default: %(default)s)",
     )
-    group.add_argument("--save_steps", type=_above(int, 0), help="steps between checkpoints")
+    group.add_argument("--save_steps", type=above(int, 0), help="steps between checkpoints")
     group.add_argument(
-        "--keep_checkpoints", type=_above(int, 0), default=2, help="older ones are deleted"
+        "--keep_checkpoints", type=above(int, 0), default=2, help="older ones are deleted"
     )
     group.add_argument(
         "--resume",
@@ -274,7 +277,7 @@ def _add_outputs(group: Any) -> None:
         action="store_true",
         help="resume from files that hold more than tensors, which runs code of whoever wrote them",
     )
-    group.add_argument("--log_steps", type=_above(int, 0), default=1)
+    group.add_argument("--log_steps", type=above(int, 0), default=1)
     group.add_argument(
         "--report_to",
         nargs="+",
@@ -285,11 +288,13 @@ def _add_outputs(group: Any) -> None:
     group.add_argument("--traceback", action="store_true", help="show where an error was raised")
 
 
-def _above(kind: Callable[[str], Any], low: float) -> Callable[[str], Any]:
+def above(kind: Callable[[str], Any], low: float) -> Callable[[str], Any]:
+    """The type of an option that is a number above another."""
     return _checked(kind, lambda value: value > low, f"more than {low}")
 
 
-def _from(kind: Callable[[str], Any], low: float) -> Callable[[str], Any]:
+def from_(kind: Callable[[str], Any], low: float) -> Callable[[str], Any]:
+    """The type of an option that is such a number or above it."""
     return _checked(kind, lambda value: value >= low, f"{low} or more")
 
 

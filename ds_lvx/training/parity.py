@@ -120,7 +120,7 @@ def _train(
             *("--deepspeed_config", str(path), "--output_dir", str(Path(name, "out"))),
             *("--max_steps", str(options.steps), "--log_steps", "1"),
         ]
-        parse(words)  # a mistake shows here, not in a rank
+        read_inputs(parse(words), ranks)  # a mistake shows here, not in a rank
         rows: list[dict[str, Any]] = run_fresh(
             __name__,
             {"words": words},

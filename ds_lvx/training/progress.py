@@ -94,9 +94,8 @@ class Progress:
 
     def text(self, name: str, text: str, *, step: int = 0) -> None:
         """Tell trackers something that is no number; in a fixed width."""
-        if self._trackers is not None:
-            lines = "".join(f"    {line}\n" for line in text.splitlines())
-            self._trackers.log({name: lines, "step": step})
+        lines = "".join(f"    {line}\n" for line in text.splitlines())
+        self._report({name: lines, "step": step})
 
     def answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add the answers of an evaluation to ``answers.jsonl``."""
@@ -131,8 +130,7 @@ class Progress:
     def _write(self, row: dict[str, Any]) -> None:
         if not self._writes:
             return
-        if self._trackers is not None:
-            self._trackers.log(row)
+        self._report(row)
         self._unwritten.append(json.dumps(row) + "\n")
         try:
             with self._file.open("a") as file:
@@ -145,6 +143,10 @@ class Progress:
                 )
         else:
             self._unwritten.clear()
+
+    def _report(self, row: Mapping[str, Any]) -> None:
+        for problem in [] if self._trackers is None else self._trackers.log(row):
+            self.say(f"warning: {problem}; training goes on")
 
 
 def _until(file: Path, step: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> None:
         self._trackers: list[Any] = []
+        self._owns_state = False
         if not _wanted(names):
             return
         from accelerate import PartialState
@@ -69,20 +71,32 @@ class Trackers:
             tracker.store_init_configuration(known)
             self._trackers.append(tracker)
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Report what a line of ``metrics.jsonl`` has, numbers and text, at its ``step``."""
+    def log(self, row: Mapping[str, Any]) -> list[str]:
+        """Report what a line of ``metrics.jsonl`` has, numbers and text, at its ``step``.
+
+        Returns:
+            What trackers raised; these get nothing more.
+        """
         values = {
             key: value for key, value in row.items() if key != "step" and isinstance(value, _KINDS)
         }
-        for tracker in self._trackers:
-            tracker.log(values, step=row["step"])
+        problems = []
+        for tracker in [*self._trackers]:
+            try:
+                tracker.log(values, step=row["step"])
+            except Exception as error:  # noqa: BLE001  a run does not end with its tracker
+                self._trackers.remove(tracker)
+                problems.append(f"--report_to {tracker.name}: {error}; it gets nothing more")
+        return problems
 
     def finish(self) -> None:
         """End them; calling it twice is allowed."""
         trackers, self._trackers = self._trackers, []
         for tracker in trackers:
-            tracker.finish()
-        if trackers and self._owns_state:
+            with suppress(Exception):  # what ended the run is to be said, not this
+                tracker.finish()
+        if self._owns_state:
+            self._owns_state = False
             from accelerate import PartialState
 
             PartialState._reset_state()

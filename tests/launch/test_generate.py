@@ -29,14 +29,19 @@ from tests.ranks import RankError, run_ranks
 FRAMES, TOKENS = 3, 6
 
 
-def run(*arguments: str) -> int:
-    """The script's own main, on a rank of `tests.ranks`."""
+def script() -> Any:
+    """The script as a module."""
     spec = importlib.util.spec_from_file_location("generate", ROOT / "launch" / "generate.py")
     assert spec is not None
     assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    code: int = script.main(arguments)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*arguments: str) -> int:
+    """The script's own main, on a rank of `tests.ranks`."""
+    code: int = script().main(arguments)
     return code
 
 
@@ -109,7 +114,13 @@ def test_what_is_wrong_is_said_on_every_rank(folder: Path) -> None:
         run_ranks(run, 2, *given(folder, "--video", "no.mp4", "--prompt", "What?"))
     assert all("--prompt:1: " in text for text in caught.value.errors.values())
     assert len(caught.value.errors) == 2
-    for words in (["--prompt", "a", "--data", "b"], ["--image", "a"], ["--data", "b", "--video"]):
+    with pytest.raises(ValueError, match=r"got 3 ranks and ds_lvx\.sequence_parallel_size 2"):
+        script().read(parse(given(folder, "--prompt", "What?")), 3)
+    for words in (
+        *(["--prompt", "a", "--data", "b"], ["--image", "a"], ["--data", "b", "--video"]),
+        ["--prompt", "a", "--frames", "2", "--max_frames", "2"],
+        *(["--prompt", "a", f"--{name}", "0"] for name in ("fps", "frames", "max_new_tokens")),
+    ):
         with pytest.raises(SystemExit):
             parse(["--model", "tiny", "--deepspeed_config", "c", *words])
 

@@ -121,6 +121,14 @@ def test_a_batch_script_hands_the_job_to_srun(name: str, tmp_path: Path) -> None
             *("--container-image", "image.sqsh", "--container-workdir", "/opt/ds_lvx"),
             *("--container-mounts", "/a:/a"),
         ]
+    done = subprocess.run(
+        ["bash", str(SLURM / name), "--data", "b"],
+        env={**variables, "SCRIPT": "launch/generate.py"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-4:] == ["python", "launch/generate.py", "--data", "b"]
     without = {key: value for key, value in variables.items() if key != "IMAGE"}
     without["VENV"] = str(tmp_path)
     done = subprocess.run(

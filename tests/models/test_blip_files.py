@@ -23,6 +23,8 @@ from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.models.adapters.processor import Processor
+from ds_lvx.training.asking import Prompts
+from ds_lvx.training.lengths import tokens_beside
 from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
@@ -95,6 +97,17 @@ def for_own_model(batch: dict[str, Any], kind: str) -> dict[str, Any]:
     if kind == "instructblipvideo":
         batch["pixel_values"] = batch["pixel_values"][None]
     return batch
+
+
+def test_prompts_end_where_the_last_answer_begins(folder: Path) -> None:
+    source = Source.of(str(folder))
+    encoder = TextEncoder(source.processor, 256, family=source.family)
+    prompts = Prompts(encoder, FrameRate(count=2), owned=range)
+    for conversation in read_conversations(folder / "train.jsonl"):
+        text = prompts.sample(conversation).text
+        assert encoder.tokenizer.decode(text.input_ids).endswith("Answer: ")
+    # Its places are tokens of the text already.
+    assert tokens_beside(source) == 0
 
 
 def test_text_places_and_instructions_are_those_of_the_models(folder: Path) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from ds_lvx.training.answers import means, token_f1, words
+from ds_lvx.training.inputs import check_samples, read_inputs
 from ds_lvx.training.options import parse
 from ds_lvx.training.progress import Progress
+from tests.data.formats_case import own, write_media
+from tests.data.media import write_jsonl
+from tests.launch.finetune_runs import arguments, write_config
+from tests.training.test_lengths import ALONE
 
 
 @pytest.mark.parametrize(
@@ -49,3 +55,27 @@ def test_a_run_that_resumes_forgets_answers_of_later_steps(tmp_path: Path) -> No
         progress.close()
     lines = (tmp_path / "answers.jsonl").read_text().splitlines()
     assert [line[-3] for line in lines] == ["0", "0", "2", "2"]
+
+
+def test_what_cannot_be_asked_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    folder = write_media(tmp_path)
+    late = own("x", images=[])
+    late["messages"].append({"role": "user", "content": "<image>"})
+    late["images"] = ["a.png"]
+    data = write_jsonl(folder / "d.jsonl", own("x", images=[]), late)
+    words = arguments(
+        model="tiny",
+        data=data,
+        eval_data=data,
+        deepspeed_config=write_config(folder / "ds.json", stage=0, sp_size=1),
+        output_dir=folder / "out",
+    )
+    for count, refused in ((0, False), (1, False), (2, True)):
+        options = parse([*words, "--eval_generate", str(count)])
+        inputs = read_inputs(options, 1)
+        with (
+            pytest.raises(ValueError, match=r"d\.jsonl:2: .*after the last answer")
+            if refused
+            else nullcontext()
+        ):
+            check_samples(inputs, options, ALONE)

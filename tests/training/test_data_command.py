@@ -94,3 +94,10 @@ def test_a_thousand_samples_look_at_a_film_once(
     assert "1,000 samples, format llava" in said
     assert "media found    500 images, 500 videos" in said
     assert len(probed) == 1
+
+
+def test_frames_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(write_media(tmp_path) / "d.jsonl", own())
+    status, said = check(capsys, path, "--frames", 3, "--max_frames", 2)
+    assert status != 0
+    assert "--max_frames: not allowed with --frames" in said

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from ds_lvx.data.chat import Chats
+from ds_lvx.data.chosen import FrameRate
 from ds_lvx.training.batches import TRAINING, Place, Recipe
-from ds_lvx.training.inputs import check_samples, read_inputs
+from ds_lvx.training.check import Checks
+from ds_lvx.training.inputs import BatchSizes, check_samples, read_inputs
+from ds_lvx.training.lengths import sample_lengths
+from ds_lvx.training.model import Source
 from ds_lvx.training.options import parse
 from tests.data.formats_case import own, write_media
 from tests.data.media import write_jsonl
@@ -42,3 +50,18 @@ def test_a_run_takes_samples_of_one_length_at_once(tmp_path: Path) -> None:
         {number % 3 for number in recipe.samples(Place(TRAINING, place))[1]} for place in (0, 4, 8)
     ]
     assert sorted(kinds, key=min) == [{0}, {1}, {2}]
+    # On other ranks a run goes on with the same samples: a step has as many.
+    other = replace(recipe, sizes=BatchSizes(micro=1, accumulation=2, replicas=2))
+    orders = [[each.order.sample(n) for n in range(36)] for each in (recipe, other)]
+    assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("name", ["tiny:qwen2_5_vl", "tiny:qwen3_vl"])
+def test_tokens_that_stand_in_the_text_count_once(tmp_path: Path, name: str) -> None:
+    folder = write_media(tmp_path)
+    chats = Chats(write_jsonl(folder / "d.jsonl", own("x", images=[]), own("<image>x")))
+    source = Source.of(name)
+    checks = Checks("headers", name, 4096, min_tokens=1, rate=FrameRate(fps=1))
+    maker = checks.maker(source)
+    found = sample_lengths(chats, checks, source, world=ALONE)
+    assert [*found] == [len(maker.sample(each).text.input_ids) for each in chats]

@@ -57,6 +57,14 @@ def test_a_difference_above_the_tolerance_is_exit_code_1(
     assert ("NOT the same" in capsys.readouterr().out) == bool(code)
 
 
+def test_a_mistake_is_said_before_a_rank_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parity, "run_fresh", None)
+    assert cli.main(["parity", "--model", "tiny", "--data", "none.jsonl"]) != 0
+    assert "none.jsonl: got no such file" in capsys.readouterr().err
+
+
 def test_one_process_takes_the_samples_of_all_replicas() -> None:
     config = {"train_batch_size": 24, "gradient_accumulation_steps": 3, "ds_lvx": {"layers": []}}
     alone = parity.alone_config(config, 4)

@@ -46,6 +46,26 @@ def test_tensorboard_gets_the_metrics_and_the_tables(tmp_path: Path) -> None:
     assert texts["layers/text_summary"] == "    layer  method\n    a      lvx\n"
 
 
+def test_a_run_goes_on_without_a_tracker_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no room")
+
+    from accelerate.tracking import TensorBoardTracker
+
+    monkeypatch.setattr(TensorBoardTracker, "log", fail)
+    monkeypatch.setattr(TensorBoardTracker, "finish", fail)
+    trackers = Trackers(["tensorboard"], tmp_path, {})
+    progress = Progress(tmp_path, rank=0, total_steps=2, trackers=trackers)
+    for step in (1, 2):
+        progress.log(step=step, loss=3.0 / step)
+    progress.close()
+    told = capsys.readouterr().out
+    assert told.count("warning: --report_to tensorboard: no room; it gets nothing more") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_what_is_not_there_is_an_error_with_what_is(monkeypatch: pytest.MonkeyPatch) -> None:
     check_trackers([])
     check_trackers(["none"])
