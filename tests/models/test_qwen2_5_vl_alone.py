@@ -135,3 +135,9 @@ def test_positions_of_a_text_alone_have_its_shape() -> None:
     batch = changed(text_only(), position_ids=torch.zeros(4, 2, 12).long())
     with pytest.raises(ValueError, match=words):
         shard_batch(batch, model=tiny_model())
+
+
+def test_packed_samples_are_refused() -> None:
+    batch = changed(text_only(), position_ids=torch.arange(6).repeat(2)[None], attention_mask=None)
+    with pytest.raises(NotImplementedError, match="position_ids that start anew within a row"):
+        shard_batch(batch, model=tiny_model())

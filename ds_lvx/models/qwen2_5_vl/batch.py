@@ -7,6 +7,7 @@ windows and whole. Legend: ``t, h, w`` patches of an image or a video, ``m`` mer
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from types import SimpleNamespace
@@ -138,7 +139,7 @@ def positions(
 
 
 def _of_text(given: Tensor | None, text: Text) -> Tensor | None:
-    """Positions of text alone: places in the row, or what the caller has, ``[1 or B, T]``."""
+    """Positions of text alone: places in the row, or what the caller has, ``[3, B, T]``."""
     if given is None:
         return None
     rows, length = text.shape
@@ -152,6 +153,7 @@ def _of_text(given: Tensor | None, text: Text) -> Tensor | None:
             f"got position_ids {tuple(given.shape)}; expected (3, {rows}, {length}) or "
             f"({rows}, {length}): the whole sequence, neither cut nor packed"
         )
+    replace(text, position_ids=whole.flatten(0, -2)).refuse_packed()
     return given.expand(3, rows, length)
 
 
