@@ -122,6 +122,7 @@ def positions(
     if not bool(types.any()):
         return _of_text(given, text)
     media = {key: batch[key] for key in (GRID, VIDEO_GRID, SECONDS) if key in batch}
+    _check_seconds(media.get(SECONDS), videos=len(media.get(VIDEO_GRID, ())))
     made: Tensor = model.get_rope_index(
         _Positions(config, model),
         text.input_ids,
@@ -136,6 +137,16 @@ def positions(
             f"get_rope_index makes of the whole batch, {tuple(made.shape)}: leave them out"
         )
     return made
+
+
+def _check_seconds(seconds: Any, *, videos: int) -> None:
+    count = len(seconds) if isinstance(seconds, Tensor | list | tuple) else None
+    if seconds is not None and count != videos:
+        got = type(seconds).__name__ if count is None else f"{count} numbers"
+        raise ValueError(
+            f"got {SECONDS} of {got} for {videos} videos; expected a number for each video of the "
+            "whole batch: the seconds between its temporal patches"
+        )
 
 
 def _of_text(given: Tensor | None, text: Text) -> Tensor | None:
