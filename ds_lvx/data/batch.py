@@ -207,7 +207,9 @@ class BatchMaker:
         tokens = [n for shown in sample.shown for n in shown.tokens]
         units = range(len(tokens)) if self._deal is None else self._deal(tokens)
         ends = [*accumulate((n for shown in sample.shown for n in shown.frames), initial=0)]
-        mine = [frame for unit in units for frame in range(ends[unit], ends[unit + 1])]
+        # A unit without a frame of its own is a further piece of the frame before it.
+        starts = [end - (end == ends[unit + 1]) for unit, end in enumerate(ends[:-1])]
+        mine = sorted({n for unit in units for n in range(starts[unit], ends[unit + 1])})
         media = [frames.medium for frames in sample.frames]
         return Held(media, units, self._or_black(sample, mine, fail))
 

@@ -33,7 +33,7 @@ class Shown:
 
     Attributes:
         text: with one of `ds_lvx.models.contract.Family.media_tokens` for each unit.
-        frames: of each unit, in order.
+        frames: of each unit, in order; 0: it is a further piece of the frame before.
         tokens: of each unit; its token in the text is so many of them.
     """
 
@@ -49,7 +49,8 @@ class Held:
     Attributes:
         media: all of them, in the order of the text.
         units: numbers of the units that this rank holds, over all media, in order.
-        pictures: their frames, as PIL images, one at a time; take each once, in order.
+        pictures: their frames, as PIL images, one at a time; take each once, in order. Of units
+            that are pieces of a frame it comes once.
     """
 
     media: Sequence[Medium]

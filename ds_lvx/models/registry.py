@@ -34,6 +34,8 @@ BUILT_IN: Mapping[str, str] = {
     "t5gemma2": "ds_lvx.models.t5gemma2.family:T5Gemma2",
     "qwen2_5_vl": "ds_lvx.models.qwen2_5_vl.family:Qwen25VL",
     "qwen3_vl": "ds_lvx.models.qwen3_vl.family:Qwen3VL",
+    "internvl": "ds_lvx.models.internvl.family:InternVL",
+    "llava_onevision": "ds_lvx.models.llava_onevision.family:LlavaOnevision",
 }
 """``model_type`` -> where its `Family` is."""
 
@@ -44,7 +46,7 @@ KNOWN: Mapping[str, str] = {
     name: f"ds_lvx.models.{name}.dimensions"
     for name in (
         *("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2"),
-        *("qwen2_5_vl", "qwen3_vl"),
+        *("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision"),
     )
 }
 """``model_type`` -> the module with ``known``, a function that returns models known by name, and

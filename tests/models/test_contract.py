@@ -66,7 +66,7 @@ def test_a_model_type_has_one_family(families: Families) -> None:
         "mllama, moss_vl, idefics, mplugowl3, openflamingo, "
         "blip-2, instructblip, instructblipvideo, qwen, video_llama, "
         "t5gemma2, qwen2_5_vl, "
-        "qwen3_vl, "
+        "qwen3_vl, internvl, llava_onevision, "
         "new;"
     )
     with pytest.raises(NotImplementedError, match=f"'newer'; expected one of {known}"):
@@ -131,7 +131,7 @@ def test_the_planner_gets_dimensions_without_torch() -> None:
         [sys.executable, "-c", PLANNING], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [
-        "21 mllama moss_vl mplugowl3 idefics t5gemma2 qwen2_5_vl qwen3_vl",
+        "27 mllama moss_vl mplugowl3 idefics t5gemma2 qwen2_5_vl qwen3_vl internvl llava_onevision",
         "[]",
     ]
 
@@ -146,7 +146,8 @@ CASES = (
 )
 """Measure shapes of named models."""
 FAMILY = re.compile(
-    r"mllama|llama-3\.2|moss|idefics|flamingo|blip|qwen|video_?llama|t5gemma", re.IGNORECASE
+    r"mllama|llama-3\.2|moss|idefics|flamingo|blip|qwen|video_?llama|t5gemma|internvl|llava_one",
+    re.IGNORECASE,
 )
 USAGE = re.compile(r"--model |--deepspeed_config |ds_configs/")
 

@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ds_lvx import gather_sequence, owned
-from ds_lvx.config import LVXConfig
+from ds_lvx import apply, gather_sequence, owned
 from ds_lvx.distributed.groups import SequenceParallelGroups
-from ds_lvx.models import patch_model
 from ds_lvx.sharding import shard_batch
 from ds_lvx.whole_batches import WholeBatches
 from tests.models import concatenated_case as case
@@ -111,14 +109,14 @@ def test_no_visual_embedding_is_sent() -> None:
 
 def logits_in_order() -> list[Any]:
     model, groups = tiny_model(), SequenceParallelGroups(2)
-    patch = patch_model(model, LVXConfig.from_ds_config(rules("ring", 2)), groups)
+    session = apply(model, rules("ring", 2), groups=groups)
     shard = shard_batch(left_padded(), model=model)
     whole = gather_sequence(model(**shard).logits, shard=shard).detach()
-    hooks = WholeBatches(model, groups, averages=False)  # what Trainer and accelerate put on it
+    hooks = WholeBatches(model, session, averages=False)  # what Trainer and accelerate put on it
     with torch.no_grad():
         out = model.eval()(**left_padded())
     hooks.remove()
-    patch.unpatch()
+    session.close()
     groups.close()
     return [whole, out.logits.detach(), out.loss.item(), left_padded()["attention_mask"]]
 

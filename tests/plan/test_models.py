@@ -48,6 +48,12 @@ def test_llama_vision_has_the_dimensions_of_transformers_config(tmp_path: Path) 
         ("Qwen3-VL-4B", 4.44, 98, (36, 32, 8, 128)),
         ("Qwen3-VL-8B", 8.77, 98, (36, 32, 8, 128)),
         ("Qwen3-VL-32B", 33.4, 98, (64, 64, 8, 128)),
+        ("InternVL3-8B", 7.94, 256, (28, 28, 4, 128)),
+        ("InternVL3-14B", 15.1, 256, (48, 40, 8, 128)),
+        ("InternVL3-38B", 38.4, 256, (64, 40, 8, 128)),
+        ("InternVL3-78B", 78.4, 256, (80, 64, 8, 128)),
+        ("llava-onevision-qwen2-7b-ov-hf", 8.03, 196, (28, 28, 4, 128)),
+        ("llava-onevision-qwen2-72b-ov-hf", 73.2, 196, (80, 64, 8, 128)),
     ],
 )
 def test_known_models(

@@ -38,7 +38,7 @@ class Concatenated(Family):
     features_key = ""
     sized_media = True
     lora_targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
-    of_text: type[nn.Module]
+    of_text: type[nn.Module] | tuple[type[nn.Module], ...]
     within: type[nn.Module]
     sources: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
@@ -61,13 +61,16 @@ class Concatenated(Family):
     def visual_tokens(self, ids: Tensor, config: Any) -> Tensor:
         """bool ``[B, T]``: the tokens that stand for units."""
 
-    @abstractmethod
     def positions(self, batch: Mapping[str, Any], text: Text, config: Any) -> Tensor | None:
         """The model's own positions of the whole rows, ``[..., B, T]``; None: places in the row.
 
+        Here those that the batch has, of one axis.
+
         Raises:
-            ValueError: the batch has others.
+            ValueError: the batch has others than the model can have.
         """
+        given = Text.of(batch).position_ids
+        return None if given is None else given.cpu().expand(text.shape)
 
     def pixels(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The pixels at hand by source, with the rows of units one after the other.

@@ -1,0 +1,1 @@
+"""InternVL of transformers. Importing this package imports no torch."""

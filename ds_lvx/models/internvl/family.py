@@ -1,0 +1,130 @@
+"""InternVL: which modules attend, what its units are, and how its tower runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+from transformers.models.internvl.modeling_internvl import InternVLVisionAttention
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from ds_lvx.models.batch import Text
+from ds_lvx.models.concatenated.batch import Unit
+from ds_lvx.models.concatenated.family import Concatenated
+from ds_lvx.models.concatenated.forward import Encoded
+from ds_lvx.models.dimensions import Model
+from ds_lvx.models.internvl import batch as batches
+from ds_lvx.models.internvl import dimensions, sized
+from ds_lvx.models.internvl.processor import Processor
+from ds_lvx.models.media import Held, Medium, Shown
+from ds_lvx.models.size import Size
+from ds_lvx.models.visual import PIXELS, Visual
+
+_OF_TEXT: Mapping[str, type[nn.Module]] = {
+    "qwen2": Qwen2Attention,
+    "qwen3": Qwen3Attention,
+    "llama": LlamaAttention,
+}
+"""By the type of the text model."""
+
+
+class InternVL(Concatenated):
+    """See `ds_lvx.models.contract.Family` and `Concatenated` for what each part does."""
+
+    keys = (PIXELS,)
+    patterns: Mapping[str, str] = {"local": "*vision_tower*", "self": "*language_model*.self_attn"}
+    of_text = tuple(_OF_TEXT.values())
+    within = InternVLVisionAttention
+    sources = (PIXELS,)
+    takes = (PIXELS,)
+
+    # ---- patching
+
+    def find(self, model: nn.Module) -> InternVLForConditionalGeneration | None:
+        inside = (m for m in model.modules() if isinstance(m, InternVLForConditionalGeneration))
+        return next(inside, None)
+
+    def check(self, model: Any, *, sp_size: int) -> None:
+        super().check(model, sp_size=sp_size)
+        batches.tile_tokens(model.config)
+        kind = model.config.text_config.model_type
+        if kind not in _OF_TEXT:
+            raise NotImplementedError(
+                f"got a text model of type {kind!r}; expected one of {', '.join(_OF_TEXT)}, whose "
+                "attention is known here"
+            )
+
+    @staticmethod
+    def encode(module: Any, given: Mapping[str, Any]) -> Encoded:
+        made = module.get_image_features(given[PIXELS], return_dict=True)
+        return Encoded(made.pooler_output.flatten(0, 1))
+
+    # ---- batches
+
+    def units(self, batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
+        return batches.units(ids, config)
+
+    def visual_tokens(self, ids: Tensor, config: Any) -> Tensor:
+        return ids == config.image_token_id
+
+    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
+        for pixels in self.pixels(batch).values():
+            batches.check_pixels(pixels, model.config)
+        return super().visual(batch, text, model)
+
+    @staticmethod
+    def arrange(units: Sequence[Unit], rows: Sequence[Tensor]) -> dict[str, Tensor]:
+        return batches.arrange(units, rows)
+
+    def blank(self, model: Any) -> dict[str, Tensor]:
+        return batches.blank(model.config)
+
+    # ---- data
+
+    def load_processor(self, name: str) -> Processor:
+        return Processor.of(name)
+
+    def shown(self, processor: Processor, medium: Medium) -> Shown:
+        return processor.shown(medium)
+
+    def media(
+        self, processor: Processor, samples: Sequence[Held], *, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        return processor.media(samples, dtype=dtype)
+
+    def tiny(self) -> tuple[InternVLConfig, Processor]:
+        return sized.tiny()
+
+    # ---- models
+
+    def vision_tower(self, model: Any) -> Any:
+        return model.model.vision_tower
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
+
+    def frame_tokens(self, config: Any) -> int:
+        return batches.tile_tokens(config)
+
+    def config(self, size: Size) -> InternVLConfig:
+        return sized.config_of(size)
+
+    def size(self, config: Any = None) -> Size:
+        return sized.size_of(config)
+
+    def build(
+        self, config: InternVLConfig, *, gate: float, dtype: torch.dtype
+    ) -> InternVLForConditionalGeneration:
+        return sized.build(config, dtype=dtype)
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]:
+        return sized.random_frames(
+            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
+        )

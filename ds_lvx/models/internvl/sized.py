@@ -1,0 +1,160 @@
+"""InternVL with random weights, on a Qwen2, cut to any size; frames to measure with.
+
+All layers of the text see images. A frame that is measured is a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+from ds_lvx.models.byte_tokenizer import byte_tokenizer
+from ds_lvx.models.internvl.batch import tile_tokens
+from ds_lvx.models.internvl.processor import END, IMAGE_TOKEN, START, Processor
+from ds_lvx.models.size import Size
+from ds_lvx.models.visual import PIXELS
+
+_OTHERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_TINY_SIDE = 16
+_IMAGE = 151_667
+"""The token of an image, where a vocabulary has room."""
+
+
+def config_of(size: Size, image: int | None = None) -> InternVLConfig:
+    """The configuration of a model cut to a size.
+
+    Args:
+        size: its dimensions; ``cross_at`` says nothing here.
+        image: the token of an image; None: the published models', or where the vocabulary is small
+            its last.
+    """
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.mlp,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_dim or size.hidden // size.heads,
+        "max_position_embeddings": size.positions,
+        "initializer_range": size.initializer_range,
+        "rope_parameters": {"rope_type": "default", "rope_theta": size.rope_theta},
+        "bos_token_id": size.bos,
+        "eos_token_id": size.eos,
+        "pad_token_id": size.pad,
+        "tie_word_embeddings": False,
+    }
+    vision = {
+        "num_hidden_layers": size.vision_layers,
+        "hidden_size": size.vision_hidden,
+        "num_attention_heads": size.vision_heads,
+        "intermediate_size": size.vision_mlp,
+        "attention_bias": True,
+        "image_size": size.image_size,
+        "patch_size": size.patch_size,
+        "initializer_range": size.initializer_range,
+    }
+    return InternVLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=min(_IMAGE, size.vocabulary - 1) if image is None else image,
+        image_seq_length=(size.image_size // size.patch_size // 2) ** 2,
+        tie_word_embeddings=False,
+    )
+
+
+def size_of(config: Any) -> Size:
+    """The size of a configuration; None is InternVL3 8B's."""
+    if config is None:
+        return Size(
+            vocabulary=151_674,
+            hidden=3584,
+            heads=28,
+            kv_heads=4,
+            mlp=18_944,
+            layers=28,
+            head_dim=128,
+            cross_at=tuple(range(28)),
+            positions=32_768,
+            rope_theta=1e6,
+            vision_hidden=1024,
+            vision_heads=16,
+            vision_mlp=4096,
+            vision_layers=24,
+            vision_global_layers=0,
+            image_size=448,
+        )
+    text, vision = config.text_config, config.vision_config
+    return Size(
+        vocabulary=text.vocab_size,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        mlp=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        cross_at=tuple(range(text.num_hidden_layers)),
+        positions=text.max_position_embeddings,
+        rope_theta=text.rope_parameters["rope_theta"],
+        vision_hidden=vision.hidden_size,
+        vision_heads=vision.num_attention_heads,
+        vision_mlp=vision.intermediate_size,
+        vision_layers=vision.num_hidden_layers,
+        vision_global_layers=0,
+        image_size=vision.image_size[0],
+        patch_size=vision.patch_size[0],
+    )
+
+
+def build(config: InternVLConfig, *, dtype: torch.dtype) -> InternVLForConditionalGeneration:
+    """Random weights, by torch's generator; there are no gates."""
+    return InternVLForConditionalGeneration._from_config(config, dtype=dtype)
+
+
+def tiny() -> tuple[InternVLConfig, Processor]:
+    """A model of about 200,000 parameters, and its processor: a tile has 4 tokens."""
+    tokenizer = byte_tokenizer(
+        (*_OTHERS, START, END, IMAGE_TOKEN), eos_token=_OTHERS[2], pad_token=_OTHERS[0]
+    )
+    sides = {"height": _TINY_SIDE, "width": _TINY_SIDE}
+    files: dict[str, dict[str, Any]] = {
+        "preprocessor_config.json": {"size": sides, "max_patches": 4},
+        "processor_config.json": {"image_seq_length": 4},
+    }
+    size = Size(
+        vocabulary=len(tokenizer),
+        cross_at=(),
+        positions=4096,
+        image_size=_TINY_SIDE,
+        patch_size=_TINY_SIDE // 4,
+        eos=int(tokenizer.eos_token_id),
+        pad=int(tokenizer.pad_token_id),
+    )
+    image = int(tokenizer.get_vocab()[IMAGE_TOKEN])
+    return config_of(size, image), Processor(tokenizer, files)
+
+
+def random_frames(
+    config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+) -> dict[str, Tensor]:
+    """See `ds_lvx.models.contract.Family.random_frames`: frames stand in front of the text."""
+    generator = torch.Generator().manual_seed(seed)
+    mine, image = list(frames), int(config.image_token_id)
+    text = torch.randint(1, image, (text_tokens,), generator=generator)
+    ids = torch.cat((torch.full((total * tile_tokens(config),), image), text))[None]
+    batch = {"input_ids": ids, "labels": ids.masked_fill(ids == image, -100)}
+    if not mine:
+        return batch
+    vision = config.vision_config
+    pixels = torch.empty(len(mine), vision.num_channels, *vision.image_size)
+    for place, frame in enumerate(mine):
+        generator.manual_seed(seed + 1 + frame)
+        # Brighter or darker than others, so that a method which lost some would show.
+        shift = torch.randn(1, generator=generator)
+        pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
+    return {**batch, PIXELS: pixels}

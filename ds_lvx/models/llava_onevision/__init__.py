@@ -1,0 +1,1 @@
+"""LLaVA-OneVision of transformers. Importing this package imports no torch."""

@@ -1,0 +1,65 @@
+"""LLaVA-OneVision for the planner. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ds_lvx.models.dimensions import Model, decoder, encoder
+
+_VISION = {
+    "num_hidden_layers": 26,
+    "hidden_size": 1152,
+    "num_attention_heads": 16,
+    "intermediate_size": 4304,
+    "image_size": 384,
+    "patch_size": 14,
+}
+
+
+def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
+    """See `ds_lvx.models.contract.Family.dimensions`; a frame is a video's."""
+    text, vision = config["text_config"], {**_VISION, **config.get("vision_config", {})}
+    layers = decoder(text, count=text["num_hidden_layers"])
+    side = vision["image_size"] // vision["patch_size"]
+    return Model(
+        name=name,
+        text=replace(layers, count=0),
+        cross=replace(layers, features_dim=layers.hidden),
+        vocabulary=text["vocab_size"],
+        tower=encoder(
+            vision["num_hidden_layers"],
+            vision["hidden_size"],
+            heads=vision["num_attention_heads"],
+            mlp=vision["intermediate_size"],
+        ),
+        tower_tokens=side**2,
+        frame_tokens=math.ceil(side / 2) ** 2,
+        projector_parameters=(vision["hidden_size"] + layers.hidden) * layers.hidden,
+        tower_states=1,
+        source=source,
+        embeddings=1 if config.get("tie_word_embeddings", False) else 2,
+        recomputes=False,
+        among=True,
+    )
+
+
+def known() -> tuple[Model, ...]:
+    """The models that the planner knows by name."""
+    return (_known("7b", 28, 3584, 28, 4, 18_944), _known("72b", 80, 8192, 64, 8, 29_568))
+
+
+def _known(size: str, layers: int, hidden: int, heads: int, *others: int) -> Model:
+    kv_heads, mlp = others
+    text = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "vocab_size": 152_064,
+    }
+    name = f"llava-hf/llava-onevision-qwen2-{size}-ov-hf"
+    return dimensions({"text_config": text}, name, f"config.json of {name}; frames of videos")

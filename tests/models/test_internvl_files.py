@@ -1,0 +1,108 @@
+"""InternVL from a checkpoint's folder: its text and pixels, and fine-tuning on them."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ds_lvx.data.batch import BatchMaker, FrameRate
+from ds_lvx.data.chat import read_conversations
+from ds_lvx.data.text import TextEncoder
+from ds_lvx.models.media import Medium
+from ds_lvx.models.registry import FAMILIES
+from ds_lvx.sharding import shard_batch
+from ds_lvx.training.model import Source
+from tests.data.media import chat, write_image, write_jsonl, write_video
+from tests.launch.finetune_runs import arguments, finetune, metrics
+from tests.models.concatenated_case import rules
+from tests.ranks import run_ranks
+
+NAME = "internvl"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, and two samples."""
+    folder = tmp_path_factory.mktemp(NAME)
+    family = FAMILIES.named(NAME)
+    config, processor = family.tiny()
+    torch.manual_seed(2)
+    family.build(config, gate=1.0, dtype=torch.float32).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_video(folder / "a.mp4")
+    write_image(folder / "a.png", (60, 20))
+    write_jsonl(
+        folder / "train.jsonl",
+        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
+        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="Yes"),
+    )
+    return folder
+
+
+def maker_of(folder: Path, *, frames: int, deal: Any = None) -> BatchMaker:
+    source = Source.of(str(folder))
+    encoder = TextEncoder(source.processor, 2048, family=source.family)
+    return BatchMaker(encoder, FrameRate(count=frames), owned=range, deal=deal)
+
+
+def test_an_image_has_tiles_and_a_frame_is_one(folder: Path) -> None:
+    processor = Source.of(str(folder)).processor
+    shown = processor.shown(Medium(None, (20, 60)))
+    assert shown.text == f"<img>{'<IMG_CONTEXT>' * 4}</img>"  # three, and the whole
+    assert (shown.frames, shown.tokens) == ((1, 0, 0, 0), (4,) * 4)
+    shown = processor.shown(Medium((0.0, 0.5), (20, 60)))
+    tile = "<img><IMG_CONTEXT></img>"
+    assert (shown.text, shown.frames) == (f"Frame1: {tile}\nFrame2: {tile}", (1, 1))
+    made = processor.images(Image.effect_noise((60, 20), 90).convert("RGB"))
+    assert len(made["pixel_values"]) == 4
+
+
+def test_a_conversation_becomes_a_batch_of_the_model(folder: Path) -> None:
+    maker = maker_of(folder, frames=5)
+    batch = maker.batch(read_conversations(folder / "train.jsonl")).inputs
+    assert batch["pixel_values"].shape == (5 + 4 + 5, 3, 16, 16)
+    model = Source.of(str(folder)).load(torch.float32)
+    shard_batch(batch, model=model)  # which checks text and pixels
+
+
+def test_each_rank_decodes_its_own_tiles(folder: Path) -> None:
+    """Also where it holds some of an image's; together they are all."""
+    conversations = read_conversations(folder / "train.jsonl")[1:]
+    whole = maker_of(folder, frames=6).batch(conversations).inputs["pixel_values"]
+    owned = FAMILIES.named(NAME).owned
+    for rank in range(3):
+        mine = owned([4] * 10, rank=rank, size=3)
+        maker = maker_of(folder, frames=6, deal=partial(owned, rank=rank, size=3))
+        part = maker.batch(conversations).inputs["pixel_values"]
+        assert torch.equal(part, whole[mine])
+
+
+@pytest.mark.slow
+def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(rules(NAME, "lvx", 2, 3)))
+    given = {
+        "model": folder,
+        "data": folder / "train.jsonl",
+        "frames": 7,
+        "deepspeed_config": str(tmp_path / "ds.json"),
+        "output_dir": tmp_path / "out",
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "lr_scheduler": "constant",
+    }
+    run_ranks(finetune, 2, *arguments(**given))
+    losses = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    assert len(losses) == 2
+    source, maker = Source.of(str(folder)), maker_of(folder, frames=7)
+    model = source.load(torch.float32)
+    start = [
+        model(**maker.batch([conversation]).inputs).loss.item()
+        for conversation in read_conversations(folder / "train.jsonl")
+    ]
+    assert losses[0] in [pytest.approx(each, abs=1e-5) for each in start]

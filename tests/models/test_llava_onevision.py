@@ -1,0 +1,179 @@
+"""LLaVA-OneVision on sharded batches computes what the model computes in one process."""
+
+from __future__ import annotations
+
+import functools
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from ds_lvx import gather_sequence, owned
+from ds_lvx.config import LVXConfig
+from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.models import FAMILIES, patch_model
+from ds_lvx.sharding import shard_batch
+from tests.models import concatenated_case as case
+from tests.models.llava_onevision_case import (
+    UNUSED,
+    frozen_tower,
+    hard_batch,
+    left_padded,
+    lora_model,
+    one_image,
+    one_video,
+    text_only,
+    tiny_model,
+)
+from tests.models.mllama_case import (
+    assert_same_training,
+    plain_step,
+    reference_steps,
+)
+from tests.ranks import run_ranks
+
+BATCHES = (hard_batch, left_padded, one_image, one_video, text_only)
+NAME = "llava_onevision"
+rules = partial(case.rules, NAME)
+
+
+@functools.cache
+def expected() -> dict[str, Any]:
+    return case.references(BATCHES, tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "offset"),
+    [(1, 1), (2, 0), *(pytest.param(3, n, marks=pytest.mark.slow) for n in range(4))],
+)
+def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
+    case.check_each(
+        NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset, unused=UNUSED
+    )
+
+
+def test_reference_has_gradients_everywhere() -> None:
+    """Else the comparisons compare zeros."""
+    silent = {name for name, grad in expected()["hard_batch"]["grads"].items() if not grad.any()}
+    assert all(UNUSED in name for name in silent), silent
+
+
+# ---- frames that are on their ranks already
+
+
+def local_units(batch: dict[str, Any]) -> dict[str, Any]:
+    """This rank's images and frames, by `ds_lvx.owned`: sample by sample."""
+    model, rows = tiny_model(), batch["input_ids"]
+    each = FAMILIES.named(NAME).units(batch, rows, model.config)
+    pixels = {key: batch[key] for key in ("pixel_values", "pixel_values_videos")}
+    pixels["pixel_values_videos"] = pixels["pixel_values_videos"].flatten(0, 1)
+    held: dict[str, list[int]] = {key: [] for key in pixels}
+    starts = dict.fromkeys(pixels, 0)
+    for row in range(len(rows)):
+        here = [unit for unit in each if unit.row == row]
+        mine = owned([unit.tokens for unit in here], model=model)
+        for number, unit in enumerate(here):
+            held[unit.source] += [starts[unit.source]] if number in mine else []
+            starts[unit.source] += 1
+    return {**batch, **{key: pixels[key][mine] if mine else None for key, mine in held.items()}}
+
+
+def step_local() -> dict[str, Any]:
+    batch = local_units(hard_batch(5))
+    return plain_step(rules("lvx", 2), batch, frames="local", model=tiny_model())
+
+
+def test_frames_that_are_on_their_ranks_already() -> None:
+    alone = reference_steps([[hard_batch(5)]], tiny_model())
+    assert_same_training(run_ranks(step_local, 2), alone, sp_size=2)
+
+
+def test_no_visual_embedding_is_sent() -> None:
+    assert run_ranks(case.bytes_of_forward, 2, NAME, tiny_model, one_video()) == [0, 0]
+
+
+def logits_in_order() -> list[Any]:
+    model, groups = tiny_model(), SequenceParallelGroups(2)
+    patch = patch_model(model, LVXConfig.from_ds_config(rules("ring", 2)), groups)
+    shard = shard_batch(left_padded(), model=model)
+    whole = gather_sequence(model(**shard).logits, shard=shard).detach()
+    patch.unpatch()
+    groups.close()
+    return [whole, left_padded()["attention_mask"]]
+
+
+def test_logits_come_in_the_order_of_the_text() -> None:
+    for whole, mask in run_ranks(logits_in_order, 2):
+        there = mask.bool()
+        torch.testing.assert_close(
+            whole[there], expected()["left_padded"]["logits"][0][0][there], atol=1e-5, rtol=1e-5
+        )
+        assert not whole[~there].any()
+
+
+# ---- training
+
+
+@pytest.mark.slow
+def test_training_equals_one_process() -> None:
+    """Two steps: methods, stages, checkpoints, LoRA, a frozen tower."""
+    jobs = [
+        (rules("lvx", 2, 3), tiny_model),
+        (rules("ulysses", 2, 2), partial(case.checkpointed, lora_model)),
+        (case.section(rules("ring", 2, 3)), tiny_model),
+        (rules("ring", 2, 0), partial(case.checkpointed, tiny_model, reentrant=True)),
+        (case.section(rules("lvx", 2, 1), partition_activations=True), frozen_tower),
+    ]
+    case.check(jobs, ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
+
+
+@pytest.mark.slow
+def test_every_stage_equals_one_process() -> None:
+    jobs = [(rules("lvx", 3, stage), tiny_model) for stage in range(4)]
+    case.check(jobs, ranks=3, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=3)
+
+
+@pytest.mark.slow
+def test_a_rank_without_images_trains_along() -> None:
+    jobs = [(rules("lvx", 3, 3), tiny_model), (rules("ring", 3, 0), tiny_model)]
+    case.check(jobs, ranks=3, batches=[[one_image(7)], [text_only(8)]], sp_size=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sp_size", [1, 2])
+def test_a_replica_without_images_beside_one_with_images(sp_size: int) -> None:
+    batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
+    jobs = [(rules("lvx", sp_size, 3), tiny_model)]
+    case.check(jobs, ranks=2 * sp_size, batches=batches, sp_size=sp_size)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"image_sizes": None},
+            "got 34 tokens of an image in sample 0, and image_sizes that make 0",
+        ),
+        ({"batch_num_images": [1]}, "got batch_num_images of 1 images and image_sizes of 4"),
+        ({"pixel_values": hard_batch()["pixel_values"][1:]}, "got pixel_values of 3 rows"),
+        ({"pixel_values": torch.zeros(4, 3, 16, 16)}, r"got pixel_values \(4, 3, 16, 16\)"),
+    ],
+)
+def test_a_batch_that_contradicts_itself_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        shard_batch({**hard_batch(), **change}, model=tiny_model())
+
+
+def test_a_video_that_is_cut_is_refused() -> None:
+    batch = one_video()
+    cut = {key: batch[key][:, 1:] for key in ("input_ids", "attention_mask", "labels")}
+    with pytest.raises(ValueError, match="got 28 video tokens in a run in sample 0"):
+        shard_batch({**batch, **cut}, model=tiny_model())
+
+
+def test_another_tower_is_refused() -> None:
+    model = tiny_model()
+    model.config.vision_feature_select_strategy = "default"
+    with pytest.raises(NotImplementedError, match="of which 'default' patches are taken"):
+        FAMILIES.named(NAME).check(model, sp_size=1)
