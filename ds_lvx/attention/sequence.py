@@ -38,7 +38,8 @@ def gather_sequence(
 
     Raises:
         ValueError: shapes that differ elsewhere than in ``dim``, or dtypes that differ, on all
-            ranks; a ``dim`` that x does not have, or with ``shard`` another one than 1.
+            ranks; a ``dim`` that x does not have, or with ``shard`` another one than 1, or where
+            the shard's tokens have to be put in order, an x that has not as many.
 
     Collectives: one agreement on the CPU; an all-gather of ``(n - 1)`` times x's bytes, and in
     backward an all-to-all of as many as the other ranks' shards have. Every rank must run backward
@@ -48,8 +49,8 @@ def gather_sequence(
     record, error = {}, None
     try:
         record = _record(x, dim)
-        if shard is not None and record["dim"] != 1:
-            raise ValueError(f"dim: got {dim} with a shard; expected 1, the tokens' dimension")
+        if shard is not None:
+            _check_tokens(x, record["dim"], shard)
     except ValueError as raised:
         error = raised
     records = channel.agree(record, error)
@@ -79,6 +80,22 @@ def gather_shards(
     anchor = torch.zeros((), device=x.device, requires_grad=wants_grad and torch.is_grad_enabled())
     whole: Tensor = _GatherSequence.apply(channel, lengths, dim, anchor, x)
     return whole
+
+
+def _check_tokens(x: Tensor, dim: int, shard: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless x has something of each token of a shard."""
+    if dim != 1:
+        raise ValueError(f"dim: got {dim} with a shard; expected 1, the tokens' dimension")
+    batch = shard["ds_lvx"]
+    if batch.order is None:
+        return
+    wanted = (len(batch.order), batch.text_lengths[batch.channel.rank])
+    if tuple(x.shape[:2]) != wanted:
+        raise ValueError(
+            f"gather_sequence: got shape {list(x.shape)} for a shard of {list(wanted)} tokens; "
+            "expected something of each of them (with loss_tiles above 1 there are no logits in "
+            "training)"
+        )
 
 
 def _record(x: Any, dim: Any) -> dict[str, Any]:

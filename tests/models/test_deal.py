@@ -103,3 +103,9 @@ def test_equal_frames_are_as_many_on_every_rank(count: int, ranks: int) -> None:
     for rank in range(ranks) if count > 16 * ranks else ():  # an early piece and a late one
         mine = [n for n, each in enumerate(owner) if each == rank]
         assert sum(b - a > 1 for a, b in pairwise(mine)) <= 1
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 16])
+def test_large_frames_are_dealt_as_small_ones(ranks: int) -> None:
+    """A million tokens, whose work multiplied is beyond 64 bits."""
+    assert owners([16_000] * 60, ranks) == owners([1] * 60, ranks)

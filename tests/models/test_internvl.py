@@ -170,3 +170,12 @@ def test_a_text_of_another_type_is_refused() -> None:
     model.config.text_config.model_type = "other"
     with pytest.raises(NotImplementedError, match="text model of type 'other'; expected one of"):
         FAMILIES.named(NAME).check(model, sp_size=1)
+
+
+def test_packed_samples_are_refused() -> None:
+    """In one process positions that start anew part them, where there is no mask."""
+    length = text_only()["input_ids"].shape[1]
+    positions = torch.arange(length)[None] % (length // 2)
+    batch = {**text_only(), "position_ids": positions, "attention_mask": None}
+    with pytest.raises(NotImplementedError, match="position_ids that start anew within a row"):
+        shard_batch(batch, model=tiny_model())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from ds_lvx import gather_sequence
 from ds_lvx.config import LVXConfig
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import draft_batch, owned, shard_batch
@@ -117,6 +118,10 @@ BAD: dict[str, Any] = {
     r"mm_token_type_ids that are not those of input_ids": lambda b: changed(
         b, mm_token_type_ids=torch.zeros_like(b["input_ids"])
     ),
+    r"second_per_grid_ts of 1 numbers for 2 videos": lambda b: changed(b, second_per_grid_ts=[1.0]),
+    r"input_ids \(3, 0\); expected at least one sample": lambda _: {
+        "input_ids": torch.zeros(3, 0).long()
+    },
     r"attention_mask \(3, 5\); expected the shape of input_ids": lambda b: changed(
         b, attention_mask=b["attention_mask"][:, :5]
     ),
@@ -135,3 +140,19 @@ def test_positions_of_a_text_alone_have_its_shape() -> None:
     batch = changed(text_only(), position_ids=torch.zeros(4, 2, 12).long())
     with pytest.raises(ValueError, match=words):
         shard_batch(batch, model=tiny_model())
+
+
+def test_packed_samples_are_refused() -> None:
+    batch = changed(text_only(), position_ids=torch.arange(6).repeat(2)[None], attention_mask=None)
+    with pytest.raises(NotImplementedError, match="position_ids that start anew within a row"):
+        shard_batch(batch, model=tiny_model())
+
+
+def test_what_is_put_in_order_is_of_every_token() -> None:
+    model, batch = tiny_model(), hard_batch()
+    shard = shard_batch(batch, model=model)
+    logits = torch.zeros(*shard["input_ids"].shape, 2)
+    assert gather_sequence(logits, shard=shard).shape[:2] == batch["input_ids"].shape
+    for wrong in (logits[:, 1:], logits[:1], logits[:, :0]):
+        with pytest.raises(ValueError, match=r"for a shard of \[3, \d+\] tokens"):
+            gather_sequence(wrong, shard=shard)

@@ -98,7 +98,15 @@ class Sequences(Text):
         return replace(self, position_ids=positions)
 
     def dealt(self, size: int) -> Self:
-        """The same for ``size`` ranks."""
+        """The same for ``size`` ranks.
+
+        Raises:
+            ValueError: there is no token.
+        """
+        if self.number.numel() == 0:
+            raise ValueError(
+                f"got input_ids {self.shape}; expected at least one sample, and one token of it"
+            )
         kept = self.number != TEXT
         if self.attention_mask is None:
             kept = torch.ones_like(kept)

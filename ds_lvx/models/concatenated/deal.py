@@ -129,9 +129,10 @@ def _swap(owner: list[int], tokens: Sequence[int], ranks: int) -> list[int]:
         work = torch.zeros(ranks, dtype=torch.int64).index_add_(0, held, cost)
         if int(work.max() - work.min()) * ranks <= _EVEN * int(work.sum()):
             break
-        gain = more * (work[held][:, None] - work[held] - more) * same
+        # Products of work: beyond int64 from some 100,000 tokens.
+        gain = more.double() * (work[held][:, None] - work[held] - more) * same
         best = int(gain.argmax())
-        if int(gain.flatten()[best]) <= 0:
+        if float(gain.flatten()[best]) <= 0:
             break
         pair = torch.tensor(divmod(best, len(held)))
         held[pair] = held[pair.flip(0)]

@@ -68,8 +68,11 @@ class Concatenated(Family):
 
         Raises:
             ValueError: the batch has others than the model can have.
+            NotImplementedError: samples packed into a row.
         """
-        given = Text.of(batch).position_ids
+        whole = Text.of(batch)
+        whole.refuse_packed()
+        given = whole.position_ids
         return None if given is None else given.cpu().expand(text.shape)
 
     def pixels(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:

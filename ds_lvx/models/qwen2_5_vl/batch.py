@@ -7,6 +7,7 @@ windows and whole. Legend: ``t, h, w`` patches of an image or a video, ``m`` mer
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from types import SimpleNamespace
@@ -121,6 +122,7 @@ def positions(
     if not bool(types.any()):
         return _of_text(given, text)
     media = {key: batch[key] for key in (GRID, VIDEO_GRID, SECONDS) if key in batch}
+    _check_seconds(media.get(SECONDS), videos=len(media.get(VIDEO_GRID, ())))
     made: Tensor = model.get_rope_index(
         _Positions(config, model),
         text.input_ids,
@@ -137,8 +139,18 @@ def positions(
     return made
 
 
+def _check_seconds(seconds: Any, *, videos: int) -> None:
+    count = len(seconds) if isinstance(seconds, Tensor | list | tuple) else None
+    if seconds is not None and count != videos:
+        got = type(seconds).__name__ if count is None else f"{count} numbers"
+        raise ValueError(
+            f"got {SECONDS} of {got} for {videos} videos; expected a number for each video of the "
+            "whole batch: the seconds between its temporal patches"
+        )
+
+
 def _of_text(given: Tensor | None, text: Text) -> Tensor | None:
-    """Positions of text alone: places in the row, or what the caller has, ``[1 or B, T]``."""
+    """Positions of text alone: places in the row, or what the caller has, ``[3, B, T]``."""
     if given is None:
         return None
     rows, length = text.shape
@@ -152,6 +164,7 @@ def _of_text(given: Tensor | None, text: Text) -> Tensor | None:
             f"got position_ids {tuple(given.shape)}; expected (3, {rows}, {length}) or "
             f"({rows}, {length}): the whole sequence, neither cut nor packed"
         )
+    replace(text, position_ids=whole.flatten(0, -2)).refuse_packed()
     return given.expand(3, rows, length)
 
 
