@@ -45,6 +45,8 @@ class ShardedBatch:
             by names of the family's own.
         order: int64 ``[B, T]`` on the CPU, where the parts of all ranks, one after the other, have
             each token of the whole text, -1 where nobody holds it; None: they are in its order.
+        among: tokens of the text that are images', of all rows, by rank; None where images stand
+            beside it.
         deep: what forward keeps for the text's layers
             (`ds_lvx.models.concatenated.forward.Deep`).
         decoding: the generation whose forward it is: every rank has the whole text then, and rows
@@ -59,6 +61,7 @@ class ShardedBatch:
     world: Channel | None = None
     others: Mapping[str, Layout] = field(default_factory=dict)
     order: Tensor | None = None
+    among: tuple[int, ...] | None = None
     deep: Any = None
     decoding: Decoding | None = None
     split: bool = False

@@ -237,7 +237,7 @@ class _Content:
 
     def _keyword(self, part: _Part, *, channel: Channel, device: torch.device) -> ShardedBatch:
         lengths = self.text.lengths(channel.size)
-        return ShardedBatch.of(
+        keyword = ShardedBatch.of(
             channel=channel,
             text_lengths=lengths,
             kv_lengths=part.kv_lengths,
@@ -248,6 +248,7 @@ class _Content:
             others=part.visual.layouts(self.text, channel=channel, lengths=lengths, device=device),
             order=self.text.order(),
         )
+        return replace(keyword, among=self.visual.among(channel.size))
 
     def prompt(
         self,

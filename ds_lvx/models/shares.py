@@ -46,14 +46,24 @@ def shares(patch: Patch, batch: ShardedBatch, *, samples: int, element_bytes: in
         element_bytes: of an activation.
     """
     text = list(batch.text_lengths)
-    visual = [0] * len(text) if batch.kv_lengths is None else list(batch.kv_lengths)
+    none = [0] * len(text)
+    visual = none if batch.kv_lengths is None else list(batch.kv_lengths)
+    among = none if batch.among is None else list(batch.among)
     layers = list(zip(patch.layers, patch.plans, strict=True))
+    kind = "cross" if batch.among is None else "self"
+    width = max((layer.features_dim for layer, _ in layers if layer.kind == kind), default=0)
+    ranks = list(zip(text, visual, among, strict=True))
     found = []
-    for queries, keys in zip([*text, sum(text)], [*visual, sum(visual)], strict=True):
-        held = _kv_bytes(layers, queries, keys)
-        width = max((layer.features_dim for layer, _ in layers if layer.kind == "cross"), default=0)
-        scale = samples * element_bytes
-        found.append(Share(samples * queries, samples * keys, scale * held, scale * keys * width))
+    for queries, keys, images in [*ranks, (sum(text), sum(visual), sum(among))]:
+        tokens = samples * keys + images
+        found.append(
+            Share(
+                text_tokens=samples * queries - images,
+                visual_tokens=tokens,
+                kv_bytes=samples * element_bytes * _kv_bytes(layers, queries, keys),
+                features_bytes=element_bytes * tokens * width,
+            )
+        )
     return found
 
 

@@ -266,6 +266,10 @@ class Visual:
         """Whether layers attend to the units; else these stand among the text, as its tokens."""
         return True
 
+    def among(self, parts: int) -> tuple[int, ...] | None:
+        """Tokens of the text that are the units', of all rows, by rank; None: units have none."""
+        return None
+
     @property
     def tells_padding(self) -> bool:
         """Whether only this rank knows which parts of its units are padding."""

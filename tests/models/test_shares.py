@@ -13,6 +13,8 @@ from ds_lvx.models import patch_model
 from ds_lvx.models.patch import KEYWORD
 from ds_lvx.models.shares import Share, counted, saved, share_table, shares
 from ds_lvx.sharding import shard_batch
+from tests.models import qwen2_5_vl_case as among_text
+from tests.models.concatenated_case import rules
 from tests.models.mllama_case import ds_config, make_batch, reference_inputs, tiny_model
 from tests.ranks import run_ranks
 
@@ -67,6 +69,29 @@ def test_layers_that_project_again_hold_one_layer_at_a_time() -> None:
     kept, again = (run_ranks(held, 2, recompute)[0][0][-1] for recompute in (False, True))
     assert kept.kv_bytes == 2 * again.kv_bytes  # two layers
     assert again.kv_bytes == 2 * TOKENS * 2 * 8 * 4
+
+
+def held_among_text() -> list[Share]:
+    model, groups = among_text.tiny_model(), SequenceParallelGroups(2)
+    config = LVXConfig.from_ds_config(rules("qwen2_5_vl", "ring", 2))
+    patch = patch_model(model, config, groups)
+    shard = shard_batch(among_text.one_video(), model=model)
+    found = shares(patch, shard[KEYWORD], samples=1, element_bytes=4)
+    patch.unpatch()
+    groups.close()
+    return found
+
+
+def test_visual_tokens_among_the_text_are_told_apart() -> None:
+    batch = among_text.one_video()
+    images = int((batch["input_ids"] == among_text.VIDEO).sum())
+    *ranks, alone = run_ranks(held_among_text, 2)[0]
+    assert alone.visual_tokens == images == sum(share.visual_tokens for share in ranks)
+    assert all(share.visual_tokens > 0 for share in ranks)
+    assert alone.text_tokens == batch["input_ids"].numel() - images
+    assert (
+        alone.features_bytes == 4 * images * among_text.tiny_model().config.text_config.hidden_size
+    )
 
 
 def test_the_table_has_a_line_a_rank_and_one_for_all() -> None:

@@ -227,6 +227,11 @@ class Units(Visual):
         """Units by rank."""
         return tuple(self.owner.count(rank) for rank in range(parts))
 
+    def among(self, parts: int) -> tuple[int, ...]:
+        """Tokens of the units by rank."""
+        pairs = list(zip(self.units, self.owner, strict=True))
+        return tuple(sum(u.tokens for u, owner in pairs if owner == rank) for rank in range(parts))
+
     def beside(self, rank: int, text: Text, here: slice) -> dict[str, Any]:
         """Where the tokens of this rank's units are."""
         assert isinstance(text, Sequences)
