@@ -171,6 +171,7 @@ class Asking:
             past_key_values=cache,
             return_dict_in_generate=True,
             **sampling,
+            **self._prompts.ending(self._model),
         )
 
     def _write(self, record: Mapping[str, Any]) -> None:

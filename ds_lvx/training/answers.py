@@ -96,6 +96,7 @@ class Answers:
             frames="local",
             max_new_tokens=self._new_tokens,
             do_sample=False,
+            **self._prompts.ending(self._engine.module),
         )
         new = tokens[:, inputs["input_ids"].shape[1] :]
         texts: list[str] = self._prompts.encoder.tokenizer.batch_decode(

@@ -135,6 +135,12 @@ class Prompts(BatchMaker):
         inputs = self._text([self._sample(conversation)])
         return {k: v for k, v in inputs.items() if k not in self.encoder.family.keys}
 
+    def ending(self, model: Any) -> dict[str, Any]:
+        """The token that ends an answer, where the generation config of ``model`` names none."""
+        family, end = self.encoder.family, self.encoder.tokenizer.eos_token_id
+        config = family.generator(family.find(model)).generation_config
+        return {} if end is None or config.eos_token_id is not None else {"eos_token_id": end}
+
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line.

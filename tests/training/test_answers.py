@@ -6,8 +6,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
+from ds_lvx.data.batch import FrameRate
+from ds_lvx.data.text import TextEncoder
+from ds_lvx.models.registry import FAMILIES
 from ds_lvx.training.answers import means, token_f1, words
+from ds_lvx.training.asking import Prompts
 from ds_lvx.training.inputs import check_samples, read_inputs
 from ds_lvx.training.options import parse
 from ds_lvx.training.progress import Progress
@@ -79,3 +84,14 @@ def test_what_cannot_be_asked_is_refused_before_the_model_is_loaded(tmp_path: Pa
             else nullcontext()
         ):
             check_samples(inputs, options, ALONE)
+
+
+def test_an_answer_ends_where_the_model_or_its_tokenizer_says() -> None:
+    family = FAMILIES.named("mllama")
+    config, processor = family.tiny()
+    model = family.build(config, gate=1.0, dtype=torch.float32)
+    prompts = Prompts(TextEncoder(processor, 64, family=family), FrameRate(fps=1), owned=range)
+    model.generation_config.eos_token_id = None
+    assert prompts.ending(model) == {"eos_token_id": processor.tokenizer.eos_token_id}
+    model.generation_config.eos_token_id = 7
+    assert prompts.ending(model) == {}
