@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,21 @@ def test_tokens_and_work_are_even(name: str, ranks: int) -> None:
     counts = torch.tensor([len(part) for part in held]).double()
     for found in (work, counts):
         assert (found / found.mean() - 1).abs().max() < 0.1, found / found.mean()
+
+
+def above_even(name: str, ranks: int) -> str:
+    """How far the busiest rank is above an even share of the work."""
+    number, tokens = row(*ROWS[name])
+    held = parts(Deal.of(number >= TEXT, number, tokens, ranks))
+    work = torch.tensor([int((part + 1).sum()) for part in held]).double()
+    return f"{float(work.max() / work.mean()) - 1:.1%}"
+
+
+def test_the_document_says_how_even() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "concatenated.md").read_text()
+    table = document.partition("| sample | 2 ranks | 4 ranks | 8 ranks |\n")[2].partition("\n\n")[0]
+    rows = [line.split(" | ", 1)[1].rstrip(" |") for line in table.splitlines()[1:]]
+    assert rows == [" | ".join(above_even(name, ranks) for ranks in (2, 4, 8)) for name in ROWS]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
