@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.training import disk, ending
@@ -221,6 +223,26 @@ def test_a_file_that_runs_code_is_refused(tmp_path: Path, *, zipped: bool) -> No
     assert not (tmp_path / "ran").exists()
     disk.Written(_Torch(), trusted=True).load(str(path))
     assert (tmp_path / "ran").exists()
+
+
+class Named:
+    """Pickles as Python 3.11.0 to 3.11.3 pickle the member of an enum: by ``getattr``."""
+
+    def __init__(self, of: Any, name: str) -> None:
+        self.asked = of, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.asked
+
+
+def test_a_stage_is_read_by_its_name_and_nothing_else_is(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    torch.save({"zero_stage": Named(ZeroStageEnum, "weights")}, path)
+    assert disk.Written(_Torch()).load(str(path)) == {"zero_stage": ZeroStageEnum.weights}
+    for of, name in ((ZeroStageEnum, "__init__"), (LossScaler, "backward")):
+        torch.save({"zero_stage": Named(of, name)}, path)
+        with pytest.raises(ValueError, match=r"object of builtins\.getattr.*--trust_checkpoint"):
+            disk.Written(_Torch()).load(str(path))
 
 
 def test_plain_pickles_are_refused_as_well(tmp_path: Path) -> None:
