@@ -34,6 +34,7 @@ GATHERED = "gathered"
 METHODS: Mapping[str, tuple[str, str | None]] = {
     name if schedule is None else f"{name}-{schedule}": (name, schedule)
     for name, entry in registry.METHODS.items()
+    if not entry.subgroups  # whose size nobody says
     for schedule in ((*SHARDED, registry.AUTO) if entry.has_schedules else (None,))
 } | {GATHERED: (GATHERED, None)}
 """What is compared, by name: the method and lvx's schedule; ``none`` runs on one process."""

@@ -32,7 +32,8 @@ from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 METHODS = tuple(
     f"{name} {schedule}".strip()
     for name, entry in registry.METHODS.items()
-    if entry.distributed
+    # Two ranks have no subgroups.
+    if entry.distributed and not entry.subgroups
     for schedule in (registry.SCHEDULES if entry.has_schedules else ("",))
 )
 DTYPES = ("float32", "bfloat16")
@@ -151,7 +152,7 @@ def _attend(case: Case) -> Callable[..., Tensor]:
     name, _, schedule = case.method.partition(" ")
     if name == "lvx":
         return lambda *tensors, **options: lv_xattn(*tensors, schedule=schedule, **options)
-    return ring_attention if name == "ring" else ulysses_attention
+    return {"ring": ring_attention, "ulysses": ulysses_attention}[name]
 
 
 def _tensors(dtype: torch.dtype, queries: int, keys: int) -> dict[str, Tensor]:
