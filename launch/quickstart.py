@@ -142,7 +142,7 @@ def close(engine: Any) -> None:
 
 
 def make_optimizer(parameters: Iterator[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=3.5e-3, eps=1e-6)
+    return torch.optim.AdamW(parameters, lr=4e-3, eps=1e-6)
 
 
 def make_scheduler(
@@ -179,7 +179,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/quickstart.json"))
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=170)
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the batches")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
     return parser.parse_args()
