@@ -152,7 +152,11 @@ def _attend(case: Case) -> Callable[..., Tensor]:
     name, _, schedule = case.method.partition(" ")
     if name == "lvx":
         return lambda *tensors, **options: lv_xattn(*tensors, schedule=schedule, **options)
-    return {"ring": ring_attention, "ulysses": ulysses_attention}[name]
+    others: dict[str, Callable[..., Tensor]] = {
+        "ring": ring_attention,
+        "ulysses": ulysses_attention,
+    }
+    return others[name]
 
 
 def _tensors(dtype: torch.dtype, queries: int, keys: int) -> dict[str, Tensor]:
