@@ -94,10 +94,10 @@ def device(answers: Answers, request: Mapping[str, Any], *, memory_bytes: int) -
         for ranks, kinds in ((answers, KINDS), ([first], ALONE))
         for kind in kinds
     }
-    elementwise_s, matmul_s, operation_s, call_s = (
-        slowest(answer[name] for answer in answers)
-        for name in ("elementwise", "matmul", "operation", "call")
+    elementwise_s, operation_s, call_s = (
+        slowest(answer[name] for answer in answers) for name in ("elementwise", "operation", "call")
     )
+    products_s = slowest(answer["matmul"][-1] for answer in answers)  # of the widest matrices
     # A call is a forward and a backward; their kernels are counted by themselves.
     own_s = call_s - sum(_of_kernels(answers, kind)[0] for kind in ("whole", "backward"))
     nbytes = first["elementwise"]["numbers"] * first["elementwise"]["bytes_per_number"]
@@ -105,7 +105,7 @@ def device(answers: Answers, request: Mapping[str, Any], *, memory_bytes: int) -
         name=first["device"],
         memory_bytes=memory_bytes,
         **kernels,
-        matmul_flops=2 * first["matmul"]["side"] ** 3 / matmul_s,
+        matmul_flops=2 * first["matmul"][-1]["side"] ** 3 / products_s,
         stream_bytes_per_s=nbytes / elementwise_s,
         operation_s=operation_s / first["operation"]["operations"],
         call_s=max(own_s / 2, 0.0),
