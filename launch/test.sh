@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests, in .venv, which is made first where there is none.
-#     bash launch/test.sh                            everything
+#     bash launch/test.sh                            all but what is marked exhaustive
+#     bash launch/test.sh --exhaustive               everything, before a release: four times as long
 #     bash launch/test.sh --coverage                 and whether it runs 90% of the lines, for twice the time
 #     bash launch/test.sh tests/config -k typo       arguments go to pytest
 #     bash launch/test.sh -m "not slow"              what takes over five seconds is left out

@@ -46,7 +46,16 @@ def _rank_processes() -> Iterator[None]:
     session_pool().discard()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="also the tests marked exhaustive; a test that is named by its :: always runs",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _leave_out_exhaustive(config, items)
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         several = item.get_closest_marker("gpus")
@@ -54,3 +63,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if needed > present:
             reason = "needs a GPU" if needed == 1 else f"needs {needed} GPUs"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _leave_out_exhaustive(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked = config.option.exhaustive or "exhaustive" in config.option.markexpr
+    if asked or any("::" in word for word in config.args):
+        return
+    beyond = [item for item in items if item.get_closest_marker("exhaustive")]
+    config.hook.pytest_deselected(items=beyond)
+    items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]

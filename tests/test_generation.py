@@ -107,7 +107,10 @@ def generate_each(each: dict[str, Case], sp_size: int) -> dict[str, dict[str, An
     return results
 
 
-@pytest.mark.parametrize("ranks", [2, 3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "ranks",
+    [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.exhaustive)],
+)
 def test_generating_equals_one_process(ranks: int) -> None:
     answers = run_ranks(generate_each, ranks, cases(), ranks)
     for name, expected in reference().items():
@@ -169,7 +172,7 @@ def trained_reference() -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_engine_generates_between_steps(stage: int) -> None:
     for answer in run_ranks(generate_with_an_engine, 2, stage):
         torch.testing.assert_close(answer, trained_reference(), atol=1e-5, rtol=1e-5)

@@ -77,7 +77,7 @@ def whole(batch: Batch, ids: Tensor) -> Batch:
     return {**found, "cross_attention_mask": torch.cat([mask, more], dim=1)}
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("case", [interleaved, one_image])
 def test_answers_are_those_of_whole_conversations(ranks: int, case: Any) -> None:
     batch, model = case(), tiny_model().eval()

@@ -66,7 +66,7 @@ def reference() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_split_prompts_generate_what_one_process_does(ranks: int) -> None:
     expected = reference()
     for answer in run_ranks(generate_long, ranks, ranks):

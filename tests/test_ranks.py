@@ -196,7 +196,7 @@ def test_what_cannot_travel_is_refused_at_once() -> None:
         run_ranks(_describe, 5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_worker_ends_with_its_pytest() -> None:
     script = (
         "import os; from tests.ranks import run_ranks; from tests.test_ranks import _describe;"

@@ -55,6 +55,7 @@ def test_a_wheel_holds_all_of_the_package(wheel: Path) -> None:
     assert not [name for name in named if name.startswith(("tests", "launch"))]
 
 
+@pytest.mark.exhaustive
 def test_an_installed_wheel_runs_the_readmes_example(wheel: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     venv.create(bare, with_pip=True)

@@ -78,7 +78,7 @@ def run_chunked(chunk: int, sees: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("chunk", "sees"),
-    [pytest.param(1, True, marks=pytest.mark.slow), (4, False), (4, True), (1000, False)],
+    [pytest.param(1, True, marks=pytest.mark.exhaustive), (4, False), (4, True), (1000, False)],
 )
 def test_chunks_give_the_gradients_of_the_whole(chunk: int, sees: bool) -> None:
     answers = run_ranks(run_chunked, 3, chunk, sees)

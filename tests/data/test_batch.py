@@ -108,7 +108,7 @@ def decoded_on_this_rank(data: Path) -> tuple[int, int, torch.Tensor]:
     return pixels.shape[1], maker.counter.frames, pixels.flatten(2).sum(dim=-1)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_ranks_share_the_132_frames_of_a_real_video(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", chat(("video", str(BUNNY))))
     (held, decoded, sums), (held_too, decoded_too, sums_too) = run_ranks(

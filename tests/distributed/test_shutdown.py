@@ -46,7 +46,7 @@ def groups_left(stage: int, *, given: bool, bf16: bool = False) -> int:
 @pytest.mark.parametrize(
     ("stage", "given", "bf16"),
     [
-        pytest.param(3, True, False, marks=pytest.mark.slow),
+        pytest.param(3, True, False, marks=pytest.mark.exhaustive),
         (3, False, True),
         (1, True, False),
         (0, True, True),
@@ -114,7 +114,7 @@ def test_a_script_ends_with_0() -> None:
     assert [code for code, _ in ended] == [0, 0], ended
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_script_ends_with_its_rank_s_error() -> None:
     # What the other rank ends with, it does before it has heard of the failure.
     code, printed = end("failing")[1]

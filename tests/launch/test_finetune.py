@@ -72,7 +72,15 @@ def expected_losses(folder: Path) -> list[float]:
     return one_process_training(model, samples, steps=3, accumulation=2)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(0, marks=pytest.mark.exhaustive),
+        1,
+        pytest.param(2, marks=pytest.mark.exhaustive),
+        3,
+    ],
+)
 def test_a_checkpoint_of_the_hub_trains_and_is_saved_at_every_stage(
     folder: Path, tmp_path: Path, stage: int, expected_losses: list[float]
 ) -> None:
@@ -193,7 +201,7 @@ def test_optimizer_and_schedule_of_the_ds_config_are_taken(folder: Path, tmp_pat
 @pytest.mark.parametrize(
     ("stage", "options"),
     [
-        (0, {}),
+        pytest.param(0, {}, marks=pytest.mark.exhaustive),
         (2, {"lora_r": 2, "lora_dropout": 0.3, "learning_rate": 0.1}),
         (3, {}),
     ],

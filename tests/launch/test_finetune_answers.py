@@ -23,7 +23,9 @@ FRAMES, TOKENS, COUNT = 3, 5, 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "stage", "micro"), [(2, 2, 2), (4, 3, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "stage", "micro"), [(2, 2, 2), pytest.param(4, 3, 1, marks=pytest.mark.exhaustive)]
+)
 def test_answers_of_the_evaluation(tmp_path: Path, ranks: int, stage: int, micro: int) -> None:
     """Prompts of several lengths in a batch, or two replicas, one with a sample less."""
     write_checkpoint(tmp_path / "checkpoint")

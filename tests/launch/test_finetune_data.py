@@ -40,10 +40,11 @@ def test_a_converted_format_gives_the_same_losses(tmp_path: Path) -> None:
     assert losses(folder, "rows", folder / "d.parquet", workers=1) == expected
 
 
-def test_shards_are_gone_on_with_where_a_run_stood(tmp_path: Path) -> None:
-    """2 replicas of 2 ranks: what the replicas take are the samples of each epoch."""
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_shards_are_gone_on_with_where_a_run_stood(tmp_path: Path, ranks: int) -> None:
+    """Replicas of 2 ranks: what the replicas take are the samples of each epoch."""
     shards = write_shards(write_media(tmp_path), (4, 3))
-    given = {"world_size": 4, "save_steps": 1, "keep_checkpoints": 3}
+    given = {"world_size": ranks, "save_steps": 1, "keep_checkpoints": 3}
     whole = losses(tmp_path, "whole", shards, **given)
     checkpoint = tmp_path / "whole" / "checkpoints" / "step-00000001"
     resumed = losses(tmp_path, "resumed", shards, resume=checkpoint, workers=1, **given)

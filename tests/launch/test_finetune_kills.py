@@ -69,8 +69,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "share"), [(2, 0.7), (3, 0.3)])
+@pytest.mark.parametrize(
+    ("ranks", "share"),
+    [
+        pytest.param(2, 0.1, marks=pytest.mark.slow),
+        pytest.param(2, 0.7, marks=pytest.mark.exhaustive),
+        pytest.param(3, 0.3, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     folder: Path, tmp_path: Path, ranks: int, share: float
 ) -> None:

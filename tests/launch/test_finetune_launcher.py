@@ -32,6 +32,7 @@ pytestmark = pytest.mark.slow
 CONFIG = ROOT / "ds_configs" / "finetune-cpu.json"
 
 
+@pytest.mark.exhaustive
 def test_all_132_frames_of_a_real_video_over_two_ranks(tmp_path: Path) -> None:
     data = write_jsonl(
         tmp_path / "train.jsonl", chat(("video", str(BUNNY)), ("text", "What animal is it?"))

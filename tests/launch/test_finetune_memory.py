@@ -36,7 +36,7 @@ def said(rank: int, runs_out: int) -> str:
     return rf"\[rank {rank}\] error: {what}"
 
 
-@pytest.mark.parametrize("runs_out", [0, 1])
+@pytest.mark.parametrize("runs_out", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_every_rank_ends_with_a_line_and_without_help(tmp_path: Path, runs_out: int) -> None:
     """Rank 0 takes the job's store with it when it ends; what it said arrives all the same."""
     given = words(tmp_path)

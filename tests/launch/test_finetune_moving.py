@@ -73,10 +73,10 @@ def written(folder: Path) -> Any:
 @pytest.mark.parametrize(
     ("before", "ranks", "sp_size", "stage", "lora_r"),
     [
-        (0, 2, 2, 3, 0),
-        (2, 1, 1, 0, 0),
-        (2, 2, 1, 2, 0),
-        (2, 4, 2, 3, 0),
+        pytest.param(0, 2, 2, 3, 0, marks=pytest.mark.exhaustive),
+        pytest.param(2, 1, 1, 0, 0, marks=pytest.mark.exhaustive),
+        pytest.param(2, 2, 1, 2, 0, marks=pytest.mark.exhaustive),
+        pytest.param(2, 4, 2, 3, 0, marks=pytest.mark.exhaustive),
         (3, 2, 1, 1, 0),
         (3, 1, 1, 3, 0),
         (3, 2, 2, 2, 2),

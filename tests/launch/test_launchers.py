@@ -66,7 +66,7 @@ def finish(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_three_launchers_start_the_same_job(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png", (40, 40))
     data = write_jsonl(tmp_path / "train.jsonl", chat(("image", "a.png"), ("text", "What?")))

@@ -42,7 +42,7 @@ def _namespaces() -> None:
     bash(NETLAB, "--name", name, "down")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("_namespaces")
 def test_two_nodes_of_two_ranks_train_as_one_node_of_four(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", frames=6)

@@ -34,7 +34,7 @@ def test_help_is_the_script_s_own_text() -> None:
     assert "set -euo" not in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ranks_of_a_launcher_compare_and_the_interfaces_agree(tmp_path: Path) -> None:
     reason = why_not()
     if reason is not None:

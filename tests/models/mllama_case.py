@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from peft import LoraConfig, get_peft_model
@@ -29,6 +30,13 @@ LEARNING_RATE = 0.05
 VISION_RULE = {"match": "*vision_model*", "method": "none"}
 
 Batch = dict[str, Tensor]
+
+FURTHER: Any = pytest.mark.parametrize(
+    "which",
+    [slice(3), pytest.param(slice(3, None), marks=pytest.mark.exhaustive)],
+    ids=["first", "further"],
+)
+"""For a test of several trainings: the first three, and what else combines the same."""
 
 
 def tiny_model(**text: Any) -> MllamaForConditionalGeneration:

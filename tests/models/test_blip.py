@@ -27,6 +27,7 @@ from tests.models.blip_case import (
     videos,
 )
 from tests.models.mllama_case import (
+    FURTHER,
     assert_same_training,
     plain_step,
     reference_steps,
@@ -147,7 +148,10 @@ def whole_text(stage: int) -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param(1, marks=pytest.mark.exhaustive), pytest.param(3, marks=pytest.mark.slow)],
+)
 def test_a_language_model_with_an_encoder_runs_whole_on_every_rank(stage: int) -> None:
     results = run_ranks(whole_text, 2, stage)
     for index, batches in enumerate([[[answers(6)]], [[answers(6)], [answers(7)]]]):
@@ -195,7 +199,8 @@ def section(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_training_equals_one_process() -> None:
+@FURTHER
+def test_training_equals_one_process(which: slice) -> None:
     """Two steps: stages, methods, checkpoints, LoRA, a frozen tower, families."""
     two = [[hard_batch(0)], [left_padded(1)]]
     clips = [[videos(0)], [videos(1)]]
@@ -207,10 +212,10 @@ def test_training_equals_one_process() -> None:
         (section(rules("ring", 2, 1)), tiny_model, two),
         (section(rules("ulysses", 2, 3), partition_activations=True), of_videos, clips),
     ]
-    check(jobs, ranks=2, sp_size=2)
+    check(jobs[which], ranks=2, sp_size=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_rank_without_images_trains_along() -> None:
     jobs = [
         (rules("ring", 3, stage), tiny_model, [[one_image(7)], [text_only(8)]]) for stage in (0, 3)
@@ -219,6 +224,8 @@ def test_a_rank_without_images_trains_along() -> None:
 
 
 @pytest.mark.slow
-def test_a_replica_without_images_beside_one_with_images() -> None:
+@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_a_replica_without_images_beside_one_with_images(sp_size: int) -> None:
     batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
-    check([(rules("ulysses", 2, 3), tiny_model, batches)], ranks=4, sp_size=2)
+    jobs = [(rules("ulysses", sp_size, 3), tiny_model, batches)]
+    check(jobs, ranks=2 * sp_size, sp_size=sp_size)

@@ -70,7 +70,7 @@ def generate_blip(kind: str, sp_size: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", [*blip_models()])
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_blip_generates_what_transformers_does(kind: str, ranks: int) -> None:
     model, expected = blip_models()[kind]().eval(), {}
     for name, (batch, keywords) in blip_cases(kind).items():

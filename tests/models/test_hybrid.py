@@ -46,12 +46,19 @@ def check(name: str, configs: list[dict[str, Any]], *, ranks: int) -> None:
         assert_same_training(mine, expected, sp_size=ranks, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_that_share_heads() -> None:
     check("mllama", [config(mllama_case, 3, 2, 2), config(mllama_case, 1, 2, 1)], ranks=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mllama",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in CASES if name != "mllama"),
+    ],
+)
 def test_two_subgroups_of_two(name: str) -> None:
     """Stages, a schedule, ring across in cross-attention, checkpointed layers."""
     case = CASES[name]

@@ -21,6 +21,7 @@ from tests.models.idefics_case import (
     tiny_model,
 )
 from tests.models.mllama_case import (
+    FURTHER,
     assert_same_training,
     plain_step,
     reference_steps,
@@ -153,7 +154,8 @@ def recomputed_text(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_training_equals_one_process() -> None:
+@FURTHER
+def test_training_equals_one_process(which: slice) -> None:
     """Two steps: methods, stages, checkpoints, LoRA, a model without a resampler, frozen text."""
     jobs = [
         (rules("recompute", 2, 3), tiny_model),
@@ -163,16 +165,17 @@ def test_training_equals_one_process() -> None:
         (section(rules("recompute", 2, 1), partition_activations=True), tiny_model),
         (recomputed_text(rules("ulysses", 2, 0)), partial(tiny_model, freeze_text_layers=True)),
     ]
-    check(jobs, ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
+    check(jobs[which], ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_rank_without_images_trains_along() -> None:
     jobs = [(rules("recompute", 3, 3), tiny_model), (rules("lvx", 3, 0), tiny_model)]
     check(jobs, ranks=3, batches=[[one_image(7)], [text_only(8)]], sp_size=3)
 
 
-@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_replica_without_images_beside_one_with_images(sp_size: int) -> None:
     batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
     jobs = [(rules("lvx", sp_size, 3), tiny_model)]

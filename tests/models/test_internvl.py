@@ -28,6 +28,7 @@ from tests.models.internvl_case import (
     tiny_model,
 )
 from tests.models.mllama_case import (
+    FURTHER,
     assert_same_training,
     plain_step,
     reference_steps,
@@ -46,7 +47,12 @@ def expected() -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("ranks", "offset"),
-    [(1, 1), (2, 0), *(pytest.param(3, n, marks=pytest.mark.slow) for n in range(4))],
+    [
+        (1, 1),
+        (2, 0),
+        pytest.param(3, 3, marks=pytest.mark.slow),
+        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(3)),
+    ],
 )
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
     case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
@@ -108,32 +114,33 @@ def test_logits_come_in_the_order_of_the_text() -> None:
 
 
 @pytest.mark.slow
-def test_training_equals_one_process() -> None:
+@FURTHER
+def test_training_equals_one_process(which: slice) -> None:
     """Two steps: methods, stages, checkpoints, LoRA, a frozen tower."""
     jobs = [
         (rules("lvx", 2, 3), tiny_model),
         (rules("ulysses", 2, 2), partial(case.checkpointed, lora_model)),
+        (case.section(rules("lvx", 2, 1), partition_activations=True), frozen_tower),
         (case.section(rules("ring", 2, 3)), tiny_model),
         (rules("ring", 2, 0), partial(case.checkpointed, tiny_model, reentrant=True)),
-        (case.section(rules("lvx", 2, 1), partition_activations=True), frozen_tower),
     ]
-    case.check(jobs, ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
+    case.check(jobs[which], ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_stage_equals_one_process() -> None:
     jobs = [(rules("lvx", 3, stage), tiny_model) for stage in range(4)]
     case.check(jobs, ranks=3, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=3)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_rank_without_images_trains_along() -> None:
     jobs = [(rules("lvx", 3, 3), tiny_model), (rules("ring", 3, 0), tiny_model)]
     case.check(jobs, ranks=3, batches=[[one_image(7)], [text_only(8)]], sp_size=3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sp_size", [1, 2])
+@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_replica_without_images_beside_one_with_images(sp_size: int) -> None:
     batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
     jobs = [(rules("lvx", sp_size, 3), tiny_model)]

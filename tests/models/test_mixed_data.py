@@ -30,7 +30,7 @@ from tests.models.mllama_case import (
 from tests.ranks import run_ranks
 
 SEED = 0
-STEPS, FORWARDS = 50, 2  # 100 forwards, each of a batch a replica
+FORWARDS = 2  # a step, each of a batch a replica
 REPLICAS, SP_SIZE = 2, 2
 FRAMES = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 IN_CHUNKS = {"method": "lvx", "recompute_kv": True, "kv_chunk_tokens": 24}
@@ -80,12 +80,12 @@ def as_held(batch: Batch, rng: random.Random, rank: int) -> tuple[Batch, str]:
     return local, "local"
 
 
-def one_process(seed: int) -> Result:
+def one_process(seed: int, steps: int) -> Result:
     """transformers' own model: the loss of each batch, forward by forward."""
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         for forward in random_step(seed, step):
             for batch in forward:
                 loss = model(**batch, use_cache=False).loss
@@ -96,12 +96,12 @@ def one_process(seed: int) -> Result:
     return losses, {name: p.detach() for name, p in model.named_parameters()}
 
 
-def on_a_rank(seed: int, config: dict[str, Any]) -> Result:
+def on_a_rank(seed: int, steps: int, config: dict[str, Any]) -> Result:
     """This rank's part of the loss of its replica's batch, forward by forward."""
     engine = start_engine(config, small_model())
     groups = engine.ds_lvx.groups
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         for forward, batches in enumerate(random_step(seed, step)):
             # A rank that hangs has this for its last words.
             print(f"seed {seed}, step {step}, forward {forward}", flush=True)
@@ -125,11 +125,14 @@ def config_of(sp_size: int, *, stage: int = 3) -> dict[str, Any]:
     return ds_config(stage=stage, sp_size=sp_size, cross=IN_CHUNKS, self_attn="ulysses")
 
 
-@pytest.mark.slow
-def test_random_batches_have_the_losses_of_one_process() -> None:
+@pytest.mark.parametrize(
+    "steps",
+    [pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.exhaustive)],
+)
+def test_random_batches_have_the_losses_of_one_process(steps: int) -> None:
     config = config_of(SP_SIZE) | {"gradient_accumulation_steps": FORWARDS}
-    results = run_ranks(on_a_rank, REPLICAS * SP_SIZE, SEED, config, timeout_s=300)
-    expected, final = one_process(SEED)
+    results = run_ranks(on_a_rank, REPLICAS * SP_SIZE, SEED, steps, config, timeout_s=300)
+    expected, final = one_process(SEED, steps)
     for number, loss in enumerate(expected):
         forward, replica = divmod(number, REPLICAS)
         group = results[replica * SP_SIZE :][:SP_SIZE]
@@ -186,7 +189,7 @@ def test_text_alone_trains_beside_features_and_images(stage: int) -> None:
     check(ours, theirs, stage=stage)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.exhaustive), 2, 3])
 def test_images_train_beside_features(stage: int) -> None:
     batches = [[with_features(hard_batch(0), seed=0), hard_batch(2)]]
     check(batches, batches, stage=stage)

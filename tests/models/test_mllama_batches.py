@@ -123,7 +123,7 @@ def step_each(ranks: int, names: tuple[str, ...], offset: int) -> list[dict[str,
     [
         (1, 0),
         (2, 1),
-        pytest.param(3, 2, marks=pytest.mark.slow),
+        pytest.param(3, 2, marks=pytest.mark.exhaustive),
         pytest.param(3, 3, marks=pytest.mark.slow),
     ],
 )

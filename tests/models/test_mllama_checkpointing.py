@@ -85,25 +85,31 @@ def check(jobs: list[tuple[Any, ...]], make: Callable[[], Any] = tiny_model) -> 
     ("stage", "name"),
     [
         (2, "chunks"),
-        (3, "recompute"),
-        pytest.param(0, "lvx", marks=pytest.mark.slow),
-        pytest.param(1, "ring", marks=pytest.mark.slow),
-        pytest.param(2, "ulysses", marks=pytest.mark.slow),
-        pytest.param(3, "offload", marks=pytest.mark.slow),
+        pytest.param(3, "recompute", marks=pytest.mark.slow),
+        pytest.param(0, "lvx", marks=pytest.mark.exhaustive),
+        pytest.param(1, "ring", marks=pytest.mark.exhaustive),
+        pytest.param(2, "ulysses", marks=pytest.mark.exhaustive),
+        pytest.param(3, "offload", marks=pytest.mark.exhaustive),
     ],
 )
 def test_the_config_alone_checkpoints_the_layers(stage: int, name: str) -> None:
     check([(config_of(name, stage),), (config_of(name, stage, {}),)])
 
 
-@pytest.mark.slow
-def test_transformers_checkpoints_before_initialize() -> None:
-    config = config_of("recompute", 3)
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.exhaustive)],
+)
+def test_transformers_checkpoints_before_initialize(stage: int) -> None:
+    config = config_of("recompute", stage)
     check([(config,), *((config, partial(enabled, reentrant)) for reentrant in (False, True))])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "name"), [(2, "chunks"), (3, "recompute")])
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [(2, "chunks"), pytest.param(3, "recompute", marks=pytest.mark.exhaustive)],
+)
 def test_lora_under_checkpoints(stage: int, name: str) -> None:
     config = config_of(name, stage)
     checkpointed = {
@@ -141,7 +147,11 @@ SECTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "name", "sections"), [(1, "ulysses", SECTIONS), (3, "recompute", SECTIONS[1:2])]
+    ("stage", "name", "sections"),
+    [
+        (1, "ulysses", SECTIONS),
+        pytest.param(3, "recompute", SECTIONS[1:2], marks=pytest.mark.exhaustive),
+    ],
 )
 def test_deepspeeds_own_settings(stage: int, name: str, sections: list[dict[str, Any]]) -> None:
     check([(config_of(name, stage), tiny_model), *((config_of(name, stage, s),) for s in sections)])
@@ -258,6 +268,7 @@ def enable_afterwards(stage: int) -> dict[str, Any]:
     return {"counts": counts}
 
 
+@pytest.mark.slow
 def test_transformers_checkpoints_after_initialize() -> None:
     for answer in run_ranks(enable_afterwards, 2, 3):
         assert answer["counts"][0] == answer["counts"][1] == answer["counts"][2]
@@ -311,6 +322,7 @@ def refused_each(cases: list[tuple[Any, int, Any, bool]]) -> list[str]:
     return [refused(*case) for case in cases]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_an_error_on_every_rank() -> None:
     for answers in run_ranks(refused_each, 2, [case[:-1] for case in REFUSALS]):
         for (*case, words), answer in zip(REFUSALS, answers, strict=True):

@@ -346,7 +346,7 @@ def train_lora(config: dict[str, Any], batches: list[list[Batch]]) -> dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("stage", "recompute"), [(2, False), pytest.param(3, True, marks=pytest.mark.slow)]
+    ("stage", "recompute"), [(2, False), pytest.param(3, True, marks=pytest.mark.exhaustive)]
 )
 def test_lora_trains_as_in_one_process(stage: int, recompute: bool) -> None:
     batches = [[hard_batch(0)], [hard_batch(1)]]

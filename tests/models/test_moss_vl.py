@@ -118,7 +118,9 @@ def frozen_model() -> Any:
     return model
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(3, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("stage", "ranks"), [(3, 2), pytest.param(2, 3, marks=pytest.mark.exhaustive)]
+)
 def test_a_frozen_tower_runs_over_some_frames_at_a_time(stage: int, ranks: int) -> None:
     batches = [[{**make(0), "vision_runs": 3}] for make in (hard_batch, one_image)]
     check([(rules("recompute", ranks, stage), frozen_model)], ranks=ranks, batches=batches)
@@ -183,17 +185,17 @@ def check(jobs: list[tuple[dict[str, Any], Any]], *, ranks: int, batches: Any = 
     ("stages", "name"),
     [
         ((3,), "recompute"),
-        pytest.param((0, 1, 2), "recompute", marks=pytest.mark.slow),
-        pytest.param((2,), "lvx", marks=pytest.mark.slow),
-        pytest.param((3,), "ring", marks=pytest.mark.slow),
-        pytest.param((1,), "ulysses", marks=pytest.mark.slow),
+        pytest.param((0, 1, 2), "recompute", marks=pytest.mark.exhaustive),
+        pytest.param((2,), "lvx", marks=pytest.mark.exhaustive),
+        pytest.param((3,), "ring", marks=pytest.mark.exhaustive),
+        pytest.param((1,), "ulysses", marks=pytest.mark.exhaustive),
     ],
 )
 def test_training_equals_one_process(stages: tuple[int, ...], name: str) -> None:
     check([(rules(name, 2, stage), tiny_model) for stage in stages], ranks=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_rank_without_frames_trains_along() -> None:
     batches = [[one_image(7)], [hard_batch(2)]]
     jobs = [(rules(name, 3, 3), tiny_model) for name in ("chunks", "lvx")]
@@ -206,6 +208,7 @@ def checkpointed(make: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_lora_under_checkpoints_equals_one_process() -> None:
     """A layer that runs again in backward is handed the batch again."""
     config = rules("chunks", 2, 2)

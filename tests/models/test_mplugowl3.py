@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.models.mllama_case import (
+    FURTHER,
     assert_same_training,
     plain_step,
     reference_steps,
@@ -193,7 +194,8 @@ def frozen(part: str) -> Any:
 
 
 @pytest.mark.slow
-def test_training_equals_one_process() -> None:
+@FURTHER
+def test_training_equals_one_process(which: slice) -> None:
     """Two steps: methods, stages, checkpoints, LoRA, frozen parts."""
     jobs = [
         (rules("recompute", 2, 3), tiny_model),
@@ -206,23 +208,24 @@ def test_training_equals_one_process() -> None:
             partial(frozen, "language_model"),
         ),
     ]
-    check(jobs, ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
+    check(jobs[which], ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_stage_equals_one_process() -> None:
     names = ("lvx", "recompute", "lvx", "recompute")
     jobs = [(rules(name, 3, stage), tiny_model) for stage, name in enumerate(names)]
     check(jobs, ranks=3, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=3)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_rank_without_images_trains_along() -> None:
     jobs = [(rules("recompute", 3, 3), tiny_model), (rules("lvx", 3, 0), tiny_model)]
     check(jobs, ranks=3, batches=[[one_image(7)], [text_only(8)]], sp_size=3)
 
 
-@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_replica_without_images_beside_one_with_images(sp_size: int) -> None:
     """Under ZeRO-3 both run an image through the tower, once, whatever ``vision_batch_size``."""
     batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
@@ -260,7 +263,7 @@ def gated_step_each(ranks: int, offset: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("ranks", "offset"),
-    [(2, 3), *(pytest.param(3, n, marks=pytest.mark.slow) for n in (1, 5))],
+    [(2, 3), *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in (1, 5))],
 )
 def test_gated_layers_equal_one_process(ranks: int, offset: int) -> None:
     results = run_ranks(gated_step_each, ranks, ranks, offset)
@@ -278,6 +281,7 @@ def test_gated_reference_has_gradients_everywhere() -> None:
     assert all(grad.any() for grad in grads.values())
 
 
+@pytest.mark.slow
 def test_gated_training_equals_one_process() -> None:
     jobs = [
         (gated_rules("recompute", 2, 3), GATED),

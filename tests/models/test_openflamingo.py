@@ -11,6 +11,7 @@ import torch
 from transformers import MptForCausalLM
 
 from tests.models.mllama_case import (
+    FURTHER,
     assert_same_training,
     plain_step,
     reference_steps,
@@ -208,7 +209,8 @@ def frozen_text(language: str) -> Any:
 
 
 @pytest.mark.slow
-def test_training_equals_one_process() -> None:
+@FURTHER
+def test_training_equals_one_process(which: slice) -> None:
     """Two steps: recomputation, host features, checkpoints, LoRA, all images before."""
     jobs = [
         (rules("recompute", 2, 3), NEOX),
@@ -216,11 +218,12 @@ def test_training_equals_one_process() -> None:
         (section(rules("lvx", 2, 3)), all_before),
         (section(rules("lvx", 2, 3)), MPT),
     ]
-    check(jobs, ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
+    check(jobs[which], ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
 
 
 @pytest.mark.slow
-def test_other_methods_train_as_one_process() -> None:
+@FURTHER
+def test_other_methods_train_as_one_process(which: slice) -> None:
     """Partitioned checkpoints and frozen text among them."""
     jobs = [
         (rules("ring", 2, 0), NEOX),
@@ -230,22 +233,23 @@ def test_other_methods_train_as_one_process() -> None:
         (rules("recompute", 2, 1), partial(lora_model, "mpt")),
         (rules("ulysses", 2, 3), partial(checkpointed, CLIPPED)),
     ]
-    check(jobs, ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
+    check(jobs[which], ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_stage_equals_one_process() -> None:
     jobs = [(rules("recompute", 2, stage), tiny_model) for stage in range(4)]
     check(jobs, ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_rank_without_images_trains_along() -> None:
     jobs = [(rules("recompute", 3, 3), tiny_model), (rules("lvx", 3, 0), NEOX)]
     check(jobs, ranks=3, batches=[[one_image(7)], [text_only(8)]], sp_size=3)
 
 
-@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_replica_without_images_beside_one_with_images(sp_size: int) -> None:
     batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
     jobs = [(rules("lvx", sp_size, 3), tiny_model)]

@@ -155,7 +155,7 @@ def test_a_checkpoint_has_a_size() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path, ranks: int) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(rules(NAME, "lvx", ranks, 3)))
     given = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.models.mllama_case import (
+    FURTHER,
     assert_same_training,
     plain_step,
     reference_steps,
@@ -66,7 +67,12 @@ def step_each(ranks: int, offset: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("ranks", "offset"),
-    [(1, 1), (2, 0), *(pytest.param(3, n, marks=pytest.mark.slow) for n in range(4))],
+    [
+        (1, 1),
+        (2, 0),
+        pytest.param(3, 3, marks=pytest.mark.slow),
+        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(3)),
+    ],
 )
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
     results = run_ranks(step_each, ranks, ranks, offset)
@@ -148,31 +154,33 @@ def frozen_tower() -> Any:
 
 
 @pytest.mark.slow
-def test_training_equals_one_process() -> None:
+@FURTHER
+def test_training_equals_one_process(which: slice) -> None:
     """Two steps: methods, stages, checkpoints, LoRA, a frozen tower."""
     jobs = [
         (rules("lvx", 2, 3), tiny_model),
         (rules("rotating", 2, 2), partial(checkpointed, lora_model)),
+        (section(rules("ring", 2, 1), partition_activations=True), frozen_tower),
         (section(rules("lvx", 2, 3)), tiny_model),
         (rules("ring", 2, 0), partial(checkpointed, tiny_model, reentrant=True)),
-        (section(rules("ring", 2, 1), partition_activations=True), frozen_tower),
     ]
-    check(jobs, ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
+    check(jobs[which], ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_stage_equals_one_process() -> None:
     jobs = [(rules("rotating", 3, stage), tiny_model) for stage in range(4)]
     check(jobs, ranks=3, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=3)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_rank_without_images_trains_along() -> None:
     jobs = [(rules("lvx", 3, 3), tiny_model), (rules("ring", 3, 0), tiny_model)]
     check(jobs, ranks=3, batches=[[one_image(7)], [text_only(8)]], sp_size=3)
 
 
-@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_replica_without_images_beside_one_with_images(sp_size: int) -> None:
     batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
     jobs = [(rules("lvx", sp_size, 3), tiny_model)]

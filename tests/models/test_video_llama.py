@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from tests.models.mllama_case import (
+    FURTHER,
     assert_same_training,
     plain_step,
     reference_steps,
@@ -161,7 +161,8 @@ def test_training_equals_one_process() -> None:
 
 
 @pytest.mark.slow
-def test_other_settings_train_as_one_process() -> None:
+@FURTHER
+def test_other_settings_train_as_one_process(which: slice) -> None:
     """Checkpoints, LoRA, frames that train beside frozen queries."""
     jobs = [
         (rules("ring", 2, 1), frames_alone, TWO),
@@ -169,10 +170,10 @@ def test_other_settings_train_as_one_process() -> None:
         (rules("ulysses", 2, 0), checkpointed, TWO),
         (section(rules("ring", 2, 3), partition_activations=True), tiny_model, TWO),
     ]
-    check(jobs, ranks=2, sp_size=2)
+    check(jobs[which], ranks=2, sp_size=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_rank_without_frames_trains_along() -> None:
     jobs = [
         (rules("ring", 3, 0), tiny_model, [[one_frame(7)]]),
@@ -182,6 +183,8 @@ def test_a_rank_without_frames_trains_along() -> None:
 
 
 @pytest.mark.slow
-def test_a_replica_without_a_video_beside_one_with_videos() -> None:
+@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_a_replica_without_a_video_beside_one_with_videos(sp_size: int) -> None:
     batches = [[hard_batch(0), text_only()], [text_only(), one_frame()]]
-    check([(rules("ulysses", 2, 3), partial(tiny_model), batches)], ranks=4, sp_size=2)
+    jobs = [(rules("ulysses", sp_size, 3), tiny_model, batches)]
+    check(jobs, ranks=2 * sp_size, sp_size=sp_size)

@@ -17,6 +17,7 @@ from ds_lvx.training import check
 from ds_lvx.training.check import Checks, bad_samples
 from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_png_header, write_video
+from tests.ranks import FORKED
 
 RATE = FrameRate(count=2)
 # A rank that has nobody to tell.
@@ -123,12 +124,17 @@ def _deadly(conversation: Conversation) -> None:
         os._exit(7)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "forked",
+    [pytest.param(True, marks=pytest.mark.slow), pytest.param(False, marks=pytest.mark.exhaustive)],
+)
 def test_a_sample_that_ends_its_process_is_named_and_the_rest_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: bool
 ) -> None:
     chats = Chats(write_jsonl(tmp_path / "d.jsonl", *[GOOD] * 5))
     checks = Deadly("headers", "tiny", max_length=300, min_tokens=1, rate=RATE)
+    if forked:  # with what a process imports, which takes it seconds
+        monkeypatch.setattr(check, "get_context", lambda _method: FORKED)
     found = check._in_a_process(chats, checks, range(5))
     assert [found[n] for n in (0, 1, 3, 4)] == [None, "bad", None, None]
     assert "d.jsonl:3: got a sample that ends the process which opens it (exit code 7)" in str(

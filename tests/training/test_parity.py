@@ -11,14 +11,16 @@ import pytest
 from ds_lvx import cli
 from ds_lvx.training import parity
 from tests.data.media import chat, write_image, write_jsonl
+from tests.forked import fork_fresh_ranks
 
 SHARE = {"text_tokens": 8, "visual_tokens": 5, "kv_bytes": 1, "features_bytes": 1}
 
 
 @pytest.mark.slow
 def test_a_model_on_data_is_the_same_sharded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fork_fresh_ranks(monkeypatch)
     write_image(tmp_path / "a.png", (40, 40))
     data = write_jsonl(
         tmp_path / "train.jsonl",
