@@ -52,6 +52,8 @@ class Past:
     @property
     def settled(self) -> int:
         """How many tokens of the text have to be kept: those behind see what the last one sees."""
+        if self.prompt.sharded:
+            return self.prompt.shape[1]
         rule, least = self.prompt.rule, 1
         rows = [self.prompt.row_mask]
         rows += [] if rule is None else [rule.q_start, rule.q_end]
@@ -162,14 +164,18 @@ class Continued:
         given = {key: getattr(self.text, key) for key in TEXT_KEYS if key != "labels"}
         positions = self.past.prompt.positions
         if positions is not None:
-            known = positions[:, : min(self.common, positions.shape[1])]
-            more = torch.arange(1, length - known.shape[1] + 1, dtype=known.dtype)
-            given["position_ids"] = torch.cat((known, known[:, -1:] + more), dim=1)
+            known = positions[..., : min(self.common, positions.shape[-1])]
+            more = torch.arange(1, length - known.shape[-1] + 1, dtype=known.dtype)
+            given["position_ids"] = torch.cat((known, known[..., -1:] + more), dim=-1)
         # What fails on the way leaves a cache that goes with no more than this.
         past = replace(self.past, tokens=self.past.tokens[:, : self.common])
         setattr(self.cache, _NAME, past)
-        prompt = past.prompt.behind(length - self.common)
-        prompt = replace(prompt, kept=(past.prompt, past.keys, past.stand_in))
+        mask, first = self.text.attention_mask, past.prompt
+        prompt = replace(
+            first.behind(length - self.common),
+            kept=(first, past.keys, past.stand_in),
+            gaps=first.sharded and mask is not None and not bool(mask[:, first.shape[1] :].all()),
+        )
         return {k: move(v, device) for k, v in given.items() if v is not None}, prompt
 
 
