@@ -23,8 +23,8 @@ from ds_lvx.models.draft import device_of
 from ds_lvx.models.prompt import Prompt
 
 _NAME = "ds_lvx"  # of the attribute of a cache
-_IMAGE_TOKEN = (
-    *("image_token_id", "image_token_index", "video_token_index"),
+_MEDIA_TOKENS = (
+    *("image_token_id", "image_token_index", "video_token_id", "video_token_index"),
     *("media_token_id", "IMAGE_PATCH_TOKEN_ID"),
 )
 
@@ -133,7 +133,7 @@ class Continued:
                 "expected the text alone: pass input_ids and attention_mask"
             )
         text = Text.of(batch)
-        return cls(past, cache, text, _common(past, cache, text, _image_token(model)))
+        return cls(past, cache, text, _common(past, cache, text, _media_tokens(model)))
 
     def record(self) -> dict[str, Any]:
         """What the other ranks of the group have to know of it, JSON."""
@@ -179,7 +179,7 @@ class Continued:
         return {k: move(v, device) for k, v in given.items() if v is not None}, prompt
 
 
-def _common(past: Past, cache: Any, text: Text, image_token: int | None) -> int:
+def _common(past: Past, cache: Any, text: Text, media_tokens: Sequence[int]) -> int:
     """How many tokens at the beginning of the text the cache serves for.
 
     Raises:
@@ -197,7 +197,7 @@ def _common(past: Past, cache: Any, text: Text, image_token: int | None) -> int:
             f"the same text for {past.settled} tokens at least, to behind the last image: leave "
             "past_key_values out, and the whole batch is encoded"
         )
-    if image_token is not None and bool((ids[:, common:] == image_token).any()):
+    if bool(torch.isin(ids[:, common:], torch.tensor(media_tokens, dtype=ids.dtype)).any()):
         raise ValueError(
             "got an image in the text behind that of past_key_values; expected all images in the "
             "first call: leave past_key_values out, and the whole batch is encoded"
@@ -205,8 +205,8 @@ def _common(past: Past, cache: Any, text: Text, image_token: int | None) -> int:
     return common
 
 
-def _image_token(model: Any) -> int | None:
-    """Where the model says which token stands for an image."""
+def _media_tokens(model: Any) -> list[int]:
+    """Where the model says which tokens stand for an image or a video."""
     config = getattr(model, "config", None)
-    found = (getattr(owner, name, None) for owner in (config, model) for name in _IMAGE_TOKEN)
-    return next((each for each in found if isinstance(each, int)), None)
+    found = (getattr(owner, name, None) for owner in (config, model) for name in _MEDIA_TOKENS)
+    return [each for each in found if isinstance(each, int)]
