@@ -166,6 +166,9 @@ class Continued:
         if positions is not None:
             known = positions[..., : min(self.common, positions.shape[-1])]
             more = torch.arange(1, length - known.shape[-1] + 1, dtype=known.dtype)
+            mask = self.text.attention_mask
+            if self.past.prompt.sharded and mask is not None:  # padding takes no place
+                more = mask[:, known.shape[-1] :].cpu().to(known.dtype).cumsum(dim=1)
             given["position_ids"] = torch.cat((known, known[..., -1:] + more), dim=-1)
         # What fails on the way leaves a cache that goes with no more than this.
         past = replace(self.past, tokens=self.past.tokens[:, : self.common])

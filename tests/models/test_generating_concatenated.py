@@ -24,6 +24,7 @@ from tests.test_generation_past import SECOND, THIRD, TOKENS, ask, behind, text_
 Batch = dict[str, Any]
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision")
 SEED = 5
+WORDS = {**KEYWORDS, "max_new_tokens": TOKENS}
 
 
 def cases(name: str) -> dict[str, tuple[Batch, dict[str, Any]]]:
@@ -126,25 +127,42 @@ def go_on(ranks: int) -> Any:
     model = tiny_model()
     session = ds_lvx.apply(model, concatenated_case.rules("qwen3_vl", "lvx", ranks))
     answers = ask(model, left_padded(), {})
+    first = ds_lvx.generate(model, left_padded(), **WORDS)
+    more = with_gaps(left_padded(), first.sequences)
+    last = ds_lvx.generate(model, more, past_key_values=first.past_key_values, **WORDS)
     session.close()
-    return answers
+    return [*answers, (last.sequences, last.logits)]
+
+
+def with_gaps(batch: Batch, first: Tensor) -> Batch:
+    """A second question, of which a sample has a shorter one."""
+    text = text_of(batch, behind(first, SECOND))
+    text["attention_mask"][1, first.shape[1] - 1 : first.shape[1] + 1] = 0
+    return text
 
 
 def test_answers_are_those_of_whole_conversations() -> None:
     model, batch = tiny_model().eval(), left_padded()
     length = batch["input_ids"].shape[1]
-    words = {**KEYWORDS, "max_new_tokens": TOKENS}
-    first = model.generate(**without_labels(batch), **words).sequences
+    first = model.generate(**without_labels(batch), **WORDS).sequences
     second = behind(first, SECOND)
     expected = []
     for ids in (batch["input_ids"], second, behind(first, THIRD, keep=length + 2), second):
-        out: Any = model.generate(**longer(batch, ids), **words)
+        out: Any = model.generate(**longer(batch, ids), **WORDS)
         expected.append((out.sequences, out.logits))
+    out = model.generate(**{**longer(batch, second), **with_gaps(batch, first)}, **WORDS)
+    expected.append((out.sequences, out.logits))
     for answers in run_ranks(go_on, 2, 2):
         torch.testing.assert_close(answers, expected, atol=1e-5, rtol=1e-5)
 
 
 # ---- what is kept, what travels, and what is refused
+
+
+def own_choice(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """Of each rank another token."""
+    place = torch.full((len(scores), 1), 7 + torch.distributed.get_rank())
+    return scores.scatter(1, place, 1e4)
 
 
 def look_inside() -> dict[str, Any]:
@@ -164,6 +182,9 @@ def look_inside() -> dict[str, Any]:
         with pytest.raises((ValueError, NotImplementedError)) as caught:
             ds_lvx.generate(model, given, max_new_tokens=2, **words)
         wrong.append(str(caught.value))
+    with pytest.raises(RuntimeError) as drifted:
+        ds_lvx.generate(model, batch, max_new_tokens=4, logits_processor=[own_choice])
+    wrong.append(str(drifted.value))
     held = ds_lvx.shard_batch(batch, model=model)["input_ids"].shape
     session.close()
     return {"kept": set(look.kept), "held": held, "calls": calls[1] - calls[0], "wrong": wrong}
@@ -179,3 +200,4 @@ def test_a_rank_keeps_its_own_keys_and_sends_one_message_a_layer_and_token() -> 
         assert answer["calls"] == 2 * config.num_hidden_layers
         assert "got padding at the end of sample 0" in answer["wrong"][0]
         assert "got output_hidden_states=True" in answer["wrong"][1]
+        assert "the ranks disagree on new token 1 of each row" in answer["wrong"][2]
