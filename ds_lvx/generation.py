@@ -69,8 +69,9 @@ def generate(
 
     Every rank of a sequence-parallel group calls it with the same text and arguments. A rank
     encodes its own frames, projects K and V of them once a cross-attention layer, and keeps these
-    and no others. The text is whole on every rank, with the model's own cache. The model runs in
-    evaluation mode, whatever its mode is.
+    and no others. The text is whole on every rank, with the model's own cache. Where visual tokens
+    stand among the text, a rank has its part of both, as in training, and keeps the keys of that;
+    what is generated is whole on every rank. The model runs in evaluation mode, whatever its mode.
 
     Args:
         model: from `ds_lvx.apply` or `ds_lvx.initialize`, or its engine at any ZeRO stage.
@@ -98,7 +99,8 @@ def generate(
             `ds_lvx.shard_batch` refuses of a batch, arguments that differ, no room for new tokens,
             a cache that is not of this model or goes with another text.
         NotImplementedError: a family that cannot generate, no cache or another one than
-            transformers' ``DynamicCache``, assisted decoding, weights of attention.
+            transformers' ``DynamicCache``, assisted decoding, weights of attention; where visual
+            tokens stand among the text also states of layers.
         RuntimeError: on all ranks: they chose different tokens; names the token. Or another rank
             failed between two tokens; under ZeRO-3, whose ranks run every forward together, only
             the end of that rank's process tells them.
@@ -111,7 +113,8 @@ def generate(
     first message carries ``8 (R + 1)`` bytes more, by which the ranks compare their tokens, and one
     message like it ends the generation. A prompt that is split (`ds_lvx.models.draft.SPLIT_TOKENS`)
     has those of a forward of training, then an all-gather of K and V of the text for each of its
-    layers, and one of logits. ZeRO-3 adds its own.
+    layers, and one of logits; with visual tokens among the text that of logits alone, and then a
+    message as above for each layer and token. ZeRO-3 adds its own.
     """
     channel = resolve(groups)
     current = SequenceParallelGroups.current() if groups is None else groups

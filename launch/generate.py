@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,14 @@ def answer_all(options: Options, world: Channel) -> None:
     device = get_accelerator().current_device_name()
     model = together(world, lambda: load(options, source, dtype).to(device))
     session = ds_lvx.apply(model, options.deepspeed_config)
-    prompts = Prompts(encoder, options.rate, owned=ds_lvx.owned, dtype=dtype)
+    groups = session.groups
+    prompts = Prompts(
+        encoder,
+        options.rate,
+        owned=ds_lvx.owned,
+        dtype=dtype,
+        deal=partial(source.family.owned, rank=groups.sp_rank, size=groups.sp_size),
+    )
     asking = Asking(options, model, prompts, world)
     together(world, asking.begin)
     if options.chat:

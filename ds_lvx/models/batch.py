@@ -9,7 +9,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class ShardedBatch:
         decoding: the generation whose forward it is: every rank has the whole text then, and rows
             of ``row_mask`` are those of the model.
         split: a generation's prompt is split over the ranks, as in training.
+        behind: its text stands behind a prompt whose keys are sharded (`ds_lvx.models.behind`).
     """
 
     text: Layout
@@ -65,6 +66,7 @@ class ShardedBatch:
     deep: Any = None
     decoding: Decoding | None = None
     split: bool = False
+    behind: bool = False
 
     @classmethod
     def of(
@@ -136,7 +138,7 @@ class ShardedBatch:
 
     def shards(self, kind: str) -> bool:
         """Whether a kind of layer, ``self`` or ``cross``, attends to what other ranks hold."""
-        return kind == "cross" or self.decoding is None or self.split
+        return kind == "cross" or self.decoding is None or self.split or self.behind
 
     def layout(self, kind: str) -> Layout:
         """The layout of a kind of layer: ``self`` or ``cross``."""
@@ -175,6 +177,8 @@ class Text:
     position_ids: Tensor | None
     labels: Tensor | None
     items: float | None = None
+    stays_sharded: ClassVar[bool] = False
+    """In generation a rank keeps the keys of its part of a prompt, and none has all."""
 
     @classmethod
     def of(cls, batch: Mapping[str, Any], *, prefix: str = "") -> Self:

@@ -21,24 +21,27 @@ from torch import Tensor, nn
 
 from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
+from ds_lvx.attention.merge import merge_attention
 from ds_lvx.attention.schedules.replicated import say
 from ds_lvx.attention.witness import Witness
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.choice import kernel_for
+from ds_lvx.kernels.rule import Rule
 from ds_lvx.models.batch import ShardedBatch, digest, move, span
+from ds_lvx.models.behind import Behind, Part, attend_cached, causal
+from ds_lvx.models.drift import ENDED, FAILED, difference
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.patch import KEYWORD, Hook
 from ds_lvx.models.prompt import LAST, WHOLE, Kept, Prompt
-
-ENDED, FAILED = -1, -2
 
 
 class Decoding:
     """The state of one generation on one rank.
 
     Attributes:
-        keys: K and V ``[B, s_kv, H_kv, D]`` by the name of a layer, of this rank's visual tokens.
+        keys: K and V ``[B, s_kv, H_kv, D]`` by the name of a layer, of this rank's visual tokens;
+            of a prompt that stays sharded, of this rank's part of it.
         step: forwards that have begun, less the prompt's: the tokens that a row has been fed.
     """
 
@@ -54,6 +57,8 @@ class Decoding:
         self._like: Tensor | None = None  # queries of one token a row
         self._in_forward = False
         self._split: tuple[int, ...] | None = None  # tokens by rank of the prompt that runs
+        self._part: Part | None = None  # of the prompt that runs
+        self._behind: Rule | None = None  # of this forward's tokens over those behind the prompt
         if prompt.kept is not None:
             self._first, keys, self._stand_in = prompt.kept
             self.keys = dict(keys)
@@ -85,7 +90,9 @@ class Decoding:
         input_ids: Tensor = given["input_ids"]
         self.step += 1
         self._in_forward = True
-        wrong = self._wrong_shape(input_ids)
+        wrong = self._wrong_shape(input_ids) or self._wrong_output(given)
+        if self._prompt.sharded and self._prompt.part is None:
+            self._behind = self._rule_behind(given)
         if self.step == 0:
             records = self.channel.agree({"rows of the batch": len(input_ids)}, wrong)
             require_same(records, records[0], what="ds_lvx.generate")
@@ -118,12 +125,30 @@ class Decoding:
             "runs the prompt once and then token by token"
         )
 
+    def _wrong_output(self, given: Mapping[str, Any]) -> NotImplementedError | None:
+        if not (self._prompt.sharded and given.get("output_hidden_states")):
+            return None
+        return NotImplementedError(
+            "got output_hidden_states=True for a prompt whose tokens are sharded; no rank has "
+            "those of all tokens: leave it out"
+        )
+
+    def _rule_behind(self, given: Mapping[str, Any]) -> Rule | None:
+        ids: Tensor = given["input_ids"]
+        length = self._first.shape[1]
+        mask = given["attention_mask"][:, length:] if self._prompt.gaps else None
+        return causal(mask, ids, past=given["past_key_values"].get_seq_length() - length)
+
     def _batch(self, tokens: slice) -> ShardedBatch:
         return self._prompt.batch(tokens, copies=self._copies, decoding=self)
 
     def _first_batch(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword of the prompt's forward, and the part of its text where that is split."""
         split = self._prompt.split
+        self._part = self._prompt.part
+        if self._part is not None:
+            keyword = replace(self._part.keyword, decoding=self)
+            return {**self._part.arguments, KEYWORD: keyword}
         if split is None or self._copies > 1 or given.get("output_hidden_states"):
             return {KEYWORD: self._batch(WHOLE)}
         self._split = split.text_lengths
@@ -140,10 +165,14 @@ class Decoding:
                 last token, and in the cache K and V of all.
 
         Collectives: after such a prompt an all-gather of this rank's K and V for each layer of the
-            text, and one of logits.
+            text, and one of logits; after one that stays sharded that of logits alone.
         """
         self._in_forward, self._features = False, None
         lengths, self._split = self._split, None
+        part, self._part = self._part, None
+        if part is not None:
+            output.logits = part.logits(output.logits, self._copies)
+            cache.layers[:] = [Behind(self._first.shape[1]) for _ in cache.layers]
         if lengths is None:
             return
         for layer in cache.layers:
@@ -220,6 +249,38 @@ class Decoding:
         by_row = lse.unflatten(2, (-1, tokens)).transpose(1, 2).reshape(rows, heads, tokens)
         return out.reshape(q.shape), by_row
 
+    def hold(self, plan: LayerPlan, k: Tensor, v: Tensor) -> None:
+        """Keep a layer's keys of this rank's part of a prompt that stays sharded.
+
+        Args:
+            plan: the layer.
+            k, v: ``[B, s, H_kv, D]``.
+        """
+        if self._part is not None:
+            self.keys[plan.name] = k, v
+
+    def attend_behind(
+        self,
+        plan: LayerPlan,
+        batch: ShardedBatch,
+        q: Tensor,
+        keys: tuple[Tensor, Tensor],
+        *,
+        scale: float,
+    ) -> Tensor:
+        """Attention behind a prompt that stays sharded: to it, and to what every rank has.
+
+        Args:
+            plan, batch, q, scale: as of `attend`.
+            keys: K and V ``[B * C, t, H_kv, D]`` of the tokens behind the prompt.
+
+        Returns:
+            ``[B * C, s, H, D]``.
+        """
+        local = attend_cached(q, keys, self._behind, scale=scale, kernel=plan.kernel)
+        sharded = self.attend(plan, batch, q, project_kv=_held, scale=scale)
+        return merge_attention([sharded, local])[0]
+
     # ---- the end
 
     def finish(self, sequences: Tensor) -> None:
@@ -273,34 +334,11 @@ class Decoding:
     def _compare(self, everyones: Tensor) -> None:
         said = everyones.tolist()
         if any(each != said[0] for each in said):
-            raise RuntimeError(f"ds_lvx.generate: {_difference(said)}")
+            raise RuntimeError(f"ds_lvx.generate: {difference(said)}")
 
 
-def _difference(said: list[list[int]]) -> str:
-    """What is wrong when ranks say different things, by rank: a state, or which token; its ids."""
-    states = [each[0] for each in said]
-    failed, ended = (_ranks(states, state) for state in (FAILED, ENDED))
-    token = max(states)
-    if failed:
-        where = f" at new token {token}" if token > 0 else ""
-        return f"{failed} failed{where}, and so the others stop as well; its own error says why"
-    if ended and token > 0:
-        wrong = f"{ended} ended where others went on from new token {token}"
-    elif ended:
-        wrong = "the ranks return different sequences"
-    else:
-        tokens = ", ".join(f"{each[1:]} on rank {rank}" for rank, each in enumerate(said))
-        wrong = f"the ranks disagree on new token {token} of each row: {tokens}"
-    return (
-        f"{wrong}; expected the same on every rank of the group: the same weights, dtype, versions "
-        "and kind of device, and processors and criteria that go by their arguments alone"
-    )
-
-
-def _ranks(states: list[int], state: int) -> str:
-    """The ranks in a state, in words; empty for none."""
-    found = [str(rank) for rank, each in enumerate(states) if each == state]
-    return "" if not found else f"{'rank' if len(found) == 1 else 'ranks'} {', '.join(found)}"
+def _held(features: Tensor) -> tuple[Tensor, Tensor]:
+    raise AssertionError("the prompt's forward has left the keys of every layer")
 
 
 class _Begin(Hook):

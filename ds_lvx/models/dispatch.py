@@ -78,7 +78,8 @@ class Dispatched(PatchedAttention):
 
         Args:
             batch: the keyword.
-            tensors: q ``[B, H, s, D]``, k and v ``[B, H_kv, s, D]``.
+            tensors: q ``[B, H, s, D]``, k and v ``[B, H_kv, s, D]``; behind a prompt those of all
+                tokens behind it.
             scaling: factor of the scores; None is ``D ** -0.5``.
             dropout: must be 0.
 
@@ -96,6 +97,11 @@ class Dispatched(PatchedAttention):
         value = tensors[2]
         # Under autocast rotary embeddings widen q and k; SDPA would have narrowed them again.
         q, k, v = (x.to(value.dtype).transpose(1, 2) for x in tensors)
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        if batch.decoding is not None:
+            if batch.behind:
+                return batch.decoding.attend_behind(self.plan, batch, q, (k, v), scale=scale)
+            batch.decoding.hold(self.plan, k, v)
         return attend(
             self.plan,
             batch,
@@ -104,7 +110,7 @@ class Dispatched(PatchedAttention):
             project_kv=lambda _: (k, v),
             trains=v.requires_grad,
             kv_heads=k.shape[2],
-            scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
+            scale=scale,
         )
 
 

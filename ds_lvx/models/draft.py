@@ -28,6 +28,7 @@ from ds_lvx.models.batch import (
     move,
     span,
 )
+from ds_lvx.models.behind import sharded_prompt
 from ds_lvx.models.contract import Family
 from ds_lvx.models.patch import KEYWORD, patched_attention
 from ds_lvx.models.prompt import Prompt
@@ -262,6 +263,15 @@ class _Content:
         """The whole text on the model's device, and what generation begins with beside it."""
         (rank, size), device = self.place, device_of(model)
         part = self._part(records, family=family, model=model, always_vision=always_vision)
+        if self.text.stays_sharded:
+            beside = part.visual.beside(rank, self.text, self.text.part(rank, size))
+            return sharded_prompt(
+                self.text,
+                part.visual,
+                {**part.arguments, **beside},
+                keyword=self._keyword(part, channel=channel, device=device),
+                device=device,
+            )
         beside = part.visual.beside(rank, self.text, slice(0, self.text.shape[1]))
         # The text's own are transformers', which makes more of them for more tokens and rows.
         others = {key: value for key, value in beside.items() if key not in TEXT_KEYS}

@@ -23,8 +23,8 @@ from ds_lvx.models.draft import device_of
 from ds_lvx.models.prompt import Prompt
 
 _NAME = "ds_lvx"  # of the attribute of a cache
-_IMAGE_TOKEN = (
-    *("image_token_id", "image_token_index", "video_token_index"),
+_MEDIA_TOKENS = (
+    *("image_token_id", "image_token_index", "video_token_id", "video_token_index"),
     *("media_token_id", "IMAGE_PATCH_TOKEN_ID"),
 )
 
@@ -52,6 +52,8 @@ class Past:
     @property
     def settled(self) -> int:
         """How many tokens of the text have to be kept: those behind see what the last one sees."""
+        if self.prompt.sharded:
+            return self.prompt.shape[1]
         rule, least = self.prompt.rule, 1
         rows = [self.prompt.row_mask]
         rows += [] if rule is None else [rule.q_start, rule.q_end]
@@ -131,7 +133,7 @@ class Continued:
                 "expected the text alone: pass input_ids and attention_mask"
             )
         text = Text.of(batch)
-        return cls(past, cache, text, _common(past, cache, text, _image_token(model)))
+        return cls(past, cache, text, _common(past, cache, text, _media_tokens(model)))
 
     def record(self) -> dict[str, Any]:
         """What the other ranks of the group have to know of it, JSON."""
@@ -162,18 +164,25 @@ class Continued:
         given = {key: getattr(self.text, key) for key in TEXT_KEYS if key != "labels"}
         positions = self.past.prompt.positions
         if positions is not None:
-            known = positions[:, : min(self.common, positions.shape[1])]
-            more = torch.arange(1, length - known.shape[1] + 1, dtype=known.dtype)
-            given["position_ids"] = torch.cat((known, known[:, -1:] + more), dim=1)
+            known = positions[..., : min(self.common, positions.shape[-1])]
+            more = torch.arange(1, length - known.shape[-1] + 1, dtype=known.dtype)
+            mask = self.text.attention_mask
+            if self.past.prompt.sharded and mask is not None:  # padding takes no place
+                more = mask[:, known.shape[-1] :].cpu().to(known.dtype).cumsum(dim=1)
+            given["position_ids"] = torch.cat((known, known[..., -1:] + more), dim=-1)
         # What fails on the way leaves a cache that goes with no more than this.
         past = replace(self.past, tokens=self.past.tokens[:, : self.common])
         setattr(self.cache, _NAME, past)
-        prompt = past.prompt.behind(length - self.common)
-        prompt = replace(prompt, kept=(past.prompt, past.keys, past.stand_in))
+        mask, first = self.text.attention_mask, past.prompt
+        prompt = replace(
+            first.behind(length - self.common),
+            kept=(first, past.keys, past.stand_in),
+            gaps=first.sharded and mask is not None and not bool(mask[:, first.shape[1] :].all()),
+        )
         return {k: move(v, device) for k, v in given.items() if v is not None}, prompt
 
 
-def _common(past: Past, cache: Any, text: Text, image_token: int | None) -> int:
+def _common(past: Past, cache: Any, text: Text, media_tokens: Sequence[int]) -> int:
     """How many tokens at the beginning of the text the cache serves for.
 
     Raises:
@@ -191,7 +200,7 @@ def _common(past: Past, cache: Any, text: Text, image_token: int | None) -> int:
             f"the same text for {past.settled} tokens at least, to behind the last image: leave "
             "past_key_values out, and the whole batch is encoded"
         )
-    if image_token is not None and bool((ids[:, common:] == image_token).any()):
+    if bool(torch.isin(ids[:, common:], torch.tensor(media_tokens, dtype=ids.dtype)).any()):
         raise ValueError(
             "got an image in the text behind that of past_key_values; expected all images in the "
             "first call: leave past_key_values out, and the whole batch is encoded"
@@ -199,8 +208,8 @@ def _common(past: Past, cache: Any, text: Text, image_token: int | None) -> int:
     return common
 
 
-def _image_token(model: Any) -> int | None:
-    """Where the model says which token stands for an image."""
+def _media_tokens(model: Any) -> list[int]:
+    """Where the model says which tokens stand for an image or a video."""
     config = getattr(model, "config", None)
-    found = (getattr(owner, name, None) for owner in (config, model) for name in _IMAGE_TOKEN)
-    return next((each for each in found if isinstance(each, int)), None)
+    found = (getattr(owner, name, None) for owner in (config, model) for name in _MEDIA_TOKENS)
+    return [each for each in found if isinstance(each, int)]

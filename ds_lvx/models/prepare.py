@@ -77,10 +77,9 @@ class PrepareText(Hook):
         features = kwargs.get(key)
         if batch.decoding is not None:
             length = 0 if batch.kv_lengths is None else batch.kv_lengths[batch.channel.rank]
-            stand_in = batch.decoding.keep(features, lambda x, b: _by_sample(x, b, length))
             prepared = {**kwargs, KEYWORD: batch}
             if key:
-                prepared[key] = stand_in
+                prepared[key] = batch.decoding.keep(features, lambda x, b: _by_sample(x, b, length))
             if batch.split:
                 more = self.family.prepare(batch, prepared)
                 return args, {**prepared, **more, "use_cache": True}

@@ -19,6 +19,7 @@ from ds_lvx.kernels.visibility import Visibility
 from ds_lvx.models.batch import ShardedBatch, move
 
 if TYPE_CHECKING:
+    from ds_lvx.models.behind import Part
     from ds_lvx.models.decoding import Decoding
 
 Kept: TypeAlias = "tuple[Prompt, Mapping[str, tuple[Tensor, Tensor]], Tensor | None]"
@@ -42,10 +43,13 @@ class Prompt:
         row_mask: bool ``[B, T]`` on the CPU, False where a token may see no image at all; None when
             every token sees some.
         world: all ranks, where other groups generate from other batches.
-        positions: int ``[B, T]`` on the CPU, where they are not transformers' own.
+        positions: int ``[..., B, T]`` on the CPU, where they are not transformers' own.
         others: layouts of the prompt's forward, `ShardedBatch.others`.
         split: the keyword of the prompt's forward where that is split over the ranks.
         kept: where keys are there already: the first prompt, they, and the stand-in for features.
+        part: this rank's part of a prompt whose keys stay sharded, until it runs.
+        sharded: it is such a prompt, or behind one: ``kv_lengths`` and ``rule`` are of its tokens.
+        gaps: some tokens behind such a prompt are padding.
     """
 
     channel: Channel
@@ -60,6 +64,9 @@ class Prompt:
     others: Mapping[str, Layout] = field(default_factory=dict)
     split: ShardedBatch | None = None
     kept: Kept | None = None
+    part: Part | None = None
+    sharded: bool = False
+    gaps: bool = False
 
     def behind(self, tokens: int) -> Prompt:
         """So many tokens that see what the last one sees, once the units are encoded.
@@ -77,7 +84,7 @@ class Prompt:
 
     def without_units(self) -> Prompt:
         """The same once the units are encoded."""
-        return replace(self, arguments={}, others={}, split=None)
+        return replace(self, arguments={}, others={}, split=None, part=None)
 
     def batch(self, tokens: slice, *, copies: int, decoding: Decoding) -> ShardedBatch:
         """The keyword of a forward.
@@ -97,7 +104,13 @@ class Prompt:
             mask = move(rows[:, None, :, None], self.device)
         cross = self._cross(tokens, count * copies)
         return ShardedBatch(
-            text, cross, mask, world=self.world, others=self.others, decoding=decoding
+            text,
+            cross,
+            mask,
+            world=self.world,
+            others=self.others,
+            decoding=decoding,
+            behind=self.sharded,
         )
 
     def _cross(self, tokens: slice, queries: int) -> Layout | None:

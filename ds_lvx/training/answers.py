@@ -42,6 +42,7 @@ class Answers:
         self._sizes = inputs.sizes
         self._new_tokens = options.eval_new_tokens
         self._count = min(options.eval_generate, len(self._chats))
+        groups = engine.ds_lvx.groups
         self._prompts = Prompts(
             inputs.encoder,
             inputs.rate,
@@ -49,6 +50,7 @@ class Answers:
             dtype=training_dtype(inputs.ds_config),
             skip=options.on_bad_sample == "skip",
             limits=options.limits,
+            deal=partial(inputs.encoder.family.owned, rank=groups.sp_rank, size=groups.sp_size),
         )
 
     def rows(self, asked: Callable[[], Mapping[str, Any]]) -> list[Row]:

@@ -31,9 +31,11 @@ from ds_lvx.models import patch_model
 from ds_lvx.models.media import Medium
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
+from ds_lvx.training.asking import Prompts
 from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.finetune_runs import arguments, finetune, metrics
+from tests.launch.test_generate import run_chat
 from tests.models.concatenated_case import rules
 from tests.models.moss_vl_case import OneRank
 from tests.ranks import run_ranks
@@ -154,6 +156,48 @@ def test_a_checkpoint_has_a_size() -> None:
     assert published.video_token_id == 151_656
 
 
+def answer(folder: Path, data: Path, *, frames: int, tokens: int) -> str:
+    """What one process answers in the place of a chat's last answer, everything encoded anew."""
+    source = Source.of(str(folder))
+    encoder = TextEncoder(source.processor, 2048, family=source.family)
+    prompts = Prompts(encoder, FrameRate(count=frames), owned=range)
+    batch = dict(prompts.batch(read_conversations(data)[:1]).inputs)
+    ids, config = batch["input_ids"], source.config
+    types = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
+    model = source.load(torch.float32).eval()
+    del batch["labels"]
+    words = {"max_new_tokens": tokens, "do_sample": False, **prompts.ending(model)}
+    out = model.generate(**batch, mm_token_type_ids=types, **words)
+    text: str = encoder.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def test_a_chat_answers_as_whole_conversations_do(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(rules(NAME, "lvx", 2)))
+    out, asked = tmp_path / "answers.jsonl", ["What animal?", "And now?"]
+    given = {
+        "model": folder,
+        "deepspeed_config": tmp_path / "ds.json",
+        "frames": 7,
+        "max_new_tokens": 5,
+        "video": folder / "a.mp4",
+        "chat": True,
+        "prompt": asked[0],
+        "output": out,
+        "traceback": True,
+    }
+    assert run_ranks(run_chat, 2, asked[1], *arguments(**given)) == [0, 0]
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["question"] for record in records] == asked
+    messages = chat(("video", str(folder / "a.mp4")), ("text", asked[0]), answer="?")
+    for record in records:
+        write_jsonl(tmp_path / "chat.jsonl", messages)
+        found = answer(folder, tmp_path / "chat.jsonl", frames=7, tokens=5)
+        assert record["answer"] == found
+        messages["messages"][-1]["content"] = found
+        messages["messages"] += chat(("text", asked[1]), answer="?")["messages"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path, ranks: int) -> None:
@@ -167,8 +211,16 @@ def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path, ranks: int) 
         "learning_rate": 1e-2,
         "max_steps": 2,
         "lr_scheduler": "constant",
+        "eval_data": folder / "train.jsonl",
+        "eval_steps": 2,
+        "eval_generate": 1,
+        "eval_new_tokens": 5,
     }
     run_ranks(finetune, ranks, *arguments(**given))
+    (row,) = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
+    saved = tmp_path / "out" / "model"
+    found = answer(saved, folder / "train.jsonl", frames=7, tokens=5)
+    assert json.loads(row)["answer"] == found
     losses = [row["loss"] for row in metrics(tmp_path / "out")[0]]
     assert len(losses) == 2
     source = Source.of(str(folder))

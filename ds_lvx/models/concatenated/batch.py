@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class Sequences(Text):
     units: tuple[Unit, ...]
     number: Tensor
     deal: Deal | None = None
+    stays_sharded: ClassVar[bool] = True
 
     @classmethod
     def with_units(cls, text: Text, visual: Tensor, units: Sequence[Unit]) -> Self:
@@ -231,6 +232,16 @@ class Units(Visual):
         """Tokens of the units by rank."""
         pairs = list(zip(self.units, self.owner, strict=True))
         return tuple(sum(u.tokens for u, owner in pairs if owner == rank) for rank in range(parts))
+
+    def prompt_positions(self, text: Text) -> Tensor | None:
+        """The model's own, and without any those that transformers' generate has: places among the
+        tokens that are not padding."""
+        mask = text.attention_mask
+        if text.position_ids is not None:
+            return text.position_ids
+        if mask is None:
+            return torch.arange(text.shape[1]).expand(text.shape)
+        return (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
 
     def beside(self, rank: int, text: Text, here: slice) -> dict[str, Any]:
         """Where the tokens of this rank's units are."""

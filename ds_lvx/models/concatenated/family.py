@@ -155,6 +155,12 @@ class Concatenated(Family):
         # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.
         return {"attention_mask": torch.zeros(1, 1, 1, 1, device=batch.text.device)}
 
+    def decode(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return Concatenated.prepare(self, batch, arguments)
+
+    def generator(self, model: Any) -> Any:
+        return model
+
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
         hook = Embed(self.encode, self.takes)
         self.inner(model).register_forward_pre_hook(hook, with_kwargs=True)

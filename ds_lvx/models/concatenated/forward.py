@@ -54,7 +54,7 @@ class Embed(Hook):
         embed: Any = module.get_input_embeddings()  # type: ignore[operator]
         embedded = embed(given.pop("input_ids"))
         units = {key: given.pop(key, None) for key in self._takes}
-        places = given.pop(PLACES)
+        places = given.pop(PLACES, None)  # none of a token that is generated
         if units[self._takes[0]] is not None:
             made = self._encode(module, units)
             embedded = placed(embedded, made.features, places)

@@ -11,13 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ds_lvx.kernels.choice import kernel_for
-from ds_lvx.kernels.interface import Problem
 from ds_lvx.kernels.rule import Rule
-from ds_lvx.kernels.visibility import EVERYTHING, Visibility
+from ds_lvx.models.behind import attend_cached
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,29 +49,4 @@ class Cached:
         """
         new = [each.transpose(1, 2) for each in keys]
         k, v = (each.transpose(1, 2) for each in self.cache.update(*new, self.number))
-        problem = Problem(q, k, v, self.rule, softmax_scale=scale)
-        out, lse = kernel_for(kernel, q).forward(problem)
-        return out.to(q.dtype), lse
-
-
-def causal(attention_mask: Tensor | None, x: Tensor, *, past: int) -> Rule | None:
-    """Tokens behind ``past`` others over all of these; None where all see all.
-
-    Args:
-        attention_mask: ``[R, t]``, 0 at padding, which nobody sees; None without.
-        x: ``[R, s, hidden]``, the tokens.
-        past: t - s.
-    """
-    (rows, tokens), device = x.shape[:2], x.device
-    chosen = tokens == 1
-    if attention_mask is None and chosen:
-        return None
-    # Of the prompt the host knows the rule; for a token that is chosen nobody waits.
-    where = device if chosen else torch.device("cpu")
-    index = torch.arange(past + tokens, dtype=torch.int32, device=where)
-    keys = index.expand(rows, -1)
-    if attention_mask is not None:
-        keys = keys.masked_fill(attention_mask.to(where) == 0, EVERYTHING)
-    end = (index[past:] + 1).expand(rows, -1)
-    visibility = Visibility(torch.zeros_like(end), end, keys)
-    return Rule(visibility) if chosen else Rule.on(visibility, device)
+        return attend_cached(q, (k, v), self.rule, scale=scale, kernel=kernel)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ds_lvx.models.batch import ITEMS_KEY, ShardedBatch
+from ds_lvx.models.behind import causal
 from ds_lvx.models.checkpointed_layers import run_layer
 from ds_lvx.models.mplugowl3.attention import Rotary, mask_of, rotary
 from ds_lvx.models.mplugowl3.batch import PLACES, POSITIONS
-from ds_lvx.models.mplugowl3.cached import Cached, causal
+from ds_lvx.models.mplugowl3.cached import Cached
 from ds_lvx.models.patch import KEYWORD, Hook
 from ds_lvx.models.tiled_loss import share_of_loss
 from ds_lvx.models.visual import PIXELS

@@ -1,0 +1,226 @@
+"""Tokens that are generated behind a prompt whose keys are sharded, and what they attend to.
+
+K and V of the prompt stay on the ranks that hold its tokens. Those of the tokens behind it are in
+transformers' cache, whole on every rank: each attends to them by itself, as a further part of one
+softmax. So beams change places in that cache alone.
+
+Shapes: ``B`` samples, ``C`` rows of each, ``R`` rows of a forward, ``s`` tokens of it, ``T`` of the
+prompt, ``t`` tokens that a rank has keys of, with those of the forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.kernels.choice import kernel_for
+from ds_lvx.kernels.interface import Problem
+from ds_lvx.kernels.rule import Rule
+from ds_lvx.kernels.visibility import EVERYTHING, Visibility
+from ds_lvx.models.batch import ShardedBatch, Text, move, span
+from ds_lvx.models.prompt import Prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ds_lvx.models.visual import Visual
+
+
+class Behind(DynamicLayer):
+    """A layer of transformers' cache that counts a prompt whose keys are elsewhere.
+
+    Args:
+        tokens: T.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def get_seq_length(self) -> int:
+        """Tokens so far, with those of the prompt."""
+        return self.tokens + self.held
+
+    @property
+    def held(self) -> int:
+        """Tokens whose keys are here."""
+        keys: Tensor | None = self.keys
+        return 0 if keys is None or keys.ndim < 4 else int(keys.shape[-2])
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Put rows in the order of beams."""
+        if self.held > 0:
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row so many times."""
+        if self.held > 0:
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Some of the rows."""
+        if self.held > 0:
+            super().batch_select_indices(indices)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """This rank's part of a prompt whose keys stay sharded.
+
+    Attributes:
+        keyword: of the prompt's forward.
+        arguments: of the model: ids and positions of this rank's tokens, on the device, and which
+            of them need logits: those that are the last of a row, or any.
+        picks: int64 ``[B]`` on the device: which of these logits are a row's.
+        owners: int64 ``[B]`` on the device: the rank that has a row's last token.
+    """
+
+    keyword: ShardedBatch
+    arguments: Mapping[str, Tensor]
+    picks: Tensor
+    owners: Tensor
+
+    @classmethod
+    def of(cls, text: Text, keyword: ShardedBatch, device: torch.device) -> Part:
+        """The part of a text.
+
+        Args:
+            text: the whole text.
+            keyword: as of a forward of training.
+            device: where the model computes.
+
+        Raises:
+            ValueError: a row ends with padding.
+        """
+        lengths, rank = keyword.text_lengths, keyword.channel.rank
+        assert keyword.order is not None, "tokens are dealt"
+        last = keyword.order[:, -1]
+        wrong = (last < 0).nonzero()[:1]
+        if len(wrong) > 0:
+            raise ValueError(
+                f"got padding at the end of sample {int(wrong)}, behind which nothing can be "
+                'generated; expected it at the beginning: padding_side="left" of the tokenizer'
+            )
+        ends = torch.tensor(lengths).cumsum(dim=0)
+        owners = torch.searchsorted(ends, last, right=True)
+        places = (last - (ends[rank] - lengths[rank])).masked_fill(owners != rank, 0)
+        wanted, picks = places.unique(return_inverse=True)
+        shard = text.shard(span(lengths, rank))
+        arguments = {key: shard[key] for key in ("input_ids", "position_ids")}
+        arguments["logits_to_keep"] = wanted
+        return cls(
+            keyword,
+            {key: move(value, device) for key, value in arguments.items()},
+            move(picks, device),
+            move(owners, device),
+        )
+
+    def logits(self, mine: Tensor, copies: int) -> Tensor:
+        """Those of the last token of each row, on every rank.
+
+        Args:
+            mine: ``[B, m, V]``, of the tokens that ``arguments`` name.
+            copies: C.
+
+        Returns:
+            ``[B * C, 1, V]``.
+
+        Collectives: an all-gather of ``B V`` of them.
+        """
+        rows = torch.arange(len(mine), device=mine.device)
+        channel: Channel = self.keyword.channel
+        own = mine[rows, self.picks][None].contiguous()
+        everyones = channel.gather_rows([own], [0], (1,) * channel.size).wait()[0]
+        return everyones[self.owners, rows].repeat_interleave(copies, dim=0)[:, None]
+
+
+def sharded_prompt(
+    text: Text,
+    visual: Visual,
+    arguments: Mapping[str, Any],
+    *,
+    keyword: ShardedBatch,
+    device: torch.device,
+) -> tuple[dict[str, Tensor], Prompt]:
+    """The whole text on the model's device, and what generation begins with beside it, where every
+    rank keeps the keys of its part.
+
+    Args:
+        text, visual: of the batch.
+        arguments: of the model, beside the text; this rank's.
+        keyword: as of a forward of training.
+        device: where the model computes.
+
+    Raises:
+        ValueError: as of `Part.of`.
+    """
+    channel, lengths = keyword.channel, keyword.text_lengths
+    positions = visual.prompt_positions(text)
+    whole = replace(text, position_ids=positions)
+    part = Part.of(whole, replace(keyword, split=True), device)
+    rows, length = text.shape
+    seen = text.visibility()
+    assert seen is not None, "causal"
+    zeros = torch.zeros(rows, 1, dtype=torch.int32)
+    prompt = Prompt(
+        channel=channel,
+        device=device,
+        shape=text.shape,
+        arguments={key: move(value, device) for key, value in arguments.items()},
+        kv_lengths=lengths,
+        rule=Visibility(zeros, zeros + length, seen.kv_pos[:, span(lengths, channel.rank)]),
+        row_mask=None,
+        positions=positions,
+        part=part,
+        sharded=True,
+    )
+    given = {key: getattr(whole, key) for key in ("input_ids", "attention_mask", "position_ids")}
+    return {key: move(each, device) for key, each in given.items() if each is not None}, prompt
+
+
+def attend_cached(
+    q: Tensor, keys: tuple[Tensor, Tensor], rule: Rule | None, *, scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
+    """Attention to keys that every rank has.
+
+    Args:
+        q: ``[R, s, H, D]``.
+        keys: K and V ``[R, t, H_kv, D]``.
+        rule: None where all see all.
+        scale: factor of the scores.
+        kernel: its name.
+
+    Returns:
+        out ``[R, s, H, D]``, lse ``[R, H, s]``.
+    """
+    problem = Problem(q, *keys, rule, softmax_scale=scale)
+    out, lse = kernel_for(kernel, q).forward(problem)
+    return out.to(q.dtype), lse
+
+
+def causal(attention_mask: Tensor | None, x: Tensor, *, past: int) -> Rule | None:
+    """Tokens behind ``past`` others over all of these; None where all see all.
+
+    Args:
+        attention_mask: ``[R, t]``, 0 at padding, which nobody sees; None without.
+        x: ``[R, s, ...]``, of the tokens.
+        past: t - s.
+    """
+    (rows, tokens), device = x.shape[:2], x.device
+    chosen = tokens == 1
+    if attention_mask is None and chosen:
+        return None
+    # Of the prompt the host knows the rule; for a token that is chosen nobody waits.
+    where = device if chosen else torch.device("cpu")
+    index = torch.arange(past + tokens, dtype=torch.int32, device=where)
+    keys = index.expand(rows, -1)
+    if attention_mask is not None:
+        keys = keys.masked_fill(attention_mask.to(where) == 0, EVERYTHING)
+    end = (index[past:] + 1).expand(rows, -1)
+    visibility = Visibility(torch.zeros_like(end), end, keys)
+    return Rule(visibility) if chosen else Rule.on(visibility, device)

@@ -1,0 +1,203 @@
+"""Models whose visual tokens stand among the text's generate what they generate in one process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ds_lvx
+from tests.models import concatenated_case
+from tests.models.mllama_case import LEARNING_RATE, end_engine, start_engine
+from tests.models.qwen3_vl_case import left_padded, one_image, one_video, tiny_model
+from tests.models.test_generating_families import KEYWORDS, check, without_labels
+from tests.ranks import run_ranks
+from tests.test_generation import Look
+from tests.test_generation_past import SECOND, THIRD, TOKENS, ask, behind, text_of
+
+Batch = dict[str, Any]
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision")
+SEED = 5
+WORDS = {**KEYWORDS, "max_new_tokens": TOKENS}
+
+
+def cases(name: str) -> dict[str, tuple[Batch, dict[str, Any]]]:
+    case = import_module(f"tests.models.{name}_case")
+    one = case.one_image()
+    return {
+        "left": (case.left_padded(), {}),
+        "beams": (case.left_padded(), {"num_beams": 3, "num_return_sequences": 2}),
+        "sampled": (case.left_padded(), {"do_sample": True, "top_k": 0, "num_return_sequences": 2}),
+        "one image": (one, {}),
+        "one token": (one, {"max_new_tokens": 1}),
+        "text": (case.make_batch([[12], [9]], left=True), {}),
+    }
+
+
+def run_each(generate: Callable[..., Any], name: str) -> dict[str, Any]:
+    results = {}
+    for kind, (batch, keywords) in cases(name).items():
+        torch.manual_seed(SEED)
+        out = generate(without_labels(batch), **{**KEYWORDS, **keywords})
+        results[kind] = out.sequences, out.logits
+    return results
+
+
+@functools.cache
+def expected(name: str) -> dict[str, Any]:
+    model = import_module(f"tests.models.{name}_case").tiny_model().eval()
+    return run_each(lambda batch, **keywords: model.generate(**batch, **keywords), name)
+
+
+def generate_each(names: tuple[str, ...], ranks: int) -> dict[str, Any]:
+    results = {}
+    for number, name in enumerate(names):
+        model = import_module(f"tests.models.{name}_case").tiny_model()
+        method = concatenated_case.METHODS[number % 3]
+        session = ds_lvx.apply(model, concatenated_case.rules(name, method, ranks))
+        results[name] = run_each(functools.partial(ds_lvx.generate, model), name)
+        session.close()
+    return results
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_generating_equals_one_process(ranks: int) -> None:
+    for answer in run_ranks(generate_each, ranks, FAMILIES, ranks):
+        for name in FAMILIES:
+            check([answer[name]], expected(name))
+
+
+# ---- an engine, and frames that only their rank has
+
+
+def generate_with_an_engine() -> dict[str, Any]:
+    """Qwen3-VL under ZeRO-3, between two steps; then with more ranks than images."""
+    engine = start_engine(concatenated_case.rules("qwen3_vl", "ulysses", 2, 3), tiny_model())
+    batch, short = left_padded(), {"max_new_tokens": 4}
+    engine.backward(engine(**ds_lvx.shard_batch(batch, model=engine.module)).loss)
+    engine.step()
+    mine = local_units(one_video())
+    result = {
+        "left": ds_lvx.generate(engine, batch, num_beams=2, **short),
+        "local": ds_lvx.generate(engine, mine, frames="local", **short),
+        "one image": ds_lvx.generate(engine, one_image(), **short),
+    }
+    end_engine(engine)
+    return result
+
+
+def local_units(batch: Batch) -> Batch:
+    """This rank's temporal patches of one video."""
+    frames, height, width = batch["video_grid_thw"][0].tolist()
+    mine = ds_lvx.owned([height * width // 4] * frames, model=tiny_model())
+    pixels = batch["pixel_values_videos"].unflatten(0, (frames, -1))
+    return {**batch, "pixel_values_videos": pixels[list(mine)].flatten(0, 1)}
+
+
+def test_an_engine_generates_between_steps() -> None:
+    model, short = tiny_model(), {"max_new_tokens": 4}
+    model(**left_padded(), use_cache=False).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=LEARNING_RATE).step()
+    expected = {
+        "left": model.generate(**without_labels(left_padded()), num_beams=2, **short),
+        "local": model.generate(**without_labels(one_video()), **short),
+        "one image": model.generate(**without_labels(one_image()), **short),
+    }
+    for found in run_ranks(generate_with_an_engine, 2):
+        torch.testing.assert_close(found, expected)
+
+
+# ---- going on from a cache
+
+
+def longer(batch: Batch, ids: Tensor) -> Batch:
+    """What a processor would say of a longer text."""
+    more = ids.shape[1] - batch["input_ids"].shape[1]
+    types = F.pad(batch["mm_token_type_ids"], (0, more))
+    return {**without_labels(batch), **text_of(batch, ids), "mm_token_type_ids": types}
+
+
+def go_on(ranks: int) -> Any:
+    model = tiny_model()
+    session = ds_lvx.apply(model, concatenated_case.rules("qwen3_vl", "lvx", ranks))
+    answers = ask(model, left_padded(), {})
+    first = ds_lvx.generate(model, left_padded(), **WORDS)
+    more = with_gaps(left_padded(), first.sequences)
+    last = ds_lvx.generate(model, more, past_key_values=first.past_key_values, **WORDS)
+    session.close()
+    return [*answers, (last.sequences, last.logits)]
+
+
+def with_gaps(batch: Batch, first: Tensor) -> Batch:
+    """A second question, of which a sample has a shorter one."""
+    text = text_of(batch, behind(first, SECOND))
+    text["attention_mask"][1, first.shape[1] - 1 : first.shape[1] + 1] = 0
+    return text
+
+
+def test_answers_are_those_of_whole_conversations() -> None:
+    model, batch = tiny_model().eval(), left_padded()
+    length = batch["input_ids"].shape[1]
+    first = model.generate(**without_labels(batch), **WORDS).sequences
+    second = behind(first, SECOND)
+    expected = []
+    for ids in (batch["input_ids"], second, behind(first, THIRD, keep=length + 2), second):
+        out: Any = model.generate(**longer(batch, ids), **WORDS)
+        expected.append((out.sequences, out.logits))
+    out = model.generate(**{**longer(batch, second), **with_gaps(batch, first)}, **WORDS)
+    expected.append((out.sequences, out.logits))
+    for answers in run_ranks(go_on, 2, 2):
+        torch.testing.assert_close(answers, expected, atol=1e-5, rtol=1e-5)
+
+
+# ---- what is kept, what travels, and what is refused
+
+
+def own_choice(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """Of each rank another token."""
+    place = torch.full((len(scores), 1), 7 + torch.distributed.get_rank())
+    return scores.scatter(1, place, 1e4)
+
+
+def look_inside() -> dict[str, Any]:
+    model, batch = tiny_model(), left_padded()
+    session = ds_lvx.apply(model, concatenated_case.rules("qwen3_vl", "ring", 2))
+    look, calls = Look(), []
+    for tokens in (3, 5):
+        with ds_lvx.traffic() as traffic:
+            words = {"max_new_tokens": tokens, "min_new_tokens": tokens, "num_beams": 2}
+            ds_lvx.generate(model, batch, stopping_criteria=[look], **words)
+        calls.append(traffic.calls)
+    wrong = []
+    for given, words in (
+        ({**batch, "attention_mask": batch["attention_mask"].flip(1)}, {}),
+        (batch, {"output_hidden_states": True, "return_dict_in_generate": True}),
+    ):
+        with pytest.raises((ValueError, NotImplementedError)) as caught:
+            ds_lvx.generate(model, given, max_new_tokens=2, **words)
+        wrong.append(str(caught.value))
+    with pytest.raises(RuntimeError) as drifted:
+        ds_lvx.generate(model, batch, max_new_tokens=4, logits_processor=[own_choice])
+    wrong.append(str(drifted.value))
+    held = ds_lvx.shard_batch(batch, model=model)["input_ids"].shape
+    session.close()
+    return {"kept": set(look.kept), "held": held, "calls": calls[1] - calls[0], "wrong": wrong}
+
+
+def test_a_rank_keeps_its_own_keys_and_sends_one_message_a_layer_and_token() -> None:
+    config = tiny_model().config.text_config
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    for answer in run_ranks(look_inside, 2):
+        rows, tokens = answer["held"]
+        assert answer["kept"] == {rows * tokens * numbers * 4}  # however many beams share them
+        assert tokens <= left_padded()["input_ids"].shape[1] // 2 + 1
+        assert answer["calls"] == 2 * config.num_hidden_layers
+        assert "got padding at the end of sample 0" in answer["wrong"][0]
+        assert "got output_hidden_states=True" in answer["wrong"][1]
+        assert "the ranks disagree on new token 1 of each row" in answer["wrong"][2]
