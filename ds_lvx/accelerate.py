@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ from ds_lvx.config import LVXConfig
 from ds_lvx.config.ds_config import SECTION
 from ds_lvx.distributed.shutdown import shutdown
 from ds_lvx.initialize import Session, initialize
+from ds_lvx.training.moving import order_of
+from ds_lvx.training.resumed import take_others
 from ds_lvx.whole_batches import WholeBatches
 
 
@@ -49,6 +51,7 @@ class Accelerator(accelerate.Accelerator):
     derives_batch_size = False
     deepspeed_engine_wrapped: Any
     _batches: WholeBatches | None = None
+    _references: tuple[tuple[Session, WholeBatches], ...] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -134,21 +137,43 @@ class Accelerator(accelerate.Accelerator):
         return prepared
 
     def _prepare_deepspeed(self, *args: Any) -> Any:
-        with _initializing_by(self._start):
+        with initializing_by(self._start):
             return super()._prepare_deepspeed(*args)
 
     def _start(self, *, model: Any, config_params: Any, **arguments: Any) -> Any:
-        """What ``deepspeed.initialize`` is called for."""
-        config = dict(config_params)
-        if self.derives_batch_size:
-            config.pop("train_batch_size", None)
-        returned = initialize(model=model, config=config, **arguments)
-        engine = returned[0]
-        self.session = engine.ds_lvx
-        averages = engine.zero_optimization_stage() == 3
-        self._batches = WholeBatches(model, engine.ds_lvx, averages=averages)
+        """What accelerate calls ``deepspeed.initialize`` for: the model that trains."""
+        optimizer = arguments.get("optimizer")
+        if optimizer is None:
+            groups = arguments["model_parameters"] = list(arguments.get("model_parameters") or ())
+        else:
+            groups = optimizer.param_groups
+        order = order_of(model, groups)
+        returned, self._batches = self._sharded(model, config_params, **arguments)
+        take_others(returned[0], order)
+        self.session = returned[0].ds_lvx
         self._batches.gathers_training = self.gathers_training
         return returned
+
+    def start_reference(self, *, model: Any, config: Any) -> Any:
+        """``deepspeed.initialize`` of a model beside the one that trains, which is only asked.
+
+        It takes whole batches as the other does, and stays until `end_training`.
+
+        Raises:
+            NotImplementedError: as of `ds_lvx.initialize`.
+        """
+        returned, batches = self._sharded(model, _settled(config))
+        self._references = (*self._references, (returned[0].ds_lvx, batches))
+        return returned
+
+    def _sharded(self, model: Any, config: Any, **arguments: Any) -> tuple[Any, WholeBatches]:
+        own = dict(config)
+        if self.derives_batch_size:
+            own.pop("train_batch_size", None)
+        returned = initialize(model=model, config=own, **arguments)
+        engine = returned[0]
+        averages = engine.zero_optimization_stage() == 3
+        return returned, WholeBatches(model, engine.ds_lvx, averages=averages)
 
     @contextmanager
     def without_logits(self) -> Iterator[None]:
@@ -196,6 +221,10 @@ class Accelerator(accelerate.Accelerator):
         """accelerate's, after `ds_lvx.shutdown`: call it last, on every rank."""
         wrapped, self.deepspeed_engine_wrapped = self.deepspeed_engine_wrapped, None
         self._close()
+        for session, batches in self._references:
+            batches.remove()
+            session.close()
+        self._references = ()
         shutdown(None if wrapped is None else wrapped.engine)
         super().end_training()
 
@@ -208,19 +237,31 @@ class Accelerator(accelerate.Accelerator):
 
 
 @contextmanager
-def _initializing_by(start: Callable[..., Any]) -> Iterator[None]:
-    """Let accelerate start its engine by another function; in there DeepSpeed's is its own."""
+def initializing_by(start: Callable[..., Any]) -> Iterator[None]:
+    """Let a library start its engines by another function; in there DeepSpeed's is its own."""
     theirs = deepspeed.initialize
 
-    def once(**arguments: Any) -> Any:
+    def ours(**arguments: Any) -> Any:
         deepspeed.initialize = theirs
-        return start(**arguments)
+        try:
+            return start(**arguments)
+        finally:
+            deepspeed.initialize = ours
 
-    deepspeed.initialize = once
+    deepspeed.initialize = ours
     try:
         yield
     finally:
         deepspeed.initialize = theirs
+
+
+def _settled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is "auto" still: it is for a model that trains."""
+    return {
+        key: _settled(value) if isinstance(value, Mapping) and key != SECTION else value
+        for key, value in config.items()
+        if value != "auto"
+    }
 
 
 def _seed_workers_by(replica: int, data_loader: Any) -> None:

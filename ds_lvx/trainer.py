@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import deepspeed
 import torch
 import transformers
 from torch import Tensor
 
-from ds_lvx.accelerate import Accelerator
+from ds_lvx.accelerate import Accelerator, initializing_by
 from ds_lvx.config import read_ds_config
-from ds_lvx.models.batch import TEXT_KEYS
+from ds_lvx.models import family_of
 
 _BATCH_SIZE = "train_batch_size"
 
@@ -27,7 +27,8 @@ class TrainerMixin:
 
     Where the subclass has a ``compute_loss`` of its own, it finds the logits of the whole batch in
     training too. In evaluation it finds them wherever predictions are wanted; these are the logits
-    alone.
+    alone. A model that the subclass hands to DeepSpeed as it is made, as TRL does with the
+    reference of ``DPOTrainer``, is sharded like the one that trains.
 
     Raises:
         ValueError: no section ``ds_lvx``, a mistake in it, or ranks that accelerate overlooks.
@@ -36,10 +37,29 @@ class TrainerMixin:
 
     accelerator: Any
     args: Any
+    model: Any
+    label_smoother: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with initializing_by(self._start_reference):
+            super().__init__(*args, **kwargs)
+
+    def _start_reference(self, *, model: Any, config: Any, **arguments: Any) -> Any:
+        """What the subclass calls ``deepspeed.initialize`` for while it is made."""
+        if model is self.model:
+            raise NotImplementedError(
+                "got precompute_ref_log_probs in the training arguments, which asks the model "
+                "before it is sharded; leave it out"
+            )
+        try:
+            family_of(model)
+        except NotImplementedError:  # of text alone, such as one that rewards
+            return deepspeed.initialize(model=model, config=config, **arguments)
+        return self.accelerator.start_reference(model=model, config=config)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's, with an accelerator of ours."""
-        _refuse(self.args)
+        _refuse(self.args, generates=isinstance(self, transformers.Seq2SeqTrainer))
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         ours = self.accelerator = Accelerator.of(self.accelerator)
         ours.gathers_training = type(self).compute_loss is not transformers.Trainer.compute_loss  # type: ignore[attr-defined]
@@ -70,8 +90,9 @@ class TrainerMixin:
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Trainer's; what is seen stays where it is, and only this rank's part leaves the CPU."""
+        visual = family_of(self.model)[0].keys
         prepared: dict[str, Any] = super()._prepare_inputs(  # type: ignore[misc]
-            {key: value for key, value in inputs.items() if not _is_visual(key, value)}
+            {key: value for key, value in inputs.items() if key not in visual}
         )
         dtype = self.accelerator.state.deepspeed_plugin.hf_ds_config.dtype()
         rest = {key: value for key, value in inputs.items() if key not in prepared}
@@ -83,12 +104,14 @@ class TrainerMixin:
         inputs: Any,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
+        **generation: Any,
     ) -> tuple[Any, Any, Any]:
         """Trainer's; the logits are of the whole batch, and alone."""
-        silent = self.accelerator.without_logits() if prediction_loss_only else nullcontext()
-        with silent:
+        answers = getattr(self.args, "predict_with_generate", False) and self.label_smoother is None
+        unread = prediction_loss_only or answers
+        with self.accelerator.without_logits() if unread else nullcontext():
             loss, logits, labels = super().prediction_step(  # type: ignore[misc]
-                model, inputs, prediction_loss_only, ignore_keys=ignore_keys
+                model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **generation
             )
         return loss, logits[0] if isinstance(logits, tuple) else logits, labels
 
@@ -97,8 +120,9 @@ class Trainer(TrainerMixin, transformers.Trainer):
     """`transformers.Trainer` for models whose visual tokens are sharded: see `TrainerMixin`."""
 
 
-def _is_visual(key: str, value: Any) -> bool:
-    return key not in TEXT_KEYS and isinstance(value, Tensor | list | Mapping)
+class Seq2SeqTrainer(TrainerMixin, transformers.Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` likewise; with ``predict_with_generate`` predictions are the
+    tokens that `ds_lvx.generate` makes, prompts included, the same on every rank."""
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -106,8 +130,13 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if is_float else value
 
 
-def _refuse(args: Any) -> None:
-    """Raise for settings that do not go with sharded samples."""
+def _refuse(args: Any, *, generates: bool) -> None:
+    """Raise for settings that do not go with sharded samples, or that Trainer would overlook."""
+    if getattr(args, "predict_with_generate", False) and not generates:
+        raise NotImplementedError(
+            "got predict_with_generate for a Trainer that does not generate; use "
+            "ds_lvx.trainer.Seq2SeqTrainer"
+        )
     problems = {
         "parallelism_config": args.parallelism_config is not None,
         "train_sampling_strategy='batch_rebalance'": (
@@ -115,7 +144,6 @@ def _refuse(args: Any) -> None:
         ),
         "use_liger_kernel": args.use_liger_kernel,
         "auto_find_batch_size": args.auto_find_batch_size,
-        "predict_with_generate": getattr(args, "predict_with_generate", False),
     }
     for name, is_set in problems.items():
         if is_set:

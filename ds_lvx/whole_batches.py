@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.attention.sequence import gather_sequence
+from ds_lvx.generation import generate
 from ds_lvx.initialize import Session
-from ds_lvx.models.batch import ITEMS_KEY
+from ds_lvx.models import family_of
+from ds_lvx.models.batch import ITEMS_KEY, TEXT_KEYS
 from ds_lvx.models.patch import KEYWORD, scale_gradient
 from ds_lvx.models.shares import share_table, shares
 from ds_lvx.sharding import shard_batch
@@ -38,6 +40,7 @@ class WholeBatches:
     shard; ``out.loss`` is the loss of the whole on every rank, and its gradient this rank's share.
     ``out.logits`` are of the whole where they are gathered, else of the shard. A forward whose
     batch was cut already (`ds_lvx.shard_batch`, `ds_lvx.generate`) is left alone.
+    ``model.generate(**batch, ...)`` is `ds_lvx.generate`.
 
     Args:
         model: what the trainer calls: a patched model, or one around it.
@@ -57,6 +60,11 @@ class WholeBatches:
         self._factor = 1.0 if averages else 1.0 / session.groups.sp_size
         self._proved = False
         self._running: tuple[Any, bool] | None = None
+        self._model: Any = model
+        self._own_generate = getattr(model, "generate", None)
+        self._generating = False
+        if self._own_generate is not None:
+            vars(model)["generate"] = self._generate
         self._handles = [
             # First, so that every other hook sees the shard.
             model.register_forward_pre_hook(self._cut, with_kwargs=True, prepend=True),
@@ -67,6 +75,7 @@ class WholeBatches:
         """Take the hooks off. Calling it twice is allowed."""
         for handle in self._handles:
             handle.remove()
+        vars(self._model).pop("generate", None)
 
     def _cut(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if kwargs.get(KEYWORD) is not None:
@@ -89,6 +98,25 @@ class WholeBatches:
             self._prove(model, shard)
         self._running = shard[KEYWORD], gathers or "labels" not in batch
         return (), {**options, **shard}
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """``model.generate`` of a whole batch; inside of `ds_lvx.generate` the model's own."""
+        assert self._own_generate is not None
+        if self._generating:
+            return self._own_generate(*args, **kwargs)
+        if args:
+            raise ValueError(
+                f"got {len(args)} positional arguments for generate; expected the batch as "
+                "keywords: model.generate(**batch, max_new_tokens=...)"
+            )
+        keys = {*TEXT_KEYS, *family_of(self._model)[0].keys}
+        batch = {key: value for key, value in kwargs.items() if key in keys}
+        options = {key: value for key, value in kwargs.items() if key not in keys}
+        self._generating = True
+        try:
+            return generate(self._model, batch, groups=self._groups, **options)
+        finally:
+            self._generating = False
 
     def _prove(self, model: nn.Module, shard: Mapping[str, Any]) -> None:
         """Show what each rank holds of the first batch."""
@@ -121,7 +149,9 @@ class WholeBatches:
             out.loss = self._whole_loss(out.loss)
         for name in _BY_TOKEN if gathers else ():
             if out.get(name) is not None:
-                setattr(out, name, self._whole_sequence(out[name], kwargs))
+                whole = self._whole_sequence(out[name], kwargs)
+                # TRL has its own for each token but the last, which predicts none.
+                setattr(out, name, whole if name == "logits" else whole[:, :-1])
         return out
 
     def _whole_loss(self, share: Tensor) -> Tensor:

@@ -18,7 +18,14 @@ from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ds_lvx.trainer import Trainer, TrainerMixin
-from tests.models.mllama_case import ds_config, make_batch, tiny_model, trained, weights
+from tests.models.mllama_case import (
+    ds_config,
+    make_batch,
+    tiny_model,
+    trained,
+    weights,
+    with_lora,
+)
 from tests.ranks import run_ranks
 
 STEPS = 3
@@ -79,6 +86,7 @@ def run(
     *,
     config: dict[str, Any] | None = None,
     resume: str | None = None,
+    lora: bool = False,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Train the model in the folder ``tiny``, and tell what was logged, and what came of it."""
@@ -107,9 +115,10 @@ def run(
         **{**settings, **arguments},
     )
     record = Recorder()
+    # Under ZeRO-3 it partitions as it loads.
+    model = transformers.MllamaForConditionalGeneration.from_pretrained(tiny)
     trainer = kind(
-        # Under ZeRO-3 it partitions as it loads.
-        model=transformers.MllamaForConditionalGeneration.from_pretrained(tiny),
+        model=with_lora(model) if lora else model,
         args=args,
         train_dataset=samples(),
         eval_dataset=samples()[:5],

@@ -32,6 +32,7 @@ TEMPLATE = (
     "{% else %}{% for part in message.content %}"
     "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}<|eot_id|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 
 
@@ -116,9 +117,8 @@ def fine_tune(
     return found
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
+def write_tiny(folder: Path) -> Path:
+    """A checkpoint of the tiny model, with `TEMPLATE`."""
     processor = tiny_processor()
     processor.chat_template = TEMPLATE
     processor.save_pretrained(folder)
@@ -126,6 +126,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build(tiny_config(len(processor.tokenizer) - 1), gate=0.5, dtype=torch.float32)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize(("stage", "answers_only"), [(2, True), (3, False)])

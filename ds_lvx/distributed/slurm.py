@@ -10,7 +10,8 @@ from collections.abc import Iterator, MutableMapping
 _NEEDED = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
 _FIRST_PORT, _PORTS = 20_000, 10_000  # below those that Linux hands out
 _TIMEOUT_S = 20.0
-_NODE = re.compile(r"([^\[,]*)(?:\[(\d+)[^]]*\])?([^\[,]*)")  # `gpu[08-09]x`: gpu, 08, x
+_NODES = re.compile(r"(?:[^\[,]|\[[^]]*\])*")  # of `r[1-2]n[08,10],x` all in front of `,x`
+_NUMBERS = re.compile(r"\[(\d+)[^]]*\]")
 
 
 def read_slurm(environ: MutableMapping[str, str] = os.environ) -> bool:
@@ -76,7 +77,9 @@ def _first_node(environ: MutableMapping[str, str]) -> str:
         found = done.stdout.split()
     except (OSError, subprocess.SubprocessError):  # in a container there is no scontrol
         found = []
-    first = found[0] if found else "".join(part or "" for part in _NODE.findall(nodes)[0])
+    named = _NODES.match(nodes)
+    assert named is not None  # it matches what is empty
+    first = found[0] if found else _NUMBERS.sub(r"\1", named[0])
     if not first:
         raise ValueError(
             f"SLURM_JOB_NODELIST: got {nodes!r}; expected the nodes of the job; or set MASTER_ADDR "

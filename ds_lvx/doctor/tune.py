@@ -119,27 +119,38 @@ def of_model(
         dtype: of q, k and v.
     """
     ranks = section.sequence_parallel_size
-    named = {rule.method for rule in section.layers}
-    methods = [m for m, entry in METHODS.items() if entry.distributed] if AUTO in named else named
     visual = frames * wanted.with_frames(frames).frame_tokens
     for layers, keys in ((wanted.cross, visual), (wanted.text, text)):
-        own = Shape(
-            _share(text, ranks),
-            _share(keys, ranks),
-            heads=layers.heads,
-            kv_heads=layers.kv_heads,
-            head_dim=layers.head_dim,
-            dtype=dtype,
-        )
-        if {"ring", "lvx"} & set(methods):
+        for inside, gathers in _ways(section):
+            heads, kv_heads = _share(layers.heads, inside), _share(layers.kv_heads, inside)
+            if heads % kv_heads:
+                continue
+            own = Shape(
+                _share(text, ranks // inside),
+                _share(keys, ranks // inside),
+                heads=heads,
+                kv_heads=kv_heads,
+                head_dim=layers.head_dim,
+                dtype=dtype,
+            )
             yield from _rules(own)
-        if "lvx" in methods and layers is wanted.cross:
-            yield from _rules(replace(own, seqlen_q=text))
-        if "ulysses" in methods:
-            heads, kv_heads = _share(layers.heads, ranks), _share(layers.kv_heads, ranks)
-            if heads % kv_heads == 0:
-                whole = replace(own, seqlen_q=text, seqlen_kv=keys)
-                yield from _rules(replace(whole, heads=heads, kv_heads=kv_heads))
+            if gathers and layers is wanted.cross:
+                yield from _rules(replace(own, seqlen_q=text))
+
+
+def _ways(section: LVXConfig) -> Iterator[tuple[int, bool]]:
+    """Ranks among which a config's methods split heads, and whether one of them attends with the
+    queries of all ranks in cross-attention."""
+    named = {rule.method for rule in section.layers}
+    whole = {m for m, entry in METHODS.items() if entry.distributed and not entry.subgroups}
+    methods = whole if AUTO in named else named
+    if {"ring", "lvx"} & methods:
+        yield 1, "lvx" in methods
+    for rule in section.layers:
+        if rule.ulysses is not None:
+            yield rule.ulysses, rule.across != "ring"
+    if "ulysses" in methods:
+        yield section.sequence_parallel_size, False
 
 
 def _rules(shape: Shape) -> Iterator[Shape]:

@@ -194,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
         "--temperature",
         type=from_(float, 0),
         default=0.0,
-        help="of sampling; 0 (default): the likeliest",
+        help="of sampling, by the top_p and top_k of the checkpoint; 0 (default): the likeliest",
     )
     add("--seed", type=from_(int, 0), default=0, help="of sampling")
     add("--output", help="JSONL file for the answers")

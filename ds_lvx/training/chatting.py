@@ -24,14 +24,14 @@ class Questions:
     Args:
         file: of the first rank; others do not touch theirs.
         world: all ranks.
-        first: a question that comes before it.
+        first: a question that comes before it, of one line or more.
     """
 
     def __init__(self, file: TextIO, world: Channel, first: str | None = None) -> None:
         self._world, self._reads = world, world.rank == 0
         self._file, self._shows = file, self._reads and file.isatty()
         self._ended = False
-        self._rest = b"" if first is None else first.encode() + b"\n"
+        self._first, self._rest = first, b""
 
     def __iter__(self) -> Iterator[str]:
         """Questions until the file ends; blank lines are skipped.
@@ -41,7 +41,7 @@ class Questions:
         """
         asked = True
         while True:
-            if asked and self._shows and not self._rest:
+            if asked and self._shows and not self._rest and self._first is None:
                 print(_SIGN, end="", flush=True)
             _, records = told(self._world, lambda: (None, self._next()))
             line = records[0].get("line", "").strip()
@@ -55,16 +55,19 @@ class Questions:
         """What the first rank has to say: a line, the end, or that there is none yet."""
         if not self._reads:
             return {}
+        if self._first is not None:
+            line, self._first = self._first, None
+            return {"line": line}
         while b"\n" not in self._rest and not self._ended:
             if not select.select([self._file], [], [], _WAIT_S)[0]:
                 return {}
             # Not by the file's own buffer, in which lines would wait that select() does not see.
             more = os.read(self._file.fileno(), _BYTES)
             self._ended, self._rest = not more, self._rest + more
-        line, _, self._rest = self._rest.partition(b"\n")
-        if self._ended and not line and not self._rest:
+        typed, _, self._rest = self._rest.partition(b"\n")
+        if self._ended and not typed and not self._rest:
             return {"ended": True}
-        return {"line": line.decode(errors="replace")}
+        return {"line": typed.decode(errors="replace")}
 
 
 def conversation(media: tuple[Part, ...], turns: list[tuple[str, str]]) -> Conversation:

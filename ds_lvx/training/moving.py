@@ -9,7 +9,7 @@ files are read as tensors alone; they are mapped, so that no rank holds them who
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,9 @@ from deepspeed.checkpoint.constants import (
     PARAM_SLICE_MAPPINGS,
     SINGLE_PARTITION_OF_FP32_GROUPS,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_lvx.training.disk import read
-from ds_lvx.training.model import parameter_groups
 
 WEIGHT = "weight"
 _STEP = "step"
@@ -64,7 +63,16 @@ class States:
         return torch.cat([piece[word].flatten() for piece in self.pieces[name]])[:numel]
 
 
-def read_states(folder: Path, engine: Any, *, stage: int, trusted: bool) -> States:
+def order_of(model: nn.Module, groups: Iterable[Any]) -> list[str]:
+    """Names of the parameters of an optimizer's groups, or of a list of them, in its order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    given = [each["params"] if isinstance(each, Mapping) else [each] for each in groups]
+    return [names[id(parameter)] for group in given for parameter in group]
+
+
+def read_states(
+    folder: Path, engine: Any, *, stage: int, trusted: bool, order: Sequence[str]
+) -> States:
     """What a checkpoint holds.
 
     Args:
@@ -72,6 +80,7 @@ def read_states(folder: Path, engine: Any, *, stage: int, trusted: bool) -> Stat
         engine: that is to go on: names and order of what trains are those of the run that wrote.
         stage: ZeRO stage of that run.
         trusted: files may hold other objects than tensors.
+        order: names of what trains, as the groups of the optimizer have it at stage 0.
 
     Raises:
         ValueError: the files are not of this kind, or are not those of this model.
@@ -79,20 +88,19 @@ def read_states(folder: Path, engine: Any, *, stage: int, trusted: bool) -> Stat
     named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     try:
         if stage == 0:
-            states = _of_stage_0(folder, engine.module, trusted=trusted)
+            states = _of_stage_0(folder, order, trusted=trusted)
         else:
             states = _of_shards(folder, stage=stage, trusted=trusted)
         missing = sorted(set(named) - set(states.pieces))
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"--resume: got {folder}, whose optimizer states are not of a kind that moves to other "
-            f"ranks or to another ZeRO stage ({type(error).__name__}: {error}); expected those of "
-            "AdamW at ZeRO 1 to 3, or in fp32 at ZeRO 0; resume with the ranks and the stage that "
-            "wrote it"
+            f"got {folder}, whose optimizer states are not of a kind that moves to other ranks or "
+            f"to another ZeRO stage ({type(error).__name__}: {error}); expected those of AdamW at "
+            "ZeRO 1 to 3, or in fp32 at ZeRO 0; resume with the ranks and the stage that wrote it"
         ) from error
     if missing:
         raise ValueError(
-            f"--resume: got {folder} without {missing[0]} and {len(missing) - 1} more parameters "
+            f"got {folder} without {missing[0]} and {len(missing) - 1} more parameters "
             "that train here; expected a checkpoint of the same model"
         )
     return states
@@ -141,7 +149,7 @@ def check_target(engine: Any) -> None:
         is_known = is_known and isinstance(optimizer, torch.optim.Optimizer)
     if not is_known or getattr(optimizer, "swap_optimizer", False):
         raise NotImplementedError(
-            f"--resume: got a checkpoint of other ranks or another ZeRO stage for "
+            f"got a checkpoint of other ranks or another ZeRO stage for "
             f"{type(optimizer).__name__} at stage {stage}; expected ZeRO 1 to 3 without NVMe, or "
             "fp32 at stage 0; change zero_optimization, or resume as the checkpoint was written"
         )
@@ -151,13 +159,11 @@ def check_target(engine: Any) -> None:
 # Reading
 
 
-def _of_stage_0(folder: Path, model: Any, *, trusted: bool) -> States:
+def _of_stage_0(folder: Path, order: Sequence[str], *, trusted: bool) -> States:
     saved = read(folder / "mp_rank_00_model_states.pt", trusted=trusted, mmap=True)
-    names = {id(p): name for name, p in model.named_parameters()}
-    ordered = [names[id(p)] for group in parameter_groups(model, 0.0) for p in group["params"]]
     optimizer = saved["optimizer"]
     pieces, step = {}, 0.0
-    for number, name in enumerate(ordered):
+    for number, name in enumerate(order):
         state = optimizer["state"][number]
         step = float(state.get(_STEP, step))
         words = {key: value for key, value in state.items() if key != _STEP}

@@ -107,7 +107,12 @@ def _config(options: argparse.Namespace, *, trusts: bool) -> dict[str, Any]:
 def _train(
     options: argparse.Namespace, config: Mapping[str, Any], *, ranks: int
 ) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl`` of a run."""
+    """The rows of ``metrics.jsonl`` of a run.
+
+    Raises:
+        ValueError: what launch/finetune.py would say of the options, the model or the data.
+        RunError: a rank failed otherwise.
+    """
     accelerators = get_accelerator().device_count()
     on_cpu = get_accelerator().device_name() == "cpu" or accelerators < options.ranks
     print(f"training on {ranks} {'rank' if ranks == 1 else 'ranks'} ...", flush=True)
@@ -120,14 +125,23 @@ def _train(
             *("--deepspeed_config", str(path), "--output_dir", str(Path(name, "out"))),
             *("--max_steps", str(options.steps), "--log_steps", "1"),
         ]
-        read_inputs(parse(words), ranks)  # a mistake shows here, not in a rank
-        rows: list[dict[str, Any]] = run_fresh(
+        told = parse(words)
+        if told.report_to:
+            raise ValueError(
+                f"--report_to: got {' '.join(told.report_to)} for runs of which only the "
+                "comparison stays; expected none; leave it out"
+            )
+        read_inputs(told, ranks)  # a mistake shows here, not in a rank
+        found: dict[str, Any] = run_fresh(
             __name__,
             {"words": words},
             ranks=ranks,
             timeout_s=options.timeout,
             environment={"DS_ACCELERATOR": "cpu"} if on_cpu else {},
         )[0]
+    if "error" in found:
+        raise ValueError(found["error"])
+    rows: list[dict[str, Any]] = found["rows"]
     return rows
 
 
@@ -138,8 +152,8 @@ class _Unsaved(Trainer):
         return
 
 
-def _metrics(request: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """In a rank: train, and return what ``metrics.jsonl`` has."""
+def _metrics(request: Mapping[str, Any]) -> dict[str, Any]:
+    """In a rank: train; ``rows`` of ``metrics.jsonl``, or the ``error`` of what the user gave."""
     options: Options = parse(request["words"])
     options.limits.tell_pil()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
@@ -152,10 +166,12 @@ def _metrics(request: Mapping[str, Any]) -> list[dict[str, Any]]:
             engine = make_engine(model, inputs, options)
             del model
             _Unsaved(engine, inputs, options, batches=batches, world=world).run()
+    except (ValueError, NotImplementedError) as error:  # on all ranks
+        return {"error": str(error)}
     finally:
         ds_lvx.shutdown(engine)
     rows = Path(options.output_dir, "metrics.jsonl").read_text().splitlines()
-    return [json.loads(row) for row in rows] if os.environ["RANK"] == "0" else []
+    return {"rows": [json.loads(row) for row in rows] if os.environ["RANK"] == "0" else []}
 
 
 def _show(

@@ -24,7 +24,8 @@ from deepspeed.accelerator import get_accelerator
 
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.training import disk
-from ds_lvx.training.moving import States, check_target, place_states, read_states
+from ds_lvx.training.model import parameter_groups
+from ds_lvx.training.moving import States, check_target, order_of, place_states, read_states
 from ds_lvx.training.together import together, told
 
 _PARTIAL = ".partial"
@@ -242,8 +243,15 @@ class Checkpoints:
             raise ValueError(f"{path}: got files that DeepSpeed cannot load; take another one")
 
     def _moved(self, path: Path, engine: Any, state: RunState) -> States:
-        check_target(engine)
-        return read_states(path, engine, stage=state.zero_stage, trusted=self._trusted)
+        model = engine.module
+        order = order_of(model, parameter_groups(model, 0.0))
+        try:
+            check_target(engine)
+            return read_states(
+                path, engine, stage=state.zero_stage, trusted=self._trusted, order=order
+            )
+        except (ValueError, NotImplementedError) as error:
+            raise type(error)(f"--resume: {error}") from error
 
     def _prepare(self, partial: Path) -> None:
         if self._world.rank == 0:

@@ -60,6 +60,8 @@ def test_others_are_left_alone(environ: dict[str, str]) -> None:
         ("gpu[1,3]", "gpu1"),
         ("gpu[003-010],x", "gpu003"),
         ("r[1-2]n", "r1n"),
+        ("node[1-2],gpu[3-4]", "node1"),
+        ("r[1-2]n[04,06-07]x,y", "r1n04x"),
     ],
 )
 def test_the_first_node_without_scontrol(nodes: str, first: str) -> None:

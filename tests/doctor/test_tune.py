@@ -176,6 +176,23 @@ def test_the_shapes_of_a_config(tmp_path: Path) -> None:
     ]
 
 
+def test_the_shapes_of_a_hybrid(tmp_path: Path) -> None:
+    """Half the heads of half the sequence; where queries travel, with those of all ranks."""
+    section = {
+        "sequence_parallel_size": 4,
+        "layers": [
+            {"match": "*cross*", "method": "hybrid", "ulysses": 2, "across": "lvx"},
+            {"match": "*", "method": "none"},
+        ],
+    }
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"ds_lvx": section}))
+    words = ("--config", str(path), "--model", "Llama-3.2-11B-Vision")
+    found = tune.shapes_of(options(*words, "--text", "4K", "--frames", "4"))
+    shapes = {(s.seqlen_q, s.seqlen_kv, s.heads, s.kv_heads) for s in found}
+    assert shapes == {(2048, 2 * 6404, 16, 4), (4096, 2 * 6404, 16, 4), (2048, 2048, 16, 4)}
+
+
 @pytest.mark.gpu
 def test_a_gpu_is_tuned(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--tune", "--seqlen-q", "256", "--seqlen-kv", "4K"]) == 0

@@ -149,7 +149,10 @@ def fresh(folder: Path, turns: list[tuple[str, str]]) -> str:
 
 
 def test_a_chat_answers_as_whole_conversations_do(folder: Path, tmp_path: Path) -> None:
-    out, asked = tmp_path / "answers.jsonl", ["What animal?", "Where is it?", "And now?"]
+    out, asked = (
+        tmp_path / "answers.jsonl",
+        ["What animal?\nHow many?", "Where is it?", "And now?"],
+    )
     typed = f"{asked[1]}\n\n{'too long ' * 300}\n{asked[2]}"
     words = ["--video", folder / "a.mp4", "--chat", "--prompt", asked[0], "--output", out]
     assert run_ranks(run_chat, 2, typed, *given(folder, *words)) == [0, 0]

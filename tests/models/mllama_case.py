@@ -84,7 +84,12 @@ def tiny_model(**text: Any) -> MllamaForConditionalGeneration:
 
 
 def lora_model(dropout: float = 0.0) -> Any:
-    """`tiny_model` inside peft's wrapper: only adapters of the attention layers train."""
+    """`tiny_model` inside peft's wrapper."""
+    return with_lora(tiny_model(), dropout)
+
+
+def with_lora(model: Any, dropout: float = 0.0) -> Any:
+    """A model inside peft's wrapper: only adapters of the attention layers train."""
     torch.manual_seed(3)
     config = LoraConfig(
         r=2,
@@ -93,7 +98,7 @@ def lora_model(dropout: float = 0.0) -> Any:
         lora_dropout=dropout,
         init_lora_weights=False,  # B would start at 0, and the gradients of A with it
     )
-    return get_peft_model(tiny_model(), config)
+    return get_peft_model(model, config)
 
 
 def processor_mask(input_ids: Tensor, num_tiles: list[list[int]]) -> Tensor:

@@ -67,6 +67,24 @@ def test_a_mistake_is_said_before_a_rank_starts(
     assert "none.jsonl: got no such file" in capsys.readouterr().err
 
 
+def test_trackers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["parity", "--model", "tiny", "--data", "x", "--", "--report_to", "tensorboard"]
+    assert cli.main(words) == 2
+    assert "--report_to: got tensorboard for runs of which only" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_bad_sample_is_said_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_text("no picture")
+    data = write_jsonl(
+        tmp_path / "train.jsonl", chat(("image", "a.png"), ("text", "What?"), answer="A tree.")
+    )
+    assert cli.main(["parity", "--model", "tiny", "--data", str(data)]) == 2
+    said = capsys.readouterr().err
+    assert "train.jsonl:1" in said
+    assert "Traceback" not in said
+
+
 def test_one_process_takes_the_samples_of_all_replicas() -> None:
     config = {"train_batch_size": 24, "gradient_accumulation_steps": 3, "ds_lvx": {"layers": []}}
     alone = parity.alone_config(config, 4)

@@ -211,13 +211,14 @@ class Units(Visual):
 
     def part(self, rank: int, size: int) -> Units:
         """This rank's units, of pixels that are those of all."""
-        return self._arranged(rank, self.units, 'of all samples, or frames="local"')
+        do = 'of all samples, or frames="local"'
+        return self._arranged(rank, range(len(self.units)), do)
 
     def at_hand(self, rank: int, size: int) -> Units:
         """The same, of pixels that are this rank's."""
-        units = self._mine(rank)
+        mine = self._mine(rank)
         do = "of the images and frames that ds_lvx.owned names for this rank, in their order"
-        return replace(self._arranged(rank, units, do), count=len(units))
+        return replace(self._arranged(rank, mine, do), count=len(mine))
 
     def shared_record(self) -> dict[str, Any]:
         """What must be the same on every rank of the group."""
@@ -248,19 +249,20 @@ class Units(Visual):
         assert isinstance(text, Sequences)
         return {PLACES: text.places(here)}
 
-    def _mine(self, rank: int) -> list[Unit]:
-        pairs = zip(self.units, self.owner, strict=True)
-        return [unit for unit, owner in pairs if owner == rank]
+    def _mine(self, rank: int) -> list[int]:
+        """Numbers of a rank's units."""
+        return [number for number, owner in enumerate(self.owner) if owner == rank]
 
-    def _arranged(self, rank: int, there: Sequence[Unit], do: str) -> Units:
+    def _arranged(self, rank: int, there: Sequence[int], do: str) -> Units:
         """With the arguments for one rank's units, of pixels of the units that are there."""
         starts = dict.fromkeys(self.arguments, 0)
         rows: dict[int, Tensor] = {}
-        for unit in there:
+        for number in there:
+            unit = self.units[number]
             start = starts.get(unit.source, 0)
             starts[unit.source] = start + unit.rows
             if unit.source in self.arguments:
-                rows[id(unit)] = self.arguments[unit.source][start : start + unit.rows]
+                rows[number] = self.arguments[unit.source][start : start + unit.rows]
         for key, wanted in starts.items():
             found = len(self.arguments[key]) if key in self.arguments else 0
             if found != wanted:
@@ -269,5 +271,5 @@ class Units(Visual):
                     f"the pixels {do}"
                 )
         mine = self._mine(rank)
-        made = self.arrange(mine, [rows[id(unit)] for unit in mine]) if mine else {}
+        made = self.arrange([self.units[n] for n in mine], [rows[n] for n in mine]) if mine else {}
         return replace(self, arguments=made)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ds_lvx.models.concatenated.dimensions import Merged
 from ds_lvx.models.dimensions import Model, decoder, encoder
-from ds_lvx.models.qwen2_5_vl.dimensions import Merged
 
 _VISION = {
     "num_hidden_layers": 24,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from ds_lvx.models.concatenated.dimensions import Merged
 from ds_lvx.models.dimensions import Model, decoder, encoder
 
 SIDE = 448
@@ -19,16 +20,6 @@ _VISION = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
-
-
-@dataclass(frozen=True)
-class Merged(Model):
-    """A model whose projector works on visual tokens, not on patches."""
-
-    @property
-    def projector_tokens(self) -> int:
-        """See `ds_lvx.models.dimensions.Model.projector_tokens`."""
-        return self.frame_tokens
 
 
 def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:

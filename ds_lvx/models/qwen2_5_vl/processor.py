@@ -6,43 +6,25 @@ the checkpoint's tokenizer and settings, and a rank's frames.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
+from ds_lvx.models.concatenated.files import Files
 from ds_lvx.models.concatenated.patches import Patches
 from ds_lvx.models.media import Held, Medium, Shown
 from ds_lvx.models.qwen2_5_vl.batch import GRID, SECONDS, VIDEO_GRID, VIDEO_PIXELS
-from ds_lvx.models.remote import read_json
 from ds_lvx.models.visual import PIXELS
 
 START, END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}"
-    "<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""ChatML, where a checkpoint brings no template of its own."""
-_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 
-class Processor:
-    """The tokenizer of a checkpoint, and its way with pictures.
-
-    Args:
-        tokenizer: that knows the tokens of images and videos.
-        files: settings by the name of their file; empty where there is none.
+class Processor(Files):
+    """See `ds_lvx.models.concatenated.files.Files`.
 
     Attributes:
         image_pixels, video_pixels: least and most of an image and of a frame, and
@@ -55,32 +37,14 @@ class Processor:
     settings: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, tokenizer: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
-        self.tokenizer = tokenizer
-        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-        self._files = files
-        images, videos, both = (files.get(name) or {} for name in _FILES)
-        images = {**self.settings, **(both.get("image_processor") or images)}
-        videos = both.get("video_processor") or videos
+        super().__init__(tokenizer, files)
+        images = {**self.settings, **self.of_images}
         least, most = self.image_pixels
         self.images = Patches.of(images, least=least, most=most)
         shared = {k: v for k, v in images.items() if k not in ("size", "min_pixels", "max_pixels")}
         least, most = self.video_pixels
-        self.of_videos = {**shared, **videos}
+        self.of_videos = {**shared, **self.of_videos}
         self.videos = Patches.of(self.of_videos, least=least, most=most)
-
-    @classmethod
-    def of(cls, name: str) -> Self:
-        """That of a checkpoint, from a folder or the hub."""
-        files = {file: read_json(name, file) for file in _FILES}
-        return cls(AutoTokenizer.from_pretrained(name), files)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write what `of` reads."""
-        self.tokenizer.save_pretrained(folder)
-        for name, settings in self._files.items():
-            if settings:
-                (Path(folder) / name).write_text(json.dumps(settings, indent=1))
 
     def shown(self, medium: Medium) -> Shown:
         """See `ds_lvx.models.media.Parts.shown`: a token for an image, or for two frames."""

@@ -1,0 +1,65 @@
+"""Tokenizer and settings of a checkpoint whose visual tokens stand among the text's.
+
+transformers' own processors want torchvision for videos, and all frames of one at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from transformers import AutoTokenizer
+
+from ds_lvx.models.remote import read_json
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}"
+    "<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""ChatML, where a checkpoint brings no template of its own."""
+_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+
+
+class Files:
+    """The tokenizer of a checkpoint, and its way with pictures. A family says what these make.
+
+    Args:
+        tokenizer: that knows the tokens of images and videos.
+        files: settings by the name of their file; empty where there is none.
+
+    Attributes:
+        image_token: in the text.
+        of_images, of_videos, of_both: settings, in either of the forms that transformers writes.
+    """
+
+    image_token: str
+
+    def __init__(self, tokenizer: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
+        self.tokenizer = tokenizer
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+        self._files = files
+        images, videos, both = (files.get(name) or {} for name in _FILES)
+        self.of_both: Mapping[str, Any] = both
+        self.of_images: Mapping[str, Any] = both.get("image_processor") or images
+        self.of_videos: Mapping[str, Any] = both.get("video_processor") or videos
+
+    @classmethod
+    def of(cls, name: str) -> Self:
+        """That of a checkpoint, from a folder or the hub."""
+        files = {file: read_json(name, file) for file in _FILES}
+        return cls(AutoTokenizer.from_pretrained(name), files)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what `of` reads."""
+        self.tokenizer.save_pretrained(folder)
+        for name, settings in self._files.items():
+            if settings:
+                (Path(folder) / name).write_text(json.dumps(settings, indent=1))
