@@ -161,9 +161,12 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     ranks = settle(options)
     say = partial(print, file=sys.stderr, flush=True)
     if options.model:
-        if GATHERED in options.methods:
-            raise ValueError(f"--methods: got {GATHERED!r} with --model; it is of one attention")
         task = model.task_of(options, ranks=ranks.count)
+        if GATHERED in options.methods and task.case.attends == "cross":
+            raise ValueError(
+                f"--methods: got {GATHERED!r} with --model {options.model}; expected it with a "
+                "model whose visual tokens stand among the text's, or without --model"
+            )
         return model.compare(task, options.methods, ranks, say=say)
     contest, skipped = contest_of(options, ranks.count)
     say(f"{', '.join(contest.methods)} on {ranks.count} ranks of {ranks.threads} threads ...")

@@ -20,7 +20,7 @@ from ds_lvx.data.errors import DataError, Source
 from ds_lvx.data.frames import DecodeCount
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 from ds_lvx.data.text import IGNORED, EncodedText, TextEncoder
-from ds_lvx.models.media import Held, Shown
+from ds_lvx.models.media import Held, Medium, Shown, of_sample
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class BatchMaker:
         if not family.sized_media:
             return ()
         try:
-            return tuple(family.shown(self.encoder.processor, each.medium) for each in frames)
+            return tuple(family.shown(self.encoder.processor, each) for each in _media(frames))
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
 
@@ -210,8 +210,7 @@ class BatchMaker:
         # A unit without a frame of its own is a further piece of the frame before it.
         starts = [end - (end == ends[unit + 1]) for unit, end in enumerate(ends[:-1])]
         mine = sorted({n for unit in units for n in range(starts[unit], ends[unit + 1])})
-        media = [frames.medium for frames in sample.frames]
-        return Held(media, units, self._or_black(sample, mine, fail))
+        return Held(_media(sample.frames), units, self._or_black(sample, mine, fail))
 
     def _or_black(
         self, sample: Sample, mine: Sequence[int], fail: Callable[[str], None]
@@ -269,3 +268,7 @@ class BatchMaker:
                 yield from self.chooser.pictures(frames, wanted, self.counter)
             except ValueError as error:
                 raise DataError(f"{sample.source}: {error}") from None
+
+
+def _media(frames: Sequence[Frames]) -> list[Medium]:
+    return of_sample(each.medium for each in frames)

@@ -6,7 +6,7 @@ This module imports no torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,10 +21,19 @@ class Medium:
     Attributes:
         times: of a video's frames, in seconds; None for an image.
         sides: height and width of a picture, in pixels.
+        alone: no other image is in its sample.
     """
 
     times: tuple[float, ...] | None
     sides: tuple[int, int]
+    alone: bool = True
+
+
+def of_sample(media: Iterable[Medium]) -> list[Medium]:
+    """The media of a sample, each knowing whether it is its only image."""
+    each = list(media)
+    alone = sum(medium.times is None for medium in each) <= 1
+    return [replace(medium, alone=alone) for medium in each]
 
 
 @dataclass(frozen=True)

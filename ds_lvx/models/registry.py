@@ -5,7 +5,8 @@ This module imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from inspect import isabstract, isclass
 from types import FunctionType, ModuleType
@@ -83,6 +84,16 @@ class Families:
     def forget(self, model_type: str) -> None:
         """Take a registered family out again."""
         del self._given[model_type], self._made[model_type]
+
+    @contextmanager
+    def instead(self, model_type: str, family: Any) -> Iterator[None]:
+        """While the context is open, another family for a ``model_type``: a peer's, to compare."""
+        before = self.named(model_type)
+        self._made[model_type] = _made(model_type, family)
+        try:
+            yield
+        finally:
+            self._made[model_type] = before
 
     def named(self, model_type: str) -> Family:
         """The family of a ``model_type``.

@@ -263,7 +263,7 @@ def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footpri
     if setting.method == "lvx" and ranks > 1:
         here = scenario.sequence if way == "lvx gather" else 2 * queries
         travelling = _GATHERED_BYTES * here * cross.heads * cross.head_dim
-    vision, stays = _vision(scenario, frames * scenario.model.tower_tokens)
+    vision, stays = tower_bytes(scenario, frames * scenario.model.tower_tokens)
     return Footprint(
         states=_states(scenario, gpus),
         vision=vision,
@@ -286,7 +286,7 @@ def _states(scenario: Scenario, gpus: int) -> int:
     )
 
 
-def _vision(scenario: Scenario, tokens: int) -> tuple[int, int]:
+def tower_bytes(scenario: Scenario, tokens: int) -> tuple[int, int]:
     """The tower's activations at their peak, and what of them waits for its backward."""
     tower, states = scenario.model.tower, scenario.model.tower_states
     layer, state = _LAYER_BYTES * tower.hidden, scenario.element_bytes * tower.hidden

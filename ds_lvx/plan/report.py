@@ -11,6 +11,7 @@ from typing import Any
 from ds_lvx.attention.shape import evenly
 from ds_lvx.plan.cluster import Cluster, Link
 from ds_lvx.plan.cost import cost, obstacle
+from ds_lvx.plan.peers import peers
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.search import CANDIDATES, Plan
 from ds_lvx.plan.step import Step
@@ -61,6 +62,7 @@ def as_text(scenario: Scenario, cluster: Cluster, found: Plan) -> str:
         if ranks > 1:
             parts += [f"Groups of {ranks}, by method of the {scenario.attention}:"]
             parts += [_methods(found, ranks)]
+            parts += [_peers(scenario, cluster, ranks)] if scenario.model.among else []
     stops = [
         (each.name, str(each.fits_from or "-"), str(each.fastest_at or "-"), each.reason)
         for each in found.stops
@@ -135,6 +137,15 @@ def _methods(found: Plan, ranks: int) -> str:
         faster = "-" if ring is None else f"{ring / each.cross_seconds:.3g}"
         rows.append((_name(each), *times, _size(each.bytes_sent), memory, faster))
     return _table(rows)
+
+
+def _peers(scenario: Scenario, cluster: Cluster, ranks: int) -> str:
+    other = peers(scenario, gpus=cluster.gpus, ranks=ranks)
+    return (
+        f"Elsewhere, with ulysses: {_size(other.gathered)} where embeddings are gathered on every "
+        f"rank, which sends {_size(other.sent)} more; {_size(other.whole_towers)} where every rank "
+        "encodes all frames"
+    )
 
 
 def _name(each: Step) -> str:

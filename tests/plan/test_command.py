@@ -143,6 +143,37 @@ def test_the_numbers_of_one_hour_are_the_command_s(
         assert f"{found['memory']['peak'] / 2**30:.1f} GiB" == needs
 
 
+def test_the_numbers_for_visual_tokens_among_the_text_are_the_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """docs/concatenated.md: each row is what the command prints for its model and frames."""
+    document = (Path(__file__).parents[2] / "docs" / "concatenated.md").read_text()
+    document = document.partition("\n## On eight GPUs\n")[2].partition("\n## ")[0]
+    (command,) = re.findall(r"^ds-lvx (plan .*--group) 8", document, re.MULTILINE)
+    rows = document.partition("|---|\n")[2].partition("\n\n")[0].splitlines()
+    assert len(rows) == 4 * 2
+    for row in rows:
+        cells = (cell.strip() for cell in row.strip("|").split("|"))
+        name, frames, tokens, alone, own, peer, towers, step = cells
+        words = command.replace("Qwen2.5-VL-7B", name).replace("180", frames.replace(",", ""))
+        assert main([*words.split(), "8"]) == 0
+        out = capsys.readouterr().out
+        assert f"{frames} frames = {tokens} visual tokens" in out
+        (line,) = re.findall(r"^  ulysses  .*", out, re.MULTILINE)[:1]
+        assert own in line, (row, line)
+        assert step in line, (row, line)
+        assert f"{peer} where embeddings are gathered" in out, (row, out)
+        assert f"{towers.partition(':')[0]} where every rank encodes" in out, (row, out)
+        _, _, fits = alone.partition(":")
+        needs = alone.partition(":")[0]
+        if fits:
+            assert f"needs {needs} a rank" in failure(capsys, *words.split(), "1")
+        else:
+            assert main([*words.split(), "1", "--json"]) == 0
+            (found,) = json.loads(capsys.readouterr().out)["steps"]
+            assert f"{found['memory']['peak'] / 2**30:.1f} GiB" == needs
+
+
 def test_json_has_every_method_and_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
     found = record(capsys, "--frames", "120", "--gpus", "16")
     assert found["kind"] == "predicted"

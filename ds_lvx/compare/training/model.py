@@ -18,7 +18,7 @@ import numpy as np
 
 from ds_lvx.compare.case import case_of, cut, random_case, random_models
 from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
-from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
+from ds_lvx.compare.harness import GATHERED, Ranks, on_ranks, slowest, spread
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.training.breakdown import PHASES
 from ds_lvx.compare.training.rank import DTYPES, Task, finetune
@@ -109,7 +109,7 @@ def skipped(task: Task, methods: Sequence[str], *, ranks: int) -> dict[str, str]
     why = f"{task.case.heads} query heads for {ranks} ranks"
     if task.text_method == "ulysses" and task.case.self_layers > 0:
         return {name: f"{why}, in the text" for name in methods if name != "none"}
-    return {name: why for name in methods if name == "ulysses"}
+    return {name: why for name in methods if name in ("ulysses", GATHERED)}
 
 
 def compare(

@@ -21,9 +21,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import ds_lvx
 from ds_lvx.compare.case import Case, build_model, ds_config, make_batch
-from ds_lvx.compare.harness import METHODS, now, own_device
+from ds_lvx.compare.harness import GATHERED, METHODS, now, own_device
 from ds_lvx.compare.network import carried_since, own_counters
 from ds_lvx.compare.peak import meter
+from ds_lvx.compare.training import gathered
 from ds_lvx.compare.training.breakdown import Parts
 from ds_lvx.distributed.pending import without_overlap
 from ds_lvx.plan.memory import Setting
@@ -57,7 +58,7 @@ class Task:
 
     def ds_config(self, *, ranks: int) -> dict[str, Any]:
         """For ``ranks`` ranks that share the sample."""
-        name, schedule = METHODS[self.method]
+        name, schedule = METHODS[_runs_as(self.method)]
         return ds_config(
             Setting(name, self.recompute and name == "lvx", self.checkpointing),
             self.case,
@@ -67,6 +68,16 @@ class Task:
             zero_stage=self.zero_stage,
             text_method=self.text_method,
         )
+
+
+def _runs_as(method: str) -> str:
+    """The method that attention runs by."""
+    return "ulysses" if method == GATHERED else method
+
+
+def _peer(method: str, case: Case) -> AbstractContextManager[None]:
+    """In which models are sharded as the method has it."""
+    return gathered.instead_of(case.family) if method == GATHERED else nullcontext()
 
 
 @contextmanager
@@ -107,6 +118,7 @@ def finetune(task: Task) -> dict[str, Any]:
     config = task.ds_config(ranks=int(os.environ["WORLD_SIZE"]))
     with (
         nullcontext() if task.overlap else without_overlap(),
+        _peer(task.method, task.case),
         _training(task.build(), torch.optim.AdamW, config) as engine,
     ):
         return _finetuned(engine, task)
@@ -240,3 +252,27 @@ def _weighed(engine: Any, case: Case, frames: int) -> dict[str, float]:
         "processor_s": time.process_time() - worked,
         "loss": out.loss.item(),
     }
+
+
+@dataclass(frozen=True)
+class Growing:
+    """Steps of one engine whose memory counts, each of more frames."""
+
+    case: Case  # what is trained, in bf16 at ZeRO stage 2
+    method: str  # one of `METHODS`
+    checkpointing: bool  # of the layers
+    frames: tuple[int, ...]  # visual input of a rank, by step
+
+
+def weigh_growing(load: Growing) -> list[dict[str, float]]:
+    """Train a step of each size, after a small one that does not count; see `weigh`."""
+    name, schedule = METHODS[_runs_as(load.method)]
+    setting = Setting(name, checkpointing=load.checkpointing)
+    ranks = int(os.environ["WORLD_SIZE"])
+    config = ds_config(setting, load.case, ranks=ranks, schedule=schedule)
+    with own_device():
+        model = build_model(load.case)
+    with _peer(load.method, load.case), _training(model, torch.optim.SGD, config) as engine:
+        del model
+        _weighed(engine, load.case, 1)
+        return [_weighed(engine, load.case, frames) for frames in load.frames]

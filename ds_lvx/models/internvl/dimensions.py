@@ -59,7 +59,11 @@ def _side(size: Any) -> int:
 
 
 def known() -> tuple[Model, ...]:
-    """The models that the planner knows by name."""
+    """The models that the planner knows by name: of Qwen2.5 7B, 14B, 32B and 72B.
+
+    8B and 78B as MindSpeed-MM's examples/internvl3 have them, the large tower as
+    InternViT-6B-448px-V1-5 has it, the small one and the merger as transformers has by default.
+    """
     sizes = {
         # layers, width, heads, heads of keys, MLP
         "8B": (28, 3584, 28, 4, 18_944),

@@ -58,6 +58,11 @@ def image_tokens(size: tuple[int, int], config: Any) -> tuple[int, int]:
     return 1 + rows * columns, each**2 + height * (width + 1)
 
 
+def tiles_and_tokens(size: tuple[int, int], config: Any, *, alone: bool) -> tuple[int, int]:
+    """Of an image of a size; one that is not alone in its sample is one tile."""
+    return image_tokens(size, config) if alone else (1, side(config) ** 2 + 1)
+
+
 def units(batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
     """See `ds_lvx.models.concatenated.family.Concatenated.units`."""
     images = _images(batch, config)
@@ -94,9 +99,7 @@ def _images(batch: Mapping[str, Any], config: Any) -> Iterator[tuple[int, int, t
         )
     alone = [count == 1 for count in counts for _ in range(count)]
     for (height, width), tiled in zip(sizes.tolist(), alone, strict=True):
-        tiles, tokens = 1, side(config) ** 2 + 1
-        if tiled:
-            tiles, tokens = image_tokens((height, width), config)
+        tiles, tokens = tiles_and_tokens((height, width), config, alone=tiled)
         yield tokens, tiles, (height, width)
 
 

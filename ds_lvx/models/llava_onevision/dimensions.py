@@ -10,6 +10,7 @@ from typing import Any
 from ds_lvx.models.dimensions import Model, decoder, encoder
 
 _VISION = {
+    # As LlavaOnevisionConfig of transformers has it by default.
     "num_hidden_layers": 26,
     "hidden_size": 1152,
     "num_attention_heads": 16,
@@ -53,13 +54,15 @@ def known() -> tuple[Model, ...]:
 
 def _known(size: str, layers: int, hidden: int, heads: int, *others: int) -> Model:
     kv_heads, mlp = others
+    # Qwen2 7B and 72B; transformers' convert_llava_onevision_weights_to_hf.py adds two tokens to
+    # their 152,064 and fills up to a multiple of 64.
     text = {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "intermediate_size": mlp,
-        "vocab_size": 152_064,
+        "vocab_size": 152_128,
     }
     name = f"llava-hf/llava-onevision-qwen2-{size}-ov-hf"
     return dimensions({"text_config": text}, name, f"config.json of {name}; frames of videos")

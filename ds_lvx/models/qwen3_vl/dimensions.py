@@ -27,7 +27,11 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
 
 
 def known() -> tuple[Model, ...]:
-    """The models that the planner knows by name."""
+    """The models that the planner knows by name.
+
+    4B, 8B and 32B as published (their config.json, or one of a model trained from them), the large
+    tower as transformers has it by default.
+    """
     sizes = {
         # layers, width, heads, MLP
         "2B": (28, 2048, 16, 6144),

@@ -1,0 +1,188 @@
+"""Visual tokens among the text's, against trainers that gather their embeddings: time and memory.
+
+Steps of a model by every method over an emulated network (`ds_lvx.compare.training.model`), and the
+peak of a rank's memory over frames.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ds_lvx.compare.case import Case
+from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
+from ds_lvx.compare.harness import GATHERED, Ranks, on_ranks
+from ds_lvx.compare.machine import header
+from ds_lvx.compare.peak import PROMPT_FREEING, meter
+from ds_lvx.compare.training import model
+from ds_lvx.compare.training.rank import Growing, Task, weigh_growing
+
+METHODS = (GATHERED, "ulysses", "lvx-gather")
+WEIGHED = (GATHERED, "ulysses")
+WHERE = {
+    GATHERED: "gathered, then Ulysses",
+    "ulysses": "at home, Ulysses",
+    "lvx-gather": "at home, lvx",
+}
+"""Where embeddings are, and how the text attends."""
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: names and sizes of models, and how much of it."""
+
+    tasks: Mapping[str, Task]  # by name, of no method yet
+    weighed: Case  # the model whose memory is measured
+    frames: tuple[int, ...]  # of a rank, by step
+
+
+def measure(plan: Plan, ranks: Ranks, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """For the JSON: ``steps`` by model, and ``memory``.
+
+    Raises:
+        RunError: a rank failed.
+        NetworkError: the network cannot be made here.
+        ValueError: methods disagree on losses or gradients.
+    """
+    head = header(emulated=ranks.network is not None, device=ranks.device)
+    steps = {}
+    for name, task in plan.tasks.items():
+        say(f"{name} ...")
+        found = model.compare(task, METHODS, ranks, say=say)
+        if found["disagreements"]:
+            raise ValueError("\n".join(found["disagreements"]))
+        steps[name] = {key: found[key] for key in ("job", "plan", "records")}
+    return {**head, "steps": steps, "memory": _weigh(plan, ranks, say=say)}
+
+
+def _weigh(plan: Plan, ranks: Ranks, *, say: Callable[[str], None]) -> dict[str, Any]:
+    """Peak and frames of the rank that needs most, by method."""
+    where = replace(ranks, network=None, environment=PROMPT_FREEING)
+    records = []
+    for method in WEIGHED:
+        load = Growing(plan.weighed, method, True, plan.frames)
+        by_rank = on_ranks(weigh_growing, load, where)
+        steps = list(zip(*by_rank, strict=True))
+        peaks = [max(each["peak_bytes"] for each in step) for step in steps]
+        records.append({"method": method, "peak_bytes": peaks, "ranks": by_rank})
+        say(f"{method}: {', '.join(f'{peak / MIB:,.0f}' for peak in peaks)} MiB")
+    return {
+        "measured_by": meter(ranks.device).source,
+        "case": asdict(plan.weighed),
+        "frames": [ranks.count * frames for frames in plan.frames],
+        "tokens_of_a_frame": plan.weighed.frame_tokens,
+        "ranks": ranks.count,
+        "records": records,
+    }
+
+
+# ---- the report
+
+
+def name(results: Results) -> str:
+    """``concatenated``."""
+    return "concatenated"
+
+
+def text(results: Results) -> str:
+    """Tables of steps and of memory, and the plot where a document has it."""
+    steps = [_steps(size, found) for size, found in results["steps"].items()]
+    first = next(iter(results["steps"].values()))["plan"]
+    network = first["network"]
+    over = "" if network is None else f" over an emulated network of {network} a rank"
+    title = (
+        f"A training step on {first['ranks']} ranks{over}. Median (10th to 90th percentile). "
+        f"{results['hardware']['device']}."
+    )
+    picture = f"![Steps by method, and memory over frames](benchmarks/{name(results)}.png)"
+    return "\n\n".join([title, *steps, _memory(results["memory"]), picture])
+
+
+def _steps(size: str, found: Mapping[str, Any]) -> str:
+    records, job = found["records"], found["job"]
+    case, sizes = job["case"], records[0]["sizes"]
+    peer = next(r["step_s"]["median"] for r in records if r["method"] == GATHERED)
+
+    def waits(record: Mapping[str, Any]) -> str:
+        parts = model.totals(record["typical"])
+        return f"{parts['waiting in cross-attention'] + parts['waiting elsewhere']:.3f}"
+
+    cells: Cells = {
+        "embeddings": lambda r: WHERE[r["method"]],
+        "step, s": lambda r: percentiles(r["step_s"]),
+        "x gathered": lambda r: times(peer / r["step_s"]["median"]),
+        "of it waiting, s": waits,
+        "attention and embeddings send, MB": lambda r: f"{r['attention_bytes'] / 1e6:.2f}",
+        "a rank sends in all, MB": _interface,
+    }
+    title = (
+        f"{size}: {case['cross_layers']} layers of {case['hidden']}, {case['heads']} heads, "
+        f"{case['kv_heads']} of K and V; {sizes['visual_tokens']:,} visual tokens in "
+        f"{job['frames']} frames, {sizes['text_tokens']:,} of text; {job['dtype']}, "
+        f"{_TRAINS[case['trains']]}."
+    )
+    return f"{title}\n\n{columns(records, cells)}"
+
+
+_TRAINS = {"all": "all weights train", "kv": "projections of K and V and the merger train"}
+
+
+def _interface(record: Mapping[str, Any]) -> str:
+    sent = [answer["interface_bytes"] for answer in record["answers"]]
+    if any(each is None for steps in sent for each in steps):
+        return "-"
+    return f"{max(statistics.median(steps) for steps in sent) / 1e6:.1f}"
+
+
+def _memory(found: Mapping[str, Any]) -> str:
+    each = found["tokens_of_a_frame"]
+    heads = [f"{frames} frames ({frames * each:,} tokens)" for frames in found["frames"]]
+    rows = [
+        {"method": record["method"], **dict(zip(heads, record["peak_bytes"], strict=True))}
+        for record in found["records"]
+    ]
+    cells: Cells = {
+        "embeddings": lambda r: WHERE[r["method"]],
+        **{head: _mib(head) for head in heads},
+    }
+    title = (
+        f"Peak of a rank's memory in a step above what was there before, MiB; {found['ranks']} "
+        f"ranks, {found['case']['cross_layers']} checkpointed layers of {found['case']['hidden']}."
+    )
+    return f"{title}\n\n{columns(rows, cells)}"
+
+
+def _mib(column: str) -> Callable[[Any], str]:
+    return lambda record: f"{record[column] / MIB:,.0f}"
+
+
+def draw(results: Results) -> Any:
+    """Steps by model and method, and memory over frames."""
+    from matplotlib.figure import Figure  # of the extra "plots"
+
+    found, memory = results["steps"], results["memory"]
+    figure = Figure(figsize=(4.2 * (len(found) + 1), 3.6), layout="constrained")
+    *left, right = figure.subplots(1, len(found) + 1)
+    for axes, (size, each) in zip(left, found.items(), strict=True):
+        _bars(axes, size, each["records"])
+    for record in memory["records"]:
+        peaks = [peak / MIB for peak in record["peak_bytes"]]
+        right.plot(memory["frames"], peaks, "o-", label=WHERE[record["method"]])
+    right.set(xlabel="frames", ylabel="MiB at the peak", ylim=(0, None), title="memory of a rank")
+    right.legend(fontsize=8)
+    return figure
+
+
+def _bars(axes: Any, size: str, records: Sequence[Mapping[str, Any]]) -> None:
+    seconds = [record["step_s"]["median"] for record in records]
+    colours = ["C1", "C0", "C2"][: len(records)]
+    bars = axes.bar([WHERE[r["method"]].replace(", ", ",\n") for r in records], seconds, 0.6)
+    for bar, colour in zip(bars, colours, strict=True):
+        bar.set_color(colour)
+    axes.bar_label(bars, [f"{value:.3g} s" for value in seconds], fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.margins(y=0.12)
+    axes.set(title=f"{size}: seconds of a step")

@@ -1,0 +1,136 @@
+"""The peer of models whose visual tokens stand among the text's: embeddings gathered on every rank.
+
+So do trainers that split such a sample for Ulysses (LongVILA's; verl's has them without asking, as
+every rank runs the whole tower): a rank encodes its share of the units, all ranks gather what all
+towers made, each puts it into the embeddings of the whole text and cuts its own of contiguous,
+equal pieces out of that. In backward gradients of the features are summed where they were made.
+Everything else is as of `ds_lvx.models.concatenated`, so that nothing but this differs.
+
+Legend: ``B`` rows, ``T`` tokens of a row, ``V`` visual tokens of all rows, n ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ds_lvx.attention.sequence import gather_shards
+from ds_lvx.models.batch import ShardedBatch, Text, span, split
+from ds_lvx.models.concatenated.batch import PLACES, Sequences
+from ds_lvx.models.concatenated.deal import TEXT, Deal
+from ds_lvx.models.concatenated.family import Concatenated
+from ds_lvx.models.concatenated.forward import Deep, Embed, Encoded, placed
+from ds_lvx.models.layers import LayerPlan
+from ds_lvx.models.patch import KEYWORD
+from ds_lvx.models.registry import FAMILIES
+
+
+def instead_of(model_type: str) -> AbstractContextManager[None]:
+    """While the context is open, models of a type are sharded as such trainers do it.
+
+    Raises:
+        ValueError: of a type whose visual tokens do not stand among the text's.
+    """
+    family = FAMILIES.named(model_type)
+    if not isinstance(family, Concatenated):
+        raise ValueError(
+            f"gathered: got a model of type {model_type!r}; expected one whose visual tokens stand "
+            "among the text's, whose embeddings others gather"
+        )
+    return FAMILIES.instead(model_type, type("Gathered", (_Gathered, type(family)), {}))
+
+
+class _Gathered(Concatenated):
+    """What differs of a family, in front of its own class."""
+
+    def text(self, batch: Mapping[str, Any], model: Any) -> Text:
+        return _Pieces(**vars(super().text(batch, model)))
+
+    def owned(self, tokens: Sequence[int], rank: int, size: int) -> list[int]:
+        part = span(split(len(tokens), size), rank)
+        return [*range(part.start, part.stop)]
+
+    def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
+        hook = _EmbedWhole(self.encode, self.takes)
+        self.inner(model).register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Pieces(Sequences):
+    """Rows in contiguous pieces, one a rank; the units too, whatever their tokens."""
+
+    def dealt(self, size: int) -> Self:
+        """The same for ``size`` ranks.
+
+        Raises:
+            ValueError: rows that are padded: the peer measures full ones.
+        """
+        rows, length = self.shape
+        if self.attention_mask is not None and not bool(self.attention_mask.all()):
+            raise ValueError("gathered: got an attention_mask with padding; expected full rows")
+        counts = torch.tensor(split(len(self.units), size))
+        owner = torch.arange(size).repeat_interleave(counts).tolist()
+        column = torch.arange(length).repeat(rows, 1)
+        return replace(self, deal=Deal(tuple(owner), column, split(length, size)))
+
+    def shard(self, here: slice) -> dict[str, Any]:
+        """As of `Sequences`, but all of ``input_ids``."""
+        return {**super().shard(here), "input_ids": self.input_ids}
+
+    def places(self, here: slice) -> Tensor:
+        """Of all units, in the whole rows: int64 ``[V]``."""
+        return (self.number != TEXT).flatten().nonzero()[:, 0]
+
+
+class _EmbedWhole(Embed):
+    """Embeddings of the whole text with all features in it, of which a piece goes on.
+
+    Collectives: an all-gather of this rank's features, of ``hidden`` numbers a token; in backward
+    every rank sends the others' gradients home. As many again for each deep feature.
+    """
+
+    def __call__(
+        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        batch: ShardedBatch | None = kwargs.get(KEYWORD)
+        if batch is None:
+            return None
+        given = dict(kwargs)
+        embed: Any = module.get_input_embeddings()  # type: ignore[operator]
+        units = {key: given.pop(key, None) for key in self._takes}
+        places, ids = given.pop(PLACES), given.pop("input_ids")
+        here = span(batch.text_lengths, batch.channel.rank)
+        made = _gathered(batch, self._encode(module, units))
+        whole = placed(embed(ids), made.features, places)
+        if made.deep:
+            batch = replace(batch, deep=_of_piece(made, places, ids.shape[1], here))
+        # Contiguous, so that the whole is not kept for the first layer's backward.
+        return args, {**given, KEYWORD: batch, "inputs_embeds": whole[:, here].contiguous()}
+
+
+def _gathered(batch: ShardedBatch, made: Encoded) -> Encoded:
+    """What the towers of all ranks made; a blank unit's counts for nothing."""
+    assert batch.among is not None
+    lengths, own = batch.among, batch.among[batch.channel.rank]
+
+    def gather(features: Tensor) -> Tensor:
+        wants_grad = features.requires_grad
+        channel = batch.channel
+        return gather_shards(
+            features[:own], 0, channel=channel, lengths=lengths, wants_grad=wants_grad
+        )
+
+    return Encoded(gather(made.features), [gather(each) for each in made.deep])
+
+
+def _of_piece(made: Encoded, places: Tensor, length: int, here: slice) -> Deep:
+    """The deep features of the tokens of a piece of each row of ``length`` tokens."""
+    row, column = places // length, places % length
+    mine = ((column >= here.start) & (column < here.stop)).nonzero()[:, 0]
+    there = row * (here.stop - here.start) + column - here.start
+    return Deep(there[mine], tuple(each[mine] for each in made.deep))

@@ -1,0 +1,169 @@
+"""LLaVA-OneVision with random weights, on a Qwen2 with SigLIP, cut to any size; frames to measure
+with.
+
+All layers of the text see images. A frame that is measured is a video's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+from ds_lvx.models.byte_tokenizer import byte_tokenizer
+from ds_lvx.models.llava_onevision.batch import VIDEO_PIXELS, frame_tokens
+from ds_lvx.models.llava_onevision.processor import IMAGE_TOKEN, VIDEO_TOKEN, Processor
+from ds_lvx.models.size import Size
+
+_OTHERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_IDS = (151_646, 151_647)
+"""Of an image and of a video, where a vocabulary has room."""
+_GRIDS = 6
+"""Tiles by side, at most."""
+_TINY_SIDE, _TINY_GRIDS = 16, 2
+
+
+def config_of(
+    size: Size, ids: tuple[int, ...] | None = None, *, grids: int = _GRIDS
+) -> LlavaOnevisionConfig:
+    """The configuration of a model cut to a size.
+
+    Args:
+        size: its dimensions; ``cross_at`` says nothing here.
+        ids: of the tokens of an image and of a video; None: the published models', or where the
+            vocabulary is small its last.
+        grids: tiles by side that an image may have.
+    """
+    fits = size.vocabulary > _IDS[-1]
+    image, video = ids or (_IDS if fits else (size.vocabulary - 2, size.vocabulary - 1))
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.mlp,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_dim or size.hidden // size.heads,
+        "max_position_embeddings": size.positions,
+        "initializer_range": size.initializer_range,
+        "rope_parameters": {"rope_type": "default", "rope_theta": size.rope_theta},
+        "bos_token_id": size.bos,
+        "eos_token_id": size.eos,
+        "pad_token_id": size.pad,
+        "tie_word_embeddings": False,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "num_hidden_layers": size.vision_layers,
+        "hidden_size": size.vision_hidden,
+        "num_attention_heads": size.vision_heads,
+        "intermediate_size": size.vision_mlp,
+        "image_size": size.image_size,
+        "patch_size": size.patch_size,
+        "vision_use_head": False,
+    }
+    sides = [size.image_size * n for n in range(1, grids + 1)]
+    return LlavaOnevisionConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=image,
+        video_token_index=video,
+        image_grid_pinpoints=[[height, width] for height in sides for width in sides],
+        tie_word_embeddings=False,
+    )
+
+
+def size_of(config: Any) -> Size:
+    """The size of a configuration; None is LLaVA-OneVision 7B's."""
+    if config is None:
+        return Size(
+            vocabulary=152_128,
+            hidden=3584,
+            heads=28,
+            kv_heads=4,
+            mlp=18_944,
+            layers=28,
+            head_dim=128,
+            cross_at=tuple(range(28)),
+            positions=32_768,
+            rope_theta=1e6,
+            vision_hidden=1152,
+            vision_heads=16,
+            vision_mlp=4304,
+            vision_layers=26,
+            vision_global_layers=0,
+            image_size=384,
+        )
+    text, vision = config.text_config, config.vision_config
+    return Size(
+        vocabulary=text.vocab_size,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        mlp=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        cross_at=tuple(range(text.num_hidden_layers)),
+        positions=text.max_position_embeddings,
+        rope_theta=text.rope_parameters["rope_theta"],
+        vision_hidden=vision.hidden_size,
+        vision_heads=vision.num_attention_heads,
+        vision_mlp=vision.intermediate_size,
+        vision_layers=vision.num_hidden_layers,
+        vision_global_layers=0,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+    )
+
+
+def build(config: Any, *, dtype: torch.dtype) -> LlavaOnevisionForConditionalGeneration:
+    """Random weights, by torch's generator; there are no gates."""
+    return LlavaOnevisionForConditionalGeneration._from_config(config, dtype=dtype)
+
+
+def tiny() -> tuple[LlavaOnevisionConfig, Processor]:
+    """A model of about 200,000 parameters, and its processor: a tile has 16 tokens, a frame 4."""
+    tokenizer = byte_tokenizer(
+        (*_OTHERS, IMAGE_TOKEN, VIDEO_TOKEN), eos_token=_OTHERS[2], pad_token=_OTHERS[0]
+    )
+    size = Size(
+        vocabulary=len(tokenizer),
+        cross_at=(),
+        positions=4096,
+        image_size=_TINY_SIDE,
+        patch_size=_TINY_SIDE // 4,
+        eos=int(tokenizer.eos_token_id),
+        pad=int(tokenizer.pad_token_id),
+    )
+    ids = tuple(int(tokenizer.get_vocab()[name]) for name in (IMAGE_TOKEN, VIDEO_TOKEN))
+    config = config_of(size, ids, grids=_TINY_GRIDS)
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return config, Processor(tokenizer, {"preprocessor_config.json": half}, config)
+
+
+def random_frames(
+    config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+) -> dict[str, Tensor]:
+    """See `ds_lvx.models.contract.Family.random_frames`: a video in front of the text."""
+    generator = torch.Generator().manual_seed(seed)
+    mine, video = list(frames), int(config.video_token_index)
+    first = int(config.image_token_index)
+    text = torch.randint(1, first, (text_tokens,), generator=generator)
+    visual = torch.full((total * frame_tokens(config) + 1,), video)
+    ids = torch.cat((visual, text))[None]
+    batch = {"input_ids": ids, "labels": ids.masked_fill(ids >= first, -100)}
+    if not mine:
+        return batch
+    vision = config.vision_config
+    side = vision.image_size
+    pixels = torch.empty(len(mine), vision.num_channels, side, side)
+    for place, frame in enumerate(mine):
+        generator.manual_seed(seed + 1 + frame)
+        # Brighter or darker than others, so that a method which lost some would show.
+        shift = torch.randn(1, generator=generator)
+        pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
+    return {**batch, VIDEO_PIXELS: pixels}

@@ -1,0 +1,55 @@
+"""LLaVA-OneVision with random weights, for `ds-lvx compare`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ds_lvx.compare.case import Setting, build_model, cut, ds_config, make_batch, random_case
+from ds_lvx.config import LVXConfig
+from ds_lvx.models import FAMILIES, patch_model
+from ds_lvx.sharding import shard_batch
+from tests.models.llava_onevision_case import UNUSED
+from tests.models.moss_vl_case import OneRank
+
+NAME = "llava_onevision"
+
+
+def test_a_comparison_trains_a_model_of_random_weights() -> None:
+    case = cut(random_case(NAME), hidden=256, cross_layers=2, vision_layers=2)
+    assert (case.heads, case.kv_heads, case.self_layers, case.frame_tokens) == (2, 2, 0, 196)
+    sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 16}
+    case = replace(case, **sizes, patch_size=4, vocabulary=96, text_tokens=8, mlp=64)
+    model = build_model(case, dtype=torch.float32)
+    batch = make_batch(case, frames=range(3), total=3, dtype=torch.float32)
+    config = ds_config(Setting("ring", False, False), case, ranks=1)
+    groups: Any = OneRank()
+    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    shard = shard_batch(batch, model=model, frames="local")
+    assert shard["ds_lvx"].text_lengths == (3 * 4 + 1 + 8,)
+    model(**shard).loss.backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all(UNUSED in name for name in silent), silent
+
+
+def test_a_frame_is_the_same_whoever_makes_it() -> None:
+    family = FAMILIES.named(NAME)
+    config = family.config(replace(family.size(), image_size=28))
+    several = [
+        family.random_frames(config, text_tokens=8, total=3, frames=frames, seed=0)
+        for frames in (range(3), [2], [])
+    ]
+    assert torch.equal(several[0]["pixel_values_videos"][2:], several[1]["pixel_values_videos"])
+    assert "pixel_values_videos" not in several[2]
+
+
+def test_a_checkpoint_has_a_size() -> None:
+    family = FAMILIES.named(NAME)
+    published = family.config(family.size())
+    assert family.size(published) == family.size()
+    assert (published.image_token_index, published.video_token_index) == (151_646, 151_647)
+    assert family.frame_tokens(published) == 196
+    grids = published.image_grid_pinpoints
+    assert grids == type(published)().image_grid_pinpoints  # as published
