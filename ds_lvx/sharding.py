@@ -13,7 +13,7 @@ from torch.utils.data import get_worker_info
 from ds_lvx.attention.checkpointing import is_partitioned
 from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
 from ds_lvx.models import family_of
-from ds_lvx.models.batch import span, split
+from ds_lvx.models.batch import before, parts_of, span, split
 from ds_lvx.models.draft import Draft
 from ds_lvx.models.patch import KEYWORD
 
@@ -23,6 +23,7 @@ def owned(
     *,
     groups: SequenceParallelGroups | None = None,
     model: nn.Module | None = None,
+    costs: Sequence[float] | None = None,
 ) -> Sequence[int]:
     """Which of a sample's frames this rank holds, so that it decodes only those.
 
@@ -33,22 +34,55 @@ def owned(
         groups: the groups; None is the current ones, or all ranks as one group.
         model: that will get them. Needed for a model whose visual tokens stand among the text's: a
             rank holds early frames and late ones, because a token sees those before it.
+        costs: of each frame, in any unit, 0 or more: what it takes to decode or to encode, such as
+            its pixels or tiles; the same on every rank. For models whose frames stand beside the
+            text, with `shard_batch` of ``frames="local"``.
 
     Returns:
         A contiguous range, balanced: the first ``count % sp_size`` ranks hold one more; empty
-        where there are fewer frames than ranks. With a model of that kind a list, in order.
+        where there are fewer frames than ranks. With ``costs`` each rank's frames cost about as
+        much: a frame goes where the middle of its cost lies, and is off by half of it at most. With
+        a model of that kind a list, in order.
 
     Raises:
-        ValueError: a negative count.
+        ValueError: a negative count; other costs than one for each frame, or one that is negative
+            or not finite; costs beside a model whose visual tokens stand among the text's.
     """
     tokens = [1] * max(count, 0) if isinstance(count, int) else list(count)
     if (isinstance(count, int) and count < 0) or any(each < 0 for each in tokens):
         raise ValueError(f"got count={count}; expected the number of frames, 0 or more")
     channel = resolve(groups)
+    if costs is not None:
+        return _owned_by_cost(len(tokens), costs, model=model, place=(channel.rank, channel.size))
     if model is not None:
         return family_of(model)[0].owned(tokens, channel.rank, channel.size)
     part = span(split(len(tokens), channel.size), channel.rank)
     return range(part.start, part.stop)
+
+
+def _owned_by_cost(
+    count: int, costs: Sequence[float], *, model: nn.Module | None, place: tuple[int, int]
+) -> range:
+    """A contiguous range of about a rank's share of the costs."""
+    each = torch.tensor([*costs], dtype=torch.float64)
+    if len(each) != count or not bool(each.isfinite().all()) or bool((each < 0).any()):
+        wrong = [cost for cost in each.tolist() if not 0 <= cost < float("inf")]
+        found = f"{len(each)} costs" if len(each) != count else f"costs with {wrong[0]}"
+        raise ValueError(
+            f"got {found} for {count} frames; expected a number from 0 on for each of them"
+        )
+    if model is not None and not family_of(model)[0].features_key:
+        raise ValueError(
+            "got costs for a model whose visual tokens stand among the text's, which deals them by "
+            "tokens; expected the tokens of each unit in place of count, and no costs"
+        )
+    rank, size = place
+    if not bool(each.any()):
+        each = torch.ones_like(each)
+    holder = parts_of(before(each), each, each.sum(), size) if count > 0 else each
+    held = (holder == rank).nonzero()[:, 0].tolist()
+    first = int((holder < rank).sum())
+    return range(first, first + len(held))
 
 
 def draft_batch(

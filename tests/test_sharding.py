@@ -44,6 +44,43 @@ def test_ranks_of_a_group_own_the_frames_between_them() -> None:
     assert [mine for _, mine in results] == [range(3), range(3, 5)] * 2
 
 
+def owned_by_cost(costs: list[float]) -> range:
+    mine = owned(len(costs), costs=costs)
+    assert isinstance(mine, range)
+    return mine
+
+
+@pytest.mark.parametrize(
+    ("costs", "ranges"),
+    [
+        ([1.0] * 6, [range(2), range(2, 4), range(4, 6)]),
+        ([4.0, 1.0, 1.0, 1.0, 1.0, 4.0], [range(1), range(1, 5), range(5, 6)]),
+        ([1, 1, 9], [range(2), range(2, 3), range(3, 3)]),
+        ([9.5], [range(0), range(1), range(1, 1)]),
+        ([1.0, 1.0, 0.0], [range(1), range(1, 1), range(1, 3)]),
+        ([0.0, 0.0, 0.0], [range(1), range(1, 2), range(2, 3)]),
+        ([], [range(0)] * 3),
+    ],
+)
+def test_frames_are_dealt_by_cost(costs: list[float], ranges: list[range]) -> None:
+    found = run_ranks(owned_by_cost, 3, costs)
+    assert [[*mine] for mine in found] == [[*mine] for mine in ranges]
+
+
+@pytest.mark.parametrize(
+    ("costs", "words"),
+    [
+        ([1.0, -2.0], "costs with -2.0 for 2 frames"),
+        ([1.0, float("nan")], "costs with nan for 2 frames"),
+        ([float("inf"), 1.0], "costs with inf for 2 frames"),
+        ([1.0], "1 costs for 2 frames; expected a number from 0 on for each"),
+    ],
+)
+def test_costs_that_cannot_be(costs: list[float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        owned(2, costs=costs)
+
+
 def loss_means(value: float) -> tuple[float, float, bool]:
     loss = torch.tensor(value * (1 + torch.distributed.get_rank()), requires_grad=True)
     world = mean_loss(loss)

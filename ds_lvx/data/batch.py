@@ -19,6 +19,7 @@ from ds_lvx.data.chosen import Chooser, FrameRate, Frames
 from ds_lvx.data.errors import DataError, Source
 from ds_lvx.data.frames import DecodeCount
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
+from ds_lvx.data.packing import packed_text, rows_of
 from ds_lvx.data.text import IGNORED, EncodedText, TextEncoder
 from ds_lvx.models.media import Held, Medium, Shown, of_sample
 
@@ -55,12 +56,14 @@ class Batch:
         num_frames: frames of all samples and all ranks, padding left out.
         failed: samples of which this rank could not decode its frames, black now, by their place:
             what is wrong, with file and line.
+        places: of each sample, its row of the text and its tokens there.
     """
 
     inputs: dict[str, Tensor]
     num_tokens: int
     num_frames: int
     failed: Mapping[int, str]
+    places: Sequence[tuple[int, slice]]
 
 
 class BatchMaker:
@@ -76,6 +79,8 @@ class BatchMaker:
         limits: for images and films.
         deal: the tokens of a sample's units to those that this rank holds, for a family whose
             frames take tokens by their size (`ds_lvx.models.contract.Family.owned`); None: all.
+        pack: text tokens of a row up to which samples share one (`rows_of`), of a family that has
+            ``packed_frames``; None: each has its own.
 
     Attributes:
         chooser: of frames.
@@ -97,9 +102,11 @@ class BatchMaker:
         skip: bool = False,
         limits: Limits = DEFAULT_LIMITS,
         deal: Callable[[Sequence[int]], Sequence[int]] | None = None,
+        pack: int | None = None,
     ) -> None:
         self.encoder = encoder
         self._deal = deal
+        self._pack = pack
         self._skip = skip
         self.counter = DecodeCount()
         self._owned = owned
@@ -157,32 +164,72 @@ class BatchMaker:
             Its inputs: ``input_ids``, ``attention_mask``, ``labels`` int64 ``[B, T]``, or what
             the family has of the text, padded at the end; where a sample has frames also what the
             family's processor returns for this rank's frames
-            (`ds_lvx.models.contract.Family.frames`).
+            (`ds_lvx.models.contract.Family.frames`). Of packed samples fewer rows, with
+            ``position_ids`` in place of ``attention_mask``.
 
         Raises:
             DataError: with file and line.
         """
         samples = [self._sample(conversation) for conversation in conversations]
-        inputs = self._text(samples)
+        family, processor = self.encoder.family, self.encoder.processor
         failed: dict[int, str] = {}
-        frames = [sample.num_frames for sample in samples]
-        if max(frames) > 0 and self.encoder.family.sized_media:
+        frames = sum(sample.num_frames for sample in samples)
+        tokens = sum(len(sample.text.input_ids) for sample in samples)
+        if self._pack is not None:
+            inputs, places = self._packed(samples, failed)
+            return Batch(inputs, tokens, frames, failed, places)
+        inputs = self._text(samples)
+        if frames > 0 and family.sized_media:
             held = [self._held(s, partial(failed.__setitem__, n)) for n, s in enumerate(samples)]
-            inputs |= self.encoder.family.media(self.encoder.processor, held, dtype=self._dtype)
-        elif max(frames) > 0:
-            mine = self._owned(max(frames))
-            numbered = enumerate(samples)
-            inputs |= self.encoder.family.frames(
+            inputs |= family.media(processor, held, dtype=self._dtype)
+        elif frames > 0:
+            rows = [[number] for number in range(len(samples))]
+            pictures, count = self._rows(samples, rows, failed)
+            given = inputs["input_ids"], pictures
+            inputs |= family.frames(processor, *given, count=count, dtype=self._dtype)
+            inputs |= family.beside_text(processor, [sample.text.prompt for sample in samples])
+        places = [(number, slice(None)) for number in range(len(samples))]
+        return Batch(inputs, tokens, frames, failed, places)
+
+    def _packed(
+        self, samples: Sequence[Sample], failed: dict[int, str]
+    ) -> tuple[dict[str, Tensor], list[tuple[int, slice]]]:
+        """The inputs of samples that share rows, and where each is."""
+        assert self._pack is not None
+        rows = rows_of([len(sample.text.input_ids) for sample in samples], self._pack)
+        inputs, begins, places = packed_text(
+            [sample.text for sample in samples],
+            rows,
+            pad=self.encoder.pad_token_id,
+            min_tokens=self._min_tokens,
+        )
+        if any(sample.num_frames > 0 for sample in samples):
+            pictures, count = self._rows(samples, rows, failed)
+            inputs |= self.encoder.family.packed_frames(
                 self.encoder.processor,
                 inputs["input_ids"],
-                [self._or_black(s, mine, partial(failed.__setitem__, n)) for n, s in numbered],
-                count=len(mine),
+                pictures,
+                begins=begins,
+                count=count,
                 dtype=self._dtype,
             )
-            prompts = [sample.text.prompt for sample in samples]
-            inputs |= self.encoder.family.beside_text(self.encoder.processor, prompts)
-        tokens = sum(len(sample.text.input_ids) for sample in samples)
-        return Batch(inputs, tokens, sum(frames), failed)
+        return inputs, places
+
+    def _rows(
+        self, samples: Sequence[Sample], rows: Sequence[Sequence[int]], failed: dict[int, str]
+    ) -> tuple[list[Iterator[Any]], int]:
+        """The frames of each row that this rank holds, and how many of the row with the most."""
+        mine = self._owned(max(sum(samples[n].num_frames for n in row) for row in rows))
+
+        def pictures(row: Sequence[int]) -> Iterator[Any]:
+            first = 0
+            for number in row:
+                sample, last = samples[number], first + samples[number].num_frames
+                here = [n - first for n in mine if first <= n < last]
+                yield from self._or_black(sample, here, partial(failed.__setitem__, number))
+                first = last
+
+        return [pictures(row) for row in rows], len(mine)
 
     def decode(self, sample: Sample) -> None:
         """Decode every frame of a sample, one at a time, and keep none.

@@ -12,7 +12,7 @@ from ds_lvx.data.chosen import FrameRate
 from ds_lvx.data.conversation import Conversation
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models.registry import FAMILIES
+from ds_lvx.models.registry import FAMILIES, check_packs
 
 
 class ChatCollator:
@@ -27,9 +27,11 @@ class ChatCollator:
         rate: which frames of a video are taken; without one a second.
         max_length: text tokens that a sample may have; None: the model's positions.
         limits: for images and films.
+        pack: text tokens of a row up to which samples share one (`ds_lvx.data.packing`); None:
+            each has its own.
 
     Raises:
-        NotImplementedError: no family has models of this type, or it makes no batches.
+        NotImplementedError: no family has models of this type, or it makes no such batches.
         ValueError: the tokenizer is no fast one, or has no image token.
     """
 
@@ -41,12 +43,17 @@ class ChatCollator:
         rate: FrameRate | None = None,
         max_length: int | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        pack: int | None = None,
     ) -> None:
         config = model.config
         family = FAMILIES.named(config.model_type)
         positions = config.get_text_config().max_position_embeddings
+        if pack is not None:
+            check_packs(family, "pack")
         encoder = TextEncoder(processor, max_length or positions, family=family)
-        self._maker = BatchMaker(encoder, rate or FrameRate(fps=1), owned=range, limits=limits)
+        self._maker = BatchMaker(
+            encoder, rate or FrameRate(fps=1), owned=range, limits=limits, pack=pack
+        )
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         """A batch for ``ds_lvx.shard_batch``, by which a `ds_lvx.trainer.Trainer` cuts it.
@@ -56,7 +63,8 @@ class ChatCollator:
 
         Returns:
             As of `ds_lvx.data.batch.BatchMaker.batch`: ``input_ids``, ``attention_mask`` and
-            ``labels`` int64 ``[B, T]``, and what the family's processor returns for the frames.
+            ``labels`` int64 ``[B, T]`` (packed: ``position_ids`` in place of the mask), and what
+            the family's processor returns for the frames.
 
         Raises:
             DataError: with file and line.

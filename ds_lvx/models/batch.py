@@ -154,6 +154,23 @@ def split(count: int, parts: int) -> tuple[int, ...]:
     return tuple(each + (part < more) for part in range(parts))
 
 
+def before(counts: Tensor) -> Tensor:
+    """Sums of all that come before each."""
+    return counts.cumsum(0) - counts
+
+
+def parts_of(starts: Tensor, lengths: Tensor, total: Tensor, parts: int) -> Tensor:
+    """int64: which of ``parts`` equal parts of a line the middle of each piece lies in.
+
+    Args:
+        starts, lengths: of the pieces, whole numbers or not.
+        total: length of the line.
+        parts: how many.
+    """
+    part = (2 * starts + lengths) * parts // (2 * total)
+    return part.long().clamp(max=parts - 1)  # of no length at the end: in the last
+
+
 def span(lengths: Sequence[int], rank: int) -> slice:
     """Where the part of ``rank`` lies in the whole."""
     start = sum(lengths[:rank])
@@ -279,12 +296,20 @@ class Text:
         keys = index.expand(batch, length)
         if self.attention_mask is not None:
             keys = keys.masked_fill(self.attention_mask.cpu() == 0, -1)
-        elif self.position_ids is not None:
-            starts = torch.zeros(self.position_ids.shape, dtype=torch.bool)
-            starts[:, 1:] = self.position_ids.cpu().diff(dim=-1) != 1
-            start = (index * starts).cummax(dim=-1).values.to(torch.int32).expand(batch, length)
+        begins = self.begins
+        if begins is not None:
+            start = (index * begins).cummax(dim=-1).values.to(torch.int32).expand(batch, length)
         end = (index + 1).expand(batch, length)
         return Visibility(start, end, keys)
+
+    @property
+    def begins(self) -> Tensor | None:
+        """Where a further sample of a row begins, bool, of ``position_ids``' shape, on the CPU;
+        None where every row has one."""
+        if self.attention_mask is not None or self.position_ids is None:
+            return None
+        begins = self.position_ids.cpu().diff(dim=-1) != 1
+        return torch.nn.functional.pad(begins, (1, 0)) if bool(begins.any()) else None
 
     def refuse_packed(self) -> None:
         """Refuse samples packed into a row, for models that would not keep them apart.
@@ -292,9 +317,7 @@ class Text:
         Raises:
             NotImplementedError: positions start anew within a row.
         """
-        if self.attention_mask is not None or self.position_ids is None:
-            return
-        if bool((self.position_ids.diff(dim=1) != 1).any()):
+        if self.begins is not None:
             raise NotImplementedError(
                 "got position_ids that start anew within a row, without attention_mask; the "
                 "model's own attention does not keep packed samples apart: give each sample a row "

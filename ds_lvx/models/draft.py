@@ -120,18 +120,20 @@ class Draft:
         """What the other ranks of the group have to know of it, JSON; raises as `checked`."""
         return self.checked().record()
 
-    def learning(self, items: float | None, *, but: Collection[int] = ()) -> Draft:
+    def learning(self, items: float | None, *, but: Collection[tuple[int, slice]] = ()) -> Draft:
         """The same when ranks have agreed on it, with what of it is learnt.
 
         Args:
             items: what the sum of the losses is divided by; None as before.
-            but: samples of which nothing is learnt, the same ones on every rank.
+            but: rows and tokens of samples of which nothing is learnt, the same on every rank.
         """
         content = self.checked()
         text = content.text
         if but and text.labels is not None:
-            rows = torch.tensor([*but], dtype=torch.int64)
-            text = replace(text, labels=text.labels.index_fill(0, rows, IGNORED_LABEL))
+            labels = text.labels.clone()
+            for place in but:
+                labels[place] = IGNORED_LABEL
+            text = replace(text, labels=labels)
         text = replace(text, items=text.items if items is None else items)
         return replace(self, content=replace(content, text=text))
 

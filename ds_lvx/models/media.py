@@ -119,6 +119,26 @@ class Parts:
         """
         raise self.lacks("media", "training on images and videos")
 
+    def packed_frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        begins: Tensor,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """`ds_lvx.models.contract.Family.frames` where a row of text may hold several samples, each
+        of which sees its own frames only. The batch says so by ``position_ids``, which start anew.
+
+        Args:
+            processor, pictures, count, dtype: as there, by row; a row's frames are its samples'.
+            input_ids: ``[B, T]``, rows.
+            begins: bool ``[B, T]``, where a sample begins, the first of a row too, and its padding.
+        """
+        raise self.lacks("packed_frames", "--pack")
+
     def lacks(self, part: str, what: str) -> NotImplementedError:
         """The error for an optional part that a tool needs and this family has not."""
         return NotImplementedError(

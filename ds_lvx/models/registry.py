@@ -173,6 +173,25 @@ def register_family(model_type: str, family: Any) -> None:
     FAMILIES.register(model_type, family)
 
 
+def check_packs(family: Family, option: str) -> None:
+    """Refuse a family whose rows of text cannot hold several samples.
+
+    Args:
+        family: of the model.
+        option: the name of what asks for it.
+
+    Raises:
+        NotImplementedError: names the families that can.
+    """
+    if family.has("packed_frames"):
+        return
+    able = [name for name in FAMILIES if FAMILIES.named(name).has("packed_frames")]
+    raise NotImplementedError(
+        f"{option}: got a model of the family {family.model_type!r}, whose samples cannot share a "
+        f"row of text; expected one of {', '.join(able)}: leave {option} out"
+    )
+
+
 def family_of(model: nn.Module) -> tuple[Family, Any]:
     """The family of a model, and the model itself inside its wrappers (peft, an engine).
 

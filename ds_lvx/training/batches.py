@@ -54,7 +54,8 @@ class Made:
         labelled: tokens learnt in the whole step that begins here, of this replica; else 0.
         num_tokens: text tokens of all samples, padding left out.
         num_frames: frames of all samples and all ranks, padding left out.
-        failed: samples of which this rank could not decode its frames, by their row: what is wrong.
+        failed: samples of which this rank could not decode its frames, by number: what is wrong.
+        places: of each sample, its row of the text and its tokens there.
     """
 
     draft: Draft
@@ -62,6 +63,7 @@ class Made:
     num_tokens: int
     num_frames: int
     failed: Mapping[int, str]
+    places: Sequence[tuple[int, slice]]
 
     def pin_memory(self) -> Made:
         """The same with its draft in pinned memory."""
@@ -80,6 +82,7 @@ class Recipe:
         seed: of their order.
         dtype: of pixels.
         skip: frames that cannot be decoded are no error, but black and `Made.failed`.
+        pack: text tokens of a row up to which samples share one, or None.
         replica: this rank's data-parallel rank.
         place: this rank's number among those that share a sample, and how many there are.
     """
@@ -92,6 +95,7 @@ class Recipe:
     seed: int
     dtype: torch.dtype
     skip: bool
+    pack: int | None
     replica: int
     place: tuple[int, int]
 
@@ -109,6 +113,7 @@ class Recipe:
             seed=options.seed,
             dtype=training_dtype(inputs.ds_config),
             skip=options.on_bad_sample == "skip",
+            pack=options.pack,
             replica=replica,
             place=(rank, size),
         )
@@ -168,6 +173,7 @@ class Maker:
             min_tokens=recipe.checks.min_tokens,
             dtype=recipe.dtype,
             skip=recipe.skip,
+            pack=recipe.pack,
             limits=recipe.checks.limits,
             deal=partial(self._family.owned, rank=rank, size=size),
         )
@@ -183,13 +189,19 @@ class Maker:
         batch = self._batches.batch([chats[number] for number in numbers])
         if place.kind == EVALUATION:
             beyond = len(chats) - place.sample - recipe.replica * recipe.sizes.micro
-            batch.inputs["labels"][max(beyond, 0) :] = IGNORED
+            for row, tokens in batch.places[max(beyond, 0) :]:
+                batch.inputs["labels"][row, tokens] = IGNORED
         draft = Draft.of(
             self._family, batch.inputs, self._model, place=recipe.place, frames="local"
         )
         draft.checked()
         return Made(
-            draft, self._labelled(place), batch.num_tokens, batch.num_frames, dict(batch.failed)
+            draft,
+            self._labelled(place),
+            batch.num_tokens,
+            batch.num_frames,
+            dict(batch.failed),
+            batch.places,
         )
 
     def _labelled(self, place: Place) -> int:

@@ -16,6 +16,8 @@ from ds_lvx.data.batch import FrameRate
 from ds_lvx.data.chat import Chats
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.models.contract import Family
+from ds_lvx.models.registry import check_packs
 from ds_lvx.training.asking import check_asked
 from ds_lvx.training.check import Checks, bad_samples
 from ds_lvx.training.lengths import sample_lengths
@@ -115,6 +117,8 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     assert training is not None
     source = Source.of(options.model, trust_remote_code=options.trust_remote_code)
     source.check_tokenizer()
+    if options.pack is not None:
+        _check_pack(sizes, source.family)
     if options.eval_generate > 0 and not source.family.has("generator"):
         raise source.family.lacks("generator", "--eval_generate")
     encoder = TextEncoder(
@@ -177,6 +181,15 @@ def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
         skipped=(*bad.values(), *bad_too.values()),
         lengths=lengths,
     )
+
+
+def _check_pack(sizes: BatchSizes, family: Family) -> None:
+    check_packs(family, "--pack")
+    if sizes.micro == 1:
+        raise ValueError(
+            "--pack: got train_micro_batch_size_per_gpu 1 in the ds_config; expected 2 or more: "
+            "the samples of one forward share rows; raise it, or leave --pack out"
+        )
 
 
 def _check_asked(evaluation: Chats, count: int) -> None:

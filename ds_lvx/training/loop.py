@@ -322,7 +322,8 @@ class Trainer:
                 assert self._last is not None
                 return self._last
         failed = {row for record in self._of_group(records) for row in record["failed"]}
-        made = replace(made, draft=made.draft.learning(None, but=failed))
+        unlearnt = [made.places[number] for number in failed]
+        made = replace(made, draft=made.draft.learning(None, but=unlearnt))
         if self._inputs.sizes.accumulation > 2:  # between the first forward and the last
             self._last = made, records
         return made, records

@@ -37,6 +37,7 @@ class Options:
     max_line_bytes: int
     max_length: int | None
     group_by_length: bool
+    pack: int | None
     check_data: str
     on_bad_sample: str
     workers: int | None
@@ -241,6 +242,12 @@ def _add_training(group: Any) -> None:
         "--group_by_length",
         action="store_true",
         help="take samples of about one length at once, text tokens and visual tokens counted",
+    )
+    group.add_argument(
+        "--pack",
+        type=above(int, 1),
+        metavar="TOKENS",
+        help="samples of a forward share rows of text of up to so many tokens, each sees its own",
     )
     group.add_argument("--seed", type=from_(int, 0), default=0)
 

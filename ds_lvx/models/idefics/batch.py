@@ -58,8 +58,9 @@ class Images(Visual):
 
 def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Images:
     """The visual part of a batch, as idefics's processor has it."""
-    text.refuse_packed()
     pixels = batch.get(PIXELS)
+    if pixels is not None and SEEN not in batch:  # its mask is that of one sample a row
+        text.refuse_packed()
     if pixels is not None:
         _check_pixels(pixels, model.config.vision_config, batch_size=text.shape[0])
     count = 0 if pixels is None else pixels.shape[1]

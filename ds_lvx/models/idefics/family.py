@@ -102,6 +102,20 @@ class Idefics(Family):
     ) -> dict[str, Tensor]:
         return processors.frames(processor, input_ids, pictures, count=count, dtype=dtype)
 
+    def packed_frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        begins: Tensor,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        return processors.frames(
+            processor, input_ids, pictures, count=count, dtype=dtype, begins=begins
+        )
+
     # ---- models
 
     def load_processor(self, name: str) -> processors.Processor:

@@ -45,7 +45,9 @@ def media_text(times: Sequence[float] | None) -> str:
     return AROUND + (IMAGE_TOKEN + AROUND) * (1 if times is None else len(times))
 
 
-def latest_images(input_ids: Tensor, *, image: int, end: int | None) -> Tensor:
+def latest_images(
+    input_ids: Tensor, *, image: int, end: int | None, begins: Tensor | None = None
+) -> Tensor:
     """The image that each token sees by the rule of idefics's processor, without its mask.
 
     A token sees the latest image so far; behind an end of text it sees none until the next image.
@@ -53,6 +55,7 @@ def latest_images(input_ids: Tensor, *, image: int, end: int | None) -> Tensor:
     Args:
         input_ids: int ``[B, T]``, the whole text.
         image, end: ids of the image token and of the end of a text; None: there is none.
+        begins: bool ``[B, T]``, where a sample begins in its row; None: each has its own.
 
     Returns:
         int32 ``[B, T, 2]``: the image, and one past it; both 0 where it is none.
@@ -66,7 +69,10 @@ def latest_images(input_ids: Tensor, *, image: int, end: int | None) -> Tensor:
     ends = torch.zeros_like(latest)
     if end is not None:
         ends = torch.where(input_ids == end, places, 0).cummax(dim=1).values
-    ended = torch.nn.functional.pad(ends[:, :-1], (1, 0)) > latest
+    ends = torch.nn.functional.pad(ends[:, :-1], (1, 0))
+    if begins is not None:
+        ends = torch.maximum(ends, torch.where(begins, places, 0).cummax(dim=1).values)
+    ended = ends > latest
     seen = torch.stack([number - 1, number], dim=-1)
     return seen.masked_fill((ended | (number == 0))[..., None], 0).to(torch.int32)
 
@@ -78,8 +84,9 @@ def frames(
     *,
     count: int,
     dtype: torch.dtype,
+    begins: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """See `ds_lvx.models.contract.Family.frames`.
+    """See `ds_lvx.models.contract.Family.frames`, and ``packed_frames``, which has ``begins``.
 
     Returns:
         ``visible_images`` int32 ``[B, T, 2]`` and ``pixel_values`` ``[B, count, 3, size, size]``.
@@ -91,4 +98,5 @@ def frames(
         for place, picture in enumerate(sample):
             pixels[row, place] = images([picture], return_tensors="pt")[0]
     end = processor.tokenizer.eos_token_id
-    return {SEEN: latest_images(input_ids, image=processor.image_token_id, end=end), PIXELS: pixels}
+    seen = latest_images(input_ids, image=processor.image_token_id, end=end, begins=begins)
+    return {SEEN: seen, PIXELS: pixels}

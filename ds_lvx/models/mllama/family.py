@@ -133,6 +133,20 @@ class Mllama(Family):
     ) -> dict[str, Tensor]:
         return framing.processed(processor, input_ids, pictures, count=count, dtype=dtype)
 
+    def packed_frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        begins: Tensor,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        return framing.processed(
+            processor, input_ids, pictures, count=count, dtype=dtype, begins=begins
+        )
+
     def pixel_batch(
         self, config: MllamaConfig, input_ids: Tensor, pixels: Tensor
     ) -> dict[str, Tensor]:

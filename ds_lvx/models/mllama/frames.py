@@ -34,12 +34,13 @@ def processed(
     *,
     count: int,
     dtype: torch.dtype,
+    begins: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """See `ds_lvx.models.contract.Family.frames`.
+    """See `ds_lvx.models.contract.Family.frames`, and ``packed_frames``, which has ``begins``.
 
     Returns:
         ``visible_images`` int32 ``[B, T, 2]`` (the run of images that a token sees), ``num_images``
-        int64 ``[B]`` (of the whole sample, whoever holds them),
+        int64 ``[B]`` (of the whole sample, whoever holds them; of each of a row ``[B, D]``),
         ``pixel_values`` ``[B, count, tiles, 3, height, width]``, ``aspect_ratio_ids [B, count]``
         and ``aspect_ratio_mask [B, count, tiles]``. A sample with fewer frames is padded as the
         processor pads it.
@@ -59,9 +60,14 @@ def processed(
             pixels[row, place] = done["pixel_values"][0, 0]
             ratio_ids[row, place] = done["aspect_ratio_ids"][0, 0]
             ratio_mask[row, place] = done["aspect_ratio_mask"][0, 0]
+    counts = (input_ids == processor.image_token_id).long()
+    if begins is not None:
+        sample = begins.cumsum(dim=1) - 1
+        none = torch.zeros(len(counts), int(sample.max()) + 1, dtype=torch.int64)
+        counts = none.scatter_add(1, sample, counts)
     return {
-        "visible_images": visible_images(input_ids, processor.image_token_id),
-        COUNTS: (input_ids == processor.image_token_id).sum(dim=1),
+        "visible_images": visible_images(input_ids, processor.image_token_id, begins=begins),
+        COUNTS: counts if begins is not None else counts.sum(dim=1),
         "pixel_values": pixels,
         "aspect_ratio_ids": ratio_ids,
         "aspect_ratio_mask": ratio_mask,

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_lvx.models.batch import before, parts_of
+
 
 @dataclass(frozen=True, eq=False)
 class Grid:
@@ -90,12 +92,12 @@ class Grid:
         totals = torch.zeros(int(self.sample.max()) + 1 if len(self) else 0, dtype=torch.int64)
         totals.index_add_(0, self.sample, tokens)
         starts = before(tokens) - before(totals)[self.sample]
-        return _part(starts, tokens, totals[self.sample], ranks)
+        return parts_of(starts, tokens, totals[self.sample], ranks)
 
     def in_runs(self, runs: int) -> list[Grid]:
         """All frames in so many runs of about as many patches each; some may be empty."""
         patches = self.patches
-        part = _part(before(patches), patches, patches.sum(), runs)
+        part = parts_of(before(patches), patches, patches.sum(), runs)
         return [self.part(part == number) for number in range(runs)]
 
     def offsets(self, holder: Tensor) -> Tensor:
@@ -109,16 +111,6 @@ class Grid:
             first = torch.searchsorted(samples, samples)
             place[mine] = starts - starts[first]
         return place
-
-
-def _part(starts: Tensor, lengths: Tensor, total: Tensor, parts: int) -> Tensor:
-    """Which of ``parts`` equal parts of a line the middle of each piece lies in."""
-    return (2 * starts + lengths) * parts // (2 * total)
-
-
-def before(counts: Tensor) -> Tensor:
-    """Sums of all that come before each."""
-    return counts.cumsum(0) - counts
 
 
 def text_positions(pads: Tensor, valid: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

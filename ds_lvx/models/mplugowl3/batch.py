@@ -176,32 +176,37 @@ def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Images:
         ValueError: offsets that do not fit the text, pixels that do not fit the offsets or the
             model, or positions of the caller's own.
     """
-    _check_positions(text)
+    rule = text.visibility()
+    assert rule is not None, "the text is causal"
+    first = rule.q_start.long()  # where each token's sample begins in its row
+    _check_positions(text, first)
     offsets = _offsets(batch, text)
     counts = torch.tensor([len(each) for each in offsets])
     index = torch.arange(text.shape[1])
     seen = [torch.searchsorted(each, index, right=True) for each in offsets]
     end = torch.stack(seen).to(torch.int32)
+    before = [torch.searchsorted(each, row) for each, row in zip(offsets, first, strict=True)]
+    places = [each - row[each] for each, row in zip(offsets, first, strict=True)]
     rows = _check_pixels(batch.get(PIXELS), model.config.vision_config)
     return Images(
         count=rows,
         unit_tokens=image_tokens(model.config),
         arguments={PIXELS: batch[PIXELS]} if PIXELS in batch else {},
-        runs=Runs(torch.zeros_like(end), end, None, None),
+        runs=Runs(torch.stack(before).to(torch.int32), end, None, None),
         sample=torch.arange(len(counts)).repeat_interleave(counts),
-        position=torch.cat([torch.zeros(0, dtype=torch.int64), *offsets]),
+        position=torch.cat([torch.zeros(0, dtype=torch.int64), *places]),
         here=images_at_hand(batch.get(COUNTS), rows, counts),
     )
 
 
-def _check_positions(text: Text) -> None:
-    """Positions are the tokens' places in their row, as those of their images are."""
-    places = torch.arange(text.shape[1])
+def _check_positions(text: Text, first: Tensor) -> None:
+    """Positions are the tokens' places in their sample, as those of their images are."""
+    places = torch.arange(text.shape[1]) - first
     if text.position_ids is not None and bool((text.position_ids.cpu() != places).any()):
         raise ValueError(
             "got position_ids that are not 0, 1, 2, ...; expected none: images stand where their "
-            "tokens are in the row, and samples packed into one row would see each other; give "
-            "each sample a row of its own"
+            "tokens are; samples that share a row start anew at 0 each, without attention_mask, "
+            "with which a token sees all before it"
         )
 
 

@@ -154,6 +154,18 @@ class MPlugOwl3(Family):
         made: dict[str, Tensor] = processor.frames(input_ids, pictures, dtype=dtype)
         return made
 
+    def packed_frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        begins: Tensor,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        return self.frames(processor, input_ids, pictures, count=count, dtype=dtype)
+
     # ---- models
 
     def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
