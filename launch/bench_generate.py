@@ -1,6 +1,6 @@
-"""Measure generation by ranks and visual tokens, against one process.
+"""Measure generation by ranks and visual tokens, against one process and against the planner.
 
-    python launch/bench_generate.py                        8K to 128K tokens on 1, 2 and 4 ranks
+    python launch/bench_generate.py                        8K to 1024K tokens on 1, 2 and 4 ranks
     python launch/bench_generate.py --network 1gbit,0.1ms  an emulated network (needs root)
     python launch/bench_generate.py --quick --output_dir /tmp/generate    tiny shapes
 
@@ -21,16 +21,20 @@ import torch
 
 from ds_lvx.compare import generation
 from ds_lvx.compare.case import Case
+from ds_lvx.compare.decoding import DTYPES, Job
 from ds_lvx.compare.document import deliver, save
 from ds_lvx.compare.fresh import RunError
-from ds_lvx.compare.generation import DTYPES, Job
 from ds_lvx.compare.harness import Ranks
 from ds_lvx.compare.machine import cores, header
 from ds_lvx.compare.network import Network, NetworkError
+from ds_lvx.plan.generation import held
 from ds_lvx.plan.units import count
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = Case(hidden=1024, heads=8, kv_heads=8, cross_layers=2, self_layers=2, mlp=2048)
+MODEL = Case(
+    hidden=512, heads=4, kv_heads=4, cross_layers=2, self_layers=2, mlp=1024, text_tokens=64
+)
+SIZES = ("8K", "32K", "128K", "512K", "1024K")
 QUICK = replace(MODEL, hidden=64, heads=4, kv_heads=2, mlp=64, text_tokens=16)
 
 
@@ -39,7 +43,8 @@ def main() -> None:
     options = parse_options()
     try:
         if options.render:
-            results = json.loads((options.output_dir / "generate.json").read_text())
+            named = generation.name({"network": options.network})
+            results = json.loads((options.output_dir / f"{named}.json").read_text())
         else:
             results = measure(options)
     except (RunError, NetworkError) as error:
@@ -61,10 +66,10 @@ def parse_options() -> argparse.Namespace:
     add("--output_dir", type=Path, default=ROOT / "docs" / "benchmarks")
     add("--document", type=Path, help="Markdown file that gets the table")
     add("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    add("--tokens", nargs="+", default=["8K", "32K", "128K"], help="visual tokens of the sample")
+    add("--tokens", nargs="+", default=SIZES, help="visual tokens of the sample")
     add("--new_tokens", type=int, default=32, help="that are timed")
     add("--dtype", choices=DTYPES, default="bfloat16" if cuda else "float32")
-    add("--budget_gib", type=float, default=8.0, help="of a rank; larger runs are left out")
+    add("--budget_gib", type=float, default=14.0, help="of all ranks; larger runs are left out")
     add("--network", metavar="RATE[,LATENCY]", help="an emulated one, such as 1gbit,0.1ms")
     add("--threads", type=int, help="of a rank (default: its share of the cores)")
     add("--quick", action="store_true", help="tiny shapes, to try the script")
@@ -80,41 +85,58 @@ def parse_options() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All sizes on all numbers of ranks; what is too large is left out, and named."""
-    job = Job(QUICK if options.quick else MODEL, 1, options.new_tokens, options.dtype)
+    """All numbers of ranks with all sizes; what is too large is left out, and named."""
+    job = Job(QUICK if options.quick else MODEL, (), options.new_tokens, options.dtype)
     network = None if options.network is None else Network.parse(options.network)
     device = "cuda" if torch.cuda.is_available() and network is None else "cpu"
     head = header(emulated=network is not None, device=device)
     head |= {"network": None if network is None else str(network), "left_out": []}
     threads = options.threads or max(cores() // max(options.ranks), 1)
     head["threads_per_rank"] = threads
-    records: list[dict[str, Any]] = []
+    pieces: list[dict[str, Any]] = []
+    for number in options.ranks:
+        fitting, left = sorted_out(job, options, number)
+        head["left_out"] += left
+        if not fitting.frames:
+            continue
+        where = Ranks(number, threads, device, network)
+        profile = generation.profile(job, where, quick=options.quick)
+        pieces.append({**generation.record(fitting, where, profile), "profile": profile})
+        results = generation.assemble(job, pieces, **head)
+        say([each for each in results["records"] if each["ranks"] == number])
+        # Of use even if the rest never comes.
+        save(results, options.output_dir / f"{generation.name(results)}.json")
+    return generation.assemble(job, pieces, **head)
+
+
+def sorted_out(
+    job: Job, options: argparse.Namespace, ranks: int
+) -> tuple[Job, list[dict[str, Any]]]:
+    """The job with the sizes that fit so many ranks, and what is left out."""
+    fitting, left = [], []
     for words in options.tokens:
         frames = max(round(count(words, what="--tokens") / job.case.frame_tokens), 1)
-        for number in options.ranks:
-            own = replace(job, frames=frames)
-            needed = own.needed_bytes(number) / 2**30
-            if needed > options.budget_gib:
-                why = f"{needed:.1f} GiB, and --budget_gib is {options.budget_gib:g}"
-                left = {"ranks": number, "visual_tokens": own.tokens, "why": why}
-                head["left_out"].append(left)
-                continue
-            records.append(generation.record(own, Ranks(number, threads, device, network)))
-            say(records[-1])
-            results = generation.assemble(job, records, **head)
-            # Of use even if the rest never comes.
-            save(results, options.output_dir / f"{generation.name(results)}.json")
-    return generation.assemble(job, records, **head)
+        memory = held(generation.scenario(job, frames), ranks=ranks, new_tokens=job.all_tokens)
+        needed = (memory.peak - memory.weights) / 2**30
+        if needed <= options.budget_gib / ranks:
+            fitting.append(frames)
+            continue
+        why = f"{needed:.1f} GiB a rank, and --budget_gib is {options.budget_gib:g} for all"
+        tokens = frames * job.case.frame_tokens
+        left.append({"ranks": ranks, "visual_tokens": tokens, "why": why})
+    return replace(job, frames=tuple(fitting)), left
 
 
-def say(record: dict[str, Any]) -> None:
-    """A line of progress."""
-    print(
-        f"{record['visual_tokens']:,} visual tokens, {record['ranks']} ranks: "
-        f"{record['tokens_per_s']:.2f} tokens a second, {record['kept_bytes'] / 2**20:,.0f} MiB",
-        file=sys.stderr,
-        flush=True,
-    )
+def say(records: list[dict[str, Any]]) -> None:
+    """Lines of progress."""
+    for each in records:
+        print(
+            f"{each['visual_tokens']:,} visual tokens, {each['ranks']} ranks: "
+            f"{each['tokens_per_s']:.2f} tokens a second ({each['predicted']['tokens_per_s']:.2f} "
+            f"predicted), {each['kept_bytes'] / 2**20:,.0f} MiB",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,198 +1,113 @@
 """Generating by the number of ranks and of visual tokens: tokens a second, and memory of a rank.
 
-Every run is in fresh processes. A model with random weights, whose cross-attention has real sizes
-and whose tower is small, encodes random frames and chooses tokens. Beside it stands what a layer's
-message costs: the exchange of parts that are merged, and the bare collective of as many bytes.
+Every number of ranks runs in fresh processes (`ds_lvx.compare.decoding`): a model with random
+weights, whose cross-attention has real sizes and whose tower is small, encodes random frames and
+chooses tokens. Beside what is measured stands what the planner predicts from a profile of the same
+machine and ranks, which has seen nothing of these runs.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-from deepspeed.accelerator import get_accelerator
-from torch import Tensor
-from transformers.generation import StoppingCriteria
-
-import ds_lvx
-from ds_lvx.attention import lvx
-from ds_lvx.attention.call import Call
-from ds_lvx.attention.layout import Layout
-from ds_lvx.compare.case import Case
+from ds_lvx.compare.decoding import DTYPES, Job, generate
 from ds_lvx.compare.document import Results, columns, percentiles, times
-from ds_lvx.compare.harness import Ranks, now, on_ranks, slowest, spread
-from ds_lvx.compare.peak import PROMPT_FREEING, meter
-from ds_lvx.distributed.channel import Channel
-from ds_lvx.kernels.choice import kernel_for
-from ds_lvx.models.size import Size
+from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
+from ds_lvx.compare.peak import PROMPT_FREEING
+from ds_lvx.plan import calibrate
+from ds_lvx.plan.cluster import Cluster
+from ds_lvx.plan.generation import generation
+from ds_lvx.plan.measure import Samples
+from ds_lvx.plan.scenario import Scenario
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_UNSETTLED = 2  # tokens after the prompt that are not counted
-_MESSAGES = 100  # of each sort
+_KEYS = (16, 1024, 8192, 65_536)
+_MESSAGE_BYTES = (2**8, 2**11, 2**14, 2**17)
+_PREDICTED = ("token_s", "tokens_per_s", "kept_bytes", "peak_bytes", "prompt_s")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One generation. Sizes are those of the whole sample.
+def profile(job: Job, ranks: Ranks, *, quick: bool = False) -> dict[str, Any]:
+    """What the planner has to know of these ranks: a calibration, its samples to four digits.
 
-    Attributes:
-        case: sizes of the model, and tokens of the prompt; every second layer is cross-attention.
-        frames: of the sample.
-        new_tokens: that are chosen and timed.
-        dtype: a key of `DTYPES`.
+    Args:
+        job: the dtype and the heads that are measured.
+        ranks: where.
+        quick: tiny shapes, to try it.
     """
-
-    case: Case
-    frames: int
-    new_tokens: int = 16
-    dtype: str = "float32"
-
-    def config(self) -> Any:
-        """Of the model, whose layer 0 is of text: its cache tells where a token stands."""
-        case = self.case
-        words = {k: v for k, v in vars(case).items() if k in Size.__dataclass_fields__}
-        layers = max(2 * case.cross_layers, case.cross_layers + case.self_layers)
-        size = Size(
-            **words,
-            layers=layers,
-            cross_at=tuple(range(1, 2 * case.cross_layers, 2)),
-            positions=case.text_tokens + self.new_tokens + _UNSETTLED + 1,
-            rope_theta=5e5,
-            pad=None,
-        )
-        return case.contract().config(size)
-
-    @property
-    def tokens(self) -> int:
-        """Visual tokens of the sample."""
-        return self.frames * self.case.frame_tokens
-
-    def kept_bytes(self, ranks: int) -> int:
-        """K and V of the rank that has most frames (`docs/generation.md`)."""
-        head_dim = self.case.head_dim or self.case.hidden // self.case.heads
-        mine = -(-self.frames // ranks) * self.case.frame_tokens
-        token = 2 * self.case.kv_heads * head_dim * DTYPES[self.dtype].itemsize
-        return self.case.cross_layers * mine * token
-
-    def needed_bytes(self, ranks: int) -> int:
-        """At the peak of the prompt: K and V, and twice the features they are made of."""
-        mine = -(-self.frames // ranks) * self.case.frame_tokens
-        features = mine * self.case.hidden * DTYPES[self.dtype].itemsize
-        return self.kept_bytes(ranks) + 2 * features
+    case = job.case
+    samples = Samples(
+        heads=case.heads,
+        kv_heads=case.kv_heads,
+        head_dim=case.head_dim or case.hidden // case.heads,
+        lengths=tuple((s, t) for s in (1, case.text_tokens) for t in _KEYS[: 2 if quick else None]),
+        message_bytes=_MESSAGE_BYTES,
+        hidden=(2**10, 16, 1024),
+        elements=2 ** (12 if quick else 22),
+        repeats=2 if quick else 9,
+        dtype=job.dtype,
+    )
+    found = calibrate.calibrate(
+        ranks=ranks.count, network=ranks.network, samples=samples, threads=ranks.threads
+    )
+    return {**found, "answers": _short(found["answers"])}
 
 
-class Clock(StoppingCriteria):
-    """Notes when each token is chosen, and the memory when the first one is; never stops."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.bytes_in_use = 0
-        self._meter = meter()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        if not self.seconds:
-            self.bytes_in_use = self._meter.now_bytes()
-        self.seconds.append(now())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+def _short(record: Any) -> Any:
+    if isinstance(record, Mapping):
+        return {key: _short(each) for key, each in record.items()}
+    if isinstance(record, list):
+        return [_short(each) for each in record]
+    return float(f"{record:.4g}") if isinstance(record, float) else record
 
 
-def generate(job: Job) -> dict[str, Any]:
-    """On a rank: one generation, and the messages of a layer.
+def scenario(job: Job, frames: int) -> Scenario:
+    """One of the job's samples, as the planner is asked about it."""
+    family, config = job.case.contract(), job.config()
+    model = family.dimensions(config.to_dict(), "a model of random weights", "its configuration")
+    return Scenario(
+        model.with_frames(frames),
+        text_tokens=job.case.text_tokens,
+        frames=frames,
+        element_bytes=DTYPES[job.dtype].itemsize,
+    )
 
-    Returns:
-        ``prompt_s``; ``token_s`` by token; ``kept_bytes`` after the prompt and ``peak_bytes``,
-        above what was there before; ``exchange_s`` and ``collective_s`` by message, empty on one
-        rank; ``tokens``, what was chosen.
+
+def predict(job: Job, frames: int, cluster: Cluster) -> dict[str, Any]:
+    """What the planner says of one of the job's samples, by the names of what is measured.
+
+    Memory is above what was there before, weights included: ``kept_bytes`` when the first token is
+    chosen, ``peak_bytes`` of the whole.
     """
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    device, dtype = get_accelerator().current_device_name(), DTYPES[job.dtype]
-    torch.manual_seed(0)
-    family = job.case.contract()
-    model = family.build(job.config(), gate=1.0, dtype=torch.float32).to(device, dtype)
-    session = ds_lvx.apply(model, _ds_config(job, ranks=int(os.environ["WORLD_SIZE"])))
-    small = replace(job, frames=session.groups.sp_size, new_tokens=1)
-    _timed(model, small, _batch(small))  # what the first use of anything costs is not counted
-    given, memory = _batch(job), meter()
-    memory.reset()
-    before, start = memory.now_bytes(), now()
-    found, clock = _timed(model, job, given)
-    peak = memory.peak_bytes()
-    messages = _messages(job, session.groups.channel, device)
-    session.close()
-    ds_lvx.shutdown()
-    marks = clock.seconds
+    asked, ranks = scenario(job, frames), cluster.gpus
+    found = generation(asked, cluster, ranks=ranks, new_tokens=job.all_tokens)
+    first = generation(asked, cluster, ranks=ranks, new_tokens=1).held
     return {
-        "prompt_s": marks[0] - start,
-        "token_s": [b - a for a, b in pairwise(marks)][_UNSETTLED:],
-        "kept_bytes": clock.bytes_in_use - before,
-        "peak_bytes": peak - before,
-        "tokens": found[0, job.case.text_tokens :].tolist(),
-        **messages,
+        "token_s": found.token_s,
+        "tokens_per_s": found.tokens_per_s,
+        "kept_bytes": first.kept,
+        "peak_bytes": found.held.peak - found.held.weights,
+        "prompt_s": found.prompt_s,
+        "parts_s": {"token": found.token, "prompt": found.prompt},
+        "message_bytes": found.bytes_sent,
     }
-
-
-def _batch(job: Job) -> dict[str, Tensor]:
-    """The prompt, with this rank's frames."""
-    family, frames, dtype = job.case.contract(), ds_lvx.owned(job.frames), DTYPES[job.dtype]
-    batch = family.random_frames(
-        job.config(), text_tokens=job.case.text_tokens, total=job.frames, frames=frames, seed=0
-    )
-    return {k: t.to(dtype) if t.is_floating_point() else t for k, t in batch.items()}
-
-
-def _timed(model: Any, job: Job, batch: Mapping[str, Tensor]) -> tuple[Tensor, Clock]:
-    clock, count = Clock(), job.new_tokens + _UNSETTLED + 1
-    found = ds_lvx.generate(
-        model,
-        batch,
-        frames="local",
-        max_new_tokens=count,
-        min_new_tokens=count,
-        do_sample=False,
-        stopping_criteria=[clock],
-    )
-    return found, clock
-
-
-def _ds_config(job: Job, *, ranks: int) -> dict[str, Any]:
-    match = job.case.contract().patterns
-    methods = {"local": "none", "cross": "lvx", "self": "ring"}
-    rules = [{"match": match[kind], "method": method} for kind, method in methods.items()]
-    return {"ds_lvx": {"sequence_parallel_size": ranks, "layers": rules}}
-
-
-def _messages(job: Job, channel: Channel, device: str) -> dict[str, list[float]]:
-    """Seconds of the exchange of a layer's parts for one token, and of the bare collective."""
-    samples: dict[str, list[float]] = {"exchange_s": [], "collective_s": []}
-    if channel.size == 1:
-        return samples
-    heads, head_dim = job.case.heads, job.case.head_dim or job.case.hidden // job.case.heads
-    q = torch.randn(1, 1, heads, head_dim, device=device, dtype=DTYPES[job.dtype])
-    nothing, one_each = q[:, :0, : job.case.kv_heads], (1,) * channel.size
-    layout = Layout(channel, one_each, (0,) * channel.size, device=q.device)
-    kernel = kernel_for("auto", q)
-    call = Call(layout, kernel=kernel, softmax_scale=1.0, schedule="replicated")
-    part = torch.zeros(1, heads * (head_dim + 1), device=device)
-    for _ in range(_MESSAGES):  # side by side, so that both have the same neighbours
-        start = now()
-        lvx.attend(call, q, nothing, nothing)
-        middle = now()
-        channel.gather_rows([part], [0], one_each).wait()
-        samples["exchange_s"].append(middle - start)
-        samples["collective_s"].append(now() - middle)
-    return {name: each[_MESSAGES // 10 :] for name, each in samples.items()}
 
 
 # --------------------------------------------------------------------------------------------
 # The subject
 
 
-def record(job: Job, ranks: Ranks) -> dict[str, Any]:
-    """One run, and what its ranks say together.
+def record(job: Job, ranks: Ranks, known: Mapping[str, Any]) -> dict[str, Any]:
+    """All samples of a job on some ranks, beside what the planner predicts of them.
+
+    Args:
+        job: what runs.
+        ranks: where.
+        known: of `profile`.
+
+    Returns:
+        ``records``, one a sample, and ``messages``: the exchange and the collective of a layer;
+        None on one rank.
 
     Raises:
         RunError: a rank failed.
@@ -200,47 +115,71 @@ def record(job: Job, ranks: Ranks) -> dict[str, Any]:
         RuntimeError: the ranks chose different tokens.
     """
     environment = {**ranks.environment, **PROMPT_FREEING}
-    answers = on_ranks(generate, job, Ranks(**{**vars(ranks), "environment": environment}))
+    answers = on_ranks(generate, job, replace(ranks, environment=environment))
+    by_sample = zip(*(answer["answers"] for answer in answers), strict=True)
+    found = [
+        {
+            "ranks": ranks.count,
+            "visual_tokens": frames * job.case.frame_tokens,
+            **_together(each),
+            "predicted": predict(job, frames, Cluster.of(known["cluster"])),
+        }
+        for frames, each in zip(job.frames, by_sample, strict=True)
+    ]
+    return {"records": found, "messages": _messages(answers) if ranks.count > 1 else None}
+
+
+def _together(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One sample's answers, by rank, as one."""
     if any(answer["tokens"] != answers[0]["tokens"] for answer in answers):
         raise RuntimeError("the ranks chose different tokens")
-    seconds = slowest(*(answer["token_s"] for answer in answers))
-    found = {
-        "ranks": ranks.count,
-        "visual_tokens": job.tokens,
-        "prompt_s": max(answer["prompt_s"] for answer in answers),
-        "token_s": spread(seconds),
-        "tokens_per_s": 1 / spread(seconds)["median"],
-        "kept_bytes": max(answer["kept_bytes"] for answer in answers),
-        "predicted_kept_bytes": job.kept_bytes(ranks.count),
-        "peak_bytes": max(answer["peak_bytes"] for answer in answers),
+    seconds = spread(slowest(*(answer["token_s"] for answer in answers)))
+    most = {
+        name: max(answer[name] for answer in answers)
+        for name in ("prompt_s", "kept_bytes", "peak_bytes")
+    }
+    return {
+        "token_s": seconds,
+        "tokens_per_s": 1 / seconds["median"],
+        **most,
         "tokens": answers[0]["tokens"],
     }
-    if ranks.count > 1:
-        for name in ("exchange_s", "collective_s"):
-            found[name] = spread(slowest(*(answer[name] for answer in answers)))
-        found["exchange_per_collective"] = (
-            found["exchange_s"]["median"] / found["collective_s"]["median"]
-        )
-    return found
 
 
-def assemble(job: Job, records: Sequence[Mapping[str, Any]], **head: Any) -> dict[str, Any]:
+def _messages(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = ("exchange_s", "collective_s")
+    found = {name: spread(slowest(*(answer[name] for answer in answers))) for name in names}
+    ratio = found["exchange_s"]["median"] / found["collective_s"]["median"]
+    return {"ranks": len(answers), **found, "exchange_per_collective": ratio}
+
+
+def assemble(job: Job, pieces: Sequence[Mapping[str, Any]], **head: Any) -> dict[str, Any]:
     """The JSON.
 
     Args:
-        job: of which sizes; its number of frames is none of the records'.
-        records: of `record`, and what was too large.
+        job: of which sizes.
+        pieces: of `record`, one for each number of ranks, each with its ``profile``.
         head: what it begins with.
     """
+    records = [each for piece in pieces for each in piece["records"]]
     alone = {r["visual_tokens"]: r["tokens_per_s"] for r in records if r["ranks"] == 1}
-    compared = [
-        {**r, "speed_to_one_process": r["tokens_per_s"] / alone[r["visual_tokens"]]}
-        if r["visual_tokens"] in alone
-        else {**r, "speed_to_one_process": None}
-        for r in records
-    ]
-    sizes = {"case": asdict(job.case), "dtype": job.dtype, "new_tokens": job.new_tokens}
-    return {**head, **sizes, "records": compared}
+    for each in records:
+        one = alone.get(each["visual_tokens"])
+        each["speed_to_one_process"] = None if one is None else each["tokens_per_s"] / one
+        measured = {**each, "token_s": each["token_s"]["median"]}
+        each["predicted_over_measured"] = {
+            name: each["predicted"][name] / measured[name] for name in _PREDICTED if measured[name]
+        }
+    messages = [piece["messages"] for piece in pieces if piece["messages"] is not None]
+    return {
+        **head,
+        "case": asdict(job.case),
+        "dtype": job.dtype,
+        "new_tokens": job.new_tokens,
+        "records": sorted(records, key=lambda each: (each["visual_tokens"], each["ranks"])),
+        "messages": messages,
+        "profiles": [piece["profile"] for piece in pieces],
+    }
 
 
 def name(results: Results) -> str:
@@ -250,50 +189,69 @@ def name(results: Results) -> str:
 
 
 def text(results: Results) -> str:
-    """The table."""
-    mib = 2**20
-    table = columns(
-        results["records"],
-        {
-            "visual tokens": "{visual_tokens:,}",
-            "ranks": "{ranks}",
-            "tokens a second": "{tokens_per_s:.2f}",
-            "of one process": lambda r: times(r["speed_to_one_process"]),
-            "ms a token (p10 to p90)": lambda r: percentiles(_ms(r["token_s"]), "{:.1f}".format),
-            "prompt, s": "{prompt_s:.1f}",
-            "keys of a rank, MiB": lambda r: f"{r['predicted_kept_bytes'] / mib:,.0f}",
-            "kept, measured": lambda r: f"{r['kept_bytes'] / mib:,.0f}",
-            "peak": lambda r: f"{r['peak_bytes'] / mib:,.0f}",
-            "a layer's message to the collective's own": lambda r: (
-                f"{r['exchange_per_collective']:.2f}" if "exchange_per_collective" in r else "-"
-            ),
-        },
-    )
+    """The tables."""
+    tables = [columns(results["records"], _CELLS)]
+    if results["messages"]:
+        tables += ["", columns(results["messages"], _MESSAGE_CELLS)]
     left_out = [
         f"{each['visual_tokens']:,} tokens on {each['ranks']} ranks: {each['why']}"
         for each in results["left_out"]
     ]
-    return "\n".join([table, *(["", f"Left out: {'; '.join(left_out)}."] if left_out else [])])
+    return "\n".join([*tables, *(["", f"Left out: {'; '.join(left_out)}."] if left_out else [])])
+
+
+def _mib(which: str) -> Any:
+    """Measured / predicted."""
+    return lambda r: f"{r[which] / 2**20:,.0f} / {r['predicted'][which] / 2**20:,.0f}"
+
+
+_CELLS: dict[str, Any] = {
+    "visual tokens": "{visual_tokens:,}",
+    "ranks": "{ranks}",
+    "tokens a second, measured / predicted": lambda r: (
+        f"{r['tokens_per_s']:.2f} / {r['predicted']['tokens_per_s']:.2f}"
+    ),
+    "predicted over measured": lambda r: f"{r['predicted_over_measured']['tokens_per_s']:.2f}",
+    "to one process": lambda r: times(r["speed_to_one_process"]),
+    "ms a token (p10 to p90)": lambda r: percentiles(_scaled(r["token_s"], 1e3), "{:.1f}".format),
+    "prompt, s": lambda r: f"{r['prompt_s']:.1f} / {r['predicted']['prompt_s']:.1f}",
+    "keys of a rank, MiB": _mib("kept_bytes"),
+    "peak of a rank, MiB": _mib("peak_bytes"),
+}
+_MESSAGE_CELLS: dict[str, Any] = {
+    "ranks": "{ranks}",
+    "a layer's exchange, us (p10 to p90)": lambda r: percentiles(
+        _scaled(r["exchange_s"], 1e6), "{:.0f}".format
+    ),
+    "the collective's own": lambda r: percentiles(_scaled(r["collective_s"], 1e6), "{:.0f}".format),
+    "ratio": "{exchange_per_collective:.2f}",
+}
 
 
 def draw(results: Results) -> Any:
-    """Tokens a second and memory over the visual tokens, a line for each number of ranks."""
+    """Tokens a second and memory over the visual tokens, a line for each number of ranks, the
+    planner's dotted."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     speed, memory = figure.subplots(1, 2)
-    for ranks in sorted({each["ranks"] for each in results["records"]}):
+    for place, ranks in enumerate(sorted({each["ranks"] for each in results["records"]})):
         mine = [each for each in results["records"] if each["ranks"] == ranks]
         tokens = [each["visual_tokens"] for each in mine]
         label = f"{ranks} ranks" if ranks > 1 else "one process"
-        speed.loglog(tokens, [each["tokens_per_s"] for each in mine], "o-", label=label)
-        memory.loglog(tokens, [each["kept_bytes"] / 2**20 for each in mine], "o-", label=label)
+        for axes, which, scale in ((speed, "tokens_per_s", 1), (memory, "kept_bytes", 2**20)):
+            for source, style, words in (
+                (mine, "o-", {"label": label}),
+                ([each["predicted"] for each in mine], ":", {}),
+            ):
+                values = [each[which] / scale for each in source]
+                axes.loglog(tokens, values, style, color=f"C{place}", **words)
     for axes, title in ((speed, "tokens a second"), (memory, "kept after the prompt, MiB a rank")):
-        axes.set_xlabel("visual tokens")
+        axes.set_xlabel("visual tokens (dotted: predicted)")
         axes.set_title(title)
         axes.legend()
     return figure
 
 
-def _ms(seconds: Mapping[str, Any]) -> dict[str, float]:
-    return {key: 1e3 * seconds[key] for key in ("median", "p10", "p90")}
+def _scaled(seconds: Mapping[str, Any], factor: float) -> dict[str, float]:
+    return {key: factor * seconds[key] for key in ("median", "p10", "p90")}

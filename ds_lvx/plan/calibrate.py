@@ -27,7 +27,7 @@ _CPU = measure.Samples(
     kv_heads=8,
     head_dim=64,
     lengths=(
-        (1, 16),
+        *((1, keys) for keys in (16, 4096, 32_768)),
         *product((16, 64), _KEYS),
         *product((256,), _KEYS[:3]),
         *product((1024,), _KEYS[:2]),
@@ -64,11 +64,25 @@ _QUICK = measure.Samples(
 )
 
 
-def calibrate(*, ranks: int, network: Network | None = None, quick: bool = False) -> dict[str, Any]:
+def calibrate(
+    *,
+    ranks: int,
+    network: Network | None = None,
+    quick: bool = False,
+    samples: measure.Samples | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
     """Measure on ``ranks`` fresh processes of this machine; on a CPU they share its cores.
 
     The profile has what it was measured with, every sample, and the ``cluster`` that follows. A
     ``quick`` one, of tiny shapes, is of no use.
+
+    Args:
+        ranks: how many.
+        network: an emulated one between them.
+        quick: tiny shapes, to try it.
+        samples: what is measured in place of what serves every plan.
+        threads: of a rank; None is its share of the cores.
 
     Raises:
         ValueError: more ranks than GPUs.
@@ -79,8 +93,9 @@ def calibrate(*, ranks: int, network: Network | None = None, quick: bool = False
         raise ValueError(
             f"--ranks: got {ranks} for {torch.cuda.device_count()} GPUs; expected one for each rank"
         )
-    request = _QUICK if quick else _GPU if cuda else _CPU
-    where = Ranks(ranks, max(cores() // ranks, 1), "cuda" if cuda else "cpu", network)
+    request = samples or (_QUICK if quick else _GPU if cuda else _CPU)
+    threads = max(cores() // ranks, 1) if threads is None else threads
+    where = Ranks(ranks, threads, "cuda" if cuda else "cpu", network)
     answers = on_ranks(measure.measure, request, where)
     begin = header(emulated=network is not None, device=where.device)
     # One rank shows no link: what is guessed of the device stands there.

@@ -30,6 +30,8 @@ _HOP_SHARE = 0.2
 _PEER_SHARE = 0.1
 _LAUNCH_S = 5e-6
 _OPERATOR_S = 50e-6
+LAYER_S = 3e-4
+TOKEN_S = 2e-3
 _TILE_ROWS = 64
 _FILLED_SHARE = 0.92
 _SAME_SHAPE = 1e-4  # squared octaves
@@ -139,6 +141,11 @@ class Device:
     whole_alone: KernelTime | None = None
     backward_alone: KernelTime | None = None
     alone: float = 1.0  # share of the time that all else takes then
+    # Of a step on one token: bytes a second of weights in its products (None: as elementwise
+    # operations read), and what the host takes for a layer and beside all layers.
+    weights_bytes_per_s: float | None = None
+    layer_s: float = LAYER_S
+    token_s: float = TOKEN_S
 
     @property
     def limit_bytes(self) -> int:

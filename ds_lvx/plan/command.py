@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ds_lvx.plan import profile
+from ds_lvx.plan import generation_report, profile
 from ds_lvx.plan.cards import CARDS, card
 from ds_lvx.plan.cluster import ACROSS_LATENCY_S, WITHIN_LATENCY_S, Cluster, Link, from_card
+from ds_lvx.plan.generation import generations
 from ds_lvx.plan.models import model
 from ds_lvx.plan.report import as_record, as_text, save_plot
 from ds_lvx.plan.scenario import TRAINED, Scenario
@@ -50,6 +51,9 @@ def _add_scenario(parser: argparse.ArgumentParser) -> None:
     visual = group.add_mutually_exclusive_group()
     visual.add_argument("--frames", help="frames of a sample")
     visual.add_argument("--visual-tokens", help="of a sample, such as 100M, in place of --frames")
+    group.add_argument(
+        "--generate", metavar="N", help="no training: N new tokens with the visual keys sharded"
+    )
     group.add_argument("--zero", type=int, default=3, help="ZeRO stage, 0 to 3")
     both = argparse.BooleanOptionalAction
     group.add_argument(
@@ -83,6 +87,8 @@ def run(options: argparse.Namespace) -> int:
     if options.calibrate:
         return _calibrate(options)
     scenario, cluster = _scenario_of(options), _cluster_of(options)
+    if options.generate is not None:
+        return _generate(options, scenario, cluster)
     found = plan(scenario, cluster, group=options.group)
     if options.plot is not None:
         try:
@@ -93,6 +99,18 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(as_record(scenario, cluster, found), indent=1))
     else:
         print(as_text(scenario, cluster, found))
+    return 0
+
+
+def _generate(options: argparse.Namespace, scenario: Scenario, cluster: Cluster) -> int:
+    if options.plot is not None:
+        raise ValueError("--plot: got it with --generate, which has none; leave one of them out")
+    new_tokens = count(options.generate, what="--generate")
+    found = generations(scenario, cluster, new_tokens=new_tokens, group=options.group)
+    if options.json:
+        print(json.dumps(generation_report.as_record(scenario, cluster, found), indent=1))
+    else:
+        print(generation_report.as_text(scenario, cluster, found))
     return 0
 
 

@@ -22,6 +22,7 @@ Answers: TypeAlias = Sequence[Mapping[str, Any]]
 """What `ds_lvx.plan.measure` found, by rank."""
 KINDS = ("whole", "partial", "backward")
 ALONE = ("whole_alone", "backward_alone")
+_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def slowest(
@@ -109,8 +110,28 @@ def device(answers: Answers, request: Mapping[str, Any], *, memory_bytes: int) -
         stream_bytes_per_s=nbytes / elementwise_s,
         operation_s=operation_s / first["operation"]["operations"],
         call_s=max(own_s / 2, 0.0),
+        element_bytes=_BYTES[request.get("dtype", "bfloat16")],
         alone=_alone(answers),
+        **_one_token(answers),
     )
+
+
+def _one_token(answers: Answers) -> dict[str, Any]:
+    """What a step on one token takes; nothing where a profile of before does not say it."""
+    first = answers[0]
+    if "steps" not in first:
+        return {}
+    few, more = (
+        slowest(steps) for steps in zip(*(answer["steps"] for answer in answers), strict=True)
+    )
+    layers, further = (each["layers"] for each in first["steps"])
+    layer_s = max((more - few) / (further - layers), 0.0)
+    reading_s = slowest(answer["weights"] for answer in answers)
+    return {
+        "weights_bytes_per_s": first["weights"]["bytes"] / reading_s,
+        "layer_s": layer_s,
+        "token_s": max(few - layers * layer_s, 0.0),
+    }
 
 
 def link(answers: Answers) -> Link:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.common import delta_of
 from ds_lvx.attention.layout import Layout
+from ds_lvx.compare.decoding import own_steps
 from ds_lvx.compare.harness import joined, meet, now
 from ds_lvx.distributed.bundles import Bundle, Spec
 from ds_lvx.distributed.channel import Channel
@@ -31,6 +34,10 @@ from ds_lvx.plan.profile import device_name
 _SLOW_S = 0.25
 """A transfer or matrix product that takes longer is the largest that is measured."""
 _OPERATIONS = 100
+_FROM_MEMORY_BYTES = 2**28
+"""More than what caches hold."""
+_MATRICES = 32
+_TOKENS = 4  # for each repeat
 
 Run: TypeAlias = Callable[[], object]
 
@@ -49,6 +56,7 @@ class Samples:
     hidden: tuple[int, int, int]
     elements: int  # of elementwise operations, and the square of a matrix product's side
     repeats: int  # of each
+    dtype: str = "bfloat16"  # of attention, products and weights
 
 
 def measure(wanted: Samples) -> dict[str, Any]:
@@ -107,8 +115,8 @@ class _Bench:
         return max(each["s"] for each in self.world.agree({"s": min(seconds)})) > _SLOW_S
 
     def random(self, *shape: int) -> Tensor:
-        """bf16."""
-        return torch.randn(shape, device=self.device, dtype=torch.bfloat16)
+        """Of the dtype that is wanted."""
+        return torch.randn(shape, device=self.device, dtype=getattr(torch, self.wanted.dtype))
 
     def message(self, nbytes: int) -> Tensor:
         """Something to send."""
@@ -138,21 +146,27 @@ def _kernel_runs(bench: _Bench, seqlen_q: int, seqlen_kv: int) -> dict[str, Run]
     k, v = (bench.random(1, seqlen_kv, wanted.kv_heads, wanted.head_dim) for _ in range(2))
     kernel: Kernel = kernel_for("auto", q)
     whole = Problem(q, k, v, softmax_scale=wanted.head_dim**-0.5)
-    part = whole.as_part()
+    # One query is a token of a generation: other layers went through the caches since the last.
+    copies = range(_copies(k.nbytes + v.nbytes, most=1 + wanted.repeats) if seqlen_q == 1 else 1)
+    others = [replace(whole, k=k.clone(), v=v.clone()) for _ in copies]
+    wholes, parts = cycle(others), cycle([each.as_part() for each in others])
     out, lse = kernel.forward(whole)
     upstream = Upstream(dout, lse, delta_of(out.to(q.dtype), dout, None, lse))
     return {
-        "whole": lambda: kernel.forward(whole),
-        "partial": lambda: kernel.forward(part),
+        "whole": lambda: kernel.forward(next(wholes)),
+        "partial": lambda: kernel.forward(next(parts)),
         "backward": lambda: kernel.backward(whole, upstream),
     }
 
 
 def _operations(bench: _Bench) -> dict[str, Any]:
-    """Elementwise operations, small ones, a matrix product, and the call of an operator."""
+    """Elementwise operations, small ones, products, an operator's call, a model's own step."""
     elements = bench.wanted.elements
     wide, narrow = torch.zeros(elements, device=bench.device), bench.random(elements)
     small = torch.zeros(16, device=bench.device)
+    side = int(elements**0.5)
+    row, matrix = bench.random(1, side), bench.random(side, side)
+    weights = [matrix.clone() for _ in range(_copies(matrix.nbytes, most=_MATRICES))]
 
     def small_ones() -> None:
         for _ in range(_OPERATIONS):
@@ -161,12 +175,17 @@ def _operations(bench: _Bench) -> dict[str, Any]:
     return {
         "elementwise": {
             "numbers": elements,
-            "bytes_per_number": 10,  # fp32 read and written, bf16 read
+            "bytes_per_number": 8 + narrow.itemsize,  # fp32 read and written, the other read
             "seconds": bench.seconds(lambda: wide.add_(narrow)),
         },
         "operation": {"operations": _OPERATIONS, "seconds": bench.seconds(small_ones)},
         "matmul": _products(bench),
+        "weights": {
+            "bytes": sum(each.nbytes for each in weights),
+            "seconds": bench.seconds(lambda: [functional.linear(row, each) for each in weights]),
+        },
         "call": {"seconds": bench.seconds(_call(bench))},
+        "steps": own_steps(dtype=bench.wanted.dtype, tokens=_TOKENS * bench.wanted.repeats),
     }
 
 
@@ -183,6 +202,11 @@ def _products(bench: _Bench) -> list[dict[str, Any]]:
         found.append({"side": side, "seconds": bench.seconds(partial(torch.matmul, a, b))})
         side *= 2
     return found
+
+
+def _copies(nbytes: int, *, most: int) -> int:
+    """Of something that is to be read from memory, not from a cache."""
+    return min(max(_FROM_MEMORY_BYTES // nbytes, 1), most)
 
 
 def _call(bench: _Bench) -> Run:

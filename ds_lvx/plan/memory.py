@@ -19,7 +19,7 @@ from ds_lvx.attention.shape import STREAMED_TOKENS, evenly
 from ds_lvx.plan.pieces import FP32_BYTES
 from ds_lvx.plan.scenario import Scenario
 
-_LAYER_BYTES = 34
+LAYER_BYTES = 34
 _LOGIT_BYTES = 10  # bf16, their copy in fp32, its gradient
 _OPTIMIZER_BYTES = 12  # fp32 weight and two moments
 # A query that is gathered, under the kernel: q, dout, PyTorch's stand-in for out and its dq in 16
@@ -289,7 +289,7 @@ def _states(scenario: Scenario, gpus: int) -> int:
 def tower_bytes(scenario: Scenario, tokens: int) -> tuple[int, int]:
     """The tower's activations at their peak, and what of them waits for its backward."""
     tower, states = scenario.model.tower, scenario.model.tower_states
-    layer, state = _LAYER_BYTES * tower.hidden, scenario.element_bytes * tower.hidden
+    layer, state = LAYER_BYTES * tower.hidden, scenario.element_bytes * tower.hidden
     if not scenario.trains_all:
         return tokens * (states * state + layer), 0
     if not scenario.checkpointing:
@@ -303,14 +303,14 @@ def _rows(scenario: Scenario, tokens: int) -> int:
     rows = scenario.model.rows
     if rows is None:
         return 0
-    layer = _LAYER_BYTES * rows.hidden
+    layer = LAYER_BYTES * rows.hidden
     kept = scenario.element_bytes * rows.hidden if scenario.checkpointing else layer
     return tokens * (rows.count * kept + layer)
 
 
 def _text(scenario: Scenario, queries: int) -> int:
     text, cross = scenario.model.text, scenario.model.cross
-    layer = _LAYER_BYTES * text.hidden
+    layer = LAYER_BYTES * text.hidden
     # Cross-attention layers with an MLP are layers of their own; what attention itself keeps is in
     # the cross-attention's share.
     layers = text.count + (cross.count if cross.mlp else 0)

@@ -69,18 +69,15 @@ def as_text(scenario: Scenario, cluster: Cluster, found: Plan) -> str:
     ]
     parts += [
         f"The step with {_name(best)}, by part:",
-        _table([(part, duration(each)) for part, each in best.parts.items()]),
+        table([(part, duration(each)) for part, each in best.parts.items()]),
         "How far each method goes on these GPUs:",
-        _table([("method", "fits from", "fastest at", "why it stops"), *stops]),
+        table([("method", "fits from", "fastest at", "why it stops"), *stops]),
         f"Predicted, nothing was run. Numbers: {cluster.source}.",
     ]
     return "\n\n".join(parts)
 
 
 def _question(scenario: Scenario, cluster: Cluster) -> str:
-    links = f"{_rate(cluster.within)} a GPU within a node"
-    if cluster.gpus > cluster.gpus_per_node:
-        links += f", {_rate(cluster.across)} a node across"
     settings = [
         f"ZeRO {scenario.zero_stage}",
         "all weights train" if scenario.trains_all else "cross-attention trains",
@@ -90,8 +87,16 @@ def _question(scenario: Scenario, cluster: Cluster) -> str:
     return (
         f"{scenario.model.name}: {scenario.text_tokens:,} text tokens, {scenario.frames:,} frames "
         f"= {scenario.visual_tokens:,} visual tokens a sample; {', '.join(settings)}\n"
-        f"{cluster.gpus:,} x {cluster.device.name}, {cluster.gpus_per_node} a node; {links}"
+        f"{links(cluster)}"
     )
+
+
+def links(cluster: Cluster) -> str:
+    """The GPUs and what joins them, in words."""
+    joined = f"{_rate(cluster.within)} a GPU within a node"
+    if cluster.gpus > cluster.gpus_per_node:
+        joined += f", {_rate(cluster.across)} a node across"
+    return f"{cluster.gpus:,} x {cluster.device.name}, {cluster.gpus_per_node} a node; {joined}"
 
 
 def _answer(cluster: Cluster, found: Plan) -> str:
@@ -133,17 +138,17 @@ def _methods(found: Plan, ranks: int) -> str:
     for each in steps:
         waiting = each.parts["cross-attention, network"]
         times = map(duration, (each.seconds, each.cross_seconds, waiting))
-        memory = _size(each.footprint.peak) + ("" if each.fits else ", too much")
+        memory = size(each.footprint.peak) + ("" if each.fits else ", too much")
         faster = "-" if ring is None else f"{ring / each.cross_seconds:.3g}"
-        rows.append((_name(each), *times, _size(each.bytes_sent), memory, faster))
-    return _table(rows)
+        rows.append((_name(each), *times, size(each.bytes_sent), memory, faster))
+    return table(rows)
 
 
 def _peers(scenario: Scenario, cluster: Cluster, ranks: int) -> str:
     other = peers(scenario, gpus=cluster.gpus, ranks=ranks)
     return (
-        f"Elsewhere, with ulysses: {_size(other.gathered)} where embeddings are gathered on every "
-        f"rank, which sends {_size(other.sent)} more; {_size(other.whole_towers)} where every rank "
+        f"Elsewhere, with ulysses: {size(other.gathered)} where embeddings are gathered on every "
+        f"rank, which sends {size(other.sent)} more; {size(other.whole_towers)} where every rank "
         "encodes all frames"
     )
 
@@ -152,7 +157,8 @@ def _name(each: Step) -> str:
     return "one rank a sample" if each.ranks == 1 else each.way
 
 
-def _size(nbytes: float) -> str:
+def size(nbytes: float) -> str:
+    """For people: three digits and a unit."""
     factor, unit = next((each for each in _UNITS if nbytes >= each[0]), _UNITS[-1])
     return f"{nbytes / factor:.3g} {unit}"
 
@@ -161,7 +167,8 @@ def _rate(link: Link) -> str:
     return f"{link.shift.bytes_per_s / 1e9:.3g} GB/s and {duration(link.shift.latency_s)}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(f"  {line}" for line in lines)

@@ -68,7 +68,7 @@ def step(scenario: Scenario, cluster: Cluster, *, ranks: int, way: str) -> Step:
         "cross-attention, network": count * layer.exposed_s,
         **_text(scenario, cluster, ranks, text_method),
         **_rows(scenario, cluster, ranks, text_method),
-        "vision": _vision(scenario, cluster.device, ranks),
+        "vision": vision_s(scenario, cluster.device, ranks),
     }
     parts["ZeRO, network"] = max(0.0, _zero(scenario, cluster) - sum(parts.values()))
     shared = cluster.gpus if scenario.zero_stage >= 1 else 1
@@ -92,7 +92,7 @@ def _text(scenario: Scenario, cluster: Cluster, ranks: int, method: str) -> dict
     tokens = -(-scenario.sequence // ranks)
     passes, again = (3 if scenario.trains_all else 2), (1 if scenario.checkpointing else 0)
     head, of_text, of_cross = (
-        _products(cluster.device, parameters, tokens)
+        products_s(cluster.device, parameters, tokens)
         for parameters in (
             model.vocabulary * text.hidden,
             text.query_parameters + text.key_parameters,
@@ -116,7 +116,7 @@ def _rows(scenario: Scenario, cluster: Cluster, ranks: int, method: str) -> dict
         return {}
     tokens = scenario.frames_of_a_rank(ranks) * scenario.model.frame_tokens
     passes = (3 if scenario.trains_all else 2) + (1 if scenario.checkpointing else 0)
-    layer = passes * _products(cluster.device, rows.parameters // rows.count, tokens)
+    layer = passes * products_s(cluster.device, rows.parameters // rows.count, tokens)
     attention = cost(scenario.rows_shape(ranks, rows), cluster, method)
     kernels = attention.forward.kernel_s + attention.backward.kernel_s
     unseen = kernels * (1 - rows.share_seen(scenario.visual_tokens))
@@ -127,27 +127,28 @@ def _rows(scenario: Scenario, cluster: Cluster, ranks: int, method: str) -> dict
     }
 
 
-def _products(device: Device, parameters: int, tokens: int) -> float:
+def products_s(device: Device, parameters: int, tokens: int) -> float:
     """One pass of so many tokens through so many weights."""
     computing = 2 * parameters * tokens / device.matmul_flops
     reading = parameters * device.element_bytes / device.stream_bytes_per_s
     return max(computing, reading)
 
 
-def _vision(scenario: Scenario, device: Device, ranks: int) -> float:
-    """The tower and the projector, over the frames of a rank."""
+def vision_s(scenario: Scenario, device: Device, ranks: int, *, backward: bool = True) -> float:
+    """The tower and the projector, over the frames of a rank; without backward a forward alone."""
     model, tower = scenario.model, scenario.model.tower
     frames = scenario.frames_of_a_rank(ranks)
     tokens = frames * model.tower_tokens
     # Frames attend within themselves: 4 T^2 H D operations forward, 10 backward.
     pairs = tokens * model.tower_tokens * tower.heads * tower.head_dim
     passes, attention = 1, pairs * device.whole.pair_s
-    if scenario.trains_all:
+    if scenario.trains_all and backward:
         passes = 4 if scenario.checkpointing else 3
         attention += pairs * device.backward.pair_s
-    layer = passes * _products(device, tower.parameters // tower.count, tokens) + attention
+    layer = passes * products_s(device, tower.parameters // tower.count, tokens) + attention
     projected = frames * model.projector_tokens
-    return tower.count * layer + 3 * _products(device, model.projector_parameters, projected)
+    projector = products_s(device, model.projector_parameters, projected)
+    return tower.count * layer + (3 if backward else 1) * projector
 
 
 def _zero(scenario: Scenario, cluster: Cluster) -> float:

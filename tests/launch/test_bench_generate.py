@@ -7,11 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from ds_lvx.compare import generation
+from ds_lvx.compare.case import Case
+from ds_lvx.compare.decoding import Job
+from ds_lvx.plan.cluster import Cluster
 from launch import bench_generate
 from tests.forked import fork_fresh_ranks
 
+ROOT = Path(__file__).resolve().parents[2]
 MARKS = "<!-- bench_generate.py, generate: begin -->\n<!-- bench_generate.py, generate: end -->\n"
 
 
@@ -22,7 +27,7 @@ def test_a_quick_run_writes_json_table_and_plot(
     document = tmp_path / "document.md"
     document.write_text(MARKS)
     words = ("--quick", "--ranks", "1", "2", "--tokens", "512", "64K", "--new_tokens", "3")
-    words += ("--budget_gib", "0.01", "--output_dir", str(tmp_path), "--document", str(document))
+    words += ("--budget_gib", "0.02", "--output_dir", str(tmp_path), "--document", str(document))
     monkeypatch.setattr(sys, "argv", ["bench_generate.py", *words])
     fork_fresh_ranks(monkeypatch)
     bench_generate.main()
@@ -33,13 +38,42 @@ def test_a_quick_run_writes_json_table_and_plot(
     assert (one["ranks"], two["ranks"]) == (1, 2)
     assert one["tokens"] == two["tokens"]
     assert len(one["token_s"]["samples"]) == 3
-    # 8 frames of 65 tokens, two layers, two heads of K and V of 16 numbers in fp32.
-    assert (
-        one["predicted_kept_bytes"] == 2 * 520 * 2 * 2 * 16 * 4 == 2 * two["predicted_kept_bytes"]
-    )
-    assert "exchange_s" not in one
-    assert two["exchange_per_collective"] > 0
+    # 8 frames of 65 tokens, two layers, two heads of K and V of 16 numbers in fp32; and 17 tokens
+    # of text in two layers of the same heads.
+    keys, text = 2 * 520 * 2 * 2 * 16 * 4, 2 * 17 * 2 * 2 * 16 * 4
+    assert one["predicted"]["kept_bytes"] == keys + text
+    assert two["predicted"]["kept_bytes"] == keys / 2 + text
+    for each in (one, two):
+        assert each["predicted"]["tokens_per_s"] > 0
+        assert each["predicted_over_measured"]["tokens_per_s"] == pytest.approx(
+            each["predicted"]["tokens_per_s"] / each["tokens_per_s"]
+        )
+    assert [each["ranks"] for each in results["messages"]] == [2]
+    assert results["messages"][0]["exchange_per_collective"] > 0
     assert one["speed_to_one_process"] == 1.0
     assert [each["ranks"] for each in results["left_out"]] == [1, 2]
     assert "65,520 tokens on 1 ranks: 0.1 GiB" in generation.text(results)
     assert (tmp_path / "generate.png").read_bytes().startswith(b"\x89PNG")
+
+
+COMMITTED = sorted((ROOT / "docs" / "benchmarks").glob("generate*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_the_document_has_what_is_committed(path: Path) -> None:
+    results = json.loads(path.read_text())
+    assert path.stem == generation.name(results)
+    assert generation.text(results) in (ROOT / "docs" / "generation.md").read_text()
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_what_is_committed_is_predicted_by_the_formulas_as_they_are(path: Path) -> None:
+    results = json.loads(path.read_text())
+    case = TypeAdapter(Case).validate_python(results["case"])
+    profiles = {each["ranks"]: Cluster.of(each["cluster"]) for each in results["profiles"]}
+    for each in results["records"]:
+        frames = each["visual_tokens"] // case.frame_tokens
+        job = Job(case, (frames,), results["new_tokens"], results["dtype"])
+        predicted = generation.predict(job, frames, profiles[each["ranks"]])
+        for name in ("token_s", "kept_bytes", "peak_bytes"):
+            assert predicted[name] == pytest.approx(each["predicted"][name])

@@ -21,9 +21,9 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from ds_lvx.models.concatenated.files import CHAT_TEMPLATE
 from ds_lvx.models.llava_onevision import batch as batches
 from ds_lvx.models.media import Held, Medium, Shown
-from ds_lvx.models.qwen2_5_vl.processor import CHAT_TEMPLATE
 from ds_lvx.models.remote import read_json
 from ds_lvx.models.visual import PIXELS
 

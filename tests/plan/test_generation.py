@@ -1,0 +1,108 @@
+"""What the planner says of generation, against numbers that are counted by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from ds_lvx.cli import main
+from ds_lvx.plan.cluster import Cluster, Device, KernelTime, Link
+from ds_lvx.plan.generation import best, generation, generations
+from ds_lvx.plan.models import model
+from ds_lvx.plan.scenario import Scenario
+
+# An 11B model: 32 layers of text, 8 of cross-attention, 8 heads of K and V of 128, 6404 tokens a
+# frame. 16 frames are 102,464 visual tokens.
+SCENARIO = Scenario(model("Llama-3.2-11B-Vision"), text_tokens=100, frames=16)
+LAYER = 4096 * 4096 * 2 + 3 * 4096 * 14_336
+KERNEL = KernelTime(call_s=0.0, pair_s=0.0, key_s=1e-12, row_s=0.0)
+DEVICE = Device(
+    name="cpu",
+    memory_bytes=64 * 2**30,
+    whole=KERNEL,
+    partial=KERNEL,
+    backward=KERNEL,
+    matmul_flops=1e15,
+    stream_bytes_per_s=1e15,
+    operation_s=0.0,
+    call_s=0.0,
+    weights_bytes_per_s=1e12,
+    layer_s=1e-4,
+    token_s=1e-3,
+)
+LINK = Link.of(1e9, 1e-3)
+CLUSTER = Cluster(DEVICE, 4, 1, LINK, LINK, "made up")
+
+
+def test_a_token_by_part() -> None:
+    found = generation(SCENARIO, CLUSTER, ranks=4, new_tokens=20)
+    weights = 32 * (LAYER + 2 * 4096 * 1024) + 8 * LAYER + 128_256 * 4096
+    text = 110 * 2 * 32 * 1024  # half of the answer is there
+    assert found.token["weights and text"] == pytest.approx(2 * (weights + text) / 1e12)
+    assert found.token["host"] == pytest.approx(1e-3 + 40 * 1e-4)
+    # Four frames, each number of K and V once; what is merged is next to nothing.
+    assert found.token["visual keys"] == pytest.approx(8 * 4 * 6404 * 1024 * 1e-12, rel=1e-3)
+    # To three others: lse and out of 32 heads in fp32. A hop of an all-gather has a fifth of the
+    # latency.
+    message = 3 * (32 * 4 + 32 * 128 * 4)
+    assert found.token["network"] == pytest.approx(8 * (message / 1e9 + 3 * 2e-4))
+    assert found.bytes_sent == 8 * message + 3 * 16
+    assert found.tokens_per_s == pytest.approx(1 / sum(found.token.values()))
+    assert found.seconds == pytest.approx(found.prompt_s + 19 * found.token_s)
+
+
+def test_one_rank_sends_nothing_and_a_gpu_hides_its_host() -> None:
+    alone = generation(SCENARIO, CLUSTER, ranks=1, new_tokens=20)
+    assert alone.bytes_sent == alone.token["network"] == alone.prompt["network"] == 0
+    on_gpu = replace(CLUSTER, device=replace(DEVICE, name="H100"))
+    found = generation(SCENARIO, on_gpu, ranks=1, new_tokens=20)
+    assert sum(alone.token.values()) - alone.token["host"] > alone.token["host"]
+    assert found.token["host"] == 0
+
+
+def test_memory() -> None:
+    found = generation(SCENARIO, CLUSTER, ranks=4, new_tokens=20).held
+    tokens = 4 * 6404
+    assert found.weights == 2 * SCENARIO.model.parameters
+    assert found.keys == 8 * tokens * 2 * 1024 * 2
+    assert found.text == 120 * 32 * 2 * 1024 * 2
+    assert found.peak == found.weights + max(found.prompt, found.keys + found.text)
+    # Without a tower: the features, K and V of seven layers, K of the eighth in its norm.
+    narrow = replace(SCENARIO.model, tower=replace(SCENARIO.model.tower, hidden=1))
+    prompt = generation(
+        replace(SCENARIO, model=narrow), CLUSTER, ranks=4, new_tokens=20
+    ).held.prompt
+    visual = tokens * (2 * 4096 + 7 * 2 * 1024 * 2 + 1024 * (2 + 8))
+    assert prompt == visual + found.text + 34 * 100 * 4096
+
+
+def test_every_group_is_looked_at_and_the_quickest_that_fits_is_best() -> None:
+    found = generations(SCENARIO, CLUSTER, new_tokens=20)
+    assert [each.ranks for each in found] == [1, 2, 4]
+    small = replace(CLUSTER, device=replace(DEVICE, memory_bytes=found[0].held.peak - 1))
+    some = generations(SCENARIO, small, new_tokens=20)
+    assert [each.fits for each in some] == [False, True, True]
+    taken = best(some)
+    assert taken is not None
+    assert taken.tokens_per_s == max(each.tokens_per_s for each in some[1:])
+    assert best(some[:1]) is None
+
+
+def test_the_command_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--generate", "64", "--model", "Llama-3.2-11B-Vision", "--text", "100"]
+    words += ["--frames", "16", "--gpus", "4", "--card", "H100"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    for part in ("generates 64 tokens", "102,464 visual tokens", "Most tokens a second", "host"):
+        assert part in text
+    assert main([*words, "--json", "--group", "2"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    (only,) = record["generations"]
+    assert only == record["best"]
+    assert only["memory"]["keys"] == 8 * 8 * 6404 * 2 * 1024 * 2
+    assert main([*words[:3], "--model", "Qwen2.5-VL-7B", "--card", "H100"]) == 2
+    assert "among the text's" in capsys.readouterr().err
+    assert main([*words, "--group", "3"]) == 2
+    assert "expected one of [1, 2, 4]" in capsys.readouterr().err
