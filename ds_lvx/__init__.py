@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ds_lvx.attention.ring import ring_attention
     from ds_lvx.attention.sequence import gather_sequence
     from ds_lvx.attention.ulysses import ulysses_attention
+    from ds_lvx.attention.zigzag import zigzag
     from ds_lvx.config import LVXConfig
     from ds_lvx.distributed.groups import SequenceParallelGroups
     from ds_lvx.distributed.shutdown import shutdown
@@ -59,6 +60,7 @@ __all__ = [
     "shutdown",
     "traffic",
     "ulysses_attention",
+    "zigzag",
 ]
 
 _HOMES = {
@@ -83,6 +85,7 @@ _HOMES = {
     "shutdown": "distributed.shutdown",
     "traffic": "distributed.traffic",
     "ulysses_attention": "attention.ulysses",
+    "zigzag": "attention.zigzag",
 }
 
 # Of packages that need not be installed: they are no names of ``import *``.

@@ -128,8 +128,9 @@ def shard_batch(
     """A batch as a processor returns it -> this rank's shard, ready for ``model(**shard)``.
 
     Every rank of a sequence-parallel group calls it with the same text. The text is split evenly
-    by token, the frames by image as `owned` says. The loss of ``model(**shard)`` is this rank's
-    share: summed over the group it is the loss that one process computes (`mean_loss`).
+    by token (in runs or zigzag, by the config's ``text_order``), the frames by image as `owned`
+    says. The loss of ``model(**shard)`` is this rank's share: summed over the group it is the loss
+    that one process computes (`mean_loss`).
 
     Args:
         batch: what the processor of the model's family returns: ``input_ids [B, T]``, where they

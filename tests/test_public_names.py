@@ -37,6 +37,7 @@ SIGNATURES = {
     "owned": "count, *, groups=None, model=None, costs=None",
     "shard_batch": "batch, *, model, groups=None, frames='all'",
     "gather_sequence": "x, dim=1, *, groups=None, shard=None",
+    "zigzag": "length, *, groups=None",
     "mean_loss": "loss, *, groups=None",
     "merge_attention": "parts",
     "register_family": "model_type, family",

@@ -28,8 +28,8 @@ def gather_sequence(
         dim: the dimension that is split.
         groups: the groups; None is the current ones, or all ranks as one group.
         shard: what `ds_lvx.shard_batch` returned, where x ``[B, s, ...]`` has something of each of
-            its tokens, such as logits. Of a model whose visual tokens stand among the text's, a
-            rank's tokens are not side by side; with it they are put in order.
+            its tokens, such as logits. Under zigzag, and of a model whose visual tokens stand
+            among the text's, a rank's tokens are not side by side; with it they are put in order.
 
     Returns:
         The shards of all ranks, one after the other along ``dim``, or ``[B, T, ...]`` in the order

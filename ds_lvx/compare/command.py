@@ -26,7 +26,7 @@ from ds_lvx.compare.network import Network, NetworkError
 from ds_lvx.compare.operators import rank as operators
 from ds_lvx.compare.operators import subject as operators_subject
 from ds_lvx.compare.operators.rank import Contest
-from ds_lvx.compare.operators.tensors import DTYPES, VISIBILITIES, Shape
+from ds_lvx.compare.operators.tensors import DTYPES, ORDERS, VISIBILITIES, Shape
 from ds_lvx.compare.training import model
 from ds_lvx.config.registry import kernel_words
 from ds_lvx.config.words import nearest
@@ -68,6 +68,14 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument("--head-dim", type=int, default=64)
     lengths.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     lengths.add_argument("--visibility", choices=VISIBILITIES, default="all")
+    lengths.add_argument(
+        "--orders",
+        nargs="+",
+        choices=ORDERS,
+        default=ORDERS[:1],
+        help="which rows a rank holds of causal ones: a run, an early and a late piece, or both "
+        "ways beside each other",
+    )
     how = parser.add_argument_group("how")
     both = argparse.BooleanOptionalAction
     how.add_argument(
@@ -196,6 +204,12 @@ def contest_of(options: argparse.Namespace, ranks: int) -> tuple[Contest, dict[s
         features_dim=features_dim,
         **given("batch", "heads", "head_dim", "dtype", "visibility"),
     )
+    orders = tuple(dict.fromkeys(options.orders))
+    if "zigzag" in orders and shape.visibility != "causal":
+        raise ValueError(
+            f"--orders: got zigzag with --visibility {shape.visibility}; expected causal, which is "
+            "what it evens out"
+        )
     skipped = {}
     if "ulysses" in options.methods:
         try:
@@ -206,7 +220,7 @@ def contest_of(options: argparse.Namespace, ranks: int) -> tuple[Contest, dict[s
     if not able:
         raise ValueError(f"--methods: none is left: {'; '.join(skipped.values())}")
     how = given("recompute", "overlap", "kernel", "warmup", "repeats")
-    return Contest(shape, able, **how), skipped
+    return Contest(shape, able, orders=orders, **how), skipped
 
 
 def _methods_of(words: Sequence[str]) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ __all__ = [
 
 Features: TypeAlias = Literal["keep", "offload"]
 Across: TypeAlias = Literal["auto", "ring", "lvx"]
+TextOrder: TypeAlias = Literal["auto", "zigzag", "contiguous"]
 FlashAttention: TypeAlias = Literal["builtin", "FA3", "FA4"]
 _WORDS: dict[str, tuple[str, ...]] = {
     "method": method_words(),
@@ -52,6 +53,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "across": get_args(Across),
     "features": get_args(Features),
     "flash_attention": get_args(FlashAttention),
+    "text_order": get_args(TextOrder),
 }
 
 
@@ -119,6 +121,11 @@ class LVXConfig(BaseModel):
     loss_tiles: int = Field(default=1, ge=1)
     """Pieces of a rank's text of which logits and loss are computed one after the other, so that
     the logits of all its tokens never exist at once; 1: all of them, as the model does it."""
+
+    text_order: TextOrder = "auto"
+    """Which tokens of a causal text a rank holds: `contiguous`, a run of neighbours; `zigzag`, an
+    early and a late piece, so that ring and lvx have as much to do on every rank; or `auto`,
+    zigzag where one of them or a hybrid runs in the text's layers."""
 
     flash_attention: FlashAttention = "builtin"
     """Which FlashAttention is behind PyTorch's operators: its own, or version 3 or 4 where it is

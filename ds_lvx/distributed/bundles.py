@@ -110,7 +110,7 @@ def pack_rows(tensors: Sequence[Tensor] | Unwritten, dims: Sequence[int]) -> Ten
         device, write = tensors.device, tensors.write
     else:
         alone = tensors[0].movedim(dims[0], 0)
-        if len(tensors) == 1 and alone.is_contiguous() and alone.numel():
+        if len(tensors) == 1 and alone.is_contiguous() and alone.numel() > 1:  # 1 has any stride
             return alone.view(-1).view(torch.uint8).view(len(alone), -1)
         device, write = tensors[0].device, partial(_copy, tensors)
     of_rows = [_row_of(spec, dim) for spec, dim in zip(specs, dims, strict=True)]

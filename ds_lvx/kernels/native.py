@@ -179,6 +179,8 @@ def _blocks(problem: Problem, *, fused: bool) -> tuple[Block, ...]:
     keys = max(min(budget // rows, most), _MIN_KEYS)
     if problem.rule is None:
         return whole_blocks(seqlen_q, k.shape[1], rows, keys, masked=False)
+    if cpu and keys >= k.shape[1]:  # of a causal square a quarter is then left out
+        rows, keys = (min(n, max(-(-n // 2), _MIN_KEYS)) for n in (rows, k.shape[1]))
     return problem.rule.blocks(queries_per_block=rows, keys_per_block=keys)
 
 

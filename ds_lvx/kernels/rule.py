@@ -9,9 +9,11 @@ Legend: B batch, S queries, T keys, R runs of queries that follow each other and
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,6 +25,9 @@ from ds_lvx.kernels.visibility import Visibility
 
 ALL = slice(None)
 _INT32 = torch.iinfo(torch.int32)
+_APART = 64
+"""A block ends where the next position is so far away, with as many keys or queries on each side:
+a shard may have an early and a late piece of a text, of which only one is seen."""
 
 
 class Structure(StrEnum):
@@ -175,13 +180,14 @@ def whole_blocks(
     """All queries and keys in blocks of these sizes, whoever sees what."""
     return tuple(
         Block(queries, keys, masked)
-        for keys in _slices(seqlen_kv, keys_per_block)
-        for queries in _slices(seqlen_q, queries_per_block)
+        for keys in _slices(slice(0, seqlen_kv), keys_per_block)
+        for queries in _slices(slice(0, seqlen_q), queries_per_block)
     )
 
 
-def _slices(length: int, size: int) -> list[slice]:
-    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
+def _slices(piece: slice, size: int) -> list[slice]:
+    firsts = range(piece.start, piece.stop, size)
+    return [slice(first, min(first + size, piece.stop)) for first in firsts]
 
 
 def _rises(values: Tensor) -> bool:
@@ -193,31 +199,47 @@ def _narrowed(rule: Visibility, queries_per_block: int, keys_per_block: int) -> 
     seqlen_q, seqlen_kv = rule.q_start.shape[1], rule.kv_pos.shape[1]
     if 0 in (seqlen_q, seqlen_kv):
         return ()
-    starts = _starts_of_runs(rule, queries_per_block)
+    pieces = _pieces(rule.kv_pos)
+    slices = [part for piece in pieces for part in _slices(piece, keys_per_block)]
+    extremes = [_extremes(rule.kv_pos[:, piece], keys_per_block) for piece in pieces]
+    low, high = (torch.cat(each, dim=1)[:, None] for each in zip(*extremes, strict=True))
+    of_rows = [part for piece in _pieces(rule.q_end) for part in _slices(piece, queries_per_block)]
+    begins = {part.start for part in of_rows}
+    starts = _starts_of_runs(rule, begins)
     start, end = rule.q_start[:, starts, None], rule.q_end[:, starts, None]
-    low, high = (extremes[:, None] for extremes in _extremes(rule.kv_pos, keys_per_block))
     sees_some = ((start <= high) & (low < end) & (start < end)).any(dim=0)  # [R, blocks]
     sees_all = ((start <= low) & (high < end)).all(dim=0)
     stops = [*starts[1:].tolist(), seqlen_q]
     firsts = starts.tolist()
-    rows = [i for i, first in enumerate(firsts) if first % queries_per_block == 0]
+    rows = [i for i, first in enumerate(firsts) if first in begins]
     by_rows = [
         _runs_of_blocks(sees_some[i:j], sees_all[i:j], i)
         for i, j in zip(rows, [*rows[1:], len(firsts)], strict=True)
     ]
     return tuple(
         Block(slice(firsts[run[0]], stops[run[1]]), keys, masked=not run[2])
-        for number, keys in enumerate(_slices(seqlen_kv, keys_per_block))
+        for number, keys in enumerate(slices)
         for runs in by_rows
         if (run := runs[number])[0] >= 0
     )
 
 
-def _starts_of_runs(rule: Visibility, size: int) -> Tensor:
-    """Where queries begin that see something else than the one before, or a block of ``size``."""
+def _pieces(values: Tensor) -> list[slice]:
+    """What lies between positions ``[B, length]`` that are far apart; see `_APART`."""
+    length = values.shape[1]
+    apart = (values.diff(dim=1).abs() > _APART).any(dim=0)
+    ends = [0]
+    for end in (apart.nonzero()[:, 0] + 1).tolist():
+        if end - ends[-1] >= _APART <= length - end:
+            ends.append(end)
+    return [slice(*each) for each in pairwise([*ends, length])]
+
+
+def _starts_of_runs(rule: Visibility, blocks: Collection[int]) -> Tensor:
+    """Where queries begin that see something else than the one before, or a block."""
     seqlen = rule.q_start.shape[1]
     begins = torch.zeros(seqlen, dtype=torch.bool)
-    begins[::size] = True
+    begins[[*blocks]] = True
     for ranges in (rule.q_start, rule.q_end):
         begins[1:] |= (ranges[:, 1:] != ranges[:, :-1]).any(dim=0)
     return begins.nonzero()[:, 0]

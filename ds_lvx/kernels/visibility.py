@@ -73,8 +73,8 @@ class Visibility:
 
         return cls(full(seqlen_q, 0), full(seqlen_q, 1), full(seqlen_kv, 0))
 
-    def part(self, queries: slice, keys: slice) -> Visibility:
-        """Some of the queries over some of the keys, as views."""
+    def part(self, queries: slice | Tensor, keys: slice | Tensor) -> Visibility:
+        """Some of the queries over some of the keys, by their places; of slices views."""
         return Visibility(self.q_start[:, queries], self.q_end[:, queries], self.kv_pos[:, keys])
 
     def contiguous(self) -> Visibility:

@@ -9,13 +9,14 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ds_lvx.attention.features import FeatureGradient
 from ds_lvx.attention.layout import Layout
+from ds_lvx.attention.zigzag import dealt
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.kernels.visibility import Visibility
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 IGNORED_LABEL = -100
 TEXT_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
 ITEMS_KEY = "num_items_in_batch"
+
+Here: TypeAlias = slice | Tensor
+"""A rank's part of the text: neighbouring tokens, or int64 ``[s]``, their places."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +119,14 @@ class ShardedBatch:
         return self.text.q_lengths
 
     @property
+    def places(self) -> Tensor:
+        """int64 ``[s]`` on the CPU: this rank's tokens of a text whose rows are cut alike."""
+        here = span(self.text_lengths, self.channel.rank)
+        if self.order is None:
+            return torch.arange(here.start, here.stop)
+        return self.order[0].argsort()[here]
+
+    @property
     def kv_lengths(self) -> tuple[int, ...] | None:
         """Visual tokens by rank, or None when no layer is to look at images."""
         return None if self.cross is None else self.cross.kv_lengths
@@ -187,6 +199,7 @@ class Text:
         position_ids: ``[B, T]`` or ``[1, T]``, or None.
         labels: ``[B, T]``, -100 where nothing is to be learnt, or None.
         items: what the sum of the losses is divided by; None: the labelled tokens of this batch.
+        held: int64 ``[T]``, the tokens of all ranks, one rank after the other; None: in order.
     """
 
     input_ids: Tensor
@@ -194,6 +207,7 @@ class Text:
     position_ids: Tensor | None
     labels: Tensor | None
     items: float | None = None
+    held: Tensor | None = None
     stays_sharded: ClassVar[bool] = False
     """In generation a rank keeps the keys of its part of a prompt, and none has all."""
 
@@ -244,9 +258,22 @@ class Text:
         """The same for ``size`` ranks, where who holds what has to be found once."""
         return self
 
+    def zigzag(self, size: int) -> Self:
+        """The same with an early and a late piece on each of ``size`` ranks
+        (`ds_lvx.attention.zigzag`); a text of a class that cuts it otherwise stays as it is."""
+        length = self.shape[1]
+        cut_evenly = self.order() is None and self.lengths(size) == split(length, size)
+        return replace(self, held=torch.cat(dealt(length, size))) if cut_evenly else self
+
     def order(self) -> Tensor | None:
         """See `ShardedBatch.order`."""
-        return None
+        return None if self.held is None else self.held.argsort().expand(self.shape)
+
+    def by_rank(self, rule: Visibility | None, *, keys: bool = False) -> Visibility | None:
+        """A rule of the text's queries (and ``keys``) in order, or None, by the order of ranks."""
+        if rule is None or self.held is None:
+            return rule
+        return rule.part(self.held, self.held if keys else slice(None)).contiguous()
 
     def lengths(self, size: int) -> tuple[int, ...]:
         """Tokens by rank, of ``size`` ranks.
@@ -262,9 +289,10 @@ class Text:
             )
         return split(length, size)
 
-    def part(self, rank: int, size: int) -> slice:
+    def part(self, rank: int, size: int) -> Here:
         """A rank's part of it."""
-        return span(self.lengths(size), rank)
+        here = span(self.lengths(size), rank)
+        return here if self.held is None else self.held[here]
 
     @property
     def divisor(self) -> float:
@@ -324,7 +352,7 @@ class Text:
                 "of its own, or attention_mask beside them, and a token sees all before it"
             )
 
-    def shard(self, here: slice) -> dict[str, Any]:
+    def shard(self, here: Here) -> dict[str, Any]:
         """The model's text arguments for the shard ``here``.
 
         Positions are those in the whole sequence. The labels are shifted over the whole sequence

@@ -31,6 +31,7 @@ from ds_lvx.models.batch import (
 from ds_lvx.models.behind import sharded_prompt
 from ds_lvx.models.contract import Family
 from ds_lvx.models.patch import KEYWORD, patched_attention
+from ds_lvx.models.prepare import PrepareText
 from ds_lvx.models.prompt import Prompt
 from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
 
@@ -230,26 +231,29 @@ class _Content:
     ) -> Any:
         """This rank's shard on the model's device, knowing how many units each rank holds."""
         (rank, size), device = self.place, device_of(model)
-        here = self.text.part(rank, size)
+        text = self.text.zigzag(size) if size > 1 and zigzags(family, model) else self.text
+        here = text.part(rank, size)
         part = self._part(records, family=family, model=model, always_vision=always_vision)
-        keyword = self._keyword(part, channel=channel, device=device)
-        beside = part.visual.beside(rank, self.text, here)
-        shard = {**self.text.shard(here), **part.arguments, **beside}
+        keyword = self._keyword(text, part, channel=channel, device=device)
+        beside = part.visual.beside(rank, text, here)
+        shard = {**text.shard(here), **part.arguments, **beside}
         moved = {key: move(value, device) for key, value in shard.items()}
         return {**moved, **family.always, KEYWORD: keyword}
 
-    def _keyword(self, part: _Part, *, channel: Channel, device: torch.device) -> ShardedBatch:
-        lengths = self.text.lengths(channel.size)
+    def _keyword(
+        self, text: Text, part: _Part, *, channel: Channel, device: torch.device
+    ) -> ShardedBatch:
+        lengths, mask = text.lengths(channel.size), part.row_mask
         keyword = ShardedBatch.of(
             channel=channel,
             text_lengths=lengths,
             kv_lengths=part.kv_lengths,
-            text_rule=self.text.visibility(),
-            cross_rule=part.rule,
-            row_mask=part.row_mask,
+            text_rule=text.by_rank(text.visibility(), keys=True),
+            cross_rule=text.by_rank(part.rule),
+            row_mask=mask if mask is None or text.held is None else mask[:, text.held],
             device=device,
-            others=part.visual.layouts(self.text, channel=channel, lengths=lengths, device=device),
-            order=self.text.order(),
+            others=part.visual.layouts(text, channel=channel, lengths=lengths, device=device),
+            order=text.order(),
         )
         return replace(keyword, among=self.visual.among(channel.size))
 
@@ -271,7 +275,7 @@ class _Content:
                 self.text,
                 part.visual,
                 {**part.arguments, **beside},
-                keyword=self._keyword(part, channel=channel, device=device),
+                keyword=self._keyword(self.text, part, channel=channel, device=device),
                 device=device,
             )
         beside = part.visual.beside(rank, self.text, slice(0, self.text.shape[1]))
@@ -284,7 +288,7 @@ class _Content:
         positions = part.visual.prompt_positions(self.text)
         split = None
         if size > 1 and self.text.shape[1] >= SPLIT_TOKENS and splits_prompt(family, model):
-            split = self._keyword(part, channel=channel, device=device)
+            split = self._keyword(self.text, part, channel=channel, device=device)
             split = replace(split, split=True)
         prompt = Prompt(
             channel=channel,
@@ -374,6 +378,12 @@ def splits_prompt(family: Family, model: torch.nn.Module) -> bool:
     found = map(patched_attention, model.modules())
     plans = [each.plan for each in found if each is not None and each.plan.kind == "self"]
     return family.splits_prompt and not any(plan.recompute_kv for plan in plans)
+
+
+def zigzags(family: Family, model: torch.nn.Module) -> bool:
+    """Whether an early and a late piece of the text go to each rank, as `PrepareText` has it."""
+    hooks = family.text_model(model)._forward_pre_hooks.values()
+    return any(isinstance(hook, PrepareText) and hook.zigzag for hook in hooks)
 
 
 def _check_keys(batch: Mapping[str, Any], family: Family, frames: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ds_lvx.attention.features import share
 from ds_lvx.config import LVXConfig
+from ds_lvx.config.registry import AUTO
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.contract import Family
-from ds_lvx.models.layers import make_plans
+from ds_lvx.models.layers import LayerPlan, make_plans
 from ds_lvx.models.patch import KEYWORD, Hook, Patch, is_prepared
 from ds_lvx.models.tiled_loss import install
 
@@ -35,7 +36,10 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
     for attention in attentions:
         attention.install()
     hook = PrepareText(
-        family, sp_size, chunked=[plan.kind for plan in plans if plan.chunk_tokens()]
+        family,
+        sp_size,
+        chunked=[plan.kind for plan in plans if plan.chunk_tokens()],
+        zigzag=deals_zigzag(plans, config.text_order),
     )
     family.text_model(model).register_forward_pre_hook(hook, with_kwargs=True)
     # Before what a family puts in the place of the loss function, and undone after it.
@@ -48,12 +52,32 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
     return Patch(model, layers, plans)
 
 
-class PrepareText(Hook):
-    """A forward pre-hook of the text model: checks a sharded batch and hands it what it misses."""
+def deals_zigzag(plans: Sequence[LayerPlan], text_order: str) -> bool:
+    """Whether the ranks get an early and a late piece of the text each, not one run.
 
-    def __init__(self, family: Family, sp_size: int, *, chunked: Collection[str] = ()) -> None:
+    Args:
+        plans: of all attention layers.
+        text_order: as `ds_lvx.config.LVXConfig` has it.
+    """
+    if text_order != AUTO:
+        return text_order == "zigzag"
+    uneven = ("ring", "lvx", "hybrid")  # in runs of a causal text
+    return any(plan.kind == "self" and plan.method in uneven for plan in plans)
+
+
+class PrepareText(Hook):
+    """A forward pre-hook of the text model: checks a sharded batch and hands it what it misses.
+
+    Attributes:
+        zigzag: how the batches' text is to be cut.
+    """
+
+    def __init__(
+        self, family: Family, sp_size: int, *, chunked: Collection[str] = (), zigzag: bool = False
+    ) -> None:
         self.family = family
         self.sp_size = sp_size
+        self.zigzag = zigzag
         self.chunked = sorted({*chunked})  # kinds of layers that project in chunks
 
     def __call__(

@@ -22,7 +22,7 @@ from torch import Tensor
 from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import Text, digest, span, split
+from ds_lvx.models.batch import Here, Text, digest, span, split
 
 PADDING = -1
 PIXELS = "pixel_values"
@@ -224,13 +224,13 @@ class Visual:
         """
         return None
 
-    def beside(self, rank: int, text: Text, here: slice) -> dict[str, Any]:
+    def beside(self, rank: int, text: Text, here: Here) -> dict[str, Any]:
         """Further arguments of the model: what follows from the whole text and all units.
 
         Args:
             rank: whose arguments.
             text: the whole text.
-            here: this rank's part of it.
+            here: this rank's part of it, for ``whole[:, here]``: a slice, or places under zigzag.
         """
         return {}
 

@@ -82,6 +82,34 @@ def test_every_method_is_checked_counted_and_timed(tmp_path: Path) -> None:
     assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_zigzag_is_measured_beside_contiguous() -> None:
+    """Both ways against the oracle, then timed; the processor's own seconds of every rank."""
+    shape = replace(TINY, seqlen_kv=9, visibility="causal")
+    request = replace(
+        ONCE, shape=shape, methods=("lvx-ring", "ring", "none"), orders=("contiguous", "zigzag")
+    )
+    answers = [answer for (answer,) in run_ranks(measured, 3, [request])]
+    results = assembled(request, json.loads(json.dumps(answers)))
+    labels = ["lvx-ring", "ring", "none", "lvx-ring zigzag", "ring zigzag"]
+    assert [record["method"] for record in results["records"]] == labels
+    exact = {d["one"] for d in results["largest_differences"] if d["other"] == exactness.EXACT}
+    assert exact == set(labels) - {"none"}
+    bytes_sent = {record["method"]: record["bytes_sent"] for record in results["records"]}
+    assert bytes_sent["ring zigzag"] == bytes_sent["ring"]
+    for record in results["records"]:
+        assert len(record["kernels_processor_s"]) == len(record["ranks"])
+    assert subject.name(results) == "compare-q9-kv9-ranks3-causal-zigzag"
+    assert "| kernels a rank, processor s |" in subject.text(results)
+    subject.draw(results)
+
+
+def test_zigzag_is_of_causal_text() -> None:
+    asked = options("--orders", "zigzag", "--visibility", "frames")
+    command.settle_measurement(asked)
+    with pytest.raises(ValueError, match="--orders: got zigzag with --visibility frames; expected"):
+        command.contest_of(asked, 2)
+
+
 @pytest.mark.slow
 def test_bytes_are_those_of_the_formulas() -> None:
     answers = [answer for (answer,) in run_ranks(measured, 3, [ONCE])]

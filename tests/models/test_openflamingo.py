@@ -97,6 +97,9 @@ def as_seen(
         valid = batch["attention_mask"][..., None]
         logits.append([expected["logits"][step][0] * valid])
         lengths = [result["logits"][step].shape[1] for result in results]
+        order = results[0]["shards"][step]
+        if order is not None:
+            valid = valid[:, order[0].argsort()]
         for result, here in zip(results, valid.split(lengths, dim=1), strict=True):
             result["logits"][step] = result["logits"][step] * here
     return {**expected, "logits": logits}

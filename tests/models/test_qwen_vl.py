@@ -63,6 +63,9 @@ def without_padding(results: list[dict[str, Any]], batches: list[Batch]) -> list
     """
     for step, batch in enumerate(batches):
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).unsqueeze(-1)
+        order = results[0]["shards"][step] if "shards" in results[0] else None
+        if order is not None:
+            mask = mask[:, order[0].argsort()]
         first = 0
         for result in results:
             found = result["logits"][step]

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from ds_lvx.compare.harness import GATHERED, joined, meet, now, own_device
 from ds_lvx.compare.network import carried_since, own_counters
 from ds_lvx.compare.operators import exactness
 from ds_lvx.compare.operators.attend import NotingKernel, attend, recomputes
-from ds_lvx.compare.operators.tensors import Shape, Shards, make_shards
+from ds_lvx.compare.operators.tensors import ORDERS, Shape, Shards, make_shards
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.pending import without_overlap
 from ds_lvx.distributed.traffic import traffic
@@ -36,6 +38,8 @@ class Contest:
     recompute: bool = False
     overlap: bool = True  # transfers run under computation
     kernel: str = "auto"  # as in `ds_lvx.lv_xattn`
+    # Some of `tensors.ORDERS`: who holds what, each by all methods but ``none``.
+    orders: Sequence[str] = ORDERS[:1]
     warmup: int = 2  # rounds, in each of which every method has one step
     repeats: int = 10  # likewise
 
@@ -62,7 +66,12 @@ def measure(contest: Contest) -> dict[str, Any]:
     result: dict[str, Any] = {"rank": world.rank, "differences": differences, "methods": {}}
     if any(record["disagree"] for record in records):
         return result
-    turns = _turns(contest, contest.shape, world, device)
+    turns = {
+        labelled(method, order): turn
+        for order in contest.orders
+        for method, turn in _turns(contest, replace(contest.shape, order=order), world, device)
+        if order == contest.orders[0] or method != "none"
+    }
     with nullcontext() if contest.overlap else without_overlap():
         for counts in [False] * contest.warmup + [True] * contest.repeats:
             for turn in turns.values():
@@ -79,13 +88,20 @@ def measure(contest: Contest) -> dict[str, Any]:
     return result
 
 
+def labelled(method: str, order: str) -> str:
+    """The name of a method's record."""
+    return method if order == ORDERS[0] else f"{method} {order}"
+
+
 def check(contest: Contest, world: Channel, device: torch.device) -> list[exactness.Difference]:
     """This rank's differences: a small shape against the oracle, the whole shape among methods."""
     found = []
-    for name, shape in (("small", exactness.small(contest.shape)), ("whole", contest.shape)):
+    shapes = {"small": exactness.small(contest.shape), "whole": contest.shape}
+    for order, (name, of_any) in product(contest.orders, shapes.items()):
+        shape = replace(of_any, order=order)
         results = {
-            method: turn.results()
-            for method, turn in _turns(contest, shape, world, device).items()
+            labelled(method, order): turn.results()
+            for method, turn in _turns(contest, shape, world, device)
             if method != "none"
         }
         if name == "small":
@@ -95,15 +111,17 @@ def check(contest: Contest, world: Channel, device: torch.device) -> list[exactn
     return found
 
 
-def _turns(contest: Contest, shape: Shape, world: Channel, device: torch.device) -> dict[str, Turn]:
+def _turns(
+    contest: Contest, shape: Shape, world: Channel, device: torch.device
+) -> list[tuple[str, Turn]]:
     mine = make_shards(shape, ranks=world.size, shards=[world.rank], device=device)
     whole = mine
     if "none" in contest.methods and world.rank == 0:
         whole = make_shards(shape, ranks=world.size, shards=range(world.size), device=device)
-    return {
-        method: Turn(method, contest, whole if method == "none" else mine, world)
+    return [
+        (method, Turn(method, contest, whole if method == "none" else mine, world))
         for method in contest.methods
-    }
+    ]
 
 
 class Turn:
@@ -112,7 +130,8 @@ class Turn:
     Attributes:
         takes_part: whether this rank has anything to do; else it waits.
         schedule: of lvx, not ``auto`` any more; known after the first `kernels`.
-        seconds: of ``step`` and of ``kernels``, by pass, of every one that counts.
+        seconds: of ``step`` and of ``kernels``, by pass, of every one that counts; of ``kernels``
+            also those of this process's processor, which no other rank takes from it.
     """
 
     def __init__(self, method: str, contest: Contest, shards: Shards, world: Channel) -> None:
@@ -121,6 +140,7 @@ class Turn:
         self.seconds: dict[str, dict[str, list[float]]] = {
             what: {"forward_s": [], "backward_s": []} for what in ("step", "kernels")
         }
+        self.seconds["kernels"]["processor_s"] = []
         self._shards = shards
         self._world = world
         # Of as many shards of keys as the method projects here.
@@ -162,6 +182,7 @@ class Turn:
         if self._noted is None:
             return
         noting, in_forward = self._noted
+        busy = time.process_time()
         projected = self._project()
         noting.repeat(0, in_forward)
         middle = now()
@@ -170,6 +191,8 @@ class Turn:
             if self._again:
                 projected = self._project()
             torch.autograd.backward(projected, [k.detach() for k in projected])
+        if counts:
+            self.seconds["kernels"]["processor_s"].append(time.process_time() - busy)
         self._done("kernels", begin, middle, counts=counts)
 
     def _done(self, what: str, begin: float, middle: float, *, counts: bool) -> None:

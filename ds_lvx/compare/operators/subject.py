@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +14,7 @@ from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
 from ds_lvx.compare.operators.exactness import Difference
 from ds_lvx.compare.operators.rank import Contest
+from ds_lvx.compare.operators.tensors import ORDERS
 
 PEERS = ("ring", "ulysses", GATHERED)
 
@@ -99,6 +101,8 @@ def _records(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "interface_over_traffic": _interface_over_traffic(ranks),
             "ranks": ranks,
         }
+        processor_s = [statistics.median(rank["kernels"]["processor_s"]) for rank in ranks]
+        record["kernels_processor_s"] = processor_s
         step_s, kernels_s = record["step_s"]["median"], record["kernels_s"]["median"]
         record |= {"exposed_s": step_s - kernels_s, "step_over_kernels": step_s / kernels_s}
         found.append(record)
@@ -148,6 +152,7 @@ def name(results: Results) -> str:
         "" if shape["visibility"] == "all" else shape["visibility"],
         "" if shape["features_dim"] is None else ("features", "recompute")[results["recompute"]],
         "" if results["overlap"] else "no-overlap",
+        "-".join(order for order in _orders(results) if order != ORDERS[0]),
     ]
     where = "" if network is None else "-" + network["name"].replace(",", "-")
     return "-".join(filter(None, words)).replace(",", "") + where
@@ -170,6 +175,7 @@ def text(results: Results) -> str:
         "kernels alone, s": lambda r: _seconds(r["kernels_s"]["median"]),
         "step / kernels": lambda r: f"{math.ceil(r['step_over_kernels'] * 100) / 100:.2f}",
         "sent a rank, MB": lambda r: f"{r['bytes_sent'] / 1e6:.3f}",
+        **(_BY_RANK if len(_orders(results)) > 1 else {}),
         **{f"x {peer}": faster(peer) for peer in PEERS if peer != GATHERED or peer in measured},
     }
     caption = [
@@ -200,6 +206,15 @@ def title(results: Results) -> str:
     return ", ".join(word for word, is_said in words.items() if is_said)
 
 
+def _orders(results: Results) -> Sequence[str]:
+    return results.get("orders", ORDERS[:1])  # older files have none
+
+
+_BY_RANK: Cells = {
+    "kernels a rank, processor s": lambda r: ", ".join(map(_seconds, r["kernels_processor_s"])),
+}
+
+
 def _ratio(ratio: float | None) -> str:
     return times(ratio, 2 if ratio is None or ratio < 10 else 1)
 
@@ -215,7 +230,7 @@ def draw(results: Results) -> Any:
     found = list(results["records"])[::-1]
     names, places = [record["method"] for record in found], range(len(found))
     colours = {"lvx": "C2", "ring": "C3", "ulysses": "C0", GATHERED: "C1", "none": "C7"}
-    own = [colours[method.partition("-")[0]] for method in names]
+    own = [colours[method.partition(" ")[0].partition("-")[0]] for method in names]
     figure = Figure(figsize=(10, 1.6 + 0.45 * len(found)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     figure.suptitle(f"{title(results)} ({results['kind']})", fontsize=9)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ds_lvx.attention.zigzag import dealt
 from ds_lvx.kernels.visibility import Visibility
 
 DTYPES = {
@@ -19,6 +20,7 @@ DTYPES = {
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 }
 VISIBILITIES = ("all", "causal", "frames", "prefix")
+ORDERS = ("contiguous", "zigzag")
 FRAMES = 16
 FRAMES_SEEN = 4
 
@@ -43,6 +45,8 @@ class Shape:
     # Width of the features that K and V are projected from; None for K and V as they are.
     features_dim: int | None = None
     frames: int = FRAMES  # that the keys are
+    # ``"contiguous"``, or ``"zigzag"``: an early and a late piece of a causal text on each rank.
+    order: str = ORDERS[0]
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -53,7 +57,11 @@ class Shape:
                 f"--kv-heads: got {self.kv_heads} for {self.heads} query heads; expected a divisor "
                 f"of {self.heads}"
             )
-        for name, known in (("dtype", tuple(DTYPES)), ("visibility", VISIBILITIES)):
+        for name, known in (
+            ("dtype", tuple(DTYPES)),
+            ("visibility", VISIBILITIES),
+            ("order", ORDERS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"--{name}: got {getattr(self, name)!r}; expected one of {list(known)}"
@@ -163,13 +171,15 @@ def make_shards(
         for name in ("k_proj", "v_proj"):
             weight = _randn(size, name, device) * shape.features_dim**-0.5
             keys[name] = _leaf(weight.to(shape.tensor_dtype))
-    rows = _indices(q_lengths, own, device)
+    zigzag = shape.order == "zigzag"
+    rows = _indices(q_lengths, own, device, zigzag=zigzag)
+    columns = _indices(kv_lengths, shards, device, zigzag=zigzag)
     return Shards(
         _leaf(draw("q", *queries)),
         draw("dout", *queries),
         keys,
         shape.head_dim,
-        visibility(shape, rows, _indices(kv_lengths, shards, device)),
+        visibility(shape, rows, columns),
         visibility(shape, rows, torch.arange(shape.seqlen_kv, device=device)),
     )
 
@@ -183,10 +193,13 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
 
 
-def _indices(lengths: Sequence[int], shards: Sequence[int], device: torch.device) -> Tensor:
+def _indices(
+    lengths: Sequence[int], shards: Sequence[int], device: torch.device, *, zigzag: bool
+) -> Tensor:
     """Places of the shards' rows in the whole sequence."""
-    parts = torch.arange(sum(lengths), device=device).split(list(lengths))
-    return torch.cat([parts[shard] for shard in shards])
+    total = sum(lengths)
+    parts = dealt(total, len(lengths)) if zigzag else torch.arange(total).split(list(lengths))
+    return torch.cat([parts[shard] for shard in shards]).to(device)
 
 
 def visibility(shape: Shape, rows: Tensor, keys: Tensor) -> Visibility | None:

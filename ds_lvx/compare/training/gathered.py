@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.attention.sequence import gather_shards
-from ds_lvx.models.batch import ShardedBatch, Text, span, split
+from ds_lvx.models.batch import Here, ShardedBatch, Text, span, split
 from ds_lvx.models.concatenated.batch import PLACES, Sequences
 from ds_lvx.models.concatenated.deal import TEXT, Deal
 from ds_lvx.models.concatenated.family import Concatenated
@@ -78,11 +78,11 @@ class _Pieces(Sequences):
         column = torch.arange(length).repeat(rows, 1)
         return replace(self, deal=Deal(tuple(owner), column, split(length, size)))
 
-    def shard(self, here: slice) -> dict[str, Any]:
+    def shard(self, here: Here) -> dict[str, Any]:
         """As of `Sequences`, but all of ``input_ids``."""
         return {**super().shard(here), "input_ids": self.input_ids}
 
-    def places(self, here: slice) -> Tensor:
+    def places(self, here: Here) -> Tensor:
         """Of all units, in the whole rows: int64 ``[V]``."""
         return (self.number != TEXT).flatten().nonzero()[:, 0]
 

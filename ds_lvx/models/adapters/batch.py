@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx.models.batch import Text, span, split
+from ds_lvx.models.batch import Here, Text, span, split
 from ds_lvx.models.visual import COUNTS, PIXELS, Visual
 
 ROWS = "image_rows"
@@ -73,7 +73,7 @@ class Images(Visual):
         """Images by rank."""
         return tuple(self._held.sum(dim=1).tolist())
 
-    def beside(self, rank: int, text: Text, here: slice) -> dict[str, Any]:
+    def beside(self, rank: int, text: Text, here: Here) -> dict[str, Any]:
         """Where the rows of this rank's image tokens are to be found, and positions."""
         lengths = tuple((self._held.sum(dim=1) * self.unit_tokens).tolist())
         number = self.places.flatten().cumsum(0).view(self.places.shape) - 1

@@ -12,7 +12,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from ds_lvx.kernels.visibility import Visibility
-from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, Text
+from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, Here, Text
 from ds_lvx.models.patch import KEYWORD, Hook
 from ds_lvx.models.tiled_loss import share_of_loss
 
@@ -57,7 +57,7 @@ class WholeText(Text):
         """None: no sharded layer attends to it."""
         return None
 
-    def shard(self, here: slice) -> dict[str, Any]:
+    def shard(self, here: Here) -> dict[str, Any]:
         """The model's text arguments, and by what the sum of the losses is divided."""
         shard: dict[str, Any] = {"input_ids": self.input_ids}
         if self.attention_mask is not None:

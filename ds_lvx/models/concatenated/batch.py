@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Text, digest
+from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Here, Text, digest
 from ds_lvx.models.concatenated.deal import PADS, TEXT, Deal
 from ds_lvx.models.visual import Visual
 
@@ -143,7 +143,7 @@ class Sequences(Text):
         end = place + 1  # of what pads: 0, and it sees nothing
         return Visibility(torch.zeros_like(place), end, place.masked_fill(hidden, EVERYTHING))
 
-    def shard(self, here: slice) -> dict[str, Any]:
+    def shard(self, here: Here) -> dict[str, Any]:
         """The model's text arguments for a rank's part, with its positions in the whole."""
         column = self.settled.column[:, here]
         pads, at = column == PADS, column.clamp(min=0)
@@ -165,7 +165,7 @@ class Sequences(Text):
             shard[ITEMS_KEY] = self.divisor
         return shard
 
-    def places(self, here: slice) -> Tensor:
+    def places(self, here: Here) -> Tensor:
         """`PLACES` of a rank's part."""
         column = self.settled.column[:, here]
         unit = self.number.gather(1, column.clamp(min=0)).masked_fill(column == PADS, TEXT)
@@ -244,7 +244,7 @@ class Units(Visual):
             return torch.arange(text.shape[1]).expand(text.shape)
         return (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
 
-    def beside(self, rank: int, text: Text, here: slice) -> dict[str, Any]:
+    def beside(self, rank: int, text: Text, here: Here) -> dict[str, Any]:
         """Where the tokens of this rank's units are."""
         assert isinstance(text, Sequences)
         return {PLACES: text.places(here)}

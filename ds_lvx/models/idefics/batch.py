@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx.models.batch import Text
+from ds_lvx.models.batch import Here, Text
 from ds_lvx.models.visual import Runs, Visual
 
 PIXELS = "pixel_values"
@@ -47,7 +47,7 @@ class SeenImages(Runs):
 class Images(Visual):
     """The images of a batch, each of the same number of visual tokens."""
 
-    def beside(self, rank: int, text: Text, here: slice) -> dict[str, Any]:
+    def beside(self, rank: int, text: Text, here: Here) -> dict[str, Any]:
         """Positions as the model's own forward makes them: they skip padding, which has 1."""
         if text.position_ids is not None or text.attention_mask is None:
             return {}

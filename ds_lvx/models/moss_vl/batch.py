@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import Text, before
+from ds_lvx.models.batch import Here, Text, before
 from ds_lvx.models.moss_vl.grid import Grid, frame_positions, read_grid, text_positions
 from ds_lvx.models.visual import Runs, Visual
 
@@ -108,7 +108,7 @@ class Frames(Visual):
         position[rows, columns] = self.grid.index.to(torch.int32).repeat_interleave(tokens)
         return Visibility(self.runs.start, self.runs.end, position)
 
-    def beside(self, rank: int, text: Text, here: slice) -> dict[str, Any]:
+    def beside(self, rank: int, text: Text, here: Here) -> dict[str, Any]:
         """Positions of this rank's text and frames, and where its frames' tokens go."""
         positions, starts = self._positions(text)
         (mine,) = torch.where(self._holder == rank)

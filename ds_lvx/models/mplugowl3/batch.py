@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import Text, digest, split
+from ds_lvx.models.batch import Here, Text, digest, split
 from ds_lvx.models.visual import COUNTS, PIXELS, Runs, Visual, images_at_hand
 
 OFFSETS = "media_offset"
@@ -98,7 +98,7 @@ class Images(Visual):
         position = position.repeat_interleave(self.unit_tokens, dim=1)
         return Visibility(self.runs.start, self.runs.end, position)
 
-    def beside(self, rank: int, text: Text, here: slice) -> dict[str, Any]:
+    def beside(self, rank: int, text: Text, here: Here) -> dict[str, Any]:
         """Where this rank's images go, and where they stand in the text."""
         mine = self._holder == rank
         most = int(self._held()[rank].max())

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_lvx.attention.layout import Layout
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.models.attend import attend
-from ds_lvx.models.batch import ShardedBatch, span
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.patch import KEYWORD, ShardedForward, heads, refuse_dropout
 
@@ -78,7 +77,7 @@ class SelfAttention(ShardedForward):
 
         def settle() -> tuple[Tensor, Tensor]:
             slopes = (position_bias[:, 0, -1] - position_bias[:, 0, -2]) / scale
-            return columns(slopes, batch.text, dtype=q.dtype, head_dim=module.head_dim)
+            return columns(slopes, batch, dtype=q.dtype, head_dim=module.head_dim)
 
         of_queries, of_keys = batch.text.settled((BIAS, q.dtype, scale), settle)
         k = torch.cat((k, of_keys[:, None].expand(*k.shape[:3], -1)), dim=-1)
@@ -97,21 +96,20 @@ class SelfAttention(ShardedForward):
 
 
 def columns(
-    slopes: Tensor, text: Layout, *, dtype: torch.dtype, head_dim: int
+    slopes: Tensor, batch: ShardedBatch, *, dtype: torch.dtype, head_dim: int
 ) -> tuple[Tensor, Tensor]:
     """The further dimensions of q ``[H, n]`` and of this rank's k ``[s, n]``.
 
     Args:
         slopes: ``[H]``, of the scores before they are scaled.
-        text: the layout of the whole text.
+        batch: the keyword.
         dtype: of q and k.
         head_dim: D; with n it becomes a multiple of 8.
     """
-    length = sum(text.kv_lengths)
+    length = sum(batch.text_lengths)
     # From the middle: the smaller the numbers are, the finer is what fp32 keeps of their sums.
     places = torch.arange(length, dtype=torch.float64) - length // 2
-    here = span(text.kv_lengths, text.channel.rank)
-    of_keys = exact_parts(places, dtype, parts=_parts_of(places, dtype))[here]
+    of_keys = exact_parts(places, dtype, parts=_parts_of(places, dtype))[batch.places]
     of_keys = to_device(of_keys.contiguous(), slopes.device)
     # What fp32 keeps of a slope, in as many parts as that takes.
     of_queries = exact_parts(slopes.double(), dtype, parts=1 if dtype.itemsize > 2 else 3)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_lvx.kernels.transfer import to_device
 from ds_lvx.models.attend import attend
-from ds_lvx.models.batch import ShardedBatch, span
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.patch import ShardedForward, heads, refuse_dropout
 from ds_lvx.models.rotary import rotated
@@ -46,12 +47,10 @@ class Carried:
             text: the text model, with ``rotary_emb``.
             device: where it computes.
         """
-        lengths = batch.text_lengths
-        here = span(lengths, batch.channel.rank)
-        places = torch.arange(here.start, here.stop, device=device).float()
+        places = to_device(batch.places, device).float()
         size, base = int(text.rotary_emb.dim), float(text.rotary_emb.base)
         if text.use_dynamic_ntk and not text.training:
-            base *= _ntk_alpha(sum(lengths), text.seq_length) ** (size / (size - 2))
+            base *= _ntk_alpha(sum(batch.text_lengths), text.seq_length) ** (size / (size - 2))
         exponents = torch.arange(0, size, 2, device=device).float() / size
         angles = torch.outer(places, 1.0 / base**exponents)[None]
         angles = torch.cat((angles, angles), dim=-1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.models.adapters.batch import Images, check_pixels, images_of
-from ds_lvx.models.batch import Text
+from ds_lvx.models.batch import Here, Text
 from ds_lvx.models.visual import COUNTS, PIXELS, images_at_hand
 
 KEYS = (PIXELS, COUNTS)
@@ -27,7 +27,7 @@ _QUERIES = 256
 class Spans(Images):
     """Images whose places in the text no token of their own tells."""
 
-    def beside(self, rank: int, text: Text, here: slice) -> dict[str, Any]:
+    def beside(self, rank: int, text: Text, here: Here) -> dict[str, Any]:
         """See `Images.beside`; and the places."""
         return {**super().beside(rank, text, here), PLACES: self.places[:, here].contiguous()}
 

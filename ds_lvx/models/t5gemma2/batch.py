@@ -23,6 +23,7 @@ from ds_lvx.models.batch import (
     IGNORED_LABEL,
     ITEMS_KEY,
     TEXT_KEYS,
+    Here,
     ShardedBatch,
     Text,
     span,
@@ -47,7 +48,7 @@ class Answer(Text):
         """Tokens that are learnt."""
         return 0 if self.labels is None else int((self.labels != IGNORED_LABEL).sum())
 
-    def shard(self, here: slice) -> dict[str, Any]:
+    def shard(self, here: Here) -> dict[str, Any]:
         """The model's arguments for the shard ``here``, with its positions in the whole."""
         positions = self.position_ids
         if positions is None:
@@ -227,7 +228,7 @@ class Rows(Visual):
         if of_rows is not None:
             rules[f"encoder {SLIDING}"] = own, self._seen(of_rows)
         if of_text is not None:
-            causal = text.visibility()
+            causal = text.by_rank(text.visibility(), keys=True)
             assert causal is not None, "the decoder's text is cut"
             rules[SLIDING] = lengths, _recent(causal, of_text)
         return {
@@ -235,7 +236,7 @@ class Rows(Visual):
             for name, (each, rule) in rules.items()
         }
 
-    def beside(self, rank: int, text: Text, here: slice) -> dict[str, Any]:
+    def beside(self, rank: int, text: Text, here: Here) -> dict[str, Any]:
         """This rank's part of the rows, and where its images go in it."""
         column = self._settled.column[:, span(self.lengths(), rank)]
         pads, at = column == _PADS, column.clamp(min=0)
@@ -295,8 +296,7 @@ class Rows(Visual):
 
 def _recent(rule: Visibility, window: int) -> Visibility:
     """Causal attention to the last ``window`` tokens, as transformers' sliding mask has it."""
-    first = torch.arange(rule.q_start.shape[1], dtype=torch.int32) - window + 1
-    return replace(rule, q_start=torch.maximum(rule.q_start, first))
+    return replace(rule, q_start=torch.maximum(rule.q_start, rule.q_end - window))
 
 
 def encoder_layout(batch: ShardedBatch, layer_type: str) -> Layout:

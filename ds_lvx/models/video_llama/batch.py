@@ -18,7 +18,7 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import Visibility
 from ds_lvx.models.adapters.batch import Images, images_of, places_of
-from ds_lvx.models.batch import Text
+from ds_lvx.models.batch import Here, Text
 from ds_lvx.models.visual import COUNTS, images_at_hand
 
 PIXELS = "images"
@@ -43,7 +43,7 @@ class Frames(Images):
     video_tokens: int
     most: int
 
-    def beside(self, rank: int, text: Text, here: slice) -> dict[str, Any]:
+    def beside(self, rank: int, text: Text, here: Here) -> dict[str, Any]:
         """Which rows this rank's places take, and the numbers of its frames."""
         number = self.places.flatten().cumsum(0).view(self.places.shape) - 1
         before, mine = self._held[:rank].sum(dim=0), self._held[rank]
