@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from ds_lvx.config import zero_stage
 from ds_lvx.models.contract import Family
 from ds_lvx.models.registry import FAMILIES
+from ds_lvx.models.remote import read_config
 from ds_lvx.training.options import Options
 
 TINY = "tiny"
@@ -55,7 +55,7 @@ class Source:
             return cls(name, family, *family.tiny())
         _refuse_adapter(name, only_local=True)
         with _readable(name):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            config = read_config(name, trust_remote_code=trust_remote_code)
         family = _family(name, config.model_type)
         with _readable(name):
             return cls(name, family, config, family.load_processor(name), trust_remote_code)
@@ -83,8 +83,18 @@ class Source:
         """Compare the tokenizer with the model.
 
         Raises:
-            ValueError: it has tokens that the model has no output for.
+            ValueError: it has tokens that the model has no output for, or another image token.
         """
+        names = ("image_token_id", "image_token_index")
+        known = [getattr(self.config, name, None) for name in names]
+        of_model = next((each for each in known if each is not None), None)
+        of_text = self.processor.image_token_id
+        if of_model is not None and of_text != of_model:
+            raise ValueError(
+                f"--model: got {self.name}, a {self.config.model_type!r} whose image token is "
+                f"{of_model}, and a {type(self.processor).__name__} whose image token is "
+                f"{of_text}; expected the processor of the same model: copy its files again"
+            )
         text = self.config.get_text_config()
         outputs = int(text.vocab_size) + int(getattr(text, "additional_vocab_size", 0))
         tokens = self.processor.tokenizer.get_vocab()
@@ -115,7 +125,8 @@ def _family(name: str, model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(
             f"--model: got {name}, a model of type {model_type!r}; expected one of type "
-            f"{', '.join(map(repr, FAMILIES))}; take such a checkpoint"
+            f"{', '.join(map(repr, FAMILIES))}; take such a checkpoint: "
+            f"{FAMILIES.advice(model_type)}"
         )
     return FAMILIES.named(model_type)
 
