@@ -251,7 +251,7 @@ def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     losses = [row["loss"] for row in metrics(tmp_path / "out")[0]]
     assert len(losses) == 2
     model = Source.of(str(folder)).load(torch.float32)
-    start = [float(model(**batch).loss) for batch in whole_batches(folder, frames=3)]
+    start = [model(**batch).loss.item() for batch in whole_batches(folder, frames=3)]
     assert losses[0] in [pytest.approx(each, abs=1e-5) for each in start]
     trained = Source.of(str(tmp_path / "out" / "model")).load(torch.float32)
     moved = {
