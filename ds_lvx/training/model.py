@@ -85,15 +85,13 @@ class Source:
         Raises:
             ValueError: it has tokens that the model has no output for, or another image token.
         """
-        names = ("image_token_id", "image_token_index")
-        known = [getattr(self.config, name, None) for name in names]
-        of_model = next((each for each in known if each is not None), None)
-        of_text = self.processor.image_token_id
-        if of_model is not None and of_text != of_model:
+        of_model = _image_tokens(self.config, getattr(self.config, "encoder", None))
+        of_text = _image_tokens(self.processor, self.processor.tokenizer)
+        if of_model and of_text.isdisjoint(of_model):
             raise ValueError(
                 f"--model: got {self.name}, a {self.config.model_type!r} whose image token is "
-                f"{of_model}, and a {type(self.processor).__name__} whose image token is "
-                f"{of_text}; expected the processor of the same model: copy its files again"
+                f"{min(of_model)}, and a {type(self.processor).__name__} whose image token is "
+                f"{min(of_text)}; expected the processor of the same model: copy its files again"
             )
         text = self.config.get_text_config()
         outputs = int(text.vocab_size) + int(getattr(text, "additional_vocab_size", 0))
@@ -119,6 +117,13 @@ class Source:
         with _readable(self.name):
             trusts = {"trust_remote_code": True} if self.trust_remote_code else {}
             return self.family.load(self.name, dtype, **trusts)
+
+
+def _image_tokens(*holders: Any) -> set[int]:
+    """The ids that stand for images, by those who know some."""
+    names = ("image_token_id", "image_token_index")
+    found = (getattr(holder, name, None) for holder in holders for name in names)
+    return {each for each in found if isinstance(each, int)}
 
 
 def _family(name: str, model_type: str) -> Family:
