@@ -13,11 +13,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from ds_lvx.config import LVXConfig
 from ds_lvx.models import FAMILIES
 from ds_lvx.models.contract import Family
+from ds_lvx.models.remote import read_config
 from ds_lvx.models.size import Size
 from ds_lvx.plan.memory import Setting
 
@@ -189,7 +189,7 @@ def case_of(checkpoint: str, *, trust_remote_code: bool = False) -> Case:
             "comes with checkpoints; expected folder or hub name of one"
         )
     try:
-        config: Any = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        config = read_config(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--model: got {checkpoint!r}, which cannot be read ({error}); expected "
@@ -198,7 +198,7 @@ def case_of(checkpoint: str, *, trust_remote_code: bool = False) -> Case:
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"--model: got {checkpoint!r}, a model of type {config.model_type!r}; expected one of "
-            f"type {', '.join(map(repr, FAMILIES))}"
+            f"type {', '.join(map(repr, FAMILIES))}; {FAMILIES.advice(config.model_type)}"
         )
     _check_cross(checkpoint, config.model_type)
     case = Case.of(FAMILIES.named(config.model_type).size(config), config.model_type)

@@ -22,6 +22,8 @@ from ds_lvx.models.media import Shown
 IGNORED = -100
 _OFTEN = 4
 """Characters that a token often has."""
+_ASKED = ("tokenizer", "image_token", "image_token_id", "chat_template")
+"""Of a processor."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,17 @@ class TextEncoder:
         family: that the checkpoint belongs to.
 
     Raises:
-        ValueError: the tokenizer cannot say which characters a token stands for, or has no image
-            token.
+        ValueError: the processor is another family's, or its tokenizer cannot say which characters
+            a token stands for, or has no image token.
     """
 
     def __init__(self, processor: Any, max_length: int, *, family: Family) -> None:
+        missing = [name for name in _ASKED if not hasattr(processor, name)]
+        if missing:
+            raise ValueError(
+                f"got a {type(processor).__name__} without {', '.join(missing)}; expected the "
+                f"processor of a {family.model_type!r}, as its family's load_processor has it"
+            )
         self.processor = processor
         self.family = family
         self.tokenizer = processor.tokenizer

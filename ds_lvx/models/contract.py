@@ -292,6 +292,10 @@ class Family(Parts, ABC):
     lora_targets: str = r".*\.(q_proj|k_proj|v_proj|o_proj)"
     """The text's attention projections, a regular expression for the whole name of a module."""
 
+    def config_class(self) -> Any:
+        """The class of its configurations where transformers knows none; else None."""
+        return None
+
     def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
         """A checkpoint's model, from a folder or the hub.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
 from inspect import isabstract, isclass
 from types import FunctionType, ModuleType
@@ -43,11 +44,16 @@ BUILT_IN: Mapping[str, str] = {
 CLASSES: Mapping[str, str] = {"Flamingo": "openflamingo", "VideoLLAMA": "video_llama"}
 """``model_type`` of models that carry none, by the name of their class."""
 
+_ROOMS = {
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), "adapters"),
+    "qwen": "qwen_vl",
+}
 KNOWN: Mapping[str, str] = {
-    name: f"ds_lvx.models.{name}.dimensions"
+    name: f"ds_lvx.models.{_ROOMS.get(name, name)}.dimensions"
     for name in (
         *("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2"),
         *("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision"),
+        *_ROOMS,
     )
 }
 """``model_type`` -> the module with ``known``, a function that returns models known by name, and
@@ -103,13 +109,20 @@ class Families:
         """
         if model_type not in self:
             raise NotImplementedError(
-                f"got a model of type {model_type!r}; expected one of {', '.join(self)}; another "
-                "one needs a family (docs/adding-a-model.md)"
+                f"got a model of type {model_type!r}; expected one of {', '.join(self)}; "
+                f"{self.advice(model_type)}"
             )
         if model_type not in self._made:
             module, _, name = self._paths[model_type].partition(":")
             self._made[model_type] = _made(model_type, getattr(import_module(module), name))
         return self._made[model_type]
+
+    def advice(self, model_type: str) -> str:
+        """What to do about a ``model_type`` without a family, for an error: the nearest, if one is
+        like it, and how to add one."""
+        near = get_close_matches(model_type, self, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{hint}for another see ds_lvx.register_family and docs/adding-a-model.md"
 
     def default(self) -> Family:
         """The family of tools that were told none."""
@@ -123,7 +136,8 @@ class Families:
 
     def known(self) -> tuple[Model, ...]:
         """The models that the planner knows by name."""
-        return tuple(m for path in self._known.values() for m in import_module(path).known())
+        paths = dict.fromkeys(self._known.values())
+        return tuple(m for path in paths for m in import_module(path).known())
 
 
 def _made(model_type: str, given: Any) -> Family:
@@ -207,8 +221,7 @@ def family_of(model: nn.Module) -> tuple[Family, Any]:
                 return family, inside
     raise NotImplementedError(
         f"got a model of class {type(model).__name__}; expected one of the model types "
-        f"{', '.join(FAMILIES)}, or a model that wraps one; for another see ds_lvx.register_family "
-        "and docs/adding-a-model.md"
+        f"{', '.join(FAMILIES)}, or a model that wraps one; {FAMILIES.advice(_model_type(model))}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Models whose code comes with their checkpoints."""
+"""Models whose code comes with their checkpoints, and what is read of any checkpoint's files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.hub import cached_file
+
+from ds_lvx.models.registry import FAMILIES
 
 
 def load(name: str, dtype: torch.dtype, *, trust_remote_code: bool, advice: str) -> Any:
@@ -71,6 +73,27 @@ def _copy_buffers(fresh: nn.Module, model: nn.Module) -> None:
             if buffer is not None:
                 device = buffer.device if there is None else there.device
                 modules[name]._buffers[key] = buffer.to(device)
+
+
+def read_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """A checkpoint's configuration, from a folder or the hub.
+
+    Args:
+        name: of the folder, or on the hub.
+        trust_remote_code: code that comes with the checkpoint may run.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is of a type that nobody knows.
+    """
+    try:
+        found = read_json(name, "config.json")
+    except ValueError:
+        found = None  # transformers says better what is wrong
+    kind = str(found.get("model_type")) if isinstance(found, dict) else ""
+    own = FAMILIES.named(kind).config_class() if kind in FAMILIES else None
+    if own is not None:
+        return own.from_pretrained(name)
+    return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def read_json(name: str, file: str) -> Any:

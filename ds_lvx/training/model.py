@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from ds_lvx.config import zero_stage
 from ds_lvx.models.contract import Family
 from ds_lvx.models.registry import FAMILIES
+from ds_lvx.models.remote import read_config
 from ds_lvx.training.options import Options
 
 TINY = "tiny"
@@ -55,7 +55,7 @@ class Source:
             return cls(name, family, *family.tiny())
         _refuse_adapter(name, only_local=True)
         with _readable(name):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            config = read_config(name, trust_remote_code=trust_remote_code)
         family = _family(name, config.model_type)
         with _readable(name):
             return cls(name, family, config, family.load_processor(name), trust_remote_code)
@@ -83,8 +83,16 @@ class Source:
         """Compare the tokenizer with the model.
 
         Raises:
-            ValueError: it has tokens that the model has no output for.
+            ValueError: it has tokens that the model has no output for, or another image token.
         """
+        of_model = _image_tokens(self.config, getattr(self.config, "encoder", None))
+        of_text = _image_tokens(self.processor, self.processor.tokenizer)
+        if of_model and of_text.isdisjoint(of_model):
+            raise ValueError(
+                f"--model: got {self.name}, a {self.config.model_type!r} whose image token is "
+                f"{min(of_model)}, and a {type(self.processor).__name__} whose image token is "
+                f"{min(of_text)}; expected the processor of the same model: copy its files again"
+            )
         text = self.config.get_text_config()
         outputs = int(text.vocab_size) + int(getattr(text, "additional_vocab_size", 0))
         tokens = self.processor.tokenizer.get_vocab()
@@ -111,11 +119,19 @@ class Source:
             return self.family.load(self.name, dtype, **trusts)
 
 
+def _image_tokens(*holders: Any) -> set[int]:
+    """The ids that stand for images, by those who know some."""
+    names = ("image_token_id", "image_token_index")
+    found = (getattr(holder, name, None) for holder in holders for name in names)
+    return {each for each in found if isinstance(each, int)}
+
+
 def _family(name: str, model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(
             f"--model: got {name}, a model of type {model_type!r}; expected one of type "
-            f"{', '.join(map(repr, FAMILIES))}; take such a checkpoint"
+            f"{', '.join(map(repr, FAMILIES))}; take such a checkpoint: "
+            f"{FAMILIES.advice(model_type)}"
         )
     return FAMILIES.named(model_type)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,36 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from ds_lvx.compare.case import case_of
+from ds_lvx.compare.case import (
+    Setting,
+    build_model,
+    case_of,
+    cut,
+    ds_config,
+    make_batch,
+    part_of,
+    random_case,
+)
+from ds_lvx.config import LVXConfig
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.text import TextEncoder
+from ds_lvx.models import patch_model
+from ds_lvx.models.adapters.dimensions import dimensions
 from ds_lvx.models.adapters.processor import Processor
+from ds_lvx.plan import models as planned
+from ds_lvx.sharding import shard_batch
 from ds_lvx.training.asking import Prompts
 from ds_lvx.training.lengths import tokens_beside
 from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
 from tests.models.blip_case import PLACES, SIDE, opt, t5, tiny_model
+from tests.models.moss_vl_case import OneRank
 from tests.ranks import run_ranks
 
 KINDS = ("blip-2", "instructblip", "instructblipvideo")
+PLACES_OF_ALL = 32  # that an image has in every published model
 
 
 def write_tokenizer(folder: Path, *special: str) -> PreTrainedTokenizerFast:
@@ -141,10 +158,40 @@ def test_files_of_another_model_are_refused(folder: Path) -> None:
         Processor.of(str(folder), source.config)
 
 
-def test_there_is_no_cross_attention_to_compare(folder: Path) -> None:
-    for name in ("blip-2", str(folder)):
-        with pytest.raises(ValueError, match="whose images are tokens of the text"):
-            case_of(name)
+def test_the_planner_reads_a_checkpoint_s_config(folder: Path) -> None:
+    found = planned.model(str(folder))
+    layers = found.cross
+    assert (layers.count, layers.hidden, layers.mlp, layers.mlp_matrices) == (2, 32, 48, 2)
+    assert (found.frame_tokens, found.tower_tokens, found.tower.hidden) == (PLACES, 5, 16)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] = {"model_type": "t5"}
+    with pytest.raises(ValueError, match="on a 't5'; expected an opt or a llama"):
+        dimensions(config, "t5", "")
+
+
+def test_other_places_are_not_compared(folder: Path) -> None:
+    with pytest.raises(NotImplementedError, match=r"3 rows an image; expected .* 32 rows"):
+        case_of(str(folder))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_comparison_trains_a_model_of_random_weights(kind: str) -> None:
+    case = cut(random_case(kind), hidden=160 if kind == "blip-2" else 256, cross_layers=2)
+    sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 28}
+    case = replace(case, **sizes, vision_layers=1, vocabulary=96, text_tokens=8)
+    model = build_model(case, dtype=torch.float32)
+    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
+    config = ds_config(Setting("lvx", False, False), case, ranks=1)
+    groups: Any = OneRank()
+    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    shard = shard_batch(batch, model=model, frames="local")
+    assert shard["ds_lvx"].text.kv_lengths == (2 * PLACES_OF_ALL + 8,)
+    model(**shard).loss.backward()
+    parts = {part_of(name, case.contract().regions()) for name, _ in model.named_parameters()}
+    assert parts == {"cross_attention", "text", "vision"}
+    assert model.query_tokens.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="at most 2048 tokens together"):
+        make_batch(case, frames=range(2), total=64, dtype=torch.float32)
 
 
 @pytest.mark.slow

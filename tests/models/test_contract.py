@@ -67,7 +67,7 @@ def test_a_model_type_has_one_family(families: Families) -> None:
         "blip-2, instructblip, instructblipvideo, qwen, video_llama, "
         "t5gemma2, qwen2_5_vl, "
         "qwen3_vl, internvl, llava_onevision, "
-        "new;"
+        "new; did you mean 'new'\\? for another see ds_lvx.register_family"
     )
     with pytest.raises(NotImplementedError, match=f"'newer'; expected one of {known}"):
         families.named("newer")
@@ -95,6 +95,9 @@ def test_a_model_is_known_by_its_attribute_or_its_config() -> None:
     finally:
         FAMILIES.forget("plain_test")
     with pytest.raises(NotImplementedError, match=r"class Plain; .*mllama.*register_family"):
+        family_of(Plain())
+    Plain.model_type = "idefics2"
+    with pytest.raises(NotImplementedError, match=r"did you mean 'idefics'\?"):
         family_of(Plain())
 
 
@@ -131,7 +134,8 @@ def test_the_planner_gets_dimensions_without_torch() -> None:
         [sys.executable, "-c", PLANNING], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [
-        "27 mllama moss_vl mplugowl3 idefics t5gemma2 qwen2_5_vl qwen3_vl internvl llava_onevision",
+        "32 mllama moss_vl mplugowl3 openflamingo idefics t5gemma2 qwen2_5_vl qwen3_vl internvl "
+        "llava_onevision blip-2 instructblip instructblipvideo qwen",
         "[]",
     ]
 

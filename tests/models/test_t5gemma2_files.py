@@ -95,7 +95,9 @@ def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:
 
 
 def test_text_and_pixels_are_those_of_the_model_s_processor(folder: Path) -> None:
-    processor = Source.of(str(folder)).processor
+    source = Source.of(str(folder))
+    source.check_tokenizer()
+    processor = source.processor
     image = Image.open(folder / "a.png")
     mark = VISUAL["boi_token"]
     theirs = processor.own(

@@ -108,16 +108,18 @@ def test_the_numbers_for_an_hour_of_video_are_the_commands(
 
 
 @pytest.mark.parametrize(
-    ("title", "size"),
+    ("title", "size", "method"),
     [
-        ("idefics", "2,048 text tokens, 900 frames = 57,600 visual tokens"),
-        ("OpenFlamingo", "2,048 text tokens, 900 frames = 57,600 visual tokens"),
-        ("T5Gemma 2", "512 text tokens, 450 frames = 115,200 visual tokens"),
-        ("mPLUG-Owl3", "4,096 text tokens, 3,600 frames = 2,624,400 visual tokens"),
+        ("idefics", "2,048 text tokens, 900 frames = 57,600 visual tokens", "lvx gather"),
+        ("OpenFlamingo", "2,048 text tokens, 900 frames = 57,600 visual tokens", "lvx gather"),
+        ("T5Gemma 2", "512 text tokens, 450 frames = 115,200 visual tokens", "lvx gather"),
+        ("mPLUG-Owl3", "4,096 text tokens, 3,600 frames = 2,624,400 visual tokens", "lvx gather"),
+        ("BLIP-2 and its like", "256 text tokens, 56 frames = 1,792 visual tokens", "ulysses"),
+        ("Qwen-VL", "192 text tokens, 31 frames = 7,936 visual tokens", "ulysses"),
     ],
 )
 def test_the_numbers_of_one_hour_are_the_command_s(
-    title: str, size: str, capsys: pytest.CaptureFixture[str]
+    title: str, size: str, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document = section(title)
     (command,) = re.findall(r"^ds-lvx (plan .*--group 8)$", document, re.MULTILINE)
@@ -128,10 +130,10 @@ def test_the_numbers_of_one_hour_are_the_command_s(
     assert main(command.split()) == 0
     out = capsys.readouterr().out
     assert size in out
-    gather, of_ring = (
-        re.findall(rf"^  {method}  .*", out, re.MULTILINE)[0] for method in ("lvx gather", "ring")
+    row, of_ring = (
+        re.findall(rf"^  {name}  .*", out, re.MULTILINE)[0] for name in (method, "ring")
     )
-    assert all(cell in gather for cell in (memory, sends, step)), gather
+    assert all(cell in row for cell in (memory, sends, step)), row
     assert ring in of_ring, of_ring
     one = [*command.split()[:-1], "1"]
     needs, _, fits = alone.partition(":")

@@ -53,6 +53,10 @@ def test_llama_vision_has_the_dimensions_of_transformers_config(tmp_path: Path) 
         ("InternVL3-38B", 38.4, 256, (64, 40, 8, 128)),
         ("InternVL3-78B", 78.4, 256, (80, 64, 8, 128)),
         ("llava-onevision-qwen2-7b-ov-hf", 8.03, 196, (28, 28, 4, 128)),
+        ("blip2-opt-2.7b", 3.74, 32, (32, 32, 32, 80)),
+        ("blip2-opt-6.7b", 7.75, 32, (32, 32, 32, 128)),
+        ("instructblip-vicuna-7b", 7.9, 32, (32, 32, 32, 128)),
+        ("Qwen-VL", 9.6, 256, (32, 32, 32, 128)),
         ("llava-onevision-qwen2-72b-ov-hf", 73.2, 196, (80, 64, 8, 128)),
     ],
 )

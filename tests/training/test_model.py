@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ds_lvx.cli import main
+from ds_lvx.data.text import TextEncoder
 from ds_lvx.training.model import Source
 from tests.launch.checkpoint_folder import write_checkpoint
 
@@ -48,6 +49,18 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_outputs(tmp_path: Path)
     processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has 2 tokens more than the model has outputs .*<one>"):
         Source.of(str(tmp_path)).check_tokenizer()
+
+
+def test_a_processor_of_another_model(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["image_token_index"] += 7
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"expected the processor of the same model"):
+        Source.of(str(tmp_path)).check_tokenizer()
+    tokenizer = AutoProcessor.from_pretrained(tmp_path).tokenizer
+    with pytest.raises(ValueError, match=r"without .*image_token, .*the processor of a .mllama"):
+        TextEncoder(tokenizer, 99, family=Source.of("tiny").family)
 
 
 @pytest.mark.parametrize("config", ["{}", "{", '{"model_type": "nothing-like-it"}'])

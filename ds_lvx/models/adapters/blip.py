@@ -28,11 +28,14 @@ from transformers.models.instructblipvideo.modeling_instructblipvideo import (
     InstructBlipVideoQFormerMultiHeadAttention,
 )
 
+from ds_lvx.models.adapters import dimensions, sized
 from ds_lvx.models.adapters.batch import LENGTHS, ROWS, check_pixels
 from ds_lvx.models.adapters.family import Adapter
 from ds_lvx.models.adapters.forward import Encode, EncodePrompt
 from ds_lvx.models.adapters.processor import INSTRUCTION, INSTRUCTION_MASK, Processor
+from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import LayerPlan
+from ds_lvx.models.size import Size
 from ds_lvx.models.visual import COUNTS, PIXELS, images_at_hand
 
 
@@ -45,6 +48,7 @@ class Blip2(Adapter):
     encoder = "get_image_features"
     takes: tuple[str, ...] = ()
     of_video = False
+    on_opt = True  # models of random weights
 
     # ---- patching
 
@@ -114,6 +118,42 @@ class Blip2(Adapter):
     def load_processor(self, name: str) -> Processor:
         return Processor.of(name, self.of_class.config_class.from_pretrained(name))
 
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
+
+    def config(self, size: Size) -> Any:
+        token = "video_token_index" if self.of_video else "image_token_index"
+        of_config = self.of_class.config_class
+        return sized.config_of(size, of_config, token=token, on_opt=self.on_opt)
+
+    def size(self, config: Any = None) -> Size:
+        return sized.size_of(config, on_opt=self.on_opt)
+
+    def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
+        return sized.build(self.of_class, config, dtype=dtype)
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]:
+        image = self.image_token(config)
+        assert image is not None, "a configuration of ours has one"
+        return sized.random_frames(
+            config,
+            image,
+            reads=self.takes,
+            text_tokens=text_tokens,
+            total=total,
+            frames=frames,
+            seed=seed,
+        )
+
+    def regions(self) -> Mapping[str, str]:
+        return {
+            r".*\blanguage_model\..*layers\.\d+\.self_attn": "cross_attention",
+            r".*\blanguage_model": "text",
+            r".*\b(vision_model|qformer|query_tokens|language_projection)": "vision",
+        }
+
 
 class InstructBlip(Blip2):
     """Its Q-Former reads an instruction for each image, by tokens of its own."""
@@ -125,6 +165,7 @@ class InstructBlip(Blip2):
     )
     of_class: Any = InstructBlipForConditionalGeneration
     takes = (INSTRUCTION, INSTRUCTION_MASK)
+    on_opt = False
 
     def beside_text(
         self, processor: Processor, prompts: Sequence[Sequence[int]]

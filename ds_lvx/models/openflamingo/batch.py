@@ -38,6 +38,33 @@ class Counted(Runs):
             )
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a batch is checked by.
+
+    Attributes:
+        image_token: its id.
+        latents: visual tokens of an image that text sees.
+        image: channels, height and width.
+        latest: text sees the latest image alone, not all before it.
+    """
+
+    image_token: int
+    latents: int
+    image: tuple[int, int, int]
+    latest: bool
+
+    @classmethod
+    def of(cls, model: Any) -> Facts:
+        """Of a model of the package, of ours, or of what has the config of ours alone."""
+        config: Any = getattr(model, "config", None)
+        if not hasattr(config, "media_token_id"):
+            return cls(model.media_token_id, latents(model), _image(model), latest_only(model))
+        side = int(config.vision_config.image_size)
+        latest = bool(config.only_attend_immediate_media)
+        return cls(config.media_token_id, int(config.latents), (3, side, side), latest)
+
+
 def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
     """The visual part of a batch: the pixels, and the image tokens of the text.
 
@@ -51,26 +78,26 @@ def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
             "got position_ids; expected none: the model's own code counts the tokens of a row, "
             "padding among them, and does not keep packed samples apart"
         )
-    latest, pixels = latest_only(model), batch.get(PIXELS)
-    if pixels is None and not latest:
+    facts, pixels = Facts.of(model), batch.get(PIXELS)
+    if pixels is None and not facts.latest:
         raise ValueError(
             f"got a batch without {PIXELS} for a model whose text sees all images before it; "
             "expected a blank image at least, as its own code wants it: text before the first "
             "image takes the mean of all images of the batch's sample"
         )
     if pixels is not None:
-        _check_pixels(pixels, model, batch_size=text.shape[0])
+        _check_pixels(pixels, facts.image, batch_size=text.shape[0])
     count = 0 if pixels is None else pixels.shape[1]
-    end = (text.input_ids.cpu() == model.media_token_id).cumsum(1, dtype=torch.int32)
-    start = (end - 1).clamp(min=0) if latest else torch.zeros_like(end)
+    end = (text.input_ids.cpu() == facts.image_token).cumsum(1, dtype=torch.int32)
+    start = (end - 1).clamp(min=0) if facts.latest else torch.zeros_like(end)
     arguments = {} if pixels is None else {PIXELS: pixels}
     runs = Counted(start, end, None, None)
-    return Visual(count, latents(model), arguments, runs, blind_see_all=not latest)
+    return Visual(count, facts.latents, arguments, runs, blind_see_all=not facts.latest)
 
 
 def blank(model: Any) -> dict[str, Tensor]:
     """One blank image."""
-    return {PIXELS: torch.zeros(1, 1, 1, *_image(model))}
+    return {PIXELS: torch.zeros(1, 1, 1, *Facts.of(model).image)}
 
 
 def latents(model: Any) -> int:
@@ -92,10 +119,10 @@ def _image(model: Any) -> tuple[int, int, int]:
     return 3, int(height), int(width)
 
 
-def _check_pixels(pixels: Any, model: Any, *, batch_size: int) -> None:
+def _check_pixels(pixels: Any, image: tuple[int, int, int], *, batch_size: int) -> None:
     found: Any = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
     images = found[1] if isinstance(found, tuple) and len(found) > 1 else 0
-    expected = (batch_size, images, 1, *_image(model))
+    expected = (batch_size, images, 1, *image)
     if found != expected:
         raise ValueError(
             f"got {PIXELS} {found}; expected {expected}, images of one frame each for {batch_size} "

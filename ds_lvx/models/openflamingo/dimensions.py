@@ -2,53 +2,89 @@
 
 from __future__ import annotations
 
-from ds_lvx.models.dimensions import Layers, Model, encoder
+from collections.abc import Mapping
+from typing import Any
+
+from ds_lvx.models.dimensions import Layers, Model, decoder, encoder
+
+_HEADS = 8
 
 
-def _flamingo(
-    name: str, *, hidden: int, layers: int, heads: int, vocabulary: int, every: int
-) -> Model:
-    text = Layers(layers, hidden, heads, heads, hidden // heads, 4 * hidden, mlp_matrices=2)
+def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
+    """See `ds_lvx.models.contract.Family.dimensions`; the perceiver is left out."""
+    text, vision = _text(config["text_config"]), config["vision_config"]
+    hidden, width = text.hidden, vision["hidden_size"]
     return Model(
-        name=f"openflamingo/{name}",
+        name=name,
         text=text,
-        cross=Layers(-(-layers // every), hidden, 8, 8, 64, 4 * hidden, 2, features_dim=1024),
-        vocabulary=vocabulary,
-        tower=encoder(24, 1024, heads=16, mlp=4096),
-        tower_tokens=257,
-        frame_tokens=64,
+        cross=Layers(
+            text.count // config["cross_attn_every_n_layers"],
+            hidden,
+            _HEADS,
+            _HEADS,
+            config["dim_head"],
+            4 * hidden,
+            mlp_matrices=2,
+            features_dim=width,
+        ),
+        vocabulary=config["text_config"]["vocab_size"],
+        tower=encoder(
+            vision["num_hidden_layers"],
+            width,
+            heads=vision["num_attention_heads"],
+            mlp=vision["intermediate_size"],
+        ),
+        tower_tokens=(vision["image_size"] // vision["patch_size"]) ** 2 + 1,
+        frame_tokens=config["latents"],
         projector_parameters=0,
         tower_states=1,
-        source="open_flamingo/src/helpers.py and the model card (ViT-L/14 at 224 pixels, 64 "
-        "latents a frame); the perceiver is left out",
+        source=source,
+    )
+
+
+def _text(config: Mapping[str, Any]) -> Layers:
+    """The language model's layers: an MPT's config has words of its own."""
+    if config["model_type"] == "llama":
+        return decoder(config, count=config["num_hidden_layers"])
+    if config["model_type"] == "mpt":
+        count, hidden, heads = (config[key] for key in ("n_layers", "d_model", "n_heads"))
+        mlp = config["expansion_ratio"] * hidden
+    else:
+        count, hidden = config["num_hidden_layers"], config["hidden_size"]
+        heads, mlp = config["num_attention_heads"], config["intermediate_size"]
+    return Layers(count, hidden, heads, heads, hidden // heads, mlp, mlp_matrices=2)
+
+
+def _known(name: str, *, hidden: int, layers: int, heads: int, every: int) -> Model:
+    text = {
+        "model_type": "gpt_neox",  # an MPT's layers are as large
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+        "vocab_size": 50_432,
+    }
+    vision = {
+        "num_hidden_layers": 24,
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "image_size": 224,
+        "patch_size": 14,
+    }
+    sizes = {"cross_attn_every_n_layers": every, "dim_head": 64, "latents": 64}
+    return dimensions(
+        {"text_config": text, "vision_config": vision, **sizes},
+        f"openflamingo/{name}",
+        "open_flamingo/src/helpers.py and the model card (ViT-L/14 at 224 pixels, 64 latents a "
+        "frame); the perceiver is left out",
     )
 
 
 def known() -> tuple[Model, ...]:
     """The models that the planner knows by name."""
     return (
-        _flamingo(
-            "OpenFlamingo-3B-vitl-mpt1b",
-            hidden=2048,
-            layers=24,
-            heads=16,
-            vocabulary=50_432,
-            every=1,
-        ),
-        _flamingo(
-            "OpenFlamingo-4B-vitl-rpj3b",
-            hidden=2560,
-            layers=32,
-            heads=32,
-            vocabulary=50_432,
-            every=2,
-        ),
-        _flamingo(
-            "OpenFlamingo-9B-vitl-mpt7b",
-            hidden=4096,
-            layers=32,
-            heads=32,
-            vocabulary=50_432,
-            every=4,
-        ),
+        _known("OpenFlamingo-3B-vitl-mpt1b", hidden=2048, layers=24, heads=16, every=1),
+        _known("OpenFlamingo-4B-vitl-rpj3b", hidden=2560, layers=32, heads=32, every=2),
+        _known("OpenFlamingo-9B-vitl-mpt7b", hidden=4096, layers=32, heads=32, every=4),
     )

@@ -1,26 +1,32 @@
 """OpenFlamingo: which modules attend, and what the sharded text needs.
 
-The model's code is the package ``open_flamingo``; nothing of it is imported here, and its modules
-are found by name and by what they have. Before every n-th layer of a language model of transformers
-a gated layer attends to the images. Both run on this rank's shards; vision encoder and perceiver
-resampler run as they are, on this rank's images.
+The model's code is the package ``open_flamingo``, of which nothing is imported here, or
+`ds_lvx.models.openflamingo.model`; its modules are found by name and by what they have. Before
+every n-th layer of a language model of transformers a gated layer attends to the images. Both run
+on this rank's shards; vision encoder and perceiver resampler run as they are, on this rank's
+images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ds_lvx.models.batch import ShardedBatch, Text
 from ds_lvx.models.contract import Family
+from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.openflamingo import batch as batches
-from ds_lvx.models.openflamingo import forward, mpt
+from ds_lvx.models.openflamingo import dimensions, forward, mpt, sized
+from ds_lvx.models.openflamingo import processor as processors
 from ds_lvx.models.openflamingo.attention import Attention
+from ds_lvx.models.openflamingo.model import Flamingo, FlamingoConfig
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
+from ds_lvx.models.size import Size
 from ds_lvx.models.visual import Visual
 
 _MODEL = "Flamingo"
@@ -118,10 +124,58 @@ class OpenFlamingo(Family):
     def blank(self, model: Any) -> dict[str, Tensor]:
         return batches.blank(model)
 
+    def frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = processor.frames(pictures, count=count, dtype=dtype)
+        return made
+
     # ---- models
+
+    def config_class(self) -> type[FlamingoConfig]:
+        return FlamingoConfig
+
+    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+        model = Flamingo.from_pretrained(name, dtype=dtype)
+        model.vision_encoder.requires_grad_(False)
+        return model
+
+    def load_processor(self, name: str) -> processors.Processor:
+        return processors.Processor.of(name)
 
     def vision_tower(self, model: Any) -> Any:
         return model.vision_encoder
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
+
+    def frame_tokens(self, config: Any) -> int:
+        return int(config.latents)
+
+    def config(self, size: Size) -> FlamingoConfig:
+        return sized.config_of(size)
+
+    def size(self, config: Any = None) -> Size:
+        return sized.size_of(config)
+
+    def build(self, config: FlamingoConfig, *, gate: float, dtype: torch.dtype) -> Flamingo:
+        return sized.build(config, gate=gate, dtype=dtype)
+
+    def tiny(self) -> tuple[FlamingoConfig, processors.Processor]:
+        return sized.tiny()
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]:
+        return sized.random_frames(
+            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
+        )
 
     def regions(self) -> Mapping[str, str]:
         return {

@@ -142,7 +142,8 @@ class Condition(Hook):
         if batch is None:
             return None
         module.condition_media_locations(places(batch))
-        module.condition_use_cached_media(False)
+        if hasattr(module, "condition_use_cached_media"):  # the package's own
+            module.condition_use_cached_media(False)
         if BIAS not in kwargs:
             return None
         return args, {**kwargs, BIAS: carrying(kwargs[BIAS], batch)}

@@ -20,7 +20,7 @@ from ds_lvx.models.visual import COUNTS, PIXELS, images_at_hand
 KEYS = (PIXELS, COUNTS)
 PLACES = "image_places"
 """bool ``[B, s]``: which tokens of this rank's text are images'."""
-_QUERIES = 256
+QUERIES = 256
 """Rows that the resampler makes of an image, where the config says nothing."""
 
 
@@ -91,7 +91,7 @@ def places_of(text: Text, start: int, *, unit_tokens: int) -> Tensor:
 
 def queries_of(config: Any) -> int:
     """Places of an image in the text: rows that the resampler makes of it."""
-    return int(config.visual.get("n_queries", _QUERIES))
+    return int(config.visual.get("n_queries", QUERIES))
 
 
 def side_of(config: Any) -> int:

@@ -7,22 +7,27 @@ that has it; they stand among the text, which is sharded and attends to itself o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ds_lvx.models import remote
 from ds_lvx.models.batch import Text
 from ds_lvx.models.contract import Family
+from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention
 from ds_lvx.models.qwen_vl import batch as batches
-from ds_lvx.models.qwen_vl import forward
+from ds_lvx.models.qwen_vl import dimensions, forward, sized
+from ds_lvx.models.qwen_vl import processor as processors
 from ds_lvx.models.qwen_vl.attention import Attention
+from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS, Visual
 
 _MODEL = "QWenLMHeadModel"
+_ADVICE = "port modeling_qwen.py and visual.py of the checkpoint to it"
 _PARTS = ("visual.attn_pool", "visual.transformer.resblocks", "h", "wte", "ln_f", "rotary_emb")
 """Of its ``transformer``; Qwen's models of text alone have no ``visual``."""
 
@@ -74,10 +79,57 @@ class QwenVL(Family):
         side = batches.side_of(model.config)
         return {PIXELS: torch.zeros(1, 3, side, side)}
 
+    def frame_places(self, processor: Any) -> int:
+        return int(processor.places)
+
+    def frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = processor.frames(pictures, dtype=dtype)
+        return made
+
     # ---- models
 
-    def load_processor(self, name: str) -> Any:
-        raise self.lacks("load_processor", "launch/finetune.py")
+    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+        return remote.load(name, dtype, trust_remote_code=trust_remote_code, advice=_ADVICE)
+
+    def load_processor(self, name: str) -> processors.Processor:
+        visual = remote.read_json(name, "config.json")["visual"]
+        return processors.Processor.of(
+            name,
+            side=int(visual["image_size"]),
+            places=int(visual.get("n_queries", batches.QUERIES)),
+            start=int(visual["image_start_id"]),
+        )
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
+
+    def config(self, size: Size) -> Any:
+        return sized.config_of(size)
+
+    def size(self, config: Any = None) -> Size:
+        return sized.size_of(config)
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]:
+        return sized.random_frames(
+            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
+        )
+
+    def regions(self) -> Mapping[str, str]:
+        return {
+            r".*\bh\.\d+\.attn": "cross_attention",
+            r".*\btransformer\.visual": "vision",
+            r".*\b(transformer|lm_head)": "text",
+        }
 
     def vision_tower(self, model: Any) -> Any:
         return model.transformer.visual

@@ -1,0 +1,186 @@
+"""BLIP-2 and its like with random weights, cut to any size, and images to measure with.
+
+All layers of the text see images. BLIP-2 is on an OPT, the others on a Llama.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, OPTConfig
+
+from ds_lvx.models.size import Size
+from ds_lvx.models.visual import COUNTS, PIXELS
+
+PLACES = 32
+"""Rows of an image, in every published model."""
+_POSITIONS = 2048
+"""Of the published models."""
+
+
+def config_of(size: Size, of_config: Any, *, token: str, on_opt: bool) -> Any:
+    """The configuration of a model cut to a size.
+
+    Args:
+        size: its dimensions; ``cross_at`` says nothing here.
+        of_config: its class.
+        token: the field of the image token, which is the last of the vocabulary.
+        on_opt: the language model is an OPT, else a Llama.
+
+    Raises:
+        ValueError: an OPT whose heads share keys.
+    """
+    if on_opt and size.kv_heads != size.heads:
+        raise ValueError(
+            f"got {size.heads} heads and {size.kv_heads} of keys; expected as many, as OPT has them"
+        )
+    words: dict[str, Any] = {
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.hidden,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        # An OPT has a table of them, and images take some beside the text.
+        "max_position_embeddings": max(size.positions, _POSITIONS),
+        "bos_token_id": size.bos,
+        "eos_token_id": size.eos,
+        "pad_token_id": size.pad,
+    }
+    text: Any = (
+        OPTConfig(**words, ffn_dim=size.mlp, word_embed_proj_dim=size.hidden, dropout=0.0)
+        if on_opt
+        else LlamaConfig(**words, intermediate_size=size.mlp, num_key_value_heads=size.kv_heads)
+    )
+    vision = {
+        "hidden_size": size.vision_hidden,
+        "num_hidden_layers": size.vision_layers,
+        "num_attention_heads": size.vision_heads,
+        "intermediate_size": size.vision_mlp,
+        "image_size": size.image_size,
+        "patch_size": size.patch_size,
+        "initializer_range": size.initializer_range,
+    }
+    # Dropout is each rank's own, and there would be nothing to compare.
+    qformer = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return of_config(
+        text_config=text,
+        vision_config=vision,
+        qformer_config=qformer,
+        num_query_tokens=PLACES,
+        **{token: size.vocabulary - 1},
+    )
+
+
+def size_of(config: Any, *, on_opt: bool) -> Size:
+    """The size of a configuration; None is that of the smallest published model.
+
+    Args:
+        config: of the model.
+        on_opt: the family's published models are on an OPT.
+
+    Raises:
+        NotImplementedError: its text runs whole on every rank, or an image has other places.
+    """
+    if config is None:
+        hidden, mlp = (2560, 10_240) if on_opt else (4096, 11_008)
+        return Size(
+            vocabulary=50_304 if on_opt else 32_002,
+            hidden=hidden,
+            heads=32,
+            kv_heads=32,
+            mlp=mlp,
+            layers=32,
+            cross_at=tuple(range(32)),
+            positions=_POSITIONS,
+            vision_hidden=1408,
+            vision_heads=16,
+            vision_mlp=6144,
+            vision_layers=39,
+            vision_global_layers=0,
+            image_size=224,
+        )
+    text, vision = config.text_config, config.vision_config
+    if text.is_encoder_decoder or config.num_query_tokens != PLACES:
+        raise NotImplementedError(
+            f"got a language model of type {text.model_type!r} and {config.num_query_tokens} rows "
+            f"an image; expected one without an encoder, whose text is split, and {PLACES} rows"
+        )
+    return Size(
+        vocabulary=text.vocab_size,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        mlp=getattr(text, "ffn_dim", None) or text.intermediate_size,
+        layers=text.num_hidden_layers,
+        cross_at=tuple(range(text.num_hidden_layers)),
+        positions=text.max_position_embeddings,
+        vision_hidden=vision.hidden_size,
+        vision_heads=vision.num_attention_heads,
+        vision_mlp=vision.intermediate_size,
+        vision_layers=vision.num_hidden_layers,
+        vision_global_layers=0,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+    )
+
+
+def build(of_class: Any, config: Any, *, dtype: torch.dtype) -> Any:
+    """Random weights, by torch's generator, those of the queries too; there are no gates."""
+    model = of_class._from_config(config, dtype=dtype)
+    queries = model.query_tokens
+    with deepspeed.zero.GatheredParameters(
+        [queries], modifier_rank=0, enabled=hasattr(queries, "ds_id")
+    ):
+        nn.init.normal_(queries)
+    return model
+
+
+def random_frames(
+    config: Any,
+    image: int,
+    *,
+    reads: Iterable[str],
+    text_tokens: int,
+    total: int,
+    frames: Iterable[int],
+    seed: int,
+) -> dict[str, Tensor]:
+    """See `ds_lvx.models.contract.Family.random_frames`: images stand in front of the text.
+
+    Args:
+        config: of the model.
+        image: the image token.
+        reads: what the Q-Former reads beside pixels, a token here.
+        text_tokens, total, frames, seed: as there.
+
+    Raises:
+        ValueError: more tokens than the model has positions.
+    """
+    length, most = total * PLACES + text_tokens, config.text_config.max_position_embeddings
+    if length > most:
+        raise ValueError(
+            f"got {total} frames of {PLACES} places each and {text_tokens} text tokens; expected "
+            f"at most {most} tokens together, the positions of the model: take fewer frames"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    mine, vision = list(frames), config.vision_config
+    text = torch.randint(1, image, (text_tokens,), generator=generator)
+    ids = torch.cat((text.new_full((total * PLACES,), image), text))[None]
+    batch = {
+        "input_ids": ids,
+        "labels": ids.masked_fill(ids == image, -100),
+        COUNTS: torch.tensor([len(mine)]),
+        **{key: torch.ones(1, 1, dtype=torch.int64) for key in reads},
+    }
+    if not mine:
+        return batch
+    pixels = torch.empty(len(mine), 3, vision.image_size, vision.image_size)
+    for place, frame in enumerate(mine):
+        generator.manual_seed(seed + 1 + frame)
+        # Brighter or darker than others, so that a method which lost some would show.
+        shift = torch.randn(3, 1, 1, generator=generator)
+        pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
+    return {**batch, PIXELS: pixels}

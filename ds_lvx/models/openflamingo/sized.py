@@ -1,0 +1,197 @@
+"""OpenFlamingo with random weights, cut to any size, and frames to measure with.
+
+A gated layer stands before every n-th layer of the text. A size counts both kinds: of 48 layers of
+the published model of 4 billion weights 16 are gated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, GPTNeoXConfig, LlamaConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from ds_lvx.models.byte_tokenizer import byte_tokenizer
+from ds_lvx.models.openflamingo.batch import PIXELS
+from ds_lvx.models.openflamingo.model import Flamingo, FlamingoConfig
+from ds_lvx.models.openflamingo.processor import END_TOKEN, IMAGE_TOKEN, Processor
+from ds_lvx.models.size import Size
+
+_PERCEIVER = {"latents": 64, "depth": 6, "dim_head": 64}
+"""Of the published models."""
+_EOS, _PAD = "<|endoftext|>", "<PAD>"
+_TINY_SIDE = 28
+
+
+def config_of(size: Size, *, latest: bool = False, **others: Any) -> FlamingoConfig:
+    """The configuration of a model cut to a size: on a GPT-NeoX, or on a Llama that shares keys.
+
+    Args:
+        size: its dimensions.
+        latest: text sees the latest image alone; else all before it.
+        others: further fields.
+
+    Raises:
+        ValueError: the layers of the text are no multiple of the gated ones.
+    """
+    gated = len(size.cross_at)
+    layers = size.layers - gated
+    if gated == 0 or layers < gated or layers % gated:
+        raise ValueError(
+            f"got {layers} layers of self-attention and {gated} of cross-attention; expected a "
+            "cross-attention layer before every n-th of the others, as OpenFlamingo has them"
+        )
+    text: dict[str, Any] = {
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": size.heads,
+        "max_position_embeddings": size.positions,
+        "initializer_range": size.initializer_range,
+        "bos_token_id": size.bos,
+        "eos_token_id": size.eos,
+        "pad_token_id": size.pad,
+    }
+    vision = CLIPVisionConfig(
+        hidden_size=size.vision_hidden,
+        intermediate_size=size.vision_mlp,
+        num_hidden_layers=size.vision_layers,
+        num_attention_heads=size.vision_heads,
+        image_size=size.image_size,
+        patch_size=size.patch_size,
+    )
+    shares = size.kv_heads != size.heads
+    given = {
+        "media_token_id": size.vocabulary - 1,
+        "eoc_token_id": size.eos,
+        **_PERCEIVER,
+        **others,
+    }
+    return FlamingoConfig(
+        LlamaConfig(**text, num_key_value_heads=size.kv_heads) if shares else GPTNeoXConfig(**text),
+        vision,
+        cross_attn_every_n_layers=layers // gated,
+        only_attend_immediate_media=latest,
+        **given,
+    )
+
+
+def size_of(config: Any) -> Size:
+    """The size of a configuration; None is OpenFlamingo-4B-vitl-rpj3b's.
+
+    Raises:
+        NotImplementedError: its perceiver is not the published models'.
+    """
+    if config is None:
+        return Size(
+            vocabulary=50_280,
+            hidden=2560,
+            heads=32,
+            kv_heads=32,
+            mlp=10_240,
+            layers=48,
+            cross_at=_gated(16, every=2),
+            positions=2048,
+            vision_hidden=1024,
+            vision_heads=16,
+            vision_mlp=4096,
+            vision_layers=24,
+            vision_global_layers=0,
+            image_size=224,
+        )
+    found = {key: getattr(config, key) for key in _PERCEIVER}
+    if found != _PERCEIVER:
+        raise NotImplementedError(
+            f"got an OpenFlamingo with a perceiver of {found}; expected that of the published "
+            f"models, {_PERCEIVER}: others cannot be cut to a size"
+        )
+    text, vision, every = config.text_config, config.vision_config, config.cross_attn_every_n_layers
+    gated = text.num_hidden_layers // every
+    return Size(
+        vocabulary=text.vocab_size,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        mlp=getattr(text, "intermediate_size", None) or text.expansion_ratio * text.hidden_size,
+        layers=text.num_hidden_layers + gated,
+        cross_at=_gated(gated, every=every),
+        positions=text.max_position_embeddings,
+        vision_hidden=vision.hidden_size,
+        vision_heads=vision.num_attention_heads,
+        vision_mlp=vision.intermediate_size,
+        vision_layers=vision.num_hidden_layers,
+        vision_global_layers=0,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+    )
+
+
+def _gated(count: int, *, every: int) -> tuple[int, ...]:
+    return tuple(number * (every + 1) + every - 1 for number in range(count))
+
+
+def build(config: FlamingoConfig, *, gate: float, dtype: torch.dtype) -> Flamingo:
+    """Random weights, by torch's generator, and the gates of the gated layers at ``gate``."""
+    model: Flamingo = Flamingo._from_config(config, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_gate"):
+            partitioned = hasattr(parameter, "ds_id")
+            with deepspeed.zero.GatheredParameters(
+                [parameter], modifier_rank=0, enabled=partitioned
+            ):
+                nn.init.constant_(parameter, gate)
+    return model
+
+
+def tiny() -> tuple[FlamingoConfig, Processor]:
+    """A model of about 250,000 weights, whose text sees the latest image, and its processor."""
+    tokenizer = byte_tokenizer((_EOS, _PAD, END_TOKEN, IMAGE_TOKEN), eos_token=_EOS, pad_token=_PAD)
+    side = {"height": _TINY_SIDE, "width": _TINY_SIDE}
+    images = CLIPImageProcessorPil(size={"shortest_edge": _TINY_SIDE}, crop_size=side)
+    size = Size(
+        vocabulary=len(tokenizer),
+        kv_heads=4,
+        layers=6,
+        cross_at=(1, 4),
+        positions=4096,
+        image_size=_TINY_SIDE,
+        eos=int(tokenizer.eos_token_id),
+        pad=int(tokenizer.pad_token_id),
+    )
+    config = config_of(
+        size,
+        latest=True,
+        eoc_token_id=tokenizer.get_vocab()[END_TOKEN],
+        latents=4,
+        depth=1,
+        dim_head=8,
+    )
+    return config, Processor(tokenizer, images)
+
+
+def random_frames(
+    config: FlamingoConfig, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+) -> dict[str, Tensor]:
+    """See `ds_lvx.models.contract.Family.random_frames`: image tokens stand before the text, each
+    of which sees the images up to its own."""
+    generator = torch.Generator().manual_seed(seed)
+    image, mine = int(config.media_token_id), list(frames)
+    text = torch.randint(1, image, (1, text_tokens), generator=generator)
+    tokens = torch.cat((text.new_full((1, total), image), text), dim=1)
+    side = config.vision_config.image_size
+    pixels = torch.empty(1, len(mine), 1, 3, side, side)
+    for place, frame in enumerate(mine):
+        generator.manual_seed(seed + 1 + frame)
+        # Brighter or darker than others, so that a method which lost some would show.
+        shift = torch.randn(3, 1, 1, generator=generator)
+        pixels[0, place, 0] = shift + torch.randn(pixels.shape[3:], generator=generator)
+    return {
+        "input_ids": tokens,
+        "labels": tokens.masked_fill(tokens == image, -100),
+        PIXELS: pixels,
+    }

@@ -1,0 +1,89 @@
+"""Qwen-VL in numbers: what a comparison has to know of a checkpoint, and images to measure with.
+
+The model's code comes with its checkpoints, so there are no models of random weights here. All
+layers of the text see images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from ds_lvx.models.qwen_vl.batch import QUERIES, queries_of, side_of
+from ds_lvx.models.size import Size
+from ds_lvx.models.visual import COUNTS, PIXELS
+
+
+def config_of(size: Size) -> Any:
+    """The fields of a configuration that are asked for here; no model is built from it."""
+    fields: Any = PreTrainedConfig  # which takes any
+    visual = {"image_size": size.image_size, "image_start_id": size.vocabulary - 3}
+    return fields(vocab_size=size.vocabulary, visual=visual)
+
+
+def size_of(config: Any) -> Size:
+    """The size of a configuration.
+
+    Raises:
+        NotImplementedError: there is none, or an image has other rows.
+    """
+    if config is None:
+        raise NotImplementedError(
+            "got no configuration of Qwen-VL, whose code comes with its checkpoints; pass the "
+            "folder of one"
+        )
+    if queries_of(config) != QUERIES:
+        raise NotImplementedError(
+            f"got a Qwen-VL with {queries_of(config)} rows an image; expected {QUERIES}, as the "
+            "published models have them"
+        )
+    visual = config.visual
+    # `<img>`, `</img>` and the token of places are the last of the vocabulary of a comparison.
+    vocabulary = int(visual["image_start_id"]) + 3
+    return Size(
+        vocabulary=vocabulary,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_attention_heads,
+        head_dim=config.kv_channels,
+        mlp=config.intermediate_size // 2,
+        layers=config.num_hidden_layers,
+        cross_at=tuple(range(config.num_hidden_layers)),
+        positions=config.max_position_embeddings,
+        vision_hidden=visual["width"],
+        vision_heads=visual["heads"],
+        vision_mlp=int(visual["mlp_ratio"] * visual["width"]),
+        vision_layers=visual["layers"],
+        vision_global_layers=0,
+        image_size=visual["image_size"],
+        patch_size=visual["patch_size"],
+    )
+
+
+def random_frames(
+    config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+) -> dict[str, Tensor]:
+    """See `ds_lvx.models.contract.Family.random_frames`: images stand in front of the text."""
+    generator = torch.Generator().manual_seed(seed)
+    start, mine = int(config.visual["image_start_id"]), list(frames)
+    text = torch.randint(1, start, (text_tokens,), generator=generator)
+    image = torch.tensor([start, *[start + 2] * QUERIES, start + 1])
+    ids = torch.cat((image.repeat(total), text))[None]
+    batch = {
+        "input_ids": ids,
+        "labels": ids.masked_fill(ids >= start, -100),
+        COUNTS: torch.tensor([len(mine)]),
+    }
+    if not mine:
+        return batch
+    pixels = torch.empty(len(mine), 3, side_of(config), side_of(config))
+    for place, frame in enumerate(mine):
+        generator.manual_seed(seed + 1 + frame)
+        # Brighter or darker than others, so that a method which lost some would show.
+        shift = torch.randn(3, 1, 1, generator=generator)
+        pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
+    return {**batch, PIXELS: pixels}
