@@ -34,7 +34,7 @@ SIGNATURES = {
     "apply": "model, config, *, groups=None",
     "generate": "model, batch, *, groups=None, frames='all', **kwargs",
     "SequenceParallelGroups": "sequence_parallel_size",
-    "owned": "count, *, groups=None, model=None",
+    "owned": "count, *, groups=None, model=None, costs=None",
     "shard_batch": "batch, *, model, groups=None, frames='all'",
     "gather_sequence": "x, dim=1, *, groups=None, shard=None",
     "mean_loss": "loss, *, groups=None",

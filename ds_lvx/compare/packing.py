@@ -101,7 +101,11 @@ def _engine(accumulation: int) -> Any:
     family = FAMILIES.default()
     torch.manual_seed(0)
     model = family.build(family.tiny()[0], gate=0.5, dtype=torch.float32)
-    methods = ({"method": "none"}, {"method": "lvx", "recompute_kv": True}, {"method": "ulysses"})
+    methods: tuple[dict[str, Any], ...] = (
+        {"method": "none"},
+        {"method": "lvx", "recompute_kv": True},
+        {"method": "ulysses"},
+    )
     rules = [
         {"match": family.patterns[kind], **rule}
         for kind, rule in zip(("local", "cross", "self"), methods, strict=True)
