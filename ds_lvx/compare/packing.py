@@ -1,0 +1,219 @@
+"""Samples a second on a mixed data set: one at a time, padded, grouped by length, and packed.
+
+Every way trains the same tiny model on the same samples in steps of as many, from batches that are
+made beforehand. Lengths and frames are drawn evenly over their logarithms: most samples are short.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from PIL import Image
+
+import ds_lvx
+from ds_lvx.compare.document import Results, columns, percentiles, times
+from ds_lvx.compare.fresh import bind
+from ds_lvx.compare.harness import Ranks, meet, on_ranks, own_device, slowest, spread
+from ds_lvx.data.batch import BatchMaker, FrameRate
+from ds_lvx.data.conversation import Conversation, Message, Part
+from ds_lvx.data.errors import Source
+from ds_lvx.data.order import SampleOrder
+from ds_lvx.data.text import TextEncoder
+from ds_lvx.models import FAMILIES
+
+WAYS = ("one at a time", "padded", "padded, grouped by length", "packed")
+_LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Task:
+    """The set, and how a step takes of it."""
+
+    way: str = WAYS[0]  # one of `WAYS`
+    picture: str = ""  # the file that every frame is
+    samples: int = 64  # of the set
+    per_step: int = 16  # of a step
+    text_tokens: tuple[int, int] = (30, 2000)  # of a sample, beside those of its frames
+    frames: tuple[int, int] = (1, 64)  # of a sample
+    epochs: int = 3  # timed ones, after one that is not
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Text tokens and frames of each sample, the same every time."""
+        numbers = random.Random(0)
+
+        def drawn(bounds: tuple[int, int]) -> int:
+            low, high = bounds
+            return round(math.exp(numbers.uniform(math.log(low), math.log(high))))
+
+        return [(drawn(self.text_tokens), drawn(self.frames)) for _ in range(self.samples)]
+
+
+def train(task: Task) -> dict[str, Any]:
+    """In a rank: seconds of each timed epoch, the loss of each step, and what a forward holds."""
+    own_device()
+    bind(int(os.environ["RANK"]), _world_size())
+    accumulation = task.per_step if task.way == WAYS[0] else 1
+    engine = _engine(accumulation)
+    family, processor = FAMILIES.default(), FAMILIES.default().tiny()[1]
+    maker = BatchMaker(
+        TextEncoder(processor, 10_000, family=family),
+        FrameRate(fps=1),
+        owned=ds_lvx.owned,
+        min_tokens=_world_size(),
+        pack=sum(task.text_tokens) * task.per_step if task.way == "packed" else None,
+    )
+    steps = [_step(task, maker, chats) for chats in _steps(task)]
+    seconds, losses = [], []
+    for _ in range(1 + task.epochs):
+        start = meet(engine.ds_lvx.groups.world_channel)
+        for batches, items in steps:
+            total = 0.0
+            for batch in batches:
+                given = {**batch, "num_items_in_batch": items / accumulation}
+                loss = engine(**ds_lvx.shard_batch(given, model=engine.module, frames="local")).loss
+                engine.backward(loss)
+                engine.step()
+                total += float(loss.detach()) / accumulation
+            losses.append(total)
+        seconds.append(meet(engine.ds_lvx.groups.world_channel) - start)
+    losses = [float(ds_lvx.mean_loss(torch.tensor(loss))) for loss in losses]
+    found = [batch for batches, _ in steps for batch in batches]
+    ds_lvx.shutdown(engine)
+    return {
+        "epoch_s": seconds[1:],
+        "losses": losses,
+        "text_tokens": sum(batch["input_ids"].numel() for batch in found),
+        "frames": sum(math.prod(batch["pixel_values"].shape[:2]) for batch in found),
+    }
+
+
+def _engine(accumulation: int) -> Any:
+    """lvx with recomputation, the text by Ulysses, ZeRO 2."""
+    family = FAMILIES.default()
+    torch.manual_seed(0)
+    model = family.build(family.tiny()[0], gate=0.5, dtype=torch.float32)
+    methods: tuple[dict[str, Any], ...] = (
+        {"method": "none"},
+        {"method": "lvx", "recompute_kv": True},
+        {"method": "ulysses"},
+    )
+    rules = [
+        {"match": family.patterns[kind], **rule}
+        for kind, rule in zip(("local", "cross", "self"), methods, strict=True)
+    ]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": 2},
+        "steps_per_print": 10**9,
+        "ds_lvx": {"sequence_parallel_size": _world_size(), "layers": rules},
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
+    return ds_lvx.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def _world_size() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def _steps(task: Task) -> Iterator[list[Conversation]]:
+    """The samples of each step of an epoch."""
+    chats = [_chat(number, sizes, task.picture) for number, sizes in enumerate(task.sizes())]
+    lengths = None
+    if "grouped" in task.way:
+        frame = FAMILIES.default().frame_tokens(FAMILIES.default().tiny()[0])
+        lengths = [text + (1 + frame) * frames for text, frames in task.sizes()]
+    order = SampleOrder(task.samples, 0, lengths=lengths, together=task.per_step)
+    for place in range(0, task.samples, task.per_step):
+        yield [chats[n] for n in order.micro_batch(place, task.per_step)]
+
+
+def _step(task: Task, maker: BatchMaker, chats: Sequence[Conversation]) -> tuple[list[Any], int]:
+    """The batches of a step, this rank's frames of them, and the tokens that it learns."""
+    forwards = [[chat] for chat in chats] if task.way == WAYS[0] else [[*chats]]
+    return [maker.batch(each).inputs for each in forwards], maker.labelled(chats)
+
+
+def _chat(number: int, sizes: tuple[int, int], picture: str) -> Conversation:
+    """A question of so many tokens about so many frames; a character is a token."""
+    text, frames = sizes
+    images = [Part("image", picture) for _ in range(frames)]
+    words = ("what is to be seen here, and where? " * 60)[: max(text - 27, 1)].strip()
+    asked = Message("user", (*images, Part("text", words)))
+    answer = Message("assistant", (Part("text", "A."),))
+    return Conversation(Source("packing", number + 1), (asked, answer))
+
+
+def measure(task: Task, ranks: Ranks) -> list[dict[str, Any]]:
+    """Every way, each in fresh processes.
+
+    Raises:
+        RunError: a rank failed.
+    """
+    with _picture() as path:
+        return [record(Task(**{**asdict(task), "way": w, "picture": path}), ranks) for w in WAYS]
+
+
+@contextmanager
+def _picture() -> Iterator[str]:
+    with TemporaryDirectory(prefix="ds_lvx_packing_") as folder:
+        path = Path(folder, "picture.png")
+        Image.new("RGB", (28, 28), (90, 30, 200)).save(path)
+        yield str(path)
+
+
+def record(task: Task, ranks: Ranks) -> dict[str, Any]:
+    """One way, and what its ranks say together."""
+    answers = on_ranks(train, task, ranks)
+    rates = [task.samples / each for each in slowest(*(answer["epoch_s"] for answer in answers))]
+    return {
+        "way": task.way,
+        "samples_per_s": spread(rates),
+        "losses": answers[0]["losses"],
+        "text_tokens": answers[0]["text_tokens"],
+        "frames": sum(answer["frames"] for answer in answers),
+    }
+
+
+def assemble(task: Task, records: Sequence[Mapping[str, Any]], **head: Any) -> dict[str, Any]:
+    """The JSON; ``head`` is what it begins with."""
+    padded = next(r for r in records if r["way"] == "padded")["samples_per_s"]["median"]
+    compared = [{**r, "to_padded": r["samples_per_s"]["median"] / padded} for r in records]
+    settings = {key: value for key, value in asdict(task).items() if key not in ("way", "picture")}
+    return {**head, **settings, "sizes": task.sizes(), "records": compared}
+
+
+def name(results: Results) -> str:
+    """Of the files."""
+    return "packing"
+
+
+def text(results: Results) -> str:
+    """The table."""
+    return columns(
+        results["records"],
+        {
+            "a step's samples": "{way}",
+            "samples a second (p10 to p90)": lambda r: percentiles(
+                r["samples_per_s"], "{:.2f}".format
+            ),
+            "to padded": lambda r: times(r["to_padded"]),
+            "text tokens, padding included": "{text_tokens:,}",
+            "frames, padding included": "{frames:,}",
+        },
+    )
+
+
+def draw(results: Results) -> None:
+    """No figure."""

@@ -1,0 +1,36 @@
+"""The benchmark of packing: what it writes, and that every way trains the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_lvx.compare import packing
+from launch import bench_packing
+from tests.forked import fork_fresh_ranks
+
+MARKS = "<!-- bench_packing.py, packing: begin -->\n<!-- bench_packing.py, packing: end -->\n"
+
+
+@pytest.mark.slow
+def test_a_quick_run_writes_json_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = tmp_path / "document.md"
+    document.write_text(MARKS)
+    words = ("--quick", "--output_dir", str(tmp_path), "--document", str(document))
+    monkeypatch.setattr(sys, "argv", ["bench_packing.py", *words])
+    fork_fresh_ranks(monkeypatch)
+    bench_packing.main()
+    results = json.loads((tmp_path / "packing.json").read_text())
+    assert results["kind"] == "measured"
+    assert packing.text(results) in document.read_text()
+    alone, padded, grouped, packed = results["records"]
+    for other in (alone, packed):
+        assert other["losses"] == pytest.approx(padded["losses"], abs=1e-4)
+    # What is there, and nothing more.
+    assert packed["text_tokens"] == alone["text_tokens"] < padded["text_tokens"]
+    assert packed["frames"] == alone["frames"] == sum(frames for _, frames in results["sizes"])
+    assert padded["to_padded"] == 1
+    assert grouped["text_tokens"] <= padded["text_tokens"]
