@@ -15,7 +15,7 @@ from torch import Tensor
 import ds_lvx
 from tests.models import concatenated_case
 from tests.models.mllama_case import LEARNING_RATE, end_engine, start_engine
-from tests.models.qwen3_vl_case import left_padded, one_image, one_video, tiny_model
+from tests.models.qwen3_vl_case import left_padded, make_batch, one_image, one_video, tiny_model
 from tests.models.test_generating_families import KEYWORDS, check, without_labels
 from tests.ranks import run_ranks
 from tests.test_generation import Look
@@ -111,6 +111,31 @@ def test_an_engine_generates_between_steps() -> None:
     }
     for found in run_ranks(generate_with_an_engine, 2):
         torch.testing.assert_close(found, expected)
+
+
+def generate_in_replicas() -> Tensor:
+    """One replica has no image and ends first: under ZeRO-3 it takes part to the other's end."""
+    engine = start_engine(concatenated_case.rules("qwen3_vl", "lvx", 2, 3), tiny_model())
+    batch, tokens = replicas()[engine.ds_lvx.groups.dp_rank]
+    found: Tensor = ds_lvx.generate(engine, batch, max_new_tokens=tokens)
+    end_engine(engine)
+    return found
+
+
+def replicas() -> list[tuple[Batch, int]]:
+    return [(text_only(), 2), (left_padded(), 5)]
+
+
+def text_only() -> Batch:
+    return make_batch([[12], [9]], left=True)
+
+
+@pytest.mark.slow
+def test_replicas_generate_side_by_side() -> None:
+    model = tiny_model().eval()
+    for rank, found in enumerate(run_ranks(generate_in_replicas, 4)):
+        batch, tokens = replicas()[rank // 2]
+        assert torch.equal(found, model.generate(**without_labels(batch), max_new_tokens=tokens))
 
 
 # ---- going on from a cache
