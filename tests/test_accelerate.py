@@ -13,7 +13,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DeepSpeedPlugin
 from torch.utils.data import DataLoader
-from transformers import MllamaForConditionalGeneration
+from transformers import DynamicCache, MllamaForConditionalGeneration
 
 from ds_lvx.accelerate import Accelerator
 from tests.models.mllama_case import tiny_model, trained, weights
@@ -52,6 +52,7 @@ def loop(kind: type[Any], tiny: Path, *, config: dict[str, Any] | None = None) -
         "metrics": {"eval_size": logits.abs().mean().item()},
         "counted": accelerator.reduce(torch.ones(())).item(),
         "objects": accelerator.gather_for_metrics(["one"]),
+        "tokens": plain.generate(**batch, max_new_tokens=2).tolist(),
         "weights": (
             {name: p.detach().clone() for name, p in trained(plain)}
             if config is None
@@ -60,7 +61,7 @@ def loop(kind: type[Any], tiny: Path, *, config: dict[str, Any] | None = None) -
     }
     if config is not None:
         with pytest.raises(NotImplementedError, match=r"call ds_lvx\.generate"):
-            plain.generate(**batch, max_new_tokens=2)
+            model(**batch, past_key_values=DynamicCache())
     accelerator.free_memory()
     forget_state()
     return found
@@ -75,3 +76,4 @@ def test_losses_weights_and_logits_are_those_of_one_process(stage: int, tmp_path
         assert_same(found, expected)
         assert found["counted"] == 1
         assert found["objects"] == ["one"]
+        assert found["tokens"] == expected["tokens"]
