@@ -112,12 +112,25 @@ def pack_rows(tensors: Sequence[Tensor] | Unwritten, dims: Sequence[int]) -> Ten
         alone = tensors[0].movedim(dims[0], 0)
         if len(tensors) == 1 and alone.is_contiguous() and alone.numel():
             return alone.view(-1).view(torch.uint8).view(len(alone), -1)
+        if tensors[0].shape[dims[0]] == 1 and all(tensor.numel() for tensor in tensors):
+            return _as_one_row(tensors)
         device, write = tensors[0].device, partial(_copy, tensors)
     of_rows = [_row_of(spec, dim) for spec, dim in zip(specs, dims, strict=True)]
     shape = specs[0].shape[dims[0]], sum(_sizes(of_rows))
     buffer = torch.empty(shape, dtype=torch.uint8, device=device)
     write(_unpack_rows(buffer, of_rows, dims))
     return buffer
+
+
+def _as_one_row(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one row each, in one operation: what a generation sends for every token."""
+    pieces = []
+    for tensor, size in zip(tensors, padded(tensor.nbytes for tensor in tensors), strict=True):
+        piece = tensor.reshape(-1).view(torch.uint8)
+        pieces.append(piece)
+        if size > len(piece):
+            pieces.append(piece.new_empty(size - len(piece)))
+    return torch.cat(pieces).unsqueeze(0)
 
 
 def _copy(tensors: Sequence[Tensor], into: Bundle) -> None:
@@ -149,9 +162,9 @@ def _unpack_rows(buffer: Tensor, rows: Sequence[Spec], dims: Sequence[int]) -> l
     views, start = [], 0
     leading = buffer.dim() - 2
     for spec, dim, nbytes in zip(rows, dims, _sizes(rows), strict=True):
-        piece = buffer[..., start : start + spec.nbytes].view(spec.dtype)
+        piece = buffer.narrow(-1, start, spec.nbytes).view(spec.dtype)
         view = piece.view(*buffer.shape[:-1], *spec.shape)
-        views.append(view.movedim(leading, leading + dim))
+        views.append(view.movedim(leading, leading + dim) if dim else view)
         start += nbytes
     return views
 
