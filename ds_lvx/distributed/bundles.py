@@ -105,6 +105,8 @@ def pack_rows(tensors: Sequence[Tensor] | Unwritten, dims: Sequence[int]) -> Ten
         uint8 ``[rows, bytes of a row]``; one tensor alone that lies in memory like this is not
         copied.
     """
+    if not isinstance(tensors, Unwritten) and len(tensors) > 1 and _are_one_row(tensors, dims):
+        return _as_one_row(tensors)
     specs = specs_of(tensors)
     if isinstance(tensors, Unwritten):
         device, write = tensors.device, tensors.write
@@ -112,14 +114,16 @@ def pack_rows(tensors: Sequence[Tensor] | Unwritten, dims: Sequence[int]) -> Ten
         alone = tensors[0].movedim(dims[0], 0)
         if len(tensors) == 1 and alone.is_contiguous() and alone.numel():
             return alone.view(-1).view(torch.uint8).view(len(alone), -1)
-        if tensors[0].shape[dims[0]] == 1 and all(tensor.numel() for tensor in tensors):
-            return _as_one_row(tensors)
         device, write = tensors[0].device, partial(_copy, tensors)
     of_rows = [_row_of(spec, dim) for spec, dim in zip(specs, dims, strict=True)]
     shape = specs[0].shape[dims[0]], sum(_sizes(of_rows))
     buffer = torch.empty(shape, dtype=torch.uint8, device=device)
     write(_unpack_rows(buffer, of_rows, dims))
     return buffer
+
+
+def _are_one_row(tensors: Sequence[Tensor], dims: Sequence[int]) -> bool:
+    return tensors[0].shape[dims[0]] == 1 and all(tensor.numel() for tensor in tensors)
 
 
 def _as_one_row(tensors: Sequence[Tensor]) -> Tensor:
