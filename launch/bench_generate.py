@@ -1,7 +1,7 @@
 """Measure generation by ranks and visual tokens, against one process and against the planner.
 
-    python launch/bench_generate.py                        8K to 1024K tokens on 1, 2 and 4 ranks
-    python launch/bench_generate.py --network 1gbit,0.1ms  an emulated network (needs root)
+    python launch/bench_generate.py                        8K to 512K tokens on 1, 2 and 4 ranks
+    python launch/bench_generate.py --network 200mbit      an emulated network (needs root)
     python launch/bench_generate.py --quick --output_dir /tmp/generate    tiny shapes
 
 Writes generate.json and generate.png into --output_dir, and a table into --document. Where there
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = Case(
     hidden=512, heads=4, kv_heads=4, cross_layers=2, self_layers=2, mlp=1024, text_tokens=64
 )
-SIZES = ("8K", "32K", "128K", "512K", "1024K")
+SIZES = ("8K", "32K", "128K", "512K")
 QUICK = replace(MODEL, hidden=64, heads=4, kv_heads=2, mlp=64, text_tokens=16)
 
 
@@ -67,7 +67,7 @@ def parse_options() -> argparse.Namespace:
     add("--document", type=Path, help="Markdown file that gets the table")
     add("--ranks", type=int, nargs="+", default=[1, 2, 4])
     add("--tokens", nargs="+", default=SIZES, help="visual tokens of the sample")
-    add("--new_tokens", type=int, default=32, help="that are timed")
+    add("--new_tokens", type=int, default=24, help="that are timed")
     add("--dtype", choices=DTYPES, default="bfloat16" if cuda else "float32")
     add("--budget_gib", type=float, default=14.0, help="of all ranks; larger runs are left out")
     add("--network", metavar="RATE[,LATENCY]", help="an emulated one, such as 1gbit,0.1ms")

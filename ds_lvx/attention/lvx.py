@@ -116,8 +116,19 @@ def lv_xattn(
 
 def attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """`lv_xattn` for a call that is settled: ``(out, lse)``."""
+    if not torch.is_grad_enabled():  # a generation's token: no graph to make
+        return _forward(call, q, k, v)
     out, lse = _LVXAttention.apply(call, call.anchor(q.device), q, k, v)
     return out, lse
+
+
+def _forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attend() -> tuple[Tensor, Tensor]:
+        keys = WholeKeys(lambda: (k, v), kv_heads=k.shape[2])
+        out, lse = schedule_of(call).forward(call, q, keys)
+        return out.to(q.dtype), lse
+
+    return once("lv_xattn's attention", attend)
 
 
 class _LVXAttention(torch.autograd.Function):
@@ -130,12 +141,7 @@ class _LVXAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        def attend() -> tuple[Tensor, Tensor]:
-            keys = WholeKeys(lambda: (k, v), kv_heads=k.shape[2])
-            out, lse = schedule_of(call).forward(call, q, keys)
-            return out.to(q.dtype), lse
-
-        out, lse = once("lv_xattn's attention", attend)
+        out, lse = _forward(call, q, k, v)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = call
         ctx.set_materialize_grads(False)

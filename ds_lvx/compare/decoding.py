@@ -100,8 +100,8 @@ def generate(job: Job) -> dict[str, Any]:
         ``exchange_s`` and ``collective_s`` by message, empty on one rank.
     """
     with joined(), _patched(job) as (model, session):
-        # What the first use of anything costs is not counted.
-        _timed(model, job, _batch(job, session.groups.sp_size))
+        # What the first use of anything costs, in seconds and in bytes, is not counted.
+        _timed(model, job, _batch(job, job.frames[0]))
         answers = [_answer(model, job, frames) for frames in job.frames]
         return {"answers": answers, **_messages(job, session.groups.channel)}
 

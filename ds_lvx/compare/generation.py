@@ -40,7 +40,11 @@ def profile(job: Job, ranks: Ranks, *, quick: bool = False) -> dict[str, Any]:
         heads=case.heads,
         kv_heads=case.kv_heads,
         head_dim=case.head_dim or case.hidden // case.heads,
-        lengths=tuple((s, t) for s in (1, case.text_tokens) for t in _KEYS[: 2 if quick else None]),
+        # A prompt's queries take long over many keys, and its time grows with them.
+        lengths=(
+            *((1, keys) for keys in _KEYS[: 2 if quick else None]),
+            *((case.text_tokens, keys) for keys in _KEYS[: 2 if quick else 3]),
+        ),
         message_bytes=_MESSAGE_BYTES,
         hidden=(2**10, 16, 1024),
         elements=2 ** (12 if quick else 22),

@@ -105,6 +105,8 @@ def pack_rows(tensors: Sequence[Tensor] | Unwritten, dims: Sequence[int]) -> Ten
         uint8 ``[rows, bytes of a row]``; one tensor alone that lies in memory like this is not
         copied.
     """
+    if not isinstance(tensors, Unwritten) and len(tensors) > 1 and _are_one_row(tensors, dims):
+        return _as_one_row(tensors)
     specs = specs_of(tensors)
     if isinstance(tensors, Unwritten):
         device, write = tensors.device, tensors.write
@@ -118,6 +120,21 @@ def pack_rows(tensors: Sequence[Tensor] | Unwritten, dims: Sequence[int]) -> Ten
     buffer = torch.empty(shape, dtype=torch.uint8, device=device)
     write(_unpack_rows(buffer, of_rows, dims))
     return buffer
+
+
+def _are_one_row(tensors: Sequence[Tensor], dims: Sequence[int]) -> bool:
+    return tensors[0].shape[dims[0]] == 1 and all(tensor.numel() for tensor in tensors)
+
+
+def _as_one_row(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one row each, in one operation: what a generation sends for every token."""
+    pieces = []
+    for tensor, size in zip(tensors, padded(tensor.nbytes for tensor in tensors), strict=True):
+        piece = tensor.contiguous().view(-1).view(torch.uint8)
+        pieces.append(piece)
+        if size > len(piece):
+            pieces.append(piece.new_empty(size - len(piece)))
+    return torch.cat(pieces).unsqueeze(0)
 
 
 def _copy(tensors: Sequence[Tensor], into: Bundle) -> None:
@@ -149,9 +166,9 @@ def _unpack_rows(buffer: Tensor, rows: Sequence[Spec], dims: Sequence[int]) -> l
     views, start = [], 0
     leading = buffer.dim() - 2
     for spec, dim, nbytes in zip(rows, dims, _sizes(rows), strict=True):
-        piece = buffer[..., start : start + spec.nbytes].view(spec.dtype)
+        piece = buffer.narrow(-1, start, spec.nbytes).view(spec.dtype)
         view = piece.view(*buffer.shape[:-1], *spec.shape)
-        views.append(view.movedim(leading, leading + dim))
+        views.append(view.movedim(leading, leading + dim) if dim else view)
         start += nbytes
     return views
 
