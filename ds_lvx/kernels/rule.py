@@ -21,13 +21,15 @@ from torch import Tensor
 from ds_lvx.kernels.cover import Cover
 from ds_lvx.kernels.covering import cover_of
 from ds_lvx.kernels.transfer import to_device
-from ds_lvx.kernels.visibility import Visibility
+from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 
 ALL = slice(None)
 _INT32 = torch.iinfo(torch.int32)
 _APART = 64
 """A block ends where the next position is so far away, with as many keys or queries on each side:
 a shard may have an early and a late piece of a text, of which only one is seen."""
+
+_MOST_JUMPS = 256
 
 
 class Structure(StrEnum):
@@ -227,9 +229,11 @@ def _narrowed(rule: Visibility, queries_per_block: int, keys_per_block: int) -> 
 def _pieces(values: Tensor) -> list[slice]:
     """What lies between positions ``[B, length]`` that are far apart; see `_APART`."""
     length = values.shape[1]
-    apart = (values.diff(dim=1).abs() > _APART).any(dim=0)
+    known = (values >= 0) & (values != EVERYTHING)  # padding may stand anywhere
+    apart = (values.diff(dim=1).abs() > _APART) & known[:, 1:] & known[:, :-1]
     ends = [0]
-    for end in (apart.nonzero()[:, 0] + 1).tolist():
+    jumps = (apart.any(dim=0).nonzero()[:, 0] + 1).tolist()
+    for end in jumps if len(jumps) <= _MOST_JUMPS else ():  # else positions are in no order
         if end - ends[-1] >= _APART <= length - end:
             ends.append(end)
     return [slice(*each) for each in pairwise([*ends, length])]

@@ -320,7 +320,7 @@ def test_defaults_are_both_schedules_and_all_peers() -> None:
     assert not request.recompute
     sent = json.loads(json.dumps(asdict(request)))
     assert TypeAdapter(Contest).validate_python(sent) == replace(
-        request, methods=list(request.methods)
+        request, methods=list(request.methods), orders=list(request.orders)
     )
 
 
@@ -344,7 +344,11 @@ def answer(seconds: dict[str, float], payload: int = 1010) -> dict[str, Any]:
         "methods": {
             method: {
                 "step": {"forward_s": [own, own], "backward_s": [2 * own, 3 * own]},
-                "kernels": {"forward_s": [0.5, 0.5], "backward_s": [0.5, 0.5]},
+                "kernels": {
+                    "forward_s": [0.5, 0.5],
+                    "backward_s": [0.5, 0.5],
+                    "processor_s": [1.0],
+                },
                 "traffic": {"bytes_sent": 900, "calls": 2, "control_bytes": 100},
                 "interface": {"sent_payload_bytes": payload},
                 "schedule": "gather",
