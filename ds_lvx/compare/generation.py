@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ds_lvx.compare.decoding import DTYPES, Job, generate
-from ds_lvx.compare.document import Results, columns, percentiles, times
+from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
 from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
 from ds_lvx.compare.peak import PROMPT_FREEING
 from ds_lvx.plan import calibrate
@@ -209,7 +209,7 @@ def _mib(which: str) -> Any:
     return lambda r: f"{r[which] / 2**20:,.0f} / {r['predicted'][which] / 2**20:,.0f}"
 
 
-_CELLS: dict[str, Any] = {
+_CELLS: Cells = {
     "visual tokens": "{visual_tokens:,}",
     "ranks": "{ranks}",
     "tokens a second, measured / predicted": lambda r: (
@@ -222,7 +222,7 @@ _CELLS: dict[str, Any] = {
     "keys of a rank, MiB": _mib("kept_bytes"),
     "peak of a rank, MiB": _mib("peak_bytes"),
 }
-_MESSAGE_CELLS: dict[str, Any] = {
+_MESSAGE_CELLS: Cells = {
     "ranks": "{ranks}",
     "a layer's exchange, us (p10 to p90)": lambda r: percentiles(
         _scaled(r["exchange_s"], 1e6), "{:.0f}".format
