@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ds_lvx.compare.harness import spread
 from ds_lvx.compare.training import among
+from ds_lvx.compare.training.breakdown import COLUMNS, PHASES
 from launch import bench_concatenated
 from tests.forked import fork_fresh_ranks
 
@@ -38,6 +42,42 @@ def test_a_quick_run_writes_json_tables_and_plot(
     for record in results["memory"]["records"]:
         assert record["peak_bytes"][1] > record["peak_bytes"][0] > 0
     assert (tmp_path / "concatenated.png").read_bytes().startswith(b"\x89PNG")
+
+
+def made_up() -> dict[str, Any]:
+    """Results as `among.measure` has them."""
+    phases = {phase: dict.fromkeys(COLUMNS, 0.5) for phase in PHASES}
+    case = asdict(bench_concatenated.case_of(256, 4, 2, 2))
+    steps = [
+        {
+            "method": method,
+            "sizes": {"visual_tokens": 2048, "text_tokens": 256},
+            "step_s": spread([2.0 + n]),
+            "attention_bytes": 3_000_000,
+            "typical": {"parts_s": phases},
+            "answers": [{"interface_bytes": [4_000_000, 6_000_000]}],
+        }
+        for n, method in enumerate(among.METHODS)
+    ]
+    job = {"case": case, "frames": 8, "dtype": "float32"}
+    plan = {"ranks": 4, "network": "200mbit"}
+    weighed = [{"method": m, "peak_bytes": [2**20, 2**21]} for m in among.WEIGHED]
+    memory = {"case": case, "frames": [4, 8], "tokens_of_a_frame": 256, "ranks": 4}
+    return {
+        "hardware": {"device": "a processor"},
+        "steps": {"tiny": {"job": job, "plan": plan, "records": steps}},
+        "memory": {**memory, "records": weighed},
+    }
+
+
+def test_tables_and_plot(tmp_path: Path) -> None:
+    text = among.text(made_up())
+    row = "| gathered, then Ulysses | 2.000 (2.000 to 2.000) | 1.00 | 6.000 | 3.00 | 5.0 |"
+    assert row in text
+    assert "| at home, lvx | 4.000 (4.000 to 4.000) | 0.50 |" in text
+    assert "| embeddings | 4 frames (1,024 tokens) | 8 frames (2,048 tokens) |" in text
+    assert "| at home, Ulysses | 1 | 2 |" in text
+    among.draw(made_up()).savefig(tmp_path / "plot.png")
 
 
 def test_the_document_has_the_figures_of_the_committed_json() -> None:
