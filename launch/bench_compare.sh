@@ -3,6 +3,7 @@
 # PATH, and a machine that does nothing else; a quarter of an hour on two cores.
 #     sudo -E env "PATH=$PATH" bash launch/bench_compare.sh
 #     sudo -E env "PATH=$PATH" bash launch/bench_compare.sh long short     (some of the comparisons)
+#     sudo -E env "PATH=$PATH" bash launch/bench_compare.sh text           (not among the others)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

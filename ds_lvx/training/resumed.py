@@ -82,7 +82,10 @@ def _found(load_dir: Path, tag: str | None) -> tuple[Path, Mapping[str, Any]] | 
         return None
     folder = load_dir / (pointer.read_text().strip() if tag is None else tag)
     files = sorted(folder.glob("*_model_states.pt"))
-    return (folder, read(files[0], mmap=True)) if files else None
+    try:
+        return (folder, read(files[0], mmap=True)) if files else None
+    except ValueError:  # it holds objects of a script's own, which DeepSpeed itself reads
+        return None
 
 
 def _stage(ds_config: Mapping[str, Any]) -> int:

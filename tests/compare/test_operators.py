@@ -411,11 +411,16 @@ def test_networks_are_recorded_by_their_short_form() -> None:
 
 
 def test_the_document_has_the_tables_of_the_committed_json() -> None:
-    root = Path(__file__).resolve().parent.parent.parent
-    text = (root / "docs" / "comparing.md").read_text()
-    names = re.findall(r"<!-- ds-lvx compare, (\S+): begin -->", text)
-    assert names
-    for name in names:
-        results = json.loads((root / "docs" / "benchmarks" / f"{name}.json").read_text())
+    """And nothing where zigzag was not measured."""
+    docs = Path(__file__).resolve().parent.parent.parent / "docs"
+    text = (docs / "comparing.md").read_text()
+    places = re.findall(r"<!-- ds-lvx compare, (\S+): begin -->(.*?)<!-- ds-lvx", text, re.DOTALL)
+    assert places
+    for name, stands in places:
+        committed = docs / "benchmarks" / f"{name}.json"
+        if "zigzag" in name and not committed.exists():
+            assert not stands.strip(), name
+            continue
+        results = json.loads(committed.read_text())
         assert results["kind"] == "emulated"
-        assert subject.text(results) in text, name
+        assert subject.text(results) in stands, name

@@ -34,3 +34,14 @@ def test_a_quick_run_writes_json_and_table(tmp_path: Path, monkeypatch: pytest.M
     assert packed["frames"] == alone["frames"] == sum(frames for _, frames in results["sizes"])
     assert padded["to_padded"] == 1
     assert grouped["text_tokens"] <= padded["text_tokens"]
+
+
+def test_the_document_has_the_table_of_the_committed_json() -> None:
+    """And nothing where there is no JSON."""
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    begin, end = MARKS.splitlines()
+    text = (docs / "fine-tuning.md").read_text()
+    stands = text.partition(begin)[2].partition(end)[0].strip()
+    committed = docs / "benchmarks" / "packing.json"
+    expected = packing.text(json.loads(committed.read_text())) if committed.exists() else ""
+    assert stands == expected
