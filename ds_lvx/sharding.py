@@ -13,7 +13,7 @@ from torch.utils.data import get_worker_info
 from ds_lvx.attention.checkpointing import is_partitioned
 from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
 from ds_lvx.models import family_of
-from ds_lvx.models.batch import before, parts_of, span, split
+from ds_lvx.models.cuts import before, parts_of, span, split
 from ds_lvx.models.draft import Draft
 from ds_lvx.models.patch import KEYWORD
 

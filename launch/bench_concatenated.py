@@ -24,13 +24,15 @@ from ds_lvx.compare.harness import Ranks
 from ds_lvx.compare.network import Network, NetworkError
 from ds_lvx.compare.training import among
 from ds_lvx.compare.training.rank import Task
+from ds_lvx.models.concatenated.family import Concatenated
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def model() -> str:
     """The first family whose visual tokens stand among the text's."""
-    return next(name for name in random_models() if random_case(name).attends == "self")
+    names = random_models()
+    return next(n for n in names if isinstance(random_case(n).contract(), Concatenated))
 
 
 def case_of(hidden: int, heads: int, kv_heads: int, layers: int, **more: Any) -> Case:

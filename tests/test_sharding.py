@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ds_lvx.distributed.groups import SequenceParallelGroups
-from ds_lvx.models.batch import split
+from ds_lvx.models.cuts import split
 from ds_lvx.sharding import draft_batch, mean_loss, owned, shard_batch
 from tests.models.mllama_case import TILES, hard_batch, make_batch, tiny_model
 from tests.ranks import RankError, run_ranks

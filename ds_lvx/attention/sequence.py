@@ -30,6 +30,7 @@ def gather_sequence(
         shard: what `ds_lvx.shard_batch` returned, where x ``[B, s, ...]`` has something of each of
             its tokens, such as logits. Under zigzag, and of a model whose visual tokens stand
             among the text's, a rank's tokens are not side by side; with it they are put in order.
+            Empty: x has nothing to do with the tokens of the last batch.
 
     Returns:
         The shards of all ranks, one after the other along ``dim``, or ``[B, T, ...]`` in the order
@@ -39,7 +40,8 @@ def gather_sequence(
     Raises:
         ValueError: shapes that differ elsewhere than in ``dim``, or dtypes that differ, on all
             ranks; a ``dim`` that x does not have, or with ``shard`` another one than 1, or where
-            the shard's tokens have to be put in order, an x that has not as many.
+            the shard's tokens have to be put in order, an x that has not as many; no ``shard``, and
+            as many as this rank's tokens of the last batch, which are not side by side.
 
     Collectives: one agreement on the CPU; an all-gather of ``(n - 1)`` times x's bytes, and in
     backward an all-to-all of as many as the other ranks' shards have. Every rank must run backward
@@ -49,7 +51,9 @@ def gather_sequence(
     record, error = {}, None
     try:
         record = _record(x, dim)
-        if shard is not None:
+        if shard is None:
+            _check_order(record, channel)
+        elif shard:
             _check_tokens(x, record["dim"], shard)
     except ValueError as raised:
         error = raised
@@ -58,7 +62,7 @@ def gather_sequence(
     lengths, dim = tuple(other["length"] for other in records), record["dim"]
     wants_grad = any(other["needs_grad"] for other in records)
     whole = gather_shards(x, dim, channel=channel, lengths=lengths, wants_grad=wants_grad)
-    if shard is None:
+    if not shard:
         return whole
     ordered: Tensor = shard["ds_lvx"].in_order(whole)
     return ordered
@@ -80,6 +84,17 @@ def gather_shards(
     anchor = torch.zeros((), device=x.device, requires_grad=wants_grad and torch.is_grad_enabled())
     whole: Tensor = _GatherSequence.apply(channel, lengths, dim, anchor, x)
     return whole
+
+
+def _check_order(record: Mapping[str, Any], channel: Channel) -> None:
+    """Raise a ValueError where x seems to belong to tokens that are not side by side."""
+    if channel.scattered and (record["dim"], record["length"]) == (1, channel.scattered):
+        raise ValueError(
+            f"gather_sequence: got {record['length']} along dim 1 without a shard; this rank has "
+            "as many tokens of the last batch, and they are not side by side (zigzag, or "
+            "visual tokens among the text): expected shard=, what shard_batch returned, which puts "
+            "them in order, or shard={} for one rank after the other"
+        )
 
 
 def _check_tokens(x: Tensor, dim: int, shard: Mapping[str, Any]) -> None:

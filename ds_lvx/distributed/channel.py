@@ -69,6 +69,8 @@ class Channel:
         self.size = 1 if group is None else dist.get_world_size(group)
         self._group = None if group is None else ref(group)
         self._home = self._group if home is None else ref(home)
+        # This rank's tokens of the last batch where they are not side by side (`gather_sequence`).
+        self.scattered: int | None = None
 
     @property
     def group(self) -> ProcessGroup | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
@@ -20,6 +20,7 @@ from ds_lvx.attention.zigzag import dealt
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.kernels.visibility import Visibility
+from ds_lvx.models.cuts import span, split
 
 if TYPE_CHECKING:
     from ds_lvx.models.decoding import Decoding
@@ -158,35 +159,6 @@ class ShardedBatch:
             return self.text
         assert self.cross is not None, "cross-attention without images is skipped"
         return self.cross
-
-
-def split(count: int, parts: int) -> tuple[int, ...]:
-    """Lengths of a balanced contiguous split: the first ``count % parts`` parts hold one more."""
-    each, more = divmod(count, parts)
-    return tuple(each + (part < more) for part in range(parts))
-
-
-def before(counts: Tensor) -> Tensor:
-    """Sums of all that come before each."""
-    return counts.cumsum(0) - counts
-
-
-def parts_of(starts: Tensor, lengths: Tensor, total: Tensor, parts: int) -> Tensor:
-    """int64: which of ``parts`` equal parts of a line the middle of each piece lies in.
-
-    Args:
-        starts, lengths: of the pieces, whole numbers or not.
-        total: length of the line.
-        parts: how many.
-    """
-    part = (2 * starts + lengths) * parts // (2 * total)
-    return part.long().clamp(max=parts - 1)  # of no length at the end: in the last
-
-
-def span(lengths: Sequence[int], rank: int) -> slice:
-    """Where the part of ``rank`` lies in the whole."""
-    start = sum(lengths[:rank])
-    return slice(start, start + lengths[rank])
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,8 @@ from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.interface import Problem
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import ShardedBatch, Text, move, span
+from ds_lvx.models.batch import ShardedBatch, Text, move
+from ds_lvx.models.cuts import span
 from ds_lvx.models.prompt import Prompt
 
 if TYPE_CHECKING:

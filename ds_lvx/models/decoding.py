@@ -28,8 +28,9 @@ from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.rule import Rule
-from ds_lvx.models.batch import ShardedBatch, digest, move, span
+from ds_lvx.models.batch import ShardedBatch, digest, move
 from ds_lvx.models.behind import Behind, Part, attend_cached, causal
+from ds_lvx.models.cuts import span
 from ds_lvx.models.drift import ENDED, FAILED, difference
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.patch import KEYWORD, Hook

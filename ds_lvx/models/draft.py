@@ -19,19 +19,12 @@ from torch import Tensor
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.visibility import Visibility
-from ds_lvx.models.batch import (
-    IGNORED_LABEL,
-    ITEMS_KEY,
-    TEXT_KEYS,
-    ShardedBatch,
-    Text,
-    move,
-    span,
-)
+from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, ShardedBatch, Text, move
 from ds_lvx.models.behind import sharded_prompt
 from ds_lvx.models.contract import Family
-from ds_lvx.models.patch import KEYWORD, patched_attention
-from ds_lvx.models.prepare import PrepareText
+from ds_lvx.models.cuts import span
+from ds_lvx.models.patch import KEYWORD
+from ds_lvx.models.prepare import splits_prompt, zigzags
 from ds_lvx.models.prompt import Prompt
 from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
 
@@ -235,6 +228,7 @@ class _Content:
         here = text.part(rank, size)
         part = self._part(records, family=family, model=model, always_vision=always_vision)
         keyword = self._keyword(text, part, channel=channel, device=device)
+        channel.scattered = None if keyword.order is None else keyword.text_lengths[rank]
         beside = part.visual.beside(rank, text, here)
         shard = {**text.shard(here), **part.arguments, **beside}
         moved = {key: move(value, device) for key, value in shard.items()}
@@ -370,20 +364,6 @@ class _Part:
     kv_lengths: tuple[int, ...] | None
     rule: Visibility | None
     row_mask: Tensor | None
-
-
-def splits_prompt(family: Family, model: torch.nn.Module) -> bool:
-    """Whether a long prompt is split over the ranks: where the text's layers leave K and V in the
-    cache, which those that project them again do not."""
-    found = map(patched_attention, model.modules())
-    plans = [each.plan for each in found if each is not None and each.plan.kind == "self"]
-    return family.splits_prompt and not any(plan.recompute_kv for plan in plans)
-
-
-def zigzags(family: Family, model: torch.nn.Module) -> bool:
-    """Whether an early and a late piece of the text go to each rank, as `PrepareText` has it."""
-    hooks = family.text_model(model)._forward_pre_hooks.values()
-    return any(isinstance(hook, PrepareText) and hook.zigzag for hook in hooks)
 
 
 def _check_keys(batch: Mapping[str, Any], family: Family, frames: str) -> None:

@@ -86,7 +86,7 @@ class Parts:
             tokens: visual tokens of each unit of the sample.
             rank, size: its number, and how many ranks share the sample.
         """
-        from ds_lvx.models.batch import span, split
+        from ds_lvx.models.cuts import span, split
 
         part = span(split(len(tokens), size), rank)
         return range(part.start, part.stop)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.attention.random_state import Setting
-from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, ShardedBatch, split
+from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, ShardedBatch
+from ds_lvx.models.cuts import split
 from ds_lvx.models.patch import KEYWORD, Hook
 
 _LOSS = "_loss_function"

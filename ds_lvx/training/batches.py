@@ -21,7 +21,7 @@ from ds_lvx.data.feed import Feed, WorkerError
 from ds_lvx.data.order import SampleOrder
 from ds_lvx.data.text import IGNORED, TextEncoder
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.models.batch import span, split
+from ds_lvx.models.cuts import span, split
 from ds_lvx.models.draft import Draft
 from ds_lvx.training.check import Checks
 from ds_lvx.training.model import Source, training_dtype

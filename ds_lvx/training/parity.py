@@ -154,6 +154,14 @@ class _Unsaved(Trainer):
 
 def _metrics(request: Mapping[str, Any]) -> dict[str, Any]:
     """In a rank: train; ``rows`` of ``metrics.jsonl``, or the ``error`` of what the user gave."""
+    try:
+        return {"rows": _rows(request)}
+    except (ValueError, NotImplementedError) as error:
+        return {"error": str(error)}
+
+
+def _rows(request: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Train, and return what ``metrics.jsonl`` has."""
     options: Options = parse(request["words"])
     options.limits.tell_pil()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
@@ -166,12 +174,10 @@ def _metrics(request: Mapping[str, Any]) -> dict[str, Any]:
             engine = make_engine(model, inputs, options)
             del model
             _Unsaved(engine, inputs, options, batches=batches, world=world).run()
-    except (ValueError, NotImplementedError) as error:  # on all ranks
-        return {"error": str(error)}
     finally:
         ds_lvx.shutdown(engine)
     rows = Path(options.output_dir, "metrics.jsonl").read_text().splitlines()
-    return {"rows": [json.loads(row) for row in rows] if os.environ["RANK"] == "0" else []}
+    return [json.loads(row) for row in rows] if os.environ["RANK"] == "0" else []
 
 
 def _show(

@@ -11,9 +11,12 @@ import json
 import os
 import random
 import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from torch.utils import cpp_extension
 
 from ds_lvx.training import disk
 from tests.data.media import chat, write_image, write_jsonl
@@ -37,6 +40,18 @@ def check(run: Run, out: Path) -> None:
     assert not left or "ds_lvx: " not in run.output(), left
     for buffer in left:
         buffer.unlink()
+    release(Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False), "lock"))
+
+
+def release(lock: Path) -> None:
+    """Take away the lock of a build that a killed rank has left; others hold it for a moment."""
+    with suppress(FileNotFoundError):
+        since = lock.stat().st_mtime
+        for _ in range(50):
+            time.sleep(0.1)
+            if lock.stat().st_mtime != since:
+                return
+        lock.unlink()
 
 
 def losses(out: Path) -> list[float]:

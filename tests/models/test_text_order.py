@@ -115,6 +115,24 @@ def packed() -> dict[str, Tensor]:
     return {"input_ids": ids, "position_ids": positions, "labels": ids.clone()}
 
 
+def gathered_without_a_shard() -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    model, section = tiny_model(), LVXConfig.from_ds_config(config("ring", "zigzag", ranks=2))
+    groups = SequenceParallelGroups(2)
+    patch_model(model, section, groups)
+    mine = shard_batch(packed(), model=model)["position_ids"]
+    with pytest.raises(ValueError, match="not side by side") as raised:
+        gather_sequence(mine)
+    whole, other = gather_sequence(mine, shard={}), gather_sequence(mine[:, 1:])
+    groups.close()
+    return str(raised.value), tuple(whole.shape), tuple(other.shape)
+
+
+def test_logits_are_not_gathered_out_of_order() -> None:
+    for message, whole, other in run_ranks(gathered_without_a_shard, 2):
+        assert "shard=" in message
+        assert (whole, other) == ((1, 17), (1, 15))
+
+
 def packed_logits(one: dict[str, Any]) -> Tensor:
     model, section = tiny_model(), LVXConfig.from_ds_config(one)
     groups = SequenceParallelGroups(section.sequence_parallel_size)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import Here, Text, before
+from ds_lvx.models.batch import Here, Text
+from ds_lvx.models.cuts import before
 from ds_lvx.models.moss_vl.grid import Grid, frame_positions, read_grid, text_positions
 from ds_lvx.models.visual import Runs, Visual
 

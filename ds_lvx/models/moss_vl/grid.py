@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx.models.batch import before, parts_of
+from ds_lvx.models.cuts import before, parts_of
 
 
 @dataclass(frozen=True, eq=False)
