@@ -130,7 +130,9 @@ def _as_one_row(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors of one row each, in one operation: what a generation sends for every token."""
     pieces = []
     for tensor, size in zip(tensors, padded(tensor.nbytes for tensor in tensors), strict=True):
-        piece = tensor.contiguous().view(-1).view(torch.uint8)
+        # A single element may have any stride and still be contiguous.
+        row = tensor.clone(memory_format=torch.contiguous_format) if tensor.numel() == 1 else tensor
+        piece = row.contiguous().view(-1).view(torch.uint8)
         pieces.append(piece)
         if size > len(piece):
             pieces.append(piece.new_empty(size - len(piece)))

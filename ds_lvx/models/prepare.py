@@ -39,7 +39,7 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
         family,
         sp_size,
         chunked=[plan.kind for plan in plans if plan.chunk_tokens()],
-        zigzag=deals_zigzag(plans, config.text_order),
+        zigzag=deals_zigzag(plans, config.text_order) and family.zigzag,
     )
     family.text_model(model).register_forward_pre_hook(hook, with_kwargs=True)
     # Before what a family puts in the place of the loss function, and undone after it.

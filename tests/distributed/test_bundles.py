@@ -24,3 +24,10 @@ def test_one_row_lies_in_its_message_as_each_of_many_does() -> None:
             assert torch.equal(one[0, at : at + nbytes], rows[row, at : at + nbytes])
         found = unpack_rows(one, [Spec.of(each) for each in mine], dims)
         assert all(map(torch.equal, found, mine))
+
+
+def test_a_single_element_may_have_any_stride() -> None:
+    tensors = [torch.arange(10)[None][:, -1:], torch.zeros(1, 4)]
+    assert tensors[0].stride() != (1, 1)
+    found = unpack_rows(pack_rows(tensors, [0, 0]), [Spec.of(each) for each in tensors], [0, 0])
+    assert all(map(torch.equal, found, tensors))

@@ -76,7 +76,7 @@ def reference() -> dict[str, Any]:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_zigzag_is_one_process_by_every_method(ranks: int) -> None:
     """mllama: text before the first image, padding, two samples, an uneven number of tokens."""
-    rules: list[Any] = ["ring", LVX, RECOMPUTE, "ulysses"]
+    rules: list[Any] = ["ring", LVX, RECOMPUTE, "ulysses", {"method": "hybrid", "ulysses": 1}]
     each = [config(rule, "zigzag", ranks=ranks) for rule in rules]
     results = run_ranks(steps, ranks, each)
     for index in range(len(rules)):

@@ -37,6 +37,7 @@ class Adapter(Family):
     """
 
     features_key = ""
+    zigzag = True
     patterns: Mapping[str, str] = {
         "local": "*vision_model*",
         "self": "*language_model*.self_attn",

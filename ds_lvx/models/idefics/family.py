@@ -37,6 +37,7 @@ class Idefics(Family):
 
     keys = batches.KEYS
     features_key = forward.FEATURES
+    zigzag = True
     splits_prompt = True
     skips_vision = False  # gated layers run their MLP for every token
     patterns: Mapping[str, str] = {

@@ -45,6 +45,7 @@ class Mllama(Family):
 
     keys = batches.KEYS
     features_key = batches.STATES
+    zigzag = True
     splits_prompt = True
     patterns: Mapping[str, str] = {
         "local": "*vision_model*",

@@ -35,6 +35,7 @@ class MossVL(Family):
 
     keys = batches.KEYS
     features_key = forward.STATES
+    zigzag = True
     patterns: Mapping[str, str] = {
         "local": "*visual*",
         "cross": "*.cross_attn",

@@ -46,6 +46,7 @@ class MPlugOwl3(Family):
     keys = batches.KEYS
     features_key = forward.FEATURES
     skips_vision = False  # so that what makes K and V of images always has a gradient
+    zigzag = True
     patterns: Mapping[str, str] = {
         "local": "*vision_model*",
         "cross": f"*.{_IMAGES}",

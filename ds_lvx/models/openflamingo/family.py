@@ -41,6 +41,7 @@ class OpenFlamingo(Family):
     keys = batches.KEYS
     features_key = forward.FEATURES
     skips_vision = False  # gated layers run their MLP for every token
+    zigzag = True
     patterns: Mapping[str, str] = {
         "local": "perceiver*",
         "cross": "*.gated_cross_attn_layer.attn",

@@ -37,6 +37,7 @@ class QwenVL(Family):
 
     keys = batches.KEYS
     features_key = ""
+    zigzag = True
     patterns: Mapping[str, str] = {"local": "*visual*", "self": "*.h.*.attn"}
     lora_targets = r".*\.h\.\d+\.attn\.(c_attn|c_proj)"
 

@@ -36,6 +36,7 @@ class T5Gemma2(Family):
 
     keys = batches.KEYS
     features_key = forward.FEATURES
+    zigzag = True
     patterns: Mapping[str, str] = {
         "local": "*vision_tower*",
         "cross": "*decoder.layers.*.self_attn",

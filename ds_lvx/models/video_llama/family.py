@@ -44,6 +44,7 @@ class VideoLlama(Family):
 
     keys = batches.KEYS
     features_key = ""
+    zigzag = True
     patterns: Mapping[str, str] = {"local": "Qformer*", "self": "llama_model*.self_attn"}
     lora_targets = r".*llama_model.*\.(q_proj|k_proj|v_proj|o_proj)"
 
