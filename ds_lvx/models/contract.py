@@ -59,8 +59,7 @@ class Family(Parts, ABC):
         skips_vision: a batch without images leaves out tower and cross-attention; else it has a
             blank one that nobody sees, as models want it whose layers run for every token.
         splits_prompt: a generation's long prompt is split: text layers fill the cache, then attend.
-        zigzag: its text may be cut into an early and a late piece for each rank (``text_order``):
-            its code asks `ShardedBatch.places` or ``position_ids`` where a token stands.
+        zigzag: ``text_order`` may cut its text: its code asks `ShardedBatch.places`, position ids.
         without: methods that cross-attention of some of its models cannot run, and why; a tool
             leaves them out.
     """
