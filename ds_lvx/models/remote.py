@@ -100,3 +100,18 @@ def read_json(name: str, file: str) -> Any:
     """A file of a checkpoint, from a folder or the hub; empty where there is none."""
     found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     return {} if found is None else json.loads(Path(found).read_text())
+
+
+def read_section(name: str, section: str) -> Any:
+    """A section of a checkpoint's ``config.json``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = read_json(name, "config.json").get(section)
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"got {name}, whose config.json has no section {section!r}; expected the folder or the "
+            "name of a checkpoint of this family"
+        )
+    return found

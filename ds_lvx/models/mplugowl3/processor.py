@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from ds_lvx.models.mplugowl3.batch import OFFSETS, PADDING
-from ds_lvx.models.remote import read_json
+from ds_lvx.models.remote import read_section
 from ds_lvx.models.visual import COUNTS, PIXELS
 
 IMAGE_TOKEN = "<|image|>"
@@ -53,7 +53,7 @@ class Processor:
     @classmethod
     def of(cls, name: str) -> Processor:
         """That of a checkpoint, from a folder or the hub."""
-        side = int(read_json(name, "config.json")["vision_config"]["image_size"])
+        side = int(read_section(name, "vision_config")["image_size"])
         return cls(PreTrainedTokenizerFast.from_pretrained(name), side)
 
     def save_pretrained(self, folder: str | Path) -> None:

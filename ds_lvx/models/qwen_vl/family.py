@@ -101,7 +101,7 @@ class QwenVL(Family):
         return remote.load(name, dtype, trust_remote_code=trust_remote_code, advice=_ADVICE)
 
     def load_processor(self, name: str) -> processors.Processor:
-        visual = remote.read_json(name, "config.json")["visual"]
+        visual = remote.read_section(name, "visual")
         return processors.Processor.of(
             name,
             side=int(visual["image_size"]),
