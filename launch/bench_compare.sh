@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measure what docs/comparing.md shows, into docs/benchmarks and the document. Needs root, ds-lvx in
-# PATH, and a machine that does nothing else; a quarter of an hour on two cores.
+# PATH, and a machine that does nothing else; twenty minutes on two cores.
 #     sudo -E env "PATH=$PATH" bash launch/bench_compare.sh
 #     sudo -E env "PATH=$PATH" bash launch/bench_compare.sh long short     (some of the comparisons)
 #     sudo -E env "PATH=$PATH" bash launch/bench_compare.sh text           (not among the others)
@@ -44,7 +44,7 @@ text() {
   causal --seqlen-q 32K --seqlen-kv 32K --heads 1 --warmup 0 --repeats 2
 }
 
-for part in "${@:-long short ablations even}"; do
+for part in "${@:-long short ablations even text}"; do
   for name in $part; do
     "$name"
   done
