@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import InternVLConfig, InternVLForConditionalGeneration
+from transformers import InternVLForConditionalGeneration
 from transformers.models.internvl.modeling_internvl import InternVLVisionAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
@@ -17,12 +16,11 @@ from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
+from ds_lvx.models.concatenated.sized import Sized
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.internvl import batch as batches
 from ds_lvx.models.internvl import dimensions, sized
 from ds_lvx.models.internvl.processor import Processor
-from ds_lvx.models.media import Held, Medium, Shown
-from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS, Visual
 
 _OF_TEXT: Mapping[str, type[nn.Module]] = {
@@ -42,6 +40,7 @@ class InternVL(Concatenated):
     within = InternVLVisionAttention
     sources = (PIXELS,)
     takes = (PIXELS,)
+    sized: Sized = sized
 
     # ---- patching
 
@@ -89,17 +88,6 @@ class InternVL(Concatenated):
     def load_processor(self, name: str) -> Processor:
         return Processor.of(name)
 
-    def shown(self, processor: Processor, medium: Medium) -> Shown:
-        return processor.shown(medium)
-
-    def media(
-        self, processor: Processor, samples: Sequence[Held], *, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        return processor.media(samples, dtype=dtype)
-
-    def tiny(self) -> tuple[InternVLConfig, Processor]:
-        return sized.tiny()
-
     # ---- models
 
     def vision_tower(self, model: Any) -> Any:
@@ -110,21 +98,3 @@ class InternVL(Concatenated):
 
     def frame_tokens(self, config: Any) -> int:
         return batches.tile_tokens(config)
-
-    def config(self, size: Size) -> InternVLConfig:
-        return sized.config_of(size)
-
-    def size(self, config: Any = None) -> Size:
-        return sized.size_of(config)
-
-    def build(
-        self, config: InternVLConfig, *, gate: float, dtype: torch.dtype
-    ) -> InternVLForConditionalGeneration:
-        return sized.build(config, dtype=dtype)
-
-    def random_frames(
-        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
-    ) -> dict[str, Tensor]:
-        return sized.random_frames(
-            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
-        )

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
+from ds_lvx.models.concatenated import sized
 from ds_lvx.models.internvl.batch import tile_tokens
 from ds_lvx.models.internvl.processor import END, IMAGE_TOKEN, START, Processor
 from ds_lvx.models.size import Size
@@ -32,23 +33,7 @@ def config_of(size: Size, image: int | None = None) -> InternVLConfig:
         image: the token of an image; None: the published models', or where the vocabulary is small
             its last.
     """
-    text = {
-        "model_type": "qwen2",
-        "vocab_size": size.vocabulary,
-        "hidden_size": size.hidden,
-        "intermediate_size": size.mlp,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads,
-        "head_dim": size.head_dim or size.hidden // size.heads,
-        "max_position_embeddings": size.positions,
-        "initializer_range": size.initializer_range,
-        "rope_parameters": {"rope_type": "default", "rope_theta": size.rope_theta},
-        "bos_token_id": size.bos,
-        "eos_token_id": size.eos,
-        "pad_token_id": size.pad,
-        "tie_word_embeddings": False,
-    }
+    text = {"model_type": "qwen2", "tie_word_embeddings": False, **sized.text_settings(size)}
     vision = {
         "num_hidden_layers": size.vision_layers,
         "hidden_size": size.vision_hidden,
@@ -89,26 +74,8 @@ def size_of(config: Any) -> Size:
             vision_global_layers=0,
             image_size=448,
         )
-    text, vision = config.text_config, config.vision_config
-    return Size(
-        vocabulary=text.vocab_size,
-        hidden=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        mlp=text.intermediate_size,
-        layers=text.num_hidden_layers,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        cross_at=tuple(range(text.num_hidden_layers)),
-        positions=text.max_position_embeddings,
-        rope_theta=text.rope_parameters["rope_theta"],
-        vision_hidden=vision.hidden_size,
-        vision_heads=vision.num_attention_heads,
-        vision_mlp=vision.intermediate_size,
-        vision_layers=vision.num_hidden_layers,
-        vision_global_layers=0,
-        image_size=vision.image_size[0],
-        patch_size=vision.patch_size[0],
-    )
+    vision = config.vision_config
+    return sized.size_of(config, image_size=vision.image_size[0], patch_size=vision.patch_size[0])
 
 
 def build(config: InternVLConfig, *, dtype: torch.dtype) -> InternVLForConditionalGeneration:
@@ -143,18 +110,9 @@ def random_frames(
     config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
 ) -> dict[str, Tensor]:
     """See `ds_lvx.models.contract.Family.random_frames`: frames stand in front of the text."""
-    generator = torch.Generator().manual_seed(seed)
-    mine, image = list(frames), int(config.image_token_id)
-    text = torch.randint(1, image, (text_tokens,), generator=generator)
-    ids = torch.cat((torch.full((total * tile_tokens(config),), image), text))[None]
-    batch = {"input_ids": ids, "labels": ids.masked_fill(ids == image, -100)}
-    if not mine:
-        return batch
-    vision = config.vision_config
-    pixels = torch.empty(len(mine), vision.num_channels, *vision.image_size)
-    for place, frame in enumerate(mine):
-        generator.manual_seed(seed + 1 + frame)
-        # Brighter or darker than others, so that a method which lost some would show.
-        shift = torch.randn(1, generator=generator)
-        pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
-    return {**batch, PIXELS: pixels}
+    image, vision = int(config.image_token_id), config.vision_config
+    tiles = torch.full((total * tile_tokens(config),), image)
+    batch = sized.random_text(tiles, text_tokens, first=image, seed=seed)
+    shape = (vision.num_channels, *vision.image_size)
+    pixels = sized.random_pixels(frames, shape, seed=seed)
+    return batch if pixels is None else {**batch, PIXELS: pixels}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -16,12 +16,11 @@ from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Unit, Units
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
+from ds_lvx.models.concatenated.sized import Sized
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.llava_onevision import batch as batches
 from ds_lvx.models.llava_onevision import dimensions, sized
 from ds_lvx.models.llava_onevision.processor import Processor
-from ds_lvx.models.media import Held, Medium, Shown
-from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS, Visual
 
 _KINDS = ("qwen2", "siglip_vision_model")
@@ -42,6 +41,7 @@ class LlavaOnevision(Concatenated):
     within = SiglipAttention
     sources = (PIXELS, batches.VIDEO_PIXELS)
     takes = (PIXELS, batches.SIZES)
+    sized: Sized = sized
 
     # ---- patching
 
@@ -105,17 +105,6 @@ class LlavaOnevision(Concatenated):
     def media_tokens(self, processor: Processor) -> tuple[str, ...]:
         return (processor.image_token, processor.video_token)
 
-    def shown(self, processor: Processor, medium: Medium) -> Shown:
-        return processor.shown(medium)
-
-    def media(
-        self, processor: Processor, samples: Sequence[Held], *, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        return processor.media(samples, dtype=dtype)
-
-    def tiny(self) -> tuple[Any, Processor]:
-        return sized.tiny()
-
     # ---- models
 
     def vision_tower(self, model: Any) -> Any:
@@ -126,22 +115,6 @@ class LlavaOnevision(Concatenated):
 
     def frame_tokens(self, config: Any) -> int:
         return batches.frame_tokens(config)
-
-    def config(self, size: Size) -> Any:
-        return sized.config_of(size)
-
-    def size(self, config: Any = None) -> Size:
-        return sized.size_of(config)
-
-    def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
-        return sized.build(config, dtype=dtype)
-
-    def random_frames(
-        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
-    ) -> dict[str, Tensor]:
-        return sized.random_frames(
-            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
-        )
 
 
 def _tiles(module: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
+from ds_lvx.models.concatenated import sized
 from ds_lvx.models.llava_onevision.batch import VIDEO_PIXELS, frame_tokens
 from ds_lvx.models.llava_onevision.processor import IMAGE_TOKEN, VIDEO_TOKEN, Processor
 from ds_lvx.models.size import Size
@@ -39,23 +40,7 @@ def config_of(
     """
     fits = size.vocabulary > _IDS[-1]
     image, video = ids or (_IDS if fits else (size.vocabulary - 2, size.vocabulary - 1))
-    text = {
-        "model_type": "qwen2",
-        "vocab_size": size.vocabulary,
-        "hidden_size": size.hidden,
-        "intermediate_size": size.mlp,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads,
-        "head_dim": size.head_dim or size.hidden // size.heads,
-        "max_position_embeddings": size.positions,
-        "initializer_range": size.initializer_range,
-        "rope_parameters": {"rope_type": "default", "rope_theta": size.rope_theta},
-        "bos_token_id": size.bos,
-        "eos_token_id": size.eos,
-        "pad_token_id": size.pad,
-        "tie_word_embeddings": False,
-    }
+    text = {"model_type": "qwen2", "tie_word_embeddings": False, **sized.text_settings(size)}
     vision = {
         "model_type": "siglip_vision_model",
         "num_hidden_layers": size.vision_layers,
@@ -98,26 +83,8 @@ def size_of(config: Any) -> Size:
             vision_global_layers=0,
             image_size=384,
         )
-    text, vision = config.text_config, config.vision_config
-    return Size(
-        vocabulary=text.vocab_size,
-        hidden=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        mlp=text.intermediate_size,
-        layers=text.num_hidden_layers,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        cross_at=tuple(range(text.num_hidden_layers)),
-        positions=text.max_position_embeddings,
-        rope_theta=text.rope_parameters["rope_theta"],
-        vision_hidden=vision.hidden_size,
-        vision_heads=vision.num_attention_heads,
-        vision_mlp=vision.intermediate_size,
-        vision_layers=vision.num_hidden_layers,
-        vision_global_layers=0,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-    )
+    vision = config.vision_config
+    return sized.size_of(config, image_size=vision.image_size, patch_size=vision.patch_size)
 
 
 def build(config: Any, *, dtype: torch.dtype) -> LlavaOnevisionForConditionalGeneration:
@@ -149,21 +116,10 @@ def random_frames(
     config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
 ) -> dict[str, Tensor]:
     """See `ds_lvx.models.contract.Family.random_frames`: a video in front of the text."""
-    generator = torch.Generator().manual_seed(seed)
-    mine, video = list(frames), int(config.video_token_index)
-    first = int(config.image_token_index)
-    text = torch.randint(1, first, (text_tokens,), generator=generator)
-    visual = torch.full((total * frame_tokens(config) + 1,), video)
-    ids = torch.cat((visual, text))[None]
-    batch = {"input_ids": ids, "labels": ids.masked_fill(ids >= first, -100)}
-    if not mine:
-        return batch
     vision = config.vision_config
-    side = vision.image_size
-    pixels = torch.empty(len(mine), vision.num_channels, side, side)
-    for place, frame in enumerate(mine):
-        generator.manual_seed(seed + 1 + frame)
-        # Brighter or darker than others, so that a method which lost some would show.
-        shift = torch.randn(1, generator=generator)
-        pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
-    return {**batch, VIDEO_PIXELS: pixels}
+    video = torch.full((total * frame_tokens(config) + 1,), int(config.video_token_index))
+    first = int(config.image_token_index)
+    batch = sized.random_text(video, text_tokens, first=first, seed=seed)
+    shape = (vision.num_channels, vision.image_size, vision.image_size)
+    pixels = sized.random_pixels(frames, shape, seed=seed)
+    return batch if pixels is None else {**batch, VIDEO_PIXELS: pixels}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,11 @@ from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
+from ds_lvx.models.concatenated.sized import Sized
 from ds_lvx.models.dimensions import Model
-from ds_lvx.models.media import Held, Medium, Shown
 from ds_lvx.models.qwen2_5_vl import batch as batches
 from ds_lvx.models.qwen2_5_vl import dimensions, sized
 from ds_lvx.models.qwen2_5_vl.processor import Processor
-from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS
 
 
@@ -42,6 +41,7 @@ class Qwen25VL(Concatenated):
     within: type[nn.Module] = Qwen2_5_VLVisionAttention
     sources = (PIXELS, batches.VIDEO_PIXELS)
     takes = (PIXELS, batches.GRID)
+    sized: Sized = sized
 
     # ---- patching
 
@@ -80,14 +80,6 @@ class Qwen25VL(Concatenated):
     def media_tokens(self, processor: Processor) -> tuple[str, ...]:
         return (processor.image_token, processor.video_token)
 
-    def shown(self, processor: Processor, medium: Medium) -> Shown:
-        return processor.shown(medium)
-
-    def media(
-        self, processor: Processor, samples: Sequence[Held], *, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        return processor.media(samples, dtype=dtype)
-
     # ---- models
 
     def vision_tower(self, model: Any) -> Any:
@@ -98,22 +90,3 @@ class Qwen25VL(Concatenated):
 
     def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
         return dimensions.dimensions(config, name, source)
-
-    def config(self, size: Size) -> Any:
-        return sized.config_of(size)
-
-    def size(self, config: Any = None) -> Size:
-        return sized.size_of(config)
-
-    def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
-        return sized.build(config, dtype=dtype)
-
-    def tiny(self) -> Any:
-        return sized.tiny()
-
-    def random_frames(
-        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
-    ) -> dict[str, Tensor]:
-        return sized.random_frames(
-            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
-        )

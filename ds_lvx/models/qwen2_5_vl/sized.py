@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
+from ds_lvx.models.concatenated import sized
 from ds_lvx.models.qwen2_5_vl.batch import VIDEO_GRID, VIDEO_PIXELS
 from ds_lvx.models.qwen2_5_vl.processor import END, IMAGE_TOKEN, START, VIDEO_TOKEN, Processor
 from ds_lvx.models.size import Size
@@ -38,24 +39,8 @@ def config_of(size: Size, ids: tuple[int, ...] | None = None) -> Qwen2_5_VLConfi
     ids = ids or ids_of(size)
     eighth = head // 8  # of the time; of height and width what is left
     sections = [head // 2 - 2 * (3 * eighth // 2), 3 * eighth // 2, 3 * eighth // 2]
-    text = {
-        "vocab_size": size.vocabulary,
-        "hidden_size": size.hidden,
-        "intermediate_size": size.mlp,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads,
-        "max_position_embeddings": size.positions,
-        "initializer_range": size.initializer_range,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": size.rope_theta,
-            "mrope_section": sections,
-        },
-        "bos_token_id": size.bos,
-        "eos_token_id": size.eos,
-        "pad_token_id": size.pad,
-    }
+    text = sized.text_settings(size)
+    text["rope_parameters"]["mrope_section"] = sections
     layers = size.vision_layers
     vision = {
         "depth": layers,
@@ -109,25 +94,8 @@ def size_of(config: Any) -> Size:
             vision_global_layers=0,
             image_size=448,
         )
-    text, vision = config.text_config, config.vision_config
-    return Size(
-        vocabulary=text.vocab_size,
-        hidden=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        mlp=text.intermediate_size,
-        layers=text.num_hidden_layers,
-        cross_at=tuple(range(text.num_hidden_layers)),
-        positions=text.max_position_embeddings,
-        rope_theta=text.rope_parameters["rope_theta"],
-        vision_hidden=vision.hidden_size,
-        vision_heads=vision.num_heads,
-        vision_mlp=vision.intermediate_size,
-        vision_layers=vision.depth,
-        vision_global_layers=0,
-        image_size=_SIDE * vision.patch_size,
-        patch_size=vision.patch_size,
-    )
+    patch = config.vision_config.patch_size
+    return sized.size_of(config, image_size=_SIDE * patch, patch_size=patch)
 
 
 def build(config: Qwen2_5_VLConfig, *, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
@@ -189,34 +157,26 @@ def random_frames(
     """See `ds_lvx.models.contract.Family.random_frames`: a frame is a unit of a video in front."""
     visual = torch.full((total * frame_tokens(config),), config.video_token_id)
     front = torch.cat((torch.tensor([config.vision_start_token_id]), visual))
-    generator = torch.Generator().manual_seed(seed)
-    batch = random_text(config, front, text_tokens, generator=generator)
-    batch[VIDEO_GRID] = torch.tensor([[total, _SIDE, _SIDE]])
-    return {**batch, **random_pixels(config, _SIDE, frames, generator=generator)}
+    return random_video(
+        config, front, text_tokens, total=total, side=_SIDE, frames=frames, seed=seed
+    )
 
 
-def random_text(
-    config: Any, front: Tensor, text_tokens: int, *, generator: torch.Generator
+def random_video(
+    config: Any,
+    front: Tensor,
+    text_tokens: int,
+    *,
+    total: int,
+    side: int,
+    frames: Iterable[int],
+    seed: int,
 ) -> dict[str, Tensor]:
-    """Ids and labels of random text behind the tokens in front, ``[n]``."""
-    start: int = config.vision_start_token_id
-    text = torch.randint(1, start, (text_tokens,), generator=generator)
-    ids = torch.cat((front, text))[None]
-    return {"input_ids": ids, "labels": ids.masked_fill(ids >= start, -100)}
-
-
-def random_pixels(
-    config: Any, side: int, frames: Iterable[int], *, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Pixels of the frames of a video of ``side`` patches by side; a frame goes by its number."""
-    vision, mine, seed = config.vision_config, list(frames), generator.initial_seed()
-    if not mine:
-        return {}
+    """A batch of the tokens in front, ``[n]``, which have a video of ``total`` units of ``side``
+    patches by side, and of random text behind them."""
+    vision, start = config.vision_config, int(config.vision_start_token_id)
+    batch = sized.random_text(front, text_tokens, first=start, seed=seed)
+    batch[VIDEO_GRID] = torch.tensor([[total, side, side]])
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    pixels = torch.empty(len(mine), side**2, width)
-    for place, frame in enumerate(mine):
-        generator.manual_seed(seed + 1 + frame)
-        # Brighter or darker than others, so that a method which lost some would show.
-        shift = torch.randn(1, generator=generator)
-        pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
-    return {VIDEO_PIXELS: pixels.flatten(0, 1)}
+    pixels = sized.random_pixels(frames, (side**2, width), seed=seed)
+    return batch if pixels is None else {**batch, VIDEO_PIXELS: pixels.flatten(0, 1)}

@@ -6,7 +6,7 @@ to the visual tokens, which are on the rank that made the features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,13 +21,13 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 from ds_lvx.models.batch import ShardedBatch, Text
 from ds_lvx.models.concatenated.batch import Unit
 from ds_lvx.models.concatenated.forward import Deep, Encoded
+from ds_lvx.models.concatenated.sized import Sized
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.qwen2_5_vl import batch as qwen
 from ds_lvx.models.qwen2_5_vl.family import Qwen25VL
 from ds_lvx.models.qwen3_vl import batch as batches
 from ds_lvx.models.qwen3_vl import dimensions, sized
 from ds_lvx.models.qwen3_vl.processor import Processor
-from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS
 
 
@@ -38,6 +38,7 @@ class Qwen3VL(Qwen25VL):
     keys = (PIXELS, qwen.GRID, qwen.VIDEO_PIXELS, qwen.VIDEO_GRID, qwen.TYPES)
     of_text = Qwen3VLTextAttention
     within = Qwen3VLVisionAttention
+    sized: Sized = sized
 
     # ---- patching
 
@@ -82,22 +83,3 @@ class Qwen3VL(Qwen25VL):
 
     def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
         return dimensions.dimensions(config, name, source)
-
-    def config(self, size: Size) -> Any:
-        return sized.config_of(size)
-
-    def size(self, config: Any = None) -> Size:
-        return sized.size_of(config)
-
-    def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
-        return sized.build(config, dtype=dtype)
-
-    def tiny(self) -> Any:
-        return sized.tiny()
-
-    def random_frames(
-        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
-    ) -> dict[str, Tensor]:
-        return sized.random_frames(
-            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
-        )

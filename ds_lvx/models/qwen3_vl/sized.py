@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from ds_lvx.models.concatenated import sized
 from ds_lvx.models.qwen2_5_vl import sized as qwen
-from ds_lvx.models.qwen2_5_vl.batch import VIDEO_GRID
 from ds_lvx.models.qwen3_vl.processor import Processor
 from ds_lvx.models.size import Size
 
@@ -35,25 +35,10 @@ def config_of(size: Size, ids: tuple[int, ...] | None = None) -> Qwen3VLConfig:
     head = size.head_dim or size.hidden // size.heads
     ids = ids or qwen.ids_of(size)
     of_a_side = 5 * head // 32
-    text = {
-        "vocab_size": size.vocabulary,
-        "hidden_size": size.hidden,
-        "intermediate_size": size.mlp,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads,
-        "head_dim": head,
-        "max_position_embeddings": size.positions,
-        "initializer_range": size.initializer_range,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": size.rope_theta,
-            "mrope_section": [head // 2 - 2 * of_a_side, of_a_side, of_a_side],
-            "mrope_interleaved": True,
-        },
-        "bos_token_id": size.bos,
-        "eos_token_id": size.eos,
-        "pad_token_id": size.pad,
+    text = sized.text_settings(size)
+    text["rope_parameters"] |= {
+        "mrope_section": [head // 2 - 2 * of_a_side, of_a_side, of_a_side],
+        "mrope_interleaved": True,
     }
     deep = dict.fromkeys(size.vision_layers * layer // _DEPTH for layer in _DEEP)
     # Behind the last layer of the text nobody sees what is added to a visual token.
@@ -104,26 +89,8 @@ def size_of(config: Any) -> Size:
             image_size=768,
             patch_size=16,
         )
-    text, vision = config.text_config, config.vision_config
-    return Size(
-        vocabulary=text.vocab_size,
-        hidden=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=text.head_dim,
-        mlp=text.intermediate_size,
-        layers=text.num_hidden_layers,
-        cross_at=tuple(range(text.num_hidden_layers)),
-        positions=text.max_position_embeddings,
-        rope_theta=text.rope_parameters["rope_theta"],
-        vision_hidden=vision.hidden_size,
-        vision_heads=vision.num_heads,
-        vision_mlp=vision.intermediate_size,
-        vision_layers=vision.depth,
-        vision_global_layers=0,
-        image_size=_side(config) * vision.patch_size,
-        patch_size=vision.patch_size,
-    )
+    patch = config.vision_config.patch_size
+    return sized.size_of(config, image_size=_side(config) * patch, patch_size=patch)
 
 
 def build(config: Qwen3VLConfig, *, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
@@ -150,11 +117,10 @@ def random_frames(
     ends = torch.tensor([[config.vision_start_token_id], [config.vision_end_token_id]])
     visual = torch.full((total, frame_tokens(config)), config.video_token_id)
     each = (ends[:1].expand(total, 1), visual, ends[1:].expand(total, 1))
-    generator = torch.Generator().manual_seed(seed)
-    batch = qwen.random_text(config, torch.cat(each, 1).flatten(), text_tokens, generator=generator)
-    side = _side(config)
-    batch[VIDEO_GRID] = torch.tensor([[total, side, side]])
-    return {**batch, **qwen.random_pixels(config, side, frames, generator=generator)}
+    front, side = torch.cat(each, 1).flatten(), _side(config)
+    return qwen.random_video(
+        config, front, text_tokens, total=total, side=side, frames=frames, seed=seed
+    )
 
 
 def _side(config: Any) -> int:
