@@ -67,7 +67,7 @@ def make(given: tuple[Text, Runs, torch.Tensor]) -> int:
     of_text = Layout.of_batch(channel, lengths, lengths, text.visibility(), device=cpu)
     cross = Layout.of_batch(channel, lengths, keys, rule, device=cpu)
     blocks = 0
-    for part in (cross.rule(queries=None, keys=channel.rank), of_text.padded_rule(1)):
+    for part in (cross.rule(queries=None, keys=channel.rank), of_text.arrival(1).rule):
         assert part is not None
         blocks += _ask(part)
     return blocks

@@ -17,6 +17,7 @@ from torch import Tensor
 from ds_lvx.attention.auto import Wanted, decide
 from ds_lvx.attention.checks import check_features, check_hybrid, check_keys, check_visibility
 from ds_lvx.attention.layout import Layout
+from ds_lvx.attention.order import Arrival
 from ds_lvx.attention.replay import once, recording, replaying
 from ds_lvx.attention.shape import AttentionShape, Hybrid
 from ds_lvx.attention.witness import Witness
@@ -71,10 +72,12 @@ class Call:
         """Keys of every rank."""
         return self.layout.kv_lengths
 
-    def across(self, batch: int) -> Call:
-        """The same call over a hybrid's subgroups: each is one rank, with some of the heads."""
+    def across(self, batch: int) -> tuple[Call, Arrival]:
+        """The same call over a hybrid's subgroups: each is one rank, with some of the heads; and
+        how tokens arrive there."""
         assert self.hybrid is not None
-        return replace(self, layout=self.layout.across(self.hybrid, batch), hybrid=None)
+        layout, arrival = self.layout.across(self.hybrid, batch)
+        return replace(self, layout=layout, hybrid=None), arrival
 
     def problem(
         self, q: Tensor, k: Tensor, v: Tensor, rule: Rule | None, *, partial: bool = False

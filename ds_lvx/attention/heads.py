@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_lvx.attention.order import Places
 from ds_lvx.attention.shape import head_layout
-from ds_lvx.distributed.bundles import readable
+from ds_lvx.distributed.bundles import Spec, readable
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.pending import Pending
 
@@ -36,50 +37,111 @@ def divided(
     return padded_q, padded_k, padded_v
 
 
-def to_heads(channel: Channel, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """``[B, s, H, D]`` of this rank's tokens -> ``[B, S, H / n, D]``, all tokens; one message."""
+def to_heads(
+    channel: Channel, tensors: Sequence[Tensor], places: Sequence[Places | None] = ()
+) -> list[Tensor]:
+    """``[B, s, H, D]`` of this rank's tokens -> ``[B, S, H / n, D]``, all tokens; one message.
+
+    Args:
+        channel: the n ranks.
+        tensors: with as many tokens as those of the other ranks.
+        places: of each tensor, where its tokens are in order; None, or none: as they arrive.
+    """
     parts = [t.unflatten(2, (channel.size, -1)).movedim(2, 0) for t in tensors]
-    tables = _exchange(channel, parts).wait()
-    # One after the other, of all ranks, before they are taken apart: one table needs no copy then.
-    whole = [table.movedim(0, 1).flatten(1, 2) for table in tables]
-    return [readable(tensor) for tensor in _apart(whole, _heads(parts), dim=2)]
+    order = places or [None] * len(parts)
+    runs = _runs([Spec.of(part) for part in parts])
+    tables = _exchange(channel, [_side_by_side([parts[i] for i in run]) for run in runs]).wait()
+    found: list[Tensor] = []
+    for table, run in zip(tables, runs, strict=True):
+        heads = [parts[i].shape[3] for i in run]
+        found += _all_tokens(table, heads, [order[i] for i in run])
+    return found
 
 
-def to_sequence(channel: Channel, tensors: Sequence[Tensor]) -> Pending[list[Tensor]]:
-    """``[B, S, h, D]`` of some of this rank's heads -> ``[B, s, n, h, D]``, those of all ranks."""
-    parts = [t.unflatten(1, (channel.size, -1)).movedim(1, 0) for t in tensors]
-    heads = _heads(parts)  # what is sent is not kept until it comes home
-    return _exchange(channel, parts).then(
-        lambda tables: [t.movedim(0, 2) for t in _apart(tables, heads, dim=3)]
+def to_sequence(
+    channel: Channel, tensors: Sequence[Tensor], places: Sequence[Places | None] = ()
+) -> Pending[list[Tensor]]:
+    """``[B, S, h, D]`` of some of this rank's heads -> ``[B, s, n, h, D]``, those of all ranks.
+
+    Args:
+        channel: the n ranks.
+        tensors: of all tokens.
+        places: as `to_heads` had them.
+    """
+    order = places or [None] * len(tensors)
+    specs = [_leaves(t, at, channel.size) for t, at in zip(tensors, order, strict=True)]
+    runs = _runs(specs)
+    heads = [[specs[i].shape[3] for i in run] for run in runs]
+    tables = [
+        _by_rank([tensors[i] for i in run], [order[i] for i in run], [specs[i] for i in run])
+        for run in runs
+    ]
+    return _exchange(channel, tables).then(
+        lambda arrived: [
+            tensor.movedim(0, 2)
+            for table, each in zip(arrived, heads, strict=True)
+            for tensor in table.split(each, dim=3)
+        ]
     )
 
 
-def _exchange(channel: Channel, parts: Sequence[Tensor]) -> Pending[list[Tensor]]:
-    """Send each rank its part of some tensors ``[n, B, s, h, D]``, and get theirs of ours.
+def _all_tokens(
+    table: Tensor, heads: Sequence[int], places: Sequence[Places | None]
+) -> list[Tensor]:
+    """The tensors ``[B, S, h, D]`` that lie side by side in a table ``[n, B, s, H, D]``."""
+    first = places[0]
+    if first is not None and not table.is_cpu and all(each is first for each in places):
+        return list(first.take(table).split(list(heads), dim=2))
+    return [
+        readable(part.movedim(0, 1).flatten(1, 2)) if at is None else at.take(part)
+        for part, at in zip(table.split(list(heads), dim=3), places, strict=True)
+    ]
 
-    Tensors that differ in heads alone lie side by side, by heads, in one table; else each has its
-    own.
-    """
-    tables = [run[0] if len(run) == 1 else torch.cat(run, dim=3) for run in _runs(parts)]
-    arriving = channel.exchange_rows(tables, [0] * len(tables), (1,) * channel.size)
-    return arriving.then(lambda found: [table.squeeze(1) for table in found])
+
+def _by_rank(
+    tensors: Sequence[Tensor], places: Sequence[Places | None], specs: Sequence[Spec]
+) -> Tensor:
+    """The table ``[n, B, s, H, D]`` of tensors ``[B, S, h, D]``, side by side by heads."""
+    ranks, batch, tokens, _, width = specs[0].shape
+    if all(at is None for at in places):
+        return _side_by_side([_apart(tensor, ranks) for tensor in tensors])
+    heads = [spec.shape[3] for spec in specs]
+    table = tensors[0].new_empty(ranks, batch, tokens, sum(heads), width)
+    for tensor, at, part in zip(tensors, places, table.split(heads, dim=3), strict=True):
+        if at is None:
+            part.copy_(_apart(tensor, ranks))
+        else:
+            at.put(tensor, part)
+    return table
 
 
-def _runs(parts: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The tensors of each table."""
+def _leaves(tensor: Tensor, at: Places | None, ranks: int) -> Spec:
+    """What of ``[B, S, h, D]`` leaves: ``[n, B, s, h, D]``."""
+    batch, length, *of_token = tensor.shape
+    tokens = length // ranks if at is None else at.longest
+    return Spec((ranks, batch, tokens, *of_token), tensor.dtype)
+
+
+def _apart(tensor: Tensor, ranks: int) -> Tensor:
+    return tensor.unflatten(1, (ranks, -1)).movedim(1, 0)
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """One table ``[n, B, s, H, D]`` of parts that differ in heads alone."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=3)
+
+
+def _runs(parts: Sequence[Spec]) -> list[list[int]]:
+    """The tensors of each table: all of them where they differ in heads alone, else each its own"""
     alike = len({(part.shape[2], part.shape[4], part.dtype) for part in parts}) == 1
-    return [list(parts)] if alike else [[part] for part in parts]
+    numbers = list(range(len(parts)))
+    return [numbers] if alike else [[number] for number in numbers]
 
 
-def _heads(parts: Sequence[Tensor]) -> list[list[int]]:
-    """Heads of the tensors of each table."""
-    return [[part.shape[3] for part in run] for run in _runs(parts)]
-
-
-def _apart(tables: Sequence[Tensor], heads: Sequence[list[int]], *, dim: int) -> list[Tensor]:
-    """The tensors that lie side by side in tables; these have the heads in ``dim``."""
-    pairs = zip(tables, heads, strict=True)
-    return [tensor for table, each in pairs for tensor in table.split(each, dim=dim)]
+def _exchange(channel: Channel, tables: Sequence[Tensor]) -> Pending[list[Tensor]]:
+    """Send each rank its part of some tables ``[n, B, s, H, D]``, and get theirs of ours."""
+    arriving = channel.exchange_rows(list(tables), [0] * len(tables), (1,) * channel.size)
+    return arriving.then(lambda found: [table.squeeze(1) for table in found])
 
 
 def _pad(tensor: Tensor, seqlen: int, heads: int) -> Tensor:

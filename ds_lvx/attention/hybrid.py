@@ -11,6 +11,7 @@ Legend: n ranks, u of them in a subgroup, m = n / u subgroups; s tokens of a ran
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from ds_lvx.attention import lvx, ring
 from ds_lvx.attention.call import Call, Group, settle
 from ds_lvx.attention.heads import divided, to_heads, to_sequence
+from ds_lvx.attention.order import Arrival, Places
 from ds_lvx.attention.replay import once
 from ds_lvx.attention.shape import Hybrid, check_heads
 from ds_lvx.distributed.channel import Channel
@@ -133,10 +135,11 @@ def attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor 
         seqlen_q=hybrid.longest(call.q_lengths)[rank],
         seqlen_kv=hybrid.longest(call.kv_lengths)[rank],
     )
-    held = _ToHeads.apply(inside, call.anchor(q.device), *padded)
-    part = call.across(q.shape[0])
+    part, arrival = call.across(q.shape[0])
+    held = _ToHeads.apply(inside, arrival, call.anchor(q.device), *padded)
     found = _ACROSS[hybrid.across](part, *held)
-    home = _ToSequence.apply(inside, call.anchor(q.device), *found[: 1 + call.returns_lse])
+    results = found[: 1 + call.returns_lse]
+    home = _ToSequence.apply(inside, arrival, call.anchor(q.device), *results)
     out = home[0][:, : q.shape[1], : q.shape[2]]
     return out, home[1][:, : q.shape[2], : q.shape[1]] if call.returns_lse else None
 
@@ -148,41 +151,50 @@ class _ToHeads(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, inside: Channel, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.inside = inside
-        return once("hybrid_attention's heads", lambda: _heads(inside, tensors))
+    def forward(
+        ctx: Any, inside: Channel, arrival: Arrival, anchor: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.inside, ctx.places = inside, (arrival.queries, arrival.keys, arrival.keys)
+        return once("hybrid_attention's heads", lambda: _heads(inside, tensors, ctx.places))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return None, None, *_sequence(ctx.inside, gradients)
+        return None, None, None, *_sequence(ctx.inside, gradients, ctx.places)
 
 
 class _ToSequence(torch.autograd.Function):
     """out ``[B, u s, H / u, D]``, and lse ``[B, H / u, u s]`` -> those of this rank's queries."""
 
     @staticmethod
-    def forward(ctx: Any, inside: Channel, anchor: Tensor, *found: Tensor) -> tuple[Tensor, ...]:
-        ctx.inside = inside
+    def forward(
+        ctx: Any, inside: Channel, arrival: Arrival, anchor: Tensor, *found: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.inside, ctx.places = inside, [arrival.queries] * len(found)
         return once(
             "hybrid_attention's result",
-            lambda: _as_found(_sequence(inside, _with_tokens(found))),
+            lambda: _as_found(_sequence(inside, _with_tokens(found), ctx.places)),
         )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return None, None, *_as_found(_heads(ctx.inside, _with_tokens(gradients)))
+        found = _heads(ctx.inside, _with_tokens(gradients), ctx.places)
+        return None, None, None, *_as_found(found)
 
 
-def _heads(inside: Channel, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(to_heads(inside, tensors)) if inside.size > 1 else tensors
+def _heads(
+    inside: Channel, tensors: tuple[Tensor, ...], places: Sequence[Places | None]
+) -> tuple[Tensor, ...]:
+    return tuple(to_heads(inside, tensors, places)) if inside.size > 1 else tensors
 
 
-def _sequence(inside: Channel, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _sequence(
+    inside: Channel, tensors: tuple[Tensor, ...], places: Sequence[Places | None]
+) -> tuple[Tensor, ...]:
     if inside.size == 1:
         return tensors
-    return tuple(part.flatten(2, 3) for part in to_sequence(inside, tensors).wait())
+    return tuple(part.flatten(2, 3) for part in to_sequence(inside, tensors, places).wait())
 
 
 def _with_tokens(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_lvx.attention.order import Arrival, InOrder, Shards
 from ds_lvx.attention.shape import Hybrid
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.subgroups import Divisions
@@ -150,22 +151,25 @@ class Layout:
         rows = _span(self.q_lengths, queries, self._first_query)
         return _open(self._rule.part(rows, _span(self.kv_lengths, keys, self._first_key)))
 
-    def padded_rule(self, batch: int) -> Rule | None:
-        """The whole rule with every rank's part as long as the longest: what Ulysses attends by.
+    def arrival(self, batch: int) -> Arrival:
+        """What Ulysses attends by: all rows in order, without what pads shards.
 
-        A query that is added sees nothing, and a key that is added is seen by none.
+        Rows that no order suits stay as they arrive, every rank's part as long as the longest: a
+        query that is added sees nothing, and a key that is added is seen by none.
 
         Args:
             batch: samples.
         """
-        return self.settled(("padded rule", batch), lambda: self._padded_rule(batch))
 
-    def _padded_rule(self, batch: int) -> Rule | None:
-        ranks = len(self.q_lengths)
-        return self._padded(batch, (max(self.q_lengths),) * ranks, (max(self.kv_lengths),) * ranks)
+        def shards(lengths: tuple[int, ...]) -> list[Shards]:
+            return [Shards(lengths, max(lengths), drops=True)]
 
-    def across(self, hybrid: Hybrid, batch: int) -> Layout:
-        """The layout of a hybrid's subgroups: what the ranks of each hold together, padded.
+        queries, keys = shards(self.q_lengths), shards(self.kv_lengths)
+        return self.settled(("arrival", batch), lambda: self._arrival(batch, queries, keys, 0))
+
+    def across(self, hybrid: Hybrid, batch: int) -> tuple[Layout, Arrival]:
+        """The layout of a hybrid's subgroups, of what the ranks of each hold together, padded; and
+        what the ranks of this one attend by.
 
         Args:
             hybrid: what the subgroups are.
@@ -175,33 +179,62 @@ class Layout:
         """
         return self.settled((hybrid.ulysses, batch), lambda: self._across(hybrid, batch))
 
-    def _across(self, hybrid: Hybrid, batch: int) -> Layout:
-        longest = hybrid.longest(self.q_lengths), hybrid.longest(self.kv_lengths)
-        return Layout(
-            Divisions.of(self.channel, hybrid.ulysses).across,
+    def _across(self, hybrid: Hybrid, batch: int) -> tuple[Layout, Arrival]:
+        size = hybrid.ulysses
+
+        def shards(lengths: tuple[int, ...]) -> list[Shards]:
+            longest, firsts = hybrid.longest(lengths), range(0, len(lengths), size)
+            return [Shards(lengths[i : i + size], longest[i], drops=False) for i in firsts]
+
+        queries, keys = shards(self.q_lengths), shards(self.kv_lengths)
+        arrival = self._arrival(batch, queries, keys, self.channel.rank // size)
+        layout = Layout(
+            Divisions.of(self.channel, size).across,
             hybrid.together(self.q_lengths),
             hybrid.together(self.kv_lengths),
-            self._padded(batch, *longest),
+            arrival.rule,
             device=self.device,
         )
+        return layout, arrival
+
+    def _arrival(
+        self, batch: int, queries: Sequence[Shards], keys: Sequence[Shards], mine: int
+    ) -> Arrival:
+        """The whole rule, by subgroups that have their rows in order, and where one's are."""
+        longest = [tuple(e.longest for e in each for _ in e.lengths) for each in (queries, keys)]
+        if longest == [self.q_lengths, self.kv_lengths]:
+            rule = self.rule(queries=None, keys=None)
+            whole = None if rule is None else rule.host
+        else:
+            rule, whole = None, self._padded(batch, *longest)
+        if whole is None:
+            return Arrival(rule)
+        # A rank alone in its subgroup has nothing arrive.
+        moves = whole.kv_pos.is_cpu and len(queries[mine].lengths) > 1
+        found = InOrder.of(whole, queries, keys) if moves else None
+        if found is None or not found.moves:
+            return Arrival(self._rule_of(whole) if rule is None else rule)
+        places = found.places(mine, queries[mine], keys[mine], self.device)
+        return Arrival(_open(self._rule_of(found.visibility)), *places)
+
+    def _rule_of(self, visibility: Visibility) -> Rule:
+        on_host = visibility.kv_pos.is_cpu
+        return Rule.on(visibility, self.device) if on_host else Rule(visibility)
 
     def _padded(
         self, batch: int, q_longest: tuple[int, ...], kv_longest: tuple[int, ...]
-    ) -> Rule | None:
-        """The whole rule with the part of every rank as long as this."""
-        if (q_longest, kv_longest) == (self.q_lengths, self.kv_lengths):
-            return self.rule(queries=None, keys=None)
+    ) -> Visibility:
+        """The whole rule with the part of every rank as long as this; on the CPU if it is known."""
         if self._rule is None:
             lengths = sum(self.q_lengths), sum(self.kv_lengths)
             whole = Visibility.all(batch, *lengths, device=torch.device("cpu"))
         else:
             whole = self._rule.host or self._rule.visibility
-        padded = Visibility(
+        return Visibility(
             _pad_parts(whole.q_start, self.q_lengths, q_longest, 0),
             _pad_parts(whole.q_end, self.q_lengths, q_longest, 0),
             _pad_parts(whole.kv_pos, self.kv_lengths, kv_longest, EVERYTHING),
         )
-        return Rule.on(padded, self.device) if padded.kv_pos.is_cpu else Rule(padded)
 
     def settled(self, what: Hashable, settle: Callable[[], T]) -> T:
         """``settle()``, or what it returned for the layer that asked first."""

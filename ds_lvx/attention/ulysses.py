@@ -104,47 +104,50 @@ class _UlyssesAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
     ) -> Tensor:
-        rule = call.layout.padded_rule(q.shape[0])
+        arrival = call.layout.arrival(q.shape[0])
+        rows, keys = arrival.queries, arrival.keys
 
         def attend_by_heads() -> tuple[Tensor, ...]:
-            held = to_heads(call.channel, (q, k, v))
+            held = to_heads(call.channel, (q, k, v), (rows, keys, keys))
             outs, lses, returning = [], [], []
-            for heads in _groups(*held):
-                out, lse = call.kernel.forward(call.problem(*_of(heads, *held), rule))
+            for heads in _groups(call, *held):
+                out, lse = call.kernel.forward(call.problem(*_of(heads, *held), arrival.rule))
                 outs.append(out.to(q.dtype))
                 lses.append(lse)
-                returning.append(to_sequence(call.channel, outs[-1:]))
+                returning.append(to_sequence(call.channel, outs[-1:], [rows]))
             return *held, _whole(outs, dim=2), _whole(lses, dim=1), *_all_heads(returning)
 
         *saved, out = once("ulysses_attention's attention", attend_by_heads)
         ctx.save_for_backward(*saved)
-        ctx.call, ctx.rule = call, rule
+        ctx.call, ctx.arrival = call, arrival
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
-        call = ctx.call
-        (dout,) = to_heads(call.channel, (dout,))
+        call, arrival = ctx.call, ctx.arrival
+        places = arrival.queries, arrival.keys, arrival.keys
+        (dout,) = to_heads(call.channel, (dout,), places[:1])
         delta = delta_of(out, dout, None, lse)
         returning = []
-        for heads in _groups(q, k, v):
+        for heads in _groups(call, q, k, v):
             rows = heads[0]
             upstream = Upstream(dout[:, :, rows], lse[:, rows], delta[:, rows])
-            problem = call.problem(*_of(heads, q, k, v), ctx.rule)
+            problem = call.problem(*_of(heads, q, k, v), arrival.rule)
             dq, dk, dv = call.kernel.backward(problem, upstream)
             gradients = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-            returning.append(to_sequence(call.channel, gradients))
+            returning.append(to_sequence(call.channel, gradients, places))
             del dq, dk, dv, gradients
         return None, None, *_all_heads(returning)
 
 
-def _groups(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
+def _groups(call: Call, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
     """Heads of q, and of k and v, that are attended to together, one group after the other."""
+    padded = max(call.q_lengths) * call.channel.size
     sizes = leaving_groups(
         kv_heads=k.shape[2],
-        q_bytes=q.numel() * q.element_size(),
+        q_bytes=padded * q[:, 0].numel() * q.element_size(),
         on_cpu=q.device.type == "cpu",
     )
     return head_slices(sizes, q.shape[2] // k.shape[2])

@@ -86,8 +86,11 @@ def test_a_bare_call_has_the_same_parts() -> None:
 
 
 def test_ulysses_gets_the_rule_with_every_shard_as_long_as_the_longest() -> None:
-    rule = layout_of(PROBLEM).padded_rule(2)
-    whole = PROBLEM.whole_visibility()
+    """Where no order suits the rows; else tests/attention/test_order.py."""
+    arrival = layout_of(PROBLEM).arrival(2)
+    rule, whole = arrival.rule, PROBLEM.whole_visibility()
+    assert arrival.queries is None
+    assert arrival.keys is None
     assert rule is not None
     assert whole is not None
     seen = rule.visibility.mask()
@@ -96,14 +99,6 @@ def test_ulysses_gets_the_rule_with_every_shard_as_long_as_the_longest() -> None
     kept_k = torch.cat([torch.arange(n) + 20 * i for i, n in enumerate(PROBLEM.kv_lengths)])
     assert torch.equal(seen[:, kept_q][:, :, kept_k], whole.mask())
     assert seen.sum() == whole.mask().sum()
-
-
-def test_without_a_rule_only_uneven_shards_need_one_for_ulysses() -> None:
-    even = Layout(Channel.world(), (4, 4), (6, 6), device=CPU)
-    assert even.padded_rule(1) is None
-    uneven = Layout(Channel.world(), (4, 3), (6, 6), device=CPU).padded_rule(2)
-    assert uneven is not None
-    assert uneven.visibility.mask().sum() == 2 * 7 * 12
 
 
 def test_where_all_see_all_there_is_no_rule() -> None:
@@ -124,7 +119,7 @@ def test_where_all_see_all_there_is_no_rule() -> None:
 def test_a_part_is_the_same_object_each_time() -> None:
     layout = layout_of(PROBLEM)
     assert layout.rule(queries=0, keys=1) is layout.rule(queries=0, keys=1)
-    assert layout.padded_rule(2) is layout.padded_rule(2)
+    assert layout.arrival(2) is layout.arrival(2)
     asked: list[int] = []
     for _ in range(3):
         layout.settled("kernel", lambda: asked.append(1) or "native")

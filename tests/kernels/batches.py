@@ -8,6 +8,7 @@ says so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from ds_lvx import Visibility
 from ds_lvx.attention.layout import Layout
+from ds_lvx.attention.zigzag import dealt as zigzag
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.cover import Cover
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import EVERYTHING
+from ds_lvx.models.concatenated.deal import PADS, TEXT, Deal
 
 CPU = torch.device("cpu")
 
@@ -81,11 +84,26 @@ def ring(sees: Visibility, lengths: tuple[int, ...], queries: int, keys: int) ->
 
 
 def ulysses(sees: Visibility, lengths: tuple[int, ...]) -> Visibility:
-    """All queries over all keys, ranks padded to the longest, as Ulysses asks."""
+    """All queries over all keys, as Ulysses asks."""
     layout = Layout(Channel(None), lengths, lengths, Rule(sees), device=CPU)
-    rule = layout.padded_rule(len(sees.kv_pos))
+    rule = layout.arrival(len(sees.kv_pos)).rule
     assert rule is not None
     return rule.visibility
+
+
+def dealt(sees: Visibility, held: Sequence[Tensor]) -> Visibility:
+    """The same as Ulysses asks of ranks that hold these rows of it."""
+    order = torch.cat(list(held))
+    return ulysses(sees.part(order, order), tuple(map(len, held)))
+
+
+def among(frames: int, *, of: int, length: int, ranks: int) -> list[Tensor]:
+    """Who holds which rows of a text with visual tokens in its midst."""
+    number = torch.full((1, length), TEXT)
+    number[0, 3 : 3 + frames * of] = torch.arange(frames).repeat_interleave(of)
+    deal = Deal.of(torch.ones_like(number, dtype=torch.bool), number, [of] * frames, ranks)
+    parts = deal.column[0].split(list(deal.lengths))
+    return [part[part != PADS] for part in parts]
 
 
 def shuffled(sees: Visibility) -> Visibility:
@@ -228,18 +246,18 @@ BATCHES: dict[str, Batch] = {
         ring(text(24, documents=2), (9, 8, 7), 1, 1),
         ["in one launch", "0:3 x 0:3 causal", "3:8 x 3:8 causal"],
     ),
-    "ulysses, text, ragged": Batch(
-        ulysses(text(24), (9, 8, 7)), ["gather 24 queries", "gather 24 keys", "0:24 x 0:24 causal"]
-    ),
+    "ulysses, text, ragged": Batch(ulysses(text(24), (9, 8, 7)), ["0:24 x 0:24 causal"]),
     "ulysses, packed, ragged": Batch(
         ulysses(text(24, documents=2), (9, 8, 7)),
-        [
-            "gather 24 queries",
-            "gather 24 keys",
-            "in one launch",
-            "0:12 x 0:12 causal",
-            "12:24 x 12:24 causal",
-        ],
+        ["in one launch", "0:12 x 0:12 causal", "12:24 x 12:24 causal"],
+    ),
+    "ulysses, text, zigzag": Batch(dealt(text(23), zigzag(23, 3)), ["0:23 x 0:23 causal"]),
+    "ulysses, packed, zigzag": Batch(
+        dealt(text(24, documents=2), zigzag(24, 4)),
+        ["in one launch", "0:12 x 0:12 causal", "12:24 x 12:24 causal"],
+    ),
+    "ulysses, frames among the text": Batch(
+        dealt(text(40), among(5, of=4, length=40, ranks=3)), ["0:40 x 0:40 causal"]
     ),
     "queries without keys": Batch(rows((_SIX, _SIX + 1, _SIX[:0])), []),
     "keys without queries": Batch(rows((_SIX[:0], _SIX[:0], _SIX)), []),

@@ -1,0 +1,201 @@
+"""Rows in the order of their positions, where ranks hold them in another.
+
+An all-to-all brings the rows of one rank behind those of another, and what pads its shard behind
+each. Under zigzag, or where visual tokens stand among the text's, neighbours of the sequence are no
+neighbours then, and plain causal is no longer what it was. Rows are taken in order out of what
+arrives, and go back to where they were as they leave, by the copies that are made anyway.
+
+Legend: B batch, n ranks, s rows of a rank, padding included; S rows in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_lvx.kernels.rule import Rule
+from ds_lvx.kernels.transfer import to_device
+from ds_lvx.kernels.visibility import Visibility
+
+_INT32 = torch.iinfo(torch.int32)
+_LAST = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where rows in order lie in what arrives, ``[n, B, s, ...]``.
+
+    Attributes:
+        arriving: int32 ``[B * S]``, of each row in order its place in ``[n, B, s]``.
+        leaving: int32 ``[n * B * s]``, of each place its row in ``[B, S]``; of padding any.
+        longest: s.
+    """
+
+    arriving: Tensor
+    leaving: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, order: Tensor, shards: Shards, device: torch.device) -> Places:
+        """The places of an order, for tensors on a device; nobody waits for the copy.
+
+        Args:
+            order: int64 ``[B, S]``, of each row its place in ``[n, s]``, on the CPU.
+            shards: whose rows these are.
+            device: the one that computes.
+        """
+        batch, longest = len(order), shards.longest
+        rank, row = order // longest, order % longest
+        arriving = ((rank * batch + torch.arange(batch)[:, None]) * longest + row).flatten()
+        leaving = torch.zeros(batch * shards.held, dtype=torch.int32)
+        leaving[arriving] = torch.arange(len(arriving), dtype=torch.int32)
+        return cls(to_device(arriving.int(), device), to_device(leaving, device), longest)
+
+    def take(self, arrived: Tensor) -> Tensor:
+        """``[n, B, s, H, D]`` -> ``[B, S, H, D]``, dense."""
+        rows = arrived.flatten(0, 2).index_select(0, self.arriving)
+        return rows.unflatten(0, (arrived.shape[1], -1))
+
+    def put(self, rows: Tensor, leaving: Tensor) -> None:
+        """`take` undone: write ``[B, S, H, D]`` to ``[n, B, s, H, D]``, and anything to padding."""
+        target = leaving.view(-1, *leaving.shape[3:])
+        torch.index_select(rows.flatten(0, 1), 0, self.leaving, out=target)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Rows of ranks that attend together.
+
+    Attributes:
+        lengths: of each rank, padding not counted.
+        longest: s.
+        drops: padding is left out, else it comes last.
+    """
+
+    lengths: tuple[int, ...]
+    longest: int
+    drops: bool
+
+    @property
+    def held(self) -> int:
+        """Rows, padding included."""
+        return len(self.lengths) * self.longest
+
+    @property
+    def kept(self) -> int:
+        """S."""
+        return sum(self.lengths) if self.drops else self.held
+
+    def padding(self) -> Tensor:
+        """bool ``[n * s]``."""
+        return torch.cat([torch.arange(self.longest) >= length for length in self.lengths])
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """What ranks attend by that hold all rows of some heads.
+
+    Attributes:
+        rule: of the rows in order; None where all see all.
+        queries, keys: where those are, the same object where both lie alike; None: as they arrive.
+    """
+
+    rule: Rule | None
+    queries: Places | None = None
+    keys: Places | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class InOrder:
+    """A rule of rows in order, and how those of each subgroup get there; None: they arrive so."""
+
+    visibility: Visibility
+    queries: Sequence[Tensor | None]
+    keys: Sequence[Tensor | None]
+
+    @classmethod
+    def of(
+        cls, rule: Visibility, queries: Sequence[Shards], keys: Sequence[Shards]
+    ) -> InOrder | None:
+        """Queries by what they see, keys by their positions.
+
+        None where that is no order: some query sees keys before, and behind, those of another.
+
+        Args:
+            rule: of all rows as they arrive, padding included, on the CPU.
+            queries, keys: the shards of each subgroup, one after the other.
+        """
+        if 0 in (rule.q_start.numel(), rule.kv_pos.numel()):
+            return None
+        sees = rule.q_start < rule.q_end
+        first = rule.q_start.masked_fill(~sees, _INT32.max).amin()
+        last = rule.q_end.masked_fill(~sees, _INT32.min).amax()
+        seen = (rule.kv_pos >= first) & (rule.kv_pos < last)
+        starts, ends, seeing = (_parts(t, queries) for t in (rule.q_start, rule.q_end, sees))
+        positions, shown = (_parts(t, keys) for t in (rule.kv_pos, seen))
+        try:
+            rows = [*map(_order, ends, starts, seeing, queries)]
+            columns = [*map(_order, positions, positions, shown, keys)]
+        except _NoOrderError:
+            return None
+        whole = Visibility(_taken(starts, rows), _taken(ends, rows), _taken(positions, columns))
+        return cls(whole, rows, columns)
+
+    @property
+    def moves(self) -> bool:
+        """Whether some row does not arrive where it belongs."""
+        return any(each is not None for each in (*self.queries, *self.keys))
+
+    def places(
+        self, part: int, queries: Shards, keys: Shards, device: torch.device
+    ) -> tuple[Places | None, Places | None]:
+        """Where queries and keys of a subgroup are."""
+        rows, columns = self.queries[part], self.keys[part]
+        of_queries = None if rows is None else Places.of(rows, queries, device)
+        if columns is None:
+            return of_queries, None
+        if rows is not None and queries == keys and torch.equal(rows, columns):
+            return of_queries, of_queries
+        return of_queries, Places.of(columns, keys, device)
+
+
+class _NoOrderError(Exception):
+    """Rows that no order suits."""
+
+
+def _order(values: Tensor, others: Tensor, counts: Tensor, shards: Shards) -> Tensor | None:
+    """int64 ``[B, S]``: rows by ``values``, then by ``others``, both of which rise then; those that
+    do not count come last, and padding behind them. None: that is how they lie.
+
+    Args:
+        values, others, counts: ``[B, n * s]``.
+        shards: that these are.
+    """
+    padding = shards.padding()
+    behind = not bool((padding[:-1] & ~padding[1:]).any())
+    if shards.kept == shards.held and behind and _rise(values, others, counts):
+        return None
+    key = values.long() * 2**32 + (others.long() - _INT32.min)
+    key = key.masked_fill(~counts, _LAST - 1).masked_fill(padding, _LAST)
+    order = key.argsort(dim=1, stable=True)[:, : shards.kept]
+    if not _rise(*(t.gather(1, order) for t in (values, others, counts))):
+        raise _NoOrderError
+    return order
+
+
+def _rise(values: Tensor, others: Tensor, counts: Tensor) -> bool:
+    """Whether neither falls, from a row that counts to the next one that does."""
+    of_counting = (t.masked_fill(~counts, _INT32.min) for t in (values, others))
+    return all(bool(((t == t.cummax(dim=1).values) | ~counts).all()) for t in of_counting)
+
+
+def _parts(rows: Tensor, shards: Sequence[Shards]) -> Sequence[Tensor]:
+    return rows.split([each.held for each in shards], dim=1)
+
+
+def _taken(parts: Sequence[Tensor], orders: Sequence[Tensor | None]) -> Tensor:
+    pairs = zip(parts, orders, strict=True)
+    return torch.cat([t if order is None else t.gather(1, order) for t, order in pairs], dim=1)
