@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ from ds_lvx.models.decoding import Decoding, feeding
 from ds_lvx.models.draft import Draft, device_of
 from ds_lvx.models.past import Continued, leave
 from ds_lvx.models.patch import is_prepared
+from ds_lvx.models.started import ENCODED, beside_decoder, has_encoder, started
 
 _ARGUMENTS = "the arguments of generate"
 _RANDOM = "random numbers"
 _SHORT = 60
+_EMBEDDED = ("inputs", "inputs_embeds", "decoder_inputs_embeds", ENCODED)
 # By the name of a setting: values that are served, and what to do with another one.
 _SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "use_cache": ((True,), "without a cache every token would run the whole text: leave it out"),
@@ -150,6 +153,8 @@ def generate(
     if current is not None and current.dp_size > 1:
         prompt = replace(prompt, world=current.world_channel)
     runner, decoding = family.generator(inside), Decoding(prompt)
+    if has_encoder(runner):
+        text |= beside_decoder(batch, prompt.device)
     del content, prompt  # pixels, which nobody needs once they are encoded
     if channel.rank > 0:
         kwargs["streamer"] = None
@@ -205,7 +210,9 @@ def _content(
     cache = kwargs.get("past_key_values")
     if cache is not None:
         return Continued.of(batch, cache, family=family, model=model, channel=channel)
-    place = channel.rank, channel.size
+    place, runner = (channel.rank, channel.size), family.generator(model)
+    if has_encoder(runner):
+        batch = started(batch, partial(_setting, runner, kwargs))
     draft = Draft.of(family, batch, model, place=place, frames=frames, whole_text=True)
     return draft.checked()
 
@@ -234,11 +241,16 @@ def _record(
 
 
 def _check_arguments(family: Family, runner: Any, kwargs: Mapping[str, Any]) -> None:
-    inputs = {*TEXT_KEYS, *family.keys, "inputs", "inputs_embeds"} & kwargs.keys()
+    inputs = {*TEXT_KEYS, *family.keys, *_EMBEDDED} & kwargs.keys()
     if inputs:
         raise ValueError(
             f"got {', '.join(sorted(inputs))} among the arguments of generate; expected the whole "
             "input in the batch, as the processor returns it"
+        )
+    if has_encoder(runner) and kwargs.get("past_key_values") is not None:
+        raise NotImplementedError(
+            "got past_key_values for a model with an encoder, which is not asked again with what "
+            "its decoder said; expected the whole batch in every call: leave it out"
         )
     alone = "expected a way to generate that runs the model alone, token by token: leave it out"
     for name, (served, advice) in {

@@ -204,13 +204,16 @@ def attend_cached(
     return out.to(q.dtype), lse
 
 
-def causal(attention_mask: Tensor | None, x: Tensor, *, past: int) -> Rule | None:
+def causal(
+    attention_mask: Tensor | None, x: Tensor, *, past: int, window: int | None = None
+) -> Rule | None:
     """Tokens behind ``past`` others over all of these; None where all see all.
 
     Args:
         attention_mask: ``[R, t]``, 0 at padding, which nobody sees; None without.
         x: ``[R, s, ...]``, of the tokens.
         past: t - s.
+        window: a token sees so many, with itself, and the cache has dropped what none sees.
     """
     (rows, tokens), device = x.shape[:2], x.device
     chosen = tokens == 1
@@ -218,10 +221,12 @@ def causal(attention_mask: Tensor | None, x: Tensor, *, past: int) -> Rule | Non
         return None
     # Of the prompt the host knows the rule; for a token that is chosen nobody waits.
     where = device if chosen else torch.device("cpu")
-    index = torch.arange(past + tokens, dtype=torch.int32, device=where)
+    first = 0 if window is None else max(past - window + 1, 0)
+    index = torch.arange(first, past + tokens, dtype=torch.int32, device=where)
     keys = index.expand(rows, -1)
     if attention_mask is not None:
-        keys = keys.masked_fill(attention_mask.to(where) == 0, EVERYTHING)
-    end = (index[past:] + 1).expand(rows, -1)
-    visibility = Visibility(torch.zeros_like(end), end, keys)
+        keys = keys.masked_fill(attention_mask[:, first:].to(where) == 0, EVERYTHING)
+    end = (index[-tokens:] + 1).expand(rows, -1)
+    start = torch.zeros_like(end) if window is None else (end - window).clamp(min=0)
+    visibility = Visibility(start, end, keys)
     return Rule(visibility) if chosen else Rule.on(visibility, device)

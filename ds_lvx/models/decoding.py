@@ -88,7 +88,7 @@ class Decoding:
         Collectives: an agreement on the control plane before the prompt, in which a rank that has
             failed before says so.
         """
-        input_ids: Tensor = given["input_ids"]
+        input_ids: Tensor = given[f"{self._prompt.prefix}input_ids"]
         self.step += 1
         self._in_forward = True
         wrong = self._wrong_shape(input_ids) or self._wrong_output(given)
@@ -127,7 +127,8 @@ class Decoding:
         )
 
     def _wrong_output(self, given: Mapping[str, Any]) -> NotImplementedError | None:
-        if not (self._prompt.sharded and given.get("output_hidden_states")):
+        cut = self._prompt.sharded or self._prompt.prefix
+        if not (cut and given.get("output_hidden_states")):
             return None
         return NotImplementedError(
             "got output_hidden_states=True for a prompt whose tokens are sharded; no rank has "
