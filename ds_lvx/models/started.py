@@ -61,6 +61,16 @@ def started(batch: Mapping[str, Any], setting: Callable[[str], Any]) -> dict[str
     return given
 
 
+def begins_with(batch: Mapping[str, Any]) -> int:
+    """How many tokens a row of the sequences has that are generated from a batch, before new ones.
+
+    Args:
+        batch: as the family has it of a text whose answer is to be generated.
+    """
+    ids: Tensor = batch.get(_IDS, batch["input_ids"])
+    return ids.shape[1]
+
+
 def beside_decoder(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """What transformers' ``generate`` gets beside the decoder's text: the encoder's, which some
     processors of logits read, and an output of no rows.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from transformers import DynamicCache, EncoderDecoderCache
 
 import ds_lvx
+from ds_lvx.models.decoding import Decoding
 from tests.models import t5gemma2_case as case
 from tests.models.mllama_case import end_engine, start_engine
 from tests.models.test_generating_adapters import BEAMS, SAMPLED, SEED, ask
@@ -58,14 +61,72 @@ def alone(batch: Batch, keywords: dict[str, Any]) -> Any:
     return out.sequences, out.logits
 
 
-def generate_each(ranks: int) -> dict[str, Any]:
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "NotImplementedError: all ranks: got past_key_values for a model with an encoder, which is": (
+        {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())},
+        "expected the whole batch in every call: leave it out",
+    ),
+    "NotImplementedError: all ranks: got output_hidden_states=True for a prompt whose tokens": (
+        {"output_hidden_states": True},
+        "no rank has those of all tokens",
+    ),
+    "ValueError: all ranks: got encoder_outputs among the arguments of generate; expected": (
+        {"encoder_outputs": ()},
+        "the whole input in the batch",
+    ),
+    "ValueError: all ranks: Input length of decoder_input_ids is 1, but `max_length` is set": (
+        {"max_new_tokens": None, "max_length": 1},
+        "",
+    ),
+}
+
+
+def generate_each(ranks: int) -> Any:
     model = case.tiny_model()
     session = ds_lvx.apply(model, config(0, ranks))
-    found = {name: ask(model, *each) for name, each in CASES.items()}
+    kept: list[dict[str, int]] = []
+
+    def release(decoding: Decoding) -> None:
+        kept.append({name: k.shape[1] for name, (k, _) in decoding.keys.items()})
+
+    with mock.patch.object(Decoding, "release", release):
+        found = {name: ask(model, *each) for name, each in CASES.items()}
+    messages = []
+    for keywords, _ in WRONG.values():
+        with pytest.raises(Exception) as caught:
+            ds_lvx.generate(model, without_answers(), **{**KEYWORDS, **keywords})
+        messages.append(f"{type(caught.value).__name__}: {caught.value}")
+    model.generation_config.bos_token_id = None
+    with pytest.raises(ValueError, match="got neither decoder_start_token_id nor bos_token_id"):
+        ds_lvx.generate(model, without_answers())
     session.close()
-    return found
+    return found, kept, messages
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_it_generates_what_transformers_does(ranks: int) -> None:
-    check(run_ranks(generate_each, ranks, ranks), {n: alone(*each) for n, each in CASES.items()})
+    answers = run_ranks(generate_each, ranks, ranks)
+    check([found for found, _, _ in answers], {n: alone(*each) for n, each in CASES.items()})
+    for number, (batch, _) in enumerate(CASES.values()):
+        keys = [[*kept[number].values()] for _, kept, _ in answers]
+        assert all(len({*lengths}) == 1 and len(lengths) == 3 for lengths in keys)
+        # No rank has keys of the others' rows: the parts of all are little more than the whole.
+        rows = batch["input_ids"].shape[1]
+        assert rows <= sum(lengths[0] for lengths in keys) < rows + 8
+        assert max(lengths[0] for lengths in keys) < rows or rows == case.TOKENS
+    for _, _, messages in answers:
+        for message, (start, (_, end)) in zip(messages, WRONG.items(), strict=True):
+            assert message.startswith(start), message
+            assert end in message, message
+
+
+def generate_with_an_engine() -> Any:
+    engine = start_engine(config(3, 2), model=case.tiny_model())
+    found = ask(engine, *CASES["beams"])
+    end_engine(engine)
+    return {"beams": found}
+
+
+@pytest.mark.slow
+def test_under_zero_3() -> None:
+    check(run_ranks(generate_with_an_engine, 2), {"beams": alone(*CASES["beams"])})

@@ -74,6 +74,6 @@ def rules(arguments: Mapping[str, Any]) -> dict[str, Any]:
     assert cache is not None, "generation has a cache"
     assert ids is not None, "generation has tokens"
     past, layers = cache.get_seq_length(), cache.self_attention_cache.layers
-    windows = {SLIDING: each.sliding_window for each in layers if each.is_sliding}
-    kinds = {FULL: None, **windows}
+    window = next((each.sliding_window for each in layers if each.is_sliding), None)
+    kinds = {FULL: None, SLIDING: window}
     return {RULES: {kind: causal(mask, ids, past=past, window=w) for kind, w in kinds.items()}}
