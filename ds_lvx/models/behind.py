@@ -204,6 +204,39 @@ def attend_cached(
     return out.to(q.dtype), lse
 
 
+@dataclass(frozen=True, eq=False)
+class Cached:
+    """What a layer of text that every rank has attends by in a forward of generation.
+
+    Attributes:
+        cache: transformers' own, of K and V after rotary embedding.
+        number: of the layer.
+        rule: of the tokens of this forward over the text so far; None where all see all.
+    """
+
+    cache: Any
+    number: int
+    rule: Rule | None
+
+    def attend(
+        self, q: Tensor, keys: tuple[Tensor, Tensor], *, scale: float, kernel: str
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to the text so far.
+
+        Args:
+            q: ``[R, s, H, D]``.
+            keys: K and V ``[R, s, H_kv, D]`` of these tokens, which the cache takes.
+            scale: factor of the scores.
+            kernel: its name.
+
+        Returns:
+            out ``[R, s, H, D]``, lse ``[R, H, s]``.
+        """
+        new = [each.transpose(1, 2) for each in keys]
+        k, v = (each.transpose(1, 2) for each in self.cache.update(*new, self.number))
+        return attend_cached(q, (k, v), self.rule, scale=scale, kernel=kernel)
+
+
 def causal(
     attention_mask: Tensor | None, x: Tensor, *, past: int, window: int | None = None
 ) -> Rule | None:

@@ -74,6 +74,11 @@ class Decoding:
         """C."""
         return self._copies
 
+    @property
+    def first_tokens(self) -> int:
+        """T of the first prompt, also where a later one goes on from its cache."""
+        return self._first.shape[1]
+
     # ---- a forward
 
     def begin(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -211,5 +211,7 @@ def _common(past: Past, cache: Any, text: Text, media_tokens: Sequence[int]) -> 
 def _media_tokens(model: Any) -> list[int]:
     """Where the model says which tokens stand for an image or a video."""
     config = getattr(model, "config", None)
-    found = (getattr(owner, name, None) for owner in (config, model) for name in _MEDIA_TOKENS)
+    found = [getattr(owner, name, None) for owner in (config, model) for name in _MEDIA_TOKENS]
+    visual = getattr(config, "visual", None)  # a dictionary, of Qwen's first
+    found += [visual.get("image_start_id")] if isinstance(visual, dict) else []
     return [each for each in found if isinstance(each, int)]

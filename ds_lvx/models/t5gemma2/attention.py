@@ -19,7 +19,7 @@ from ds_lvx.attention.merge import merge_attention
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.models.attend import attend, attend_part
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.behind import attend_cached
+from ds_lvx.models.behind import Cached
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import ShardedForward, heads, refuse_dropout, trains
 from ds_lvx.models.t5gemma2.batch import decoder_layout, encoder_layout
@@ -123,12 +123,10 @@ class MergedAttention(_Attention):
             layout: Layout = decoder_layout(batch, self.module.layer_type)
             own = attend_part(self.text_plan, replace(batch, text=layout), q, **text)
         else:
-            new = [each.transpose(1, 2) for each in text["project_kv"](hidden_states)]
-            cached = past_key_values.self_attention_cache.update(*new, self.module.layer_idx)
-            k, v = (each.transpose(1, 2) for each in cached)
-            rule = text_rules[self.module.layer_type]
-            scale, kernel = text["scale"], self.plan.kernel
-            own = attend_cached(q, (k, v), rule, scale=scale, kernel=kernel)
+            cache, number = past_key_values.self_attention_cache, self.module.layer_idx
+            cached = Cached(cache, number, text_rules[self.module.layer_type])
+            keys = text["project_kv"](hidden_states)
+            own = cached.attend(q, keys, scale=text["scale"], kernel=self.plan.kernel)
         out, _ = merge_attention([rows, own])
         return self.module.o_proj(out.flatten(2)), None, None
 
