@@ -79,7 +79,8 @@ def generate(
     Args:
         model: from `ds_lvx.apply` or `ds_lvx.initialize`, or its engine at any ZeRO stage.
         batch: what the processor of the model's family returns, as for `ds_lvx.shard_batch`; pad
-            texts on the left. Labels are not looked at.
+            texts on the left. Labels are not looked at. Of a model with an encoder the text is
+            that one's, and the decoder begins with ``decoder_input_ids`` or as in transformers.
         groups: the groups; None is the current ones, or all ranks as one group.
         frames: ``"all"``: the batch holds every frame, this rank's are cut. ``"local"``: it holds
             this rank's frames already.
@@ -103,7 +104,8 @@ def generate(
             a cache that is not of this model or goes with another text.
         NotImplementedError: a family that cannot generate, no cache or another one than
             transformers' ``DynamicCache``, assisted decoding, weights of attention; where visual
-            tokens stand among the text also states of layers.
+            tokens stand among the text also states of layers, and of a model with an encoder
+            these and ``past_key_values``.
         RuntimeError: on all ranks: they chose different tokens; names the token. Or another rank
             failed between two tokens; under ZeRO-3, whose ranks run every forward together, only
             the end of that rank's process tells them.

@@ -304,8 +304,10 @@ class Decoding:
         self._say(ENDED, digest(sequences), self._compare)
 
     def kept(self) -> Kept | None:
-        """What another generation goes on with; None where samples have several rows."""
-        return (self._first, dict(self.keys), self._stand_in) if self._copies == 1 else None
+        """What another generation goes on with; None where samples have several rows, or where
+        another question is another text for an encoder."""
+        goes_on = self._copies == 1 and not self._prompt.prefix
+        return (self._first, dict(self.keys), self._stand_in) if goes_on else None
 
     def release(self) -> None:
         """Let go of the keys, which a forward's keyword may still refer to."""

@@ -96,6 +96,10 @@ def generate_each(ranks: int) -> Any:
         with pytest.raises(Exception) as caught:
             ds_lvx.generate(model, without_answers(), **{**KEYWORDS, **keywords})
         messages.append(f"{type(caught.value).__name__}: {caught.value}")
+    out = ds_lvx.generate(model, without_answers(), **KEYWORDS)
+    cache = out.past_key_values
+    assert (cache.get_seq_length(), cache.cross_attention_cache.get_seq_length()) == (5, 0)
+    assert not hasattr(cache, "ds_lvx"), "keys stay that nobody asks for"
     model.generation_config.bos_token_id = None
     with pytest.raises(ValueError, match="got neither decoder_start_token_id nor bos_token_id"):
         ds_lvx.generate(model, without_answers())
