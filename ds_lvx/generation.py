@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ from ds_lvx.models.decoding import Decoding, feeding
 from ds_lvx.models.draft import Draft, device_of
 from ds_lvx.models.past import Continued, leave
 from ds_lvx.models.patch import is_prepared
+from ds_lvx.models.started import ENCODED, beside_decoder, has_encoder, started
 
 _ARGUMENTS = "the arguments of generate"
 _RANDOM = "random numbers"
 _SHORT = 60
+_EMBEDDED = ("inputs", "inputs_embeds", "decoder_inputs_embeds", ENCODED)
 # By the name of a setting: values that are served, and what to do with another one.
 _SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "use_cache": ((True,), "without a cache every token would run the whole text: leave it out"),
@@ -76,7 +79,8 @@ def generate(
     Args:
         model: from `ds_lvx.apply` or `ds_lvx.initialize`, or its engine at any ZeRO stage.
         batch: what the processor of the model's family returns, as for `ds_lvx.shard_batch`; pad
-            texts on the left. Labels are not looked at.
+            texts on the left. Labels are not looked at. Of a model with an encoder the text is
+            that one's, and the decoder begins with ``decoder_input_ids`` or as in transformers.
         groups: the groups; None is the current ones, or all ranks as one group.
         frames: ``"all"``: the batch holds every frame, this rank's are cut. ``"local"``: it holds
             this rank's frames already.
@@ -100,7 +104,8 @@ def generate(
             a cache that is not of this model or goes with another text.
         NotImplementedError: a family that cannot generate, no cache or another one than
             transformers' ``DynamicCache``, assisted decoding, weights of attention; where visual
-            tokens stand among the text also states of layers.
+            tokens stand among the text also states of layers, and of a model with an encoder
+            these and ``past_key_values``.
         RuntimeError: on all ranks: they chose different tokens; names the token. Or another rank
             failed between two tokens; under ZeRO-3, whose ranks run every forward together, only
             the end of that rank's process tells them.
@@ -150,6 +155,8 @@ def generate(
     if current is not None and current.dp_size > 1:
         prompt = replace(prompt, world=current.world_channel)
     runner, decoding = family.generator(inside), Decoding(prompt)
+    if has_encoder(runner):
+        text |= beside_decoder(batch, prompt.device)
     del content, prompt  # pixels, which nobody needs once they are encoded
     if channel.rank > 0:
         kwargs["streamer"] = None
@@ -205,7 +212,9 @@ def _content(
     cache = kwargs.get("past_key_values")
     if cache is not None:
         return Continued.of(batch, cache, family=family, model=model, channel=channel)
-    place = channel.rank, channel.size
+    place, runner = (channel.rank, channel.size), family.generator(model)
+    if has_encoder(runner):
+        batch = started(batch, partial(_setting, runner, kwargs))
     draft = Draft.of(family, batch, model, place=place, frames=frames, whole_text=True)
     return draft.checked()
 
@@ -234,11 +243,16 @@ def _record(
 
 
 def _check_arguments(family: Family, runner: Any, kwargs: Mapping[str, Any]) -> None:
-    inputs = {*TEXT_KEYS, *family.keys, "inputs", "inputs_embeds"} & kwargs.keys()
+    inputs = {*TEXT_KEYS, *family.keys, *_EMBEDDED} & kwargs.keys()
     if inputs:
         raise ValueError(
             f"got {', '.join(sorted(inputs))} among the arguments of generate; expected the whole "
             "input in the batch, as the processor returns it"
+        )
+    if has_encoder(runner) and kwargs.get("past_key_values") is not None:
+        raise NotImplementedError(
+            "got past_key_values for a model with an encoder, which is not asked again with what "
+            "its decoder said; expected the whole batch in every call: leave it out"
         )
     alone = "expected a way to generate that runs the model alone, token by token: leave it out"
     for name, (served, advice) in {

@@ -34,6 +34,7 @@ from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.slurm import read_slurm
 from ds_lvx.distributed.start import init_distributed
+from ds_lvx.models.started import begins_with, has_encoder
 from ds_lvx.training.asking import Options, Prompts, parse, question
 from ds_lvx.training.chatting import OPEN, Questions, conversation
 from ds_lvx.training.model import Source, training_dtype
@@ -117,7 +118,8 @@ class Asking:
             self._answer(asked, inputs, None)
 
     def chat(self, questions: Questions) -> None:
-        """Answer questions about the same images and videos, which are encoded for the first.
+        """Answer questions about the same images and videos, which are encoded for the first; by a
+        model with an encoder for each.
 
         What is wrong with a question, such as no room for it, is said, and it is taken back.
         """
@@ -136,7 +138,7 @@ class Asking:
                 )
                 text, cache = self._answer(asked, inputs, cache)
             except ValueError as error:
-                if cache is None:  # the media are wrong, not the question
+                if not turns:  # the media are wrong, not the question
                     raise
                 if self._speaks:
                     print(f"error: {error}", file=sys.stderr, flush=True)
@@ -150,7 +152,7 @@ class Asking:
         started = time.perf_counter()
         found = self._generate(inputs, cache)
         seconds = time.perf_counter() - started
-        tokens = found.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        tokens = found.sequences[0, begins_with(inputs) :].tolist()
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         record = {
             "source": str(asked.source),
@@ -161,7 +163,8 @@ class Asking:
             "seconds": seconds,
         }
         together(self._world, lambda: self._write(record))
-        return text, found.past_key_values
+        # What an encoder reads is the whole conversation, another one for every question.
+        return text, None if has_encoder(self._model) else found.past_key_values
 
     def _generate(self, inputs: Mapping[str, Any], cache: Any) -> Any:
         options, streamer = self._options, None

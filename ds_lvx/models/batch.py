@@ -182,20 +182,18 @@ class Text:
     held: Tensor | None = None
     stays_sharded: ClassVar[bool] = False
     """In generation a rank keeps the keys of its part of a prompt, and none has all."""
+    prefix: ClassVar[str] = ""
+    """Of the model's names of all but ``labels``: a decoder's are others than its encoder's."""
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any], *, prefix: str = "") -> Self:
+    def of(cls, batch: Mapping[str, Any]) -> Self:
         """Take the text out of a batch.
-
-        Args:
-            batch: what the caller gave.
-            prefix: of every key but ``labels``.
 
         Raises:
             ValueError: a tensor is missing or has another shape than ``input_ids``; a
                 ``num_items_in_batch`` that is no number above 0.
         """
-        first, *others = (f"{prefix}{key}" for key in TEXT_KEYS[:3])
+        first, *others = (f"{cls.prefix}{key}" for key in TEXT_KEYS[:3])
         input_ids = batch.get(first)
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             raise ValueError(
@@ -215,6 +213,11 @@ class Text:
             labels,
             None if items is None else _items(items),
         )
+
+    @property
+    def named(self) -> dict[str, Tensor | None]:
+        """Its tensors but the labels, as the model names them."""
+        return {f"{self.prefix}{key}": getattr(self, key) for key in TEXT_KEYS[:3]}
 
     @property
     def shape(self) -> tuple[int, int]:

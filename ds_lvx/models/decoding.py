@@ -74,6 +74,11 @@ class Decoding:
         """C."""
         return self._copies
 
+    @property
+    def first_tokens(self) -> int:
+        """T of the first prompt, also where a later one goes on from its cache."""
+        return self._first.shape[1]
+
     # ---- a forward
 
     def begin(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +93,7 @@ class Decoding:
         Collectives: an agreement on the control plane before the prompt, in which a rank that has
             failed before says so.
         """
-        input_ids: Tensor = given["input_ids"]
+        input_ids: Tensor = given[f"{self._prompt.prefix}input_ids"]
         self.step += 1
         self._in_forward = True
         wrong = self._wrong_shape(input_ids) or self._wrong_output(given)
@@ -127,7 +132,8 @@ class Decoding:
         )
 
     def _wrong_output(self, given: Mapping[str, Any]) -> NotImplementedError | None:
-        if not (self._prompt.sharded and given.get("output_hidden_states")):
+        cut = self._prompt.sharded or self._prompt.prefix
+        if not (cut and given.get("output_hidden_states")):
             return None
         return NotImplementedError(
             "got output_hidden_states=True for a prompt whose tokens are sharded; no rank has "
@@ -298,8 +304,10 @@ class Decoding:
         self._say(ENDED, digest(sequences), self._compare)
 
     def kept(self) -> Kept | None:
-        """What another generation goes on with; None where samples have several rows."""
-        return (self._first, dict(self.keys), self._stand_in) if self._copies == 1 else None
+        """What another generation goes on with; None where samples have several rows, or where
+        another question is another text for an encoder."""
+        goes_on = self._copies == 1 and not self._prompt.prefix
+        return (self._first, dict(self.keys), self._stand_in) if goes_on else None
 
     def release(self) -> None:
         """Let go of the keys, which a forward's keyword may still refer to."""

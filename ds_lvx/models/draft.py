@@ -274,7 +274,8 @@ class _Content:
             )
         beside = part.visual.beside(rank, self.text, slice(0, self.text.shape[1]))
         # The text's own are transformers', which makes more of them for more tokens and rows.
-        others = {key: value for key, value in beside.items() if key not in TEXT_KEYS}
+        named = self.text.named
+        others = {key: value for key, value in beside.items() if key not in named}
         arguments = {**part.arguments, **others}
         rule = part.rule
         if rule is not None and part.kv_lengths is not None:
@@ -297,9 +298,9 @@ class _Content:
             others=part.visual.layouts(
                 self.text, channel=channel, lengths=(self.text.shape[1],) * size, device=device
             ),
+            prefix=self.text.prefix,
         )
-        given = {key: getattr(self.text, key) for key in TEXT_KEYS if key != "labels"}
-        given |= {} if positions is None else {"position_ids": positions}
+        given = named | ({} if positions is None else {"position_ids": positions})
         return {k: move(v, device) for k, v in given.items() if v is not None}, prompt
 
     def _part(

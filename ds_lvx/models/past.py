@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.models.batch import TEXT_KEYS, Text, digest, move
+from ds_lvx.models.batch import Text, digest, move
 from ds_lvx.models.contract import Family
 from ds_lvx.models.decoding import Decoding
 from ds_lvx.models.draft import device_of
@@ -161,7 +161,7 @@ class Continued:
         surplus = self.cache.get_seq_length() - self.common
         if surplus > 0:
             self.cache.crop(-surplus)
-        given = {key: getattr(self.text, key) for key in TEXT_KEYS if key != "labels"}
+        given = self.text.named
         positions = self.past.prompt.positions
         if positions is not None:
             known = positions[..., : min(self.common, positions.shape[-1])]
@@ -211,5 +211,7 @@ def _common(past: Past, cache: Any, text: Text, media_tokens: Sequence[int]) -> 
 def _media_tokens(model: Any) -> list[int]:
     """Where the model says which tokens stand for an image or a video."""
     config = getattr(model, "config", None)
-    found = (getattr(owner, name, None) for owner in (config, model) for name in _MEDIA_TOKENS)
+    found = [getattr(owner, name, None) for owner in (config, model) for name in _MEDIA_TOKENS]
+    visual = getattr(config, "visual", None)  # a dictionary, of Qwen's first
+    found += [visual.get("image_start_id")] if isinstance(visual, dict) else []
     return [each for each in found if isinstance(each, int)]

@@ -50,6 +50,8 @@ class Prompt:
         part: this rank's part of a prompt whose keys stay sharded, until it runs.
         sharded: it is such a prompt, or behind one: ``kv_lengths`` and ``rule`` are of its tokens.
         gaps: some tokens behind such a prompt are padding.
+        prefix: of the text's arguments (`ds_lvx.models.batch.Text`); with one the units are an
+            encoder's, whose rows stay sharded.
     """
 
     channel: Channel
@@ -67,6 +69,7 @@ class Prompt:
     part: Part | None = None
     sharded: bool = False
     gaps: bool = False
+    prefix: str = ""
 
     def behind(self, tokens: int) -> Prompt:
         """So many tokens that see what the last one sees, once the units are encoded.

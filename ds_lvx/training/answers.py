@@ -12,6 +12,7 @@ import ds_lvx
 from ds_lvx.data.batch import Batch
 from ds_lvx.data.chat import Chats, Conversation
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.models.started import begins_with
 from ds_lvx.training.asking import Prompts, question, reference
 from ds_lvx.training.ending import raise_if_asked
 from ds_lvx.training.inputs import Inputs
@@ -100,7 +101,7 @@ class Answers:
             do_sample=False,
             **self._prompts.ending(self._engine.module),
         )
-        new = tokens[:, inputs["input_ids"].shape[1] :]
+        new = tokens[:, begins_with(inputs) :]
         texts: list[str] = self._prompts.encoder.tokenizer.batch_decode(
             new, skip_special_tokens=True
         )

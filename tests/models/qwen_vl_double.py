@@ -13,7 +13,7 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 
@@ -308,7 +308,7 @@ class QWenModel(QWenPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x))
 
 
-class QWenLMHeadModel(QWenPreTrainedModel):
+class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.transformer = QWenModel(config)

@@ -23,9 +23,11 @@ from ds_lvx.models.qwen_vl.processor import Processor
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.plan import models as planned
 from ds_lvx.sharding import shard_batch
+from ds_lvx.training.asking import Prompts
 from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.launch.test_generate import run
 from tests.models import qwen_vl_double
 from tests.models.moss_vl_case import OneRank
 from tests.models.qwen_vl_case import PLACES, SIDE, tiny_model
@@ -137,20 +139,56 @@ def test_a_comparison_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     assert model.transformer.visual.attn_pool.query.grad.abs().max() > 0
 
 
-@pytest.mark.slow
-def test_finetune_trains_a_checkpoint_with_code_of_its_own(folder: Path, tmp_path: Path) -> None:
-    config = json.loads(Path(write_config(tmp_path / "ds.json", stage=3)).read_text())
+def write_ds_config(path: Path, *, stage: int) -> str:
+    """A config whose rules are for this model's layers."""
+    config = json.loads(Path(write_config(path, stage=stage)).read_text())
     patterns = FAMILIES.named("qwen").patterns
     config["ds_lvx"]["layers"] = [
         {"match": patterns["local"], "method": "none"},
         {"match": patterns["self"], "method": "ulysses"},
     ]
-    (tmp_path / "ds.json").write_text(json.dumps(config))
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def loaded(folder: Path, batch: dict[str, Any]) -> Any:
+    """A model that has the images of a batch, whatever the text names, and what it gets of it."""
+    model = source_of(folder).load(torch.float32)
+    visual, pixels = model.transformer.visual, batch.pop("pixel_values")
+    visual.encode = lambda _: visual(pixels)
+    return model, {key: value for key, value in batch.items() if "images" not in key}
+
+
+@pytest.mark.slow
+def test_generate_asks_a_checkpoint_with_code_of_its_own(folder: Path, tmp_path: Path) -> None:
+    config, out = write_ds_config(tmp_path / "ds.json", stage=0), tmp_path / "answers.jsonl"
+    data = folder / "train.jsonl"
+    words = ["--model", folder, "--trust_remote_code", "--deepspeed_config", config, "--data", data]
+    words += ["--frames", 3, "--max_new_tokens", 4, "--output", out, "--traceback"]
+    assert run_ranks(run, 2, *map(str, words)) == [0, 0]
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    source = source_of(folder)
+    encoder = TextEncoder(source.processor, 512, family=source.family)
+    prompts = Prompts(encoder, FrameRate(count=3), owned=range)
+    for asked, record in zip(read_conversations(data), records, strict=True):
+        model, batch = loaded(folder, dict(prompts.batch([asked]).inputs))
+        ids = batch["input_ids"]
+        for _ in range(4):  # which end no answer
+            with torch.no_grad():
+                logits = model.eval()(ids).logits[:, -1:]
+            ids = torch.cat([ids, logits.argmax(dim=-1)], dim=1)
+        new = ids[0, -4:].tolist()
+        assert record["answer"] == encoder.tokenizer.decode(new, skip_special_tokens=True)
+        assert record["new_tokens"] == 4
+
+
+@pytest.mark.slow
+def test_finetune_trains_a_checkpoint_with_code_of_its_own(folder: Path, tmp_path: Path) -> None:
     given = {
         "model": folder,
         "data": folder / "train.jsonl",
         "frames": 3,
-        "deepspeed_config": str(tmp_path / "ds.json"),
+        "deepspeed_config": write_ds_config(tmp_path / "ds.json", stage=3),
         "output_dir": tmp_path / "out",
         "learning_rate": 1e-2,
         "max_steps": 2,
@@ -161,12 +199,9 @@ def test_finetune_trains_a_checkpoint_with_code_of_its_own(folder: Path, tmp_pat
     assert len(losses) == 2
     start = []
     for batch in whole_batches(folder, frames=3):
-        model = source_of(folder).load(torch.float32).train()
-        visual, pixels = model.transformer.visual, batch.pop("pixel_values")
-        visual.encode = lambda _, visual=visual, pixels=pixels: visual(pixels)
+        model, inputs = loaded(folder, batch)
         # The double finds the path of an image by its end.
-        loss = model(**{k: v for k, v in batch.items() if "images" not in k}).loss
-        start.append(loss.item())
+        start.append(model.train()(**inputs).loss.item())
     assert losses[0] in [pytest.approx(each, abs=1e-5) for each in start]
     trained = source_of(tmp_path / "out" / "model")
     assert trained.processor.image_token_id == START + 2

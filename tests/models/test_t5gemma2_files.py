@@ -25,15 +25,18 @@ from ds_lvx.compare.case import (
 )
 from ds_lvx.config import LVXConfig
 from ds_lvx.data.batch import BatchMaker, FrameRate
-from ds_lvx.data.chat import read_conversations
+from ds_lvx.data.chat import Part, read_conversations
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.models import patch_model
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
+from ds_lvx.training.asking import Prompts
+from ds_lvx.training.chatting import OPEN, conversation
 from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.launch.test_generate import run_chat
 from tests.models.moss_vl_case import OneRank
 from tests.models.t5gemma2_case import SIZE, TOKENS, tiny_model
 from tests.ranks import run_ranks
@@ -165,20 +168,50 @@ def test_a_checkpoint_has_a_size() -> None:
         family.size(tiny_model().config)
 
 
-@pytest.mark.slow
-def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
-    config = json.loads(Path(write_config(tmp_path / "ds.json", stage=3)).read_text())
+def write_ds_config(path: Path, *, stage: int) -> str:
+    """A config whose rules are for this model's layers."""
+    config = json.loads(Path(write_config(path, stage=stage)).read_text())
     patterns = FAMILIES.named("t5gemma2").patterns
     methods = {"local": "none", "cross": "lvx", "self": "ulysses"}
     config["ds_lvx"]["layers"] = [
         {"match": patterns[kind], "method": method} for kind, method in methods.items()
     ]
-    (tmp_path / "ds.json").write_text(json.dumps(config))
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_a_chat_is_read_anew_for_every_question(folder: Path, tmp_path: Path) -> None:
+    config, out = write_ds_config(tmp_path / "ds.json", stage=0), tmp_path / "answers.jsonl"
+    words = ["--model", folder, "--deepspeed_config", config, "--frames", 3, "--max_new_tokens", 5]
+    words += ["--chat", "--video", folder / "a.mp4", "--prompt", "What animal?", "--output", out]
+    words += ["--traceback"]
+    assert run_ranks(run_chat, 2, "And where?", *map(str, words)) == [0, 0]
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["question"] for record in records] == ["What animal?", "And where?"]
+    source = Source.of(str(folder))
+    model, encoder = source.load(torch.float32).eval(), maker_of(folder, frames=3).encoder
+    prompts, turns = Prompts(encoder, FrameRate(count=3), owned=range), []
+    for record in records:
+        asked = conversation(
+            (Part("video", str(folder / "a.mp4")),), [*turns, (record["question"], OPEN)]
+        )
+        batch = prompts.batch([asked]).inputs
+        given = {key: value for key, value in batch.items() if key != "images_per_sample"}
+        tokens = model.generate(**given, max_new_tokens=5, **prompts.ending(model))
+        answer = encoder.tokenizer.decode(tokens[0, 1:], skip_special_tokens=True)
+        assert record["answer"] == answer
+        assert record["new_tokens"] == tokens.shape[1] - 1 > 0
+        turns.append((record["question"], answer))
+
+
+@pytest.mark.slow
+def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     given = {
         "model": folder,
         "data": folder / "train.jsonl",
         "frames": 3,
-        "deepspeed_config": str(tmp_path / "ds.json"),
+        "deepspeed_config": write_ds_config(tmp_path / "ds.json", stage=3),
         "output_dir": tmp_path / "out",
         "learning_rate": 1e-2,
         "max_steps": 2,

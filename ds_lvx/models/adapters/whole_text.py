@@ -23,14 +23,14 @@ class WholeText(Text):
     """The text of the encoder, and the labels of the decoder, ``[B, L]``."""
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any], *, prefix: str = "") -> Self:
+    def of(cls, batch: Mapping[str, Any]) -> Self:
         """Take the text out of a batch.
 
         Raises:
             ValueError: as of `Text.of`; labels that are not ``[B, L]``.
         """
         others = {key: value for key, value in batch.items() if key != _LABELS}
-        text = super().of(others, prefix=prefix)
+        text = super().of(others)
         labels = batch.get(_LABELS)
         found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         if labels is not None and (len(found) != 2 or found[0] != text.shape[0]):

@@ -7,7 +7,7 @@ batch travels in its place.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.models.attend import attend
 from ds_lvx.models.batch import ShardedBatch
+from ds_lvx.models.behind import Cached
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.patch import ShardedForward, heads, refuse_dropout
 from ds_lvx.models.rotary import rotated
@@ -31,31 +32,48 @@ class Carried:
         batch: the sharded batch.
         cos, sin: of this rank's tokens, fp32 ``[1, s, n]``; a head's first n dimensions turn.
         log_n: fp32 ``[1, s, 1, 1]``, factor of the queries at their places in evaluation.
+        cached: in generation the text so far, which every rank has.
     """
 
     batch: ShardedBatch
     cos: Tensor
     sin: Tensor
     log_n: Tensor
+    cached: Cached | None = None
 
     @classmethod
-    def of(cls, batch: ShardedBatch, text: Any, device: torch.device) -> Carried:
+    def of(
+        cls, batch: ShardedBatch, text: Any, x: Tensor, *, cached: Cached | None = None
+    ) -> Carried:
         """That of a batch, by the places of tokens in the whole text.
 
         Args:
             batch: the keyword.
             text: the text model, with ``rotary_emb``.
-            device: where it computes.
+            x: its tokens here, ``[B, s, hidden]``.
+            cached: see the class. The base of the rotary embedding is that of the prompt then, as
+                in the model's own code: its keys stay as they are.
         """
-        places = to_device(batch.places, device).float()
+        device = x.device
+        if cached is None or batch.decoding is None:
+            length, places = sum(batch.text_lengths), to_device(batch.places, device).float()
+        else:
+            length, past = batch.decoding.first_tokens, cached.cache.get_seq_length()
+            places = torch.arange(past, past + x.shape[1], device=device).float()
         size, base = int(text.rotary_emb.dim), float(text.rotary_emb.base)
         if text.use_dynamic_ntk and not text.training:
-            base *= _ntk_alpha(sum(batch.text_lengths), text.seq_length) ** (size / (size - 2))
+            base *= _ntk_alpha(length, text.seq_length) ** (size / (size - 2))
         exponents = torch.arange(0, size, 2, device=device).float() / size
         angles = torch.outer(places, 1.0 / base**exponents)[None]
         angles = torch.cat((angles, angles), dim=-1)
         log_n = ((places + 1).log() / math.log(text.seq_length)).clamp(min=1)
-        return cls(batch, angles.cos(), angles.sin(), log_n[None, :, None, None])
+        return cls(batch, angles.cos(), angles.sin(), log_n[None, :, None, None], cached)
+
+    def layer(self, number: int) -> Carried:
+        """The same for one of the layers."""
+        if self.cached is None:
+            return self
+        return replace(self, cached=replace(self.cached, number=number))
 
 
 class Attention(ShardedForward):
@@ -76,7 +94,9 @@ class Attention(ShardedForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = (*args, kwargs.get(ROTARY))
         batch = next((each.batch for each in given if isinstance(each, Carried)), None)
-        return super().__call__(*args, ds_lvx=batch, **kwargs)
+        if batch is not None:  # in generation, too: the text's keys are cached here
+            return self.sharded(batch, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     def sharded(
         self, batch: ShardedBatch, hidden_states: Tensor, rotary_pos_emb: Carried, **_unused: Any
@@ -95,6 +115,10 @@ class Attention(ShardedForward):
         q, k = (_turned(part, rotary_pos_emb) for part in (q, k))
         if module.use_logn_attn and not module.training:
             q = q * rotary_pos_emb.log_n.to(q.dtype)
+        scale, cached = module.head_dim**-0.5, rotary_pos_emb.cached
+        if cached is not None:
+            found, _ = cached.attend(q, (k, v), scale=scale, kernel=self.plan.kernel)
+            return module.c_proj(found.flatten(2)), None
         out = attend(
             self.plan,
             batch,
@@ -103,7 +127,7 @@ class Attention(ShardedForward):
             project_kv=lambda _: (k, v),
             trains=v.requires_grad,
             kv_heads=k.shape[2],
-            scale=module.head_dim**-0.5,
+            scale=scale,
         )
         return module.c_proj(out.flatten(2)), None
 

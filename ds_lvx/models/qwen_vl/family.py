@@ -17,6 +17,7 @@ from ds_lvx.models import remote
 from ds_lvx.models.batch import Text
 from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
+from ds_lvx.models.inputs import generating, plain_inputs
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention
 from ds_lvx.models.qwen_vl import batch as batches
@@ -69,7 +70,11 @@ class QwenVL(Family):
         return found
 
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
+        plain_inputs(model, batches.KEYS)
         forward.install(model)
+
+    def generator(self, model: Any) -> Any:
+        return generating(model)
 
     # ---- batches
 

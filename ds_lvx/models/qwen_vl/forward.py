@@ -8,6 +8,7 @@ model's own forward, and the loss counts the labels of the whole.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ds_lvx.models.adapters.batch import LENGTHS, ROWS
 from ds_lvx.models.adapters.forward import gather_images
 from ds_lvx.models.batch import ITEMS_KEY, ShardedBatch
+from ds_lvx.models.behind import Cached, causal
 from ds_lvx.models.checkpointed_layers import run_layer
 from ds_lvx.models.patch import KEYWORD, KeepForward
 from ds_lvx.models.qwen_vl.attention import ROTARY, Carried
@@ -26,7 +28,8 @@ from ds_lvx.models.qwen_vl.batch import PLACES
 from ds_lvx.models.tiled_loss import share_of_loss
 from ds_lvx.models.visual import PIXELS
 
-_OF_TEXT = ("input_ids", "use_cache", PIXELS, ROWS, LENGTHS, PLACES)
+_CACHE, _MASK = "past_key_values", "attention_mask"
+_OF_TEXT = ("input_ids", "use_cache", _CACHE, _MASK, PIXELS, ROWS, LENGTHS, PLACES)
 
 
 class Forward:
@@ -34,6 +37,7 @@ class Forward:
 
     def __init__(self, model: Any) -> None:
         self._model, self._own = model, model.forward
+        self.__signature__ = inspect.signature(self._own)  # which transformers' generate looks at
 
     def __call__(self, *args: Any, ds_lvx: ShardedBatch | None = None, **kwargs: Any) -> Any:
         """Without a sharded batch the model's own."""
@@ -46,13 +50,15 @@ class Forward:
                     "weights are not collected: leave it out"
                 )
         given = {key: kwargs[key] for key in _OF_TEXT if key in kwargs}
-        logits = self._model.lm_head(self._model.transformer(**given, **{KEYWORD: ds_lvx}))
-        loss = None
+        states, cache = self._model.transformer(**given, **{KEYWORD: ds_lvx}), None
+        if ds_lvx.decoding is not None:
+            states, cache = states[:, -1:], kwargs[_CACHE]
+        logits, loss = self._model.lm_head(states), None
         if kwargs.get("labels") is not None:
             loss = share_of_loss(
                 self._model.lm_head, logits, kwargs["shift_labels"], kwargs[ITEMS_KEY]
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
 
 class TextForward:
@@ -66,10 +72,18 @@ class TextForward:
         if ds_lvx is None:
             return self._own(*args, **kwargs)
         text = self._text
-        x = self._with_images(text.drop(text.wte(kwargs["input_ids"])), ds_lvx, kwargs)
-        carried = Carried.of(ds_lvx, text, x.device)
-        for block in text.h:
-            run = partial(block, **{ROTARY: carried}, use_cache=False)
+        x, cached = text.drop(text.wte(kwargs["input_ids"])), None
+        if kwargs.get(PIXELS) is not None:
+            copies = 1 if ds_lvx.decoding is None else ds_lvx.decoding.copies
+            # Rows of a sample lie side by side, and begin with the same.
+            x = self._with_images(x[::copies], ds_lvx, kwargs)
+            x = x if copies == 1 else x.repeat_interleave(copies, dim=0)
+        if ds_lvx.decoding is not None:
+            cache = kwargs[_CACHE]
+            cached = Cached(cache, 0, causal(kwargs.get(_MASK), x, past=cache.get_seq_length()))
+        carried = Carried.of(ds_lvx, text, x, cached=cached)
+        for number, block in enumerate(text.h):
+            run = partial(block, **{ROTARY: carried.layer(number)}, use_cache=False)
             out = run_layer(run, block, text, args=(x,))
             # DeepSpeed's checkpoint returns a tuple of one tensor as that tensor.
             x = out if isinstance(out, Tensor) else out[0]
@@ -77,10 +91,7 @@ class TextForward:
 
     def _with_images(self, x: Tensor, batch: ShardedBatch, kwargs: Mapping[str, Any]) -> Tensor:
         """The text with what the resampler makes of images in their places."""
-        pixels = kwargs.get(PIXELS)
-        if pixels is None:
-            return x
-        made = self._text.visual(pixels)
+        made = self._text.visual(kwargs[PIXELS])
         rows = gather_images(made, kwargs[ROWS], channel=batch.channel, lengths=kwargs[LENGTHS])
         return torch.masked_scatter(x, kwargs[PLACES].unsqueeze(-1), rows.to(x.dtype))
 

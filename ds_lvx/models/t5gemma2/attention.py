@@ -7,6 +7,7 @@ the encoder have the same projections as those of the text, and no rotary embedd
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,10 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import apply_rotary_pos_emb
 
 from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.merge import merge_attention
+from ds_lvx.kernels.rule import Rule
 from ds_lvx.models.attend import attend, attend_part
 from ds_lvx.models.batch import ShardedBatch
+from ds_lvx.models.behind import Cached
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import ShardedForward, heads, refuse_dropout, trains
 from ds_lvx.models.t5gemma2.batch import decoder_layout, encoder_layout
@@ -99,9 +102,11 @@ class MergedAttention(_Attention):
         position_embeddings: Rotary,
         *,
         encoder_hidden_states: Tensor,
+        past_key_values: Any = None,
+        text_rules: Mapping[str, Rule | None] | None = None,
         **_unused: Any,
     ) -> tuple[Tensor, None, None]:
-        """Attention of this rank's text, ``[B, s, hidden]``.
+        """Attention of this rank's text, ``[B, s, hidden]``; in generation of all, on every rank.
 
         Args:
             batch: the keyword.
@@ -109,17 +114,20 @@ class MergedAttention(_Attention):
             position_embeddings: of the text.
             encoder_hidden_states: what the encoder made of this rank's part of its rows,
                 ``[B, n_r, hidden]``.
+            past_key_values, text_rules: in generation, of the text.
         """
-        layout: Layout = decoder_layout(batch, self.module.layer_type)
         q = self._queries(hidden_states, position_embeddings)
         text = self._keys(hidden_states, position_embeddings)
-        rows = self._keys(encoder_hidden_states, None)
-        out, _ = merge_attention(
-            [
-                attend_part(self.plan, batch, q, **rows),
-                attend_part(self.text_plan, replace(batch, text=layout), q, **text),
-            ]
-        )
+        rows = attend_part(self.plan, batch, q, **self._keys(encoder_hidden_states, None))
+        if text_rules is None:
+            layout: Layout = decoder_layout(batch, self.module.layer_type)
+            own = attend_part(self.text_plan, replace(batch, text=layout), q, **text)
+        else:
+            cache, number = past_key_values.self_attention_cache, self.module.layer_idx
+            cached = Cached(cache, number, text_rules[self.module.layer_type])
+            keys = text["project_kv"](hidden_states)
+            own = cached.attend(q, keys, scale=text["scale"], kernel=self.plan.kernel)
+        out, _ = merge_attention([rows, own])
         return self.module.o_proj(out.flatten(2)), None, None
 
 

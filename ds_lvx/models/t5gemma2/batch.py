@@ -36,6 +36,8 @@ _PADS = -1
 class Answer(Text):
     """The decoder's text. Its labels are those of its own tokens: nothing is shifted any more."""
 
+    prefix = DECODER
+
     @property
     def labelled(self) -> int:
         """Tokens that are learnt."""
@@ -72,7 +74,7 @@ def answer(batch: Mapping[str, Any], model: Any) -> Answer:
     given = dict(batch)
     if first not in batch:
         given[first] = _shifted(given["labels"], model.config.decoder)
-    return Answer.of(given, prefix=DECODER)
+    return Answer.of(given)
 
 
 def _shifted(labels: Tensor, config: Any) -> Tensor:
@@ -220,7 +222,8 @@ class Rows(Visual):
         rules = {f"encoder {FULL}": (own, self._seen(None))}
         if of_rows is not None:
             rules[f"encoder {SLIDING}"] = own, self._seen(of_rows)
-        if of_text is not None:
+        # In generation every rank has all of the decoder's text, and its keys are cached.
+        if of_text is not None and sum(lengths) == text.shape[1]:
             causal = text.by_rank(text.visibility(), keys=True)
             assert causal is not None, "the decoder's text is cut"
             rules[SLIDING] = lengths, _recent(causal, of_text)

@@ -93,7 +93,14 @@ class T5Gemma2(Family):
     def prepare(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return forward.masks(arguments)
 
+    def decode(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {**forward.masks(arguments), **forward.rules(arguments)}
+
+    def generator(self, model: T5Gemma2ForConditionalGeneration) -> Any:
+        return model
+
     def install(self, model: T5Gemma2ForConditionalGeneration, plans: Sequence[LayerPlan]) -> None:
+        model.register_forward_pre_hook(forward.Begin(), with_kwargs=True)
         model.model.encoder.register_forward_pre_hook(forward.Embed(), with_kwargs=True)
 
     # ---- batches

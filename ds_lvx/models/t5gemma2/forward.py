@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from ds_lvx.models.behind import causal
 from ds_lvx.models.patch import KEYWORD, Hook
+from ds_lvx.models.started import ENCODED
 from ds_lvx.models.t5gemma2.batch import FULL, PLACES, SLIDING
 from ds_lvx.models.visual import PIXELS
 
 FEATURES = "encoder_hidden_states"
+RULES = "text_rules"
+"""In generation: whom the decoder's text sees of itself, by the type of a layer."""
+
+
+class Begin(Hook):
+    """A forward pre-hook of the model: with the prompt of a generation the encoder runs, too."""
+
+    def __call__(
+        self, module: Any, args: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        begins = kwargs.get(KEYWORD) is not None and PLACES in kwargs
+        return (args, {**kwargs, ENCODED: None}) if begins else None
 
 
 class Embed(Hook):
@@ -26,7 +41,8 @@ class Embed(Hook):
     ) -> tuple[Any, dict[str, Any]] | None:
         if kwargs.get(KEYWORD) is None:
             return None
-        given = dict(kwargs)
+        # In generation, too, its rows are cut.
+        given = {**kwargs, KEYWORD: replace(kwargs[KEYWORD], decoding=None)}
         embedded = module.text_model.embed_tokens(given.pop("input_ids"))
         pixels, places = given.pop(PIXELS, None), given.pop(PLACES)
         if pixels is not None:
@@ -48,3 +64,16 @@ def masks(arguments: Mapping[str, Any]) -> dict[str, Any]:
     mask = arguments[FEATURES].new_zeros(1, 1, 1, 1)
     every = dict.fromkeys((FULL, SLIDING), mask)
     return {"attention_mask": every, "encoder_attention_mask": every}
+
+
+def rules(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the decoder's text in a forward of generation, which every rank has and caches."""
+    cache, mask, ids = (
+        arguments.get(key) for key in ("past_key_values", "attention_mask", "input_ids")
+    )
+    assert cache is not None, "generation has a cache"
+    assert ids is not None, "generation has tokens"
+    past, layers = cache.get_seq_length(), cache.self_attention_cache.layers
+    window = next((each.sliding_window for each in layers if each.is_sliding), None)
+    kinds = {FULL: None, SLIDING: window}
+    return {RULES: {kind: causal(mask, ids, past=past, window=w) for kind, w in kinds.items()}}

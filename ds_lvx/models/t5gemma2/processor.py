@@ -52,12 +52,13 @@ def inputs(
     """See `ds_lvx.models.contract.Family.inputs`: encoder and decoder share a conversation.
 
     The encoder reads what stands before the first answer, the decoder all that follows; of that,
-    answers are learnt.
+    answers are learnt. Where no answer is, the encoder reads all, and the decoder is to begin.
 
     Raises:
         ValueError: nothing stands before the answer, or an image behind it.
     """
-    first = next(place for place, label in enumerate(labels) if label >= 0)
+    learnt = (place for place, label in enumerate(labels) if label >= 0)
+    first = next(learnt, len(labels))
     read, said = input_ids[:first], input_ids[first:]
     if first == 0 or processor.image_token_id in said:
         got = "nothing before the first answer" if first == 0 else "an image behind an answer"
@@ -71,9 +72,9 @@ def inputs(
         ids.append(token)
         if token == processor.image_token_id:
             ids += visual
-    start = int(processor.tokenizer.bos_token_id)
-    decoder = [start, *said[:-1]]
-    return {"input_ids": ids, f"{DECODER}input_ids": decoder, "labels": list(labels[first:])}
+    decoder = [int(processor.tokenizer.bos_token_id), *said[:-1]]
+    made = {"input_ids": ids, f"{DECODER}input_ids": decoder}
+    return {**made, "labels": list(labels[first:])} if said else made
 
 
 def frames(
