@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -10,8 +12,11 @@ import torch
 
 import ds_lvx
 from ds_lvx.models import draft
+from ds_lvx.models.decoding import Decoding
 from tests.generation_case import LVX, blind, config, interleaved, one_image, text_alone
 from tests.models import idefics_case
+from tests.models import test_generating_checkpoint_code as code
+from tests.models import test_generating_families as families
 from tests.models.mllama_case import Batch, ds_config, end_engine, start_engine, tiny_model
 from tests.ranks import run_ranks
 from tests.test_generation_past import KEYWORDS, SECOND, behind, text_of, whole
@@ -21,7 +26,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "blind": (blind, {}),
     "one": (one_image, {}),
     "text": (text_alone, {}),
-    "beams": (interleaved, {"num_beams": 2}),  # rows of a sample: not split
+    "beams": (interleaved, {"num_beams": 2}),
 }
 
 
@@ -37,9 +42,8 @@ def generate_long(sp_size: int) -> dict[str, Any]:
             out = ds_lvx.generate(model, make(), **KEYWORDS, **keywords)
             tokens = make()["input_ids"].shape[1]
             share = -(-tokens // sp_size) if session.groups.sp_rank == 0 else tokens // sp_size
-            expected = tokens if name == "beams" else share
-            assert lengths[0] == expected or tokens % sp_size, (name, lengths)
-            assert (lengths[0] < tokens) == (name != "beams"), (name, lengths)
+            assert lengths[0] == share or tokens % sp_size, (name, lengths)
+            assert lengths[0] < tokens, (name, lengths)
             lengths.clear()
             found[name] = out.sequences, out.logits
             if name == "one":
@@ -76,12 +80,13 @@ def test_split_prompts_generate_what_one_process_does(ranks: int) -> None:
             )
 
 
+SELF = ("ring", {"method": "lvx", "recompute_kv": True})
 IDEFICS = (idefics_case.left_padded, idefics_case.text_only, idefics_case.all_before)
 
 
-def generate_idefics() -> list[Any]:
+def generate_idefics(self_attn: Any) -> list[Any]:
     model, found, lengths = idefics_case.tiny_model(), [], []
-    given = idefics_case.ds_config(stage=0, sp_size=2, cross=LVX, self_attn="ring")
+    given = idefics_case.ds_config(stage=0, sp_size=2, cross=LVX, self_attn=self_attn)
     session = ds_lvx.apply(model, given)
     model.model.layers[0].register_forward_pre_hook(
         lambda module, args: lengths.append(args[0].shape[1])
@@ -96,27 +101,82 @@ def generate_idefics() -> list[Any]:
     return found
 
 
-def test_idefics_splits_its_prompts() -> None:
+@pytest.mark.parametrize("self_attn", SELF)
+def test_idefics_splits_its_prompts(self_attn: Any) -> None:
     model, expected = idefics_case.tiny_model().eval(), []
     for make in IDEFICS:
         given = {key: value for key, value in make().items() if key != "labels"}
         out: Any = model.generate(**given, **KEYWORDS)
         expected.append((out.sequences, out.logits))
-    for answer in run_ranks(generate_idefics, 2):
+    for answer in run_ranks(generate_idefics, 2, self_attn):
         torch.testing.assert_close(answer, expected, atol=1e-5, rtol=1e-5)
 
 
-def generate_with_an_engine(batch: Batch) -> Any:
-    engine = start_engine(ds_config(stage=3, sp_size=2, cross=LVX, self_attn="ring"))
+# ---- others, by whole forwards
+
+FLAMINGO = (families.FLAMINGO, families.flamingo_cases, families.flamingo_reference)
+MOSS = (code.ONE, code.moss_cases, code.moss_reference)
+OWL = (code.OWL, code.owl_cases, code.owl_reference)
+
+
+@contextmanager
+def all_split() -> Iterator[None]:
+    """Every prompt is split."""
+    begin, split = Decoding.begin, []
+
+    def begun(self: Decoding, given: Any) -> Any:
+        more = begin(self, given)
+        if self.step == 0:
+            split.append(
+                "input_ids" in more and len(more["input_ids"][0]) < given["input_ids"].shape[1]
+            )
+        return more
+
+    with mock.patch.object(draft, "SPLIT_TOKENS", 5), mock.patch.object(Decoding, "begin", begun):
+        yield
+    assert split
+    assert all(split), split
+
+
+def generate_split(*arguments: Any, **keywords: Any) -> Any:
+    with all_split():
+        return families.generate_each(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("case_name", "of"),
+    [("openflamingo_case", FLAMINGO), ("moss_vl_case", MOSS), ("mplugowl3_case", OWL)],
+)
+def test_families_split_their_prompts(case_name: str, of: Any, ranks: int) -> None:
+    models, cases, expected = of
+    answers = run_ranks(generate_split, ranks, case_name, models, cases(), sp_size=ranks)
+    families.check(answers, expected())
+
+
+def split_beams(*arguments: Any) -> Any:
+    with all_split():
+        return code.beams(*arguments)
+
+
+@pytest.mark.parametrize(("case_name", "of"), [("moss_vl_case", MOSS), ("mplugowl3_case", OWL)])
+def test_beams_of_split_prompts(case_name: str, of: Any) -> None:
+    batch, keywords = next(iter(of[1]().values()))
+    code.check_beams(case_name, batch, run_ranks(split_beams, 2, case_name, batch, keywords))
+
+
+def generate_with_an_engine(batch: Batch, self_attn: Any) -> Any:
+    engine = start_engine(ds_config(stage=3, sp_size=2, cross=LVX, self_attn=self_attn))
     with mock.patch.object(draft, "SPLIT_TOKENS", 5):
         found = ds_lvx.generate(engine, batch, max_new_tokens=4)
     end_engine(engine)
     return found
 
 
-def test_a_split_prompt_under_zero_3() -> None:
+@pytest.mark.parametrize("self_attn", SELF)
+def test_a_split_prompt_under_zero_3(self_attn: Any) -> None:
     batch = interleaved()
     given = {key: value for key, value in batch.items() if key != "labels"}
     expected = tiny_model().eval().generate(**given, max_new_tokens=4)
-    for found in run_ranks(generate_with_an_engine, 2, batch):
+    for found in run_ranks(generate_with_an_engine, 2, batch, self_attn):
         assert torch.equal(found, expected)

@@ -156,12 +156,20 @@ class Decoding:
         if self._part is not None:
             keyword = replace(self._part.keyword, decoding=self)
             return {**self._part.arguments, KEYWORD: keyword}
-        if split is None or self._copies > 1 or given.get("output_hidden_states"):
+        if split is None or given.get("output_hidden_states"):
             return {KEYWORD: self._batch(WHOLE)}
         self._split = split.text_lengths
+        # Rows of a sample are the same until tokens are chosen.
+        ids = given["input_ids"][:: self._copies]
+        positions = given.get("position_ids")
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
         here = span(split.text_lengths, self.channel.rank)
-        parts = {key: given[key][:, here] for key in ("input_ids", "position_ids")}
-        return {**parts, KEYWORD: replace(split, decoding=self)}
+        return {
+            "input_ids": ids[:, here],
+            "position_ids": positions[..., :: self._copies, here],
+            KEYWORD: replace(split, decoding=self),
+        }
 
     def end_forward(self, cache: Any, output: Any) -> None:
         """A forward of the model is over: after that of the prompt all layers have their keys.
@@ -186,9 +194,11 @@ class Decoding:
             if layer.get_seq_length() > 0:
                 mine = [layer.keys, layer.values]
                 layer.keys, layer.values = self.channel.gather_rows(mine, [2, 2], lengths).wait()
+                if self._copies > 1:
+                    layer.batch_repeat_interleave(self._copies)
         last = [output.logits[:, -1:].contiguous()]
         everyones = self.channel.gather_rows(last, [1], (1,) * self.channel.size).wait()[0]
-        output.logits = everyones[:, -1:]
+        output.logits = everyones[:, -1:].repeat_interleave(self._copies, dim=0)
 
     def keep(self, features: Tensor | None, by_sample: Callable[[Tensor, int], Tensor]) -> Any:
         """Keep the visual features until layers have their keys.
@@ -198,20 +208,18 @@ class Decoding:
             by_sample: brings those of so many samples into the shape ``[B, s_kv, hidden]``.
 
         Returns:
-            What the text model gets in their place: ``[B * C, 0, hidden]``; None without images.
+            What the text model gets in their place: ``[rows, 0, hidden]``; None without images.
         """
         if self._prompt.kv_lengths is None:
             return None
+        samples = self._prompt.shape[0]
         if self._stand_in is None:
             assert features is not None, "the prompt's forward encodes the units"
-            samples = self._prompt.shape[0]
             kept = self._features = by_sample(features, samples)
-            self._stand_in = torch.empty(
-                (samples * self._copies, 0, *kept.shape[2:]),
-                dtype=kept.dtype,
-                device=self._prompt.device,
+            self._stand_in = kept.new_empty(
+                (samples, 0, *kept.shape[2:]), device=self._prompt.device
             )
-        return self._stand_in
+        return self._stand_in.repeat_interleave(1 if self._split else self._copies, dim=0)
 
     def attend(
         self,
@@ -241,7 +249,7 @@ class Decoding:
         # Rows of a sample lie side by side: they are queries over the same keys.
         together = q.reshape(len(k), -1, heads, head_dim)
         if self._like is None:
-            self._like = q.new_empty(len(k), rows // len(k), heads, head_dim)
+            self._like = q.new_empty(len(k), self._copies, heads, head_dim)
         layout = batch.layout("cross")
         kind = ("kernel", plan.kernel, q.dtype, head_dim, q.device)
         witness, self._witness = self._witness, None

@@ -24,7 +24,7 @@ from ds_lvx.models.behind import sharded_prompt
 from ds_lvx.models.contract import Family
 from ds_lvx.models.cuts import span
 from ds_lvx.models.patch import KEYWORD
-from ds_lvx.models.prepare import splits_prompt, zigzags
+from ds_lvx.models.prepare import zigzags
 from ds_lvx.models.prompt import Prompt
 from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
 
@@ -282,7 +282,7 @@ class _Content:
             rule = rule.part(slice(None), span(part.kv_lengths, rank))
         positions = part.visual.prompt_positions(self.text)
         split = None
-        if size > 1 and self.text.shape[1] >= SPLIT_TOKENS and splits_prompt(family, model):
+        if size > 1 and self.text.shape[1] >= SPLIT_TOKENS and family.splits_prompt:
             split = self._keyword(self.text, part, channel=channel, device=device)
             split = replace(split, split=True)
         prompt = Prompt(

@@ -136,6 +136,22 @@ def heads(x: Tensor, head_dim: int) -> Tensor:
     return x.unflatten(2, (x.shape[2] // head_dim, head_dim))
 
 
+def fill(
+    batch: ShardedBatch, cache: Any, keys: tuple[Tensor, Tensor], *, layer: int
+) -> tuple[Tensor, Tensor]:
+    """K and V of this rank's text as they are; of a prompt that is split the cache gets them, too.
+
+    Args:
+        batch: the keyword.
+        cache: transformers' own; None outside of generation.
+        keys: K and V ``[B, s, H_kv, D]``.
+        layer: its number in the cache.
+    """
+    if batch.split:
+        cache.update(*(each.transpose(1, 2) for each in keys), layer)
+    return keys
+
+
 class Hook:
     """Base of the hooks that ds_lvx puts on a model."""
 

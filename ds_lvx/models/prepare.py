@@ -14,7 +14,7 @@ from ds_lvx.config.registry import AUTO
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.contract import Family
 from ds_lvx.models.layers import LayerPlan, make_plans
-from ds_lvx.models.patch import KEYWORD, Hook, Patch, is_prepared, patched_attention
+from ds_lvx.models.patch import KEYWORD, Hook, Patch, is_prepared
 from ds_lvx.models.tiled_loss import install
 
 
@@ -136,14 +136,6 @@ class PrepareText(Hook):
         records = batch.world.agree(most)
         for kind, layout in layouts.items():
             layout.elsewhere = max(record[kind] for record in records)
-
-
-def splits_prompt(family: Family, model: nn.Module) -> bool:
-    """Whether a long prompt is split over the ranks: where the text's layers leave K and V in the
-    cache, which those that project them again do not."""
-    found = map(patched_attention, model.modules())
-    plans = [each.plan for each in found if each is not None and each.plan.kind == "self"]
-    return family.splits_prompt and not any(plan.recompute_kv for plan in plans)
 
 
 def zigzags(family: Family, model: nn.Module) -> bool:

@@ -159,8 +159,13 @@ def test_beams_have_the_scores_of_whole_forwards(case_name: str) -> None:
     case: Any = import_module(f"tests.models.{case_name}")
     cases = moss_cases() if case is moss_vl_case else owl_cases()
     batch, keywords = next(iter(cases.values()))
+    check_beams(case_name, batch, run_ranks(beams, 2, case_name, batch, keywords))
+
+
+def check_beams(case_name: str, batch: Batch, answers: list[Any]) -> None:
+    case: Any = import_module(f"tests.models.{case_name}")
     model = case.tiny_model().eval()
-    for answer in run_ranks(beams, 2, case_name, batch, keywords):
+    for answer in answers:
         sequences, scores = answer[" beams"]
         for row in range(2):
             expected = mean_log_probability(model, batch, sequences[row::2])

@@ -9,7 +9,7 @@ from transformers.models.idefics.modeling_idefics import apply_rotary_pos_emb
 
 from ds_lvx.models.attend import attend
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.patch import ShardedForward, heads, refuse_dropout, trains
+from ds_lvx.models.patch import ShardedForward, fill, heads, refuse_dropout, trains
 
 
 class Attention(ShardedForward):
@@ -25,6 +25,7 @@ class Attention(ShardedForward):
         key_value_states: Tensor | None = None,
         *,
         position_ids: Tensor | None = None,
+        past_key_values: Any = None,
         **_unused: Any,
     ) -> tuple[Tensor, None]:
         module = self.module
@@ -45,7 +46,10 @@ class Attention(ShardedForward):
 
         def project_kv(features: Tensor) -> tuple[Tensor, Tensor]:
             k = projected(module.k_proj, "k_layer_norm", features)
-            return k, heads(module.v_proj(features), module.head_dim)
+            keys = k, heads(module.v_proj(features), module.head_dim)
+            if rotary is None:
+                return keys
+            return fill(batch, past_key_values, keys, layer=module.layer_idx)
 
         norms = (module.k_layer_norm,) if module.qk_layer_norms else ()
         out = attend(

@@ -9,7 +9,7 @@ from transformers.models.mllama.modeling_mllama import apply_rotary_pos_emb
 
 from ds_lvx.models.attend import attend
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.patch import ShardedForward, heads, refuse_dropout, trains
+from ds_lvx.models.patch import ShardedForward, fill, heads, refuse_dropout, trains
 
 
 class CrossAttention(ShardedForward):
@@ -56,6 +56,7 @@ class RecomputedSelfAttention(ShardedForward):
         hidden_states: Tensor,
         *,
         position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any = None,
         **_unused: Any,
     ) -> tuple[Tensor, None]:
         module = self.module
@@ -64,8 +65,9 @@ class RecomputedSelfAttention(ShardedForward):
         q = _rotate(heads(module.q_proj(hidden_states), module.head_dim), cos, sin)
 
         def project_kv(features: Tensor) -> tuple[Tensor, Tensor]:
-            k = heads(module.k_proj(features), module.head_dim)
-            return _rotate(k, cos, sin), heads(module.v_proj(features), module.head_dim)
+            k = _rotate(heads(module.k_proj(features), module.head_dim), cos, sin)
+            keys = k, heads(module.v_proj(features), module.head_dim)
+            return fill(batch, past_key_values, keys, layer=module.layer_idx)
 
         out = attend(
             self.plan,

@@ -19,6 +19,7 @@ from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import (
     KEYWORD,
     ShardedForward,
+    fill,
     heads,
     refuse_dropout,
     trains,
@@ -64,7 +65,8 @@ class Attention(ShardedForward):
         x = kwargs["hidden_states"]
         if self.plan.kind == "self":
             rotary = kwargs["position_embeddings"]
-            return self._attend(batch, x, x, of_queries=rotary, of_keys=rotary)
+            cache = kwargs.get("past_key_values")
+            return self._attend(batch, x, x, of_queries=rotary, of_keys=rotary, cache=cache)
         return self._attend(
             batch,
             x,
@@ -81,6 +83,7 @@ class Attention(ShardedForward):
         *,
         of_queries: tuple[Tensor, Tensor],
         of_keys: tuple[Tensor, Tensor],
+        cache: Any = None,
     ) -> tuple[Tensor, None]:
         module = self.module
         refuse_dropout(module.attention_dropout if module.training else 0.0)
@@ -94,7 +97,10 @@ class Attention(ShardedForward):
             # Looked up at every call: LoRA and ZeRO-3 act on the modules' own calls.
             rotary = [part[:, tokens] for part in of_keys]
             k = projected(module.k_proj, module.k_norm, features, rotary)
-            return k, heads(module.v_proj(features), module.head_dim)
+            keys = k, heads(module.v_proj(features), module.head_dim)
+            if cache is None:
+                return keys
+            return fill(batch, cache, keys, layer=module.layer_idx)
 
         out = attend(
             self.plan,

@@ -36,6 +36,7 @@ class MossVL(Family):
     keys = batches.KEYS
     features_key = forward.STATES
     zigzag = True
+    splits_prompt = True
     patterns: Mapping[str, str] = {
         "local": "*visual*",
         "cross": "*.cross_attn",

@@ -18,7 +18,7 @@ from ds_lvx.models.attend import attend, attend_part
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.mplugowl3.cached import Cached
-from ds_lvx.models.patch import KEYWORD, ShardedForward, heads, refuse_dropout, trains
+from ds_lvx.models.patch import KEYWORD, ShardedForward, fill, heads, refuse_dropout, trains
 from ds_lvx.models.rotary import rotated
 
 Rotary = tuple[Tensor, Tensor]
@@ -114,8 +114,8 @@ class Attention(ShardedForward):
         self, batch: ShardedBatch, q: Tensor, x: Tensor, carried: Any, *, returns_lse: bool
     ) -> tuple[Tensor, Tensor]:
         """Attention to the text, of which every rank has a part, or in generation all."""
-        text, cached = self._text(x, carried), carried.cached
-        if cached is None:
+        text, cached = self._text(batch, x, carried), carried.cached
+        if cached is None or batch.split:
             return attend_part(self.text_plan, batch, q, **text, returns_lse=returns_lse)
         keys = text["project_kv"](x)
         found: tuple[Tensor, Tensor] = cached.attend(
@@ -123,12 +123,13 @@ class Attention(ShardedForward):
         )
         return found
 
-    def _text(self, x: Tensor, carried: Any) -> dict[str, Any]:
-        module = self.module
+    def _text(self, batch: ShardedBatch, x: Tensor, carried: Any) -> dict[str, Any]:
+        module, cached = self.module, carried.cached
 
         def project(features: Tensor) -> tuple[Tensor, Tensor]:
             k = rotated(heads(module.k_proj(features), self.head_dim), *carried.text)
-            return k, heads(module.v_proj(features), self.head_dim)
+            keys = k, heads(module.v_proj(features), self.head_dim)
+            return keys if cached is None else fill(batch, cached.cache, keys, layer=cached.number)
 
         return self._arguments(x, project, trains(module.k_proj, module.v_proj))
 

@@ -108,7 +108,7 @@ class Images(Visual):
         positions[places] = self.position[mine]
         return {PLACES: places, POSITIONS: positions.view(text.shape[0], most)}
 
-    def prompt_positions(self, text: Text) -> None:
+    def prompt_positions(self, text: Text) -> Tensor:
         """Places in the row, as those of images are.
 
         Raises:
@@ -121,6 +121,7 @@ class Images(Visual):
                 "it: in mPLUG-Owl3's release 240728 that token does not see the image, and new "
                 "ones would"
             )
+        return torch.arange(text.shape[1]).expand(text.shape)
 
     @property
     def _holder(self) -> Tensor:

@@ -47,6 +47,7 @@ class MPlugOwl3(Family):
     features_key = forward.FEATURES
     skips_vision = False  # so that what makes K and V of images always has a gradient
     zigzag = True
+    splits_prompt = True
     patterns: Mapping[str, str] = {
         "local": "*vision_model*",
         "cross": f"*.{_IMAGES}",

@@ -166,14 +166,10 @@ class TextForward:
     def _hidden(self, batch: ShardedBatch, kwargs: Mapping[str, Any]) -> Tensor:
         inside, cache = self._text.model, kwargs.get("past_key_values")
         x, rule = inside.embed_tokens(kwargs["input_ids"]), None
-        positions = kwargs["position_ids"]
-        if batch.decoding is not None:
+        if batch.decoding is not None and not batch.split:
             assert cache is not None, "generation has a cache"
-            past = cache.get_seq_length()
-            # As those of images: places in the row, padding included.
-            positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
-            rule = causal(kwargs.get("attention_mask"), x, past=past)
-        cos, sin = self._rotary(positions)
+            rule = causal(kwargs.get("attention_mask"), x, past=cache.get_seq_length())
+        cos, sin = self._rotary(kwargs["position_ids"])
         of_text = cos.to(x.dtype), sin.to(x.dtype)
         of_images = self._rotary_of_images(batch, kwargs)
         for number, layer in enumerate(inside.layers):

@@ -42,6 +42,7 @@ class OpenFlamingo(Family):
     features_key = forward.FEATURES
     skips_vision = False  # gated layers run their MLP for every token
     zigzag = True
+    splits_prompt = True
     patterns: Mapping[str, str] = {
         "local": "perceiver*",
         "cross": "*.gated_cross_attn_layer.attn",
@@ -103,6 +104,10 @@ class OpenFlamingo(Family):
 
     def generator(self, model: Any) -> Any:
         return model.lang_encoder
+
+    def prepare(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.
+        return {"attention_mask": arguments["input_ids"].new_zeros(1, 1, 1, 1)}
 
     def decode(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
         # The language model's forward asks for one, and transformers drops one that is all ones.

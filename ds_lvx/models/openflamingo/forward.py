@@ -53,12 +53,7 @@ class Forward:
         return own(*args, **kwargs)
 
     def _sharded(self, batch: ShardedBatch, *, vision_x: Tensor, **text: Any) -> Any:
-        given = {
-            KEYWORD: batch,
-            FEATURES: self.encoded(vision_x),
-            # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.
-            "attention_mask": text["input_ids"].new_zeros(1, 1, 1, 1),
-        }
+        given = {KEYWORD: batch, FEATURES: self.encoded(vision_x)}
         with _cleared(self._model.lang_encoder, self._state) as lang_encoder:
             return lang_encoder(**text, **given)
 

@@ -21,7 +21,7 @@ from ds_lvx.kernels.transfer import to_device
 from ds_lvx.models.attend import attend
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.layers import LayerPlan
-from ds_lvx.models.patch import KEYWORD, ShardedForward, heads, refuse_dropout
+from ds_lvx.models.patch import KEYWORD, ShardedForward, fill, heads, refuse_dropout
 
 BIAS = "position_bias"
 CLASS = "MptAttention"
@@ -58,7 +58,12 @@ class SelfAttention(ShardedForward):
         return super().__call__(*args, ds_lvx=batch, **kwargs)
 
     def sharded(
-        self, batch: ShardedBatch, x: Tensor, position_bias: Tensor, **_unused: Any
+        self,
+        batch: ShardedBatch,
+        x: Tensor,
+        position_bias: Tensor,
+        past_key_values: Any = None,
+        **_unused: Any,
     ) -> tuple[Tensor, None]:
         """Attention of this rank's text ``[B, s, H * D]``.
 
@@ -66,6 +71,7 @@ class SelfAttention(ShardedForward):
             batch: the keyword.
             x: the text.
             position_bias: ``[H, 1, any]``, of which the last two keys tell the slopes.
+            past_key_values: the cache, in generation.
         """
         module = self.module
         refuse_dropout(module.attn_dropout_p if module.training else 0.0)
@@ -73,6 +79,7 @@ class SelfAttention(ShardedForward):
         if module.clip_qkv:
             mixed = mixed.clamp(min=-module.clip_qkv, max=module.clip_qkv)
         q, k, v = (heads(part, module.head_dim) for part in mixed.chunk(3, dim=2))
+        fill(batch, past_key_values, (k, v), layer=module.layer_idx)
         scale = float(module.softmax_scale)
 
         def settle() -> tuple[Tensor, Tensor]:
