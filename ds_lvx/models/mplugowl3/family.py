@@ -162,6 +162,7 @@ class MPlugOwl3(Family):
         pictures: Sequence[Iterable[Any]],
         *,
         begins: Tensor,
+        first: int,
         count: int,
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
