@@ -184,9 +184,9 @@ class BatchMaker:
             inputs |= family.media(processor, held, dtype=self._dtype)
         elif frames > 0:
             rows = [[number] for number in range(len(samples))]
-            pictures, count = self._rows(samples, rows, failed)
+            pictures, mine = self._rows(samples, rows, failed)
             given = inputs["input_ids"], pictures
-            inputs |= family.frames(processor, *given, count=count, dtype=self._dtype)
+            inputs |= family.frames(processor, *given, count=len(mine), dtype=self._dtype)
             inputs |= family.beside_text(processor, [sample.text.prompt for sample in samples])
         places = [(number, slice(None)) for number in range(len(samples))]
         return Batch(inputs, tokens, frames, failed, places)
@@ -204,21 +204,22 @@ class BatchMaker:
             min_tokens=self._min_tokens,
         )
         if any(sample.num_frames > 0 for sample in samples):
-            pictures, count = self._rows(samples, rows, failed)
+            pictures, mine = self._rows(samples, rows, failed)
             inputs |= self.encoder.family.packed_frames(
                 self.encoder.processor,
                 inputs["input_ids"],
                 pictures,
                 begins=begins,
-                count=count,
+                first=mine[0] if len(mine) > 0 else 0,
+                count=len(mine),
                 dtype=self._dtype,
             )
         return inputs, places
 
     def _rows(
         self, samples: Sequence[Sample], rows: Sequence[Sequence[int]], failed: dict[int, str]
-    ) -> tuple[list[Iterator[Any]], int]:
-        """The frames of each row that this rank holds, and how many of the row with the most."""
+    ) -> tuple[list[Iterator[Any]], Sequence[int]]:
+        """The frames of each row that this rank holds, and which of the row with the most."""
         mine = self._owned(max(sum(samples[n].num_frames for n in row) for row in rows))
 
         def pictures(row: Sequence[int]) -> Iterator[Any]:
@@ -229,7 +230,7 @@ class BatchMaker:
                 yield from self._or_black(sample, here, partial(failed.__setitem__, number))
                 first = last
 
-        return [pictures(row) for row in rows], len(mine)
+        return [pictures(row) for row in rows], mine
 
     def decode(self, sample: Sample) -> None:
         """Decode every frame of a sample, one at a time, and keep none.

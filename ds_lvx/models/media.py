@@ -126,6 +126,7 @@ class Parts:
         pictures: Sequence[Iterable[Any]],
         *,
         begins: Tensor,
+        first: int,
         count: int,
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
@@ -136,6 +137,7 @@ class Parts:
             processor, pictures, count, dtype: as there, by row; a row's frames are its samples'.
             input_ids: ``[B, T]``, rows.
             begins: bool ``[B, T]``, where a sample begins, the first of a row too, and its padding.
+            first: which frame of its row the first of ``pictures`` is; they are neighbours.
         """
         raise self.lacks("packed_frames", "--pack")
 

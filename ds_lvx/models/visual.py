@@ -298,6 +298,37 @@ class Visual:
         )
 
 
+def sample_begins(text: Text) -> Tensor | None:
+    """`Text.begins`, of a model that takes no other positions than these say.
+
+    Raises:
+        ValueError: other positions.
+    """
+    if text.position_ids is None:
+        return None
+    positions = text.position_ids.cpu()
+    goes_on = torch.nn.functional.pad(positions[:, :-1] + 1, (1, 0))
+    is_place = (positions == 0) | (positions == goes_on)
+    if text.attention_mask is not None or not bool(is_place.all()):
+        raise ValueError(
+            "got position_ids; expected none: they follow from the text and its images. Only "
+            "samples that share a row have them, 0, 1, 2, ... anew for each, without "
+            "attention_mask, with which a token sees all before it"
+        )
+    return text.begins
+
+
+def images_before(seen: Tensor, begins: Tensor) -> Tensor:
+    """Images of a row's samples before a token's own.
+
+    Args:
+        seen: int ``[B, T]``, images of the row up to a token and with it.
+        begins: bool ``[B or 1, T]``, where a further sample of the row begins.
+    """
+    before = torch.nn.functional.pad(seen[:, :-1], (1, 0))
+    return torch.where(begins, before, 0).cummax(dim=1).values
+
+
 def images_at_hand(given: Any, rows: int, counts: Tensor) -> Tensor:
     """Images by sample of ``rows`` images at hand, int64 ``[B]``.
 

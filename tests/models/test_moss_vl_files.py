@@ -232,3 +232,15 @@ def test_a_comparison_trains_a_checkpoint(folder: Path) -> None:
     }
     with pytest.raises(ValueError, match="'moss_vl', a family without models of random"):
         case_of("moss_vl")
+
+
+def test_frames_of_packed_samples_share_their_own_samples_pixels(folder: Path) -> None:
+    source = Source.of(str(folder), trust_remote_code=True)
+    encoder = TextEncoder(source.processor, 4096, family=source.family)
+    samples = read_conversations(folder / "train.jsonl")
+    alone = [batch["grid_thw"].tolist() for batch in whole_batches(folder, frames=3)]
+    for mine in (range(7), range(2, 5)):
+        maker = BatchMaker(encoder, FrameRate(count=3), owned=lambda _, m=mine: m, pack=4096)
+        made = maker.batch(samples).inputs
+        assert made["media_nums_per_sample"].tolist() == [len(mine)]
+        assert made["grid_thw"].tolist() == [*alone[0], *alone[1]][mine.start : mine.stop]

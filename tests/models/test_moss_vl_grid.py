@@ -50,6 +50,16 @@ def test_padding_stands_at_0_and_counts_for_nothing() -> None:
     assert starts.tolist() == [1, 0, 0, 0]  # the last two have no token: nobody sees them
 
 
+def test_a_further_sample_of_a_row_stands_as_it_does_alone() -> None:
+    """Attention would not tell: it asks for distances only."""
+    pads = torch.tensor([[0, 1, 0, 1, 0, 0, 1]]) == 1
+    begins = torch.tensor([[0, 0, 0, 1, 0, 1, 0]]) == 1
+    grid = Grid.of_rows([(0, 1, 6, 8), (0, 1, 4, 4), (0, 1, 2, 2)], 2)
+    text, starts = text_positions(pads, torch.ones_like(pads), grid, begins=begins)
+    assert text.tolist() == [[0, 5, 6, 2, 3, 0, 2]]
+    assert starts.tolist() == [1, 0, 1]
+
+
 def test_frames_are_dealt_by_tokens_not_by_count() -> None:
     rows = [(0, 1, 40, 40), (0, 9, 4, 4), (1, 4, 2, 2)]
     holder = Grid.of_rows(rows, 2).dealt(2)

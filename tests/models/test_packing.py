@@ -5,6 +5,7 @@ That rows of one sample train as transformers' own model does is in the families
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -91,7 +92,7 @@ def check(name: str, data: Path, cross: str, ranks: int, packs: list[int | None]
         assert_same_training(results, reference, sp_size=ranks)
 
 
-@pytest.mark.parametrize("name", ["mllama", "idefics"])
+@pytest.mark.parametrize("name", ["mllama", "idefics", "openflamingo"])
 def test_packed_samples_train_as_padded_ones_do(tmp_path: Path, name: str) -> None:
     check(name, write_samples(tmp_path), "lvx", 2, [4096, 200])
 
@@ -102,6 +103,47 @@ def test_packed_samples_train_as_padded_ones_do(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize("cross", CROSS)
 def test_they_do_by_every_method(tmp_path: Path, name: str, cross: str, ranks: int) -> None:
     check(name, write_samples(tmp_path), cross, ranks, [4096])
+
+
+def replicas(data: Path, pack: int | None, lora: bool, stage: int | None) -> dict[str, Any]:
+    """Two steps of two replicas, of which one has more rows, then no image: by an engine over pairs
+    of ranks, with checkpointed layers, or one after the other in this process."""
+    family = FAMILIES.named("mllama")
+    model, maker = model_and_maker("mllama", pack)
+    model = mllama_case.with_lora(model) if lora else model
+    size = 1 if stage is None else 2
+    rank = int(os.environ["RANK"]) % size
+    maker._owned = lambda count: range(count * rank // size, count * (rank + 1) // size)
+    samples = read_conversations(data)
+    parts = [[(0, 1, 2), (3, 4)], [(0, 3), (4, 1)]]
+    batches = [[maker.batch([samples[n] for n in part]).inputs for part in step] for step in parts]
+    config = ds_config(stage=stage or 0, sp_size=2, cross=CROSS["lvx"], self_attn="ring")
+    for rule, kind in zip(config["ds_lvx"]["layers"], ("local", "cross", "self"), strict=True):
+        rule["match"] = family.patterns[kind]
+    if stage is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        found = sharded_steps(config, batches, frames="local", model=model)
+        return {**found, "rows": [[len(b["input_ids"]) for b in step] for step in batches]}
+    config["ds_lvx"]["sequence_parallel_size"] = 1
+    groups = SequenceParallelGroups(1)
+    mllama_case.patch_model(model, mllama_case.LVXConfig.from_ds_config(config), groups)
+    alone = [[shard_batch(b, model=model, frames="local") for b in step] for step in batches]
+    for shard in (shard for step in alone for shard in step):
+        del shard["use_cache"]  # reference_steps says it
+    return {**mllama_case.reference_steps(alone, model), "logits": []}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_two_replicas_of_unequal_rows_train_as_one_process(
+    tmp_path: Path, lora: bool, stage: int
+) -> None:
+    data = write_samples(tmp_path)
+    (alone,) = run_ranks(replicas, 1, data, None, lora, None)
+    results = run_ranks(replicas, 4, data, 120, lora, stage)
+    assert results[0]["rows"] == [[2, 1], [2, 1]]
+    assert_same_training(results, alone, sp_size=2)
 
 
 def logits(name: str, data: list[Path]) -> tuple[list[torch.Tensor], list[tuple[int, slice]]]:
@@ -121,7 +163,7 @@ def logits(name: str, data: list[Path]) -> tuple[list[torch.Tensor], list[tuple[
     return found, [*made.places]
 
 
-@pytest.mark.parametrize("name", ["mllama", "idefics"])
+@pytest.mark.parametrize("name", ["mllama", "idefics", "openflamingo"])
 def test_a_medium_changes_the_logits_of_its_own_sample_only(tmp_path: Path, name: str) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:

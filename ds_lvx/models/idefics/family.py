@@ -110,6 +110,7 @@ class Idefics(Family):
         pictures: Sequence[Iterable[Any]],
         *,
         begins: Tensor,
+        first: int,
         count: int,
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:

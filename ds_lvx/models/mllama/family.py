@@ -141,6 +141,7 @@ class Mllama(Family):
         pictures: Sequence[Iterable[Any]],
         *,
         begins: Tensor,
+        first: int,
         count: int,
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 from ds_lvx.models.batch import Here, Text
 from ds_lvx.models.cuts import before
 from ds_lvx.models.moss_vl.grid import Grid, frame_positions, read_grid, text_positions
-from ds_lvx.models.visual import Runs, Visual
+from ds_lvx.models.visual import Runs, Visual, images_before, sample_begins
 
 PIXELS = "pixel_values"
 MASK = "cross_attention_mask"
@@ -37,6 +37,7 @@ class Frames(Visual):
     Attributes:
         grid: the frames at hand; of all ranks as soon as that is known.
         pads: bool ``[B, T]``, text tokens that stand for a frame.
+        begins: bool ``[B, T]``, where a further sample of a row begins; None: each has its own.
         holder: int64 ``[F]``, the rank of each frame; None where only this rank's are known.
         ranks: that share the batch, where ``holder`` is known.
         tower_runs: how often the tower runs, over some of this rank's frames each time.
@@ -44,6 +45,7 @@ class Frames(Visual):
 
     grid: Grid
     pads: Tensor
+    begins: Tensor | None = None
     holder: Tensor | None = None
     ranks: int = 0
     tower_runs: int = 1
@@ -148,7 +150,7 @@ class Frames(Visual):
         valid = torch.ones_like(self.pads)
         if text.attention_mask is not None:
             valid = text.attention_mask.cpu() != 0
-        return text_positions(self.pads, valid, self.grid)
+        return text_positions(self.pads, valid, self.grid, begins=self.begins)
 
     @property
     def _holder(self) -> Tensor:
@@ -166,6 +168,13 @@ class Frames(Visual):
                 f"{int(there[row])} frames; expected a frame for each: an image token stands for "
                 "an image or for one frame of a video"
             )
+        if self.begins is not None and bool((wanted != there).any()):
+            row = int((wanted != there).nonzero()[0])
+            raise ValueError(
+                f"got {int(wanted[row])} image tokens in row {row}, which several samples share, "
+                f"and {int(there[row])} frames; expected one for each: whose a further frame is "
+                "could not be told"
+            )
 
 
 def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Frames:
@@ -177,10 +186,11 @@ def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Frames:
     """
     if MASK in batch and SEEN in batch:
         raise ValueError(f"got {MASK} and {SEEN}; expected one of them")
-    if text.position_ids is not None:
+    begins = sample_begins(text)
+    if begins is not None and (MASK in batch or SEEN in batch):
         raise ValueError(
-            "got position_ids; expected none: they follow from the text and the sizes of its "
-            "frames (XRoPE), of the whole sample"
+            f"got {MASK if MASK in batch else SEEN} for samples that share a row; expected none: "
+            "each token sees the frames of its own sample whose tokens stand before it or are it"
         )
     samples, config = len(text.input_ids), model.config
     grid = read_grid(batch, samples, config.vision_config.spatial_merge_size)
@@ -199,9 +209,15 @@ def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Frames:
         count=len(grid),
         unit_tokens=0,
         arguments={PIXELS: batch[PIXELS]} if PIXELS in batch else {},
-        runs=Runs(torch.zeros_like(seen), seen, None, None),
+        runs=Runs(
+            torch.zeros_like(seen) if begins is None else images_before(seen, begins),
+            seen,
+            None,
+            None,
+        ),
         grid=grid,
         pads=pads,
+        begins=begins,
         tower_runs=_tower_runs(batch.get(RUNS, 1), model),
     )
 

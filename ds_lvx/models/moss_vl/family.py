@@ -108,6 +108,21 @@ class MossVL(Family):
         made: dict[str, Tensor] = processor.frames(input_ids, pictures, dtype=dtype)
         return made
 
+    def packed_frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        begins: Tensor,
+        first: int,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        given = {"dtype": dtype, "begins": begins, "first": first}
+        made: dict[str, Tensor] = processor.frames(input_ids, pictures, **given)
+        return made
+
     # ---- models
 
     def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:

@@ -113,13 +113,16 @@ class Grid:
         return place
 
 
-def text_positions(pads: Tensor, valid: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def text_positions(
+    pads: Tensor, valid: Tensor, grid: Grid, *, begins: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Where the text's tokens and the frames stand.
 
     Args:
         pads: bool ``[B, T]``, tokens that stand for a frame; the n-th of a sample for its n-th.
         valid: bool ``[B, T]``, False at padding.
         grid: the frames; those beyond the tokens are seen by nobody, and stand at 0.
+        begins: bool ``[B or 1, T]``, where a further sample of a row begins: at 0, as the first.
 
     Returns:
         Positions of the text ``[B, T]``, 0 at padding; starts of the frames ``[F]``.
@@ -132,8 +135,12 @@ def text_positions(pads: Tensor, valid: Tensor, grid: Grid) -> tuple[Tensor, Ten
     steps = torch.zeros_like(line)
     steps[rows, columns] = grid.extent[frame] + 1
     shift = steps.cumsum(1)
+    now = line + shift - steps
+    if begins is not None:
+        before_sample = torch.where(begins, now, 0).cummax(dim=1).values
+        line, now = line - before_sample, now - before_sample
     starts = torch.zeros(len(grid), dtype=torch.int64)
-    starts[frame] = (line + shift - steps)[rows, columns]
+    starts[frame] = now[rows, columns]
     text = line + shift - pads.long()
     return text.masked_fill(~valid, 0), starts
 

@@ -103,24 +103,35 @@ class Processor:
         return rows, [1, h, w]
 
     def frames(
-        self, input_ids: Tensor, pictures: Sequence[Iterable[Any]], *, dtype: torch.dtype
+        self,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        dtype: torch.dtype,
+        begins: Tensor | None = None,
+        first: int = 0,
     ) -> dict[str, Tensor]:
-        """See `ds_lvx.models.contract.Family.frames`.
+        """See `ds_lvx.models.contract.Family.frames`, and ``packed_frames``, which has ``begins``
+        and ``first``: only frames of one sample share its pixels.
 
         Returns:
             ``pixel_values``, ``grid_thw`` (a row a frame) and ``media_nums_per_sample`` int64
             ``[B]``; nothing where this rank has no frame.
         """
-        totals = (input_ids == self.image_token_id).sum(dim=1).tolist()
+        is_frame = input_ids == self.image_token_id
+        sample = torch.zeros_like(input_ids) if begins is None else begins.cumsum(dim=1)
         rows: list[Tensor] = []
         grid: list[list[int]] = []
         counts = torch.zeros(len(pictures), dtype=torch.int64)
-        for sample, (each, total) in enumerate(zip(pictures, totals, strict=True)):
-            for picture in each:
+        for row, each in enumerate(pictures):
+            owners = sample[row, is_frame[row]]  # of each frame of the row
+            totals = owners.bincount()
+            for number, picture in enumerate(each, start=first):
+                total = int(totals[owners[number]])
                 made, sides = self.patches(picture, frames=total, dtype=dtype)
                 rows.append(made)
                 grid.append(sides)
-                counts[sample] += 1
+                counts[row] += 1
         if not rows:
             return {}
         return {

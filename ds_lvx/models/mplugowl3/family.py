@@ -163,6 +163,7 @@ class MPlugOwl3(Family):
         pictures: Sequence[Iterable[Any]],
         *,
         begins: Tensor,
+        first: int,
         count: int,
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.models.batch import Text
-from ds_lvx.models.visual import Runs, Visual
+from ds_lvx.models.visual import Runs, Visual, images_before, sample_begins
 
 PIXELS = "vision_x"
 KEYS = (PIXELS,)
@@ -73,12 +73,14 @@ def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
         text: its text.
         model: a `Flamingo`.
     """
-    if text.position_ids is not None:
-        raise ValueError(
-            "got position_ids; expected none: the model's own code counts the tokens of a row, "
-            "padding among them, and does not keep packed samples apart"
-        )
     facts, pixels = Facts.of(model), batch.get(PIXELS)
+    begins = sample_begins(text)
+    if begins is not None and not facts.latest:
+        raise NotImplementedError(
+            "got samples that share a row for a model whose text sees all images before it; "
+            "expected a row for each: text before a sample's first image would take the mean of "
+            "those of the others; leave --pack (pack=) out"
+        )
     if pixels is None and not facts.latest:
         raise ValueError(
             f"got a batch without {PIXELS} for a model whose text sees all images before it; "
@@ -89,7 +91,9 @@ def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
         _check_pixels(pixels, facts.image, batch_size=text.shape[0])
     count = 0 if pixels is None else pixels.shape[1]
     end = (text.input_ids.cpu() == facts.image_token).cumsum(1, dtype=torch.int32)
-    start = (end - 1).clamp(min=0) if facts.latest else torch.zeros_like(end)
+    # Images of the samples before, in a row that several share.
+    before = torch.zeros_like(end) if begins is None else images_before(end, begins)
+    start = torch.maximum(end - 1, before) if facts.latest else before
     arguments = {} if pixels is None else {PIXELS: pixels}
     runs = Counted(start, end, None, None)
     return Visual(count, facts.latents, arguments, runs, blind_see_all=not facts.latest)

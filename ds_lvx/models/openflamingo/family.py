@@ -142,6 +142,19 @@ class OpenFlamingo(Family):
         made: dict[str, Tensor] = processor.frames(pictures, count=count, dtype=dtype)
         return made
 
+    def packed_frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        begins: Tensor,
+        first: int,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        return self.frames(processor, input_ids, pictures, count=count, dtype=dtype)
+
     # ---- models
 
     def config_class(self) -> type[FlamingoConfig]:
