@@ -124,7 +124,9 @@ def options() -> set[str]:
         import_module(module).add_arguments(parser)
         found |= set(parser._option_string_actions)
     parsers = [PACKAGE / "training" / name for name in ("options.py", "asking.py")]
-    parsers.append(PACKAGE / "models" / "openflamingo" / "convert.py")
+    parsers += [
+        PACKAGE / "models" / name / "convert.py" for name in ("openflamingo", "video_llama")
+    ]
     scripts = [*(ROOT / "launch").rglob("*.*"), *parsers]
     for script in (path for path in scripts if path.suffix in (".py", ".sh")):
         code = script.read_text()

@@ -52,7 +52,7 @@ KNOWN: Mapping[str, str] = {
     name: f"ds_lvx.models.{_ROOMS.get(name, name)}.dimensions"
     for name in (
         *("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2"),
-        *("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision"),
+        *("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "video_llama"),
         *_ROOMS,
     )
 }

@@ -120,6 +120,11 @@ def _scenario_of(options: argparse.Namespace) -> Scenario:
     wanted = model(options.model)
     if options.visual_tokens is not None:
         tokens = count(options.visual_tokens, what="--visual-tokens")
+        if wanted.frame_tokens == 0:
+            raise ValueError(
+                f"--visual-tokens: got {tokens:,} of {wanted.name}, whose frames take no tokens; "
+                "expected --frames"
+            )
         frames = -(-tokens // wanted.frame_tokens)
     else:
         frames = count(options.frames or "1", what="--frames")

@@ -84,9 +84,11 @@ def _question(scenario: Scenario, cluster: Cluster) -> str:
         *(["K and V recomputed (lvx)"] if scenario.recomputes("lvx") else []),
         *(["layers checkpointed"] if scenario.checkpointing else []),
     ]
+    # Some models' frames take no tokens.
+    tokens = f" = {scenario.visual_tokens:,} visual tokens" if scenario.visual_tokens else ""
     return (
-        f"{scenario.model.name}: {scenario.text_tokens:,} text tokens, {scenario.frames:,} frames "
-        f"= {scenario.visual_tokens:,} visual tokens a sample; {', '.join(settings)}\n"
+        f"{scenario.model.name}: {scenario.text_tokens:,} text tokens, {scenario.frames:,} frames"
+        f"{tokens} a sample; {', '.join(settings)}\n"
         f"{links(cluster)}"
     )
 

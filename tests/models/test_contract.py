@@ -134,8 +134,8 @@ def test_the_planner_gets_dimensions_without_torch() -> None:
         [sys.executable, "-c", PLANNING], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [
-        "32 mllama moss_vl mplugowl3 openflamingo idefics t5gemma2 qwen2_5_vl qwen3_vl internvl "
-        "llava_onevision blip-2 instructblip instructblipvideo qwen",
+        "34 mllama moss_vl mplugowl3 openflamingo idefics t5gemma2 qwen2_5_vl qwen3_vl internvl "
+        "llava_onevision video_llama blip-2 instructblip instructblipvideo qwen",
         "[]",
     ]
 

@@ -115,6 +115,7 @@ def test_the_numbers_for_an_hour_of_video_are_the_commands(
         ("T5Gemma 2", "512 text tokens, 450 frames = 115,200 visual tokens", "lvx gather"),
         ("mPLUG-Owl3", "4,096 text tokens, 3,600 frames = 2,624,400 visual tokens", "lvx gather"),
         ("BLIP-2 and its like", "256 text tokens, 56 frames = 1,792 visual tokens", "ulysses"),
+        ("Video-LLaMA", "2,048 text tokens, 900 frames a sample", "ulysses"),
         ("Qwen-VL", "192 text tokens, 31 frames = 7,936 visual tokens", "ulysses"),
     ],
 )

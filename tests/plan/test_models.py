@@ -56,6 +56,7 @@ def test_llama_vision_has_the_dimensions_of_transformers_config(tmp_path: Path) 
         ("blip2-opt-2.7b", 3.74, 32, (32, 32, 32, 80)),
         ("blip2-opt-6.7b", 7.75, 32, (32, 32, 32, 128)),
         ("instructblip-vicuna-7b", 7.9, 32, (32, 32, 32, 128)),
+        ("Video-LLaMA-2-7B-Finetuned", 7.9, 0, (32, 32, 32, 128)),
         ("Qwen-VL", 9.6, 256, (32, 32, 32, 128)),
         ("llava-onevision-qwen2-72b-ov-hf", 73.2, 196, (80, 64, 8, 128)),
     ],

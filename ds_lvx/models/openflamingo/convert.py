@@ -24,7 +24,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ds_lvx.models.openflamingo.model import HEADS, LANGUAGES, Flamingo, FlamingoConfig
 from ds_lvx.models.openflamingo.processor import END_TOKEN, IMAGE_TOKEN, Processor
+from ds_lvx.models.parts import load_parts, read_weights
 
+_EXPECTED = "the checkpoint.pt of an OpenFlamingo"
 _GATED = re.compile(r"lang_encoder\.(?:.*\.)?(\d+)\.gated_cross_attn_layer\.")
 _AGAIN = ("old_decoder_blocks.", "gated_cross_attn_layers.", "vision_encoder.")
 """Parts of names under which weights stand a second time, or as they were."""
@@ -70,21 +72,18 @@ def convert(language: str, vision: str, checkpoint: Path) -> tuple[Flamingo, Pro
         for name, value in text.state_dict().items()
     }
     found |= {f"vision_encoder.{name}": value for name, value in tower.state_dict().items()}
-    _load(model, {**found, **trained}, checkpoint)
+    complaint = (
+        f"--checkpoint: got {checkpoint}, which does not fit language model and CLIP: {{}}; "
+        "expected the ones that it was trained on"
+    )
+    load_parts(model, {**found, **trained}, complaint=complaint)
     model.load_state_dict(trained, strict=False)  # of what is tied, too, this is what counts
     return model, Processor(tokenizer, CLIPImageProcessorPil.from_pretrained(vision))
 
 
 def _trained(checkpoint: Path) -> dict[str, Tensor]:
     """What a checkpoint holds, by the names of the model."""
-    try:
-        found: Any = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"--checkpoint: got {checkpoint}, which cannot be read ({error}); expected the "
-            "checkpoint.pt of an OpenFlamingo"
-        ) from error
-    found = found.get("model_state_dict", found)
+    found = read_weights("--checkpoint", checkpoint, inside="model_state_dict", expected=_EXPECTED)
     named = {_named(name): value.float() for name, value in found.items()}
     return {
         name: value for name, value in named.items() if not any(each in name for each in _AGAIN)
@@ -103,7 +102,7 @@ def _sizes(trained: Mapping[str, Tensor], checkpoint: Path) -> dict[str, int]:
     if not gated or latents is None:
         raise ValueError(
             f"--checkpoint: got {checkpoint}, which has no perceiver or no gated layers; expected "
-            "the checkpoint.pt of an OpenFlamingo"
+            f"{_EXPECTED}"
         )
     depth = {name.split(".")[2] for name in trained if name.startswith("perceiver.layers.")}
     return {
@@ -112,24 +111,6 @@ def _sizes(trained: Mapping[str, Tensor], checkpoint: Path) -> dict[str, int]:
         "depth": len(depth),
         "dim_head": len(trained["perceiver.layers.0.0.to_q.weight"]) // HEADS,
     }
-
-
-def _load(model: Flamingo, found: Mapping[str, Tensor], checkpoint: Path) -> None:
-    wanted = model.state_dict()
-    others = [f"{name} is missing" for name in wanted.keys() - found.keys()]
-    others += [f"{name} is left over" for name in found.keys() - wanted.keys()]
-    others += [
-        f"{name} is {tuple(found[name].shape)}, not {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in found and found[name].shape != value.shape
-    ]
-    if others:
-        raise ValueError(
-            f"--checkpoint: got {checkpoint}, which does not fit language model and CLIP: "
-            f"{len(others)} weights, of which {min(others)}; expected the ones that it was trained "
-            "on"
-        )
-    model.load_state_dict(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils.hub import cached_file
 
+from ds_lvx.models.adapters.pixels import whole_picture
 from ds_lvx.models.remote import read_json
 from ds_lvx.models.visual import COUNTS, PIXELS
 
 IMAGE_TOKEN = "<imgpad>"
 START = "<img>"
-_SCALES = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 _TABLE = "qwen.tiktoken"
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -96,12 +95,8 @@ class Processor:
         self.tokenizer.save_pretrained(folder)
 
     def pixels(self, picture: Any) -> Tensor:
-        """A PIL image as the vision tower takes it, ``[3, side, side]``: resized whole."""
-        resized = picture.convert("RGB").resize((self._side, self._side), resample=3)  # bicubic
-        raw = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
-        pixels = raw.view(self._side, self._side, 3).permute(2, 0, 1) / 255
-        mean, std = (torch.tensor(each)[:, None, None] for each in _SCALES)
-        return (pixels - mean) / std
+        """A PIL image as the vision tower takes it, ``[3, side, side]``."""
+        return whole_picture(picture, self._side)
 
     def frames(self, pictures: Sequence[Iterable[Any]], *, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `ds_lvx.models.contract.Family.frames`.

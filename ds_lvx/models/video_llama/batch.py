@@ -19,6 +19,7 @@ from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import Visibility
 from ds_lvx.models.adapters.batch import Images, images_of, places_of
 from ds_lvx.models.batch import Here, Text
+from ds_lvx.models.video_llama.dimensions import MODEL_TYPE
 from ds_lvx.models.visual import COUNTS, images_at_hand
 
 PIXELS = "images"
@@ -108,28 +109,66 @@ def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Frames:
             ``[frames, 3, height, width]`` of all samples one after the other beside
             ``images_per_sample [B]``; or with nothing but text.
         text: its text.
-        model: a `VideoLLAMA`.
+        model: a `VideoLLAMA` of the repository's code, or what has a config of ours.
     """
     text.refuse_packed()
-    _refuse_audio(text, model)
-    each = rows_of(model.video_query_tokens)
-    places = places_of(text, model.IMAGE_PATCH_TOKEN_ID, unit_tokens=each)
-    _check_places(places, each)
-    pixels, here = _at_hand(batch, model, batch_size=text.shape[0])
+    sizes = Sizes.of(model)
+    _refuse_audio(text, sizes.audio)
+    places = places_of(text, sizes.token, unit_tokens=sizes.video_rows)
+    _check_places(places, sizes.video_rows)
+    pixels, here = _at_hand(batch, sizes.sides, batch_size=text.shape[0])
     return Frames(
         count=int(here.sum()),
-        unit_tokens=rows_of(model.query_tokens),
+        unit_tokens=sizes.frame_rows,
         arguments={} if pixels is None else {PIXELS: pixels},
         places=places,
         here=here,
-        video_tokens=each,
-        most=int(model.video_frame_position_embedding.num_embeddings),
+        video_tokens=sizes.video_rows,
+        most=sizes.most,
     )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a batch has to fit.
+
+    Attributes:
+        token, audio: ids of a video's places, and of sound's, if there are some.
+        frame_rows, video_rows: Q and P.
+        most: frames that a video may have.
+        sides: height and width of a frame.
+    """
+
+    token: int
+    audio: int | None
+    frame_rows: int
+    video_rows: int
+    most: int
+    sides: tuple[int, int]
+
+    @classmethod
+    def of(cls, model: Any) -> Sizes:
+        """Those of a model with a config of its own, or of the repository's, by its modules."""
+        config: Any = getattr(model, "config", None)
+        if getattr(config, "model_type", None) == MODEL_TYPE:
+            sides = (int(config.vision["image_size"]),) * 2
+            rows = config.queries, config.video_queries, config.frames
+            return cls(config.image_token_id, None, *rows, sides)
+        size = model.visual_encoder.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return cls(
+            token=model.IMAGE_PATCH_TOKEN_ID,
+            audio=getattr(model, "AUDIO_PATCH_TOKEN_ID", None),
+            frame_rows=rows_of(model.query_tokens),
+            video_rows=rows_of(model.video_query_tokens),
+            most=int(model.video_frame_position_embedding.num_embeddings),
+            sides=(int(height), int(width)),
+        )
 
 
 def blank(model: Any) -> dict[str, Tensor]:
     """One blank frame."""
-    return {PIXELS: torch.zeros(1, 3, *_sides(model))}
+    return {PIXELS: torch.zeros(1, 3, *Sizes.of(model).sides)}
 
 
 def rows_of(queries: Tensor) -> int:
@@ -138,21 +177,14 @@ def rows_of(queries: Tensor) -> int:
     return int(getattr(queries, "ds_shape", queries.shape)[1])
 
 
-def _sides(model: Any) -> tuple[int, int]:
-    size = model.visual_encoder.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
-
-
 def _at_hand(
-    batch: Mapping[str, Any], model: Any, *, batch_size: int
+    batch: Mapping[str, Any], sides: tuple[int, int], *, batch_size: int
 ) -> tuple[Tensor | None, Tensor]:
     """Frames ``[frames, 3, height, width]``, and how many of each sample they are, ``[B]``."""
     pixels, given = batch.get(PIXELS), batch.get(COUNTS)
     if pixels is None:
         return None, torch.zeros(batch_size, dtype=torch.int64)
     found: Any = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
-    sides = _sides(model)
     shaped = isinstance(found, tuple) and len(found) in (4, 5)
     by_sample = given is None and found[0] == batch_size
     fits = shaped and found[1] == 3 and found[-2:] == sides
@@ -182,8 +214,7 @@ def _check_places(places: Tensor, each: int) -> None:
         )
 
 
-def _refuse_audio(text: Text, model: Any) -> None:
-    token = getattr(model, "AUDIO_PATCH_TOKEN_ID", None)
+def _refuse_audio(text: Text, token: int | None) -> None:
     if token is not None and bool((text.input_ids == token).any()):
         raise NotImplementedError(
             f"got the token {token} of audio in the text; expected videos alone: the audio branch "

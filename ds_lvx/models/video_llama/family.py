@@ -1,14 +1,15 @@
 """Video-LLaMA: which modules attend, and what its sharded text needs.
 
-The model's code is that of its repository, which is no package and no model of transformers.
-Nothing of it is imported here; its modules are found by what they are called. Tower and Q-Former
+The model's code is that of its repository, which is no package and no model of transformers, and of
+which nothing is imported here, or `ds_lvx.models.video_llama.model`; its modules are found by what
+they are called. Tower and Q-Former
 run on a rank's own frames. The video Q-Former, whose keys are the frames of all ranks, runs on
 every rank with the same queries: no frame and no key travels. The text is split by token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +18,16 @@ from torch import Tensor, nn
 from ds_lvx.models.adapters.family import is_causal, layer_of
 from ds_lvx.models.batch import ShardedBatch, Text
 from ds_lvx.models.contract import Family
+from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
+from ds_lvx.models.size import Size
 from ds_lvx.models.video_llama import batch as batches
-from ds_lvx.models.video_llama import forward
+from ds_lvx.models.video_llama import dimensions, forward, sized
+from ds_lvx.models.video_llama import processor as processors
 from ds_lvx.models.video_llama.attention import VideoAttention
+from ds_lvx.models.video_llama.model import VideoLlamaConfig, VideoLlamaModel
 from ds_lvx.models.visual import Visual
 
 _MODULES = {
@@ -107,10 +112,76 @@ class VideoLlama(Family):
     def blank(self, model: Any) -> dict[str, Tensor]:
         return batches.blank(model)
 
+    def media_text(self, processor: Any, times: Sequence[float] | None) -> str:
+        return processors.media_text(times)
+
+    def inputs(
+        self, processor: Any, input_ids: Sequence[int], labels: Sequence[int]
+    ) -> Mapping[str, Sequence[int]]:
+        made: Mapping[str, Sequence[int]] = processor.with_places(input_ids, labels)
+        return made
+
+    def frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = processor.frames(pictures, dtype=dtype)
+        return made
+
     # ---- models
+
+    def config_class(self) -> type[VideoLlamaConfig]:
+        return VideoLlamaConfig
+
+    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+        model = VideoLlamaModel.from_pretrained(name, dtype=dtype)
+        for part in (model.visual_encoder, model.ln_vision, model.Qformer, model.query_tokens):
+            part.requires_grad_(False)
+        return model
+
+    def load_processor(self, name: str) -> processors.Processor:
+        return processors.Processor.of(name, VideoLlamaConfig.from_pretrained(name))
 
     def vision_tower(self, model: Any) -> Any:
         return model.visual_encoder
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
+
+    def frame_tokens(self, config: Any) -> int:
+        return int(config.queries)
+
+    def config(self, size: Size) -> VideoLlamaConfig:
+        return sized.config_of(size)
+
+    def size(self, config: Any = None) -> Size:
+        return sized.size_of(config)
+
+    def build(self, config: VideoLlamaConfig, *, gate: float, dtype: torch.dtype) -> Any:
+        return sized.build(config, dtype=dtype)
+
+    def tiny(self) -> tuple[VideoLlamaConfig, processors.Processor]:
+        return sized.tiny()
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]:
+        return sized.random_frames(
+            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
+        )
+
+    def regions(self) -> Mapping[str, str]:
+        return {
+            r".*\bllama_model\..*layers\.\d+\.self_attn": "cross_attention",
+            r".*\bllama_model": "text",
+            r".*\b(visual_encoder|ln_vision|(video_)?Qformer|(video_)?query_tokens)": "vision",
+            r".*\b(video_frame_position_embedding|llama_proj)": "vision",
+        }
 
 
 def _is_model(module: nn.Module) -> bool:
@@ -143,7 +214,7 @@ def _check_video(video: Any) -> None:
             f"got a video_Qformer with position_embedding_type {', '.join(sorted(kinds))}; "
             'expected "absolute", as the published models have it'
         )
-    if getattr(video.config, "gradient_checkpointing", False):
+    if getattr(getattr(video, "config", None), "gradient_checkpointing", False):
         raise NotImplementedError(
             "got a video_Qformer with config.gradient_checkpointing, whose layers would ask other "
             "ranks again in backward; set it to False: its few queries take little memory"
