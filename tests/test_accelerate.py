@@ -67,7 +67,8 @@ def loop(kind: type[Any], tiny: Path, *, config: dict[str, Any] | None = None) -
     return found
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_losses_weights_and_logits_are_those_of_one_process(stage: int, tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     expected = loop(accelerate.Accelerator, tmp_path)

@@ -95,6 +95,7 @@ def go_apart() -> dict[str, str]:
     return messages
 
 
+@pytest.mark.slow
 def test_ranks_that_go_apart_stop_with_the_token() -> None:
     first, second = run_ranks(go_apart, 2)
     for name, expected in {

@@ -214,7 +214,15 @@ def gradient_scale(stage: int, sections: dict[str, Any]) -> float:
     return float(torch.stack(grads).norm())
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(0, marks=pytest.mark.exhaustive),
+        pytest.param(1, marks=pytest.mark.exhaustive),
+        2,
+        pytest.param(3, marks=pytest.mark.slow),
+    ],
+)
 def test_bf16_has_the_gradients_of_one_process(stage: int) -> None:
     """Exact parity is fp32's; a factor of the group's size would show at any precision."""
     grads = reference_steps([[hard_batch()]])["grads"].values()
@@ -239,7 +247,7 @@ def accumulated_weights(stage: int) -> dict[str, Any]:
     return {"weights": result, "evaluation": loss.item()}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_accumulated_steps_and_evaluation(stage: int) -> None:
     model = tiny_model()
     expected = reference_steps([[hard_batch(0), hard_batch(1)]], model)["weights"]

@@ -176,7 +176,8 @@ def alone(tiny: Path) -> dict[str, Any]:
     return run(transformers.Trainer, tiny / "alone", tiny, **EVALUATING)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=SLOW), 2, pytest.param(3, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.exhaustive), 2, 3])
 def test_losses_weights_and_evaluation_are_those_of_one_process(
     stage: int, alone: dict[str, Any], tiny: Path, tmp_path: Path
 ) -> None:
@@ -203,7 +204,8 @@ def test_two_replicas_of_two_ranks_train_on_the_samples_of_one_process(
         assert found["metrics"]["eval_size"] == pytest.approx(alone["metrics"]["eval_size"])
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_resuming_goes_on_as_if_nothing_had_been(
     stage: int, alone: dict[str, Any], tiny: Path, tmp_path: Path
 ) -> None:
@@ -236,7 +238,8 @@ class ShardedOwnLoss(TrainerMixin, OwnLoss):
     pass
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_a_trainer_with_a_loss_of_its_own_finds_whole_logits(
     stage: int, tiny: Path, tmp_path: Path
 ) -> None:

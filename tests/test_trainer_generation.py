@@ -15,7 +15,7 @@ import transformers
 from ds_lvx.trainer import Seq2SeqTrainer, Trainer
 from tests.models.mllama_case import tiny_model
 from tests.ranks import run_ranks
-from tests.test_trainer import SLOW, Recorder, config_of, forget_state, samples
+from tests.test_trainer import Recorder, config_of, forget_state, samples
 
 
 def checksum(prediction: Any) -> dict[str, float]:
@@ -87,7 +87,12 @@ def alone(tiny: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stage"), [(2, 2), pytest.param(2, 3, marks=SLOW), pytest.param(4, 2, marks=SLOW)]
+    ("ranks", "stage"),
+    [
+        (2, 2),
+        pytest.param(2, 3, marks=pytest.mark.exhaustive),
+        pytest.param(4, 2, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_answers_are_those_of_one_process(
     ranks: int, stage: int, alone: dict[str, Any], tiny: Path, tmp_path: Path

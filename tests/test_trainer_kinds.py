@@ -74,8 +74,8 @@ def written(tiny: Path) -> Any:
     ("before", "ranks", "sp_size", "stage"),
     [
         (2, 1, 1, 3),
-        pytest.param(2, 2, 1, 2, marks=pytest.mark.slow),
-        pytest.param(0, 2, 2, 2, marks=pytest.mark.slow),
+        pytest.param(2, 2, 1, 2, marks=pytest.mark.exhaustive),
+        pytest.param(0, 2, 2, 2, marks=pytest.mark.exhaustive),
         pytest.param(3, 4, 2, 0, marks=pytest.mark.slow),
     ],
 )

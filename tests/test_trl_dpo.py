@@ -121,7 +121,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_dpo_on_two_ranks_has_the_losses_of_one_process(
     stage: int, tiny: Path, tmp_path: Path
 ) -> None:

@@ -32,7 +32,7 @@ def record(case: Case, method: str, *, frames: int, ranks: int = RANKS) -> dict[
 
 @pytest.mark.parametrize(
     ("name", "frames"),
-    [("qwen2_5_vl", 4), ("qwen3_vl", 3)],
+    [pytest.param("qwen2_5_vl", 4, marks=pytest.mark.exhaustive), ("qwen3_vl", 3)],
 )
 @pytest.mark.slow
 def test_loss_and_gradients_are_those_of_one_process_and_ours(name: str, frames: int) -> None:
@@ -54,7 +54,7 @@ def test_loss_and_gradients_are_those_of_one_process_and_ours(name: str, frames:
         assert more == pytest.approx(2 * frames // RANKS * each, rel=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_is_weighed_as_the_peer_does() -> None:
     case = case_of("qwen2_5_vl")
     loads = (Growing(case, method, True, (1, 2)) for method in ("gathered", "ulysses"))

@@ -163,6 +163,7 @@ def test_text_alone_has_no_pixels(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_bad_file_is_named_with_its_line_by_the_rank_that_decodes_it(tmp_path: Path) -> None:
     damaged = bytearray(BUNNY.read_bytes())
     damaged[800_000:1_000_000] = bytes(7 * n % 256 for n in range(200_000))

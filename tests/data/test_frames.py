@@ -25,6 +25,7 @@ def test_probe_reads_times_and_size() -> None:
     assert video.seconds(131) == pytest.approx(131 / 25)
 
 
+@pytest.mark.slow
 def test_two_ranks_decode_all_132_frames_and_stop_after_their_last() -> None:
     video = probe(str(BUNNY))
     decoded, pictures = [], []

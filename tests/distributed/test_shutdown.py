@@ -47,8 +47,8 @@ def groups_left(stage: int, *, given: bool, bf16: bool = False) -> int:
     ("stage", "given", "bf16"),
     [
         pytest.param(3, True, False, marks=pytest.mark.exhaustive),
-        (3, False, True),
-        (1, True, False),
+        pytest.param(3, False, True, marks=pytest.mark.slow),
+        pytest.param(1, True, False, marks=pytest.mark.exhaustive),
         (0, True, True),
     ],
 )

@@ -39,7 +39,9 @@ SHAPES = [  # batch, queries, keys, heads, kv heads, head_dim
 ]
 # Every shape with a rule and split keys; what else there is, by the shapes that it matters for.
 CASES = [
-    *((shape, "frames", 24) for shape in SHAPES),
+    *((shape, "frames", 24) for shape in SHAPES[:2]),
+    pytest.param(SHAPES[2], "frames", 24, marks=pytest.mark.exhaustive),
+    *((shape, "frames", 24) for shape in SHAPES[3:]),
     *((shape, "none", 1) for shape in (SHAPES[0], SHAPES[2], SHAPES[6])),
     (SHAPES[1], "none", 24),
     (SHAPES[2], "shuffled", 1),
@@ -197,6 +199,7 @@ def test_heads_lie_further_apart_than_32_bits_count() -> None:
     assert max(found.values()) <= 1e-2, found
 
 
+@pytest.mark.slow
 def test_every_run_gives_the_same_bits(processors: int) -> None:
     shape = (1, 11, 500, 3, 1, 64)
     q, k, v = tensors(shape, torch.float32)

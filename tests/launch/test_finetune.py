@@ -75,9 +75,7 @@ def expected_losses(folder: Path) -> list[float]:
 @pytest.mark.parametrize(
     "stage",
     [
-        pytest.param(0, marks=pytest.mark.exhaustive),
-        1,
-        pytest.param(2, marks=pytest.mark.exhaustive),
+        *(pytest.param(stage, marks=pytest.mark.exhaustive) for stage in range(3)),
         3,
     ],
 )

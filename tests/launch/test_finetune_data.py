@@ -27,13 +27,18 @@ def losses(
     return [row["loss"] for row in metrics(out)[0]]
 
 
-def test_a_converted_format_gives_the_same_losses(tmp_path: Path) -> None:
+def test_a_converted_file_gives_the_same_losses(tmp_path: Path) -> None:
     folder = write_media(tmp_path)
     segment = {"type": "video", "video": "c.mp4", "video_start": 0.4, "video_end": 1.2}
     same = [own("<image>x"), parts(segment, {"type": "text", "text": "y"})]
     llava = [turns("<image>x", image="a.png"), turns("<video>y", video="c.mp4", start=0.4, end=1.2)]
     expected = losses(folder, "own", write_jsonl(folder / "own.jsonl", *same))
     assert losses(folder, "llava", write_jsonl(folder / "d.json", llava)) == expected
+
+
+@pytest.mark.exhaustive
+def test_converted_rows_give_the_same_losses(tmp_path: Path) -> None:
+    folder = write_media(tmp_path)
     rows(folder).to_parquet(str(folder / "d.parquet"))
     same = [own("<image><image>x", images=["a.png", "b.png"]), own("x", images=[])]
     expected = losses(folder, "rows-own", write_jsonl(folder / "own.jsonl", *same))

@@ -64,7 +64,9 @@ def _long_text(folder: Path) -> Any:
     [
         (_missing, r"train\.jsonl:2: got no such file: .*none\.mp4"),
         (lambda folder: '{"messages": ', r"train\.jsonl:2: got .* expected one JSON object"),
-        (_damaged, r"rank 1.*train\.jsonl:2: .*damaged\.mp4: got"),
+        pytest.param(
+            _damaged, r"rank 1.*train\.jsonl:2: .*damaged\.mp4: got", marks=pytest.mark.slow
+        ),
         (_long_text, r"train\.jsonl:2: got \d+ tokens \(1 of them frames\); expected at most 4096"),
     ],
     ids=["missing", "no json", "damaged", "long text"],
@@ -78,6 +80,7 @@ def test_a_bad_sample_is_named_on_all_ranks(tmp_path: Path, line: Write, expecte
     _fails(2, *arguments(model="tiny", data=data, **options), expected=expected)
 
 
+@pytest.mark.slow
 def test_skipped_samples_are_named_and_nothing_of_them_is_learnt(tmp_path: Path) -> None:
     """One that the check finds, and one whose frames only rank 1 decodes, in training."""
     write_image(tmp_path / "a.png")

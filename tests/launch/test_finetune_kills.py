@@ -87,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("ranks", "share"),
     [
-        pytest.param(2, 0.1, marks=pytest.mark.slow),
+        pytest.param(2, 0.05, marks=pytest.mark.slow),
         pytest.param(2, 0.7, marks=pytest.mark.exhaustive),
         pytest.param(3, 0.3, marks=pytest.mark.exhaustive),
     ],

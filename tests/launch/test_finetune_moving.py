@@ -77,9 +77,9 @@ def written(folder: Path) -> Any:
         pytest.param(2, 1, 1, 0, 0, marks=pytest.mark.exhaustive),
         pytest.param(2, 2, 1, 2, 0, marks=pytest.mark.exhaustive),
         pytest.param(2, 4, 2, 3, 0, marks=pytest.mark.exhaustive),
-        (3, 2, 1, 1, 0),
+        pytest.param(3, 2, 1, 1, 0, marks=pytest.mark.exhaustive),
         (3, 1, 1, 3, 0),
-        (3, 2, 2, 2, 2),
+        pytest.param(3, 2, 2, 2, 2, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_run_goes_on_elsewhere_at_its_own_losses(

@@ -79,7 +79,10 @@ def step_each(ranks: int, offset: int) -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize(("ranks", "offset"), [(2, 0), pytest.param(3, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "offset"), [(2, 0), pytest.param(3, 1, marks=pytest.mark.exhaustive)]
+)
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
     results = run_ranks(step_each, ranks, ranks, offset)
     for index, name in enumerate(CASES):

@@ -66,7 +66,8 @@ def generate_each(names: tuple[str, ...], ranks: int) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_generating_equals_one_process(ranks: int) -> None:
     for answer in run_ranks(generate_each, ranks, FAMILIES, ranks):
         for name in FAMILIES:

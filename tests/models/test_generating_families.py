@@ -133,6 +133,7 @@ def greedy(model: Any, batch: Batch) -> Any:
     return batch["input_ids"], tuple(logits)
 
 
+@pytest.mark.slow
 def test_openflamingo_generates_what_whole_forwards_do() -> None:
     answers = run_ranks(generate_each, 2, "openflamingo_case", FLAMINGO, flamingo_cases())
     check(answers, flamingo_reference())

@@ -76,6 +76,7 @@ def reads_of_second_step() -> set[tuple[str, str]]:
     return set(reads.found)
 
 
+@pytest.mark.slow
 def test_the_host_reads_no_number_between_forward_and_step() -> None:
     for found in run_ranks(reads_of_second_step, 2):
         assert found <= ALLOWED_ON_CPU
@@ -87,7 +88,11 @@ def fake() -> Iterator[FakeCuda]:
         yield entered
 
 
-@pytest.mark.parametrize(("ranks", "kernel"), [(1, "native"), (3, "native"), (3, "triton")])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "kernel"),
+    [pytest.param(1, "native", marks=pytest.mark.exhaustive), (3, "native"), (3, "triton")],
+)
 def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
     ranks: int, kernel: str, fake: FakeCuda
 ) -> None:

@@ -101,7 +101,15 @@ def count_what_is_settled(
     return {name: count / (2 * steps) for name, count in sorted(counts.items())}
 
 
-@pytest.mark.parametrize("name", ["auto", "lvx ring", "ring", "ulysses"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lvx ring",
+        "ulysses",
+        *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("auto", "ring")),
+    ],
+)
 def test_rules_are_cut_listed_and_decided_once_a_batch(name: str) -> None:
     """The same counts with 4 layers and with 8, checkpointed or not, by micro-batch."""
     cross = {"method": "auto"} if name == "auto" else METHODS[name]
@@ -143,7 +151,9 @@ def count_covers(kernel: str, *, layers: int, self_attn: str) -> tuple[int, list
     return len(found), served, norm
 
 
-@pytest.mark.parametrize("self_attn", ["ring", "ulysses"])
+@pytest.mark.parametrize(
+    "self_attn", ["ulysses", pytest.param("ring", marks=pytest.mark.exhaustive)]
+)
 def test_flash_serves_a_whole_model_by_covers_found_once(self_attn: str) -> None:
     """Text over itself and over images, padded and blind rows; as many covers for 4 layers as 8."""
     few, many, native = (

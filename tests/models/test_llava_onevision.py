@@ -47,10 +47,9 @@ def expected() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("ranks", "offset"),
     [
-        (1, 1),
-        (2, 0),
-        pytest.param(3, 3, marks=pytest.mark.slow),
-        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(3)),
+        pytest.param(1, 1, marks=pytest.mark.exhaustive),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(4)),
     ],
 )
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:

@@ -127,7 +127,7 @@ def config_of(sp_size: int, *, stage: int = 3) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "steps",
-    [pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.exhaustive)],
+    [pytest.param(2, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.exhaustive)],
 )
 def test_random_batches_have_the_losses_of_one_process(steps: int) -> None:
     config = config_of(SP_SIZE) | {"gradient_accumulation_steps": FORWARDS}
@@ -160,6 +160,7 @@ def check(ours: list[list[Batch]], theirs: list[list[Batch]], *, stage: int = 3)
     assert_same_training(results, reference_steps(theirs), sp_size=1)
 
 
+@pytest.mark.slow
 def test_replicas_of_unequal_images_project_in_as_many_chunks() -> None:
     """ZeRO-3 gathers a projection's weights for each of them."""
     one = make_batch([[1]], length=9, num_tiles=[[2]], seed=1)
@@ -179,7 +180,7 @@ def nothing_beside(batch: Batch) -> Batch:
     return text_of(batch) | {"cross_attention_states": torch.zeros(2, 0, 32)}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_text_alone_trains_beside_features_and_images(stage: int) -> None:
     """The tower runs in all replicas, whatever they have."""
     given, images = with_features(hard_batch(0), seed=0), hard_batch(2)
@@ -189,7 +190,10 @@ def test_text_alone_trains_beside_features_and_images(stage: int) -> None:
     check(ours, theirs, stage=stage)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.exhaustive), 2, 3])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stage", [3, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (0, 2))]
+)
 def test_images_train_beside_features(stage: int) -> None:
     batches = [[with_features(hard_batch(0), seed=0), hard_batch(2)]]
     check(batches, batches, stage=stage)

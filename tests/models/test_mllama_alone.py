@@ -89,7 +89,10 @@ def steps(ranks: int, batches: list[Batch]) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(
+    "ranks",
+    [1, pytest.param(2, marks=pytest.mark.exhaustive), pytest.param(3, marks=pytest.mark.slow)],
+)
 def test_a_sample_is_in_a_batch_what_it_is_alone(ranks: int) -> None:
     batches = [mixed(), compact(mixed()), mixed(), compact(mixed())]
     expected = reference()

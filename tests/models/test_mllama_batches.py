@@ -274,6 +274,7 @@ def largest_tensor(length: int, images: int) -> int:
     return largest.elements
 
 
+@pytest.mark.slow
 def test_no_mask_of_text_by_visual_tokens_is_ever_made() -> None:
     length, images = 256, 4000
     visual = images * TILES * PATCHES

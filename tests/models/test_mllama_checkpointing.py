@@ -84,7 +84,7 @@ def check(jobs: list[tuple[Any, ...]], make: Callable[[], Any] = tiny_model) -> 
 @pytest.mark.parametrize(
     ("stage", "name"),
     [
-        (2, "chunks"),
+        pytest.param(2, "chunks", marks=pytest.mark.slow),
         pytest.param(3, "recompute", marks=pytest.mark.slow),
         pytest.param(0, "lvx", marks=pytest.mark.exhaustive),
         pytest.param(1, "ring", marks=pytest.mark.exhaustive),
@@ -123,6 +123,7 @@ def lora_with_dropout(section: dict[str, Any] | None) -> dict[str, Any]:
     return train(config_of("recompute", 1, section), partial(lora_model, 0.3))
 
 
+@pytest.mark.slow
 def test_dropout_in_the_projection_falls_alike_in_all_runs() -> None:
     """K and V are projected twice, the rest of a layer three times: the same numbers each time."""
     for section in (None, {}):
@@ -181,6 +182,7 @@ def kept_by_each() -> list[dict[str, Any]]:
     return [kept_by_a_forward(section) for section in ({}, *SECTIONS)]
 
 
+@pytest.mark.slow
 def test_features_are_kept_once_and_projected_twice() -> None:
     """K and V once in forward and once in backward, never for the second run of the layer."""
     expected = {"features": 1, "projections": [False, True]}

@@ -76,7 +76,8 @@ def backward_after_each(cross: dict[str, Any]) -> list[dict[str, Tensor]]:
     return [backward_after(happening, cross) for happening in HAPPENINGS]
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [pytest.param(None, marks=pytest.mark.exhaustive), 4])
 def test_one_backward_does_not_add_to_the_next(chunk: int | None) -> None:
     cross = RECOMPUTE if chunk is None else {**RECOMPUTE, "kv_chunk_tokens": chunk}
     for plain, *others in run_ranks(backward_after_each, 2, cross):

@@ -78,10 +78,10 @@ def test_reference_has_gradients_everywhere() -> None:
 @pytest.mark.parametrize(
     ("stage", "ranks", "names"),
     [
-        (0, 2, ("lvx", "ulysses")),
-        (1, 2, ("ring",)),
+        pytest.param(0, 2, ("lvx", "ulysses"), marks=pytest.mark.slow),
+        pytest.param(1, 2, ("ring",), marks=pytest.mark.slow),
         (2, 2, ("lvx recompute",)),
-        (3, 2, ("lvx recompute", "ring")),
+        pytest.param(3, 2, ("lvx recompute", "ring"), marks=pytest.mark.exhaustive),
         pytest.param(0, 2, ("lvx recompute", "ring"), marks=pytest.mark.exhaustive),
         pytest.param(1, 2, ("lvx recompute",), marks=pytest.mark.exhaustive),
         pytest.param(2, 2, ("ulysses",), marks=pytest.mark.exhaustive),
@@ -137,7 +137,7 @@ def test_a_replica_without_images_beside_one_with_images(stage: int, name: str) 
     )
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_step_without_images_behind_one_with_some(stage: int) -> None:
     """What it does not use does not get the gradients of the step before once more."""
     text = {key: hard_batch(3)[key] for key in ("input_ids", "attention_mask", "labels")}

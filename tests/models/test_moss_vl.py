@@ -82,8 +82,10 @@ def step_each(ranks: int, offset: int) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "offset"), [(1, 1), (2, 0), pytest.param(3, 3, marks=pytest.mark.slow)]
+    ("ranks", "offset"),
+    [(2, 0), *(pytest.param(ranks, ranks, marks=pytest.mark.exhaustive) for ranks in (1, 3))],
 )
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
     results = run_ranks(step_each, ranks, ranks, offset)
@@ -103,6 +105,7 @@ def test_reference_has_gradients_everywhere() -> None:
     assert silent == set()
 
 
+@pytest.mark.slow
 def test_a_replica_without_frames_beside_one_with_frames() -> None:
     """Under ZeRO-3 both run a frame through the tower."""
     batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
@@ -118,6 +121,7 @@ def frozen_model() -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "ranks"), [(3, 2), pytest.param(2, 3, marks=pytest.mark.exhaustive)]
 )
@@ -181,6 +185,7 @@ def check(jobs: list[tuple[dict[str, Any], Any]], *, ranks: int, batches: Any = 
             raise AssertionError(f"{config}: {error}") from error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "name"),
     [

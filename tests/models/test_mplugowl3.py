@@ -72,9 +72,10 @@ def step_each(ranks: int, offset: int) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "offset"),
-    [(1, 3), (2, 0), pytest.param(3, 1, marks=pytest.mark.slow)],
+    [(2, 0), *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in ((1, 3), (3, 1)))],
 )
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
     results = run_ranks(step_each, ranks, ranks, offset)
@@ -261,6 +262,7 @@ def gated_step_each(ranks: int, offset: int) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "offset"),
     [(2, 3), *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in (1, 5))],
@@ -281,7 +283,7 @@ def test_gated_reference_has_gradients_everywhere() -> None:
     assert all(grad.any() for grad in grads.values())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_gated_training_equals_one_process() -> None:
     jobs = [
         (gated_rules("recompute", 2, 3), GATED),

@@ -155,6 +155,7 @@ def test_sixteen_bits_are_close_to_thirty_two(*, gated: bool, autocast: bool) ->
     torch.testing.assert_close(loss, expected, atol=0.02, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(*, gated: bool) -> None:
     hyper = {**LVX, "recompute_kv": True, "kernel": "native"}

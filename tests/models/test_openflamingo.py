@@ -13,6 +13,7 @@ from transformers import MptForCausalLM
 from tests.models.mllama_case import (
     FURTHER,
     assert_same_training,
+    further,
     plain_step,
     reference_steps,
     sharded_steps,
@@ -120,7 +121,10 @@ def step_each(ranks: int, offset: int) -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize(("ranks", "offset"), [(2, 0), pytest.param(3, 3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "offset"), [(3, 3), pytest.param(2, 0, marks=pytest.mark.exhaustive)]
+)
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
     results = run_ranks(step_each, ranks, ranks, offset)
     for index, name in enumerate(CASES):
@@ -212,7 +216,7 @@ def frozen_text(language: str) -> Any:
 
 
 @pytest.mark.slow
-@FURTHER
+@further(3)
 def test_training_equals_one_process(which: slice) -> None:
     """Two steps: recomputation, host features, checkpoints, LoRA, all images before."""
     jobs = [

@@ -197,7 +197,14 @@ def alone(length: int) -> ShardedBatch:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(torch.float16, marks=pytest.mark.exhaustive),
+    ],
+)
 @torch.no_grad()
 def test_a_bias_is_as_exact_as_the_model_s_own(dtype: torch.dtype) -> None:
     """Hundreds of scores far from the middle of a text."""

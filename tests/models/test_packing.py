@@ -5,6 +5,7 @@ That rows of one sample train as transformers' own model does is in the families
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
 from functools import partial
@@ -97,10 +98,20 @@ def test_packed_samples_train_as_padded_ones_do(tmp_path: Path, name: str) -> No
     check(name, write_samples(tmp_path), "lvx", 2, [4096, 200])
 
 
+ONCE = [
+    ("mllama", 3, "lvx"),
+    ("idefics", 1, "ring"),
+    ("idefics", 3, "ulysses"),
+    ("mllama", 1, "gather"),
+]
+OTHERS = {*itertools.product(("mllama", "idefics"), (1, 3), CROSS)} - {*ONCE}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mllama", "idefics"])
-@pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("cross", CROSS)
+@pytest.mark.parametrize(
+    ("name", "ranks", "cross"),
+    [*ONCE, *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in sorted(OTHERS))],
+)
 def test_they_do_by_every_method(tmp_path: Path, name: str, cross: str, ranks: int) -> None:
     check(name, write_samples(tmp_path), cross, ranks, [4096])
 

@@ -15,8 +15,8 @@ from ds_lvx.sharding import shard_batch
 from ds_lvx.whole_batches import WholeBatches
 from tests.models import concatenated_case as case
 from tests.models.mllama_case import (
-    FURTHER,
     assert_same_training,
+    further,
     plain_step,
     reference_steps,
 )
@@ -49,7 +49,7 @@ def expected() -> dict[str, Any]:
     ("ranks", "offset"),
     [
         (1, 1),
-        (2, 0),
+        pytest.param(2, 0, marks=pytest.mark.exhaustive),
         pytest.param(3, 3, marks=pytest.mark.slow),
         *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(3)),
     ],
@@ -142,7 +142,7 @@ def test_logits_come_in_the_order_of_the_text() -> None:
 
 
 @pytest.mark.slow
-@FURTHER
+@further(3)
 def test_training_equals_one_process(which: slice) -> None:
     """Two steps: methods, stages, checkpoints, LoRA, a frozen tower."""
     jobs = [

@@ -105,7 +105,10 @@ def trained_only(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize(("ranks", "offset"), [(2, 0), pytest.param(3, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "offset"), [(2, 0), pytest.param(3, 1, marks=pytest.mark.exhaustive)]
+)
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
     results = run_ranks(step_each, ranks, ranks, offset)
     for index, (name, (make, _)) in enumerate(CASES.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,7 +79,7 @@ def test_a_model_of_text_alone_has_no_family() -> None:
     assert family_of(lora_model())[0] is FAMILIES.named("qwen")
 
 
-def test_what_a_layer_cannot_do_is_refused() -> None:
+def test_what_a_layer_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match=r"recompute_kv for transformer\.h\.0\.attn"):
         patched(tiny_model(), method="lvx", recompute_kv=True)
     model = tiny_model(attn_dropout_prob=0.1)
@@ -88,8 +89,9 @@ def test_what_a_layer_cannot_do_is_refused() -> None:
         model(**shard)
     with pytest.raises(NotImplementedError, match="output_hidden_states=True"):
         model(**shard, output_hidden_states=True)
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="no section 'visual'"):
-        FAMILIES.named("qwen").load_processor("any")
+        FAMILIES.named("qwen").load_processor(str(tmp_path))
 
 
 BAD: dict[str, Any] = {

@@ -46,7 +46,7 @@ def dimensions(case: Case, element_bytes: int) -> CrossAttention:
     )
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_layers_save_exactly_what_the_formula_says(ranks: int) -> None:
     sizes = ((2, torch.bfloat16), (7, torch.float32))
     cases = [(name, *size) for name in SAVED for size in sizes]
@@ -67,7 +67,11 @@ def _saved(cases: list[tuple[str, int, torch.dtype]]) -> list[tuple[int, list[in
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "kv_heads", "features"),
-    [(Setting(), 1, "trained"), (RECOMPUTE, 4, "frozen"), (CHUNKS, 1, "trained")],
+    [
+        (Setting(), 1, "trained"),
+        pytest.param(RECOMPUTE, 4, "frozen", marks=pytest.mark.exhaustive),
+        pytest.param(CHUNKS, 1, "trained", marks=pytest.mark.exhaustive),
+    ],
     ids=["kept", "again", "chunks"],
 )
 def test_a_token_adds_to_the_peak_what_the_formula_says(

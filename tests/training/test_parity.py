@@ -74,7 +74,10 @@ def test_trackers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_bad_sample_is_said_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_sample_is_said_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_fresh_ranks(monkeypatch)
     (tmp_path / "a.png").write_text("no picture")
     data = write_jsonl(
         tmp_path / "train.jsonl", chat(("image", "a.png"), ("text", "What?"), answer="A tree.")
