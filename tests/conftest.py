@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _leave_out_exhaustive(config, items)
+    if hasattr(config, "workerinput"):
+        _longest_first(items)
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         several = item.get_closest_marker("gpus")
@@ -72,3 +75,9 @@ def _leave_out_exhaustive(config: pytest.Config, items: list[pytest.Item]) -> No
     beyond = [item for item in items if item.get_closest_marker("exhaustive")]
     config.hook.pytest_deselected(items=beyond)
     items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
+def _longest_first(items: list[pytest.Item]) -> None:
+    """Files with many slow tests come early: at the end no worker waits for the other's file."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])

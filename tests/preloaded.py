@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import peft  # noqa: F401
+import torch
 import transformers.models.mllama.modeling_mllama
 import transformers.models.mllama.processing_mllama  # noqa: F401
+from deepspeed.utils import numa
 from transformers import conversion_mapping
 
 import ds_lvx.initialize
 import ds_lvx.training.export
 import ds_lvx.training.loop  # noqa: F401
 
+# ZeRO-3 starts `numactl` for every parameter, and writes the numbers of each into messages that
+# nobody reads: half the start of an engine.
+numa.get_numa_cores = functools.cache(numa.get_numa_cores)
+torch.nn.Parameter.__repr__ = object.__repr__  # type: ignore[assignment]
 # What a process makes before it first loads or saves a model, in one second and a half.
 conversion_mapping.get_checkpoint_conversion_mapping("mllama")
