@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -18,9 +19,16 @@ from tests.ranks import ROOT, session_pool
 OPERATOR = "deepspeed_shm_comm"
 BUILD = "from ds_lvx.distributed.start import init_distributed as start; start(dist_backend='gloo')"
 
+gc.disable()  # until all is imported, of which nothing is garbage
 if not torch.cuda.is_available():
     # Read when Triton's kernels are imported: without a GPU they run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Collections look at what tests make, not at every module and test there is."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

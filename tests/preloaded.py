@@ -1,10 +1,14 @@
 """What takes seconds to import, once: in the server that forks the ranks (`tests.ranks`)."""
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import functools
+import gc
 import os
 
+gc.disable()  # nothing of what is imported is garbage
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
@@ -25,3 +29,6 @@ numa.get_numa_cores = functools.cache(numa.get_numa_cores)
 torch.nn.Parameter.__repr__ = object.__repr__  # type: ignore[assignment]
 # What a process makes before it first loads or saves a model, in one second and a half.
 conversion_mapping.get_checkpoint_conversion_mapping("mllama")
+# A collection in a process that is forked looks at what came since, and copies no page of this.
+gc.freeze()
+gc.enable()
