@@ -20,7 +20,7 @@ from tests.launch.finetune_runs import ROOT, deepspeed_command
 from tests.launch.forked_runs import Run
 
 SCRIPT = ROOT / "launch" / "quickstart.py"
-STEPS = 24
+STEPS = 16
 
 
 def script_main(words: Sequence[str]) -> int:
