@@ -76,7 +76,7 @@ def written(tiny: Path) -> Any:
         (2, 1, 1, 3),
         pytest.param(2, 2, 1, 2, marks=pytest.mark.exhaustive),
         pytest.param(0, 2, 2, 2, marks=pytest.mark.exhaustive),
-        pytest.param(3, 4, 2, 0, marks=pytest.mark.slow),
+        pytest.param(3, 4, 2, 0, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_run_goes_on_with_other_ranks(
