@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import subprocess
@@ -30,6 +31,7 @@ def pytest_runtestloop() -> None:
     """Collections look at what tests make, not at every module and test there is."""
     gc.freeze()
     gc.enable()
+    atexit.register(gc.unfreeze)  # else libraries say at the end what has leaked
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

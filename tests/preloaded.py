@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import os
@@ -32,3 +33,4 @@ conversion_mapping.get_checkpoint_conversion_mapping("mllama")
 # A collection in a process that is forked looks at what came since, and copies no page of this.
 gc.freeze()
 gc.enable()
+atexit.register(gc.unfreeze)  # else libraries say at its end what has leaked
