@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +20,18 @@ from tests.ranks import ROOT, session_pool
 OPERATOR = "deepspeed_shm_comm"
 BUILD = "from ds_lvx.distributed.start import init_distributed as start; start(dist_backend='gloo')"
 
+gc.disable()  # until all is imported, of which nothing is garbage
 if not torch.cuda.is_available():
     # Read when Triton's kernels are imported: without a GPU they run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Collections look at what tests make, not at every module and test there is."""
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)  # else libraries say at the end what has leaked
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -56,6 +68,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _leave_out_exhaustive(config, items)
+    if hasattr(config, "workerinput"):
+        _longest_first(items)
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         several = item.get_closest_marker("gpus")
@@ -72,3 +86,9 @@ def _leave_out_exhaustive(config: pytest.Config, items: list[pytest.Item]) -> No
     beyond = [item for item in items if item.get_closest_marker("exhaustive")]
     config.hook.pytest_deselected(items=beyond)
     items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
+def _longest_first(items: list[pytest.Item]) -> None:
+    """Files with many slow tests come early: at the end no worker waits for the other's file."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])

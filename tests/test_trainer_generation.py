@@ -86,6 +86,7 @@ def alone(tiny: Path) -> dict[str, Any]:
     return evaluate(transformers.Seq2SeqTrainer, tiny / "alone", tiny)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "stage"),
     [

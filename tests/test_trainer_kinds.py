@@ -25,6 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_lora_trains_as_alone_and_its_adapter_is_saved(tiny: Path, tmp_path: Path) -> None:
     alone = run(transformers.Trainer, tmp_path / "alone", tiny, lora=True)
     for found in run_ranks(run, 2, Trainer, tmp_path, tiny, config=config_of(2), lora=True):
@@ -35,6 +36,7 @@ def test_lora_trains_as_alone_and_its_adapter_is_saved(tiny: Path, tmp_path: Pat
         torch.testing.assert_close(loaded[name].detach(), weight, atol=1e-5, rtol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_bf16_is_as_near_to_fp32_as_one_process_is(tiny: Path, tmp_path: Path) -> None:
     exact = run(transformers.Trainer, tmp_path / "alone", tiny)
     config = config_of(2, bf16={"enabled": "auto"})
@@ -70,13 +72,14 @@ def written(tiny: Path) -> Any:
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "ranks", "sp_size", "stage"),
     [
         (2, 1, 1, 3),
         pytest.param(2, 2, 1, 2, marks=pytest.mark.exhaustive),
         pytest.param(0, 2, 2, 2, marks=pytest.mark.exhaustive),
-        pytest.param(3, 4, 2, 0, marks=pytest.mark.slow),
+        pytest.param(3, 4, 2, 0, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_run_goes_on_with_other_ranks(
@@ -94,6 +97,7 @@ def test_a_run_goes_on_with_other_ranks(
             torch.testing.assert_close(found["weights"][name], weight, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_other_samples_a_step_are_an_error(written: Any, tiny: Path, tmp_path: Path) -> None:
     how = {**ADAMW, "gradient_accumulation_steps": 3, "resume": str(written(2)[1])}
     message = "got 3 samples a step for a checkpoint with 2; expected as many"

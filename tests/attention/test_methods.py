@@ -70,7 +70,9 @@ def test_every_method_matches_the_oracle_in_fp32(ranks: int, device: str) -> Non
         assert max(errors.values()) < LIMITS[device], (method, problem, errors)
 
 
-@pytest.mark.parametrize("visibility", ["none", "frames"])
+@pytest.mark.parametrize(
+    "visibility", ["frames", pytest.param("none", marks=pytest.mark.exhaustive)]
+)
 def test_heads_in_groups_match_the_oracle(visibility: str) -> None:
     """Queries so large that they, or parts of the result, go by groups of heads: by messages."""
     cases = []

@@ -18,7 +18,7 @@ from tests.launch.finetune_runs import finetune_main
 from tests.ranks import FORKED
 
 # Against hangs alone.
-_END_S = 300.0
+_END_S = 600.0
 # Between asking a rank to end and ending it; short, as a scheduler's may be.
 _GRACE_S = 5.0
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = (f"<!-- bench_concatenated.py, concatenated: {edge} -->" for edge in ("begin", "end"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_quick_run_writes_json_tables_and_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,7 @@ def test_the_lines_of_a_file_are_answered(folder: Path, tmp_path: Path) -> None:
     assert all(record["new_tokens"] <= TOKENS and record["seconds"] > 0 for record in records)
 
 
+@pytest.mark.slow
 def test_a_question_of_the_command_line(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "answer.jsonl"
     words = ["--video", folder / "a.mp4", "--prompt", "What animal?", "--output", out]
@@ -96,6 +97,7 @@ def test_a_question_of_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert record["reference"] is None
 
 
+@pytest.mark.slow
 def test_a_model_with_an_adapter(folder: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForImageTextToText.from_pretrained(folder / "checkpoint")
     targets = FAMILIES.default().lora_targets
@@ -148,6 +150,7 @@ def fresh(folder: Path, turns: list[tuple[str, str]]) -> str:
     return expected(folder, data="chat.jsonl")[0]
 
 
+@pytest.mark.slow
 def test_a_chat_answers_as_whole_conversations_do(folder: Path, tmp_path: Path) -> None:
     out, asked = (
         tmp_path / "answers.jsonl",

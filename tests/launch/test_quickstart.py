@@ -1,12 +1,14 @@
-"""The quickstart, as the launcher starts it, with few steps."""
+"""The quickstart, with few steps."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +16,51 @@ import pytest
 import torch
 
 from launch.digits.data import IMAGE_TOKEN, load, training_batches
+from tests.launch.finetune_runs import ROOT, deepspeed_command
+from tests.launch.forked_runs import Run
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-STEPS = 24
+SCRIPT = ROOT / "launch" / "quickstart.py"
+STEPS = 16
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder that a short run wrote, and what it printed."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    launcher = Path(sys.executable).with_name("deepspeed")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment['PATH']}"
-    port = str(29900 + os.getpid() % 90)
-    script = str(ROOT / "launch" / "quickstart.py")
-    words = ["--num_gpus", "2", "--master_port", port, script, "--output_dir", str(folder)]
+def script_main(words: Sequence[str]) -> int:
+    """The script's own main, with its folder on the path as where it is started."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    sys.argv = [str(SCRIPT), *words]
+    script.main()
+    return 0
+
+
+def forked(words: Sequence[str], folder: Path) -> str:
+    run = Run(words, ranks=2, folder=folder, main=script_main)
+    assert run.end() == [0, 0], run.output()
+    return run.output()
+
+
+def launched(words: Sequence[str], folder: Path) -> str:
+    command, environment = deepspeed_command(*words, script=SCRIPT, DS_ACCELERATOR="cpu")
     done = subprocess.run(
-        [str(launcher), *words, "--steps", str(STEPS)],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(
+    scope="module", params=[forked, pytest.param(launched, marks=pytest.mark.exhaustive)]
+)
+def finished(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """The folder that a short run wrote, and what it printed."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    words = ["--output_dir", str(folder), "--steps", str(STEPS)]
+    return folder, request.param(words, tmp_path_factory.mktemp("logs"))
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,7 @@ def local_units(batch: Batch) -> Batch:
     return {**batch, "pixel_values_videos": pixels[list(mine)].flatten(0, 1)}
 
 
+@pytest.mark.slow
 def test_an_engine_generates_between_steps() -> None:
     model, short = tiny_model(), {"max_new_tokens": 4}
     model(**left_padded(), use_cache=False).loss.backward()

@@ -121,8 +121,8 @@ def step_each(ranks: int, names: tuple[str, ...], offset: int) -> list[dict[str,
 @pytest.mark.parametrize(
     ("ranks", "offset"),
     [
-        (1, 0),
-        (2, 1),
+        pytest.param(1, 0, marks=pytest.mark.exhaustive),
+        pytest.param(2, 1, marks=pytest.mark.slow),
         pytest.param(3, 2, marks=pytest.mark.exhaustive),
         pytest.param(3, 3, marks=pytest.mark.slow),
     ],

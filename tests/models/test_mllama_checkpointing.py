@@ -84,7 +84,7 @@ def check(jobs: list[tuple[Any, ...]], make: Callable[[], Any] = tiny_model) -> 
 @pytest.mark.parametrize(
     ("stage", "name"),
     [
-        pytest.param(2, "chunks", marks=pytest.mark.slow),
+        pytest.param(2, "chunks", marks=pytest.mark.exhaustive),
         pytest.param(3, "recompute", marks=pytest.mark.slow),
         pytest.param(0, "lvx", marks=pytest.mark.exhaustive),
         pytest.param(1, "ring", marks=pytest.mark.exhaustive),

@@ -228,7 +228,7 @@ def test_training_equals_one_process(which: slice) -> None:
     check(jobs[which], ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @FURTHER
 def test_other_methods_train_as_one_process(which: slice) -> None:
     """Partitioned checkpoints and frozen text among them."""

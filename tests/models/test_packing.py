@@ -93,6 +93,7 @@ def check(name: str, data: Path, cross: str, ranks: int, packs: list[int | None]
         assert_same_training(results, reference, sp_size=ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mllama", "idefics", "openflamingo"])
 def test_packed_samples_train_as_padded_ones_do(tmp_path: Path, name: str) -> None:
     check(name, write_samples(tmp_path), "lvx", 2, [4096, 200])

@@ -161,7 +161,7 @@ def test_every_stage_equals_one_process() -> None:
     case.check(jobs, ranks=3, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=3)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_rank_without_images_trains_along() -> None:
     jobs = [(rules("lvx", 3, 3), tiny_model), (rules("ring", 3, 0), tiny_model)]
     case.check(jobs, ranks=3, batches=[[one_image(7)], [text_only(8)]], sp_size=3)

@@ -73,7 +73,8 @@ def reference() -> dict[str, Any]:
     return {key: found[key] for key in ("losses", "logits", "grads")}
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_zigzag_is_one_process_by_every_method(ranks: int) -> None:
     """mllama: text before the first image, padding, two samples, an uneven number of tokens."""
     rules: list[Any] = ["ring", LVX, RECOMPUTE, "ulysses", {"method": "hybrid", "ulysses": 1}]
@@ -94,7 +95,8 @@ def idefics_steps(each: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_so_is_idefics(ranks: int) -> None:
     each = []
     for rule in ("ring", "ulysses", "lvx"):

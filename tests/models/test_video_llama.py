@@ -163,7 +163,7 @@ def test_training_equals_one_process() -> None:
     check(jobs, ranks=2, sp_size=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @FURTHER
 def test_other_settings_train_as_one_process(which: slice) -> None:
     """Checkpoints, LoRA, frames that train beside frozen queries."""
