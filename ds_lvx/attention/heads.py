@@ -40,9 +40,10 @@ def to_heads(channel: Channel, tensors: Sequence[Tensor]) -> list[Tensor]:
     """``[B, s, H, D]`` of this rank's tokens -> ``[B, S, H / n, D]``, all tokens; one message."""
     parts = [t.unflatten(2, (channel.size, -1)).movedim(2, 0) for t in tensors]
     tables = _exchange(channel, parts).wait()
-    # One after the other, of all ranks, before they are taken apart: one table needs no copy then.
-    whole = [table.movedim(0, 1).flatten(1, 2) for table in tables]
-    return [readable(tensor) for tensor in _apart(whole, _heads(parts), dim=2)]
+    # Taken apart before ranks are put one after the other: the one copy of each is dense, and at
+    # B = 1 there is none but on a CPU.
+    by_rank = _apart(tables, _heads(parts), dim=3)
+    return [readable(tensor.movedim(0, 1).flatten(1, 2)) for tensor in by_rank]
 
 
 def to_sequence(channel: Channel, tensors: Sequence[Tensor]) -> Pending[list[Tensor]]:
