@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeAlias
+from functools import lru_cache, partial
+from itertools import accumulate
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ def specs_of(tensors: Sequence[Tensor] | Unwritten) -> list[Spec]:
     return [Spec.of(tensor) for tensor in tensors]
 
 
+def or_a_byte(tensor: Tensor) -> Tensor:
+    """A tensor to exchange; one byte for an empty one: NCCL wants every rank in its first."""
+    return tensor if tensor.numel() else tensor.new_empty(1, dtype=torch.uint8)
+
+
 def lengthened(message: Tensor, size: int) -> Tensor:
     """A message (uint8 ``[bytes]``) of ``size`` bytes; nobody reads what is added."""
     if len(message) == size:
@@ -90,8 +96,24 @@ def closed_up(messages: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat(kept).view(torch.uint8)
 
 
-def _sizes(specs: Sequence[Spec]) -> list[int]:
-    return padded(spec.nbytes for spec in specs)
+class _Place(NamedTuple):
+    """A tensor's first byte and bytes in a row, what it has there, and its dimension of rows."""
+
+    start: int
+    nbytes: int
+    row: Spec
+    dim: int
+
+
+@lru_cache(maxsize=512)
+def _places(specs: tuple[Spec, ...], dims: tuple[int, ...]) -> tuple[list[_Place], int]:
+    """Where tensors lie in a row of their message, and its bytes; the same for every layer."""
+    pairs = zip(specs, dims, strict=True)
+    rows = [Spec((*spec.shape[:dim], *spec.shape[dim + 1 :]), spec.dtype) for spec, dim in pairs]
+    sizes = padded(row.nbytes for row in rows)
+    *starts, end = accumulate(sizes, initial=0)
+    fields = zip(starts, rows, dims, strict=True)
+    return [_Place(start, row.nbytes, row, dim) for start, row, dim in fields], end
 
 
 def pack_rows(tensors: Sequence[Tensor] | Unwritten, dims: Sequence[int]) -> Tensor:
@@ -115,10 +137,10 @@ def pack_rows(tensors: Sequence[Tensor] | Unwritten, dims: Sequence[int]) -> Ten
         if len(tensors) == 1 and alone.is_contiguous() and alone.numel() > 1:  # 1 has any stride
             return alone.view(-1).view(torch.uint8).view(len(alone), -1)
         device, write = tensors[0].device, partial(_copy, tensors)
-    of_rows = [_row_of(spec, dim) for spec, dim in zip(specs, dims, strict=True)]
-    shape = specs[0].shape[dims[0]], sum(_sizes(of_rows))
+    _, row_bytes = _places(tuple(specs), tuple(dims))
+    shape = specs[0].shape[dims[0]], row_bytes
     buffer = torch.empty(shape, dtype=torch.uint8, device=device)
-    write(_unpack_rows(buffer, of_rows, dims))
+    write(unpack_rows(buffer, specs, dims))
     return buffer
 
 
@@ -155,23 +177,11 @@ def unpack_rows(buffer: Tensor, like: Sequence[Spec], dims: Sequence[int]) -> li
     Returns:
         Tensors of those shapes, with the buffer's rows, behind its leading dimensions.
     """
-    return _unpack_rows(
-        buffer, [_row_of(spec, dim) for spec, dim in zip(like, dims, strict=True)], dims
-    )
-
-
-def _row_of(spec: Spec, dim: int) -> Spec:
-    return Spec((*spec.shape[:dim], *spec.shape[dim + 1 :]), spec.dtype)
-
-
-def _unpack_rows(buffer: Tensor, rows: Sequence[Spec], dims: Sequence[int]) -> list[Tensor]:
-    views, start = [], 0
-    leading = buffer.dim() - 2
-    for spec, dim, nbytes in zip(rows, dims, _sizes(rows), strict=True):
-        piece = buffer.narrow(-1, start, spec.nbytes).view(spec.dtype)
-        view = piece.view(*buffer.shape[:-1], *spec.shape)
+    views, leading = [], buffer.dim() - 2
+    for start, nbytes, row, dim in _places(tuple(like), tuple(dims))[0]:
+        piece = buffer.narrow(-1, start, nbytes).view(row.dtype)
+        view = piece.view(*buffer.shape[:-1], *row.shape)
         views.append(view.movedim(leading, leading + dim) if dim else view)
-        start += nbytes
     return views
 
 

@@ -25,6 +25,7 @@ from ds_lvx.distributed.bundles import (
     Unwritten,
     closed_up,
     lengthened,
+    or_a_byte,
     pack_rows,
     readable,
     specs_of,
@@ -69,6 +70,8 @@ class Channel:
         self.size = 1 if group is None else dist.get_world_size(group)
         self._group = None if group is None else ref(group)
         self._home = self._group if home is None else ref(home)
+        config = "" if group is None else str(dist.get_backend_config(group))
+        self._speaks_gloo = "cpu:gloo" in config
         # This rank's tokens of the last batch where they are not side by side (`gather_sequence`).
         self.scattered: int | None = None
 
@@ -151,8 +154,7 @@ class Channel:
 
     def _control(self) -> ProcessGroup:
         assert self.group is not None
-        config = str(dist.get_backend_config(self.group))
-        if "cpu:gloo" in config:
+        if self._speaks_gloo:
             return self.group
         if self.group not in Channel._control_groups:
             ranks = dist.get_process_group_ranks(self.group)
@@ -219,7 +221,9 @@ class Channel:
         in_sizes, out_sizes = [own * row] * self.size, [length * row for length in lengths]
         flat = packed.view(-1)
         count("all_to_all", flat.numel() - own * row)
-        work = _all_to_all(arrived.view(-1), flat, in_sizes, out_sizes, group=self.home)
+        work = dist.all_to_all_single(
+            arrived.view(-1), flat, in_sizes, out_sizes, group=self.home, async_op=True
+        )
         return Pending("all_to_all", [work], lambda: unpack_rows(arrived, specs, dims), keep=packed)
 
     def shift(self, mine: Bundle, specs: Sequence[Spec], *, hops: int = 1) -> Pending[Bundle]:
@@ -238,18 +242,10 @@ class Channel:
         group = self.group if hops > 0 else self.home
         assert group is not None
         arrived = [spec.empty(mine[0].device) for spec in specs]
-        # NCCL wants every rank in its first exchange: where there is nothing, one byte goes.
-        nothing = torch.empty(1, dtype=torch.uint8, device=mine[0].device)
-        sent = [tensor.contiguous() if tensor.numel() else nothing for tensor in mine]
-        landing = [tensor if tensor.numel() else torch.empty_like(nothing) for tensor in arrived]
-        receiver = dist.get_global_rank(group, (self.rank + hops) % self.size)
-        sender = dist.get_global_rank(group, (self.rank - hops) % self.size)
-        # gloo tells the sender that it may begin on the connection that the answer takes: behind
-        # what this rank sends, two neighbours would send one after the other.
-        operations = [dist.P2POp(dist.irecv, tensor, sender, group) for tensor in landing]
-        operations += [dist.P2POp(dist.isend, tensor, receiver, group) for tensor in sent]
+        sent, landing = [or_a_byte(t.contiguous()) for t in mine], [or_a_byte(t) for t in arrived]
+        receiver, sender = (self.rank + hops) % self.size, (self.rank - hops) % self.size
         count("send_recv", sum(tensor.nbytes for tensor in sent))
-        works = dist.batch_isend_irecv(operations)
+        works = _swap(sent, landing, receiver, sender, group=group)
         return Pending("send_recv", works, lambda: arrived, keep=(sent, landing))
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -287,7 +283,9 @@ class Channel:
             # round a ring, which takes three times as long for messages of some kilobytes.
             each, sent = len(mine), mine.repeat(self.size)
             arrived, own = mine.new_empty(sum(sizes)), [each] * self.size
-            work = _all_to_all(arrived, sent, list(sizes), own, group=self.group)
+            work = dist.all_to_all_single(
+                arrived, sent, list(sizes), own, group=self.group, async_op=True
+            )
         count("all_gather", each * (self.size - 1))
         return Pending("all_gather", [work], lambda: closed_up(arrived, sizes), keep=sent)
 
@@ -302,15 +300,20 @@ def _alive(group: ref[ProcessGroup] | None) -> ProcessGroup | None:
     return found
 
 
-def _all_to_all(
-    arrived: Tensor,
-    sent: Tensor,
-    in_sizes: list[int],
-    out_sizes: list[int],
-    *,
-    group: ProcessGroup | None,
-) -> Any:
-    return dist.all_to_all_single(arrived, sent, in_sizes, out_sizes, group=group, async_op=True)
+def _swap(
+    sent: Bundle, landing: Bundle, receiver: int, sender: int, *, group: ProcessGroup
+) -> Sequence[Any]:
+    """Send tensors to one rank of the group and receive from another; the handles.
+
+    gloo tells the sender that it may begin on the connection that the answer takes: behind what
+    this rank sends, two neighbours would send one after the other. Hence receiving comes first.
+    """
+    if sent[0].device.type == "cpu":  # gloo has no batches, and the checks of one take its time
+        works = [group.recv([tensor], sender, 0) for tensor in landing]
+        return works + [group.send([tensor], receiver, 0) for tensor in sent]
+    operations = [dist.P2POp(dist.irecv, t, group=group, group_peer=sender) for t in landing]
+    operations += [dist.P2POp(dist.isend, t, group=group, group_peer=receiver) for t in sent]
+    return dist.batch_isend_irecv(operations)
 
 
 def _go_alike(mine: Tensor, sizes: Sequence[int]) -> bool:
