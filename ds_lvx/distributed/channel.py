@@ -24,6 +24,7 @@ from ds_lvx.distributed.bundles import (
     Spec,
     Unwritten,
     closed_up,
+    go_alike,
     lengthened,
     pack_rows,
     readable,
@@ -215,11 +216,12 @@ class Channel:
         row, own = packed.shape[1], lengths[self.rank]
         if self.size == 1:
             return Pending(None, (), lambda: unpack_rows(packed.unsqueeze(0), specs, dims))
-        arrived = packed.new_empty(self.size, own, row)
-        in_sizes, out_sizes = [own * row] * self.size, [length * row for length in lengths]
-        flat = packed.view(-1)
+        arrived, flat = packed.new_empty(self.size, own, row), packed.view(-1)
+        sizes = [own * row] * self.size, [length * row for length in lengths]
         count("all_to_all", flat.numel() - own * row)
-        work = _all_to_all(arrived.view(-1), flat, in_sizes, out_sizes, group=self.home)
+        work = dist.all_to_all_single(
+            arrived.view(-1), flat, *sizes, group=self.home, async_op=True
+        )
         return Pending("all_to_all", [work], lambda: unpack_rows(arrived, specs, dims), keep=packed)
 
     def shift(self, mine: Bundle, specs: Sequence[Spec], *, hops: int = 1) -> Pending[Bundle]:
@@ -252,6 +254,22 @@ class Channel:
         works = dist.batch_isend_irecv(operations)
         return Pending("send_recv", works, lambda: arrived, keep=(sent, landing))
 
+    def copies_of_shared(self, device: torch.device) -> int:
+        """Rows of what `share` sends: on a CPU one for every rank (see `_gather`)."""
+        return self.size if device.type == "cpu" else 1
+
+    def share(self, sent: Tensor, arrived: Tensor) -> None:
+        """All-gather a message between buffers that their owner keeps, and wait for it.
+
+        Args:
+            sent: ``[copies, bytes]``, this rank's message, as often as `copies_of_shared` says.
+            arrived: ``[n, bytes]``, for those of all ranks.
+        """
+        collective = dist.all_to_all_single if len(sent) == self.size else _all_gather
+        with blocking("all_gather"):
+            collective(arrived, sent, group=self.group)
+        count("all_gather", (self.size - 1) * sent[0].nbytes)
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum of ``tensor`` over the group, in its own dtype; ``tensor`` is left as it is.
 
@@ -278,7 +296,7 @@ class Channel:
             mine: uint8 ``[bytes]``.
             sizes: bytes of every rank.
         """
-        if _go_alike(mine, sizes):
+        if go_alike(mine, sizes):
             each = max(sizes)
             sent, arrived = lengthened(mine, each), mine.new_empty(self.size * each)
             work = _all_gather(arrived, sent, group=self.group, async_op=True)
@@ -287,7 +305,9 @@ class Channel:
             # round a ring, which takes three times as long for messages of some kilobytes.
             each, sent = len(mine), mine.repeat(self.size)
             arrived, own = mine.new_empty(sum(sizes)), [each] * self.size
-            work = _all_to_all(arrived, sent, list(sizes), own, group=self.group)
+            work = dist.all_to_all_single(
+                arrived, sent, list(sizes), own, group=self.group, async_op=True
+            )
         count("all_gather", each * (self.size - 1))
         return Pending("all_gather", [work], lambda: closed_up(arrived, sizes), keep=sent)
 
@@ -300,22 +320,6 @@ def _alive(group: ref[ProcessGroup] | None) -> ProcessGroup | None:
             "the groups only after the last use"
         )
     return found
-
-
-def _all_to_all(
-    arrived: Tensor,
-    sent: Tensor,
-    in_sizes: list[int],
-    out_sizes: list[int],
-    *,
-    group: ProcessGroup | None,
-) -> Any:
-    return dist.all_to_all_single(arrived, sent, in_sizes, out_sizes, group=group, async_op=True)
-
-
-def _go_alike(mine: Tensor, sizes: Sequence[int]) -> bool:
-    """Whether messages of these bytes go as long as the longest, which adds an eighth at most."""
-    return mine.device.type != "cpu" and 8 * max(sizes) * len(sizes) <= 9 * sum(sizes)
 
 
 # --------------------------------------------------------------------------------------------
