@@ -52,7 +52,11 @@ def profile(job: Job, ranks: Ranks, *, quick: bool = False) -> dict[str, Any]:
         dtype=job.dtype,
     )
     found = calibrate.calibrate(
-        ranks=ranks.count, network=ranks.network, samples=samples, threads=ranks.threads
+        ranks=ranks.count,
+        network=ranks.network,
+        samples=samples,
+        threads=ranks.threads,
+        environment=PROMPT_FREEING,  # new memory takes its time, there as here
     )
     return {**found, "answers": _short(found["answers"])}
 
