@@ -1,12 +1,12 @@
 """What a rank does to measure generation: answers over visual inputs of several lengths.
 
-Beside them it measures what a layer's message costs, with the merge of its parts and without, and,
-for the planner, the steps of models on text alone.
+Beside them it measures what a layer's message costs, with packing and merge and without, and, for
+the planner, the steps of models on text alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,11 +20,13 @@ import ds_lvx
 from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.layout import Layout
+from ds_lvx.attention.schedules.replicated import Parts
 from ds_lvx.compare.case import Case
 from ds_lvx.compare.harness import joined, meet, now, own_device
 from ds_lvx.compare.peak import meter
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.choice import kernel_for
+from ds_lvx.kernels.merge import empty_part
 from ds_lvx.models.size import Size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -97,7 +99,7 @@ def generate(job: Job) -> dict[str, Any]:
     Returns:
         ``answers``, one a sample: ``prompt_s``; ``token_s`` by token; ``kept_bytes`` after the
         prompt and ``peak_bytes``, above what was there before; ``tokens``, what was chosen. And
-        ``exchange_s`` and ``collective_s`` by message, empty on one rank.
+        ``exchange_s``, ``collective_s`` and ``call_s`` by message, empty on one rank.
     """
     with joined(), _patched(job) as (model, session):
         # What the first use of anything costs, in seconds and in bytes, is not counted.
@@ -178,25 +180,50 @@ def _timed(model: Any, job: Job, batch: Mapping[str, Tensor]) -> tuple[Tensor, C
 
 
 def _messages(job: Job, channel: Channel) -> dict[str, list[float]]:
-    """Seconds of the exchange of a layer's parts for one token, and of the bare collective."""
-    samples: dict[str, list[float]] = {"exchange_s": [], "collective_s": []}
+    """Seconds of a layer's message for one token, in pairs with the collective alone.
+
+    The collective is that of the message: the same buffers, of which nothing is written or read.
+    Which of both is first changes from pair to pair. Beside them stands the whole call.
+    """
+    samples: dict[str, list[float]] = {"exchange_s": [], "collective_s": [], "call_s": []}
     if channel.size == 1:
         return samples
-    heads, head_dim, device = job.case.heads, _head_dim(job.case), own_device()
-    q = torch.randn(1, 1, heads, head_dim, device=device, dtype=DTYPES[job.dtype])
-    nothing, one_each = q[:, :0, : job.case.kv_heads], (1,) * channel.size
-    layout = Layout(channel, one_each, (0,) * channel.size, device=q.device)
-    call = Call(layout, kernel=kernel_for("auto", q), softmax_scale=1.0, schedule="replicated")
-    part = torch.zeros(1, heads * (head_dim + 1), device=device)
+    q, call = token_call(
+        channel,
+        heads=job.case.heads,
+        kv_heads=job.case.kv_heads,
+        head_dim=_head_dim(job.case),
+        dtype=DTYPES[job.dtype],
+    )
+    parts, (out, lse) = Parts(channel, q, seen=True), empty_part(q, torch.float32)
+    runs: dict[str, Callable[[], Any]] = {
+        "exchange_s": lambda: parts.merged(out, lse.zero_()),
+        "collective_s": parts.share,
+        "call_s": call,
+    }
     with torch.no_grad():
-        for _ in range(_MESSAGES):  # side by side, so that both have the same neighbours
-            start = now()
-            lvx.attend(call, q, nothing, nothing)
-            middle = now()
-            channel.gather_rows([part], [0], one_each).wait()
-            samples["exchange_s"].append(middle - start)
-            samples["collective_s"].append(now() - middle)
+        for number in range(_MESSAGES):
+            for name in (list(runs), list(runs)[::-1])[number % 2]:
+                start = now()
+                runs[name]()
+                samples[name].append(now() - start)
     return {name: each[_MESSAGES // 10 :] for name, each in samples.items()}
+
+
+def token_call(
+    channel: Channel, *, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Callable[[], Any]]:
+    """One query on this rank's device, and the attention of a layer to no key of any rank.
+
+    Args:
+        channel: two ranks or more.
+        heads, kv_heads, head_dim, dtype: of the layer.
+    """
+    q = torch.randn(1, 1, heads, head_dim, device=own_device(), dtype=dtype)
+    nothing, ranks = q[:, :0, :kv_heads], channel.size
+    layout = Layout(channel, (1,) * ranks, (0,) * ranks, device=q.device)
+    call = Call(layout, kernel=kernel_for("auto", q), softmax_scale=1.0, schedule="replicated")
+    return q, lambda: lvx.attend(call, q, nothing, nothing)
 
 
 def _head_dim(case: Case) -> int:

@@ -52,7 +52,11 @@ def profile(job: Job, ranks: Ranks, *, quick: bool = False) -> dict[str, Any]:
         dtype=job.dtype,
     )
     found = calibrate.calibrate(
-        ranks=ranks.count, network=ranks.network, samples=samples, threads=ranks.threads
+        ranks=ranks.count,
+        network=ranks.network,
+        samples=samples,
+        threads=ranks.threads,
+        environment=PROMPT_FREEING,  # new memory takes its time, there as here
     )
     return {**found, "answers": _short(found["answers"])}
 
@@ -110,8 +114,8 @@ def record(job: Job, ranks: Ranks, known: Mapping[str, Any]) -> dict[str, Any]:
         known: of `profile`.
 
     Returns:
-        ``records``, one a sample, and ``messages``: the exchange and the collective of a layer;
-        None on one rank.
+        ``records``, one a sample, and ``messages``: the exchange and the collective of a layer,
+        and the whole call; None on one rank.
 
     Raises:
         RunError: a rank failed.
@@ -151,7 +155,7 @@ def _together(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _messages(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    names = ("exchange_s", "collective_s")
+    names = ("exchange_s", "collective_s", "call_s")
     found = {name: spread(slowest(*(answer[name] for answer in answers))) for name in names}
     ratio = found["exchange_s"]["median"] / found["collective_s"]["median"]
     return {"ranks": len(answers), **found, "exchange_per_collective": ratio}
@@ -224,11 +228,10 @@ _CELLS: Cells = {
 }
 _MESSAGE_CELLS: Cells = {
     "ranks": "{ranks}",
-    "a layer's exchange, us (p10 to p90)": lambda r: percentiles(
-        _scaled(r["exchange_s"], 1e6), "{:.0f}".format
-    ),
-    "the collective's own": lambda r: percentiles(_scaled(r["collective_s"], 1e6), "{:.0f}".format),
+    "packing, collective and merge, us (p10 to p90)": lambda r: _microseconds(r["exchange_s"]),
+    "the collective alone": lambda r: _microseconds(r["collective_s"]),
     "ratio": "{exchange_per_collective:.2f}",
+    "a whole call without keys": lambda r: _microseconds(r.get("call_s")),
 }
 
 
@@ -255,6 +258,10 @@ def draw(results: Results) -> Any:
         axes.set_title(title)
         axes.legend()
     return figure
+
+
+def _microseconds(seconds: Mapping[str, Any] | None) -> str:
+    return "-" if seconds is None else percentiles(_scaled(seconds, 1e6), "{:.0f}".format)
 
 
 def _scaled(seconds: Mapping[str, Any], factor: float) -> dict[str, float]:

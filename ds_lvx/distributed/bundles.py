@@ -69,6 +69,11 @@ def or_a_byte(tensor: Tensor) -> Tensor:
     return tensor if tensor.numel() else tensor.new_empty(1, dtype=torch.uint8)
 
 
+def go_alike(message: Tensor, sizes: Sequence[int]) -> bool:
+    """Whether messages of these bytes go as long as the longest, which adds an eighth at most."""
+    return message.device.type != "cpu" and 8 * max(sizes) * len(sizes) <= 9 * sum(sizes)
+
+
 def lengthened(message: Tensor, size: int) -> Tensor:
     """A message (uint8 ``[bytes]``) of ``size`` bytes; nobody reads what is added."""
     if len(message) == size:
@@ -127,8 +132,6 @@ def pack_rows(tensors: Sequence[Tensor] | Unwritten, dims: Sequence[int]) -> Ten
         uint8 ``[rows, bytes of a row]``; one tensor alone that lies in memory like this is not
         copied.
     """
-    if not isinstance(tensors, Unwritten) and len(tensors) > 1 and _are_one_row(tensors, dims):
-        return _as_one_row(tensors)
     specs = specs_of(tensors)
     if isinstance(tensors, Unwritten):
         device, write = tensors.device, tensors.write
@@ -142,23 +145,6 @@ def pack_rows(tensors: Sequence[Tensor] | Unwritten, dims: Sequence[int]) -> Ten
     buffer = torch.empty(shape, dtype=torch.uint8, device=device)
     write(unpack_rows(buffer, specs, dims))
     return buffer
-
-
-def _are_one_row(tensors: Sequence[Tensor], dims: Sequence[int]) -> bool:
-    return tensors[0].shape[dims[0]] == 1 and all(tensor.numel() for tensor in tensors)
-
-
-def _as_one_row(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one row each, in one operation: what a generation sends for every token."""
-    pieces = []
-    for tensor, size in zip(tensors, padded(tensor.nbytes for tensor in tensors), strict=True):
-        # A single element may have any stride and still be contiguous.
-        row = tensor.clone(memory_format=torch.contiguous_format) if tensor.numel() == 1 else tensor
-        piece = row.contiguous().view(-1).view(torch.uint8)
-        pieces.append(piece)
-        if size > len(piece):
-            pieces.append(piece.new_empty(size - len(piece)))
-    return torch.cat(pieces).unsqueeze(0)
 
 
 def _copy(tensors: Sequence[Tensor], into: Bundle) -> None:

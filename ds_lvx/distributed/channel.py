@@ -24,6 +24,7 @@ from ds_lvx.distributed.bundles import (
     Spec,
     Unwritten,
     closed_up,
+    go_alike,
     lengthened,
     or_a_byte,
     pack_rows,
@@ -217,12 +218,11 @@ class Channel:
         row, own = packed.shape[1], lengths[self.rank]
         if self.size == 1:
             return Pending(None, (), lambda: unpack_rows(packed.unsqueeze(0), specs, dims))
-        arrived = packed.new_empty(self.size, own, row)
-        in_sizes, out_sizes = [own * row] * self.size, [length * row for length in lengths]
-        flat = packed.view(-1)
+        arrived, flat = packed.new_empty(self.size, own, row), packed.view(-1)
+        sizes = [own * row] * self.size, [length * row for length in lengths]
         count("all_to_all", flat.numel() - own * row)
         work = dist.all_to_all_single(
-            arrived.view(-1), flat, in_sizes, out_sizes, group=self.home, async_op=True
+            arrived.view(-1), flat, *sizes, group=self.home, async_op=True
         )
         return Pending("all_to_all", [work], lambda: unpack_rows(arrived, specs, dims), keep=packed)
 
@@ -247,6 +247,22 @@ class Channel:
         count("send_recv", sum(tensor.nbytes for tensor in sent))
         works = _swap(sent, landing, receiver, sender, group=group)
         return Pending("send_recv", works, lambda: arrived, keep=(sent, landing))
+
+    def copies_of_shared(self, device: torch.device) -> int:
+        """Rows of what `share` sends: on a CPU one for every rank (see `_gather`)."""
+        return self.size if device.type == "cpu" else 1
+
+    def share(self, sent: Tensor, arrived: Tensor) -> None:
+        """All-gather a message between buffers that their owner keeps, and wait for it.
+
+        Args:
+            sent: ``[copies, bytes]``, this rank's message, as often as `copies_of_shared` says.
+            arrived: ``[n, bytes]``, for those of all ranks.
+        """
+        collective = dist.all_to_all_single if len(sent) == self.size else _all_gather
+        with blocking("all_gather"):
+            collective(arrived, sent, group=self.group)
+        count("all_gather", (self.size - 1) * sent[0].nbytes)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum of ``tensor`` over the group, in its own dtype; ``tensor`` is left as it is.
@@ -274,7 +290,7 @@ class Channel:
             mine: uint8 ``[bytes]``.
             sizes: bytes of every rank.
         """
-        if _go_alike(mine, sizes):
+        if go_alike(mine, sizes):
             each = max(sizes)
             sent, arrived = lengthened(mine, each), mine.new_empty(self.size * each)
             work = _all_gather(arrived, sent, group=self.group, async_op=True)
@@ -314,11 +330,6 @@ def _swap(
     operations = [dist.P2POp(dist.irecv, t, group=group, group_peer=sender) for t in landing]
     operations += [dist.P2POp(dist.isend, t, group=group, group_peer=receiver) for t in sent]
     return dist.batch_isend_irecv(operations)
-
-
-def _go_alike(mine: Tensor, sizes: Sequence[int]) -> bool:
-    """Whether messages of these bytes go as long as the longest, which adds an eighth at most."""
-    return mine.device.type != "cpu" and 8 * max(sizes) * len(sizes) <= 9 * sum(sizes)
 
 
 # --------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def calibrate(
     quick: bool = False,
     samples: measure.Samples | None = None,
     threads: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Measure on ``ranks`` fresh processes of this machine; on a CPU they share its cores.
 
@@ -83,6 +84,7 @@ def calibrate(
         quick: tiny shapes, to try it.
         samples: what is measured in place of what serves every plan.
         threads: of a rank; None is its share of the cores.
+        environment: further variables of the processes.
 
     Raises:
         ValueError: more ranks than GPUs.
@@ -95,7 +97,8 @@ def calibrate(
         )
     request = samples or (_QUICK if quick else _GPU if cuda else _CPU)
     threads = max(cores() // ranks, 1) if threads is None else threads
-    where = Ranks(ranks, threads, "cuda" if cuda else "cpu", network)
+    kind = "cuda" if cuda else "cpu"
+    where = Ranks(ranks, threads, kind, network, environment=environment or {})
     answers = on_ranks(measure.measure, request, where)
     begin = header(emulated=network is not None, device=where.device)
     # One rank shows no link: what is guessed of the device stands there.

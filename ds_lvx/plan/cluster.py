@@ -146,6 +146,12 @@ class Device:
     weights_bytes_per_s: float | None = None
     layer_s: float = LAYER_S
     token_s: float = TOKEN_S
+    # Of a layer's message for a token, what comes to the bare collective: the call, packing and
+    # merge, and that caches hold other things (None: by its operations).
+    around_s: float | None = None
+    # Of a byte of memory that is written for the first time, besides. Nothing on a GPU, whose
+    # allocator keeps what was freed.
+    new_byte_s: float = 0.0
 
     @property
     def limit_bytes(self) -> int:

@@ -131,7 +131,31 @@ def _one_token(answers: Answers) -> dict[str, Any]:
         "weights_bytes_per_s": first["weights"]["bytes"] / reading_s,
         "layer_s": layer_s,
         "token_s": max(few - layers * layer_s, 0.0),
+        **_new_memory(answers),
+        **_around(answers),
     }
+
+
+def _new_memory(answers: Answers) -> dict[str, float]:
+    """What an operation takes longer into new memory than in place."""
+    first = answers[0]
+    if "new" not in first:
+        return {}
+    new_s, old_s = (slowest(answer[name] for answer in answers) for name in ("new", "elementwise"))
+    nbytes = first["new"]["numbers"] * first["new"]["bytes_written"]
+    return {"new_byte_s": max(new_s - old_s, 0.0) / nbytes}
+
+
+def _around(answers: Answers) -> dict[str, float]:
+    """What the message of a token takes longer than the collective of a small message.
+
+    The rank that comes last waits for nobody: its time counts.
+    """
+    if not answers[0].get("token"):
+        return {}
+    call_s = np.median(np.min([answer["token"]["seconds"] for answer in answers], axis=0))
+    small_s = slowest((answer["transfers"]["gather"][0] for answer in answers), at=0.25)
+    return {"around_s": max(float(call_s) - small_s, 0.0)}
 
 
 def link(answers: Answers) -> Link:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ds_lvx.plan.cluster import Cluster
+from ds_lvx.plan.cluster import Cluster, Device
 from ds_lvx.plan.cost import cost
 from ds_lvx.plan.memory import LAYER_BYTES, tower_bytes
 from ds_lvx.plan.pieces import FP32_BYTES
@@ -20,6 +20,9 @@ _WAY = "lvx replicated"
 _WITNESS_BYTES = 16  # in a token's first message: which one it is, and the token
 # Of K in its norm, in fp32: two of what goes in, what is squared, and what comes out.
 _NORM_TENSORS = 2
+# Numbers that its operations read and write, and those of them that lie in new memory: squares and
+# their mean, the product with its root, that with the weights.
+_NORM_NUMBERS, _NORM_NEW = 7, 3
 
 
 @dataclass(frozen=True)
@@ -171,9 +174,10 @@ def _token(scenario: Scenario, cluster: Cluster, layer: Pass, new_tokens: int) -
     text = scenario.text_tokens + new_tokens // 2
     read = scenario.element_bytes * sum(_decoder_parameters(scenario))
     read += text * _text_token_bytes(scenario)
+    around_s = layer.other_s if device.around_s is None or not layer.messages else device.around_s
     parts = {
         "weights and text": read / rate,
-        "visual keys": count * (layer.kernel_s + layer.other_s),
+        "visual keys": count * (layer.kernel_s + around_s),
         "network": count * layer.exposed_s,
     }
     return {**parts, "host": _host_s(scenario, cluster, hiding_s=sum(parts.values()))}
@@ -186,13 +190,36 @@ def _prompt(scenario: Scenario, cluster: Cluster, layer: Pass, *, ranks: int) ->
     attention = cost(replace(scenario.text_shape(1), backward=False), cluster, "none").forward
     text += scenario.model.text.count * attention.seconds
     parts = {
-        "vision": vision_s(scenario, device, ranks, backward=False),
-        "projection of K and V": count * layer.projection_s,
+        "vision": vision_s(scenario, device, ranks, backward=False)
+        + _written_s(device, _features_bytes(scenario, ranks), copies=2),
+        "projection of K and V": count * (layer.projection_s + _keys_s(scenario, device, ranks)),
         "visual keys": count * (layer.kernel_s + layer.other_s),
         "network": count * layer.exposed_s,
         "text": text,
     }
     return {**parts, "host": _host_s(scenario, cluster, hiding_s=sum(parts.values()))}
+
+
+def _written_s(device: Device, nbytes: float, *, copies: int = 1) -> float:
+    """So many bytes into new memory, in each of some copies."""
+    return copies * nbytes * (1 / device.stream_bytes_per_s + device.new_byte_s)
+
+
+def _keys_s(scenario: Scenario, device: Device, ranks: int) -> float:
+    """Of a layer, what K and V take beside their products: new memory, and K's norm in fp32."""
+    cross = scenario.model.cross
+    tokens = scenario.frames_of_a_rank(ranks) * scenario.model.frame_tokens
+    numbers = tokens * cross.kv_heads * cross.head_dim
+    written = _written_s(device, 2 * numbers * scenario.element_bytes)
+    norm_s = _NORM_NUMBERS / device.stream_bytes_per_s + _NORM_NEW * device.new_byte_s
+    return written + numbers * FP32_BYTES * norm_s
+
+
+def _features_bytes(scenario: Scenario, ranks: int) -> int:
+    """Of a rank's features."""
+    model = scenario.model
+    tokens = scenario.frames_of_a_rank(ranks) * model.frame_tokens
+    return scenario.element_bytes * tokens * (model.cross.features_dim or model.cross.hidden)
 
 
 def _host_s(scenario: Scenario, cluster: Cluster, *, hiding_s: float) -> float:
@@ -222,7 +249,7 @@ def held(scenario: Scenario, *, ranks: int, new_tokens: int) -> Held:
     tokens = frames * model.frame_tokens
     width = model.cross.kv_heads * model.cross.head_dim
     layer = 2 * e * tokens * width
-    features = e * tokens * (model.cross.features_dim or model.cross.hidden)
+    features = _features_bytes(scenario, ranks)
     norm = tokens * width * (e + _NORM_TENSORS * FP32_BYTES)
     vision, _ = tower_bytes(replace(scenario, trains="cross"), frames * model.tower_tokens)
     text = (scenario.text_tokens + new_tokens) * _text_token_bytes(scenario)

@@ -22,7 +22,7 @@ from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.common import delta_of
 from ds_lvx.attention.layout import Layout
-from ds_lvx.compare.decoding import own_steps
+from ds_lvx.compare.decoding import own_steps, token_call
 from ds_lvx.compare.harness import joined, meet, now
 from ds_lvx.distributed.bundles import Bundle, Spec
 from ds_lvx.distributed.channel import Channel
@@ -37,7 +37,10 @@ _OPERATIONS = 100
 _FROM_MEMORY_BYTES = 2**28
 """More than what caches hold."""
 _MATRICES = 32
+_SWEPT_BYTES = 2**26
+"""As much as the caches of a processor hold."""
 _TOKENS = 4  # for each repeat
+_CALLS = 4
 
 Run: TypeAlias = Callable[[], object]
 
@@ -76,6 +79,7 @@ def measure(wanted: Samples) -> dict[str, Any]:
             "kernels": _kernels(bench),
             **_operations(bench),
             "transfers": _transfers(bench) if several else {},
+            "token": _token(bench) if several else {},
             "hidden": [_hidden(bench)] if several else [],
         }
 
@@ -184,6 +188,11 @@ def _operations(bench: _Bench) -> dict[str, Any]:
             "bytes": sum(each.nbytes for each in weights),
             "seconds": bench.seconds(lambda: [functional.linear(row, each) for each in weights]),
         },
+        "new": {
+            "numbers": elements,
+            "bytes_written": wide.itemsize,
+            "seconds": bench.seconds(lambda: wide + narrow),
+        },
         "call": {"seconds": bench.seconds(_call(bench))},
         "steps": own_steps(dtype=bench.wanted.dtype, tokens=_TOKENS * bench.wanted.repeats),
     }
@@ -264,6 +273,34 @@ def _transfer(kind: str, world: Channel, message: Tensor) -> Run:
             each.wait()
 
     return rotate
+
+
+def _token(bench: _Bench) -> dict[str, list[float]]:
+    """The call of a layer for one token, by ranks that have just gone through all caches.
+
+    Of the time from there on. Ranks come to it one after the other, as in a step.
+    """
+    wanted = bench.wanted
+    _, call = token_call(
+        bench.world,
+        heads=wanted.heads,
+        kv_heads=wanted.kv_heads,
+        head_dim=wanted.head_dim,
+        dtype=getattr(torch, wanted.dtype),
+    )
+    swept = torch.zeros(min(_SWEPT_BYTES, 64 * wanted.elements), dtype=torch.uint8)
+    swept = swept.to(bench.device)
+
+    def once() -> float:
+        meet(bench.world)
+        swept.add_(1)
+        start = now()
+        call()
+        return now() - start
+
+    with torch.no_grad():
+        once()
+        return {"seconds": [once() for _ in range(_CALLS * wanted.repeats)]}
 
 
 def _hidden(bench: _Bench) -> dict[str, Any]:

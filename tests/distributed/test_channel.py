@@ -114,7 +114,7 @@ def run_gathers_of_one_length() -> list[int]:
     """Messages as long as the longest, as on an accelerator; bytes that this rank has sent."""
     channel, dims, sent = Channel.world(), (0, 1, 2), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(channels, "_go_alike", lambda mine, sizes: True)
+        patch.setattr(channels, "go_alike", lambda mine, sizes: True)
         for lengths in ([3, 3, 2], [4, 0, 1]):
             with ds_lvx.traffic() as counted:
                 arriving = channel.gather_rows(rows_of([channel.rank], lengths), dims, lengths)
@@ -133,8 +133,8 @@ def test_unequal_rows_go_by_a_plain_all_gather() -> None:
     assert run_ranks(run_gathers_of_one_length, 3) == [[2 * row * 3, 2 * row * 4]] * 3
     elsewhere = torch.empty(1, device="meta")
     for sizes, alike in (([5, 5], True), ([9, 9, 8, 8], True), ([9, 9, 5], False), ([4, 0], False)):
-        assert channels._go_alike(elsewhere, sizes) is alike
-        assert not channels._go_alike(torch.empty(1), sizes)
+        assert channels.go_alike(elsewhere, sizes) is alike
+        assert not channels.go_alike(torch.empty(1), sizes)
 
 
 def run_on_two_groups() -> list[str]:

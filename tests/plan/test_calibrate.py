@@ -73,6 +73,21 @@ def test_the_slowest_rank_counts() -> None:
     assert fit.slowest(answers, at=0.25) == 2.75  # between 2.5 and 3.0
 
 
+def test_what_new_memory_and_a_tokens_message_cost() -> None:
+    new = {"numbers": 1000, "bytes_written": 4, "seconds": [5e-6]}
+    steps = [{"layers": layers, "seconds": [1e-3]} for layers in (2, 6)]
+    common = {"new": new, "elementwise": {"seconds": [1e-6]}, "steps": steps}
+    common |= {"weights": {"bytes": 1, "seconds": [1.0]}}
+    gather = {"transfers": {"gather": [{"bytes": 1, "seconds": [4e-4]}]}}
+    # Either rank is the last to arrive in some of the calls, and waits for nobody.
+    calls = ([9e-4, 8e-4, 3e-3], [2e-3, 7e-3, 6e-4])
+    answers = [{**common, **gather, "token": {"seconds": each}} for each in calls]
+    found = fit._one_token(answers)
+    assert found["new_byte_s"] == pytest.approx(1e-9)
+    assert found["around_s"] == pytest.approx(8e-4 - 4e-4)
+    assert "around_s" not in fit._one_token([{**common, "token": {}}])  # one rank has no messages
+
+
 def test_what_a_hidden_transfer_costs_the_kernel_above_it() -> None:
     times = {"kernel": [0.05], "shifts": [0.01], "both": [0.054]}  # two of them, 2 ms each
     kinds = ("shift", "gather", "exchange", "shifts")

@@ -62,6 +62,26 @@ def test_one_rank_sends_nothing_and_a_gpu_hides_its_host() -> None:
     assert found.token["host"] == 0
 
 
+def test_what_stands_around_a_message_and_new_memory() -> None:
+    device = replace(DEVICE, around_s=5e-4, new_byte_s=1e-9)
+    known = replace(CLUSTER, device=device)
+    before, found, alone = (
+        generation(SCENARIO, cluster, ranks=ranks, new_tokens=20)
+        for cluster, ranks in ((CLUSTER, 4), (known, 4), (known, 1))
+    )
+    keys = 8 * 4 * 6404 * 1024 * 1e-12
+    assert found.token["visual keys"] == pytest.approx(keys + 8 * 5e-4)
+    assert found.token["network"] == before.token["network"]
+    assert alone.token["visual keys"] == pytest.approx(4 * keys)  # which sends nothing
+    # K and V in bf16, and three tensors as large as K in fp32; the features, twice.
+    tokens = 4 * 6404
+    new = 8 * tokens * 1024 * (2 * 2 + 3 * 4) * 1e-9
+    projection = (each.prompt["projection of K and V"] for each in (found, before))
+    assert next(projection) - next(projection) == pytest.approx(new)
+    vision = (each.prompt["vision"] for each in (found, before))
+    assert next(vision) - next(vision) == pytest.approx(2 * tokens * 4096 * 2 * 1e-9)
+
+
 def test_memory() -> None:
     found = generation(SCENARIO, CLUSTER, ranks=4, new_tokens=20).held
     tokens = 4 * 6404

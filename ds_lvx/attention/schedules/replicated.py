@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
+import torch
 from torch import Tensor
 
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.keys import Keys, Saved
 from ds_lvx.attention.shape import goes_at_once
 from ds_lvx.attention.witness import Witness
+from ds_lvx.distributed.alignment import padded
+from ds_lvx.distributed.bundles import Spec, unpack_rows
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.kernels.merge import (
-    accumulation_dtype,
-    empty_part,
-    merge_stacked,
-    per_row,
-    weight_of,
-)
+from ds_lvx.kernels.merge import accumulation_dtype, empty_part, per_row, weight_of
 from ds_lvx.kernels.rule import Rule
 
 
@@ -35,12 +34,12 @@ class Replicated:
         """
         keys.prepare()
         out, lse = keys.attend(call, q, _rule(call))
+        if call.channel.size > 1 and Parts.suffice(q, call.channel):
+            return Parts.of(call, q).merged(out, lse, call.witness)
         out = out.to(accumulation_dtype(q.dtype))
         if call.channel.size == 1:
             return out, lse
-        outs, lses = _gather(call.channel, out, lse, call.witness)
-        if outs is not None:
-            return merge_stacked(outs, lses)
+        lses = _gather_lse(call.channel, lse, call.witness)
         total = lses.logsumexp(dim=0)
         return call.channel.all_reduce(out * per_row(weight_of(lse, total))), total
 
@@ -50,6 +49,92 @@ class Replicated:
         dq = keys.gradients(call, saved, _rule(call))
         keys.finish()
         return call.channel.all_reduce(dq.to(accumulation_dtype(saved.q.dtype)))
+
+
+class Parts:
+    """The message of few queries: out and lse of every rank, and what a witness says.
+
+    Every token of a generation sends one like the last in every layer. So its buffers are kept, and
+    where out and lse lie in them is found once: a part is written to its place, and merged from
+    where it arrived.
+
+    Args:
+        channel: the ranks, two or more.
+        q: like the queries ``[B, S, H, D]``; only its shape, dtype and device matter.
+        numbers: of the witness; 0 without one.
+        seen: every query sees a key of this rank.
+    """
+
+    def __init__(self, channel: Channel, q: Tensor, numbers: int = 0, *, seen: bool) -> None:
+        dtype = accumulation_dtype(q.dtype)
+        specs = [Spec((1, *q.shape[:3]), dtype), Spec((1, *q.shape), dtype)]
+        specs += [Spec((1, numbers), torch.int64)] if numbers else []
+        nbytes, first = sum(padded(spec.nbytes for spec in specs)), [0] * len(specs)
+        with torch.inference_mode(False):  # or nothing outside of one could write to them
+            self._sent, self._arrived = (
+                torch.empty(rows, nbytes, dtype=torch.uint8, device=q.device)
+                for rows in (channel.copies_of_shared(q.device), channel.size)
+            )
+            lse, *self._mine = unpack_rows(self._sent, specs, first)
+            lses, self._outs, *self._said = unpack_rows(self._arrived, specs, first)
+        self._lse = lse.transpose(-1, -2)  # [..., H, S], as kernels have it
+        self._rows = lses.unsqueeze(-1)  # to multiply out with
+        self._lses = self._rows.unbind()
+        self._channel = channel
+        self._least = None if seen else torch.finfo(dtype).min
+
+    @staticmethod
+    def suffice(q: Tensor, channel: Channel) -> bool:
+        """Whether the parts of these queries are gathered whole; else they are too large."""
+        return goes_at_once(q.numel() * accumulation_dtype(q.dtype).itemsize, channel.size)
+
+    @classmethod
+    def of(cls, call: Call, q: Tensor) -> Parts:
+        """Those of a call, which calls of the same layout with queries like its own share."""
+        numbers = 0 if call.witness is None else call.witness.numbers.numel()
+        kind = ("parts", q.shape, q.dtype, numbers)
+        return call.layout.settled(kind, lambda: cls._made(call, q, numbers))
+
+    @classmethod
+    def _made(cls, call: Call, q: Tensor, numbers: int) -> Parts:
+        seen = call.kv_lengths[call.channel.rank] > 0 and _rule(call) is None
+        return cls(call.channel, q, numbers, seen=seen)
+
+    def merged(
+        self, out: Tensor, lse: Tensor, witness: Witness | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Send this rank's part, and merge those of all.
+
+        Args:
+            out: ``[B, S, H, D]``, of any dtype.
+            lse: ``[B, H, S]``.
+            witness: its ``compare`` hears what all ranks said.
+
+        Returns:
+            out and lse over all keys, in fp32 (fp64 for fp64).
+
+        Collectives: one all-gather of both, and of the witness's numbers.
+        """
+        self._lse.copy_(lse)
+        self._mine[0].copy_(out)
+        if witness is not None:
+            self._mine[1].copy_(witness.numbers)
+        self.share()
+        if witness is not None:
+            witness.compare(self._said[0])
+        total = reduce(torch.logaddexp, self._lses)  # [B, S, H, 1]
+        # What nobody sees has weights of 0, and not NaN.
+        finite = total if self._least is None else total.clamp_min(self._least)
+        if len(self._lses) == 2:
+            weight = self._lses[1].sub(finite).exp_()
+            merged = torch.lerp(self._outs[0], self._outs[1], weight)
+        else:
+            merged = self._outs.mul_(self._rows.sub(finite).exp_()).sum(dim=0)
+        return merged, total.squeeze(-1).transpose(-1, -2)
+
+    def share(self) -> None:
+        """The bare collective: what is in this rank's buffer, to all."""
+        self._channel.share(self._sent, self._arrived)
 
 
 def say(channel: Channel, q: Tensor, witness: Witness) -> None:
@@ -62,21 +147,22 @@ def say(channel: Channel, q: Tensor, witness: Witness) -> None:
         q: like their queries; only its shape, dtype and device matter.
         witness: what this rank says; its ``compare`` hears the others.
     """
-    _gather(channel, *empty_part(q, accumulation_dtype(q.dtype)), witness)
+    out, lse = empty_part(q, accumulation_dtype(q.dtype))
+    if Parts.suffice(q, channel):
+        Parts(channel, q, witness.numbers.numel(), seen=False).merged(out, lse, witness)
+    else:
+        _gather_lse(channel, lse, witness)
 
 
-def _gather(
-    channel: Channel, out: Tensor, lse: Tensor, witness: Witness | None
-) -> tuple[Tensor | None, Tensor]:
-    """The parts of all ranks, ``[n, ...]``; None for out where it is too large to be gathered."""
-    at_once = goes_at_once(out.nbytes, channel.size)
-    mine = [lse, *([out] if at_once else []), *([] if witness is None else [witness.numbers])]
+def _gather_lse(channel: Channel, lse: Tensor, witness: Witness | None) -> Tensor:
+    """lse of all ranks, ``[n, B, H, S]``."""
+    mine = [lse, *([] if witness is None else [witness.numbers])]
     one_each = (1,) * channel.size
     arrived = channel.gather_rows([part[None] for part in mine], [0] * len(mine), one_each)
     lses, *others = arrived.wait()
     if witness is not None:
         witness.compare(others.pop())
-    return (others[0] if at_once else None), lses
+    return lses
 
 
 def _rule(call: Call) -> Rule | None:
