@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
-from ds_lvx.models.qwen2_5_vl.batch import VIDEO_GRID, VIDEO_PIXELS
+from ds_lvx.models.qwen2_5_vl.batch import VIDEO_GRID, VIDEO_PIXELS, patch_width
 from ds_lvx.models.qwen2_5_vl.processor import END, IMAGE_TOKEN, START, VIDEO_TOKEN, Processor
 from ds_lvx.models.size import Size
 
@@ -209,11 +209,10 @@ def random_pixels(
     config: Any, side: int, frames: Iterable[int], *, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Pixels of the frames of a video of ``side`` patches by side; a frame goes by its number."""
-    vision, mine, seed = config.vision_config, list(frames), generator.initial_seed()
+    mine, seed = list(frames), generator.initial_seed()
     if not mine:
         return {}
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    pixels = torch.empty(len(mine), side**2, width)
+    pixels = torch.empty(len(mine), side**2, patch_width(config))
     for place, frame in enumerate(mine):
         generator.manual_seed(seed + 1 + frame)
         # Brighter or darker than others, so that a method which lost some would show.
