@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from ds_lvx.attention.checkpointing import is_partitioned
+from ds_lvx.distributed.failures import named
 from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
 from ds_lvx.models import family_of
 from ds_lvx.models.cuts import before, parts_of, span, split
@@ -158,6 +159,8 @@ def shard_batch(
             entries, texts that differ between ranks, fewer tokens than ranks, a mask that is not
             of the processor's kind.
         NotImplementedError: the model is of no family that is known.
+        RankOutOfMemoryError: names this rank and the size, as in an engine's calls, where what it
+            holds does not fit on its device.
         RuntimeError: called in a data loader's worker, which the other ranks cannot hear.
 
     Collectives: one agreement of 2 KiB a rank on the control plane, and a second one where
@@ -202,14 +205,16 @@ def _shard(
     family, inside = family_of(model)
     current = SequenceParallelGroups.current() if groups is None else groups
     world = None if current is None or current.dp_size == 1 else current.world_channel
-    shard = family.shard(
-        batch,
-        inside,
-        channel=resolve(groups),
-        frames=frames,
-        always_vision=world is not None or is_partitioned(inside),
-        records=records,
-    )
+    # What the ranks have agreed on goes to the device, where there may be no memory for it.
+    with named("shard_batch", groups):
+        shard = family.shard(
+            batch,
+            inside,
+            channel=resolve(groups),
+            frames=frames,
+            always_vision=world is not None or is_partitioned(inside),
+            records=records,
+        )
     return {**shard, KEYWORD: replace(shard[KEYWORD], world=world)}
 
 

@@ -49,6 +49,11 @@ _FOR_ACTIVATIONS = (
     "take more ranks for a sample (sequence_parallel_size) or fewer frames; docs/memory.md says "
     "what each of them saves"
 )
+_FOR_ONE = (
+    "one image or frame is never split, so that neither more ranks nor fewer frames make it "
+    "smaller: take fewer pixels or tiles for each (the processor's sizes, --max_pixels), train "
+    "less of the tower (--freeze_vision), or "
+)
 _FOR_STATES = (
     "take a higher ZeRO stage, more ranks, ZeRO's offload (offload_optimizer, offload_param) or "
     "LoRA; docs/memory.md says what each of them saves"
@@ -87,6 +92,7 @@ class Guard:
         world = groups.world_channel
         self._mailbox = Mailbox(world)
         self._engine: Any = None
+        self._units: int | None = None
         self._watched: dict[str, Callable[..., Any]] = {}
 
     def watch(self, engine: Any) -> None:
@@ -108,8 +114,9 @@ class Guard:
 
     @contextmanager
     def named(self, doing: str) -> Iterator[None]:
-        """As `named`, for the ranks of these groups."""
-        with named(doing, self._groups):
+        """As `named`, for the ranks of these groups, and what this rank holds of a batch."""
+        units = self._units if doing in ("forward", "backward") else None
+        with named(doing, self._groups, units=units):
             yield
         if self._mailbox.has_sent:
             # Somebody caught the error and went on: it explains nothing that comes later.
@@ -118,6 +125,8 @@ class Guard:
     def _watching(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if name == "forward":
+                self._units = getattr(kwargs.get("ds_lvx"), "units", None)
             with self.named(name):
                 return method(*args, **kwargs)
 
@@ -125,12 +134,15 @@ class Guard:
 
 
 @contextmanager
-def named(doing: str, groups: SequenceParallelGroups | None = None) -> Iterator[None]:
+def named(
+    doing: str, groups: SequenceParallelGroups | None = None, *, units: int | None = None
+) -> Iterator[None]:
     """Name this rank in the error when it runs out of memory in here, and tell all other ranks.
 
     Args:
         doing: what runs here, for the message.
         groups: to name the rank in; None is the current ones.
+        units: images or frames that this rank holds; of one alone the error says that it is whole.
 
     Raises:
         RankOutOfMemoryError: in the place of what torch, the allocator or Python raised.
@@ -150,10 +162,14 @@ def named(doing: str, groups: SequenceParallelGroups | None = None) -> Iterator[
                 raise
             raise why from error
         what = _describe(cause, doing, groups)
+        if units == 1:
+            what = f"{what}, and holds one image or frame, which is not split"
         mailbox = Mailbox.current()
         if mailbox is not None:
             mailbox.send(what)
-        raise RankOutOfMemoryError(f"{what}; {_ADVICE.get(doing, _FOR_ACTIVATIONS)}") from error
+        advice = _ADVICE.get(doing, _FOR_ACTIVATIONS)
+        advice = f"{_FOR_ONE}{advice}" if units == 1 else advice
+        raise RankOutOfMemoryError(f"{what}; {advice}") from error
 
 
 def _out_of_memory(error: BaseException) -> BaseException | None:

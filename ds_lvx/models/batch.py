@@ -58,6 +58,7 @@ class ShardedBatch:
             of ``row_mask`` are those of the model.
         split: a generation's prompt is split over the ranks, as in training.
         behind: its text stands behind a prompt whose keys are sharded (`ds_lvx.models.behind`).
+        units: images or frames that this rank holds, none of which is split; None: not told.
     """
 
     text: Layout
@@ -72,6 +73,7 @@ class ShardedBatch:
     decoding: Decoding | None = None
     split: bool = False
     behind: bool = False
+    units: int | None = None
 
     @classmethod
     def of(

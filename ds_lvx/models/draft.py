@@ -249,7 +249,7 @@ class _Content:
             others=part.visual.layouts(text, channel=channel, lengths=lengths, device=device),
             order=text.order(),
         )
-        return replace(keyword, among=self.visual.among(channel.size))
+        return replace(keyword, among=self.visual.among(channel.size), units=part.units)
 
     def prompt(
         self,
@@ -336,7 +336,7 @@ class _Content:
             row_mask = torch.zeros(self.text.shape).bool()
         if not visual.attended:
             kv_lengths, row_mask = None, None
-        return _Part(visual, arguments, kv_lengths, rule, row_mask)
+        return _Part(visual, arguments, kv_lengths, rule, row_mask, shares[rank])
 
     @property
     def _tells_padding(self) -> bool:
@@ -358,13 +358,14 @@ class _Content:
 @dataclass(frozen=True, eq=False)
 class _Part:
     """What is visual of one rank: its arguments of the model, visual tokens by rank, the rule of
-    the whole text over all of them, and which tokens see any, bool ``[B, T]``."""
+    the whole text over all of them, which tokens see any, bool ``[B, T]``, and how many units."""
 
     visual: Visual
     arguments: Mapping[str, Tensor]
     kv_lengths: tuple[int, ...] | None
     rule: Visibility | None
     row_mask: Tensor | None
+    units: int
 
 
 def _check_keys(batch: Mapping[str, Any], family: Family, frames: str) -> None:

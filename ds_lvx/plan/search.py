@@ -10,7 +10,7 @@ from typing import Any
 
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.cost import obstacle
-from ds_lvx.plan.memory import footprint
+from ds_lvx.plan.memory import footprint, tower_bytes
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.step import Step, step
 
@@ -105,6 +105,12 @@ def _nothing_fits(scenario: Scenario, cluster: Cluster, steps: Sequence[Step]) -
     least = min(steps, key=lambda each: each.footprint.peak)
     need, have = (each / 2**30 for each in (least.footprint.peak, cluster.device.limit_bytes))
     remedies = _remedies(scenario, cluster, least) or ["a card with more memory"]
+    alone = tower_bytes(scenario, scenario.model.tower_tokens)[0]
+    if alone > cluster.device.limit_bytes:
+        remedies = [
+            f"smaller frames: one alone, which no ranks share, needs {alone / 2**30:.1f} GiB in "
+            "the tower"
+        ]
     return (
         f"memory: no plan fits {cluster.gpus} x {cluster.device.name}; the smallest, {least.way} "
         f"on groups of {least.ranks}, needs {need:.1f} GiB a rank and {have:.1f} GiB may be "

@@ -18,9 +18,16 @@ from ds_lvx.distributed.failures import RankOutOfMemoryError, named
 from ds_lvx.distributed.notes import explain
 from ds_lvx.distributed.shutdown import shutdown
 from ds_lvx.initialize import initialize
+from ds_lvx.models import draft
 from ds_lvx.models.patch import is_patched
 from ds_lvx.sharding import mean_loss, shard_batch
-from tests.models.mllama_case import ds_config, hard_batch, start_engine, tiny_model
+from tests.models.mllama_case import (
+    ds_config,
+    hard_batch,
+    make_batch,
+    start_engine,
+    tiny_model,
+)
 from tests.ranks import run_ranks
 
 TOO_MUCH = 2**46  # bytes: no machine has them
@@ -120,6 +127,40 @@ def test_all_ranks_name_the_rank_and_the_size(
             assert kind == "PeerError"
             # What gloo says depends on whether the peer left unread bytes behind.
             assert re.search(r"Connection (closed|reset) by peer", cause), cause
+
+
+def hold_too_much(place: str) -> tuple[str, str]:
+    """Rank 1 holds one image of two, which its memory is too small for: at the cut, or later."""
+    engine = start(stage=0)
+    if Channel.world().rank == 1 and place == "tower":
+        engine.module.model.vision_model.register_forward_pre_hook(allocate_too_much)
+    batch = make_batch([[0, 2]], length=8, num_tiles=[[1, 2]])
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if Channel.world().rank == 1 and place == "cut":
+                patch.setattr(draft, "move", allocate_too_much)
+            shard = shard_batch(batch, model=engine.module)
+        assert shard["ds_lvx"].units == 1
+        engine(**shard)
+        # What rank 0 does next needs the other one.
+        mean_loss(torch.zeros(()))
+    except RuntimeError as error:
+        found = type(error).__name__, str(error)
+    shutdown(engine)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "whole"), [("cut", "shard_batch", False), ("tower", "forward", True)]
+)
+def test_an_image_too_large_for_its_rank_is_told_on_all(place: str, call: str, whole: bool) -> None:
+    results = run_ranks(hold_too_much, 2, place)
+    assert [kind for kind, _ in results] == ["PeerError", "RankOutOfMemoryError"]
+    for kind, text in results:
+        assert re.match(rf"rank 1 \(.*\) ran out of memory in {call}: asked for", text), text
+        assert ("holds one image or frame, which is not split" in text) == whole, text
+        advice = "neither more ranks nor fewer frames make it smaller: take fewer pixels"
+        assert (advice in text) == (whole and kind == "RankOutOfMemoryError")
 
 
 def run_out_while_starting() -> str:

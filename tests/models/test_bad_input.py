@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 import ds_lvx
+from ds_lvx.models.registry import BUILT_IN
 from ds_lvx.sharding import shard_batch
-from tests.models import idefics_case, moss_vl_case, qwen2_5_vl_case
+from tests.models import (
+    blip_case,
+    idefics_case,
+    internvl_case,
+    llava_onevision_case,
+    mllama_case,
+    moss_vl_case,
+    mplugowl3_case,
+    openflamingo_case,
+    qwen2_5_vl_case,
+    qwen3_vl_case,
+    qwen_vl_case,
+    t5gemma2_case,
+    video_llama_case,
+)
 from tests.ranks import run_ranks
 
 
@@ -49,8 +66,6 @@ def mistakes(rank: int) -> dict[str, str]:
 
 
 def rank_of() -> dict[str, str]:
-    import torch
-
     return mistakes(torch.distributed.get_rank())
 
 
@@ -64,3 +79,52 @@ def test_what_one_rank_gets_wrong_is_said_on_all() -> None:
         assert "grid_thw" in heard["moss_vl"]
         assert "rank 1: got" in heard["qwen2_5_vl"], heard["qwen2_5_vl"]
         assert "image_grid_thw" in heard["qwen2_5_vl"]
+
+
+CASES: dict[str, Any] = {
+    # the family, and the pixels of its batches
+    "mllama": (mllama_case, "pixel_values"),
+    "moss_vl": (moss_vl_case, "pixel_values"),
+    "idefics": (idefics_case, "pixel_values"),
+    "mplugowl3": (mplugowl3_case, "pixel_values"),
+    "openflamingo": (openflamingo_case, "vision_x"),
+    "blip-2": (blip_case, "pixel_values"),
+    "qwen": (qwen_vl_case, "pixel_values"),
+    "video_llama": (video_llama_case, "images"),
+    "t5gemma2": (t5gemma2_case, "pixel_values"),
+    "qwen2_5_vl": (qwen2_5_vl_case, "pixel_values"),
+    "qwen3_vl": (qwen3_vl_case, "pixel_values"),
+    "internvl": (internvl_case, "pixel_values"),
+    "llava_onevision": (llava_onevision_case, "pixel_values"),
+}
+
+
+def misfits() -> dict[str, dict[str, str]]:
+    """What a rank hears of each family: on rank 1 pixels are missing, or of another family."""
+    wrong, heard = torch.distributed.get_rank() == 1, {}
+    for name, (case, pixels) in CASES.items():
+        model, batch = case.tiny_model(), case.hard_batch()
+        short = {**batch, pixels: batch[pixels][..., :-1]}
+        other = {**batch, "vision_x" if pixels == "images" else "images": batch[pixels]}
+        heard[name] = {
+            kind: said(lambda: shard_batch(given if wrong else batch, model=model))  # noqa: B023
+            for kind, given in (("pixels", short), ("processor", other))
+        }
+    return heard
+
+
+def test_pixels_that_do_not_fit_are_told_on_all_ranks_by_every_family() -> None:
+    for heard in run_ranks(misfits, 2):
+        assert heard.keys() == CASES.keys()
+        for name, (_, pixels) in CASES.items():
+            found = heard[name]
+            assert re.match(rf"ValueError: rank 1: got .*{pixels}", found["pixels"]), (name, found)
+            assert re.match(
+                r"ValueError: rank 1: got '(images|vision_x)' in the batch; expected only",
+                found["processor"],
+            ), (name, found)
+
+
+def test_every_family_is_asked() -> None:
+    alike = {"instructblip", "instructblipvideo"}
+    assert BUILT_IN.keys() - alike == CASES.keys()

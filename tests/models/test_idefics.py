@@ -172,6 +172,12 @@ def test_training_equals_one_process(which: slice) -> None:
 
 
 @pytest.mark.exhaustive
+def test_every_stage_equals_one_process() -> None:
+    jobs = [(rules("recompute", 3, stage), tiny_model) for stage in range(4)]
+    check(jobs, ranks=3, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=3)
+
+
+@pytest.mark.exhaustive
 def test_a_rank_without_images_trains_along() -> None:
     jobs = [(rules("recompute", 3, 3), tiny_model), (rules("lvx", 3, 0), tiny_model)]
     check(jobs, ranks=3, batches=[[one_image(7)], [text_only(8)]], sp_size=3)

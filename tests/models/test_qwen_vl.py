@@ -196,6 +196,13 @@ def test_training_equals_one_process(which: slice) -> None:
 
 
 @pytest.mark.exhaustive
+def test_every_stage_equals_one_process() -> None:
+    two = [[hard_batch(0)], [left_padded(1)]]
+    jobs = [(rules("ulysses", 2, stage), tiny_model, two) for stage in range(4)]
+    check(jobs, ranks=2, sp_size=2)
+
+
+@pytest.mark.exhaustive
 def test_a_rank_without_images_trains_along() -> None:
     jobs = [
         (rules("ring", 3, stage), tiny_model, [[one_image(7)], [text_only(8)]]) for stage in (0, 3)

@@ -20,6 +20,7 @@ from tests.models.video_llama_case import (
     collated,
     ds_config,
     hard_batch,
+    left_padded,
     lora_model,
     one_frame,
     text_only,
@@ -29,6 +30,7 @@ from tests.ranks import run_ranks
 
 CASES: dict[str, Any] = {
     "hard": hard_batch,
+    "left padded": left_padded,
     "collated": collated,
     "one frame": one_frame,
     "text alone": text_only,
@@ -174,6 +176,12 @@ def test_other_settings_train_as_one_process(which: slice) -> None:
         (section(rules("ring", 2, 3), partition_activations=True), tiny_model, TWO),
     ]
     check(jobs[which], ranks=2, sp_size=2)
+
+
+@pytest.mark.exhaustive
+def test_every_stage_equals_one_process() -> None:
+    jobs = [(rules("ring", 3, stage), tiny_model, TWO) for stage in range(4)]
+    check(jobs, ranks=3, sp_size=3)
 
 
 @pytest.mark.exhaustive

@@ -113,6 +113,11 @@ def collated(seed: int = 1) -> Batch:
     return {**batch, "images": batch["images"].unflatten(0, (2, 3)).transpose(1, 2)}
 
 
+def left_padded(seed: int = 4) -> Batch:
+    """A video that ends its text, so that no other token sees it, padded on the left."""
+    return make_batch(["     .....v", "..v........", "    ......."], [3, 2, 0], seed=seed)
+
+
 def one_frame(seed: int = 2) -> Batch:
     return make_batch([".v......"], [1], seed=seed)
 

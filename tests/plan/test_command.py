@@ -31,6 +31,23 @@ def failure(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().err
 
 
+def test_a_frame_that_no_rank_can_hold_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 96}
+    text |= {"num_attention_heads": 4, "intermediate_size": 64}
+    vision = {"num_hidden_layers": 2, "hidden_size": 1024, "num_attention_heads": 16}
+    vision |= {"intermediate_size": 64, "image_size": 56_000, "patch_size": 14}
+    config = {"model_type": "openflamingo", "text_config": text, "vision_config": vision}
+    config |= {"latents": 4, "dim_head": 8, "cross_attn_every_n_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ("plan", "--model", str(tmp_path), "--gpus", "64", "--card", "H100", "--frames", "3")
+    assert re.search(
+        r"What would fit: smaller frames: one alone, which no ranks share, needs [\d.]+ GiB in",
+        failure(capsys, *words),
+    )
+
+
 def test_text_has_the_answer_and_where_it_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*LLAMA, "--frames", "120", "--gpus", "16"]) == 0
     text = capsys.readouterr().out

@@ -90,9 +90,25 @@ def _medium(row: int, kind: int, grids: Iterator[list[int]], merge: int) -> list
 
 
 def grids_of(batch: Mapping[str, Any], config: Any) -> dict[int, Iterator[list[int]]]:
-    """``t, h, w`` of the images and of the videos of a batch, by token type."""
+    """``t, h, w`` of the images and of the videos of a batch, by token type; its patches fit."""
+    for source, _ in SOURCES.values():
+        _check_patches(source, batch.get(source), width=patch_width(config))
     merge = int(config.vision_config.spatial_merge_size)
     return {kind: iter(_grids(batch, key, merge)) for kind, (_, key) in SOURCES.items()}
+
+
+def _check_patches(source: str, patches: Any, *, width: int) -> None:
+    if isinstance(patches, Tensor) and (patches.ndim != 2 or patches.shape[1] != width):
+        raise ValueError(
+            f"got {source} {tuple(patches.shape)}; expected (patches, {width}): use the processor "
+            "that belongs to the model"
+        )
+
+
+def patch_width(config: Any) -> int:
+    """Numbers of a patch."""
+    vision = config.vision_config
+    return int(vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
 
 
 def _grids(batch: Mapping[str, Any], key: str, merge: int) -> list[list[int]]:
@@ -185,7 +201,5 @@ def arrange(units: Sequence[Unit], rows: Sequence[Tensor]) -> dict[str, Tensor]:
 
 def blank(config: Any) -> dict[str, Tensor]:
     """One blank image, as small as there is."""
-    vision = config.vision_config
-    side = int(vision.spatial_merge_size)
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    side, width = int(config.vision_config.spatial_merge_size), patch_width(config)
     return {PIXELS: torch.zeros(side**2, width), GRID: torch.tensor([[1, side, side]])}

@@ -14,7 +14,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
 from ds_lvx.models.concatenated import sized
-from ds_lvx.models.qwen2_5_vl.batch import VIDEO_GRID, VIDEO_PIXELS
+from ds_lvx.models.qwen2_5_vl.batch import VIDEO_GRID, VIDEO_PIXELS, patch_width
 from ds_lvx.models.qwen2_5_vl.processor import END, IMAGE_TOKEN, START, VIDEO_TOKEN, Processor
 from ds_lvx.models.size import Size
 
@@ -174,9 +174,8 @@ def random_video(
 ) -> dict[str, Tensor]:
     """A batch of the tokens in front, ``[n]``, which have a video of ``total`` units of ``side``
     patches by side, and of random text behind them."""
-    vision, start = config.vision_config, int(config.vision_start_token_id)
+    start = int(config.vision_start_token_id)
     batch = sized.random_text(front, text_tokens, first=start, seed=seed)
     batch[VIDEO_GRID] = torch.tensor([[total, side, side]])
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    pixels = sized.random_pixels(frames, (side**2, width), seed=seed)
+    pixels = sized.random_pixels(frames, (side**2, patch_width(config)), seed=seed)
     return batch if pixels is None else {**batch, VIDEO_PIXELS: pixels.flatten(0, 1)}
