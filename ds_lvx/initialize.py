@@ -18,6 +18,7 @@ from ds_lvx.attention.auto import CLUSTERS
 from ds_lvx.config import LVXConfig, check_ds_config, read_ds_config
 from ds_lvx.config.activation_checkpointing import ActivationCheckpointing
 from ds_lvx.config.activation_checkpointing import forget as forget_checkpoints
+from ds_lvx.config.words import in_ranks
 from ds_lvx.distributed.channel import Channel, is_initialized
 from ds_lvx.distributed.failures import Guard
 from ds_lvx.distributed.groups import SequenceParallelGroups
@@ -164,7 +165,7 @@ def apply(
     lvx, checkpoints = _read_config(config, port=DEFAULT_PORT, what="ds_lvx.apply")
     if groups is not None and groups.sp_size != lvx.sequence_parallel_size:
         raise ValueError(
-            f"got groups of {groups.sp_size} ranks for ds_lvx.sequence_parallel_size "
+            f"got groups of {in_ranks(groups.sp_size)} for ds_lvx.sequence_parallel_size "
             f"{lvx.sequence_parallel_size}; expected the same: leave groups out, or change one"
         )
     used = SequenceParallelGroups(lvx.sequence_parallel_size) if groups is None else groups
@@ -277,7 +278,7 @@ def _patch_on_all_ranks(
         groups.divide(size)
     explanation = _explain_auto(patch, groups)
     if groups.world_channel.rank == 0:
-        print(f"ds_lvx: {groups.dp_size} x {groups.sp_size} ranks (data x sequence parallel)")
+        print(f"ds_lvx: {groups.dp_size} x {in_ranks(groups.sp_size)} (data x sequence parallel)")
         print("\n".join([lines, *explanation]), flush=True)
     return patch
 

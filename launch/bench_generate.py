@@ -47,7 +47,7 @@ def main() -> None:
             results = json.loads((options.output_dir / f"{named}.json").read_text())
         else:
             results = measure(options)
-    except (RunError, NetworkError) as error:
+    except (RunError, NetworkError, OSError) as error:
         sys.exit(f"bench_generate: {error}")
     deliver(
         generation,

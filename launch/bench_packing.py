@@ -43,7 +43,7 @@ def main() -> None:
             results = packing.assemble(
                 task, packing.measure(task, Ranks(options.ranks, timeout_s=900)), **head
             )
-    except RunError as error:
+    except (RunError, OSError) as error:
         sys.exit(f"bench_packing: {error}")
     deliver(
         packing,

@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 import ds_lvx
 from ds_lvx.config import LVXConfig, read_ds_config
+from ds_lvx.config.words import in_ranks
 from ds_lvx.data.chat import Conversation
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
@@ -197,8 +198,8 @@ def read(options: Options, ranks: int) -> tuple[Source, TextEncoder, torch.dtype
     size = LVXConfig.from_ds_config(options.deepspeed_config).sequence_parallel_size
     if size != ranks:
         raise ValueError(
-            f"got {ranks} ranks and ds_lvx.sequence_parallel_size {size}; expected as many: all "
-            "ranks answer the same question"
+            f"got {in_ranks(ranks)} and ds_lvx.sequence_parallel_size {size}; expected as many: "
+            "all ranks answer the same question"
         )
     dtype = training_dtype(read_ds_config(options.deepspeed_config))
     source = Source.of(options.model, trust_remote_code=options.trust_remote_code)

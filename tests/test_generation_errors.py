@@ -184,7 +184,7 @@ def apply_and_close() -> None:
     with pytest.raises(ValueError, match="model of type str"):
         ds_lvx.apply("model", config(2))  # type: ignore[arg-type]
     groups = ds_lvx.SequenceParallelGroups(1)
-    with pytest.raises(ValueError, match=r"got groups of 1 ranks for .*size 2"):
+    with pytest.raises(ValueError, match=r"got groups of 1 rank for .*size 2"):
         ds_lvx.apply(model, config(2), groups=groups)
     groups.close()
     groups = ds_lvx.SequenceParallelGroups(2)

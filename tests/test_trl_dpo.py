@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,26 @@ def rows() -> Any:
     )
 
 
+def mllama(folder: Path) -> dict[str, Any]:
+    """What a script gives the trainer beside its arguments."""
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    collator = trl.trainer.dpo_trainer.DataCollatorForVisionPreference(processor)
+    return {
+        "model": transformers.MllamaForConditionalGeneration.from_pretrained(folder),
+        "data_collator": WholeMasks(collator, processor),
+        "train_dataset": rows(),
+        "eval_dataset": rows(),
+        "processing_class": processor,
+    }
+
+
 def prefer(
-    kind: type[Any], folder: Path, model: Path, config: dict[str, Any] | None = None
+    kind: type[Any],
+    folder: Path,
+    model: Path,
+    config: dict[str, Any] | None = None,
+    *,
+    make: Callable[[Path], dict[str, Any]] = mllama,
 ) -> dict[str, Any]:
     """TRL's usual script; what was logged, and the weights."""
     forget_state()
@@ -84,18 +103,8 @@ def prefer(
         bf16=False,
         dataloader_pin_memory=False,
     )
-    processor = transformers.AutoProcessor.from_pretrained(model)
-    collator = trl.trainer.dpo_trainer.DataCollatorForVisionPreference(processor)
     record = Recorder()
-    trainer = kind(
-        model=transformers.MllamaForConditionalGeneration.from_pretrained(model),
-        args=args,
-        data_collator=WholeMasks(collator, processor),
-        train_dataset=rows(),
-        eval_dataset=rows(),
-        processing_class=processor,
-        callbacks=[record],
-    )
+    trainer = kind(args=args, callbacks=[record], **make(model))
     trainer.train()
     logs = [log for log in record.logs if "loss" in log]
     alone = config is None
@@ -116,6 +125,16 @@ def prefer(
     return found
 
 
+def assert_same_preferences(found: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert len({round(loss, 3) for loss in alone["losses"]}) == 3
+    assert_same(found, alone)
+    for got, expected in zip(found["logged"], alone["logged"], strict=True):
+        assert got == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    for name in ("eval_rewards/margins", "eval_logps/chosen"):
+        expected = alone["metrics"][name]  # a margin is a difference of sums of logarithms
+        assert found["metrics"][name] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny"))
@@ -126,11 +145,5 @@ def test_dpo_on_two_ranks_has_the_losses_of_one_process(
     stage: int, tiny: Path, tmp_path: Path
 ) -> None:
     alone = prefer(trl.DPOTrainer, tmp_path / "alone", tiny)
-    assert len({round(loss, 3) for loss in alone["losses"]}) == 3
     for found in run_ranks(prefer, 2, DPO, tmp_path, tiny, config_of(stage)):
-        assert_same(found, alone)
-        for got, expected in zip(found["logged"], alone["logged"], strict=True):
-            assert got == pytest.approx(expected, rel=1e-5, abs=1e-5)
-        for name in ("eval_rewards/margins", "eval_logps/chosen"):
-            expected = alone["metrics"][name]  # a margin is a difference of sums of logarithms
-            assert found["metrics"][name] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert_same_preferences(found, alone)

@@ -16,6 +16,7 @@ from ds_lvx.compare.decoding import DTYPES, Job, generate
 from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
 from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
 from ds_lvx.compare.peak import PROMPT_FREEING
+from ds_lvx.config.words import in_ranks
 from ds_lvx.plan import calibrate
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.generation import generation
@@ -202,7 +203,7 @@ def text(results: Results) -> str:
     if results["messages"]:
         tables += ["", columns(results["messages"], _MESSAGE_CELLS)]
     left_out = [
-        f"{each['visual_tokens']:,} tokens on {each['ranks']} ranks: {each['why']}"
+        f"{each['visual_tokens']:,} tokens on {in_ranks(each['ranks'])}: {each['why']}"
         for each in results["left_out"]
     ]
     return "\n".join([*tables, *(["", f"Left out: {'; '.join(left_out)}."] if left_out else [])])

@@ -31,7 +31,7 @@ from ds_lvx.config.ds_config import (
     zero_stage,
 )
 from ds_lvx.config.registry import kernel_words, method_words, schedule_words
-from ds_lvx.config.words import closest, key_path, nearest, shown
+from ds_lvx.config.words import closest, in_ranks, key_path, nearest, shown
 
 __all__ = [
     "LVXConfig",
@@ -199,7 +199,7 @@ class LVXConfig(BaseModel):
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise ValueError(
             f"{SECTION}.sequence_parallel_size: got {size}, which does not divide the "
-            f"{world_size} ranks that were started; set it to one of "
+            f"{in_ranks(world_size)} that were started; set it to one of "
             f"{', '.join(map(str, divisors))}, or start a multiple of {size} ranks"
         )
 

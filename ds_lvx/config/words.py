@@ -30,3 +30,8 @@ def closest(word: str, known: Iterable[str], *, count: int = 3, cutoff: float = 
 def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str | None:
     """Return what `word` was probably meant to be, or None if nothing is like it."""
     return next(iter(closest(word, known, count=1, cutoff=cutoff)), None)
+
+
+def in_ranks(count: int) -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{count} rank{'' if count == 1 else 's'}"

@@ -141,14 +141,20 @@ def _load(path: str) -> tuple[Any, list[str]]:
     return rows.with_format("arrow"), kinds[".parquet"] or kinds[".arrow"]
 
 
-def _is_media(value: Any) -> bool:
-    """Whether a value is what `datasets` stores of an image or a video."""
-    return isinstance(value, dict) and set(value) == {"bytes", "path"}
+def _stored(value: Any) -> tuple[str | None, bytes | None] | None:
+    """Path and bytes of what `datasets` stores of an image or a video, or of plain bytes; None: it
+    is neither."""
+    if isinstance(value, bytes):
+        return None, value
+    if isinstance(value, dict) and set(value) == {"bytes", "path"}:
+        return value["path"], value["bytes"]
+    return None
 
 
 def _with_media(value: Any, held: Callable[[str, bytes], Held]) -> Any:
-    if _is_media(value):
-        name, data = value["path"], value["bytes"]
+    stored = _stored(value)
+    if stored is not None:
+        name, data = stored
         return name if data is None else held(name or f"{len(data):,} bytes", data)
     if isinstance(value, dict):
         return {key: _with_media(each, held) for key, each in value.items()}
@@ -157,9 +163,10 @@ def _with_media(value: Any, held: Callable[[str, bytes], Held]) -> Any:
 
 def _blobs(value: Any) -> Iterator[bytes]:
     """The bytes of media, in the order of `_with_media`."""
-    if _is_media(value):
-        if value["bytes"] is not None:
-            yield value["bytes"]
+    stored = _stored(value)
+    if stored is not None:
+        if stored[1] is not None:
+            yield stored[1]
     elif isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _blobs(each)

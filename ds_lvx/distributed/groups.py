@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from ds_lvx.config.words import in_ranks
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import (
     Channel,
@@ -199,7 +200,7 @@ def _check_size(size: int, world_size: int) -> None:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1 or world_size % size:
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise ValueError(
-            f"sequence_parallel_size: got {size!r} for a world of {world_size} ranks; expected "
+            f"sequence_parallel_size: got {size!r} for a world of {in_ranks(world_size)}; expected "
             f"one of {divisors}; change it or the number of processes"
         )
 

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from ds_lvx.config import LVXConfig
+from ds_lvx.config.words import in_ranks
 from ds_lvx.doctor import check, devices, kernels, measurements, network, system, tune, versions
 from ds_lvx.doctor.findings import Finding, Section, State, count
 
@@ -92,7 +93,7 @@ def config_finding(path: str) -> Finding:
         return Finding(path, str(error), State.ERROR, advice="docs/configuration.md has every key")
     return Finding(
         path,
-        f"a section ds_lvx for {size} ranks a sample",
+        f"a section ds_lvx for {in_ranks(size)} a sample",
         State.NOTE,
         advice="only ds_lvx.initialize, ds_lvx.trainer and ds_lvx.accelerate act on it: Trainer of "
         "transformers, Accelerator of accelerate and deepspeed.initialize train without it",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ds_lvx.attention.features import share
 from ds_lvx.config import LVXConfig
 from ds_lvx.config.registry import AUTO
+from ds_lvx.config.words import in_ranks
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.contract import Family
 from ds_lvx.models.layers import LayerPlan, make_plans
@@ -93,8 +94,8 @@ class PrepareText(Hook):
             return None
         if batch.channel.size != self.sp_size:
             raise ValueError(
-                f"got a batch sharded over {batch.channel.size} ranks for a model that shares its "
-                f"batches between {self.sp_size}; pass shard_batch the groups of this model's "
+                f"got a batch sharded over {in_ranks(batch.channel.size)} for a model that shares "
+                f"its batches between {self.sp_size}; pass shard_batch the groups of this model's "
                 "engine: groups=engine.ds_lvx.groups"
             )
         key = self.family.features_key

@@ -199,7 +199,8 @@ def read(
         what = "other objects" if named is None else f"an object of {named[1]}"
         raise ValueError(
             f"{path}: got {what}; expected tensors and plain values: loading others runs code "
-            "of whoever wrote the file; if you trust it, pass --trust_checkpoint"
+            "of whoever wrote the file; if you trust it, pass --trust_checkpoint to "
+            "launch/finetune.py, or resume a Trainer at the ranks and the stage that saved it"
         ) from None
 
 

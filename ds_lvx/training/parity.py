@@ -18,6 +18,7 @@ import ds_lvx
 from ds_lvx.compare.fresh import RunError, answer, run_fresh
 from ds_lvx.config import LVXConfig, read_ds_config
 from ds_lvx.config.ds_config import SECTION
+from ds_lvx.config.words import in_ranks
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.start import init_distributed
 from ds_lvx.models.shares import Share, share_table
@@ -186,7 +187,7 @@ def _show(
     """Print the two runs side by side; their largest difference, relative."""
     first = next(row for row in sharded if "ranks" in row)
     print(share_table([Share(**row) for row in (*first["ranks"], first["one_rank"])]))
-    print(f"{'':16}{f'{ranks} ranks':>14}{'one process':>14}{'difference':>14}")
+    print(f"{'':16}{in_ranks(ranks):>14}{'one process':>14}{'difference':>14}")
     worst = 0.0
     for row, other in zip(
         *([r for r in rows if "loss" in r] for rows in (sharded, alone)), strict=True

@@ -137,6 +137,10 @@ def test_rows_of_hugging_face_data_sets_are_read(folder: Path) -> None:
         assert said(pickle.loads(pickle.dumps(chats))) == same
         assert str(chats[1].source) == f"{path}, row 1"
         assert chats.lines.sha256 == Chats(path).lines.sha256
+    plain = [(folder / name).read_bytes() for name in ("a.png", "b.png")]
+    record = {"messages": own("<image><image>x")["messages"], "images": plain}
+    datasets.Dataset.from_list([record]).to_parquet(str(folder / "plain.parquet"))
+    assert said(Chats(folder / "plain.parquet")) == same[:1]
     datasets.DatasetDict(train=found).save_to_disk(str(folder / "splits"))
     with pytest.raises(DataError, match=r"got several splits: train; .*splits/train"):
         Chats(folder / "splits")

@@ -52,7 +52,7 @@ def test_a_quick_run_writes_json_table_and_plot(
     assert results["messages"][0]["exchange_per_collective"] > 0
     assert one["speed_to_one_process"] == 1.0
     assert [each["ranks"] for each in results["left_out"]] == [1, 2]
-    assert "65,520 tokens on 1 ranks: 0.1 GiB" in generation.text(results)
+    assert "65,520 tokens on 1 rank: 0.1 GiB" in generation.text(results)
     assert (tmp_path / "generate.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ds_lvx.compare import packing
-from launch import bench_packing
+from launch import bench_generate, bench_packing
 from tests.forked import fork_fresh_ranks
 
 MARKS = "<!-- bench_packing.py, packing: begin -->\n<!-- bench_packing.py, packing: end -->\n"
@@ -45,3 +45,11 @@ def test_the_document_has_the_table_of_the_committed_json() -> None:
     committed = docs / "benchmarks" / "packing.json"
     expected = packing.text(json.loads(committed.read_text())) if committed.exists() else ""
     assert stands == expected
+
+
+def test_no_json_to_render_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for program in (bench_packing, bench_generate):
+        words = [program.__name__, "--render", "--output_dir", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit, match=r"bench_\w+: .*No such file.*\.json"):
+            program.main()

@@ -282,7 +282,7 @@ def test_a_batch_that_is_not_sharded() -> None:
 
 
 def test_a_batch_of_other_groups() -> None:
-    with pytest.raises(RankError, match=r"sharded over 1 ranks for a model that shares .* 2"):
+    with pytest.raises(RankError, match=r"sharded over 1 rank for a model that shares .* 2"):
         run_ranks(forward_of_other_groups, 2)
 
 
