@@ -48,6 +48,14 @@ def test_sliding_windows_are_refused_by_name() -> None:
         patched(model)
 
 
+def test_linear_attention_is_refused_by_name() -> None:
+    model = tiny_model()
+    model.config.text_config.layer_types = ["full_attention", "full_attention", "linear_attention"]
+    words = r'layer 2 is of type "linear_attention"; .*whose text attends to all of it'
+    with pytest.raises(NotImplementedError, match=words):
+        patched(model)
+
+
 def test_positions_that_the_model_makes_may_be_given() -> None:
     model, batch = tiny_model(), hard_batch()
     given = {key: batch.get(key) for key in ("image_grid_thw", "video_grid_thw", "attention_mask")}

@@ -148,10 +148,16 @@ class Concatenated(Family):
         types = getattr(config, "layer_types", None) or ()
         others = [n for n, kind in enumerate(types) if kind != "full_attention"]
         if others:
+            kind = types[others[0]]
+            do = "take a model whose text attends to all of it in every layer"
+            if kind == SLIDING:
+                do = (
+                    "set use_sliding_window to false in the text's config, as the published "
+                    "models have it"
+                )
             raise NotImplementedError(
-                f'got a text model whose layer {others[0]} is of type "{types[others[0]]}"; '
-                'expected "full_attention" in every layer, which lvx, ring and ulysses run: set '
-                "use_sliding_window to false in the text's config, as the published models have it"
+                f'got a text model whose layer {others[0]} is of type "{kind}"; expected '
+                f'"full_attention" in every layer, which lvx, ring and ulysses run: {do}'
             )
         rope = getattr(config, "rope_parameters", None) or {}
         refuse_growing_rope(rope.get("rope_type", "default"), sp_size)
