@@ -83,6 +83,7 @@ def answer_all(options: Options, world: Channel) -> None:
         dtype=dtype,
         deal=partial(source.family.owned, rank=groups.sp_rank, size=groups.sp_size),
     )
+    prompts.shows = world.rank == 0
     asking = Asking(options, model, prompts, world)
     together(world, asking.begin)
     if options.chat:

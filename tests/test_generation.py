@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import StoppingCriteria
+from transformers.generation import LogitsProcessor, StoppingCriteria
 
 import ds_lvx
 from ds_lvx.models.decoding import Decoding
@@ -58,6 +58,20 @@ class Case:
         }
 
 
+class Next(LogitsProcessor):
+    """Every token takes the score of the one before."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.roll(1, dims=-1)
+
+
+class Unequally(StoppingCriteria):
+    """Each row ends a token before the row above."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.arange(len(input_ids)) + input_ids.shape[1] >= 17
+
+
 def cases() -> dict[str, Case]:
     sampled = {"do_sample": True, "top_k": 0, "temperature": 1.5}
     return {
@@ -69,6 +83,15 @@ def cases() -> dict[str, Case]:
         "one image": Case(one_image(), {"generation_config": GenerationConfig(min_new_tokens=5)}),
         "text alone": Case(text_alone()),
         "one token": Case(one_image(), {"max_new_tokens": 1}),
+        "own": Case(
+            interleaved(),
+            {
+                "logits_processor": [Next()],
+                "stopping_criteria": [Unequally()],
+                "pad_token_id": 0,
+                "output_hidden_states": True,
+            },
+        ),
         "sampled beams": Case(one_image(), {**sampled, "num_beams": 2}),
     }
 
@@ -85,11 +108,8 @@ def reference() -> dict[str, dict[str, Any]]:
 
 
 def plain(output: Any) -> dict[str, Any]:
-    return {
-        key: output[key]
-        for key in ("sequences", "logits", "scores", "sequences_scores", "beam_indices")
-        if key in output
-    }
+    names = ("sequences", "logits", "scores", "sequences_scores", "beam_indices", "hidden_states")
+    return {key: output[key] for key in names if key in output}
 
 
 def generate_each(each: dict[str, Case], sp_size: int) -> dict[str, dict[str, Any]]:

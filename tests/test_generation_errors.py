@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from ds_lvx.models.patch import is_patched
 from ds_lvx.sharding import mean_loss
 from tests.generation_case import config, one_image
 from tests.models.mllama_case import tiny_model
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 
 # --------------------------------------------------------------------------------------------
 # Ranks that go apart
@@ -115,6 +117,36 @@ def test_ranks_that_go_apart_stop_with_the_token() -> None:
     assert second["memory"].startswith("RankOutOfMemoryError: rank 1 (rank 1 of the 2 that share")
     assert "ran out of memory in ds_lvx.generate: " in second["memory"]
     assert "rank 1 " in first["memory"]
+
+
+class Die(LogitsProcessor):
+    """Kills the process of the second rank when it chooses its third token."""
+
+    def __init__(self, prompt: int) -> None:
+        self.length = prompt + 2
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if torch.distributed.get_rank() == 1 and input_ids.shape[1] == self.length:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return scores
+
+
+def generate_without_one() -> None:
+    model, batch = tiny_model(), one_image()
+    ds_lvx.apply(model, config(3))
+    processor = Die(batch["input_ids"].shape[1])
+    ds_lvx.generate(
+        model, batch, min_new_tokens=60, max_new_tokens=60, logits_processor=[processor]
+    )
+
+
+def test_a_rank_that_is_killed_ends_all() -> None:
+    with pytest.raises(RankError) as caught:
+        run_ranks(generate_without_one, 3)
+    errors = caught.value.errors
+    assert "exit code -9" in errors.pop(1)
+    assert sorted(errors) == [0, 2]
+    assert all("RuntimeError: " in error for error in errors.values()), errors
 
 
 # --------------------------------------------------------------------------------------------

@@ -114,9 +114,11 @@ def test_idefics_splits_its_prompts(self_attn: Any) -> None:
 
 # ---- others, by whole forwards
 
-FLAMINGO = (families.FLAMINGO, families.flamingo_cases, families.flamingo_reference)
-MOSS = (code.ONE, code.moss_cases, code.moss_reference)
-OWL = (code.OWL, code.owl_cases, code.owl_reference)
+OTHERS: dict[str, tuple[Any, Any, Any]] = {
+    "openflamingo_case": (families.FLAMINGO, families.flamingo_cases, families.flamingo_reference),
+    "moss_vl_case": (code.ONE, code.moss_cases, code.moss_reference),
+    "mplugowl3_case": (code.OWL, code.owl_cases, code.owl_reference),
+}
 
 
 @contextmanager
@@ -144,12 +146,9 @@ def generate_split(*arguments: Any, **keywords: Any) -> Any:
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize(
-    ("case_name", "of"),
-    [("openflamingo_case", FLAMINGO), ("moss_vl_case", MOSS), ("mplugowl3_case", OWL)],
-)
-def test_families_split_their_prompts(case_name: str, of: Any, ranks: int) -> None:
-    models, cases, expected = of
+@pytest.mark.parametrize("case_name", OTHERS)
+def test_families_split_their_prompts(case_name: str, ranks: int) -> None:
+    models, cases, expected = OTHERS[case_name]
     answers = run_ranks(generate_split, ranks, case_name, models, cases(), sp_size=ranks)
     families.check(answers, expected())
 
@@ -159,9 +158,9 @@ def split_beams(*arguments: Any) -> Any:
         return code.beams(*arguments)
 
 
-@pytest.mark.parametrize(("case_name", "of"), [("moss_vl_case", MOSS), ("mplugowl3_case", OWL)])
-def test_beams_of_split_prompts(case_name: str, of: Any) -> None:
-    batch, keywords = next(iter(of[1]().values()))
+@pytest.mark.parametrize("case_name", OTHERS)
+def test_beams_of_split_prompts(case_name: str) -> None:
+    batch, keywords = next(iter(OTHERS[case_name][1]().values()))
     code.check_beams(case_name, batch, run_ranks(split_beams, 2, case_name, batch, keywords))
 
 

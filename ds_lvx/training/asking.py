@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tqdm import tqdm
+
 from ds_lvx.data.batch import BatchMaker, FrameRate, Sample
 from ds_lvx.data.chat import Chats, Conversation, Message, Part
 from ds_lvx.data.errors import DataError
@@ -108,9 +110,14 @@ def _asked(conversation: Conversation) -> tuple[Message, Message]:
 
 
 class Prompts(BatchMaker):
-    """Makes batches that end where the last answer begins, padded at the beginning."""
+    """Makes batches that end where the last answer begins, padded at the beginning.
+
+    Attributes:
+        shows: a terminal is told how many frames are decoded.
+    """
 
     pads_left = True
+    shows = False
 
     def sample(self, conversation: Conversation) -> Sample:
         """See `BatchMaker.sample`.
@@ -134,6 +141,14 @@ class Prompts(BatchMaker):
         """
         inputs = self._text([self._sample(conversation)])
         return {k: v for k, v in inputs.items() if k not in self.encoder.family.keys}
+
+    def _pictures(self, sample: Sample, mine: Sequence[int]) -> Iterator[Any]:
+        total = sum(number < sample.num_frames for number in mine)
+        silent = None if self.shows else True  # None: where there is no terminal
+        pictures = super()._pictures(sample, mine)
+        yield from tqdm(
+            pictures, total=total, desc="decoding", unit="frame", leave=False, disable=silent
+        )
 
     def ending(self, model: Any) -> dict[str, Any]:
         """The token that ends an answer, where the generation config of ``model`` names none."""

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText
 
 from ds_lvx.models import FAMILIES
+from ds_lvx.training import asking
 from ds_lvx.training.asking import parse
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.checkpoint_folder import write_checkpoint
@@ -87,11 +88,24 @@ def test_the_lines_of_a_file_are_answered(folder: Path, tmp_path: Path) -> None:
     assert all(record["new_tokens"] <= TOKENS and record["seconds"] > 0 for record in records)
 
 
+def run_with_a_bar(*arguments: str) -> tuple[int, list[Any]]:
+    """The script, and what it tells a terminal of frames: how many, and whether it is silent."""
+    bars = []
+
+    def bar(pictures: Any, *, total: int, disable: bool | None, **_words: Any) -> Any:
+        bars.append((total, disable))
+        return pictures
+
+    with mock.patch.object(asking, "tqdm", bar):
+        return run(*arguments), bars
+
+
 @pytest.mark.slow
 def test_a_question_of_the_command_line(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "answer.jsonl"
     words = ["--video", folder / "a.mp4", "--prompt", "What animal?", "--output", out]
-    assert run_ranks(run, 2, *given(folder, *words)) == [0, 0]
+    answers = run_ranks(run_with_a_bar, 2, *given(folder, *words))
+    assert answers == [(0, [(2, None)]), (0, [(1, True)])]
     record = json.loads(out.read_text())
     assert record["answer"] == expected(folder)[0]
     assert record["reference"] is None
