@@ -41,10 +41,6 @@ ProcessGroup: TypeAlias = dist.ProcessGroup
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-# --------------------------------------------------------------------------------------------
-# The channel
-
-
 class Channel:
     """One group of ranks: its data plane, its control plane, and this rank's place in it.
 
@@ -332,10 +328,6 @@ def _swap(
     return dist.batch_isend_irecv(operations)
 
 
-# --------------------------------------------------------------------------------------------
-# Groups
-
-
 def is_initialized() -> bool:
     """Whether ``torch.distributed`` runs in this process."""
     return dist.is_available() and dist.is_initialized()
@@ -348,9 +340,7 @@ def new_groups(ranks_by_group: Sequence[Sequence[int]]) -> ProcessGroup:
     """
     mine = None
     for ranks in ranks_by_group:
-        timeout = _timeout(dist.group.WORLD)
-        options = _urgent(timeout) if runs_nccl() else None
-        group = dist.new_group(list(ranks), timeout=timeout, pg_options=options)
+        group = dist.new_group(list(ranks), **_options())
         if dist.get_rank() in ranks:
             mine = group
     assert mine is not None, "the groups must cover the world"
@@ -362,11 +352,12 @@ def runs_nccl() -> bool:
     return "nccl" in str(dist.get_backend_config(dist.group.WORLD))
 
 
-def _urgent(timeout: timedelta | None) -> Any:
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    if timeout is not None:
+def _options() -> dict[str, Any]:
+    timeout = _timeout(dist.group.WORLD)
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if runs_nccl() else None
+    if options is not None and timeout is not None:
         options._timeout = timeout  # torch warns where it is another one
-    return options
+    return {"timeout": timeout, "pg_options": options}
 
 
 def new_group_alone() -> ProcessGroup:
@@ -376,11 +367,7 @@ def new_group_alone() -> ProcessGroup:
 
 def new_group_of(ranks: Sequence[int]) -> ProcessGroup:
     """A process group of some ranks of the world, this one among them; no other takes part."""
-    timeout = _timeout(dist.group.WORLD)
-    options = _urgent(timeout) if runs_nccl() else None
-    return dist.new_group(
-        list(ranks), timeout=timeout, pg_options=options, use_local_synchronization=True
-    )
+    return dist.new_group(list(ranks), **_options(), use_local_synchronization=True)
 
 
 def ranks_of(group: ProcessGroup) -> list[int]:
