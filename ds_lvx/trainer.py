@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ds_lvx.accelerate import Accelerator, initializing_by
 from ds_lvx.config import read_ds_config
+from ds_lvx.data.collate import ChatCollator
 from ds_lvx.models import family_of
 
 _BATCH_SIZE = "train_batch_size"
@@ -37,6 +39,7 @@ class TrainerMixin:
 
     accelerator: Any
     args: Any
+    data_collator: Any
     model: Any
     label_smoother: Any
 
@@ -87,6 +90,26 @@ class TrainerMixin:
         """Of this rank's share."""
         whole: int = super().floating_point_ops(inputs)  # type: ignore[misc]
         return whole // self.accelerator.sp_size
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with a row of text for each sample."""
+        with self._apart():
+            return super().get_eval_dataloader(*args, **kwargs)  # type: ignore[misc]
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with a row of text for each sample."""
+        with self._apart():
+            return super().get_test_dataloader(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Rows that samples share would be unequally many on replicas, and in no known order."""
+        own = self.data_collator
+        self.data_collator = own.apart if isinstance(own, ChatCollator) else own
+        try:
+            yield
+        finally:
+            self.data_collator = own
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Trainer's; what is seen stays where it is, and only this rank's part leaves the CPU."""

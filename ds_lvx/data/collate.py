@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +32,9 @@ class ChatCollator:
         pack: text tokens of a row up to which samples share one (`ds_lvx.data.packing`); None:
             each has its own.
 
+    Attributes:
+        apart: the same with a row for each sample, in which a Trainer's predictions come.
+
     Raises:
         NotImplementedError: no family has models of this type, or it makes no such batches.
         ValueError: the tokenizer is no fast one, or has no image token.
@@ -51,9 +56,12 @@ class ChatCollator:
         if pack is not None:
             check_packs(family, "pack")
         encoder = TextEncoder(processor, max_length or positions, family=family)
-        self._maker = BatchMaker(
-            encoder, rate or FrameRate(fps=1), owned=range, limits=limits, pack=pack
-        )
+        maker = partial(BatchMaker, encoder, rate or FrameRate(fps=1), owned=range, limits=limits)
+        self._maker = maker(pack=pack)
+        self.apart = self
+        if pack is not None:
+            self.apart = copy.copy(self)
+            self.apart._maker = maker()
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         """A batch for ``ds_lvx.shard_batch``, by which a `ds_lvx.trainer.Trainer` cuts it.
