@@ -228,6 +228,9 @@ def test_a_tiny_one_is_made_of_nothing(folder: Path) -> None:
     gates = [p.grad for name, p in model.named_parameters() if name.endswith("_gate")]
     assert len(gates) == 4
     assert all(gate is not None and gate.abs().max() > 0 for gate in gates)
+    source.config.media_token_id -= 1
+    with pytest.raises(ValueError, match="'openflamingo' whose image token is 258"):
+        source.check_tokenizer()
 
 
 @pytest.mark.slow

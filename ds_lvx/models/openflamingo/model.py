@@ -45,6 +45,7 @@ class FlamingoConfig(PreTrainedConfig):
     """
 
     model_type = "openflamingo"
+    attribute_map: ClassVar[dict[str, str]] = {"image_token_id": "media_token_id"}
     sub_configs: ClassVar[Mapping[str, Any]] = {
         "text_config": AutoConfig,
         "vision_config": CLIPVisionConfig,
