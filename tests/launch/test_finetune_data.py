@@ -45,13 +45,18 @@ def test_converted_rows_give_the_same_losses(tmp_path: Path) -> None:
     assert losses(folder, "rows", folder / "d.parquet", workers=1) == expected
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
-def test_shards_are_gone_on_with_where_a_run_stood(tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "workers"),
+    [(2, 0), *(pytest.param(ranks, 1, marks=pytest.mark.exhaustive) for ranks in (2, 4))],
+)
+def test_shards_are_gone_on_with_where_a_run_stood(
+    tmp_path: Path, ranks: int, workers: int
+) -> None:
     """Replicas of 2 ranks: what the replicas take are the samples of each epoch."""
     shards = write_shards(write_media(tmp_path), (4, 3))
     given = {"world_size": ranks, "save_steps": 1, "keep_checkpoints": 3}
     whole = losses(tmp_path, "whole", shards, **given)
     checkpoint = tmp_path / "whole" / "checkpoints" / "step-00000001"
-    resumed = losses(tmp_path, "resumed", shards, resume=checkpoint, workers=1, **given)
+    resumed = losses(tmp_path, "resumed", shards, resume=checkpoint, workers=workers, **given)
     assert resumed == whole[1:]
     assert len(set(whole)) == 3
