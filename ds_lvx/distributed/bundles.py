@@ -165,8 +165,8 @@ def unpack_rows(buffer: Tensor, like: Sequence[Spec], dims: Sequence[int]) -> li
     """
     views, leading = [], buffer.dim() - 2
     for start, nbytes, row, dim in _places(tuple(like), tuple(dims))[0]:
-        piece = buffer.narrow(-1, start, nbytes).view(row.dtype)
-        view = piece.view(*buffer.shape[:-1], *row.shape)
+        piece = buffer if len(like) == 1 else buffer.narrow(-1, start, nbytes)
+        view = piece.view(row.dtype).view(*buffer.shape[:-1], *row.shape)
         views.append(view.movedim(leading, leading + dim) if dim else view)
     return views
 
