@@ -70,6 +70,7 @@ def test_every_method_matches_the_oracle_in_fp32(ranks: int, device: str) -> Non
         assert max(errors.values()) < LIMITS[device], (method, problem, errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "visibility", ["frames", pytest.param("none", marks=pytest.mark.exhaustive)]
 )

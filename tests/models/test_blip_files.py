@@ -174,6 +174,7 @@ def test_other_places_are_not_compared(folder: Path) -> None:
         case_of(str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [KINDS[0], *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in KINDS[1:])],

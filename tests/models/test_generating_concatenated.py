@@ -168,6 +168,7 @@ def with_gaps(batch: Batch, first: Tensor) -> Batch:
     return text
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_whole_conversations() -> None:
     model, batch = tiny_model().eval(), left_padded()
     length = batch["input_ids"].shape[1]
