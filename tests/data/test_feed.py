@@ -148,7 +148,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_busy_worker_ends_with_its_feed_and_with_its_rank(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
     script.write_text(RANK)

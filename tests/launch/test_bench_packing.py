@@ -15,7 +15,7 @@ from tests.forked import fork_fresh_ranks
 MARKS = "<!-- bench_packing.py, packing: begin -->\n<!-- bench_packing.py, packing: end -->\n"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_quick_run_writes_json_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = tmp_path / "document.md"
     document.write_text(MARKS)

@@ -52,7 +52,7 @@ def test_tables_have_every_case_and_every_method() -> None:
     assert bench.draw(results).axes
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_papers_table_is_written_into_a_document(tmp_path: Path) -> None:
     document = tmp_path / "planning.md"
     edges = [f"<!-- bench_plan.py, published: {edge} -->" for edge in ("begin", "end")]

@@ -201,7 +201,7 @@ def test_optimizer_and_schedule_of_the_ds_config_are_taken(folder: Path, tmp_pat
     [
         pytest.param(0, {}, marks=pytest.mark.exhaustive),
         (2, {"lora_r": 2, "lora_dropout": 0.3, "learning_rate": 0.1}),
-        (3, {}),
+        pytest.param(3, {}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_resumed_run_has_the_same_losses(

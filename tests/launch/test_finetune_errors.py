@@ -134,7 +134,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
     _fails(4, *words, expected=r"train\.jsonl:1: got 3 text tokens; expected at least 4")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_last_checkpoint_survives_bad_data_and_serves(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4")
     samples = [chat(("video", "a.mp4"), ("text", f"{n}?")) for n in range(3)]

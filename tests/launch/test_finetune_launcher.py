@@ -77,6 +77,7 @@ def test_an_error_ends_all_ranks_with_one_line_each(tmp_path: Path) -> None:
         assert "Traceback" not in said
 
 
+@pytest.mark.exhaustive
 def test_a_launcher_that_is_ended_takes_its_ranks_along_and_they_save(tmp_path: Path) -> None:
     """`deepspeed` itself dies of a SIGTERM, and its ranks are nobody's children any more."""
     data = write_jsonl(tmp_path / "train.jsonl", chat(("text", "What?"), answer="A rabbit."))

@@ -105,7 +105,7 @@ def _wait_for_a_step(run: Run, out: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_whose_worker_is_struck_ends_and_resumes_as_one_without(tmp_path: Path) -> None:
     _write(tmp_path)
     config = write_config(tmp_path / "ds.json", stage=2)

@@ -77,7 +77,7 @@ def snapshot(image: Path, copy: Path, writer: subprocess.Popen[str]) -> None:
         os.kill(writer.pid, signal.SIGCONT)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_after_a_power_cut_there_is_a_whole_checkpoint(image: Path, tmp_path: Path) -> None:
     numbers = random.Random(0)
     copies = []

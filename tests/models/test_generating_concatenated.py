@@ -132,7 +132,7 @@ def text_only() -> Batch:
     return make_batch([[12], [9]], left=True)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_replicas_generate_side_by_side() -> None:
     model = tiny_model().eval()
     for rank, found in enumerate(run_ranks(generate_in_replicas, 4)):

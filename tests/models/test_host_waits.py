@@ -91,7 +91,11 @@ def fake() -> Iterator[FakeCuda]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "kernel"),
-    [pytest.param(1, "native", marks=pytest.mark.exhaustive), (3, "native"), (3, "triton")],
+    [
+        pytest.param(1, "native", marks=pytest.mark.exhaustive),
+        pytest.param(3, "native", marks=pytest.mark.exhaustive),
+        (3, "triton"),
+    ],
 )
 def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
     ranks: int, kernel: str, fake: FakeCuda

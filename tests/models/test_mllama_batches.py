@@ -124,7 +124,7 @@ def step_each(ranks: int, names: tuple[str, ...], offset: int) -> list[dict[str,
         pytest.param(1, 0, marks=pytest.mark.exhaustive),
         pytest.param(2, 1, marks=pytest.mark.slow),
         pytest.param(3, 2, marks=pytest.mark.exhaustive),
-        pytest.param(3, 3, marks=pytest.mark.slow),
+        pytest.param(3, 3, marks=pytest.mark.exhaustive),
     ],
 )
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:

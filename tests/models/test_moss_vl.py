@@ -105,7 +105,7 @@ def test_reference_has_gradients_everywhere() -> None:
     assert silent == set()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_replica_without_frames_beside_one_with_frames() -> None:
     """Under ZeRO-3 both run a frame through the tower."""
     batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]

@@ -156,7 +156,7 @@ def test_sixteen_bits_are_close_to_thirty_two(*, gated: bool, autocast: bool) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(*, gated: bool) -> None:
     hyper = {**LVX, "recompute_kv": True, "kernel": "native"}
     config = ds_config(stage=1, sp_size=3, cross=hyper, self_attn="ring")

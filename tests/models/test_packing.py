@@ -145,7 +145,7 @@ def replicas(data: Path, pack: int | None, lora: bool, stage: int | None) -> dic
     return {**mllama_case.reference_steps(alone, model), "logits": []}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_two_replicas_of_unequal_rows_train_as_one_process(

@@ -306,7 +306,7 @@ def test_a_tiny_one_is_made_of_nothing(folder: Path) -> None:
     assert silent == set()
 
 
-@pytest.mark.slow  # its Q-Formers are of the published size
+@pytest.mark.exhaustive  # its Q-Formers are of the published size
 def test_a_comparison_trains_a_model_of_random_weights(folder: Path) -> None:
     with pytest.raises(NotImplementedError, match=r"a Video-LLaMA with qformer .*; expected"):
         case_of(str(folder))

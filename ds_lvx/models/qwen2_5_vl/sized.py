@@ -82,6 +82,7 @@ def size_of(config: Any) -> Size:
             hidden=3584,
             heads=28,
             kv_heads=4,
+            head_dim=128,
             mlp=18_944,
             layers=28,
             cross_at=tuple(range(28)),
