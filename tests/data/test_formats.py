@@ -167,6 +167,7 @@ def test_formats_are_told_by_all_of_the_file(folder: Path) -> None:
         ("sharegpt", turns("<video>x", videos=[{"path": "c.mp4", "speed": 2}]), "for videos[0]"),
         ("sharegpt", turns("<image>x", images=[{"path": "a.png", "fps": 2}]), "for images[0]"),
         ("sharegpt", turns("<video><video>x", videos=["c.mp4"] * 2, end=2), "beside 2 videos"),
+        ("sharegpt", turns(images=["a.png"], video_start=1), "got video_start without a video"),
         ("prompt", {"prompt": "x"}, "expected one of response, completion, output, answer"),
         ("prompt", {"prompt": "x", "query": "x", "output": "y"}, "the columns prompt, query"),
         ("prompt", {"prompt": "<image>x", "response": "y"}, "no image left for it"),

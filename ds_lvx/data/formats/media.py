@@ -44,7 +44,7 @@ def listed(record: Mapping[str, Any], source: Source) -> dict[str, list[Medium]]
 
     Raises:
         DataError: a column holds something else, two columns hold the same kind, or times stand
-            beside several videos.
+            beside several videos or none.
     """
     lists: dict[str, list[Medium]] = {}
     for name, kind in columns(record).items():
@@ -60,9 +60,17 @@ def listed(record: Mapping[str, Any], source: Source) -> dict[str, list[Medium]]
             _medium(value, kind, where=f"{name}[{n}]", source=source)
             for n, value in enumerate(values)
         ]
-    times = _times(record, source, "the record")
     videos = lists.get("videos", [])
-    if times and videos:
+    alone = [key for key in (_START[0], _END[0]) if not videos and record.get(key) not in (None, 0)]
+    if alone:  # another name may be of something else
+        raise DataError.at(
+            source,
+            got=f"{' and '.join(alone)} without a video",
+            expected="the times of a video",
+            do="name the video, or take them out",
+        )
+    times = _times(record, source, "the record") if videos else {}
+    if times:
         if len(videos) > 1 or videos[0].more:
             raise DataError.at(
                 source,
