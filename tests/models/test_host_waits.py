@@ -45,8 +45,11 @@ ALLOWED_ON_CPU = {
     # Both are states of generators, which PyTorch keeps on the host for every device.
     ("equal", "ds_lvx/attention/random_state.py:equals"),
     # Lengths of pictures and windows, which stay on the host: no wait on fake CUDA tensors.
-    ("tolist", "models/qwen2_5_vl/modeling_qwen2_5_vl.py:forward"),
-    ("tolist", "models/qwen3_vl/modeling_qwen3_vl.py:forward"),
+    *(
+        ("tolist", f"models/{name}/modeling_{name}.py:{function}")
+        for name in ("qwen2_5_vl", "qwen3_vl")
+        for function in ("<listcomp>", "forward")  # the latter from Python 3.12 on
+    ),
 }
 CONCATENATED: dict[str, Any] = {
     "qwen2_5_vl": qwen2_5_vl_case,
