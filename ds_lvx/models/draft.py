@@ -188,7 +188,10 @@ class _Content:
         return cls(place, frames, text, part(rank, size))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> _Content:
-        arguments = {key: change(value) for key, value in self.visual.arguments.items()}
+        arguments = {
+            key: change(value) if isinstance(value, Tensor) else value  # the host reads it
+            for key, value in self.visual.arguments.items()
+        }
         visual = replace(self.visual, arguments=arguments)
         return replace(self, text=self.text.each(change), visual=visual)
 
@@ -361,7 +364,7 @@ class _Part:
     the whole text over all of them, which tokens see any, bool ``[B, T]``, and how many units."""
 
     visual: Visual
-    arguments: Mapping[str, Tensor]
+    arguments: Mapping[str, Any]
     kv_lengths: tuple[int, ...] | None
     rule: Visibility | None
     row_mask: Tensor | None

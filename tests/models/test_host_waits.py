@@ -1,13 +1,14 @@
 """Between the forward and ``engine.step()`` the host never waits for the device.
 
-One model has a cross-attention layer of every method. On a CPU two ranks train it, and every number
-that the host reads is told by its place; on fake CUDA tensors it runs as one rank of groups of one
-and three, the others' part made up, and every wait is told.
+One model has a cross-attention layer of every method; others have visual tokens among the text's.
+On a CPU two ranks train them, and every number that the host reads is told by its place; on fake
+CUDA tensors they run as one rank of groups of one and three, the others' part made up, and every
+wait is told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import draft_batch
 from launch.bench_launches import made_up_ranks
+from tests.models import internvl_case, llava_onevision_case, qwen2_5_vl_case, qwen3_vl_case
+from tests.models.concatenated_case import rules
 from tests.models.host_reads import HostReads
 from tests.models.mllama_case import ds_config, end_engine, hard_batch, start_engine, tiny_model
 from tests.ranks import run_ranks
@@ -41,7 +44,21 @@ LAYERS = len(METHODS) + 2
 ALLOWED_ON_CPU = {
     # Both are states of generators, which PyTorch keeps on the host for every device.
     ("equal", "ds_lvx/attention/random_state.py:equals"),
+    # Lengths of pictures and windows, which stay on the host: no wait on fake CUDA tensors.
+    *(
+        ("tolist", f"models/{name}/modeling_{name}.py:{function}")
+        for name in ("qwen2_5_vl", "qwen3_vl")
+        for function in ("<listcomp>", "forward")  # the latter from Python 3.12 on
+    ),
 }
+CONCATENATED: dict[str, Any] = {
+    "qwen2_5_vl": qwen2_5_vl_case,
+    "qwen3_vl": qwen3_vl_case,
+    "internvl": internvl_case,
+    "llava_onevision": llava_onevision_case,
+}
+UNUSED = "vision_tower.post_layernorm"
+"""In names of parameters that the loss of none depends on."""
 
 
 def config(*, sp_size: int, kernel: str = "auto") -> dict[str, Any]:
@@ -65,9 +82,11 @@ def model_of_all_methods() -> Any:
     return tiny_model(num_hidden_layers=LAYERS, cross_attention_layers=CROSS_AT, hidden_size=64)
 
 
-def reads_of_second_step() -> set[tuple[str, str]]:
-    engine = start_engine(config(sp_size=2), model_of_all_methods())
-    shard = ds_lvx.shard_batch(hard_batch(), model=engine.module)
+def reads_of_second_step(
+    made: dict[str, Any], model: Callable[[], Any], batch: Callable[[], Any]
+) -> set[tuple[str, str]]:
+    engine = start_engine(made, model())
+    shard = ds_lvx.shard_batch(batch(), model=engine.module)
     for _ in range(2):
         with HostReads() as reads:
             engine.backward(engine(**shard).loss)
@@ -78,8 +97,23 @@ def reads_of_second_step() -> set[tuple[str, str]]:
 
 @pytest.mark.slow
 def test_the_host_reads_no_number_between_forward_and_step() -> None:
-    for found in run_ranks(reads_of_second_step, 2):
+    given = (config(sp_size=2), model_of_all_methods, hard_batch)
+    for found in run_ranks(reads_of_second_step, 2, *given):
         assert found <= ALLOWED_ON_CPU
+
+
+def reads_by_family() -> dict[str, set[tuple[str, str]]]:
+    return {
+        name: reads_of_second_step(rules(name, "lvx", 2), case.tiny_model, case.hard_batch)
+        for name, case in CONCATENATED.items()
+    }
+
+
+@pytest.mark.slow
+def test_towers_and_embeddings_read_no_number() -> None:
+    for found in run_ranks(reads_by_family, 2):
+        for name, reads in found.items():
+            assert reads <= ALLOWED_ON_CPU, name
 
 
 @pytest.fixture
@@ -102,9 +136,9 @@ def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
 ) -> None:
     with made_up_ranks(ranks):
         model = model_of_all_methods()
-        rules = LVXConfig.from_ds_config(config(sp_size=ranks, kernel=kernel))
+        made = LVXConfig.from_ds_config(config(sp_size=ranks, kernel=kernel))
         groups = SequenceParallelGroups(ranks)
-        patch_model(model, rules, groups)
+        patch_model(model, made, groups)
         model.to(DEVICE)
         fake.reset()
         draft = draft_batch(hard_batch(), model=model).pin_memory()
@@ -115,6 +149,25 @@ def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
         assert fake.waits == []
         assert all(parameter.grad is not None for parameter in model.parameters())
         assert sum(fake.launches.values()) > 1000
+        groups.close()
+
+
+@pytest.mark.parametrize("name", CONCATENATED)
+def test_towers_and_embeddings_do_not_wait_on_cuda(name: str, fake: FakeCuda) -> None:
+    case = CONCATENATED[name]
+    with made_up_ranks(3):
+        model, groups = case.tiny_model(), SequenceParallelGroups(3)
+        made = rules(name, "lvx", 3)
+        made["ds_lvx"]["layers"][1]["kernel"] = "native"
+        patch_model(model, LVXConfig.from_ds_config(made), groups)
+        model.to(DEVICE)
+        fake.reset()
+        draft = draft_batch(case.hard_batch(), model=model).pin_memory()
+        shard = ds_lvx.shard_batch(draft, model=model)
+        model(**shard).loss.backward()
+        assert fake.waits == []
+        missing = [name for name, each in model.named_parameters() if each.grad is None]
+        assert [name for name in missing if UNUSED not in name] == []
         groups.close()
 
 

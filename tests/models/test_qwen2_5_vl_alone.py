@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ import torch
 from ds_lvx import gather_sequence
 from ds_lvx.config import LVXConfig
 from ds_lvx.models import patch_model
+from ds_lvx.models.qwen2_5_vl import tower
 from ds_lvx.sharding import draft_batch, owned, shard_batch
 from tests.models.concatenated_case import rules
 from tests.models.moss_vl_case import OneRank
@@ -85,7 +90,31 @@ def test_owned_asks_the_model() -> None:
 
 def test_a_draft_pickles_without_the_whole_batch() -> None:
     draft = draft_batch(hard_batch(), model=tiny_model())
-    assert set(draft.checked().visual.arguments) == {"pixel_values", "image_grid_thw"}
+    arguments = pickle.loads(pickle.dumps(draft)).checked().visual.arguments
+    assert set(arguments) == {
+        *("pixel_values", "image_grid_thw"),
+        # What follows from the grid: as much as its patches, or windows.
+        *(
+            "tower_position_ids",
+            "tower_window_index",
+            "tower_cu_seqlens",
+            "tower_cu_window_seqlens",
+        ),
+    }
+
+
+def test_a_flash_tower_is_told_how_long_its_parts_are() -> None:
+    """Its kernel would ask the device."""
+    vision = SimpleNamespace(_attn_implementation="flash_attention_2")
+    heard = Mock(config=vision, dtype=torch.float32)
+    made = tower.arguments(
+        [[2, 4, 6], [1, 2, 2]], partial(tower.windows, merge=2, window=16, patch=4)
+    )
+    tower.run(heard, {"pixel_values": torch.zeros(52, 1), **made})
+    told = heard.call_args.kwargs
+    assert told["cu_seqlens"].tolist() == [0, 24, 48, 52]
+    assert told["cu_window_seqlens"].tolist() == [0, 16, 24, 40, 48, 52]
+    assert (told["max_seqlen"], told["max_window_seqlen"]) == (24, 16)
 
 
 def changed(batch: Batch, **entries: Any) -> Batch:

@@ -26,7 +26,6 @@ from ds_lvx.models.concatenated.deal import TEXT, Deal
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Deep, Embed, Encoded, placed
 from ds_lvx.models.cuts import span, split
-from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.patch import KEYWORD
 from ds_lvx.models.registry import FAMILIES
 
@@ -44,21 +43,6 @@ def instead_of(model_type: str) -> AbstractContextManager[None]:
             "among the text's, whose embeddings others gather"
         )
     return FAMILIES.instead(model_type, type("Gathered", (_Gathered, type(family)), {}))
-
-
-class _Gathered(Concatenated):
-    """What differs of a family, in front of its own class."""
-
-    def text(self, batch: Mapping[str, Any], model: Any) -> Text:
-        return _Pieces(**vars(super().text(batch, model)))
-
-    def owned(self, tokens: Sequence[int], rank: int, size: int) -> list[int]:
-        part = span(split(len(tokens), size), rank)
-        return [*range(part.start, part.stop)]
-
-    def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
-        hook = _EmbedWhole(self.encode, self.takes)
-        self.inner(model).register_forward_pre_hook(hook, with_kwargs=True)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -112,6 +96,19 @@ class _EmbedWhole(Embed):
             batch = replace(batch, deep=_of_piece(made, places, ids.shape[1], here))
         # Contiguous, so that the whole is not kept for the first layer's backward.
         return args, {**given, KEYWORD: batch, "inputs_embeds": whole[:, here].contiguous()}
+
+
+class _Gathered(Concatenated):
+    """What differs of a family, in front of its own class."""
+
+    embed = _EmbedWhole
+
+    def text(self, batch: Mapping[str, Any], model: Any) -> Text:
+        return _Pieces(**vars(super().text(batch, model)))
+
+    def owned(self, tokens: Sequence[int], rank: int, size: int) -> list[int]:
+        part = span(split(len(tokens), size), rank)
+        return [*range(part.start, part.stop)]
 
 
 def _gathered(batch: ShardedBatch, made: Encoded) -> Encoded:

@@ -44,9 +44,9 @@ class Unit:
     about: tuple[int, ...] = ()
 
 
-Arrange: TypeAlias = "Callable[[Sequence[Unit], Sequence[Tensor]], dict[str, Tensor]]"
-"""Some units and the rows of each -> what the model takes of them. It pickles: a function of a
-module, or a partial of one."""
+Arrange: TypeAlias = "Callable[[Sequence[Unit], Sequence[Tensor]], dict[str, Any]]"
+"""Some units and the rows of each -> what the model takes of them: tensors, which go to the device,
+and tuples, which the host reads. It pickles: a function of a module, or a partial of one."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

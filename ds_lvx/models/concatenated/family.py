@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.models.batch import ShardedBatch, Text
-from ds_lvx.models.concatenated.batch import Sequences, Unit, Units
+from ds_lvx.models.concatenated.batch import Arrange, Sequences, Unit, Units
 from ds_lvx.models.concatenated.deal import owners
 from ds_lvx.models.concatenated.forward import Embed, Encoded
 from ds_lvx.models.concatenated.sized import Sized
@@ -36,6 +36,7 @@ class Concatenated(Family):
         of_text, within: classes of attention: of the text to itself, and within a unit.
         sources: entries of a batch that have pixels.
         takes: the model's arguments of units that `arrange` makes; the first has their pixels.
+        embed: puts embeddings together.
         sized: the module that builds models with random weights.
     """
 
@@ -46,6 +47,7 @@ class Concatenated(Family):
     within: type[nn.Module]
     sources: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
+    embed: type[Embed] = Embed
     sized: Sized
 
     @abstractmethod
@@ -95,10 +97,14 @@ class Concatenated(Family):
                 )
         return given
 
-    @staticmethod
     @abstractmethod
-    def arrange(units: Sequence[Unit], rows: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The model's arguments for some units, one or more, and the rows of each in its source."""
+    def arrange(self, config: Any) -> Arrange:
+        """What makes the model's arguments of some units, one or more, and the rows of each in its
+        source. What follows from sizes is made there, so that nobody reads them on a device.
+
+        Args:
+            config: of the model.
+        """
 
     @staticmethod
     @abstractmethod
@@ -107,7 +113,7 @@ class Concatenated(Family):
 
         Args:
             module: `inner`.
-            given: what `arrange` made, or `blank`, on the device.
+            given: what `arrange` made, or `blank`; its tensors are on the device.
         """
 
     def inner(self, model: Any) -> Any:
@@ -173,7 +179,7 @@ class Concatenated(Family):
         return model
 
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
-        hook = Embed(self.encode, self.takes)
+        hook = self.embed(self.encode, self.takes)
         self.inner(model).register_forward_pre_hook(hook, with_kwargs=True)
 
     # ---- batches
@@ -187,7 +193,7 @@ class Concatenated(Family):
         return made.at(self.positions(batch, text, config))
 
     def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        return Units.of(text, self.pixels(batch), self.arrange)
+        return Units.of(text, self.pixels(batch), self.arrange(model.config))
 
     def owned(self, tokens: Sequence[int], rank: int, size: int) -> list[int]:
         return [unit for unit, owner in enumerate(owners(tokens, size)) if owner == rank]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from ds_lvx.models.batch import Text
-from ds_lvx.models.concatenated.batch import Unit
+from ds_lvx.models.concatenated.batch import Arrange, Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
 from ds_lvx.models.concatenated.sized import Sized
@@ -76,9 +76,8 @@ class InternVL(Concatenated):
             batches.check_pixels(pixels, model.config)
         return super().visual(batch, text, model)
 
-    @staticmethod
-    def arrange(units: Sequence[Unit], rows: Sequence[Tensor]) -> dict[str, Tensor]:
-        return batches.arrange(units, rows)
+    def arrange(self, config: Any) -> Arrange:
+        return batches.arrange
 
     def blank(self, model: Any) -> dict[str, Tensor]:
         return batches.blank(model.config)

@@ -50,12 +50,16 @@ def image_tokens(size: tuple[int, int], config: Any) -> tuple[int, int]:
     rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, tile)
     # Nothing is computed: what the model's own function would leave of such a grid.
     grid = torch.empty(1, rows * each, columns * each, device="meta")
-    height, width = unpad_image(grid, size).shape[1:]
-    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
-    ratio = math.sqrt(height * width / (most * each**2))
-    if ratio > _MOST:
-        height, width = int(height // ratio), int(width // ratio)
+    height, width = scaled(unpad_image(grid, size).shape[1:], config)
     return 1 + rows * columns, each**2 + height * (width + 1)
+
+
+def scaled(sides: Sequence[int], config: Any) -> tuple[int, int]:
+    """Height and width of the features of an image's tiles, from those without padding."""
+    height, width = sides
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(height * width / (most * side(config) ** 2))
+    return (int(height // ratio), int(width // ratio)) if ratio > _MOST else (height, width)
 
 
 def tiles_and_tokens(size: tuple[int, int], config: Any, *, alone: bool) -> tuple[int, int]:
@@ -160,17 +164,17 @@ def pixels(given: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     return made
 
 
-def arrange(units: Sequence[Unit], rows: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Tiles and frames in one, and what each unit is: ``[units, 3]`` by `Unit.about`."""
+def arrange(units: Sequence[Unit], rows: Sequence[Tensor]) -> dict[str, Any]:
+    """Tiles and frames in one, and what each unit is, by `Unit.about`, which the host reads."""
     tiles = [
         row if unit.source == VIDEO_PIXELS else row[0, : unit.about[0]]
         for unit, row in zip(units, rows, strict=True)
     ]
-    return {PIXELS: torch.cat(tiles), SIZES: torch.tensor([unit.about for unit in units])}
+    return {PIXELS: torch.cat(tiles), SIZES: tuple(unit.about for unit in units)}
 
 
-def blank(config: Any) -> dict[str, Tensor]:
+def blank(config: Any) -> dict[str, Any]:
     """One blank frame with the newline of a video."""
     vision = config.vision_config
     tile = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size)
-    return {PIXELS: tile, SIZES: torch.tensor([[0, 1, 0]])}
+    return {PIXELS: tile, SIZES: ((0, 1, 0),)}

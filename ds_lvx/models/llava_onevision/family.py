@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
@@ -13,13 +13,14 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from ds_lvx.models.batch import Text
-from ds_lvx.models.concatenated.batch import Unit, Units
+from ds_lvx.models.concatenated.batch import Arrange, Unit, Units
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
 from ds_lvx.models.concatenated.sized import Sized
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.llava_onevision import batch as batches
 from ds_lvx.models.llava_onevision import dimensions, sized
+from ds_lvx.models.llava_onevision.forward import encoded, packed
 from ds_lvx.models.llava_onevision.processor import Processor
 from ds_lvx.models.visual import PIXELS, Visual
 
@@ -62,9 +63,10 @@ class LlavaOnevision(Concatenated):
 
     @staticmethod
     def encode(module: Any, given: Mapping[str, Any]) -> Encoded:
-        units = given[batches.SIZES].tolist()
-        features, newline = _tiles(module, given[PIXELS])
-        aspect, parts, start = module.config.vision_aspect_ratio, [], 0
+        units = given[batches.SIZES]
+        features, start = encoded(module, given[PIXELS]), 0
+        newline = module.image_newline.to(features)
+        parts = [newline[None][:0]]  # where no unit has one: a gradient of 0, and not none
         for framed, group in groupby(units, key=lambda unit: unit[0] == 0):
             here = [*group]
             counts = [max(tiles, 1) for tiles, *_ in here]
@@ -74,8 +76,8 @@ class LlavaOnevision(Concatenated):
                 for frame, (_, last, _) in zip(module.apply_pooling(held), here, strict=True):
                     parts += [frame, newline[None]] if last else [frame]
             else:
-                sizes, images = [size for _, *size in here], held.split(counts)
-                parts += module.pack_image_features(images, sizes, newline, aspect)[0]
+                images = zip(held.split(counts), here, strict=True)
+                parts += [packed(module, image, size) for image, (_, *size) in images]
         return Encoded(torch.cat(parts))
 
     # ---- batches
@@ -88,13 +90,12 @@ class LlavaOnevision(Concatenated):
 
     def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
         pixels = batches.pixels(self.pixels(batch), model.config)
-        return Units.of(text, pixels, self.arrange)
+        return Units.of(text, pixels, self.arrange(model.config))
 
-    @staticmethod
-    def arrange(units: Sequence[Unit], rows: Sequence[Tensor]) -> dict[str, Tensor]:
-        return batches.arrange(units, rows)
+    def arrange(self, config: Any) -> Arrange:
+        return batches.arrange
 
-    def blank(self, model: Any) -> dict[str, Tensor]:
+    def blank(self, model: Any) -> dict[str, Any]:
         return batches.blank(model.config)
 
     # ---- data
@@ -115,16 +116,3 @@ class LlavaOnevision(Concatenated):
 
     def frame_tokens(self, config: Any) -> int:
         return batches.frame_tokens(config)
-
-
-def _tiles(module: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of tiles ``[tiles, P^2, hidden]``, and the newline's ``[hidden]``.
-
-    The model's own way with several images of one sample, each of which is one tile and a newline.
-    """
-    sizes = [pixels.shape[-2:]] * len(pixels)
-    made = module.get_image_features(
-        pixels, sizes, batch_num_images=[len(pixels) + 1], return_dict=True
-    )
-    whole = torch.stack(made.pooler_output)
-    return whole[:, :-1], whole[0, -1]

@@ -19,10 +19,11 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Unit
+from ds_lvx.models.qwen2_5_vl import tower
 from ds_lvx.models.visual import PIXELS
 
 VIDEO_PIXELS = "pixel_values_videos"
-GRID, VIDEO_GRID = "image_grid_thw", "video_grid_thw"
+GRID, VIDEO_GRID = tower.GRID, "video_grid_thw"
 SECONDS, TYPES = "second_per_grid_ts", "mm_token_type_ids"
 SOURCES = {1: (PIXELS, GRID), 2: (VIDEO_PIXELS, VIDEO_GRID)}
 """By token type, as the processor numbers them: where pixels and grids are."""
@@ -192,14 +193,16 @@ class _Positions(SimpleNamespace):
         super().__init__(config=config, get_vision_position_ids=places)
 
 
-def arrange(units: Sequence[Unit], rows: Sequence[Tensor]) -> dict[str, Tensor]:
+def arrange(
+    units: Sequence[Unit], rows: Sequence[Tensor], *, follow: tower.Follow
+) -> dict[str, Any]:
     """Units as images of one video: consecutive ones of a size share a row of the grid."""
     sides = groupby(unit.about for unit in units)
     grid = [[len(list(group)), *size] for size, group in sides]
-    return {PIXELS: torch.cat([*rows]), GRID: torch.tensor(grid)}
+    return {PIXELS: torch.cat([*rows]), **tower.arguments(grid, follow)}
 
 
-def blank(config: Any) -> dict[str, Tensor]:
+def blank(config: Any, follow: tower.Follow) -> dict[str, Any]:
     """One blank image, as small as there is."""
     side, width = int(config.vision_config.spatial_merge_size), patch_width(config)
-    return {PIXELS: torch.zeros(side**2, width), GRID: torch.tensor([[1, side, side]])}
+    return {PIXELS: torch.zeros(side**2, width), **tower.arguments([[1, side, side]], follow)}

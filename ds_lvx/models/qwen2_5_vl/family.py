@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -14,13 +14,13 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 from ds_lvx.models.batch import Text
-from ds_lvx.models.concatenated.batch import Unit
+from ds_lvx.models.concatenated.batch import Arrange, Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
 from ds_lvx.models.concatenated.sized import Sized
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.qwen2_5_vl import batch as batches
-from ds_lvx.models.qwen2_5_vl import dimensions, sized
+from ds_lvx.models.qwen2_5_vl import dimensions, sized, tower
 from ds_lvx.models.qwen2_5_vl.processor import Processor
 from ds_lvx.models.visual import PIXELS
 
@@ -40,7 +40,7 @@ class Qwen25VL(Concatenated):
     of_text: type[nn.Module] = Qwen2_5_VLAttention
     within: type[nn.Module] = Qwen2_5_VLVisionAttention
     sources = (PIXELS, batches.VIDEO_PIXELS)
-    takes = (PIXELS, batches.GRID)
+    takes = tower.names("position_ids", "cu_seqlens", "window_index", "cu_window_seqlens")
     sized: Sized = sized
 
     # ---- patching
@@ -51,8 +51,7 @@ class Qwen25VL(Concatenated):
 
     @staticmethod
     def encode(module: Any, given: Mapping[str, Any]) -> Encoded:
-        made = module.get_image_features(given[PIXELS], given[batches.GRID], return_dict=True)
-        return Encoded(torch.cat(made.pooler_output))
+        return Encoded(tower.run(module.visual, given).pooler_output)
 
     # ---- batches
 
@@ -65,12 +64,21 @@ class Qwen25VL(Concatenated):
     def positions(self, batch: Mapping[str, Any], text: Text, config: Any) -> Tensor | None:
         return batches.positions(batch, text, config)
 
-    @staticmethod
-    def arrange(units: Sequence[Unit], rows: Sequence[Tensor]) -> dict[str, Tensor]:
-        return batches.arrange(units, rows)
+    def arrange(self, config: Any) -> Arrange:
+        return partial(batches.arrange, follow=self.follow(config))
 
-    def blank(self, model: Any) -> dict[str, Tensor]:
-        return batches.blank(model.config)
+    def follow(self, config: Any) -> tower.Follow:
+        """What the tower makes of its grids."""
+        vision = config.vision_config
+        return partial(
+            tower.windows,
+            merge=int(vision.spatial_merge_size),
+            window=int(vision.window_size),
+            patch=int(vision.patch_size),
+        )
+
+    def blank(self, model: Any) -> dict[str, Any]:
+        return batches.blank(model.config, self.follow(model.config))
 
     # ---- data
 

@@ -6,10 +6,11 @@ to the visual tokens, which are on the rank that made the features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import (
@@ -23,10 +24,13 @@ from ds_lvx.models.concatenated.batch import Unit
 from ds_lvx.models.concatenated.forward import Deep, Encoded
 from ds_lvx.models.concatenated.sized import Sized
 from ds_lvx.models.dimensions import Model
+from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.qwen2_5_vl import batch as qwen
+from ds_lvx.models.qwen2_5_vl import tower
 from ds_lvx.models.qwen2_5_vl.family import Qwen25VL
 from ds_lvx.models.qwen3_vl import batch as batches
 from ds_lvx.models.qwen3_vl import dimensions, sized
+from ds_lvx.models.qwen3_vl.deep import AddDeep
 from ds_lvx.models.qwen3_vl.processor import Processor
 from ds_lvx.models.visual import PIXELS
 
@@ -38,6 +42,7 @@ class Qwen3VL(Qwen25VL):
     keys = (PIXELS, qwen.GRID, qwen.VIDEO_PIXELS, qwen.VIDEO_GRID, qwen.TYPES)
     of_text = Qwen3VLTextAttention
     within = Qwen3VLVisionAttention
+    takes = tower.names("position_ids", "cu_seqlens", "interp_indices", "interp_weights")
     sized: Sized = sized
 
     # ---- patching
@@ -48,20 +53,21 @@ class Qwen3VL(Qwen25VL):
 
     @staticmethod
     def encode(module: Any, given: Mapping[str, Any]) -> Encoded:
-        made = module.get_image_features(given[PIXELS], given[qwen.GRID], return_dict=True)
-        deep = [torch.cat(each) for each in made.deepstack_features]
-        return Encoded(torch.cat(made.pooler_output), deep)
+        made = tower.run(module.visual, given)
+        return Encoded(made.pooler_output, made.deepstack_features)
+
+    def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
+        super().install(model, plans)
+        text = self.text_model(model)
+        text.register_forward_pre_hook(AddDeep(text))
 
     def prepare(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
         given, deep = super().prepare(batch, arguments), batch.deep
         if not isinstance(deep, Deep):
             return given
-        rows, length, _ = arguments["inputs_embeds"].shape
-        mask = torch.zeros(rows * length, dtype=torch.bool, device=deep.places.device)
-        mask[deep.places] = True
         return {
             **given,
-            "visual_pos_masks": mask.view(rows, length),
+            "visual_pos_masks": deep.places,
             "deepstack_visual_embeds": list(deep.features),
         }
 
@@ -69,6 +75,11 @@ class Qwen3VL(Qwen25VL):
 
     def units(self, batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
         return batches.units(batch, ids, config)
+
+    def follow(self, config: Any) -> tower.Follow:
+        vision = config.vision_config
+        side = math.isqrt(int(vision.num_position_embeddings))
+        return partial(tower.interpolated, merge=int(vision.spatial_merge_size), side=side)
 
     def positions(self, batch: Mapping[str, Any], text: Text, config: Any) -> Tensor | None:
         return qwen.positions(batch, text, config, model=Qwen3VLModel)
