@@ -16,6 +16,7 @@ PyTorch's products in 16 bits take ten times as long as those in fp32.
 from __future__ import annotations
 
 import functools
+import math
 from itertools import groupby
 from operator import attrgetter
 
@@ -36,6 +37,7 @@ _MIN_KEYS, _MAX_KEYS = 256, 4096
 # On a CPU what a block reads and writes stays in the cache from one product to the next.
 _CPU_BLOCK_BYTES = 2**22  # of K and V in fp32
 _CPU_SCORE_ELEMENTS = 2**21
+_CPU_MASK_ELEMENTS = 2**21  # which PyTorch's kernel wants as numbers to add
 _CPU_MIN_KEYS = 512  # of products: with fewer, merging their results takes longer
 _FEW_QUERIES = 128
 _AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -169,19 +171,30 @@ def _blocks(problem: Problem, *, fused: bool) -> tuple[Block, ...]:
     batch, seqlen_q, heads, _ = q.shape
     cpu = q.device.type == "cpu"
     scores = _CPU_SCORE_ELEMENTS if cpu else _SCORE_ELEMENTS
-    budget = _MASK_ELEMENTS // batch if fused else scores // (batch * heads)
+    masks = _CPU_MASK_ELEMENTS if cpu and problem.rule is not None else _MASK_ELEMENTS
+    budget = masks // batch if fused else scores // (batch * heads)
     fewest, most = _MIN_KEYS, _MAX_KEYS
     if cpu:
         key_bytes = 2 * batch * k.shape[2] * k.shape[3] * accumulation_dtype(k.dtype).itemsize
         most = max(min(most, _CPU_BLOCK_BYTES // key_bytes), _MIN_KEYS)
         fewest = min(_CPU_MIN_KEYS, most)
     rows = seqlen_q if fused else min(seqlen_q, max(budget // fewest, 1))
+    squares = fused and cpu and problem.rule is not None  # of causal text half is then left out
+    if squares:
+        rows = _even(rows, max(math.isqrt(budget), _MIN_KEYS))
     keys = max(min(budget // rows, most), _MIN_KEYS)
     if problem.rule is None:
         return whole_blocks(seqlen_q, k.shape[1], rows, keys, masked=False)
+    if squares:
+        keys = _even(k.shape[1], keys)
     if cpu and keys >= k.shape[1]:  # of a causal square a quarter is then left out
         rows, keys = (min(n, max(-(-n // 2), _MIN_KEYS)) for n in (rows, k.shape[1]))
     return problem.rule.blocks(queries_per_block=rows, keys_per_block=keys)
+
+
+def _even(length: int, most: int) -> int:
+    """The length of as few equal parts as have ``most`` at most, the last perhaps shorter."""
+    return -(-length // -(-length // most))
 
 
 def _forward(problem: Problem, mask: Tensor | None, *, fused: bool) -> tuple[Tensor, Tensor]:
