@@ -74,7 +74,7 @@ def test_versions_that_are_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -
     assert found["torch"].value == "2.8.1, where ds_lvx needs >=2.9"
     assert found["torch"].advice == "pip install 'torch>=2.9'"
     assert (found["transformers"].state, found["transformers"].value) == (State.ERROR, "missing")
-    assert found["transformers"].advice == "pip install 'transformers>=5'"
+    assert found["transformers"].advice == "pip install 'transformers>=5.17'"
     assert found["peft"].state is State.NOTE
     assert "ds_lvx[lora]" in found["peft"].value
     assert "pytest" not in found
