@@ -23,7 +23,7 @@ from ds_lvx.compare.machine import cores
 from ds_lvx.compare.peak import PROMPT_FREEING
 from ds_lvx.compare.training.rank import Load, weigh
 from ds_lvx.plan import memory as formulas
-from ds_lvx.plan.memory import CrossAttention, Setting
+from ds_lvx.plan.memory import Setting
 
 GIB = 2**30
 HEAVY_BYTES = 65_536
@@ -188,17 +188,16 @@ def compared(record: Mapping[str, Any], *, ranks: int, cuda: bool) -> dict[str, 
 
 def _predict(setting: Setting, case: Case, *, ranks: int, cuda: bool) -> dict[str, float]:
     """Bytes that a visual token costs by the formulas, here and on an accelerator."""
-    head_dim = case.head_dim or case.hidden // case.heads
-    attention = CrossAttention(case.hidden, case.heads, case.kv_heads, head_dim, case.cross_layers)
     accelerator = formulas.Load(keys=1, ranks=ranks, features_train=case.features != "frozen")
     here = replace(accelerator, host_is_device=not cuda)
-    saved = formulas.kept(attention, setting, here)
-    there = formulas.peak_per_key(attention, setting, accelerator)
+    saved = formulas.kept(case.layers, setting, here)
     return {
-        "kept_bytes_per_token": saved.features + attention.layers * saved.of_keys,
+        "kept_bytes_per_token": saved.features + case.cross_layers * saved.of_keys,
         "kept_by_a_layer_bytes_per_token": saved.of_keys,
-        "peak_bytes_per_token": formulas.peak_per_key(attention, setting, here),
-        "peak_bytes_per_token_on_an_accelerator": there,
+        "peak_bytes_per_token": formulas.peak_per_key(case.layers, setting, here),
+        "peak_bytes_per_token_on_an_accelerator": formulas.peak_per_key(
+            case.layers, setting, accelerator
+        ),
     }
 
 
