@@ -24,7 +24,7 @@ TWO = Ranks(2, environment=PROMPT_FREEING)
 
 
 def load(setting: Setting) -> Load:
-    return Load(TINY, setting, frames=2, warm_up_frames=1, steps=2)
+    return Load(TINY, setting, frames=(1, 2, 2))
 
 
 @pytest.mark.slow

@@ -31,7 +31,8 @@ def floors(cases: Iterable[KernelCase]) -> list[dict[str, Any]]:
     found = []
     for case, direction in product(cases, DIRECTIONS):
         work = case.work(direction)
-        least = {name: floor(work, CARDS[name]) for name in CARD_NAMES}
+        rates = {name: (c.matrix_flops, c.memory_bytes_per_s) for name, c in CARDS.items()}
+        least = {name: floor(work, *rates[name]) for name in CARD_NAMES}
         about = {"case": case.name, "direction": direction, "shape": vars(case.shape)}
         seconds = {name: each.seconds for name, each in least.items()}
         bound = {name: each.bound for name, each in least.items()}

@@ -66,8 +66,8 @@ class Scales:
         A run for times warms up at full size. One for bytes does not: what malloc has left over
         from a step of the same size would count as there before.
         """
-        warm_up_frames, steps = (frames, self.steps) if timed else (1, 1)
-        load = Load(self.case, setting, frames, warm_up_frames, steps, counts_launches)
+        sizes = (frames,) * (1 + self.steps) if timed else (1, frames)
+        load = Load(self.case, setting, sizes, counts_launches=counts_launches)
         threads = max(cores() // self.ranks, 1) if self.on_cuda else self.threads
         device = "cuda" if self.on_cuda else "cpu"
         more: Any = {"timeout_s": _TIMEOUT_S, "environment": PROMPT_FREEING}
@@ -88,8 +88,8 @@ class Scales:
 
     def cost(self, setting: Setting) -> float:
         """Bytes a token by the formula."""
-        predicted = _predict(setting, self.case, ranks=self.ranks, cuda=self.on_cuda)
-        return predicted["peak_bytes_per_token"]
+        found = _predict(setting, self.case, ranks=self.ranks, cuda=self.on_cuda)
+        return found["peak_bytes_per_token"]
 
 
 def settings(chunk_tokens: int) -> dict[str, Setting]:
