@@ -122,8 +122,7 @@ class _Bench:
         return torch.randn(shape, device=self.device, dtype=getattr(torch, self.wanted.dtype))
 
 
-# --------------------------------------------------------------------------------------------
-# What a device computes
+# ---- what a device computes
 
 
 def _kernels(bench: _Bench) -> dict[str, list[dict[str, Any]]]:
@@ -226,8 +225,7 @@ def _call(bench: _Bench) -> Run:
     return lambda: lvx.attend(call, q, k, v)[0].backward(dout)
 
 
-# --------------------------------------------------------------------------------------------
-# What a link carries
+# ---- what a link carries
 
 
 def _transfers(bench: _Bench) -> dict[str, list[dict[str, Any]]]:

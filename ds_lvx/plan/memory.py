@@ -173,8 +173,7 @@ def _on_host(setting: Setting, load: Load) -> bool:
     return setting.features == "offload" and not load.host_is_device
 
 
-# --------------------------------------------------------------------------------------------
-# A whole step
+# ---- a whole step
 
 
 @dataclass(frozen=True)

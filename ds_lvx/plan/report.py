@@ -47,8 +47,7 @@ def as_record(scenario: Scenario, cluster: Cluster, found: Plan) -> dict[str, An
     }
 
 
-# --------------------------------------------------------------------------------------------
-# Text
+# ---- text
 
 
 def as_text(scenario: Scenario, cluster: Cluster, found: Plan) -> str:
@@ -176,8 +175,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-# --------------------------------------------------------------------------------------------
-# Plot
+# ---- plot
 
 
 def save_plot(scenario: Scenario, cluster: Cluster, ranks: int, path: Path) -> None:

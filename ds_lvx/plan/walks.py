@@ -34,8 +34,7 @@ def _alone(pieces: Pieces) -> None:
         compute(device.alone * pieces.project_s(keys, gradients=True), "projection")
 
 
-# --------------------------------------------------------------------------------------------
-# lvx: a walk through ds_lvx.attention.schedules
+# ---- lvx: a walk through ds_lvx.attention.schedules
 
 
 def _gather(pieces: Pieces) -> None:
@@ -145,8 +144,7 @@ def _begin(pieces: Pieces) -> None:
         pieces.project()
 
 
-# --------------------------------------------------------------------------------------------
-# Ring attention and Ulysses
+# ---- ring attention and Ulysses
 
 
 def _rotate_keys(pieces: Pieces) -> None:
@@ -228,8 +226,7 @@ def _ulysses_sends(sizes: Sizes, rank: int) -> float:
     return (n - 1) * (sum(aligned(map(int, together))) + q)
 
 
-# --------------------------------------------------------------------------------------------
-# Ulysses inside subgroups, another way across
+# ---- Ulysses inside subgroups, another way across
 
 
 def _hybrid(pieces: Pieces, *, hybrid: Hybrid, way: Way) -> None:
@@ -272,8 +269,7 @@ def _hybrid_sends(sizes: Sizes, rank: int, *, hybrid: Hybrid, way: Way) -> float
     return sent + (_ulysses_sends(inside, place) if hybrid.ulysses > 1 else 0)
 
 
-# --------------------------------------------------------------------------------------------
-# What rotates
+# ---- what rotates
 
 
 def _rotate(

@@ -97,18 +97,18 @@ def settings(chunk_tokens: int) -> dict[str, Setting]:
     recompute = Setting(recompute_kv=True)
     both = replace(recompute, checkpointing=True)
     chunks = replace(both, kv_chunk_tokens=chunk_tokens)
-    return {
+    found = {
         PLAIN: Setting(),
         "lvx, recompute": recompute,
         "lvx, recompute, checkpointing": both,
         "lvx, recompute, checkpointing, offload": replace(both, features="offload"),
         "lvx, recompute, checkpointing, chunks": chunks,
         "lvx, recompute, checkpointing, chunks, offload": replace(chunks, features="offload"),
-        "ulysses": Setting(method="ulysses"),
-        "ulysses, checkpointing": Setting(method="ulysses", checkpointing=True),
-        "ring": Setting(method="ring"),
-        "ring, checkpointing": Setting(method="ring", checkpointing=True),
     }
+    for method in ("ulysses", "ring"):
+        found[method] = Setting(method)
+        found[f"{method}, checkpointing"] = Setting(method, checkpointing=True)
+    return found
 
 
 def measure(
@@ -216,20 +216,16 @@ def recomputation(scales: Scales, *, checkpointing: bool, rounds: int) -> dict[s
         for name, setting in pair.items():
             found = scales.run(setting, frames=scales.frames, timed=True, counts_launches=True)
             runs[name] += found["ranks"]
-    seconds = {
-        column: {
-            name: spread([s for run in own for s in run[column]]) for name, own in runs.items()
-        }
-        for column in ("step_s", "processor_s")
-    }
+    seconds, costs = {}, {}
+    for column in ("step_s", "processor_s"):
+        both = {n: spread([s for run in own for s in run[column]]) for n, own in runs.items()}
+        seconds[column] = both
+        costs[column] = both["recomputed"]["median"] / both["kept"]["median"] - 1.0
     return {
         "vision_tower": "trained" if case.features == "tower" else "frozen",
         "checkpointing": checkpointing,
         "visual_tokens": scales.frames * case.frame_tokens,
-        "recomputation_costs": {
-            column: both["recomputed"]["median"] / both["kept"]["median"] - 1.0
-            for column, both in seconds.items()
-        },
+        "recomputation_costs": costs,
         **seconds,
         "case": asdict(case),
         "load_average": os.getloadavg(),
