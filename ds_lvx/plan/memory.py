@@ -45,14 +45,10 @@ class Setting:
 
     def rule(self) -> dict[str, Any]:
         """The keys of this setting in a rule of the ``ds_lvx`` section."""
-        keys: dict[str, Any] = {"method": self.method}
-        if self.recompute_kv:
-            keys["recompute_kv"] = True
-        if self.features != "keep":
-            keys["features"] = self.features
-        if self.kv_chunk_tokens is not None:
-            keys["kv_chunk_tokens"] = self.kv_chunk_tokens
-        return keys
+        keys = ("recompute_kv", "features", "kv_chunk_tokens")
+        default = {name: getattr(Setting, name) for name in keys}
+        own = {name: getattr(self, name) for name in keys if getattr(self, name) != default[name]}
+        return {"method": self.method, **own}
 
 
 @dataclass(frozen=True)
