@@ -23,6 +23,9 @@ from ds_lvx.plan import fit, measure, profile
 
 _KEYS = (1024, 4096, 16_384, 32_768)
 _CPU = measure.Samples(
+    heads=8,
+    kv_heads=8,
+    head_dim=64,
     lengths=(
         *((1, keys) for keys in (16, 4096, 32_768)),
         *product((16, 64), _KEYS),
@@ -30,6 +33,9 @@ _CPU = measure.Samples(
         *product((1024,), _KEYS[:2]),
     ),
     message_bytes=(2**10, 2**14, 2**17, 2**19, 2**21, 2**23),
+    hidden=(2**14, 16, 4096),
+    elements=2**22,
+    repeats=7,
 )
 _GPU = measure.Samples(
     heads=32,
@@ -70,8 +76,15 @@ def calibrate(
     """Measure on ``ranks`` fresh processes of this machine; on a CPU they share its cores.
 
     The profile has what it was measured with, every sample, and the ``cluster`` that follows. A
-    ``quick`` one, of tiny shapes, is of no use. ``samples`` take the place of those that serve
-    every plan; ``threads`` of a rank are by default its share of the cores.
+    ``quick`` one, of tiny shapes, is of no use.
+
+    Args:
+        ranks: how many.
+        network: an emulated one between them.
+        quick: tiny shapes, to try it.
+        samples: what is measured in place of what serves every plan.
+        threads: of a rank; None is its share of the cores.
+        environment: further variables of the processes.
 
     Raises:
         ValueError: more ranks than GPUs.
@@ -84,7 +97,8 @@ def calibrate(
         )
     request = samples or (_QUICK if quick else _GPU if cuda else _CPU)
     threads = max(cores() // ranks, 1) if threads is None else threads
-    where = Ranks(ranks, threads, "cuda" if cuda else "cpu", network, environment=environment or {})
+    kind = "cuda" if cuda else "cpu"
+    where = Ranks(ranks, threads, kind, network, environment=environment or {})
     answers = on_ranks(measure.measure, request, where)
     begin = header(emulated=network is not None, device=where.device)
     # One rank shows no link: what is guessed of the device stands there.
@@ -97,7 +111,7 @@ def calibrate(
     about = {
         "host": platform.node(),
         "ranks": ranks,
-        "threads_per_rank": threads,
+        "threads_per_rank": where.threads,
         "network": None if network is None else str(network),
         "request": asdict(request),
     }

@@ -117,7 +117,7 @@ def device(answers: Answers, request: Mapping[str, Any], *, memory_bytes: int) -
 
 
 def _one_token(answers: Answers) -> dict[str, Any]:
-    """What a step on one token takes; without what a profile of before does not say."""
+    """What a step on one token takes; nothing where a profile of before does not say it."""
     first = answers[0]
     if "steps" not in first:
         return {}
@@ -127,24 +127,35 @@ def _one_token(answers: Answers) -> dict[str, Any]:
     layers, further = (each["layers"] for each in first["steps"])
     layer_s = max((more - few) / (further - layers), 0.0)
     reading_s = slowest(answer["weights"] for answer in answers)
-    found = {
+    return {
         "weights_bytes_per_s": first["weights"]["bytes"] / reading_s,
         "layer_s": layer_s,
         "token_s": max(few - layers * layer_s, 0.0),
+        **_new_memory(answers),
+        **_around(answers),
     }
-    if "new" in first:  # what an operation takes longer into new memory than in place
-        new_s, old_s = (
-            slowest(answer[name] for answer in answers) for name in ("new", "elementwise")
-        )
-        nbytes = first["new"]["numbers"] * first["new"]["bytes_written"]
-        found["new_byte_s"] = max(new_s - old_s, 0.0) / nbytes
-    if first.get("token"):
-        # What its message takes longer than the collective of a small one. The rank that comes
-        # last waits for nobody: its time counts.
-        call_s = np.median(np.min([answer["token"]["seconds"] for answer in answers], axis=0))
-        small_s = slowest((answer["transfers"]["gather"][0] for answer in answers), at=0.25)
-        found["around_s"] = max(float(call_s) - small_s, 0.0)
-    return found
+
+
+def _new_memory(answers: Answers) -> dict[str, float]:
+    """What an operation takes longer into new memory than in place."""
+    first = answers[0]
+    if "new" not in first:
+        return {}
+    new_s, old_s = (slowest(answer[name] for answer in answers) for name in ("new", "elementwise"))
+    nbytes = first["new"]["numbers"] * first["new"]["bytes_written"]
+    return {"new_byte_s": max(new_s - old_s, 0.0) / nbytes}
+
+
+def _around(answers: Answers) -> dict[str, float]:
+    """What the message of a token takes longer than the collective of a small message.
+
+    The rank that comes last waits for nobody: its time counts.
+    """
+    if not answers[0].get("token"):
+        return {}
+    call_s = np.median(np.min([answer["token"]["seconds"] for answer in answers], axis=0))
+    small_s = slowest((answer["transfers"]["gather"][0] for answer in answers), at=0.25)
+    return {"around_s": max(float(call_s) - small_s, 0.0)}
 
 
 def link(answers: Answers) -> Link:

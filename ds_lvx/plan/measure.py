@@ -47,17 +47,18 @@ Run: TypeAlias = Callable[[], object]
 
 @dataclass(frozen=True)
 class Samples:
-    """What is measured; the defaults serve a rank on a CPU."""
+    """What is measured."""
 
-    lengths: tuple[tuple[int, int], ...]  # seqlen_q and seqlen_kv of the attention kernels
+    # Of the attention kernels.
+    heads: int
+    kv_heads: int
+    head_dim: int
+    lengths: tuple[tuple[int, int], ...]  # pairs of seqlen_q and seqlen_kv
     message_bytes: tuple[int, ...]  # of the transfers, ascending
-    heads: int = 8  # of the attention kernels
-    kv_heads: int = 8
-    head_dim: int = 64
     # Bytes of a shift, and seqlen_q and seqlen_kv of the kernel above it.
-    hidden: tuple[int, int, int] = (2**14, 16, 4096)
-    elements: int = 2**22  # of elementwise operations, and the square of a matrix product's side
-    repeats: int = 7  # of each
+    hidden: tuple[int, int, int]
+    elements: int  # of elementwise operations, and the square of a matrix product's side
+    repeats: int  # of each
     dtype: str = "bfloat16"  # of attention, products and weights
 
 
@@ -92,10 +93,11 @@ class _Bench:
     wanted: Samples
 
     def samples(self, run: Run, *, part: bool = True) -> dict[str, list[float]]:
-        """Seconds of each repeat on this rank by the wall's clock and by that of its processor.
+        """Seconds of each repeat on this rank, after one that is not counted; of both clocks.
 
-        What is slow is repeated twice only: else a slow machine would take a quarter of an hour. A
-        rank without ``part`` waits while others run.
+        What is slow is repeated twice only: else a slow machine would take a quarter of an hour.
+        ``processor_seconds`` are those of all threads of this rank. A rank without ``part`` waits
+        while others run.
         """
 
         def once() -> tuple[float, float]:
@@ -104,7 +106,6 @@ class _Bench:
                 run()
             return now() - begun[0], time.process_time() - begun[1]
 
-        # The first one does not count.
         repeats = min(2, self.wanted.repeats) if self.long([once()[0]]) else self.wanted.repeats
         wall, processor = zip(*(once() for _ in range(repeats)), strict=True)
         return {"seconds": list(wall), "processor_seconds": list(processor)}
@@ -121,8 +122,13 @@ class _Bench:
         """Of the dtype that is wanted."""
         return torch.randn(shape, device=self.device, dtype=getattr(torch, self.wanted.dtype))
 
+    def message(self, nbytes: int) -> Tensor:
+        """Something to send."""
+        return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
 
-# ---- what a device computes
+
+# --------------------------------------------------------------------------------------------
+# What a device computes
 
 
 def _kernels(bench: _Bench) -> dict[str, list[dict[str, Any]]]:
@@ -225,7 +231,8 @@ def _call(bench: _Bench) -> Run:
     return lambda: lvx.attend(call, q, k, v)[0].backward(dout)
 
 
-# ---- what a link carries
+# --------------------------------------------------------------------------------------------
+# What a link carries
 
 
 def _transfers(bench: _Bench) -> dict[str, list[dict[str, Any]]]:
@@ -233,8 +240,7 @@ def _transfers(bench: _Bench) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for kind in ("shift", "gather", "exchange", "shifts"):
         for nbytes in bench.wanted.message_bytes:
-            message = torch.zeros(nbytes, dtype=torch.uint8, device=bench.device)
-            both = bench.samples(_transfer(kind, bench.world, message))
+            both = bench.samples(_transfer(kind, bench.world, bench.message(nbytes)))
             found.setdefault(kind, []).append({"bytes": nbytes, **both})
             if bench.long(both["seconds"]):
                 break
@@ -263,7 +269,8 @@ def _transfer(kind: str, world: Channel, message: Tensor) -> Run:
             returning = [world.shift([other], [spec], hops=-step)]
             for each in following:
                 each.wait()
-        returning[0].wait()
+        for each in returning:
+            each.wait()
 
     return rotate
 
@@ -273,11 +280,16 @@ def _token(bench: _Bench) -> dict[str, list[float]]:
 
     Of the time from there on. Ranks come to it one after the other, as in a step.
     """
-    wanted, device = bench.wanted, bench.device
-    heads = {name: getattr(wanted, name) for name in ("heads", "kv_heads", "head_dim")}
-    _, call = token_call(bench.world, **heads, dtype=getattr(torch, wanted.dtype))
-    swept_bytes = min(_SWEPT_BYTES, 64 * wanted.elements)
-    swept = torch.zeros(swept_bytes, dtype=torch.uint8, device=device)
+    wanted = bench.wanted
+    _, call = token_call(
+        bench.world,
+        heads=wanted.heads,
+        kv_heads=wanted.kv_heads,
+        head_dim=wanted.head_dim,
+        dtype=getattr(torch, wanted.dtype),
+    )
+    swept = torch.zeros(min(_SWEPT_BYTES, 64 * wanted.elements), dtype=torch.uint8)
+    swept = swept.to(bench.device)
 
     def once() -> float:
         meet(bench.world)
@@ -295,7 +307,7 @@ def _hidden(bench: _Bench) -> dict[str, Any]:
     """A kernel alone, two shifts alone, and both at the same time."""
     nbytes, seqlen_q, seqlen_kv = bench.wanted.hidden
     kernel = _kernel_runs(bench, seqlen_q, seqlen_kv)["partial"]
-    message = torch.zeros(nbytes, dtype=torch.uint8, device=bench.device)
+    message = bench.message(nbytes)
 
     def shifts(under: Run = lambda: None) -> None:
         sides = [bench.world.shift([message], [Spec.of(message)], hops=hops) for hops in (1, -1)]
