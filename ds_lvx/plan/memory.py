@@ -37,11 +37,10 @@ class Setting:
     """How these layers run: a rule of the ds_config, and whether layers are checkpointed."""
 
     method: str = "lvx"  # or ``"ring"`` or ``"ulysses"``
-    # As in the rule; the last two, too: lvx only.
-    recompute_kv: bool = False
+    recompute_kv: bool = False  # as in the rule; lvx only
     checkpointing: bool = False  # the ds_config has a section ``activation_checkpointing``
-    features: str = "keep"
-    kv_chunk_tokens: int | None = None
+    features: str = "keep"  # as in the rule; lvx only
+    kv_chunk_tokens: int | None = None  # likewise
 
     def rule(self) -> dict[str, Any]:
         """The keys of this setting in a rule of the ``ds_lvx`` section."""

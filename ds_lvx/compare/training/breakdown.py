@@ -130,18 +130,16 @@ class Parts:
                 end = marks.mark()
         finally:
             self._marks = None
-        seconds = marks.read()
-        found = broken_down(
-            [(seconds[mark], phase, part) for mark, phase, part in changes],
-            seconds[end],
-            [
-                Transfer(
-                    t.collective, *(seconds[int(m)] for m in (t.started_s, t.waited_s, t.done_s))
-                )
-                for t in transfers
-            ],
-        )
-        result.parts_s, result.hidden_s = found.parts_s, found.hidden_s
+        times = marks.read()
+        moments = [(times[mark], phase, part) for mark, phase, part in changes]
+        seconds = [
+            Transfer(
+                t.collective, *(times[int(mark)] for mark in (t.started_s, t.waited_s, t.done_s))
+            )
+            for t in transfers
+        ]
+        filled = broken_down(moments, times[end], seconds)
+        result.parts_s, result.hidden_s = filled.parts_s, filled.hidden_s
 
     def enter(self, phase: str) -> None:
         """The step goes on to another of `PHASES`."""

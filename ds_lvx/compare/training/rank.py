@@ -208,10 +208,8 @@ def weigh(load: Load) -> dict[str, Any]:
     config = ds_config(load.setting, load.case, ranks=int(os.environ["WORLD_SIZE"]))
     with own_device():  # where weights are drawn in a moment
         model = build_model(load.case)
-    with (
-        _peer(load.gathered, load.case),
-        _training(model, torch.optim.SGD, config) as engine,
-    ):
+    peer = _peer(load.gathered, load.case)
+    with peer, _training(model, torch.optim.SGD, config) as engine:
         del model
         _, *steps = (_weighed(engine, load.case, frames) for frames in load.frames)
         launches = None
