@@ -11,7 +11,7 @@ from ds_lvx.compare.case import Case, cut, random_case
 from ds_lvx.compare.training import model
 from ds_lvx.compare.training.gathered import instead_of
 from ds_lvx.compare.training.model import skipped
-from ds_lvx.compare.training.rank import Load, Task, finetune, weigh
+from ds_lvx.compare.training.rank import Task, Weighing, finetune, weigh
 from ds_lvx.models import FAMILIES
 from ds_lvx.plan.memory import Setting
 from tests.ranks import run_ranks
@@ -58,7 +58,7 @@ def test_loss_and_gradients_are_those_of_one_process_and_ours(name: str, frames:
 @pytest.mark.exhaustive
 def test_memory_is_weighed_as_the_peer_does() -> None:
     case = case_of("qwen2_5_vl")
-    load = Load(case, Setting("ulysses", checkpointing=True), (1, 1, 2))
+    load = Weighing(case, Setting("ulysses", checkpointing=True), (1, 1, 2))
     peer, ours = (
         run_ranks(weigh, RANKS, replace(load, gathered=gathers)) for gathers in (True, False)
     )

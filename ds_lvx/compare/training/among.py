@@ -17,7 +17,7 @@ from ds_lvx.compare.harness import GATHERED, Ranks, on_ranks
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.peak import PROMPT_FREEING, meter
 from ds_lvx.compare.training import model
-from ds_lvx.compare.training.rank import Load, Task, weigh
+from ds_lvx.compare.training.rank import Task, Weighing, weigh
 from ds_lvx.plan.memory import Setting
 
 METHODS = (GATHERED, "ulysses", "lvx-gather")
@@ -65,7 +65,7 @@ def _weigh(plan: Plan, ranks: Ranks, *, say: Callable[[str], None]) -> dict[str,
     setting = Setting("ulysses", checkpointing=True)
     records = []
     for method in WEIGHED:
-        load = Load(plan.weighed, setting, (1, *plan.frames), gathered=method == GATHERED)
+        load = Weighing(plan.weighed, setting, (1, *plan.frames), gathered=method == GATHERED)
         by_rank = on_ranks(weigh, load, where)
         peaks = [max(step) for step in zip(*(r["peak_bytes"] for r in by_rank), strict=True)]
         records.append({"method": method, "peak_bytes": peaks, "ranks": by_rank})

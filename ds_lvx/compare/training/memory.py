@@ -21,7 +21,7 @@ from ds_lvx.compare.document import Cells, Results, columns, percentiles
 from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
 from ds_lvx.compare.machine import cores
 from ds_lvx.compare.peak import PROMPT_FREEING
-from ds_lvx.compare.training.rank import Load, weigh
+from ds_lvx.compare.training.rank import Weighing, weigh
 from ds_lvx.plan import memory as formulas
 from ds_lvx.plan.memory import Setting
 
@@ -67,7 +67,7 @@ class Scales:
         from a step of the same size would count as there before.
         """
         sizes = (frames,) * (1 + self.steps) if timed else (1, frames)
-        load = Load(self.case, setting, sizes, counts_launches=counts_launches)
+        load = Weighing(self.case, setting, sizes, counts_launches=counts_launches)
         threads = max(cores() // self.ranks, 1) if self.on_cuda else self.threads
         device = "cuda" if self.on_cuda else "cpu"
         more: Any = {"timeout_s": _TIMEOUT_S, "environment": PROMPT_FREEING}

@@ -187,7 +187,7 @@ def gradient_norms(engine: Any) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Load:
+class Weighing:
     """Steps whose memory counts, but for that of the first."""
 
     case: Case  # what is trained, in bf16 at ZeRO stage 2
@@ -197,7 +197,7 @@ class Load:
     counts_launches: bool = False  # in one more step, on CUDA
 
 
-def weigh(load: Load) -> dict[str, Any]:
+def weigh(load: Weighing) -> dict[str, Any]:
     """Train some steps; bytes and seconds of each.
 
     ``kept_bytes`` (after forward) and ``peak_bytes`` are above what was there before the step,
