@@ -86,17 +86,17 @@ def run(options: argparse.Namespace) -> int:
     if options.calibrate:
         return _calibrate(options)
     scenario, cluster = _scenario_of(options), _cluster_of(options)
-    words: Any
+    writer: Any
     found: Any
     if options.generate is None:
-        words, found = report, plan(scenario, cluster, group=options.group)
+        writer, found = report, plan(scenario, cluster, group=options.group)
     else:
         if options.plot is not None:
             raise ValueError(
                 "--plot: got it with --generate, which has none; leave one of them out"
             )
         new_tokens = count(options.generate, what="--generate")
-        words = generation_report
+        writer = generation_report
         found = generations(scenario, cluster, new_tokens=new_tokens, group=options.group)
     if options.plot is not None:
         try:
@@ -104,9 +104,9 @@ def run(options: argparse.Namespace) -> int:
         except ModuleNotFoundError as error:
             raise ValueError(f"--plot: {error}; pip install 'ds_lvx[plots]'") from error
     if options.json:
-        print(json.dumps(words.as_record(scenario, cluster, found), indent=1))
+        print(json.dumps(writer.as_record(scenario, cluster, found), indent=1))
     else:
-        print(words.as_text(scenario, cluster, found))
+        print(writer.as_text(scenario, cluster, found))
     return 0
 
 
