@@ -240,7 +240,7 @@ def _shape(
     batch, _, heads, head_dim = q.shape
     features = keys.get("features")
     return AttentionShape(
-        batch=batch,
+        batch=max(batch, 1),  # of no samples: as of one
         q_lengths=q_lengths,
         kv_lengths=kv_lengths,
         heads=heads,
