@@ -100,8 +100,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if not fitting.frames:
             continue
         where = Ranks(number, threads, device, network)
-        profile = generation.profile(job, where, quick=options.quick)
-        pieces.append({**generation.record(fitting, where, profile), "profile": profile})
+        samples = generation.samples_for(job, quick=options.quick)
+        pieces.append(generation.record(fitting, where, samples))
         results = generation.assemble(job, pieces, **head)
         say([each for each in results["records"] if each["ranks"] == number])
         # Of use even if the rest never comes.

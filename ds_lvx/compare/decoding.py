@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from ds_lvx.attention.call import Call
 from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.schedules.replicated import Parts
 from ds_lvx.compare.case import Case
-from ds_lvx.compare.harness import joined, meet, now, own_device
+from ds_lvx.compare.harness import meet, now, own_device
 from ds_lvx.compare.peak import meter
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.choice import kernel_for
@@ -33,7 +32,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _UNSETTLED = 2  # tokens after the prompt that are not counted
 _MESSAGES = 200  # of each sort
 _SMALLEST = Case(hidden=64, heads=4, kv_heads=4, cross_layers=1, text_tokens=16)
-_LAYERS = (2, 6)  # of text
+_LAYERS = ((2, 1), (6, 1), (3, 3))  # of text, and of cross-attention
+_SWEPT_BYTES = 2**26
+"""As much as the caches of a processor hold."""
 
 
 @dataclass(frozen=True)
@@ -74,57 +75,67 @@ class Job:
 
 
 class Clock(StoppingCriteria):
-    """Notes when each token is chosen, and the memory when the first one is; never stops."""
+    """Notes when each token is chosen, and the memory when the first one is; never stops.
 
-    def __init__(self) -> None:
+    Args:
+        between: runs after each token.
+    """
+
+    def __init__(self, between: Callable[[], Any] | None = None) -> None:
         self.seconds: list[float] = []
         self.bytes_in_use = 0
-        self._meter = meter()
+        self._begun: list[float] = []
+        self._between, self._meter = between, meter()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         if not self.seconds:
             self.bytes_in_use = self._meter.now_bytes()
         self.seconds.append(now())
+        if self._between is not None:
+            self._between()
+        self._begun.append(now())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     @property
     def token_s(self) -> list[float]:
-        """Seconds of each token that counts."""
-        return [b - a for a, b in pairwise(self.seconds)][_UNSETTLED:]
-
-
-def generate(job: Job) -> dict[str, Any]:
-    """On a rank: one generation a sample, and the messages of a layer.
-
-    Returns:
-        ``answers``, one a sample: ``prompt_s``; ``token_s`` by token; ``kept_bytes`` after the
-        prompt and ``peak_bytes``, above what was there before; ``tokens``, what was chosen. And
-        ``exchange_s``, ``collective_s`` and ``call_s`` by message, empty on one rank.
-    """
-    with joined(), _patched(job) as (model, session):
-        # What the first use of anything costs, in seconds and in bytes, is not counted.
-        _timed(model, job, _batch(job, job.frames[0]))
-        answers = [_answer(model, job, frames) for frames in job.frames]
-        return {"answers": answers, **_messages(job, session.groups.channel)}
+        """Seconds of each token that counts, without what runs ``between`` two of them."""
+        tokens = zip(self._begun, self.seconds[1:], strict=False)
+        return [chosen - begun for begun, chosen in tokens][_UNSETTLED:]
 
 
 def own_steps(*, dtype: str, tokens: int) -> list[dict[str, Any]]:
-    """On a rank: seconds of each of so many tokens of text alone, by models of few and of more
-    layers, with next to no weights. All ranks do the same, and nothing travels."""
+    """On a rank: what the host takes for so many tokens, by models of few and of more layers.
+
+    They have next to no weights and keys. Before each token all ranks go through the caches, as the
+    keys of an answer do, and meet.
+
+    Returns:
+        By model: its layers of ``text`` and of ``cross``-attention; ``seconds`` of each token; and
+        ``begin_seconds``, from the call to the first one.
+    """
+    swept = torch.zeros(_SWEPT_BYTES, dtype=torch.uint8, device=own_device())
+
+    def sweep() -> None:
+        swept.add_(1)
+        meet(Channel.world())
+
     found = []
-    for layers in _LAYERS:
-        job = Job(replace(_SMALLEST, self_layers=layers), (1,), tokens, dtype)
-        with _patched(job) as (model, session):
-            batch = _batch(job, session.groups.sp_size)
-            for _ in range(2):
-                meet(session.groups.channel)
-                _, clock = _timed(model, job, {"input_ids": batch["input_ids"]})
-        found.append({"layers": layers, "seconds": clock.token_s})
+    for text, cross in _LAYERS:
+        case = replace(_SMALLEST, self_layers=text, cross_layers=cross)
+        job = Job(case, (Channel.world().size,), tokens, dtype)
+        with patched(job) as (model, _):
+            batch = _batch(job, *job.frames)
+            _timed(model, job, batch, Clock())
+            sweep()
+            clock, start = Clock(sweep), now()
+            _timed(model, job, batch, clock)
+        times = {"seconds": clock.token_s, "begin_seconds": [clock.seconds[0] - start]}
+        found.append({"text": text, "cross": cross, **times})
     return found
 
 
 @contextmanager
-def _patched(job: Job) -> Iterator[tuple[Any, Any]]:
+def patched(job: Job) -> Iterator[tuple[Any, Any]]:
     """A model with random weights on this rank's device, patched for all ranks, and its session."""
     torch.manual_seed(0)
     family = job.case.contract()
@@ -141,12 +152,18 @@ def _patched(job: Job) -> Iterator[tuple[Any, Any]]:
         session.close()
 
 
-def _answer(model: Any, job: Job, frames: int) -> dict[str, Any]:
-    given, memory = _batch(job, frames), meter()
+def answer(model: Any, job: Job, frames: int) -> dict[str, Any]:
+    """On a rank: one generation over so many frames.
+
+    Returns:
+        ``prompt_s``; ``token_s`` by token; ``kept_bytes`` after the prompt and ``peak_bytes``,
+        above what was there before; ``tokens``, what was chosen.
+    """
+    given, memory, clock = _batch(job, frames), meter(), Clock()
     meet(Channel.world())
     memory.reset()
     before, start = memory.now_bytes(), now()
-    found, clock = _timed(model, job, given)
+    found = _timed(model, job, given, clock)
     return {
         "prompt_s": clock.seconds[0] - start,
         "token_s": clock.token_s,
@@ -165,9 +182,8 @@ def _batch(job: Job, total: int) -> dict[str, Tensor]:
     return {k: t.to(dtype) if t.is_floating_point() else t for k, t in batch.items()}
 
 
-def _timed(model: Any, job: Job, batch: Mapping[str, Tensor]) -> tuple[Tensor, Clock]:
-    clock = Clock()
-    found = ds_lvx.generate(
+def _timed(model: Any, job: Job, batch: Mapping[str, Tensor], clock: Clock) -> Tensor:
+    found: Tensor = ds_lvx.generate(
         model,
         batch,
         frames="local",
@@ -176,11 +192,11 @@ def _timed(model: Any, job: Job, batch: Mapping[str, Tensor]) -> tuple[Tensor, C
         do_sample=False,
         stopping_criteria=[clock],
     )
-    return found, clock
+    return found
 
 
-def _messages(job: Job, channel: Channel) -> dict[str, list[float]]:
-    """Seconds of a layer's message for one token, in pairs with the collective alone.
+def messages(job: Job, channel: Channel) -> dict[str, list[float]]:
+    """On a rank: seconds of a layer's message for one token, in pairs with the collective alone.
 
     The collective is that of the message: the same buffers, of which nothing is written or read.
     Which of both is first changes from pair to pair. Beside them stands the whole call.
@@ -188,18 +204,17 @@ def _messages(job: Job, channel: Channel) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {"exchange_s": [], "collective_s": [], "call_s": []}
     if channel.size == 1:
         return samples
-    q, call = token_call(
-        channel,
-        heads=job.case.heads,
-        kv_heads=job.case.kv_heads,
-        head_dim=_head_dim(job.case),
-        dtype=DTYPES[job.dtype],
-    )
+    case, dtype = job.case, DTYPES[job.dtype]
+    head_dim = case.head_dim or case.hidden // case.heads
+    q = torch.randn(1, 1, case.heads, head_dim, device=own_device(), dtype=dtype)
+    nothing = q[:, :0, : case.kv_heads]
+    layout = Layout(channel, (1,) * channel.size, (0,) * channel.size, device=q.device)
+    call = Call(layout, kernel=kernel_for("auto", q), softmax_scale=1.0, schedule="replicated")
     parts, (out, lse) = Parts(channel, q, seen=True), empty_part(q, torch.float32)
     runs: dict[str, Callable[[], Any]] = {
         "exchange_s": lambda: parts.merged(out, lse.zero_()),
         "collective_s": parts.share,
-        "call_s": call,
+        "call_s": lambda: lvx.attend(call, q, nothing, nothing),
     }
     with torch.no_grad():
         for number in range(_MESSAGES):
@@ -208,23 +223,3 @@ def _messages(job: Job, channel: Channel) -> dict[str, list[float]]:
                 runs[name]()
                 samples[name].append(now() - start)
     return {name: each[_MESSAGES // 10 :] for name, each in samples.items()}
-
-
-def token_call(
-    channel: Channel, *, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
-) -> tuple[Tensor, Callable[[], Any]]:
-    """One query on this rank's device, and the attention of a layer to no key of any rank.
-
-    Args:
-        channel: two ranks or more.
-        heads, kv_heads, head_dim, dtype: of the layer.
-    """
-    q = torch.randn(1, 1, heads, head_dim, device=own_device(), dtype=dtype)
-    nothing, ranks = q[:, :0, :kv_heads], channel.size
-    layout = Layout(channel, (1,) * ranks, (0,) * ranks, device=q.device)
-    call = Call(layout, kernel=kernel_for("auto", q), softmax_scale=1.0, schedule="replicated")
-    return q, lambda: lvx.attend(call, q, nothing, nothing)
-
-
-def _head_dim(case: Case) -> int:
-    return case.head_dim or case.hidden // case.heads

@@ -1,43 +1,60 @@
 """Generating by the number of ranks and of visual tokens: tokens a second, and memory of a rank.
 
-Every number of ranks runs in fresh processes (`ds_lvx.compare.decoding`): a model with random
-weights, whose cross-attention has real sizes and whose tower is small, encodes random frames and
-chooses tokens. Beside what is measured stands what the planner predicts from a profile of the same
-machine and ranks, which has seen nothing of these runs.
+Every number of ranks runs in fresh processes: a model with random weights, whose cross-attention
+has real sizes and whose tower is small, encodes random frames and chooses tokens
+(`ds_lvx.compare.decoding`). Beside what is measured stands what the planner predicts from a profile
+that has seen nothing of these runs. A machine's speed drifts: the same processes measure the
+profile before and after each length, and the samples of both count for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ds_lvx.compare.decoding import DTYPES, Job, generate
+from ds_lvx.compare.decoding import DTYPES, Job, answer, messages, patched
 from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
-from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
+from ds_lvx.compare.harness import Ranks, joined, now, on_ranks, slowest, spread
 from ds_lvx.compare.peak import PROMPT_FREEING
 from ds_lvx.config.words import in_ranks
+from ds_lvx.distributed.channel import Channel
 from ds_lvx.plan import calibrate
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.generation import generation
-from ds_lvx.plan.measure import Samples
+from ds_lvx.plan.measure import Samples, measured
 from ds_lvx.plan.scenario import Scenario
 
 _KEYS = (16, 1024, 8192, 65_536)
 _MESSAGE_BYTES = (2**8, 2**11, 2**14, 2**17)
+_ANSWERS = 4
+_LEAST_S = 4.0
+"""Over each length: so many answers, or those that take so long."""
 _PREDICTED = ("token_s", "tokens_per_s", "kept_bytes", "peak_bytes", "prompt_s")
 
 
-def profile(job: Job, ranks: Ranks, *, quick: bool = False) -> dict[str, Any]:
-    """What the planner has to know of these ranks: a calibration, its samples to four digits.
+@dataclass(frozen=True)
+class Request:
+    """What a rank measures.
+
+    Attributes:
+        job: whose answers.
+        samples: for the planner, before and after those of each length.
+    """
+
+    job: Job
+    samples: Samples
+
+
+def samples_for(job: Job, *, quick: bool = False) -> Samples:
+    """What the planner has to know of the ranks that generate.
 
     Args:
-        job: the dtype and the heads that are measured.
-        ranks: where.
+        job: the dtype, the heads and the width that are measured.
         quick: tiny shapes, to try it.
     """
     case = job.case
-    samples = Samples(
+    return Samples(
         heads=case.heads,
         kv_heads=case.kv_heads,
         head_dim=case.head_dim or case.hidden // case.heads,
@@ -49,17 +66,44 @@ def profile(job: Job, ranks: Ranks, *, quick: bool = False) -> dict[str, Any]:
         message_bytes=_MESSAGE_BYTES,
         hidden=(2**10, 16, 1024),
         elements=2 ** (12 if quick else 22),
-        repeats=2 if quick else 9,
+        repeats=2 if quick else 3,
         dtype=job.dtype,
+        backward=False,
+        width=case.hidden,
     )
-    found = calibrate.calibrate(
-        ranks=ranks.count,
-        network=ranks.network,
-        samples=samples,
-        threads=ranks.threads,
-        environment=PROMPT_FREEING,  # new memory takes its time, there as here
-    )
-    return {**found, "answers": _short(found["answers"])}
+
+
+def measured_around(request: Request) -> dict[str, Any]:
+    """On a rank: the answers over each number of frames, and a profile's samples around them.
+
+    Returns:
+        ``answers``, a list for each number of frames; ``known``, of `measure.measured`, one more
+        than these; and those of `messages`.
+    """
+    job = request.job
+    with joined() as device:
+        with patched(job) as (model, session):
+            # What the first use of anything costs, in seconds and in bytes, is not counted.
+            answer(model, job, job.frames[0])
+            found = messages(job, session.groups.channel)
+        known, answers = [_short(measured(request.samples, device))], []
+        for frames in job.frames:
+            with patched(job) as (model, _):
+                answers.append(_answers(model, job, frames))
+            known.append(_short(measured(request.samples, device)))
+        return {"answers": answers, "known": known, **found}
+
+
+def _answers(model: Any, job: Job, frames: int) -> list[dict[str, Any]]:
+    """One answer, or several where that is short."""
+    found: list[dict[str, Any]] = []
+    start = now()
+    while len(found) < _ANSWERS:
+        found.append(answer(model, job, frames))
+        spent = max(each["s"] for each in Channel.world().agree({"s": now() - start}))
+        if spent > _LEAST_S:
+            break
+    return found
 
 
 def _short(record: Any) -> Any:
@@ -106,52 +150,80 @@ def predict(job: Job, frames: int, cluster: Cluster) -> dict[str, Any]:
 # The subject
 
 
-def record(job: Job, ranks: Ranks, known: Mapping[str, Any]) -> dict[str, Any]:
+def record(job: Job, ranks: Ranks, samples: Samples) -> dict[str, Any]:
     """All samples of a job on some ranks, beside what the planner predicts of them.
 
     Args:
         job: what runs.
         ranks: where.
-        known: of `profile`.
+        samples: for the planner.
 
     Returns:
-        ``records``, one a sample, and ``messages``: the exchange and the collective of a layer,
-        and the whole call; None on one rank.
+        ``records``, one a sample; ``messages``: the exchange and the collective of a layer, and the
+        whole call, None on one rank; and the ``profile`` of all samples around the answers, with
+        ``known``, those by time and rank.
 
     Raises:
         RunError: a rank failed.
         NetworkError: the network cannot be made here.
         RuntimeError: the ranks chose different tokens.
     """
-    environment = {**ranks.environment, **PROMPT_FREEING}
-    answers = on_ranks(generate, job, replace(ranks, environment=environment))
+    # New memory takes its time, for the answers as for the profile.
+    where = replace(ranks, environment={**ranks.environment, **PROMPT_FREEING})
+    answers = on_ranks(measured_around, Request(job, samples), where)
     by_sample = zip(*(answer["answers"] for answer in answers), strict=True)
-    found = [
-        {
-            "ranks": ranks.count,
-            "visual_tokens": frames * job.case.frame_tokens,
-            **_together(each),
-            "predicted": predict(job, frames, Cluster.of(known["cluster"])),
-        }
-        for frames, each in zip(job.frames, by_sample, strict=True)
-    ]
-    return {"records": found, "messages": _messages(answers) if ranks.count > 1 else None}
-
-
-def _together(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One sample's answers, by rank, as one."""
-    if any(answer["tokens"] != answers[0]["tokens"] for answer in answers):
-        raise RuntimeError("the ranks chose different tokens")
-    seconds = spread(slowest(*(answer["token_s"] for answer in answers)))
-    most = {
-        name: max(answer[name] for answer in answers)
-        for name in ("prompt_s", "kept_bytes", "peak_bytes")
+    known = [list(each) for each in zip(*(answer["known"] for answer in answers), strict=True)]
+    first = calibrate.profile_of(known[0], samples, ranks)
+    found = []
+    for number, (frames, each) in enumerate(zip(job.frames, by_sample, strict=True)):
+        cluster = around(first, known, number)
+        found.append(
+            {
+                "ranks": ranks.count,
+                "visual_tokens": frames * job.case.frame_tokens,
+                **_together(each),
+                "predicted": predict(job, frames, Cluster.of(cluster)),
+                "cluster": cluster,
+            }
+        )
+    profile = {
+        **{k: v for k, v in first.items() if k not in ("answers", "cluster")},
+        "known": known,
     }
+    return {
+        "records": found,
+        "messages": _messages(answers) if ranks.count > 1 else None,
+        "profile": profile,
+    }
+
+
+def around(profile: Mapping[str, Any], known: Sequence[Any], number: int) -> dict[str, Any]:
+    """The cluster by what was measured before and after the answers of a number.
+
+    Args:
+        profile: of the samples of any time.
+        known: samples by time and rank.
+        number: of the length, from 0.
+    """
+    both = calibrate.joined(known[number], known[number + 1])
+    return dict(calibrate.refit({**profile, "answers": both})["cluster"])
+
+
+def _together(answers: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """The answers over one length, by rank, as one."""
+    every = [answer for of_rank in answers for answer in of_rank]
+    if any(answer["tokens"] != every[0]["tokens"] for answer in every):
+        raise RuntimeError("the ranks chose different tokens")
+    tokens = [[s for answer in of_rank for s in answer["token_s"]] for of_rank in answers]
+    prompts = [[answer["prompt_s"] for answer in of_rank] for of_rank in answers]
+    seconds, prompt = spread(slowest(*tokens)), spread(slowest(*prompts))
     return {
         "token_s": seconds,
         "tokens_per_s": 1 / seconds["median"],
-        **most,
-        "tokens": answers[0]["tokens"],
+        "prompt_s": prompt["median"],
+        "prompt_samples_s": prompt["samples"],
+        **{name: max(each[name] for each in every) for name in ("kept_bytes", "peak_bytes")},
+        "tokens": every[0]["tokens"],
     }
 
 
@@ -167,7 +239,7 @@ def assemble(job: Job, pieces: Sequence[Mapping[str, Any]], **head: Any) -> dict
 
     Args:
         job: of which sizes.
-        pieces: of `record`, one for each number of ranks, each with its ``profile``.
+        pieces: of `record`, one for each number of ranks.
         head: what it begins with.
     """
     records = [each for piece in pieces for each in piece["records"]]

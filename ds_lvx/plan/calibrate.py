@@ -69,9 +69,6 @@ def calibrate(
     ranks: int,
     network: Network | None = None,
     quick: bool = False,
-    samples: measure.Samples | None = None,
-    threads: int | None = None,
-    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Measure on ``ranks`` fresh processes of this machine; on a CPU they share its cores.
 
@@ -82,9 +79,6 @@ def calibrate(
         ranks: how many.
         network: an emulated one between them.
         quick: tiny shapes, to try it.
-        samples: what is measured in place of what serves every plan.
-        threads: of a rank; None is its share of the cores.
-        environment: further variables of the processes.
 
     Raises:
         ValueError: more ranks than GPUs.
@@ -95,11 +89,23 @@ def calibrate(
         raise ValueError(
             f"--ranks: got {ranks} for {torch.cuda.device_count()} GPUs; expected one for each rank"
         )
-    request = samples or (_QUICK if quick else _GPU if cuda else _CPU)
-    threads = max(cores() // ranks, 1) if threads is None else threads
-    kind = "cuda" if cuda else "cpu"
-    where = Ranks(ranks, threads, kind, network, environment=environment or {})
-    answers = on_ranks(measure.measure, request, where)
+    request = _QUICK if quick else _GPU if cuda else _CPU
+    threads = max(cores() // ranks, 1)
+    where = Ranks(ranks, threads, "cuda" if cuda else "cpu", network)
+    return profile_of(on_ranks(measure.measure, request, where), request, where)
+
+
+def profile_of(
+    answers: list[dict[str, Any]], request: measure.Samples, where: Ranks
+) -> dict[str, Any]:
+    """The profile of what ranks have measured.
+
+    Args:
+        answers: of `measure.measure`, by rank.
+        request: what they were asked for.
+        where: they ran.
+    """
+    ranks, network, cuda = where.count, where.network, where.device == "cuda"
     begin = header(emulated=network is not None, device=where.device)
     # One rank shows no link: what is guessed of the device stands there.
     cluster = profile.guess(
@@ -138,16 +144,17 @@ def pooled(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
             "got profiles of different requests or ranks; expected the same, so that their samples "
             "belong together"
         )
-    return refit({**first, "answers": _joined(first["answers"], second["answers"])})
+    return refit({**first, "answers": joined(first["answers"], second["answers"])})
 
 
-def _joined(one: Any, other: Any) -> Any:
-    """Two answers as one: lists of numbers are samples, lists of records the same in both."""
+def joined(one: Any, other: Any) -> Any:
+    """Two answers, or those of all ranks, as one: lists of numbers are samples, lists of records
+    the same in both."""
     if isinstance(one, Mapping):
-        return {key: _joined(one[key], other[key]) for key in one}
+        return {key: joined(one[key], other[key]) for key in one}
     if isinstance(one, list) and one and isinstance(one[0], Mapping):
         # Transfers end at a size that takes long: what only one of the two reached is left out.
-        return [_joined(a, b) for a, b in zip(one, other, strict=False)]
+        return [joined(a, b) for a, b in zip(one, other, strict=False)]
     return [*one, *other] if isinstance(one, list) else one
 
 

@@ -142,13 +142,15 @@ class Device:
     backward_alone: KernelTime | None = None
     alone: float = 1.0  # share of the time that all else takes then
     # Of a step on one token: bytes a second of weights in its products (None: as elementwise
-    # operations read), and what the host takes for a layer and beside all layers.
+    # operations read), and what the host takes for a layer of text and beside all layers.
     weights_bytes_per_s: float | None = None
     layer_s: float = LAYER_S
     token_s: float = TOKEN_S
-    # Of a layer's message for a token, what comes to the bare collective: the call, packing and
-    # merge, and that caches hold other things (None: by its operations).
-    around_s: float | None = None
+    # Likewise for a layer whose keys are sharded: its operations, the call, packing and merge, but
+    # not the collective (None: as a layer of text, and by its operations).
+    cross_layer_s: float | None = None
+    # Of a call of generate until its first forward begins.
+    begin_s: float = 0.0
     # Of a byte of memory that is written for the first time, besides. Nothing on a GPU, whose
     # allocator keeps what was freed.
     new_byte_s: float = 0.0

@@ -94,13 +94,17 @@ def device(answers: Answers, request: Mapping[str, Any], *, memory_bytes: int) -
         kind: kernel_time(first["kernels"][kind], _of_kernels(ranks, kind), **heads)
         for ranks, kinds in ((answers, KINDS), ([first], ALONE))
         for kind in kinds
+        if kind in first["kernels"]
     }
+    backward = "backward" in kernels
+    kernels.setdefault("backward", kernels["whole"])  # of a profile for generation; nobody asks
     elementwise_s, operation_s, call_s = (
         slowest(answer[name] for answer in answers) for name in ("elementwise", "operation", "call")
     )
     products_s = slowest(answer["matmul"][-1] for answer in answers)  # of the widest matrices
     # A call is a forward and a backward; their kernels are counted by themselves.
-    own_s = call_s - sum(_of_kernels(answers, kind)[0] for kind in ("whole", "backward"))
+    kinds = ("whole", "backward") if backward else ()
+    own_s = call_s - sum(_of_kernels(answers, kind)[0] for kind in kinds)
     nbytes = first["elementwise"]["numbers"] * first["elementwise"]["bytes_per_number"]
     return Device(
         name=first["device"],
@@ -117,45 +121,36 @@ def device(answers: Answers, request: Mapping[str, Any], *, memory_bytes: int) -
 
 
 def _one_token(answers: Answers) -> dict[str, Any]:
-    """What a step on one token takes; nothing where a profile of before does not say it."""
+    """What a step on one token takes, and what comes before the first; nothing where a profile of
+    before does not say it."""
     first = answers[0]
     if "steps" not in first:
         return {}
-    few, more = (
-        slowest(steps) for steps in zip(*(answer["steps"] for answer in answers), strict=True)
-    )
-    layers, further = (each["layers"] for each in first["steps"])
-    layer_s = max((more - few) / (further - layers), 0.0)
+    models = list(zip(*(answer["steps"] for answer in answers), strict=True))
+    steps = [slowest(each) for each in models]
+    columns = [(1.0, each["text"], each["cross"]) for each in first["steps"]]
+    token_s, layer_s, cross_s = not_negative(columns, steps)
+    if len(answers) > 1:
+        small = (answer["transfers"]["gather"][0] for answer in answers)
+        cross_s = max(cross_s - slowest(small, at=0.25), 0.0)
     reading_s = slowest(answer["weights"] for answer in answers)
     return {
         "weights_bytes_per_s": first["weights"]["bytes"] / reading_s,
+        "token_s": token_s,
         "layer_s": layer_s,
-        "token_s": max(few - layers * layer_s, 0.0),
+        "cross_layer_s": cross_s,
+        # The first forward is no shorter than a later one.
+        "begin_s": max(slowest(models[0], "begin_seconds") - steps[0], 0.0),
         **_new_memory(answers),
-        **_around(answers),
     }
 
 
 def _new_memory(answers: Answers) -> dict[str, float]:
     """What an operation takes longer into new memory than in place."""
     first = answers[0]
-    if "new" not in first:
-        return {}
     new_s, old_s = (slowest(answer[name] for answer in answers) for name in ("new", "elementwise"))
     nbytes = first["new"]["numbers"] * first["new"]["bytes_written"]
     return {"new_byte_s": max(new_s - old_s, 0.0) / nbytes}
-
-
-def _around(answers: Answers) -> dict[str, float]:
-    """What the message of a token takes longer than the collective of a small message.
-
-    The rank that comes last waits for nobody: its time counts.
-    """
-    if not answers[0].get("token"):
-        return {}
-    call_s = np.median(np.min([answer["token"]["seconds"] for answer in answers], axis=0))
-    small_s = slowest((answer["transfers"]["gather"][0] for answer in answers), at=0.25)
-    return {"around_s": max(float(call_s) - small_s, 0.0)}
 
 
 def link(answers: Answers) -> Link:
@@ -202,7 +197,9 @@ def _drag(answers: Answers) -> float:
 
 
 def _alone(answers: Answers) -> float:
-    """What share of the time a kernel takes on rank 0 while all others wait."""
+    """What share of the time a kernel takes on rank 0 while all others wait; 1 where unknown."""
+    if "whole_alone" not in answers[0]["kernels"]:
+        return 1.0
     alone, together = _of_kernels(answers[:1], "whole_alone"), _of_kernels(answers, "whole")
     shares = [one / other for one, other in zip(alone, together, strict=True)]
     return min(statistics.median(shares), 1.0)

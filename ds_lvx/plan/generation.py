@@ -134,7 +134,9 @@ def generation(scenario: Scenario, cluster: Cluster, *, ranks: int, new_tokens: 
             "have an encoder of their own; expected a model with cross-attention to visual "
             "features, whose keys ds_lvx.generate shards"
         )
-    layers = scenario.model.cross.count
+    layers, device = scenario.model.cross.count, cluster.device
+    if device.cross_layer_s is not None:  # what a call takes is in it
+        cluster = replace(cluster, device=replace(device, call_s=0.0))
     of_token = _cross(scenario, cluster, ranks=ranks, queries=1)
     of_prompt = _cross(scenario, cluster, ranks=ranks, queries=scenario.text_tokens)
     memory = held(scenario, ranks=ranks, new_tokens=new_tokens)
@@ -174,10 +176,10 @@ def _token(scenario: Scenario, cluster: Cluster, layer: Pass, new_tokens: int) -
     text = scenario.text_tokens + new_tokens // 2
     read = scenario.element_bytes * sum(_decoder_parameters(scenario))
     read += text * _text_token_bytes(scenario)
-    around_s = layer.other_s if device.around_s is None or not layer.messages else device.around_s
+    other_s = layer.other_s if device.cross_layer_s is None else 0.0  # the host's, where measured
     parts = {
         "weights and text": read / rate,
-        "visual keys": count * (layer.kernel_s + around_s),
+        "visual keys": count * (layer.kernel_s + other_s),
         "network": count * layer.exposed_s,
     }
     return {**parts, "host": _host_s(scenario, cluster, hiding_s=sum(parts.values()))}
@@ -197,7 +199,8 @@ def _prompt(scenario: Scenario, cluster: Cluster, layer: Pass, *, ranks: int) ->
         "network": count * layer.exposed_s,
         "text": text,
     }
-    return {**parts, "host": _host_s(scenario, cluster, hiding_s=sum(parts.values()))}
+    host_s = device.begin_s + _host_s(scenario, cluster, hiding_s=sum(parts.values()))
+    return {**parts, "host": host_s}
 
 
 def _written_s(device: Device, nbytes: float, *, copies: int = 1) -> float:
@@ -228,6 +231,9 @@ def _host_s(scenario: Scenario, cluster: Cluster, *, hiding_s: float) -> float:
     # Cross-attention without an MLP is a part of the text's layers.
     layers = model.text.count + (model.cross.count if model.cross.mlp else 0)
     seconds = device.token_s + layers * device.layer_s
+    if device.cross_layer_s is not None:
+        layers_s = model.text.count * device.layer_s + model.cross.count * device.cross_layer_s
+        seconds = device.token_s + layers_s
     return seconds if device.on_cpu else max(seconds - hiding_s, 0.0)
 
 

@@ -22,7 +22,7 @@ from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.common import delta_of
 from ds_lvx.attention.layout import Layout
-from ds_lvx.compare.decoding import own_steps, token_call
+from ds_lvx.compare.decoding import own_steps
 from ds_lvx.compare.harness import joined, meet, now
 from ds_lvx.distributed.bundles import Bundle, Spec
 from ds_lvx.distributed.channel import Channel
@@ -36,11 +36,8 @@ _SLOW_S = 0.25
 _OPERATIONS = 100
 _FROM_MEMORY_BYTES = 2**28
 """More than what caches hold."""
-_MATRICES = 32
-_SWEPT_BYTES = 2**26
-"""As much as the caches of a processor hold."""
+_MATRICES = 256
 _TOKENS = 4  # for each repeat
-_CALLS = 4
 
 Run: TypeAlias = Callable[[], object]
 
@@ -60,6 +57,8 @@ class Samples:
     elements: int  # of elementwise operations, and the square of a matrix product's side
     repeats: int  # of each
     dtype: str = "bfloat16"  # of attention, products and weights
+    backward: bool = True  # of attention; without, a profile serves for generation alone
+    width: int = 2048  # of the matrices that a row goes through, at most
 
 
 def measure(wanted: Samples) -> dict[str, Any]:
@@ -72,16 +71,20 @@ def measure(wanted: Samples) -> dict[str, Any]:
     Collectives: those that are measured, and agreements of 2 KiB on the CPU.
     """
     with joined() as device:
-        bench = _Bench(Channel.world(), device, wanted)
-        several = bench.world.size > 1
-        return {
-            "device": device_name(device),
-            "kernels": _kernels(bench),
-            **_operations(bench),
-            "transfers": _transfers(bench) if several else {},
-            "token": _token(bench) if several else {},
-            "hidden": [_hidden(bench)] if several else [],
-        }
+        return measured(wanted, device)
+
+
+def measured(wanted: Samples, device: torch.device) -> dict[str, Any]:
+    """`measure` in a process that has joined the others."""
+    bench = _Bench(Channel.world(), device, wanted)
+    several = bench.world.size > 1
+    return {
+        "device": device_name(device),
+        "kernels": _kernels(bench),
+        **_operations(bench),
+        "transfers": _transfers(bench) if several else {},
+        "hidden": [_hidden(bench)] if several else [],
+    }
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ def _kernels(bench: _Bench) -> dict[str, list[dict[str, Any]]]:
         shape = {"seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv}
         runs = _kernel_runs(bench, **shape)
         seconds = {kind: bench.seconds(run) for kind, run in runs.items()}
-        for kind in ("whole", "backward"):  # what a rank gains where its neighbours are idle
+        alone = ("whole", "backward") if bench.wanted.backward else ()
+        for kind in alone:  # what a rank gains where its neighbours are idle
             seconds[f"{kind}_alone"] = bench.seconds(runs[kind], part=bench.world.rank == 0)
         for kind, each in seconds.items():
             found.setdefault(kind, []).append({**shape, "seconds": each})
@@ -154,13 +158,15 @@ def _kernel_runs(bench: _Bench, seqlen_q: int, seqlen_kv: int) -> dict[str, Run]
     copies = range(_copies(k.nbytes + v.nbytes, most=1 + wanted.repeats) if seqlen_q == 1 else 1)
     others = [replace(whole, k=k.clone(), v=v.clone()) for _ in copies]
     wholes, parts = cycle(others), cycle([each.as_part() for each in others])
-    out, lse = kernel.forward(whole)
-    upstream = Upstream(dout, lse, delta_of(out.to(q.dtype), dout, None, lse))
-    return {
+    runs: dict[str, Run] = {
         "whole": lambda: kernel.forward(next(wholes)),
         "partial": lambda: kernel.forward(next(parts)),
-        "backward": lambda: kernel.backward(whole, upstream),
     }
+    if wanted.backward:
+        out, lse = kernel.forward(whole)
+        upstream = Upstream(dout, lse, delta_of(out.to(q.dtype), dout, None, lse))
+        runs["backward"] = lambda: kernel.backward(whole, upstream)
+    return runs
 
 
 def _operations(bench: _Bench) -> dict[str, Any]:
@@ -168,7 +174,7 @@ def _operations(bench: _Bench) -> dict[str, Any]:
     elements = bench.wanted.elements
     wide, narrow = torch.zeros(elements, device=bench.device), bench.random(elements)
     small = torch.zeros(16, device=bench.device)
-    side = int(elements**0.5)
+    side = min(int(elements**0.5), bench.wanted.width)
     row, matrix = bench.random(1, side), bench.random(side, side)
     weights = [matrix.clone() for _ in range(_copies(matrix.nbytes, most=_MATRICES))]
 
@@ -273,34 +279,6 @@ def _transfer(kind: str, world: Channel, message: Tensor) -> Run:
             each.wait()
 
     return rotate
-
-
-def _token(bench: _Bench) -> dict[str, list[float]]:
-    """The call of a layer for one token, by ranks that have just gone through all caches.
-
-    Of the time from there on. Ranks come to it one after the other, as in a step.
-    """
-    wanted = bench.wanted
-    _, call = token_call(
-        bench.world,
-        heads=wanted.heads,
-        kv_heads=wanted.kv_heads,
-        head_dim=wanted.head_dim,
-        dtype=getattr(torch, wanted.dtype),
-    )
-    swept = torch.zeros(min(_SWEPT_BYTES, 64 * wanted.elements), dtype=torch.uint8)
-    swept = swept.to(bench.device)
-
-    def once() -> float:
-        meet(bench.world)
-        swept.add_(1)
-        start = now()
-        call()
-        return now() - start
-
-    with torch.no_grad():
-        once()
-        return {"seconds": [once() for _ in range(_CALLS * wanted.repeats)]}
 
 
 def _hidden(bench: _Bench) -> dict[str, Any]:

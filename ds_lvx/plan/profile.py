@@ -19,7 +19,7 @@ from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import ACROSS_LATENCY_S, Cluster, Device, KernelTime, Link, from_card
 from ds_lvx.plan.units import bytes_per_s, seconds
 
-FORMAT = 3
+FORMAT = 4
 """Of the profiles; one of another format is not used."""
 
 

@@ -73,19 +73,25 @@ def test_the_slowest_rank_counts() -> None:
     assert fit.slowest(answers, at=0.25) == 2.75  # between 2.5 and 3.0
 
 
-def test_what_new_memory_and_a_tokens_message_cost() -> None:
+def test_what_new_memory_and_a_token_cost() -> None:
     new = {"numbers": 1000, "bytes_written": 4, "seconds": [5e-6]}
-    steps = [{"layers": layers, "seconds": [1e-3]} for layers in (2, 6)]
-    common = {"new": new, "elementwise": {"seconds": [1e-6]}, "steps": steps}
+    common = {"new": new, "elementwise": {"seconds": [1e-6]}}
     common |= {"weights": {"bytes": 1, "seconds": [1.0]}}
-    gather = {"transfers": {"gather": [{"bytes": 1, "seconds": [4e-4]}]}}
-    # Either rank is the last to arrive in some of the calls, and waits for nobody.
-    calls = ([9e-4, 8e-4, 3e-3], [2e-3, 7e-3, 6e-4])
-    answers = [{**common, **gather, "token": {"seconds": each}} for each in calls]
-    found = fit._one_token(answers)
+    # A token takes 5 ms, a layer of text 1 ms, one of cross-attention 3 ms; 20 ms until it begins.
+    steps = [
+        {"text": text, "cross": cross, "seconds": [5e-3 + text * 1e-3 + cross * 3e-3]}
+        for text, cross in ((2, 1), (6, 1), (3, 3))
+    ]
+    steps = [{**each, "begin_seconds": [20e-3 + each["seconds"][0]]} for each in steps]
+    found = fit._one_token([{**common, "steps": steps}])
     assert found["new_byte_s"] == pytest.approx(1e-9)
-    assert found["around_s"] == pytest.approx(8e-4 - 4e-4)
-    assert "around_s" not in fit._one_token([{**common, "token": {}}])  # one rank has no messages
+    names = ("token_s", "layer_s", "cross_layer_s", "begin_s")
+    assert [found[name] for name in names] == pytest.approx([5e-3, 1e-3, 3e-3, 20e-3])
+    # On several ranks a layer's collective counts by itself.
+    gather = {"transfers": {"gather": [{"bytes": 1, "seconds": [4e-4]}]}}
+    found = fit._one_token([{**common, **gather, "steps": steps}] * 2)
+    assert found["cross_layer_s"] == pytest.approx(3e-3 - 4e-4)
+    assert fit._one_token([common]) == {}
 
 
 def test_what_a_hidden_transfer_costs_the_kernel_above_it() -> None:

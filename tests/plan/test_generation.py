@@ -62,17 +62,18 @@ def test_one_rank_sends_nothing_and_a_gpu_hides_its_host() -> None:
     assert found.token["host"] == 0
 
 
-def test_what_stands_around_a_message_and_new_memory() -> None:
-    device = replace(DEVICE, around_s=5e-4, new_byte_s=1e-9)
-    known = replace(CLUSTER, device=device)
-    before, found, alone = (
-        generation(SCENARIO, cluster, ranks=ranks, new_tokens=20)
-        for cluster, ranks in ((CLUSTER, 4), (known, 4), (known, 1))
+def test_what_the_host_takes_and_new_memory() -> None:
+    device = replace(DEVICE, call_s=7e-4, cross_layer_s=5e-4, begin_s=3e-2, new_byte_s=1e-9)
+    before, found = (
+        generation(SCENARIO, replace(CLUSTER, device=each), ranks=4, new_tokens=20)
+        for each in (DEVICE, device)
     )
-    keys = 8 * 4 * 6404 * 1024 * 1e-12
-    assert found.token["visual keys"] == pytest.approx(keys + 8 * 5e-4)
-    assert found.token["network"] == before.token["network"]
-    assert alone.token["visual keys"] == pytest.approx(4 * keys)  # which sends nothing
+    # What a call takes is in the time of its layer.
+    assert found.token["visual keys"] == pytest.approx(8 * 4 * 6404 * 1024 * 1e-12)
+    assert found.token["host"] == pytest.approx(1e-3 + 32 * 1e-4 + 8 * 5e-4)
+    assert found.prompt["host"] == pytest.approx(found.token["host"] + 3e-2)
+    assert found.token["network"] == pytest.approx(before.token["network"])
+    assert found.prompt["visual keys"] == pytest.approx(before.prompt["visual keys"])
     # K and V in bf16, and three tensors as large as K in fp32; the features, twice.
     tokens = 4 * 6404
     new = 8 * tokens * 1024 * (2 * 2 + 3 * 4) * 1e-9
