@@ -23,9 +23,6 @@ from ds_lvx.plan import fit, measure, profile
 
 _KEYS = (1024, 4096, 16_384, 32_768)
 _CPU = measure.Samples(
-    heads=8,
-    kv_heads=8,
-    head_dim=64,
     lengths=(
         *((1, keys) for keys in (16, 4096, 32_768)),
         *product((16, 64), _KEYS),
@@ -33,9 +30,6 @@ _CPU = measure.Samples(
         *product((1024,), _KEYS[:2]),
     ),
     message_bytes=(2**10, 2**14, 2**17, 2**19, 2**21, 2**23),
-    hidden=(2**14, 16, 4096),
-    elements=2**22,
-    repeats=7,
 )
 _GPU = measure.Samples(
     heads=32,
@@ -64,21 +58,11 @@ _QUICK = measure.Samples(
 )
 
 
-def calibrate(
-    *,
-    ranks: int,
-    network: Network | None = None,
-    quick: bool = False,
-) -> dict[str, Any]:
+def calibrate(*, ranks: int, network: Network | None = None, quick: bool = False) -> dict[str, Any]:
     """Measure on ``ranks`` fresh processes of this machine; on a CPU they share its cores.
 
     The profile has what it was measured with, every sample, and the ``cluster`` that follows. A
-    ``quick`` one, of tiny shapes, is of no use.
-
-    Args:
-        ranks: how many.
-        network: an emulated one between them.
-        quick: tiny shapes, to try it.
+    ``quick`` one, of tiny shapes, is of no use. ``network`` is an emulated one.
 
     Raises:
         ValueError: more ranks than GPUs.
@@ -98,13 +82,7 @@ def calibrate(
 def profile_of(
     answers: list[dict[str, Any]], request: measure.Samples, where: Ranks
 ) -> dict[str, Any]:
-    """The profile of what ranks have measured.
-
-    Args:
-        answers: of `measure.measure`, by rank.
-        request: what they were asked for.
-        where: they ran.
-    """
+    """The profile of what ranks have answered to a request of `measure.measure`."""
     ranks, network, cuda = where.count, where.network, where.device == "cuda"
     begin = header(emulated=network is not None, device=where.device)
     # One rank shows no link: what is guessed of the device stands there.

@@ -44,18 +44,17 @@ Run: TypeAlias = Callable[[], object]
 
 @dataclass(frozen=True)
 class Samples:
-    """What is measured."""
+    """What is measured; the defaults serve a rank on a CPU."""
 
-    # Of the attention kernels.
-    heads: int
-    kv_heads: int
-    head_dim: int
-    lengths: tuple[tuple[int, int], ...]  # pairs of seqlen_q and seqlen_kv
+    lengths: tuple[tuple[int, int], ...]  # seqlen_q and seqlen_kv of the attention kernels
     message_bytes: tuple[int, ...]  # of the transfers, ascending
+    heads: int = 8  # of the attention kernels
+    kv_heads: int = 8
+    head_dim: int = 64
     # Bytes of a shift, and seqlen_q and seqlen_kv of the kernel above it.
-    hidden: tuple[int, int, int]
-    elements: int  # of elementwise operations, and the square of a matrix product's side
-    repeats: int  # of each
+    hidden: tuple[int, int, int] = (2**14, 16, 4096)
+    elements: int = 2**22  # of elementwise operations, and the square of a matrix product's side
+    repeats: int = 7  # of each
     dtype: str = "bfloat16"  # of attention, products and weights
     backward: bool = True  # of attention; without, a profile serves for generation alone
     width: int = 2048  # of the matrices that a row goes through, at most
