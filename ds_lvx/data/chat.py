@@ -31,7 +31,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ds_lvx.data.conversation import KINDS, ROLES, Conversation, Medium, Message, Part
+from ds_lvx.data.conversation import KINDS, ROLES, Conversation, Medium, Message, Own, Part, Turn
 from ds_lvx.data.errors import DataError, Source, shown
 from ds_lvx.data.formats import convert_of
 from ds_lvx.data.formats.messages import parts
@@ -120,7 +120,9 @@ class Chats:
             DataError: it is not in the format.
         """
         line = self._kept[index]
-        return self._convert(self.lines.record(line), self.lines.source(line))
+        record = self.lines.record(line)
+        is_own = isinstance(record, Own)
+        return record if is_own else self._convert(record, self.lines.source(line))
 
     def media(self, index: int) -> list[tuple[str, bool]]:
         """Kind of each medium that a record names, and whether it is there.
@@ -182,7 +184,7 @@ class _Line:
 
     source: Source
     folder: Path
-    media: dict[str, Iterator[Part]] = field(default_factory=dict)
+    media: dict[str, Iterator[tuple[str, Part]]] = field(default_factory=dict)
 
     def conversation(self, record: dict[str, Any]) -> Conversation:
         if not isinstance(record.get("messages"), list):
@@ -196,13 +198,15 @@ class _Line:
                 raise self.error(f"the key {key!r} beside the messages", expected, do)
         for kind in ("image", "video"):
             self.media[kind] = iter(self.listed(record, kind))
-        messages = tuple(self.message(item, n) for n, item in enumerate(record["messages"]))
+        messages_given = record["messages"]
+        messages = tuple(self.message(item, n) for n, item in enumerate(messages_given))
         for kind, left in self.media.items():
-            if (part := next(left, None)) is not None:
+            for where, part in left:
+                sign = _words(messages_given).get(f"<{kind}>", f"<{kind}>")
                 raise self.error(
-                    f"{shown(part.value)} in {kind!r}s without a <{kind}> in the messages",
-                    f"one <{kind}> for each",
-                    f"write <{kind}> where it belongs in the text",
+                    f"{shown(part.value)} in {where} without a {sign} in the text",
+                    f"one {sign} for each",
+                    f"write {sign} where it belongs in the text",
                 )
         if not any(m.role == "assistant" and m.learnt and m.text.strip() for m in messages):
             raise self.error(
@@ -212,15 +216,16 @@ class _Line:
             )
         return Conversation(self.source, messages)
 
-    def listed(self, record: dict[str, Any], kind: str) -> list[Part]:
-        """The media beside the messages."""
+    def listed(self, record: dict[str, Any], kind: str) -> list[tuple[str, Part]]:
+        """The media beside the messages, and where the file has each."""
         values = record.get(f"{kind}s")
         if values is None:
             return []
         if not isinstance(values, list) or not all(isinstance(value, _MEDIA) for value in values):
             found = f'{shown(values)} for "{kind}s"'
             raise self.error(found, f'"{kind}s": ["a path", ...]', "correct the list")
-        return [self.named(kind, value, f"{kind}s[{n}]") for n, value in enumerate(values)]
+        places = [getattr(v, "where", None) or f"{kind}s[{n}]" for n, v in enumerate(values)]
+        return [(w, self.named(kind, v, w)) for w, v in zip(places, values, strict=True)]
 
     def named(self, kind: str, value: str | Held | Medium, where: str) -> Part:
         """A medium where its file is named."""
@@ -243,7 +248,7 @@ class _Line:
         return replace(part, **{key: value for key, value in said.items() if value is not None})
 
     def message(self, item: Any, number: int) -> Message:
-        where = f"messages[{number}]"
+        where = item.where if isinstance(item, Turn) else f"messages[{number}]"
         if not isinstance(item, dict) or item.get("role") not in ROLES:
             found = f"role {shown(item.get('role'))}" if isinstance(item, dict) else _name(item)
             raise self.error(
@@ -251,16 +256,20 @@ class _Line:
             )
         role, content = item["role"], item.get("content")
         self.refuse_others(item, _MESSAGE_KEYS, where, do='; "weight": 0 leaves an answer unlearnt')
-        if isinstance(content, str):
+        is_text = isinstance(content, str)
+        if is_text:
             content = [{"type": "text", "text": content, "literal": role == "assistant"}]
         if not isinstance(content, list):
             raise self.error(
                 f"content {_name(content)} in {where}", "a string or a list", "correct the content"
             )
+        places = [f"{where}.content[{n}]" for n in range(len(content))]
+        if is_text:
+            places = [where if isinstance(item, Turn) else f"{where}.content"]
         parts = tuple(
             part
-            for n, given in enumerate(content)
-            for part in self.parts(given, f"{where}.content[{n}]")
+            for given, place in zip(content, places, strict=True)
+            for part in self.parts(given, place, words=_words([item]))
         )
         if role == "assistant" and any(part.kind != "text" for part in parts):
             raise self.error(
@@ -277,7 +286,7 @@ class _Line:
         expected = "0 or 1 (the default)" if answers else "0: only the assistant's text is learnt"
         raise self.error(f"weight {shown(weight)} in {where}", expected, "correct the weight")
 
-    def parts(self, item: Any, where: str) -> Iterator[Part]:
+    def parts(self, item: Any, where: str, *, words: Mapping[str, str]) -> Iterator[Part]:
         """What an entry of the content says: one part, or a text cut at its placeholders."""
         kind = item.get("type") if isinstance(item, dict) else None
         if kind not in KINDS:
@@ -285,7 +294,7 @@ class _Line:
             raise self.error(f"{found} in {where}", f'"type" one of {KINDS}', "correct the type")
         self.refuse_others(item, _PART_KEYS[kind], where)
         if kind != "text":
-            yield self.medium(item, kind, where)
+            yield self.medium(item, kind, where, words=words)
             return
         if not isinstance(item.get("text"), str):
             example = '{"type": "text", "text": "..."}'
@@ -297,11 +306,14 @@ class _Line:
             [text] if self.literal(item, where) else _PLACEHOLDER.split(text)
         ):
             if n % 2:
-                yield self.beside(piece, f"<{piece}> in {where}")
+                sign = words.get(f"<{piece}>", f"<{piece}>")
+                yield self.beside(piece, f"{sign} in {where}", words=words)
             elif piece or not text:
                 yield Part("text", piece)
 
-    def medium(self, item: dict[str, Any], kind: str, where: str) -> Part:
+    def medium(
+        self, item: dict[str, Any], kind: str, where: str, *, words: Mapping[str, str]
+    ) -> Part:
         """An image or a video, named here or, where the entry has no path, beside the messages."""
         value = item.get(kind)
         if value is not None and not isinstance(value, _MEDIA):
@@ -309,22 +321,27 @@ class _Line:
             found = f"{_name(value)} for {kind!r} in {where}"
             raise self.error(found, example, "correct the entry")
         if value is None:
-            part = self.beside(kind, f"{kind!r} without a path in {where}")
+            part = self.beside(kind, f"{kind!r} without a path in {where}", words=words)
         else:
             part = self.named(kind, value, where)
         return self.timed(part, item, where)
 
-    def beside(self, kind: str, said: str) -> Part:
+    def beside(self, kind: str, said: str, *, words: Mapping[str, str]) -> Part:
         """The next of the media beside the messages."""
-        part = next(self.media[kind], None)
-        if part is None:
+        found = next(self.media[kind], None)
+        if found is None:
+            column = words.get(kind)
             raise self.error(
                 f"{said} and no {kind} left for it",
-                f'a list "{kind}s" beside the messages with a path for each',
+                f'a list "{kind}s" beside the messages with a path for each'
+                if column is None
+                else f'a path for each in "{column}"',
                 f'add the path (or, where <{kind}> is meant as text, write {{"type": "text", '
-                '"text": "...", "literal": true})',
+                '"text": "...", "literal": true})'
+                if column is None
+                else "add the path, or take the placeholder out",
             )
-        return part
+        return found[1]
 
     def literal(self, item: dict[str, Any], where: str) -> bool:
         literal = item.get("literal")
@@ -368,6 +385,11 @@ class _Line:
 
     def error(self, got: str, expected: str, do: str) -> DataError:
         return DataError.at(self.source, got=got, expected=expected, do=do)
+
+
+def _words(messages: Sequence[Any]) -> Mapping[str, str]:
+    """What the file calls media and placeholders, where its form is not our own."""
+    return next((each.words for each in messages if isinstance(each, Turn)), {})
 
 
 def _name(value: Any) -> str:

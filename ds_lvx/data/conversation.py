@@ -49,10 +49,34 @@ class Medium:
         file: a path, or the bytes that another file holds.
         more: what a part says beside the path: ``fps``, ``nframes``, ``video_start``,
             ``video_end``.
+        where: the column and the entry that it stands in; None: where our own form has it.
     """
 
     file: str | Held
     more: Mapping[str, Any] = field(default_factory=dict)
+    where: str | None = None
+
+
+class Own(dict[str, Any]):
+    """A record that is in our own form, whatever format the data set is in."""
+
+
+class Turn(dict[str, Any]):
+    """A message as a converter gives it, which knows where the file has it, and in what words.
+
+    Args:
+        message: in our own form.
+        where: the column, and the entry in it.
+        words: the file's own for ``image`` and ``video``, columns of media, and for ``<image>`` and
+            ``<video>``, where they are not our own.
+    """
+
+    def __init__(
+        self, message: Mapping[str, Any], where: str, words: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.where = where
+        self.words = dict(words or {})
 
 
 @dataclass(frozen=True)

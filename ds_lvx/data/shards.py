@@ -13,13 +13,14 @@ import re
 import tarfile
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from ds_lvx.data.conversation import Own
 from ds_lvx.data.errors import DataError, Source, shown
 from ds_lvx.data.held import Held
 from ds_lvx.data.index import Index, kept_index
@@ -31,7 +32,8 @@ _KINDS = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"), "image"),
     **dict.fromkeys(("mp4", "mkv", "webm", "mov", "avi", "m4v", "mpg", "mpeg", "ts"), "video"),
 }
-_SINGLE = ("image", "video", "images", "videos")
+_MEDIA = ("image", "video")
+_SINGLE = (*_MEDIA, "images", "videos")
 _NAMED = (*_SINGLE, "image_url", "video_url", "url", "path", "file")
 """Keys of a record under which the name of a file may stand."""
 
@@ -123,8 +125,7 @@ class Shards:
             )
         raw = _read(file, text.offset, text.size)
         if text.ending == "txt":
-            record = {"prompt": "", "response": raw.decode("utf-8", "replace").strip()}
-            return record | _beside(media)
+            return _captioned(raw.decode("utf-8", "replace").strip(), _beside(media))
         return _joined(parsed(raw, source), media, source)
 
     def blocks(self, kept: Sequence[int]) -> tuple[int, ...]:
@@ -209,6 +210,13 @@ def _read(path: str, offset: int, size: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
+
+
+def _captioned(text: str, media: Mapping[str, list[Held]]) -> Own:
+    """A sample without words but a caption, whatever the format of those beside it."""
+    asked = [{"type": kind} for kind in _MEDIA for _ in media.get(f"{kind}s", ())]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
+    return Own(messages=messages, **media)
 
 
 def _beside(media: dict[str, Held]) -> dict[str, list[Held]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, MutableMapping
 
 _NEEDED = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
 _FIRST_PORT, _PORTS = 20_000, 10_000  # below those that Linux hands out
+_STEPS = 997  # steps of a job that run at once lie apart, and away from the jobs that follow
 _TIMEOUT_S = 20.0
 _NODES = re.compile(r"(?:[^\[,]|\[[^]]*\])*")  # of `r[1-2]n[08,10],x` all in front of `,x`
 _NUMBERS = re.compile(r"\[(\d+)[^]]*\]")
@@ -19,7 +20,7 @@ def read_slurm(environ: MutableMapping[str, str] = os.environ) -> bool:
 
     Nothing is set where a launcher has said RANK, outside of Slurm, for a single task, or in a
     batch script itself. MASTER_ADDR and MASTER_PORT of the user stay; else they are the first node
-    of the job, and a port that follows from the job's number.
+    of the step, and a port that follows from the numbers of the job and the step.
 
     Args:
         environ: variables, which are changed.
@@ -40,8 +41,11 @@ def read_slurm(environ: MutableMapping[str, str] = os.environ) -> bool:
     environ["WORLD_SIZE"], environ["LOCAL_SIZE"] = str(size), str(_tasks_here(environ, size))
     if "MASTER_ADDR" not in environ:
         environ["MASTER_ADDR"] = _first_node(environ)
-    job = _number(environ, "SLURM_JOB_ID") if "SLURM_JOB_ID" in environ else 0
-    environ.setdefault("MASTER_PORT", str(_FIRST_PORT + job % _PORTS))
+    job, step = (
+        _number(environ, name) if name in environ else 0
+        for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    )
+    environ.setdefault("MASTER_PORT", str(_FIRST_PORT + (job + _STEPS * step) % _PORTS))
     return True
 
 
@@ -68,7 +72,9 @@ def _expanded(text: str) -> Iterator[int]:
 
 
 def _first_node(environ: MutableMapping[str, str]) -> str:
-    nodes = environ.get("SLURM_JOB_NODELIST", "")
+    # A step may leave out the job's first nodes.
+    name = "SLURM_STEP_NODELIST" if environ.get("SLURM_STEP_NODELIST") else "SLURM_JOB_NODELIST"
+    nodes = environ.get(name, "")
     command = ["scontrol", "show", "hostnames", nodes]
     try:
         done = subprocess.run(
@@ -82,7 +88,7 @@ def _first_node(environ: MutableMapping[str, str]) -> str:
     first = found[0] if found else _NUMBERS.sub(r"\1", named[0])
     if not first:
         raise ValueError(
-            f"SLURM_JOB_NODELIST: got {nodes!r}; expected the nodes of the job; or set MASTER_ADDR "
+            f"{name}: got {nodes!r}; expected the nodes of the job; or set MASTER_ADDR "
             "to an address of the first node"
         )
     return first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 _LOGS = "logs"
 _NONE = "none"
+_WANDB, _WANDB_FOLDER = "wandb", "WANDB_DIR"
 _KINDS = int | float | str | bool
 
 
@@ -48,7 +50,8 @@ class Trackers:
 
     Args:
         names: of trackers that `check_trackers` let pass.
-        folder: of the run; trackers that keep files keep them in ``logs`` there.
+        folder: of the run; trackers that keep files keep them in ``logs`` there
+            (Weights & Biases in ``WANDB_DIR``, where that is set).
         settings: of the run.
     """
 
@@ -66,6 +69,9 @@ class Trackers:
         for name in _wanted(names):
             kind = LOGGER_TYPE_TO_CLASS[name]
             place = {"logging_dir": folder / _LOGS} if kind.requires_logging_directory else {}
+            if name == _WANDB and _WANDB_FOLDER not in os.environ:
+                (folder / _LOGS).mkdir(parents=True, exist_ok=True)  # else it takes another
+                place = {"dir": folder / _LOGS}
             tracker = kind(folder.resolve().name, **place)
             tracker.start()
             tracker.store_init_configuration(known)

@@ -107,10 +107,10 @@ LEFT_OUT = {"role": "assistant", "content": "b", "weight": 0}
     ("record", "expected"),
     [
         # media that are said and not there, and there and not said
-        (_text("<image>Which?"), "<image> in messages[0].content[0] and no image left"),
-        (_text("<image><image>", images=["a.png"]), "<image> in messages[0].content[0] and no"),
-        (_text("<image>", videos=["a.png"]), "<image> in messages[0].content[0] and no image"),
-        (_text("Which?", images=["a.png"]), "a.png' in 'image's without a <image>"),
+        (_text("<image>Which?"), "<image> in messages[0].content and no image left"),
+        (_text("<image><image>", images=["a.png"]), "<image> in messages[0].content and no"),
+        (_text("<image>", videos=["a.png"]), "<image> in messages[0].content and no image"),
+        (_text("Which?", images=["a.png"]), "a.png' in images[0] without a <image>"),
         (_text("<image>", images="a.png"), "'a.png' for \"images\"; expected"),
         (_text("<image>", images=[{"path": "a.png"}]), 'for "images"; expected'),
         (_text("<image>", images=["no.png"]), "no.png (images[0])"),

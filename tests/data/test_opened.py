@@ -85,6 +85,22 @@ def test_dataset_info_says_what_columns_mean(folder: Path, entry: Any, record: A
         Chats(path, format="llava")
 
 
+@pytest.mark.parametrize("formatting", ["sharegpt", "alpaca"])
+def test_errors_have_the_columns_of_dataset_info(folder: Path, formatting: str) -> None:
+    columns = {"images": "pictures", "prompt": "q", "response": "a", "messages": "chat"}
+    path = info(folder, mine={"file_name": "d.json", "formatting": formatting, "columns": columns})
+    is_chat = formatting == "sharegpt"
+    asked = {"chat": turns()["conversations"], "q": f"<image>{ASKED}", "a": ANSWER}
+    for pictures, problem in (
+        (["no.png"], r"/no\.png \(pictures\[0\]\); expected"),
+        ([], rf'<image> in {r"chat.0." if is_chat else "q"} and no image left .* in "pictures"'),
+        (["a.png", "b.png"], r"b\.png' in pictures\[1\] without a <image>"),
+    ):
+        write_jsonl(folder / "d.json", [{**asked, "pictures": pictures}])
+        with pytest.raises(DataError, match=problem):
+            Chats(path)[0]
+
+
 @pytest.mark.parametrize(
     ("entry", "problem"),
     [
@@ -220,15 +236,25 @@ def test_samples_of_shards_take_their_files(folder: Path) -> None:
     )
     one = own("<image>x")
     captioned = parts(VIDEO)
-    chats = Chats(path, format="messages").without([1, 2])
-    assert said(chats) == expected(folder, one, one)
-    assert said(Chats(path, format="prompt").without([0, 2, 3])) == expected(folder, captioned)
+    chats = Chats(path, format="messages").without([2])
+    assert said(chats) == expected(folder, one, captioned, one)
+    assert chats.media(1) == [("video", True)]
     both = own("<image><image>x", images=["a.png"] * 2)
-    assert said(Chats(path, format="sharegpt").without([0, 1, 3])) == expected(folder, both)
-    film_chat = Chats(path, format="prompt")[1]
+    assert said(Chats(path, format="sharegpt").without([0, 3])) == expected(folder, captioned, both)
+    film_chat = chats[1]
     encoder = TextEncoder(Source.of("tiny").processor, 400, family=Source.of("tiny").family)
     maker = BatchMaker(encoder, FrameRate(count=3), owned=range)
     maker.decode(maker.sample(film_chat))
+
+
+@pytest.mark.parametrize("beside", [{}, {"b.json": turns("<image>x")}, {"b.json": own("<image>x")}])
+def test_captions_stand_beside_chats_of_any_format(folder: Path, beside: Any) -> None:
+    png = (folder / "a.png").read_bytes()
+    chats_of = {name: json.dumps({**chat, "images": []}).encode() for name, chat in beside.items()}
+    files = {"a.txt": b"Red.", "a.0.png": png, "a.1.png": png, **chats_of}
+    chats = Chats(write_tar(folder / "d.tar", {**files, **({"b.png": png} if beside else {})}))
+    captioned = own("<image><image>", images=["a.png"] * 2)
+    assert said(chats) == expected(folder, captioned, *[own("<image>x")] * len(beside))
 
 
 @pytest.mark.parametrize(

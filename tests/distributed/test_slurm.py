@@ -70,6 +70,20 @@ def test_the_first_node_without_scontrol(nodes: str, first: str) -> None:
     assert environ["MASTER_ADDR"] == first
 
 
+def test_a_step_may_leave_out_the_first_nodes() -> None:
+    """As `srun --nodes 1 --nodelist n2 --ntasks 2` in a batch script of two nodes sets them."""
+    batch = {"ENVIRONMENT": "BATCH", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "9"}
+    step = {"SLURM_STEP_ID": "1", "SLURM_STEP_NODELIST": "n2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    environ = {**batch, **step, **TASK, "SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "4(x2)"}
+    assert read_slurm(environ)
+    assert (environ["MASTER_ADDR"], environ["LOCAL_SIZE"]) == ("n2", "2")
+    first = {**environ, "SLURM_STEP_ID": "0"}
+    for name in ("RANK", "MASTER_PORT"):
+        del first[name]
+    read_slurm(first)
+    assert first["MASTER_PORT"] == "20009" != environ["MASTER_PORT"]
+
+
 def test_scontrol_is_asked_where_it_is(tmp_path: Path) -> None:
     script = tmp_path / "scontrol"
     script.write_text('#!/bin/sh\necho "$1-$2-of-$3"\necho second\n')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,33 @@ def test_tensorboard_gets_the_metrics_and_the_tables(tmp_path: Path) -> None:
     assert numbers["eval_loss"] == [(2, 2.0)]
     assert {"learning_rate", "tokens_per_second", "memory_gib"} <= set(numbers)
     assert texts["layers/text_summary"] == "    layer  method\n    a      lvx\n"
+
+
+@pytest.mark.parametrize("named", [None, "elsewhere"])
+def test_wandb_keeps_its_files_in_the_output_folder_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
+    """By a stand-in for Weights & Biases, which makes no folder."""
+    import accelerate.tracking
+
+    made: list[dict[str, Any]] = []
+
+    class Stub(accelerate.tracking.GeneralTracker):  # type: ignore[misc]
+        name, requires_logging_directory, tracker = "wandb", False, None
+
+        def __init__(self, project: str, **arguments: Any) -> None:
+            super().__init__()
+            made.append({"project": project, **arguments})
+
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", Stub)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    if named is not None:
+        monkeypatch.setenv("WANDB_DIR", named)
+    Trackers(["wandb"], tmp_path, {}).finish()
+    [arguments] = made
+    assert arguments.get("dir") == (None if named else tmp_path / "logs")
+    assert arguments["project"] == tmp_path.name
+    assert (tmp_path / "logs").is_dir() == (named is None)
 
 
 def test_a_run_goes_on_without_a_tracker_that_fails(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ds_lvx.data.conversation import Own
 from ds_lvx.data.errors import DataError, Source
 from ds_lvx.data.formats import llava, messages, openai, prompt, sharegpt
 from ds_lvx.data.records import Records
@@ -86,6 +87,8 @@ def told(records: Records) -> str:
         try:
             record = records.record(index)
         except DataError:  # said when its turn comes
+            continue
+        if isinstance(record, Own):
             continue
         for name, each in FORMATS.items():
             score = each.sniff(record)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ds_lvx.data.errors import DataError, Source, shown
 from ds_lvx.data.formats import media, turns
-from ds_lvx.data.formats.prompt import written
+from ds_lvx.data.formats.prompt import Asked
 
 INFO = "dataset_info.json"
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
@@ -53,11 +53,15 @@ class Columns:
                 do="add it, or correct the columns there",
             )
         beside = {key: record[names[key]] for key in ("tools", "audios") if names[key] in record}
-        lists = media.listed({key: record.get(names[key]) for key in _MEDIA}, source)
-        system = record.get(names["system"])
+        lists = media.listed({key: record.get(names[key]) for key in _MEDIA}, source, names)
+        words = {key.removesuffix("s"): names[key] for key in _MEDIA}
+        system = {names["system"]: record.get(names["system"])}
         if not self.is_alpaca:
-            said = turns.messages(record, source, key=names["messages"], tags=self.tags)
-            return {**beside, "messages": turns.with_system({"system": system}, said), **lists}
+            said = turns.messages(
+                record, source, key=names["messages"], tags=self.tags, words=words
+            )
+            said = turns.with_system(system, said, names["system"])
+            return {**beside, "messages": said, **lists}
         history = record.get(names["history"]) or []
         pairs = history if isinstance(history, list) else [history]
         if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
@@ -67,10 +71,19 @@ class Columns:
                 expected='[["a question", "its answer"], ...]',
                 do="correct it",
             )
-        asked, answer = record[names["prompt"]], record[names["response"]]
-        further = record.get(names["query"])
-        found = written(asked, answer, further=further, system=system, history=pairs, lists=lists)
-        return {**beside, **found}
+        history_name = names["history"]
+        told = {
+            f"{history_name}[{n}][{m}]": pair[m] for n, pair in enumerate(pairs) for m in (0, 1)
+        }
+        asked = Asked(
+            (names["prompt"], record[names["prompt"]]),
+            (names["response"], record[names["response"]]),
+            further=record.get(names["query"]),
+            system=system,
+            history=told,
+            words=words,
+        )
+        return {**beside, **asked.written(lists)}
 
 
 def entry(path: str, name: str | None) -> tuple[str, Callable[..., dict[str, Any]]]:

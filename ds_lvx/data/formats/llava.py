@@ -25,13 +25,15 @@ def convert(record: dict[str, Any], source: Source) -> dict[str, Any]:
     Raises:
         DataError: it is not in this format.
     """
-    said = turns.messages(record, source, key="conversations", tags=turns.Tags())
+    words = media.words(record, plural=False)
+    said = turns.messages(record, source, key="conversations", tags=turns.Tags(), words=words)
     lists = media.listed(record, source)
     asked = [message for message in said if message["role"] == "user"]
     names_videos = any("<video>" in message["content"] for message in asked)
     if "videos" in lists and "images" not in lists and not names_videos:
         for message in asked:
             message["content"] = message["content"].replace("<image>", "<video>")
+            message.words["<video>"] = "<image>"
     taken = ("conversations", "system", *media.columns(record))
     rest = {key: value for key, value in record.items() if key not in taken}
     return {**rest, "messages": turns.with_system(record, said), **lists}

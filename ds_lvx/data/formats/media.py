@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ds_lvx.data.conversation import Medium
@@ -37,10 +38,28 @@ def columns(record: Mapping[str, Any], kinds: Sequence[str] = KINDS) -> dict[str
     return found
 
 
-def listed(record: Mapping[str, Any], source: Source) -> dict[str, list[Medium]]:
+def words(record: Mapping[str, Any], *, plural: bool) -> dict[str, str]:
+    """What the file calls the columns of media: those that a record has, or would have.
+
+    Args:
+        record: of the file.
+        plural: how the format calls them.
+    """
+    usual = {kind: f"{kind}s" if plural else kind for kind in KINDS}
+    return usual | {kind: name for name, kind in columns(record).items()}
+
+
+def listed(
+    record: Mapping[str, Any], source: Source, names: Mapping[str, str] | None = None
+) -> dict[str, list[Medium]]:
     """The images and videos of a record, as our own form has them beside the messages.
 
     Times beside its one video are that video's.
+
+    Args:
+        record: of the file.
+        source: where it stands.
+        names: what the file calls ``images`` and ``videos``, where a description of it says so.
 
     Raises:
         DataError: a column holds something else, two columns hold the same kind, or times stand
@@ -55,10 +74,12 @@ def listed(record: Mapping[str, Any], source: Source) -> dict[str, list[Medium]]
                 expected="one of them",
                 do="take the other out",
             )
-        values = record[name] if isinstance(record[name], list) else [record[name]]
+        called = name if names is None else names[name]
+        places = {called: record[name]}
+        if isinstance(record[name], list):
+            places = {f"{called}[{n}]": value for n, value in enumerate(record[name])}
         lists[f"{kind}s"] = [
-            _medium(value, kind, where=f"{name}[{n}]", source=source)
-            for n, value in enumerate(values)
+            _medium(value, kind, where=where, source=source) for where, value in places.items()
         ]
     videos = lists.get("videos", [])
     alone = [key for key in (_START[0], _END[0]) if not videos and record.get(key) not in (None, 0)]
@@ -78,7 +99,7 @@ def listed(record: Mapping[str, Any], source: Source) -> dict[str, list[Medium]]
                 expected="one video without times of its own",
                 do='write them beside each path: {"path": "...", "video_start": 1.5, ...}',
             )
-        lists["videos"] = [Medium(videos[0].file, times)]
+        lists["videos"] = [replace(videos[0], more=times)]
     return lists
 
 
@@ -107,7 +128,7 @@ def _medium(value: Any, kind: str, *, where: str, source: Source) -> Medium:
             ) from None
     if not isinstance(value, str | Held):
         raise _wrong(value, kind, where=where, source=source)
-    return Medium(value, more)
+    return Medium(value, more, where)
 
 
 def _wrong(value: Any, kind: str, *, where: str, source: Source) -> DataError:

@@ -8,8 +8,10 @@ media come before it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from ds_lvx.data.conversation import Turn
 from ds_lvx.data.errors import DataError, Source, shown
 from ds_lvx.data.formats import media, turns
 
@@ -32,58 +34,68 @@ def convert(record: dict[str, Any], source: Source) -> dict[str, Any]:
     further = record.get("input") if asked == "instruction" else None
     taken = ("messages", asked, answer, "input", "system", *media.columns(record))
     rest = {key: value for key, value in record.items() if key not in taken}
-    return {
-        **rest,
-        **written(
-            record[asked],
-            record[answer],
-            further=further,
-            system=record.get("system"),
-            lists=media.listed(record, source),
-        ),
-    }
+    found = Asked(
+        (asked, record[asked]),
+        (answer, record[answer]),
+        further=further,
+        system={"system": record.get("system")},
+        words=media.words(record, plural=True),
+    )
+    return {**rest, **found.written(media.listed(record, source))}
 
 
-def written(
-    asked: Any,
-    answer: Any,
-    *,
-    further: Any = None,
-    system: Any = None,
-    history: Sequence[tuple[Any, Any]] = (),
-    lists: Mapping[str, list[Any]],
-) -> dict[str, Any]:
-    """A record in our own form.
+@dataclass(frozen=True)
+class Asked:
+    """What is asked and answered, each with the name of its column.
 
-    Args:
+    Attributes:
         asked, answer: texts, or lists of messages.
         further: text that follows what is asked, on a line of its own.
         system: text, or nothing.
-        history: questions and answers before.
-        lists: media by their column.
+        history: questions and answers before, in turn.
+        words: the file's own (`ds_lvx.data.conversation.Turn`).
     """
-    if isinstance(further, str) and further:
-        asked = f"{asked}\n{further}"
-    before = [text for pair in history for text in pair]
-    said = [
-        {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(before)
-    ]
-    said += _messages(asked, "user") + _messages(answer, "assistant")
-    texts = [str(message.get("content")) for message in said if message.get("role") == "user"]
-    kinds = {name: name.removesuffix("s") for name in lists}
-    if not any(f"<{kind}>" in text for kind in kinds.values() for text in texts):
-        first = next((m for m in said if m.get("role") == "user"), None)
-        if first is not None and isinstance(first["content"], str):
-            media_parts = [{"type": kinds[name]} for name in lists for _ in lists[name]]
-            text = [{"type": "text", "text": first["content"]}] if first["content"] else []
-            first["content"] = media_parts + text if media_parts else first["content"]
-    return {"messages": turns.with_system({"system": system}, said), **lists}
 
+    asked: tuple[str, Any]
+    answer: tuple[str, Any]
+    further: Any = None
+    system: Mapping[str, Any] = field(default_factory=dict)
+    history: Mapping[str, Any] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
 
-def _messages(value: Any, role: str) -> list[dict[str, Any]]:
-    if isinstance(value, list) and all(isinstance(each, dict) for each in value):
-        return [dict(each) for each in value]
-    return [{"role": role, "content": value}]
+    def written(self, lists: Mapping[str, list[Any]]) -> dict[str, Any]:
+        """A record in our own form.
+
+        Args:
+            lists: media by their column.
+        """
+        name, text = self.asked
+        if isinstance(self.further, str) and self.further:
+            text = f"{text}\n{self.further}"
+        said = [
+            self._turn({"role": ("user", "assistant")[n % 2], "content": each}, where)
+            for n, (where, each) in enumerate(self.history.items())
+        ]
+        said += self._turns(name, text, "user") + self._turns(*self.answer, "assistant")
+        texts = [str(message.get("content")) for message in said if message.get("role") == "user"]
+        kinds = {column: column.removesuffix("s") for column in lists}
+        if not any(f"<{kind}>" in each for kind in kinds.values() for each in texts):
+            first = next((m for m in said if m.get("role") == "user"), None)
+            if first is not None and isinstance(first["content"], str):
+                media_parts = [{"type": kinds[column]} for column in lists for _ in lists[column]]
+                parts = [{"type": "text", "text": first["content"]}] if first["content"] else []
+                first["content"] = media_parts + parts if media_parts else first["content"]
+        for key in self.system:
+            said = turns.with_system(self.system, said, key)
+        return {"messages": said, **lists}
+
+    def _turns(self, name: str, value: Any, role: str) -> list[Turn]:
+        if isinstance(value, list) and all(isinstance(each, dict) for each in value):
+            return [self._turn(each, f"{name}[{n}]") for n, each in enumerate(value)]
+        return [self._turn({"role": role, "content": value}, name)]
+
+    def _turn(self, message: Mapping[str, Any], where: str) -> Turn:
+        return Turn(message, where, self.words)
 
 
 def _column(record: Mapping[str, Any], names: Sequence[str], source: Source) -> str:

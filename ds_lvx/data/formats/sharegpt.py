@@ -24,7 +24,8 @@ def convert(record: dict[str, Any], source: Source) -> dict[str, Any]:
     Raises:
         DataError: it is not in this format.
     """
-    said = turns.messages(record, source, key="conversations", tags=turns.Tags())
+    words = media.words(record, plural=True)
+    said = turns.messages(record, source, key="conversations", tags=turns.Tags(), words=words)
     taken = ("conversations", "system", *media.columns(record))
     rest = {key: value for key, value in record.items() if key not in taken}
     return {**rest, "messages": turns.with_system(record, said), **media.listed(record, source)}

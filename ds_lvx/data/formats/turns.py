@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ds_lvx.data.conversation import Turn
 from ds_lvx.data.errors import DataError, Source, shown
 
 
@@ -37,8 +38,13 @@ class Tags:
 
 
 def messages(
-    record: Mapping[str, Any], source: Source, *, key: str, tags: Tags
-) -> list[dict[str, Any]]:
+    record: Mapping[str, Any],
+    source: Source,
+    *,
+    key: str,
+    tags: Tags,
+    words: Mapping[str, str],
+) -> list[Turn]:
     """The turns of a record as messages.
 
     Args:
@@ -46,6 +52,7 @@ def messages(
         source: where it stands.
         key: of its list of turns.
         tags: how they are written.
+        words: the file's own (`ds_lvx.data.conversation.Turn`).
 
     Raises:
         DataError: there is no such list, or a turn has an unknown role or no text.
@@ -59,7 +66,11 @@ def messages(
             expected=f"a list {example}",
             do="add it, or say another --format",
         )
-    return [_message(turn, f"{key}[{n}]", source, tags=tags) for n, turn in enumerate(turns)]
+    places = {f"{key}[{n}]": turn for n, turn in enumerate(turns)}
+    return [
+        Turn(_message(turn, where, source, tags=tags), where, words)
+        for where, turn in places.items()
+    ]
 
 
 def _message(turn: Any, where: str, source: Source, *, tags: Tags) -> dict[str, Any]:
@@ -80,9 +91,9 @@ def _message(turn: Any, where: str, source: Source, *, tags: Tags) -> dict[str, 
     raise DataError.at(source, got=got, expected=expected, do=f"correct the turn{tools}")
 
 
-def with_system(
-    record: Mapping[str, Any], messages: list[dict[str, Any]], key: str = "system"
-) -> list[dict[str, Any]]:
+def with_system(record: Mapping[str, Any], messages: list[Turn], key: str = "system") -> list[Turn]:
     """Messages with the system text before them that stands beside the turns, if there is one."""
     said = record.get(key)
-    return [{"role": "system", "content": said}, *messages] if said else messages
+    words = messages[0].words if messages else None
+    first = [Turn({"role": "system", "content": said}, key, words)] if said else []
+    return [*first, *messages]
