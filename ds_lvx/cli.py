@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -48,10 +49,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words)
     command = import_module(COMMANDS[options.command][0])
     try:
-        return int(command.run(options))
+        status = int(command.run(options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return 1
     except (ValueError, NotImplementedError) as error:
         print(f"ds-lvx {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads what is printed any more (``| head``); then the rest goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return True
+    return False
 
 
 if __name__ == "__main__":

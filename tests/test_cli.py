@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -91,3 +92,15 @@ def test_what_computes_nothing_does_not_import_what_computes(words: str) -> None
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "ds-lvx" in done.stdout or "Llama" in done.stdout
+
+
+def test_a_reader_that_has_enough_ends_it_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As ``ds-lvx plan ... | head``."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        words = ["plan", "--model", "Qwen-VL", "--text", "64", "--frames", "1", "--gpus", "2"]
+        assert cli.main([*words, "--card", "H100"]) == 1

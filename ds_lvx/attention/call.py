@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from ds_lvx.attention.auto import Wanted, decide
-from ds_lvx.attention.checks import check_features, check_hybrid, check_keys, check_visibility
+from ds_lvx.attention.checks import (
+    check_features,
+    check_flag,
+    check_hybrid,
+    check_keys,
+    check_strided,
+    check_visibility,
+    is_count,
+)
 from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.order import Arrival
 from ds_lvx.attention.replay import once, recording, replaying
@@ -164,6 +172,7 @@ def _settle(
     try:
         chosen = _check(q, keys, visibility, kernel=kernel, schedule=schedule)
         _check_chunks(kv_chunk_tokens, schedule)
+        check_flag("return_lse", return_lse)
         if hybrid is not None:
             check_hybrid(hybrid, q, schedule, channel.size)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
@@ -240,7 +249,7 @@ def _shape(
     batch, _, heads, head_dim = q.shape
     features = keys.get("features")
     return AttentionShape(
-        batch=batch,
+        batch=max(batch, 1),  # of no samples: as of one
         q_lengths=q_lengths,
         kv_lengths=kv_lengths,
         heads=heads,
@@ -267,7 +276,7 @@ def _check_replicated(operation: str, schedule: str, q_lengths: tuple[int, ...])
 def _check_chunks(kv_chunk_tokens: int | None, schedule: str | None) -> None:
     if kv_chunk_tokens is None:
         return
-    if not isinstance(kv_chunk_tokens, int) or kv_chunk_tokens < 1:
+    if not is_count(kv_chunk_tokens):
         raise ValueError(
             f"kv_chunk_tokens: got {kv_chunk_tokens!r}; expected 1 or more tokens, or None for all "
             "at once"
@@ -310,6 +319,7 @@ def _check(
     for name, tensor in {"q": q, **keys}.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: got {type(tensor).__name__}; expected a tensor")
+        check_strided(name, tensor)
     if q.dim() != 4:
         raise ValueError(
             f"q: got shape {list(q.shape)}; expected [batch, seqlen_q, num_heads, head_dim]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ds_lvx.attention.shape import ACROSS, Hybrid, check_heads
@@ -10,10 +11,31 @@ from ds_lvx.distributed.subgroups import check_division
 from ds_lvx.kernels.visibility import Visibility
 
 
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number of 1 or more; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise a ValueError unless a value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: got {value!r}; expected True or False")
+
+
+def check_strided(name: str, tensor: Tensor) -> None:
+    """Raise a ValueError for a sparse tensor, or another one that has no strides."""
+    if tensor.layout != torch.strided:
+        raise ValueError(
+            f"{name}: got a tensor of layout {tensor.layout}; expected torch.strided; convert it "
+            "with .to_dense()"
+        )
+
+
 def check_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise a ValueError unless k and v fit q."""
     batch, _, heads, head_dim = q.shape
     for name, tensor in {"k": k, "v": v}.items():
+        check_strided(name, tensor)
         fits = tensor.dim() == 4 and tensor.shape[0] == batch and tensor.shape[3] == head_dim
         if not fits:
             raise ValueError(
@@ -68,7 +90,7 @@ def check_visibility(q: Tensor, seqlen_kv: int, visibility: Visibility) -> None:
 
 def check_hybrid(hybrid: Hybrid, q: Tensor, schedule: str | None, ranks: int) -> None:
     """Raise a ValueError unless a group of so many ranks can run this hybrid."""
-    if not isinstance(hybrid.ulysses, int) or hybrid.ulysses < 1:
+    if not is_count(hybrid.ulysses):
         raise ValueError(
             f"ulysses: got {hybrid.ulysses!r}; expected the ranks of a subgroup, 1 or more"
         )

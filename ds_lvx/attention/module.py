@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from deepspeed.sequence.layer import apply_rotary_pos_emb
 from torch import Tensor, nn
@@ -75,24 +76,22 @@ class LVXAttention(nn.Module):
             query's shape, layout and dtype.
 
         Raises:
-            ValueError: a ``batch_dim_idx`` other than 0 and 1; what `lv_xattn` raises.
+            ValueError: a ``batch_dim_idx`` other than 0 and 1; rotary tables of another shape, or
+                shorter than the sequence; what `lv_xattn` raises.
             NotImplementedError: further arguments, such as a dense mask; pass ``visibility``.
 
         Collectives: those of `lv_xattn`; with ``rotary_pos_emb`` one more agreement.
         """
-        if batch_dim_idx not in (0, 1):
-            self._refuse(ValueError(f"batch_dim_idx: got {batch_dim_idx!r}; expected 0 or 1"))
-        unknown = [f"argument {i + 6}" for i, value in enumerate(args) if value is not None]
-        unknown += [name for name, value in kwargs.items() if value is not None]
-        if unknown:
-            self._refuse(
-                NotImplementedError(
-                    f"LVXAttention: got {', '.join(unknown)}, which would go to local_attention; "
-                    "none runs here; describe masks by visibility=ds_lvx.Visibility(...)"
-                )
-            )
-        if batch_dim_idx == 1:
-            query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
+        try:
+            _check_arguments(batch_dim_idx, args, kwargs)
+            if batch_dim_idx == 1:
+                query, key, value = (_swapped(tensor) for tensor in (query, key, value))
+            if rotary_pos_emb is not None:
+                _check_rotary(query, key, rotary_pos_emb)
+        # Whatever it is: the other ranks must not wait for this one, in an agreement of their own.
+        except Exception as error:
+            resolve(self.spg).agree({}, error)
+            raise
         if rotary_pos_emb is not None:
             query, key = self._rotate(query, key, rotary_pos_emb)
         out = lv_xattn(
@@ -107,18 +106,20 @@ class LVXAttention(nn.Module):
         )
         return out.transpose(0, 1) if batch_dim_idx == 1 else out
 
-    def _refuse(self, error: Exception) -> NoReturn:
-        """Raise on every rank: the others are in, or on their way to, an agreement of their own."""
-        resolve(self.spg).agree({}, error)
-        raise error
-
     def _rotate(
         self, query: Tensor, key: Tensor, rotary_pos_emb: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         channel = resolve(self.spg)
-        record = {"operation": "rotary_pos_emb", "q": query.shape[1], "kv": key.shape[1]}
-        shards = channel.agree(record)
-        require_same(shards, ["operation"], what="LVXAttention")
+        _, positions, _, rotary_dim = rotary_pos_emb[0].shape
+        record = {"operation": "rotary_pos_emb", "positions": positions, "rotary_dim": rotary_dim}
+        shards = channel.agree(record | {"q": query.shape[1], "kv": key.shape[1]})
+        require_same(shards, list(record), what="LVXAttention")
+        longest = max(sum(shard[name] for shard in shards) for name in ("q", "kv"))
+        if positions < longest:
+            raise ValueError(
+                f"rotary_pos_emb: got {positions} positions for a sequence of {longest} over all "
+                "ranks; expected cos and sin of the whole sequence"
+            )
         rotated = []
         for name, tensor in (("q", query), ("kv", key)):
             start = sum(shard[name] for shard in shards[: channel.rank])
@@ -128,3 +129,48 @@ class LVXAttention(nn.Module):
             )
             rotated.append(apply_rotary_pos_emb(tensor.transpose(0, 1), cos, sin).transpose(0, 1))
         return rotated[0], rotated[1]
+
+
+def _check_arguments(batch_dim_idx: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if batch_dim_idx not in (0, 1):
+        raise ValueError(f"batch_dim_idx: got {batch_dim_idx!r}; expected 0 or 1")
+    unknown = [f"argument {i + 6}" for i, value in enumerate(args) if value is not None]
+    unknown += [name for name, value in kwargs.items() if value is not None]
+    if unknown:
+        raise NotImplementedError(
+            f"LVXAttention: got {', '.join(unknown)}, which would go to local_attention; none runs "
+            "here; describe masks by visibility=ds_lvx.Visibility(...)"
+        )
+
+
+def _swapped(tensor: Any) -> Any:
+    """Batch first. What is no tensor of two dimensions stays, for `lv_xattn` to say so."""
+    fits = isinstance(tensor, Tensor) and tensor.dim() > 1
+    return tensor.transpose(0, 1) if fits else tensor
+
+
+def _check_rotary(query: Any, key: Any, tables: Any) -> None:
+    for name, tensor in {"query": query, "key": key}.items():
+        if not isinstance(tensor, Tensor) or tensor.dim() != 4:
+            raise ValueError(f"{name}: got {_kind(tensor)}; expected a tensor of 4 dimensions")
+    pair = list(tables) if isinstance(tables, Sequence | Tensor) else [tables]
+    widest = min(query.shape[3], key.shape[3]) // 2 * 2
+    fits = len(pair) == 2 and all(
+        isinstance(table, Tensor)
+        and table.device == query.device == key.device
+        and table.dim() == 4
+        and table.shape == pair[0].shape == (1, table.shape[1], 1, table.shape[3])
+        and table.shape[3] in range(2, widest + 1, 2)
+        for table in pair
+    )
+    if not fits:
+        raise ValueError(
+            f"rotary_pos_emb: got {', '.join(map(_kind, pair))}; expected (cos, sin), each [1, "
+            f"seqlen, 1, rotary_dim] on {query.device}, with an even rotary_dim up to {widest}"
+        )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{list(value.shape)} on {value.device}"
+    return type(value).__name__

@@ -48,17 +48,20 @@ def gather_sequence(
     if one does.
     """
     channel = resolve(groups)
-    record, error = {}, None
+    record: dict[str, Any] = {}
+    error: Exception | None = None
     try:
-        record = _record(x, dim)
+        record = _record(x, dim) | {"with a shard": bool(shard)}
         if shard is None:
             _check_order(record, channel)
         elif shard:
             _check_tokens(x, record["dim"], shard)
-    except ValueError as raised:
+    # Whatever it is: the other ranks must not wait for this one.
+    except Exception as raised:  # noqa: BLE001
         error = raised
     records = channel.agree(record, error)
-    require_same(records, ("dim", "other dimensions", "dtype"), what="gather_sequence")
+    same = ("dim", "other dimensions", "dtype", "grad_enabled", "with a shard")
+    require_same(records, same, what="gather_sequence")
     lengths, dim = tuple(other["length"] for other in records), record["dim"]
     wants_grad = any(other["needs_grad"] for other in records)
     whole = gather_shards(x, dim, channel=channel, lengths=lengths, wants_grad=wants_grad)
@@ -126,6 +129,7 @@ def _record(x: Any, dim: Any) -> dict[str, Any]:
         "other dimensions": [size for axis, size in enumerate(x.shape) if axis != dim],
         "dtype": str(x.dtype),
         "needs_grad": x.requires_grad,
+        "grad_enabled": torch.is_grad_enabled(),
     }
 
 

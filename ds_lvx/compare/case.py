@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ds_lvx.config import LVXConfig
 from ds_lvx.models import FAMILIES
 from ds_lvx.models.contract import Family
+from ds_lvx.models.dimensions import Layers
 from ds_lvx.models.remote import read_config
 from ds_lvx.models.size import Size
 from ds_lvx.plan.memory import Setting
@@ -103,6 +104,12 @@ class Case:
         """Visual tokens of a frame."""
         return self.contract().frame_tokens(self.config())
 
+    @property
+    def layers(self) -> Layers:
+        """Those that look at visual tokens."""
+        head_dim = self.head_dim or self.hidden // self.heads
+        return Layers(self.cross_layers, self.hidden, self.heads, self.kv_heads, head_dim, self.mlp)
+
 
 EIGHTH = Case(
     cross_layers=1,
@@ -164,7 +171,7 @@ def cut(case: Case, *, hidden: int | None = None, **layers: int | None) -> Case:
     if "vision_layers" in changes:
         changes["vision_global_layers"] = min(case.vision_global_layers, changes["vision_layers"])
     if hidden is not None:
-        head_dim = case.head_dim or case.hidden // case.heads
+        head_dim = case.layers.head_dim
         heads, rest = divmod(hidden, head_dim)
         if rest or heads < 1:
             raise ValueError(f"--hidden: got {hidden}; expected a multiple of {head_dim}, a head")

@@ -38,13 +38,9 @@ def deliver(
     document: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Write the files and the document's table, and print the table or the JSON.
+    """Write JSON and plot into a folder and the table into a document; print the table or the JSON.
 
-    Args:
-        subject, results: whose they are, and for the JSON.
-        program: whose place in the ``document`` it is, see `write_between`.
-        folder: for JSON and plot.
-        as_json: what is printed.
+    In the document it is the place of ``program``, see `write_between`.
     """
     name, text = subject.name(results), subject.text(results)
     if folder is not None:

@@ -122,7 +122,12 @@ class FakeCuda(TorchDispatchMode):
     def __enter__(self) -> FakeCuda:
         for name, stand_in in {**_of_torch_cuda(), "synchronize": self._synchronize}.items():
             self._stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
-        launch = mock.patch.object(KernelInterface, "__getitem__", _launcher(self))
+        # ``kernel[grid]`` of a kernel in Triton: its launch is counted, and does nothing.
+        launch = mock.patch.object(
+            KernelInterface,
+            "__getitem__",
+            lambda kernel, grid: lambda *_, **__: self.launched(kernel.fn.__name__),
+        )
         self._stack.enter_context(launch)
         super().__enter__()
         return self
@@ -217,15 +222,6 @@ def _shelled(one: Any, written: dict[int, Shell]) -> Any:
     if one.device.type != "cuda":
         return torch.zeros(one.shape, dtype=one.dtype)  # on the host: a wait, and told already
     return written[id(one)] if id(one) in written else Shell(one)
-
-
-def _launcher(counts: FakeCuda) -> Callable[[Any, Any], Callable[..., None]]:
-    """What ``kernel[grid]`` is of a kernel in Triton: its launch is counted, and does nothing."""
-
-    def launch(kernel: Any, grid: Any) -> Callable[..., None]:
-        return lambda *args, **kwargs: counts.launched(kernel.fn.__name__)
-
-    return launch
 
 
 def _by_mask(places: Any) -> bool:

@@ -50,16 +50,9 @@ def run_fresh(
 ) -> list[Any]:
     """Run a module that calls `answer` in new processes, one a rank; its answers, by rank.
 
-    RANK and the other variables of a launcher are set.
-
-    Args:
-        module: its name.
-        request: for the module, JSON.
-        ranks, threads: processes, and threads of each.
-        timeout_s: for the whole run.
-        environment: further variables, of all ranks.
-        places: one a rank, where they do not all run here.
-        master: address of rank 0 as every rank sees it.
+    RANK and the other variables of a launcher are set; ``environment`` has further ones of all
+    ranks. ``places`` are by rank, where they do not all run here, and ``master`` is the address of
+    rank 0 as every rank sees it.
 
     Raises:
         RunError: a rank failed or took too long; all are ended.

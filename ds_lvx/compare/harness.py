@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any, get_type_hints
 
@@ -54,31 +55,29 @@ class Ranks:
 
 
 def on_ranks(function: Callable[[Any], Any], request: Any, ranks: Ranks) -> list[Any]:
-    """Call a function in fresh processes, one a rank; what each returned, by rank.
+    """Call a function of a module in fresh processes, one a rank; what each returned, by rank.
 
-    Args:
-        function: of a module, with one argument: the request.
-        request: a dataclass of what JSON has.
+    Its argument, the request, is a dataclass of what JSON has.
 
     Raises:
         RunError: a rank failed.
         NetworkError: the network cannot be made here.
     """
-    lab = None
-    if ranks.network is not None:
-        lab = Lab(ranks.network, ranks=ranks.count, name=f"lvx{os.getpid()}")
+    call = {"module": function.__module__, "name": function.__name__, "request": asdict(request)}
     on_cpu = {"DS_ACCELERATOR": "cpu"} if ranks.device == "cpu" else {}
-    with nullcontext() if lab is None else lab:
-        return run_fresh(
-            __name__,
-            {"module": function.__module__, "name": function.__name__, "request": asdict(request)},
-            ranks=ranks.count,
-            threads=ranks.threads,
-            timeout_s=ranks.timeout_s,
-            environment={**on_cpu, **ranks.environment},
-            places=None if lab is None else lab.places(),
-            master="127.0.0.1" if lab is None else MASTER,
-        )
+    run = partial(
+        run_fresh,
+        __name__,
+        call,
+        ranks=ranks.count,
+        threads=ranks.threads,
+        timeout_s=ranks.timeout_s,
+        environment={**on_cpu, **ranks.environment},
+    )
+    if ranks.network is None:
+        return run()
+    with Lab(ranks.network, ranks=ranks.count, name=f"lvx{os.getpid()}") as lab:
+        return run(places=lab.places(), master=MASTER)
 
 
 def _called(call: Mapping[str, Any]) -> Any:
@@ -134,7 +133,7 @@ def spread(samples: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def slowest(*columns: Sequence[float]) -> list[float]:
+def slowest(*columns: Iterable[float]) -> list[float]:
     """Seconds of each step on the rank that took longest; a column has the steps of a rank."""
     return [max(times) for times in zip(*columns, strict=True)]
 

@@ -10,8 +10,7 @@ import math
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from PIL import Image
 
 import ds_lvx
+from ds_lvx.compare.case import Case, ds_config
 from ds_lvx.compare.document import Results, columns, percentiles, times
 from ds_lvx.compare.fresh import bind
 from ds_lvx.compare.harness import Ranks, meet, on_ranks, own_device, slowest, spread
@@ -29,6 +29,7 @@ from ds_lvx.data.errors import Source
 from ds_lvx.data.order import SampleOrder
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.models import FAMILIES
+from ds_lvx.plan.memory import Setting
 
 WAYS = ("one at a time", "padded", "padded, grouped by length", "packed")
 _LEARNING_RATE = 1e-4
@@ -60,21 +61,21 @@ class Task:
 def train(task: Task) -> dict[str, Any]:
     """In a rank: seconds of each timed epoch, the loss of each step, and what a forward holds."""
     own_device()
-    bind(int(os.environ["RANK"]), _world_size())
+    ranks, family = int(os.environ["WORLD_SIZE"]), FAMILIES.default()
+    bind(int(os.environ["RANK"]), ranks)
     accumulation = task.per_step if task.way == WAYS[0] else 1
-    engine = _engine(accumulation)
-    family, processor = FAMILIES.default(), FAMILIES.default().tiny()[1]
+    engine = _engine(accumulation, ranks=ranks)
     maker = BatchMaker(
-        TextEncoder(processor, 10_000, family=family),
+        TextEncoder(family.tiny()[1], 10_000, family=family),
         FrameRate(fps=1),
         owned=ds_lvx.owned,
-        min_tokens=_world_size(),
+        min_tokens=ranks,
         pack=sum(task.text_tokens) * task.per_step if task.way == "packed" else None,
     )
     steps = [_step(task, maker, chats) for chats in _steps(task)]
-    seconds, losses = [], []
+    world, seconds, losses = engine.ds_lvx.groups.world_channel, [], []
     for _ in range(1 + task.epochs):
-        start = meet(engine.ds_lvx.groups.world_channel)
+        start = meet(world)
         for batches, items in steps:
             total = 0.0
             for batch in batches:
@@ -84,7 +85,7 @@ def train(task: Task) -> dict[str, Any]:
                 engine.step()
                 total += float(loss.detach()) / accumulation
             losses.append(total)
-        seconds.append(meet(engine.ds_lvx.groups.world_channel) - start)
+        seconds.append(meet(world) - start)
     losses = [float(ds_lvx.mean_loss(torch.tensor(loss))) for loss in losses]
     found = [batch for batches, _ in steps for batch in batches]
     ds_lvx.shutdown(engine)
@@ -96,35 +97,16 @@ def train(task: Task) -> dict[str, Any]:
     }
 
 
-def _engine(accumulation: int) -> Any:
+def _engine(accumulation: int, *, ranks: int) -> Any:
     """lvx with recomputation, the text by Ulysses, ZeRO 2."""
     family = FAMILIES.default()
     torch.manual_seed(0)
     model = family.build(family.tiny()[0], gate=0.5, dtype=torch.float32)
-    methods: tuple[dict[str, Any], ...] = (
-        {"method": "none"},
-        {"method": "lvx", "recompute_kv": True},
-        {"method": "ulysses"},
-    )
-    rules = [
-        {"match": family.patterns[kind], **rule}
-        for kind, rule in zip(("local", "cross", "self"), methods, strict=True)
-    ]
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": 2},
-        "steps_per_print": 10**9,
-        "ds_lvx": {"sequence_parallel_size": _world_size(), "layers": rules},
-    }
+    case, setting = Case(self_layers=1), Setting(recompute_kv=True)
+    config = ds_config(setting, case, ranks=ranks, dtype="float32")
+    config |= {"gradient_accumulation_steps": accumulation, "zero_force_ds_cpu_optimizer": False}
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
     return ds_lvx.initialize(model=model, optimizer=optimizer, config=config)[0]
-
-
-def _world_size() -> int:
-    return int(os.environ["WORLD_SIZE"])
 
 
 def _steps(task: Task) -> Iterator[list[Conversation]]:
@@ -161,16 +143,10 @@ def measure(task: Task, ranks: Ranks) -> list[dict[str, Any]]:
     Raises:
         RunError: a rank failed.
     """
-    with _picture() as path:
-        return [record(Task(**{**asdict(task), "way": w, "picture": path}), ranks) for w in WAYS]
-
-
-@contextmanager
-def _picture() -> Iterator[str]:
     with TemporaryDirectory(prefix="ds_lvx_packing_") as folder:
         path = Path(folder, "picture.png")
         Image.new("RGB", (28, 28), (90, 30, 200)).save(path)
-        yield str(path)
+        return [record(replace(task, way=way, picture=str(path)), ranks) for way in WAYS]
 
 
 def record(task: Task, ranks: Ranks) -> dict[str, Any]:

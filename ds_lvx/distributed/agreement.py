@@ -26,10 +26,13 @@ def _kind(error: Exception) -> type[Exception]:
 
 
 def encode(record: dict[str, Any], error: Exception | None) -> bytes:
-    """A rank's message: its record, or what it found wrong."""
-    message: dict[str, Any] = {"record": record}
-    if error is not None:
-        message = {"record": {}, "error": str(error), "kind": _kind(error).__name__}
+    """A rank's message: its record, or what it found wrong, a record that is no JSON included."""
+    if error is None:
+        try:
+            return json.dumps({"record": record}).encode()
+        except (TypeError, ValueError) as raised:
+            error = raised
+    message = {"record": {}, "error": str(error), "kind": _kind(error).__name__}
     return json.dumps(message).encode()
 
 

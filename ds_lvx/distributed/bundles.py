@@ -166,6 +166,8 @@ def unpack_rows(buffer: Tensor, like: Sequence[Spec], dims: Sequence[int]) -> li
     views, leading = [], buffer.dim() - 2
     for start, nbytes, row, dim in _places(tuple(like), tuple(dims))[0]:
         piece = buffer if len(like) == 1 else buffer.narrow(-1, start, nbytes)
+        if not nbytes:  # of no sample, or no query: no bytes can be seen as numbers
+            piece = buffer.new_empty((*buffer.shape[:-1], 0), dtype=row.dtype)
         view = piece.view(row.dtype).view(*buffer.shape[:-1], *row.shape)
         views.append(view.movedim(leading, leading + dim) if dim else view)
     return views

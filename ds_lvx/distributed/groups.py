@@ -165,6 +165,12 @@ def resolve(group: ProcessGroup | SequenceParallelGroups | None) -> Channel:
     """The channel of a ``group`` argument: None is the current groups' one, or the world."""
     if isinstance(group, SequenceParallelGroups):
         return group.channel
+    # torch's mark of a rank outside of a new group is a number, which `Channel` refuses.
+    if not (group is None or isinstance(group, ProcessGroup | int)):
+        raise ValueError(
+            f"group: got {type(group).__name__}; expected a process group (of a DeviceMesh its "
+            "get_group()), SequenceParallelGroups, or None"
+        )
     if group is not None:
         return Channel(group)
     current = SequenceParallelGroups.current()

@@ -45,9 +45,19 @@ def cuda_can(q: Tensor) -> bool:
 
 
 def cpu_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    softmax_scale: float,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention over one block of keys on a CPU; see `ds_lvx.kernels.dense.forward`.
+
+    Args:
+        q, k, v, mask, softmax_scale: as there.
+        causal: query i sees keys 0 to i; as many keys as queries, and no mask.
 
     Returns:
         ``out [B, S, H, D]`` in q's dtype and ``lse [B, H, S]`` in fp32 (fp64 for fp64).
@@ -57,7 +67,7 @@ def cpu_forward(
         heads_first(k),
         heads_first(v),
         0.0,
-        False,
+        causal,
         attn_mask=_bias(mask, q.dtype),
         scale=softmax_scale,
     )
@@ -72,23 +82,29 @@ def cpu_backward(
     k: Tensor,
     v: Tensor,
     dout: Tensor,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
     *,
     mask: Tensor | None,
     softmax_scale: float,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one block on a CPU; see `ds_lvx.kernels.dense.backward`. In q's dtype."""
-    dout = dout.to(q.dtype)
+    """Gradients of `cpu_forward`, given the softmax over all keys of all ranks; in q's dtype.
+
+    Args:
+        q, k, v, mask, softmax_scale, causal: as there.
+        dout, out: like q, and its dtype; ``out`` may be `stand_in`'s.
+        lse: ``[B, H, S]``.
+    """
     gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
         heads_first(dout),
         heads_first(q),
         heads_first(k),
         heads_first(v),
-        heads_first(stand_in(dout, delta)),
+        heads_first(out),
         lse.masked_fill(lse == -torch.inf, 0.0),
         0.0,
-        False,
+        causal,
         attn_mask=_bias(mask, q.dtype),
         scale=softmax_scale,
     )

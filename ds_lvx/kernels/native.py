@@ -1,10 +1,10 @@
 """The ``native`` kernel: PyTorch's own fused attention, on CPU and CUDA, forward and backward.
 
 Without visibility it is one call. With it, keys are cut into blocks, and no mask is larger than a
-block; on a CPU a block that no query sees is left out, and one that all see needs no mask. Where no
-fused kernel does a block (`ds_lvx.kernels.flash`), matrix products in fp32 do
-(`ds_lvx.kernels.dense`); so they do on a CPU whose oneDNN makes them faster than PyTorch's kernel
-in 16 bits or 32 (`ds_lvx.kernels.onednn`), unless queries are very few.
+block; on a CPU a block that no query sees is left out, and one that all see, or that is a causal
+square, needs no mask. Where no fused kernel does a block (`ds_lvx.kernels.flash`), matrix products
+in fp32 do (`ds_lvx.kernels.dense`); so they do on a CPU whose oneDNN makes them faster than
+PyTorch's kernel in 16 bits or 32 (`ds_lvx.kernels.onednn`), unless queries are very few.
 
 PyTorch's kernels round their output to q's dtype. A part that is still to be merged would be
 rounded twice, so on a CPU, where it costs next to nothing, 16-bit parts are computed block by
@@ -16,9 +16,9 @@ PyTorch's products in 16 bits take ten times as long as those in fp32.
 from __future__ import annotations
 
 import functools
-import math
 from itertools import groupby
 from operator import attrgetter
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -37,11 +37,19 @@ _MIN_KEYS, _MAX_KEYS = 256, 4096
 # On a CPU what a block reads and writes stays in the cache from one product to the next.
 _CPU_BLOCK_BYTES = 2**22  # of K and V in fp32
 _CPU_SCORE_ELEMENTS = 2**21
-_CPU_MASK_ELEMENTS = 2**21  # which PyTorch's kernel wants as numbers to add
+_CPU_SQUARE = 256  # a causal one takes PyTorch's kernel as long as a whole one
 _CPU_MIN_KEYS = 512  # of products: with fewer, merging their results takes longer
 _FEW_QUERIES = 128
 _AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _FEWEST_ROWS = 16  # for products: queries times the query heads of a key/value head
+
+
+class _Seen(TypedDict):
+    """What `_forward` and `_backward` want to know of a block."""
+
+    mask: Tensor | None
+    causal: bool
+    fused: bool
 
 
 class NativeKernel(Kernel):
@@ -55,7 +63,7 @@ class NativeKernel(Kernel):
         if problem.is_empty:  # the fused kernels end the process on these
             return empty_part(problem.q, dtype)
         if _in_one_call(problem):
-            return _forward(problem, None, fused=True)
+            return _forward(problem)
         running = empty_part(problem.q, dtype)
         _fold_blocks(problem, running)
         return running
@@ -79,7 +87,8 @@ class NativeKernel(Kernel):
         fused = not upstream.has_dlse and _fused(problem)
         slow = q.device.type == "cpu" and (q.shape[1] <= _FEW_QUERIES or not _AVX512)
         if problem.rule is None and fused and not (slow and _is_narrow(q)):
-            dq, dk, dv = _backward(problem, upstream, None, fused=True)
+            out = flash.stand_in(upstream.dout.to(q.dtype), upstream.delta)
+            dq, dk, dv = _backward(problem, upstream, out)
             return dq, *written((dk, dv), into)
         wide = accumulation_dtype(q.dtype) if fused and slow else q.dtype
         return _backward_blocks(problem, upstream, fused=fused, wide=wide, into=into)
@@ -106,6 +115,7 @@ def _backward_blocks(
         dk.zero_()
         dv.zero_()
     q, dout = q.to(wide), dout.to(wide)
+    out = flash.stand_in(dout, delta) if fused else None
     of_same_keys = groupby(_blocks(problem, fused=fused), key=attrgetter("keys"))
     for keys, blocks_of_queries in of_same_keys:
         block_k, block_v = k[:, keys].to(wide), v[:, keys].to(wide)
@@ -115,8 +125,8 @@ def _backward_blocks(
             part_dq, *parts = _backward(
                 Problem(q[:, rows], block_k, block_v, softmax_scale=problem.softmax_scale),
                 Upstream(dout[:, rows], lse[:, :, rows], delta[:, :, rows]),
-                _mask(problem, block),
-                fused=fused,
+                None if out is None else out[:, rows],
+                **_seen(problem, block, fused=fused),
             )
             dq[:, rows] += part_dq
             sums = [one + other for one, other in zip(sums, parts, strict=True)] if sums else parts
@@ -129,7 +139,7 @@ def _fold_blocks(problem: Problem, running: tuple[Tensor, Tensor]) -> None:
     q, k, v = problem.q, problem.k, problem.v
     out, lse = running
     if _in_one_call(problem):
-        merge_(out, lse, *_forward(problem, None, fused=True))
+        merge_(out, lse, *_forward(problem))
         return
     fused = _fused(problem)
     wide = accumulation_dtype(q.dtype) if fused and q.device.type == "cpu" else q.dtype
@@ -138,12 +148,15 @@ def _fold_blocks(problem: Problem, running: tuple[Tensor, Tensor]) -> None:
         rows, keys = block.queries, block.keys
         tensors = q[:, rows], k[:, keys].to(wide), v[:, keys].to(wide)
         piece = Problem(*tensors, softmax_scale=problem.softmax_scale)
-        part = _forward(piece, _mask(problem, block), fused=fused)
+        part = _forward(piece, **_seen(problem, block, fused=fused))
         merge_(out[:, rows], lse[:, :, rows], *part)
 
 
-def _mask(problem: Problem, block: Block) -> Tensor | None:
-    return None if problem.rule is None else problem.rule.mask(block)
+def _seen(problem: Problem, block: Block, *, fused: bool) -> _Seen:
+    """How `_forward` and `_backward` are to compute a block."""
+    causal = fused and block.causal
+    mask = None if causal or problem.rule is None else problem.rule.mask(block)
+    return {"mask": mask, "causal": causal, "fused": fused}
 
 
 def _in_one_call(problem: Problem) -> bool:
@@ -171,36 +184,31 @@ def _blocks(problem: Problem, *, fused: bool) -> tuple[Block, ...]:
     batch, seqlen_q, heads, _ = q.shape
     cpu = q.device.type == "cpu"
     scores = _CPU_SCORE_ELEMENTS if cpu else _SCORE_ELEMENTS
-    masks = _CPU_MASK_ELEMENTS if cpu and problem.rule is not None else _MASK_ELEMENTS
-    budget = masks // batch if fused else scores // (batch * heads)
+    budget = _MASK_ELEMENTS // batch if fused else scores // (batch * heads)
     fewest, most = _MIN_KEYS, _MAX_KEYS
     if cpu:
         key_bytes = 2 * batch * k.shape[2] * k.shape[3] * accumulation_dtype(k.dtype).itemsize
         most = max(min(most, _CPU_BLOCK_BYTES // key_bytes), _MIN_KEYS)
         fewest = min(_CPU_MIN_KEYS, most)
     rows = seqlen_q if fused else min(seqlen_q, max(budget // fewest, 1))
-    squares = fused and cpu and problem.rule is not None  # of causal text half is then left out
-    if squares:
-        rows = _even(rows, max(math.isqrt(budget), _MIN_KEYS))
     keys = max(min(budget // rows, most), _MIN_KEYS)
     if problem.rule is None:
         return whole_blocks(seqlen_q, k.shape[1], rows, keys, masked=False)
-    if squares:
-        keys = _even(k.shape[1], keys)
+    if fused and cpu:
+        rows = min(seqlen_q, _CPU_SQUARE)
+        keys = min(_CPU_SQUARE**2 // rows, most)
+        return problem.rule.blocks(queries_per_block=rows, keys_per_block=keys, most_keys=most)
     if cpu and keys >= k.shape[1]:  # of a causal square a quarter is then left out
         rows, keys = (min(n, max(-(-n // 2), _MIN_KEYS)) for n in (rows, k.shape[1]))
     return problem.rule.blocks(queries_per_block=rows, keys_per_block=keys)
 
 
-def _even(length: int, most: int) -> int:
-    """The length of as few equal parts as have ``most`` at most, the last perhaps shorter."""
-    return -(-length // -(-length // most))
-
-
-def _forward(problem: Problem, mask: Tensor | None, *, fused: bool) -> tuple[Tensor, Tensor]:
+def _forward(
+    problem: Problem, *, mask: Tensor | None = None, causal: bool = False, fused: bool = True
+) -> tuple[Tensor, Tensor]:
     q, k, v, scale = problem.q, problem.k, problem.v, problem.softmax_scale
     if fused and q.device.type == "cpu":
-        return flash.cpu_forward(q, k, v, mask=mask, softmax_scale=scale)
+        return flash.cpu_forward(q, k, v, mask=mask, causal=causal, softmax_scale=scale)
     if fused:
         return whole.forward(flash.forward, q, k, v, causal=False, softmax_scale=scale)
     warn_of_products(q)
@@ -210,15 +218,23 @@ def _forward(problem: Problem, mask: Tensor | None, *, fused: bool) -> tuple[Ten
 
 
 def _backward(
-    problem: Problem, upstream: Upstream, mask: Tensor | None, *, fused: bool
+    problem: Problem,
+    upstream: Upstream,
+    out: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    fused: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """``out`` is `flash.stand_in`'s where a fused kernel does it."""
     q, scale = problem.q, problem.softmax_scale
     k, v, dout, lse, delta = problem.k, problem.v, upstream.dout, upstream.lse, upstream.delta
-    if fused and q.device.type == "cpu":
-        return flash.cpu_backward(q, k, v, dout, lse, delta, mask=mask, softmax_scale=scale)
-    if fused:
+    if fused and out is not None:
         dout = dout.to(q.dtype)
-        out = flash.stand_in(dout, delta)
+        if q.device.type == "cpu":
+            return flash.cpu_backward(
+                q, k, v, dout, out, lse, mask=mask, causal=causal, softmax_scale=scale
+            )
         return whole.backward(
             flash.backward, (q, k, v), dout, out, lse, causal=False, softmax_scale=scale
         )

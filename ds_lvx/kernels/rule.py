@@ -9,11 +9,12 @@ Legend: B batch, S queries, T keys, R runs of queries that follow each other and
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -49,12 +50,14 @@ class Structure(StrEnum):
 class Block:
     """A rectangle of queries and keys that a kernel computes at once.
 
-    ``masked`` is False where every query sees every key.
+    ``masked`` is False where every query sees every key; ``causal``: as many queries as keys, of
+    which query i sees keys 0 to i, so that a kernel may do without the mask.
     """
 
     queries: slice
     keys: slice
     masked: bool
+    causal: bool = False
 
 
 class Rule:
@@ -71,7 +74,7 @@ class Rule:
         self.visibility = visibility
         self.host = visibility if visibility.kv_pos.device.type == "cpu" else host
         self._parts: dict[tuple[int, int, int, int], Rule] = {}
-        self._blocks: dict[tuple[int, int], tuple[Block, ...]] = {}
+        self._blocks: dict[tuple[int, int, int | None], tuple[Block, ...]] = {}
         self._lists: dict[tuple[int, int, int, bool], tuple[Tensor, Tensor]] = {}
 
     @classmethod
@@ -136,17 +139,28 @@ class Rule:
         found = None if self.host is None else cover_of(self.host)
         return None if found is None else found.to(self.visibility.kv_pos.device)
 
-    def blocks(self, *, queries_per_block: int, keys_per_block: int) -> tuple[Block, ...]:
+    def blocks(
+        self, *, queries_per_block: int, keys_per_block: int, most_keys: int | None = None
+    ) -> tuple[Block, ...]:
         """Queries and keys in blocks, those over the same keys side by side.
 
         What nobody sees is left out, and the queries of a block are narrowed to the run that sees
         any of it. Masked are only those blocks of which some query does not see some key.
+
+        Args:
+            queries_per_block, keys_per_block: at most.
+            most_keys: blocks without a mask become one with those beside them, of any number of
+                queries and so many keys.
         """
         sizes = (queries_per_block, keys_per_block)
-        if sizes not in self._blocks:
+        name = (*sizes, most_keys)
+        if name not in self._blocks:
             found = whole_blocks(*self.shape, *sizes, masked=True)
-            self._blocks[sizes] = found if self.host is None else _narrowed(self.host, *sizes)
-        return self._blocks[sizes]
+            if self.host is not None:
+                found = _narrowed(self.host, *sizes)
+                found = found if most_keys is None else _joined(found, most_keys)
+            self._blocks[name] = found
+        return self._blocks[name]
 
     def mask(self, block: Block) -> Tensor | None:
         """bool ``[B, queries, keys]`` of a block that needs one; lives as long as it is held."""
@@ -187,9 +201,16 @@ def whole_blocks(
     )
 
 
-def _slices(piece: slice, size: int) -> list[slice]:
+def _slices(piece: slice, most: int) -> list[slice]:
+    """As few parts as have ``most`` at most, all but the last of one length."""
+    size = _even(piece.stop - piece.start, most)
     firsts = range(piece.start, piece.stop, size)
     return [slice(first, min(first + size, piece.stop)) for first in firsts]
+
+
+def _even(length: int, most: int) -> int:
+    """The length of as few equal parts as have ``most`` at most, the last perhaps shorter."""
+    return -(-length // max(-(-length // most), 1)) or 1
 
 
 def _rises(values: Tensor) -> bool:
@@ -203,7 +224,10 @@ def _narrowed(rule: Visibility, queries_per_block: int, keys_per_block: int) -> 
         return ()
     pieces = _pieces(rule.kv_pos)
     slices = [part for piece in pieces for part in _slices(piece, keys_per_block)]
-    extremes = [_extremes(rule.kv_pos[:, piece], keys_per_block) for piece in pieces]
+    extremes = [
+        _extremes(rule.kv_pos[:, piece], _even(piece.stop - piece.start, keys_per_block))
+        for piece in pieces
+    ]
     low, high = (torch.cat(each, dim=1)[:, None] for each in zip(*extremes, strict=True))
     of_rows = [part for piece in _pieces(rule.q_end) for part in _slices(piece, queries_per_block)]
     begins = {part.start for part in of_rows}
@@ -218,12 +242,48 @@ def _narrowed(rule: Visibility, queries_per_block: int, keys_per_block: int) -> 
         _runs_of_blocks(sees_some[i:j], sees_all[i:j], i)
         for i, j in zip(rows, [*rows[1:], len(firsts)], strict=True)
     ]
-    return tuple(
-        Block(slice(firsts[run[0]], stops[run[1]]), keys, masked=not run[2])
+    found = (
+        (slice(firsts[run[0]], stops[run[1]]), keys, not run[2])
         for number, keys in enumerate(slices)
         for runs in by_rows
         if (run := runs[number])[0] >= 0
     )
+    return tuple(
+        Block(queries, keys, masked, causal=masked and _is_causal(rule.part(queries, keys)))
+        for queries, keys, masked in found
+    )
+
+
+def _is_causal(rule: Visibility) -> bool:
+    """Whether it is a square, of which query i sees keys 0 to i."""
+    start, end, position = rule.q_start, rule.q_end, rule.kv_pos
+    return (
+        end.shape == position.shape
+        and bool((end[:, :-1] <= position[:, 1:]).all())
+        and bool((position < end).all())
+        and bool((start <= position[:, :1]).all())
+    )
+
+
+def _joined(blocks: Sequence[Block], most_keys: int) -> tuple[Block, ...]:
+    """See `Rule.blocks`."""
+    by_keys: list[list[Block]] = []
+    for keys, group in groupby(blocks, key=attrgetter("keys")):
+        own: list[Block] = []
+        for block in group:
+            last = own[-1] if own else block
+            if last.masked or block.masked or last.queries.stop != block.queries.start:
+                own.append(block)
+            else:
+                own[-1] = replace(last, queries=slice(last.queries.start, block.queries.stop))
+        before = by_keys[-1] if by_keys else own
+        first = before[0].keys.start
+        same = [(b.queries, b.masked) for b in before] == [(b.queries, False) for b in own]
+        if same and before[0].keys.stop == keys.start and keys.stop - first <= most_keys:
+            by_keys[-1] = [replace(block, keys=slice(first, keys.stop)) for block in own]
+        else:
+            by_keys.append(own)
+    return tuple(block for own in by_keys for block in own)
 
 
 def _pieces(values: Tensor) -> list[slice]:

@@ -17,21 +17,13 @@ from ds_lvx.plan.walks import label
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs, and why.
+    """What runs, and why."""
 
-    Attributes:
-        method: ``"lvx"``, ``"ring"``, ``"ulysses"`` or one like ``"hybrid 4 lvx"``.
-        schedule: of lvx; ``"gather"``, without a meaning, for the others.
-        seconds: predicted, forward and backward.
-        reason: one line for a person.
-        alone_seconds: the same call with all keys and queries on one rank, without any transfer.
-    """
-
-    method: str
-    schedule: str
-    seconds: float
-    reason: str
-    alone_seconds: float
+    method: str  # ``"lvx"``, ``"ring"``, ``"ulysses"`` or one like ``"hybrid 4 lvx"``
+    schedule: str  # of lvx; ``"gather"``, without a meaning, for the others
+    seconds: float  # predicted, forward and backward
+    reason: str  # one line for a person
+    alone_seconds: float  # the same call on one rank, without any transfer
 
     @property
     def name(self) -> str:

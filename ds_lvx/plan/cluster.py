@@ -168,23 +168,14 @@ class Device:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Devices and what joins them.
+    """Devices and what joins them."""
 
-    Attributes:
-        device: every rank's.
-        gpus: in all.
-        gpus_per_node: adjacent ranks of a node.
-        within: links inside a node, a rank's own.
-        across: links between nodes; a node's, which its ranks share.
-        source: where the numbers come from.
-    """
-
-    device: Device
-    gpus: int
-    gpus_per_node: int
-    within: Link
-    across: Link
-    source: str
+    device: Device  # every rank's
+    gpus: int  # in all
+    gpus_per_node: int  # adjacent ranks of a node
+    within: Link  # inside a node; a rank's own
+    across: Link  # between nodes; a node's, which its ranks share
+    source: str  # where the numbers come from
 
     def __post_init__(self) -> None:
         for name in ("gpus", "gpus_per_node"):
@@ -226,11 +217,7 @@ def from_card(
     within: Link | None = None,
     across: Link | None = None,
 ) -> Cluster:
-    """A cluster by its card's data sheet.
-
-    Where the links are not given, they are the card's NVLink (or PCIe) and a network of 200 Gbit/s
-    a node.
-    """
+    """A cluster by its card's data sheet; else with NVLink (or PCIe) and 200 Gbit/s a node."""
     nvlink = LINK_SHARE * (card.link_bytes_per_s or PCIE_BYTES_PER_S)
     network = LINK_SHARE * NETWORK_BYTES_PER_S
     return Cluster(

@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ds_lvx.plan import generation_report, profile
+from ds_lvx.plan import generation_report, profile, report
 from ds_lvx.plan.cards import CARDS, card
 from ds_lvx.plan.cluster import ACROSS_LATENCY_S, WITHIN_LATENCY_S, Cluster, Link, from_card
 from ds_lvx.plan.generation import generations
 from ds_lvx.plan.models import model
-from ds_lvx.plan.report import as_record, as_text, save_plot
 from ds_lvx.plan.scenario import TRAINED, Scenario
 from ds_lvx.plan.search import plan
 from ds_lvx.plan.units import bytes_per_s, count, seconds
@@ -87,30 +86,27 @@ def run(options: argparse.Namespace) -> int:
     if options.calibrate:
         return _calibrate(options)
     scenario, cluster = _scenario_of(options), _cluster_of(options)
-    if options.generate is not None:
-        return _generate(options, scenario, cluster)
-    found = plan(scenario, cluster, group=options.group)
+    writer: Any
+    found: Any
+    if options.generate is None:
+        writer, found = report, plan(scenario, cluster, group=options.group)
+    else:
+        if options.plot is not None:
+            raise ValueError(
+                "--plot: got it with --generate, which has none; leave one of them out"
+            )
+        new_tokens = count(options.generate, what="--generate")
+        writer = generation_report
+        found = generations(scenario, cluster, new_tokens=new_tokens, group=options.group)
     if options.plot is not None:
         try:
-            save_plot(scenario, cluster, found.best.ranks, options.plot)
+            report.save_plot(scenario, cluster, found.best.ranks, options.plot)
         except ModuleNotFoundError as error:
             raise ValueError(f"--plot: {error}; pip install 'ds_lvx[plots]'") from error
     if options.json:
-        print(json.dumps(as_record(scenario, cluster, found), indent=1))
+        print(json.dumps(writer.as_record(scenario, cluster, found), indent=1))
     else:
-        print(as_text(scenario, cluster, found))
-    return 0
-
-
-def _generate(options: argparse.Namespace, scenario: Scenario, cluster: Cluster) -> int:
-    if options.plot is not None:
-        raise ValueError("--plot: got it with --generate, which has none; leave one of them out")
-    new_tokens = count(options.generate, what="--generate")
-    found = generations(scenario, cluster, new_tokens=new_tokens, group=options.group)
-    if options.json:
-        print(json.dumps(generation_report.as_record(scenario, cluster, found), indent=1))
-    else:
-        print(generation_report.as_text(scenario, cluster, found))
+        print(writer.as_text(scenario, cluster, found))
     return 0
 
 

@@ -45,14 +45,11 @@ class Cost:
 
 @lru_cache(maxsize=4096)
 def cost(shape: AttentionShape, cluster: Cluster, way: str, *, settled: bool = True) -> Cost:
-    """Predict one call.
+    """Predict one call; the group's ranks are adjacent.
 
-    Args:
-        shape: the call.
-        cluster: where it runs; the group's ranks are adjacent.
-        way: the method, and the schedule of lvx, such as ``"ulysses"`` and ``"lvx gather"``;
-            ``"none"``: everything on one rank.
-        settled: False adds the agreement of an operator that is called by itself.
+    ``way`` is the method, and the schedule of lvx, such as ``"ulysses"`` and ``"lvx gather"``;
+    ``"none"``: everything on one rank. Without ``settled`` the agreement of an operator that is
+    called by itself comes before.
 
     Raises:
         ValueError: an unknown way, or one that cannot split these heads.
@@ -114,15 +111,10 @@ def obstacle(shape: AttentionShape, way: str) -> str | None:
 
 @dataclass(frozen=True)
 class Sent:
-    """Bytes that a rank hands to the transport in a call, as `ds_lvx.traffic` counts them.
+    """Bytes that a rank hands to the transport in a call, as `ds_lvx.traffic` counts them."""
 
-    Attributes:
-        rule: before forward, of a bare operator with a rule.
-        forward, backward: the rest.
-    """
-
-    rule: float
-    forward: float
+    rule: float  # before forward, of a bare operator with a rule
+    forward: float  # the rest
     backward: float
 
 
@@ -131,13 +123,8 @@ def bytes_sent(shape: AttentionShape, way: str, *, rank: int = 0, factors: bool 
 
     With equal shards ``lvx`` sends ``(n-1) s H (2 D e + 4)`` forward and ``(n-1) s H (3 D e + 8)``
     backward by either schedule that moves queries, ``ring`` ``2 (n-1) t K D e`` and twice that,
-    ``ulysses`` ``(n-1)/n (2 s H + 2 t K) D e`` each way.
-
-    Args:
-        shape: the call.
-        way: see `cost`.
-        rank: which one; with unequal shards they differ.
-        factors: see `Sizes`.
+    ``ulysses`` ``(n-1)/n (2 s H + 2 t K) D e`` each way. For ``way`` see `cost`, for ``factors``
+    `Sizes`; with unequal shards the ranks differ.
 
     Raises:
         ValueError: an unknown way.

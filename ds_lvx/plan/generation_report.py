@@ -8,9 +8,9 @@ from typing import Any
 
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.generation import Generation, best
-from ds_lvx.plan.report import links, size, table
+from ds_lvx.plan.report import links, table
 from ds_lvx.plan.scenario import Scenario
-from ds_lvx.plan.units import duration
+from ds_lvx.plan.units import duration, size
 
 
 def as_record(scenario: Scenario, cluster: Cluster, found: Sequence[Generation]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_lvx.attention.shape import STREAMED_TOKENS, evenly
+from ds_lvx.models.dimensions import Layers
 from ds_lvx.plan.pieces import FP32_BYTES
 from ds_lvx.plan.scenario import Scenario
 
@@ -32,104 +33,51 @@ _NORM_BACKWARD_TENSORS = 6
 
 
 @dataclass(frozen=True)
-class CrossAttention:
-    """The cross-attention layers of a model; the defaults are an 11B model's in bf16.
-
-    Attributes:
-        hidden: width of the text's hidden states and of the visual features.
-        heads, kv_heads, head_dim: of a layer.
-        layers: how many there are; all share the same features.
-        element_bytes: of weights and activations.
-    """
-
-    hidden: int = 4096
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    layers: int = 8
-    element_bytes: int = 2
-
-    @property
-    def feature_bytes(self) -> int:
-        """Of a visual token's features."""
-        return self.element_bytes * self.hidden
-
-    def norm_graph_bytes(self, heads: int) -> int:
-        """What an RMSNorm over q or K saves of a token: input, its factors in fp32, the result."""
-        width = heads * self.head_dim
-        return FP32_BYTES * (width + heads) + self.element_bytes * width
-
-
-@dataclass(frozen=True)
 class Setting:
-    """How these layers run: a rule of the ds_config, and whether layers are checkpointed.
+    """How these layers run: a rule of the ds_config, and whether layers are checkpointed."""
 
-    Attributes:
-        method: ``"lvx"``, ``"ring"`` or ``"ulysses"``.
-        recompute_kv, features, kv_chunk_tokens: as in the rule; lvx only.
-        checkpointing: the ds_config has a section ``activation_checkpointing``.
-    """
-
-    method: str = "lvx"
-    recompute_kv: bool = False
-    checkpointing: bool = False
-    features: str = "keep"
-    kv_chunk_tokens: int | None = None
+    method: str = "lvx"  # or ``"ring"`` or ``"ulysses"``
+    recompute_kv: bool = False  # as in the rule; lvx only
+    checkpointing: bool = False  # the ds_config has a section ``activation_checkpointing``
+    features: str = "keep"  # as in the rule; lvx only
+    kv_chunk_tokens: int | None = None  # likewise
 
     def rule(self) -> dict[str, Any]:
         """The keys of this setting in a rule of the ``ds_lvx`` section."""
-        keys: dict[str, Any] = {"method": self.method}
-        if self.recompute_kv:
-            keys["recompute_kv"] = True
-        if self.features != "keep":
-            keys["features"] = self.features
-        if self.kv_chunk_tokens is not None:
-            keys["kv_chunk_tokens"] = self.kv_chunk_tokens
-        return keys
+        keys = ("recompute_kv", "features", "kv_chunk_tokens")
+        default = {name: getattr(Setting, name) for name in keys}
+        own = {name: getattr(self, name) for name in keys if getattr(self, name) != default[name]}
+        return {"method": self.method, **own}
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one rank works on.
+    """What one rank works on."""
 
-    Attributes:
-        keys: visual tokens of a sample on this rank.
-        queries: text tokens of a sample on this rank.
-        batch: samples.
-        ranks: that share a sample.
-        features_train: the features want a gradient, because something before them trains.
-        host_is_device: the device is a CPU: features on the host are where they were.
-    """
-
-    keys: int
-    queries: int = 0
-    batch: int = 1
-    ranks: int = 1
-    features_train: bool = True
-    host_is_device: bool = False
+    keys: int  # visual tokens of a sample on this rank
+    queries: int = 0  # text tokens of a sample on this rank
+    batch: int = 1  # samples
+    ranks: int = 1  # that share a sample
+    features_train: bool = True  # something before the features trains: they want a gradient
+    host_is_device: bool = False  # on a CPU, where features on the host are where they were
+    element_bytes: int = 2  # of weights and activations
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that stay on the device from forward to backward.
+    """Bytes that stay on the device from forward to backward."""
 
-    Attributes:
-        features: the visual features, once for all layers.
-        of_keys: of each layer, proportional to the visual tokens.
-        of_queries: of each layer, proportional to the text tokens.
-    """
-
-    features: int
-    of_keys: int
-    of_queries: int
+    features: int  # the visual features, once for all layers
+    of_keys: int  # of each layer, proportional to the visual tokens
+    of_queries: int  # of each layer, proportional to the text tokens
 
 
-def kept(attention: CrossAttention, setting: Setting, load: Load) -> Kept:
-    """What the layers keep after forward.
+def kept(layers: Layers, setting: Setting, load: Load) -> Kept:
+    """What the cross-attention layers keep after forward.
 
     With ``recompute_kv``, ``of_keys`` is 0: nothing that a layer keeps grows with the visual input.
     """
-    a, e, n = attention, attention.element_bytes, load.ranks
+    a, e, n = layers, load.element_bytes, load.ranks
     scattered = setting.method == "ulysses" and n > 1
     # Repeated or padded: as many heads on every rank.
     kv_heads = -(-max(a.kv_heads, n) // n) * n if scattered else a.kv_heads
@@ -141,62 +89,74 @@ def kept(attention: CrossAttention, setting: Setting, load: Load) -> Kept:
         # What came by an all-to-all is kept, because it must not be sent again.
         of_key, of_query = (k_and_v, of_query + q) if scattered else (0, of_query)
     else:
-        of_key = k_and_v + a.norm_graph_bytes(a.kv_heads)
-        of_query += a.norm_graph_bytes(a.heads) + q
+        of_key = k_and_v + _norm_bytes(a.kv_heads, a.head_dim, e)
+        of_query += _norm_bytes(a.heads, a.head_dim, e) + q
     keys, queries = load.batch * load.keys, load.batch * load.queries
     return Kept(
-        features=0 if _on_host(setting, load) else keys * a.feature_bytes,
+        features=0 if _on_host(setting, load) else keys * _feature_bytes(a, e),
         of_keys=0 if setting.recompute_kv else keys * of_key,
         of_queries=queries * of_query,
     )
 
 
-def peak(attention: CrossAttention, setting: Setting, load: Load) -> int:
+def _feature_bytes(layers: Layers, element_bytes: int) -> int:
+    """Of a visual token's features."""
+    return element_bytes * (layers.features_dim or layers.hidden)
+
+
+def _norm_bytes(heads: int, head_dim: int, element_bytes: int) -> int:
+    """What an RMSNorm over q or K saves of a token: input, its factors in fp32, the result."""
+    width = heads * head_dim
+    return FP32_BYTES * (width + heads) + element_bytes * width
+
+
+def peak(layers: Layers, setting: Setting, load: Load) -> int:
     """The most that a step holds on a rank above weights, gradients and optimizer: a prediction.
 
     Counts what grows with the visual tokens, and what attention keeps of the text; the vision tower
     and the rest of the text model come on top. Memory peaks in backward: in the last layer, while
     all others still wait, or in the one before it, when the features have a gradient already.
     """
-    a, keys, on_host = attention, load.batch * load.keys, _on_host(setting, load)
-    saved = kept(a, setting, load)
+    keys, on_host = load.batch * load.keys, _on_host(setting, load)
+    feature_bytes, saved = _feature_bytes(layers, load.element_bytes), kept(layers, setting, load)
     chunk = load.keys  # visual tokens of a sample whose K and V exist at a time
     if setting.kv_chunk_tokens is not None:
         chunk = min(setting.kv_chunk_tokens, chunk)
     elif on_host:
         chunk = min(STREAMED_TOKENS, chunk)
-    arriving = 2 * a.feature_bytes if on_host else 0  # this chunk and the next
-    one_layer = load.batch * chunk * (_transient_per_key(a, setting, load) + arriving)
+    arriving = 2 * feature_bytes if on_host else 0  # this chunk and the next
+    one_layer = load.batch * chunk * (_transient_per_key(layers, setting, load) + arriving)
     # Layers that recompute add theirs to one gradient of the features; autograd adds up the rest.
-    gradient = keys * a.feature_bytes if load.features_train and not on_host else 0
-    in_last = saved.of_keys * (a.layers - 1) + one_layer + (gradient if chunk < load.keys else 0)
-    in_next = saved.of_keys * (a.layers - 2) + one_layer + gradient if a.layers > 1 else 0
+    gradient = keys * feature_bytes if load.features_train and not on_host else 0
+    count = layers.count
+    in_last = saved.of_keys * (count - 1) + one_layer + (gradient if chunk < load.keys else 0)
+    in_next = saved.of_keys * (count - 2) + one_layer + gradient if count > 1 else 0
     # Features that wait on the host are made on the device, and their gradient ends there.
-    whole = keys * a.feature_bytes
-    return max(saved.features + max(in_last, in_next), whole) + saved.of_queries * a.layers
+    whole = keys * feature_bytes
+    return max(saved.features + max(in_last, in_next), whole) + saved.of_queries * count
 
 
-def peak_per_key(attention: CrossAttention, setting: Setting, load: Load) -> float:
+def peak_per_key(layers: Layers, setting: Setting, load: Load) -> float:
     """Bytes that one more visual token of this rank adds to `peak`, where there are many."""
     few, many = 2**22, 2**23
-    low, high = (peak(attention, setting, replace(load, keys=keys)) for keys in (few, many))
+    low, high = (peak(layers, setting, replace(load, keys=keys)) for keys in (few, many))
     return (high - low) / (many - few) / load.batch
 
 
-def _transient_per_key(a: CrossAttention, setting: Setting, load: Load) -> int:
+def _transient_per_key(a: Layers, setting: Setting, load: Load) -> int:
     """Bytes a visual token at the worst moment of a layer's backward, its saved tensors included.
 
     The moments are the attention's backward, that of K's norm, and that of the linear layers.
     """
-    width = a.kv_heads * a.head_dim
-    d_features = a.feature_bytes if load.features_train else 0
-    k_and_v = 2 * a.element_bytes * width  # dk and dv are as large
-    attention = a.norm_graph_bytes(a.kv_heads) + 2 * k_and_v
+    width, e = a.kv_heads * a.head_dim, load.element_bytes
+    d_features = _feature_bytes(a, e) if load.features_train else 0
+    k_and_v = 2 * e * width  # dk and dv are as large
+    attention = _norm_bytes(a.kv_heads, a.head_dim, e) + 2 * k_and_v
     if setting.method == "ring" and load.ranks > 1:
         # The next block's K and V, the last one's dk and dv, and this rank's own in fp32.
         attention += 2 * k_and_v + 2 * FP32_BYTES * width
     norm = _NORM_BACKWARD_TENSORS * FP32_BYTES * width
-    linear = a.element_bytes * width + d_features
+    linear = e * width + d_features
     if setting.recompute_kv:
         # First K, then V goes back through its projection; dv waits, and dk is not let go.
         return max(attention, norm + k_and_v, linear + k_and_v)
@@ -208,29 +168,19 @@ def _on_host(setting: Setting, load: Load) -> bool:
     return setting.features == "offload" and not load.host_is_device
 
 
-# --------------------------------------------------------------------------------------------
-# A whole step
+# ---- a whole step
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a rank.
+    """Bytes of a rank."""
 
-    Attributes:
-        states: weights, gradients and optimizer.
-        vision: the vision tower's activations at their peak.
-        cross: the cross-attention's at their peak, features included.
-        text: the text's activations and logits, and the queries of other ranks.
-        rows: the activations of an encoder over all visual tokens.
-        vision_stays: what of ``vision`` is still there in the text's backward.
-    """
-
-    states: int
-    vision: int
-    cross: int
-    text: int
-    rows: int
-    vision_stays: int
+    states: int  # weights, gradients and optimizer
+    vision: int  # the vision tower's activations at their peak
+    cross: int  # the cross-attention's at their peak, features included
+    text: int  # the text's activations and logits, and the queries of other ranks
+    rows: int  # the activations of an encoder over all visual tokens
+    vision_stays: int  # what of ``vision`` is still there in the text's backward
 
     @property
     def peak(self) -> int:
@@ -243,14 +193,6 @@ class Footprint:
 def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footprint:
     """Predict the memory of the rank that needs most."""
     cross, frames = scenario.model.cross, scenario.frames_of_a_rank(ranks)
-    attention = CrossAttention(
-        hidden=cross.features_dim or cross.hidden,
-        heads=cross.heads,
-        kv_heads=cross.kv_heads,
-        head_dim=cross.head_dim,
-        layers=cross.count,
-        element_bytes=scenario.element_bytes,
-    )
     setting = Setting(
         method=way.partition(" ")[0],
         recompute_kv=scenario.recomputes(way),
@@ -258,7 +200,7 @@ def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footpri
     )
     queries, keys = max(evenly(scenario.sequence, ranks)), frames * scenario.model.frame_tokens
     keys = queries if scenario.model.among else keys
-    load = Load(keys=keys, queries=queries, ranks=ranks)
+    load = Load(keys, queries, ranks=ranks, element_bytes=scenario.element_bytes)
     travelling = 0  # queries of other ranks that are here, with their gradients
     if setting.method == "lvx" and ranks > 1:
         here = scenario.sequence if way == "lvx gather" else 2 * queries
@@ -267,9 +209,9 @@ def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footpri
     return Footprint(
         states=_states(scenario, gpus),
         vision=vision,
-        cross=peak(attention, setting, load),
+        cross=peak(replace(cross, hidden=cross.features_dim or cross.hidden), setting, load),
         text=_text(scenario, queries) + travelling,
-        rows=_rows(scenario, load.keys),
+        rows=_rows(scenario, keys),
         vision_stays=stays,
     )
 

@@ -14,17 +14,13 @@ from ds_lvx.plan.scenario import Scenario
 
 @dataclass(frozen=True)
 class Peers:
-    """Bytes of a rank.
+    """Bytes of a rank."""
 
-    Attributes:
-        gathered: at the peak, where each rank encodes its frames and all embeddings are gathered.
-        sent: for that, in a step, beside what attention sends.
-        whole_towers: at the peak, where each rank encodes all frames.
-    """
-
-    gathered: int
-    sent: int
-    whole_towers: int
+    gathered: (
+        int  # at the peak, where each rank encodes its frames, and all embeddings are gathered
+    )
+    sent: int  # for that, in a step, beside what attention sends
+    whole_towers: int  # at the peak, where each rank encodes all frames
 
 
 def peers(scenario: Scenario, *, gpus: int, ranks: int) -> Peers:

@@ -40,17 +40,11 @@ Counted in ds_lvx/attention/wire.py, kernels/merge.py and attention/common.py.
 
 @dataclass
 class Sizes:
-    """Of one pass: numbers of tensors, and bytes of messages, for so many queries or keys.
-
-    Attributes:
-        shape: the call.
-        backward: which pass it is.
-        factors: parts of out and dq carry an fp32 factor a row (q in bf16; see
-            `ds_lvx.attention.wire`).
-    """
+    """Of one pass: numbers of tensors, and bytes of messages, for so many queries or keys."""
 
     shape: AttentionShape
     backward: bool = False
+    # Parts of out and dq carry an fp32 factor a row: q in bf16, see `ds_lvx.attention.wire`.
     factors: bool = False
 
     def of_q(self, queries: float) -> float:
@@ -123,14 +117,10 @@ def _row(nbytes: list[float]) -> int:
 
 
 class Pieces(Sizes):
-    """Of one pass on a cluster.
+    """Of one pass on a cluster: what its ``device`` spends on them, on a ``timeline``.
 
-    Attributes:
-        device: of every rank.
-        timeline: what the rank spends on the pieces.
-        ranks: how long their transfers take; ``stride`` as of `Ranks`.
-        n: ranks.
-        queries, keys: of all ranks; ``most_`` of the rank with most, ``mean_`` of a rank.
+    ``n`` ranks have ``queries`` and ``keys``; the rank with most has ``most_queries`` and
+    ``most_keys``. ``stride`` is as of `Ranks`.
     """
 
     def __init__(
@@ -191,8 +181,7 @@ class Pieces(Sizes):
 
     def touch_s(self, numbers: float, *kinds: str) -> float:
         """Elementwise operations on so many numbers; their names are those of a table above."""
-        nbytes = sum(_TOUCHES[kind][0] for kind in kinds)
-        operations = sum(_TOUCHES[kind][1] for kind in kinds)
+        nbytes, operations = map(sum, zip(*(_TOUCHES[kind] for kind in kinds), strict=True))
         device = self.device
         return operations * device.operation_s + numbers * nbytes / device.stream_bytes_per_s
 

@@ -15,9 +15,8 @@ from ds_lvx.plan.peers import peers
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.search import CANDIDATES, Plan
 from ds_lvx.plan.step import Step
-from ds_lvx.plan.units import duration
+from ds_lvx.plan.units import duration, size
 
-_UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 _POINTS = 33  # of a curve
 
 
@@ -47,8 +46,7 @@ def as_record(scenario: Scenario, cluster: Cluster, found: Plan) -> dict[str, An
     }
 
 
-# --------------------------------------------------------------------------------------------
-# Text
+# ---- text
 
 
 def as_text(scenario: Scenario, cluster: Cluster, found: Plan) -> str:
@@ -159,12 +157,6 @@ def _name(each: Step) -> str:
     return "one rank a sample" if each.ranks == 1 else each.way
 
 
-def size(nbytes: float) -> str:
-    """For people: three digits and a unit."""
-    factor, unit = next((each for each in _UNITS if nbytes >= each[0]), _UNITS[-1])
-    return f"{nbytes / factor:.3g} {unit}"
-
-
 def _rate(link: Link) -> str:
     return f"{link.shift.bytes_per_s / 1e9:.3g} GB/s and {duration(link.shift.latency_s)}"
 
@@ -176,8 +168,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-# --------------------------------------------------------------------------------------------
-# Plot
+# ---- plot
 
 
 def save_plot(scenario: Scenario, cluster: Cluster, ranks: int, path: Path) -> None:

@@ -13,28 +13,17 @@ TRAINED = ("all", "cross")
 
 @dataclass(frozen=True)
 class Scenario:
-    """A model, a sample, and the settings of the training.
+    """A model, a sample, and the settings of the training."""
 
-    Attributes:
-        model: what is trained.
-        text_tokens, frames: of a sample.
-        zero_stage: of DeepSpeed.
-        recompute: lvx projects K and V again in backward.
-        checkpointing: layers are checkpointed.
-        trains: ``"all"`` weights, or ``"cross"``: the cross-attention layers and the projector.
-        element_bytes: of weights and activations.
-        loss_tiles: pieces of a rank's text, of which logits are made one after the other.
-    """
-
-    model: Model
-    text_tokens: int
-    frames: int
-    zero_stage: int = 3
-    recompute: bool = True
-    checkpointing: bool = True
-    trains: str = "all"
-    element_bytes: int = 2
-    loss_tiles: int = 1
+    model: Model  # what is trained
+    text_tokens: int  # of a sample
+    frames: int  # of a sample
+    zero_stage: int = 3  # of DeepSpeed
+    recompute: bool = True  # lvx projects K and V again in backward
+    checkpointing: bool = True  # of layers
+    trains: str = "all"  # weights; or ``"cross"``: the cross-attention layers and the projector
+    element_bytes: int = 2  # of weights and activations
+    loss_tiles: int = 1  # pieces of a rank's text, of which logits are made one after the other
 
     def __post_init__(self) -> None:
         for name in ("text_tokens", "frames", "loss_tiles"):

@@ -97,8 +97,7 @@ def _stop(scenario: Scenario, groups: Sequence[int], own: Sequence[Step]) -> Sto
     return Stop(way, fitting[0].ranks, fastest.ranks, ends_at, reason)
 
 
-# --------------------------------------------------------------------------------------------
-# Where nothing fits
+# ---- where nothing fits
 
 
 def _nothing_fits(scenario: Scenario, cluster: Cluster, steps: Sequence[Step]) -> str:

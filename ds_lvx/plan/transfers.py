@@ -26,17 +26,11 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of one group on a cluster; the first one is the first of its node.
-
-    Attributes:
-        cluster: where they are.
-        size: of the group.
-        stride: its ranks are so far apart; as many groups do the same at the same time.
-    """
+    """The ranks of one group on a cluster; the first one is the first of its node."""
 
     cluster: Cluster
-    size: int
-    stride: int = 1
+    size: int  # of the group
+    stride: int = 1  # its ranks are so far apart; as many groups do the same at the same time
 
     @property
     def per_node(self) -> int:

@@ -6,12 +6,14 @@ What is none is a `ValueError` that names what it was given for.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/µ]*)\s*")
 _RATE = re.compile(r"(?:([kmgt])(i?))?(bit|b|B)(/s|ps)?", re.IGNORECASE)
 _POWERS = {None: 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_DURATIONS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+_SIZES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 _COUNTS = {"": 1, "k": 1024, "ki": 1024, "m": 10**6, "g": 10**9}
 
 
@@ -45,9 +47,17 @@ def count(text: str, *, what: str = "count") -> int:
 
 def duration(seconds: float) -> str:
     """For people: three digits and a unit."""
-    units = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
-    unit, size = next((each for each in units if seconds >= each[1]), units[-1])
-    return f"{seconds / size:.3g} {unit}"
+    return _rounded(seconds, _DURATIONS)
+
+
+def size(nbytes: float) -> str:
+    """For people: three digits and a unit."""
+    return _rounded(nbytes, _SIZES)
+
+
+def _rounded(value: float, units: Sequence[tuple[float, str]]) -> str:
+    factor, unit = next((each for each in units if value >= each[0]), units[-1])
+    return f"{value / factor:.3g} {unit}"
 
 
 def _quantity(text: str, factor_of: Callable[[str], float | None], error: str) -> float:

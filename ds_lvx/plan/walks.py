@@ -34,8 +34,7 @@ def _alone(pieces: Pieces) -> None:
         compute(device.alone * pieces.project_s(keys, gradients=True), "projection")
 
 
-# --------------------------------------------------------------------------------------------
-# lvx: a walk through ds_lvx.attention.schedules
+# ---- lvx: a walk through ds_lvx.attention.schedules
 
 
 def _gather(pieces: Pieces) -> None:
@@ -145,8 +144,7 @@ def _begin(pieces: Pieces) -> None:
         pieces.project()
 
 
-# --------------------------------------------------------------------------------------------
-# Ring attention and Ulysses
+# ---- ring attention and Ulysses
 
 
 def _rotate_keys(pieces: Pieces) -> None:
@@ -228,8 +226,7 @@ def _ulysses_sends(sizes: Sizes, rank: int) -> float:
     return (n - 1) * (sum(aligned(map(int, together))) + q)
 
 
-# --------------------------------------------------------------------------------------------
-# Ulysses inside subgroups, another way across
+# ---- Ulysses inside subgroups, another way across
 
 
 def _hybrid(pieces: Pieces, *, hybrid: Hybrid, way: Way) -> None:
@@ -272,35 +269,26 @@ def _hybrid_sends(sizes: Sizes, rank: int, *, hybrid: Hybrid, way: Way) -> float
     return sent + (_ulysses_sends(inside, place) if hybrid.ulysses > 1 else 0)
 
 
-# --------------------------------------------------------------------------------------------
-# What rotates
+# ---- what rotates
 
 
 def _rotate(
     pieces: Pieces,
     *,
-    ahead_bytes: float,
-    home_bytes: float | None,
-    kernel_s: float,
-    first_s: float = 0.0,
-    later_s: float = 0.0,
-    encode_s: float = 0.0,
-    add_s: float = 0.0,
-    cast_s: float = 0.0,
-    again: bool = False,
+    ahead_bytes: float,  # passed on under each kernel
+    home_bytes: float | None,  # of what the last kernel gave for another rank; None: it stays
+    kernel_s: float,  # of each block
+    first_s: float = 0.0,  # after the kernel on what is this rank's own
+    later_s: float = 0.0,  # after the others
+    encode_s: float = 0.0,  # of a part before it leaves
+    add_s: float = 0.0,  # of a part that has arrived
+    cast_s: float = 0.0,  # at the end
+    again: bool = False,  # K and V are projected
 ) -> None:
     """A ring's turns.
 
-    Args:
-        pieces: of the pass.
-        ahead_bytes: passed on under each kernel.
-        home_bytes: of what the last kernel gave for another rank; None where it stays.
-        kernel_s: of each block.
-        first_s, later_s: after the kernel on what is this rank's own, and after the others.
-        encode_s, add_s: of a part before it leaves, and after it arrived.
-        cast_s: at the end.
-        again: K and V are projected under the first transfer; in backward their gradients go back
-            under the last.
+    K and V are projected under the first transfer, and in backward their gradients go back under
+    the last.
     """
     timeline, n, per_node = pieces.timeline, pieces.n, pieces.ranks.per_node
     # Two ranks have one step: what goes home leaves when the other transfer is over.
@@ -341,17 +329,12 @@ def _others(lengths: tuple[int, ...], rank: int) -> int:
 
 
 class Way(NamedTuple):
-    """One way of attending to what is split.
+    """One way of attending to what is split."""
 
-    Attributes:
-        walk: spends a pass on the timeline of its pieces.
-        sends: bytes of a rank in a pass, by its number.
-        rule: whose part of the rule a bare operator gathers before its forward: ``q`` and ``kv``.
-    """
-
-    walk: Callable[[Pieces], None]
+    walk: Callable[[Pieces], None]  # spends a pass on the timeline of its pieces
+    # Bytes of a rank in a pass, by its number.
     sends: Callable[[Sizes, int], float] = lambda sizes, rank: 0
-    rule: tuple[str, ...] = ()
+    rule: tuple[str, ...] = ()  # what a bare operator gathers of it before: ``q`` and ``kv``
 
 
 WAYS = {
@@ -366,11 +349,8 @@ WAYS = {
 
 
 def way_of(name: str) -> Way | None:
-    """A way by its name; None where there is none.
-
-    Args:
-        name: one of `WAYS`, or of a hybrid: ``"hybrid 4 ring"``, ``"hybrid 8 lvx gather"``.
-    """
+    """A way by its name: one of `WAYS`, or ``"hybrid 4 ring"``, ``"hybrid 8 lvx gather"``; or
+    None."""
     hybrid = hybrid_of(name)
     if hybrid is None:
         return WAYS.get(name)

@@ -107,10 +107,16 @@ def others() -> list[str]:
     here = torch.distributed.get_rank() == 1
     q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 6, 2, 8)
     module = ds_lvx.LVXAttention()
-    tables = (torch.ones(1, 8, 1, 4), torch.ones(1, 8, 1, 4)) if here else None
 
     def project(features: Tensor) -> tuple[Tensor, Tensor]:
         return (features, features[..., :3]) if here else (features, features)
+
+    tables = (torch.ones(1, 8, 1, 4), torch.ones(1, 8, 1, 4)) if here else None
+    rotary = (torch.ones(1, 9, 1, 4), torch.ones(1, 9, 1, 4))
+    swapped = q.transpose(0, 1)
+
+    def pair(here: bool) -> Any:
+        return [rotary[0], rotary[1][..., :3]] if here else rotary
 
     calls = {
         "gather_sequence: got Tensor and str": lambda: ds_lvx.gather_sequence(
@@ -121,6 +127,22 @@ def others() -> list[str]:
         "rank 1: LVXAttention: got mask": lambda: module(q, k, k, 0, mask=q if here else None),
         "disagree on operation": lambda: module(q, q, q, 0, tables),
         "rank 1: v: got shape": lambda: ds_lvx.lv_xattn_recompute(q, k, project),
+        "rank 1: q: got NoneType": lambda: module(None if here else swapped, swapped, swapped, 1),
+        "rank 1: query: got [4]": lambda: module(q[0, :, 0, 0] if here else q, k, k, 0, rotary),
+        "rank 1: rotary_pos_emb: got [1, 9, 1, 4] on cpu, [1, 9, 1, 3] on cpu; expected": (
+            lambda: module(q, q, q, 0, pair(here))
+        ),
+        "rotary_pos_emb: got 9 positions for a sequence of 12": lambda: module(q, k, k, 0, rotary),
+        "rank 1: k: got a tensor of layout torch.sparse_coo": lambda: ds_lvx.ring_attention(
+            q, k.to_sparse() if here else k, k
+        ),
+        "rank 1: return_lse: got tensor(True)": lambda: ds_lvx.lv_xattn(
+            q, k, k, return_lse=torch.tensor(True) if here else True
+        ),
+        "rank 1: gather_sequence: got NoneType": lambda: ds_lvx.gather_sequence(
+            None if here else q  # type: ignore[arg-type]
+        ),
+        "rank 1: 'ds_lvx'": lambda: ds_lvx.gather_sequence(q, shard={"q": q} if here else {}),
     }
     return [text for text, call in calls.items() if text not in error_of(call)]
 
@@ -135,6 +157,12 @@ def error_of(call: Callable[[], object]) -> str:
 
 def test_other_operators_leave_nobody_waiting() -> None:
     assert run_ranks(others, 2) == [[], []]
+
+
+def test_a_group_of_another_kind_is_named() -> None:
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="group: got list; expected a process group"):
+        ds_lvx.lv_xattn(q, q, q, group=[0, 1])  # type: ignore[call-overload]
 
 
 def needs(method: str, wanted: dict[int, str]) -> list[bool]:

@@ -105,6 +105,32 @@ def test_heads_in_groups_match_the_oracle(visibility: str) -> None:
             assert calls == messages, problem
 
 
+def run_nothing() -> list[str]:
+    """Calls without a sample, or without a query: which answers are not of q's shape."""
+    wrong = []
+    rule = ds_lvx.Visibility.all
+    calls = {
+        f"{name} {schedule}": (getattr(ds_lvx, name), {"schedule": schedule} if schedule else {})
+        for name in ("lv_xattn", "ring_attention", "ulysses_attention", "hybrid_attention")
+        for schedule in (("auto", "ring", "gather", "replicated") if name == "lv_xattn" else ("",))
+    }
+    calls["hybrid_attention "][1]["ulysses"] = 2
+    for batch, queries in ((0, 3), (2, 0), (0, 0)):
+        for name, (operator, arguments) in calls.items():
+            for visibility in (None, rule(batch, queries, 5, device=torch.device("cpu"))):
+                q = torch.randn(batch, queries, 4, 8, requires_grad=True)
+                k = torch.randn(batch, 5, 2, 8, requires_grad=True)
+                out = operator(q, k, k, visibility=visibility, **arguments)
+                out.sum().backward()
+                good = out.shape == q.shape and q.grad is not None and not k.grad.any()
+                wrong += [] if good else [f"{name}, batch {batch}, {queries} queries"]
+    return wrong
+
+
+def test_a_batch_without_samples_or_queries() -> None:
+    assert run_ranks(run_nothing, 2) == [[], []]
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_lse_is_a_differentiable_output(ranks: int) -> None:
     """Both outputs get a gradient, or all zeros; with dout = 0 no out can stand in for delta."""

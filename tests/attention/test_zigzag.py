@@ -68,6 +68,11 @@ def test_a_kernel_computes_no_more_than_is_visible(length: int) -> None:
                 assert not any(block.masked for block in found)
             else:
                 assert computed <= 1.52 * seen  # of squares on the diagonal half is visible
+            joined = rule.blocks(queries_per_block=128, keys_per_block=128, most_keys=length)
+            if queries != keys:
+                assert [block.masked for block in joined] == [False]
+            else:
+                assert all(block.causal for block in joined if block.masked)
 
 
 def test_all_queries_over_the_keys_of_a_rank() -> None:

@@ -12,7 +12,7 @@ from ds_lvx.compare.case import Case
 from ds_lvx.compare.fresh import RunError, run_fresh
 from ds_lvx.compare.harness import Ranks, on_ranks
 from ds_lvx.compare.peak import PROMPT_FREEING, meter
-from ds_lvx.compare.training.rank import Load, weigh
+from ds_lvx.compare.training.rank import Weighing, weigh
 from ds_lvx.plan.memory import Setting
 from tests.forked import fork_fresh_ranks
 
@@ -23,8 +23,8 @@ MIB = 2**20
 TWO = Ranks(2, environment=PROMPT_FREEING)
 
 
-def load(setting: Setting) -> Load:
-    return Load(TINY, setting, frames=2, warm_up_frames=1, steps=2)
+def load(setting: Setting) -> Weighing:
+    return Weighing(TINY, setting, frames=(1, 2, 2))
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ from ds_lvx.compare.case import Case, cut, random_case
 from ds_lvx.compare.training import model
 from ds_lvx.compare.training.gathered import instead_of
 from ds_lvx.compare.training.model import skipped
-from ds_lvx.compare.training.rank import Growing, Task, finetune, weigh_growing
+from ds_lvx.compare.training.rank import Task, Weighing, finetune, weigh
 from ds_lvx.models import FAMILIES
+from ds_lvx.plan.memory import Setting
 from tests.ranks import run_ranks
 
 RANKS, TEXT = 2, 8
@@ -57,10 +58,12 @@ def test_loss_and_gradients_are_those_of_one_process_and_ours(name: str, frames:
 @pytest.mark.exhaustive
 def test_memory_is_weighed_as_the_peer_does() -> None:
     case = case_of("qwen2_5_vl")
-    loads = (Growing(case, method, True, (1, 2)) for method in ("gathered", "ulysses"))
-    peer, ours = (run_ranks(weigh_growing, RANKS, load) for load in loads)
+    load = Weighing(case, Setting("ulysses", checkpointing=True), (1, 1, 2))
+    peer, ours = (
+        run_ranks(weigh, RANKS, replace(load, gathered=gathers)) for gathers in (True, False)
+    )
     for step in range(2):
-        shares, own = ([rank[step]["loss"] for rank in each] for each in (peer, ours))
+        shares, own = ([rank["loss"][step] for rank in each] for each in (peer, ours))
         assert shares != own  # of a rank's own tokens: here in a piece, there dealt
         assert sum(shares) == pytest.approx(sum(own), rel=1e-2)
 

@@ -47,7 +47,8 @@ def test_what_is_not_visible_is_not_computed_and_what_nobody_sees_is_not_read() 
 @pytest.mark.parametrize("name", ["A100-80", "H200"])
 def test_few_queries_wait_for_memory_and_many_for_products(name: str) -> None:
     device = card(name)
-    few, many = (floor(forward_work(problem), device) for problem in (ONE_QUERY, MANY))
+    rates = device.matrix_flops, device.memory_bytes_per_s
+    few, many = (floor(forward_work(problem), *rates) for problem in (ONE_QUERY, MANY))
     assert few.bound == "memory"
     assert few.seconds == forward_work(ONE_QUERY).memory_bytes / device.memory_bytes_per_s
     assert many.bound == "matrix"
@@ -57,5 +58,6 @@ def test_few_queries_wait_for_memory_and_many_for_products(name: str) -> None:
 def test_both_at_once_take_as_long_as_the_longer() -> None:
     device = card("H100")
     work = Work(flops=device.matrix_flops, memory_bytes=2 * device.memory_bytes_per_s)
-    assert floor(work, device).seconds == pytest.approx(2.0)
-    assert floor(work, device).bound == "memory"
+    found = floor(work, device.matrix_flops, device.memory_bytes_per_s)
+    assert found.seconds == pytest.approx(2.0)
+    assert found.bound == "memory"

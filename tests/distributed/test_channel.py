@@ -200,7 +200,7 @@ def run_errors(kinds: dict[int, str]) -> None:
         "missing": NotImplementedError("no such thing"),
         "file": FileNotFoundError("a.mp4"),
     }.get(kind or "")
-    channel.agree({}, error)
+    channel.agree({"flag": torch.tensor(True)} if kind == "no JSON" else {}, error)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +211,7 @@ def run_errors(kinds: dict[int, str]) -> None:
         ({0: "value", 1: "value", 2: "value"}, "ValueError: all ranks: too long"),
         ({0: "value", 1: "missing"}, "rank 0: too long; shorten it; rank 1: no such thing"),
         ({2: "file"}, "ValueError: rank 2: a.mp4"),
+        ({1: "no JSON"}, "ValueError: rank 1: Object of type Tensor is not JSON serializable"),
     ],
 )
 def test_an_error_of_one_is_an_error_of_all(kinds: dict[int, str], text: str) -> None:

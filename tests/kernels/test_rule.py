@@ -46,6 +46,41 @@ def test_blocks_cover_exactly_what_is_visible(
     assert torch.equal(covered, sees.mask().int())
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_blocks_that_join_cover_the_same(seed: int) -> None:
+    sees = random_rule(seed, batch=1)
+    covered = torch.zeros(1, 13, 40, dtype=torch.int32)
+    found = Rule(sees).blocks(queries_per_block=2, keys_per_block=3, most_keys=12)
+    for block in found:
+        covered[:, block.queries, block.keys] += (
+            Rule(sees).visibility.mask(block.queries, block.keys).int()
+        )
+        assert block.masked or block.keys.stop - block.keys.start <= 12
+    assert torch.equal(covered, sees.mask().int())
+    keys = [block.keys.start for block in found]
+    assert keys == sorted(keys)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_blocks_that_are_causal_squares_say_so(width: int) -> None:
+    """Positions may have gaps; a query that sees a key less, or more, makes it another square."""
+    position = width * torch.arange(40, dtype=torch.int32)[None]
+    start, end = torch.zeros_like(position), position + 1
+    squares = [slice(0, 10), slice(10, 20), slice(20, 30), slice(30, 40)]
+
+    def causal(end: Tensor, start: Tensor = start) -> list[slice]:
+        rule = Rule(Visibility(start, end, position))
+        found = rule.blocks(queries_per_block=10, keys_per_block=10, most_keys=40)
+        assert all(block.masked and block.keys == block.queries for block in found if block.causal)
+        return [block.keys for block in found if block.causal]
+
+    assert causal(end) == squares
+    one = torch.arange(40) == 14
+    assert causal(end - width * one.int()) == [squares[0], *squares[2:]]
+    assert causal(end + width * one.int()) == [squares[0], *squares[2:]]
+    assert causal(end, start + (11 * width) * one.int()) == [squares[0], *squares[2:]]
+
+
 def test_blocks_over_the_same_keys_stand_side_by_side() -> None:
     keys = [
         block.keys for block in Rule(random_rule(4)).blocks(queries_per_block=3, keys_per_block=9)

@@ -127,6 +127,7 @@ def test_the_numbers_for_an_hour_of_video_are_the_commands(
 @pytest.mark.parametrize(
     ("title", "size", "method"),
     [
+        ("Llama-3.2-Vision", "2,048 text tokens, 450 frames = 2,881,800 visual", "lvx gather"),
         ("idefics", "2,048 text tokens, 900 frames = 57,600 visual tokens", "lvx gather"),
         ("OpenFlamingo", "2,048 text tokens, 900 frames = 57,600 visual tokens", "lvx gather"),
         ("T5Gemma 2", "512 text tokens, 450 frames = 115,200 visual tokens", "lvx gather"),
@@ -134,6 +135,10 @@ def test_the_numbers_for_an_hour_of_video_are_the_commands(
         ("BLIP-2 and its like", "256 text tokens, 56 frames = 1,792 visual tokens", "ulysses"),
         ("Video-LLaMA", "2,048 text tokens, 900 frames a sample", "ulysses"),
         ("Qwen-VL", "192 text tokens, 31 frames = 7,936 visual tokens", "ulysses"),
+        ("Qwen2.5-VL", "2,048 text tokens, 900 frames = 115,200 visual tokens", "ulysses"),
+        ("Qwen3-VL", "10,240 text tokens, 1,800 frames = 176,400 visual tokens", "ulysses"),
+        ("InternVL", "1,024 text tokens, 120 frames = 30,720 visual tokens", "ulysses"),
+        ("LLaVA-OneVision", "1,024 text tokens, 150 frames = 29,400 visual tokens", "ulysses"),
     ],
 )
 def test_the_numbers_of_one_hour_are_the_command_s(

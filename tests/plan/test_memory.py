@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ds_lvx.compare.case import Case
+from ds_lvx.models.dimensions import Layers
 from ds_lvx.plan.memory import (
-    CrossAttention,
     Load,
     Setting,
     footprint,
@@ -32,18 +32,7 @@ SAVED = {
     "ring": Setting(method="ring"),
     "ulysses": Setting(method="ulysses"),
 }
-MLLAMA = CrossAttention()
-
-
-def dimensions(case: Case, element_bytes: int) -> CrossAttention:
-    return CrossAttention(
-        hidden=case.hidden,
-        heads=case.heads,
-        kv_heads=case.kv_heads,
-        head_dim=case.hidden // case.heads,
-        layers=case.cross_layers,
-        element_bytes=element_bytes,
-    )
+MLLAMA = Layers(8, 4096, 32, 8, 128)
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -53,8 +42,8 @@ def test_layers_save_exactly_what_the_formula_says(ranks: int) -> None:
     for answers in run_ranks(_saved, ranks, cases):
         for (name, frames, dtype), (features, of_layers) in zip(cases, answers, strict=True):
             keys, queries = frames * TINY.frame_tokens, TINY.text_tokens // ranks
-            load = Load(keys=keys, queries=queries, ranks=ranks)
-            expected = kept(dimensions(TINY, dtype.itemsize), SAVED[name], load)
+            load = Load(keys, queries, ranks=ranks, element_bytes=dtype.itemsize)
+            expected = kept(TINY.layers, SAVED[name], load)
             assert features == expected.features, (name, frames, dtype)
             of_each = expected.of_keys + expected.of_queries
             assert of_layers == [of_each] * TINY.cross_layers, (name, frames, dtype)
@@ -83,7 +72,7 @@ def test_a_token_adds_to_the_peak_what_the_formula_says(
     (low,) = run_ranks(_peak, 1, setting, case, few)
     (high,) = run_ranks(_peak, 1, setting, case, many)
     load = Load(keys=1, features_train=features == "trained", host_is_device=True)
-    expected = peak_per_key(dimensions(case, 2), setting, load)
+    expected = peak_per_key(case.layers, setting, load)
     assert (high - low) / (many - few) == pytest.approx(expected, rel=0.05)
 
 

@@ -97,8 +97,7 @@ def make(name: str, problem: Problem, upstream: Upstream) -> Candidate:
         return replace(_ours("flash", problem, upstream), active=active)
     if name in OURS:
         return _ours(name, problem, upstream)
-    other = _flash_attn if name in PACKAGES else _sdpa
-    return other(name, problem, upstream.dout)
+    return (_flash_attn if name in PACKAGES else _sdpa)(name, problem, upstream.dout)
 
 
 def _ours(name: str, problem: Problem, upstream: Upstream) -> Candidate:
@@ -158,12 +157,10 @@ def _sdpa(name: str, problem: Problem, dout: Tensor) -> Candidate:
     their gradients is timed.
     """
     (batch, queries, heads, _), operands = problem.q.shape, (problem.q, problem.k, problem.v)
-    scores_gib = 4 * batch * heads * queries * problem.k.shape[1] / 2**30
-    if name == "sdpa-math" and scores_gib > SCORES_BYTES / 2**30:
-        raise LeftOut(
-            f"would materialise {scores_gib:.0f} GiB of scores; the budget is "
-            f"{SCORES_BYTES / 2**30:.0f} GiB"
-        )
+    scores_bytes = 4 * batch * heads * queries * problem.k.shape[1]
+    if name == "sdpa-math" and scores_bytes > SCORES_BYTES:
+        needed, budget = (f"{nbytes / 2**30:.0f} GiB" for nbytes in (scores_bytes, SCORES_BYTES))
+        raise LeftOut(f"would materialise {needed} of scores; the budget is {budget}")
     group = heads // problem.k.shape[2]
     causal, mask = _is_causal(problem), None
     if problem.rule is not None and not causal:

@@ -28,10 +28,10 @@ def floors(cases: Iterable[KernelCase]) -> list[dict[str, Any]]:
 
     ``seconds`` and ``bound`` are by card; see `ds_lvx.compare.kernels.roofline`.
     """
-    found = []
+    found, cards = [], [CARDS[name] for name in CARD_NAMES]
     for case, direction in product(cases, DIRECTIONS):
         work = case.work(direction)
-        least = {name: floor(work, CARDS[name]) for name in CARD_NAMES}
+        least = {c.name: floor(work, c.matrix_flops, c.memory_bytes_per_s) for c in cards}
         about = {"case": case.name, "direction": direction, "shape": vars(case.shape)}
         seconds = {name: each.seconds for name, each in least.items()}
         bound = {name: each.bound for name, each in least.items()}

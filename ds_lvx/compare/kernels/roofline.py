@@ -11,19 +11,9 @@ Legend: B batch, S queries, T keys, H query heads, K key/value heads, D head_dim
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 FP32_BYTES = 4
-
-
-class Rates(Protocol):
-    """Operations of matrix products and bytes of memory a second: of a data sheet, or measured."""
-
-    @property
-    def matrix_flops(self) -> float: ...
-
-    @property
-    def memory_bytes_per_s(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -69,10 +59,9 @@ def backward_work(problem: Problem) -> Work:
     return _work(problem, operations=10, rows=3, statistics=2, written=2)
 
 
-def floor(work: Work, rates: Rates) -> Floor:
-    """The least time for this work: products and memory at their full rates, side by side."""
-    products = work.flops / rates.matrix_flops
-    memory = work.memory_bytes / rates.memory_bytes_per_s
+def floor(work: Work, matrix_flops: float, memory_bytes_per_s: float) -> Floor:
+    """The least time for this work: products and memory side by side, at their rates a second."""
+    products, memory = work.flops / matrix_flops, work.memory_bytes / memory_bytes_per_s
     return Floor(products, "matrix") if products >= memory else Floor(memory, "memory")
 
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from itertools import product
 from multiprocessing import get_context
-from typing import Any, NamedTuple
+from typing import Any
 
 from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.kernels.candidates import OURS, SAME
@@ -26,21 +26,12 @@ LIMIT_S = 60.0
 _START_S = 600.0  # imports, on a machine that has much else to do
 
 
-class MeasuredRates(NamedTuple):
-    """What a device reached; a `ds_lvx.compare.kernels.roofline.Rates`."""
-
-    matrix_flops: float
-    memory_bytes_per_s: float
-
-
 def trials_of(
     cases: Sequence[KernelCase], candidates: Sequence[str], only: Sequence[str] = ()
 ) -> list[Trial]:
-    """What is measured, in order.
+    """What is measured, in order: all cases by all candidates, forward and backward.
 
-    Args:
-        cases, candidates: all of these with each other, forward and backward.
-        only: shell patterns on names such as ``mllama-192/triton/forward``; none: everything.
+    ``only`` are shell patterns on names such as ``mllama-192/triton/forward``; none: everything.
 
     Raises:
         ValueError: a pattern that matches nothing.
@@ -171,14 +162,14 @@ def with_rates(trial: Trial, record: Mapping[str, Any], rates: Mapping[str, Any]
         return dict(record)
     work = trial.case.work(trial.direction)
     seconds = record["device_s"]["median"]
-    reached = MeasuredRates(rates["matrix_flops"], rates["memory_bytes_per_s"])
-    least = floor(work, reached)
+    matrix_flops, bytes_per_s = rates["matrix_flops"], rates["memory_bytes_per_s"]
+    least = floor(work, matrix_flops, bytes_per_s)
     return {
         **record,
         **work._asdict(),
         "tflops_per_s": work.flops / seconds / 1e12,
-        "share_of_matrix_rate": work.flops / seconds / reached.matrix_flops,
-        "share_of_memory_rate": work.memory_bytes / seconds / reached.memory_bytes_per_s,
+        "share_of_matrix_rate": work.flops / seconds / matrix_flops,
+        "share_of_memory_rate": work.memory_bytes / seconds / bytes_per_s,
         "floor_s": least.seconds,
         "bound": least.bound,
     }

@@ -80,11 +80,8 @@ def measure(contest: Contest) -> dict[str, Any]:
         for method, turn in turns.items():
             counted = turn.counted()
             if turn.takes_part:
-                result["methods"][method] = {
-                    **turn.seconds,
-                    "schedule": turn.schedule,
-                    **counted,
-                }
+                own = {**turn.seconds, "schedule": turn.schedule}
+                result["methods"][method] = {**own, **counted}
     return result
 
 
@@ -104,10 +101,10 @@ def check(contest: Contest, world: Channel, device: torch.device) -> list[exactn
             for method, turn in _turns(contest, shape, world, device)
             if method != "none"
         }
+        ranks, rank = world.size, world.rank
         if name == "small":
-            ranks, rank = world.size, world.rank
             results[exactness.EXACT] = exactness.exact(shape, ranks=ranks, rank=rank, device=device)
-        found += exactness.differences(results, dtype=shape.dtype, rank=world.rank, shape=name)
+        found += exactness.differences(results, dtype=shape.dtype, rank=rank, shape=name)
     return found
 
 
@@ -125,22 +122,18 @@ def _turns(
 
 
 class Turn:
-    """A method on this rank's tensors, or for ``none`` on the whole sequence's.
-
-    Attributes:
-        takes_part: whether this rank has anything to do; else it waits.
-        schedule: of lvx, not ``auto`` any more; known after the first `kernels`.
-        seconds: of ``step`` and of ``kernels``, by pass, of every one that counts; of ``kernels``
-            also those of this process's processor, which no other rank takes from it.
-    """
+    """A method on this rank's tensors, or for ``none`` on the whole sequence's."""
 
     def __init__(self, method: str, contest: Contest, shards: Shards, world: Channel) -> None:
+        # Whether this rank has anything to do; else it waits.
         self.takes_part = method != "none" or world.rank == 0
+        # Of lvx, not ``auto`` any more; known after the first `kernels`.
         self.schedule: str | None = None
+        # Of every step that counts; also of this process's processor, which no rank takes from it.
         self.seconds: dict[str, dict[str, list[float]]] = {
-            what: {"forward_s": [], "backward_s": []} for what in ("step", "kernels")
+            "step": {"forward_s": [], "backward_s": []},
+            "kernels": {"forward_s": [], "backward_s": [], "processor_s": []},
         }
-        self.seconds["kernels"]["processor_s"] = []
         self._shards = shards
         self._world = world
         # Of as many shards of keys as the method projects here.

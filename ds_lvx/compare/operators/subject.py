@@ -90,42 +90,41 @@ def _records(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for method in answers[0]["methods"]:
         ranks = [answer["methods"][method] for answer in answers if method in answer["methods"]]
+        step = _slowest(ranks, "step", "forward_s", "backward_s")
+        kernels = _slowest(ranks, "kernels", "forward_s", "backward_s")
         record = {
             "method": method,
-            "step_s": _slowest(ranks, "step", "forward_s", "backward_s"),
+            "step_s": step,
             "forward_s": _slowest(ranks, "step", "forward_s"),
             "backward_s": _slowest(ranks, "step", "backward_s"),
-            "kernels_s": _slowest(ranks, "kernels", "forward_s", "backward_s"),
+            "kernels_s": kernels,
+            "kernels_processor_s": [statistics.median(r["kernels"]["processor_s"]) for r in ranks],
+            "exposed_s": step["median"] - kernels["median"],
+            "step_over_kernels": step["median"] / kernels["median"],
             "bytes_sent": max(rank["traffic"]["bytes_sent"] for rank in ranks),
             "messages": max(rank["traffic"]["calls"] for rank in ranks),
             "interface_over_traffic": _interface_over_traffic(ranks),
             "ranks": ranks,
         }
-        processor_s = [statistics.median(rank["kernels"]["processor_s"]) for rank in ranks]
-        record["kernels_processor_s"] = processor_s
-        step_s, kernels_s = record["step_s"]["median"], record["kernels_s"]["median"]
-        record |= {"exposed_s": step_s - kernels_s, "step_over_kernels": step_s / kernels_s}
         found.append(record)
-    medians = {record["method"]: record["step_s"]["median"] for record in found}
     for record in found:
-        peers = {name: s for name, s in medians.items() if name != record["method"]}
-        own_s = record["step_s"]["median"]
-        record["times_faster_than"] = {peer: seconds / own_s for peer, seconds in peers.items()}
+        record["times_faster_than"] = {
+            other["method"]: other["step_s"]["median"] / record["step_s"]["median"]
+            for other in found
+            if other is not record
+        }
     return found
 
 
 def _slowest(ranks: Sequence[Mapping[str, Any]], part: str, *names: str) -> dict[str, Any]:
     """Seconds of a part of each step on the rank that took longest."""
-    parts = (zip(*(rank[part][name] for name in names), strict=True) for rank in ranks)
-    columns = ([sum(seconds) for seconds in steps] for steps in parts)
-    return spread(slowest(*columns))
+    steps = (zip(*(rank[part][name] for name in names), strict=True) for rank in ranks)
+    return spread(slowest(*(map(sum, each) for each in steps)))
 
 
 def _interface_over_traffic(ranks: Sequence[Mapping[str, Any]]) -> float | None:
-    """What left the interfaces without packet headers, over what `ds_lvx.traffic` counted.
-
-    Of all ranks, the one that is furthest from 1.
-    """
+    """What left the interface without packet headers, over what `ds_lvx.traffic` counted; of the
+    rank that is furthest from 1."""
     ratios = [
         rank["interface"]["sent_payload_bytes"]
         / (rank["traffic"]["bytes_sent"] + rank["traffic"]["control_bytes"])
@@ -164,6 +163,9 @@ def text(results: Results) -> str:
     def faster(peer: str) -> Callable[[Any], str]:
         return lambda r: _ratio(r["times_faster_than"].get(peer))
 
+    def processors(r: Mapping[str, Any]) -> str:
+        return ", ".join(map(_seconds, r["kernels_processor_s"]))
+
     measured = {record["method"] for record in results["records"]}
     cells: Cells = {
         "method": lambda r: (
@@ -175,7 +177,7 @@ def text(results: Results) -> str:
         "kernels alone, s": lambda r: _seconds(r["kernels_s"]["median"]),
         "step / kernels": lambda r: f"{math.ceil(r['step_over_kernels'] * 100) / 100:.2f}",
         "sent a rank, MB": lambda r: f"{r['bytes_sent'] / 1e6:.3f}",
-        **(_BY_RANK if len(_orders(results)) > 1 else {}),
+        **({"kernels a rank, processor s": processors} if len(_orders(results)) > 1 else {}),
         **{f"x {peer}": faster(peer) for peer in PEERS if peer != GATHERED or peer in measured},
     }
     caption = [
@@ -208,11 +210,6 @@ def title(results: Results) -> str:
 
 def _orders(results: Results) -> Sequence[str]:
     return results.get("orders", ORDERS[:1])  # older files have none
-
-
-_BY_RANK: Cells = {
-    "kernels a rank, processor s": lambda r: ", ".join(map(_seconds, r["kernels_processor_s"])),
-}
 
 
 def _ratio(ratio: float | None) -> str:

@@ -57,15 +57,10 @@ class Shape:
                 f"--kv-heads: got {self.kv_heads} for {self.heads} query heads; expected a divisor "
                 f"of {self.heads}"
             )
-        for name, known in (
-            ("dtype", tuple(DTYPES)),
-            ("visibility", VISIBILITIES),
-            ("order", ORDERS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"--{name}: got {getattr(self, name)!r}; expected one of {list(known)}"
-                )
+        for name, known in {"dtype": DTYPES, "visibility": VISIBILITIES, "order": ORDERS}.items():
+            got = getattr(self, name)
+            if got not in known:
+                raise ValueError(f"--{name}: got {got!r}; expected one of {list(known)}")
 
     @property
     def tensor_dtype(self) -> torch.dtype:
@@ -171,15 +166,21 @@ def make_shards(
         for name in ("k_proj", "v_proj"):
             weight = _randn(size, name, device) * shape.features_dim**-0.5
             keys[name] = _leaf(weight.to(shape.tensor_dtype))
-    zigzag = shape.order == "zigzag"
-    rows = _indices(q_lengths, own, device, zigzag=zigzag)
-    columns = _indices(kv_lengths, shards, device, zigzag=zigzag)
+
+    def places(lengths: Sequence[int], shards: Sequence[int]) -> Tensor:
+        """Of the shards' rows, in the whole sequence."""
+        every = torch.arange(sum(lengths))
+        zigzag = shape.order == "zigzag"
+        parts = dealt(sum(lengths), ranks) if zigzag else every.split(list(lengths))
+        return torch.cat([parts[shard] for shard in shards]).to(device)
+
+    rows = places(q_lengths, own)
     return Shards(
         _leaf(draw("q", *queries)),
         draw("dout", *queries),
         keys,
         shape.head_dim,
-        visibility(shape, rows, columns),
+        visibility(shape, rows, places(kv_lengths, shards)),
         visibility(shape, rows, torch.arange(shape.seqlen_kv, device=device)),
     )
 
@@ -191,15 +192,6 @@ def _randn(size: Sequence[int], name: str, device: torch.device) -> Tensor:
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
-
-
-def _indices(
-    lengths: Sequence[int], shards: Sequence[int], device: torch.device, *, zigzag: bool
-) -> Tensor:
-    """Places of the shards' rows in the whole sequence."""
-    total = sum(lengths)
-    parts = dealt(total, len(lengths)) if zigzag else torch.arange(total).split(list(lengths))
-    return torch.cat([parts[shard] for shard in shards]).to(device)
 
 
 def visibility(shape: Shape, rows: Tensor, keys: Tensor) -> Visibility | None:

@@ -7,17 +7,18 @@ peak of a rank's memory over frames.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ds_lvx.compare.case import Case
-from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
+from ds_lvx.compare.document import Cells, Results, columns, markdown, percentiles, times
 from ds_lvx.compare.harness import GATHERED, Ranks, on_ranks
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.peak import PROMPT_FREEING, meter
 from ds_lvx.compare.training import model
-from ds_lvx.compare.training.rank import Growing, Task, weigh_growing
+from ds_lvx.compare.training.rank import Task, Weighing, weigh
+from ds_lvx.plan.memory import Setting
 
 METHODS = (GATHERED, "ulysses", "lvx-gather")
 WEIGHED = (GATHERED, "ulysses")
@@ -61,12 +62,12 @@ def measure(plan: Plan, ranks: Ranks, *, say: Callable[[str], None] = print) -> 
 def _weigh(plan: Plan, ranks: Ranks, *, say: Callable[[str], None]) -> dict[str, Any]:
     """Peak and frames of the rank that needs most, by method."""
     where = replace(ranks, network=None, environment=PROMPT_FREEING)
+    setting = Setting("ulysses", checkpointing=True)
     records = []
     for method in WEIGHED:
-        load = Growing(plan.weighed, method, True, plan.frames)
-        by_rank = on_ranks(weigh_growing, load, where)
-        steps = list(zip(*by_rank, strict=True))
-        peaks = [max(each["peak_bytes"] for each in step) for step in steps]
+        load = Weighing(plan.weighed, setting, (1, *plan.frames), gathered=method == GATHERED)
+        by_rank = on_ranks(weigh, load, where)
+        peaks = [max(step) for step in zip(*(r["peak_bytes"] for r in by_rank), strict=True)]
         records.append({"method": method, "peak_bytes": peaks, "ranks": by_rank})
         say(f"{method}: {', '.join(f'{peak / MIB:,.0f}' for peak in peaks)} MiB")
     return {
@@ -89,7 +90,6 @@ def name(results: Results) -> str:
 
 def text(results: Results) -> str:
     """Tables of steps and of memory, and the plot where a document has it."""
-    steps = [_steps(size, found) for size, found in results["steps"].items()]
     first = next(iter(results["steps"].values()))["plan"]
     network = first["network"]
     over = "" if network is None else f" over an emulated network of {network} a rank"
@@ -97,6 +97,7 @@ def text(results: Results) -> str:
         f"A training step on {first['ranks']} ranks{over}. Median (10th to 90th percentile). "
         f"{results['hardware']['device']}."
     )
+    steps = [_steps(size, found) for size, found in results["steps"].items()]
     picture = f"![Steps by method, and memory over frames](benchmarks/{name(results)}.png)"
     return "\n\n".join([title, *steps, _memory(results["memory"]), picture])
 
@@ -141,22 +142,14 @@ def _memory(found: Mapping[str, Any]) -> str:
     each = found["tokens_of_a_frame"]
     heads = [f"{frames} frames ({frames * each:,} tokens)" for frames in found["frames"]]
     rows = [
-        {"method": record["method"], **dict(zip(heads, record["peak_bytes"], strict=True))}
+        [WHERE[record["method"]], *(f"{peak / MIB:,.0f}" for peak in record["peak_bytes"])]
         for record in found["records"]
     ]
-    cells: Cells = {
-        "embeddings": lambda r: WHERE[r["method"]],
-        **{head: _mib(head) for head in heads},
-    }
     title = (
         f"Peak of a rank's memory in a step above what was there before, MiB; {found['ranks']} "
         f"ranks, {found['case']['cross_layers']} checkpointed layers of {found['case']['hidden']}."
     )
-    return f"{title}\n\n{columns(rows, cells)}"
-
-
-def _mib(column: str) -> Callable[[Any], str]:
-    return lambda record: f"{record[column] / MIB:,.0f}"
+    return f"{title}\n\n{markdown([['embeddings', *heads], *rows])}"
 
 
 def draw(results: Results) -> Any:
@@ -167,22 +160,16 @@ def draw(results: Results) -> Any:
     figure = Figure(figsize=(4.2 * (len(found) + 1), 3.6), layout="constrained")
     *left, right = figure.subplots(1, len(found) + 1)
     for axes, (size, each) in zip(left, found.items(), strict=True):
-        _bars(axes, size, each["records"])
+        names = [WHERE[r["method"]].replace(", ", ",\n") for r in each["records"]]
+        seconds = [r["step_s"]["median"] for r in each["records"]]
+        bars = axes.bar(names, seconds, 0.6, color=["C1", "C0", "C2"][: len(names)])
+        axes.bar_label(bars, fmt="%.3g s", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.margins(y=0.12)
+        axes.set(title=f"{size}: seconds of a step")
     for record in memory["records"]:
         peaks = [peak / MIB for peak in record["peak_bytes"]]
         right.plot(memory["frames"], peaks, "o-", label=WHERE[record["method"]])
     right.set(xlabel="frames", ylabel="MiB at the peak", ylim=(0, None), title="memory of a rank")
     right.legend(fontsize=8)
     return figure
-
-
-def _bars(axes: Any, size: str, records: Sequence[Mapping[str, Any]]) -> None:
-    seconds = [record["step_s"]["median"] for record in records]
-    colours = ["C1", "C0", "C2"][: len(records)]
-    bars = axes.bar([WHERE[r["method"]].replace(", ", ",\n") for r in records], seconds, 0.6)
-    for bar, colour in zip(bars, colours, strict=True):
-        bar.set_color(colour)
-    axes.bar_label(bars, [f"{value:.3g} s" for value in seconds], fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.margins(y=0.12)
-    axes.set(title=f"{size}: seconds of a step")

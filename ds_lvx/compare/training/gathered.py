@@ -114,16 +114,13 @@ class _Gathered(Concatenated):
 def _gathered(batch: ShardedBatch, made: Encoded) -> Encoded:
     """What the towers of all ranks made; a blank unit's counts for nothing."""
     assert batch.among is not None
-    lengths, own = batch.among, batch.among[batch.channel.rank]
-
-    def gather(features: Tensor) -> Tensor:
-        wants_grad = features.requires_grad
-        channel = batch.channel
-        return gather_shards(
-            features[:own], 0, channel=channel, lengths=lengths, wants_grad=wants_grad
-        )
-
-    return Encoded(gather(made.features), [gather(each) for each in made.deep])
+    where: dict[str, Any] = {"channel": batch.channel, "lengths": batch.among}
+    own = batch.among[batch.channel.rank]
+    features, *deep = (
+        gather_shards(each[:own], 0, wants_grad=each.requires_grad, **where)
+        for each in (made.features, *made.deep)
+    )
+    return Encoded(features, deep)
 
 
 def _of_piece(made: Encoded, places: Tensor, length: int, here: slice) -> Deep:

@@ -21,9 +21,9 @@ from ds_lvx.compare.document import Cells, Results, columns, percentiles
 from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
 from ds_lvx.compare.machine import cores
 from ds_lvx.compare.peak import PROMPT_FREEING
-from ds_lvx.compare.training.rank import Load, weigh
+from ds_lvx.compare.training.rank import Weighing, weigh
 from ds_lvx.plan import memory as formulas
-from ds_lvx.plan.memory import CrossAttention, Setting
+from ds_lvx.plan.memory import Setting
 
 GIB = 2**30
 HEAVY_BYTES = 65_536
@@ -66,8 +66,8 @@ class Scales:
         A run for times warms up at full size. One for bytes does not: what malloc has left over
         from a step of the same size would count as there before.
         """
-        warm_up_frames, steps = (frames, self.steps) if timed else (1, 1)
-        load = Load(self.case, setting, frames, warm_up_frames, steps, counts_launches)
+        sizes = (frames,) * (1 + self.steps) if timed else (1, frames)
+        load = Weighing(self.case, setting, sizes, counts_launches=counts_launches)
         threads = max(cores() // self.ranks, 1) if self.on_cuda else self.threads
         device = "cuda" if self.on_cuda else "cpu"
         more: Any = {"timeout_s": _TIMEOUT_S, "environment": PROMPT_FREEING}
@@ -88,8 +88,8 @@ class Scales:
 
     def cost(self, setting: Setting) -> float:
         """Bytes a token by the formula."""
-        predicted = _predict(setting, self.case, ranks=self.ranks, cuda=self.on_cuda)
-        return predicted["peak_bytes_per_token"]
+        found = _predict(setting, self.case, ranks=self.ranks, cuda=self.on_cuda)
+        return found["peak_bytes_per_token"]
 
 
 def settings(chunk_tokens: int) -> dict[str, Setting]:
@@ -97,18 +97,18 @@ def settings(chunk_tokens: int) -> dict[str, Setting]:
     recompute = Setting(recompute_kv=True)
     both = replace(recompute, checkpointing=True)
     chunks = replace(both, kv_chunk_tokens=chunk_tokens)
-    return {
+    found = {
         PLAIN: Setting(),
         "lvx, recompute": recompute,
         "lvx, recompute, checkpointing": both,
         "lvx, recompute, checkpointing, offload": replace(both, features="offload"),
         "lvx, recompute, checkpointing, chunks": chunks,
         "lvx, recompute, checkpointing, chunks, offload": replace(chunks, features="offload"),
-        "ulysses": Setting(method="ulysses"),
-        "ulysses, checkpointing": Setting(method="ulysses", checkpointing=True),
-        "ring": Setting(method="ring"),
-        "ring, checkpointing": Setting(method="ring", checkpointing=True),
     }
+    for method in ("ulysses", "ring"):
+        found[method] = Setting(method)
+        found[f"{method}, checkpointing"] = Setting(method, checkpointing=True)
+    return found
 
 
 def measure(
@@ -188,17 +188,16 @@ def compared(record: Mapping[str, Any], *, ranks: int, cuda: bool) -> dict[str, 
 
 def _predict(setting: Setting, case: Case, *, ranks: int, cuda: bool) -> dict[str, float]:
     """Bytes that a visual token costs by the formulas, here and on an accelerator."""
-    head_dim = case.head_dim or case.hidden // case.heads
-    attention = CrossAttention(case.hidden, case.heads, case.kv_heads, head_dim, case.cross_layers)
     accelerator = formulas.Load(keys=1, ranks=ranks, features_train=case.features != "frozen")
     here = replace(accelerator, host_is_device=not cuda)
-    saved = formulas.kept(attention, setting, here)
-    there = formulas.peak_per_key(attention, setting, accelerator)
+    saved = formulas.kept(case.layers, setting, here)
     return {
-        "kept_bytes_per_token": saved.features + attention.layers * saved.of_keys,
+        "kept_bytes_per_token": saved.features + case.cross_layers * saved.of_keys,
         "kept_by_a_layer_bytes_per_token": saved.of_keys,
-        "peak_bytes_per_token": formulas.peak_per_key(attention, setting, here),
-        "peak_bytes_per_token_on_an_accelerator": there,
+        "peak_bytes_per_token": formulas.peak_per_key(case.layers, setting, here),
+        "peak_bytes_per_token_on_an_accelerator": formulas.peak_per_key(
+            case.layers, setting, accelerator
+        ),
     }
 
 
@@ -217,20 +216,16 @@ def recomputation(scales: Scales, *, checkpointing: bool, rounds: int) -> dict[s
         for name, setting in pair.items():
             found = scales.run(setting, frames=scales.frames, timed=True, counts_launches=True)
             runs[name] += found["ranks"]
-    seconds = {
-        column: {
-            name: spread([s for run in own for s in run[column]]) for name, own in runs.items()
-        }
-        for column in ("step_s", "processor_s")
-    }
+    seconds, costs = {}, {}
+    for column in ("step_s", "processor_s"):
+        both = {n: spread([s for run in own for s in run[column]]) for n, own in runs.items()}
+        seconds[column] = both
+        costs[column] = both["recomputed"]["median"] / both["kept"]["median"] - 1.0
     return {
         "vision_tower": "trained" if case.features == "tower" else "frozen",
         "checkpointing": checkpointing,
         "visual_tokens": scales.frames * case.frame_tokens,
-        "recomputation_costs": {
-            column: both["recomputed"]["median"] / both["kept"]["median"] - 1.0
-            for column, both in seconds.items()
-        },
+        "recomputation_costs": costs,
         **seconds,
         "case": asdict(case),
         "load_average": os.getloadavg(),

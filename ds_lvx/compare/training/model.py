@@ -213,12 +213,11 @@ def disagreements(records: Sequence[Mapping[str, Any]], *, dtype: str) -> list[s
     for one, other in ((records[0], each) for each in records[1:]):
         share = NEGLIGIBLE if one["ranks"] == other["ranks"] else NEGLIGIBLE_ELSEWHERE[dtype]
         norms, others = one["gradient_norms"], other["gradient_norms"]
-        negligible = share * max(norms.values(), default=0.0)
+        least = share * max(norms.values(), default=0.0)
+        tolerance = TOLERANCES[dtype]
         for what, apart in {
-            "losses": _apart(losses(one), losses(other), least=0.0, tolerance=TOLERANCES[dtype]),
-            "norms of gradients": _apart(
-                norms, others, least=negligible, tolerance=TOLERANCES[dtype]
-            ),
+            "losses": _apart(losses(one), losses(other), least=0.0, tolerance=tolerance),
+            "norms of gradients": _apart(norms, others, least=least, tolerance=tolerance),
         }.items():
             if apart:
                 lines.append(f"{one['method']} and {other['method']} disagree on {what}: {apart}")
@@ -229,15 +228,13 @@ def _apart(
     values: Mapping[str, float], others: Mapping[str, float], *, least: float, tolerance: float
 ) -> str:
     """How many differ, and where most; empty where none does. NaN differs, and what is missing."""
-    found = []
-    for name, a in values.items():
-        b = others.get(name, float("nan"))
-        error = abs(a - b) / max(abs(a), least, 1e-30)
-        if not error <= tolerance:
-            found.append((error, name, a, b))
+    pairs = {name: (a, others.get(name, float("nan"))) for name, a in values.items()}
+    errors = {name: abs(a - b) / max(abs(a), least, 1e-30) for name, (a, b) in pairs.items()}
+    found = [name for name, error in errors.items() if not error <= tolerance]
     if not found:
         return ""
-    _, name, a, b = max(found, key=lambda item: item[0])
+    name = max(found, key=lambda name: errors[name])
+    a, b = pairs[name]
     return (
         f"{len(found)} of {len(values)}, most on that of {name}: {a:.6g} and {b:.6g} (expected a "
         f"difference of at most {tolerance:.2g} of it)"

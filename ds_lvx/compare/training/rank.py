@@ -58,7 +58,7 @@ class Task:
 
     def ds_config(self, *, ranks: int) -> dict[str, Any]:
         """For ``ranks`` ranks that share the sample."""
-        name, schedule = METHODS[_runs_as(self.method)]
+        name, schedule = METHODS["ulysses" if self.method == GATHERED else self.method]
         return ds_config(
             Setting(name, self.recompute and name == "lvx", self.checkpointing),
             self.case,
@@ -70,14 +70,9 @@ class Task:
         )
 
 
-def _runs_as(method: str) -> str:
-    """The method that attention runs by."""
-    return "ulysses" if method == GATHERED else method
-
-
-def _peer(method: str, case: Case) -> AbstractContextManager[None]:
-    """In which models are sharded as the method has it."""
-    return gathered.instead_of(case.family) if method == GATHERED else nullcontext()
+def _peer(gathers: bool, case: Case) -> AbstractContextManager[None]:
+    """In which embeddings are gathered on every rank, where a method does so."""
+    return gathered.instead_of(case.family) if gathers else nullcontext()
 
 
 @contextmanager
@@ -118,7 +113,7 @@ def finetune(task: Task) -> dict[str, Any]:
     config = task.ds_config(ranks=int(os.environ["WORLD_SIZE"]))
     with (
         nullcontext() if task.overlap else without_overlap(),
-        _peer(task.method, task.case),
+        _peer(task.method == GATHERED, task.case),
         _training(task.build(), torch.optim.AdamW, config) as engine,
     ):
         return _finetuned(engine, task)
@@ -192,18 +187,17 @@ def gradient_norms(engine: Any) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Load:
-    """Steps whose memory counts."""
+class Weighing:
+    """Steps whose memory counts, but for that of the first."""
 
     case: Case  # what is trained, in bf16 at ZeRO stage 2
     setting: Setting
-    frames: int  # visual input of a rank
-    warm_up_frames: int  # visual input of a rank in the step before the measured ones
-    steps: int  # measured ones
+    frames: tuple[int, ...]  # visual input of a rank, by step
+    gathered: bool = False  # visual embeddings are gathered on every rank
     counts_launches: bool = False  # in one more step, on CUDA
 
 
-def weigh(load: Load) -> dict[str, Any]:
+def weigh(load: Weighing) -> dict[str, Any]:
     """Train some steps; bytes and seconds of each.
 
     ``kept_bytes`` (after forward) and ``peak_bytes`` are above what was there before the step,
@@ -214,17 +208,17 @@ def weigh(load: Load) -> dict[str, Any]:
     config = ds_config(load.setting, load.case, ranks=int(os.environ["WORLD_SIZE"]))
     with own_device():  # where weights are drawn in a moment
         model = build_model(load.case)
-    with _training(model, torch.optim.SGD, config) as engine:
+    peer = _peer(load.gathered, load.case)
+    with peer, _training(model, torch.optim.SGD, config) as engine:
         del model
-        _weighed(engine, load.case, load.warm_up_frames)
-        columns = _columns([_weighed(engine, load.case, load.frames) for _ in range(load.steps)])
+        _, *steps = (_weighed(engine, load.case, frames) for frames in load.frames)
         launches = None
         if load.counts_launches and get_accelerator().device_name() == "cuda":
             with profile(activities=[ProfilerActivity.CUDA]) as found:
-                _weighed(engine, load.case, load.frames)
+                _weighed(engine, load.case, load.frames[-1])
             events = found.events() or ()
             launches = sum(event.device_type == DeviceType.CUDA for event in events)
-    return {**columns, "before_bytes": columns["before_bytes"][0], "launches": launches}
+    return {**_columns(steps), "before_bytes": steps[0]["before_bytes"], "launches": launches}
 
 
 def _weighed(engine: Any, case: Case, frames: int) -> dict[str, float]:
@@ -252,27 +246,3 @@ def _weighed(engine: Any, case: Case, frames: int) -> dict[str, float]:
         "processor_s": time.process_time() - worked,
         "loss": out.loss.item(),
     }
-
-
-@dataclass(frozen=True)
-class Growing:
-    """Steps of one engine whose memory counts, each of more frames."""
-
-    case: Case  # what is trained, in bf16 at ZeRO stage 2
-    method: str  # one of `METHODS`
-    checkpointing: bool  # of the layers
-    frames: tuple[int, ...]  # visual input of a rank, by step
-
-
-def weigh_growing(load: Growing) -> list[dict[str, float]]:
-    """Train a step of each size, after a small one that does not count; see `weigh`."""
-    name, schedule = METHODS[_runs_as(load.method)]
-    setting = Setting(name, checkpointing=load.checkpointing)
-    ranks = int(os.environ["WORLD_SIZE"])
-    config = ds_config(setting, load.case, ranks=ranks, schedule=schedule)
-    with own_device():
-        model = build_model(load.case)
-    with _peer(load.method, load.case), _training(model, torch.optim.SGD, config) as engine:
-        del model
-        _weighed(engine, load.case, 1)
-        return [_weighed(engine, load.case, frames) for frames in load.frames]

@@ -7,7 +7,7 @@ tokens and work are even. No visual embedding is sent, only what attention sends
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,19 +17,17 @@ from ds_lvx.models.batch import ShardedBatch, Text
 from ds_lvx.models.concatenated.batch import Arrange, Sequences, Unit, Units
 from ds_lvx.models.concatenated.deal import owners
 from ds_lvx.models.concatenated.forward import Embed, Encoded
-from ds_lvx.models.concatenated.sized import Sized
-from ds_lvx.models.contract import Family
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.media import Held, Medium, Shown
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
-from ds_lvx.models.size import Size
+from ds_lvx.models.sized import Made
 from ds_lvx.models.visual import Visual
 
 SLIDING = "sliding_attention"
 
 
-class Concatenated(Family):
+class Concatenated(Made):
     """Base of these families; a family says what its units are and how its tower runs.
 
     Attributes:
@@ -37,7 +35,6 @@ class Concatenated(Family):
         sources: entries of a batch that have pixels.
         takes: the model's arguments of units that `arrange` makes; the first has their pixels.
         embed: puts embeddings together.
-        sized: the module that builds models with random weights.
     """
 
     features_key = ""
@@ -48,7 +45,6 @@ class Concatenated(Family):
     sources: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     embed: type[Embed] = Embed
-    sized: Sized
 
     @abstractmethod
     def units(self, batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
@@ -210,26 +206,7 @@ class Concatenated(Family):
         made: dict[str, Tensor] = processor.media(samples, dtype=dtype)
         return made
 
-    def tiny(self) -> tuple[Any, Any]:
-        return self.sized.tiny()
-
     # ---- models
-
-    def config(self, size: Size) -> Any:
-        return self.sized.config_of(size)
-
-    def size(self, config: Any = None) -> Size:
-        return self.sized.size_of(config)
-
-    def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
-        return self.sized.build(config, dtype=dtype)
-
-    def random_frames(
-        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
-    ) -> dict[str, Tensor]:
-        return self.sized.random_frames(
-            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
-        )
 
     def regions(self) -> Mapping[str, str]:
         return {

@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_lvx.models.size import Size
-
-
-class Sized(Protocol):
-    """A family's module ``sized``: see `ds_lvx.models.contract.Family` for what each part does."""
-
-    def config_of(self, size: Size) -> Any: ...
-
-    def size_of(self, config: Any) -> Size: ...
-
-    def build(self, config: Any, *, dtype: torch.dtype) -> Any: ...
-
-    def tiny(self) -> tuple[Any, Any]: ...
-
-    def random_frames(
-        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
-    ) -> dict[str, Tensor]: ...
 
 
 def text_settings(size: Size) -> dict[str, Any]:

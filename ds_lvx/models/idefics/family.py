@@ -17,7 +17,6 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverAttention
 from transformers.models.idefics.vision import IdeficsVisionAttention
 
 from ds_lvx.models.batch import Text
-from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.idefics import batch as batches
@@ -26,16 +25,17 @@ from ds_lvx.models.idefics import processor as processors
 from ds_lvx.models.idefics.attention import Attention
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
-from ds_lvx.models.size import Size
+from ds_lvx.models.sized import Sized
 from ds_lvx.models.visual import Visual
 
 _LOCAL = (IdeficsVisionAttention, IdeficsPerceiverAttention)
 
 
-class Idefics(Family):
+class Idefics(Sized):
     """See `ds_lvx.models.contract.Family` for what each part does."""
 
     keys = batches.KEYS
+    sized = sized
     features_key = forward.FEATURES
     zigzag = True
     splits_prompt = True
@@ -132,12 +132,6 @@ class Idefics(Family):
     def frame_tokens(self, config: Any) -> int:
         return batches.image_tokens(config)
 
-    def config(self, size: Size) -> IdeficsConfig:
-        return sized.config_of(size)
-
-    def size(self, config: Any = None) -> Size:
-        return sized.size_of(config)
-
     def build(
         self, config: IdeficsConfig, *, gate: float, dtype: torch.dtype
     ) -> IdeficsForVisionText2Text:
@@ -146,13 +140,6 @@ class Idefics(Family):
     def tiny(self) -> tuple[IdeficsConfig, processors.Processor]:
         processor = tiny.tiny_processor()
         return tiny.tiny_config(processor), processor
-
-    def random_frames(
-        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
-    ) -> dict[str, Tensor]:
-        return sized.random_frames(
-            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
-        )
 
     def regions(self) -> Mapping[str, str]:
         return {

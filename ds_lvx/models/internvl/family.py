@@ -16,7 +16,6 @@ from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Arrange, Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
-from ds_lvx.models.concatenated.sized import Sized
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.internvl import batch as batches
 from ds_lvx.models.internvl import dimensions, sized
@@ -40,7 +39,7 @@ class InternVL(Concatenated):
     within = InternVLVisionAttention
     sources = (PIXELS,)
     takes = (PIXELS,)
-    sized: Sized = sized
+    sized = sized
 
     # ---- patching
 

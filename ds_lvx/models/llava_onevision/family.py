@@ -16,7 +16,6 @@ from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Arrange, Unit, Units
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
-from ds_lvx.models.concatenated.sized import Sized
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.llava_onevision import batch as batches
 from ds_lvx.models.llava_onevision import dimensions, sized
@@ -42,7 +41,7 @@ class LlavaOnevision(Concatenated):
     within = SiglipAttention
     sources = (PIXELS, batches.VIDEO_PIXELS)
     takes = (PIXELS, batches.SIZES)
-    sized: Sized = sized
+    sized = sized
 
     # ---- patching
 

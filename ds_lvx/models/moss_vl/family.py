@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.models.batch import ShardedBatch, Text
-from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.inputs import generating, plain_inputs
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
@@ -24,16 +23,17 @@ from ds_lvx.models.moss_vl import checkpoint, dimensions, forward, sized
 from ds_lvx.models.moss_vl.attention import Attention, mask_of
 from ds_lvx.models.moss_vl.processor import Processor, media_text
 from ds_lvx.models.patch import PatchedAttention
-from ds_lvx.models.size import Size
+from ds_lvx.models.sized import Sized
 from ds_lvx.models.visual import Visual
 
 _MODEL = "MossVLForConditionalGeneration"
 
 
-class MossVL(Family):
+class MossVL(Sized):
     """See `ds_lvx.models.contract.Family` for what each part does."""
 
     keys = batches.KEYS
+    sized = sized
     features_key = forward.STATES
     zigzag = True
     splits_prompt = True
@@ -141,19 +141,6 @@ class MossVL(Family):
         if side is not None:
             return sized.tokens_of(side, config.vision_config)
         return dimensions.dimensions(config.to_dict(), "", "").frame_tokens
-
-    def config(self, size: Size) -> Any:
-        return sized.config_of(size)
-
-    def size(self, config: Any = None) -> Size:
-        return sized.size_of(config)
-
-    def random_frames(
-        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
-    ) -> dict[str, Tensor]:
-        return sized.random_frames(
-            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
-        )
 
     def regions(self) -> Mapping[str, str]:
         return {

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.models import remote
 from ds_lvx.models.batch import Text
-from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.draft import Draft
 from ds_lvx.models.inputs import generating, plain_inputs
@@ -28,7 +27,7 @@ from ds_lvx.models.mplugowl3 import dimensions, forward, sized
 from ds_lvx.models.mplugowl3 import processor as processors
 from ds_lvx.models.mplugowl3.attention import Attention, is_gated
 from ds_lvx.models.patch import PatchedAttention
-from ds_lvx.models.size import Size
+from ds_lvx.models.sized import Sized
 from ds_lvx.models.visual import Visual
 
 _MODEL = "mPLUGOwl3Model"
@@ -40,10 +39,11 @@ _ADVICE = (
 )
 
 
-class MPlugOwl3(Family):
+class MPlugOwl3(Sized):
     """See `ds_lvx.models.contract.Family` for what each part does."""
 
     keys = batches.KEYS
+    sized = sized
     features_key = forward.FEATURES
     skips_vision = False  # so that what makes K and V of images always has a gradient
     zigzag = True
@@ -178,19 +178,6 @@ class MPlugOwl3(Family):
 
     def load_processor(self, name: str) -> processors.Processor:
         return processors.Processor.of(name)
-
-    def config(self, size: Size) -> Any:
-        return sized.config_of(size)
-
-    def size(self, config: Any = None) -> Size:
-        return sized.size_of(config)
-
-    def random_frames(
-        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
-    ) -> dict[str, Tensor]:
-        return sized.random_frames(
-            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
-        )
 
     def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
         return dimensions.dimensions(config, name, source)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.models.batch import ShardedBatch, Text
-from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Layer, LayerPlan
@@ -26,7 +25,7 @@ from ds_lvx.models.openflamingo import processor as processors
 from ds_lvx.models.openflamingo.attention import Attention
 from ds_lvx.models.openflamingo.model import Flamingo, FlamingoConfig
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
-from ds_lvx.models.size import Size
+from ds_lvx.models.sized import Sized
 from ds_lvx.models.visual import Visual
 
 _MODEL = "Flamingo"
@@ -35,10 +34,11 @@ _SELF_ATTENTION: Mapping[str, str] = {"llama": "self_attn", "gpt_neox": "attenti
 """Of a layer of the language models that can be sharded, by their ``model_type``."""
 
 
-class OpenFlamingo(Family):
+class OpenFlamingo(Sized):
     """See `ds_lvx.models.contract.Family` for what each part does."""
 
     keys = batches.KEYS
+    sized = sized
     features_key = forward.FEATURES
     skips_vision = False  # gated layers run their MLP for every token
     zigzag = True
@@ -177,24 +177,11 @@ class OpenFlamingo(Family):
     def frame_tokens(self, config: Any) -> int:
         return int(config.latents)
 
-    def config(self, size: Size) -> FlamingoConfig:
-        return sized.config_of(size)
-
-    def size(self, config: Any = None) -> Size:
-        return sized.size_of(config)
-
     def build(self, config: FlamingoConfig, *, gate: float, dtype: torch.dtype) -> Flamingo:
         return sized.build(config, gate=gate, dtype=dtype)
 
     def tiny(self) -> tuple[FlamingoConfig, processors.Processor]:
         return sized.tiny()
-
-    def random_frames(
-        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
-    ) -> dict[str, Tensor]:
-        return sized.random_frames(
-            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
-        )
 
     def regions(self) -> Mapping[str, str]:
         return {

@@ -17,7 +17,6 @@ from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Arrange, Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
-from ds_lvx.models.concatenated.sized import Sized
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.qwen2_5_vl import batch as batches
 from ds_lvx.models.qwen2_5_vl import dimensions, sized, tower
@@ -41,7 +40,7 @@ class Qwen25VL(Concatenated):
     within: type[nn.Module] = Qwen2_5_VLVisionAttention
     sources = (PIXELS, batches.VIDEO_PIXELS)
     takes = tower.names("position_ids", "cu_seqlens", "window_index", "cu_window_seqlens")
-    sized: Sized = sized
+    sized = sized
 
     # ---- patching
 

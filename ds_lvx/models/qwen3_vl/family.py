@@ -22,7 +22,6 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 from ds_lvx.models.batch import ShardedBatch, Text
 from ds_lvx.models.concatenated.batch import Unit
 from ds_lvx.models.concatenated.forward import Deep, Encoded
-from ds_lvx.models.concatenated.sized import Sized
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.qwen2_5_vl import batch as qwen
@@ -43,7 +42,7 @@ class Qwen3VL(Qwen25VL):
     of_text = Qwen3VLTextAttention
     within = Qwen3VLVisionAttention
     takes = tower.names("position_ids", "cu_seqlens", "interp_indices", "interp_weights")
-    sized: Sized = sized
+    sized = sized
 
     # ---- patching
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ds_lvx.models import remote
 from ds_lvx.models.batch import Text
-from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.inputs import generating, plain_inputs
 from ds_lvx.models.layers import Layer, LayerPlan
@@ -24,7 +23,7 @@ from ds_lvx.models.qwen_vl import batch as batches
 from ds_lvx.models.qwen_vl import dimensions, forward, sized
 from ds_lvx.models.qwen_vl import processor as processors
 from ds_lvx.models.qwen_vl.attention import Attention
-from ds_lvx.models.size import Size
+from ds_lvx.models.sized import Sized
 from ds_lvx.models.visual import PIXELS, Visual
 
 _MODEL = "QWenLMHeadModel"
@@ -33,10 +32,11 @@ _PARTS = ("visual.attn_pool", "visual.transformer.resblocks", "h", "wte", "ln_f"
 """Of its ``transformer``; Qwen's models of text alone have no ``visual``."""
 
 
-class QwenVL(Family):
+class QwenVL(Sized):
     """See `ds_lvx.models.contract.Family` for what each part does."""
 
     keys = batches.KEYS
+    sized = sized
     features_key = ""
     zigzag = True
     patterns: Mapping[str, str] = {"local": "*visual*", "self": "*.h.*.attn"}
@@ -116,19 +116,6 @@ class QwenVL(Family):
 
     def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
         return dimensions.dimensions(config, name, source)
-
-    def config(self, size: Size) -> Any:
-        return sized.config_of(size)
-
-    def size(self, config: Any = None) -> Size:
-        return sized.size_of(config)
-
-    def random_frames(
-        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
-    ) -> dict[str, Tensor]:
-        return sized.random_frames(
-            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
-        )
 
     def regions(self) -> Mapping[str, str]:
         return {

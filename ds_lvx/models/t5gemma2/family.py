@@ -19,11 +19,10 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
 )
 
 from ds_lvx.models.batch import ShardedBatch, Text
-from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
-from ds_lvx.models.size import Size
+from ds_lvx.models.sized import Sized
 from ds_lvx.models.t5gemma2 import batch as batches
 from ds_lvx.models.t5gemma2 import dimensions, forward, sized
 from ds_lvx.models.t5gemma2 import processor as processors
@@ -31,10 +30,11 @@ from ds_lvx.models.t5gemma2.attention import EncoderAttention, MergedAttention
 from ds_lvx.models.visual import Visual
 
 
-class T5Gemma2(Family):
+class T5Gemma2(Sized):
     """See `ds_lvx.models.contract.Family` for what each part does."""
 
     keys = batches.KEYS
+    sized = sized
     features_key = forward.FEATURES
     zigzag = True
     patterns: Mapping[str, str] = {
@@ -147,23 +147,10 @@ class T5Gemma2(Family):
     def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
         return dimensions.dimensions(config, name, source)
 
-    def config(self, size: Size) -> T5Gemma2Config:
-        return sized.config_of(size)
-
-    def size(self, config: Any = None) -> Size:
-        return sized.size_of(config)
-
     def build(
         self, config: T5Gemma2Config, *, gate: float, dtype: torch.dtype
     ) -> T5Gemma2ForConditionalGeneration:
         return sized.build(config, gate=gate, dtype=dtype)
-
-    def random_frames(
-        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
-    ) -> dict[str, Tensor]:
-        return sized.random_frames(
-            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
-        )
 
     def regions(self) -> Mapping[str, str]:
         return {

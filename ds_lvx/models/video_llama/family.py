@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from ds_lvx.models.adapters.family import is_causal, layer_of
 from ds_lvx.models.batch import ShardedBatch, Text
-from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
-from ds_lvx.models.size import Size
+from ds_lvx.models.sized import Made
 from ds_lvx.models.video_llama import batch as batches
 from ds_lvx.models.video_llama import dimensions, forward, sized
 from ds_lvx.models.video_llama import processor as processors
@@ -44,10 +43,11 @@ _BERT = ("query", "key", "value", "num_attention_heads", "attention_head_size")
 _CROSS = ".crossattention.self"
 
 
-class VideoLlama(Family):
+class VideoLlama(Made):
     """See `ds_lvx.models.contract.Family` for what each part does."""
 
     keys = batches.KEYS
+    sized = sized
     features_key = ""
     zigzag = True
     patterns: Mapping[str, str] = {"local": "Qformer*", "self": "llama_model*.self_attn"}
@@ -155,25 +155,6 @@ class VideoLlama(Family):
 
     def frame_tokens(self, config: Any) -> int:
         return int(config.queries)
-
-    def config(self, size: Size) -> VideoLlamaConfig:
-        return sized.config_of(size)
-
-    def size(self, config: Any = None) -> Size:
-        return sized.size_of(config)
-
-    def build(self, config: VideoLlamaConfig, *, gate: float, dtype: torch.dtype) -> Any:
-        return sized.build(config, dtype=dtype)
-
-    def tiny(self) -> tuple[VideoLlamaConfig, processors.Processor]:
-        return sized.tiny()
-
-    def random_frames(
-        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
-    ) -> dict[str, Tensor]:
-        return sized.random_frames(
-            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
-        )
 
     def regions(self) -> Mapping[str, str]:
         return {

@@ -1,0 +1,67 @@
+"""Families whose models with random weights come from a module of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ds_lvx.models.contract import Family
+from ds_lvx.models.size import Size
+
+
+class Sizes(Protocol):
+    """The module: see `ds_lvx.models.contract.Family` for what each part does."""
+
+    def config_of(self, size: Size) -> Any: ...
+
+    def size_of(self, config: Any) -> Size: ...
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]: ...
+
+
+class Sized(Family):
+    """One that can be cut to a size.
+
+    Attributes:
+        sized: the module.
+    """
+
+    sized: Sizes
+
+    def config(self, size: Size) -> Any:
+        return self.sized.config_of(size)
+
+    def size(self, config: Any = None) -> Size:
+        return self.sized.size_of(config)
+
+    def random_frames(
+        self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
+    ) -> dict[str, Tensor]:
+        return self.sized.random_frames(
+            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
+        )
+
+
+class Makes(Sizes, Protocol):
+    """The module of models without gates whose code is at hand."""
+
+    def build(self, config: Any, *, dtype: torch.dtype) -> Any: ...
+
+    def tiny(self) -> tuple[Any, Any]: ...
+
+
+class Made(Sized):
+    """One whose models are made as well, and have no gates."""
+
+    sized: Makes
+
+    def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
+        return self.sized.build(config, dtype=dtype)
+
+    def tiny(self) -> tuple[Any, Any]:
+        return self.sized.tiny()
