@@ -84,6 +84,7 @@ class Model:
         recomputes: cross-attention layers can project K and V again.
         among: visual tokens stand among the text's. All layers of the text are ``cross`` then, and
             ``text`` has none: they attend to both, each token to those before it.
+        gathered: they are few, and in generation every rank has those of all.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Model:
     embeddings: int = 2
     recomputes: bool = True
     among: bool = False
+    gathered: bool = False
 
     @property
     def parameters(self) -> int:

@@ -12,9 +12,10 @@ from ds_lvx.plan.cluster import Cluster, Device
 from ds_lvx.plan.cost import cost
 from ds_lvx.plan.memory import LAYER_BYTES, tower_bytes
 from ds_lvx.plan.pieces import FP32_BYTES
+from ds_lvx.plan.prompts import among_parts, encoder_parts, prompt_bytes, rows_of_ranks
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.step import products_s, vision_s
-from ds_lvx.plan.transfers import Pass
+from ds_lvx.plan.transfers import Pass, Ranks
 
 _WAY = "lvx replicated"
 _WITNESS_BYTES = 16  # in a token's first message: which one it is, and the token
@@ -31,8 +32,9 @@ class Held:
 
     Attributes:
         weights: of the whole model.
-        keys: K and V of its visual tokens, in all cross-attention layers.
-        text: K and V of prompt and answer.
+        keys: K and V of its visual tokens, in all cross-attention layers; of its part of the
+            prompt, where visual tokens stand among the text or an encoder has both.
+        text: K and V that every rank has: of prompt and answer, or there of the answer.
         prompt: the most that the prompt's forward has beside the weights: in the vision tower, or
             where the last cross-attention layer makes its keys.
     """
@@ -103,7 +105,6 @@ def generations(
 
     Raises:
         ValueError: ``group`` does not divide the GPUs, or ``new_tokens`` is below 1.
-        NotImplementedError: a model whose visual keys are not sharded in generation.
     """
     if new_tokens < 1:
         raise ValueError(f"generate: got {new_tokens} new tokens; expected at least 1")
@@ -123,32 +124,32 @@ def best(found: Sequence[Generation]) -> Generation | None:
 
 
 def generation(scenario: Scenario, cluster: Cluster, *, ranks: int, new_tokens: int) -> Generation:
-    """Predict one group.
-
-    Raises:
-        NotImplementedError: a model whose visual keys are not sharded in generation.
-    """
-    if scenario.model.among or scenario.model.rows is not None:
-        raise NotImplementedError(
-            f"generate: got {scenario.model.name}, whose visual tokens stand among the text's or "
-            "have an encoder of their own; expected a model with cross-attention to visual "
-            "features, whose keys ds_lvx.generate shards"
-        )
-    layers, device = scenario.model.cross.count, cluster.device
+    """Predict one group."""
+    layers, device = _with_text(scenario).model.cross.count, cluster.device
     if device.cross_layer_s is not None:  # what a call takes is in it
         cluster = replace(cluster, device=replace(device, call_s=0.0))
-    of_token = _cross(scenario, cluster, ranks=ranks, queries=1)
-    of_prompt = _cross(scenario, cluster, ranks=ranks, queries=scenario.text_tokens)
     memory = held(scenario, ranks=ranks, new_tokens=new_tokens)
+    prompt = _prompt(scenario, cluster, ranks=ranks)
+    scenario = _with_text(scenario)
+    of_token = _cross(scenario, cluster, ranks=ranks, queries=1)
     return Generation(
         ranks=ranks,
         token=_token(scenario, cluster, of_token, new_tokens),
-        prompt=_prompt(scenario, cluster, of_prompt, ranks=ranks),
+        prompt=prompt,
         new_tokens=new_tokens,
-        bytes_sent=layers * of_token.bytes_sent + (ranks - 1) * _WITNESS_BYTES,
+        bytes_sent=layers * of_token.bytes_sent + (ranks - 1) * _WITNESS_BYTES if layers else 0,
         held=memory,
         fits=memory.peak <= cluster.device.limit_bytes,
     )
+
+
+def _with_text(scenario: Scenario) -> Scenario:
+    """The same; where visual tokens are gathered, they are text, which every rank has."""
+    model = scenario.model
+    if not model.gathered:
+        return scenario
+    whole = replace(model, text=model.cross, cross=replace(model.cross, count=0), among=False)
+    return replace(scenario, model=whole, text_tokens=scenario.sequence)
 
 
 # --------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def generation(scenario: Scenario, cluster: Cluster, *, ranks: int, new_tokens: 
 
 
 def _cross(scenario: Scenario, cluster: Cluster, *, ranks: int, queries: int) -> Pass:
-    """One cross-attention layer on so many queries, the same on every rank; one projects nothing,
+    """One layer of sharded keys on so many queries, the same on every rank; one projects nothing,
     because K and V are there."""
     shape = replace(
         scenario.cross_shape(ranks, _WAY),
@@ -164,18 +165,24 @@ def _cross(scenario: Scenario, cluster: Cluster, *, ranks: int, queries: int) ->
         recompute=False,
         backward=False,
     )
+    if _keeps_prompt(scenario):
+        shape = replace(shape, kv_lengths=tuple(rows_of_ranks(scenario, ranks)))
     if queries == 1:
         shape = replace(shape, features_dim=0)
     return cost(shape, cluster, _WAY).forward
 
 
+def _keeps_prompt(scenario: Scenario) -> bool:
+    """Whether a rank keeps K and V of its part of the prompt: of text, or of an encoder's rows."""
+    return scenario.model.among or scenario.model.rows is not None
+
+
 def _token(scenario: Scenario, cluster: Cluster, layer: Pass, new_tokens: int) -> dict[str, float]:
     device, count = cluster.device, scenario.model.cross.count
     rate = device.weights_bytes_per_s or device.stream_bytes_per_s
-    # Half of the answer is there, on average.
-    text = scenario.text_tokens + new_tokens // 2
     read = scenario.element_bytes * sum(_decoder_parameters(scenario))
-    read += text * _text_token_bytes(scenario)
+    # Half of the answer is there, on average.
+    read += _text_bytes(scenario, new_tokens // 2)
     other_s = layer.other_s if device.cross_layer_s is None else 0.0  # the host's, where measured
     parts = {
         "weights and text": read / rate,
@@ -185,22 +192,45 @@ def _token(scenario: Scenario, cluster: Cluster, layer: Pass, new_tokens: int) -
     return {**parts, "host": _host_s(scenario, cluster, hiding_s=sum(parts.values()))}
 
 
-def _prompt(scenario: Scenario, cluster: Cluster, layer: Pass, *, ranks: int) -> dict[str, float]:
-    device, count, tokens = cluster.device, scenario.model.cross.count, scenario.text_tokens
-    of_layers, of_head = _decoder_parameters(scenario)
-    text = products_s(device, of_layers, tokens) + products_s(device, of_head, 1)
-    attention = cost(replace(scenario.text_shape(1), backward=False), cluster, "none").forward
-    text += scenario.model.text.count * attention.seconds
-    parts = {
+def _prompt(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[str, float]:
+    device = cluster.device
+    vision = {
         "vision": vision_s(scenario, device, ranks, backward=False)
-        + _written_s(device, _features_bytes(scenario, ranks), copies=2),
+        + _written_s(device, _features_bytes(scenario, ranks), copies=2)
+    }
+    if scenario.model.gathered:
+        features = Ranks(cluster, ranks).gather(_features_bytes(scenario, ranks))
+        gathered_s = features.busy_s + features.latency_s if ranks > 1 else 0.0
+        parts = {"text": _text_s(_with_text(scenario), device, cluster), "network": gathered_s}
+    elif scenario.model.among:
+        parts = among_parts(scenario, cluster, ranks=ranks)
+    elif scenario.model.rows is not None:
+        parts = encoder_parts(scenario, cluster, ranks=ranks)
+    else:
+        parts = _cross_parts(scenario, cluster, ranks=ranks)
+    parts = {**vision, **parts}
+    hiding_s = sum(parts.values())
+    host_s = device.begin_s + _host_s(_with_text(scenario), cluster, hiding_s=hiding_s)
+    return {**parts, "host": host_s}
+
+
+def _cross_parts(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[str, float]:
+    device, count = cluster.device, scenario.model.cross.count
+    layer = _cross(scenario, cluster, ranks=ranks, queries=scenario.text_tokens)
+    return {
         "projection of K and V": count * (layer.projection_s + _keys_s(scenario, device, ranks)),
         "visual keys": count * (layer.kernel_s + layer.other_s),
         "network": count * layer.exposed_s,
-        "text": text,
+        "text": _text_s(scenario, device, cluster),
     }
-    host_s = device.begin_s + _host_s(scenario, cluster, hiding_s=sum(parts.values()))
-    return {**parts, "host": host_s}
+
+
+def _text_s(scenario: Scenario, device: Device, cluster: Cluster) -> float:
+    """The prompt's text, which every rank runs whole."""
+    of_layers, of_head = _decoder_parameters(scenario)
+    products = products_s(device, of_layers, scenario.text_tokens) + products_s(device, of_head, 1)
+    attention = cost(replace(scenario.text_shape(1), backward=False), cluster, "none").forward
+    return products + scenario.model.text.count * attention.seconds
 
 
 def _written_s(device: Device, nbytes: float, *, copies: int = 1) -> float:
@@ -241,6 +271,8 @@ def _decoder_parameters(scenario: Scenario) -> tuple[int, int]:
     """Weights that each token goes through: of layers, and of the head."""
     text, cross = scenario.model.text, scenario.model.cross
     layers = text.parameters + cross.count * cross.query_parameters
+    if _keeps_prompt(scenario):  # these layers have keys of the answer's own tokens, too
+        layers += cross.count * cross.key_parameters
     return layers, scenario.model.vocabulary * text.hidden
 
 
@@ -252,24 +284,32 @@ def held(scenario: Scenario, *, ranks: int, new_tokens: int) -> Held:
     """Predict the memory of the rank that holds most."""
     model, e = scenario.model, scenario.element_bytes
     frames = scenario.frames_of_a_rank(ranks)
-    tokens = frames * model.frame_tokens
-    width = model.cross.kv_heads * model.cross.head_dim
-    layer = 2 * e * tokens * width
-    features = _features_bytes(scenario, ranks)
-    norm = tokens * width * (e + _NORM_TENSORS * FP32_BYTES)
     vision, _ = tower_bytes(replace(scenario, trains="cross"), frames * model.tower_tokens)
-    text = (scenario.text_tokens + new_tokens) * _text_token_bytes(scenario)
-    others = (model.cross.count - 1) * layer + text
-    others += LAYER_BYTES * scenario.text_tokens * model.text.hidden
+    features = _features_bytes(scenario, ranks)
+    scenario = _with_text(scenario)
+    cross, text = scenario.model.cross, _text_bytes(scenario, new_tokens)
+    width = cross.kv_heads * cross.head_dim
+    tokens = frames * model.frame_tokens
+    if _keeps_prompt(scenario):
+        tokens = max(rows_of_ranks(scenario, ranks))
+    layer = 2 * e * tokens * width if cross.count else 0
+    if _keeps_prompt(scenario):
+        layers = prompt_bytes(scenario, ranks=ranks, keys=cross.count * layer)
+    else:
+        norm = tokens * width * (e + _NORM_TENSORS * FP32_BYTES) if cross.count else 0
+        layers = max(cross.count - 1, 0) * layer + max(norm, layer) + text
+        layers += LAYER_BYTES * scenario.text_tokens * scenario.model.text.hidden
     return Held(
         weights=e * model.parameters,
-        keys=model.cross.count * layer,
+        keys=cross.count * layer,
         text=text,
-        prompt=max(vision, features + others + max(norm, layer)),
+        prompt=max(vision, features + layers),
     )
 
 
-def _text_token_bytes(scenario: Scenario) -> int:
-    """K and V of a token of the text, in all of its layers."""
-    text = scenario.model.text
-    return 2 * scenario.element_bytes * text.count * text.kv_heads * text.head_dim
+def _text_bytes(scenario: Scenario, new_tokens: int) -> int:
+    """K and V that every rank has: of the text and so many new tokens, or of these alone."""
+    model = scenario.model
+    layers = model.cross if _keeps_prompt(scenario) else model.text
+    tokens = new_tokens + (0 if _keeps_prompt(scenario) else scenario.text_tokens)
+    return tokens * 2 * scenario.element_bytes * layers.count * layers.kv_heads * layers.head_dim

@@ -72,6 +72,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         embeddings=1 if config["text_config"].get("model_type") == "opt" else 2,
         recomputes=False,
         among=True,
+        gathered=True,
         adapter_tokens=work // (of_queries + of_patches),
     )
 

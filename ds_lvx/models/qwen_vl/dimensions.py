@@ -36,6 +36,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         source=source,
         recomputes=False,
         among=True,
+        gathered=True,
     )
 
 

@@ -51,6 +51,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         source=source,
         recomputes=False,
         among=True,
+        gathered=True,
         adapter_tokens=(of_rows * rows + of_patches * patches) // weights,
     )
 
