@@ -32,6 +32,7 @@ from ds_lvx.distributed.bundles import (
     specs_of,
     unpack_rows,
 )
+from ds_lvx.distributed.group_names import named
 from ds_lvx.distributed.pending import Pending, blocking
 from ds_lvx.distributed.traffic import count, count_control
 
@@ -150,18 +151,14 @@ class Channel:
         return agreement.unframed([bytes(row) for row in everyone.view(self.size, -1).numpy()])
 
     def _control(self) -> ProcessGroup:
-        assert self.group is not None
+        group, made = self.group, Channel._control_groups
+        assert group is not None
         if self._speaks_gloo:
-            return self.group
-        if self.group not in Channel._control_groups:
-            ranks = dist.get_process_group_ranks(self.group)
-            Channel._control_groups[self.group] = dist.new_group(
-                ranks,
-                timeout=_timeout(self.group),
-                backend="gloo",
-                use_local_synchronization=True,
-            )
-        return Channel._control_groups[self.group]
+            return group
+        if group not in made:
+            gloo = {"timeout": _timeout(group), "backend": "gloo"}
+            made[group] = new_group_of(ranks_of(group), within=group, purpose="control", **gloo)
+        return made[group]
 
     # ---- data plane
 
@@ -360,14 +357,20 @@ def _options() -> dict[str, Any]:
     return {"timeout": timeout, "pg_options": options}
 
 
-def new_group_alone() -> ProcessGroup:
-    """A process group of this rank alone; no other rank has to take part."""
-    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
+def new_group_of(
+    ranks: Sequence[int], *, within: ProcessGroup, purpose: str, **options: Any
+) -> ProcessGroup:
+    """A process group of some ranks, this one among them; no other takes part.
 
-
-def new_group_of(ranks: Sequence[int]) -> ProcessGroup:
-    """A process group of some ranks of the world, this one among them; no other takes part."""
-    return dist.new_group(list(ranks), **_options(), use_local_synchronization=True)
+    Args:
+        ranks: of the world.
+        within: a group of which they all are members, whose name it takes.
+        purpose: what distinguishes it from others of the same ranks within that group.
+        options: of torch's ``new_group``; those of `new_groups` where there are none.
+    """
+    settings = options or _options()
+    with named(dist.distributed_c10d, f"{within.group_name}, {purpose} {list(ranks)}"):
+        return dist.new_group(list(ranks), use_local_synchronization=True, **settings)
 
 
 def ranks_of(group: ProcessGroup) -> list[int]:

@@ -21,8 +21,9 @@ from ds_lvx.distributed.channel import (
     ProcessGroup,
     destroy_group,
     is_initialized,
-    new_group_alone,
+    new_group_of,
     new_groups,
+    ranks_of,
     runs_nccl,
 )
 from ds_lvx.distributed.subgroups import Divisions
@@ -70,7 +71,8 @@ class SequenceParallelGroups:
         self.dp_size = world.size // sequence_parallel_size
         self.world_channel = world
         # DeepSpeed takes None for the world, and would sum gradient norms over it.
-        self._alone = Channel(new_group_alone())
+        alone = new_group_of([ranks_of(group)[self.sp_rank]], within=group, purpose="alone")
+        self._alone = Channel(alone)
         self._open.append(self)
 
     @classmethod
@@ -81,9 +83,9 @@ class SequenceParallelGroups:
     def divide(self, size: int) -> None:
         """Make the subgroups of ``size`` adjacent ranks that a hybrid needs.
 
-        Collectives: making the groups; every rank of the world must call it, at the same point.
+        Collectives: making the groups; every rank of this one's group must call it.
         """
-        Divisions.make(self.channel, size, world_size=self.world_channel.size)
+        Divisions.of(self.channel, size)
 
     def close(self) -> None:
         """End the groups. Calling it twice is allowed."""

@@ -14,7 +14,6 @@ from ds_lvx.distributed.channel import (
     ProcessGroup,
     destroy_group,
     new_group_of,
-    new_groups,
     ranks_of,
     runs_nccl,
 )
@@ -57,29 +56,13 @@ class Divisions:
             ranks = ranks_of(group)
             first = channel.rank // size * size
             inside, across = ranks[first : first + size], ranks[channel.rank % size :: size]
-            cls._keep(group, size, _group_of(inside), _group_of(across))
+            cls._keep(
+                group,
+                size,
+                _group_of(inside, group, f"inside {size}"),
+                _group_of(across, group, f"across {size}"),
+            )
         return cls._made[group][size][0]
-
-    @classmethod
-    def make(cls, channel: Channel, size: int, *, world_size: int) -> None:
-        """Make them for all groups of a world that is cut into groups like this one.
-
-        torch names what only its members make by their ranks and by how many groups there are: one
-        made after another has ended may get its name, and its addresses. These have new names.
-
-        Collectives: making the groups; every rank of the world must call it.
-        """
-        group, n = channel.group, channel.size
-        assert group is not None
-        if size in cls._made.get(group, {}):
-            return
-        inside = [range(first, first + size) for first in range(0, world_size, size)]
-        across = [
-            range(first + place, first + n, size)
-            for first in range(0, world_size, n)
-            for place in range(size)
-        ]
-        cls._keep(group, size, _groups_of(inside), _groups_of(across))
 
     @classmethod
     def close(cls, group: ProcessGroup) -> None:
@@ -106,14 +89,12 @@ def check_division(ranks: int, size: int) -> None:
         )
 
 
-def _group_of(ranks: Sequence[int]) -> list[ProcessGroup]:
+def _group_of(ranks: Sequence[int], within: ProcessGroup, purpose: str) -> list[ProcessGroup]:
     """A group of some ranks, and one for what goes home; none for this rank alone."""
-    return [new_group_of(ranks) for _ in range(_needed(ranks))]
-
-
-def _groups_of(ranks_by_group: Sequence[Sequence[int]]) -> list[ProcessGroup]:
-    """The same for this rank's one of many, which all ranks of the world make."""
-    return [new_groups(ranks_by_group) for _ in range(_needed(ranks_by_group[0]))]
+    return [
+        new_group_of(ranks, within=within, purpose=f"{purpose} {way}")
+        for way in ("out", "home")[: _needed(ranks)]
+    ]
 
 
 def _needed(ranks: Sequence[int]) -> int:

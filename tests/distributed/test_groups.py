@@ -130,6 +130,31 @@ def test_on_nccl_two_urgent_groups_are_made(
     assert ended.count(home) == ended.count(own) == 1
 
 
+def run_names() -> list[str]:
+    """Names of groups that only their members make, on ranks that are in different numbers."""
+    earlier = [torch.distributed.new_group([0]), *(torch.distributed.new_group() for _ in range(2))]
+    names = []
+    for _ in range(2):
+        groups = ds_lvx.SequenceParallelGroups(2)
+        inside = Divisions.of(groups.channel, 2).inside
+        assert inside.agree({"rank": inside.rank}) == [{"rank": 0}, {"rank": 1}]
+        assert inside.group is not None
+        names.append(inside.group.group_name)
+        groups.close()
+    still_open = ds_lvx.SequenceParallelGroups(2)
+    for group in earlier[1:]:  # as many groups as before: torch's own names would come again
+        torch.distributed.destroy_process_group(group)
+    ds_lvx.SequenceParallelGroups(2).close()
+    still_open.close()
+    return names
+
+
+def test_members_name_their_group_alike_and_never_as_one_before() -> None:
+    one, other = run_ranks(run_names, 2)
+    assert one == other
+    assert len(set(one)) == 2
+
+
 def make_groups(size: Any) -> None:
     ds_lvx.SequenceParallelGroups(size)
 
