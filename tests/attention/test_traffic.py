@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
+import ctypes
+import fcntl
+import socket
+import struct
 import sys
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +20,9 @@ from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cost import bytes_sent
 from ds_lvx.plan.walks import label
 from tests.attention.cases import Problem, run_problems
-from tests.ranks import run_ranks
+from tests.ranks import FORKED, run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
+NO_NAMESPACE = 77  # exit code
 
 
 def sent(problem: Problem, method: str, rank: int) -> tuple[float, float]:
@@ -111,7 +115,7 @@ def test_messages_gather_sends_two_ring_two_a_hop() -> None:
         assert ring["forward"].calls == ring["backward"].calls == 2 * 3
 
 
-def measure_interface(problem: Problem, *, backward: bool) -> tuple[int, int]:
+def measure_interface(problem: Problem, backward: bool) -> tuple[int, int]:
     """This rank's count, and what the loopback device sent for all ranks, of one pass."""
 
     shard = problem.shard(torch.distributed.get_rank())
@@ -144,46 +148,55 @@ def _loopback_bytes() -> int:
     raise RuntimeError("there is no loopback device")
 
 
-def main() -> None:
-    """Run by the test below in a network namespace of its own: nobody else uses its loopback."""
-    for schedule in ("ring", "gather"):
-        for backward in (False, True):
-            problem = Problem(
-                (256,) * 3,
-                (64,) * 3,
-                heads=8,
-                head_dim=64,
-                visibility="frames",
-                extra={"schedule": schedule},
-            )
-            answers = run_ranks(measure_interface, 3, problem, backward=backward)
-            counted = sum(answer[0] for answer in answers)
-            wire = max(answer[1] for answer in answers)
-            expected = sum(sent(problem, "lvx", rank)[backward] for rank in range(3))
-            print(schedule, backward, counted, wire, wire / expected)
-            assert abs(counted / expected - 1) < 0.02, (schedule, backward, counted, expected)
-            assert abs(wire / expected - 1) < 0.08, (schedule, backward, wire, expected)
+SCHEDULES = ("ring", "gather")
+PASSES = [(schedule, backward) for schedule in SCHEDULES for backward in (False, True)]
+RANKS = 3
+
+
+def problem_of(schedule: str) -> Problem:
+    sizes = {"heads": 8, "head_dim": 64, "visibility": "frames"}
+    return Problem((256,) * RANKS, (64,) * RANKS, **sizes, extra={"schedule": schedule})
+
+
+def rank_in_a_namespace(rank: int, answers: Any) -> None:
+    place = {"rank": rank, "world_size": RANKS, "init_method": "tcp://127.0.0.1:29500"}
+    torch.distributed.init_process_group("gloo", **place)  # nobody else has ports there
+    for schedule, backward in PASSES:
+        answers.put(((schedule, backward), measure_interface(problem_of(schedule), backward)))
+    ds_lvx.shutdown()
+
+
+def start_in_a_namespace(answers: Any) -> None:
+    """In a process: ranks in a network namespace of its own, whose loopback nobody else uses."""
+    new_user, new_net, interface_flags, up_and_running = 0x10000000, 0x40000000, 0x8914, 0x41
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(new_user | new_net) != 0:
+        sys.exit(NO_NAMESPACE)
+    with socket.socket() as any_socket:
+        fcntl.ioctl(any_socket, interface_flags, struct.pack("16sh", b"lo", up_and_running))
+    forks = get_context("fork")
+    ranks = [forks.Process(target=rank_in_a_namespace, args=(r, answers)) for r in range(RANKS)]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join()
+    sys.exit(any(each.exitcode for each in ranks))
 
 
 @pytest.mark.slow
 def test_the_interface_agrees_with_the_count() -> None:
-    unshare = shutil.which("unshare")
-    command = [unshare or "unshare", "--net", "--map-root-user", "--"]
-    probe = [*command, "true"]
-    if unshare is None or subprocess.run(probe, check=False, capture_output=True).returncode != 0:
-        pytest.skip("needs `unshare --net --map-root-user`, a network namespace of its own")
-    script = (
-        "import fcntl, socket, struct\n"
-        "s = socket.socket()\n"
-        "fcntl.ioctl(s, 0x8914, struct.pack('16sh', b'lo', 0x41))\n"  # SIOCSIFFLAGS: lo is up
-        "from tests.attention.test_traffic import main\n"
-        "main()\n"
-    )
-    done = subprocess.run(
-        [*command, sys.executable, "-c", script],
-        check=False,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    answers = FORKED.SimpleQueue()
+    process = FORKED.Process(target=start_in_a_namespace, args=(answers,))
+    process.start()
+    process.join()
+    if process.exitcode == NO_NAMESPACE:
+        pytest.skip("needs a network namespace of its own, and may not make one")
+    assert process.exitcode == 0
+    found = [answers.get() for _ in range(RANKS * len(PASSES))]
+    for schedule, backward in PASSES:
+        of_ranks = [answer for key, answer in found if key == (schedule, backward)]
+        counted, wire = sum(each[0] for each in of_ranks), max(each[1] for each in of_ranks)
+        problem = problem_of(schedule)
+        expected = sum(sent(problem, "lvx", rank)[backward] for rank in range(RANKS))
+        assert abs(counted / expected - 1) < 0.02, (schedule, backward, counted, expected)
+        assert abs(wire / expected - 1) < 0.08, (schedule, backward, wire, expected)
