@@ -152,7 +152,16 @@ def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
         groups.close()
 
 
-@pytest.mark.parametrize("name", CONCATENATED)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen2_5_vl",
+        pytest.param("qwen3_vl", marks=pytest.mark.exhaustive),
+        pytest.param("internvl", marks=pytest.mark.exhaustive),
+        "llava_onevision",
+    ],
+)
 def test_towers_and_embeddings_do_not_wait_on_cuda(name: str, fake: FakeCuda) -> None:
     case = CONCATENATED[name]
     with made_up_ranks(3):
