@@ -25,14 +25,17 @@ from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
 from ds_lvx.models import family_of
 from ds_lvx.models.batch import TEXT_KEYS, digest
 from ds_lvx.models.contract import Family
-from ds_lvx.models.decoding import Decoding, feeding
+from ds_lvx.models.decoding import Decoding
 from ds_lvx.models.draft import Draft, device_of
+from ds_lvx.models.feeding import feeding
 from ds_lvx.models.past import Continued, leave
 from ds_lvx.models.patch import is_prepared
 from ds_lvx.models.started import ENCODED, beside_decoder, has_encoder, started
+from ds_lvx.models.text_keys import AUTO, SHARDED, WORDS
 
 _ARGUMENTS = "the arguments of generate"
 _RANDOM = "random numbers"
+_TEXT_KEYS = "text_keys"
 _SHORT = 60
 _EMBEDDED = ("inputs", "inputs_embeds", "decoder_inputs_embeds", ENCODED)
 # By the name of a setting: values that are served, and what to do with another one.
@@ -72,9 +75,10 @@ def generate(
 
     Every rank of a sequence-parallel group calls it with the same text and arguments. A rank
     encodes its own frames, projects K and V of them once a cross-attention layer, and keeps these
-    and no others. The text is whole on every rank, with the model's own cache. Where visual tokens
-    stand among the text, a rank has its part of both, as in training, and keeps the keys of that;
-    what is generated is whole on every rank. The model runs in evaluation mode, whatever its mode.
+    and no others. The text is whole on every rank, with the model's own cache, but for the keys of
+    a very long prompt, of which each rank keeps its part. Where visual tokens stand among the text,
+    a rank has its part of both, as in training, and keeps the keys of that; what is generated is
+    whole on every rank. The model runs in evaluation mode, whatever its mode.
 
     Args:
         model: from `ds_lvx.apply` or `ds_lvx.initialize`, or its engine at any ZeRO stage.
@@ -91,6 +95,11 @@ def generate(
             ``past_key_values`` is that of an earlier result: nothing is encoded again. The batch
             is the longer text then, without images; what the cache has of another text behind
             their common beginning is dropped from it.
+            Besides ``text_keys``, of families with keys of images beside the text: ``"sharded"``:
+            the prompt runs split, and a rank keeps K and V of its own part of the text;
+            ``"whole"``: every rank has those of all; ``"auto"``, the default: sharded where the
+            prompt can be split and the whole takes more than
+            `ds_lvx.models.text_keys.SHARDED_BYTES`. With ``past_key_values`` the first call's.
 
     Returns:
         What transformers returns, the same on every rank. Random numbers are those of the group's
@@ -101,11 +110,11 @@ def generate(
     Raises:
         ValueError: on all ranks, naming the rank that is wrong: a model that is not patched, what
             `ds_lvx.shard_batch` refuses of a batch, arguments that differ, no room for new tokens,
-            a cache that is not of this model or goes with another text.
-        NotImplementedError: a family that cannot generate, no cache or another one than
-            transformers' ``DynamicCache``, assisted decoding, weights of attention; where visual
-            tokens stand among the text also states of layers, and of a model with an encoder
-            these and ``past_key_values``.
+            a cache that is not of this model or goes with another text, another ``text_keys``.
+        NotImplementedError: a family that cannot generate, or not with this ``text_keys``, no cache
+            or another one than transformers' ``DynamicCache``, assisted decoding, weights of
+            attention; where visual tokens stand among the text, or with ``text_keys="sharded"``,
+            also states of layers, and of a model with an encoder these and ``past_key_values``.
         RuntimeError: on all ranks: they chose different tokens; names the token. Or another rank
             failed between two tokens; under ZeRO-3, whose ranks run every forward together, only
             the end of that rank's process tells them.
@@ -118,8 +127,9 @@ def generate(
     first message carries ``8 (R + 1)`` bytes more, by which the ranks compare their tokens, and one
     message like it ends the generation. A prompt that is split (`ds_lvx.models.draft.SPLIT_TOKENS`)
     has those of a forward of training, then an all-gather of K and V of the text for each of its
-    layers, and one of logits; with visual tokens among the text that of logits alone, and then a
-    message as above for each layer and token. ZeRO-3 adds its own.
+    layers, and one of logits; where these keys stay sharded, and with visual tokens among the text,
+    that of logits alone, and then a message as above for each layer of the text and token, too.
+    ZeRO-3 adds its own.
     """
     channel = resolve(groups)
     current = SequenceParallelGroups.current() if groups is None else groups
@@ -147,6 +157,7 @@ def generate(
                 model=inside,
                 channel=channel,
                 always_vision=waits or not family.skips_vision,
+                text_keys=kwargs.pop(_TEXT_KEYS, AUTO),
             )
     except Exception as caught:
         with suppress(Exception):  # it would name the ranks once more
@@ -215,7 +226,8 @@ def _content(
     place, runner = (channel.rank, channel.size), family.generator(model)
     if has_encoder(runner):
         batch = started(batch, partial(_setting, runner, kwargs))
-    draft = Draft.of(family, batch, model, place=place, frames=frames, whole_text=True)
+    whole = kwargs.get(_TEXT_KEYS) != SHARDED
+    draft = Draft.of(family, batch, model, place=place, frames=frames, whole_text=whole)
     return draft.checked()
 
 
@@ -242,6 +254,16 @@ def _record(
 # Arguments
 
 
+def _check_text_keys(family: Family, setting: Any) -> None:
+    if not isinstance(setting, str) or setting not in WORDS:
+        raise ValueError(f"got text_keys={setting!r}; expected one of {', '.join(WORDS)}")
+    if setting != AUTO and not family.splits_prompt:
+        raise NotImplementedError(
+            f"got text_keys={setting!r} for a model of {family.model_type!r}, whose keys of the "
+            "text are sharded or whole as its images are: leave it out"
+        )
+
+
 def _check_arguments(family: Family, runner: Any, kwargs: Mapping[str, Any]) -> None:
     inputs = {*TEXT_KEYS, *family.keys, *_EMBEDDED} & kwargs.keys()
     if inputs:
@@ -254,6 +276,7 @@ def _check_arguments(family: Family, runner: Any, kwargs: Mapping[str, Any]) -> 
             "got past_key_values for a model with an encoder, which is not asked again with what "
             "its decoder said; expected the whole batch in every call: leave it out"
         )
+    _check_text_keys(family, kwargs.get(_TEXT_KEYS, AUTO))
     alone = "expected a way to generate that runs the model alone, token by token: leave it out"
     for name, (served, advice) in {
         **_SERVED,

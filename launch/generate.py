@@ -179,6 +179,7 @@ class Asking:
             self._model,
             inputs,
             frames="local",
+            text_keys=options.text_keys,
             max_new_tokens=options.max_new_tokens,
             streamer=streamer,
             past_key_values=cache,

@@ -31,7 +31,7 @@ from tests.models.mllama_case import (
 from tests.ranks import run_ranks
 
 SEED = 5
-CROSS_LAYERS, KV_HEADS, HEADS, HEAD_DIM = 2, 2, 4, 8
+CROSS_LAYERS, SELF_LAYERS, KV_HEADS, HEADS, HEAD_DIM = 2, 2, 2, 4, 8
 
 
 # --------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ class Look(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def count_bytes(batch: Batch, beams: int) -> dict[str, Any]:
+def count_bytes(batch: Batch, beams: int, text_keys: str) -> dict[str, Any]:
     model = tiny_model()
     session = ds_lvx.apply(model, config(2))
     look, sent = Look(), {}
@@ -276,6 +276,7 @@ def count_bytes(batch: Batch, beams: int) -> dict[str, Any]:
                 max_new_tokens=tokens,
                 min_new_tokens=tokens,
                 num_beams=beams,
+                text_keys=text_keys,
                 stopping_criteria=[look],
             )
         sent[tokens] = traffic.calls, traffic.bytes_sent
@@ -285,18 +286,22 @@ def count_bytes(batch: Batch, beams: int) -> dict[str, Any]:
     return {"kept": set(look.kept), "sent": sent, "left": len(left)}
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_a_rank_keeps_its_own_keys_and_sends_one_message_a_layer_and_token(beams: int) -> None:
-    answers = run_ranks(count_bytes, 2, interleaved(), beams)
-    samples, images = 2, (2, 1)
-    for answer, mine in zip(answers, images, strict=True):
-        tokens = mine * TILES * PATCHES
+@pytest.mark.parametrize(("beams", "text_keys"), [(1, "auto"), (3, "auto"), (3, "sharded")])
+def test_a_rank_keeps_its_own_keys_and_sends_one_message_a_layer_and_token(
+    beams: int, text_keys: str
+) -> None:
+    answers = run_ranks(count_bytes, 2, interleaved(), beams, text_keys)
+    samples, images, text = 2, (2, 1), (7, 6)
+    sharded = text_keys == "sharded"
+    layers = CROSS_LAYERS + SELF_LAYERS * sharded
+    for answer, mine, words in zip(answers, images, text, strict=True):
+        tokens = CROSS_LAYERS * mine * TILES * PATCHES + SELF_LAYERS * words * sharded
         # However many rows share them.
-        assert answer["kept"] == {2 * CROSS_LAYERS * samples * tokens * KV_HEADS * HEAD_DIM * 4}
+        assert answer["kept"] == {2 * samples * tokens * KV_HEADS * HEAD_DIM * 4}
         (calls, sent), (more_calls, more) = answer["sent"][3], answer["sent"][5]
-        assert more_calls - calls == 2 * CROSS_LAYERS
+        assert more_calls - calls == 2 * layers
         rows = samples * beams
         part = rows * HEADS * (4 * HEAD_DIM + 4)
         numbers = -(-8 * (rows + 1) // 16) * 16
-        assert more - sent == 2 * (CROSS_LAYERS * part + numbers)
+        assert more - sent == 2 * (layers * part + numbers)
         assert answer["left"] == 0

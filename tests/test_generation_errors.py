@@ -80,6 +80,10 @@ def go_apart() -> dict[str, str]:
         "last token": {"logits_processor": [On(1, 5, length)]},
         "end": {"stopping_criteria": [StopOn(0, length + 2)]},
         "failure": {"logits_processor": [On(1, 2, length, KeyError("a word"))]},
+        "first token": {
+            "logits_processor": [On(1, 1, length, KeyError("a word"))],
+            "text_keys": "sharded",
+        },
         "memory": {"logits_processor": [On(1, 2, length, MemoryError())]},
         "streamer": {"streamer": Broken()},
         "prompt": {"max_new_tokens": None, "max_length": length},
@@ -113,7 +117,8 @@ def test_ranks_that_go_apart_stop_with_the_token() -> None:
         "RuntimeError: ds_lvx.generate: rank 1 failed at new token 2, and so the others stop as "
         "well; its own error says why"
     )
-    assert second["failure"] == "KeyError: 'a word'"
+    assert second["failure"] == second["first token"] == "KeyError: 'a word'"
+    assert first["first token"] == first["failure"].replace("token 2", "token 1")
     assert second["memory"].startswith("RankOutOfMemoryError: rank 1 (rank 1 of the 2 that share")
     assert "ran out of memory in ds_lvx.generate: " in second["memory"]
     assert "rank 1 " in first["memory"]
@@ -169,6 +174,9 @@ def mistakes() -> dict[str, str]:
         "assisted": (model, batch, {"prompt_lookup_num_tokens": 3}),
         "input": (model, batch, {"pixel_values": batch["pixel_values"]}),
         "differ": (model, batch, {"max_new_tokens": 4 + rank}),
+        "keys differ": (model, batch, {"text_keys": ("auto", "sharded")[rank]}),
+        "keys": (model, batch, {"text_keys": "split"}),
+        "states": (model, batch, {"text_keys": "sharded", "output_hidden_states": True}),
         "frames": (model, batch, {"frames": "own"}),
         "missing frame": (model, {**batch, "frame_times": 1} if rank else batch, {}),
         "text": (model, {**batch, "input_ids": batch["input_ids"] + rank}, {}),
@@ -199,6 +207,10 @@ def test_mistakes_are_named_on_every_rank() -> None:
         "input": "ValueError: all ranks: got pixel_values among the arguments of generate;",
         "differ": "ValueError: ds_lvx.generate: the ranks disagree on the arguments of generate: "
         "got max_new_tokens=4 on rank 0, max_new_tokens=5 on rank 1",
+        "keys differ": "ValueError: ds_lvx.generate: the ranks disagree on the arguments of "
+        "generate: got max_new_tokens=3, text_keys='auto' on rank 0, max_new_tokens=3, text_keys",
+        "keys": "ValueError: all ranks: got text_keys='split'; expected one of auto,",
+        "states": "NotImplementedError: all ranks: got output_hidden_states=True for a prompt",
         "frames": "ValueError: all ranks: got frames='own'; expected",
         "missing frame": "ValueError: rank 1: got 'frame_times' in the batch; expected",
         "text": "ValueError: ds_lvx.generate: the ranks disagree on contents of the text",

@@ -43,9 +43,12 @@ def text_of(batch: Batch, ids: Tensor) -> Batch:
     }
 
 
-def ask(model: Any, batch: Batch, keywords: Mapping[str, Any]) -> list[tuple[Tensor, Any]]:
-    """Four answers: to a prompt, then on from there, then on from before the last two tokens of the
-    first answer, and from a copy that was made before the last."""
+def ask(
+    model: Any, batch: Batch, keywords: Mapping[str, Any], *, drop: int = 0
+) -> list[tuple[Tensor, Any]]:
+    """Five answers: to a prompt, then on from there, then on from before the last two tokens of the
+    first answer, from a copy that was made before the last, and from before the last token of the
+    prompt (``drop`` of them)."""
     first = ds_lvx.generate(model, batch, **KEYWORDS, **keywords)
     cache, length = first.past_key_values, batch["input_ids"].shape[1]
     answers = [first]
@@ -58,6 +61,9 @@ def ask(model: Any, batch: Batch, keywords: Mapping[str, Any]) -> list[tuple[Ten
         model, text_of(batch, ids), past_key_values=held, **KEYWORDS, **keywords
     )
     answers.append(again)
+    ids = behind(first.sequences, THIRD, keep=length - drop)
+    given = text_of(batch, ids)
+    answers.append(ds_lvx.generate(model, given, past_key_values=held, **KEYWORDS, **keywords))
     return [(answer.sequences, answer.logits) for answer in answers]
 
 
@@ -65,7 +71,7 @@ def ask_mllama(batch: Batch, sp_size: int) -> list[tuple[Tensor, Any]]:
     model = tiny_model()
     session = ds_lvx.apply(model, config(sp_size))
     with ds_lvx.traffic() as traffic:
-        answers = ask(model, batch, {})
+        answers = ask(model, batch, {}, drop=1)
     assert (traffic.bytes_sent > 0) == (sp_size > 1)
     session.close()
     return answers
@@ -86,7 +92,8 @@ def test_answers_are_those_of_whole_conversations(ranks: int, case: Any) -> None
     length = batch["input_ids"].shape[1]
     first = model.generate(**without_labels(batch), **KEYWORDS).sequences
     second = behind(first, SECOND)
-    texts = [batch["input_ids"], second, behind(first, THIRD, keep=length + 2), second]
+    third, last = (behind(first, THIRD, keep=length + more) for more in (2, -1))
+    texts = [batch["input_ids"], second, third, second, last]
     expected = []
     for text in texts:
         out: Any = model.generate(**whole(batch, text), **KEYWORDS)
@@ -113,10 +120,14 @@ def ask_family(name: str, batch: Batch, keywords: dict[str, Any]) -> list[tuple[
     case = import_module(f"tests.models.{name}")
     model = case.tiny_model()
     given = case.ds_config(stage=0, sp_size=2, cross={"method": "lvx"}, self_attn="ulysses")
+    # Of the others the last token sees another image than the one before.
+    drop = 1 if case in (moss_vl_case, mplugowl3_case) else 0
     session = ds_lvx.apply(model, given)
-    answers = ask(model, batch, keywords)
-    with mock.patch.object(draft, "SPLIT_TOKENS", 5):  # the prompt; what follows is never split
-        answers += ask(model, batch, keywords)
+    answers = ask(model, batch, keywords, drop=drop)
+    # The prompt is split; what follows never is.
+    answers += ask(model, batch, {**keywords, "text_keys": "sharded"}, drop=drop)
+    with mock.patch.object(draft, "SPLIT_TOKENS", 5):
+        answers.append(ask(model, batch, keywords, drop=drop)[1])
     session.close()
     return answers
 
@@ -143,7 +154,7 @@ def test_families_go_on_from_their_caches(name: str) -> None:
     make, keywords = FAMILIES[name]
     batch, model = make(), import_module(f"tests.models.{name}").tiny_model().eval()
     for answers in run_ranks(ask_family, 2, name, batch, keywords):
-        for second in (1, 5):
+        for second in (1, 6):
             torch.testing.assert_close(answers[second], answers[second + 2], atol=1e-5, rtol=1e-5)
         for ids, logits in answers:
             expected = forwards(model, batch, ids)

@@ -77,8 +77,11 @@ def attend_part(
     Returns:
         out ``[B, s, H, D]``, lse ``[B, H, s]``.
     """
-    if batch.decoding is not None and plan.kind == "cross":
-        return batch.decoding.attend(plan, batch, q, project_kv=project_kv, scale=scale)
+    decoding = batch.decoding
+    if decoding is not None and plan.kind == "cross":
+        return decoding.attend(plan, batch, q, project_kv=project_kv, scale=scale)
+    if decoding is not None and batch.behind:
+        return decoding.attend_behind(plan, batch, q, project_kv(features), scale=scale)
     layout = batch.layout(plan.kind)
     method, schedule = _resolved(plan, layout, q, kv_heads=kv_heads, width=features.shape[-1])
     # A projection that runs again in backward knows only there who wants a gradient.
@@ -93,6 +96,10 @@ def attend_part(
         returns_lse=returns_lse,
         hybrid=plan.hybrid,
     )
+    if decoding is not None:  # of a prompt that is split, whose keys stay for a while
+        keys = project_kv(features)
+        decoding.hold(plan, q, keys)
+        return _attend_kept(method, call, q, *keys)
     if plan.recompute_kv:
         return recompute.attend_recompute(
             call,

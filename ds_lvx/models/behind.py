@@ -25,6 +25,7 @@ from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 from ds_lvx.models.batch import ShardedBatch, Text, move
 from ds_lvx.models.cuts import span
 from ds_lvx.models.prompt import Prompt
+from ds_lvx.models.text_keys import Held
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,6 +68,24 @@ class Behind(DynamicLayer):
         """Some of the rows."""
         if self.held > 0:
             super().batch_select_indices(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last ``-tokens_to_remove``, where those here end of the prompt's."""
+        held = self.held
+        super().crop(max(tokens_to_remove, -held))
+        self.tokens += min(tokens_to_remove + held, 0)
+
+
+def leave_behind(cache: Any, tokens: int) -> None:
+    """Let transformers' cache count a prompt's tokens in place of keeping their keys.
+
+    Args:
+        cache: with keys of these, or of some.
+        tokens: T.
+    """
+    cache.layers[:] = [
+        Behind(tokens) if layer.get_seq_length() > 0 else layer for layer in cache.layers
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,21 +183,18 @@ def sharded_prompt(
     positions = visual.prompt_positions(text)
     whole = replace(text, position_ids=positions)
     part = Part.of(whole, replace(keyword, split=True), device)
-    rows, length = text.shape
-    seen = text.visibility()
-    assert seen is not None, "causal"
-    zeros = torch.zeros(rows, 1, dtype=torch.int32)
     prompt = Prompt(
         channel=channel,
         device=device,
         shape=text.shape,
         arguments={key: move(value, device) for key, value in arguments.items()},
-        kv_lengths=lengths,
-        rule=Visibility(zeros, zeros + length, seen.kv_pos[:, span(lengths, channel.rank)]),
+        kv_lengths=None,
+        rule=None,
         row_mask=None,
         positions=positions,
         part=part,
-        sharded=True,
+        text=Held.of(text, lengths, channel.rank),
+        among=True,
     )
     given = {key: getattr(whole, key) for key in ("input_ids", "attention_mask", "position_ids")}
     return {key: move(each, device) for key, each in given.items() if each is not None}, prompt

@@ -211,8 +211,8 @@ class Family(Parts, ABC):
         """Further arguments of the text model for a forward of generation, as `prepare`.
 
         Args:
-            batch: the keyword. Every rank has the whole text; after the prompt a forward has one
-                token a row.
+            batch: the keyword. Every rank has the whole text (else it is `prepare` that is asked);
+                after the prompt a forward has one token a row.
             arguments: of the text model; its features are kept elsewhere, and there is a tensor
                 ``[rows, 0, hidden]`` in their place.
         """

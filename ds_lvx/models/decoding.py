@@ -3,21 +3,21 @@
 The first forward of the model runs the prompt, the others a token each. K and V of cross-attention
 are projected once a layer, from this rank's features, and stay here; queries are the same on all
 ranks, whose parts of the result meet by the schedule ``replicated``. Text attends to itself on
-every rank, as the model does alone. Rows of one sample (beams, sequences to return) share its keys:
-they are further queries, and no cache of keys is repeated or put in another order.
+every rank, as the model does alone, or its keys stay sharded as well (`ds_lvx.models.text_keys`).
+Rows of one sample (beams, sequences to return) share its keys: they are further queries, and no
+cache of keys is repeated or put in another order.
 
 Shapes: ``B`` samples, ``C`` rows of each, ``T`` tokens of the prompt, ``s`` of a forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
@@ -28,26 +28,28 @@ from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.rule import Rule
+from ds_lvx.models import text_keys
 from ds_lvx.models.batch import ShardedBatch, digest, move
-from ds_lvx.models.behind import Behind, Part, attend_cached, causal
+from ds_lvx.models.behind import Part, attend_cached, causal, leave_behind
 from ds_lvx.models.cuts import span
 from ds_lvx.models.drift import ENDED, FAILED, difference
 from ds_lvx.models.layers import LayerPlan
-from ds_lvx.models.patch import KEYWORD, Hook
-from ds_lvx.models.prompt import LAST, WHOLE, Kept, Prompt
+from ds_lvx.models.patch import KEYWORD
+from ds_lvx.models.prompt import LAST, WHOLE, Kept, LayerKey, Prompt
+from ds_lvx.models.text_keys import SHARDED
 
 
 class Decoding:
     """The state of one generation on one rank.
 
     Attributes:
-        keys: K and V ``[B, s_kv, H_kv, D]`` by the name of a layer, of this rank's visual tokens;
-            of a prompt that stays sharded, of this rank's part of it.
+        keys: K and V ``[B, s_kv, H_kv, D]`` by kind and name of a layer: ``cross``, of this rank's
+            visual tokens; ``self``, of its part of a text that stays sharded.
         step: forwards that have begun, less the prompt's: the tokens that a row has been fed.
     """
 
     def __init__(self, prompt: Prompt) -> None:
-        self.keys: dict[str, tuple[Tensor, Tensor]] = {}
+        self.keys: dict[LayerKey, tuple[Tensor, Tensor]] = {}
         self.step = -1
         self._first, self._prompt = prompt, prompt
         self._copies = 1
@@ -55,7 +57,7 @@ class Decoding:
         self._features: Tensor | None = None
         self._stand_in: Tensor | None = None
         self._witness: Witness | None = None
-        self._like: Tensor | None = None  # queries of one token a row
+        self._likes: dict[str, Tensor] = {}  # queries of one token a row, by kind of layer
         self._in_forward = False
         self._split: tuple[int, ...] | None = None  # tokens by rank of the prompt that runs
         self._part: Part | None = None  # of the prompt that runs
@@ -97,7 +99,7 @@ class Decoding:
         self.step += 1
         self._in_forward = True
         wrong = self._wrong_shape(input_ids) or self._wrong_output(given)
-        if self._prompt.sharded and self._prompt.part is None:
+        if self._prompt.is_behind:
             self._behind = self._rule_behind(given)
         if self.step == 0:
             records = self.channel.agree({"rows of the batch": len(input_ids)}, wrong)
@@ -132,7 +134,8 @@ class Decoding:
         )
 
     def _wrong_output(self, given: Mapping[str, Any]) -> NotImplementedError | None:
-        cut = self._prompt.sharded or self._prompt.prefix
+        prompt = self._prompt
+        cut = prompt.among or prompt.prefix or (prompt.split and prompt.text_keys == SHARDED)
         if not (cut and given.get("output_hidden_states")):
             return None
         return NotImplementedError(
@@ -151,12 +154,14 @@ class Decoding:
 
     def _first_batch(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword of the prompt's forward, and the part of its text where that is split."""
-        split = self._prompt.split
         self._part = self._prompt.part
         if self._part is not None:
             keyword = replace(self._part.keyword, decoding=self)
             return {**self._part.arguments, KEYWORD: keyword}
-        if split is None or given.get("output_hidden_states"):
+        if self._prompt.split is not None and given.get("output_hidden_states"):
+            self._whole_text()
+        split = self._prompt.split
+        if split is None:
             return {KEYWORD: self._batch(WHOLE)}
         self._split = split.text_lengths
         # Rows of a sample are the same until tokens are chosen.
@@ -171,31 +176,38 @@ class Decoding:
             KEYWORD: replace(split, decoding=self),
         }
 
+    def _whole_text(self) -> None:
+        """Every rank has the whole text."""
+        self._prompt, self._first = (
+            replace(prompt, split=None, text=None) for prompt in (self._prompt, self._first)
+        )
+        self.keys = {key: keys for key, keys in self.keys.items() if key[0] == "cross"}
+
     def end_forward(self, cache: Any, output: Any) -> None:
         """A forward of the model is over: after that of the prompt all layers have their keys.
 
         Args:
             cache: transformers' own.
             output: of the model. After a prompt that was split, every rank gets the logits of its
-                last token, and in the cache K and V of all.
+                last token, and in the cache K and V of all where they do not stay sharded.
 
-        Collectives: after such a prompt an all-gather of this rank's K and V for each layer of the
-            text, and one of logits; after one that stays sharded that of logits alone.
+        Collectives: after such a prompt those of `ds_lvx.models.text_keys.gather`, and an
+            all-gather of logits; after one that stays sharded that of logits alone.
         """
         self._in_forward, self._features = False, None
         lengths, self._split = self._split, None
         part, self._part = self._part, None
         if part is not None:
             output.logits = part.logits(output.logits, self._copies)
-            cache.layers[:] = [Behind(self._first.shape[1]) for _ in cache.layers]
+            leave_behind(cache, self.first_tokens)
         if lengths is None:
             return
-        for layer in cache.layers:
-            if layer.get_seq_length() > 0:
-                mine = [layer.keys, layer.values]
-                layer.keys, layer.values = self.channel.gather_rows(mine, [2, 2], lengths).wait()
-                if self._copies > 1:
-                    layer.batch_repeat_interleave(self._copies)
+        rows = self._prompt.shape[0] * self._copies
+        if text_keys.stay(self._prompt.text_keys, cache, self.first_tokens, rows):
+            leave_behind(cache, self.first_tokens)
+        else:
+            text_keys.gather(cache, self.channel, lengths, self._copies)
+            self._whole_text()
         last = [output.logits[:, -1:].contiguous()]
         everyones = self.channel.gather_rows(last, [1], (1,) * self.channel.size).wait()[0]
         output.logits = everyones[:, -1:].repeat_interleave(self._copies, dim=0)
@@ -230,7 +242,8 @@ class Decoding:
         project_kv: Callable[[Tensor], tuple[Tensor, Tensor]],
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of the same queries on every rank over the visual tokens of all.
+        """Attention of the same queries on every rank over the visual tokens of all, or over those
+        of a text that stays sharded.
 
         Args:
             plan, batch: the layer, and the keyword of this forward.
@@ -241,16 +254,16 @@ class Decoding:
         Returns:
             out ``[B * C, s, H, D]``, lse ``[B * C, H, s]``.
         """
-        if plan.name not in self.keys:
+        key = plan.kind, plan.name
+        if key not in self.keys:
             assert self._features is not None, "every layer runs with the prompt"
-            self.keys[plan.name] = project_kv(self._features.to(q.device))
-        k, v = self.keys[plan.name]
+            self.keys[key] = project_kv(self._features.to(q.device))
+        k, v = self.keys[key]
         rows, tokens, heads, head_dim = q.shape
         # Rows of a sample lie side by side: they are queries over the same keys.
         together = q.reshape(len(k), -1, heads, head_dim)
-        if self._like is None:
-            self._like = q.new_empty(len(k), self._copies, heads, head_dim)
-        layout = batch.layout("cross")
+        self._expect(plan, q, samples=len(k))
+        layout = batch.layout(plan.kind)
         kind = ("kernel", plan.kernel, q.dtype, head_dim, q.device)
         witness, self._witness = self._witness, None
         call = Call(
@@ -264,15 +277,21 @@ class Decoding:
         by_row = lse.unflatten(2, (-1, tokens)).transpose(1, 2).reshape(rows, heads, tokens)
         return out.reshape(q.shape), by_row
 
-    def hold(self, plan: LayerPlan, k: Tensor, v: Tensor) -> None:
-        """Keep a layer's keys of this rank's part of a prompt that stays sharded.
+    def hold(self, plan: LayerPlan, q: Tensor, keys: tuple[Tensor, Tensor]) -> None:
+        """Keep a layer's keys of this rank's part of the prompt's text.
 
         Args:
             plan: the layer.
-            k, v: ``[B, s, H_kv, D]``.
+            q: ``[B, s, H, D]``.
+            keys: K and V ``[B, s, H_kv, D]``.
         """
-        if self._part is not None:
-            self.keys[plan.name] = k, v
+        self._expect(plan, q, samples=len(q))
+        self.keys[plan.kind, plan.name] = keys
+
+    def _expect(self, plan: LayerPlan, q: Tensor, *, samples: int) -> None:
+        """Know what a message of a layer is like, for the first of a token (`say`)."""
+        if plan.kind not in self._likes:
+            self._likes[plan.kind] = q.new_empty(samples, self._copies, *q.shape[2:])
 
     def attend_behind(
         self,
@@ -282,7 +301,7 @@ class Decoding:
         keys: tuple[Tensor, Tensor],
         *,
         scale: float,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Attention behind a prompt that stays sharded: to it, and to what every rank has.
 
         Args:
@@ -290,11 +309,11 @@ class Decoding:
             keys: K and V ``[B * C, t, H_kv, D]`` of the tokens behind the prompt.
 
         Returns:
-            ``[B * C, s, H, D]``.
+            out ``[B * C, s, H, D]``, lse ``[B * C, H, s]``.
         """
         local = attend_cached(q, keys, self._behind, scale=scale, kernel=plan.kernel)
         sharded = self.attend(plan, batch, q, project_kv=_held, scale=scale)
-        return merge_attention([sharded, local])[0]
+        return merge_attention([sharded, local])
 
     # ---- the end
 
@@ -342,9 +361,10 @@ class Decoding:
         numbers = torch.zeros(1 + rows, dtype=torch.int64)
         numbers[0], numbers[1] = state, number
         numbers = move(numbers, self._prompt.device)
-        if self._like is not None:
-            say(self.channel, self._like, Witness(numbers, compare))
-            return
+        for kind, like in self._likes.items():  # in the order of a forward
+            if kind == "cross" or self._prompt.text is not None:
+                say(self.channel, like, Witness(numbers, compare))
+                return
         one_each = (1,) * self.channel.size
         compare(self.channel.gather_rows([numbers[None]], [0], one_each).wait()[0])
 
@@ -356,45 +376,3 @@ class Decoding:
 
 def _held(features: Tensor) -> tuple[Tensor, Tensor]:
     raise AssertionError("the prompt's forward has left the keys of every layer")
-
-
-class _Begin(Hook):
-    """A forward pre-hook of the model, the first: what a forward of generation needs."""
-
-    def __init__(self, decoding: Decoding) -> None:
-        self._decoding = decoding
-
-    def __call__(
-        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, **self._decoding.begin(kwargs)}
-
-
-class _End(Hook):
-    """A forward hook of the model."""
-
-    def __init__(self, decoding: Decoding) -> None:
-        self._decoding = decoding
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
-        self._decoding.end_forward(kwargs.get("past_key_values"), output)
-        return output
-
-
-@contextmanager
-def feeding(model: nn.Module, decoding: Decoding) -> Iterator[None]:
-    """Let every forward of the model be one of this generation.
-
-    Args:
-        model: that generates; it is called with keywords.
-        decoding: the state.
-    """
-    # First, so that the family's own hooks find the keyword.
-    begin = model.register_forward_pre_hook(_Begin(decoding), with_kwargs=True, prepend=True)
-    end = model.register_forward_hook(_End(decoding), with_kwargs=True)
-    try:
-        yield
-    finally:
-        begin.remove()
-        end.remove()
-        decoding.release()

@@ -98,10 +98,6 @@ class Dispatched(PatchedAttention):
         # Under autocast rotary embeddings widen q and k; SDPA would have narrowed them again.
         q, k, v = (x.to(value.dtype).transpose(1, 2) for x in tensors)
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        if batch.decoding is not None:
-            if batch.behind:
-                return batch.decoding.attend_behind(self.plan, batch, q, (k, v), scale=scale)
-            batch.decoding.hold(self.plan, k, v)
         return attend(
             self.plan,
             batch,

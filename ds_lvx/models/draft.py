@@ -26,6 +26,7 @@ from ds_lvx.models.cuts import span
 from ds_lvx.models.patch import KEYWORD
 from ds_lvx.models.prepare import zigzags
 from ds_lvx.models.prompt import Prompt
+from ds_lvx.models.text_keys import SHARDED, Held
 from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
 
 SPLIT_TOKENS = 2048
@@ -262,6 +263,7 @@ class _Content:
         model: Any,
         channel: Channel,
         always_vision: bool,
+        text_keys: str,
     ) -> tuple[dict[str, Tensor], Prompt]:
         """The whole text on the model's device, and what generation begins with beside it."""
         (rank, size), device = self.place, device_of(model)
@@ -284,10 +286,12 @@ class _Content:
         if rule is not None and part.kv_lengths is not None:
             rule = rule.part(slice(None), span(part.kv_lengths, rank))
         positions = part.visual.prompt_positions(self.text)
-        split = None
-        if size > 1 and self.text.shape[1] >= SPLIT_TOKENS and family.splits_prompt:
+        split, held = None, None
+        long = self.text.shape[1] >= SPLIT_TOKENS or text_keys == SHARDED
+        if size > 1 and long and family.splits_prompt:
             split = self._keyword(self.text, part, channel=channel, device=device)
             split = replace(split, split=True)
+            held = Held.of(self.text, split.text_lengths, rank)
         prompt = Prompt(
             channel=channel,
             device=device,
@@ -298,6 +302,8 @@ class _Content:
             row_mask=part.row_mask,
             positions=positions,
             split=split,
+            text=held,
+            text_keys=text_keys,
             others=part.visual.layouts(
                 self.text, channel=channel, lengths=(self.text.shape[1],) * size, device=device
             ),

@@ -20,7 +20,7 @@ from ds_lvx.models.batch import Text, digest, move
 from ds_lvx.models.contract import Family
 from ds_lvx.models.decoding import Decoding
 from ds_lvx.models.draft import device_of
-from ds_lvx.models.prompt import Prompt
+from ds_lvx.models.prompt import LayerKey, Prompt
 
 _NAME = "ds_lvx"  # of the attribute of a cache
 _MEDIA_TOKENS = (
@@ -42,7 +42,7 @@ class Past:
 
     model: ref[nn.Module]
     prompt: Prompt
-    keys: Mapping[str, tuple[Tensor, Tensor]]
+    keys: Mapping[LayerKey, tuple[Tensor, Tensor]]
     stand_in: Tensor | None
     tokens: Tensor
 
@@ -52,7 +52,7 @@ class Past:
     @property
     def settled(self) -> int:
         """How many tokens of the text have to be kept: those behind see what the last one sees."""
-        if self.prompt.sharded:
+        if self.prompt.among:
             return self.prompt.shape[1]
         rule, least = self.prompt.rule, 1
         rows = [self.prompt.row_mask]
@@ -62,6 +62,17 @@ class Past:
                 differ = (row != row[:, -1:]).any(dim=0).nonzero()
                 least = max([least, *(int(place) + 2 for place in differ[-1:])])
         return least
+
+    def until(self, tokens: int) -> Self:
+        """The same of the first tokens alone, which are enough."""
+        prompt, keys = self.prompt.until(tokens), self.keys
+        if prompt.text is not None:
+            held = prompt.text.lengths[prompt.channel.rank]
+            keys = {
+                key: (k[:, :held], v[:, :held]) if key[0] == "self" else (k, v)
+                for key, (k, v) in keys.items()
+            }
+        return replace(self, prompt=prompt, keys=keys, tokens=self.tokens[:, :tokens])
 
 
 def leave(cache: Any, model: nn.Module, decoding: Decoding, sequences: Tensor) -> None:
@@ -167,17 +178,18 @@ class Continued:
             known = positions[..., : min(self.common, positions.shape[-1])]
             more = torch.arange(1, length - known.shape[-1] + 1, dtype=known.dtype)
             mask = self.text.attention_mask
-            if self.past.prompt.sharded and mask is not None:  # padding takes no place
+            if self.past.prompt.among and mask is not None:  # padding takes no place
                 more = mask[:, known.shape[-1] :].cpu().to(known.dtype).cumsum(dim=1)
             given["position_ids"] = torch.cat((known, known[..., -1:] + more), dim=-1)
         # What fails on the way leaves a cache that goes with no more than this.
-        past = replace(self.past, tokens=self.past.tokens[:, : self.common])
+        past = self.past.until(self.common)
         setattr(self.cache, _NAME, past)
         mask, first = self.text.attention_mask, past.prompt
+        sharded = first.text is not None
         prompt = replace(
             first.behind(length - self.common),
             kept=(first, past.keys, past.stand_in),
-            gaps=first.sharded and mask is not None and not bool(mask[:, first.shape[1] :].all()),
+            gaps=sharded and mask is not None and not bool(mask[:, first.shape[1] :].all()),
         )
         return {k: move(v, device) for k, v in given.items() if v is not None}, prompt
 

@@ -139,17 +139,22 @@ def heads(x: Tensor, head_dim: int) -> Tensor:
 def fill(
     batch: ShardedBatch, cache: Any, keys: tuple[Tensor, Tensor], *, layer: int
 ) -> tuple[Tensor, Tensor]:
-    """K and V of this rank's text as they are; of a prompt that is split the cache gets them, too.
+    """K and V of this rank's text; in generation the cache gets them.
 
     Args:
         batch: the keyword.
         cache: transformers' own; None outside of generation.
         keys: K and V ``[B, s, H_kv, D]``.
         layer: its number in the cache.
+
+    Returns:
+        As they are; in generation what the cache has: of a prompt that is split this rank's part,
+        behind one whose keys are sharded all tokens behind it.
     """
-    if batch.split:
-        cache.update(*(each.transpose(1, 2) for each in keys), layer)
-    return keys
+    if batch.decoding is None:
+        return keys
+    k, v = cache.update(*(each.transpose(1, 2) for each in keys), layer)
+    return k.transpose(1, 2), v.transpose(1, 2)
 
 
 class Hook:

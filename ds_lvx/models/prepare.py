@@ -105,7 +105,7 @@ class PrepareText(Hook):
             prepared = {**kwargs, KEYWORD: batch}
             if key:
                 prepared[key] = batch.decoding.keep(features, lambda x, b: _by_sample(x, b, length))
-            if batch.split:
+            if batch.shards("self"):
                 more = self.family.prepare(batch, prepared)
                 return args, {**prepared, **more, "use_cache": True}
             return args, {**prepared, **self.family.decode(batch, prepared)}

@@ -17,12 +17,15 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import Visibility
 from ds_lvx.models.batch import ShardedBatch, move
+from ds_lvx.models.text_keys import AUTO, Held
 
 if TYPE_CHECKING:
     from ds_lvx.models.behind import Part
     from ds_lvx.models.decoding import Decoding
 
-Kept: TypeAlias = "tuple[Prompt, Mapping[str, tuple[Tensor, Tensor]], Tensor | None]"
+LayerKey: TypeAlias = tuple[str, str]
+"""Kind and name of a layer."""
+Kept: TypeAlias = "tuple[Prompt, Mapping[LayerKey, tuple[Tensor, Tensor]], Tensor | None]"
 """The first prompt, K and V by layer, and what stands in the place of features."""
 WHOLE = slice(None)
 LAST = slice(-1, None)
@@ -48,8 +51,11 @@ class Prompt:
         split: the keyword of the prompt's forward where that is split over the ranks.
         kept: where keys are there already: the first prompt, they, and the stand-in for features.
         part: this rank's part of a prompt whose keys stay sharded, until it runs.
-        sharded: it is such a prompt, or behind one: ``kv_lengths`` and ``rule`` are of its tokens.
-        gaps: some tokens behind such a prompt are padding.
+        text: what ranks hold of a prompt whose keys stay sharded, or may stay until it has run;
+            also of one behind it.
+        text_keys: whether those of a prompt that is split stay (`ds_lvx.models.text_keys.WORDS`).
+        among: visual tokens stand among the text.
+        gaps: some tokens behind a prompt whose keys are sharded are padding.
         prefix: of the text's arguments (`ds_lvx.models.batch.Text`); with one the units are an
             encoder's, whose rows stay sharded.
     """
@@ -67,9 +73,16 @@ class Prompt:
     split: ShardedBatch | None = None
     kept: Kept | None = None
     part: Part | None = None
-    sharded: bool = False
+    text: Held | None = None
+    text_keys: str = AUTO
+    among: bool = False
     gaps: bool = False
     prefix: str = ""
+
+    @property
+    def is_behind(self) -> bool:
+        """Its tokens stand behind those of a prompt whose keys are sharded."""
+        return self.text is not None and self.split is None and self.part is None
 
     def behind(self, tokens: int) -> Prompt:
         """So many tokens that see what the last one sees, once the units are encoded.
@@ -84,6 +97,13 @@ class Prompt:
         mask = None if mask is None else mask[:, -1:].repeat(1, tokens)
         shape = self.shape[0], tokens
         return replace(self.without_units(), shape=shape, rule=rule, row_mask=mask)
+
+    def until(self, tokens: int) -> Prompt:
+        """The same where fewer tokens are left of what ranks hold of its text."""
+        if self.text is None or tokens >= self.text.tokens:
+            return self
+        text = self.text.until(tokens, self.channel.rank)
+        return replace(self, shape=(self.shape[0], tokens), text=text)
 
     def without_units(self) -> Prompt:
         """The same once the units are encoded."""
@@ -100,7 +120,10 @@ class Prompt:
         """
         count = len(range(*tokens.indices(self.shape[1])))
         each = (count,) * self.channel.size
-        text = Layout(self.channel, each, each, device=self.device)
+        if self.text is None:
+            text = Layout(self.channel, each, each, device=self.device)
+        else:
+            text = self.text.layout(self.channel, count * copies, self.device)
         mask = None
         if self.row_mask is not None:
             rows = self.row_mask[:, tokens].repeat_interleave(copies, dim=0)
@@ -113,7 +136,7 @@ class Prompt:
             world=self.world,
             others=self.others,
             decoding=decoding,
-            behind=self.sharded,
+            behind=self.text is not None,
         )
 
     def _cross(self, tokens: slice, queries: int) -> Layout | None:

@@ -13,6 +13,7 @@ from ds_lvx.data.batch import BatchMaker, FrameRate, Sample
 from ds_lvx.data.chat import Chats, Conversation, Message, Part
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.text import IGNORED, EncodedText
+from ds_lvx.models.text_keys import AUTO, WORDS
 from ds_lvx.training.chatting import OPEN, conversation
 from ds_lvx.training.options import above, add_format, add_rate, from_
 
@@ -37,6 +38,7 @@ class Options:
     max_frames: int | None
     max_length: int | None
     max_new_tokens: int
+    text_keys: str
     temperature: float
     seed: int
     output: str | None
@@ -204,6 +206,12 @@ def parser() -> argparse.ArgumentParser:
         type=above(int, 0),
         default=256,
         help="of an answer (default: %(default)s)",
+    )
+    add(
+        "--text_keys",
+        choices=WORDS,
+        default=AUTO,
+        help="keys of a long text: on every rank, or sharded (docs/generation.md)",
     )
     add(
         "--temperature",

@@ -175,7 +175,8 @@ def test_answers_are_those_of_whole_conversations() -> None:
     first = model.generate(**without_labels(batch), **WORDS).sequences
     second = behind(first, SECOND)
     expected = []
-    for ids in (batch["input_ids"], second, behind(first, THIRD, keep=length + 2), second):
+    third, last = (behind(first, THIRD, keep=length + more) for more in (2, 0))
+    for ids in (batch["input_ids"], second, third, second, last):
         out: Any = model.generate(**longer(batch, ids), **WORDS)
         expected.append((out.sequences, out.logits))
     out = model.generate(**{**longer(batch, second), **with_gaps(batch, first)}, **WORDS)

@@ -226,7 +226,7 @@ def test_a_bias_is_as_exact_as_the_model_s_own(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_bias_is_as_exact_in_16_bits_as_in_32(dtype: torch.dtype) -> None:
     length, slopes = 70_000, torch.tensor([0.7, 2.0**-8 * 11.3137, 1.0])
-    of_queries, of_keys = columns(slopes, alone(length), dtype=dtype, head_dim=12)
+    of_queries, of_keys = columns(slopes, torch.arange(length), length, dtype=dtype, head_dim=12)
     assert (12 + of_keys.shape[1]) % 8 == 0
     expected = slopes.double()[:, None] * (torch.arange(length) - length // 2)
     found = of_queries.double() @ of_keys.double().T

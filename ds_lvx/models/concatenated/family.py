@@ -168,9 +168,6 @@ class Concatenated(Made):
         # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.
         return {"attention_mask": torch.zeros(1, 1, 1, 1, device=batch.text.device)}
 
-    def decode(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        return Concatenated.prepare(self, batch, arguments)
-
     def generator(self, model: Any) -> Any:
         return model
 

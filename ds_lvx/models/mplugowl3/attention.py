@@ -16,6 +16,7 @@ from ds_lvx.attention.merge import merge_attention
 from ds_lvx.attention.projection import Placed
 from ds_lvx.models.attend import attend, attend_part
 from ds_lvx.models.batch import ShardedBatch
+from ds_lvx.models.behind import attend_cached
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.mplugowl3.cached import Cached
 from ds_lvx.models.patch import KEYWORD, ShardedForward, fill, heads, refuse_dropout, trains
@@ -115,13 +116,10 @@ class Attention(ShardedForward):
     ) -> tuple[Tensor, Tensor]:
         """Attention to the text, of which every rank has a part, or in generation all."""
         text, cached = self._text(batch, x, carried), carried.cached
-        if cached is None or batch.split:
+        if batch.shards("self"):
             return attend_part(self.text_plan, batch, q, **text, returns_lse=returns_lse)
         keys = text["project_kv"](x)
-        found: tuple[Tensor, Tensor] = cached.attend(
-            q, keys, scale=text["scale"], kernel=self.plan.kernel
-        )
-        return found
+        return attend_cached(q, keys, cached.rule, scale=text["scale"], kernel=self.plan.kernel)
 
     def _text(self, batch: ShardedBatch, x: Tensor, carried: Any) -> dict[str, Any]:
         module, cached = self.module, carried.cached

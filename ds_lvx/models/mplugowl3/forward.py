@@ -166,7 +166,7 @@ class TextForward:
     def _hidden(self, batch: ShardedBatch, kwargs: Mapping[str, Any]) -> Tensor:
         inside, cache = self._text.model, kwargs.get("past_key_values")
         x, rule = inside.embed_tokens(kwargs["input_ids"]), None
-        if batch.decoding is not None and not batch.split:
+        if not batch.shards("self"):
             assert cache is not None, "generation has a cache"
             rule = causal(kwargs.get("attention_mask"), x, past=cache.get_seq_length())
         cos, sin = self._rotary(kwargs["position_ids"])

@@ -70,7 +70,7 @@ class SelfAttention(ShardedForward):
         Args:
             batch: the keyword.
             x: the text.
-            position_bias: ``[H, 1, any]``, of which the last two keys tell the slopes.
+            position_bias: ``[H, 1, longest]``, of which the last two keys tell the slopes.
             past_key_values: the cache, in generation.
         """
         module = self.module
@@ -79,16 +79,23 @@ class SelfAttention(ShardedForward):
         if module.clip_qkv:
             mixed = mixed.clamp(min=-module.clip_qkv, max=module.clip_qkv)
         q, k, v = (heads(part, module.head_dim) for part in mixed.chunk(3, dim=2))
-        fill(batch, past_key_values, (k, v), layer=module.layer_idx)
+        cache, number, past = past_key_values, module.layer_idx, 0
+        if batch.behind:
+            past = cache.get_seq_length(number)
+        else:  # plain, as the module's own forward takes them from there
+            fill(batch, cache, (k, v), layer=number)
         scale = float(module.softmax_scale)
 
         def settle() -> tuple[Tensor, Tensor]:
             slopes = (position_bias[:, 0, -1] - position_bias[:, 0, -2]) / scale
-            return columns(slopes, batch, dtype=q.dtype, head_dim=module.head_dim)
+            places, length = _places(batch, past, q.shape[1], longest=position_bias.shape[-1])
+            return columns(slopes, places, length, dtype=q.dtype, head_dim=module.head_dim)
 
-        of_queries, of_keys = batch.text.settled((BIAS, q.dtype, scale), settle)
+        of_queries, of_keys = batch.text.settled((BIAS, q.dtype, scale, past), settle)
         k = torch.cat((k, of_keys[:, None].expand(*k.shape[:3], -1)), dim=-1)
         v = F.pad(v, (0, of_keys.shape[-1]))
+        if batch.behind:
+            k, v = fill(batch, cache, (k, v), layer=number)
         out = attend(
             self.plan,
             batch,
@@ -102,21 +109,42 @@ class SelfAttention(ShardedForward):
         return module.out_proj(out[..., : module.head_dim].flatten(2)), None
 
 
+def _places(batch: ShardedBatch, past: int, tokens: int, *, longest: int) -> tuple[Tensor, int]:
+    """Places of this forward's tokens, and the length of a text with all that they ever meet.
+
+    Args:
+        batch: the keyword.
+        past: tokens before those of a forward behind a sharded prompt.
+        tokens: of this forward, s.
+        longest: of the model's texts.
+    """
+    length = sum(batch.text_lengths)
+    if batch.decoding is None:
+        return batch.places, length
+    end = past + tokens if batch.behind else length
+    if end > longest:
+        raise ValueError(
+            f"got {end} text tokens for an MPT with max_seq_len {longest}, which has no bias for "
+            "more; expected a shorter text, or fewer new tokens"
+        )
+    return torch.arange(past, end) if batch.behind else batch.places, longest
+
+
 def columns(
-    slopes: Tensor, batch: ShardedBatch, *, dtype: torch.dtype, head_dim: int
+    slopes: Tensor, places: Tensor, length: int, *, dtype: torch.dtype, head_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """The further dimensions of q ``[H, n]`` and of this rank's k ``[s, n]``.
+    """The further dimensions of q ``[H, n]`` and of some tokens' k ``[s, n]``.
 
     Args:
         slopes: ``[H]``, of the scores before they are scaled.
-        batch: the keyword.
+        places: int64 ``[s]``, of these tokens.
+        length: of the whole text.
         dtype: of q and k.
         head_dim: D; with n it becomes a multiple of 8.
     """
-    length = sum(batch.text_lengths)
     # From the middle: the smaller the numbers are, the finer is what fp32 keeps of their sums.
-    places = torch.arange(length, dtype=torch.float64) - length // 2
-    of_keys = exact_parts(places, dtype, parts=_parts_of(places, dtype))[batch.places]
+    every = torch.arange(length, dtype=torch.float64) - length // 2
+    of_keys = exact_parts(every, dtype, parts=_parts_of(every, dtype))[places]
     of_keys = to_device(of_keys.contiguous(), slopes.device)
     # What fp32 keeps of a slope, in as many parts as that takes.
     of_queries = exact_parts(slopes.double(), dtype, parts=1 if dtype.itemsize > 2 else 3)
