@@ -16,6 +16,9 @@ from transformers.utils.hub import cached_file
 
 from ds_lvx.models.registry import FAMILIES
 
+SETTINGS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+"""Files that say how pictures are made, in either of the forms that transformers writes."""
+
 
 def load(name: str, dtype: torch.dtype, *, trust_remote_code: bool, advice: str) -> Any:
     """The model of a checkpoint, from a folder or the hub.
@@ -100,6 +103,26 @@ def read_json(name: str, file: str) -> Any:
     """A file of a checkpoint, from a folder or the hub; empty where there is none."""
     found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     return {} if found is None else json.loads(Path(found).read_text())
+
+
+def read_settings(name: str, *more: str) -> dict[str, Any]:
+    """How a checkpoint makes pictures, by the name of each file; empty where there is none.
+
+    Args:
+        name: of the folder, or on the hub.
+        more: other files to read along.
+
+    Raises:
+        ValueError: none of them says it; defaults would be another model's.
+    """
+    files = {file: read_json(name, file) for file in (*SETTINGS, *more)}
+    images, _, both = (files[file] for file in SETTINGS)
+    if not (images or both.get("image_processor") or both.get("video_processor")):
+        raise ValueError(
+            f"got {name}, of whose pictures neither {SETTINGS[0]} nor {SETTINGS[2]} says how they "
+            "are made; expected one of these files: copy it from the repository of the model"
+        )
+    return files
 
 
 def read_section(name: str, section: str) -> Any:

@@ -244,7 +244,15 @@ def _readable(name: str) -> Iterator[None]:
                 f"--model: got {name!r}, a model whose code comes with the checkpoint; expected "
                 "leave to run that code; read it, and pass --trust_remote_code"
             ) from error
+        expected = (
+            "a folder or the hub name of a checkpoint, or `tiny`; check the name, and the login "
+            "for a gated one"
+        )
+        if Path(name).is_dir():
+            expected = (
+                "a whole checkpoint: config.json, weights, and the files of tokenizer and "
+                "processor, as the model's repository has them; copy what is missing"
+            )
         raise ValueError(
-            f"--model: got {name!r}, which cannot be read ({error}); expected a folder or the hub "
-            "name of a checkpoint, or `tiny`; check the name, and the login for a gated one"
+            f"--model: got {name!r}, which cannot be read ({error}); expected {expected}"
         ) from error

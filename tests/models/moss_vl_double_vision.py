@@ -107,7 +107,7 @@ class MossVLVisionPatchEmbed(nn.Module):
         )
 
     def forward(self, x):
-        return self.proj(x.view(-1, *self.shape)).flatten(1)
+        return self.proj(x.to(self.proj.weight.dtype).view(-1, *self.shape)).flatten(1)
 
 
 class MossVLVisionRotaryEmbedding(nn.Module):
@@ -131,7 +131,7 @@ class MossVLVisionAttention(nn.Module):
     def forward(self, x, lengths, rotary):
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
         cos, sin = rotary.cos()[:, None], rotary.sin()[:, None]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = (rotate(x.float(), cos, sin).to(x.dtype) for x in (q, k))
         frames = zip(*(t.transpose(0, 1).split(lengths, dim=1) for t in (q, k, v)), strict=True)
         out = [F.scaled_dot_product_attention(*(t[None] for t in frame))[0] for frame in frames]
         return self.proj(torch.cat(out, dim=1).transpose(0, 1).flatten(1))

@@ -70,6 +70,11 @@ def make_batch(texts: Sequence[str], *, seed: int = 0) -> Batch:
     }
 
 
+def for_one_process(batch: Batch) -> Batch:
+    """The model's own forward opens the files."""
+    return {key: value for key, value in batch.items() if key != "pixel_values"}
+
+
 def ds_config(*, stage: int, sp_size: int, self_attn: str) -> dict[str, Any]:
     """`mllama_case.ds_config` for this model's names."""
     config = mllama_case.ds_config(stage=stage, sp_size=sp_size, cross={}, self_attn=self_attn)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tests.models.blip_case import (
-    SIDE,
     Batch,
     answers,
     ds_config,
+    for_one_process,
     hard_batch,
     instructed,
     left_padded,
@@ -49,13 +49,6 @@ METHODS = ("ulysses", "ring", "lvx")
 
 def rules(method: str, ranks: int, stage: int = 0) -> dict[str, Any]:
     return ds_config(stage=stage, sp_size=ranks, self_attn=method)
-
-
-def for_one_process(batch: Batch) -> Batch:
-    """The model's own forward wants an image; nobody sees it."""
-    if batch["pixel_values"].shape[0] > 0:
-        return batch
-    return {**batch, "pixel_values": torch.zeros(1, 3, SIDE, SIDE)}
 
 
 def for_ranks(batch: Batch) -> Batch:
@@ -231,11 +224,3 @@ def test_a_rank_without_images_trains_along() -> None:
         (rules("ring", 3, stage), tiny_model, [[one_image(7)], [text_only(8)]]) for stage in (0, 3)
     ]
     check(jobs, ranks=3, sp_size=3)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
-def test_a_replica_without_images_beside_one_with_images(sp_size: int) -> None:
-    batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
-    jobs = [(rules("ulysses", sp_size, 3), tiny_model, batches)]
-    check(jobs, ranks=2 * sp_size, sp_size=sp_size)

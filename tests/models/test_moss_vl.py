@@ -105,16 +105,6 @@ def test_reference_has_gradients_everywhere() -> None:
     assert silent == set()
 
 
-@pytest.mark.exhaustive
-def test_a_replica_without_frames_beside_one_with_frames() -> None:
-    """Under ZeRO-3 both run a frame through the tower."""
-    batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
-    config = rules("recompute", 1, 3)
-    results = run_ranks(train_each, 2, [(config, tiny_model)], batches)
-    expected = reference_steps(batches, tiny_model())
-    assert_same_training([result[0] for result in results], expected, sp_size=1)
-
-
 def frozen_model() -> Any:
     model = tiny_model()
     model.model.visual.requires_grad_(False)

@@ -155,18 +155,6 @@ def test_training_equals_one_process(which: slice) -> None:
     case.check(jobs[which], ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
 
 
-@pytest.mark.exhaustive
-def test_every_stage_equals_one_process() -> None:
-    jobs = [(rules("lvx", 3, stage), tiny_model) for stage in range(4)]
-    case.check(jobs, ranks=3, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=3)
-
-
-@pytest.mark.exhaustive
-def test_a_rank_without_images_trains_along() -> None:
-    jobs = [(rules("lvx", 3, 3), tiny_model), (rules("ring", 3, 0), tiny_model)]
-    case.check(jobs, ranks=3, batches=[[one_image(7)], [text_only(8)]], sp_size=3)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_replica_without_images_beside_one_with_images(sp_size: int) -> None:

@@ -10,14 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ds_lvx import gather_sequence, owned
-from ds_lvx.config import LVXConfig
-from ds_lvx.distributed.groups import SequenceParallelGroups
-from ds_lvx.models import patch_model
-from ds_lvx.sharding import shard_batch
+from ds_lvx import owned
 from tests.models import concatenated_case as case
 from tests.models.mllama_case import (
-    FURTHER,
     assert_same_training,
     plain_step,
     reference_steps,
@@ -26,10 +21,8 @@ from tests.models.qwen3_vl_case import (
     IMAGE,
     MERGE,
     VIDEO,
-    frozen_tower,
     hard_batch,
     left_padded,
-    lora_model,
     one_image,
     one_video,
     text_only,
@@ -100,63 +93,3 @@ def step_local() -> dict[str, Any]:
 def test_frames_that_are_on_their_ranks_already() -> None:
     alone = reference_steps([[hard_batch(5)]], tiny_model())
     assert_same_training(run_ranks(step_local, 2), alone, sp_size=2)
-
-
-def test_no_visual_embedding_is_sent() -> None:
-    assert run_ranks(case.bytes_of_forward, 2, NAME, tiny_model, one_video()) == [0, 0]
-
-
-def logits_in_order() -> list[Any]:
-    model, groups = tiny_model(), SequenceParallelGroups(2)
-    patch = patch_model(model, LVXConfig.from_ds_config(rules("ring", 2)), groups)
-    shard = shard_batch(left_padded(), model=model)
-    whole = gather_sequence(model(**shard).logits, shard=shard).detach()
-    patch.unpatch()
-    groups.close()
-    return [whole, left_padded()["attention_mask"]]
-
-
-def test_logits_come_in_the_order_of_the_text() -> None:
-    for whole, mask in run_ranks(logits_in_order, 2):
-        there = mask.bool()
-        torch.testing.assert_close(
-            whole[there], expected()["left_padded"]["logits"][0][0][there], atol=1e-5, rtol=1e-5
-        )
-        assert not whole[~there].any()
-
-
-# ---- training
-
-
-@pytest.mark.slow
-@FURTHER
-def test_training_equals_one_process(which: slice) -> None:
-    """Two steps: methods, stages, checkpoints, LoRA, a frozen tower."""
-    jobs = [
-        (rules("lvx", 2, 3), tiny_model),
-        (rules("ulysses", 2, 2), partial(case.checkpointed, lora_model)),
-        (case.section(rules("lvx", 2, 1), partition_activations=True), frozen_tower),
-        (case.section(rules("ring", 2, 3)), tiny_model),
-        (rules("ring", 2, 0), partial(case.checkpointed, tiny_model, reentrant=True)),
-    ]
-    case.check(jobs[which], ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
-
-
-@pytest.mark.exhaustive
-def test_every_stage_equals_one_process() -> None:
-    jobs = [(rules("lvx", 3, stage), tiny_model) for stage in range(4)]
-    case.check(jobs, ranks=3, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=3)
-
-
-@pytest.mark.exhaustive
-def test_a_rank_without_images_trains_along() -> None:
-    jobs = [(rules("lvx", 3, 3), tiny_model), (rules("ring", 3, 0), tiny_model)]
-    case.check(jobs, ranks=3, batches=[[one_image(7)], [text_only(8)]], sp_size=3)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
-def test_a_replica_without_images_beside_one_with_images(sp_size: int) -> None:
-    batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
-    jobs = [(rules("lvx", sp_size, 3), tiny_model)]
-    case.check(jobs, ranks=2 * sp_size, batches=batches, sp_size=sp_size)

@@ -19,6 +19,7 @@ from tests.models.mllama_case import (
 from tests.models.qwen_vl_case import (
     Batch,
     ds_config,
+    for_one_process,
     hard_batch,
     left_padded,
     lora_model,
@@ -47,11 +48,6 @@ METHODS = ("ulysses", "ring", "lvx")
 
 def rules(method: str, ranks: int, stage: int = 0) -> dict[str, Any]:
     return ds_config(stage=stage, sp_size=ranks, self_attn=method)
-
-
-def for_one_process(batch: Batch) -> Batch:
-    """The model's own forward opens the files."""
-    return {key: value for key, value in batch.items() if key != "pixel_values"}
 
 
 def without_padding(results: list[dict[str, Any]], batches: list[Batch]) -> list[dict[str, Any]]:
@@ -208,11 +204,3 @@ def test_a_rank_without_images_trains_along() -> None:
         (rules("ring", 3, stage), tiny_model, [[one_image(7)], [text_only(8)]]) for stage in (0, 3)
     ]
     check(jobs, ranks=3, sp_size=3)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
-def test_a_replica_without_images_beside_one_with_images(sp_size: int) -> None:
-    batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
-    jobs = [(rules("ulysses", sp_size, 3), tiny_model, batches)]
-    check(jobs, ranks=2 * sp_size, sp_size=sp_size)

@@ -176,11 +176,3 @@ def test_every_stage_equals_one_process() -> None:
 def test_a_rank_without_images_trains_along() -> None:
     jobs = [(rules("lvx", 3, 3), tiny_model), (rules("ring", 3, 0), tiny_model)]
     check(jobs, ranks=3, batches=[[one_image(7)], [text_only(8)]], sp_size=3)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
-def test_a_replica_without_images_beside_one_with_images(sp_size: int) -> None:
-    batches = [[hard_batch(0), text_only()], [text_only(), one_image()]]
-    jobs = [(rules("lvx", sp_size, 3), tiny_model)]
-    check(jobs, ranks=2 * sp_size, batches=batches, sp_size=sp_size)

@@ -191,11 +191,3 @@ def test_a_rank_without_frames_trains_along() -> None:
         (rules("ring", 3, 3), tiny_model, [[one_frame(7)], [text_only(8)]]),
     ]
     check(jobs, ranks=3, sp_size=3)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("sp_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
-def test_a_replica_without_a_video_beside_one_with_videos(sp_size: int) -> None:
-    batches = [[hard_batch(0), text_only()], [text_only(), one_frame()]]
-    jobs = [(rules("ulysses", sp_size, 3), tiny_model, batches)]
-    check(jobs, ranks=2 * sp_size, sp_size=sp_size)

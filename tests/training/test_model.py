@@ -69,3 +69,16 @@ def test_a_config_of_no_model(tmp_path: Path, config: str) -> None:
     for name in (str(tmp_path), str(tmp_path / "nothing")):
         with pytest.raises(ValueError, match=f"--model: got '{name}', which cannot be read"):
             Source.of(name)
+
+
+def test_a_folder_that_lacks_files_says_which_belong_there(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "mllama")
+    (tmp_path / "mllama" / "preprocessor_config.json").unlink()
+    tiny = Source.of("tiny:qwen2_5_vl")
+    tiny.config.save_pretrained(tmp_path / "qwen")
+    tiny.processor.save_pretrained(tmp_path / "qwen")
+    assert Source.of(str(tmp_path / "qwen")).family.model_type == "qwen2_5_vl"
+    (tmp_path / "qwen" / "preprocessor_config.json").unlink()
+    for name, found in (("mllama", ""), ("qwen", "neither preprocessor_config.json nor processor")):
+        with pytest.raises(ValueError, match=rf"{found}.*expected a whole .*copy what is missing"):
+            Source.of(str(tmp_path / name))

@@ -16,13 +16,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, Blip2Processor, InstructBlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from ds_lvx.models.remote import read_json
+from ds_lvx.models.remote import read_json, read_settings
 from ds_lvx.models.visual import COUNTS, PIXELS
 
 INSTRUCTION, INSTRUCTION_MASK = "qformer_input_ids", "qformer_attention_mask"
 _READER = "qformer_tokenizer"
 """Where the tokenizer of instructions lies in a checkpoint."""
-_CONFIG = "preprocessor_config.json"
 _IMAGE, _FRAME = "<image>", "<video>"
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{% for part in message.content %}"
@@ -157,9 +156,8 @@ class Processor:
 
 def _images(name: str) -> BlipImageProcessorPil:
     """A checkpoint's way with a picture; that with a video's frames is the same."""
-    whole = read_json(name, "processor_config.json")
-    parts = (whole.get(key) for key in ("image_processor", "video_processor"))
-    files = (read_json(name, file) for file in (_CONFIG, "video_preprocessor_config.json"))
-    given: dict[str, Any] = next((each for each in (*parts, *files) if each), {})
+    images, videos, whole = read_settings(name).values()
+    parts = (whole.get("image_processor"), whole.get("video_processor"), images, videos)
+    given: dict[str, Any] = next(each for each in parts if each)
     names = ("size", "image_mean", "image_std", "resample", "rescale_factor")
     return BlipImageProcessorPil(**{key: given[key] for key in names if key in given})

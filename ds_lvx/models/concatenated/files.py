@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from transformers import AutoTokenizer
 
-from ds_lvx.models.remote import read_json
+from ds_lvx.models.remote import SETTINGS, read_settings
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -24,7 +24,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """ChatML, where a checkpoint brings no template of its own."""
-_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 
 class Files:
@@ -46,7 +45,7 @@ class Files:
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
         self._files = files
-        images, videos, both = (files.get(name) or {} for name in _FILES)
+        images, videos, both = (files.get(name) or {} for name in SETTINGS)
         self.of_both: Mapping[str, Any] = both
         self.of_images: Mapping[str, Any] = both.get("image_processor") or images
         self.of_videos: Mapping[str, Any] = both.get("video_processor") or videos
@@ -54,8 +53,7 @@ class Files:
     @classmethod
     def of(cls, name: str) -> Self:
         """That of a checkpoint, from a folder or the hub."""
-        files = {file: read_json(name, file) for file in _FILES}
-        return cls(AutoTokenizer.from_pretrained(name), files)
+        return cls(AutoTokenizer.from_pretrained(name), read_settings(name))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `of` reads."""

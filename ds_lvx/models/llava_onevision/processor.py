@@ -24,11 +24,10 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from ds_lvx.models.concatenated.files import CHAT_TEMPLATE
 from ds_lvx.models.llava_onevision import batch as batches
 from ds_lvx.models.media import Held, Medium, Shown
-from ds_lvx.models.remote import read_json
+from ds_lvx.models.remote import SETTINGS, read_settings
 from ds_lvx.models.visual import PIXELS
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
-_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 _TEMPLATE = "chat_template.json"
 _SETTINGS = ("image_mean", "image_std", "resample")
 
@@ -50,7 +49,7 @@ class Processor:
         template = (files.get(_TEMPLATE) or {}).get("chat_template")
         self.chat_template = tokenizer.chat_template or template or CHAT_TEMPLATE
         self._files, self._config = files, config
-        images, videos, both = (files.get(name) or {} for name in _FILES)
+        images, videos, both = (files.get(name) or {} for name in SETTINGS)
         images = both.get("image_processor") or images
         videos = {**images, **(both.get("video_processor") or videos)}
         grids = [[*grid] for grid in config.image_grid_pinpoints]
@@ -62,7 +61,7 @@ class Processor:
     @classmethod
     def of(cls, name: str) -> Processor:
         """That of a checkpoint, from a folder or the hub."""
-        files = {file: read_json(name, file) for file in (*_FILES, _TEMPLATE)}
+        files = read_settings(name, _TEMPLATE)
         return cls(AutoTokenizer.from_pretrained(name), files, AutoConfig.from_pretrained(name))
 
     def save_pretrained(self, folder: str | Path) -> None:

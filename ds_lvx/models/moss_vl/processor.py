@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ds_lvx.models.moss_vl.batch import PIXELS
 from ds_lvx.models.moss_vl.resize import Budget
-from ds_lvx.models.remote import read_json
+from ds_lvx.models.remote import read_settings
 
 IMAGE_TOKEN = "<|image_pad|>"
 _FILE = "preprocessor_config.json"
@@ -69,7 +69,8 @@ class Processor:
     def of(cls, name: str) -> Processor:
         """That of a checkpoint, from a folder or the hub."""
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
-        return cls(tokenizer, read_json(name, _FILE), read_json(name, _VIDEO_FILE))
+        files = read_settings(name)
+        return cls(tokenizer, files[_FILE], files[_VIDEO_FILE])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `of` reads."""
