@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -112,14 +113,18 @@ def initialize(
 
     Collectives: making the groups, and agreements on the control plane; then DeepSpeed's.
     """
-    if not isinstance(model, nn.Module) or mpu is not None or mesh_param is not None:
-        raise ValueError(
-            f"got model of type {type(model).__name__}, mpu {mpu!r}, mesh_param {mesh_param!r}; "
-            "expected a torch.nn.Module and neither mpu nor mesh_param: the groups come from "
-            "ds_lvx.sequence_parallel_size in the ds_config"
-        )
-    source = _config_source(args, config, config_params)
+
+    def source() -> Any:
+        if not isinstance(model, nn.Module) or mpu is not None or mesh_param is not None:
+            raise ValueError(
+                f"got model of type {type(model).__name__}, mpu {mpu!r}, mesh_param "
+                f"{mesh_param!r}; expected a torch.nn.Module and neither mpu nor mesh_param: the "
+                "groups come from ds_lvx.sequence_parallel_size in the ds_config"
+            )
+        return _config_source(args, config, config_params)
+
     lvx, checkpoints = _read_config(source, port=distributed_port, what=_WHAT)
+    assert model is not None
     return _start(
         lvx,
         checkpoints,
@@ -160,14 +165,15 @@ def apply(
 
     Collectives: making the groups, and agreements on the control plane.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"got model of type {type(model).__name__}; expected a torch.nn.Module")
-    lvx, checkpoints = _read_config(config, port=DEFAULT_PORT, what="ds_lvx.apply")
-    if groups is not None and groups.sp_size != lvx.sequence_parallel_size:
-        raise ValueError(
-            f"got groups of {in_ranks(groups.sp_size)} for ds_lvx.sequence_parallel_size "
-            f"{lvx.sequence_parallel_size}; expected the same: leave groups out, or change one"
-        )
+
+    def source() -> Any:
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"got model of type {type(model).__name__}; expected a torch.nn.Module"
+            )
+        return config
+
+    lvx, checkpoints = _read_config(source, port=DEFAULT_PORT, what="ds_lvx.apply", groups=groups)
     used = SequenceParallelGroups(lvx.sequence_parallel_size) if groups is None else groups
     try:
         patch = _patch_on_all_ranks(model, lvx, used, checkpoints, what="ds_lvx.apply")
@@ -223,16 +229,31 @@ def _config_source(args: Any, config: Any, config_params: Any) -> Any:
 
 
 def _read_config(
-    source: Any, *, port: int, what: str
+    source: Callable[[], Any],
+    *,
+    port: int,
+    what: str,
+    groups: SequenceParallelGroups | None = None,
 ) -> tuple[LVXConfig, ActivationCheckpointing | None]:
-    """Read the config on every rank, start ``torch.distributed``, and compare what was read."""
-    lvx, checkpoints, error = None, None, None
+    """Read the config on every rank, start ``torch.distributed``, and compare what was read.
+
+    What the caller got wrong otherwise, ``source`` or groups of another size, is told with it.
+    """
+    lvx, checkpoints = None, None
+    error: Exception | None = None
     try:
-        ds_config = read_ds_config(source)
-        lvx = LVXConfig.from_ds_config(source if isinstance(source, str) else ds_config)
+        given = source()
+        ds_config = read_ds_config(given)
+        lvx = LVXConfig.from_ds_config(given if isinstance(given, str) else ds_config)
+        if groups is not None and groups.sp_size != lvx.sequence_parallel_size:
+            raise ValueError(
+                f"got groups of {in_ranks(groups.sp_size)} for ds_lvx.sequence_parallel_size "
+                f"{lvx.sequence_parallel_size}; expected the same: leave groups out, or change one"
+            )
         checkpoints = ActivationCheckpointing.from_ds_config(ds_config)
         check_ds_config(ds_config, sequence_parallel_size=lvx.sequence_parallel_size)
-    except (ValueError, NotImplementedError) as caught:
+    # Whatever it is: the other ranks must not wait for this one.
+    except Exception as caught:  # noqa: BLE001
         error = caught
     if error is not None and not is_initialized() and "RANK" not in os.environ and not read_slurm():
         raise error  # no launcher started this process: there is nobody to tell

@@ -18,7 +18,7 @@ from torch import nn
 
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.distributed.shutdown import shutdown
-from ds_lvx.initialize import initialize
+from ds_lvx.initialize import apply, initialize
 from ds_lvx.models.patch import Hook, is_patched
 from ds_lvx.sharding import mean_loss, shard_batch
 from tests.models.mllama_case import (
@@ -173,7 +173,7 @@ def make_mistake(what: str) -> tuple[str, bool]:
     elif what == "deepspeed":
         config |= {"train_batch_size": 7, "gradient_accumulation_steps": 2}
     try:
-        start_engine(config, model)
+        start_wrongly(what, config, model)
     except (ValueError, NotImplementedError, AssertionError) as error:
         text = f"{type(error).__name__}: {error}"
     else:
@@ -181,10 +181,27 @@ def make_mistake(what: str) -> tuple[str, bool]:
     return text, not is_patched(model) and SequenceParallelGroups.current() is None
 
 
+def start_wrongly(what: str, config: dict[str, Any], model: Any) -> None:
+    """Start with what is wrong beside config and model on rank 1, if that is the mistake."""
+    here = torch.distributed.get_rank() == 1
+    if what.startswith("no config"):
+        initialize(model=model, config=None if here else config)
+    elif what.startswith("apply"):
+        other_size = "size" in what
+        with contextlib.closing(SequenceParallelGroups(1 if other_size else 2)) as groups:
+            given = None if here and not other_size else model
+            apply(given, config, groups=groups if here or not other_size else None)
+    else:
+        start_engine(config, model)
+
+
 MISTAKES = {
     "typo on one rank": ["ValueError: rank 1: ", "metod", '"method"'],
     "other method on one rank": ["ValueError", "the ranks disagree"],
     "other model on one rank": ["ValueError", "the ranks disagree on layers"],
+    "no config on one rank": ["ValueError: rank 1: got no ds_config"],
+    "apply to no model on one rank": ["ValueError: rank 1: got model of type NoneType"],
+    "apply by groups of another size on one rank": ["ValueError: rank 1: got groups of 1 rank"],
     "no family": ["NotImplementedError", "Linear", "mllama"],
     "size": ["ValueError", "ds_lvx.sequence_parallel_size: got 3", "1, 2"],
     "mesh": ["ValueError", "data_parallel_size"],
