@@ -21,7 +21,18 @@ from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import draft_batch
 from launch.bench_launches import made_up_ranks
-from tests.models import internvl_case, llava_onevision_case, qwen2_5_vl_case, qwen3_vl_case
+from tests.models import (
+    idefics_case,
+    internvl_case,
+    llava_onevision_case,
+    mplugowl3_case,
+    openflamingo_case,
+    qwen2_5_vl_case,
+    qwen3_vl_case,
+    qwen_vl_case,
+    t5gemma2_case,
+    video_llama_case,
+)
 from tests.models.concatenated_case import rules
 from tests.models.host_reads import HostReads
 from tests.models.mllama_case import ds_config, end_engine, hard_batch, start_engine, tiny_model
@@ -57,6 +68,16 @@ CONCATENATED: dict[str, Any] = {
     "internvl": internvl_case,
     "llava_onevision": llava_onevision_case,
 }
+LVX: dict[str, Any] = {"cross": {"method": "lvx"}, "self_attn": "ring"}
+OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "t5gemma2": (t5gemma2_case, LVX),
+    "idefics": (idefics_case, LVX),
+    "mplugowl3": (mplugowl3_case, LVX),
+    "openflamingo": (openflamingo_case, LVX),
+    "qwen": (qwen_vl_case, {"self_attn": "ring"}),
+    "video_llama": (video_llama_case, {"self_attn": "ring"}),
+}
+"""By family: its case, and the words of its ``ds_config``."""
 UNUSED = "vision_tower.post_layernorm"
 """In names of parameters that the loss of none depends on."""
 
@@ -114,6 +135,22 @@ def test_towers_and_embeddings_read_no_number() -> None:
     for found in run_ranks(reads_by_family, 2):
         for name, reads in found.items():
             assert reads <= ALLOWED_ON_CPU, name
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_host_reads_no_number_of_other_families(name: str) -> None:
+    """Of the second pass over a batch, whose rules the first has looked into."""
+    case, words = OTHERS[name]
+    with made_up_ranks(1):
+        model, groups = case.tiny_model(), SequenceParallelGroups(1)
+        made = LVXConfig.from_ds_config(case.ds_config(stage=1, sp_size=1, **words))
+        patch_model(model, made, groups)
+        shard = ds_lvx.shard_batch(case.hard_batch(), model=model)
+        for _ in range(2):
+            with HostReads() as reads:
+                model(**shard).loss.backward()
+        groups.close()
+    assert reads.found == []
 
 
 @pytest.fixture

@@ -16,12 +16,13 @@ from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 from transformers.models.t5gemma2.modeling_t5gemma2 import (
     T5Gemma2MergedAttention,
     T5Gemma2SelfAttention,
+    T5Gemma2TextScaledWordEmbedding,
 )
 
 from ds_lvx.models.batch import ShardedBatch, Text
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
-from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
+from ds_lvx.models.patch import KeepForward, PatchedAttention, refuse_growing_rope
 from ds_lvx.models.sized import Sized
 from ds_lvx.models.t5gemma2 import batch as batches
 from ds_lvx.models.t5gemma2 import dimensions, forward, sized
@@ -102,6 +103,9 @@ class T5Gemma2(Sized):
     def install(self, model: T5Gemma2ForConditionalGeneration, plans: Sequence[LayerPlan]) -> None:
         model.register_forward_pre_hook(forward.Begin(), with_kwargs=True)
         model.model.encoder.register_forward_pre_hook(forward.Embed(), with_kwargs=True)
+        for module in model.modules():
+            if isinstance(module, T5Gemma2TextScaledWordEmbedding):
+                module.register_forward_pre_hook(KeepForward(module, forward.Words(module)))
 
     # ---- batches
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ds_lvx.models.behind import causal
 from ds_lvx.models.patch import KEYWORD, Hook
@@ -50,6 +51,22 @@ class Embed(Hook):
             embedded = _placed(embedded, features.to(embedded.dtype).flatten(0, 1), places)
         masks = dict.fromkeys((FULL, SLIDING))
         return args, {**given, "inputs_embeds": embedded, "attention_mask": masks}
+
+
+class Words:
+    """Takes the place of a word embedding's ``forward``, which writes the ends of images by a mask:
+    the host would wait for how many there are."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """``[B, n]`` -> ``[B, n, hidden]``."""
+        module = self.module
+        embedded = nn.Embedding.forward(module, input_ids)
+        embedded = embedded * module.embed_scale.to(module.weight.dtype)
+        ends = (input_ids == module.eoi_token_index).unsqueeze(-1)
+        return torch.where(ends, module.eoi_embedding.to(embedded.dtype), embedded)
 
 
 def _placed(embedded: Tensor, features: Tensor, places: Tensor) -> Tensor:
