@@ -75,8 +75,8 @@ class Accelerator(accelerate.Accelerator):
             got = "no DeepSpeed" if plugin is None else f"a ds_config without a section {SECTION}"
             raise ValueError(
                 f"got {got}; expected a ds_config with a section {SECTION}: give one (deepspeed= "
-                "of TrainingArguments, hf_ds_config= of DeepSpeedPlugin), or use the class of "
-                "transformers or accelerate"
+                "of TrainingArguments, hf_ds_config= of DeepSpeedPlugin, deepspeed_config_file in "
+                "the config of accelerate launch), or use the class of transformers or accelerate"
             )
         world, launched = self.state.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
         if world != launched:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from transformers import DynamicCache, MllamaForConditionalGeneration
 
 from ds_lvx.accelerate import Accelerator
 from tests.models.mllama_case import tiny_model, trained, weights
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 from tests.test_trainer import assert_same, config_of, forget_state, samples
 
 
@@ -78,3 +80,61 @@ def test_losses_weights_and_logits_are_those_of_one_process(stage: int, tmp_path
         assert found["counted"] == 1
         assert found["objects"] == ["one"]
         assert found["tokens"] == expected["tokens"]
+
+
+class Names(dict[str, Any]):
+    """Variables of a script that keep every loss."""
+
+    def __init__(self, **names: Any) -> None:
+        super().__init__(names)
+        self.losses: list[float] = []
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name == "loss":
+            self.losses.append(value.item())
+        super().__setitem__(name, value)
+
+
+def document(tiny: Path) -> list[float]:
+    """The losses of the loop that the documents have."""
+    forget_state()
+    deepspeed.init_distributed("gloo")
+    PartialState(cpu=True)
+    [code] = re.findall(
+        r"```python\n(from accelerate\.utils.*?)```", (ROOT / "docs/trainer.md").read_text(), re.S
+    )
+    model = MllamaForConditionalGeneration.from_pretrained(tiny)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    loader = DataLoader(samples(), batch_size=2)
+    names = Names(model=model, optimizer=optimizer, loader=loader)
+    code = code.replace("ds_configs/mine.json", f"{tiny}/mine.json")
+    exec(compile(code, "loop", "exec"), {}, names)
+    forget_state()
+    return names.losses
+
+
+def plain(tiny: Path) -> list[float]:
+    """The same losses without accelerate, in one process, clipped as accelerate does by default."""
+    model = MllamaForConditionalGeneration.from_pretrained(tiny)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for batch in DataLoader(samples(), batch_size=2):
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_loop_of_the_documents_trains_as_one_process(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    config = config_of(2, zero_allow_untested_optimizer=True, train_micro_batch_size_per_gpu=2)
+    for key in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping"):
+        del config[key]
+    (tmp_path / "mine.json").write_text(json.dumps(config))
+    expected = plain(tmp_path)
+    assert len(set(expected)) == 3
+    for losses in run_ranks(document, 2, tmp_path):
+        assert losses == pytest.approx(expected, abs=1e-5)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +25,23 @@ def check(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]
     status = cli.main(["data", "check", *map(str, words)])
     said = capsys.readouterr()
     return status, said.out + said.err
+
+
+def on_terminal(*words: object) -> str:
+    """What the command shows where its output is a terminal."""
+    ours, theirs = os.openpty()
+    with ThreadPoolExecutor(1) as pool, open(ours, "rb", buffering=0) as screen:
+        shown = pool.submit(lambda: b"".join(pieces(screen)).decode())
+        with open(theirs, "w") as terminal, contextlib.redirect_stdout(terminal):
+            cli.main(["data", "check", *map(str, words)])
+        return shown.result()
+
+
+def pieces(screen: Any) -> Iterator[bytes]:
+    """Until the other end is closed, which is an error to whoever reads."""
+    with contextlib.suppress(OSError):
+        while piece := screen.read(4096):
+            yield piece
 
 
 def test_all_that_is_wrong_is_said_in_one_run(
@@ -64,13 +86,16 @@ def test_tokens_are_shown_with_what_is_learnt(
     assert f"{path}:1: " in plain
     assert "tokens         " in plain
     assert f"{path}:2: got" in plain
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    coloured = check(capsys, path, "--model", "tiny", "--show", 1)[1]
+    coloured = on_terminal(path, "--model", "tiny", "--show", 1)
     assert "\x1b[1;32mR\x1b[0m" in coloured
     assert "\x1b[1;32mW\x1b[0m" not in coloured
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "[1;32m" not in check(capsys, path, "--model", "tiny", "--show", 1)[1]
+    colourless = on_terminal(path, "--model", "tiny", "--show", 1)
+    assert f"learnt: \x1b[0m{ANSWER}" in colourless
+    assert "32m" not in colourless
     status, said = check(capsys, path, "--show", 1)
     assert status == 2
     assert "--show: got no --model" in said
