@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import get_worker_info
 from ds_lvx.attention.checkpointing import is_partitioned
 from ds_lvx.distributed.failures import named
 from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
+from ds_lvx.distributed.together import telling
 from ds_lvx.models import family_of
 from ds_lvx.models.cuts import before, parts_of, span, split
 from ds_lvx.models.draft import Draft
@@ -202,7 +204,9 @@ def _shard(
     frames: str = "local",
     records: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    family, inside = family_of(model)
+    channel = resolve(groups)
+    with telling(channel) if records is None else nullcontext():
+        family, inside = family_of(model)
     current = SequenceParallelGroups.current() if groups is None else groups
     world = None if current is None or current.dp_size == 1 else current.world_channel
     # What the ranks have agreed on goes to the device, where there may be no memory for it.
@@ -210,7 +214,7 @@ def _shard(
         shard = family.shard(
             batch,
             inside,
-            channel=resolve(groups),
+            channel=channel,
             frames=frames,
             always_vision=world is not None or is_partitioned(inside),
             records=records,

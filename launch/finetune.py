@@ -25,6 +25,7 @@ from ds_lvx.distributed.failures import RankOutOfMemoryError, named
 from ds_lvx.distributed.notes import PeerError
 from ds_lvx.distributed.slurm import read_slurm
 from ds_lvx.distributed.start import init_distributed, remove_shared_memory
+from ds_lvx.distributed.together import together
 from ds_lvx.training.batches import Batches
 from ds_lvx.training.ending import EndAskedError
 from ds_lvx.training.inputs import check_samples, read_inputs
@@ -32,7 +33,6 @@ from ds_lvx.training.lock import held
 from ds_lvx.training.loop import Trainer, make_engine
 from ds_lvx.training.model import load_model
 from ds_lvx.training.options import Options, parse
-from ds_lvx.training.together import together
 
 # What is said in a line; whatever else fails shows where.
 REPORTED = (ValueError, NotImplementedError, RankOutOfMemoryError, PeerError)

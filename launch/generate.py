@@ -35,11 +35,11 @@ from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.slurm import read_slurm
 from ds_lvx.distributed.start import init_distributed
+from ds_lvx.distributed.together import together
 from ds_lvx.models.started import begins_with, has_encoder
 from ds_lvx.training.asking import Options, Prompts, parse, question
 from ds_lvx.training.chatting import OPEN, Questions, conversation
 from ds_lvx.training.model import Source, training_dtype
-from ds_lvx.training.together import together
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -263,9 +263,11 @@ def test_words_for_frames() -> None:
 
 def differ(what: str) -> None:
     rank = torch.distributed.get_rank()
-    batch = hard_batch()
+    batch, model = hard_batch(), tiny_model()
     if rank == 1:
-        if what == "text":
+        if what == "model":
+            model = None
+        elif what == "text":
             batch["input_ids"][0, 0] += 1
         elif what == "length":
             batch = make_batch([[4, 5, 9], [3]], length=16, num_tiles=[[2, 1, 2], [1]])
@@ -277,7 +279,7 @@ def differ(what: str) -> None:
             batch = make_batch([[4, 5], [3]], length=17, num_tiles=[[2, 1], [1]])
         else:
             batch["nonsense"] = torch.zeros(1)
-    shard_batch(batch, model=tiny_model())
+    shard_batch(batch, model=model)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +291,7 @@ def differ(what: str) -> None:
         ("mask", "the ranks disagree on visibility of the images"),
         ("images", "the ranks disagree on"),
         ("nonsense", "rank 1: got 'nonsense' in the batch"),
+        ("model", "rank 1: got a model of type NoneType; expected a torch.nn.Module"),
     ],
 )
 def test_what_one_rank_gets_wrong_raises_on_all(what: str, words: str) -> None:

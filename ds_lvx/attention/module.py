@@ -12,6 +12,7 @@ from ds_lvx.attention.call import Group
 from ds_lvx.attention.lvx import lv_xattn
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.groups import resolve
+from ds_lvx.distributed.together import telling
 from ds_lvx.kernels.visibility import Visibility
 
 
@@ -82,16 +83,12 @@ class LVXAttention(nn.Module):
 
         Collectives: those of `lv_xattn`; with ``rotary_pos_emb`` one more agreement.
         """
-        try:
+        with telling(resolve(self.spg)):
             _check_arguments(batch_dim_idx, args, kwargs)
             if batch_dim_idx == 1:
                 query, key, value = (_swapped(tensor) for tensor in (query, key, value))
             if rotary_pos_emb is not None:
                 _check_rotary(query, key, rotary_pos_emb)
-        # Whatever it is: the other ranks must not wait for this one, in an agreement of their own.
-        except Exception as error:
-            resolve(self.spg).agree({}, error)
-            raise
         if rotary_pos_emb is not None:
             query, key = self._rotate(query, key, rotary_pos_emb)
         out = lv_xattn(

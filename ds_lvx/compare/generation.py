@@ -186,14 +186,11 @@ def record(job: Job, ranks: Ranks, samples: Samples) -> dict[str, Any]:
                 "cluster": cluster,
             }
         )
-    profile = {
-        **{k: v for k, v in first.items() if k not in ("answers", "cluster")},
-        "known": known,
-    }
+    del first["answers"]  # they stand in ``known``
     return {
         "records": found,
         "messages": _messages(answers) if ranks.count > 1 else None,
-        "profile": profile,
+        "profile": {**first, "known": known},
     }
 
 

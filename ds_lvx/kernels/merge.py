@@ -31,7 +31,7 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
         part_lse: lse's shape.
     """
     total = torch.logaddexp(lse, part_lse)
-    out.lerp_(part_out.to(out.dtype), per_row(weight_of(part_lse, total)))
+    out.lerp_(part_out.to(out.dtype), per_row(weight_of(part_lse, total)).to(out.dtype))
     lse.copy_(total)
 
 

@@ -210,8 +210,11 @@ def family_of(model: nn.Module) -> tuple[Family, Any]:
     """The family of a model, and the model itself inside its wrappers (peft, an engine).
 
     Raises:
+        ValueError: no module.
         NotImplementedError: no family that is known.
     """
+    if not hasattr(model, "modules"):  # this module imports no torch
+        raise ValueError(f"got a model of type {type(model).__name__}; expected a torch.nn.Module")
     types = {_model_type(m) for m in model.modules()}
     for model_type in FAMILIES:
         if model_type in types:

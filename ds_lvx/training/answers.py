@@ -12,13 +12,13 @@ import ds_lvx
 from ds_lvx.data.batch import Batch
 from ds_lvx.data.chat import Chats, Conversation
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.together import told
 from ds_lvx.models.started import begins_with
 from ds_lvx.training.asking import Prompts, question, reference
 from ds_lvx.training.ending import raise_if_asked
 from ds_lvx.training.inputs import Inputs
 from ds_lvx.training.model import training_dtype
 from ds_lvx.training.options import Options
-from ds_lvx.training.together import told
 
 _WORD = re.compile(r"\w+")
 Row = dict[str, Any]

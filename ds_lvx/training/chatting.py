@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from ds_lvx.data.chat import Conversation, Message, Part
 from ds_lvx.data.errors import Source
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.training.together import told
+from ds_lvx.distributed.together import told
 
 OPEN = "?"  # in the place of an answer that nobody knows
 _WAIT_S = 20.0  # other ranks wait for the first one no longer than their group's time-out

@@ -23,8 +23,8 @@ from ds_lvx.data.images import check_image
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.together import told
 from ds_lvx.training.model import Source
-from ds_lvx.training.together import told
 
 _IN_THIS_PROCESS = 500
 """Samples that are looked at sooner than a process is started."""

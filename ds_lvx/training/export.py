@@ -10,7 +10,7 @@ import deepspeed
 from torch import Tensor, nn
 
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.training.together import together
+from ds_lvx.distributed.together import together
 
 
 def save_pretrained(

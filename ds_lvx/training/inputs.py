@@ -16,6 +16,7 @@ from ds_lvx.data.batch import FrameRate
 from ds_lvx.data.chat import Chats
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.together import together
 from ds_lvx.models.contract import Family
 from ds_lvx.models.registry import check_packs
 from ds_lvx.training.asking import check_asked
@@ -24,7 +25,6 @@ from ds_lvx.training.lengths import sample_lengths
 from ds_lvx.training.model import Source
 from ds_lvx.training.options import Options
 from ds_lvx.training.run_state import written
-from ds_lvx.training.together import together
 from ds_lvx.training.trackers import check_trackers
 
 

@@ -6,9 +6,9 @@ from array import array
 
 from ds_lvx.data.chat import Chats
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.together import told
 from ds_lvx.training.check import Checks
 from ds_lvx.training.model import Source
-from ds_lvx.training.together import told
 
 
 def tokens_beside(source: Source) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.training.together import together
+from ds_lvx.distributed.together import together
 
 NAME = ".lock"
 

@@ -15,6 +15,7 @@ from transformers import get_scheduler
 import ds_lvx
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.distributed.together import together, told
 from ds_lvx.models.layers import table
 from ds_lvx.models.patch import KEYWORD
 from ds_lvx.models.shares import Share, counted, saved, shares
@@ -29,7 +30,6 @@ from ds_lvx.training.model import parameter_groups
 from ds_lvx.training.options import Options
 from ds_lvx.training.progress import Progress
 from ds_lvx.training.run_state import Checkpoints, RunState, SaveError
-from ds_lvx.training.together import together, told
 from ds_lvx.training.trackers import Trackers
 
 Records = list[dict[str, Any]]

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_lvx.config.ds_config import SECTION
+from ds_lvx.distributed.together import together
 from ds_lvx.training.disk import read
 from ds_lvx.training.moving import States, check_target, place_states, read_states
-from ds_lvx.training.together import together
 
 _ARGUMENT = "resume_from_checkpoint"
 

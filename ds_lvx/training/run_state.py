@@ -23,10 +23,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.together import together, told
 from ds_lvx.training import disk
 from ds_lvx.training.model import parameter_groups
 from ds_lvx.training.moving import States, check_target, order_of, place_states, read_states
-from ds_lvx.training.together import together, told
 
 _PARTIAL = ".partial"
 _RUN = "run.json"

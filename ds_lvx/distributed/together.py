@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ds_lvx.distributed.channel import Channel
@@ -40,10 +41,21 @@ def told(
     Returns:
         What ``work`` returned on this rank, and the records of all ranks.
     """
-    try:
+    with telling(channel):
         result, record = work()
+    return result, channel.agree(record)
+
+
+@contextmanager
+def telling(channel: Channel) -> Iterator[None]:
+    """Raise what goes wrong inside on all ranks, which are on their way to an agreement.
+
+    Raises:
+        ValueError, NotImplementedError, RuntimeError: as of `together`.
+    """
+    try:
+        yield
     # Whatever it is: the other ranks must not wait for this one.
     except Exception as error:
         channel.agree({}, error)
-        raise  # a channel of one rank has nobody to tell and raises the error itself
-    return result, channel.agree(record)
+        raise  # for type checkers: the agreement has raised
