@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from ds_lvx.attention import lvx, ring
-from ds_lvx.attention.call import Call, Group, settle
+from ds_lvx.attention.call import Call, Group
 from ds_lvx.attention.heads import divided, to_heads, to_sequence
 from ds_lvx.attention.order import Arrival, Places
 from ds_lvx.attention.replay import once
+from ds_lvx.attention.settle import settle
 from ds_lvx.attention.shape import Hybrid, check_heads
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.subgroups import Divisions

@@ -12,11 +12,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ds_lvx.attention.call import Call, Group, settle
+from ds_lvx.attention.call import Call, Group
 from ds_lvx.attention.common import delta_of
 from ds_lvx.attention.keys import Saved, WholeKeys
 from ds_lvx.attention.replay import once
 from ds_lvx.attention.schedules import schedule_of
+from ds_lvx.attention.settle import settle
 from ds_lvx.kernels.visibility import Visibility
 
 

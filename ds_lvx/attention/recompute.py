@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ds_lvx.attention.call import Call, Group, settle
+from ds_lvx.attention.call import Call, Group
 from ds_lvx.attention.checks import check_keys
 from ds_lvx.attention.features import Chunks, FeatureGradient, chunk_lengths
 from ds_lvx.attention.keys import ChunkedKeys, Keys, WholeKeys
@@ -24,6 +24,7 @@ from ds_lvx.attention.projection import Projection, ProjectionAgain, ProjectKV
 from ds_lvx.attention.random_state import Setting
 from ds_lvx.attention.replay import once, recording, replaying
 from ds_lvx.attention.schedules import schedule_of
+from ds_lvx.attention.settle import settle
 from ds_lvx.attention.shape import STREAMED_TOKENS
 from ds_lvx.config.registry import can_chunk
 from ds_lvx.distributed.channel import Channel

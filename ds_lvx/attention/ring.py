@@ -11,10 +11,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ds_lvx.attention.call import Call, Group, settle
+from ds_lvx.attention.call import Call, Group
 from ds_lvx.attention.keys import Saved
 from ds_lvx.attention.lvx import saved_for
 from ds_lvx.attention.replay import once
+from ds_lvx.attention.settle import settle
 from ds_lvx.distributed.bundles import Bundle, Spec
 from ds_lvx.distributed.pending import Pending
 from ds_lvx.kernels.interface import Upstream

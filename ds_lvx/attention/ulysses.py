@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx.attention.call import Call, Group, settle
+from ds_lvx.attention.call import Call, Group
 from ds_lvx.attention.common import LocalAttention, delta_of
 from ds_lvx.attention.heads import divided, to_heads, to_sequence
 from ds_lvx.attention.replay import once
+from ds_lvx.attention.settle import settle
 from ds_lvx.attention.shape import check_heads, head_slices, leaving_groups
 from ds_lvx.distributed.pending import Pending
 from ds_lvx.kernels.interface import Upstream

@@ -92,7 +92,7 @@ def reference(folder: Path, data: str) -> tuple[float, float, dict[str, Tensor]]
         (2, {"stage": 2, "micro": 2}),
         (2, {"stage": 0, "accumulation": 2}),
         pytest.param(2, {"stage": 2, "sp_size": 1}, id="two replicas"),
-        pytest.param(4, {"stage": 3}, id="two replicas of two", marks=pytest.mark.slow),
+        pytest.param(4, {"stage": 3}, id="two replicas of two", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_token_weighs_the_same_wherever_it_falls(

@@ -11,7 +11,7 @@ import torch
 
 import ds_lvx
 from ds_lvx.attention.auto import CLUSTERS, METHODS, Notes, Wanted, explain
-from ds_lvx.attention.call import settle
+from ds_lvx.attention.settle import settle
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.plan.cards import CARDS

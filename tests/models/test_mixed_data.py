@@ -195,7 +195,7 @@ def test_images_train_beside_features(stage: int) -> None:
     check(batches, batches, stage=stage)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_text_alone_beside_features_on_two_ranks_each() -> None:
     given, text = with_features(hard_batch(0), seed=0), text_of(hard_batch(1))
     batches = [[given, text], [text, given]]

@@ -118,11 +118,8 @@ def test_two_replicas_of_two_ranks_equal_one_process(stage: int, name: str) -> N
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "name"),
-    [pytest.param(1, "ulysses", marks=pytest.mark.exhaustive), (3, "lvx recompute")],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("stage", "name"), [(1, "ulysses"), (3, "lvx recompute")])
 def test_a_replica_without_images_beside_one_with_images(stage: int, name: str) -> None:
     """All ranks take part in ZeRO's collectives for the vision tower, images or not."""
     text = {key: hard_batch(3)[key] for key in ("input_ids", "attention_mask", "labels")}
@@ -159,7 +156,7 @@ def test_a_rank_without_frames_trains_along() -> None:
         3,
         ranks=3,
         sp_size=3,
-        names=("lvx recompute", "ring"),
+        names=("lvx recompute",),
         batches=batches,
         reference=reference_steps(batches),
     )

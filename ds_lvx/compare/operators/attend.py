@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ds_lvx.attention import recompute
-from ds_lvx.attention.call import Call, settle
+from ds_lvx.attention.call import Call
 from ds_lvx.attention.common import LocalAttention
 from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.sequence import gather_sequence
+from ds_lvx.attention.settle import settle
 from ds_lvx.compare.harness import GATHERED, METHODS
 from ds_lvx.compare.operators.tensors import Shards
 from ds_lvx.config import registry
