@@ -78,8 +78,8 @@ class Parts:
             lse, *self._mine = unpack_rows(self._sent, specs, first)
             lses, self._outs, *self._said = unpack_rows(self._arrived, specs, first)
         self._lse = lse.transpose(-1, -2)  # [..., H, S], as kernels have it
-        self._rows = lses.unsqueeze(-1)  # to multiply out with
-        self._lses = self._rows.unbind()
+        self._lses = lses.transpose(-1, -2).unbind()
+        self._rows = lses.unsqueeze(-1)  # to weigh out with
         self._channel = channel
         self._least = None if seen else torch.finfo(dtype).min
 
@@ -122,15 +122,10 @@ class Parts:
         self.share()
         if witness is not None:
             witness.compare(self._said[0])
-        total = reduce(torch.logaddexp, self._lses)  # [B, S, H, 1]
-        # What nobody sees has weights of 0, and not NaN.
-        finite = total if self._least is None else total.clamp_min(self._least)
-        if len(self._lses) == 2:
-            weight = self._lses[1].sub(finite).exp_()
-            merged = torch.lerp(self._outs[0], self._outs[1], weight)
-        else:
-            merged = self._outs.mul_(self._rows.sub(finite).exp_()).sum(dim=0)
-        return merged, total.squeeze(-1).transpose(-1, -2)
+        total = reduce(torch.logaddexp, self._lses)
+        if self._least is not None:  # outs of rows that nobody sees are 0: any weights but NaN do
+            self._rows.clamp_min_(self._least)
+        return self._outs.mul_(self._rows.softmax(dim=0)).sum(dim=0), total
 
     def share(self) -> None:
         """The bare collective: what is in this rank's buffer, to all."""
