@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
@@ -233,10 +235,26 @@ def mean_loss(loss: Tensor, *, groups: SequenceParallelGroups | None = None) -> 
         fp32 scalar without gradient: the sum over each sequence-parallel group, averaged over the
         data-parallel replicas.
 
-    Collectives: one all-reduce of 4 bytes over all ranks.
+    Raises:
+        ValueError: on all ranks: a rank has no loss, or more than one number.
+
+    Collectives: one all-reduce of 4 bytes over all ranks, for which the host waits; where the sum
+    is NaN, one agreement on whose fault that is.
     """
     current = SequenceParallelGroups.current() if groups is None else groups
-    value = loss.detach().to(torch.float32)
-    if current is None:
-        return resolve(None).all_reduce(value)
-    return current.world_channel.all_reduce(value) / current.dp_size
+    channel, replicas = (
+        (resolve(None), 1) if current is None else (current.world_channel, current.dp_size)
+    )
+    error = None
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        value = loss.detach().to(torch.float32)
+    else:
+        found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        error = ValueError(
+            f"mean_loss: got {found}; expected out.loss, a scalar tensor: give shard_batch labels"
+        )
+        value = torch.full((), math.nan, device=get_accelerator().current_device_name())
+    total = channel.all_reduce(value)
+    if bool(total.isnan()):  # a loss that is NaN by itself passes
+        channel.agree({}, error)
+    return total / replicas

@@ -30,6 +30,7 @@ from tests.models.mllama_case import (
     start_engine,
     tiny_model,
     trained,
+    weights,
 )
 from tests.ranks import RankError, run_ranks
 
@@ -276,6 +277,45 @@ def test_accumulated_steps_and_evaluation(stage: int) -> None:
             torch.testing.assert_close(
                 result["weights"][name], weight, atol=1e-5, rtol=1e-5, msg=name
             )
+
+
+def two_forwards_in_a_backward(stage: int, rule: dict[str, Any]) -> list[dict[str, Any]]:
+    """Weights after a backward of two forwards, and after one of one."""
+    config = config_of(stage=stage)
+    config["ds_lvx"]["layers"][1].update(rule)
+    engine, found = start_engine(config), []
+    for seeds in ((0, 1), (2,)):
+        losses = [engine(**shard_batch(hard_batch(s), model=engine.module)).loss for s in seeds]
+        engine.backward(torch.stack(losses).sum())
+        engine.step()
+        found.append(weights(engine))
+    end_engine(engine)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stage", "rule"),
+    [
+        (2, {}),
+        pytest.param(3, {}, marks=pytest.mark.slow),
+        pytest.param(3, {"kv_chunk_tokens": 3}, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_several_forwards_in_one_backward(stage: int, rule: dict[str, Any]) -> None:
+    model, expected = tiny_model(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    for seeds in ((0, 1), (2,)):
+        losses = [model(**hard_batch(seed), use_cache=False).loss for seed in seeds]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    for found in run_ranks(two_forwards_in_a_backward, 2, stage, rule):
+        for step, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+            for name, weight in theirs.items():
+                torch.testing.assert_close(
+                    mine[name], weight, atol=1e-5, rtol=1e-5, msg=f"{name} after step {step}"
+                )
 
 
 def train_unmatched() -> None:

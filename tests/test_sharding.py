@@ -95,6 +95,32 @@ def test_mean_loss_sums_over_the_sequence_and_averages_over_replicas() -> None:
     assert run_ranks(loss_means, 4, 1.0) == [(10.0, 5.0, False)] * 4
 
 
+NO_LOSSES: dict[str, Any] = {
+    "rank 1: mean_loss: got NoneType; expected out.loss": None,
+    "rank 1: mean_loss: got shape [2]": torch.ones(2),
+    "rank 1: mean_loss: got float": 1.0,
+}
+
+
+def losses_of_one_rank() -> tuple[list[str], float, bool]:
+    here, loss = torch.distributed.get_rank() == 1, torch.tensor(2.0)
+    found = []
+    for wrong in NO_LOSSES.values():
+        with pytest.raises(ValueError, match="mean_loss") as caught:
+            mean_loss(wrong if here else loss)
+        found.append(str(caught.value))
+    nan = mean_loss(loss * torch.nan if here else loss)
+    return found, mean_loss(loss).item(), bool(nan.isnan())
+
+
+def test_one_rank_without_a_loss_is_every_ranks_error() -> None:
+    for found, mean, is_nan in run_ranks(losses_of_one_rank, 2):
+        for words, message in zip(NO_LOSSES, found, strict=True):
+            assert message.startswith(words)
+        assert mean == 4.0
+        assert is_nan
+
+
 def shards(ranks: int) -> list[dict[str, Any]]:
     return run_ranks(shard_here, ranks)
 
@@ -142,6 +168,13 @@ def test_the_items_that_a_loss_is_a_mean_of_may_be_given() -> None:
     for given in (6.5, torch.tensor(6.5)):
         batch = {**hard_batch(), "num_items_in_batch": given}
         assert shard_batch(batch, model=tiny_model())["num_items_in_batch"] == 6.5
+
+
+def test_labels_of_another_integer_type() -> None:
+    batch, model = hard_batch(), tiny_model()
+    expected = shard_batch(batch, model=model)["shift_labels"]
+    found = shard_batch({**batch, "labels": batch["labels"].int()}, model=model)["shift_labels"]
+    torch.testing.assert_close(found, expected)  # in dtype, too: cross-entropy takes int64 alone
 
 
 def test_a_batch_without_labels() -> None:
@@ -208,6 +241,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "items": (changed(num_items_in_batch=torch.ones(2)), "got num_items_in_batch tensor"),
     "a list": (changed(input_ids=[[1]]), "got input_ids of list"),
     "labels": (changed(labels=torch.ones(2, 5)), r"got labels \(2, 5\).*\(2, 17\)"),
+    "labels that are none": (
+        changed(labels=hard_batch()["labels"].float()),
+        r"got labels \(2, 17\) of torch.float32; .* and integers",
+    ),
+    "ids that are none": (
+        changed(input_ids=hard_batch()["input_ids"].float()),
+        r"got input_ids \(2, 17\) of torch.float32; expected integers",
+    ),
     "4-D mask": (changed(attention_mask=torch.ones(2, 1, 17, 17)), "got attention_mask"),
     "two masks": (changed(visible_images=torch.zeros(2, 17, 2)), "expected one of them"),
     "both inputs": (changed(cross_attention_states=torch.zeros(6, 5, 32)), "one of them"),

@@ -1,4 +1,4 @@
-"""Small things that every method's backward shares."""
+"""What every method shares: delta, and the attention of a group of one rank."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class LocalAttention(torch.autograd.Function):
         """Run the kernel; ``(out, lse)``, both differentiable."""
         rule = call.layout.rule(queries=0, keys=0)
 
-        def attend() -> tuple[Tensor, Tensor]:
+        def compute() -> tuple[Tensor, Tensor]:
             out, lse = call.kernel.forward(call.problem(q, k, v, rule))
             return out.to(q.dtype), lse
 
-        out, lse = once("local attention", attend)
+        out, lse = once("local attention", compute)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call, ctx.rule = call, rule
         ctx.set_materialize_grads(False)

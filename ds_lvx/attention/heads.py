@@ -85,6 +85,11 @@ def to_sequence(
     )
 
 
+def rejoined(parts: Sequence[Tensor], *, dim: int) -> Tensor:
+    """All heads, of groups of them that travelled by themselves; no copy where it is one group."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+
+
 def _all_tokens(
     table: Tensor, heads: Sequence[int], places: Sequence[Places | None]
 ) -> list[Tensor]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_lvx.attention.order import Arrival, InOrder, Shards
+from ds_lvx.attention.order import Arrival, Subgroups
 from ds_lvx.attention.shape import Hybrid
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.subgroups import Divisions
@@ -161,11 +161,10 @@ class Layout:
             batch: samples.
         """
 
-        def shards(lengths: tuple[int, ...]) -> list[Shards]:
-            return [Shards(lengths, max(lengths), drops=True)]
+        def settle() -> Arrival:
+            return self._arrive(Subgroups.one(self.q_lengths, self.kv_lengths), batch)
 
-        queries, keys = shards(self.q_lengths), shards(self.kv_lengths)
-        return self.settled(("arrival", batch), lambda: self._arrival(batch, queries, keys, 0))
+        return self.settled(("arrival", batch), settle)
 
     def across(self, hybrid: Hybrid, batch: int) -> tuple[Layout, Arrival]:
         """The layout of a hybrid's subgroups, of what the ranks of each hold together, padded; and
@@ -177,45 +176,39 @@ class Layout:
 
         Collectives: those of `Divisions.of`.
         """
-        return self.settled((hybrid.ulysses, batch), lambda: self._across(hybrid, batch))
 
-    def _across(self, hybrid: Hybrid, batch: int) -> tuple[Layout, Arrival]:
-        size = hybrid.ulysses
+        def settle() -> tuple[Layout, Arrival]:
+            subgroups = Subgroups.of(
+                hybrid, self.q_lengths, self.kv_lengths, rank=self.channel.rank
+            )
+            arrival = self._arrive(subgroups, batch)
+            layout = Layout(
+                Divisions.of(self.channel, hybrid.ulysses).across,
+                hybrid.together(self.q_lengths),
+                hybrid.together(self.kv_lengths),
+                arrival.rule,
+                device=self.device,
+            )
+            return layout, arrival
 
-        def shards(lengths: tuple[int, ...]) -> list[Shards]:
-            longest, firsts = hybrid.longest(lengths), range(0, len(lengths), size)
-            return [Shards(lengths[i : i + size], longest[i], drops=False) for i in firsts]
+        return self.settled((hybrid.ulysses, batch), settle)
 
-        queries, keys = shards(self.q_lengths), shards(self.kv_lengths)
-        arrival = self._arrival(batch, queries, keys, self.channel.rank // size)
-        layout = Layout(
-            Divisions.of(self.channel, size).across,
-            hybrid.together(self.q_lengths),
-            hybrid.together(self.kv_lengths),
-            arrival.rule,
-            device=self.device,
-        )
-        return layout, arrival
-
-    def _arrival(
-        self, batch: int, queries: Sequence[Shards], keys: Sequence[Shards], mine: int
-    ) -> Arrival:
-        """The whole rule, by subgroups that have their rows in order, and where one's are."""
-        longest = [tuple(e.longest for e in each for _ in e.lengths) for each in (queries, keys)]
-        if longest == [self.q_lengths, self.kv_lengths]:
+    def _arrive(self, subgroups: Subgroups, batch: int) -> Arrival:
+        """What the ranks of this one's subgroup attend by, once their rows have arrived."""
+        padded = subgroups.padded_lengths
+        if padded == (self.q_lengths, self.kv_lengths):
             rule = self.rule(queries=None, keys=None)
-            whole = None if rule is None else rule.host
+            known = None if rule is None else rule.host
+            in_order = None if known is None else subgroups.in_order(known)
+            if in_order is None:
+                return Arrival(rule)
         else:
-            rule, whole = None, self._padded(batch, *longest)
-        if whole is None:
-            return Arrival(rule)
-        # A rank alone in its subgroup has nothing arrive.
-        moves = whole.kv_pos.is_cpu and len(queries[mine].lengths) > 1
-        found = InOrder.of(whole, queries, keys) if moves else None
-        if found is None or not found.moves:
-            return Arrival(self._rule_of(whole) if rule is None else rule)
-        places = found.places(mine, queries[mine], keys[mine], self.device)
-        return Arrival(_open(self._rule_of(found.visibility)), *places)
+            visibility = self._padded(batch, *padded)
+            in_order = subgroups.in_order(visibility)
+            if in_order is None:
+                return Arrival(self._rule_of(visibility))
+        places = in_order.places(subgroups, self.device)
+        return Arrival(_open(self._rule_of(in_order.visibility)), *places)
 
     def _rule_of(self, visibility: Visibility) -> Rule:
         on_host = visibility.kv_pos.is_cpu

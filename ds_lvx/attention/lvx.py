@@ -78,8 +78,9 @@ def lv_xattn(
             does the same with the result; dout is the same on every rank, and so is dq), or
             ``"auto"``: what the planner predicts to be faster of gather and ring, and ring above
             1 GiB of gathered queries.
-        kernel: ``"native"``, ``"triton"``, ``"reference"`` or ``"auto"``: native on a CPU, on CUDA
-            the fastest one that can do the call, as measured at the first call of its kind.
+        kernel: ``"native"``, ``"flash"``, ``"cudnn"``, ``"triton"``, ``"triton_atomic"``,
+            ``"reference"`` or ``"auto"``: native on a CPU, on CUDA by the table that ``ds-lvx
+            doctor --tune`` made, else by rule.
         return_lse: also return lse, differentiable.
 
     Returns:
@@ -124,12 +125,12 @@ def attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    def attend() -> tuple[Tensor, Tensor]:
+    def compute() -> tuple[Tensor, Tensor]:
         keys = WholeKeys(lambda: (k, v), kv_heads=k.shape[2])
         out, lse = schedule_of(call).forward(call, q, keys)
         return out.to(q.dtype), lse
 
-    return once("lv_xattn's attention", attend)
+    return once("lv_xattn's attention", compute)
 
 
 class _LVXAttention(torch.autograd.Function):

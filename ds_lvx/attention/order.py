@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_lvx.attention.shape import Hybrid
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.kernels.visibility import Visibility
@@ -94,6 +95,58 @@ class Shards:
         return torch.cat([torch.arange(self.longest) >= length for length in self.lengths])
 
 
+@dataclass(frozen=True)
+class Subgroups:
+    """The ranks that attend together: all under Ulysses, those of each subgroup under a hybrid.
+
+    Attributes:
+        queries, keys: the shards of each subgroup, one after the other.
+        mine: which of them is this rank's.
+    """
+
+    queries: Sequence[Shards]
+    keys: Sequence[Shards]
+    mine: int
+
+    @classmethod
+    def one(cls, q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...]) -> Subgroups:
+        """All ranks in one, by their lengths; what pads their shards is left out."""
+        queries = Shards(q_lengths, max(q_lengths), drops=True)
+        return cls([queries], [Shards(kv_lengths, max(kv_lengths), drops=True)], mine=0)
+
+    @classmethod
+    def of(
+        cls, hybrid: Hybrid, q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...], *, rank: int
+    ) -> Subgroups:
+        """Those of a hybrid, padded as its messages between them have to be."""
+
+        def shards(lengths: tuple[int, ...]) -> list[Shards]:
+            longest, firsts = hybrid.longest(lengths), range(0, len(lengths), hybrid.ulysses)
+            return [
+                Shards(lengths[first : first + hybrid.ulysses], longest[first], drops=False)
+                for first in firsts
+            ]
+
+        return cls(shards(q_lengths), shards(kv_lengths), mine=rank // hybrid.ulysses)
+
+    @property
+    def padded_lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Queries and keys of every rank of every subgroup, padding included."""
+        queries = [shards.longest for shards in self.queries for _ in shards.lengths]
+        return tuple(queries), tuple([each.longest for each in self.keys for _ in each.lengths])
+
+    def in_order(self, arriving: Visibility) -> InOrder | None:
+        """A rule of all rows as they arrive, brought in order.
+
+        None where they arrive so or no order suits them, where the CPU does not know the rule, and
+        for a rank alone in its subgroup, to which nothing arrives.
+        """
+        if len(self.queries[self.mine].lengths) == 1 or not arriving.kv_pos.is_cpu:
+            return None
+        found = InOrder.of(arriving, self.queries, self.keys)
+        return found if found is not None and found.moves else None
+
+
 @dataclass(frozen=True, eq=False)
 class Arrival:
     """What ranks attend by that hold all rows of some heads.
@@ -150,10 +203,12 @@ class InOrder:
         return any(each is not None for each in (*self.queries, *self.keys))
 
     def places(
-        self, part: int, queries: Shards, keys: Shards, device: torch.device
+        self, subgroups: Subgroups, device: torch.device
     ) -> tuple[Places | None, Places | None]:
-        """Where queries and keys of a subgroup are."""
-        rows, columns = self.queries[part], self.keys[part]
+        """Where queries and keys of this rank's subgroup are."""
+        mine = subgroups.mine
+        rows, columns = self.queries[mine], self.keys[mine]
+        queries, keys = subgroups.queries[mine], subgroups.keys[mine]
         of_queries = None if rows is None else Places.of(rows, queries, device)
         if columns is None:
             return of_queries, None

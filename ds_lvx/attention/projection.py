@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, KeysView, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -49,6 +50,42 @@ def project(project_kv: ProjectKV, tokens: slice, features: Tensor) -> tuple[Ten
     if isinstance(project_kv, Placed):
         return project_kv.project(features, tokens)
     return project_kv(features)
+
+
+class Turns:
+    """The projections of one layer that a backward runs again: one for each forward that it is of.
+
+    All but the last leave the gradients of their parameters in ``totals``. ZeRO-3 would keep those
+    of the last one alone, and stages 1 and 2 refuse a second.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[Tensor, Tensor] = {}
+        self._nodes: WeakSet[Any] = WeakSet()
+        self._had: WeakSet[Any] = WeakSet()
+        self._backward = -1
+
+    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
+        return Turns, ()  # a copy of a model has no graph
+
+    def add(self, node: Any) -> None:
+        """A forward has this node in its graph."""
+        self._nodes.add(node)
+
+    def is_last(self, node: Any) -> bool:
+        """Whether the node, whose turn it is, is the last one of the layer in this backward."""
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:  # what is there is of one that failed
+            self._backward, self._had = backward, WeakSet()
+            self.totals.clear()
+        self._had.add(node)
+        return not any(is_wanted(each) for each in self._nodes if each not in self._had)
+
+
+def is_wanted(node: Any) -> bool:
+    """Whether this backward goes on to a node: ``torch.autograd.grad`` may want others only."""
+    # The public register_multi_grad_hook asks the same way.
+    return bool(torch._C._will_engine_execute_node(node))
 
 
 @dataclass(frozen=True)
@@ -108,6 +145,8 @@ class ProjectionAgain(Projection):
         project_kv, chunks: as in forward.
         playback: random numbers and autocast of forward.
         gradient: where the features' gradient adds up; None when they want none.
+        totals: what the parameters have had so far in this backward; None: nothing.
+        more: they will have more after this projection, whose part stays in the totals.
     """
 
     def __init__(
@@ -117,18 +156,21 @@ class ProjectionAgain(Projection):
         *,
         playback: Playback,
         gradient: FeatureGradient | None,
+        totals: dict[Tensor, Tensor] | None = None,
+        more: bool = False,
     ) -> None:
         super().__init__(project_kv, chunks)
         self._playback = playback
         self._gradient = gradient
         self._graph: _Graph | None = None
-        self._totals: dict[Tensor, Tensor] = {}
+        self._totals = {} if totals is None else totals
+        self._more = more
 
     def push(self, gradients: list[Tensor], *, last: bool) -> None:
-        """See `Projection.push`. With the last part, the parameters' own hooks fire."""
+        """See `Projection.push`. With the last part of all, the parameters' own hooks fire."""
         graph, self._graph = self._graph, None
         assert graph is not None
-        if last:
+        if last and not self._more:
             of_features = graph.push(gradients, self._totals)
             self._totals.clear()
         else:

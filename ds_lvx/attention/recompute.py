@@ -8,7 +8,7 @@ parameters' own hooks fire (ZeRO 1, 2 and 3 depend on them). LV-XAttn, section 3
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -20,7 +20,13 @@ from ds_lvx.attention.checks import check_keys
 from ds_lvx.attention.features import Chunks, FeatureGradient, chunk_lengths
 from ds_lvx.attention.keys import ChunkedKeys, Keys, WholeKeys
 from ds_lvx.attention.lvx import saved_for
-from ds_lvx.attention.projection import Projection, ProjectionAgain, ProjectKV
+from ds_lvx.attention.projection import (
+    Projection,
+    ProjectionAgain,
+    ProjectKV,
+    Turns,
+    is_wanted,
+)
 from ds_lvx.attention.random_state import Setting
 from ds_lvx.attention.replay import once, recording, replaying
 from ds_lvx.attention.schedules import schedule_of
@@ -98,7 +104,8 @@ def lv_xattn_recompute(
 
     Raises:
         ValueError, NotImplementedError: bad arguments of any rank, on every rank; also keys of
-            another shape, or an error, from the ``project_kv`` of any rank.
+            another shape, other heads than on another rank, or an error, from the ``project_kv`` of
+            any rank.
 
     Collectives: those of `lv_xattn`, the first under the projection, in backward the last as well;
     and an agreement of 2 KiB on the CPU after the projection in forward.
@@ -132,12 +139,14 @@ def attend_recompute(
     kv_chunk_tokens: int | None = None,
     shared: FeatureGradient | None = None,
     layer: str = "",
+    turns: Turns | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`lv_xattn_recompute` for a call that is settled: ``(out, lse)``.
 
     The call must be settled with ``requires_grad`` wherever gradients are enabled: only the
     projection knows whether its parameters need one. ``shared`` is what `share` returned with the
-    features; then their gradient adds up there, under the name of the layer.
+    features; then their gradient adds up there, under the name of the layer. ``turns`` belongs to
+    the layer: with it one backward may be of several forwards, and hooks of a parameter fire once.
     """
     if kv_chunk_tokens is None and features.device != q.device:
         kv_chunk_tokens = STREAMED_TOKENS
@@ -146,37 +155,50 @@ def attend_recompute(
     )
     if len(lengths) > 1 and not can_chunk(call.schedule):
         call = replace(call, schedule="gather")
-    anchor = call.anchor(q.device)
-    out, lse = _LVXRecompute.apply(call, project_kv, lengths, (shared, layer), anchor, q, features)
+    asked = _Asked(call, project_kv, lengths, shared, layer, turns)
+    out, lse = _LVXRecompute.apply(asked, call.anchor(q.device), q, features)
     return out, lse
+
+
+@dataclass(eq=False)
+class _Asked:
+    """What a layer is asked for, beside its tensors.
+
+    Attributes:
+        lengths: tokens of each chunk of the features.
+        shared, layer, turns: as of `attend_recompute`.
+    """
+
+    call: Call
+    project_kv: ProjectKV
+    lengths: list[int]
+    shared: FeatureGradient | None
+    layer: str
+    turns: Turns | None
 
 
 class _LVXRecompute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        call: Call,
-        project_kv: ProjectKV,
-        lengths: list[int],
-        shared: tuple[FeatureGradient | None, str],
-        anchor: Tensor,
-        q: Tensor,
-        features: Tensor,
+        ctx: Any, asked: _Asked, anchor: Tensor, q: Tensor, features: Tensor
     ) -> tuple[Tensor, Tensor]:
-        def attend() -> tuple[Any, ...]:
+        call = asked.call
+
+        def compute() -> tuple[Any, ...]:
             setting = Setting(q) if call.requires_grad or recording() else None
-            chunks = Chunks(features, lengths, q.device)
-            keys = _keys(Projection(project_kv, chunks), chunks)
+            chunks = Chunks(features, asked.lengths, q.device)
+            keys = _keys(Projection(asked.project_kv, chunks), chunks)
             out, lse = schedule_of(call).forward(call, q, keys)
             after = None if setting is None else setting.change()
             return out.to(q.dtype), lse, setting, after
 
-        out, lse, setting, after = once("lv_xattn_recompute's attention", attend)
+        out, lse, setting, after = once("lv_xattn_recompute's attention", compute)
         if replaying() and after is not None:
             after.restore()  # the projection did not run: what follows it must not notice
         ctx.save_for_backward(q, features, out, lse)
-        ctx.call, ctx.setting = call, setting
-        ctx.project_kv, ctx.lengths, ctx.shared = project_kv, lengths, shared
+        ctx.asked, ctx.setting = asked, setting
+        if asked.turns is not None and call.requires_grad:
+            asked.turns.add(ctx)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -184,28 +206,30 @@ class _LVXRecompute(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         q, features, out, lse = ctx.saved_tensors
-        chunks = Chunks(features, ctx.lengths, q.device)
-        shared, layer = ctx.shared
+        asked, call = ctx.asked, ctx.asked.call
+        chunks = Chunks(features, asked.lengths, q.device)
+        *_, features_want_gradient = ctx.needs_input_grad
+        *_, (features_node, _) = ctx.next_functions
         gradient = None
-        if ctx.needs_input_grad[6] and _is_wanted(ctx.next_functions[-1][0]):
-            gradient = FeatureGradient() if shared is None else shared
-            gradient.begin(layer)
+        if features_want_gradient and is_wanted(features_node):
+            gradient = FeatureGradient() if asked.shared is None else asked.shared
+            gradient.begin(asked.layer)
+        turns = asked.turns
         projection = ProjectionAgain(
-            ctx.project_kv, chunks, playback=ctx.setting.playback(), gradient=gradient
+            asked.project_kv,
+            chunks,
+            playback=ctx.setting.playback(),
+            gradient=gradient,
+            totals=None if turns is None else turns.totals,
+            more=turns is not None and not turns.is_last(ctx),
         )
         saved = saved_for(q, out, lse, dout, dlse)
         del out, lse, dout
-        dq = schedule_of(ctx.call).backward(ctx.call, saved, _keys(projection, chunks))
-        own = None if gradient is None or gradient is shared else gradient.take()
+        dq = schedule_of(call).backward(call, saved, _keys(projection, chunks))
+        own = None if gradient is None or gradient is asked.shared else gradient.take()
         if own is not None and chunks.on_host:
             torch.accelerator.synchronize(q.device)  # autograd adds it up on the host
-        return None, None, None, None, None, dq.to(q.dtype), own
-
-
-def _is_wanted(node: Any) -> bool:
-    """Whether this backward goes on to a node: ``torch.autograd.grad`` may want others only."""
-    # The public register_multi_grad_hook asks the same way.
-    return bool(torch._C._will_engine_execute_node(node))
+        return None, None, dq.to(q.dtype), own
 
 
 def _keys(projection: Projection, chunks: Chunks) -> Keys:
@@ -222,16 +246,15 @@ def _agreeing(channel: Channel, project_kv: ProjectKV, q: Tensor) -> ProjectKV:
         nonlocal agreed
         if agreed:
             return project_kv(features)
-        projected, error = None, None
         try:
-            projected = _checked(q, features, project_kv(features))
+            k, v = _checked(q, features, project_kv(features))
         # Whatever it is: the other ranks must not wait for this one.
-        except Exception as raised:  # noqa: BLE001
-            error = raised
-        channel.agree({}, error)
+        except Exception as error:
+            channel.agree({}, error)
+            raise
+        channel.agree_on({"num_kv_heads": k.shape[2]}, what="project_kv")
         agreed = True
-        assert projected is not None
-        return projected
+        return k, v
 
     return projection
 

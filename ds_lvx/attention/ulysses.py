@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ds_lvx.attention.call import Call, Group
 from ds_lvx.attention.common import LocalAttention, delta_of
-from ds_lvx.attention.heads import divided, to_heads, to_sequence
+from ds_lvx.attention.heads import divided, rejoined, to_heads, to_sequence
 from ds_lvx.attention.replay import once
 from ds_lvx.attention.settle import settle
 from ds_lvx.attention.shape import check_heads, head_slices, leaving_groups
@@ -112,11 +112,12 @@ class _UlyssesAttention(torch.autograd.Function):
             held = to_heads(call.channel, (q, k, v), (rows, keys, keys))
             outs, lses, returning = [], [], []
             for heads in _groups(call, *held):
-                out, lse = call.kernel.forward(call.problem(*_of(heads, *held), arrival.rule))
+                problem = call.problem(*_some_heads(heads, *held), arrival.rule)
+                out, lse = call.kernel.forward(problem)
                 outs.append(out.to(q.dtype))
                 lses.append(lse)
                 returning.append(to_sequence(call.channel, outs[-1:], [rows]))
-            return *held, _whole(outs, dim=2), _whole(lses, dim=1), *_all_heads(returning)
+            return *held, rejoined(outs, dim=2), rejoined(lses, dim=1), *_all_heads(returning)
 
         *saved, out = once("ulysses_attention's attention", attend_by_heads)
         ctx.save_for_backward(*saved)
@@ -135,7 +136,7 @@ class _UlyssesAttention(torch.autograd.Function):
         for heads in _groups(call, q, k, v):
             rows = heads[0]
             upstream = Upstream(dout[:, :, rows], lse[:, rows], delta[:, rows])
-            problem = call.problem(*_of(heads, q, k, v), arrival.rule)
+            problem = call.problem(*_some_heads(heads, q, k, v), arrival.rule)
             dq, dk, dv = call.kernel.backward(problem, upstream)
             gradients = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
             returning.append(to_sequence(call.channel, gradients, places))
@@ -154,18 +155,13 @@ def _groups(call: Call, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, sl
     return head_slices(sizes, q.shape[2] // k.shape[2])
 
 
-def _of(
+def _some_heads(
     heads: tuple[slice, slice], q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q[:, :, heads[0]], k[:, :, heads[1]], v[:, :, heads[1]]
 
 
-def _whole(parts: Sequence[Tensor], *, dim: int) -> Tensor:
-    """All groups again."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
-
-
 def _all_heads(returning: Sequence[Pending[list[Tensor]]]) -> list[Tensor]:
     """``[B, s, H, D]`` of each tensor whose groups of heads come home."""
     groups = zip(*(pending.wait() for pending in returning), strict=True)
-    return [_whole(parts, dim=3).flatten(2, 3) for parts in groups]
+    return [rejoined(parts, dim=3).flatten(2, 3) for parts in groups]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.distributed.bundles import Bundle, Spec, Unwritten
-from ds_lvx.kernels.device import launches_triton, triton_parts
+from ds_lvx.kernels.late_triton import launches_triton, triton_parts
 from ds_lvx.kernels.merge import accumulation_dtype, merge_stacked
 
 _FP16_EXPONENT = 15  # the largest fp16 is just below 2^16

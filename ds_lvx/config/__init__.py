@@ -1,7 +1,8 @@
 """What the ds_config says: the ``ds_lvx`` section, and what around it must agree with it."""
 
 from ds_lvx.config.ds_config import check_ds_config, read_ds_config, zero_stage
-from ds_lvx.config.section import LayerRule, LVXConfig, summarise_names
+from ds_lvx.config.layer_rule import LayerRule
+from ds_lvx.config.section import LVXConfig, summarise_names
 
 __all__ = [
     "LVXConfig",

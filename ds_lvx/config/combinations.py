@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from ds_lvx.config.layer_rule import LayerRule
 from ds_lvx.config.registry import AUTO, METHODS, can_chunk
 from ds_lvx.config.words import shown
-
-if TYPE_CHECKING:
-    from ds_lvx.config.section import LayerRule
 
 
 def missing_combinations(rule: LayerRule) -> Iterator[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,6 +79,20 @@ class RankOutOfMemoryError(torch.OutOfMemoryError):
     """
 
 
+def open_mailbox(world: Channel) -> Mailbox:
+    """A mailbox of this rank, for notes that no other one reads.
+
+    Args:
+        world: the channel of all ranks.
+
+    Collectives: one agreement.
+    """
+    # A store may serve several jobs, or one that starts anew.
+    (word, *_) = [record["word"] for record in world.agree({"word": secrets.token_hex(8)})]
+    store = world.job_store(f"ds_lvx/notes/{word}")
+    return Mailbox(store, rank=world.rank, size=world.size)
+
+
 class Guard:
     """Turns running out of memory in an engine's calls into a `RankOutOfMemoryError`.
 
@@ -89,8 +104,7 @@ class Guard:
 
     def __init__(self, groups: SequenceParallelGroups) -> None:
         self._groups = groups
-        world = groups.world_channel
-        self._mailbox = Mailbox(world)
+        self._mailbox = open_mailbox(groups.world_channel)
         self._engine: Any = None
         self._units: int | None = None
         self._watched: dict[str, Callable[..., Any]] = {}

@@ -13,17 +13,13 @@ The store is served by rank 0, or by torchrun's agent, and ends with that proces
 from __future__ import annotations
 
 import json
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-
-if TYPE_CHECKING:
-    from ds_lvx.distributed.channel import Channel
 
 # A rank fails by an error that all have agreed on before it has sent its note.
 _NOTE_S = 0.5
@@ -44,24 +40,22 @@ class Mailbox:
     """This rank's way to leave notes with all ranks, and to read theirs.
 
     Args:
-        world: the channel of all ranks.
+        store: a connection to the store where the notes are, and the job's own, which serves;
+            None: there is none, and notes reach nobody.
+        rank, size: this rank among all of them.
 
     Attributes:
         has_sent: a note of this rank's stands.
-
-    Collectives: one agreement.
     """
 
     _open: ClassVar[list[Mailbox]] = []
     _unread: ClassVar[list[Mailbox]] = []
 
-    def __init__(self, world: Channel) -> None:
+    def __init__(self, store: tuple[Any, Any] | None, *, rank: int, size: int) -> None:
         self.has_sent = False
         self._has_read = False
-        self._rank, self._size = world.rank, world.size
-        # A store may serve several jobs, or one that starts anew.
-        (word, *_) = [record["word"] for record in world.agree({"word": secrets.token_hex(8)})]
-        self._log = _Log(world.job_store(f"ds_lvx/notes/{word}"))
+        self._rank, self._size = rank, size
+        self._log = _Log(store)
         self._open.append(self)
 
     @classmethod
@@ -129,7 +123,7 @@ class _Log:
     """Records that all ranks append to, in the job's store; never waited for beyond 5 seconds.
 
     Args:
-        store: what `Channel.job_store` returned.
+        store: as of `Mailbox`.
 
     Attributes:
         answers: whether the store has answered so far.

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import attention
 
-from ds_lvx.kernels.device import AMPERE, capability, launches_triton, triton_parts
+from ds_lvx.kernels.device import AMPERE, capability
+from ds_lvx.kernels.late_triton import launches_triton, triton_parts
 
 _aten = torch.ops.aten
 

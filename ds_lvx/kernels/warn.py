@@ -1,4 +1,4 @@
-"""Warnings of kernels: on the first rank, once a process."""
+"""Warnings: on the first rank, once a process."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ds_lvx.kernels.device import launches_triton, processors, triton_parts
+from ds_lvx.kernels.device import processors
+from ds_lvx.kernels.late_triton import launches_triton, triton_parts
 from ds_lvx.kernels.merge import accumulation_dtype, merge_, merge_stacked
 
 Attend: TypeAlias = Callable[..., tuple[Tensor, Tensor]]

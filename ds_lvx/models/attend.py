@@ -109,6 +109,7 @@ def attend_part(
             kv_chunk_tokens=plan.chunk_tokens(),
             shared=batch.features_gradient if plan.kind == "cross" else None,
             layer=plan.name,
+            turns=plan.turns,
         )
     return _attend_kept(method, call, q, *project_kv(features))
 

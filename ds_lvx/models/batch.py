@@ -9,7 +9,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -192,14 +192,14 @@ class Text:
         """Take the text out of a batch.
 
         Raises:
-            ValueError: a tensor is missing or has another shape than ``input_ids``; a
+            ValueError: a tensor is missing, has another shape than ``input_ids`` or no integers; a
                 ``num_items_in_batch`` that is no number above 0.
         """
         first, *others = (f"{cls.prefix}{key}" for key in TEXT_KEYS[:3])
         input_ids = batch.get(first)
-        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+        if not is_integer(input_ids) or input_ids.ndim != 2:
             raise ValueError(
-                f"got {first} {_shape(input_ids)}; expected a tensor [batch, seqlen]: pass the "
+                f"got {first} {described(input_ids)}; expected integers [batch, seqlen]: pass the "
                 'batch as the processor returns it, with return_tensors="pt"'
             )
         others.append(TEXT_KEYS[3])
@@ -207,14 +207,9 @@ class Text:
             one_row = key.endswith("position_ids")
             _check_like(key, batch.get(key), input_ids, first=first, one_row=one_row)
         attention_mask, position_ids, labels = (batch.get(key) for key in others)
-        items = batch.get(ITEMS_KEY)
-        return cls(
-            input_ids,
-            attention_mask,
-            position_ids,
-            labels,
-            None if items is None else _items(items),
-        )
+        labels = None if labels is None else labels.long()  # cross-entropy takes nothing narrower
+        items = None if batch.get(ITEMS_KEY) is None else _items(batch[ITEMS_KEY])
+        return cls(input_ids, attention_mask, position_ids, labels, items)
 
     @property
     def named(self) -> dict[str, Tensor | None]:
@@ -285,8 +280,7 @@ class Text:
 
     def digest(self) -> int:
         """A checksum of the whole text, equal on all ranks that were given the same."""
-        parts = (self.input_ids, self.attention_mask, self.position_ids, self.labels)
-        return digest(*parts)
+        return digest(*(getattr(self, key) for key in TEXT_KEYS))
 
     def visibility(self) -> Visibility | None:
         """Causal attention of the whole text; padding and packing as transformers has them.
@@ -370,11 +364,7 @@ def move(value: Any, device: torch.device) -> Any:
 
 
 def _items(given: Any) -> float:
-    """``num_items_in_batch`` as a number.
-
-    Raises:
-        ValueError: it is none, or not above 0.
-    """
+    """``num_items_in_batch`` as a number; a ValueError where it is none above 0."""
     value = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(
@@ -388,12 +378,21 @@ def _check_like(key: str, value: Any, input_ids: Tensor, *, first: str, one_row:
     if value is None:
         return
     allowed = [tuple(input_ids.shape)] + [(1, input_ids.shape[1])] * one_row
-    if not isinstance(value, Tensor) or tuple(value.shape) not in allowed:
+    fits = isinstance(value, Tensor) and tuple(value.shape) in allowed
+    if not fits or not (key.endswith("attention_mask") or is_integer(value)):
         raise ValueError(
-            f"got {key} {_shape(value)}; expected the shape of {first}, {allowed[0]}: the "
-            "whole sequence, neither cut nor expanded"
+            f"got {key} {described(value)}; expected the shape of {first}, {allowed[0]}, and "
+            "integers but in a mask: the whole sequence, neither cut nor expanded"
         )
 
 
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"of {type(value).__name__}"
+def is_integer(value: Any) -> TypeGuard[Tensor]:
+    """Whether it is a tensor of integers, as embeddings take them."""
+    return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
+
+
+def described(value: Any) -> str:
+    """Its shape, and its dtype where that is none of integers; or what it is but a tensor."""
+    if not isinstance(value, Tensor):
+        return f"of {type(value).__name__}"
+    return f"{tuple(value.shape)}{'' if is_integer(value) else f' of {value.dtype}'}"

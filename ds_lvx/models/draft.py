@@ -228,7 +228,7 @@ class _Content:
     ) -> Any:
         """This rank's shard on the model's device, knowing how many units each rank holds."""
         (rank, size), device = self.place, device_of(model)
-        text = self.text.zigzag(size) if size > 1 and zigzags(family, model) else self.text
+        text = self.text.zigzag(size) if zigzags(family, model) and size > 1 else self.text
         here = text.part(rank, size)
         part = self._part(records, family=family, model=model, always_vision=always_vision)
         keyword = self._keyword(text, part, channel=channel, device=device)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
 from ds_lvx.attention.auto import Cluster, Wanted, explain
+from ds_lvx.attention.projection import Turns
 from ds_lvx.attention.recompute import STREAMED_TOKENS
 from ds_lvx.attention.shape import Hybrid
 from ds_lvx.config import LayerRule, LVXConfig, summarise_names
@@ -65,6 +67,11 @@ class LayerPlan:
     kv_chunk_tokens: int | None = None
     ulysses: int | None = None
     across: str = AUTO
+
+    @cached_property
+    def turns(self) -> Turns:
+        """The layer's own, where it projects K and V again."""
+        return Turns()
 
     @property
     def hybrid(self) -> Hybrid | None:

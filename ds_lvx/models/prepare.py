@@ -12,6 +12,7 @@ from ds_lvx.attention.features import share
 from ds_lvx.config import LVXConfig
 from ds_lvx.config.registry import AUTO
 from ds_lvx.config.words import in_ranks
+from ds_lvx.kernels.warn import warn_once
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.contract import Family
 from ds_lvx.models.layers import LayerPlan, make_plans
@@ -140,9 +141,19 @@ class PrepareText(Hook):
 
 
 def zigzags(family: Family, model: nn.Module) -> bool:
-    """Whether an early and a late piece of the text go to each rank, as `PrepareText` has it."""
+    """Whether an early and a late piece of the text go to each rank, as `PrepareText` has it.
+
+    A model without one attends to its own shard alone: rank 0 warns, once.
+    """
     hooks = family.text_model(model)._forward_pre_hooks.values()
-    return any(isinstance(hook, PrepareText) and hook.zigzag for hook in hooks)
+    found = next((hook for hook in hooks if isinstance(hook, PrepareText)), None)
+    if found is None:
+        warn_once(
+            f"shard_batch: got a {type(model).__name__} that ds_lvx has not patched, or not any "
+            "more; it will attend to each rank's shard alone. Call ds_lvx.initialize (not "
+            "deepspeed.initialize) or ds_lvx.apply first"
+        )
+    return found is not None and found.zigzag
 
 
 def _check_arguments(

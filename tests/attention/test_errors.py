@@ -111,6 +111,9 @@ def others() -> list[str]:
     def project(features: Tensor) -> tuple[Tensor, Tensor]:
         return (features, features[..., :3]) if here else (features, features)
 
+    def fewer_heads(features: Tensor) -> tuple[Tensor, Tensor]:
+        return (features[:, :, :1],) * 2 if here else (features,) * 2
+
     tables = (torch.ones(1, 8, 1, 4), torch.ones(1, 8, 1, 4)) if here else None
     rotary = (torch.ones(1, 9, 1, 4), torch.ones(1, 9, 1, 4))
     swapped = q.transpose(0, 1)
@@ -127,6 +130,9 @@ def others() -> list[str]:
         "rank 1: LVXAttention: got mask": lambda: module(q, k, k, 0, mask=q if here else None),
         "disagree on operation": lambda: module(q, q, q, 0, tables),
         "rank 1: v: got shape": lambda: ds_lvx.lv_xattn_recompute(q, k, project),
+        "project_kv: the ranks disagree on num_kv_heads: got 2 on rank 0, 1 on rank 1": (
+            lambda: ds_lvx.lv_xattn_recompute(q, k, fewer_heads)
+        ),
         "rank 1: q: got NoneType": lambda: module(None if here else swapped, swapped, swapped, 1),
         "rank 1: query: got [4]": lambda: module(q[0, :, 0, 0] if here else q, k, k, 0, rotary),
         "rank 1: rotary_pos_emb: got [1, 9, 1, 4] on cpu, [1, 9, 1, 3] on cpu; expected": (

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.distributed.failures import open_mailbox
 from ds_lvx.distributed.notes import Mailbox, PeerError, explained
 from ds_lvx.distributed.shutdown import shutdown
 from tests.ranks import run_ranks
@@ -22,7 +23,7 @@ from tests.ranks import run_ranks
 def exchange_notes() -> list[str | None]:
     """Rank 0 leaves notes with rank 1, which looks after each."""
     world = Channel.world()
-    mailbox = Mailbox(world)
+    mailbox = open_mailbox(world)
     found = []
     for text in ("first", "second", ""):
         if world.rank == 0:
@@ -32,7 +33,7 @@ def exchange_notes() -> list[str | None]:
         world.barrier()
     with pytest.raises(RuntimeError, match="unexplained"), explained():
         raise RuntimeError("unexplained")
-    another = Mailbox(world)
+    another = open_mailbox(world)
     if world.rank == 0:
         another.send("third")
     world.barrier()
@@ -55,26 +56,15 @@ def test_notes_arrive_and_can_be_taken_back() -> None:
     assert receiver == ["first", "second", None]
 
 
-class World:
-    """A channel of all ranks, of which only the store is there."""
-
-    def __init__(self, rank: int, size: int, store: torch.distributed.Store) -> None:
-        self.rank, self.size, self._store = rank, size, store
-
-    def agree(self, record: dict[str, Any]) -> list[dict[str, Any]]:
-        return [{"word": "agreed"}] * self.size
-
-    def job_store(self, prefix: str) -> tuple[Any, Any]:
-        return torch.distributed.PrefixStore(prefix, self._store.clone()), self._store
-
-
 @pytest.fixture
 def opened() -> Iterator[Callable[..., list[Mailbox]]]:
     """Opens the mailboxes of some ranks in this process, on a store."""
     made = []
 
     def open_mailboxes(size: int, store: torch.distributed.Store) -> list[Mailbox]:
-        made.extend(Mailbox(World(rank, size, store)) for rank in range(size))  # type: ignore[arg-type]
+        for rank in range(size):
+            connection = torch.distributed.PrefixStore("notes", store.clone())
+            made.append(Mailbox((connection, store), rank=rank, size=size))
         return made
 
     yield open_mailboxes

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ds_lvx.attention import wire
 from ds_lvx.attention.call import Call
+from ds_lvx.attention.heads import rejoined
 from ds_lvx.attention.keys import Keys, Saved
 from ds_lvx.attention.shape import head_groups, head_slices
 from ds_lvx.distributed.bundles import Bundle, Unwritten
@@ -48,8 +49,8 @@ class Gather:
             del everyone  # what was gathered, before there is a message as large
             returning.append(_Part(call, out, lse, dtype=q.dtype))
             del out, lse
-        parts = [part.merged() for part in returning]
-        return _whole([out for out, _ in parts], dim=2), _whole([lse for _, lse in parts], dim=1)
+        outs, lses = zip(*[part.merged() for part in returning], strict=True)
+        return rejoined(outs, dim=2), rejoined(lses, dim=1)
 
     def backward(self, call: Call, saved: Saved, keys: Keys) -> Tensor:
         """See `ds_lvx.attention.schedules.Schedule.backward`."""
@@ -72,7 +73,7 @@ class Gather:
             returning.append(_GradientPart(call, dq, dtype=saved.q.dtype))
             del dq  # the projection's backward needs the room
         keys.finish()
-        return _whole([part.summed() for part in returning], dim=2)
+        return rejoined([part.summed() for part in returning], dim=2)
 
 
 # --------------------------------------------------------------------------------------------
@@ -97,11 +98,6 @@ def _groups(call: Call, q: Tensor, keys: Keys) -> list[_Group]:
     if len(sizes) == 1:
         return [(slice(None), None)]
     return [*head_slices(sizes, heads // keys.kv_heads)]
-
-
-def _whole(parts: list[Tensor], *, dim: int) -> Tensor:
-    """All heads again."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 # --------------------------------------------------------------------------------------------

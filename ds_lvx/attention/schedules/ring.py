@@ -12,7 +12,7 @@ from ds_lvx.attention.call import Call
 from ds_lvx.attention.keys import Keys, Saved
 from ds_lvx.distributed.bundles import Bundle, Spec
 from ds_lvx.distributed.pending import Pending
-from ds_lvx.kernels.device import launches_triton
+from ds_lvx.kernels.late_triton import launches_triton
 from ds_lvx.kernels.merge import accumulation_dtype, merge_
 from ds_lvx.kernels.rule import Rule
 

@@ -7,12 +7,13 @@ same. Every rank gets what all of them made, and an even share of the loss.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import nn
 
 from ds_lvx.kernels.visibility import Visibility
-from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, Here, Text
+from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, Here, Text, described, is_integer
 from ds_lvx.models.patch import KEYWORD, Hook
 from ds_lvx.models.tiled_loss import share_of_loss
 
@@ -27,18 +28,19 @@ class WholeText(Text):
         """Take the text out of a batch.
 
         Raises:
-            ValueError: as of `Text.of`; labels that are not ``[B, L]``.
+            ValueError: as of `Text.of`; labels that are no integers ``[B, L]``.
         """
         others = {key: value for key, value in batch.items() if key != _LABELS}
         text = super().of(others)
         labels = batch.get(_LABELS)
-        found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-        if labels is not None and (len(found) != 2 or found[0] != text.shape[0]):
+        if labels is None:
+            return text
+        if not is_integer(labels) or labels.ndim != 2 or len(labels) != text.shape[0]:
             raise ValueError(
-                f"got labels {found}; expected ({text.shape[0]}, tokens): what the decoder is to "
-                "write for each sample, of any length"
+                f"got labels {described(labels)}; expected ({text.shape[0]}, tokens), integers: "
+                "what the decoder is to write for each sample, of any length"
             )
-        return cls(text.input_ids, text.attention_mask, text.position_ids, labels, text.items)
+        return replace(text, labels=labels.long())
 
     @property
     def labelled(self) -> int:
