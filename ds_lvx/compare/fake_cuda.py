@@ -35,6 +35,8 @@ from triton.runtime.jit import KernelInterface
 _aten = torch.ops.aten
 DEVICE = torch.device("cuda:0")
 CAPABILITY = (9, 0)
+_OURS = ("cuda", "meta")
+"""Types of our tensors' device, as Python sees it and as PyTorch's own code does."""
 
 # No kernel: the tensor gets memory, or another view of it.
 _FREE = {
@@ -149,7 +151,7 @@ class FakeCuda(TorchDispatchMode):
             self._pinned[pinned.untyped_storage()._cdata] = pinned
             return pinned
         device = kwargs.get("device")
-        if not shells and (device is None or torch.device(device).type != "cuda"):
+        if not shells and (device is None or torch.device(device).type not in _OURS):
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if func.namespace == "c10d":
@@ -212,7 +214,7 @@ def _fake(one: Any) -> Any:
     """An argument as `FakeTensorMode` gets it."""
     if isinstance(one, Shell):
         return one.fake
-    return DEVICE if isinstance(one, torch.device) and one.type in ("cuda", "meta") else one
+    return DEVICE if isinstance(one, torch.device) and one.type in _OURS else one
 
 
 def _shelled(one: Any, written: dict[int, Shell]) -> Any:

@@ -16,6 +16,7 @@ PyTorch's products in 16 bits take ten times as long as those in fp32.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from itertools import groupby
 from operator import attrgetter
 from typing import TypedDict
@@ -114,21 +115,23 @@ def _backward_blocks(
     if problem.rule is not None:  # keys that nobody sees have no block
         dk.zero_()
         dv.zero_()
-    q, dout = q.to(wide), dout.to(wide)
+    blocks = _blocks(problem, fused=fused)
+    seeing = _seeing(blocks)
+    q, dout = q[:, seeing].to(wide), dout[:, seeing].to(wide)
+    lse, delta = lse[:, :, seeing], delta[:, :, seeing]
     out = flash.stand_in(dout, delta) if fused else None
-    of_same_keys = groupby(_blocks(problem, fused=fused), key=attrgetter("keys"))
-    for keys, blocks_of_queries in of_same_keys:
+    for keys, blocks_of_queries in groupby(blocks, key=attrgetter("keys")):
         block_k, block_v = k[:, keys].to(wide), v[:, keys].to(wide)
         sums: list[Tensor] = []
         for block in blocks_of_queries:
-            rows = block.queries
+            rows = _within(seeing, block.queries)
             part_dq, *parts = _backward(
                 Problem(q[:, rows], block_k, block_v, softmax_scale=problem.softmax_scale),
                 Upstream(dout[:, rows], lse[:, :, rows], delta[:, :, rows]),
                 None if out is None else out[:, rows],
                 **_seen(problem, block, fused=fused),
             )
-            dq[:, rows] += part_dq
+            dq[:, block.queries] += part_dq
             sums = [one + other for one, other in zip(sums, parts, strict=True)] if sums else parts
         dk[:, keys], dv[:, keys] = sums
     return dq, dk, dv
@@ -143,13 +146,26 @@ def _fold_blocks(problem: Problem, running: tuple[Tensor, Tensor]) -> None:
         return
     fused = _fused(problem)
     wide = accumulation_dtype(q.dtype) if fused and q.device.type == "cpu" else q.dtype
-    q = q.to(wide)
-    for block in _blocks(problem, fused=fused):
+    blocks = _blocks(problem, fused=fused)
+    seeing = _seeing(blocks)
+    q = q[:, seeing].to(wide)
+    for block in blocks:
         rows, keys = block.queries, block.keys
-        tensors = q[:, rows], k[:, keys].to(wide), v[:, keys].to(wide)
+        tensors = q[:, _within(seeing, rows)], k[:, keys].to(wide), v[:, keys].to(wide)
         piece = Problem(*tensors, softmax_scale=problem.softmax_scale)
         part = _forward(piece, **_seen(problem, block, fused=fused))
         merge_(out[:, rows], lse[:, :, rows], *part)
+
+
+def _seeing(blocks: Sequence[Block]) -> slice:
+    """From the first to the last query of any block: of zigzag pieces half of the queries see
+    nothing of the keys of an earlier rank."""
+    queries = [block.queries for block in blocks] or [slice(0, 0)]
+    return slice(min(each.start for each in queries), max(each.stop for each in queries))
+
+
+def _within(seeing: slice, rows: slice) -> slice:
+    return slice(rows.start - seeing.start, rows.stop - seeing.start)
 
 
 def _seen(problem: Problem, block: Block, *, fused: bool) -> _Seen:

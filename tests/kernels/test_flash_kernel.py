@@ -345,7 +345,7 @@ def test_a_stand_in_is_made_range_by_range(monkeypatch: pytest.MonkeyPatch) -> N
     dout[:, 7] = 0.0
     delta[:, :, 7] = 0.0
     whole = flash.stand_in(dout, delta)
-    monkeypatch.setattr(flash, "_STAND_IN_NUMBERS", 8 * dout[:, :1].numel())
+    monkeypatch.setattr(flash, "_CPU_STAND_IN_NUMBERS", 8 * dout[:, :1].numel())
     with LargestTensor(torch.float32) as largest:
         assert torch.equal(flash.stand_in(dout, delta), whole)
     assert 0 < largest.elements <= dout.numel() // 6

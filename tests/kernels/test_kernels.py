@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.kernels import onednn
+from ds_lvx.kernels import flash, onednn
 from ds_lvx.kernels.choice import kernel_for
-from ds_lvx.kernels.interface import Kernel, written
+from ds_lvx.kernels.interface import Kernel, Problem, Upstream, written
 from ds_lvx.kernels.merge import empty_part, merge
 from ds_lvx.kernels.native import NativeKernel
+from ds_lvx.kernels.rule import Rule
 from tests.kernels.asking import backward, fold, forward
 from tests.largest import LargestTensor
 
@@ -377,3 +378,23 @@ def test_choosing() -> None:
         kernel_for("native", like(torch.int64))
     with pytest.raises(ValueError, match=r"'triton' for torch.float64.*use 'native'"):
         kernel_for("triton", like(torch.float64))
+
+
+def test_of_queries_only_those_that_see_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two pieces of a text the early one sees nothing of the keys between them."""
+    made, stand_in = [], flash.stand_in
+
+    def noted(dout: Tensor, delta: Tensor) -> Tensor:
+        made.append(dout.shape[1])
+        return stand_in(dout, delta)
+
+    monkeypatch.setattr(onednn, "serves", lambda: False)
+    monkeypatch.setattr(flash, "stand_in", noted)
+    q, dout = torch.randn(2, 1, 160, 2, 16).bfloat16()
+    k, v = torch.randn(2, 1, 64, 2, 16).bfloat16()
+    places = torch.cat((torch.arange(80), torch.arange(400, 480)))[None].int()
+    sees = Visibility(torch.zeros_like(places), places + 1, torch.arange(100, 164)[None].int())
+    problem, ones = Problem(q, k, v, Rule(sees), softmax_scale=0.25), torch.ones(1, 2, 160)
+    dq, *_ = NativeKernel().backward(problem, Upstream(dout, ones, ones))
+    assert made == [80]
+    assert dq[0, :, 0, 0].ne(0).tolist() == [False] * 80 + [True] * 80

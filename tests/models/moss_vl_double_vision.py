@@ -205,12 +205,14 @@ class MossVLVisionModel(MossVLPreTrainedModel):
 
     def forward(self, hidden_states, grid_thw):
         """Rows of pixels ``[patches, 3 * patch ** 2]`` -> ``[merged patches, out_hidden_size]``."""
-        table = self.pos_embed(torch.arange(self.pos_embed.num_embeddings))
+        device = hidden_states.device
+        table = self.pos_embed(torch.arange(self.pos_embed.num_embeddings, device=device))
         side, merge = int(len(table) ** 0.5), self.spatial_merge_size
         square = table.view(1, side, side, -1).permute(0, 3, 1, 2)
         added, places, lengths = [], [], []
         for t, h, w in grid_thw.tolist():
-            blocks = torch.arange(h * w).view(h // merge, merge, w // merge, merge)
+            blocks = torch.arange(h * w, device=device)
+            blocks = blocks.view(h // merge, merge, w // merge, merge)
             order = blocks.permute(0, 2, 1, 3).flatten()
             sized = F.interpolate(square, (h, w), mode="bilinear", align_corners=True)
             added += [sized[0].flatten(1).T[order]] * t

@@ -103,7 +103,7 @@ class BertModel(nn.Module):
         self, query_embeds, encoder_hidden_states, encoder_attention_mask, return_dict=True
     ):
         x = self.embeddings.dropout(self.embeddings.LayerNorm(query_embeds))
-        mask = (1 - torch.ones(x.shape[:2]))[:, None, None] * -10000.0
+        mask = (1 - torch.ones(x.shape[:2], device=x.device))[:, None, None] * -10000.0
         encoder_mask = (1 - encoder_attention_mask.float())[:, None, None] * -10000.0
         for layer in self.encoder.layer:
             x = layer(x, mask, encoder_hidden_states, encoder_mask)

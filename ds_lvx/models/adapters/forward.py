@@ -95,7 +95,8 @@ class Encode(Hook):
     """A forward pre-hook of a model of transformers, and what runs in the place of its encoder.
 
     The encoder is a method that takes pixels and returns an object with ``pooler_output``, the
-    rows of the images in order. It gets no keyword but its own: with others some fail.
+    rows of the images in order. It gets no keyword but its own: with others some fail. Meanwhile
+    its Q-Former is given masks that nobody has to look into.
 
     Args:
         model: the model.
@@ -120,7 +121,9 @@ class Encode(Hook):
         self._before = vars(model).get(name)
         self._own: Callable[..., Any] = getattr(model, name)
         self._now: tuple[ShardedBatch, Tensor, tuple[int, ...]] | None = None
+        self._encodes = False
         setattr(model, name, self._encode)
+        self._prepared = model.qformer.register_forward_pre_hook(self._prepare, with_kwargs=True)
 
     def __call__(
         self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
@@ -165,14 +168,35 @@ class Encode(Hook):
         if self._as_videos:
             pixels = pixels.unsqueeze(1)
         taken = {key: kwargs[key] for key in self._takes}
-        found = self._own(pixels, **taken, return_dict=True)
+        self._encodes = True
+        try:
+            found = self._own(pixels, **taken, return_dict=True)
+        finally:
+            self._encodes = False
         found.pooler_output = gather_images(
             found.pooler_output, rows, channel=batch.channel, lengths=lengths
         )
         return found
 
+    def _prepare(
+        self, qformer: Any, args: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """The Q-Former's masks: transformers asks the device whether there is padding in one.
+
+        An image has none. Which tokens of an instruction are padding, SDPA takes in 4 dimensions as
+        they are; others want two, and do not ask.
+        """
+        if not self._encodes:
+            return None
+        given = {**kwargs, "encoder_attention_mask": None}
+        mask: Tensor | None = given.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and qformer.config._attn_implementation == "sdpa":
+            given["attention_mask"] = mask.bool()[:, None, None].expand(-1, -1, mask.shape[1], -1)
+        return args, given
+
     def undo(self) -> None:
         """Give the model its own encoder back."""
+        self._prepared.remove()
         vars(self._model).pop(self._name, None)
         if self._before is not None:
             setattr(self._model, self._name, self._before)
