@@ -1,5 +1,5 @@
-"""What `launch/finetune.py` leaves is read as its base is: by merging, by `launch/generate.py`, by
-transformers."""
+"""What `launch/finetune.py` leaves is read as its base is: by merging, by `ds-lvx parity`, by
+`launch/generate.py`, by transformers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.models import FAMILIES
+from ds_lvx.training import parity
 from ds_lvx.training.model import Source
 from tests.launch.finetune_runs import arguments, finetune
 from tests.launch.test_generate import run
@@ -75,6 +77,11 @@ def first_batch(folder: Path, base: Path, trusts: bool) -> Any:
     return dict(maker.batch(read_conversations(base / "train.jsonl")[:1]).inputs)
 
 
+def in_the_pool(_module: str, request: Any, *, ranks: int, **_limits: Any) -> list[Any]:
+    """In place of processes of its own."""
+    return run_ranks(parity._metrics, ranks, request)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["mplugowl3", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in OTHERS)]
@@ -111,3 +118,7 @@ def test_a_trained_folder_serves_as_its_base_does(name: str, tmp_path: Path) -> 
         assert run_ranks(run, 2, *map(str, words), "--traceback") == [0, 0]
         answers.append(json.loads(out.read_text())["answer"])
     assert answers[1] == answers[2]
+
+    words = ["parity", "--model", str(full), "--data", str(base / "train.jsonl"), "--steps", "1"]
+    with mock.patch.object(parity, "run_fresh", in_the_pool):
+        assert main([*words, "--", "--frames", "3", *trusts]) == 0
