@@ -28,7 +28,7 @@ from ds_lvx.models.contract import Family
 from ds_lvx.models.decoding import Decoding
 from ds_lvx.models.draft import Draft, device_of
 from ds_lvx.models.feeding import feeding
-from ds_lvx.models.past import Continued, leave
+from ds_lvx.models.past import Continued, is_fresh, leave
 from ds_lvx.models.patch import is_prepared
 from ds_lvx.models.started import ENCODED, beside_decoder, has_encoder, started
 from ds_lvx.models.text_keys import AUTO, SHARDED, WORDS
@@ -94,7 +94,8 @@ def generate(
             ``streamer`` is used on the first rank of the group; others may pass None.
             ``past_key_values`` is that of an earlier result: nothing is encoded again. The batch
             is the longer text then, without images; what the cache has of another text behind
-            their common beginning is dropped from it.
+            their common beginning is dropped from it. An empty ``DynamicCache`` is filled, and is
+            that of the result then.
             Besides ``text_keys``, of families with keys of images beside the text: ``"sharded"``:
             the prompt runs split, and a rank keeps K and V of its own part of the text;
             ``"whole"``: every rank has those of all; ``"auto"``, the default: sharded where the
@@ -137,7 +138,7 @@ def generate(
     try:
         found = family, inside = _patched(model)
         _check_arguments(family, family.generator(inside), kwargs)
-        if kwargs.get("past_key_values") is not None:
+        if _goes_on(kwargs):
             _check_replicas(current, inside)
         content = _content(family, inside, batch, channel=channel, frames=frames, kwargs=kwargs)
         record = {**content.record(), **_record(family, inside, kwargs, first=channel.rank == 0)}
@@ -185,7 +186,7 @@ def generate(
             decoding.fail(caught, waits=waits)
             raise
         sequences = result if isinstance(result, Tensor) else result.sequences
-        leave(getattr(result, "past_key_values", None), inside, decoding, sequences)
+        leave(_filled(kwargs, result), inside, decoding, sequences)
     decoding.finish(sequences)
     return result
 
@@ -220,8 +221,8 @@ def _content(
         raise ValueError(
             f"got a batch of type {type(batch).__name__}; expected what the processor returns"
         )
-    cache = kwargs.get("past_key_values")
-    if cache is not None:
+    if _goes_on(kwargs):
+        cache = kwargs["past_key_values"]
         return Continued.of(batch, cache, family=family, model=model, channel=channel)
     place, runner = (channel.rank, channel.size), family.generator(model)
     if has_encoder(runner):
@@ -229,6 +230,18 @@ def _content(
     whole = kwargs.get(_TEXT_KEYS) != SHARDED
     draft = Draft.of(family, batch, model, place=place, frames=frames, whole_text=whole)
     return draft.checked()
+
+
+def _goes_on(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a cache came with the batch that has some of its text; an empty one is filled."""
+    cache = kwargs.get("past_key_values")
+    return cache is not None and not is_fresh(cache)
+
+
+def _filled(kwargs: Mapping[str, Any], result: Any) -> Any:
+    """The cache that transformers filled: the caller's, or one that it made."""
+    given = kwargs.get("past_key_values")
+    return getattr(result, "past_key_values", None) if given is None else given
 
 
 def _check_replicas(groups: SequenceParallelGroups | None, model: nn.Module) -> None:
@@ -306,6 +319,8 @@ def _setting(runner: Any, kwargs: Mapping[str, Any], name: str) -> Any:
 def _described(kwargs: Mapping[str, Any]) -> str:
     """The arguments in words that are the same on ranks which were given the same."""
     used = {name: value for name, value in kwargs.items() if name != "streamer"}
+    if is_fresh(kwargs.get("past_key_values")):
+        used["past_key_values"] = "empty"
     return ", ".join(f"{name}={_word(used[name])}" for name in sorted(used)) or "none"
 
 

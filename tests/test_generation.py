@@ -192,7 +192,14 @@ def trained_reference() -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        1,
+        pytest.param(3, marks=pytest.mark.slow),
+        *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (0, 2)),
+    ],
+)
 def test_an_engine_generates_between_steps(stage: int) -> None:
     for answer in run_ranks(generate_with_an_engine, 2, stage):
         torch.testing.assert_close(answer, trained_reference(), atol=1e-5, rtol=1e-5)

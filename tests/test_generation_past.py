@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import DynamicCache
 
 import ds_lvx
 from ds_lvx.models import draft
@@ -161,6 +162,45 @@ def test_families_go_on_from_their_caches(name: str) -> None:
             torch.testing.assert_close([*logits], expected, atol=1e-5, rtol=1e-5)
 
 
+# ---- an empty cache of the caller's
+
+
+def fill_mllama(batch: Batch, sp_size: int) -> dict[str, Any]:
+    """What an empty cache holds afterwards, and what is answered on from it."""
+    model, cache = tiny_model(), DynamicCache()
+    session = ds_lvx.apply(model, config(sp_size))
+    first = ds_lvx.generate(model, batch, past_key_values=cache, max_new_tokens=TOKENS)
+    held = [
+        (layer.keys.clone(), layer.values.clone())
+        for layer in cache.layers
+        if layer.get_seq_length() > 0
+    ]
+    text = text_of(batch, behind(first, SECOND))
+    second = ds_lvx.generate(model, text, past_key_values=cache, max_new_tokens=TOKENS)
+    filled = DynamicCache(config=model.config.get_text_config())
+    again = ds_lvx.generate(model, batch, past_key_values=filled, **KEYWORDS)
+    assert again.past_key_values is filled, "the result has another cache"
+    assert torch.equal(again.sequences, first), "another answer"
+    session.close()
+    return {"held": held, "first": first, "second": second}
+
+
+def test_an_empty_cache_is_filled_as_transformers_does() -> None:
+    batch, model, cache = interleaved(), tiny_model().eval(), DynamicCache()
+    given = without_labels(batch)
+    first = model.generate(**given, past_key_values=cache, max_new_tokens=TOKENS)
+    second = model.generate(**whole(batch, behind(first, SECOND)), max_new_tokens=TOKENS)
+    of_text = [
+        (cache.layers[number].keys, cache.layers[number].values)
+        for number in range(model.config.text_config.num_hidden_layers)
+        if number not in model.config.text_config.cross_attention_layers
+    ]
+    for found in run_ranks(fill_mllama, 2, batch, 2):
+        assert torch.equal(found["first"], first)
+        assert torch.equal(found["second"], second)
+        torch.testing.assert_close(found["held"], of_text, atol=1e-5, rtol=1e-5)
+
+
 # ---- what cannot go on
 
 
@@ -184,6 +224,7 @@ def mistakes() -> dict[str, str]:
             {"past_key_values": past},
         ),
         "rows": (text, {"past_key_values": past, "num_beams": 2}),
+        "empty on one": (text, {"past_key_values": past if rank == 0 else DynamicCache()}),
     }
     messages = {}
     for name, (given, arguments) in wrong.items():
@@ -202,6 +243,7 @@ def test_what_cannot_go_on_is_named_on_every_rank() -> None:
         "images": "ValueError: all ranks: got pixel_values beside past_key_values, which has the",
         "other text": "ValueError: all ranks: got a text [1, 12] that goes with past_key_values",
         "one rank": "ValueError: ds_lvx.generate: the ranks disagree on ",
+        "empty on one": "ValueError: ds_lvx.generate: the ranks disagree on ",
         "new image": "ValueError: all ranks: got an image in the text behind that of past_key",
         "rows": "ValueError: all ranks: got 2 rows for past_key_values of 1 samples; expected one",
     }.items():

@@ -122,6 +122,7 @@ def scenario(job: Job, frames: int) -> Scenario:
         model.with_frames(frames),
         text_tokens=job.case.text_tokens,
         frames=frames,
+        zero_stage=0,
         element_bytes=DTYPES[job.dtype].itemsize,
     )
 

@@ -57,6 +57,12 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self.text = template or SIMPLE_TEMPLATE.replace("IMAGE", image_token)
 
+    @classmethod
+    def of(cls, processor: Any) -> ChatTemplate:
+        """That of a checkpoint's processor."""
+        template = processor.chat_template or processor.tokenizer.chat_template
+        return cls(processor.tokenizer, template, image_token=processor.image_token)
+
     def write(
         self, conversation: Conversation, media: Sequence[int | str]
     ) -> tuple[str, list[Span]]:
@@ -92,6 +98,15 @@ class ChatTemplate:
                 do="give the processor another chat template",
             )
         return written, spans
+
+    def exchange(self, said: str, answer: str, *, by: str) -> str | None:
+        """What a user says and an answer of the role ``by``; None where the template refuses it."""
+        turns = (("user", said), (by, answer))
+        chat = [Message(role, (Part("text", text),)) for role, text in turns]
+        try:
+            return self._render(template_input(chat, (), self._takes_parts), "")
+        except DataError:
+            return None
 
     @cached_property
     def _takes_parts(self) -> Mapping[str, bool]:

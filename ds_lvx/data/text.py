@@ -84,8 +84,7 @@ class TextEncoder:
         self.image_token_id: int = processor.image_token_id
         self.max_length = max_length
         self._places = family.frame_places(processor)
-        template = processor.chat_template or self.tokenizer.chat_template
-        self._template = ChatTemplate(self.tokenizer, template, image_token=self.image_token)
+        self._template = ChatTemplate.of(processor)
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"got the tokenizer {type(self.tokenizer).__name__}; expected a fast one, which "
@@ -116,6 +115,29 @@ class TextEncoder:
         frame = (self.image_token, self._places)
         written = (self.family.model_type, frame, self._template.text, tokenizer)
         return hashlib.sha256(repr(written).encode()).hexdigest()
+
+    def doubts(self) -> list[str]:
+        """What of the chat template a chat can hardly be learnt by, a sentence each; mostly none.
+
+        A user's turn in the place of the assistant's shows whether it tells the two apart.
+        """
+        said, answer = "lvxsaidprobe", "lvxanswerprobe"
+        own, other = (self._template.exchange(said, answer, by=by) for by in ("assistant", "user"))
+        if own is None or answer not in own:
+            return []
+        found = []
+        advice = "give the checkpoint another chat template (chat_template.jinja)"
+        if own == other:
+            found.append(
+                "the chat template writes what the assistant says as what the user says: nothing "
+                f"in the text tells them apart; where chats have several turns, {advice}"
+            )
+        if self._end_token.match(own, own.index(answer) + len(answer)) is None:
+            found.append(
+                "the chat template writes no special token behind an answer: none is learnt that "
+                f"ends one, and what is generated goes on to the limit; {advice}"
+            )
+        return found
 
     def encode(
         self,

@@ -14,6 +14,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.models.batch import Text, digest, move
@@ -75,6 +76,16 @@ class Past:
         return replace(self, prompt=prompt, keys=keys, tokens=self.tokens[:, :tokens])
 
 
+def is_fresh(cache: Any) -> bool:
+    """Whether a cache holds nothing yet, and is what transformers would make itself."""
+    return (
+        type(cache) is DynamicCache
+        and not hasattr(cache, _NAME)
+        and not cache.offloading
+        and cache.get_seq_length() == 0
+    )
+
+
 def leave(cache: Any, model: nn.Module, decoding: Decoding, sequences: Tensor) -> None:
     """Leave on a cache what goes with it.
 
@@ -130,7 +141,8 @@ class Continued:
             raise ValueError(
                 f"got past_key_values of type {type(cache).__name__} without sharded keys; "
                 "expected those that ds_lvx.generate(..., return_dict_in_generate=True) returned, "
-                "of one sequence a sample: leave it out, and the whole batch is encoded"
+                "of one sequence a sample, or an empty DynamicCache() to be filled: leave it out, "
+                "and the whole batch is encoded"
             )
         if past.model() is not model or past.prompt.channel is not channel:
             raise ValueError(

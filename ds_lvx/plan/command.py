@@ -18,6 +18,15 @@ from ds_lvx.plan.scenario import TRAINED, Scenario
 from ds_lvx.plan.search import plan
 from ds_lvx.plan.units import bytes_per_s, count, seconds
 
+_SETTINGS = {
+    "zero": "zero_stage",
+    "recompute": "recompute",
+    "checkpointing": "checkpointing",
+    "loss_tiles": "loss_tiles",
+    "train": "trains",
+}
+"""Of a `Scenario`, by the names of their options; of generation it is the stage alone."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``ds-lvx plan``."""
@@ -53,17 +62,19 @@ def _add_scenario(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--generate", metavar="N", help="no training: N new tokens with the visual keys sharded"
     )
-    group.add_argument("--zero", type=int, default=3, help="ZeRO stage, 0 to 3")
+    group.add_argument(
+        "--zero", type=int, help="ZeRO stage, 0 to 3 (default: 3; with --generate 0)"
+    )
     both = argparse.BooleanOptionalAction
     group.add_argument(
-        "--recompute", action=both, default=True, help="lvx projects K and V again in backward"
+        "--recompute", action=both, help="lvx projects K and V again in backward (default: yes)"
     )
-    group.add_argument("--checkpointing", action=both, default=True, help="checkpoint the layers")
+    group.add_argument("--checkpointing", action=both, help="checkpoint the layers (default: yes)")
     group.add_argument(
-        "--loss-tiles", type=int, default=1, help="pieces of a rank's text for logits and loss"
+        "--loss-tiles", type=int, help="pieces of a rank's text for logits and loss (default: 1)"
     )
     group.add_argument(
-        "--train", choices=TRAINED, default="all", help="all weights, or cross-attention alone"
+        "--train", choices=TRAINED, help="all weights (default), or cross-attention alone"
     )
 
 
@@ -128,12 +139,28 @@ def _scenario_of(options: argparse.Namespace) -> Scenario:
         model=wanted.with_frames(frames),
         text_tokens=count(options.text, what="--text"),
         frames=frames,
-        zero_stage=options.zero,
-        recompute=options.recompute,
-        checkpointing=options.checkpointing,
-        trains=options.train,
-        loss_tiles=options.loss_tiles,
+        **_settings(options),
     )
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of a `Scenario` that the options give.
+
+    Raises:
+        ValueError: those of training beside ``--generate``.
+    """
+    given = {
+        field: getattr(options, name)
+        for name, field in _SETTINGS.items()
+        if getattr(options, name) is not None
+    }
+    if options.generate is None:
+        return given
+    stage = {"zero_stage": given.pop("zero_stage", 0)}
+    if given:
+        names = ", ".join(f"--{n.replace('_', '-')}" for n, f in _SETTINGS.items() if f in given)
+        raise ValueError(f"{names}: got it with --generate, which trains nothing; leave it out")
+    return stage
 
 
 def _cluster_of(options: argparse.Namespace) -> Cluster:

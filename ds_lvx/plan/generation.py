@@ -5,9 +5,10 @@ docs/generation.md has the formulas. One sample of one row; the text runs whole 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ds_lvx.models.dimensions import Model
 from ds_lvx.plan.cluster import Cluster, Device
 from ds_lvx.plan.cost import cost
 from ds_lvx.plan.memory import LAYER_BYTES, tower_bytes
@@ -15,7 +16,7 @@ from ds_lvx.plan.pieces import FP32_BYTES
 from ds_lvx.plan.prompts import among_parts, encoder_parts, prompt_bytes, rows_of_ranks
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.step import products_s, vision_s
-from ds_lvx.plan.transfers import Pass, Ranks
+from ds_lvx.plan.transfers import Pass, Ranks, Transfer
 
 _WAY = "lvx replicated"
 _WITNESS_BYTES = 16  # in a token's first message: which one it is, and the token
@@ -31,18 +32,20 @@ class Held:
     """Bytes of the rank that holds most.
 
     Attributes:
-        weights: of the whole model.
+        weights: of the whole model; at ZeRO-3 this rank's share.
         keys: K and V of its visual tokens, in all cross-attention layers; of its part of the
             prompt, where visual tokens stand among the text or an encoder has both.
         text: K and V that every rank has: of prompt and answer, or there of the answer.
         prompt: the most that the prompt's forward has beside the weights: in the vision tower, or
             where the last cross-attention layer makes its keys.
+        gathered: at ZeRO-3 the largest layer, or table of the vocabulary, whole while it runs.
     """
 
     weights: int
     keys: int
     text: int
     prompt: int
+    gathered: int = 0
 
     @property
     def kept(self) -> int:
@@ -52,7 +55,7 @@ class Held:
     @property
     def peak(self) -> int:
         """The most at any moment."""
-        return self.weights + max(self.prompt, self.kept)
+        return self.weights + self.gathered + max(self.prompt, self.kept)
 
 
 @dataclass(frozen=True)
@@ -128,16 +131,17 @@ def generation(scenario: Scenario, cluster: Cluster, *, ranks: int, new_tokens: 
     layers, device = _with_text(scenario).model.cross.count, cluster.device
     if device.cross_layer_s is not None:  # what a call takes is in it
         cluster = replace(cluster, device=replace(device, call_s=0.0))
-    memory = held(scenario, ranks=ranks, new_tokens=new_tokens)
+    memory = held(scenario, ranks=ranks, new_tokens=new_tokens, gpus=cluster.gpus)
     prompt = _prompt(scenario, cluster, ranks=ranks)
     scenario = _with_text(scenario)
     of_token = _cross(scenario, cluster, ranks=ranks, queries=1)
+    sent = layers * of_token.bytes_sent + (ranks - 1) * _WITNESS_BYTES if layers else 0
     return Generation(
         ranks=ranks,
         token=_token(scenario, cluster, of_token, new_tokens),
         prompt=prompt,
         new_tokens=new_tokens,
-        bytes_sent=layers * of_token.bytes_sent + (ranks - 1) * _WITNESS_BYTES if layers else 0,
+        bytes_sent=sent + _weights(scenario, cluster, _token_parameters(scenario)).sent_bytes,
         held=memory,
         fits=memory.peak <= cluster.device.limit_bytes,
     )
@@ -189,6 +193,7 @@ def _token(scenario: Scenario, cluster: Cluster, layer: Pass, new_tokens: int) -
         "visual keys": count * (layer.kernel_s + other_s),
         "network": count * layer.exposed_s,
     }
+    parts = {**parts, **_zero(scenario, cluster, _token_parameters(scenario), under=parts)}
     return {**parts, "host": _host_s(scenario, cluster, hiding_s=sum(parts.values()))}
 
 
@@ -209,9 +214,30 @@ def _prompt(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[str, fl
     else:
         parts = _cross_parts(scenario, cluster, ranks=ranks)
     parts = {**vision, **parts}
+    parts |= _zero(scenario, cluster, scenario.model.parameters, under=parts)
     hiding_s = sum(parts.values())
     host_s = device.begin_s + _host_s(_with_text(scenario), cluster, hiding_s=hiding_s)
     return {**parts, "host": host_s}
+
+
+def _zero(
+    scenario: Scenario, cluster: Cluster, parameters: int, *, under: Mapping[str, float]
+) -> dict[str, float]:
+    """What gathering weights takes, as far as it does not run ``under`` the other parts."""
+    moved = _weights(scenario, cluster, parameters)
+    if moved.messages == 0:
+        return {}
+    return {"ZeRO, network": max(0.0, moved.busy_s - sum(under.values())) + moved.latency_s}
+
+
+def _weights(scenario: Scenario, cluster: Cluster, parameters: int) -> Transfer:
+    """The gathering of so many weights for a forward, a layer at a time, at ZeRO-3."""
+    if scenario.zero_stage < 3 or cluster.gpus == 1:
+        return Transfer(0.0, 0.0, 0, 0)
+    whole = Ranks(cluster, cluster.gpus).gather(scenario.element_bytes * parameters / cluster.gpus)
+    model = scenario.model
+    layers = model.text.count + model.cross.count + model.embeddings
+    return replace(whole, latency_s=layers * whole.latency_s)
 
 
 def _cross_parts(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[str, float]:
@@ -276,12 +302,26 @@ def _decoder_parameters(scenario: Scenario) -> tuple[int, int]:
     return layers, scenario.model.vocabulary * text.hidden
 
 
+def _token_parameters(scenario: Scenario) -> int:
+    """Weights of the modules that run for a token: its layers, and each table of the vocabulary."""
+    layers, table = _decoder_parameters(scenario)
+    return layers + scenario.model.embeddings * table
+
+
 # --------------------------------------------------------------------------------------------
 # Bytes
 
 
-def held(scenario: Scenario, *, ranks: int, new_tokens: int) -> Held:
-    """Predict the memory of the rank that holds most."""
+def held(scenario: Scenario, *, ranks: int, new_tokens: int, gpus: int = 1) -> Held:
+    """Predict the memory of the rank that holds most.
+
+    Args:
+        scenario: at ``zero_stage`` 3 the GPUs share the weights.
+        ranks: that share the sample.
+        new_tokens: of the answer.
+        gpus: in all.
+    """
+    shares = gpus if scenario.zero_stage == 3 else 1
     model, e = scenario.model, scenario.element_bytes
     frames = scenario.frames_of_a_rank(ranks)
     vision, _ = tower_bytes(replace(scenario, trains="cross"), frames * model.tower_tokens)
@@ -300,11 +340,19 @@ def held(scenario: Scenario, *, ranks: int, new_tokens: int) -> Held:
         layers = max(cross.count - 1, 0) * layer + max(norm, layer) + text
         layers += LAYER_BYTES * scenario.text_tokens * scenario.model.text.hidden
     return Held(
-        weights=e * model.parameters,
+        weights=-(-e * model.parameters // shares),
         keys=cross.count * layer,
         text=text,
         prompt=max(vision, features + layers),
+        gathered=e * _largest(model) if shares > 1 else 0,
     )
+
+
+def _largest(model: Model) -> int:
+    """Weights of the largest layer, or of a table of the vocabulary."""
+    kinds = (model.text, model.cross, model.tower, model.rows)
+    layers = [each.parameters // each.count for each in kinds if each is not None and each.count]
+    return max(*layers, model.vocabulary * model.text.hidden)
 
 
 def _text_bytes(scenario: Scenario, new_tokens: int) -> int:

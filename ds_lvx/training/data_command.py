@@ -71,6 +71,8 @@ def run(options: argparse.Namespace) -> int:
             console.print(shown(sample, looker.maker.encoder))
     for line in looker.found.lines(chats):
         console.print(line, markup=False)
+    for doubt in looker.maker.encoder.doubts() if looker.maker is not None else ():
+        console.print(f"warning: --model {options.model}: {doubt}", markup=False)
     return int(bool(looker.found.problems))
 
 

@@ -11,18 +11,21 @@ from torch import Tensor, nn
 
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.together import together
+from ds_lvx.training.folder import complete
+from ds_lvx.training.model import Source
 
 
 def save_pretrained(
-    engine: Any, processor: Any, folder: Path, *, world: Channel, adapter: bool
+    engine: Any, source: Source, folder: Path, *, world: Channel, adapter: bool
 ) -> None:
-    """Write what ``from_pretrained`` reads: weights, config and processor; for LoRA the adapter.
+    """Write what ``from_pretrained`` reads: weights, config, and the other files of the base; for
+    LoRA the adapter.
 
     The folder appears when it is complete; one that was there before is replaced.
 
     Args:
         engine: DeepSpeed's.
-        processor: goes into the same folder.
+        source: the base, whose processor and other files go into the same folder.
         folder: to write to, by rank 0.
         world: all ranks.
         adapter: the model is peft's: write the adapter alone.
@@ -45,7 +48,7 @@ def save_pretrained(
         shutil.rmtree(partial, ignore_errors=True)
         extra = {"save_embedding_layers": False} if adapter else {}
         model.save_pretrained(partial, state_dict=weights, **extra)
-        processor.save_pretrained(partial)
+        complete(partial, source, adapter=adapter)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 

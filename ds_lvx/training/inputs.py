@@ -162,6 +162,8 @@ def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
     skip = options.on_bad_sample == "skip"
     look = partial(bad_samples, checks=inputs.checks, source=inputs.source, world=world, skip=skip)
     bad = look(inputs.training)
+    for doubt in inputs.encoder.doubts() if world.rank == 0 else ():
+        print(f"ds_lvx: warning: --model {options.model}: {doubt}", flush=True)
     training, evaluation, bad_too = inputs.training.without(bad), inputs.evaluation, {}
     if evaluation is not None:
         bad_too = look(evaluation)

@@ -229,7 +229,7 @@ class Trainer:
         folder = self._folder / "model"
         save_pretrained(
             self.engine,
-            self._inputs.source.processor,
+            self._inputs.source,
             folder,
             world=self._world,
             adapter=self._options.lora_r > 0,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ds_lvx.training.folder import complete
 from ds_lvx.training.model import Source
 
 
@@ -37,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    source.processor.save_pretrained(partial)
+    complete(partial, source)
     if output.exists():
         output.rmdir()
     partial.rename(output)

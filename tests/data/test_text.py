@@ -117,6 +117,40 @@ def test_a_system_text_is_written_as_the_template_takes_it(
     assert "ser: Who?" in text
 
 
+SAME = "{% for m in messages %}{{ m.content[-1].text }}<|eot_id|>{% endfor %}"
+ENDLESS = "{% for m in messages %}{{ m.role }}: {{ m.content[-1].text }}\n{% endfor %}"
+STRICT = (
+    "{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns') }}{% endif %}"
+    "{{ m.content[-1].text }}<|eot_id|>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        *((each, ()) for each in (None, LLAMA, STRICT)),
+        (SAME, ("nothing in the text tells them apart",)),
+        (ENDLESS, ("none is learnt that ends one",)),
+        (SAME.replace("<|eot_id|>", " "), ("tells them apart", "that ends one")),
+    ],
+)
+def test_a_template_by_which_chats_can_hardly_be_learnt(template: Any, told: Any) -> None:
+    processor = tiny_processor()
+    processor.chat_template = template
+    doubts = _encoder(500, processor).doubts()
+    assert len(doubts) == len(told)
+    for doubt, part in zip(doubts, told, strict=True):
+        assert part in doubt
+        assert "give the checkpoint another chat template" in doubt
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES.named(name).has("tiny")])
+def test_templates_of_our_own_leave_no_doubts(name: str) -> None:
+    family = FAMILIES.named(name)
+    assert TextEncoder(family.tiny()[1], 500, family=family).doubts() == []
+
+
 def test_the_documents_examples_run_on_that_template(tmp_path: Path) -> None:
     docs = Path(__file__).parents[2] / "docs"
     text = "".join((docs / name).read_text() for name in ("fine-tuning.md", "data.md"))

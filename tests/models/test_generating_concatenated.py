@@ -77,9 +77,9 @@ def test_generating_equals_one_process(ranks: int) -> None:
 # ---- an engine, and frames that only their rank has
 
 
-def generate_with_an_engine() -> dict[str, Any]:
-    """Qwen3-VL under ZeRO-3, between two steps; then with more ranks than images."""
-    engine = start_engine(concatenated_case.rules("qwen3_vl", "ulysses", 2, 3), tiny_model())
+def generate_with_an_engine(stage: int) -> dict[str, Any]:
+    """Qwen3-VL at a ZeRO stage, between two steps; then with more ranks than images."""
+    engine = start_engine(concatenated_case.rules("qwen3_vl", "ulysses", 2, stage), tiny_model())
     batch, short = left_padded(), {"max_new_tokens": 4}
     engine.backward(engine(**ds_lvx.shard_batch(batch, model=engine.module)).loss)
     engine.step()
@@ -102,7 +102,10 @@ def local_units(batch: Batch) -> Batch:
 
 
 @pytest.mark.slow
-def test_an_engine_generates_between_steps() -> None:
+@pytest.mark.parametrize(
+    "stage", [3, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(3))]
+)
+def test_an_engine_generates_between_steps(stage: int) -> None:
     model, short = tiny_model(), {"max_new_tokens": 4}
     model(**left_padded(), use_cache=False).loss.backward()
     torch.optim.SGD(model.parameters(), lr=LEARNING_RATE).step()
@@ -111,7 +114,7 @@ def test_an_engine_generates_between_steps() -> None:
         "local": model.generate(**without_labels(one_video()), **short),
         "one image": model.generate(**without_labels(one_image()), **short),
     }
-    for found in run_ranks(generate_with_an_engine, 2):
+    for found in run_ranks(generate_with_an_engine, 2, stage):
         torch.testing.assert_close(found, expected)
 
 

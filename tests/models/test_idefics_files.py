@@ -38,10 +38,8 @@ from tests.ranks import run_ranks
 FAKE = "<fake_token_around_image>"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_checkpoint(folder: Path) -> Path:
     """A checkpoint, and two samples."""
-    folder = tmp_path_factory.mktemp("idefics")
     own = FAMILIES.named("idefics").tiny()[1].own
     own.save_pretrained(folder)
     added = {"vocab_size": len(own.tokenizer) - 2, "additional_vocab_size": 2}
@@ -54,6 +52,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="It is green."),
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("idefics"))
 
 
 def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:

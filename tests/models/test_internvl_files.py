@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,8 @@ from tests.ranks import run_ranks
 NAME = "internvl"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_checkpoint(folder: Path) -> Path:
     """A checkpoint, and two samples."""
-    folder = tmp_path_factory.mktemp(NAME)
     family = FAMILIES.named(NAME)
     config, processor = family.tiny()
     torch.manual_seed(2)
@@ -43,6 +42,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="Yes"),
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp(NAME))
 
 
 def maker_of(folder: Path, *, frames: int, deal: Any = None) -> BatchMaker:
@@ -61,6 +65,24 @@ def test_an_image_has_tiles_and_a_frame_is_one(folder: Path) -> None:
     assert (shown.text, shown.frames) == (f"Frame1: {tile}\nFrame2: {tile}", (1, 1))
     made = processor.images(Image.effect_noise((60, 20), 90).convert("RGB"))
     assert len(made["pixel_values"]) == 4
+
+
+def test_a_tile_has_the_tokens_that_the_model_makes_of_it(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "model"
+    shutil.copytree(folder, other)
+    (other / "processor_config.json").unlink()
+    assert Source.of(str(other)).processor.shown(Medium((0.0,), (20, 60))).tokens == (4,)
+    (other / "processor_config.json").write_text(json.dumps({"image_seq_length": 256}))
+    with pytest.raises(ValueError, match=r"image_seq_length 256 in processor_config\.json, .* 4 t"):
+        Source.of(str(other))
+
+
+def test_a_template_in_a_file_of_its_own_is_taken(folder: Path, tmp_path: Path) -> None:
+    """As older checkpoints have it, whose tokenizer has none."""
+    other = tmp_path / "model"
+    shutil.copytree(folder, other)
+    (other / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert Source.of(str(other)).processor.chat_template == "{{ messages }}"
 
 
 def test_a_conversation_becomes_a_batch_of_the_model(folder: Path) -> None:

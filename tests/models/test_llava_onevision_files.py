@@ -26,10 +26,8 @@ NAME = "llava_onevision"
 PIXELS, FRAMES = "pixel_values", "pixel_values_videos"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_checkpoint(folder: Path) -> Path:
     """A checkpoint, and three samples: a video, a video and an image, two images."""
-    folder = tmp_path_factory.mktemp(NAME)
     family = FAMILIES.named(NAME)
     config, processor = family.tiny()
     torch.manual_seed(2)
@@ -45,6 +43,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chat(("image", "a.png"), ("image", "b.png"), ("text", "And?"), answer="No"),
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp(NAME))
 
 
 def maker_of(folder: Path, *, frames: int, deal: Any = None) -> BatchMaker:

@@ -113,10 +113,8 @@ def converted(folder: Path) -> Path:
     return folder / "whole"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_checkpoint(parts: Path) -> Path:
     """A converted checkpoint, and two samples."""
-    parts = tmp_path_factory.mktemp("openflamingo")
     write_parts(parts, "gpt_neox")
     folder = converted(parts)
     write_video(folder / "a.mp4")
@@ -127,6 +125,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="It is green."),
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("openflamingo"))
 
 
 def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:

@@ -43,10 +43,8 @@ from tests.ranks import run_ranks
 NAME = "qwen2_5_vl"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_checkpoint(folder: Path) -> Path:
     """A checkpoint, and two samples."""
-    folder = tmp_path_factory.mktemp(NAME)
     family = FAMILIES.named(NAME)
     config, processor = family.tiny()
     torch.manual_seed(2)
@@ -60,6 +58,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="Yes"),
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp(NAME))
 
 
 def maker_of(folder: Path, *, frames: int, deal: Any = None) -> BatchMaker:

@@ -46,10 +46,8 @@ IMAGE_SETTINGS: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 
 """What every published checkpoint's files say."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_checkpoint(folder: Path) -> Path:
     """A checkpoint, and two samples."""
-    folder = tmp_path_factory.mktemp(NAME)
     family = FAMILIES.named(NAME)
     config, processor = family.tiny()
     torch.manual_seed(2)
@@ -63,6 +61,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="Yes"),
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp(NAME))
 
 
 def maker_of(folder: Path, *, frames: int, deal: Any = None) -> BatchMaker:

@@ -151,10 +151,8 @@ def converted(folder: Path, template: str = "llama_v2") -> Path:
     return folder / FILES["output"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_checkpoint(parts: Path) -> Path:
     """A converted checkpoint, and two samples."""
-    parts = tmp_path_factory.mktemp("video_llama")
     write_parts(parts)
     folder = converted(parts)
     write_video(folder / "a.mp4")
@@ -165,6 +163,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chat(("text", "Look"), ("image", "a.png"), answer="It is green."),
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("video_llama"))
 
 
 def maker_of(folder: Path, *, frames: int) -> BatchMaker:

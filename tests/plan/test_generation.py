@@ -15,7 +15,7 @@ from ds_lvx.plan.scenario import Scenario
 
 # An 11B model: 32 layers of text, 8 of cross-attention, 8 heads of K and V of 128, 6404 tokens a
 # frame. 16 frames are 102,464 visual tokens.
-SCENARIO = Scenario(model("Llama-3.2-11B-Vision"), text_tokens=100, frames=16)
+SCENARIO = Scenario(model("Llama-3.2-11B-Vision"), text_tokens=100, frames=16, zero_stage=0)
 LAYER = 4096 * 4096 * 2 + 3 * 4096 * 14_336
 KERNEL = KernelTime(call_s=0.0, pair_s=0.0, key_s=1e-12, row_s=0.0)
 DEVICE = Device(
@@ -101,7 +101,7 @@ def test_memory() -> None:
 
 def test_a_prompt_that_stays_on_its_ranks() -> None:
     """Qwen2.5-VL: 28 layers, 4 heads of keys of 128; 128 tokens a frame, among the text's."""
-    among = Scenario(model("Qwen2.5-VL-7B"), text_tokens=100, frames=3)
+    among = Scenario(model("Qwen2.5-VL-7B"), text_tokens=100, frames=3, zero_stage=0)
     found = generation(among, CLUSTER, ranks=4, new_tokens=20)
     weights = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18_944) + 152_064 * 3584
     a_token = 28 * 2 * 512 * 2
@@ -118,7 +118,7 @@ def test_a_prompt_that_stays_on_its_ranks() -> None:
 
 def test_an_encoder_and_adapters() -> None:
     """T5Gemma 2's decoder has text of its own, the answer; Qwen-VL's text is on every rank."""
-    asked = Scenario(model("t5gemma-2-270m"), text_tokens=100, frames=4)
+    asked = Scenario(model("t5gemma-2-270m"), text_tokens=100, frames=4, zero_stage=0)
     found = generation(asked, CLUSTER, ranks=4, new_tokens=20)
     a_token = 18 * 2 * 256 * 2
     assert (found.held.keys, found.held.text) == (281 * a_token, 20 * a_token)
@@ -131,6 +131,30 @@ def test_an_encoder_and_adapters() -> None:
     assert four.token == one.token
     assert four.prompt["vision"] < one.prompt["vision"]
     assert four.prompt["text"] == one.prompt["text"]
+
+
+def test_weights_that_zero_3_shares_are_gathered_for_each_token() -> None:
+    whole, shared = (
+        generation(replace(SCENARIO, zero_stage=stage), CLUSTER, ranks=2, new_tokens=20)
+        for stage in (2, 3)
+    )
+    assert (whole.held.weights, whole.held.gathered) == (2 * SCENARIO.model.parameters, 0)
+    assert "ZeRO, network" not in {*whole.token, *whole.prompt}
+    # All four GPUs have a share. The largest is the table of the vocabulary, and is whole.
+    assert shared.held.weights == -(-2 * SCENARIO.model.parameters // 4)
+    assert shared.held.gathered == 2 * 128_256 * 4096
+    rest = whole.held.peak - whole.held.weights
+    assert shared.held.peak == shared.held.weights + shared.held.gathered + rest
+    # What a token goes through: each layer, and both tables; K and V of images are there.
+    weights = 32 * (LAYER + 2 * 4096 * 1024) + 8 * LAYER + 2 * 128_256 * 4096
+    assert shared.bytes_sent - whole.bytes_sent == pytest.approx(3 * 2 * weights / 4)
+    moved = 3 * 2 * weights / 4 / 1e9 - sum(whole.token.values()) + whole.token["host"]
+    assert shared.token["ZeRO, network"] == pytest.approx(moved + 42 * 3 * 2e-4)
+    assert shared.token["weights and text"] == whole.token["weights and text"]
+    assert shared.prompt["ZeRO, network"] > shared.token["ZeRO, network"]
+    alone = replace(CLUSTER, gpus=1, gpus_per_node=1)
+    one = generation(replace(SCENARIO, zero_stage=3), alone, ranks=1, new_tokens=20)
+    assert (one.held.weights, one.held.gathered) == (2 * SCENARIO.model.parameters, 0)
 
 
 def test_every_group_is_looked_at_and_the_quickest_that_fits_is_best() -> None:
@@ -159,3 +183,18 @@ def test_the_command_says_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert only["memory"]["keys"] == 8 * 8 * 6404 * 2 * 1024 * 2
     assert main([*words, "--group", "3"]) == 2
     assert "expected one of [1, 2, 4]" in capsys.readouterr().err
+    stages = {}
+    for stage in ("2", "3"):
+        assert main([*words, "--json", "--group", "2", "--zero", stage]) == 0
+        stages[stage] = json.loads(capsys.readouterr().out)["best"]["memory"]["weights"]
+    assert stages["2"] == only["memory"]["weights"] == pytest.approx(4 * stages["3"])
+
+
+@pytest.mark.parametrize(
+    "option", ["--recompute", "--no-checkpointing", "--train=cross", "--loss-tiles=1"]
+)
+def test_options_of_training_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--generate", "64", "--model", "Llama-3.2-11B-Vision", "--card", "H100"]
+    assert main([*words, option]) == 2
+    name = option.removeprefix("--no-").removeprefix("--").partition("=")[0]
+    assert f"--{name}: got it with --generate, which trains nothing" in capsys.readouterr().err

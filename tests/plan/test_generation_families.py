@@ -87,6 +87,7 @@ def scenario_of(name: str) -> Scenario:
         replace(found, frame_tokens=visual),
         text_tokens=ids.shape[1] - visual,
         frames=1,
+        zero_stage=0,
         element_bytes=4,
     )
 

@@ -17,7 +17,8 @@ from ds_lvx.data import chosen
 from ds_lvx.data.frames import Video
 from ds_lvx.data.limits import Limits
 from tests.data.formats_case import ANSWER, OWN_PART, own, parts, text, turns, write_media
-from tests.data.media import write_jsonl
+from tests.data.media import chat, write_jsonl
+from tests.launch.checkpoint_folder import write_checkpoint
 
 
 def check(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
@@ -126,3 +127,14 @@ def test_frames_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     status, said = check(capsys, path, "--frames", 3, "--max_frames", 2)
     assert status != 0
     assert "--max_frames: not allowed with --frames" in said
+
+
+def test_a_template_that_ignores_roles_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = "{% for m in messages %}{{ m.content[-1].text }}<|eot_id|>{% endfor %}"
+    model = write_checkpoint(tmp_path / "model", template=template)
+    data = write_jsonl(tmp_path / "data.jsonl", chat(("text", "Who?"), answer="I"))
+    status, said = check(capsys, data, "--model", model)
+    assert status == 0
+    assert f"warning: --model {model}: the chat template writes what the assistant says" in said

@@ -24,6 +24,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """ChatML, where a checkpoint brings no template of its own."""
+_TEMPLATE = "chat_template.json"
 
 
 class Files:
@@ -43,7 +44,8 @@ class Files:
     def __init__(self, tokenizer: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
         self.tokenizer = tokenizer
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+        template = (files.get(_TEMPLATE) or {}).get("chat_template")
+        self.chat_template = tokenizer.chat_template or template or CHAT_TEMPLATE
         self._files = files
         images, videos, both = (files.get(name) or {} for name in SETTINGS)
         self.of_both: Mapping[str, Any] = both
@@ -51,9 +53,15 @@ class Files:
         self.of_videos: Mapping[str, Any] = both.get("video_processor") or videos
 
     @classmethod
-    def of(cls, name: str) -> Self:
-        """That of a checkpoint, from a folder or the hub."""
-        return cls(AutoTokenizer.from_pretrained(name), read_settings(name))
+    def of(cls, name: str, *more: Any) -> Self:
+        """That of a checkpoint, from a folder or the hub.
+
+        Args:
+            name: of the folder, or on the hub.
+            more: what a family's own takes besides.
+        """
+        files = read_settings(name, _TEMPLATE)
+        return cls(AutoTokenizer.from_pretrained(name), files, *more)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `of` reads."""

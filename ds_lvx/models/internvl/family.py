@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import InternVLForConditionalGeneration
+from transformers import AutoConfig, InternVLForConditionalGeneration
 from transformers.models.internvl.modeling_internvl import InternVLVisionAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
@@ -84,7 +84,7 @@ class InternVL(Concatenated):
     # ---- data
 
     def load_processor(self, name: str) -> Processor:
-        return Processor.of(name)
+        return Processor.of(name, AutoConfig.from_pretrained(name))
 
     # ---- models
 

@@ -14,23 +14,37 @@ from torch import Tensor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from ds_lvx.models.concatenated.files import Files
+from ds_lvx.models.internvl.batch import tile_tokens
 from ds_lvx.models.media import Held, Medium, Shown
 from ds_lvx.models.visual import PIXELS
 
 START, END, IMAGE_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
 _SETTINGS = ("size", "image_mean", "image_std", "min_patches", "max_patches", "resample")
-_TOKENS = 256
-"""Of a tile, where a checkpoint does not say it."""
 
 
 class Processor(Files):
-    """See `ds_lvx.models.concatenated.files.Files`."""
+    """See `ds_lvx.models.concatenated.files.Files`.
+
+    Args:
+        tokenizer, files: likewise.
+        config: of the model, by which a tile has so many tokens.
+
+    Raises:
+        ValueError: the files say that it has others.
+    """
 
     image_token = IMAGE_TOKEN
 
-    def __init__(self, tokenizer: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, tokenizer: Any, files: Mapping[str, Mapping[str, Any]], config: Any) -> None:
         super().__init__(tokenizer, files)
-        self._tokens = int(self.of_both.get("image_seq_length", _TOKENS))
+        self._tokens = tile_tokens(config)
+        said = self.of_both.get("image_seq_length", self._tokens)
+        if said != self._tokens:
+            raise ValueError(
+                f"got image_seq_length {said} in processor_config.json, and a config.json by whose "
+                f"sizes a tile has {self._tokens} tokens; expected the same: copy both files from "
+                "the repository of the model"
+            )
         self.images = _tiler(self.of_images, crop=True)
         self.videos = _tiler({**self.of_images, **self.of_videos}, crop=False)
 

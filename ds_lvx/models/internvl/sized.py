@@ -103,7 +103,8 @@ def tiny() -> tuple[InternVLConfig, Processor]:
         pad=int(tokenizer.pad_token_id),
     )
     image = int(tokenizer.get_vocab()[IMAGE_TOKEN])
-    return config_of(size, image), Processor(tokenizer, files)
+    config = config_of(size, image)
+    return config, Processor(tokenizer, files, config)
 
 
 def random_frames(

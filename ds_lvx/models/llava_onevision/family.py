@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaOnevisionForConditionalGeneration
+from transformers import AutoConfig, LlavaOnevisionForConditionalGeneration
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
@@ -100,7 +100,7 @@ class LlavaOnevision(Concatenated):
     # ---- data
 
     def load_processor(self, name: str) -> Processor:
-        return Processor.of(name)
+        return Processor.of(name, AutoConfig.from_pretrained(name))
 
     def media_tokens(self, processor: Processor) -> tuple[str, ...]:
         return (processor.image_token, processor.video_token)

@@ -7,69 +7,45 @@ has is the model's to say: sizes and grids are those of its config.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from ds_lvx.models.concatenated.files import CHAT_TEMPLATE
+from ds_lvx.models.concatenated.files import Files
 from ds_lvx.models.llava_onevision import batch as batches
 from ds_lvx.models.media import Held, Medium, Shown
-from ds_lvx.models.remote import SETTINGS, read_settings
 from ds_lvx.models.visual import PIXELS
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
-_TEMPLATE = "chat_template.json"
 _SETTINGS = ("image_mean", "image_std", "resample")
 
 
-class Processor:
-    """The tokenizer of a checkpoint, and its way with pictures.
+class Processor(Files):
+    """See `ds_lvx.models.concatenated.files.Files`.
 
     Args:
-        tokenizer: that knows the tokens of images and videos.
-        files: settings by the name of their file; empty where there is none.
+        tokenizer, files: likewise.
         config: of the model.
     """
 
     image_token, video_token = IMAGE_TOKEN, VIDEO_TOKEN
 
     def __init__(self, tokenizer: Any, files: Mapping[str, Mapping[str, Any]], config: Any) -> None:
-        self.tokenizer = tokenizer
-        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        template = (files.get(_TEMPLATE) or {}).get("chat_template")
-        self.chat_template = tokenizer.chat_template or template or CHAT_TEMPLATE
-        self._files, self._config = files, config
-        images, videos, both = (files.get(name) or {} for name in SETTINGS)
-        images = both.get("image_processor") or images
-        videos = {**images, **(both.get("video_processor") or videos)}
+        super().__init__(tokenizer, files)
+        self._config = config
         grids = [[*grid] for grid in config.image_grid_pinpoints]
         self.images = LlavaOnevisionImageProcessorPil(
-            **self._settings(images), image_grid_pinpoints=grids
+            **self._settings(self.of_images), image_grid_pinpoints=grids
         )
+        videos = {**self.of_images, **self.of_videos}
         self.videos = SiglipImageProcessorPil(**self._settings(videos))
-
-    @classmethod
-    def of(cls, name: str) -> Processor:
-        """That of a checkpoint, from a folder or the hub."""
-        files = read_settings(name, _TEMPLATE)
-        return cls(AutoTokenizer.from_pretrained(name), files, AutoConfig.from_pretrained(name))
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write what `of` reads, but for the model's config."""
-        self.tokenizer.save_pretrained(folder)
-        for name, settings in self._files.items():
-            if settings:
-                (Path(folder) / name).write_text(json.dumps(settings, indent=1))
 
     def shown(self, medium: Medium) -> Shown:
         """See `ds_lvx.models.media.Parts.shown`: a token for an image or a frame; behind a video's
