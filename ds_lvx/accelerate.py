@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
 import deepspeed
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import recursively_apply
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import PartialState
+from accelerate.utils import DynamoBackend, recursively_apply
 from torch import Tensor
 
 from ds_lvx.config import LVXConfig
@@ -43,6 +47,7 @@ class Accelerator(accelerate.Accelerator):
 
     Raises:
         ValueError: no DeepSpeed, no section, a mistake in it, or ranks that accelerate overlooks.
+        NotImplementedError: torch.compile.
     """
 
     lvx: LVXConfig | None = None
@@ -62,7 +67,7 @@ class Accelerator(accelerate.Accelerator):
         """Make one of accelerate's, which has prepared nothing yet, one of ours; the same object.
 
         Raises:
-            ValueError: as of this class.
+            ValueError, NotImplementedError: as of this class.
         """
         accelerator.__class__ = cls
         assert isinstance(accelerator, cls)
@@ -77,6 +82,11 @@ class Accelerator(accelerate.Accelerator):
                 f"got {got}; expected a ds_config with a section {SECTION}: give one (deepspeed= "
                 "of TrainingArguments, hf_ds_config= of DeepSpeedPlugin, deepspeed_config_file in "
                 "the config of accelerate launch), or use the class of transformers or accelerate"
+            )
+        if self.state.dynamo_plugin.backend != DynamoBackend.NO:
+            raise NotImplementedError(
+                "got torch_compile (or a dynamo_backend of accelerate); torch.compile does not go "
+                "with layers that exchange tensors with other ranks; leave it out"
             )
         world, launched = self.state.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
         if world != launched:
@@ -136,9 +146,56 @@ class Accelerator(accelerate.Accelerator):
         self._dataloaders.append(prepared)
         return prepared
 
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        """accelerate's, which steps once for each replica."""
+        prepared = super().prepare_scheduler(scheduler)
+        self._step_by_replicas()
+        return prepared
+
+    def _step_by_replicas(self) -> None:
+        for scheduler in self._schedulers:
+            if type(scheduler) is AcceleratedScheduler:
+                scheduler.__class__ = SchedulerByReplica
+                scheduler.replicas = self.num_processes
+
     def _prepare_deepspeed(self, *args: Any) -> Any:
         with initializing_by(self._start):
-            return super()._prepare_deepspeed(*args)
+            prepared = super()._prepare_deepspeed(*args)
+        self._step_by_replicas()
+        return prepared
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        """accelerate's: DeepSpeed clips, by the ds_config, as it steps; the norm is returned.
+
+        Raises:
+            ValueError: another norm than the ds_config's, which would not be acted on.
+        """
+        wrapped = self.deepspeed_engine_wrapped
+        own = None if wrapped is None else wrapped.engine.gradient_clipping()
+        if own is not None and math.isfinite(max_norm) and (max_norm, norm_type) != (own, 2):
+            raise ValueError(
+                f"got max_norm {max_norm} and norm_type {norm_type} in clip_grad_norm_, where "
+                f"DeepSpeed clips by the ds_config's gradient_clipping, {own}, of norm 2; expected "
+                "the same; write it into the ds_config"
+            )
+        return super().clip_grad_norm_(parameters, max_norm, norm_type)
+
+    @contextmanager
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
+        """accelerate's, with a part for each replica, the same on the ranks of a group."""
+        replica = SimpleNamespace(
+            num_processes=self.num_processes,
+            process_index=self.process_index // self.sp_size,
+            device=self.device,
+        )
+        split = PartialState.split_between_processes
+        with split(replica, inputs, apply_padding=apply_padding) as part:
+            yield part
+
+    @property
+    def is_last_process(self) -> bool:
+        """Of all ranks, as `on_last_process` has it."""
+        return bool(self.state.is_last_process)
 
     def _start(self, *, model: Any, config_params: Any, **arguments: Any) -> Any:
         """What accelerate calls ``deepspeed.initialize`` for: the model that trains."""
@@ -234,6 +291,33 @@ class Accelerator(accelerate.Accelerator):
         if self.session is not None:
             self.session.close()
         self._batches = self.session = None
+
+
+class SchedulerByReplica(AcceleratedScheduler):
+    """accelerate's steps once for each process, since each has samples of its own; ours for each
+    replica.
+
+    Attributes:
+        replicas: how many.
+    """
+
+    replicas = 1
+    split_batches: bool
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """accelerate's."""
+        syncs = self.gradient_state.sync_gradients
+        if self.split_batches or not self.step_with_optimizer or not syncs:
+            super().step(*args, **kwargs)
+            return
+        self.split_batches = True  # one step a call
+        try:
+            for _ in range(self.replicas):
+                last = getattr(self.scheduler, "total_steps", math.inf)
+                if self.scheduler._step_count <= last:  # OneCycle refuses more
+                    super().step(*args, **kwargs)
+        finally:
+            self.split_batches = False
 
 
 @contextmanager

@@ -65,6 +65,11 @@ class TrainerMixin:
         _refuse(self.args, generates=isinstance(self, transformers.Seq2SeqTrainer))
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         ours = self.accelerator = Accelerator.of(self.accelerator)
+        if self.args.neftune_noise_alpha is not None and ours.sp_size > 1:
+            raise NotImplementedError(
+                "got neftune_noise_alpha in the training arguments, whose noise is scaled by the "
+                "length of a text, of which a rank sees a part; leave it out"
+            )
         ours.gathers_training = type(self).compute_loss is not transformers.Trainer.compute_loss  # type: ignore[attr-defined]
         self.gather_function = functools.partial(
             ours.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object

@@ -34,9 +34,10 @@ def loop(kind: type[Any], tiny: Path, *, config: dict[str, Any] | None = None) -
     accelerator = kind(gradient_accumulation_steps=2, deepspeed_plugin=plugin)
     plain = MllamaForConditionalGeneration.from_pretrained(tiny)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     loader = DataLoader(samples(), batch_size=1)
-    model, optimizer, loader = accelerator.prepare(plain, optimizer, loader)
-    losses = []
+    model, optimizer, loader, scheduler = accelerator.prepare(plain, optimizer, loader, scheduler)
+    losses, rates = [], []
     for batch in loader:
         with accelerator.accumulate(model):
             loss = model(**batch).loss
@@ -44,13 +45,15 @@ def loop(kind: type[Any], tiny: Path, *, config: dict[str, Any] | None = None) -
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
+            scheduler.step()
             optimizer.zero_grad()
+        rates += scheduler.get_last_lr()
         losses.append(accelerator.gather_for_metrics(loss.detach()).mean().item())
     with torch.no_grad():
         logits = model(**batch).logits
     found = {
         "losses": losses,
-        "rates": accelerator.num_processes,
+        "rates": [*rates, accelerator.num_processes],
         "metrics": {"eval_size": logits.abs().mean().item()},
         "counted": accelerator.reduce(torch.ones(())).item(),
         "objects": accelerator.gather_for_metrics(["one"]),
@@ -61,7 +64,11 @@ def loop(kind: type[Any], tiny: Path, *, config: dict[str, Any] | None = None) -
             else weights(model)
         ),
     }
+    with accelerator.split_between_processes(["a", "b"]) as found["part"]:
+        pass
     if config is not None:
+        with pytest.raises(ValueError, match=r"got max_norm 0\.7 .* by the ds_config's .*, 0.5"):
+            accelerator.clip_grad_norm_(model.parameters(), 0.7)
         with pytest.raises(NotImplementedError, match=r"call ds_lvx\.generate"):
             model(**batch, past_key_values=DynamicCache())
     accelerator.free_memory()
@@ -79,6 +86,7 @@ def test_losses_weights_and_logits_are_those_of_one_process(stage: int, tmp_path
         assert_same(found, expected)
         assert found["counted"] == 1
         assert found["objects"] == ["one"]
+        assert found["part"] == ["a", "b"]
         assert found["tokens"] == expected["tokens"]
 
 

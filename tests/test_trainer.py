@@ -259,3 +259,19 @@ def test_a_config_without_our_section_is_an_error(tiny: Path, tmp_path: Path) ->
     with pytest.raises(NotImplementedError, match="got use_liger_kernel in the training arguments"):
         run(Trainer, tmp_path, tiny, use_liger_kernel=True)
     forget_state()
+
+
+def refused(tiny: Path, folder: Path) -> list[str]:
+    said = []
+    for arguments in ({"neftune_noise_alpha": 5.0}, {"torch_compile": True}):
+        with pytest.raises(NotImplementedError) as caught:
+            run(Trainer, folder, tiny, config=config_of(2), **arguments)
+        said.append(str(caught.value))
+        forget_state()
+    return said
+
+
+def test_what_would_not_be_acted_on_is_an_error_on_all_ranks(tiny: Path, tmp_path: Path) -> None:
+    for said in run_ranks(refused, 2, tiny, tmp_path):
+        assert "got neftune_noise_alpha in the training arguments" in said[0]
+        assert "got torch_compile (or a dynamo_backend" in said[1]

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ds_lvx.data.beside import beside
 from ds_lvx.data.conversation import KINDS, ROLES, Conversation, Medium, Message, Own, Part, Turn
 from ds_lvx.data.errors import DataError, Source, shown
 from ds_lvx.data.formats import convert_of
@@ -46,19 +47,6 @@ _PART_KEYS = {
     "text": ("type", "text", "literal"),
     "image": ("type", "image"),
     "video": ("type", "video", "fps", "nframes", "video_start", "video_end"),
-}
-# What other formats say beside the messages about what is to be learnt, and what to write instead.
-_BESIDE = {
-    **dict.fromkeys(
-        ("image", "video"), 'write a list "images" or "videos", and <image> or <video>'
-    ),
-    **dict.fromkeys(("audio", "audios"), "take the line out: sound is not read"),
-    **dict.fromkeys(("video_start", "video_end"), "write it into the entry of the video"),
-    "system": "write it as the first message, of the role system",
-    **dict.fromkeys(("tools", "functions"), "write them out in the text of a message"),
-    "objects": "write the boxes out in the text of a message",
-    **dict.fromkeys(("rejected", "rejected_response", "rejected_messages"), "take it out"),
-    **dict.fromkeys(("weight", "loss"), 'write "weight" 0 or 1 into the assistant\'s messages'),
 }
 _MEDIA = (str, Held, Medium)
 _PLACEHOLDER = re.compile("<(image|video)>")
@@ -192,10 +180,8 @@ class _Line:
             raise self.error(
                 found, f'a list "messages": {_EXAMPLE}', "rewrite the line, or say its --format"
             )
-        for key, do in _BESIDE.items():
-            if record.get(key) not in (None, "", [], {}):
-                expected = "messages, images and videos"
-                raise self.error(f"the key {key!r} beside the messages", expected, do)
+        if (unheard := beside(record)) is not None:
+            raise self.error(unheard[0], "messages, images and videos", unheard[1])
         for kind in ("image", "video"):
             self.media[kind] = iter(self.listed(record, kind))
         messages_given = record["messages"]

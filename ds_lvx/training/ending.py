@@ -16,9 +16,13 @@ import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # How the words of a rank's parent and of that one's end: `python -m deepspeed.launcher.launch ...`
-# under `python .../bin/deepspeed ...`.
+# under `python .../bin/deepspeed ...`, or `python .../bin/torchrun ...` alone.
 _LAUNCHERS = (
-    ("deepspeed.launcher.launch", "launcher/launch.py"),
+    (
+        *("deepspeed.launcher.launch", "launcher/launch.py"),
+        *("/torchrun", "torch.distributed.run", "distributed/run.py"),
+        *("/accelerate", "accelerate.commands.launch", "commands/launch.py"),
+    ),
     ("/deepspeed", "/ds", "deepspeed.launcher.runner", "launcher/runner.py"),
 )
 
@@ -38,7 +42,12 @@ class EndAskedError(Exception):
 
 
 class Ending:
-    """Notices requests while the context is open; in the main thread."""
+    """Notices requests while the context is open; in the main thread.
+
+    After a run that has ended as it should, to its last step or as it was asked, the signals are
+    ignored for as long as the process lasts: the run is saved, and a process that dies on its way
+    out fails the job and takes other ranks along. After an error they act as before.
+    """
 
     def __init__(self) -> None:
         self._signal: signal.Signals | None = None
@@ -55,8 +64,10 @@ class Ending:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        ends_well = kind is None or issubclass(kind, EndAskedError)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # Ignored by the kernel: a handler of Python's is gone before the interpreter is.
+            signal.signal(number, signal.SIG_IGN if ends_well else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number)

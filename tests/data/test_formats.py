@@ -29,6 +29,8 @@ from tests.data.formats_case import (
 )
 from tests.data.media import write_jsonl
 
+WHO = [{"role": "user", "content": "<image>Who?"}, {"role": "assistant", "content": "Me."}]
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -69,6 +71,24 @@ def folder(tmp_path: Path) -> Path:
             parts(OWN_PART, text("x")),
         ),
         ("prompt", {"instruction": "x", "input": "y", "output": ANSWER}, own("x\ny", images=[])),
+        (
+            "prompt",
+            {
+                "query": f"<image>{ASKED}",
+                "response": ANSWER,
+                "history": [["<image>Who?", "Me."]],
+                "images": ["b.png", "a.png"],
+            },
+            {
+                "messages": [*WHO, *own()["messages"]],
+                "images": ["b.png", "a.png"],
+            },
+        ),
+        (  # as ms-swift and LLaMA-Factory say that there is nothing
+            "messages",
+            {**own(), "objects": {"ref": [], "bbox": []}, "tools": "[]", "label": True},
+            own(),
+        ),
         (
             "prompt",
             {
@@ -206,6 +226,11 @@ def test_formats_are_told_by_all_of_the_file(folder: Path) -> None:
         ("messages", parts({**VIDEO, "video_start": "1"}), "video_start '1' in messages[0]"),
         ("messages", parts({**VIDEO, "video_start": 2, "video_end": 2}), "the end after the start"),
         ("messages", {**own(), "video_start": 1}, "write it into the entry of the video"),
+        ("messages", {**own(), "history": [["x", "y"]]}, "the key 'history' beside the messages"),
+        ("messages", {**own(), "objects": {"ref": ["x"]}}, "write the boxes out"),
+        ("prompt", {"prompt": "x", "completion": "y", "label": False}, "that is not wanted"),
+        ("sharegpt", turns("x", kto_tag=False), "that is not wanted"),
+        ("prompt", {"prompt": "x", "response": "y", "history": ["x"]}, "got ['x'] for 'history'"),
     ],
 )
 def test_usual_mistakes_are_named_by_the_line(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from ds_lvx.data.images import load_image
 from ds_lvx.data.order import SampleOrder
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.models import FAMILIES
+from ds_lvx.training.ending import SIGNALS
 
 # Here, not in the script alone: what is imported before a run costs its collections nothing.
 import ds_lvx.training.loop  # noqa: F401  isort: skip
@@ -32,7 +34,12 @@ Row = dict[str, float]
 
 def finetune(*arguments: str) -> None:
     """The script's own main, on a rank of `tests.ranks`; what it finds wrong is raised."""
-    assert finetune_main([*arguments, "--traceback"]) == 0, "exit code"
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        assert finetune_main([*arguments, "--traceback"]) == 0, "exit code"
+    finally:  # the script ignores them from its end to that of its process, which goes on here
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def finetune_main(arguments: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ import os
 import pickle
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -271,14 +271,26 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.fixture
+def handlers() -> Iterator[dict[signal.Signals, Any]]:
+    before = {number: signal.getsignal(number) for number in ending.SIGNALS}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", ending.SIGNALS)
-def test_a_signal_is_noted_and_told_to_all_ranks(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+def test_a_signal_is_noted_and_told_to_all_ranks(
+    number: signal.Signals, handlers: dict[signal.Signals, Any]
+) -> None:
+    with pytest.raises(ValueError, match="broken"), ending.Ending():
+        raise ValueError("broken")
+    assert signal.getsignal(number) == handlers[number]
     with ending.Ending() as watched:
         assert watched.asked() == {}
         signal.raise_signal(number)
         record = watched.asked()
-    assert signal.getsignal(number) == before
+    signal.raise_signal(number)  # a late one ends nobody
     ending.raise_if_asked([{}, {}])
     with pytest.raises(ending.EndAskedError, match=f"rank 1 got {number.name}") as caught:
         ending.raise_if_asked([{}, record])
@@ -291,8 +303,10 @@ def test_a_launcher_that_has_gone_is_noted(monkeypatch: pytest.MonkeyPatch) -> N
 
     launch = process(8, "python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=...")
     above = [launch, process(7, "python", "/envs/x/bin/deepspeed", "--num_gpus", "2")]
-    others = [process(7, "/envs/deepspeed/bin/torchrun"), process(7, "bash", "my-deepspeed.sh")]
-    for parents, found in ((above, True), (others, False), ([launch, others[1]], False)):
+    torchrun = [process(7, "python", "/envs/deepspeed/bin/torchrun"), process(8, "bash")]
+    others = [process(7, "bash", "my-torchrun.sh"), process(7, "bash", "my-deepspeed.sh")]
+    cases = ((above, True), (torchrun, True), (others, False), ([launch, others[1]], False))
+    for parents, found in cases:
         this = SimpleNamespace(parents=lambda parents=parents: parents)
         monkeypatch.setattr(ending.psutil, "Process", lambda this=this: this)
         record = ending.Ending().asked()

@@ -12,15 +12,22 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.utils import cpp_extension
 
+import ds_lvx
 from ds_lvx.training import disk
+from ds_lvx.training.ending import SIGNALS
+from ds_lvx.training.loop import Trainer
+from ds_lvx.training.progress import Progress
+from ds_lvx.training.run_state import Checkpoints
 from tests.data.media import chat, write_image, write_jsonl
-from tests.launch.finetune_runs import arguments, write_config
+from tests.launch.finetune_runs import arguments, finetune_main, write_config
 from tests.launch.forked_runs import Kill, Run
 
 KILLS = int(os.environ.get("LVX_KILLS", "20"))
@@ -60,6 +67,45 @@ def losses(out: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
+def warn() -> None:
+    """This rank, by every signal that announces an end."""
+    for number in SIGNALS:
+        signal.raise_signal(number)
+
+
+def behind(owner: Any, name: str, then: Callable[..., None]) -> None:
+    """Call ``then`` behind every call of a method, with its first argument; in a forked rank."""
+    before = getattr(owner, name)
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        returned = before(*args, **kwargs)
+        then(*args[:1])
+        return returned
+
+    setattr(owner, name, both)
+
+
+def warned_late(words: Sequence[str]) -> int:
+    """The script; from the saving on each rank is warned again, wherever it stands."""
+    for owner, name in ((Checkpoints, "save"), (Trainer, "export"), (Progress, "close")):
+        behind(owner, name, lambda *_: warn())
+    behind(ds_lvx, "shutdown", lambda *_: warn())
+    code = finetune_main(words)
+    warn()
+    return code
+
+
+def asked_and_warned_late(words: Sequence[str]) -> int:
+    """As `warned_late`, with a first signal to one rank in the middle of the run."""
+
+    def ask(trainer: Trainer) -> None:
+        if trainer.step == 2 and os.environ["RANK"] == "1":
+            signal.raise_signal(signal.SIGUSR1)
+
+    behind(Trainer, "_take_step", ask)
+    return warned_late(words)
+
+
 def words(folder: Path, out: Path, *, ranks: int) -> list[str]:
     config = write_config(folder / f"ds-{ranks}.json", stage=2, sp_size=ranks)
     given = arguments(
@@ -82,6 +128,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     questions = [chat(("image", "a.png"), ("text", f"{i}?"), answer=f"{i}.") for i in range(5)]
     write_jsonl(folder / "train.jsonl", *questions)
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("main", "code"), [(warned_late, 0), (asked_and_warned_late, 138)])
+def test_a_signal_behind_the_saving_changes_nothing(
+    main: Callable[[Sequence[str]], int], code: int, folder: Path, tmp_path: Path
+) -> None:
+    given = words(folder, tmp_path / "out", ranks=2)
+    given[given.index("--save_steps") + 1] = "100"
+    run = Run(given, ranks=2, folder=tmp_path, main=main)
+    assert run.end() == [code] * 2, run.output()
+    assert "error" not in run.output()
+    if code == 0:
+        assert (tmp_path / "out" / "model").exists()
+        return
+    assert "rank 1 got SIGUSR1: the run ends after step 2" in run.output()
+    (saved,) = (tmp_path / "out" / "checkpoints").glob("step-*")
+    assert saved.name == "step-00000002"
+    assert disk.faults(saved) == []
 
 
 @pytest.mark.parametrize(

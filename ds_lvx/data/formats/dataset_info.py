@@ -10,7 +10,7 @@ from typing import Any
 
 from ds_lvx.data.errors import DataError, Source, shown
 from ds_lvx.data.formats import media, turns
-from ds_lvx.data.formats.prompt import Asked
+from ds_lvx.data.formats.prompt import Asked, history
 
 INFO = "dataset_info.json"
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
@@ -62,19 +62,7 @@ class Columns:
             )
             said = turns.with_system(system, said, names["system"])
             return {**beside, "messages": said, **lists}
-        history = record.get(names["history"]) or []
-        pairs = history if isinstance(history, list) else [history]
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-            raise DataError.at(
-                source,
-                got=f"{shown(history)} for {names['history']!r}",
-                expected='[["a question", "its answer"], ...]',
-                do="correct it",
-            )
-        history_name = names["history"]
-        told = {
-            f"{history_name}[{n}][{m}]": pair[m] for n, pair in enumerate(pairs) for m in (0, 1)
-        }
+        told = history(record, names["history"], source)
         asked = Asked(
             (names["prompt"], record[names["prompt"]]),
             (names["response"], record[names["response"]]),

@@ -1,8 +1,8 @@
 """A question and its answer in two columns, with media in others.
 
 The names are those of TRL (``prompt``, ``completion``; lists of messages too), Alpaca
-(``instruction``, ``input``, ``output``) and their like. Where the question has no placeholder, the
-media come before it.
+(``instruction``, ``input``, ``output``) and their like; ``history`` has the turns before. Where no
+question has a placeholder, the media come before the first.
 """
 
 from __future__ import annotations
@@ -32,16 +32,41 @@ def convert(record: dict[str, Any], source: Source) -> dict[str, Any]:
     """
     asked, answer = (_column(record, names, source) for names in (PROMPTS, ANSWERS))
     further = record.get("input") if asked == "instruction" else None
-    taken = ("messages", asked, answer, "input", "system", *media.columns(record))
+    beside = ("input", "system", "history")
+    taken = ("messages", asked, answer, *beside, *media.columns(record))
     rest = {key: value for key, value in record.items() if key not in taken}
     found = Asked(
         (asked, record[asked]),
         (answer, record[answer]),
         further=further,
         system={"system": record.get("system")},
+        history=history(record, "history", source),
         words=media.words(record, plural=True),
     )
     return {**rest, **found.written(media.listed(record, source))}
+
+
+def history(record: Mapping[str, Any], name: str, source: Source) -> dict[str, Any]:
+    """Questions and answers before the one that is asked, in turn, each with its place.
+
+    Args:
+        record: of the file.
+        name: of the column, which may be missing.
+        source: where it stands.
+
+    Raises:
+        DataError: the column holds something else.
+    """
+    found = record.get(name) or []
+    pairs = found if isinstance(found, list) else [found]
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise DataError.at(
+            source,
+            got=f"{shown(found)} for {name!r}",
+            expected='[["a question", "its answer"], ...]',
+            do="correct it",
+        )
+    return {f"{name}[{n}][{m}]": pair[m] for n, pair in enumerate(pairs) for m in (0, 1)}
 
 
 @dataclass(frozen=True)
