@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench import among
 from ds_lvx.compare.case import Case, random_case, random_models
 from ds_lvx.compare.command import ending_in_order
 from ds_lvx.compare.document import deliver
 from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.harness import Ranks
 from ds_lvx.compare.network import Network, NetworkError
-from ds_lvx.compare.training import among
 from ds_lvx.compare.training.rank import Task
 from ds_lvx.models.concatenated.family import Concatenated
 

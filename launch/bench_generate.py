@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ds_lvx.compare import generation
+from bench import generation
 from ds_lvx.compare.case import Case
 from ds_lvx.compare.decoding import DTYPES, Job
 from ds_lvx.compare.document import deliver, save

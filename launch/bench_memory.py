@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
+from bench import memory
+from bench.peak import meter
 from ds_lvx.compare.case import EIGHTH, Case
 from ds_lvx.compare.document import deliver, save
 from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.machine import cores, header
-from ds_lvx.compare.peak import meter
-from ds_lvx.compare.training import memory
 from ds_lvx.plan.memory import Setting
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from ds_lvx.compare import packing
+from bench import packing
 from ds_lvx.compare.document import deliver
 from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.harness import Ranks

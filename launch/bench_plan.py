@@ -26,12 +26,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from bench import published
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.compare.document import columns, markdown, save, write_between
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
 from ds_lvx.compare.operators.tensors import split
-from ds_lvx.plan import calibrate, published
+from ds_lvx.plan import calibrate
 from ds_lvx.plan.choose import cheapest
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.cost import cost

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench_launches import made_up_ranks
 from torch import Tensor
 
 from ds_lvx.attention.call import Call
@@ -14,7 +15,6 @@ from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.schedules import gather
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.choice import kernel_for
-from launch.bench_launches import made_up_ranks
 from tests.plan.counting import LiveBytes
 
 RANKS, QUERIES, HEADS, HEAD_DIM = 4, 64, 4, 32

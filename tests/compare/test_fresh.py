@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from bench.peak import PROMPT_FREEING, meter
+from bench.weigh import Weighing, weigh
 from ds_lvx.compare import fresh
 from ds_lvx.compare.case import Case
 from ds_lvx.compare.fresh import RunError, run_fresh
 from ds_lvx.compare.harness import Ranks, on_ranks
-from ds_lvx.compare.peak import PROMPT_FREEING, meter
-from ds_lvx.compare.training.rank import Weighing, weigh
 from ds_lvx.plan.memory import Setting
 from tests.forked import fork_fresh_ranks
 

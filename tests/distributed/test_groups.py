@@ -8,6 +8,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from bench_launches import made_up_ranks
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
@@ -16,7 +17,6 @@ import ds_lvx
 from ds_lvx.distributed.groups import resolve, resolve_groups
 from ds_lvx.distributed.start import init_distributed
 from ds_lvx.distributed.subgroups import Divisions
-from launch.bench_launches import made_up_ranks
 from tests.ranks import RankError, run_ranks
 
 

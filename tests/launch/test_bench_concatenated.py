@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import bench_concatenated
 import pytest
 
+from bench import among
 from ds_lvx.compare.harness import spread
-from ds_lvx.compare.training import among
 from ds_lvx.compare.training.breakdown import COLUMNS, PHASES
-from launch import bench_concatenated
 from tests.forked import fork_fresh_ranks
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,14 +14,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import bench_kernels
+import bench_memory
 import pytest
 import torch
 
+from bench.kernels import report as kernels_report
+from bench.kernels.cases import MEASURED
 from ds_lvx import cli
 from ds_lvx.compare import command
-from ds_lvx.compare.kernels import report as kernels_report
-from ds_lvx.compare.kernels.cases import MEASURED
-from launch import bench_kernels, bench_memory
 from tests.kernels.test_ahead_of_time import most_spilled
 
 ROOT = Path(__file__).resolve().parent.parent.parent

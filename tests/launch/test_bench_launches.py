@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import bench_launches
 import pytest
-
-from launch import bench_launches
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "launches.json"
 

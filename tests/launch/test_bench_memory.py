@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_memory
 import pytest
 
+from bench import memory
+from bench.memory import compared
 from ds_lvx.compare.document import deliver
-from ds_lvx.compare.training import memory
-from ds_lvx.compare.training.memory import compared
-from launch import bench_memory
 from tests.forked import fork_fresh_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent

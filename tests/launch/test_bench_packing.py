@@ -6,10 +6,11 @@ import json
 import sys
 from pathlib import Path
 
+import bench_generate
+import bench_packing
 import pytest
 
-from ds_lvx.compare import packing
-from launch import bench_generate, bench_packing
+from bench import packing
 from tests.forked import fork_fresh_ranks
 
 MARKS = "<!-- bench_packing.py, packing: begin -->\n<!-- bench_packing.py, packing: end -->\n"

@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import bench_plan as bench
 import pytest
 
 from ds_lvx.plan import fit
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import from_card
-from launch import bench_plan as bench
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "bench_plan.py"

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from bench_launches import made_up_ranks
 
 import ds_lvx
-from ds_lvx.compare.fake_cuda import DEVICE, FakeCuda
+from bench.fake_cuda import DEVICE, FakeCuda
 from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import draft_batch
-from launch.bench_launches import made_up_ranks
 from tests.models import (
     idefics_case,
     internvl_case,

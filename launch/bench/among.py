@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from bench.peak import PROMPT_FREEING, meter
+from bench.weigh import Weighing, weigh
 from ds_lvx.compare.case import Case
 from ds_lvx.compare.document import Cells, Results, columns, markdown, percentiles, times
 from ds_lvx.compare.harness import GATHERED, Ranks, on_ranks
 from ds_lvx.compare.machine import header
-from ds_lvx.compare.peak import PROMPT_FREEING, meter
 from ds_lvx.compare.training import model
-from ds_lvx.compare.training.rank import Task, Weighing, weigh
+from ds_lvx.compare.training.rank import Task
 from ds_lvx.plan.memory import Setting
 
 METHODS = (GATHERED, "ulysses", "lvx-gather")

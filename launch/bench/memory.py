@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.peak import PROMPT_FREEING
+from bench.weigh import Weighing, weigh
 from ds_lvx.compare.case import Case, ds_config
 from ds_lvx.compare.document import Cells, Results, columns, percentiles
 from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
 from ds_lvx.compare.machine import cores
-from ds_lvx.compare.peak import PROMPT_FREEING
-from ds_lvx.compare.training.rank import Weighing, weigh
 from ds_lvx.plan import memory as formulas
 from ds_lvx.plan.memory import Setting
 
