@@ -12,12 +12,10 @@ from torch import Tensor
 from transformers.generation import StoppingCriteria
 
 import ds_lvx
-from ds_lvx.compare.case import Case
+from ds_lvx.compare.case import DTYPES, Case, make_batch
 from ds_lvx.compare.harness import meet, now, own_device
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.models.size import Size
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _UNSETTLED = 2  # tokens after the prompt that are not counted
 _SMALLEST = Case(hidden=64, heads=4, kv_heads=4, cross_layers=1, text_tokens=16)
 _LAYERS = ((2, 1), (6, 1), (3, 3))  # of text, and of cross-attention
@@ -43,18 +41,8 @@ class Job:
 
     def config(self) -> Any:
         """Of the model, whose layer 0 is of text: its cache tells where a token stands."""
-        case = self.case
-        words = {k: v for k, v in vars(case).items() if k in Size.__dataclass_fields__}
-        layers = max(2 * case.cross_layers, case.cross_layers + case.self_layers)
-        size = Size(
-            **words,
-            layers=layers,
-            cross_at=tuple(range(1, 2 * case.cross_layers, 2)),
-            positions=case.text_tokens + self.all_tokens,
-            rope_theta=5e5,
-            pad=None,
-        )
-        return case.contract().config(size)
+        at = range(1, 2 * self.case.cross_layers, 2)
+        return self.case.config(cross_at=at, positions=self.case.text_tokens + self.all_tokens)
 
     @property
     def all_tokens(self) -> int:
@@ -139,11 +127,8 @@ def patched(job: Job) -> Iterator[tuple[Any, Any]]:
 
 def batch_of(job: Job, total: int) -> dict[str, Tensor]:
     """The prompt, with this rank's of so many frames."""
-    family, frames, dtype = job.case.contract(), ds_lvx.owned(total), DTYPES[job.dtype]
-    batch = family.random_frames(
-        job.config(), text_tokens=job.case.text_tokens, total=total, frames=frames, seed=0
-    )
-    return {k: t.to(dtype) if t.is_floating_point() else t for k, t in batch.items()}
+    own: dict[str, Any] = {"frames": ds_lvx.owned(total), "config": job.config()}
+    return make_batch(job.case, total=total, dtype=DTYPES[job.dtype], **own)
 
 
 def timed(model: Any, job: Job, batch: Mapping[str, Tensor], clock: Clock) -> Tensor:

@@ -1,7 +1,7 @@
 """One harness for every comparison: a function on ranks in fresh processes, and their samples.
 
-A subject (`operators`, `training`, `kernels`) says what runs on a rank, by a function of one
-dataclass, and what its answers mean. What is the same for all of them is here.
+A subject (`operators`, `training`, a script of ``launch``) says what runs on a rank, by a function
+of one dataclass, and what its answers mean. What is the same for all of them is here.
 """
 
 from __future__ import annotations

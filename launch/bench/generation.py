@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from bench.peak import PROMPT_FREEING, meter
+from bench.pooled import joined as joined_samples
 from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.schedules.replicated import Parts
-from ds_lvx.compare.decoding import DTYPES, Clock, Job, batch_of, patched, timed
+from ds_lvx.compare.case import DTYPES
+from ds_lvx.compare.decoding import Clock, Job, batch_of, patched, timed
 from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
 from ds_lvx.compare.harness import Ranks, joined, meet, now, on_ranks, own_device, slowest, spread
 from ds_lvx.config.words import in_ranks
@@ -272,7 +274,7 @@ def around(profile: Mapping[str, Any], known: Sequence[Any], number: int) -> dic
         known: samples by time and rank.
         number: of the length, from 0.
     """
-    both = calibrate.joined(known[number], known[number + 1])
+    both = joined_samples(known[number], known[number + 1])
     return dict(calibrate.refit({**profile, "answers": both})["cluster"])
 
 

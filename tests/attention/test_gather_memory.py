@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from bench_launches import made_up_ranks
 from torch import Tensor
 
+from bench_launches import made_up_ranks
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.keys import Saved
 from ds_lvx.attention.layout import Layout

@@ -8,12 +8,12 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from bench_launches import made_up_ranks
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 import ds_lvx
+from bench_launches import made_up_ranks
 from ds_lvx.distributed.groups import resolve, resolve_groups
 from ds_lvx.distributed.start import init_distributed
 from ds_lvx.distributed.subgroups import Divisions

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bench_generate
 import pytest
 from pydantic import TypeAdapter
 
+import bench_generate
 from bench import generation
 from ds_lvx.compare.case import Case
 from ds_lvx.compare.decoding import Job

@@ -14,11 +14,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import bench_kernels
-import bench_memory
 import pytest
 import torch
 
+import bench_kernels
+import bench_memory
 from bench.kernels import report as kernels_report
 from bench.kernels.cases import MEASURED
 from ds_lvx import cli

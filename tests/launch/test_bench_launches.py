@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import bench_launches
 import pytest
+
+import bench_launches
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "launches.json"
 

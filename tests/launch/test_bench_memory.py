@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bench_memory
 import pytest
 
+import bench_memory
 from bench import memory
 from bench.memory import compared
 from ds_lvx.compare.document import deliver

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import bench_plan as bench
 import pytest
 
+import bench_plan as bench
 from ds_lvx.plan import fit
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import from_card

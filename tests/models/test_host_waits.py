@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from bench_launches import made_up_ranks
 
 import ds_lvx
 from bench.fake_cuda import DEVICE, FakeCuda
+from bench_launches import made_up_ranks
 from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model

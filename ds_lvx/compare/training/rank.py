@@ -14,7 +14,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 import ds_lvx
-from ds_lvx.compare.case import Case, build_model, ds_config, make_batch
+from ds_lvx.compare.case import DTYPES, Case, build_model, ds_config, make_batch
 from ds_lvx.compare.harness import GATHERED, METHODS, now, own_device
 from ds_lvx.compare.network import carried_since, own_counters
 from ds_lvx.compare.training import gathered
@@ -23,7 +23,6 @@ from ds_lvx.distributed.pending import without_overlap
 from ds_lvx.plan.memory import Setting
 
 LEARNING_RATE = 1e-3
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
