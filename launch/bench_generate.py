@@ -11,26 +11,23 @@ are GPUs, each rank takes one.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ds_lvx.compare import generation
-from ds_lvx.compare.case import Case
-from ds_lvx.compare.decoding import DTYPES, Job
-from ds_lvx.compare.document import deliver, save
-from ds_lvx.compare.fresh import RunError
+from bench import generation
+from bench.script import leave, measured, told, usual_parser
+from ds_lvx.compare.case import DTYPES, Case
+from ds_lvx.compare.decoding import Job
+from ds_lvx.compare.document import save
 from ds_lvx.compare.harness import Ranks
 from ds_lvx.compare.machine import cores, header
-from ds_lvx.compare.network import Network, NetworkError
+from ds_lvx.compare.network import Network
 from ds_lvx.plan.generation import held
 from ds_lvx.plan.units import count
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = Case(
     hidden=512, heads=4, kv_heads=4, cross_layers=2, self_layers=2, mlp=1024, text_tokens=64
 )
@@ -41,30 +38,17 @@ QUICK = replace(MODEL, hidden=64, heads=4, kv_heads=2, mlp=64, text_tokens=16)
 def main() -> None:
     """Measure, then write JSON, plot and table."""
     options = parse_options()
-    try:
-        if options.render:
-            named = generation.name({"network": options.network})
-            results = json.loads((options.output_dir / f"{named}.json").read_text())
-        else:
-            results = measure(options)
-    except (RunError, NetworkError, OSError) as error:
-        sys.exit(f"bench_generate: {error}")
-    deliver(
-        generation,
-        results,
-        program="bench_generate.py",
-        folder=options.output_dir,
-        document=options.document,
-    )
+    with told("bench_generate"):
+        name = generation.name({"network": options.network})
+        results = measured(name, options, lambda: measure(options))
+        leave("bench_generate", generation, results, options)
 
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = usual_parser(__doc__)
     add = parser.add_argument
-    add("--output_dir", type=Path, default=ROOT / "docs" / "benchmarks")
-    add("--document", type=Path, help="Markdown file that gets the table")
     add("--ranks", type=int, nargs="+", default=[1, 2, 4])
     add("--tokens", nargs="+", default=SIZES, help="visual tokens of the sample")
     add("--new_tokens", type=int, default=24, help="that are timed")
@@ -72,8 +56,6 @@ def parse_options() -> argparse.Namespace:
     add("--budget_gib", type=float, default=14.0, help="of all ranks; larger runs are left out")
     add("--network", metavar="RATE[,LATENCY]", help="an emulated one, such as 1gbit,0.1ms")
     add("--threads", type=int, help="of a rank (default: its share of the cores)")
-    add("--quick", action="store_true", help="tiny shapes, to try the script")
-    add("--render", action="store_true", help="nothing measured: from the JSON")
     options = parser.parse_args()
     for name in ("new_tokens", "threads"):
         value = getattr(options, name)

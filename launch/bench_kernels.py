@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 
+from bench.kernels import candidates as kernel_candidates
+from bench.kernels import report as kernels_report
+from bench.kernels import subject as kernels
+from bench.kernels.cases import MEASURED, QUICK
+from bench.kernels.occupancy import BLOCK_SHARED_BYTES
+from bench.kernels.trial import Timing
 from ds_lvx.compare.document import save, write_between
 from ds_lvx.compare.fresh import RunError
-from ds_lvx.compare.kernels import candidates as kernel_candidates
-from ds_lvx.compare.kernels import report as kernels_report
-from ds_lvx.compare.kernels import subject as kernels
-from ds_lvx.compare.kernels.cases import MEASURED, QUICK
-from ds_lvx.compare.kernels.occupancy import BLOCK_SHARED_BYTES
-from ds_lvx.compare.kernels.trial import Timing
 from ds_lvx.compare.machine import header
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,9 +146,9 @@ def compile_all() -> dict[str, Any]:
     environment.pop("TRITON_INTERPRET", None)
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "ds_lvx.compare.kernels.compiled", str(capability)],
+            [sys.executable, "-m", "bench.kernels.compiled", str(capability)],
             env=environment,
-            cwd=ROOT,
+            cwd=ROOT / "launch",
             stdout=subprocess.PIPE,
             text=True,
         )

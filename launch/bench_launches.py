@@ -25,11 +25,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from bench.fake_cuda import DEVICE, FakeCuda
 from ds_lvx.attention import lvx, ring, ulysses
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.layout import Layout
 from ds_lvx.compare import machine
-from ds_lvx.compare.fake_cuda import DEVICE, FakeCuda
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.interface import Kernel, Problem, Upstream
 

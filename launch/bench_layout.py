@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
+from bench import peak
 from ds_lvx.attention.layout import Layout
-from ds_lvx.compare import machine, peak
+from ds_lvx.compare import machine
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels import triton_tiles
 from ds_lvx.kernels.device import HOPPER

@@ -16,22 +16,35 @@ import json
 import sys
 from dataclasses import asdict, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ds_lvx.compare.case import EIGHTH, Case
-from ds_lvx.compare.document import deliver, save
-from ds_lvx.compare.fresh import RunError
+from bench import memory
+from bench.peak import meter
+from bench.script import leave, measured, told, usual_parser
+from ds_lvx.compare.case import Case
+from ds_lvx.compare.document import save
 from ds_lvx.compare.machine import cores, header
-from ds_lvx.compare.peak import meter
-from ds_lvx.compare.training import memory
 from ds_lvx.plan.memory import Setting
 
-ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("memory", "step_time")
 FEATURES = ("trained", "frozen")
+EIGHTH = Case(
+    cross_layers=1,
+    self_layers=4,
+    mlp=14336,
+    vision_hidden=1280,
+    vision_heads=16,
+    vision_mlp=5120,
+    vision_layers=4,
+    vision_global_layers=1,
+    image_size=560,
+    patch_size=14,
+    tiles=4,
+    trains="cross",
+)
+"""An eighth of the published model, but for its vocabulary."""
 TINY: dict[str, Any] = {
     "hidden": 64,
     "heads": 4,
@@ -46,35 +59,19 @@ def main() -> None:
     options = parse_options()
     measurements = {"memory": measure_memory, "step_time": measure_time}
     for part in options.parts:
-        try:
-            results = read(part, options) if options.render else measurements[part](options)
-        except RunError as error:
-            sys.exit(f"bench_memory: {error}")
-        # The formulas as they are now, beside what was measured.
-        for record in results["records"] if part == "memory" else ():
-            cuda = results["device"] == "cuda"
-            record |= memory.compared(record, ranks=results["ranks"], cuda=cuda)
-        deliver(
-            memory,
-            results,
-            program="bench_memory.py",
-            folder=options.output_dir,
-            document=options.document,
-        )
-
-
-def read(part: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The JSON of a part."""
-    results: dict[str, Any] = json.loads((options.output_dir / f"{part}.json").read_text())
-    return results
+        with told("bench_memory"):
+            results = measured(part, options, lambda part=part: measurements[part](options))
+            # The formulas as they are now, beside what was measured.
+            for record in results["records"] if part == "memory" else ():
+                cuda = results["device"] == "cuda"
+                record |= memory.compared(record, ranks=results["ranks"], cuda=cuda)
+            leave("bench_memory", memory, results, options)
 
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "benchmarks")
-    parser.add_argument("--document", type=Path, help="Markdown file that gets the tables")
+    parser = usual_parser(__doc__)
     parser.add_argument("--only", nargs="+", metavar="SETTING", help="some of the settings")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=FEATURES)
@@ -92,8 +89,6 @@ def parse_options() -> argparse.Namespace:
     )
     for flag, what in {
         "brief": "of the step times only the first comparison",
-        "quick": "tiny shapes, to try the script",
-        "render": "nothing measured: from the JSON",
         "enlarge": "add to each setting of memory.json one run, as large as --budget_gib allows",
     }.items():
         parser.add_argument(f"--{flag}", action="store_true", help=what)
@@ -161,7 +156,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
 
 def earlier(options: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
     """The records that memory.json has already, if they are of the same kind."""
-    results = read("memory", options)
+    results = json.loads((options.output_dir / "memory.json").read_text())
     if ({"family": "", **results["case"]}, results["ranks"]) != (asdict(case), options.ranks):
         sys.exit(
             f"bench_memory: --enlarge: got a memory.json of another model or of {results['ranks']} "

@@ -26,17 +26,19 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from bench import published
+from bench.pooled import pooled
+from bench.script import usual_parser
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.compare.document import columns, markdown, save, write_between
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
 from ds_lvx.compare.operators.tensors import split
-from ds_lvx.plan import calibrate, published
+from ds_lvx.plan import calibrate
 from ds_lvx.plan.choose import cheapest
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.cost import cost
 
-ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("published", "network")
 RATES = ("200mbit", "500mbit", "2gbit")
 SHAPES = ("64x16384", "256x16384", "1024x4096")
@@ -71,16 +73,12 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = usual_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rates", nargs="+", default=RATES, help="of the emulated network")
     parser.add_argument("--ranks", nargs="+", type=int, default=(2, 4))
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="queries x keys")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "benchmarks")
-    parser.add_argument("--document", type=Path, help="Markdown file that gets the tables")
-    parser.add_argument("--render", action="store_true", help="nothing measured: from the JSON")
-    parser.add_argument("--quick", action="store_true", help="a useless profile, to try it")
     return parser.parse_args()
 
 
@@ -140,7 +138,7 @@ def measure_piece(rate: str, ranks: int, options: argparse.Namespace) -> dict[st
 
     before = calibrated()
     runs = [measure_runs(rate, ranks, shape, options) for shape in options.shapes]
-    profile = calibrate.pooled(before, calibrated())
+    profile = pooled(before, calibrated())
     profile["command"] = f"ds-lvx plan --calibrate --ranks {ranks} --network {rate}"
     return {"network": rate, "ranks": ranks, "profile": profile, "runs": runs}
 

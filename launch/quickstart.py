@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from digits.data import Batch, Digits, accuracy, load, prompts, training_batches
-from digits.model import tiny_model
-from digits.report import Run, report
 from transformers import get_cosine_schedule_with_warmup
 
 import ds_lvx
+from digits.data import Batch, Digits, accuracy, load, prompts, training_batches
+from digits.model import tiny_model
+from digits.report import Run, report
 
 FRAMES = 8  # of a sequence
 ANSWER = {"max_new_tokens": 1, "do_sample": False}  # a digit

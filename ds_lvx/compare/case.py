@@ -22,6 +22,7 @@ from ds_lvx.models.remote import read_config
 from ds_lvx.models.size import Size
 from ds_lvx.plan.memory import Setting
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BUCKET_ELEMENTS = 2**23  # two of the largest weights that train for the memory's measurement
 _KEYS_AND_VALUES = ("k_proj", "v_proj", "k_norm")
 
@@ -80,15 +81,19 @@ class Case:
         """The family."""
         return FAMILIES.named(self.family) if self.family else FAMILIES.default()
 
-    def config(self) -> Any:
-        """The configuration of a model of these sizes, cross-attention layers first."""
+    def config(self, *, cross_at: Sequence[int] | None = None, positions: int = 2) -> Any:
+        """The configuration of a model of these sizes, cross-attention layers first by default.
+
+        It has at least so many ``positions``, and those of the text.
+        """
         words = {k: v for k, v in vars(self).items() if k in Size.__dataclass_fields__}
+        at = tuple(range(self.cross_layers) if cross_at is None else cross_at)
         return self.contract().config(
             Size(
                 **words,
-                layers=self.cross_layers + self.self_layers,
-                cross_at=tuple(range(self.cross_layers)),
-                positions=max(self.text_tokens, 2),
+                layers=max(self.cross_layers + self.self_layers, *(each + 1 for each in at)),
+                cross_at=at,
+                positions=max(self.text_tokens, positions),
                 rope_theta=5e5,
                 pad=None,  # no sequence here begins, ends or is padded by a token
             )
@@ -110,22 +115,6 @@ class Case:
         head_dim = self.head_dim or self.hidden // self.heads
         return Layers(self.cross_layers, self.hidden, self.heads, self.kv_heads, head_dim, self.mlp)
 
-
-EIGHTH = Case(
-    cross_layers=1,
-    self_layers=4,
-    mlp=14336,
-    vision_hidden=1280,
-    vision_heads=16,
-    vision_mlp=5120,
-    vision_layers=4,
-    vision_global_layers=1,
-    image_size=560,
-    patch_size=14,
-    tiles=4,
-    trains="cross",
-)
-"""An eighth of the published model, but for its vocabulary."""
 
 TINY = Case(
     hidden=512,
@@ -274,15 +263,21 @@ def part_of(name: str, regions: Regions) -> str | None:
 
 
 def make_batch(
-    case: Case, *, frames: Sequence[int], total: int, dtype: torch.dtype = torch.bfloat16
+    case: Case,
+    *,
+    frames: Sequence[int],
+    total: int,
+    dtype: torch.dtype = torch.bfloat16,
+    config: Any = None,
 ) -> dict[str, Tensor]:
     """One sample of random text and frames; every token sees all frames.
 
     Of ``total`` frames those are there that ``shard_batch(..., frames="local")`` is to get; a frame
-    is the same whoever makes it.
+    is the same whoever makes it. ``config`` is the case's where it is not given.
     """
+    config = case.config() if config is None else config
     batch = case.contract().random_frames(
-        case.config(), text_tokens=case.text_tokens, total=total, frames=frames, seed=0
+        config, text_tokens=case.text_tokens, total=total, frames=frames, seed=0
     )
     return {k: t.to(dtype) if t.is_floating_point() else t for k, t in batch.items()}
 

@@ -1,19 +1,21 @@
 """One harness for every comparison: a function on ranks in fresh processes, and their samples.
 
-A subject (`operators`, `training`, `kernels`) says what runs on a rank, by a function of one
-dataclass, and what its answers mean. What is the same for all of them is here.
+A subject (`operators`, `training`, a script of ``launch``) says what runs on a rank, by a function
+of one dataclass, and what its answers mean. What is the same for all of them is here.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
+from multiprocessing import spawn
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -63,7 +65,15 @@ def on_ranks(function: Callable[[Any], Any], request: Any, ranks: Ranks) -> list
         RunError: a rank failed.
         NetworkError: the network cannot be made here.
     """
-    call = {"module": function.__module__, "name": function.__name__, "request": asdict(request)}
+    process: dict[str, Any] = {"sys_path": sys.path}
+    if function.__module__ == "__main__":
+        process["init_main_from_path"] = vars(sys.modules["__main__"])["__file__"]
+    call = {
+        "process": process,
+        "module": function.__module__,
+        "name": function.__name__,
+        "request": asdict(request),
+    }
     on_cpu = {"DS_ACCELERATOR": "cpu"} if ranks.device == "cpu" else {}
     run = partial(
         run_fresh,
@@ -82,6 +92,7 @@ def on_ranks(function: Callable[[Any], Any], request: Any, ranks: Ranks) -> list
 
 def _called(call: Mapping[str, Any]) -> Any:
     """In a rank: the function with its request, as the dataclass that it was."""
+    spawn.prepare(call["process"])  # modules are found as where it was asked
     function = getattr(import_module(call["module"]), call["name"])
     hints = get_type_hints(function)
     kind = next(hint for name, hint in hints.items() if name != "return")

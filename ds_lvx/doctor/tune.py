@@ -16,10 +16,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ds_lvx.compare.kernels.cases import DIRECTIONS, KernelCase
 from ds_lvx.compare.kernels.check import Exact, exact
-from ds_lvx.compare.kernels.trial import samples_s
-from ds_lvx.compare.operators.tensors import DTYPES, Shape
+from ds_lvx.compare.kernels.timing import samples_s
+from ds_lvx.compare.operators.tensors import DTYPES, Shape, make_shards
 from ds_lvx.config import LVXConfig, read_ds_config
 from ds_lvx.config.registry import AUTO, METHODS
 from ds_lvx.kernels import flash_version
@@ -232,14 +231,14 @@ def tune(
         Each row that was written: its kind and its entry.
     """
     try:
-        known = exact(KernelCase("tuned", 1, shape), device)
+        known = exact(make_shards(shape, ranks=1, shards=[0], device=device))
     except (torch.OutOfMemoryError, ArithmeticError) as error:
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         warn_once(f"{shape}: cannot be checked, and is not tuned: {what}")
         return
     found = candidates(known.problem.q)
     contest = Contest(found, known, TOLERANCE[shape.dtype], clock or partial(_seconds, device))
-    for direction in DIRECTIONS:
+    for direction in ("forward", "backward"):
         entry = contest.entry(direction)
         if entry is not None:
             upstream = None if direction == "forward" else known.upstream

@@ -5,7 +5,6 @@ Takes less than a minute or two. What it writes is what `ds_lvx.plan.profile.cur
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -110,30 +109,6 @@ def refit(record: Mapping[str, Any]) -> dict[str, Any]:
     if len(answers) > 1:  # one machine shows one kind of link: it stands for both
         cluster |= dict.fromkeys(("within", "across"), asdict(fit.link(answers)))
     return {**record, "format": profile.FORMAT, "cluster": cluster}
-
-
-def pooled(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """The first profile with the samples of both, which were measured with the same request.
-
-    A machine's speed drifts; calibrated before and after something, both ends count.
-    """
-    if len({json.dumps([each["request"], each["ranks"]]) for each in (first, second)}) > 1:
-        raise ValueError(
-            "got profiles of different requests or ranks; expected the same, so that their samples "
-            "belong together"
-        )
-    return refit({**first, "answers": joined(first["answers"], second["answers"])})
-
-
-def joined(one: Any, other: Any) -> Any:
-    """Two answers, or those of all ranks, as one: lists of numbers are samples, lists of records
-    the same in both."""
-    if isinstance(one, Mapping):
-        return {key: joined(one[key], other[key]) for key in one}
-    if isinstance(one, list) and one and isinstance(one[0], Mapping):
-        # Transfers end at a size that takes long: what only one of the two reached is left out.
-        return [joined(a, b) for a, b in zip(one, other, strict=False)]
-    return [*one, *other] if isinstance(one, list) else one
 
 
 def write(record: Mapping[str, Any], path: Path | None = None) -> Path:

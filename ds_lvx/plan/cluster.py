@@ -187,6 +187,17 @@ class Cluster:
         per_node = self.gpus_per_node if gpus_per_node is None else gpus_per_node
         return replace(self, gpus=gpus, gpus_per_node=min(per_node, gpus))
 
+    def groups(self, only: int | None = None) -> list[int]:
+        """How many ranks can share a sample: what divides the GPUs, or ``only``.
+
+        Raises:
+            ValueError: ``only`` does not divide them.
+        """
+        divisors = [each for each in range(1, self.gpus + 1) if self.gpus % each == 0]
+        if only is not None and only not in divisors:
+            raise ValueError(f"group: got {only} for {self.gpus} GPUs; expected one of {divisors}")
+        return divisors if only is None else [only]
+
     def record(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)

@@ -111,12 +111,9 @@ def generations(
     """
     if new_tokens < 1:
         raise ValueError(f"generate: got {new_tokens} new tokens; expected at least 1")
-    divisors = [each for each in range(1, cluster.gpus + 1) if cluster.gpus % each == 0]
-    if group is not None and group not in divisors:
-        raise ValueError(f"group: got {group} for {cluster.gpus} GPUs; expected one of {divisors}")
     return [
         generation(scenario, cluster, ranks=ranks, new_tokens=new_tokens)
-        for ranks in (divisors if group is None else [group])
+        for ranks in cluster.groups(group)
     ]
 
 

@@ -136,13 +136,6 @@ def peak(layers: Layers, setting: Setting, load: Load) -> int:
     return max(saved.features + max(in_last, in_next), whole) + saved.of_queries * count
 
 
-def peak_per_key(layers: Layers, setting: Setting, load: Load) -> float:
-    """Bytes that one more visual token of this rank adds to `peak`, where there are many."""
-    few, many = 2**22, 2**23
-    low, high = (peak(layers, setting, replace(load, keys=keys)) for keys in (few, many))
-    return (high - low) / (many - few) / load.batch
-
-
 def _transient_per_key(a: Layers, setting: Setting, load: Load) -> int:
     """Bytes a visual token at the worst moment of a layer's backward, its saved tensors included.
 

@@ -51,10 +51,7 @@ def plan(scenario: Scenario, cluster: Cluster, *, group: int | None = None) -> P
     Raises:
         ValueError: ``group`` does not divide the GPUs; nothing fits, by how much, and what would.
     """
-    divisors = [each for each in range(1, cluster.gpus + 1) if cluster.gpus % each == 0]
-    if group is not None and group not in divisors:
-        raise ValueError(f"group: got {group} for {cluster.gpus} GPUs; expected one of {divisors}")
-    groups = divisors if group is None else [group]
+    groups = cluster.groups(group)
     steps = tuple(
         step(scenario, cluster, ranks=ranks, way=way)
         for ranks in groups

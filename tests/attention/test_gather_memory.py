@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench_launches import made_up_ranks
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.keys import Saved
 from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.schedules import gather
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.choice import kernel_for
-from launch.bench_launches import made_up_ranks
 from tests.plan.counting import LiveBytes
 
 RANKS, QUERIES, HEADS, HEAD_DIM = 4, 64, 4, 32

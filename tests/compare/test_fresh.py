@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import mmap
+import runpy
 from pathlib import Path
 
 import pytest
 
+from bench.peak import PROMPT_FREEING, meter
+from bench.weigh import Weighing, weigh
 from ds_lvx.compare import fresh
 from ds_lvx.compare.case import Case
 from ds_lvx.compare.fresh import RunError, run_fresh
 from ds_lvx.compare.harness import Ranks, on_ranks
-from ds_lvx.compare.peak import PROMPT_FREEING, meter
-from ds_lvx.compare.training.rank import Weighing, weigh
 from ds_lvx.plan.memory import Setting
 from tests.forked import fork_fresh_ranks
 
@@ -25,6 +26,35 @@ TWO = Ranks(2, environment=PROMPT_FREEING)
 
 def load(setting: Setting) -> Weighing:
     return Weighing(TINY, setting, frames=(1, 2, 2))
+
+
+SCRIPT = """
+from __future__ import annotations
+from dataclasses import dataclass
+from beside import FACTOR
+from ds_lvx.compare.harness import Ranks, on_ranks
+
+@dataclass
+class Request:
+    number: int
+
+def times(request: Request) -> int:
+    return FACTOR * request.number
+
+if __name__ == "__main__":
+    print(on_ranks(times, Request(7), Ranks(2)))
+"""
+
+
+def test_ranks_run_what_a_script_defines_and_what_lies_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "beside.py").write_text("FACTOR = 3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    fork_fresh_ranks(monkeypatch)
+    runpy.run_path(str(tmp_path / "script.py"), run_name="__main__")
+    assert capsys.readouterr().out == "[21, 21]\n"
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from bench.weigh import Weighing, weigh
 from ds_lvx.compare.case import Case, cut, random_case
 from ds_lvx.compare.training import model
 from ds_lvx.compare.training.gathered import instead_of
 from ds_lvx.compare.training.model import skipped
-from ds_lvx.compare.training.rank import Task, Weighing, finetune, weigh
+from ds_lvx.compare.training.rank import Task, finetune
 from ds_lvx.models import FAMILIES
 from ds_lvx.plan.memory import Setting
 from tests.ranks import run_ranks

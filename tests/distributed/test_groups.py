@@ -13,10 +13,10 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 import ds_lvx
+from bench_launches import made_up_ranks
 from ds_lvx.distributed.groups import resolve, resolve_groups
 from ds_lvx.distributed.start import init_distributed
 from ds_lvx.distributed.subgroups import Divisions
-from launch.bench_launches import made_up_ranks
 from tests.ranks import RankError, run_ranks
 
 

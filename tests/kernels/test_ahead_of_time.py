@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from ds_lvx.compare.kernels.occupancy import BLOCK_SHARED_BYTES
+from bench.kernels.occupancy import BLOCK_SHARED_BYTES
 
 # One process, and one compiler at a time: each takes a core and some memory.
 COMPILE = """
 import json, sys
-from ds_lvx.compare.kernels.compiled import NAMES, compiled, configurations
+from bench.kernels.compiled import NAMES, compiled, configurations
 
 sample = {("bf16", 128, 4096)}
 if len(sys.argv) > 2:

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
+import bench_concatenated
 from ds_lvx.compare.harness import spread
-from ds_lvx.compare.training import among
 from ds_lvx.compare.training.breakdown import COLUMNS, PHASES
-from launch import bench_concatenated
 from tests.forked import fork_fresh_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,12 +29,12 @@ def test_a_quick_run_writes_json_tables_and_plot(
     places = ("--output_dir", str(tmp_path), "--document", str(document))
     monkeypatch.setattr(sys, "argv", ["bench_concatenated.py", *words, *places])
     fork_fresh_ranks(monkeypatch)
-    assert bench_concatenated.main() == 0
+    bench_concatenated.main()
     results = json.loads((tmp_path / "concatenated.json").read_text())
     assert results["kind"] == "measured"
-    assert among.text(results) in document.read_text()
+    assert bench_concatenated.text(results) in document.read_text()
     (steps,) = results["steps"].values()
-    assert [record["method"] for record in steps["records"]] == [*among.METHODS]
+    assert [record["method"] for record in steps["records"]] == [*bench_concatenated.METHODS]
     sent = {record["method"]: record["attention_bytes"] for record in steps["records"]}
     assert sent["gathered"] > sent["ulysses"]
     assert results["memory"]["frames"] == [2, 4]
@@ -45,7 +44,7 @@ def test_a_quick_run_writes_json_tables_and_plot(
 
 
 def made_up() -> dict[str, Any]:
-    """Results as `among.measure` has them."""
+    """Results as `measure` has them."""
     phases = {phase: dict.fromkeys(COLUMNS, 0.5) for phase in PHASES}
     case = asdict(bench_concatenated.case_of(256, 4, 2, 2))
     steps = [
@@ -57,11 +56,11 @@ def made_up() -> dict[str, Any]:
             "typical": {"parts_s": phases},
             "answers": [{"interface_bytes": [4_000_000, 6_000_000]}],
         }
-        for n, method in enumerate(among.METHODS)
+        for n, method in enumerate(bench_concatenated.METHODS)
     ]
     job = {"case": case, "frames": 8, "dtype": "float32"}
     plan = {"ranks": 4, "network": "200mbit"}
-    weighed = [{"method": m, "peak_bytes": [2**20, 2**21]} for m in among.WEIGHED]
+    weighed = [{"method": m, "peak_bytes": [2**20, 2**21]} for m in bench_concatenated.WEIGHED]
     memory = {"case": case, "frames": [4, 8], "tokens_of_a_frame": 256, "ranks": 4}
     return {
         "hardware": {"device": "a processor"},
@@ -71,13 +70,13 @@ def made_up() -> dict[str, Any]:
 
 
 def test_tables_and_plot(tmp_path: Path) -> None:
-    text = among.text(made_up())
+    text = bench_concatenated.text(made_up())
     row = "| gathered, then Ulysses | 2.000 (2.000 to 2.000) | 1.00 | 6.000 | 3.00 | 5.0 |"
     assert row in text
     assert "| at home, lvx | 4.000 (4.000 to 4.000) | 0.50 |" in text
     assert "| embeddings | 4 frames (1,024 tokens) | 8 frames (2,048 tokens) |" in text
     assert "| at home, Ulysses | 1 | 2 |" in text
-    among.draw(made_up()).savefig(tmp_path / "plot.png")
+    bench_concatenated.draw(made_up()).savefig(tmp_path / "plot.png")
 
 
 def test_the_document_has_the_figures_of_the_committed_json() -> None:
@@ -85,17 +84,17 @@ def test_the_document_has_the_figures_of_the_committed_json() -> None:
     committed = ROOT / "docs" / "benchmarks" / "concatenated.json"
     text = (ROOT / "docs" / "concatenated.md").read_text()
     stands = text.partition(BEGIN)[2].partition(END)[0].strip()
-    expected = among.text(json.loads(committed.read_text())) if committed.exists() else ""
+    expected = (
+        bench_concatenated.text(json.loads(committed.read_text())) if committed.exists() else ""
+    )
     assert stands == expected
 
 
-def test_what_cannot_be_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for words, message in (
-        (("--network", "fast"), "--network: got 'fast'"),
-        (("--render",), "No such file"),
+        (("--network", "fast"), "bench_concatenated: --network: got 'fast'"),
+        (("--render",), "bench_concatenated: .*No such file"),
     ):
         monkeypatch.setattr(sys, "argv", ["bench", *words, "--output_dir", str(tmp_path)])
-        assert bench_concatenated.main() == 1
-        assert message in capsys.readouterr().err
+        with pytest.raises(SystemExit, match=message):
+            bench_concatenated.main()

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from ds_lvx.compare import generation
+import bench_generate
+from bench import generation
 from ds_lvx.compare.case import Case
 from ds_lvx.compare.decoding import Job
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.profile import FORMAT
-from launch import bench_generate
 from tests.forked import fork_fresh_ranks
 
 ROOT = Path(__file__).resolve().parents[2]

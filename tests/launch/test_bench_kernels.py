@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 
+import bench_kernels
+import bench_memory
+from bench.kernels import report as kernels_report
+from bench.kernels.cases import MEASURED
 from ds_lvx import cli
 from ds_lvx.compare import command
-from ds_lvx.compare.kernels import report as kernels_report
-from ds_lvx.compare.kernels.cases import MEASURED
-from launch import bench_kernels, bench_memory
 from tests.kernels.test_ahead_of_time import most_spilled
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import bench_launches
+import bench_launches
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "launches.json"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+import bench_memory
+from bench import memory
+from bench.memory import compared
 from ds_lvx.compare.document import deliver
-from ds_lvx.compare.training import memory
-from ds_lvx.compare.training.memory import compared
-from launch import bench_memory
 from tests.forked import fork_fresh_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_lvx.compare import packing
-from launch import bench_generate, bench_packing
+import bench_generate
+import bench_packing
 from tests.forked import fork_fresh_ranks
 
 MARKS = "<!-- bench_packing.py, packing: begin -->\n<!-- bench_packing.py, packing: end -->\n"
@@ -25,7 +25,7 @@ def test_a_quick_run_writes_json_and_table(tmp_path: Path, monkeypatch: pytest.M
     bench_packing.main()
     results = json.loads((tmp_path / "packing.json").read_text())
     assert results["kind"] == "measured"
-    assert packing.text(results) in document.read_text()
+    assert bench_packing.text(results) in document.read_text()
     alone, padded, grouped, packed = results["records"]
     for other in (alone, packed):
         assert other["losses"] == pytest.approx(padded["losses"], abs=1e-4)
@@ -43,7 +43,7 @@ def test_the_document_has_the_table_of_the_committed_json() -> None:
     text = (docs / "fine-tuning.md").read_text()
     stands = text.partition(begin)[2].partition(end)[0].strip()
     committed = docs / "benchmarks" / "packing.json"
-    expected = packing.text(json.loads(committed.read_text())) if committed.exists() else ""
+    expected = bench_packing.text(json.loads(committed.read_text())) if committed.exists() else ""
     assert stands == expected
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+import bench_plan as bench
 from ds_lvx.plan import fit
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import from_card
-from launch import bench_plan as bench
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "bench_plan.py"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.digits.data import IMAGE_TOKEN, load, training_batches
+from digits.data import IMAGE_TOKEN, load, training_batches
 from tests.launch.finetune_runs import ROOT, deepspeed_command
 from tests.launch.forked_runs import Run
 

@@ -143,7 +143,7 @@ def test_the_planner_gets_dimensions_without_torch() -> None:
 # ---- who names a family
 
 CASES = (
-    "ds_lvx/compare/kernels/",
+    "launch/bench/kernels/",
     "launch/bench_kernels.py",
     "launch/bench_layout.py",
     "launch/bench_memory.py",

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 import ds_lvx
-from ds_lvx.compare.fake_cuda import DEVICE, FakeCuda
+from bench.fake_cuda import DEVICE, FakeCuda
+from bench_launches import made_up_ranks
 from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import draft_batch
-from launch.bench_launches import made_up_ranks
 from tests.models import (
     blip_case,
     idefics_case,

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from ds_lvx.compare.fake_cuda import DEVICE, FakeCuda
+from bench.fake_cuda import DEVICE, FakeCuda
+from bench_launches import made_up_ranks
 from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import draft_batch, shard_batch
-from launch.bench_launches import made_up_ranks
 from tests.models.moss_vl_case import OneRank
 from tests.models.mplugowl3_case import ds_config, hard_batch, tiny_model
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.pooled import pooled
 from ds_lvx.plan import calibrate, command, fit, profile
 from ds_lvx.plan.cluster import Cluster, KernelTime
 
@@ -181,14 +182,14 @@ def test_profiles_of_before_and_after_are_one(measured: Path) -> None:
     first = json.loads(measured.read_text())
     # Another time the machine is slower.
     second = json.loads(measured.read_text(), parse_float=lambda digits: 1.5 * float(digits))
-    both = calibrate.pooled(first, second)
+    both = pooled(first, second)
     for kind in fit.KINDS:
         one, other, joined = (each["answers"][0]["kernels"][kind] for each in (first, second, both))
         for a, b, c in zip(one, other, joined, strict=True):
             assert c == {**a, "seconds": a["seconds"] + b["seconds"]}
     assert both["cluster"] == calibrate.refit(both)["cluster"] != first["cluster"]
     with pytest.raises(ValueError, match="expected the same"):
-        calibrate.pooled(first, {**second, "request": {}})
+        pooled(first, {**second, "request": {}})
 
 
 def test_what_serves_no_plan_is_not_kept() -> None:

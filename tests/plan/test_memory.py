@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench.memory import peak_per_key
 from ds_lvx.compare.case import Case
 from ds_lvx.models.dimensions import Layers
 from ds_lvx.plan.memory import (
@@ -16,7 +17,6 @@ from ds_lvx.plan.memory import (
     kept,
     logits_bytes,
     peak,
-    peak_per_key,
 )
 from ds_lvx.plan.models import model
 from ds_lvx.plan.scenario import Scenario

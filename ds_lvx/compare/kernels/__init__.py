@@ -1,1 +1,1 @@
-"""Attention kernels of one device, timed side by side and compiled ahead of time."""
+"""Whether a kernel is right, and its seconds: what `ds-lvx doctor --tune` and a benchmark ask."""

@@ -1,6 +1,6 @@
-"""Whether a candidate of the kernel benchmark is right: against float64, on some rows and keys.
+"""Whether a kernel is right: against float64, on some rows and keys.
 
-The whole in float64 would take longer than the benchmark. So some queries are computed over all
+The whole in float64 would take longer than the kernel. So some queries are computed over all
 keys, and some keys' gradients over all queries; which ones is drawn at random, the first and last
 among them. Every other element must be finite, and out must agree with PyTorch's own everywhere.
 """
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx.compare.kernels.cases import KernelCase
 from ds_lvx.compare.operators.exactness import largest
+from ds_lvx.compare.operators.tensors import Shards
 from ds_lvx.kernels.interface import Problem, Upstream
 from ds_lvx.kernels.native import NativeKernel
 from ds_lvx.kernels.reference import ReferenceKernel
@@ -31,9 +31,9 @@ _ROWS, _KEYS = 32, 64
 
 @dataclass(frozen=True)
 class Exact:
-    """A case's tensors and what is right for them."""
+    """Tensors and what is right for them."""
 
-    problem: Problem  # what the candidates get
+    problem: Problem  # what the kernels get
     upstream: Upstream  # likewise; lse and delta are PyTorch's
     rows: Tensor  # the queries that are checked
     keys: Tensor  # the keys whose gradients are checked
@@ -61,13 +61,12 @@ class Exact:
         return errors
 
 
-def exact(case: KernelCase, device: torch.device) -> Exact:
-    """A case's tensors and what is right for them.
+def exact(drawn: Shards) -> Exact:
+    """What a kernel gets of such tensors, and what is right for them.
 
     Raises:
         ArithmeticError: PyTorch's own out, on which lse and delta rest, is wrong.
     """
-    drawn = case.draw(device)
     q, k, v = (tensor.detach() for tensor in (drawn.q, *drawn.k_and_v()))
     rule = None
     if (sees := drawn.visibility) is not None:  # known on the CPU, as a model has it
@@ -75,7 +74,7 @@ def exact(case: KernelCase, device: torch.device) -> Exact:
     problem = Problem(q, k, v, rule, softmax_scale=q.shape[3] ** -0.5)
     out, lse = NativeKernel().forward(problem)
     upstream = Upstream(drawn.dout, lse, _delta(drawn.dout.float(), out.float()))
-    rows, keys = _some(q.shape[1], _ROWS, device), _some(k.shape[1], _KEYS, device)
+    rows, keys = _some(q.shape[1], _ROWS, q.device), _some(k.shape[1], _KEYS, q.device)
     right = _in_float64(problem, upstream, rows, keys)
     checked = Exact(problem, upstream, rows, keys, right, out)
     errors = checked.errors("forward", (out, lse))

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from ds_lvx.compare.case import case_of, cut, random_case, random_models
+from ds_lvx.compare.case import DTYPES, case_of, cut, random_case, random_models
 from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
 from ds_lvx.compare.harness import GATHERED, Ranks, on_ranks, slowest, spread
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.training.breakdown import PHASES
-from ds_lvx.compare.training.rank import DTYPES, Task, finetune
+from ds_lvx.compare.training.rank import Task, finetune
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
 """Of losses, and of the norm of a parameter's gradient, relative."""

@@ -1,7 +1,4 @@
-"""One rank that trains: `finetune` for times and where they go, `weigh` for memory.
-
-Both build the model, let `ds_lvx.initialize` make the engine, and take optimizer steps.
-"""
+"""One rank that trains: the times of its steps, and where they go."""
 
 from __future__ import annotations
 
@@ -14,23 +11,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 import ds_lvx
-from ds_lvx.compare.case import Case, build_model, ds_config, make_batch
+from ds_lvx.compare.case import DTYPES, Case, build_model, ds_config, make_batch
 from ds_lvx.compare.harness import GATHERED, METHODS, now, own_device
 from ds_lvx.compare.network import carried_since, own_counters
-from ds_lvx.compare.peak import meter
 from ds_lvx.compare.training import gathered
 from ds_lvx.compare.training.breakdown import Parts
 from ds_lvx.distributed.pending import without_overlap
 from ds_lvx.plan.memory import Setting
 
 LEARNING_RATE = 1e-3
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -70,36 +62,35 @@ class Task:
         )
 
 
-def _peer(gathers: bool, case: Case) -> AbstractContextManager[None]:
-    """In which embeddings are gathered on every rank, where a method does so."""
-    return gathered.instead_of(case.family) if gathers else nullcontext()
-
-
 @contextmanager
-def _training(model: Any, optimizer: type[torch.optim.Optimizer], config: Any) -> Iterator[Any]:
-    """The engine of a model, until the ranks part."""
+def training(
+    model: Any, optimizer: type[torch.optim.Optimizer], config: Any, *, gathers: str | None = None
+) -> Iterator[Any]:
+    """The engine of a model, until the ranks part.
+
+    Of a model of type ``gathers`` every rank gathers the visual embeddings.
+    """
     # torch 2.13 renamed collectives that DeepSpeed calls by their old names: a warning each.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     own_device()
     weights = [p for p in model.parameters() if p.requires_grad]
-    engine, *_ = ds_lvx.initialize(
-        model=model,
-        optimizer=optimizer(weights, lr=LEARNING_RATE),  # type: ignore[call-arg]
-        model_parameters=weights,
-        config=config,
-    )
-    del model, weights  # the engine's alone, so that nothing of them outlives the shutdown
-    try:
-        yield engine
-    finally:
-        ds_lvx.shutdown(engine)
+    with nullcontext() if gathers is None else gathered.instead_of(gathers):
+        engine, *_ = ds_lvx.initialize(
+            model=model,
+            optimizer=optimizer(weights, lr=LEARNING_RATE),  # type: ignore[call-arg]
+            model_parameters=weights,
+            config=config,
+        )
+        del model, weights  # the engine's alone, so that nothing of them outlives the shutdown
+        try:
+            yield engine
+        finally:
+            ds_lvx.shutdown(engine)
 
 
-def _columns(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
+def by_column(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Records of the same names as lists by name."""
     return {name: [sample[name] for sample in samples] for name in samples[0]}
-
-
-# ---- times
 
 
 def finetune(task: Task) -> dict[str, Any]:
@@ -111,10 +102,10 @@ def finetune(task: Task) -> dict[str, Any]:
     ``broken_down`` a `Breakdown` for each further step, and ``whole_s`` by the clock.
     """
     config = task.ds_config(ranks=int(os.environ["WORLD_SIZE"]))
+    gathers = task.case.family if task.method == GATHERED else None
     with (
         nullcontext() if task.overlap else without_overlap(),
-        _peer(task.method == GATHERED, task.case),
-        _training(task.build(), torch.optim.AdamW, config) as engine,
+        training(task.build(), torch.optim.AdamW, config, gathers=gathers) as engine,
     ):
         return _finetuned(engine, task)
 
@@ -165,7 +156,7 @@ def _finetuned(engine: Any, task: Task) -> dict[str, Any]:
     return {
         "losses": losses,
         "gradient_norms": norms,
-        **_columns(timed),
+        **by_column(timed),
         "broken_down": [{"whole_s": own["step_s"], **asdict(each)} for own, each in pairs],
     }
 
@@ -181,68 +172,3 @@ def gradient_norms(engine: Any) -> dict[str, float]:
             gradient = safe_get_full_grad(parameter)
             norms[name] = 0.0 if gradient is None else float(gradient.float().norm())
     return norms
-
-
-# ---- memory
-
-
-@dataclass(frozen=True)
-class Weighing:
-    """Steps whose memory counts, but for that of the first."""
-
-    case: Case  # what is trained, in bf16 at ZeRO stage 2
-    setting: Setting
-    frames: tuple[int, ...]  # visual input of a rank, by step
-    gathered: bool = False  # visual embeddings are gathered on every rank
-    counts_launches: bool = False  # in one more step, on CUDA
-
-
-def weigh(load: Weighing) -> dict[str, Any]:
-    """Train some steps; bytes and seconds of each.
-
-    ``kept_bytes`` (after forward) and ``peak_bytes`` are above what was there before the step,
-    ``before_bytes`` of the first. ``step_s`` has the optimizer's time, too; ``processor_s`` is of
-    all threads in that time, which neighbours on the machine do not lengthen. ``launches`` are of
-    one more step on CUDA where they are asked for, else None.
-    """
-    config = ds_config(load.setting, load.case, ranks=int(os.environ["WORLD_SIZE"]))
-    with own_device():  # where weights are drawn in a moment
-        model = build_model(load.case)
-    peer = _peer(load.gathered, load.case)
-    with peer, _training(model, torch.optim.SGD, config) as engine:
-        del model
-        _, *steps = (_weighed(engine, load.case, frames) for frames in load.frames)
-        launches = None
-        if load.counts_launches and get_accelerator().device_name() == "cuda":
-            with profile(activities=[ProfilerActivity.CUDA]) as found:
-                _weighed(engine, load.case, load.frames[-1])
-            events = found.events() or ()
-            launches = sum(event.device_type == DeviceType.CUDA for event in events)
-    return {**_columns(steps), "before_bytes": steps[0]["before_bytes"], "launches": launches}
-
-
-def _weighed(engine: Any, case: Case, frames: int) -> dict[str, float]:
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    own = range(rank * frames, (rank + 1) * frames)
-    batch = make_batch(case, frames=own, total=ranks * frames)
-    shard = ds_lvx.shard_batch(batch, model=engine.module, frames="local")
-    del batch
-    memory = meter()
-    memory.reset()
-    before = memory.now_bytes()
-    begun, worked = now(), time.process_time()
-    out = engine(**shard)
-    forward, kept = now(), memory.now_bytes() - before
-    engine.backward(out.loss)
-    backward, peak = now(), memory.peak_bytes() - before
-    engine.step()
-    return {
-        "before_bytes": before,
-        "kept_bytes": kept,
-        "peak_bytes": peak,
-        "forward_s": forward - begun,
-        "backward_s": backward - forward,
-        "step_s": now() - begun,
-        "processor_s": time.process_time() - worked,
-        "loss": out.loss.item(),
-    }

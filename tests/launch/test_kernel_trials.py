@@ -10,23 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_lvx.compare.fresh import RunError
-from ds_lvx.compare.kernels import subject as kernels
-from ds_lvx.compare.kernels import trial as trials
-from ds_lvx.compare.kernels.candidates import Candidate, LeftOut, make, names
-from ds_lvx.compare.kernels.cases import DIRECTIONS, MEASURED, MOSS, PAPER, QUICK, TEXT, KernelCase
-from ds_lvx.compare.kernels.check import exact, is_right
-from ds_lvx.compare.kernels.report import floors, floors_table, joined, measured_table
-from ds_lvx.compare.kernels.trial import (
-    LEAST_SAMPLES,
+from bench.kernels import subject as kernels
+from bench.kernels.candidates import Candidate, LeftOut, make, names
+from bench.kernels.cases import DIRECTIONS, MEASURED, MOSS, PAPER, QUICK, TEXT, KernelCase
+from bench.kernels.report import floors, floors_table, joined, measured_table
+from bench.kernels.trial import (
     Bench,
     Timing,
     Trial,
     host_s,
-    samples_s,
 )
+from ds_lvx.compare.fresh import RunError
+from ds_lvx.compare.kernels import timing
+from ds_lvx.compare.kernels.check import exact, is_right
+from ds_lvx.compare.kernels.timing import LEAST_SAMPLES, samples_s
 from ds_lvx.compare.operators.tensors import FRAMES
-from tests.compare import dying_worker
+from tests.launch import dying_worker
 
 GROUPED = QUICK[1]
 """24 queries, 2 query heads a key/value head, with visibility."""
@@ -98,7 +97,7 @@ def test_all_candidates_of_a_cpu_are_right(case: KernelCase) -> None:
 
 def test_repeated_heads_are_summed_before_they_are_checked(monkeypatch: Any) -> None:
     """As for a backend that wants as many heads of K and V as of q."""
-    monkeypatch.setattr("ds_lvx.compare.kernels.candidates._groups_heads", lambda *_: False)
+    monkeypatch.setattr("bench.kernels.candidates._groups_heads", lambda *_: False)
     items = [Trial(GROUPED, "sdpa-math", direction) for direction in DIRECTIONS]
     for record in results(*items).values():
         assert record["status"] == "ok", record
@@ -170,7 +169,7 @@ def test_a_bad_candidate_is_told_and_does_not_stop_the_rest(
 
 
 def test_a_gradient_that_is_not_finite_beside_the_checked_keys_is_wrong() -> None:
-    known = exact(GROUPED, CPU)
+    known = exact(GROUPED.draw(CPU))
     found = list(make("native", known.problem, known.upstream).backward())
     assert is_right(known.errors("backward", found))
     unchecked = sorted(set(range(GROUPED.shape.seqlen_kv)) - set(known.keys.tolist()))
@@ -187,7 +186,7 @@ def test_what_a_backend_cannot_do_is_told_with_its_reasons() -> None:
 
 
 def test_scores_beyond_the_budget_are_not_materialised(monkeypatch: Any) -> None:
-    monkeypatch.setattr("ds_lvx.compare.kernels.candidates.SCORES_BYTES", 1000)
+    monkeypatch.setattr("bench.kernels.candidates.SCORES_BYTES", 1000)
     item = Trial(GROUPED, "sdpa-math", "forward")
     record = results(item)[item.name]
     assert record["status"] == "left out"
@@ -198,7 +197,7 @@ def test_inputs_that_cannot_be_made_are_every_candidates_reason(monkeypatch: Any
     def fail(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("ds_lvx.compare.kernels.trial.exact", fail)
+    monkeypatch.setattr("bench.kernels.trial.exact", fail)
     items = [Trial(GROUPED, name, "forward") for name in ("native", "auto")]
     for record in results(*items).values():
         assert record["status"] == "failed"
@@ -342,7 +341,7 @@ def test_slow_functions_run_less_often(seconds: float, taken: int, monkeypatch: 
     def measured(run: Any, seconds: float) -> list[float]:
         return [0.001] * max(round(seconds / 0.001), 1)
 
-    monkeypatch.setattr(trials, "_on_cpu", measured)
+    monkeypatch.setattr(timing, "_on_cpu", measured)
     assert len(samples_s(print, CPU, repeats=50, seconds=seconds)) == taken
 
 

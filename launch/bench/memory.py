@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.peak import PROMPT_FREEING
+from bench.weigh import Weighing, weigh
 from ds_lvx.compare.case import Case, ds_config
 from ds_lvx.compare.document import Cells, Results, columns, percentiles
 from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
 from ds_lvx.compare.machine import cores
-from ds_lvx.compare.peak import PROMPT_FREEING
-from ds_lvx.compare.training.rank import Weighing, weigh
+from ds_lvx.models.dimensions import Layers
 from ds_lvx.plan import memory as formulas
 from ds_lvx.plan.memory import Setting
 
@@ -194,11 +195,16 @@ def _predict(setting: Setting, case: Case, *, ranks: int, cuda: bool) -> dict[st
     return {
         "kept_bytes_per_token": saved.features + case.cross_layers * saved.of_keys,
         "kept_by_a_layer_bytes_per_token": saved.of_keys,
-        "peak_bytes_per_token": formulas.peak_per_key(case.layers, setting, here),
-        "peak_bytes_per_token_on_an_accelerator": formulas.peak_per_key(
-            case.layers, setting, accelerator
-        ),
+        "peak_bytes_per_token": peak_per_key(case.layers, setting, here),
+        "peak_bytes_per_token_on_an_accelerator": peak_per_key(case.layers, setting, accelerator),
     }
+
+
+def peak_per_key(layers: Layers, setting: Setting, load: formulas.Load) -> float:
+    """Bytes that one more visual token adds to `ds_lvx.plan.memory.peak`, where there are many."""
+    few, many = 2**22, 2**23
+    low, high = (formulas.peak(layers, setting, replace(load, keys=keys)) for keys in (few, many))
+    return (high - low) / (many - few) / load.batch
 
 
 def recomputation(scales: Scales, *, checkpointing: bool, rounds: int) -> dict[str, Any]:

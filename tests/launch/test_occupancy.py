@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ds_lvx.compare.kernels.occupancy import KIB, programs_per_multiprocessor
+from bench.kernels.occupancy import KIB, programs_per_multiprocessor
 
 
 @pytest.mark.parametrize(

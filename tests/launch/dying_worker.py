@@ -6,7 +6,7 @@ import os
 from signal import pause
 from typing import Any
 
-from ds_lvx.compare.kernels.trial import Timing, Trial
+from bench.kernels.trial import Timing, Trial
 
 
 class Dying:

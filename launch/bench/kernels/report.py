@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
+from bench.kernels.candidates import OURS
+from bench.kernels.cases import DIRECTIONS, KernelCase
+from bench.kernels.roofline import floor
 from ds_lvx.compare.document import Cells, cell, columns, markdown, percentiles, times
-from ds_lvx.compare.kernels.candidates import OURS
-from ds_lvx.compare.kernels.cases import DIRECTIONS, KernelCase
-from ds_lvx.compare.kernels.roofline import floor
 from ds_lvx.plan.cards import CARDS
 
 PAPER_HEAD_DIMS = (64, 128)
@@ -26,7 +26,7 @@ Seconds = Mapping[Place, Mapping[str, float]]
 def floors(cases: Iterable[KernelCase]) -> list[dict[str, Any]]:
     """Operations, bytes and the least time by card, by its data sheet, of each case's directions.
 
-    ``seconds`` and ``bound`` are by card; see `ds_lvx.compare.kernels.roofline`.
+    ``seconds`` and ``bound`` are by card; see `bench.kernels.roofline`.
     """
     found, cards = [], [CARDS[name] for name in CARD_NAMES]
     for case, direction in product(cases, DIRECTIONS):

@@ -15,11 +15,11 @@ from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
+from bench.kernels.candidates import OURS, SAME
+from bench.kernels.cases import DIRECTIONS, KernelCase
+from bench.kernels.roofline import floor
+from bench.kernels.trial import Bench, Timing, Trial
 from ds_lvx.compare.fresh import RunError
-from ds_lvx.compare.kernels.candidates import OURS, SAME
-from ds_lvx.compare.kernels.cases import DIRECTIONS, KernelCase
-from ds_lvx.compare.kernels.roofline import floor
-from ds_lvx.compare.kernels.trial import Bench, Timing, Trial
 
 LIMIT_S = 60.0
 """Of one candidate on one case, compiling included; longer is taken for hanging."""
@@ -154,7 +154,7 @@ def _result(worker: Worker, trial: Trial) -> dict[str, Any]:
 def with_rates(trial: Trial, record: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
     """A record with what its time means.
 
-    Adds, where there is a time, ``flops`` and ``memory_bytes`` (`ds_lvx.compare.kernels.roofline`),
+    Adds, where there is a time, ``flops`` and ``memory_bytes`` (`bench.kernels.roofline`),
     ``tflops_per_s``, both as shares of the device's measured rates, ``floor_s`` at these rates, and
     ``bound``: which of them the floor comes from.
     """

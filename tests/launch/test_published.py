@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ds_lvx.plan import published
-from ds_lvx.plan.published import TABLE, Row
+from bench import published
+from bench.published import TABLE, Row
 
 
 @pytest.mark.parametrize("row", TABLE, ids=str)

@@ -81,7 +81,7 @@ class Shell(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """No operation of it runs by itself."""
-        raise RuntimeError(f"{func}: got a tensor of ds_lvx.compare.fake_cuda outside of FakeCuda")
+        raise RuntimeError(f"{func}: got a tensor of bench.fake_cuda outside of FakeCuda")
 
 
 class FakeCuda(TorchDispatchMode):

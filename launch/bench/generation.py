@@ -9,16 +9,27 @@ profile before and after each length, and the samples of both count for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ds_lvx.compare.decoding import DTYPES, Job, answer, messages, patched
+import torch
+from torch import Tensor
+
+from bench.peak import PROMPT_FREEING, meter
+from bench.pooled import joined as joined_samples
+from ds_lvx.attention import lvx
+from ds_lvx.attention.call import Call
+from ds_lvx.attention.layout import Layout
+from ds_lvx.attention.schedules.replicated import Parts
+from ds_lvx.compare.case import DTYPES
+from ds_lvx.compare.decoding import Clock, Job, batch_of, patched, timed
 from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
-from ds_lvx.compare.harness import Ranks, joined, now, on_ranks, slowest, spread
-from ds_lvx.compare.peak import PROMPT_FREEING
+from ds_lvx.compare.harness import Ranks, joined, meet, now, on_ranks, own_device, slowest, spread
 from ds_lvx.config.words import in_ranks
 from ds_lvx.distributed.channel import Channel
+from ds_lvx.kernels.choice import kernel_for
+from ds_lvx.kernels.merge import empty_part
 from ds_lvx.plan import calibrate
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.generation import generation
@@ -27,6 +38,7 @@ from ds_lvx.plan.scenario import Scenario
 
 _KEYS = (16, 1024, 8192, 65_536)
 _MESSAGE_BYTES = (2**8, 2**11, 2**14, 2**17)
+_MESSAGES = 200  # of each sort
 _ANSWERS = 4
 _LEAST_S = 4.0
 """Over each length: so many answers, or those that take so long."""
@@ -92,6 +104,66 @@ def measured_around(request: Request) -> dict[str, Any]:
                 answers.append(_answers(model, job, frames))
             known.append(_short(measured(request.samples, device)))
         return {"answers": answers, "known": known, **found}
+
+
+class _Clock(Clock):
+    """Notes the memory when the first token is chosen, too."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        if not self.seconds:
+            self.bytes_in_use = meter().now_bytes()
+        return super().__call__(input_ids, scores, **kwargs)
+
+
+def answer(model: Any, job: Job, frames: int) -> dict[str, Any]:
+    """On a rank: one generation over so many frames.
+
+    Returns:
+        ``prompt_s``; ``token_s`` by token; ``kept_bytes`` after the prompt and ``peak_bytes``,
+        above what was there before; ``tokens``, what was chosen.
+    """
+    given, memory, clock = batch_of(job, frames), meter(), _Clock()
+    meet(Channel.world())
+    memory.reset()
+    before, start = memory.now_bytes(), now()
+    found = timed(model, job, given, clock)
+    return {
+        "prompt_s": clock.seconds[0] - start,
+        "token_s": clock.token_s,
+        "kept_bytes": clock.bytes_in_use - before,
+        "peak_bytes": memory.peak_bytes() - before,
+        "tokens": found[0, job.case.text_tokens :].tolist(),
+    }
+
+
+def messages(job: Job, channel: Channel) -> dict[str, list[float]]:
+    """On a rank: seconds of a layer's message for one token, in pairs with the collective alone.
+
+    The collective is that of the message: the same buffers, of which nothing is written or read.
+    Which of both is first changes from pair to pair. Beside them stands the whole call.
+    """
+    samples: dict[str, list[float]] = {"exchange_s": [], "collective_s": [], "call_s": []}
+    if channel.size == 1:
+        return samples
+    case, dtype = job.case, DTYPES[job.dtype]
+    head_dim = case.head_dim or case.hidden // case.heads
+    q = torch.randn(1, 1, case.heads, head_dim, device=own_device(), dtype=dtype)
+    nothing = q[:, :0, : case.kv_heads]
+    layout = Layout(channel, (1,) * channel.size, (0,) * channel.size, device=q.device)
+    call = Call(layout, kernel=kernel_for("auto", q), softmax_scale=1.0, schedule="replicated")
+    parts, (out, lse) = Parts(channel, q, seen=True), empty_part(q, torch.float32)
+    runs: dict[str, Callable[[], Any]] = {
+        "exchange_s": lambda: parts.merged(out, lse.zero_()),
+        "collective_s": parts.share,
+        "call_s": lambda: lvx.attend(call, q, nothing, nothing),
+    }
+    with torch.no_grad():
+        for number in range(_MESSAGES):
+            for name in (list(runs), list(runs)[::-1])[number % 2]:
+                start = now()
+                runs[name]()
+                samples[name].append(now() - start)
+    return {name: each[_MESSAGES // 10 :] for name, each in samples.items()}
 
 
 def _answers(model: Any, job: Job, frames: int) -> list[dict[str, Any]]:
@@ -203,7 +275,7 @@ def around(profile: Mapping[str, Any], known: Sequence[Any], number: int) -> dic
         known: samples by time and rank.
         number: of the length, from 0.
     """
-    both = calibrate.joined(known[number], known[number + 1])
+    both = joined_samples(known[number], known[number + 1])
     return dict(calibrate.refit({**profile, "answers": both})["cluster"])
 
 

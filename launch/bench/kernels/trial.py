@@ -14,13 +14,13 @@ from warnings import catch_warnings, simplefilter
 import torch
 from torch.utils.benchmark import Timer
 
+from bench.kernels.candidates import Candidate, LeftOut, make
+from bench.kernels.cases import KernelCase
+from bench.peak import meter
 from ds_lvx.compare.harness import spread
-from ds_lvx.compare.kernels.candidates import Candidate, LeftOut, make
-from ds_lvx.compare.kernels.cases import KernelCase
 from ds_lvx.compare.kernels.check import Exact, exact, is_right
-from ds_lvx.compare.peak import meter
+from ds_lvx.compare.kernels.timing import LEAST_SAMPLES, samples_s
 
-LEAST_SAMPLES = 5
 SOURCES = {
     "cuda": "CUDA events, L2 flushed before each run (triton.testing.do_bench)",
     "cpu": "torch.utils.benchmark",
@@ -111,7 +111,7 @@ class Bench:
         if case != self._case:
             self._case, self._exact = case, ""  # frees the last one first
             try:
-                self._exact = exact(case, self._device)
+                self._exact = exact(case.draw(self._device))
             # Kept for every candidate of the case: none of them can be checked.
             except Exception as error:  # noqa: BLE001
                 self._exact = _told(error)
@@ -149,44 +149,6 @@ class Bench:
             "memory_bytes_per_s": 2 * copied / copies["median"],
             "clock": SOURCES[self._timing.device],
         }
-
-
-def samples_s(
-    run: Callable[[], Any], device: torch.device, *, repeats: int, seconds: float
-) -> list[float]:
-    """Seconds of a function that has run before: at most ``repeats`` samples.
-
-    All together they should take ``seconds``; but five are taken, or ``repeats``.
-    """
-    measured = _on_cuda if device.type == "cuda" else _on_cpu
-    once = max(_once_on_cuda(run) if device.type == "cuda" else _on_cpu(run, 0.0)[0], 1e-9)
-    least = min(LEAST_SAMPLES, repeats)
-    taken: list[float] = []
-    while len(taken) < least:
-        taken += measured(run, max(min(seconds, repeats * once), least * once))
-    return taken[:repeats]
-
-
-def _once_on_cuda(run: Callable[[], Any]) -> float:
-    """One run by events: enough to know how many more to take."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3
-
-
-def _on_cuda(run: Callable[[], Any], seconds: float) -> list[float]:
-    from triton.testing import do_bench  # Triton is not everywhere
-
-    return [ms / 1e3 for ms in do_bench(run, warmup=0, rep=1e3 * seconds, return_mode="all")]
-
-
-def _on_cpu(run: Callable[[], Any], seconds: float) -> list[float]:
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    taken: list[float] = timer.blocked_autorange(min_run_time=seconds).times
-    return taken
 
 
 def host_s(run: Callable[[], Any], device: torch.device) -> list[float]:

@@ -8,7 +8,7 @@ from itertools import product
 
 import torch
 
-from ds_lvx.compare.kernels.roofline import Problem, Work, backward_work, forward_work
+from bench.kernels.roofline import Problem, Work, backward_work, forward_work
 from ds_lvx.compare.operators.tensors import Shape, Shards, make_shards, split, visibility
 
 DIRECTIONS = ("forward", "backward")

@@ -2,7 +2,7 @@
 
 A program of its own, because Triton decides when the kernels are imported whether to interpret:
 
-    python -m ds_lvx.compare.kernels.compiled 90
+    python -m bench.kernels.compiled 90
 
 prints JSON for a compute capability (here 9.0), one record a configuration: registers, spilled
 bytes, shared memory, and whether the code has wgmma instructions.
@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ds_lvx.compare.kernels.occupancy import BLOCK_SHARED_BYTES, programs_per_multiprocessor
+from bench.kernels.occupancy import BLOCK_SHARED_BYTES, programs_per_multiprocessor
 from ds_lvx.kernels import triton_backward, triton_forward, triton_tiles
 from ds_lvx.kernels.triton_tiles import ANY_ADDRESS, padded
 

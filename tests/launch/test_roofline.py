@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.kernels.roofline import Problem, Work, backward_work, floor, forward_work
 from ds_lvx.attention.oracle import attention_oracle
-from ds_lvx.compare.kernels.roofline import Problem, Work, backward_work, floor, forward_work
 from ds_lvx.plan.cards import card
 
 ONE_QUERY = Problem(queries=1, keys=128_080, heads=32, kv_heads=8, head_dim=128)

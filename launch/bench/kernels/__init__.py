@@ -1,0 +1,1 @@
+"""Attention kernels of one device, timed side by side and compiled ahead of time."""
