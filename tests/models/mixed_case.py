@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from ds_lvx.models import FAMILIES
-from tests.models import blip_case, mllama_case, qwen_vl_case
+from tests.models import blip_case, mllama_case, qwen_vl_case, t5gemma2_case
 
 Batch = dict[str, Any]
 TEXT = ("input_ids", "attention_mask", "labels")
@@ -167,14 +167,22 @@ MIXED = {
         {**RECOMPUTE, "kv_chunk_tokens": 5},
         dropped=True,
     ),
-    "idefics": Mixed("idefics", cross={**RECOMPUTE, "kv_chunk_tokens": 2}),
+    "idefics": Mixed(
+        "idefics", cross={**RECOMPUTE, "kv_chunk_tokens": 2}, model={"num_hidden_layers": 2}
+    ),
     "mplugowl3": Mixed("mplugowl3"),
-    "openflamingo": Mixed("openflamingo"),
+    "openflamingo": Mixed("openflamingo", model={"num_hidden_layers": 2}),
     "blip-2": Mixed("blip", own=blip_case.for_one_process),
     "instructblip": Mixed("blip", instructed, model={"kind": "instructblip"}, own=with_an_image),
     "qwen": Mixed("qwen_vl", own=qwen_vl_case.for_one_process),
     "video_llama": Mixed("video_llama", video),
-    "t5gemma2": Mixed("t5gemma2", answered, {"method": "lvx"}, shifted=False),
+    "t5gemma2": Mixed(
+        "t5gemma2",
+        answered,
+        {"method": "lvx"},
+        {"num_hidden_layers": 2, "layer_types": [t5gemma2_case.SLIDING, t5gemma2_case.FULL]},
+        shifted=False,
+    ),
     "qwen2_5_vl": Mixed("qwen2_5_vl", partial(parts, GRIDS), model={"num_hidden_layers": 1}),
     "qwen3_vl": Mixed("qwen3_vl", partial(parts, GRIDS)),
     "internvl": Mixed("internvl", partial(parts, ((1,), (1, 1, 1), (4,)))),

@@ -231,11 +231,13 @@ def ds_config(*, stage: int, sp_size: int, cross: dict[str, Any], self_attn: Any
     }
 
 
-def start_engine(config: dict[str, Any], model: Any = None) -> Any:
+def start_engine(
+    config: dict[str, Any], model: Any = None, *, learning_rate: float = LEARNING_RATE
+) -> Any:
     """An engine over a tiny model with plain SGD."""
     model = tiny_model() if model is None else model
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)
+    optimizer = torch.optim.SGD(parameters, lr=learning_rate)
     return initialize(model=model, optimizer=optimizer, config=copy.deepcopy(config))[0]
 
 

@@ -64,10 +64,19 @@ def as_held(batch: Batch, rng: random.Random, groups: Any) -> tuple[Batch, str]:
     return local, "local"
 
 
+def learning_rate(steps: int) -> float:
+    """Many steps go as far in all as two do elsewhere.
+
+    At larger ones t5gemma2 is chaotic: after ten steps a rounding in fp32 is a hundred times as
+    large, and one process is as far from itself in float64 as ranks are.
+    """
+    return 2 * LEARNING_RATE / steps
+
+
 def one_process(name: str, seed: int, steps: int) -> Result:
     """The model's own: the loss of each batch, forward by forward."""
     model = MIXED[name].tiny_model()
-    optimizer = torch.optim.SGD([p for _, p in trained(model)], lr=LEARNING_RATE)
+    optimizer = torch.optim.SGD([p for _, p in trained(model)], lr=learning_rate(steps))
     losses = []
     for step in range(steps):
         for forward in random_step(name, seed, step):
@@ -89,7 +98,7 @@ def own_loss(name: str, model: Any, batch: Batch) -> Tensor:
 
 def on_a_rank(name: str, seed: int, steps: int, config: dict[str, Any]) -> Result:
     """This rank's part of the loss of its replica's batch, forward by forward."""
-    engine = start_engine(config, MIXED[name].tiny_model())
+    engine = start_engine(config, MIXED[name].tiny_model(), learning_rate=learning_rate(steps))
     groups = engine.ds_lvx.groups
     losses = []
     for step in range(steps):
@@ -109,7 +118,7 @@ def on_a_rank(name: str, seed: int, steps: int, config: dict[str, Any]) -> Resul
 
 def check_random(name: str, steps: int, *, sp_size: int = 2) -> None:
     config = ds_config(name, sp_size) | {"gradient_accumulation_steps": FORWARDS}
-    results = run_ranks(on_a_rank, REPLICAS * sp_size, name, SEED, steps, config, timeout_s=900)
+    results = run_ranks(on_a_rank, REPLICAS * sp_size, name, SEED, steps, config, timeout_s=1500)
     expected, final = one_process(name, SEED, steps)
     for number, loss in enumerate(expected):
         forward, replica = divmod(number, REPLICAS)
