@@ -22,9 +22,7 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.compare.document import columns, markdown, save, write_between
@@ -35,6 +33,9 @@ from ds_lvx.plan import calibrate, published
 from ds_lvx.plan.choose import cheapest
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.cost import cost
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("published", "network")
@@ -298,6 +299,8 @@ def network_table(results: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any]) -> Figure:
     """Predicted against measured."""
+    from matplotlib.figure import Figure  # whose import takes a second
+
     figure = Figure(figsize=(6, 5.5), layout="constrained")
     axes = figure.subplots()
     found = results["errors"]["comparisons"]
