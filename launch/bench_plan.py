@@ -22,9 +22,7 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from bench import published
 from bench.pooled import pooled
@@ -38,6 +36,9 @@ from ds_lvx.plan import calibrate
 from ds_lvx.plan.choose import cheapest
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.cost import cost
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PARTS = ("published", "network")
 RATES = ("200mbit", "500mbit", "2gbit")
@@ -296,6 +297,8 @@ def network_table(results: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any]) -> Figure:
     """Predicted against measured."""
+    from matplotlib.figure import Figure  # whose import takes a second
+
     figure = Figure(figsize=(6, 5.5), layout="constrained")
     axes = figure.subplots()
     found = results["errors"]["comparisons"]

@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from ds_lvx.models import FAMILIES
@@ -65,6 +64,8 @@ class Digits:
 
 def load() -> tuple[Digits, Digits]:
     """The digits to train on (1,437) and those held out (360): always the same."""
+    from sklearn.datasets import load_digits  # whose import takes seconds
+
     source = load_digits()
     small = torch.from_numpy(source.images).float() / 8 - 1
     factor = FRAME_SIZE // small.shape[-1]

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EARLY_STEPS = 10
 PACKAGES = ("ds_lvx", "torch", "transformers", "deepspeed")
@@ -91,6 +93,8 @@ def hardware() -> dict[str, Any]:
 
 def draw(sharded: Run, alone: Run) -> Figure:
     """The two loss curves, and under them how far they are apart."""
+    from matplotlib.figure import Figure  # whose import takes a second
+
     figure = Figure(figsize=(7, 5), layout="constrained")
     curves, apart = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     steps = range(1, len(sharded.losses) + 1)

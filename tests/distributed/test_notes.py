@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Iterator
-from subprocess import PIPE
+from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -17,7 +17,7 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.failures import open_mailbox
 from ds_lvx.distributed.notes import Mailbox, PeerError, explained
 from ds_lvx.distributed.shutdown import shutdown
-from tests.ranks import run_ranks
+from tests.ranks import FORKED, run_ranks
 
 
 def exchange_notes() -> list[str | None]:
@@ -122,29 +122,31 @@ def test_without_the_store_errors_are_what_they_are(
     ending: signal.Signals, opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process that serves it has ended; its host has vanished, and no connection says so."""
-    command = [sys.executable, "-c", SERVER]
-    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            store = torch.distributed.TCPStore("127.0.0.1", int(server.stdout.readline()))
-            first, second = opened(2, store)
-            first._log.append({"rank": 0, "text": "of 0"})
-            assert second.has_notes()
-            monkeypatch.setattr("ds_lvx.distributed.notes._ANSWER_S", 0.2)
-            server.send_signal(ending)
-            # Until it has acted on it, the server still answers.
-            os.waitid(os.P_PID, server.pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
-            unexplained(second)
-        finally:
-            server.kill()
+    here, there = FORKED.Pipe()
+    server = FORKED.Process(target=serve_elsewhere, args=(there,))
+    server.start()
+    try:
+        store = torch.distributed.TCPStore("127.0.0.1", here.recv())
+        first, second = opened(2, store)
+        first._log.append({"rank": 0, "text": "of 0"})
+        assert second.has_notes()
+        monkeypatch.setattr("ds_lvx.distributed.notes._ANSWER_S", 0.2)
+        assert server.pid is not None
+        os.kill(server.pid, ending)
+        # Until it has acted on it, the server still answers.
+        while server.is_alive() and psutil.Process(server.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
+        unexplained(second)
+    finally:
+        server.kill()
+        server.join()
 
 
-SERVER = """
-from torch.distributed import TCPStore
-store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-print(store.port, flush=True)
-input()
-"""
+def serve_elsewhere(there: Connection) -> None:
+    """In a process: a store, until that is killed."""
+    store = serve()
+    there.send(store.port)
+    there.recv()
 
 
 def unexplained(mailbox: Mailbox) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -18,7 +21,7 @@ import ds_lvx
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.shutdown import remember
 from tests.models.mllama_case import ds_config, hard_batch, start_engine
-from tests.ranks import run_ranks
+from tests.ranks import FORKED, run_ranks
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("ending_script.py")
@@ -87,36 +90,73 @@ def test_what_users_hold_stays() -> None:
 # ---- how scripts end
 
 
-def end(kind: str) -> list[tuple[int, str]]:
+def place_of(rank: int, port: int) -> dict[str, str]:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    return {**place, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+
+
+def as_a_script(kind: str, place: dict[str, str], log: Path) -> None:
+    """In a fork: the script in the place of ``__main__``, and then the end of the interpreter.
+
+    A fork ends by `os._exit` otherwise, and what the script holds is never let go of.
+    """
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(place)
+    sys.argv = [str(SCRIPT), kind]
+    code = 0
+    try:
+        exec(compile(SCRIPT.read_text(), SCRIPT, "exec"), vars(sys.modules["__main__"]))
+    except BaseException:  # noqa: BLE001  (printed, as by the interpreter)
+        traceback.print_exc()
+        code = 1
+    ctypes.pythonapi.Py_Exit(code)
+
+
+def forked(kind: str, folder: Path, port: int) -> list[int | None]:
+    ranks = [
+        FORKED.Process(target=as_a_script, args=(kind, place_of(rank, port), folder / str(rank)))
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    return [rank.exitcode for rank in ranks]
+
+
+def launched(kind: str, folder: Path, port: int) -> list[int | None]:
+    ranks = []
+    for rank in range(2):
+        environment = {**os.environ, **place_of(rank, port), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(SCRIPT), kind]
+        with (folder / str(rank)).open("w") as log:
+            ranks.append(
+                subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+            )
+    return [rank.wait() for rank in ranks]
+
+
+def end(way: Callable[..., list[int | None]], kind: str, folder: Path) -> list[tuple[Any, str]]:
     """Exit codes and output of both ranks of the script."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    place |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), kind],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    printed = [rank.communicate()[0] for rank in ranks]
-    return [(rank.returncode, text) for rank, text in zip(ranks, printed, strict=True)]
+        port = probe.getsockname()[1]
+    codes = way(kind, folder, port)
+    return [(code, (folder / str(rank)).read_text()) for rank, code in enumerate(codes)]
 
 
+@pytest.mark.parametrize("way", [forked, pytest.param(launched, marks=pytest.mark.exhaustive)])
 @pytest.mark.slow
-def test_a_script_ends_with_0() -> None:
-    ended = end("training")
+def test_a_script_ends_with_0(way: Any, tmp_path: Path) -> None:
+    ended = end(way, "training", tmp_path)
     assert [code for code, _ in ended] == [0, 0], ended
 
 
 @pytest.mark.exhaustive
-def test_a_script_ends_with_its_rank_s_error() -> None:
+def test_a_script_ends_with_its_rank_s_error(tmp_path: Path) -> None:
     # What the other rank ends with, it does before it has heard of the failure.
-    code, printed = end("failing")[1]
+    code, printed = end(launched, "failing", tmp_path)[1]
     assert code == 1, printed
     assert "KeyError" in printed

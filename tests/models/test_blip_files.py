@@ -199,6 +199,15 @@ def test_a_comparison_trains_a_model_of_random_weights(kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "folder",
+    [
+        pytest.param("blip-2", marks=pytest.mark.exhaustive),
+        "instructblip",  # what BLIP-2 has, and an instruction
+        pytest.param("instructblipvideo", marks=pytest.mark.exhaustive),
+    ],
+    indirect=True,
+)
 def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     config = json.loads(Path(write_config(tmp_path / "ds.json", stage=3)).read_text())
     del config["ds_lvx"]["layers"][1]

@@ -131,6 +131,6 @@ def generate_with_an_engine() -> Any:
     return {"beams": found}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_under_zero_3() -> None:
     check(run_ranks(generate_with_an_engine, 2), {"beams": alone(*CASES["beams"])})

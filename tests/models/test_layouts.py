@@ -10,10 +10,11 @@ import pytest
 import ds_lvx
 from ds_lvx.attention import auto, layout
 from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.config import LVXConfig
 from ds_lvx.kernels import rule
 from ds_lvx.kernels.flash_kernel import FlashKernel
 from ds_lvx.kernels.interface import Problem
-from ds_lvx.models import attend
+from ds_lvx.models import attend, patch_model
 from ds_lvx.plan.cost import bytes_sent
 from ds_lvx.plan.walks import label
 from tests.models.mllama_case import ds_config, end_engine, hard_batch, start_engine, tiny_model
@@ -32,13 +33,15 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def run_step(cross: dict[str, Any], self_attn: str) -> tuple[float, float]:
     """The bytes that a step of this rank sent, and those that its layers have to send."""
-    engine = start_engine(ds_config(stage=1, sp_size=3, cross=cross, self_attn=self_attn))
-    shard = ds_lvx.shard_batch(hard_batch(), model=engine.module)
+    config = ds_config(stage=0, sp_size=3, cross=cross, self_attn=self_attn)
+    model, groups = tiny_model(), ds_lvx.SequenceParallelGroups(3)
+    patch = patch_model(model, LVXConfig.from_ds_config(config), groups)
+    shard = ds_lvx.shard_batch(hard_batch(), model=model)
     with ds_lvx.traffic() as counted:
-        engine.backward(engine(**shard).loss)
-    batch, rank = shard["ds_lvx"], engine.ds_lvx.groups.sp_rank
+        model(**shard).loss.backward()
+    batch, rank = shard["ds_lvx"], groups.sp_rank
     expected = 0.0
-    for plan in engine.ds_lvx.patch.plans:
+    for plan in patch.plans:
         if plan.kind == "local":
             continue
         lengths = batch.layout(plan.kind)
@@ -47,7 +50,8 @@ def run_step(cross: dict[str, Any], self_attn: str) -> tuple[float, float]:
         method = plan.method if plan.hybrid is None else plan.hybrid.name
         sent = bytes_sent(shape, label(method, schedule), rank=rank)
         expected += sent.forward + sent.backward
-    end_engine(engine)
+    patch.unpatch()
+    groups.close()
     return counted.bytes_sent, expected
 
 
@@ -60,7 +64,7 @@ def test_no_byte_of_visibility_travels(name: str) -> None:
 
 
 def count_what_is_settled(
-    cross: dict[str, Any], *, layers: int, checkpoint: bool, steps: int = 2
+    cross: dict[str, Any], *, layers: int, checkpoint: bool, steps: int = 1
 ) -> dict[str, float]:
     """How often rules are cut, listed and decided, a batch."""
     counts: Counter[str] = Counter()
@@ -111,13 +115,13 @@ def count_what_is_settled(
     ],
 )
 def test_rules_are_cut_listed_and_decided_once_a_batch(name: str) -> None:
-    """The same counts with 4 layers and with 8, checkpointed or not, by micro-batch."""
+    """The same counts with 4 layers and with 8 checkpointed ones, by micro-batch."""
     cross = {"method": "auto"} if name == "auto" else METHODS[name]
     runs = [
         run_ranks(count_what_is_settled, 2, cross, layers=layers, checkpoint=checkpoint)[0]
-        for layers, checkpoint in ((4, False), (8, False), (8, True))
+        for layers, checkpoint in ((4, False), (8, True))
     ]
-    assert runs[0] == runs[1] == runs[2]
+    assert runs[0] == runs[1]
     assert runs[0]["of_batch"] == 2  # the text over itself, and over the frames
     assert runs[0]["kernel_for"] == 2
     assert 0 < runs[0]["cheapest"] <= 2

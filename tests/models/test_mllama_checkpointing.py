@@ -150,7 +150,8 @@ SECTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize(
     ("stage", "name", "sections"),
     [
-        (1, "ulysses", SECTIONS),
+        (1, "ulysses", SECTIONS[1:]),
+        pytest.param(1, "ulysses", SECTIONS[:1], marks=pytest.mark.exhaustive),
         pytest.param(3, "recompute", SECTIONS[1:2], marks=pytest.mark.exhaustive),
     ],
 )
@@ -178,15 +179,14 @@ def kept_by_a_forward(section: dict[str, Any] | None) -> dict[str, Any]:
     return {"features": len(features), "projections": projections}
 
 
-def kept_by_each() -> list[dict[str, Any]]:
-    return [kept_by_a_forward(section) for section in ({}, *SECTIONS)]
-
-
-@pytest.mark.slow
-def test_features_are_kept_once_and_projected_twice() -> None:
+@pytest.mark.parametrize(
+    "section",
+    [{}, SECTIONS[1], *(pytest.param(s, marks=pytest.mark.exhaustive) for s in SECTIONS[::2])],
+)
+def test_features_are_kept_once_and_projected_twice(section: dict[str, Any]) -> None:
     """K and V once in forward and once in backward, never for the second run of the layer."""
     expected = {"features": 1, "projections": [False, True]}
-    assert run_ranks(kept_by_each, 2) == [[expected] * 4] * 2
+    assert run_ranks(kept_by_a_forward, 2, section) == [expected] * 2
 
 
 def vision_runs(section: dict[str, Any] | None) -> dict[str, Any]:
@@ -270,9 +270,9 @@ def enable_afterwards(stage: int) -> dict[str, Any]:
     return {"counts": counts}
 
 
-@pytest.mark.slow
-def test_transformers_checkpoints_after_initialize() -> None:
-    for answer in run_ranks(enable_afterwards, 2, 3):
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
+def test_transformers_checkpoints_after_initialize(stage: int) -> None:
+    for answer in run_ranks(enable_afterwards, 2, stage):
         assert answer["counts"][0] == answer["counts"][1] == answer["counts"][2]
 
 

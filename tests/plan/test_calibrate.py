@@ -12,6 +12,7 @@ import pytest
 from bench.pooled import pooled
 from ds_lvx.plan import calibrate, command, fit, profile
 from ds_lvx.plan.cluster import Cluster, KernelTime
+from tests.forked import fork_fresh_ranks
 
 HEADS = {"heads": 8, "kv_heads": 2, "head_dim": 64}
 
@@ -148,7 +149,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a calibration on two ranks wrote."""
     path = tmp_path_factory.mktemp("calibration") / "profile.json"
     words = ("--calibrate", "--ranks", "2", "--quick", "--profile", str(path))
-    assert command.run(options(*words)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        fork_fresh_ranks(patch)
+        assert command.run(options(*words)) == 0
     return path
 
 
