@@ -172,6 +172,8 @@ def _refuse(args: Any, *, generates: bool) -> None:
         ),
         "use_liger_kernel": args.use_liger_kernel,
         "auto_find_batch_size": args.auto_find_batch_size,
+        # Each rank would save at the step at which it sees the signal, and wait for the others.
+        "enable_jit_checkpoint": getattr(args, "enable_jit_checkpoint", False),
     }
     for name, is_set in problems.items():
         if is_set:

@@ -256,8 +256,9 @@ def test_a_trainer_with_a_loss_of_its_own_finds_whole_logits(
 def test_a_config_without_our_section_is_an_error(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got no DeepSpeed; expected a ds_config with a section"):
         run(Trainer, tmp_path, tiny)
-    with pytest.raises(NotImplementedError, match="got use_liger_kernel in the training arguments"):
-        run(Trainer, tmp_path, tiny, use_liger_kernel=True)
+    for name in ("use_liger_kernel", "enable_jit_checkpoint"):
+        with pytest.raises(NotImplementedError, match=f"got {name} in the training arguments"):
+            run(Trainer, tmp_path, tiny, **{name: True})
     forget_state()
 
 
