@@ -206,10 +206,8 @@ def test_two_replicas_of_two_ranks_train_on_the_samples_of_one_process(
         assert found["metrics"]["eval_size"] == pytest.approx(alone["metrics"]["eval_size"])
 
 
-@SLOW
-@pytest.mark.parametrize(
-    "stage", [2, *(pytest.param(stage, marks=pytest.mark.exhaustive) for stage in (0, 3))]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_resuming_goes_on_as_if_nothing_had_been(
     stage: int, alone: dict[str, Any], tiny: Path, tmp_path: Path
 ) -> None:

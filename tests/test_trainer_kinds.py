@@ -76,13 +76,14 @@ def written(tiny: Path) -> Any:
 @pytest.mark.parametrize(
     ("before", "ranks", "sp_size", "stage"),
     [
+        (2, 2, 2, 2),
         (2, 1, 1, 3),
         pytest.param(2, 2, 1, 2, marks=pytest.mark.exhaustive),
         pytest.param(0, 2, 2, 2, marks=pytest.mark.exhaustive),
         pytest.param(3, 4, 2, 0, marks=pytest.mark.exhaustive),
     ],
 )
-def test_a_run_goes_on_with_other_ranks(
+def test_a_run_goes_on_with_these_or_other_ranks(
     before: int, ranks: int, sp_size: int, stage: int, written: Any, tiny: Path, tmp_path: Path
 ) -> None:
     expected, checkpoint = written(before)

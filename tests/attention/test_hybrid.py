@@ -34,14 +34,19 @@ def extra(ulysses: int, across: str, schedule: str) -> dict[str, Any]:
     return {"ulysses": ulysses, "across": across, "schedule": schedule}
 
 
-def grid(ranks: int) -> list[tuple[Problem, str]]:
-    """All lengths, rules, heads and ways; half of them with a gradient of lse."""
+def grid(ranks: int, every: int = 1) -> list[tuple[Problem, str]]:
+    """All lengths, rules and ways, with heads in turn; or ``every`` second, as on a chessboard.
+
+    Half of them have a gradient of lse.
+    """
     sizes = [size for size in (1, 2, 4) if ranks % size == 0]
     lengths = itertools.product(SHARDS[ranks], ("none", "frames", "causal"))
     cases = []
     for number, ((q_lengths, kv_lengths), visibility) in enumerate(lengths):
         for turn, (size, way) in enumerate(itertools.product(sizes, WAYS)):
-            heads, kv_heads = HEADS[(number + turn) % len(HEADS)]
+            if (number + turn) % every:
+                continue
+            heads, kv_heads = HEADS[(number + turn) // every % len(HEADS)]
             problem = Problem(
                 q_lengths,
                 kv_lengths,
@@ -56,15 +61,16 @@ def grid(ranks: int) -> list[tuple[Problem, str]]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "device"),
+    ("ranks", "device", "every"),
     [
-        (2, "cpu"),
-        pytest.param(4, "cpu", marks=pytest.mark.slow),
-        pytest.param(4, "cuda", marks=pytest.mark.gpus(4)),
+        (2, "cpu", 1),
+        pytest.param(4, "cpu", 2, marks=pytest.mark.slow),
+        pytest.param(4, "cpu", 1, marks=pytest.mark.exhaustive),
+        pytest.param(4, "cuda", 1, marks=pytest.mark.gpus(4)),
     ],
 )
-def test_hybrids_match_the_oracle(ranks: int, device: str) -> None:
-    cases = [(replace(problem, device=device), method) for problem, method in grid(ranks)]
+def test_hybrids_match_the_oracle(ranks: int, device: str, every: int) -> None:
+    cases = [(replace(problem, device=device), method) for problem, method in grid(ranks, every)]
     answers = run_ranks(run_problems, ranks, cases, device=device)
     for index, (problem, _) in enumerate(cases):
         errors = largest_error(assemble([a[index] for a in answers]), problem.oracle())

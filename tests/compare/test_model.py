@@ -31,20 +31,21 @@ def measured(task: Task) -> dict[str, Any]:
     return finetune(task)
 
 
-@pytest.fixture(scope="module")
-def records() -> list[dict[str, Any]]:
+ALONE, GATHERED = (1, TASK), (2, replace(TASK, method="lvx-gather"))
+ULYSSES = replace(TASK, method="ulysses", checkpointing=True, text_method="ring")
+FEW = [ALONE, GATHERED, (2, replace(ULYSSES, zero_stage=3, overlap=False))]
+RING = replace(TASK, method="lvx-ring", zero_stage=3, overlap=False)
+FURTHER = [ALONE, GATHERED, (2, RING), (2, ULYSSES)]
+
+
+@pytest.fixture(
+    scope="module", params=[FEW, pytest.param(FURTHER, marks=pytest.mark.exhaustive)], ids=len
+)
+def records(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Two ranks against one process, at two ZeRO stages, with and without overlap."""
-    requests = [
-        (1, TASK),
-        (2, replace(TASK, method="lvx-gather")),
-        (2, replace(TASK, method="lvx-ring", zero_stage=3, overlap=False)),
-        (2, replace(TASK, method="ulysses", checkpointing=True, text_method="ring")),
-    ]
     return [
-        model.record(
-            request.method, run_ranks(measured, ranks, replace(request, warmup=0, repeats=3))
-        )
-        for ranks, request in requests
+        model.record(task.method, run_ranks(measured, ranks, replace(task, warmup=0, repeats=2)))
+        for ranks, task in request.param
     ]
 
 

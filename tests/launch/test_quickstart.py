@@ -20,7 +20,7 @@ from tests.launch.finetune_runs import ROOT, deepspeed_command
 from tests.launch.forked_runs import Run
 
 SCRIPT = ROOT / "launch" / "quickstart.py"
-STEPS = 16
+STEPS = 10
 
 
 def script_main(words: Sequence[str]) -> int:
@@ -76,7 +76,7 @@ def test_two_ranks_learn_what_one_process_learns(metrics: dict[str, Any]) -> Non
     assert metrics["loss_last"] == metrics["losses"][-1] < metrics["loss_first"] - 0.2
     assert metrics["max_loss_difference_to_one_process"] < 2e-5
     # Far above the 10% of guessing already, and one digit of 360 may fall on the other side.
-    assert metrics["heldout_accuracy"] > 0.2
+    assert metrics["heldout_accuracy"] > 0.15
     assert abs(metrics["heldout_accuracy"] - metrics["heldout_accuracy_one_process"]) < 0.005
 
 

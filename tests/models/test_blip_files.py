@@ -219,18 +219,17 @@ def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
         "deepspeed_config": str(tmp_path / "ds.json"),
         "output_dir": tmp_path / "out",
         "learning_rate": 1e-2,
-        "max_steps": 2,
+        "max_steps": 1,
         "lr_scheduler": "constant",
     }
     run_ranks(finetune, 2, *arguments(**given))
-    losses = [row["loss"] for row in metrics(tmp_path / "out")[0]]
-    assert len(losses) == 2
+    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
     source = Source.of(str(folder))
     model = source.load(torch.float32).train()
     start = [
         model(**for_own_model(each, source.family.model_type)).loss.item()
         for each in whole_batches(folder, frames=3)
     ]
-    assert losses[0] in [pytest.approx(each, abs=1e-5) for each in start]
+    assert loss in [pytest.approx(each, abs=1e-5) for each in start]
     trained = Source.of(str(tmp_path / "out" / "model"))
     assert trained.processor.image_token_id == source.processor.image_token_id

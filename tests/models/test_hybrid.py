@@ -10,8 +10,8 @@ import pytest
 
 from tests.models import mllama_case, mplugowl3_case, t5gemma2_case
 from tests.models.mllama_case import (
+    FURTHER,
     assert_same_training,
-    further,
     reference_steps,
     sharded_steps,
 )
@@ -53,7 +53,9 @@ def check(name: str, configs: list[dict[str, Any]], *, ranks: int) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_that_share_heads() -> None:
-    check("mllama", [config(mllama_case, 3, 2, 2), config(mllama_case, 1, 2, 1)], ranks=2)
+    """Both; or each its own, with ring across in cross-attention."""
+    rings = config(mllama_case, 1, 2, 1, across="ring")
+    check("mllama", [config(mllama_case, 3, 2, 2), rings], ranks=2)
 
 
 @pytest.mark.slow
@@ -64,13 +66,13 @@ def test_two_ranks_that_share_heads() -> None:
         *(pytest.param(name, marks=pytest.mark.exhaustive) for name in CASES if name != "mllama"),
     ],
 )
-@further(2)
+@FURTHER
 def test_two_subgroups_of_two(name: str, which: slice) -> None:
     """Stages, a schedule, ring across in cross-attention, checkpointed layers."""
     case = CASES[name]
     configs = [
-        config(case, 2, 4, 2, across="ring"),
         {**config(case, 1, 4, 2, schedule="ring"), "activation_checkpointing": {}},
+        config(case, 2, 4, 2, across="ring"),
         config(case, 3, 4, 2),
     ]
     check(name, configs[which], ranks=4)

@@ -165,16 +165,15 @@ def test_finetune_trains_a_checkpoint_with_code_of_its_own(
         "deepspeed_config": str(tmp_path / "ds.json"),
         "output_dir": tmp_path / "out",
         "learning_rate": 1e-2,
-        "max_steps": 2,
+        "max_steps": 1,
         "lr_scheduler": "constant",
     }
     run_ranks(finetune, 2, *arguments(**given), "--trust_remote_code")
-    losses = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
     batches = whole_batches(folder, frames=3)
     source = Source.of(str(folder), trust_remote_code=True)
     start = [reference_steps([[batch]], source.load(torch.float32))["losses"] for batch in batches]
-    assert losses[0] in [pytest.approx(each[0][0], abs=close) for each in start]
-    assert len(losses) == 2
+    assert loss in [pytest.approx(each[0][0], abs=close) for each in start]
     trained = Source.of(str(tmp_path / "out" / "model"), trust_remote_code=True)
     assert trained.processor.image_token_id == source.processor.image_token_id
     before, after = (each.load(torch.float32).state_dict() for each in (source, trained))

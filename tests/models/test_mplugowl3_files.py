@@ -197,18 +197,17 @@ def test_finetune_trains_a_checkpoint_with_code_of_its_own(folder: Path, tmp_pat
         "deepspeed_config": str(tmp_path / "ds.json"),
         "output_dir": tmp_path / "out",
         "learning_rate": 1e-2,
-        "max_steps": 2,
+        "max_steps": 1,
         "lr_scheduler": "constant",
     }
     run_ranks(finetune, 2, *arguments(**given), "--trust_remote_code")
-    losses = [row["loss"] for row in metrics(tmp_path / "out")[0]]
-    assert len(losses) == 2
+    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
     source = source_of(folder)
     start = [
         reference_steps([[for_the_model(batch)]], source.load(torch.float32))["losses"][0][0]
         for batch in whole_batches(folder, frames=3)
     ]
-    assert losses[0] in [pytest.approx(each, abs=1e-5) for each in start]
+    assert loss in [pytest.approx(each, abs=1e-5) for each in start]
     trained = source_of(tmp_path / "out" / "model")
     assert trained.processor.image_token_id == source.processor.image_token_id
     before, after = (each.load(torch.float32).state_dict() for each in (source, trained))

@@ -222,7 +222,7 @@ def test_training_equals_one_process(which: slice) -> None:
     jobs = [
         (rules("recompute", 2, 3), NEOX),
         (rules("chunks", 2, 2), partial(checkpointed, lora_model)),
-        (section(rules("lvx", 2, 3)), all_before),
+        (section(rules("lvx", 2, 1)), all_before),
         (section(rules("lvx", 2, 3)), MPT),
     ]
     check(jobs[which], ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)

@@ -206,12 +206,11 @@ def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path, ranks: int) 
         "deepspeed_config": str(tmp_path / "ds.json"),
         "output_dir": tmp_path / "out",
         "learning_rate": 1e-2,
-        "max_steps": 2,
+        "max_steps": 1,
         "lr_scheduler": "constant",
     }
     run_ranks(finetune, ranks, *arguments(**given))
-    losses = [row["loss"] for row in metrics(tmp_path / "out")[0]]
-    assert len(losses) == 2
+    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
     source = Source.of(str(folder))
     maker = maker_of(folder, frames=7)
     start = []
@@ -222,6 +221,6 @@ def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path, ranks: int) 
         types += 2 * (ids == source.config.video_token_id).long()
         model = source.load(torch.float32)
         start.append(model(**batch, mm_token_type_ids=types).loss.item())
-    assert losses[0] in [pytest.approx(each, abs=1e-5) for each in start]
+    assert loss in [pytest.approx(each, abs=1e-5) for each in start]
     trained = Source.of(str(tmp_path / "out" / "model"))
     assert trained.processor.videos == source.processor.videos

@@ -191,18 +191,17 @@ def test_finetune_trains_a_checkpoint_with_code_of_its_own(folder: Path, tmp_pat
         "deepspeed_config": write_ds_config(tmp_path / "ds.json", stage=3),
         "output_dir": tmp_path / "out",
         "learning_rate": 1e-2,
-        "max_steps": 2,
+        "max_steps": 1,
         "lr_scheduler": "constant",
     }
     run_ranks(finetune, 2, *arguments(**given), "--trust_remote_code")
-    losses = [row["loss"] for row in metrics(tmp_path / "out")[0]]
-    assert len(losses) == 2
+    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
     start = []
     for batch in whole_batches(folder, frames=3):
         model, inputs = loaded(folder, batch)
         # The double finds the path of an image by its end.
         start.append(model.train()(**inputs).loss.item())
-    assert losses[0] in [pytest.approx(each, abs=1e-5) for each in start]
+    assert loss in [pytest.approx(each, abs=1e-5) for each in start]
     trained = source_of(tmp_path / "out" / "model")
     assert trained.processor.image_token_id == START + 2
     before, after = (each.load(torch.float32).state_dict() for each in (source_of(folder), trained))

@@ -217,17 +217,16 @@ def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
         "deepspeed_config": write_ds_config(tmp_path / "ds.json", stage=3),
         "output_dir": tmp_path / "out",
         "learning_rate": 1e-2,
-        "max_steps": 2,
+        "max_steps": 1,
         "lr_scheduler": "constant",
     }
     run_ranks(finetune, 2, *arguments(**given))
-    losses = [row["loss"] for row in metrics(tmp_path / "out")[0]]
-    assert len(losses) == 2
+    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
     source = Source.of(str(folder))
     start = []
     for batch in whole_batches(folder, frames=3):
         batch.pop("images_per_sample")
         start.append(source.load(torch.float32)(**batch).loss.item())
-    assert losses[0] in [pytest.approx(each, abs=1e-5) for each in start]
+    assert loss in [pytest.approx(each, abs=1e-5) for each in start]
     trained = Source.of(str(tmp_path / "out" / "model"))
     assert trained.processor.image_token_id == source.processor.image_token_id

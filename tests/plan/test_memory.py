@@ -68,7 +68,7 @@ def test_a_token_adds_to_the_peak_what_the_formula_says(
 ) -> None:
     case = replace(TINY, hidden=128, kv_heads=kv_heads, text_tokens=2, features=features)
     # The kernel's blocks are of one size: small beside these, and no larger than a chunk.
-    few, many = (2**12, 2**13) if setting.kv_chunk_tokens else (2**15, 2**16)
+    few, many = (2**12, 2**13) if setting.kv_chunk_tokens else (2**14, 2**15)
     (low,) = run_ranks(_peak, 1, setting, case, few)
     (high,) = run_ranks(_peak, 1, setting, case, many)
     load = Load(keys=1, features_train=features == "trained", host_is_device=True)
