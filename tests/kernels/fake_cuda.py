@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ds_lvx.kernels import device
+from ds_lvx.kernels import late_triton
 
 _aten = torch.ops.aten
 
@@ -37,7 +37,7 @@ class WithoutCuda(TorchFunctionMode):
         for place, name, answer in (
             (torch.cuda, "get_device_capability", (9, 0)),
             (torch.cuda, "get_device_properties", properties),
-            (device, "_has_triton", False),
+            (late_triton, "_has_triton", False),
         ):
             self._stack.enter_context(mock.patch.object(place, name, _answers(answer)))
         return super().__enter__()
