@@ -23,10 +23,9 @@ from ds_lvx.compare.case import DTYPES, Case
 from ds_lvx.compare.decoding import Job
 from ds_lvx.compare.document import save
 from ds_lvx.compare.harness import Ranks
-from ds_lvx.compare.machine import cores, header
-from ds_lvx.compare.network import Network
+from ds_lvx.compare.machine import header
 from ds_lvx.plan.generation import held
-from ds_lvx.plan.units import count
+from ds_lvx.plan.units import at_least, count
 
 MODEL = Case(
     hidden=512, heads=4, kv_heads=4, cross_layers=2, self_layers=2, mlp=1024, text_tokens=64
@@ -56,32 +55,30 @@ def parse_options() -> argparse.Namespace:
     add("--budget_gib", type=float, default=14.0, help="of all ranks; larger runs are left out")
     add("--network", metavar="RATE[,LATENCY]", help="an emulated one, such as 1gbit,0.1ms")
     add("--threads", type=int, help="of a rank (default: its share of the cores)")
-    options = parser.parse_args()
-    for name in ("new_tokens", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name}: got {value}; expected at least 1")
-    if min(options.ranks) < 1 or (cuda and max(options.ranks) > torch.cuda.device_count()):
-        parser.error(f"--ranks: got {options.ranks}; expected 1 or more, and a GPU for each")
-    return options
+    return parser.parse_args()
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All numbers of ranks with all sizes; what is too large is left out, and named."""
+    """All numbers of ranks with all sizes; what is too large is left out, and named.
+
+    Raises:
+        ValueError: options that this machine cannot do.
+    """
+    at_least(1, ranks=min(options.ranks))
+    if options.new_tokens < 1:
+        raise ValueError(f"--new_tokens: got {options.new_tokens}; expected at least 1")
     job = Job(QUICK if options.quick else MODEL, (), options.new_tokens, options.dtype)
-    network = None if options.network is None else Network.parse(options.network)
-    device = "cuda" if torch.cuda.is_available() and network is None else "cpu"
-    head = header(emulated=network is not None, device=device)
-    head |= {"network": None if network is None else str(network), "left_out": []}
-    threads = options.threads or max(cores() // max(options.ranks), 1)
-    head["threads_per_rank"] = threads
+    most = Ranks.here(max(options.ranks), options.threads, network=options.network)
+    network = None if most.network is None else str(most.network)
+    head = header(emulated=network is not None, device=most.device)
+    head |= {"network": network, "left_out": [], "threads_per_rank": most.threads}
     pieces: list[dict[str, Any]] = []
     for number in options.ranks:
         fitting, left = sorted_out(job, options, number)
         head["left_out"] += left
         if not fitting.frames:
             continue
-        where = Ranks(number, threads, device, network)
+        where = replace(most, count=number)
         samples = generation.samples_for(job, quick=options.quick)
         pieces.append(generation.record(fitting, where, samples))
         results = generation.assemble(job, pieces, **head)

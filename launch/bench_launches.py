@@ -12,7 +12,6 @@ batch are one launch in NCCL.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +28,8 @@ from bench.fake_cuda import DEVICE, FakeCuda
 from ds_lvx.attention import lvx, ring, ulysses
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.layout import Layout
-from ds_lvx.compare import machine
+from ds_lvx.compare.document import save
+from ds_lvx.compare.machine import header
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.interface import Kernel, Problem, Upstream
 
@@ -145,8 +145,8 @@ def main() -> None:
     for way, passes in launches.items():
         print(f"{way}: {passes['forward']['total']} + {passes['backward']['total']}")
     if options.document is not None:
-        record = {**machine.header(predicted=True), "shape": shape, "launches": launches}
-        options.document.write_text(json.dumps(record, indent=1) + "\n")
+        record = {**header(predicted=True), "shape": shape, "launches": launches}
+        save(record, options.document)
 
 
 if __name__ == "__main__":

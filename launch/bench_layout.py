@@ -24,7 +24,8 @@ import torch
 
 from bench import peak
 from ds_lvx.attention.layout import Layout
-from ds_lvx.compare import machine
+from ds_lvx.compare.document import save
+from ds_lvx.compare.machine import header
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels import triton_tiles
 from ds_lvx.kernels.device import HOPPER
@@ -121,14 +122,14 @@ def main() -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     shape = {"text": TEXT, "visual_tokens": FRAMES * TILES * PATCHES, "ranks": RANKS}
     shape |= {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "cores": 1}
-    record = {**machine.header(device="cpu"), "shape": shape, **found}
+    record = {**header(device="cpu"), "shape": shape, **found}
     print(
         f"{shape['text']:,} tokens, {shape['visual_tokens']:,} visual tokens: "
         f"{1e3 * statistics.median(found['processor_s']):.1f} ms of one core (median), "
         f"{max(found['peak_bytes']) / MIB:.1f} MiB at most"
     )
     if options.document is not None:
-        options.document.write_text(json.dumps(record, indent=1) + "\n")
+        save(record, options.document)
 
 
 if __name__ == "__main__":

@@ -93,16 +93,15 @@ def parse_options() -> argparse.Namespace:
     }.items():
         parser.add_argument(f"--{flag}", action="store_true", help=what)
     options = parser.parse_args()
-    for name in ("ranks", "frames", "chunk_tokens", "steps", "rounds"):
+    for name in ("frames", "chunk_tokens", "steps", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: got {getattr(options, name)}; expected at least 1")
     if options.budget_gib < 0:
         parser.error(f"--budget_gib: got {options.budget_gib}; expected 0 or more")
-    if cuda and options.ranks > torch.cuda.device_count():
-        parser.error(
-            f"--ranks: got {options.ranks} for {torch.cuda.device_count()} GPUs; expected a GPU "
-            "for each rank"
-        )
+    try:
+        options.where = memory.ranks_here(options.ranks)
+    except ValueError as error:
+        parser.error(str(error))
     known = memory.settings(options.chunk_tokens)
     for name in options.only or ():
         if name not in known:
@@ -118,16 +117,15 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
     """All settings with features that want a gradient, and some with frozen features."""
     scales = memory.Scales(
         case=Case(**TINY) if options.quick else Case(),
-        ranks=options.ranks,
+        where=options.where,
         frames=options.frames,
         steps=options.steps,
         budget_bytes=int(options.budget_gib * memory.GIB),
-        threads=max(cores() // options.ranks, 1),
     )
     results = {
         **header(),
         "ranks": options.ranks,
-        "threads_per_rank": scales.threads,
+        "threads_per_rank": options.where.threads,
         "memory_measured_by": meter().source,
         "units": "bytes and tokens of one rank, the one that needs most; bytes above what was "
         "there before the step; seconds of the slowest rank",
@@ -181,7 +179,7 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
     if options.quick:
         case = replace(case, **TINY, mlp=64, vision_hidden=32, vision_heads=2, vision_mlp=32)
         case = replace(case, cross_layers=1, vision_layers=1, image_size=28)
-    scales = memory.Scales(case, ranks=1, frames=1, steps=options.steps, threads=cores())
+    scales = memory.Scales(case, memory.ranks_here(1), frames=1, steps=options.steps)
     results = {**header(), "threads": cores(), "case": asdict(case), "records": []}
     pairs = list(product((False, True), ("frozen", "tower")))
     for checkpointing, features in pairs[:1] if options.quick or options.brief else pairs:

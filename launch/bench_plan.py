@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import published
-from bench.pooled import pooled
+from bench.pooled import pooled, short
 from bench.script import usual_parser
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.compare.document import columns, markdown, save, write_between
+from ds_lvx.compare.harness import Ranks
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
 from ds_lvx.compare.operators.tensors import split
@@ -131,11 +132,8 @@ def measure_piece(rate: str, ranks: int, options: argparse.Namespace) -> dict[st
     """Every shape's runs, and one profile of before and after them."""
 
     def calibrated() -> dict[str, Any]:
-        found = calibrate.calibrate(ranks=ranks, network=Network.parse(rate), quick=options.quick)
-        # The digits of its samples that are committed.
-        text = json.dumps(found["answers"])
-        short = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.4g}"))
-        return {**found, "answers": short}
+        found = calibrate.calibrate(Ranks.here(ranks, network=rate), quick=options.quick)
+        return {**found, "answers": short(found["answers"])}
 
     before = calibrated()
     runs = [measure_runs(rate, ranks, shape, options) for shape in options.shapes]

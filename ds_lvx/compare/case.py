@@ -21,6 +21,7 @@ from ds_lvx.models.dimensions import Layers
 from ds_lvx.models.remote import read_config
 from ds_lvx.models.size import Size
 from ds_lvx.plan.memory import Setting
+from ds_lvx.plan.units import at_least
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BUCKET_ELEMENTS = 2**23  # two of the largest weights that train for the memory's measurement
@@ -153,10 +154,7 @@ def cut(case: Case, *, hidden: int | None = None, **layers: int | None) -> Case:
     """
     changes: dict[str, Any] = {name: value for name, value in layers.items() if value is not None}
     for name, value in changes.items():
-        least = 0 if name == "self_layers" else 1
-        if value < least:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option}: got {value}; expected at least {least}")
+        at_least(0 if name == "self_layers" else 1, **{name: value})
     if "vision_layers" in changes:
         changes["vision_global_layers"] = min(case.vision_global_layers, changes["vision_layers"])
     if hidden is not None:

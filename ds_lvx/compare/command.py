@@ -15,14 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deepspeed.accelerator import get_accelerator
-
 from ds_lvx.attention.shape import check_heads
 from ds_lvx.compare.document import Subject, deliver
 from ds_lvx.compare.fresh import RunError
 from ds_lvx.compare.harness import GATHERED, METHODS, SHARDED, Ranks, on_ranks
-from ds_lvx.compare.machine import cores
-from ds_lvx.compare.network import Network, NetworkError
+from ds_lvx.compare.network import NetworkError
 from ds_lvx.compare.operators import rank as operators
 from ds_lvx.compare.operators import subject as operators_subject
 from ds_lvx.compare.operators.rank import Contest
@@ -30,7 +27,7 @@ from ds_lvx.compare.operators.tensors import DTYPES, ORDERS, VISIBILITIES, Shape
 from ds_lvx.compare.training import model
 from ds_lvx.config.registry import kernel_words
 from ds_lvx.config.words import nearest
-from ds_lvx.plan.units import count
+from ds_lvx.plan.units import at_least, count
 
 WORDS = ("lvx", *METHODS)
 DEFAULT_METHODS = ("lvx", "ulysses", "ring", "none")
@@ -139,34 +136,23 @@ def show(results: Mapping[str, Any], options: argparse.Namespace) -> int:
     return 1 if apart else 0
 
 
-def settle(options: argparse.Namespace) -> Ranks:
-    """`settle_measurement`, and where it runs, by the options or as this machine has it."""
-    settle_measurement(options)
-    network = None if options.network is None else Network.parse(options.network)
-    device = _device(options.device, network)
-    devices = get_accelerator().device_count() if device != "cpu" else 0
-    ranks = (devices or 4) if options.ranks is None else options.ranks
-    _check_at_least(1, ranks=ranks)
-    if devices and ranks > devices:
-        raise ValueError(
-            f"--ranks: got {ranks} for {devices} devices; expected one for each rank, or "
-            "--device cpu"
-        )
-    threads = max(cores() // ranks, 1) if options.threads is None else options.threads
-    _check_at_least(1, threads=threads)
-    return Ranks(ranks, threads, device, network, options.timeout_s)
-
-
 def settle_measurement(options: argparse.Namespace) -> None:
     """Replace words of the options of `add_measurement` by what they mean."""
     options.methods = _methods_of(options.methods)
     options.recompute = bool(options.recompute)
-    _check_at_least(0, warmup=options.warmup)
-    _check_at_least(1, repeats=options.repeats)
+    at_least(0, warmup=options.warmup)
+    at_least(1, repeats=options.repeats)
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
-    ranks = settle(options)
+    settle_measurement(options)
+    ranks = Ranks.here(
+        options.ranks,
+        options.threads,
+        device=options.device,
+        network=options.network,
+        timeout_s=options.timeout_s,
+    )
     say = partial(print, file=sys.stderr, flush=True)
     if options.model:
         task = model.task_of(options, ranks=ranks.count)
@@ -180,7 +166,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     say(f"{', '.join(contest.methods)} on {ranks.count} ranks of {ranks.threads} threads ...")
     return operators_subject.assemble(
         contest,
-        on_ranks(operators.alone, contest, ranks),
+        on_ranks(operators.measure, contest, ranks, joins=True),
         skipped=skipped,
         network=None if ranks.network is None else str(ranks.network),
         device=ranks.device,
@@ -248,23 +234,3 @@ def ending_in_order() -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-
-
-def _device(name: str, network: Network | None) -> str:
-    found: str = get_accelerator().device_name()
-    if name == "cpu" or (name == "auto" and network is not None):
-        return "cpu"
-    if name == "accelerator" and network is not None:
-        raise ValueError(
-            "--network: got it with --device accelerator, whose ranks would not use the emulated "
-            "network but the links between the devices; leave one of both away"
-        )
-    if name == "accelerator" and found == "cpu":
-        raise ValueError("--device: got 'accelerator'; this machine has none; use cpu")
-    return found
-
-
-def _check_at_least(least: int, **options: int) -> None:
-    for name, value in options.items():
-        if value < least:
-            raise ValueError(f"--{name}: got {value}; expected at least {least}")

@@ -25,19 +25,12 @@ _SWEPT_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Job:
-    """Generations by one model. Sizes are those of the whole sample.
+    """Generations by one model. Sizes are those of the whole sample."""
 
-    Attributes:
-        case: sizes of the model, and tokens of the prompt; every second layer is cross-attention.
-        frames: of each sample.
-        new_tokens: that are chosen and timed, of each answer.
-        dtype: a key of `DTYPES`.
-    """
-
-    case: Case
-    frames: tuple[int, ...]
-    new_tokens: int = 16
-    dtype: str = "float32"
+    case: Case  # sizes, and tokens of the prompt; every second layer is cross-attention
+    frames: tuple[int, ...]  # of each sample
+    new_tokens: int = 16  # that are chosen and timed, of each answer
+    dtype: str = "float32"  # a key of `DTYPES`
 
     def config(self) -> Any:
         """Of the model, whose layer 0 is of text: its cache tells where a token stands."""

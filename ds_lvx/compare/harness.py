@@ -10,8 +10,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
@@ -24,11 +23,13 @@ from deepspeed.accelerator import get_accelerator
 from pydantic import TypeAdapter
 
 from ds_lvx.compare.fresh import answer, bind, run_fresh
+from ds_lvx.compare.machine import cores
 from ds_lvx.compare.network import MASTER, Lab, Network
 from ds_lvx.config import registry
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.shutdown import shutdown
 from ds_lvx.distributed.start import init_distributed
+from ds_lvx.plan.units import at_least
 
 SHARDED = tuple(sorted(s for s, entry in registry.SCHEDULES.items() if not entry.same_queries))
 """Schedules of queries that are split."""
@@ -55,11 +56,60 @@ class Ranks:
     timeout_s: float = 3600.0  # for the whole run
     environment: Mapping[str, str] = field(default_factory=dict)  # further variables
 
+    @classmethod
+    def here(
+        cls,
+        count: int | None = None,
+        threads: int | None = None,
+        *,
+        device: str = "auto",
+        network: str | None = None,
+        otherwise: int = 4,
+        **more: Any,
+    ) -> Ranks:
+        """What a command line asks for, or as this machine has it: a rank a device, all cores.
 
-def on_ranks(function: Callable[[Any], Any], request: Any, ranks: Ranks) -> list[Any]:
+        Without devices there are ``otherwise`` ranks; those of an emulated network are on the CPU.
+
+        Raises:
+            ValueError: what this machine has not, or what does not fit each other.
+        """
+        between = None if network is None else Network.parse(network)
+        name = _device(device, between)
+        devices = get_accelerator().device_count() if name != "cpu" else 0
+        count = (devices or otherwise) if count is None else count
+        at_least(1, ranks=count)
+        if devices and count > devices:
+            raise ValueError(
+                f"--ranks: got {count} for {devices} devices; expected one for each rank, or ranks "
+                "on the CPU"
+            )
+        threads = max(cores() // count, 1) if threads is None else threads
+        at_least(1, threads=threads)
+        return cls(count, threads, name, between, **more)
+
+
+def _device(name: str, network: Network | None) -> str:
+    found: str = get_accelerator().device_name()
+    if name == "cpu" or (name == "auto" and network is not None):
+        return "cpu"
+    if name == "accelerator" and network is not None:
+        raise ValueError(
+            "--network: got it with --device accelerator, whose ranks would not use the emulated "
+            "network but the links between the devices; leave one of both away"
+        )
+    if name == "accelerator" and found == "cpu":
+        raise ValueError("--device: got 'accelerator'; this machine has none; use cpu")
+    return found
+
+
+def on_ranks(
+    function: Callable[[Any], Any], request: Any, ranks: Ranks, *, joins: bool = False
+) -> list[Any]:
     """Call a function of a module in fresh processes, one a rank; what each returned, by rank.
 
-    Its argument, the request, is a dataclass of what JSON has.
+    Its argument, the request, is a dataclass of what JSON has. With ``joins`` the ranks have joined
+    ``torch.distributed``, and on a CPU each stays on its share of the cores.
 
     Raises:
         RunError: a rank failed.
@@ -73,6 +123,7 @@ def on_ranks(function: Callable[[Any], Any], request: Any, ranks: Ranks) -> list
         "module": function.__module__,
         "name": function.__name__,
         "request": asdict(request),
+        "joins": joins,
     }
     on_cpu = {"DS_ACCELERATOR": "cpu"} if ranks.device == "cpu" else {}
     run = partial(
@@ -96,18 +147,14 @@ def _called(call: Mapping[str, Any]) -> Any:
     function = getattr(import_module(call["module"]), call["name"])
     hints = get_type_hints(function)
     kind = next(hint for name, hint in hints.items() if name != "return")
-    return function(TypeAdapter(kind).validate_python(call["request"]))
-
-
-@contextmanager
-def joined() -> Iterator[torch.device]:
-    """In a rank that `on_ranks` started: ``torch.distributed``, and this rank's device."""
-    device = own_device()
-    if device.type == "cpu":
+    request = TypeAdapter(kind).validate_python(call["request"])
+    if not call["joins"]:
+        return function(request)
+    if own_device().type == "cpu":
         bind(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     init_distributed(verbose=False)
     try:
-        yield device
+        return function(request)
     finally:
         shutdown()
 

@@ -12,12 +12,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ds_lvx.compare.document import save
 from ds_lvx.compare.harness import Ranks, on_ranks
-from ds_lvx.compare.machine import cores, header
-from ds_lvx.compare.network import Network
+from ds_lvx.compare.machine import header
 from ds_lvx.plan import fit, measure, profile
 
 _KEYS = (1024, 4096, 16_384, 32_768)
@@ -57,25 +54,17 @@ _QUICK = measure.Samples(
 )
 
 
-def calibrate(*, ranks: int, network: Network | None = None, quick: bool = False) -> dict[str, Any]:
-    """Measure on ``ranks`` fresh processes of this machine; on a CPU they share its cores.
+def calibrate(where: Ranks, *, quick: bool = False) -> dict[str, Any]:
+    """Measure in fresh processes of this machine; on a CPU they share its cores.
 
     The profile has what it was measured with, every sample, and the ``cluster`` that follows. A
-    ``quick`` one, of tiny shapes, is of no use. ``network`` is an emulated one.
+    ``quick`` one, of tiny shapes, is of no use.
 
     Raises:
-        ValueError: more ranks than GPUs.
         RuntimeError: a rank failed, or the network cannot be made.
     """
-    cuda = torch.cuda.is_available() and network is None
-    if cuda and ranks > torch.cuda.device_count():
-        raise ValueError(
-            f"--ranks: got {ranks} for {torch.cuda.device_count()} GPUs; expected one for each rank"
-        )
-    request = _QUICK if quick else _GPU if cuda else _CPU
-    threads = max(cores() // ranks, 1)
-    where = Ranks(ranks, threads, "cuda" if cuda else "cpu", network)
-    return profile_of(on_ranks(measure.measure, request, where), request, where)
+    request = _QUICK if quick else _CPU if where.device == "cpu" else _GPU
+    return profile_of(on_ranks(measure.measure, request, where, joins=True), request, where)
 
 
 def profile_of(

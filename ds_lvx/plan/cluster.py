@@ -12,6 +12,7 @@ from math import log2
 from typing import Any
 
 from ds_lvx.plan.cards import Card
+from ds_lvx.plan.units import at_least
 
 # What well-written programs reach of a data sheet; docs/planning.md has the sources.
 FORWARD_SHARE = 0.6
@@ -178,9 +179,7 @@ class Cluster:
     source: str  # where the numbers come from
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; expected at least 1")
+        at_least(1, gpus=self.gpus, gpus_per_node=self.gpus_per_node)
 
     def with_gpus(self, gpus: int, gpus_per_node: int | None = None) -> Cluster:
         """The same devices and links, as many as given."""

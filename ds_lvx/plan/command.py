@@ -170,10 +170,6 @@ def _cluster_of(options: argparse.Namespace) -> Cluster:
             f"--card: got neither a card nor a profile; expected --card with one of {list(CARDS)}, "
             "or --profile with a file that ds-lvx plan --calibrate wrote"
         )
-    for name in ("gpus", "gpus_per_node"):
-        count = getattr(options, name)
-        if count < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: got {count}; expected at least 1")
     if options.profile is not None:
         known = profile.read(options.profile)
     else:
@@ -193,19 +189,15 @@ def _cluster_of(options: argparse.Namespace) -> Cluster:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    import torch
-
     from ds_lvx.compare.fresh import RunError
-    from ds_lvx.compare.network import Network, NetworkError
+    from ds_lvx.compare.harness import Ranks
+    from ds_lvx.compare.network import NetworkError
     from ds_lvx.plan import calibrate
 
-    ranks = torch.cuda.device_count() or 2 if options.ranks is None else options.ranks
-    if ranks < 1:
-        raise ValueError(f"--ranks: got {ranks}; expected at least 1")
-    network = None if options.network is None else Network.parse(options.network)
-    print(f"measuring on {ranks} ranks ...", file=sys.stderr)
+    where = Ranks.here(options.ranks, network=options.network, otherwise=2)
+    print(f"measuring on {where.count} ranks ...", file=sys.stderr)
     try:
-        record = calibrate.calibrate(ranks=ranks, network=network, quick=options.quick)
+        record = calibrate.calibrate(where, quick=options.quick)
     except (RunError, NetworkError) as error:
         print(f"ds-lvx plan: {error}", file=sys.stderr)
         return 1

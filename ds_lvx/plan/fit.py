@@ -134,6 +134,8 @@ def _one_token(answers: Answers) -> dict[str, Any]:
         small = (answer["transfers"]["gather"][0] for answer in answers)
         cross_s = max(cross_s - slowest(small, at=0.25), 0.0)
     reading_s = slowest(answer["weights"] for answer in answers)
+    new = first["new"]
+    new_s, old_s = (slowest(answer[name] for answer in answers) for name in ("new", "elementwise"))
     return {
         "weights_bytes_per_s": first["weights"]["bytes"] / reading_s,
         "token_s": token_s,
@@ -141,16 +143,9 @@ def _one_token(answers: Answers) -> dict[str, Any]:
         "cross_layer_s": cross_s,
         # The first forward is no shorter than a later one.
         "begin_s": max(slowest(models[0], "begin_seconds") - steps[0], 0.0),
-        **_new_memory(answers),
+        # An operation takes longer into new memory than in place.
+        "new_byte_s": max(new_s - old_s, 0.0) / (new["numbers"] * new["bytes_written"]),
     }
-
-
-def _new_memory(answers: Answers) -> dict[str, float]:
-    """What an operation takes longer into new memory than in place."""
-    first = answers[0]
-    new_s, old_s = (slowest(answer[name] for answer in answers) for name in ("new", "elementwise"))
-    nbytes = first["new"]["numbers"] * first["new"]["bytes_written"]
-    return {"new_byte_s": max(new_s - old_s, 0.0) / nbytes}
 
 
 def link(answers: Answers) -> Link:

@@ -17,6 +17,7 @@ from ds_lvx.plan.prompts import among_parts, encoder_parts, prompt_bytes, rows_o
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.step import products_s, vision_s
 from ds_lvx.plan.transfers import Pass, Ranks, Transfer
+from ds_lvx.plan.units import at_least
 
 _WAY = "lvx replicated"
 _WITNESS_BYTES = 16  # in a token's first message: which one it is, and the token
@@ -29,23 +30,17 @@ _NORM_NUMBERS, _NORM_NEW = 7, 3
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of the rank that holds most.
+    """Bytes of the rank that holds most."""
 
-    Attributes:
-        weights: of the whole model; at ZeRO-3 this rank's share.
-        keys: K and V of its visual tokens, in all cross-attention layers; of its part of the
-            prompt, where visual tokens stand among the text or an encoder has both.
-        text: K and V that every rank has: of prompt and answer, or there of the answer.
-        prompt: the most that the prompt's forward has beside the weights: in the vision tower, or
-            where the last cross-attention layer makes its keys.
-        gathered: at ZeRO-3 the largest layer, or table of the vocabulary, whole while it runs.
-    """
-
-    weights: int
+    weights: int  # of the whole model; at ZeRO-3 this rank's share
+    # K and V of its visual tokens, in all cross-attention layers; of its part of the prompt, where
+    # visual tokens stand among the text or an encoder has both.
     keys: int
-    text: int
+    text: int  # K and V that every rank has: of prompt and answer, or there of the answer
+    # The most that the prompt's forward has beside the weights: in the vision tower, or where the
+    # last cross-attention layer makes its keys.
     prompt: int
-    gathered: int = 0
+    gathered: int = 0  # at ZeRO-3 the largest layer, or table of the vocabulary, while it runs
 
     @property
     def kept(self) -> int:
@@ -60,25 +55,15 @@ class Held:
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer, as ``ranks`` ranks generate it together.
+    """One answer."""
 
-    Attributes:
-        ranks: that share the sample.
-        token: seconds of a token by part.
-        prompt: seconds until the first token by part.
-        new_tokens: of the answer.
-        bytes_sent: by a rank for a token.
-        held: memory.
-        fits: it suffices.
-    """
-
-    ranks: int
-    token: dict[str, float]
-    prompt: dict[str, float]
-    new_tokens: int
-    bytes_sent: float
+    ranks: int  # that share the sample
+    token: dict[str, float]  # seconds of one by part
+    prompt: dict[str, float]  # seconds until the first token by part
+    new_tokens: int  # of the answer
+    bytes_sent: float  # by a rank for a token
     held: Held
-    fits: bool
+    fits: bool  # the memory suffices
 
     @property
     def token_s(self) -> float:
@@ -109,8 +94,7 @@ def generations(
     Raises:
         ValueError: ``group`` does not divide the GPUs, or ``new_tokens`` is below 1.
     """
-    if new_tokens < 1:
-        raise ValueError(f"generate: got {new_tokens} new tokens; expected at least 1")
+    at_least(1, generate=new_tokens)
     return [
         generation(scenario, cluster, ranks=ranks, new_tokens=new_tokens)
         for ranks in cluster.groups(group)
@@ -202,8 +186,8 @@ def _prompt(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[str, fl
     }
     if scenario.model.gathered:
         features = Ranks(cluster, ranks).gather(_features_bytes(scenario, ranks))
-        gathered_s = features.busy_s + features.latency_s if ranks > 1 else 0.0
-        parts = {"text": _text_s(_with_text(scenario), device, cluster), "network": gathered_s}
+        text_s = _text_s(_with_text(scenario), device, cluster)
+        parts = {"text": text_s, "network": features.seconds}
     elif scenario.model.among:
         parts = among_parts(scenario, cluster, ranks=ranks)
     elif scenario.model.rows is not None:
@@ -229,7 +213,7 @@ def _zero(
 
 def _weights(scenario: Scenario, cluster: Cluster, parameters: int) -> Transfer:
     """The gathering of so many weights for a forward, a layer at a time, at ZeRO-3."""
-    if scenario.zero_stage < 3 or cluster.gpus == 1:
+    if scenario.zero_stage < 3:
         return Transfer(0.0, 0.0, 0, 0)
     whole = Ranks(cluster, cluster.gpus).gather(scenario.element_bytes * parameters / cluster.gpus)
     model = scenario.model

@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.generation import Generation, best
-from ds_lvx.plan.report import links, table
+from ds_lvx.plan.report import asked, links, table
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.units import duration, size
 
@@ -24,10 +24,7 @@ def as_record(scenario: Scenario, cluster: Cluster, found: Sequence[Generation])
 
     taken = best(found)
     return {
-        "kind": "predicted",
-        "job": {**asdict(scenario), "visual_tokens": scenario.visual_tokens},
-        "cluster": cluster.record(),
-        "memory_limit_bytes": cluster.device.limit_bytes,
+        **asked(scenario, cluster),
         "best": None if taken is None else record(taken),
         "generations": [record(each) for each in found],
     }

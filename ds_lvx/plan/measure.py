@@ -23,7 +23,7 @@ from ds_lvx.attention.call import Call
 from ds_lvx.attention.common import delta_of
 from ds_lvx.attention.layout import Layout
 from ds_lvx.compare.decoding import own_steps
-from ds_lvx.compare.harness import joined, meet, now
+from ds_lvx.compare.harness import meet, now, own_device
 from ds_lvx.distributed.bundles import Bundle, Spec
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.pending import Pending
@@ -61,7 +61,7 @@ class Samples:
 
 
 def measure(wanted: Samples) -> dict[str, Any]:
-    """Every sample of this rank, in seconds, in a process of its own.
+    """Every sample of this rank, in seconds.
 
     ``kernels`` are by kind, lists of shape and samples; ``whole_alone`` and ``backward_alone`` are
     for rank 0 while the others wait. ``transfers`` are lists of bytes and samples, ``hidden`` those
@@ -69,12 +69,7 @@ def measure(wanted: Samples) -> dict[str, Any]:
 
     Collectives: those that are measured, and agreements of 2 KiB on the CPU.
     """
-    with joined() as device:
-        return measured(wanted, device)
-
-
-def measured(wanted: Samples, device: torch.device) -> dict[str, Any]:
-    """`measure` in a process that has joined the others."""
+    device = own_device()
     bench = _Bench(Channel.world(), device, wanted)
     several = bench.world.size > 1
     return {

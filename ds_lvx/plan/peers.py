@@ -16,9 +16,8 @@ from ds_lvx.plan.scenario import Scenario
 class Peers:
     """Bytes of a rank."""
 
-    gathered: (
-        int  # at the peak, where each rank encodes its frames, and all embeddings are gathered
-    )
+    # At the peak, where each rank encodes its frames, and all embeddings are gathered.
+    gathered: int
     sent: int  # for that, in a step, beside what attention sends
     whole_towers: int  # at the peak, where each rank encodes all frames
 

@@ -165,6 +165,11 @@ class Pieces(Sizes):
         )
         return tuple(size / kv_heads for size in sizes)
 
+    def beside(self, shape: AttentionShape, *, stride: int = 1) -> Pieces:
+        """Those of another call in this pass, on the same timeline."""
+        cluster, timeline = self.ranks.cluster, self.timeline
+        return Pieces(shape, cluster, backward=self.backward, timeline=timeline, stride=stride)
+
     # ---- seconds
 
     def attend_s(

@@ -45,24 +45,13 @@ def among_parts(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[str
     layer: Pass = cost(shape, cluster, way).forward
     seen = scenario.pairs_seen
     products = products_s(device, model.cross.parameters, max(lengths))
+    # The prompt's last logits go to every rank.
+    logits = Ranks(cluster, ranks).gather(scenario.element_bytes * model.vocabulary)
     return {
         "text": products + products_s(device, model.vocabulary * model.text.hidden, 1),
         "attention": model.cross.count * (seen * layer.kernel_s + layer.other_s),
-        "network": model.cross.count * layer.exposed_s + _logits_s(scenario, cluster, ranks),
+        "network": model.cross.count * layer.exposed_s + logits.seconds,
     }
-
-
-def logits_bytes(scenario: Scenario) -> int:
-    """Of the prompt's last token."""
-    return scenario.element_bytes * scenario.model.vocabulary
-
-
-def _logits_s(scenario: Scenario, cluster: Cluster, ranks: int) -> float:
-    """The prompt's last logits go to every rank."""
-    if ranks == 1:
-        return 0.0
-    sent = Ranks(cluster, ranks).gather(logits_bytes(scenario))
-    return sent.busy_s + sent.latency_s
 
 
 def encoder_parts(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[str, float]:

@@ -35,14 +35,21 @@ def as_record(scenario: Scenario, cluster: Cluster, found: Plan) -> dict[str, An
         }
 
     return {
-        "kind": "predicted",
-        "job": {**asdict(scenario), "visual_tokens": scenario.visual_tokens},
-        "cluster": cluster.record(),
-        "memory_limit_bytes": cluster.device.limit_bytes,
+        **asked(scenario, cluster),
         "best": record(found.best),
         "quickest": record(found.quickest),
         "steps": [record(each) for each in found.steps],
         "stops": [asdict(each) for each in found.stops],
+    }
+
+
+def asked(scenario: Scenario, cluster: Cluster) -> dict[str, Any]:
+    """What the record of a prediction begins with."""
+    return {
+        "kind": "predicted",
+        "job": {**asdict(scenario), "visual_tokens": scenario.visual_tokens},
+        "cluster": cluster.record(),
+        "memory_limit_bytes": cluster.device.limit_bytes,
     }
 
 

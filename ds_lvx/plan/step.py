@@ -154,8 +154,6 @@ def vision_s(scenario: Scenario, device: Device, ranks: int, *, backward: bool =
 def _zero(scenario: Scenario, cluster: Cluster) -> float:
     """Seconds of the network for weights and gradients, hidden or not."""
     ranks = Ranks(cluster, cluster.gpus)
-    if ranks.size == 1:
-        return 0.0
     weights = scenario.element_bytes * scenario.model.parameters / ranks.size
     gradients = scenario.element_bytes * scenario.trained_parameters / ranks.size
     # Stage 3: weights in forward and in backward, gradients once. Else: gradients are summed, or

@@ -23,6 +23,11 @@ class Transfer:
     messages: int  # by this rank
     drag_s: float = 0.0  # by which it slows down what the rank computes
 
+    @property
+    def seconds(self) -> float:
+        """Of one that is waited for at once."""
+        return self.busy_s + self.latency_s
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -124,7 +129,7 @@ class Timeline:
         self._link_free_s = max(self._now_s, self._link_free_s) + transfer.busy_s
         arrives_s = self._link_free_s + transfer.latency_s
         self.compute(transfer.drag_s, "other")
-        self._spent["wire_s"] += transfer.busy_s + transfer.latency_s
+        self._spent["wire_s"] += transfer.seconds
         self._spent["bytes_sent"] += transfer.sent_bytes
         self._spent["messages"] += transfer.messages
         return arrives_s

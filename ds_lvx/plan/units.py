@@ -45,6 +45,14 @@ def count(text: str, *, what: str = "count") -> int:
     return int(value)
 
 
+def at_least(least: int, **values: int) -> None:
+    """Refuse what is less, by the name of its option."""
+    for name, value in values.items():
+        if value < least:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option}: got {value}; expected at least {least}")
+
+
 def duration(seconds: float) -> str:
     """For people: three digits and a unit."""
     return _rounded(seconds, _DURATIONS)

@@ -181,12 +181,7 @@ def _ulysses(pieces: Pieces) -> None:
     """q, k and v arrive; a kernel over all keys and some heads; out leaves by groups of heads."""
     if not pieces.backward:
         pieces.project()
-    wide = Pieces(
-        padded(pieces.shape),
-        pieces.ranks.cluster,
-        backward=pieces.backward,
-        timeline=pieces.timeline,
-    )
+    wide = pieces.beside(padded(pieces.shape))
     arriving, leaving = _both_ways(wide)
     wide.timeline.wait(_all_to_all(wide, arriving))
     if wide.backward:
@@ -231,21 +226,16 @@ def _ulysses_sends(sizes: Sizes, rank: int) -> float:
 
 def _hybrid(pieces: Pieces, *, hybrid: Hybrid, way: Way) -> None:
     """All-to-alls of a subgroup before and after the other way's walk."""
-    shape, cluster, backward = pieces.shape, pieces.ranks.cluster, pieces.backward
+    shape, backward = pieces.shape, pieces.backward
     if not backward:
         pieces.project()
     most = max(range(shape.ranks // hybrid.ulysses), key=lambda i: _held(shape, hybrid, i))
-    inside = padded(subgroup(shape, hybrid, most))
-    wide = Pieces(inside, cluster, backward=backward, timeline=pieces.timeline)
+    wide = pieces.beside(padded(subgroup(shape, hybrid, most)))
     arriving, leaving = _both_ways(wide)
     if hybrid.ulysses > 1:
         wide.timeline.wait(_all_to_all(wide, arriving))
     if hybrid.ulysses < shape.ranks:
-        others = across(shape, hybrid)
-        stride = hybrid.ulysses
-        way.walk(
-            Pieces(others, cluster, backward=backward, timeline=pieces.timeline, stride=stride)
-        )
+        way.walk(pieces.beside(across(shape, hybrid), stride=hybrid.ulysses))
     else:
         kernel = pieces.device.backward if backward else pieces.device.whole
         wide.attend(wide.queries, wide.keys, share=1 / wide.n, kernel=kernel)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.peak import PROMPT_FREEING, meter
-from bench.pooled import joined as joined_samples
+from bench.pooled import joined, short
 from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.layout import Layout
@@ -25,7 +25,7 @@ from ds_lvx.attention.schedules.replicated import Parts
 from ds_lvx.compare.case import DTYPES
 from ds_lvx.compare.decoding import Clock, Job, batch_of, patched, timed
 from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
-from ds_lvx.compare.harness import Ranks, joined, meet, now, on_ranks, own_device, slowest, spread
+from ds_lvx.compare.harness import Ranks, meet, now, on_ranks, own_device, slowest, spread
 from ds_lvx.config.words import in_ranks
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.choice import kernel_for
@@ -33,7 +33,7 @@ from ds_lvx.kernels.merge import empty_part
 from ds_lvx.plan import calibrate
 from ds_lvx.plan.cluster import Cluster
 from ds_lvx.plan.generation import generation
-from ds_lvx.plan.measure import Samples, measured
+from ds_lvx.plan.measure import Samples, measure
 from ds_lvx.plan.scenario import Scenario
 
 _KEYS = (16, 1024, 8192, 65_536)
@@ -47,15 +47,10 @@ _PREDICTED = ("token_s", "tokens_per_s", "kept_bytes", "peak_bytes", "prompt_s")
 
 @dataclass(frozen=True)
 class Request:
-    """What a rank measures.
+    """What a rank measures."""
 
-    Attributes:
-        job: whose answers.
-        samples: for the planner, before and after those of each length.
-    """
-
-    job: Job
-    samples: Samples
+    job: Job  # whose answers
+    samples: Samples  # for the planner, before and after those of each length
 
 
 def samples_for(job: Job, *, quick: bool = False) -> Samples:
@@ -89,21 +84,20 @@ def measured_around(request: Request) -> dict[str, Any]:
     """On a rank: the answers over each number of frames, and a profile's samples around them.
 
     Returns:
-        ``answers``, a list for each number of frames; ``known``, of `measure.measured`, one more
+        ``answers``, a list for each number of frames; ``known``, of `measure.measure`, one more
         than these; and those of `messages`.
     """
     job = request.job
-    with joined() as device:
-        with patched(job) as (model, session):
-            # What the first use of anything costs, in seconds and in bytes, is not counted.
-            answer(model, job, job.frames[0])
-            found = messages(job, session.groups.channel)
-        known, answers = [_short(measured(request.samples, device))], []
-        for frames in job.frames:
-            with patched(job) as (model, _):
-                answers.append(_answers(model, job, frames))
-            known.append(_short(measured(request.samples, device)))
-        return {"answers": answers, "known": known, **found}
+    with patched(job) as (model, session):
+        # What the first use of anything costs, in seconds and in bytes, is not counted.
+        answer(model, job, job.frames[0])
+        found = messages(job, session.groups.channel)
+    known, answers = [short(measure(request.samples))], []
+    for frames in job.frames:
+        with patched(job) as (model, _):
+            answers.append(_answers(model, job, frames))
+        known.append(short(measure(request.samples)))
+    return {"answers": answers, "known": known, **found}
 
 
 class _Clock(Clock):
@@ -178,14 +172,6 @@ def _answers(model: Any, job: Job, frames: int) -> list[dict[str, Any]]:
     return found
 
 
-def _short(record: Any) -> Any:
-    if isinstance(record, Mapping):
-        return {key: _short(each) for key, each in record.items()}
-    if isinstance(record, list):
-        return [_short(each) for each in record]
-    return float(f"{record:.4g}") if isinstance(record, float) else record
-
-
 def scenario(job: Job, frames: int) -> Scenario:
     """One of the job's samples, as the planner is asked about it."""
     family, config = job.case.contract(), job.config()
@@ -243,7 +229,7 @@ def record(job: Job, ranks: Ranks, samples: Samples) -> dict[str, Any]:
     """
     # New memory takes its time, for the answers as for the profile.
     where = replace(ranks, environment={**ranks.environment, **PROMPT_FREEING})
-    answers = on_ranks(measured_around, Request(job, samples), where)
+    answers = on_ranks(measured_around, Request(job, samples), where, joins=True)
     by_sample = zip(*(answer["answers"] for answer in answers), strict=True)
     known = [list(each) for each in zip(*(answer["known"] for answer in answers), strict=True)]
     first = calibrate.profile_of(known[0], samples, ranks)
@@ -275,7 +261,7 @@ def around(profile: Mapping[str, Any], known: Sequence[Any], number: int) -> dic
         known: samples by time and rank.
         number: of the length, from 0.
     """
-    both = joined_samples(known[number], known[number + 1])
+    both = joined(known[number], known[number + 1])
     return dict(calibrate.refit({**profile, "answers": both})["cluster"])
 
 
@@ -364,7 +350,7 @@ _CELLS: Cells = {
     ),
     "predicted over measured": lambda r: f"{r['predicted_over_measured']['tokens_per_s']:.2f}",
     "to one process": lambda r: times(r["speed_to_one_process"]),
-    "ms a token (p10 to p90)": lambda r: percentiles(_scaled(r["token_s"], 1e3), "{:.1f}".format),
+    "ms a token (p10 to p90)": lambda r: percentiles(r["token_s"], lambda s: f"{1e3 * s:.1f}"),
     "prompt, s": lambda r: f"{r['prompt_s']:.1f} / {r['predicted']['prompt_s']:.1f}",
     "keys of a rank, MiB": _mib("kept_bytes"),
     "peak of a rank, MiB": _mib("peak_bytes"),
@@ -404,8 +390,4 @@ def draw(results: Results) -> Any:
 
 
 def _microseconds(seconds: Mapping[str, Any] | None) -> str:
-    return "-" if seconds is None else percentiles(_scaled(seconds, 1e6), "{:.0f}".format)
-
-
-def _scaled(seconds: Mapping[str, Any], factor: float) -> dict[str, float]:
-    return {key: factor * seconds[key] for key in ("median", "p10", "p90")}
+    return "-" if seconds is None else percentiles(seconds, lambda each: f"{1e6 * each:.0f}")

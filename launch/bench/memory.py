@@ -14,14 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from bench.peak import PROMPT_FREEING
 from bench.weigh import Weighing, weigh
 from ds_lvx.compare.case import Case, ds_config
 from ds_lvx.compare.document import Cells, Results, columns, percentiles
 from ds_lvx.compare.harness import Ranks, on_ranks, slowest, spread
-from ds_lvx.compare.machine import cores
 from ds_lvx.models.dimensions import Layers
 from ds_lvx.plan import memory as formulas
 from ds_lvx.plan.memory import Setting
@@ -47,17 +45,11 @@ class Scales:
     """How the settings are measured."""
 
     case: Case  # what is trained
-    ranks: int = 2  # that share the sample; each is a process
+    where: Ranks  # that share the sample
     frames: int = 32  # the smallest visual input of a rank, at which step times are compared
     steps: int = 3  # measured at that size; one at others
     # What the largest run may add to a rank's memory; 0: it is not so large.
     budget_bytes: int = GIB
-    threads: int = 1  # of a rank on a CPU
-
-    @property
-    def on_cuda(self) -> bool:
-        """Where: else on a CPU."""
-        return torch.cuda.is_available()
 
     def run(
         self, setting: Setting, *, frames: int, timed: bool = False, counts_launches: bool = False
@@ -69,10 +61,7 @@ class Scales:
         """
         sizes = (frames,) * (1 + self.steps) if timed else (1, frames)
         load = Weighing(self.case, setting, sizes, counts_launches=counts_launches)
-        threads = max(cores() // self.ranks, 1) if self.on_cuda else self.threads
-        device = "cuda" if self.on_cuda else "cpu"
-        more: Any = {"timeout_s": _TIMEOUT_S, "environment": PROMPT_FREEING}
-        ranks = on_ranks(weigh, load, Ranks(self.ranks, threads, device, **more))
+        ranks = on_ranks(weigh, load, self.where)
 
         def most(name: str) -> float:
             return max(statistics.median(rank[name]) for rank in ranks)
@@ -89,8 +78,21 @@ class Scales:
 
     def cost(self, setting: Setting) -> float:
         """Bytes a token by the formula."""
-        found = _predict(setting, self.case, ranks=self.ranks, cuda=self.on_cuda)
-        return found["peak_bytes_per_token"]
+        return _predict(setting, self.case, **self.place)["peak_bytes_per_token"]
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """What the formula has to know of where."""
+        return {"ranks": self.where.count, "cuda": self.where.device == "cuda"}
+
+
+def ranks_here(count: int) -> Ranks:
+    """So many on this machine, whose memory is what they use.
+
+    Raises:
+        ValueError: more than there are GPUs.
+    """
+    return Ranks.here(count, timeout_s=_TIMEOUT_S, environment=PROMPT_FREEING)
 
 
 def settings(chunk_tokens: int) -> dict[str, Setting]:
@@ -129,7 +131,7 @@ def measure(
         "features": case.features,
         "setting": asdict(setting),
         "case": asdict(case),
-        "ds_config": ds_config(setting, case, ranks=scales.ranks),
+        "ds_config": ds_config(setting, case, ranks=scales.where.count),
         "budget_bytes": scales.budget_bytes,
         "environment_of_the_ranks": PROMPT_FREEING,
         "timed": timed,
@@ -138,7 +140,7 @@ def measure(
     if scales.budget_bytes > 0:
         return enlarge(record, scales, say=say)
     record["runs"].append(scales.run(setting, frames=third * scales.frames))
-    return record | compared(record, ranks=scales.ranks, cuda=scales.on_cuda)
+    return record | compared(record, **scales.place)
 
 
 def enlarge(
@@ -156,7 +158,7 @@ def enlarge(
     run = {**scales.run(setting, frames=frames), **about}
     runs = sorted([*record["runs"], run], key=lambda each: int(each["tokens"]))
     larger = {**record, "budget_bytes": scales.budget_bytes, "runs": runs}
-    larger |= compared(larger, ranks=scales.ranks, cuda=scales.on_cuda)
+    larger |= compared(larger, **scales.place)
     say(
         f"  {larger['peak_bytes_per_token']:,.0f} bytes a token; {run['tokens']:,} tokens: "
         f"{run['peak_bytes'] / GIB:.3f} GiB, {run['step_s'][-1]:.1f} s"

@@ -22,6 +22,12 @@ def pooled(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
     return refit({**first, "answers": joined(first["answers"], second["answers"])})
 
 
+def short(record: Any) -> Any:
+    """A record with the digits of its samples that are committed."""
+    text = json.dumps(record)
+    return json.loads(text, parse_float=lambda digits: float(f"{float(digits):.4g}"))
+
+
 def joined(one: Any, other: Any) -> Any:
     """Two answers, or those of all ranks, as one: lists of numbers are samples, lists of records
     the same in both."""

@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,9 @@ from pydantic import TypeAdapter
 
 from ds_lvx import cli
 from ds_lvx.attention import ring
-from ds_lvx.compare import command, fresh
+from ds_lvx.compare import command, fresh, harness
 from ds_lvx.compare.document import deliver
-from ds_lvx.compare.harness import METHODS, Lab
+from ds_lvx.compare.harness import METHODS, Lab, Ranks
 from ds_lvx.compare.network import Network, NetworkError
 from ds_lvx.compare.operators import exactness, subject
 from ds_lvx.compare.operators import rank as operators
@@ -301,7 +302,7 @@ def test_bad_options_are_named(
 
 def test_a_method_that_cannot_do_the_shape_is_skipped_with_the_reason() -> None:
     chosen = options("--heads", "2", "--ranks", "4", "--recompute")
-    command.settle(chosen)
+    command.settle_measurement(chosen)
     request, skipped = command.contest_of(chosen, 4)
     assert request.methods == ("lvx-gather", "lvx-ring", "ring", "none")
     assert list(skipped) == ["ulysses"]
@@ -312,7 +313,7 @@ def test_a_method_that_cannot_do_the_shape_is_skipped_with_the_reason() -> None:
 
 def test_defaults_are_both_schedules_and_all_peers() -> None:
     chosen = options("--seqlen-q", "64", "--seqlen-kv", "64K", "--no-overlap")
-    command.settle(chosen)
+    command.settle_measurement(chosen)
     request, _ = command.contest_of(chosen, 4)
     assert request.methods == ("lvx-gather", "lvx-ring", "ulysses", "ring", "none")
     assert (request.shape.seqlen_q, request.shape.seqlen_kv) == (64, 65536)
@@ -322,6 +323,19 @@ def test_defaults_are_both_schedules_and_all_peers() -> None:
     assert TypeAdapter(Contest).validate_python(sent) == replace(
         request, methods=list(request.methods), orders=list(request.orders)
     )
+
+
+def test_ranks_are_as_many_as_this_machine_has_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = SimpleNamespace(device_name=lambda: "cuda", device_count=lambda: 3)
+    monkeypatch.setattr(harness, "get_accelerator", lambda: cards)
+    monkeypatch.setattr(harness, "cores", lambda: 8)
+    assert Ranks.here(timeout_s=9.0) == Ranks(3, 2, "cuda", timeout_s=9.0)
+    assert Ranks.here(5, device="cpu") == Ranks(5, 1)
+    # The links between devices are not what is emulated.
+    slow = Network.parse("200mbit")
+    assert Ranks.here(threads=3, network="200mbit", otherwise=2) == Ranks(2, 3, network=slow)
+    with pytest.raises(ValueError, match="--ranks: got 4 for 3 devices; expected one for each"):
+        Ranks.here(4)
 
 
 def test_without_root_the_command_says_so(

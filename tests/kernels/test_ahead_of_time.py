@@ -51,6 +51,7 @@ def most_spilled(record: dict[str, Any]) -> int:
 def test_the_sample_compiles_for_every_gpu(capabilities: list[int]) -> None:
     environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1"}
     environment.pop("TRITON_INTERPRET", None)
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # pytest has added launch/
     command = [sys.executable, "-c", COMPILE, *map(str, capabilities)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     records = [json.loads(line) for line in done.stdout.splitlines()]

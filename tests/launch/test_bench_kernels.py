@@ -181,7 +181,7 @@ def test_the_benchmarks_know_the_options_of_the_gpu_script(
                 asked = parser.parse_args(words[number + 2 :])
                 if found[-1] == "compare":
                     asked.device = "cpu"
-                    command.settle(asked)
+                    command.settle_measurement(asked)
                     assert command.contest_of(asked, 4)[1] == {}
             if name in scripts:
                 there = ["--device", "cpu"] if name == "bench_kernels.py" else []

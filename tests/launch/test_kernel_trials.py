@@ -45,20 +45,20 @@ def results(*items: Trial, made: Any = make) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_a_cases_shares_are_those_of_its_visibility(case: KernelCase) -> None:
-    problem = case.problem()
+    visible, seen = case.shares()
     drawn = case.draw(CPU)
     rule = drawn.visibility
     size = (1, *(t.shape[1] for t in (drawn.q, drawn.keys["k"])))
     mask = torch.ones(size, dtype=torch.bool) if rule is None else rule.mask()
-    assert (problem.queries, problem.keys) == size[1:]
-    assert problem.visible == pytest.approx(mask.double().mean().item(), rel=1e-12)
-    assert problem.seen == mask.any(dim=1).double().mean().item()
+    assert (case.shape.seqlen_q, len(case.keys)) == size[1:]
+    assert visible == pytest.approx(mask.double().mean().item(), rel=1e-12)
+    assert seen == mask.any(dim=1).double().mean().item()
     if case.shape.visibility == "prefix":  # of 3rd of 4 ranks, with frames 4 and 5 of 8
         assert rule is not None
         assert rule.kv_pos.unique().tolist() == [4, 5]
-        assert problem.visible == pytest.approx(3.5 / 8)
+        assert visible == pytest.approx(3.5 / 8)
     else:
-        assert problem.visible == {"all": 1.0, "frames": 0.25}[case.shape.visibility]
+        assert visible == {"all": 1.0, "frames": 0.25}[case.shape.visibility]
 
 
 def test_the_papers_shapes() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_lvx.attention.common import delta_of
 from ds_lvx.compare.operators.exactness import largest
 from ds_lvx.compare.operators.tensors import Shards
 from ds_lvx.kernels.interface import Problem, Upstream
@@ -73,7 +74,7 @@ def exact(drawn: Shards) -> Exact:
         rule = Rule(sees, Visibility(sees.q_start.cpu(), sees.q_end.cpu(), sees.kv_pos.cpu()))
     problem = Problem(q, k, v, rule, softmax_scale=q.shape[3] ** -0.5)
     out, lse = NativeKernel().forward(problem)
-    upstream = Upstream(drawn.dout, lse, _delta(drawn.dout.float(), out.float()))
+    upstream = Upstream(drawn.dout, lse, delta_of(out, drawn.dout, None, lse))
     rows, keys = _some(q.shape[1], _ROWS, q.device), _some(k.shape[1], _KEYS, q.device)
     right = _in_float64(problem, upstream, rows, keys)
     checked = Exact(problem, upstream, rows, keys, right, out)
@@ -94,7 +95,7 @@ def _in_float64(
     kernel, every = ReferenceKernel(), slice(None)
     part, dout = _part(problem, rows, every), upstream.dout.double()
     out, lse = kernel.forward(part)
-    of_rows = Upstream(dout[:, rows], lse, _delta(dout[:, rows], out))
+    of_rows = Upstream(dout[:, rows], lse, delta_of(out, dout[:, rows], None, lse))
     dq, _, _ = kernel.backward(part, of_rows)
     _, dk, dv = kernel.backward(_part(problem, every, keys), replace(upstream, dout=dout))
     return {"out": out, "lse": lse.transpose(1, 2), "dq": dq, "dk": dk, "dv": dv}
@@ -108,10 +109,6 @@ def _part(whole: Problem, rows: Any, keys: Any) -> Problem:
         rule = Rule(Visibility(sees.q_start[:, rows], sees.q_end[:, rows], sees.kv_pos[:, keys]))
     k, v = (t[:, keys].double() for t in (whole.k, whole.v))
     return replace(whole, q=whole.q[:, rows].double(), k=k, v=v, rule=rule)
-
-
-def _delta(dout: Tensor, out: Tensor) -> Tensor:
-    return (dout * out).sum(dim=-1).transpose(1, 2)
 
 
 def _some(length: int, count: int, device: torch.device) -> Tensor:

@@ -1,7 +1,4 @@
-"""One rank of a comparison of operators: the same tensors through every method, in turns.
-
-`alone` is for processes of their own; `measure` also serves ranks that a launcher has started.
-"""
+"""One rank of a comparison of operators: the same tensors through every method, in turns."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx.compare.harness import GATHERED, joined, meet, now, own_device
+from ds_lvx.compare.harness import GATHERED, meet, now, own_device
 from ds_lvx.compare.network import carried_since, own_counters
 from ds_lvx.compare.operators import exactness
 from ds_lvx.compare.operators.attend import NotingKernel, attend, recomputes
@@ -42,12 +39,6 @@ class Contest:
     orders: Sequence[str] = ORDERS[:1]
     warmup: int = 2  # rounds, in each of which every method has one step
     repeats: int = 10  # likewise
-
-
-def alone(contest: Contest) -> dict[str, Any]:
-    """`measure` in a process of its own."""
-    with joined():
-        return measure(contest)
 
 
 def measure(contest: Contest) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ds_lvx.attention.zigzag import dealt
 from ds_lvx.kernels.visibility import Visibility
+from ds_lvx.plan.units import at_least
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -49,9 +50,7 @@ class Shape:
     order: str = ORDERS[0]
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: got {value}; expected at least 1")
+        at_least(1, **{name: n for name, n in vars(self).items() if isinstance(n, int)})
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"--kv-heads: got {self.kv_heads} for {self.heads} query heads; expected a divisor "

@@ -8,7 +8,7 @@ from itertools import product
 
 import torch
 
-from bench.kernels.roofline import Problem, Work, backward_work, forward_work
+from bench.kernels.roofline import Work, work
 from ds_lvx.compare.operators.tensors import Shape, Shards, make_shards, split, visibility
 
 DIRECTIONS = ("forward", "backward")
@@ -44,33 +44,25 @@ class KernelCase:
         every = range(ranks)
         return make_shards(self.shape, ranks=ranks, shards=[shard], device=device, of_queries=every)
 
-    def problem(self) -> Problem:
-        """What its operations and bytes follow from."""
-        shape, keys, visible, seen = self.shape, len(self.keys), 1.0, 1.0
-        places = torch.arange(self.keys.start, self.keys.stop)
-        sees = visibility(shape, torch.arange(shape.seqlen_q), places)
-        if sees is not None:  # positions are in order: a query sees a run of keys
-            position = sees.kv_pos[0]
-            first, behind = (torch.searchsorted(position, e[0]) for e in (sees.q_start, sees.q_end))
-            visible = (behind - first).sum().item() / shape.seqlen_q / keys
-            runs = torch.zeros(keys + 1, dtype=torch.int64)
-            for edges, begins in ((first, 1), (behind, -1)):
-                runs.index_add_(0, edges, torch.full_like(edges, begins))
-            seen = (runs.cumsum(0) > 0).sum().item() / keys
-        return Problem(
-            shape.seqlen_q,
-            keys,
-            shape.heads,
-            shape.kv_heads,
-            shape.head_dim,
-            element_bytes=shape.tensor_dtype.itemsize,
-            visible=visible,
-            seen=seen,
-        )
+    def shares(self) -> tuple[float, float]:
+        """Of all pairs those in which the query sees the key, and of the keys those it sees."""
+        keys, places = len(self.keys), torch.arange(self.keys.start, self.keys.stop)
+        sees = visibility(self.shape, torch.arange(self.shape.seqlen_q), places)
+        if sees is None:
+            return 1.0, 1.0
+        position = sees.kv_pos[0]  # in order: a query sees a run of keys
+        first, behind = (torch.searchsorted(position, e[0]) for e in (sees.q_start, sees.q_end))
+        runs = torch.zeros(keys + 1, dtype=torch.int64)
+        for edges, begins in ((first, 1), (behind, -1)):
+            runs.index_add_(0, edges, torch.full_like(edges, begins))
+        visible = (behind - first).sum().item() / self.shape.seqlen_q / keys
+        return visible, (runs.cumsum(0) > 0).sum().item() / keys
 
     def work(self, direction: str) -> Work:
         """Operations and bytes of ``"forward"`` or ``"backward"``."""
-        return (forward_work if direction == "forward" else backward_work)(self.problem())
+        visible, seen = self.shares()
+        own = replace(self.shape, seqlen_kv=len(self.keys))
+        return work(own, direction, visible=visible, seen=seen)
 
 
 def _cases(
