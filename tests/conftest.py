@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from tests.ranks import ROOT, session_pool
+from tests.ranks import MAX_RANKS, ROOT, session_pool
 
 OPERATOR = "deepspeed_shm_comm"
 BUILD = "from ds_lvx.distributed.start import init_distributed as start; start(dist_backend='gloo')"
@@ -71,6 +71,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         _longest_first(items)
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if present and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1":
+        present = MAX_RANKS  # which share what there is
     for item in items:
         several = item.get_closest_marker("gpus")
         needed = several.args[0] if several else int(item.get_closest_marker("gpu") is not None)

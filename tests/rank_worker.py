@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 GROUP_TIMEOUT_S = 1800  # a run ends sooner, and says where its ranks stand
@@ -77,13 +78,17 @@ def _environment(task: Task) -> dict[str, str]:
     return {
         "RANK": str(task.rank),
         "WORLD_SIZE": str(task.world_size),
-        "LOCAL_RANK": str(task.rank),
+        "LOCAL_RANK": str(_local_rank(task)),
         # No LOCAL_SIZE: with it DeepSpeed opens shared memory between the ranks, once for the life
         # of the process, and a later task with more ranks waits for it forever.
         "LOCAL_WORLD_SIZE": str(task.world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(task.port),
     }
+
+
+def _local_rank(task: Task) -> int:
+    return task.rank % torch.cuda.device_count() if task.device == "cuda" else task.rank
 
 
 def _run(task: Task) -> Answer:
@@ -97,7 +102,9 @@ def _run(task: Task) -> Answer:
         # The store is served by the pytest process, on a port that the system chose: no race.
         store = dist.TCPStore("127.0.0.1", task.port, is_master=False, timeout=timeout)
         if task.device == "cuda":
-            torch.cuda.set_device(task.rank)
+            torch.cuda.set_device(_local_rank(task))
+            # fp32 is compared with fp32; accelerate allows TF32.
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         dist.init_process_group(
             BACKENDS[task.device],
             store=store,
@@ -105,7 +112,8 @@ def _run(task: Task) -> Answer:
             world_size=task.world_size,
             timeout=timeout,
         )
-        result = pickle.dumps(fn(*args, **kwargs))
+        found = tree_map_only(torch.Tensor, torch.Tensor.cpu, fn(*args, **kwargs))
+        result = pickle.dumps(found)
     except BaseException:  # noqa: BLE001  (SystemExit is an answer of the task as well)
         return Answer(None, traceback.format_exc(), _shutdown_function() is not None)
     return Answer(result, None, _shutdown_function() is not None)

@@ -14,7 +14,8 @@
   to be at the top level of a module under `tests/` (pytest runs with `--import-mode=importlib` and
   the repository's root on `sys.path`; the name of a module is its path, `tests.attention.test_x`).
 - With `device="cuda"` rank i has GPU i, and tensors there travel over NCCL; mark such a test with
-  `pytest.mark.gpus(count)`.
+  `pytest.mark.gpus(count)`. DS_ACCELERATOR=cuda in pytest's environment makes it the default.
+  Ranks share GPUs where there are fewer, which NCCL 2.30 can: NCCL_MULTI_RANK_GPU_ENABLE=1.
 - Each run has a fresh process group, seed 0, and the environment variables that a launcher sets.
   Afterwards `ds_lvx.shutdown()` ends the groups, where `fn` has loaded `ds_lvx`.
 - What `fn` changes in its process (environment, default dtype, working folder) is put back; what
@@ -47,6 +48,7 @@ from tests.rank_worker import Answer, Leave, Left, Quit, Task, serve
 FORKED = get_context("forkserver")
 FORKED.set_forkserver_preload(["tests.preloaded"])
 MAX_RANKS = 4
+DEVICE = "cuda" if os.environ.get("DS_ACCELERATOR") == "cuda" else "cpu"
 # Limits against hangs: far above what a loaded machine takes.
 RUN_S = 600.0
 GRACE_S = 30.0
@@ -170,12 +172,13 @@ def run_ranks(
     world_size: int,
     *args: Any,
     timeout_s: float = RUN_S,
-    device: str = "cpu",
+    device: str = DEVICE,
     **kwargs: Any,
 ) -> list[Any]:
     """Call `fn(*args, **kwargs)` on ranks 0 to `world_size - 1` and return the results by rank.
 
-    `device` is `"cpu"` or `"cuda"`: with which backends `torch.distributed` is started.
+    `device` is `"cpu"` or `"cuda"`: with which backends `torch.distributed` is started. What is
+    returned is on the CPU.
 
     Raises:
         ValueError: `world_size` is not 1 to 4, or `fn` or an argument cannot be pickled.

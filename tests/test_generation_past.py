@@ -30,7 +30,7 @@ THIRD = torch.tensor([31, 6])
 
 def behind(ids: Tensor, more: Tensor, *, keep: int | None = None) -> Tensor:
     """A conversation that goes on: its first tokens, all by default, and some more."""
-    return torch.cat([ids[:, :keep], more.expand(len(ids), -1)], dim=1)
+    return torch.cat([ids[:, :keep], more.to(ids.device).expand(len(ids), -1)], dim=1)
 
 
 def text_of(batch: Batch, ids: Tensor) -> Batch:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import io
 import json
+import os
 import types
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,11 @@ def ways_to_say_it(folder: str) -> list[int]:
     stages = []
     for given in (
         {"config": path},
-        {"args": types.SimpleNamespace(deepspeed_config=path, local_rank=rank)},
+        {
+            "args": types.SimpleNamespace(
+                deepspeed_config=path, local_rank=int(os.environ["LOCAL_RANK"])
+            )
+        },
         {"config_params": config},
     ):
         model = tiny_model()

@@ -183,7 +183,7 @@ class Continued:
         device, length = device_of(model), self.text.shape[1]
         surplus = self.cache.get_seq_length() - self.common
         if surplus > 0:
-            self.cache.crop(-surplus)
+            _crop(self.cache, surplus)
         given = self.text.named
         positions = self.past.prompt.positions
         if positions is not None:
@@ -239,3 +239,11 @@ def _media_tokens(model: Any) -> list[int]:
     visual = getattr(config, "visual", None)  # a dictionary, of Qwen's first
     found += [visual.get("image_start_id")] if isinstance(visual, dict) else []
     return [each for each in found if isinstance(each, int)]
+
+
+def _crop(cache: Any, surplus: int) -> None:
+    """Remove the last tokens of what a text attends to. transformers 5.17 itself cannot where a
+    layer, such as one of cross-attention, has no keys of text."""
+    for layer in getattr(cache, "self_attention_cache", cache).layers:
+        if layer.is_initialized:
+            layer.crop(-surplus)

@@ -22,6 +22,7 @@ from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.initialize import initialize
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import mean_loss, shard_batch
+from tests.ranks import DEVICE
 
 IMAGE = 128  # the image token's id is the vocabulary's size
 TILES = 2
@@ -293,7 +294,7 @@ def plain_step(
     Returns:
         ``losses``, ``logits`` of this rank's shard and ``grads``, summed over the group.
     """
-    model = tiny_model() if model is None else model
+    model = (tiny_model() if model is None else model).to(DEVICE)
     lvx_config = LVXConfig.from_ds_config(config)
     groups = SequenceParallelGroups(lvx_config.sequence_parallel_size)
     patch = patch_model(model, lvx_config, groups)
