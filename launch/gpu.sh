@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of less than 8 minutes. On one: the tests marked gpu, the
+# Everything that needs a GPU, in one call. On one, in less than 8 minutes: the tests marked gpu, the
 # kernels beside PyTorch's and flash-attn's, the memory benchmark, one rank's training step. On
-# several: the tests marked gpus, whether attention is exact over NCCL, then lvx beside Ulysses, ring attention and the
+# several, in less than 10: the tests marked gpus, a family of each kind that trains over NCCL as one
+# process does, whether attention is exact over NCCL, then lvx beside Ulysses, ring attention and the
 # visual tokens gathered on every rank, on MOSS-VL's shape and on mllama's, and the training step.
 # Each has a time limit of its own; what fails or runs into its limit is noted, what it had written
 # by then is kept, and the rest still runs. All that is printed is in gpu.log, too.
@@ -71,7 +72,7 @@ mapfile -t gpu_tests < <(
 site="" side_by_side=()
 
 # Seconds for each. With what `timeout` waits after its signal, and 20 s for the checks before, less
-# than 8 minutes.
+# than 8 minutes on one GPU and than 10 on several.
 install() {
   if [ -n "$wheels" ]; then
     step wheels 20 "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$site" \
@@ -85,9 +86,6 @@ tests() {
     --junitxml="$output/tests.xml" "${side_by_side[@]}" "$@"
 }
 on_one() {
-  # Most of their time compilers take, which run side by side where pytest-xdist is.
-  if "$PYTHON" -c 'import xdist' 2>/dev/null; then side_by_side=(-n 8); fi
-
   tests 100 gpu "${gpu_tests[@]}"
   step kernels 155 "$PYTHON" launch/bench_kernels.py --budget_s 135 --seconds 0.1 \
     --output "$output/kernels.json"
@@ -100,20 +98,24 @@ on_one() {
 compare() {
   local name=$1
   shift
-  step "$name" 65 "$PYTHON" -m ds_lvx.cli compare --ranks "$gpus" --device accelerator \
+  step "$name" 55 "$PYTHON" -m ds_lvx.cli compare --ranks "$gpus" --device accelerator \
     --heads 32 --kv-heads 8 --head-dim 128 --methods lvx ulysses ring gathered --output "$output" \
     "$@"
 }
 on_several() {
-  tests 50 gpus tests/attention
-  step doctor 75 "$PYTHON" -m ds_lvx.cli doctor --timeout 60
+  tests 100 gpus tests/attention
+  step models 100 env DS_ACCELERATOR=cuda "$PYTHON" -m pytest -v -m 'not gpu and not gpus' \
+    "${side_by_side[@]}" --dist loadfile tests/models/test_{moss_vl,qwen2_5_vl}.py
+  step doctor 60 "$PYTHON" -m ds_lvx.cli doctor --timeout 60
   compare moss_vl --seqlen-q 2304 --seqlen-kv 184576
   compare mllama --seqlen-q 384 --seqlen-kv 512K
   compare features --seqlen-q 2304 --seqlen-kv 184576 --features-dim 4096 --recompute
-  step step_time 80 "$PYTHON" launch/bench_memory.py --parts step_time --ranks "$gpus" --rounds 1 \
+  step step_time 70 "$PYTHON" launch/bench_memory.py --parts step_time --ranks "$gpus" --rounds 1 \
     --steps 3 --brief --output_dir "$output"
 }
 steps() {
+  # Most of the tests' time compilers take, which run side by side where pytest-xdist is.
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then side_by_side=(-n $((gpus == 1 ? 8 : 3))); fi
   if [ "$gpus" -eq 1 ]; then on_one; else on_several; fi
 }
 

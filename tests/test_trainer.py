@@ -79,6 +79,23 @@ class Recorder(transformers.TrainerCallback):
         self.logs.append(dict(kwargs["logs"]))
 
 
+SETTINGS = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_steps": STEPS,
+    "learning_rate": 0.05,
+    "lr_scheduler_type": "linear",
+    "max_grad_norm": 0.5,
+    "optim": "sgd",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+
 def run(
     kind: type[Any],
     folder: Path,
@@ -93,26 +110,11 @@ def run(
     forget_state()
     if config is not None:
         deepspeed.init_distributed("gloo")  # accelerate does not where torch.distributed runs
-    settings = {
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": STEPS,
-        "learning_rate": 0.05,
-        "lr_scheduler_type": "linear",
-        "max_grad_norm": 0.5,
-        "optim": "sgd",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
     args = transformers.TrainingArguments(
         str(folder),
         use_cpu=True,
         deepspeed=copy.deepcopy(config),
-        **{**settings, **arguments},
+        **{**SETTINGS, **arguments},
     )
     record = Recorder()
     # Under ZeRO-3 it partitions as it loads.

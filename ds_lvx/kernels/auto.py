@@ -75,9 +75,11 @@ class AutoKernel(Kernel):
             chosen: str = tuned["chosen"]
             if self._can(chosen, problem, upstream):
                 return chosen
-        names = (name for name in BY_RULE if name != without)
-        able = [name for name in names if self._can(name, problem, upstream)]
-        return next(name for name in able if self._suits(name, problem, upstream))
+        for name in BY_RULE:
+            asked = name != without and self._can(name, problem, upstream)
+            if asked and self._suits(name, problem, upstream):
+                break
+        return name
 
     def _taken(self, problem: Problem, upstream: Upstream | None = None) -> Kernel:
         """The kernel of a call: the best, unless that is cuDNN's and the shape has come seldom."""

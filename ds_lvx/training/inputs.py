@@ -106,15 +106,11 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     sizes = batch_sizes(ds_config, world_size // lvx.sequence_parallel_size)
     check_trackers(options.report_to)
     _check_output(options)
-    training, evaluation = (
-        None
-        if path is None
-        else Chats(
-            path, limits=options.limits, format=options.format, media_root=options.media_root
-        )
-        for path in (options.data, options.eval_data)
+    opened = partial(
+        Chats, limits=options.limits, format=options.format, media_root=options.media_root
     )
-    assert training is not None
+    training = opened(options.data)
+    evaluation = None if options.eval_data is None else opened(options.eval_data)
     source = Source.of(options.model, trust_remote_code=options.trust_remote_code)
     source.check_tokenizer()
     if options.pack is not None:

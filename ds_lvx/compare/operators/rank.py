@@ -68,6 +68,8 @@ def measure(contest: Contest) -> dict[str, Any]:
             for turn in turns.values():
                 turn.step(counts=counts)
                 turn.kernels(counts=counts)
+                if counts and len(contest.orders) > 1:
+                    turn.kernels_in_turn()
         for method, turn in turns.items():
             counted = turn.counted()
             if turn.takes_part:
@@ -120,7 +122,7 @@ class Turn:
         self.takes_part = method != "none" or world.rank == 0
         # Of lvx, not ``auto`` any more; known after the first `kernels`.
         self.schedule: str | None = None
-        # Of every step that counts; also of this process's processor, which no rank takes from it.
+        # Of every step that counts.
         self.seconds: dict[str, dict[str, list[float]]] = {
             "step": {"forward_s": [], "backward_s": []},
             "kernels": {"forward_s": [], "backward_s": [], "processor_s": []},
@@ -163,10 +165,23 @@ class Turn:
             self._noted = noting, len(noting.calls)
             self._shards.results(out)
         begin = meet(self._world)
-        if self._noted is None:
-            return
-        noting, in_forward = self._noted
-        busy = time.process_time()
+        if self._noted is not None:
+            self._done("kernels", begin, self._repeat(*self._noted), counts=counts)
+
+    def kernels_in_turn(self) -> None:
+        """The same, rank by rank, in time of the processor: ranks that share a core, or the parts
+        of one, slow each other, and those with less to do leave the others alone."""
+        for rank in range(self._world.size):
+            meet(self._world)
+            if rank == self._world.rank and self._noted is not None:
+                begin = time.process_time()
+                self._repeat(*self._noted)
+                now()
+                self.seconds["kernels"]["processor_s"].append(time.process_time() - begin)
+                self._shards.clear()
+
+    def _repeat(self, noting: NotingKernel, in_forward: int) -> float:
+        """The noted calls again, and the projections; returns when forward ended."""
         projected = self._project()
         noting.repeat(0, in_forward)
         middle = now()
@@ -175,9 +190,7 @@ class Turn:
             if self._again:
                 projected = self._project()
             torch.autograd.backward(projected, [k.detach() for k in projected])
-        if counts:
-            self.seconds["kernels"]["processor_s"].append(time.process_time() - busy)
-        self._done("kernels", begin, middle, counts=counts)
+        return middle
 
     def _done(self, what: str, begin: float, middle: float, *, counts: bool) -> None:
         end = now()

@@ -98,7 +98,9 @@ def _records(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "forward_s": _slowest(ranks, "step", "forward_s"),
             "backward_s": _slowest(ranks, "step", "backward_s"),
             "kernels_s": kernels,
-            "kernels_processor_s": [statistics.median(r["kernels"]["processor_s"]) for r in ranks],
+            "kernels_processor_s": [
+                statistics.median(own) for r in ranks if (own := r["kernels"]["processor_s"])
+            ],
             "exposed_s": step["median"] - kernels["median"],
             "step_over_kernels": step["median"] / kernels["median"],
             "bytes_sent": max(rank["traffic"]["bytes_sent"] for rank in ranks),
