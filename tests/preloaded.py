@@ -11,6 +11,8 @@ import os
 
 gc.disable()  # nothing of what is imported is garbage
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Who asks for GPUs while this is imported shall not start CUDA, which no fork survives.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import peft  # noqa: F401
