@@ -102,7 +102,8 @@ def test_a_trained_folder_serves_as_its_base_does(name: str, tmp_path: Path) -> 
 
     for folder in (full, merged):
         assert files(folder) - {"chat_template.jinja"} == kept - {"chat_template.jinja"}
-        assert AutoTokenizer.from_pretrained(folder).chat_template or name == "qwen"
+        if name != "qwen":  # whose tokenizer is code of its repository, which the base here lacks
+            assert AutoTokenizer.from_pretrained(folder).chat_template
         # A family of this package's own classes has a config that transformers does not know.
         if FAMILIES.named(name).config_class() is None:
             AutoConfig.from_pretrained(folder, trust_remote_code=bool(trusts))
