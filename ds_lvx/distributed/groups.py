@@ -73,6 +73,8 @@ class SequenceParallelGroups:
         # DeepSpeed takes None for the world, and would sum gradient norms over it.
         alone = new_group_of([ranks_of(group)[self.sp_rank]], within=group, purpose="alone")
         self._alone = Channel(alone)
+        # A rank that closed them at once would break connections that another still makes.
+        world.agree({"made": sequence_parallel_size})
         self._open.append(self)
 
     @classmethod

@@ -62,6 +62,7 @@ class Divisions:
                 _group_of(inside, group, f"inside {size}"),
                 _group_of(across, group, f"across {size}"),
             )
+            channel.agree({"made": size})  # as `SequenceParallelGroups` does
         return cls._made[group][size][0]
 
     @classmethod

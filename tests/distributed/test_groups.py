@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -14,6 +16,7 @@ from torch import nn
 
 import ds_lvx
 from bench_launches import made_up_ranks
+from ds_lvx.distributed.channel import new_groups
 from ds_lvx.distributed.groups import resolve, resolve_groups
 from ds_lvx.distributed.start import init_distributed
 from ds_lvx.distributed.subgroups import Divisions
@@ -153,6 +156,29 @@ def test_members_name_their_group_alike_and_never_as_one_before() -> None:
     one, other = run_ranks(run_names, 2)
     assert one == other
     assert len(set(one)) == 2
+
+
+def make_and_look() -> bool:
+    """Whether the first rank, which is late, has its groups when this one has them."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+
+    def late(ranks_by_group: Any) -> Any:
+        made = new_groups(ranks_by_group)
+        if torch.distributed.get_rank() == 0:
+            time.sleep(0.5)
+            store.set("made", "")
+        return made
+
+    with mock.patch("ds_lvx.distributed.groups.new_groups", late):
+        groups = ds_lvx.SequenceParallelGroups(2)
+    found: bool = store.check(["made"])
+    groups.close()
+    return found
+
+
+def test_no_rank_has_groups_before_all_have() -> None:
+    """Else one that closes them at once breaks connections that another still makes."""
+    assert run_ranks(make_and_look, 2) == [True, True]
 
 
 def make_groups(size: Any) -> None:
