@@ -340,7 +340,7 @@ def test_a_comparison_that_is_ended_takes_its_network_down() -> None:
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_ends_its_ranks(ending: signal.Signals, tmp_path: Path) -> None:
     mark = tmp_path / "pid"
-    command = f'echo $$ > {mark}-"$RANK"; [ "$RANK" = 0 ] && echo up; sleep 600'
+    command = f'echo $$ > {mark}-"$RANK"; [ "$RANK" = 0 ] && echo up; sleep 6000'
     with Lab(Network(10**9), ranks=2, name=own("end")) as lab:
         interrupted(["bash", str(SCRIPT), "--name", lab.name, "run", "bash", "-c", command], ending)
         pids = [int(path.read_text()) for path in tmp_path.glob("pid-*")]
