@@ -34,6 +34,7 @@ class Call:
         schedule: lvx's way to move queries, not ``auto`` any more; ignored by other methods.
         requires_grad: some rank needs a gradient, so every rank takes part in backward.
         returns_lse: lse is an output that may get a gradient of its own.
+        wants_lse: somebody reads lse; else ``replicated`` may leave that of this rank's keys.
         witness: what travels with the parts of the schedule ``replicated``.
         hybrid: the subgroups inside which heads are split, if that is the method.
     """
@@ -44,6 +45,7 @@ class Call:
     schedule: str = "gather"
     requires_grad: bool = False
     returns_lse: bool = False
+    wants_lse: bool = True
     witness: Witness | None = None
     hybrid: Hybrid | None = None
 

@@ -72,14 +72,16 @@ def attend_part(
 
     Args:
         plan, batch, q, features, project_kv, trains, kv_heads, scale: as in `attend`.
-        returns_lse: lse gets a gradient.
+        returns_lse: somebody reads lse, and may give it a gradient.
 
     Returns:
         out ``[B, s, H, D]``, lse ``[B, H, s]``.
     """
     decoding = batch.decoding
     if decoding is not None and plan.kind == "cross":
-        return decoding.attend(plan, batch, q, project_kv=project_kv, scale=scale)
+        return decoding.attend(
+            plan, batch, q, project_kv=project_kv, scale=scale, returns_lse=returns_lse
+        )
     if decoding is not None and batch.behind:
         return decoding.attend_behind(plan, batch, q, project_kv(features), scale=scale)
     layout = batch.layout(plan.kind)

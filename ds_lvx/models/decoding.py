@@ -241,6 +241,7 @@ class Decoding:
         *,
         project_kv: Callable[[Tensor], tuple[Tensor, Tensor]],
         scale: float,
+        returns_lse: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Attention of the same queries on every rank over the visual tokens of all, or over those
         of a text that stays sharded.
@@ -250,6 +251,7 @@ class Decoding:
             q: ``[B * C, s, H, D]``.
             project_kv: features ``[B, s_kv, hidden]`` to K and V, in the prompt's forward.
             scale: factor of the scores.
+            returns_lse: somebody reads lse, which is nothing to rely on else.
 
         Returns:
             out ``[B * C, s, H, D]``, lse ``[B * C, H, s]``.
@@ -271,9 +273,12 @@ class Decoding:
             kernel=layout.settled(kind, lambda: kernel_for(plan.kernel, q)),
             softmax_scale=scale,
             schedule="gather" if batch.split else "replicated",
+            wants_lse=returns_lse,
             witness=witness,
         )
         out, lse = lvx.attend(call, together, k, v)
+        if not returns_lse:
+            return out.reshape(q.shape), lse
         by_row = lse.unflatten(2, (-1, tokens)).transpose(1, 2).reshape(rows, heads, tokens)
         return out.reshape(q.shape), by_row
 

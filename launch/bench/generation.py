@@ -144,10 +144,12 @@ def messages(job: Job, channel: Channel) -> dict[str, list[float]]:
     q = torch.randn(1, 1, case.heads, head_dim, device=own_device(), dtype=dtype)
     nothing = q[:, :0, : case.kv_heads]
     layout = Layout(channel, (1,) * channel.size, (0,) * channel.size, device=q.device)
-    call = Call(layout, kernel=kernel_for("auto", q), softmax_scale=1.0, schedule="replicated")
+    kernel = kernel_for("auto", q)
+    call = Call(layout, kernel, softmax_scale=1.0, schedule="replicated", wants_lse=False)
     parts, (out, lse) = Parts(channel, q, seen=True), empty_part(q, torch.float32)
+    lse.zero_()
     runs: dict[str, Callable[[], Any]] = {
-        "exchange_s": lambda: parts.merged(out, lse.zero_()),
+        "exchange_s": lambda: parts.merged(out, lse, wants_lse=False),
         "collective_s": parts.share,
         "call_s": lambda: lvx.attend(call, q, nothing, nothing),
     }

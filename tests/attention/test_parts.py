@@ -42,13 +42,15 @@ def run_two_calls(dtype: torch.dtype) -> int:
             numbers = torch.tensor([seed, channel.rank])
             witness = Witness(numbers, lambda said: heard.append(said.tolist()))
             found.append(parts.merged(*cast[channel.rank], witness))
+            without = parts.merged(*cast[channel.rank], witness, wants_lse=False)[0]
+            torch.testing.assert_close(without, found[-1][0], atol=0.0, rtol=0.0)
     for one, other in zip(found, expected, strict=True):
         for mine, whole in zip(one, other, strict=True):
             assert mine.dtype == wide
             torch.testing.assert_close(mine, whole)
-    assert heard == [[[seed, rank] for rank in range(channel.size)] for seed in range(2)]
-    assert counted.calls == 2
-    return counted.bytes_sent // 2
+    assert heard == [[[seed, rank] for rank in range(channel.size)] for seed in (0, 0, 1, 1)]
+    assert counted.calls == 4
+    return counted.bytes_sent // 4
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

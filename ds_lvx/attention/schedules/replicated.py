@@ -35,7 +35,7 @@ class Replicated:
         keys.prepare()
         out, lse = keys.attend(call, q, _rule(call))
         if call.channel.size > 1 and Parts.suffice(q, call.channel):
-            return Parts.of(call, q).merged(out, lse, call.witness)
+            return Parts.of(call, q).merged(out, lse, call.witness, wants_lse=call.wants_lse)
         out = out.to(accumulation_dtype(q.dtype))
         if call.channel.size == 1:
             return out, lse
@@ -76,10 +76,12 @@ class Parts:
                 for rows in (channel.copies_of_shared(q.device), channel.size)
             )
             lse, *self._mine = unpack_rows(self._sent, specs, first)
-            lses, self._outs, *self._said = unpack_rows(self._arrived, specs, first)
+            lses, outs, *self._said = unpack_rows(self._arrived, specs, first)
+            self._weights = outs.new_empty(*lses.shape, 1)
         self._lse = lse.transpose(-1, -2)  # [..., H, S], as kernels have it
         self._lses = lses.transpose(-1, -2).unbind()
-        self._rows = lses.unsqueeze(-1)  # to weigh out with
+        self._rows = lses.unsqueeze(-1)
+        self._weighed = list(zip(outs, self._weights, strict=True))
         self._channel = channel
         self._least = None if seen else torch.finfo(dtype).min
 
@@ -101,7 +103,12 @@ class Parts:
         return cls(call.channel, q, numbers, seen=seen)
 
     def merged(
-        self, out: Tensor, lse: Tensor, witness: Witness | None = None
+        self,
+        out: Tensor,
+        lse: Tensor,
+        witness: Witness | None = None,
+        *,
+        wants_lse: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Send this rank's part, and merge those of all.
 
@@ -109,9 +116,11 @@ class Parts:
             out: ``[B, S, H, D]``, of any dtype.
             lse: ``[B, H, S]``.
             witness: its ``compare`` hears what all ranks said.
+            wants_lse: merge lse as well.
 
         Returns:
-            out and lse over all keys, in fp32 (fp64 for fp64).
+            out and lse over all keys, in fp32 (fp64 for fp64); lse of this rank alone without
+            ``wants_lse``.
 
         Collectives: one all-gather of both, and of the witness's numbers.
         """
@@ -122,10 +131,15 @@ class Parts:
         self.share()
         if witness is not None:
             witness.compare(self._said[0])
-        total = reduce(torch.logaddexp, self._lses)
+        total = reduce(torch.logaddexp, self._lses) if wants_lse else lse
         if self._least is not None:  # outs of rows that nobody sees are 0: any weights but NaN do
             self._rows.clamp_min_(self._least)
-        return self._outs.mul_(self._rows.softmax(dim=0)).sum(dim=0), total
+        torch.softmax(self._rows, dim=0, out=self._weights)
+        (first, weight), *others = self._weighed
+        merged = first * weight
+        for each, weight in others:
+            merged.addcmul_(each, weight)
+        return merged, total
 
     def share(self) -> None:
         """The bare collective: what is in this rank's buffer, to all."""
