@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -124,17 +125,19 @@ class FeatureGradient:
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self._complete = False  # a layer has been through all tokens
-        self._layers: set[str] = set()
+        self._nodes: WeakSet[Any] = WeakSet()
 
-    def begin(self, layer: str) -> None:
+    def begin(self, node: Any) -> None:
         """A layer is about to add its gradient.
 
-        One that has done so before belongs to a new backward: the sum so far is left over from one
-        that failed.
+        Args:
+            node: of the layer in autograd's graph, one for each time that it was applied. One that
+                has added before belongs to a new backward: the sum so far is left over from one
+                that failed.
         """
-        if layer in self._layers:
+        if node in self._nodes:
             self.take()
-        self._layers.add(layer)
+        self._nodes.add(node)
 
     def add(self, chunks: Chunks, tokens: slice, gradient: Tensor | None) -> None:
         """Add one layer's gradient ``[B, t, ...]`` of a chunk; None is 0."""
@@ -169,7 +172,7 @@ class FeatureGradient:
     def take(self) -> Tensor | None:
         """The sum, which starts anew."""
         total, self.total, self._complete = self.total, None, False
-        self._layers.clear()
+        self._nodes.clear()
         return total
 
 

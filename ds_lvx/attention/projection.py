@@ -85,7 +85,11 @@ class Turns:
 def is_wanted(node: Any) -> bool:
     """Whether this backward goes on to a node: ``torch.autograd.grad`` may want others only."""
     # The public register_multi_grad_hook asks the same way.
-    return bool(torch._C._will_engine_execute_node(node))
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        # PyTorch refuses to say it of the leaves that ``torch.autograd.grad`` is asked for.
+        return True
 
 
 @dataclass(frozen=True)

@@ -138,15 +138,14 @@ def attend_recompute(
     *,
     kv_chunk_tokens: int | None = None,
     shared: FeatureGradient | None = None,
-    layer: str = "",
     turns: Turns | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`lv_xattn_recompute` for a call that is settled: ``(out, lse)``.
 
     The call must be settled with ``requires_grad`` wherever gradients are enabled: only the
     projection knows whether its parameters need one. ``shared`` is what `share` returned with the
-    features; then their gradient adds up there, under the name of the layer. ``turns`` belongs to
-    the layer: with it one backward may be of several forwards, and hooks of a parameter fire once.
+    features; then their gradient adds up there. ``turns`` belongs to the layer: with it one
+    backward may be of several forwards, and hooks of a parameter fire once.
     """
     if kv_chunk_tokens is None and features.device != q.device:
         kv_chunk_tokens = STREAMED_TOKENS
@@ -155,7 +154,7 @@ def attend_recompute(
     )
     if len(lengths) > 1 and not can_chunk(call.schedule):
         call = replace(call, schedule="gather")
-    asked = _Asked(call, project_kv, lengths, shared, layer, turns)
+    asked = _Asked(call, project_kv, lengths, shared, turns)
     out, lse = _LVXRecompute.apply(asked, call.anchor(q.device), q, features)
     return out, lse
 
@@ -166,14 +165,13 @@ class _Asked:
 
     Attributes:
         lengths: tokens of each chunk of the features.
-        shared, layer, turns: as of `attend_recompute`.
+        shared, turns: as of `attend_recompute`.
     """
 
     call: Call
     project_kv: ProjectKV
     lengths: list[int]
     shared: FeatureGradient | None
-    layer: str
     turns: Turns | None
 
 
@@ -213,7 +211,7 @@ class _LVXRecompute(torch.autograd.Function):
         gradient = None
         if features_want_gradient and is_wanted(features_node):
             gradient = FeatureGradient() if asked.shared is None else asked.shared
-            gradient.begin(asked.layer)
+            gradient.begin(ctx)
         turns = asked.turns
         projection = ProjectionAgain(
             asked.project_kv,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
@@ -32,11 +33,21 @@ class _Stack(threading.local):
 _stack = _Stack()  # a thread's own: backward runs on autograd's threads
 
 
+@dataclass
+class _Kept:
+    """The result of an operation, None once it is taken; and how often its tensors had been written
+    to when it was kept, which the layer may do afterwards: they are the ones that it was given."""
+
+    operation: str
+    result: Any
+    versions: list[int]
+
+
 class Box:
     """The results of one checkpoint call's attention, from its first pass to its second."""
 
     def __init__(self) -> None:
-        self._kept: list[tuple[str, Any]] = []
+        self._kept: list[_Kept] = []
         self._place = 0
         self._first_pass = True
 
@@ -58,7 +69,7 @@ class Box:
 
     def put(self, operation: str, result: Any) -> None:
         """Keep the result of the next operation of the first pass."""
-        self._kept.append((operation, result))
+        self._kept.append(_Kept(operation, result, _versions(result)))
 
     def take(self, operation: str) -> Any:
         """The result of the next operation of a later pass; None when it was taken before.
@@ -66,18 +77,26 @@ class Box:
         A second backward through a retained graph finds nothing any more and computes for real.
 
         Raises:
-            RuntimeError: the first pass did something else at this place.
+            RuntimeError: the first pass did something else at this place, or has written to the
+                result since.
         """
         place, self._place = self._place, self._place + 1
-        expected = self._kept[place][0] if place < len(self._kept) else "nothing more"
+        expected = self._kept[place].operation if place < len(self._kept) else "nothing more"
         if expected != operation:
             raise RuntimeError(
                 f"recomputation of a checkpointed function: got {operation} as its attention call "
                 f"number {place + 1}, expected {expected}, as in the first pass; a checkpointed "
                 "function has to do the same in both passes"
             )
-        result = self._kept[place][1]
-        self._kept[place] = (operation, None)
+        kept = self._kept[place]
+        result, kept.result = kept.result, None
+        if result is not None and _versions(result) != kept.versions:
+            raise RuntimeError(
+                f"recomputation of a checkpointed function: the result of {operation}, its "
+                f"attention call number {place + 1}, has been changed in place, and is not there "
+                "for the second pass; expected it as it was returned: use an operation that is not "
+                "in place (out = out * x for out *= x), or change a clone() of it"
+            )
         return result
 
 
@@ -115,3 +134,11 @@ def _detached(result: Any) -> Any:
     if isinstance(result, tuple):
         return tuple(_detached(item) for item in result)
     return result.detach() if isinstance(result, Tensor) else result
+
+
+def _versions(result: Any) -> list[int]:
+    """How often each tensor of a result has been written to."""
+    if isinstance(result, tuple):
+        return [version for item in result for version in _versions(item)]
+    counts = isinstance(result, Tensor) and not result.is_inference()
+    return [result._version] if counts else []

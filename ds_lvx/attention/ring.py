@@ -133,7 +133,8 @@ def _forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
         problem = call.problem(q, keys[0], keys[1], _rule(call, step), partial=partial)
         if step == 0:
             out, lse = call.kernel.forward(problem)
-            out, lse = out.to(dtype), lse.to(dtype)
+            # What `fold` writes to; a kernel's own may lie like q, whose heads may come first.
+            out, lse = out.to(dtype).contiguous(), lse.to(dtype).contiguous()
         else:
             call.kernel.fold(problem, (out, lse))
         if following is not None:

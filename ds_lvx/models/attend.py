@@ -110,7 +110,6 @@ def attend_part(
             project_kv,
             kv_chunk_tokens=plan.chunk_tokens(),
             shared=batch.features_gradient if plan.kind == "cross" else None,
-            layer=plan.name,
             turns=plan.turns,
         )
     return _attend_kept(method, call, q, *project_kv(features))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import deepspeed
@@ -324,7 +325,7 @@ def kept_bytes(method: str, tokens: int) -> int:
 
 
 def _tensors(box: Box) -> list[Tensor]:
-    results = [result for _, result in box._kept if isinstance(result, tuple)]
+    results = [kept.result for kept in box._kept if isinstance(kept.result, tuple)]
     return [item for result in results for item in result if isinstance(item, Tensor)]
 
 
@@ -353,6 +354,34 @@ def test_a_function_that_changes_is_an_error() -> None:
     out = variant("torch reentrant")(Changing(layer), x, features)
     with pytest.raises(RuntimeError, match=r"got lv_xattn as its .* expected nothing more"):
         out.sum().backward()
+
+
+def errors_of_changing_in_place() -> list[str]:
+    """What a layer gets that writes to the result of its attention, by method and function."""
+    torch.manual_seed(torch.distributed.get_rank())
+    q, k, v = (torch.randn(1, 4, HEADS, 8, requires_grad=True) for _ in range(3))
+    attends = {
+        "lvx": ds_lvx.lv_xattn,
+        "ulysses": ds_lvx.ulysses_attention,
+        "hybrid": partial(ds_lvx.hybrid_attention, ulysses=2),
+    }
+    said = []
+    for attend, name in product(attends.values(), ("torch", "torch reentrant")):
+        out = variant(name)(lambda *x, run=attend: run(*x).mul_(2.0).sin(), q, k, v)
+        try:
+            out.sum().backward()
+        except RuntimeError as error:
+            said.append(str(error))
+        else:
+            said.append("nothing")
+    return said
+
+
+def test_a_result_that_is_changed_in_place_is_an_error() -> None:
+    for said in run_ranks(errors_of_changing_in_place, 2):
+        assert len(said) == 6
+        for each in said:
+            assert "has been changed in place" in each
 
 
 @pytest.mark.parametrize("wrong", [torch.nn.functional.relu, lambda f, *a: f(*a), 3])

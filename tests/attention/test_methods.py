@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ds_lvx.attention.shape import goes_at_once
 from ds_lvx.kernels import interface as kernels
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.flash_kernel import FlashKernel
+from ds_lvx.kernels.native import NativeKernel
 from tests.attention.cases import Problem, assemble, largest_error, run_problems
 from tests.ranks import run_ranks
 
@@ -159,6 +161,43 @@ def test_the_reference_kernel_and_fp64_are_exact() -> None:
         errors = largest_error(assemble([a[index] for a in answers]), problem.oracle())
         limit = 1e-12 if problem.dtype == torch.float64 else 1e-6
         assert max(errors.values()) < limit, (method, problem.dtype, errors)
+
+
+def run_into_dense(heads_first: bool) -> tuple[torch.Tensor, bool]:
+    """A ring of blocks, of q as its heads lie; whether what is folded into was dense each time."""
+    rank = torch.distributed.get_rank()
+    shard = Problem((5, 3), (20, 9), visibility="frames").shard(rank)
+    q = shard["q"].detach()
+    q = q.transpose(1, 2).contiguous().transpose(1, 2) if heads_first else q
+    dense: list[bool] = []
+    whole, first = NativeKernel.fold, NativeKernel.forward
+
+    def forward(kernel: NativeKernel, problem: kernels.Problem) -> tuple[torch.Tensor, ...]:
+        out, lse = first(kernel, problem)
+        # As cuDNN has it: out lies as q does.
+        return torch.empty_like(problem.q).copy_(out), lse
+
+    def fold(kernel: NativeKernel, problem: kernels.Problem, running: Any) -> None:
+        dense.extend(each.is_contiguous() for each in running)
+        whole(kernel, problem, running)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NativeKernel, "forward", forward)
+        patch.setattr(NativeKernel, "fold", fold)
+        out = ds_lvx.ring_attention(
+            q, shard["k"], shard["v"], visibility=shard["visibility"], kernel="native"
+        )
+    return out.detach(), bool(dense) and all(dense)
+
+
+def test_kernels_fold_into_dense_results() -> None:
+    """One kernel may begin and another go on: Triton's counts on it (`Kernel.fold`)."""
+    for heads_first in (False, True):
+        answers = run_ranks(run_into_dense, 2, heads_first)
+        assert all(dense for _, dense in answers)
+        exact = Problem((5, 3), (20, 9), visibility="frames").oracle()["out"]
+        found = torch.cat([out for out, _ in answers], dim=1).double()
+        torch.testing.assert_close(found, exact, atol=LIMIT, rtol=LIMIT)
 
 
 def run_on_flash(cases: list[tuple[Problem, str]]) -> tuple[list[dict[str, torch.Tensor]], bool]:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import ds_lvx
+from ds_lvx.attention.call import Call
+from ds_lvx.attention.features import share
+from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.oracle import attention_oracle
+from ds_lvx.attention.projection import Turns
+from ds_lvx.attention.recompute import attend_recompute
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.kernels.choice import kernel_for
 from tests.ranks import run_ranks
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM, WIDTH = 2, 4, 2, 16, 24
@@ -239,6 +246,38 @@ def run_only_the_projection_trains() -> float:
 def test_parts_may_be_frozen() -> None:
     assert run_ranks(run_frozen, 2) == [(True, False)] * 2
     assert all(total > 0 for total in run_ranks(run_only_the_projection_trains, 2))
+
+
+def test_autograd_grad_may_ask_for_leaves() -> None:
+    """Alone: features are a leaf here, and the caller wants their gradient and not ``.grad``."""
+    whole = inputs()
+    q, features = whole["q"].double().requires_grad_(), whole["features"].double().requires_grad_()
+    projection = Projection().double()
+    out = ds_lvx.lv_xattn_recompute(q, features, projection)
+    exact, _ = attention_oracle(q, *projection(features))
+    for wanted in ([features], [q, features], [q]):
+        found, expected = (
+            torch.autograd.grad(each.square().sum(), wanted, retain_graph=True)
+            for each in (out, exact)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_layer_may_be_applied_twice_to_features_that_layers_share() -> None:
+    whole = inputs()
+    q, features = whole["q"].double().requires_grad_(), whole["features"].double().requires_grad_()
+    projection, kernel = Projection().double(), kernel_for("native", q)
+    layout = Layout(Channel(None), (q.shape[1],), (features.shape[1],), device=q.device)
+    call = Call(layout, kernel=kernel, softmax_scale=HEAD_DIM**-0.5, requires_grad=True)
+    given, gradient = share(features)
+    turns, x, exact = Turns(), q, q
+    for _ in range(2):
+        out, _ = attend_recompute(call, x, given, projection, shared=gradient, turns=turns)
+        x, exact = x + out, exact + attention_oracle(exact, *projection(features))[0]
+    leaves = (q, features, projection.weight)
+    expected = torch.autograd.grad(exact.square().sum(), leaves)
+    x.square().sum().backward()
+    torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))
 
 
 def test_a_projection_of_the_wrong_shape_says_so() -> None:
