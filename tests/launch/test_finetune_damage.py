@@ -271,6 +271,20 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_folder_without_locks_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of Lustre without ``flock``; a run that was killed there must not stop the next."""
+
+    def missing(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    with held(tmp_path, Channel(None)):
+        assert list(tmp_path.iterdir()) == []
+    assert "has no locks" in capsys.readouterr().out
+
+
 @pytest.fixture
 def handlers() -> Iterator[dict[signal.Signals, Any]]:
     before = {number: signal.getsignal(number) for number in ending.SIGNALS}
