@@ -66,6 +66,23 @@ def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: 
     deepspeed.init_distributed(**arguments)
 
 
+def take_device() -> None:
+    """Put this rank on the accelerator that has its number on this node (``LOCAL_RANK``).
+
+    Raises:
+        ValueError: fewer accelerators are visible to it.
+    """
+    accelerator, number = get_accelerator(), int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() != "cpu" and number >= accelerator.device_count():
+        raise ValueError(
+            f"got LOCAL_RANK {number} where this process sees {accelerator.device_count()} of the "
+            "node's accelerators; expected all of them in every process: under Slurm "
+            "--gpus-per-node in place of --gpus-per-task, and --gpu-bind=none; or start fewer "
+            "processes, or set CUDA_VISIBLE_DEVICES for all of them alike"
+        )
+    accelerator.set_device(number)
+
+
 def name_interface(*, speaks: bool = True) -> None:
     """Tell gloo the interface that leads to MASTER_ADDR, where it would take the loopback.
 

@@ -6,6 +6,7 @@ import mmap
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import pytest
@@ -16,6 +17,7 @@ from ds_lvx.distributed.interfaces import Interface
 from ds_lvx.distributed.start import (
     init_distributed,
     remove_dead_buffers,
+    take_device,
     tell_of_old_locks,
     wait_for_build,
 )
@@ -173,3 +175,18 @@ def test_a_route_is_the_kernels() -> None:
     assert found is not None
     assert found.is_loopback
     assert found_interfaces.towards("no such host", known) is None
+
+
+def test_a_rank_beyond_the_visible_accelerators_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under Slurm's --gpus-per-task, by which each process sees one."""
+    taken: list[int] = []
+    gpus = SimpleNamespace(
+        device_name=lambda: "cuda", device_count=lambda: 1, set_device=taken.append
+    )
+    monkeypatch.setattr(start, "get_accelerator", lambda: gpus)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="got LOCAL_RANK 1 where this process sees 1 of"):
+        take_device()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    take_device()
+    assert taken == [0]
