@@ -169,8 +169,7 @@ class Trainer:
             raise
         except ValueError:
             if self._all_know:
-                with suppress(SaveError):  # what ended the run is to be said, not this
-                    self._save_at_end()
+                self._save_before_error()
             raise
 
     def _save_at_end(self) -> None:
@@ -178,6 +177,10 @@ class Trainer:
         if self.step != self._saved_step and self.step > 0:
             path = self._checkpoints.save(self.engine, self._state())
             self._progress.say(f"saved {path}; --resume goes on from there")
+
+    def _save_before_error(self) -> None:
+        with suppress(SaveError):  # what ended the run is to be said, not this
+            self._save_at_end()
 
     def resume(self) -> None:
         """Go on from a checkpoint, where the options ask for it."""
@@ -243,14 +246,14 @@ class Trainer:
 
     def export(self) -> None:
         """Write the model in Hugging Face's format to ``output_dir/model``."""
-        folder = self._folder / "model"
-        save_pretrained(
-            self.engine,
-            self._inputs.source,
-            folder,
-            world=self._world,
-            adapter=self._options.lora_r > 0,
-        )
+        folder, adapter = self._folder / "model", self._options.lora_r > 0
+        try:
+            save_pretrained(
+                self.engine, self._inputs.source, folder, world=self._world, adapter=adapter
+            )
+        except ValueError:  # on all ranks
+            self._save_before_error()
+            raise
         self._progress.say(f"saved {folder}")
 
     def _take_step(self) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ds_lvx.training import disk
 from ds_lvx.training.folder import complete
 from ds_lvx.training.model import Source
 
@@ -28,6 +29,7 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         ValueError: no adapter, no base, a base of other shapes, or a folder that holds something.
+        OSError: it cannot be written; says which file, and what room there is.
     """
     output, adapter = Path(options.output), Path(options.adapter)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -37,11 +39,12 @@ def run(options: argparse.Namespace) -> int:
     model = _merged(source, adapter)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    complete(partial, source)
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
+    with disk.explained(partial, sum(weight.nbytes for weight in model.state_dict().values())):
+        model.save_pretrained(partial)
+        complete(partial, source)
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
     print(f"saved {output}: {name} with {adapter}")
     return 0
 

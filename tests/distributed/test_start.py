@@ -15,6 +15,7 @@ from ds_lvx.distributed import interfaces as found_interfaces
 from ds_lvx.distributed import start
 from ds_lvx.distributed.interfaces import Interface
 from ds_lvx.distributed.start import (
+    be_alone,
     init_distributed,
     remove_dead_buffers,
     take_device,
@@ -190,3 +191,16 @@ def test_a_rank_beyond_the_visible_accelerators_is_told(monkeypatch: pytest.Monk
     monkeypatch.setenv("LOCAL_RANK", "0")
     take_device()
     assert taken == [0]
+
+
+def test_a_process_that_no_launcher_started_is_the_only_rank(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    environ = {"MASTER_PORT": "1234"}
+    assert be_alone(environ)
+    assert environ.pop("MASTER_ADDR") == "127.0.0.1"
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    assert environ == {"MASTER_PORT": "1234", **ranks}
+    assert "it is the only rank" in capsys.readouterr().out
+    for name in ("RANK", "OMPI_COMM_WORLD_SIZE"):
+        assert not be_alone({name: "2"})
