@@ -30,6 +30,7 @@ import ds_lvx
 from ds_lvx.config import LVXConfig, read_ds_config
 from ds_lvx.config.words import in_ranks
 from ds_lvx.data.chat import Conversation
+from ds_lvx.data.extras import need
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.slurm import read_slurm
@@ -203,6 +204,8 @@ def read(options: Options, ranks: int) -> tuple[Source, TextEncoder, torch.dtype
             "all ranks answer the same question"
         )
     dtype = training_dtype(read_ds_config(options.deepspeed_config))
+    if options.adapter is not None:
+        need("peft", "lora", why="--adapter")
     source = Source.of(options.model, trust_remote_code=options.trust_remote_code)
     if not source.family.has("generator"):
         raise source.family.lacks("generator", "launch/generate.py")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ds_lvx.data.extras import need
 from ds_lvx.training import disk
 from ds_lvx.training.folder import complete
 from ds_lvx.training.model import Source
@@ -31,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
         ValueError: no adapter, no base, a base of other shapes, or a folder that holds something.
         OSError: it cannot be written; says which file, and what room there is.
     """
+    need("peft", "lora", why="--adapter")
     output, adapter = Path(options.output), Path(options.adapter)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output: got {output}, which is there; expected a new folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,6 +122,16 @@ def test_an_output_folder_that_cannot_be_written(name: str, tmp_path: Path) -> N
     words = ["--model", "tiny", "--data", "none.jsonl", "--deepspeed_config", str(config)]
     with pytest.raises(ValueError, match=r"--output_dir: got .*name another"):
         read_inputs(parse([*words, "--output_dir", str(tmp_path / name)]), 2)
+
+
+def test_lora_without_its_package_is_said_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    config = Path(__file__).parents[2] / "ds_configs" / "finetune-cpu.json"
+    words = ["--model", "tiny", "--data", "none.jsonl", "--deepspeed_config", str(config)]
+    with pytest.raises(ValueError, match=r"--lora_r: got no package 'peft'.*ds_lvx\[lora\]"):
+        read_inputs(parse([*words, "--output_dir", str(tmp_path), "--lora_r", "4"]), 2)
 
 
 def test_batch_sizes_are_deepspeeds() -> None:
