@@ -38,7 +38,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; its exit status. A ValueError of a user's input ends it in one line."""
+    """Run a subcommand; its exit status. What is wrong with a user's input, or with a file that
+    cannot be read or written, ends it in one line."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="ds-lvx", description="Long visual inputs in DeepSpeed")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _reader_left():
             raise
         return 1
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         print(f"ds-lvx {options.command}: {error}", file=sys.stderr)
         return 2
 

@@ -11,12 +11,10 @@ the frames that it holds; what one rank finds wrong in the data is an error on a
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Sequence
 
-from deepspeed.accelerator import get_accelerator
 from transformers.utils import logging
 
 import ds_lvx
@@ -24,7 +22,7 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.failures import RankOutOfMemoryError, named
 from ds_lvx.distributed.notes import PeerError
 from ds_lvx.distributed.slurm import read_slurm
-from ds_lvx.distributed.start import init_distributed, remove_shared_memory
+from ds_lvx.distributed.start import init_distributed, remove_shared_memory, take_device
 from ds_lvx.distributed.together import together
 from ds_lvx.training.batches import Batches
 from ds_lvx.training.ending import EndAskedError
@@ -47,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()  # of loading and saving: they would tear the training's apart
     read_slurm()
     # Before anything is put on a device: several ranks share a node.
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    take_device()
     init_distributed()
     world = Channel.world()
     try:

@@ -13,7 +13,6 @@ comes, and with `--output` a line of JSON for each.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 import warnings
@@ -31,10 +30,11 @@ import ds_lvx
 from ds_lvx.config import LVXConfig, read_ds_config
 from ds_lvx.config.words import in_ranks
 from ds_lvx.data.chat import Conversation
+from ds_lvx.data.extras import need
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.slurm import read_slurm
-from ds_lvx.distributed.start import init_distributed
+from ds_lvx.distributed.start import init_distributed, take_device
 from ds_lvx.distributed.together import together
 from ds_lvx.models.started import begins_with, has_encoder
 from ds_lvx.training.asking import Options, Prompts, parse, question
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     logging.disable_progress_bar()
     read_slurm()
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    take_device()
     init_distributed()
     world = Channel.world()
     try:
@@ -204,6 +204,8 @@ def read(options: Options, ranks: int) -> tuple[Source, TextEncoder, torch.dtype
             "all ranks answer the same question"
         )
     dtype = training_dtype(read_ds_config(options.deepspeed_config))
+    if options.adapter is not None:
+        need("peft", "lora", why="--adapter")
     source = Source.of(options.model, trust_remote_code=options.trust_remote_code)
     if not source.family.has("generator"):
         raise source.family.lacks("generator", "launch/generate.py")

@@ -46,7 +46,7 @@ def test_an_unknown_subcommand_names_the_known(
     assert "required: COMMAND" in error or "'doctor'" in error or "choose from doctor" in error
 
 
-@pytest.mark.parametrize("kind", [ValueError, NotImplementedError])
+@pytest.mark.parametrize("kind", [ValueError, NotImplementedError, OSError])
 def test_a_mistake_of_the_user_is_one_line_and_status_2(
     kind: type[Exception], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

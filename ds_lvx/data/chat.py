@@ -305,7 +305,8 @@ class _Line:
         if value is not None and not isinstance(value, _MEDIA):
             example = f'{{"type": "{kind}", "{kind}": "..."}}'
             found = f"{_name(value)} for {kind!r} in {where}"
-            raise self.error(found, example, "correct the entry")
+            do = "give each as an image" if isinstance(value, list) else "correct the entry"
+            raise self.error(found, example, do)
         if value is None:
             part = self.beside(kind, f"{kind!r} without a path in {where}", words=words)
         else:

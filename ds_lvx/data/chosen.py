@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from ds_lvx.data.conversation import Part
+from ds_lvx.data.extras import need
 from ds_lvx.data.frames import DecodeCount, Video, choose, decode, probe, segment
 from ds_lvx.data.held import Films, Held
 from ds_lvx.data.images import image_sides, load_image
@@ -141,6 +142,7 @@ class Chooser:
         return picture.height, picture.width
 
     def _probed(self, file: str | Held) -> Video:
+        need("av", "video", why=str(file))
         if isinstance(file, str):
             return kept_probe(file, limits=self._limits)
         return probe(self._films.path(file), limits=self._limits)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from ds_lvx.data.extras import need
 from ds_lvx.data.held import Held
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 
@@ -77,6 +78,7 @@ def image_sides(path: str | Held, *, limits: Limits = DEFAULT_LIMITS) -> tuple[i
 @contextmanager
 def _opened(path: str | Held, limits: Limits) -> Iterator[Any]:
     """An image whose header has been looked at; what it raises while open is about the file."""
+    need("PIL", "video", why=str(path))
     from PIL import Image
 
     Image.init()

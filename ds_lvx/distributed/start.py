@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ _BUILD_TIMEOUT_S = 900.0
 _FIRST_WORD_S = 5
 _NEXT_WORD_S = 60
 _OLD_S = 600
+_OF_LAUNCHERS = (
+    *("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
+    *("AZUREML_EXPERIMENT_ID", "SM_TRAINING_ENV"),
+)
 _SHARED, _BUFFER = Path("/dev/shm"), "deepspeed_allreduce_buffer"
 _HOW_TO_GET_ON = (
     "if no process builds there any more, on this machine or on another that shares the folder, "
@@ -38,7 +43,8 @@ def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: 
     node that names the file, and it ends. The file is never removed: nothing in it says who holds
     it, and with a home folder that nodes share, that may be a process of another machine. Where
     gloo would take the loopback, it is told the interface that leads to MASTER_ADDR. A task of srun
-    that no other launcher started is told its rank (`ds_lvx.distributed.slurm.read_slurm`).
+    that no other launcher started is told its rank (`ds_lvx.distributed.slurm.read_slurm`), and a
+    process that nothing started but its shell that it is the only one (`be_alone`).
 
     Args:
         build_timeout_s: how long to wait for another process's build, in seconds.
@@ -51,7 +57,8 @@ def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: 
     Collectives: the rendezvous of all ranks, unless ``torch.distributed`` runs already.
     """
     if not deepspeed.comm.is_initialized():
-        read_slurm()
+        if not read_slurm():
+            be_alone()
         operator = _operator()
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"
         if operator is not None:
@@ -64,6 +71,50 @@ def init_distributed(*, build_timeout_s: float = _BUILD_TIMEOUT_S, **arguments: 
                 print(f"ds_lvx: DeepSpeed builds {place}, once, in about a minute", flush=True)
         name_interface(speaks=speaks)
     deepspeed.init_distributed(**arguments)
+
+
+def be_alone(environ: MutableMapping[str, str] = os.environ) -> bool:
+    """Set for a process that no launcher started what one would, of a run of one rank; and say so.
+
+    DeepSpeed would look for MPI, and fail for want of its package.
+
+    Args:
+        environ: variables, which are changed.
+
+    Returns:
+        Whether they were set; not where a launcher, mpirun among them, has set its own.
+    """
+    if any(name in environ for name in _OF_LAUNCHERS):
+        return False
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ours = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ours |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    for name, value in ours.items():
+        environ.setdefault(name, value)
+    print(
+        "ds_lvx: no launcher started this process, so it is the only rank; several are started by "
+        "deepspeed --num_gpus N SCRIPT, torchrun or srun",
+        flush=True,
+    )
+    return True
+
+
+def take_device() -> None:
+    """Put this rank on the accelerator that has its number on this node (``LOCAL_RANK``).
+
+    Raises:
+        ValueError: fewer accelerators are visible to it.
+    """
+    accelerator, number = get_accelerator(), int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() != "cpu" and number >= accelerator.device_count():
+        raise ValueError(
+            f"got LOCAL_RANK {number} where this process sees {accelerator.device_count()} of the "
+            "node's accelerators; expected all of them in every process: under Slurm "
+            "--gpus-per-node in place of --gpus-per-task, and --gpu-bind=none; or start fewer "
+            "processes, or set CUDA_VISIBLE_DEVICES for all of them alike"
+        )
+    accelerator.set_device(number)
 
 
 def name_interface(*, speaks: bool = True) -> None:

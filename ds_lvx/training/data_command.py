@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+from tqdm import tqdm
 
 from ds_lvx.data.batch import BatchMaker, Sample
 from ds_lvx.data.chat import Chats
@@ -64,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
     )
     looker = Looker(options)
     console = Console(highlight=False, soft_wrap=True)
-    for index in range(len(chats)):
+    # On standard error, and where that is a terminal.
+    for index in tqdm(range(len(chats)), unit="sample", leave=False, disable=None):
         sample = looker.look(chats, index)
         if sample is not None and len(looker.found.characters) <= options.show:
             assert looker.maker is not None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -81,11 +82,11 @@ def explained(path: Path, needed: int = 0) -> Iterator[None]:
         needed: bytes of it.
 
     Raises:
-        OSError: in the place of any other, and of the RuntimeError of PyTorch's writer.
+        OSError: in the place of any other, and of the errors of PyTorch's and safetensors' writers.
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         room = ""
         with suppress(OSError):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.together import together
+from ds_lvx.training import disk
 from ds_lvx.training.folder import complete
 from ds_lvx.training.model import Source
 
@@ -31,7 +32,7 @@ def save_pretrained(
         adapter: the model is peft's: write the adapter alone.
 
     Raises:
-        ValueError, RuntimeError: rank 0 could not write; on all ranks.
+        ValueError: rank 0 could not write; on all ranks, with the folder and what is missing.
 
     Collectives: at stage 3 one all-gather a parameter; two agreements.
     """
@@ -47,10 +48,15 @@ def save_pretrained(
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         extra = {"save_embedding_layers": False} if adapter else {}
-        model.save_pretrained(partial, state_dict=weights, **extra)
-        complete(partial, source, adapter=adapter)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        try:
+            with disk.explained(partial, sum(weight.nbytes for weight in weights.values())):
+                model.save_pretrained(partial, state_dict=weights, **extra)
+                complete(partial, source, adapter=adapter)
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ValueError(f"the model cannot be written: {error}; make room") from error
 
     together(world, write)
 

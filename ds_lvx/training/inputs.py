@@ -14,6 +14,7 @@ from typing import Any
 from ds_lvx.config import LVXConfig, check_ds_config, read_ds_config
 from ds_lvx.data.batch import FrameRate
 from ds_lvx.data.chat import Chats
+from ds_lvx.data.extras import need
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.together import together
@@ -105,6 +106,8 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
         raise ValueError(f"{options.deepspeed_config}: {error}") from None
     sizes = batch_sizes(ds_config, world_size // lvx.sequence_parallel_size)
     check_trackers(options.report_to)
+    if options.lora_r > 0:
+        need("peft", "lora", why="--lora_r")
     _check_output(options)
     opened = partial(
         Chats, limits=options.limits, format=options.format, media_root=options.media_root

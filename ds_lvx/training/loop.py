@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ def make_engine(model: Any, inputs: Inputs, options: Options) -> Any:
         return get_scheduler(
             options.lr_scheduler,
             of_engine,
-            num_warmup_steps=options.warmup_steps,
+            num_warmup_steps=warmup_steps(options.warmup_steps, inputs.total_steps),
             num_training_steps=inputs.total_steps,
         )
 
@@ -62,6 +64,11 @@ def make_engine(model: Any, inputs: Inputs, options: Options) -> Any:
         config=inputs.ds_config,
     )
     return engine
+
+
+def warmup_steps(wanted: float, total: int) -> int:
+    """Steps of the warm-up: so many, or below 1 a share of all, as of transformers' Trainer."""
+    return int(wanted) if wanted >= 1 else math.ceil(wanted * total)
 
 
 def renew_learning_rate(engine: Any) -> None:
@@ -109,6 +116,7 @@ class Trainer:
         self._untold: list[str] = []
         self._batches = batches
         self._held: Exception | None = None
+        self._all_know = False
         self._last: tuple[Made, Records] | None = None
         self._checkpoints = Checkpoints(
             self._folder / "checkpoints",
@@ -134,7 +142,7 @@ class Trainer:
         """Resume where asked, train to the end, evaluate, and write the model.
 
         Raises:
-            ValueError: bad data, on all ranks; checkpoints written before stay as they are.
+            ValueError: bad data, on all ranks; a checkpoint is written.
             EndAskedError: a rank was asked to end; a checkpoint is written.
         """
         try:
@@ -150,17 +158,29 @@ class Trainer:
             self._progress.close()
 
     def _work(self) -> None:
-        """Train and evaluate; save where the run is asked to end."""
+        """Train and evaluate; save where the run is asked to end, or cannot go on."""
         try:
             self.train()
             if self._inputs.evaluation and not self._due(self._options.eval_steps):
                 self.evaluate()
         except EndAskedError as asked:
             self._progress.say(f"{asked.reason}: the run ends after step {self.step}")
-            if self.step != self._saved_step and self.step > 0:
-                path = self._checkpoints.save(self.engine, self._state())
-                self._progress.say(f"saved {path}; --resume goes on from there")
+            self._save_at_end()
             raise
+        except ValueError:
+            if self._all_know:
+                self._save_before_error()
+            raise
+
+    def _save_at_end(self) -> None:
+        """Write a checkpoint of the last whole step, where there is none yet."""
+        if self.step != self._saved_step and self.step > 0:
+            path = self._checkpoints.save(self.engine, self._state())
+            self._progress.say(f"saved {path}; --resume goes on from there")
+
+    def _save_before_error(self) -> None:
+        with suppress(SaveError):  # what ended the run is to be said, not this
+            self._save_at_end()
 
     def resume(self) -> None:
         """Go on from a checkpoint, where the options ask for it."""
@@ -226,14 +246,14 @@ class Trainer:
 
     def export(self) -> None:
         """Write the model in Hugging Face's format to ``output_dir/model``."""
-        folder = self._folder / "model"
-        save_pretrained(
-            self.engine,
-            self._inputs.source,
-            folder,
-            world=self._world,
-            adapter=self._options.lora_r > 0,
-        )
+        folder, adapter = self._folder / "model", self._options.lora_r > 0
+        try:
+            save_pretrained(
+                self.engine, self._inputs.source, folder, world=self._world, adapter=adapter
+            )
+        except ValueError:  # on all ranks
+            self._save_before_error()
+            raise
         self._progress.say(f"saved {folder}")
 
     def _take_step(self) -> Tensor:
@@ -251,7 +271,7 @@ class Trainer:
         tokens, items = 0, 0.0
         for number in range(sizes.accumulation):
             everyone = number in (0, sizes.accumulation - 1)
-            place = Place(TRAINING, self.samples_seen)
+            place = Place(TRAINING, self.samples_seen + number * sizes.per_forward)
             made, records = self._agree(place, everyone=everyone)
             if not losses:
                 raise_if_asked(records)
@@ -262,7 +282,7 @@ class Trainer:
             self.engine.step()
             losses.append(loss.detach())
             tokens += made.num_tokens + made.num_frames * self._tokens_of_a_frame
-            self.samples_seen += sizes.per_forward
+        self.samples_seen += sizes.per_step
         self.step += 1
         if self._shares is not None and is_first:
             self._progress.log_shares(self.step, self._shares)
@@ -309,7 +329,9 @@ class Trainer:
         Collectives: one agreement on the control plane.
         """
         if everyone:
+            self._all_know = True  # of what is raised here
             made, records = told(self._world, lambda: self._told_of(place))
+            self._all_know = False
             self._skipped |= dict.fromkeys(text for r in records for text in r["untold"])
             self._untold.clear()
         else:

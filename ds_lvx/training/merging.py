@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ds_lvx.data.extras import need
+from ds_lvx.training import disk
 from ds_lvx.training.folder import complete
 from ds_lvx.training.model import Source
 
@@ -28,7 +30,9 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         ValueError: no adapter, no base, a base of other shapes, or a folder that holds something.
+        OSError: it cannot be written; says which file, and what room there is.
     """
+    need("peft", "lora", why="--adapter")
     output, adapter = Path(options.output), Path(options.adapter)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output: got {output}, which is there; expected a new folder")
@@ -37,11 +41,12 @@ def run(options: argparse.Namespace) -> int:
     model = _merged(source, adapter)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    complete(partial, source)
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
+    with disk.explained(partial, sum(weight.nbytes for weight in model.state_dict().values())):
+        model.save_pretrained(partial)
+        complete(partial, source)
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
     print(f"saved {output}: {name} with {adapter}")
     return 0
 

@@ -47,7 +47,7 @@ class Options:
     max_steps: int | None
     learning_rate: float
     lr_scheduler: str
-    warmup_steps: int
+    warmup_steps: float
     weight_decay: float
     lora_r: int
     lora_alpha: int | None
@@ -93,6 +93,11 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         top.error(str(error))
     if options.eval_generate > 0 and options.eval_data is None:
         top.error("--eval_generate: got no --eval_data; expected the chats whose answers to give")
+    if options.warmup_steps > 1 and not options.warmup_steps.is_integer():
+        top.error(
+            f"argument --warmup_steps: got {options.warmup_steps}; expected a whole number, or a "
+            "share of all steps below 1"
+        )
     if options.on_bad_sample == "skip" and options.check_data == "lines":
         top.error(
             "argument --on_bad_sample: got skip with --check_data lines; expected headers or "
@@ -218,12 +223,33 @@ def add_limits(group: Any) -> None:
 
 
 def _add_training(group: Any) -> None:
-    group.add_argument("--epochs", type=above(float, 0), default=1.0)
-    group.add_argument("--max_steps", type=above(int, 0), help="in place of --epochs")
-    group.add_argument("--learning_rate", type=above(float, 0), default=1e-5)
-    group.add_argument("--lr_scheduler", choices=SCHEDULERS, default="cosine")
-    group.add_argument("--warmup_steps", type=from_(int, 0), default=0)
-    group.add_argument("--weight_decay", type=from_(float, 0), default=0.0)
+    group.add_argument(
+        "--epochs", type=above(float, 0), default=1.0, help="over the data (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max_steps", type=above(int, 0), help="optimizer steps, in place of --epochs"
+    )
+    group.add_argument(
+        "--learning_rate",
+        type=above(float, 0),
+        default=1e-5,
+        help="of AdamW, at its highest (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lr_scheduler", choices=SCHEDULERS, default="cosine", help="default: %(default)s"
+    )
+    group.add_argument(
+        "--warmup_steps",
+        type=from_(float, 0),
+        default=0.0,
+        help="in which the learning rate rises; below 1 a share of all steps (default: 0)",
+    )
+    group.add_argument(
+        "--weight_decay",
+        type=from_(float, 0),
+        default=0.0,
+        help="of matrices; norms, biases and gates do not decay (default: 0)",
+    )
     group.add_argument(
         "--lora_r",
         type=from_(int, 0),
@@ -231,7 +257,9 @@ def _add_training(group: Any) -> None:
         help="rank of LoRA on q, k, v, o of the text layers; 0 (default) trains the weights",
     )
     group.add_argument("--lora_alpha", type=above(int, 0), help="default: twice --lora_r")
-    group.add_argument("--lora_dropout", type=from_(float, 0), default=0.0)
+    group.add_argument(
+        "--lora_dropout", type=from_(float, 0), default=0.0, help="of LoRA (default: 0)"
+    )
     group.add_argument("--freeze_vision", action="store_true", help="leave the vision tower as is")
     group.add_argument(
         "--gradient_checkpointing",
@@ -249,7 +277,12 @@ def _add_training(group: Any) -> None:
         metavar="TOKENS",
         help="samples of a forward share rows of text of up to so many tokens, each sees its own",
     )
-    group.add_argument("--seed", type=from_(int, 0), default=0)
+    group.add_argument(
+        "--seed",
+        type=from_(int, 0),
+        default=0,
+        help="of the order of the data, dropout and LoRA (default: 0)",
+    )
 
 
 def _add_outputs(group: Any) -> None:
@@ -270,7 +303,10 @@ def _add_outputs(group: Any) -> None:
     )
     group.add_argument("--save_steps", type=above(int, 0), help="steps between checkpoints")
     group.add_argument(
-        "--keep_checkpoints", type=above(int, 0), default=2, help="older ones are deleted"
+        "--keep_checkpoints",
+        type=above(int, 0),
+        default=2,
+        help="older ones are deleted (default: %(default)s)",
     )
     group.add_argument(
         "--resume",
@@ -284,7 +320,12 @@ def _add_outputs(group: Any) -> None:
         action="store_true",
         help="resume from files that hold more than tensors, which runs code of whoever wrote them",
     )
-    group.add_argument("--log_steps", type=above(int, 0), default=1)
+    group.add_argument(
+        "--log_steps",
+        type=above(int, 0),
+        default=1,
+        help="steps between lines of metrics.jsonl (default: %(default)s)",
+    )
     group.add_argument(
         "--report_to",
         nargs="+",

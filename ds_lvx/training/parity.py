@@ -20,7 +20,7 @@ from ds_lvx.config import LVXConfig, read_ds_config
 from ds_lvx.config.ds_config import SECTION
 from ds_lvx.config.words import in_ranks
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.distributed.start import init_distributed
+from ds_lvx.distributed.start import init_distributed, take_device
 from ds_lvx.models.shares import Share, share_table
 from ds_lvx.training.batches import Batches
 from ds_lvx.training.inputs import batch_sizes, check_samples, read_inputs
@@ -165,7 +165,7 @@ def _rows(request: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Train, and return what ``metrics.jsonl`` has."""
     options: Options = parse(request["words"])
     options.limits.tell_pil()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    take_device()
     init_distributed()
     world, engine = Channel.world(), None
     try:

@@ -124,6 +124,10 @@ LEFT_OUT = {"role": "assistant", "content": "b", "weight": 0}
         (_content({"type": "video", "video": "a.png", "max_pixels": 9}), "the key 'max_pixels'"),
         (_content({"type": "text", "text": "a"}, name="Ann"), "the key 'name' in messages[0]"),
         (_record(messages=[{**ANSWER, "tool_calls": [1]}]), "the key 'tool_calls' in messages[0]"),
+        (_content({"type": "image", "path": "a.png", "url": "a.png"}), "the key 'url' in"),
+        (_content({"type": "image", "image": "a.png", "path": "a.png"}), "the key 'path' in"),
+        (_content({"type": "image", "url": "https://a/b.png"}), "download it first"),
+        (_content({"type": "video", "video": ["a.png"]}), "give each as an image"),
         # values of the wrong kind or size
         (_content({"type": "video", "video": "a.png", "fps": "5"}), "fps '5' in messages[0]"),
         (_content({"type": "video", "video": "a.png", "fps": 0}), "a number from 0.0001 to 1,000"),
@@ -198,13 +202,15 @@ def test_media_beside_the_messages_stand_where_their_placeholders_are(tmp_path: 
 
 
 def test_what_a_line_may_say_is_kept(tmp_path: Path) -> None:
-    """Weights, rates of a video, addresses of files; keys without a value say nothing."""
+    """Weights, rates, transformers' words for files; keys without a value say nothing."""
     clip = tmp_path / "a clip.mp4"
     clip.touch()
     given = [
         {"type": "video", "video": "a clip.mp4", "fps": 5, "image": None},
         {"type": "video", "video": clip.as_uri(), "nframes": 2},
         {"type": "video", "video": f"file://{clip}"},
+        {"type": "video", "path": "a clip.mp4", "nframes": 3, "url": None},
+        {"type": "video", "url": str(clip)},
     ]
     record = _content(*given, weight=0, name=None)
     record["messages"][1:] = [LEFT_OUT, {**ANSWER, "weight": 1.0}]
@@ -213,6 +219,8 @@ def test_what_a_line_may_say_is_kept(tmp_path: Path) -> None:
     assert [(p.value, p.fps, p.nframes) for p in found.media] == [
         (str(clip), 5, None),
         (str(clip), None, 2),
+        (str(clip), None, None),
+        (str(clip), None, 3),
         (str(clip), None, None),
     ]
     assert [m.learnt for m in found.messages] == [False, False, True]

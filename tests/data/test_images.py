@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ds_lvx.data.chosen import Chooser, FrameRate
+from ds_lvx.data.conversation import Part
 from ds_lvx.data.images import image_sides, load_image
 from ds_lvx.data.limits import Limits
 
@@ -156,3 +159,14 @@ def test_halves_and_limits(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(ValueError, match=rf"a\.{end}: got a file that cannot be decoded"):
             load_image(str(path))
+
+
+@pytest.mark.parametrize(("package", "name"), [("PIL", "a.png"), ("av", "a.mp4")])
+def test_a_package_that_is_missing_is_named_with_the_line(
+    package: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).touch()
+    part = Part("image" if name.endswith("png") else "video", str(tmp_path / name))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"{name}: got no package '{package}'.*ds_lvx\[video\]"):
+        Chooser(FrameRate(fps=1), sized=True).frames(part)

@@ -6,6 +6,7 @@ import mmap
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import pytest
@@ -14,8 +15,10 @@ from ds_lvx.distributed import interfaces as found_interfaces
 from ds_lvx.distributed import start
 from ds_lvx.distributed.interfaces import Interface
 from ds_lvx.distributed.start import (
+    be_alone,
     init_distributed,
     remove_dead_buffers,
+    take_device,
     tell_of_old_locks,
     wait_for_build,
 )
@@ -173,3 +176,31 @@ def test_a_route_is_the_kernels() -> None:
     assert found is not None
     assert found.is_loopback
     assert found_interfaces.towards("no such host", known) is None
+
+
+def test_a_rank_beyond_the_visible_accelerators_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under Slurm's --gpus-per-task, by which each process sees one."""
+    taken: list[int] = []
+    gpus = SimpleNamespace(
+        device_name=lambda: "cuda", device_count=lambda: 1, set_device=taken.append
+    )
+    monkeypatch.setattr(start, "get_accelerator", lambda: gpus)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="got LOCAL_RANK 1 where this process sees 1 of"):
+        take_device()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    take_device()
+    assert taken == [0]
+
+
+def test_a_process_that_no_launcher_started_is_the_only_rank(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    environ = {"MASTER_PORT": "1234"}
+    assert be_alone(environ)
+    assert environ.pop("MASTER_ADDR") == "127.0.0.1"
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    assert environ == {"MASTER_PORT": "1234", **ranks}
+    assert "it is the only rank" in capsys.readouterr().out
+    for name in ("RANK", "OMPI_COMM_WORLD_SIZE"):
+        assert not be_alone({name: "2"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.training import disk
 from ds_lvx.training.inputs import BatchSizes, batch_sizes, read_inputs
-from ds_lvx.training.loop import renew_learning_rate
+from ds_lvx.training.loop import renew_learning_rate, warmup_steps
 from ds_lvx.training.options import parse
 from ds_lvx.training.progress import Progress
 from ds_lvx.training.run_state import Checkpoints, RunState
@@ -110,6 +111,10 @@ def test_the_learning_rate_after_a_resume_is_that_of_the_schedule() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.6
 
 
+def test_a_warm_up_is_steps_or_a_share_of_all() -> None:
+    assert [warmup_steps(wanted, 250) for wanted in (0, 0.03, 1, 40)] == [0, 8, 1, 40]
+
+
 @pytest.mark.parametrize("name", ["a-file", "/proc/nowhere/out"])
 def test_an_output_folder_that_cannot_be_written(name: str, tmp_path: Path) -> None:
     (tmp_path / "a-file").touch()
@@ -117,6 +122,16 @@ def test_an_output_folder_that_cannot_be_written(name: str, tmp_path: Path) -> N
     words = ["--model", "tiny", "--data", "none.jsonl", "--deepspeed_config", str(config)]
     with pytest.raises(ValueError, match=r"--output_dir: got .*name another"):
         read_inputs(parse([*words, "--output_dir", str(tmp_path / name)]), 2)
+
+
+def test_lora_without_its_package_is_said_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    config = Path(__file__).parents[2] / "ds_configs" / "finetune-cpu.json"
+    words = ["--model", "tiny", "--data", "none.jsonl", "--deepspeed_config", str(config)]
+    with pytest.raises(ValueError, match=r"--lora_r: got no package 'peft'.*ds_lvx\[lora\]"):
+        read_inputs(parse([*words, "--output_dir", str(tmp_path), "--lora_r", "4"]), 2)
 
 
 def test_batch_sizes_are_deepspeeds() -> None:

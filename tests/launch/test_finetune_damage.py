@@ -15,10 +15,13 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from safetensors import SafetensorError
 
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.training import disk, ending
+from ds_lvx.training.export import save_pretrained
 from ds_lvx.training.lock import held
+from ds_lvx.training.model import Source
 from ds_lvx.training.progress import Progress
 from ds_lvx.training.run_state import Checkpoints, RunState, SaveError
 from tests.ranks import RankError, run_ranks
@@ -176,6 +179,22 @@ def test_a_full_disk_is_named_on_all_ranks_and_the_next_save_works(tmp_path: Pat
         assert left == ["latest", "step-00000001", "step-00000003"]
 
 
+class Unwritten(torch.nn.Linear):
+    """A model on a full disk."""
+
+    def save_pretrained(self, folder: Path, **_: Any) -> None:
+        folder.mkdir()
+        raise SafetensorError("No space left on device")
+
+
+def test_a_model_that_cannot_be_written_is_named_with_the_room(tmp_path: Path) -> None:
+    engine = SimpleNamespace(module=Unwritten(2, 2), zero_optimization_stage=lambda: 0)
+    source, folder = Source.of("tiny"), tmp_path / "model"
+    with pytest.raises(ValueError, match=r"model\.partial: No space left .* free on its disk\)"):
+        save_pretrained(engine, source, folder, world=Channel(None), adapter=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_lines_that_cannot_be_written_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,6 +288,20 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
     with held(tmp_path / "out", world):
         pass
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_folder_without_locks_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of Lustre without ``flock``; a run that was killed there must not stop the next."""
+
+    def missing(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    with held(tmp_path, Channel(None)):
+        assert list(tmp_path.iterdir()) == []
+    assert "has no locks" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -198,6 +198,7 @@ def test_other_steps_cannot_resume(tmp_path: Path) -> None:
         ["--max_steps", "0"],
         ["--learning_rate", "fast"],
         ["--lr_scheduler", "cosin"],
+        ["--warmup_steps", "1.5"],
         ["--lora_r", "-1"],
         ["--on_bad_sample", "skip", "--check_data", "lines"],
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ def _words(folder: Path, name: str, config: str, **options: Any) -> list[str]:
     return list(arguments(**given))
 
 
-def _write(folder: Path) -> None:
+def _write(folder: Path, *, count: int = 6) -> None:
     write_image(folder / "a.png")
-    questions = [chat(("image", "a.png"), ("text", f"{i}?"), answer=f"{i}.") for i in range(6)]
+    questions = [chat(("image", "a.png"), ("text", f"{i}?"), answer=f"{i}.") for i in range(count)]
     write_jsonl(folder / "train.jsonl", *questions)
 
 
@@ -80,22 +81,36 @@ def test_a_forward_agrees_once_and_others_than_the_group_wait_at_the_ends_alone(
         assert run_ranks(agreements_of_each_step, 2, *words) == [[first, expected]] * 2
 
 
+def finetune_without_room(*words: str) -> None:
+    """On a rank: a run whose model cannot be written."""
+    with patch("ds_lvx.training.loop.save_pretrained", side_effect=ValueError("no room")):
+        finetune(*words)
+
+
 @pytest.mark.slow
 def test_what_one_replica_finds_in_the_middle_of_a_step_ends_both(tmp_path: Path) -> None:
-    _write(tmp_path)
+    """The steps before it are saved, and so is the last one of a model that cannot be written."""
+    _write(tmp_path, count=12)
+    config = write_config(tmp_path / "ds.json", stage=2, sp_size=1, accumulation=3)
+    bad = SampleOrder(12, 0).sample(8)  # of the first replica's second forward in the second step
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
-    bad = SampleOrder(6, 0).sample(2)  # of the first replica's second forward
     write_image(tmp_path / "bad.png")
     lines[bad] = chat(("image", "bad.png"), ("text", "what?"))
     write_jsonl(tmp_path / "train.jsonl", *lines)
-    damaged = (tmp_path / "bad.png").read_bytes()
-    (tmp_path / "bad.png").write_bytes(damaged[: len(damaged) * 2 // 3])
-    config = write_config(tmp_path / "ds.json", stage=2, sp_size=1, accumulation=3)
+    whole = (tmp_path / "bad.png").read_bytes()
+    (tmp_path / "bad.png").write_bytes(whole[: len(whole) * 2 // 3])
+    words = _words(tmp_path, "out", config, max_steps=2)
     with pytest.raises(RankError) as caught:
-        run_ranks(finetune, 2, *_words(tmp_path, "out", config))
+        run_ranks(finetune, 2, *words)
     for text in caught.value.errors.values():
         assert f"rank 0: {tmp_path}/train.jsonl:{bad + 1}: " in text
-    assert (tmp_path / "out" / "metrics.jsonl").read_text() == ""
+    assert len(_losses(tmp_path / "out")) == 1
+    (tmp_path / "bad.png").write_bytes(whole)
+    with pytest.raises(RankError, match="no room"):
+        run_ranks(finetune_without_room, 2, *words, "--resume")
+    assert len(_losses(tmp_path / "out")) == 2
+    states = sorted((tmp_path / "out" / "checkpoints").glob("step-*/run.json"))
+    assert [json.loads(state.read_text())["samples_seen"] for state in states] == [6, 12]
 
 
 def _wait_for_a_step(run: Run, out: Path, step: int) -> None:
