@@ -30,7 +30,7 @@ from bench.kernels.cases import MEASURED, QUICK
 from bench.kernels.occupancy import BLOCK_SHARED_BYTES
 from bench.kernels.trial import Timing
 from ds_lvx.compare.document import save, write_between
-from ds_lvx.compare.fresh import RunError
+from ds_lvx.compare.harness import RunError
 from ds_lvx.compare.machine import header
 
 ROOT = Path(__file__).resolve().parent.parent

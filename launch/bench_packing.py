@@ -29,8 +29,7 @@ import ds_lvx
 from bench.script import leave, measured, told, usual_parser
 from ds_lvx.compare.case import Case, ds_config
 from ds_lvx.compare.document import Results, columns, percentiles, times
-from ds_lvx.compare.fresh import bind
-from ds_lvx.compare.harness import Ranks, meet, on_ranks, own_device, slowest, spread
+from ds_lvx.compare.harness import Ranks, bind, meet, on_ranks, own_device, slowest, spread
 from ds_lvx.compare.machine import header
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.conversation import Conversation, Message, Part

@@ -1,4 +1,4 @@
-"""Modules on forked ranks, for tests of what `ds_lvx.compare.fresh` starts from nothing."""
+"""Modules on forked ranks, for tests of what `ds_lvx.compare.harness` starts from nothing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import IO
 
 import pytest
 
-from ds_lvx.compare import fresh
+from ds_lvx.compare import harness
 from tests.ranks import FORKED
 
 
 class Popen:
-    """`subprocess.Popen` for ``python -m MODULE ARGUMENTS``, as far as `fresh` uses it."""
+    """`subprocess.Popen` for ``python -m MODULE ARGUMENTS``, as far as `harness` uses it."""
 
     def __init__(
         self, command: Sequence[str], *, env: Mapping[str, str], stdout: IO[str], stderr: int
@@ -45,8 +45,8 @@ class Popen:
 
 
 def fork_fresh_ranks(patch: pytest.MonkeyPatch) -> None:
-    """What `fresh` starts is forked, with the imports of `tests.preloaded`."""
-    patch.setattr(fresh, "subprocess", SimpleNamespace(Popen=Popen, STDOUT=subprocess.STDOUT))
+    """What `harness` starts is forked, with the imports of `tests.preloaded`."""
+    patch.setattr(harness, "subprocess", SimpleNamespace(Popen=Popen, STDOUT=subprocess.STDOUT))
 
 
 def _module(arguments: Sequence[str], environment: Mapping[str, str], output: str) -> None:

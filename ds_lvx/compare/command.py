@@ -17,8 +17,7 @@ from typing import Any
 
 from ds_lvx.attention.shape import check_heads
 from ds_lvx.compare.document import Subject, deliver
-from ds_lvx.compare.fresh import RunError
-from ds_lvx.compare.harness import GATHERED, METHODS, SHARDED, Ranks, on_ranks
+from ds_lvx.compare.harness import GATHERED, METHODS, SHARDED, Ranks, RunError, on_ranks
 from ds_lvx.compare.network import NetworkError
 from ds_lvx.compare.operators import rank as operators
 from ds_lvx.compare.operators import subject as operators_subject

@@ -1,28 +1,31 @@
 """One harness for every comparison: a function on ranks in fresh processes, and their samples.
 
 A subject (`operators`, `training`, a script of ``launch``) says what runs on a rank, by a function
-of one dataclass, and what its answers mean. What is the same for all of them is here.
+of one request, and what its answers mean. What is the same for all of them is here.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
+import random
+import socket
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from importlib import import_module
+from dataclasses import dataclass, field
 from multiprocessing import spawn
-from typing import Any, get_type_hints
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
-from pydantic import TypeAdapter
 
-from ds_lvx.compare.fresh import answer, bind, run_fresh
 from ds_lvx.compare.machine import cores
 from ds_lvx.compare.network import MASTER, Lab, Network
 from ds_lvx.config import registry
@@ -42,6 +45,14 @@ METHODS: Mapping[str, tuple[str, str | None]] = {
     for schedule in ((*SHARDED, registry.AUTO) if entry.has_schedules else (None,))
 } | {GATHERED: (GATHERED, None)}
 """What is compared, by name: the method and lvx's schedule; ``none`` runs on one process."""
+
+_LINES_OF_A_FAILURE = 25
+_POLL_S = 0.1
+_VICTIMS_S = 2.0
+
+
+class RunError(RuntimeError):
+    """A rank ended with an error; the message has the end of its output."""
 
 
 @dataclass(frozen=True)
@@ -108,48 +119,103 @@ def on_ranks(
 ) -> list[Any]:
     """Call a function of a module in fresh processes, one a rank; what each returned, by rank.
 
-    Its argument, the request, is a dataclass of what JSON has. With ``joins`` the ranks have joined
-    ``torch.distributed``, and on a CPU each stays on its share of the cores.
+    The request travels by pickle, the answers are what JSON has. RANK and the other variables of a
+    launcher are set. With ``joins`` the ranks have joined ``torch.distributed``, and on a CPU each
+    stays on its share of the cores.
 
     Raises:
-        RunError: a rank failed.
+        RunError: a rank failed or took too long; all are ended.
         NetworkError: the network cannot be made here.
     """
     process: dict[str, Any] = {"sys_path": sys.path}
     if function.__module__ == "__main__":
         process["init_main_from_path"] = vars(sys.modules["__main__"])["__file__"]
-    call = {
-        "process": process,
-        "module": function.__module__,
-        "name": function.__name__,
-        "request": asdict(request),
-        "joins": joins,
-    }
-    on_cpu = {"DS_ACCELERATOR": "cpu"} if ranks.device == "cpu" else {}
-    run = partial(
-        run_fresh,
-        __name__,
-        call,
-        ranks=ranks.count,
-        threads=ranks.threads,
-        timeout_s=ranks.timeout_s,
-        environment={**on_cpu, **ranks.environment},
-    )
+    call = pickle.dumps(process) + pickle.dumps((function, request, joins))
     if ranks.network is None:
-        return run()
+        return _run(call, ranks)
     with Lab(ranks.network, ranks=ranks.count, name=f"lvx{os.getpid()}") as lab:
-        return run(places=lab.places(), master=MASTER)
+        return _run(call, ranks, lab)
 
 
-def _called(call: Mapping[str, Any]) -> Any:
-    """In a rank: the function with its request, as the dataclass that it was."""
-    spawn.prepare(call["process"])  # modules are found as where it was asked
-    function = getattr(import_module(call["module"]), call["name"])
-    hints = get_type_hints(function)
-    kind = next(hint for name, hint in hints.items() if name != "return")
-    request = TypeAdapter(kind).validate_python(call["request"])
-    if not call["joins"]:
-        return function(request)
+def _run(call: bytes, ranks: Ranks, lab: Lab | None = None) -> list[Any]:
+    """The answers of new processes, which run this module."""
+    # Where rank 0 is elsewhere, this process cannot try which port is free.
+    port = _free_port() if lab is None else random.randrange(20_000, 30_000)
+    shared = {
+        "WORLD_SIZE": str(ranks.count),
+        "LOCAL_SIZE": str(ranks.count),
+        "MASTER_ADDR": "127.0.0.1" if lab is None else MASTER,
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": str(ranks.threads),
+        **({"DS_ACCELERATOR": "cpu"} if ranks.device == "cpu" else {}),
+        **ranks.environment,
+        **({} if lab is None else lab.environment),
+    }
+    processes: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory(prefix="ds_lvx_") as name:
+        folder = Path(name)
+        request = folder / "request"
+        request.write_bytes(call)
+        try:
+            for rank in range(ranks.count):
+                own = {"LOCAL_RANK": str(rank), **shared, "RANK": str(rank)}
+                inside = () if lab is None else lab.inside(rank)
+                command = [*inside, sys.executable, "-m", __name__, str(request)]
+                with (folder / f"log-{rank}").open("w") as log:
+                    output: Any = {"stdout": log, "stderr": subprocess.STDOUT}
+                    processes.append(subprocess.Popen(command, env={**os.environ, **own}, **output))
+            _wait(processes, folder, ranks.timeout_s)
+        finally:
+            for process in processes:
+                process.kill()  # nothing, where it has ended
+                process.wait()
+            # DeepSpeed's operator for CPUs leaves a buffer a rank in shared memory for ever.
+            ours = f"deepspeed_allreduce_buffer_*_{shared['MASTER_ADDR']}_{port}_*"
+            for buffer in Path("/dev/shm").glob(ours):
+                buffer.unlink(missing_ok=True)
+        return [json.loads((folder / f"answer-{rank}").read_text()) for rank in range(ranks.count)]
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s: float) -> None:
+    def failed() -> list[int]:
+        return [rank for rank, each in enumerate(processes) if each.poll() not in (None, 0)]
+
+    def error(rank: int, what: str) -> RunError:
+        lines = (folder / f"log-{rank}").read_text(errors="replace").splitlines()
+        tail = "\n".join(lines[-_LINES_OF_A_FAILURE:])
+        return RunError(f"rank {rank} {what}; the end of its output:\n{tail}")
+
+    deadline = time.monotonic() + timeout_s
+    while not failed():
+        if all(process.poll() == 0 for process in processes):
+            return
+        if time.monotonic() > deadline:
+            raise error(0, f"was not done after {timeout_s:.0f} s")
+        time.sleep(_POLL_S)
+    # The others miss it and end a little later: the rank whose last words are the oldest failed.
+    deadline = time.monotonic() + _VICTIMS_S
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    rank = min(failed(), key=lambda rank: (folder / f"log-{rank}").stat().st_mtime_ns)
+    raise error(rank, f"ended with code {processes[rank].returncode}")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _answer(path: Path) -> None:
+    """In a rank: call the function, and leave what it returns for the parent."""
+    with path.open("rb") as file:
+        spawn.prepare(pickle.load(file))  # modules are found as where it was asked
+        function, request, joins = pickle.load(file)
+    result = _joined(function, request) if joins else function(request)
+    path.with_name(f"answer-{os.environ['RANK']}").write_text(json.dumps(result))
+
+
+def _joined(function: Callable[[Any], Any], request: Any) -> Any:
     if own_device().type == "cpu":
         bind(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     init_distributed(verbose=False)
@@ -157,6 +223,18 @@ def _called(call: Mapping[str, Any]) -> Any:
         return function(request)
     finally:
         shutdown()
+
+
+def bind(rank: int, ranks: int) -> None:
+    """Keep this process, and the threads that it will start, on its share of the cores.
+
+    Where ranks outnumber cores, the scheduler would now and then put one more on a core than on
+    another, and every rank waits for the slowest.
+    """
+    free = sorted(os.sched_getaffinity(0))
+    first = rank * len(free) // ranks
+    last = max((rank + 1) * len(free) // ranks, first + 1)
+    os.sched_setaffinity(0, free[first:last])
 
 
 def own_device() -> torch.device:
@@ -197,4 +275,4 @@ def slowest(*columns: Iterable[float]) -> list[float]:
 
 
 if __name__ == "__main__":
-    answer(_called)
+    _answer(Path(sys.argv[1]))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ds_lvx.compare.fresh import Place
 from ds_lvx.plan.profile import ranks_of_this_node
 from ds_lvx.plan.units import bytes_per_s, seconds
 
@@ -79,20 +78,20 @@ class Lab:
     def __exit__(self, *_: object) -> None:
         self._call("down")
 
-    def places(self) -> list[Place]:
-        """Where each rank runs."""
-        environment = {
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of every rank: each namespace is a node of its own."""
+        return {
             "GLOO_SOCKET_IFNAME": INTERFACE,
             "NCCL_SOCKET_IFNAME": INTERFACE,
             "NETLAB": str(self.network),
-            # Each namespace is a node of its own.
             "LOCAL_RANK": "0",
             "LOCAL_SIZE": "1",
         }
-        return [
-            Place(("ip", "netns", "exec", f"{self.name}-{rank}"), environment)
-            for rank in range(self.ranks)
-        ]
+
+    def inside(self, rank: int) -> tuple[str, ...]:
+        """The command that runs another where a rank is."""
+        return ("ip", "netns", "exec", f"{self.name}-{rank}")
 
     def _call(self, *words: str) -> None:
         # In a session of its own, Ctrl-C does not reach it, and it can do its work to the end.

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from ds_lvx.compare.fresh import RunError, run_fresh
-from ds_lvx.doctor import kernels
+from ds_lvx.compare.harness import Ranks, RunError, on_ranks
+from ds_lvx.doctor import kernels, rank
 from ds_lvx.doctor.findings import Finding, Section, State
 
-RANK_MODULE = "ds_lvx.doctor.rank"
 BOUNDS = {"float32": 2e-5, "bfloat16": 2e-2}
 """Largest error that is right, relative to the largest value; see docs/doctor.md."""
 
@@ -64,14 +63,10 @@ def kernels_of(device: str) -> list[str]:
 def _run(ranks: int, device: str, names: list[str], *, timeout_s: float) -> list[Outcome] | str:
     """The worst outcome of each case over all ranks, or why there is none."""
     request = {"device": device, "kernels": names, "timeout_s": timeout_s / 2}
+    environment = {"DS_ACCELERATOR": device}
+    where = Ranks(ranks, device=device, timeout_s=timeout_s, environment=environment)
     try:
-        answers = run_fresh(
-            RANK_MODULE,
-            request,
-            ranks=ranks,
-            timeout_s=timeout_s,
-            environment={"DS_ACCELERATOR": device},
-        )
+        answers = on_ranks(rank.check, request, where)
     except RunError as error:
         return str(error)
     return [_worst(cases) for cases in zip(*answers, strict=True)]

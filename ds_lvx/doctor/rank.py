@@ -1,10 +1,4 @@
-"""One rank of the self-check, in a process of its own: every method against float64.
-
-    python -m ds_lvx.doctor.rank REQUEST.json
-
-The parent (`ds_lvx.doctor.check`) sets RANK and the like. Legend: B batch, S queries, T keys,
-H query heads, K key/value heads, D head_dim.
-"""
+"""One rank of the self-check, in a process of its own: every method against float64."""
 
 from __future__ import annotations
 
@@ -23,7 +17,6 @@ from ds_lvx.attention.lvx import lv_xattn
 from ds_lvx.attention.oracle import attention_oracle
 from ds_lvx.attention.ring import ring_attention
 from ds_lvx.attention.ulysses import ulysses_attention
-from ds_lvx.compare.fresh import answer
 from ds_lvx.config import registry
 from ds_lvx.distributed.shutdown import shutdown
 from ds_lvx.distributed.start import init_distributed
@@ -73,11 +66,6 @@ class Case:
                 for dtype in DTYPES:
                     for rule in (False, True):
                         yield cls(method, kernel, dtype, rule)
-
-
-def main() -> None:
-    """Run the request, write this rank's answer."""
-    answer(check)
 
 
 def check(request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -210,7 +198,3 @@ def _error(found: Tensor, exact: Tensor, place: slice) -> float:
 def _shard(lengths: tuple[int, ...], rank: int) -> slice:
     start = sum(lengths[:rank])
     return slice(start, start + lengths[rank])
-
-
-if __name__ == "__main__":
-    main()

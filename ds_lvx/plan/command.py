@@ -189,8 +189,7 @@ def _cluster_of(options: argparse.Namespace) -> Cluster:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from ds_lvx.compare.fresh import RunError
-    from ds_lvx.compare.harness import Ranks
+    from ds_lvx.compare.harness import Ranks, RunError
     from ds_lvx.compare.network import NetworkError
     from ds_lvx.plan import calibrate
 

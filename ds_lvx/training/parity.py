@@ -15,7 +15,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 import ds_lvx
-from ds_lvx.compare.fresh import RunError, answer, run_fresh
+from ds_lvx.compare.harness import Ranks, RunError, on_ranks
 from ds_lvx.config import LVXConfig, read_ds_config
 from ds_lvx.config.ds_config import SECTION
 from ds_lvx.config.words import in_ranks
@@ -133,13 +133,9 @@ def _train(
                 "comparison stays; expected none; leave it out"
             )
         read_inputs(told, ranks)  # a mistake shows here, not in a rank
-        found: dict[str, Any] = run_fresh(
-            __name__,
-            {"words": words},
-            ranks=ranks,
-            timeout_s=options.timeout,
-            environment={"DS_ACCELERATOR": "cpu"} if on_cpu else {},
-        )[0]
+        device = "cpu" if on_cpu else get_accelerator().device_name()
+        where = Ranks(ranks, device=device, timeout_s=options.timeout)
+        found: dict[str, Any] = on_ranks(_metrics, words, where)[0]
     if "error" in found:
         raise ValueError(found["error"])
     rows: list[dict[str, Any]] = found["rows"]
@@ -153,17 +149,17 @@ class _Unsaved(Trainer):
         return
 
 
-def _metrics(request: Mapping[str, Any]) -> dict[str, Any]:
+def _metrics(words: Sequence[str]) -> dict[str, Any]:
     """In a rank: train; ``rows`` of ``metrics.jsonl``, or the ``error`` of what the user gave."""
     try:
-        return {"rows": _rows(request)}
+        return {"rows": _rows(words)}
     except (ValueError, NotImplementedError) as error:
         return {"error": str(error)}
 
 
-def _rows(request: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _rows(words: Sequence[str]) -> list[dict[str, Any]]:
     """Train, and return what ``metrics.jsonl`` has."""
-    options: Options = parse(request["words"])
+    options: Options = parse(words)
     options.limits.tell_pil()
     take_device()
     init_distributed()
@@ -201,7 +197,3 @@ def _show(
             label = f"step {row['step']:<3}{name}"
             print(f"{label:16}{got:14.6f}{expected:14.6f}{difference:14.1e}")
     return worst
-
-
-if __name__ == "__main__":
-    answer(_metrics)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ds_lvx.compare.command import ending_in_order
 from ds_lvx.compare.document import Subject, deliver
-from ds_lvx.compare.fresh import RunError
+from ds_lvx.compare.harness import RunError
 from ds_lvx.compare.network import NetworkError
 
 LAUNCH = Path(__file__).resolve().parent.parent

@@ -10,11 +10,11 @@ import pytest
 
 from bench.peak import PROMPT_FREEING, meter
 from bench.weigh import Weighing, weigh
-from ds_lvx.compare import fresh
+from ds_lvx.compare import harness
 from ds_lvx.compare.case import Case
-from ds_lvx.compare.fresh import RunError, run_fresh
-from ds_lvx.compare.harness import Ranks, on_ranks
+from ds_lvx.compare.harness import Ranks, RunError, on_ranks
 from ds_lvx.plan.memory import Setting
+from tests.compare.failing_worker import fail
 from tests.forked import fork_fresh_ranks
 
 TINY = Case(hidden=32, heads=4, kv_heads=2, cross_layers=1, mlp=8, vocabulary=16, text_tokens=4)
@@ -78,11 +78,14 @@ def test_a_rank_that_fails_says_why_and_leaves_nothing(monkeypatch: pytest.Monke
     assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= buffers
 
 
-def test_the_rank_that_failed_first_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rank_that_failed_first_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rank 1 fails; rank 0 ends because of it, and its process is gone first."""
-    monkeypatch.setattr(fresh, "_VICTIMS_S", 600.0)
+    fork_fresh_ranks(monkeypatch)
+    monkeypatch.setattr(harness, "_VICTIMS_S", 600.0)
     with pytest.raises(RunError, match=r"(?s)rank 1 ended with code 5; .*rank 1 is broken"):
-        run_fresh("tests.compare.failing_worker", {}, ranks=2)
+        on_ranks(fail, tmp_path, Ranks(2))
 
 
 def test_resident_memory_has_a_peak_that_is_set_back() -> None:

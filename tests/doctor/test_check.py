@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ds_lvx import cli
-from ds_lvx.compare.fresh import RunError
+from ds_lvx.compare.harness import Ranks, RunError
 from ds_lvx.doctor import check, command, network, rank
 from ds_lvx.doctor.findings import Finding, Section, State
 from ds_lvx.doctor.rank import METHODS, RESULTS, Case
@@ -24,15 +24,15 @@ TITLES = ("Versions", "Devices", "Communication", "Kernels", "System", "Measured
 def answers(
     wrong: Callable[[int, int, dict[str, Any]], dict[str, Any]] = lambda ranks, rank, case: case,
 ) -> Callable[..., list[list[dict[str, Any]]]]:
-    """A `run_fresh` whose ranks are all right, but for what ``wrong`` makes of a case."""
+    """An `on_ranks` whose ranks are all right, but for what ``wrong`` makes of a case."""
 
-    def run(module: str, request: dict[str, Any], *, ranks: int, **options: Any) -> Any:
+    def run(function: Any, request: dict[str, Any], ranks: Ranks) -> Any:
         def of(rank: int) -> list[dict[str, Any]]:
             cases = Case.all(request["kernels"])
             right = {"errors": dict.fromkeys(RESULTS, 1e-8), "problem": ""}
-            return [wrong(ranks, rank, {**vars(case), **right}) for case in cases]
+            return [wrong(ranks.count, rank, {**vars(case), **right}) for case in cases]
 
-        return [of(rank) for rank in range(ranks)]
+        return [of(rank) for rank in range(ranks.count)]
 
     return run
 
@@ -79,7 +79,7 @@ def test_a_kernel_that_is_wrong_in_backward_is_found(
     monkeypatch.setattr(NativeKernel, "backward", wrong)
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(check, "run_fresh", lambda module, request, **_: [rank.check(request)])
+    monkeypatch.setattr(check, "on_ranks", lambda function, request, _: [function(request)])
     assert cli.main(["doctor", "--json"]) == 1
     record = json.loads(capsys.readouterr().out)
     *_, alone, together = record["sections"]
@@ -128,7 +128,7 @@ def test_an_interface_that_does_not_exist_is_a_finding(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nonexistent")
-    monkeypatch.setattr(check, "run_fresh", answers())
+    monkeypatch.setattr(check, "on_ranks", answers())
     assert cli.main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "FAIL  gloo takes" in text
@@ -146,7 +146,7 @@ def test_what_is_right_alone_and_wrong_together_is_the_communication(
             return {**case, "errors": {**case["errors"], "dv": 0.3}}
         return case
 
-    monkeypatch.setattr(check, "run_fresh", answers(wrong))
+    monkeypatch.setattr(check, "on_ranks", answers(wrong))
     alone, together = checked()
     assert not bad(alone)
     (fault,) = bad(together)
@@ -166,11 +166,11 @@ def test_a_kernel_that_fails_alone_is_left_out_on_two_ranks(
         failed = case["kernel"] == "triton"
         return {**case, "errors": {}, "problem": "RuntimeError: no such thing"} if failed else case
 
-    def run(module: str, request: dict[str, Any], **options: Any) -> Any:
+    def run(function: Any, request: dict[str, Any], ranks: Ranks) -> Any:
         asked.append(request["kernels"])
-        return answers(wrong)(module, request, **options)
+        return answers(wrong)(function, request, ranks)
 
-    monkeypatch.setattr(check, "run_fresh", run)
+    monkeypatch.setattr(check, "on_ranks", run)
     monkeypatch.setattr(check, "kernels_of", lambda device: ["native", "triton"])
     alone, together = checked()
     assert asked == [["native", "triton"], ["native"]]
@@ -181,10 +181,10 @@ def test_a_kernel_that_fails_alone_is_left_out_on_two_ranks(
 
 
 def test_ranks_that_hang_or_die_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*arguments: Any, **options: Any) -> Any:
+    def run(*arguments: Any) -> Any:
         raise RunError("rank 0 was not done after 60 s; the end of its output:\nfirst\nchecking x")
 
-    monkeypatch.setattr(check, "run_fresh", run)
+    monkeypatch.setattr(check, "on_ranks", run)
     for section, name in zip(checked(), ("1 rank", "2 ranks"), strict=True):
         (fault,) = bad(section)
         assert (fault.name, fault.details[-1]) == (name, "checking x")

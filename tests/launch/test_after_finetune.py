@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from ds_lvx.cli import main
+from ds_lvx.compare.harness import Ranks
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.text import TextEncoder
@@ -77,9 +78,9 @@ def first_batch(folder: Path, base: Path, trusts: bool) -> Any:
     return dict(maker.batch(read_conversations(base / "train.jsonl")[:1]).inputs)
 
 
-def in_the_pool(_module: str, request: Any, *, ranks: int, **_limits: Any) -> list[Any]:
+def in_the_pool(function: Any, request: Any, ranks: Ranks) -> list[Any]:
     """In place of processes of its own."""
-    return run_ranks(parity._metrics, ranks, request)
+    return run_ranks(function, ranks.count, request)
 
 
 @pytest.mark.slow
@@ -121,5 +122,5 @@ def test_a_trained_folder_serves_as_its_base_does(name: str, tmp_path: Path) -> 
     assert answers[1] == answers[2]
 
     words = ["parity", "--model", str(full), "--data", str(base / "train.jsonl"), "--steps", "1"]
-    with mock.patch.object(parity, "run_fresh", in_the_pool):
+    with mock.patch.object(parity, "on_ranks", in_the_pool):
         assert main([*words, "--", "--frames", "3", *trusts]) == 0

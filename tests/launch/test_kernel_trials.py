@@ -20,7 +20,7 @@ from bench.kernels.trial import (
     Trial,
     host_s,
 )
-from ds_lvx.compare.fresh import RunError
+from ds_lvx.compare.harness import RunError
 from ds_lvx.compare.kernels import timing
 from ds_lvx.compare.kernels.check import exact, is_right
 from ds_lvx.compare.kernels.timing import LEAST_SAMPLES, samples_s

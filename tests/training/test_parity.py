@@ -62,7 +62,7 @@ def test_a_difference_above_the_tolerance_is_exit_code_1(
 def test_a_mistake_is_said_before_a_rank_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(parity, "run_fresh", None)
+    monkeypatch.setattr(parity, "on_ranks", None)
     assert cli.main(["parity", "--model", "tiny", "--data", "none.jsonl"]) != 0
     assert "none.jsonl: got no such file" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ from bench.kernels.candidates import OURS, SAME
 from bench.kernels.cases import DIRECTIONS, KernelCase
 from bench.kernels.roofline import floor
 from bench.kernels.trial import Bench, Timing, Trial
-from ds_lvx.compare.fresh import RunError
+from ds_lvx.compare.harness import RunError
 
 LIMIT_S = 60.0
 """Of one candidate on one case, compiling included; longer is taken for hanging."""
