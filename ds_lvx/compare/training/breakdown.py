@@ -241,56 +241,46 @@ def zero_watched(observer: Observer, *, clock: Clock) -> Iterator[None]:
     """Call ``observer`` with each transfer of DeepSpeed's backend; named ``"zero all_reduce"``.
 
     All of them go through one object; a stand-in takes its place that tells how long each call, and
-    the wait for its handle, takes. (DeepSpeed's own logger waits for every transfer where it
+    the first wait for its handle, takes. (DeepSpeed's own logger waits for every transfer where it
     starts.) One inside an operator of ds_lvx's (an all-to-all of Ulysses) is told twice.
     """
+
+    def told(name: str, *args: Any, **kwargs: Any) -> Any:
+        started = clock()
+        result = getattr(backend, name)(*args, **kwargs)
+        untold = [f"{ZERO}{name}"]
+
+        def tell(waited: float) -> None:
+            if untold:
+                observer(Transfer(untold.pop(), started, waited, clock()))
+
+        def wait(*args: Any, **kwargs: Any) -> Any:
+            waited = clock()
+            found = result.wait(*args, **kwargs)
+            tell(waited)
+            return found
+
+        if hasattr(result, "wait"):
+            return _StandIn(result, wait=wait)
+        tell(started)
+        return result
+
     backend = deepspeed_comm.cdb
-    deepspeed_comm.cdb = _Watched(backend, observer, clock)
+    names = (name for name in dir(backend) if name.startswith(_COLLECTIVES))
+    own = {name: partial(told, name) for name in names if callable(getattr(backend, name))}
+    deepspeed_comm.cdb = _StandIn(backend, **own)
     try:
         yield
     finally:
         deepspeed_comm.cdb = backend
 
 
-class _Watched:
-    """DeepSpeed's backend, but that its collectives are told."""
+class _StandIn:
+    """An object, but for some of its methods."""
 
-    def __init__(self, backend: Any, observer: Observer, clock: Clock) -> None:
-        self._backend, self._observer, self._clock = backend, observer, clock
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._backend, name)
-        is_told = callable(found) and name.startswith(_COLLECTIVES)
-        return partial(self._told, name, found) if is_told else found
-
-    def _told(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        started = self._clock()
-        result = function(*args, **kwargs)
-
-        def tell(waited: float) -> None:
-            self._observer(Transfer(f"{ZERO}{name}", started, waited, self._clock()))
-
-        if hasattr(result, "wait"):
-            return _WatchedWork(result, self._clock, tell)
-        tell(started)
-        return result
-
-
-class _WatchedWork:
-    """A handle of ``torch.distributed``; when its first wait is over, the time it began is told."""
-
-    def __init__(self, work: Any, clock: Clock, tell: Callable[[float], None]) -> None:
-        self._work, self._clock = work, clock
-        self._tell: Callable[[float], None] | None = tell
+    def __init__(self, whole: Any, **methods: Callable[..., Any]) -> None:
+        self._whole = whole
+        vars(self).update(methods)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._work, name)
-
-    def wait(self, *args: Any, **kwargs: Any) -> Any:
-        """As of the handle."""
-        waited = self._clock()
-        result = self._work.wait(*args, **kwargs)
-        if self._tell is not None:
-            self._tell(waited)
-            self._tell = None
-        return result
+        return getattr(self._whole, name)
