@@ -223,11 +223,8 @@ def _methods_of(words: Sequence[str]) -> tuple[str, ...]:
 @contextmanager
 def ending_in_order() -> Iterator[None]:
     """Let a request to end, such as a scheduler's, clean up as Ctrl-C does."""
-
-    def end(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    earlier = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    ends = (signal.SIGTERM, signal.SIGHUP)
+    earlier = {number: signal.signal(number, signal.default_int_handler) for number in ends}
     try:
         yield
     finally:

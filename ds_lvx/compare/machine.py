@@ -11,8 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, ARM
 PACKAGES = (
     *("ds_lvx", "torch", "transformers", "deepspeed", "triton"),
     *("flash-attn", "flash-attn-3", "flash-attn-4"),
@@ -62,16 +64,20 @@ def hardware(device: str) -> dict[str, Any]:
             "capability": 10 * properties.major + properties.minor,
             "l2_bytes": properties.L2_cache_size,
         }
+    name, flags = processor()
+    memory_bytes = psutil.virtual_memory().total
+    return {"device": f"{name}, {cores()} cores", "memory_bytes": memory_bytes, "flags": flags}
+
+
+def processor() -> tuple[str, list[str]]:
+    """Its name, and its instructions for bf16, as Linux has them."""
     cpuinfo = Path("/proc/cpuinfo")
-    cpu = cpuinfo.read_text() if cpuinfo.exists() else ""
-    models = [line for line in cpu.splitlines() if line.startswith("model name")]
-    name = models[0].partition(":")[2].strip() if models else platform.machine()
-    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return {
-        "device": f"{name}, {cores()} cores",
-        "memory_bytes": pages * page_bytes,
-        "flags": [flag for flag in ("avx512_bf16", "amx_bf16") if flag in cpu],
-    }
+    fields: dict[str, str] = {}
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    known = (fields.get("flags") or fields.get("Features") or "").split()  # x86, or ARM
+    return fields.get("model name") or platform.machine(), [f for f in BF16_FLAGS if f in known]
 
 
 def cores() -> int:

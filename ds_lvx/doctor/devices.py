@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import psutil
 import torch
 
+from ds_lvx.compare import machine
 from ds_lvx.doctor.findings import Finding, State
 
 GIB = 2**30
-_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, ARM
 
 
 def findings() -> list[Finding]:
@@ -67,9 +66,8 @@ def _gpu(index: int) -> Finding:
 
 
 def _cpu() -> Finding:
-    name, flags = _processor()
-    usable, memory_bytes = len(os.sched_getaffinity(0)), _memory_bytes()
-    bf16 = [flag for flag in _BF16_FLAGS if flag in flags]
+    name, bf16 = machine.processor()
+    usable, memory_bytes = machine.cores(), _memory_bytes()
     facts: dict[str, Any] = {
         "name": name,
         "cores": psutil.cpu_count(logical=False),
@@ -83,16 +81,6 @@ def _cpu() -> Finding:
     )
     details = () if bf16 else ("bf16 is right here, but no faster than fp32",)
     return Finding("cpu", value, details=details, facts=facts)
-
-
-def _processor() -> tuple[str, set[str]]:
-    """Name and flags, as Linux has them."""
-    fields: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    return name, set((fields.get("flags") or fields.get("Features") or "").split())
 
 
 def _memory_bytes() -> int:

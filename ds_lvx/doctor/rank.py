@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -40,19 +42,12 @@ _KEYS_OF_A_FRAME = 8
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed.
+    """What is computed."""
 
-    Attributes:
-        method: one of `METHODS`.
-        kernel: ``native``, ``flash``, ``triton``, ``reference`` or ``auto``.
-        dtype: one of `DTYPES`.
-        rule: with a `Visibility`; else every query sees every key.
-    """
-
-    method: str
-    kernel: str
-    dtype: str
-    rule: bool
+    method: str  # one of `METHODS`
+    kernel: str  # ``native``, ``flash``, ``triton``, ``reference`` or ``auto``
+    dtype: str  # one of `DTYPES`
+    rule: bool  # with a `Visibility`; else every query sees every key
 
     def __str__(self) -> str:
         keys = "some" if self.rule else "all"
@@ -61,11 +56,8 @@ class Case:
     @classmethod
     def all(cls, kernels: list[str]) -> Iterator[Case]:
         """Every case of some kernels."""
-        for kernel in kernels:
-            for method in METHODS:
-                for dtype in DTYPES:
-                    for rule in (False, True):
-                        yield cls(method, kernel, dtype, rule)
+        for kernel, method, dtype, rule in product(kernels, METHODS, DTYPES, (False, True)):
+            yield cls(method, kernel, dtype, rule)
 
 
 def check(request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -127,7 +119,8 @@ def _errors(case: Case, device: torch.device, *, ranks: int, rank: int) -> dict[
     parts = {"q": rows, "k": keys, "v": keys, "dout": rows}
     mine = {name: tensors[name][:, part].to(device) for name, part in parts.items()}
     q, k, v = (mine[name].requires_grad_() for name in "qkv")
-    out = _attend(case)(q, k, v, visibility=_sharded(whole, rows, keys, device), kernel=case.kernel)
+    seen = _sharded(whole, rows, keys, device)
+    out = _attend(case.method)(q, k, v, visibility=seen, kernel=case.kernel)
     gradients = torch.autograd.grad(out, (q, k, v), mine["dout"])
     places = (rows, rows, keys, keys)
     return {
@@ -136,15 +129,10 @@ def _errors(case: Case, device: torch.device, *, ranks: int, rank: int) -> dict[
     }
 
 
-def _attend(case: Case) -> Callable[..., Tensor]:
-    name, _, schedule = case.method.partition(" ")
-    if name == "lvx":
-        return lambda *tensors, **options: lv_xattn(*tensors, schedule=schedule, **options)
-    others: dict[str, Callable[..., Tensor]] = {
-        "ring": ring_attention,
-        "ulysses": ulysses_attention,
-    }
-    return others[name]
+def _attend(method: str) -> Callable[..., Any]:
+    if method.startswith("lvx "):
+        return partial(lv_xattn, schedule=method.removeprefix("lvx "))
+    return ring_attention if method == "ring" else ulysses_attention
 
 
 def _tensors(dtype: torch.dtype, queries: int, keys: int) -> dict[str, Tensor]:

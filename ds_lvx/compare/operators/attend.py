@@ -6,7 +6,7 @@ All that a comparison needs of `ds_lvx.attention` and of kernels is here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -59,17 +59,17 @@ class NotingKernel:
         """The argument with tensors of ours; those that the call changes must be nobody else's."""
         changes = isinstance(argument, tuple)  # the running result of fold
 
-        def kept(part: Any, name: str = "") -> Any:
+        def kept(name: str | int, part: Any) -> Any:
             if not isinstance(part, Tensor):
                 return part
             # A tensor takes the place of those that look alike, in the same place of a call.
             own = part.detach().clone() if changes else part.detach()
-            return self._kept.setdefault((place, name, changes, Spec.of(part)), own)
+            return self._kept.setdefault((place, name, Spec.of(part)), own)
 
-        if is_dataclass(argument) and not isinstance(argument, type):
-            parts = {each.name: getattr(argument, each.name) for each in fields(argument)}
-            return replace(argument, **{name: kept(part, name) for name, part in parts.items()})
-        return tuple(kept(part, str(index)) for index, part in enumerate(argument))
+        if changes:
+            return tuple(kept(index, part) for index, part in enumerate(argument))
+        parts = {name: kept(name, part) for name, part in vars(argument).items()}
+        return replace(argument, **parts)
 
     def repeat(self, first: int, last: int | None = None) -> None:
         """Make calls ``first`` to ``last`` again, the last one excluded."""
