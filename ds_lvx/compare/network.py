@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+
+import psutil
 
 from ds_lvx.plan.profile import ranks_of_this_node
 from ds_lvx.plan.units import bytes_per_s, seconds
@@ -19,6 +21,8 @@ INTERFACE = "eth0"
 MASTER = "10.77.0.1"
 HEADER_BYTES = 14 + 20 + 32
 """Of a TCP packet as an interface counts it: Ethernet, IPv4, TCP with timestamps."""
+SNMP = Path("/proc/self/net/snmp")
+"""The kernel's table of TCP, of this process's network namespace."""
 
 
 class NetworkError(RuntimeError):
@@ -106,53 +110,44 @@ class Lab:
             raise NetworkError(done.stderr.strip())
 
 
-class Counters(NamedTuple):
-    """What an interface has carried since it exists."""
+def counting() -> Callable[[], dict[str, int] | None]:
+    """What the interface that GLOO_SOCKET_IFNAME names will have carried since now.
 
-    sent_bytes: int
-    sent_packets: int
-    received_bytes: int
-    received_packets: int
-    # By TCP, on every interface of the network namespace; the bytes of those are among
-    # ``sent_bytes``.
-    segments_sent_again: int = 0
-
-    def since(self, earlier: Counters) -> Counters:
-        """The difference."""
-        return Counters(*(now - then for now, then in zip(self, earlier, strict=True)))
-
-    @property
-    def sent_payload_bytes(self) -> int:
-        """What was sent without the headers of Ethernet, IP and TCP."""
-        return self.sent_bytes - HEADER_BYTES * self.sent_packets
-
-
-def own_counters() -> Counters | None:
-    """Of the interface that GLOO_SOCKET_IFNAME names; None where other ranks share it."""
-    shared = ranks_of_this_node() != 1
-    return None if shared else read_counters(os.environ.get("GLOO_SOCKET_IFNAME", ""))
-
-
-def carried_since(before: Counters | None) -> Counters | None:
-    """What has changed since `own_counters`."""
-    after = own_counters()
-    return None if before is None or after is None else after.since(before)
-
-
-def read_counters(interface: str, folder: Path = Path("/proc/self/net")) -> Counters | None:
-    """The counters of an interface of this process's network namespace; None where it has none.
-
-    ``folder`` has the kernel's tables ``dev`` and ``snmp``; some sandboxes have neither.
+    The function that is returned says so; None where other ranks share the interface.
     """
-    dev, snmp = (
-        table.read_text().splitlines() if table.exists() else []
-        for table in (folder / "dev", folder / "snmp")
-    )
-    tcp = [line.split() for line in snmp if line.startswith("Tcp:")]  # names, and values
-    again = dict(zip(*tcp, strict=True)).get("RetransSegs", 0) if len(tcp) == 2 else 0
-    for line in dev:
-        name, colon, values = line.partition(":")
-        if colon and name.strip() == interface:
-            columns = [int(value) for value in values.split()]
-            return Counters(columns[8], columns[9], columns[0], columns[1], int(again))
-    return None
+
+    def read() -> dict[str, int] | None:
+        shared = ranks_of_this_node() != 1
+        return None if shared else read_counters(os.environ.get("GLOO_SOCKET_IFNAME", ""))
+
+    def carried() -> dict[str, int] | None:
+        after = read()
+        if before is None or after is None:
+            return None
+        return {name: after[name] - before[name] for name in before}
+
+    before = read()
+    return carried
+
+
+def read_counters(interface: str, snmp: Path = SNMP) -> dict[str, int] | None:
+    """What an interface of this process's network namespace has carried since it exists.
+
+    ``sent_payload_bytes`` are without the headers of Ethernet, IP and TCP; ``segments_sent_again``
+    are TCP's on every interface, whose bytes are among the others. None where there is no such
+    interface, or no table of them, as in some sandboxes.
+    """
+    try:
+        found = psutil.net_io_counters(pernic=True, nowrap=False)[interface]
+    except (OSError, KeyError):
+        return None
+    lines = snmp.read_text().splitlines() if snmp.exists() else []
+    tcp = [line.split() for line in lines if line.startswith("Tcp:")]  # names, and values
+    return {
+        "sent_bytes": found.bytes_sent,
+        "sent_packets": found.packets_sent,
+        "received_bytes": found.bytes_recv,
+        "received_packets": found.packets_recv,
+        "segments_sent_again": int(dict(zip(*tcp, strict=True))["RetransSegs"]) if tcp else 0,
+        "sent_payload_bytes": found.bytes_sent - HEADER_BYTES * found.packets_sent,
+    }

@@ -11,13 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from ds_lvx.compare import network
 from ds_lvx.compare.command import ending_in_order
-from ds_lvx.compare.network import SCRIPT, Counters, Lab, Network, NetworkError, read_counters
+from ds_lvx.compare.network import SCRIPT, Lab, Network, NetworkError, read_counters
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HANG_S = 600
@@ -139,23 +142,41 @@ def test_the_script_says_what_it_needs(tools: dict[str, str], message: str, tmp_
     assert message in " ".join(done.stderr.split())
 
 
-def test_counters_are_those_of_the_interface(tmp_path: Path) -> None:
-    (tmp_path / "dev").write_text(
-        "Inter-|   Receive                                                |  Transmit\n"
-        " face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs\n"
-        "    lo:       1       2    0    0    0     0          0         0       1       2    0 0\n"
-        "  eth0:    5000      40    0    0    0     0          0         0    9000      50    0 0\n"
-    )
-    (tmp_path / "snmp").write_text(
-        "Icmp: InMsgs OutMsgs\nIcmp: 1 2\nTcp: InSegs OutSegs RetransSegs InErrs\nTcp: 5 6 7 8\n"
-    )
-    found = read_counters("eth0", tmp_path)
-    assert found == Counters(9000, 50, 5000, 40, segments_sent_again=7)
-    assert found.sent_payload_bytes == 9000 - 50 * 66
-    assert found.since(Counters(1000, 10, 500, 4, 5)) == Counters(8000, 40, 4500, 36, 2)
-    assert read_counters("eth1", tmp_path) is None
-    (tmp_path / "snmp").unlink()
-    assert read_counters("eth0", tmp_path) == Counters(9000, 50, 5000, 40)
+def test_counters_are_those_of_the_interface(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dev, snmp, rest = tmp_path / "net" / "dev", tmp_path / "snmp", " 0" * 6
+    dev.parent.mkdir()
+    head = f"Inter-| Receive | Transmit\n face |bytes packets errs\n    lo: 1 2{rest} 1 2{rest}\n"
+    dev.write_text(f"{head}  eth0: 5000 40{rest} 9000 50{rest}\n")
+    table = "Icmp: InMsgs OutMsgs\nIcmp: 1 2\nTcp: InSegs OutSegs RetransSegs\nTcp: 5 6 {}\n"
+    snmp.write_text(table.format(7))
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    assert read_counters("eth0", snmp) == {
+        "sent_bytes": 9000,
+        "sent_packets": 50,
+        "received_bytes": 5000,
+        "received_packets": 40,
+        "segments_sent_again": 7,
+        "sent_payload_bytes": 9000 - 50 * 66,
+    }
+    assert read_counters("eth1", snmp) is None
+    monkeypatch.setattr(network, "read_counters", partial(read_counters, snmp=snmp))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    for ranks, again in (("1", 2), ("2", None)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        snmp.write_text(table.format(7))
+        dev.write_text(f"{head}  eth0: 5000 40{rest} 9000 50{rest}\n")
+        carried = network.counting()
+        snmp.write_text(table.format(9))
+        dev.write_text(f"{head}  eth0: 6000 50{rest} 10000 60{rest}\n")
+        found = carried()
+        assert (None if found is None else found["segments_sent_again"]) == again
+        assert found is None or found["sent_payload_bytes"] == 1000 - 10 * 66
+    snmp.unlink()
+    assert read_counters("eth0", snmp)["segments_sent_again"] == 0  # type: ignore[index]
+    dev.unlink()
+    assert read_counters("eth0", snmp) is None
 
 
 def interfaces() -> set[str]:

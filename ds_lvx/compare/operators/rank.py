@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.compare.harness import GATHERED, meet, now, own_device
-from ds_lvx.compare.network import carried_since, own_counters
+from ds_lvx.compare.network import counting
 from ds_lvx.compare.operators import exactness
 from ds_lvx.compare.operators.attend import NotingKernel, attend, recomputes
 from ds_lvx.compare.operators.tensors import ORDERS, Shape, Shards, make_shards
@@ -212,12 +212,12 @@ class Turn:
         """
         for _ in range(3):
             meet(self._world)
-            before = own_counters()
+            carried = counting()
             with traffic() as sent:
                 self.step()
                 meet(self._world)
-            carried = carried_since(before)
-            again = 0 if carried is None else carried.segments_sent_again
+            interface = carried()
+            again = 0 if interface is None else interface["segments_sent_again"]
             if not any(answer["again"] for answer in self._world.agree({"again": again})):
                 break
         return {
@@ -227,7 +227,5 @@ class Turn:
                 "per_collective": {name: asdict(own) for name, own in sent.per_collective.items()},
                 "control_bytes": sent.control.bytes_sent,
             },
-            "interface": None
-            if carried is None
-            else {**carried._asdict(), "sent_payload_bytes": carried.sent_payload_bytes},
+            "interface": interface,
         }

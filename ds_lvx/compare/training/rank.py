@@ -16,7 +16,7 @@ from deepspeed.utils import safe_get_full_grad
 import ds_lvx
 from ds_lvx.compare.case import DTYPES, Case, build_model, ds_config, make_batch
 from ds_lvx.compare.harness import GATHERED, METHODS, now, own_device
-from ds_lvx.compare.network import carried_since, own_counters
+from ds_lvx.compare.network import counting
 from ds_lvx.compare.training import gathered
 from ds_lvx.compare.training.breakdown import Parts
 from ds_lvx.distributed.pending import without_overlap
@@ -131,7 +131,7 @@ def _finetuned(engine: Any, task: Task) -> dict[str, Any]:
         """
         engine.ds_lvx.groups.world_channel.barrier()
         with around or nullcontext() as found, ds_lvx.traffic() as traffic:
-            start, worked, counted = now(), time.process_time(), own_counters()
+            start, worked, carried = now(), time.process_time(), counting()
             shard = ds_lvx.shard_batch(batch, model=engine.module, frames="local")
             loss = engine(**shard).loss
             enter("backward")
@@ -139,8 +139,8 @@ def _finetuned(engine: Any, task: Task) -> dict[str, Any]:
             enter("optimizer")
             engine.step()
             sample = {"step_s": now() - start, "processor_s": time.process_time() - worked}
-            carried = carried_since(counted)
-            sent = None if carried is None else carried.sent_payload_bytes
+            interface = carried()
+            sent = None if interface is None else interface["sent_payload_bytes"]
         losses.append(float(ds_lvx.mean_loss(loss)))
         return {**sample, "interface_bytes": sent, "attention_bytes": traffic.bytes_sent}, found
 
