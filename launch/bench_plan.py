@@ -32,7 +32,7 @@ from ds_lvx.compare.document import columns, markdown, save, write_between
 from ds_lvx.compare.harness import Ranks
 from ds_lvx.compare.machine import header
 from ds_lvx.compare.network import Network
-from ds_lvx.compare.operators.tensors import split
+from ds_lvx.models.cuts import split
 from ds_lvx.plan import calibrate
 from ds_lvx.plan.choose import cheapest
 from ds_lvx.plan.cluster import Cluster

@@ -22,9 +22,9 @@ from ds_lvx.compare.network import NetworkError
 from ds_lvx.compare.operators import rank as operators
 from ds_lvx.compare.operators import subject as operators_subject
 from ds_lvx.compare.operators.rank import Contest
-from ds_lvx.compare.operators.tensors import DTYPES, ORDERS, VISIBILITIES, Shape
+from ds_lvx.compare.operators.tensors import ORDERS, VISIBILITIES, Shape
 from ds_lvx.compare.training import model
-from ds_lvx.config.registry import kernel_words
+from ds_lvx.config.registry import FLOATS, kernel_words
 from ds_lvx.config.words import nearest
 from ds_lvx.plan.units import at_least, count
 
@@ -62,7 +62,7 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument("--heads", type=int, default=8)
     lengths.add_argument("--kv-heads", type=int, help="default: as many as --heads")
     lengths.add_argument("--head-dim", type=int, default=64)
-    lengths.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    lengths.add_argument("--dtype", choices=FLOATS, default="bfloat16")
     lengths.add_argument("--visibility", choices=VISIBILITIES, default="all")
     lengths.add_argument(
         "--orders",

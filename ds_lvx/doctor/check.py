@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ds_lvx.compare.harness import Ranks, RunError, on_ranks
+from ds_lvx.config.words import in_ranks
 from ds_lvx.doctor import kernels, rank
 from ds_lvx.doctor.findings import Finding, Section, State
 
@@ -90,7 +91,7 @@ def _section(
     ranks: int, device: str, outcomes: list[Outcome] | str, *, right_alone: bool = False
 ) -> Section:
     title = (
-        f"Self-check on {ranks} rank{'s' * (ranks > 1)} ({device}): largest error of out, dq, dk "
+        f"Self-check on {in_ranks(ranks)} ({device}): largest error of out, dq, dk "
         "and dv against float64, as a share of the largest value"
     )
     if isinstance(outcomes, str):
@@ -155,7 +156,7 @@ def _unfinished(ranks: int, reason: str) -> Finding:
     if ranks > 1:
         advice += ", another interface by GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
     return Finding(
-        f"{ranks} rank{'s' * (ranks > 1)}",
+        in_ranks(ranks),
         first.removesuffix(_END_OF_OUTPUT) + ("" if tail else ", and had printed nothing"),
         State.ERROR,
         advice=advice,

@@ -23,6 +23,7 @@ from ds_lvx.config import registry
 from ds_lvx.distributed.shutdown import shutdown
 from ds_lvx.distributed.start import init_distributed
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
+from ds_lvx.models.cuts import span
 
 METHODS = tuple(
     f"{name} {schedule}".strip()
@@ -110,7 +111,7 @@ def _record(case: Case, errors: dict[str, float], problem: str) -> dict[str, Any
 
 def _errors(case: Case, device: torch.device, *, ranks: int, rank: int) -> dict[str, float]:
     q_lengths, kv_lengths = _LENGTHS[ranks]
-    rows, keys = _shard(q_lengths, rank), _shard(kv_lengths, rank)
+    rows, keys = span(q_lengths, rank), span(kv_lengths, rank)
     if case.method == "lvx replicated":
         rows = slice(0, sum(q_lengths))
     tensors = _tensors(getattr(torch, case.dtype), sum(q_lengths), sum(kv_lengths))
@@ -119,7 +120,7 @@ def _errors(case: Case, device: torch.device, *, ranks: int, rank: int) -> dict[
     parts = {"q": rows, "k": keys, "v": keys, "dout": rows}
     mine = {name: tensors[name][:, part].to(device) for name, part in parts.items()}
     q, k, v = (mine[name].requires_grad_() for name in "qkv")
-    seen = _sharded(whole, rows, keys, device)
+    seen = None if whole is None else whole.part(rows, keys).contiguous().to(device)
     out = _attend(case.method)(q, k, v, visibility=seen, kernel=case.kernel)
     gradients = torch.autograd.grad(out, (q, k, v), mine["dout"])
     places = (rows, rows, keys, keys)
@@ -159,15 +160,6 @@ def _visibility(queries: int, keys: int) -> Visibility:
     return Visibility(start, end, torch.stack((frame, frame.flip(0))))
 
 
-def _sharded(
-    whole: Visibility | None, rows: slice, keys: slice, device: torch.device
-) -> Visibility | None:
-    if whole is None:
-        return None
-    parts = (whole.q_start[:, rows], whole.q_end[:, rows], whole.kv_pos[:, keys])
-    return Visibility(*(part.contiguous().to(device) for part in parts))
-
-
 def _exact(tensors: dict[str, Tensor], whole: Visibility | None) -> dict[str, Tensor]:
     leaves = [tensors[name].double().requires_grad_() for name in "qkv"]
     out, _ = attention_oracle(*leaves, visibility=whole)
@@ -181,8 +173,3 @@ def _error(found: Tensor, exact: Tensor, place: slice) -> float:
     if not bool(gap.isfinite().all()):
         return torch.inf
     return float(gap.abs().amax() / exact.abs().amax())
-
-
-def _shard(lengths: tuple[int, ...], rank: int) -> slice:
-    start = sum(lengths[:rank])
-    return slice(start, start + lengths[rank])

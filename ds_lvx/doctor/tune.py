@@ -18,9 +18,9 @@ import torch
 
 from ds_lvx.compare.kernels.check import Exact, exact
 from ds_lvx.compare.kernels.timing import samples_s
-from ds_lvx.compare.operators.tensors import DTYPES, Shape, make_shards
+from ds_lvx.compare.operators.tensors import Shape, make_shards
 from ds_lvx.config import LVXConfig, read_ds_config
-from ds_lvx.config.registry import AUTO, METHODS
+from ds_lvx.config.registry import AUTO, FLOATS, METHODS
 from ds_lvx.kernels import flash_version
 from ds_lvx.kernels.choice import candidates
 from ds_lvx.kernels.interface import Kernel
@@ -29,6 +29,7 @@ from ds_lvx.kernels.warn import warn_once
 from ds_lvx.models.dimensions import Model
 from ds_lvx.plan.models import model
 from ds_lvx.plan.units import count
+from ds_lvx.training.model import training_dtype
 
 TOLERANCE = {"bfloat16": 4e-2, "float16": 1e-2, "float32": 1e-3, "float64": 1e-3}
 """Largest error, as a share of the largest value."""
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--heads", type=int, default=32)
     group.add_argument("--kv-heads", type=int, default=8)
     group.add_argument("--head-dim", type=int, default=128)
-    group.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    group.add_argument("--dtype", choices=FLOATS, default="bfloat16")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -92,7 +93,7 @@ def shapes_of(options: argparse.Namespace) -> list[Shape]:
             model(options.model),
             text=count(options.text, what="--text"),
             frames=options.frames,
-            dtype=_dtype(read_ds_config(options.config)),
+            dtype=str(training_dtype(read_ds_config(options.config))).removeprefix("torch."),
         )
         return list(dict.fromkeys(found))
     shape = Shape(
@@ -161,13 +162,6 @@ def _rules(shape: Shape) -> Iterator[Shape]:
 
 def _share(total: int, ranks: int) -> int:
     return max(-(-total // ranks), 1)
-
-
-def _dtype(ds_config: Mapping[str, Any]) -> str:
-    for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        if ds_config.get(key, {}).get("enabled") is True:
-            return dtype
-    return "float32"
 
 
 @dataclass(frozen=True)

@@ -35,34 +35,26 @@ def _python(wanted: str | None) -> Finding:
 
 
 def _packages(requirements: list[Requirement]) -> Iterator[Finding]:
-    for requirement in requirements:
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield _required(requirement)
-    for extra in _EXTRAS:
+    """Those that are needed, then those of each extra."""
+    for extra in ("", *_EXTRAS):
         for requirement in requirements:
             marker = requirement.marker
-            if marker is None or marker.evaluate({"extra": ""}):
-                continue
-            if marker.evaluate({"extra": extra}):
-                yield _optional(requirement, extra)
+            needed = marker is None or marker.evaluate({"extra": ""})
+            if needed != bool(extra) and (marker is None or marker.evaluate({"extra": extra})):
+                yield _package(requirement, extra)
 
 
-def _required(requirement: Requirement) -> Finding:
-    found = _installed(requirement.name)
-    if found is None:
-        advice = f"pip install '{requirement.name}{requirement.specifier}'"
-        facts = {"version": None, "needs": str(requirement.specifier)}
-        return Finding(requirement.name, "missing", State.ERROR, advice=advice, facts=facts)
-    return _compare(requirement.name, found, requirement.specifier)
-
-
-def _optional(requirement: Requirement, extra: str) -> Finding:
-    found = _installed(requirement.name)
-    if found is None:
-        value = f"not installed; optional (pip install 'ds_lvx[{extra}]')"
-        facts = {"version": None, "needs": str(requirement.specifier), "extra": extra}
-        return Finding(requirement.name, value, State.NOTE, facts=facts)
-    return _compare(requirement.name, found, requirement.specifier)
+def _package(requirement: Requirement, extra: str) -> Finding:
+    name, wanted = requirement.name, requirement.specifier
+    found = _installed(name)
+    if found is not None:
+        return _compare(name, found, wanted)
+    facts = {"version": None, "needs": str(wanted)}
+    if not extra:
+        advice = f"pip install '{name}{wanted}'"
+        return Finding(name, "missing", State.ERROR, advice=advice, facts=facts)
+    value = f"not installed; optional (pip install 'ds_lvx[{extra}]')"
+    return Finding(name, value, State.NOTE, facts={**facts, "extra": extra})
 
 
 def _compare(name: str, found: str, wanted: SpecifierSet) -> Finding:

@@ -24,7 +24,7 @@ from ds_lvx.compare.operators import exactness, subject
 from ds_lvx.compare.operators import rank as operators
 from ds_lvx.compare.operators.attend import NotingKernel
 from ds_lvx.compare.operators.rank import Contest
-from ds_lvx.compare.operators.tensors import Shape, make_shards, split
+from ds_lvx.compare.operators.tensors import Shape, make_shards
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.interface import Problem, Upstream
 from tests.ranks import run_ranks
@@ -264,11 +264,6 @@ def test_shards_make_up_the_whole(features_dim: int | None, visibility: str) -> 
             assert torch.equal(torch.cat(pieces, dim=1), getattr(whole.visibility, name))
         seen = whole.visibility.mask()[0].float().mean(dim=1)
         assert seen[-1] == (1.0 if visibility == "causal" else pytest.approx(0.25, abs=0.05))
-
-
-def test_lengths_are_as_even_as_they_go() -> None:
-    assert split(10, 4) == (3, 3, 2, 2)
-    assert split(1, 3) == (1, 0, 0)
 
 
 # ---- the command

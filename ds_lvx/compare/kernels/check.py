@@ -71,7 +71,7 @@ def exact(drawn: Shards) -> Exact:
     q, k, v = (tensor.detach() for tensor in (drawn.q, *drawn.k_and_v()))
     rule = None
     if (sees := drawn.visibility) is not None:  # known on the CPU, as a model has it
-        rule = Rule(sees, Visibility(sees.q_start.cpu(), sees.q_end.cpu(), sees.kv_pos.cpu()))
+        rule = Rule(sees, Visibility(*(part.cpu() for part in vars(sees).values())))
     problem = Problem(q, k, v, rule, softmax_scale=q.shape[3] ** -0.5)
     out, lse = NativeKernel().forward(problem)
     upstream = Upstream(drawn.dout, lse, delta_of(out, drawn.dout, None, lse))
@@ -103,10 +103,7 @@ def _in_float64(
 
 def _part(whole: Problem, rows: Any, keys: Any) -> Problem:
     """The problem of some queries over some keys, in float64."""
-    rule = None
-    if whole.rule is not None:
-        sees = whole.rule.visibility
-        rule = Rule(Visibility(sees.q_start[:, rows], sees.q_end[:, rows], sees.kv_pos[:, keys]))
+    rule = None if whole.rule is None else Rule(whole.rule.visibility.part(rows, keys))
     k, v = (t[:, keys].double() for t in (whole.k, whole.v))
     return replace(whole, q=whole.q[:, rows].double(), k=k, v=v, rule=rule)
 

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from ds_lvx.attention.zigzag import dealt
+from ds_lvx.config.registry import FLOATS
 from ds_lvx.kernels.visibility import Visibility
+from ds_lvx.models.cuts import split
 from ds_lvx.plan.units import at_least
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-}
 VISIBILITIES = ("all", "causal", "frames", "prefix")
 ORDERS = ("contiguous", "zigzag")
 FRAMES = 16
@@ -56,7 +54,7 @@ class Shape:
                 f"--kv-heads: got {self.kv_heads} for {self.heads} query heads; expected a divisor "
                 f"of {self.heads}"
             )
-        for name, known in {"dtype": DTYPES, "visibility": VISIBILITIES, "order": ORDERS}.items():
+        for name, known in {"dtype": FLOATS, "visibility": VISIBILITIES, "order": ORDERS}.items():
             got = getattr(self, name)
             if got not in known:
                 raise ValueError(f"--{name}: got {got!r}; expected one of {list(known)}")
@@ -64,13 +62,8 @@ class Shape:
     @property
     def tensor_dtype(self) -> torch.dtype:
         """As torch has it."""
-        return DTYPES[self.dtype]
-
-
-def split(total: int, ranks: int) -> tuple[int, ...]:
-    """Lengths of the shards: the first ones have one more where it does not divide."""
-    least, more = divmod(total, ranks)
-    return tuple(least + (rank < more) for rank in range(ranks))
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from itertools import product
 import torch
 
 from bench.kernels.roofline import Work, work
-from ds_lvx.compare.operators.tensors import Shape, Shards, make_shards, split, visibility
+from ds_lvx.compare.operators.tensors import Shape, Shards, make_shards, visibility
+from ds_lvx.models.cuts import split
 
 DIRECTIONS = ("forward", "backward")
 
