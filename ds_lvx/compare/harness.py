@@ -27,7 +27,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ds_lvx.compare.machine import cores
-from ds_lvx.compare.network import MASTER, Lab, Network
+from ds_lvx.compare.network import Lab, Network
 from ds_lvx.config import registry
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.shutdown import shutdown
@@ -144,7 +144,7 @@ def _run(call: bytes, ranks: Ranks, lab: Lab | None = None) -> list[Any]:
     shared = {
         "WORLD_SIZE": str(ranks.count),
         "LOCAL_SIZE": str(ranks.count),
-        "MASTER_ADDR": "127.0.0.1" if lab is None else MASTER,
+        "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": str(ranks.threads),
         **({"DS_ACCELERATOR": "cpu"} if ranks.device == "cpu" else {}),

@@ -86,6 +86,7 @@ class Lab:
     def environment(self) -> dict[str, str]:
         """Variables of every rank: each namespace is a node of its own."""
         return {
+            "MASTER_ADDR": MASTER,
             "GLOO_SOCKET_IFNAME": INTERFACE,
             "NCCL_SOCKET_IFNAME": INTERFACE,
             "NETLAB": str(self.network),
