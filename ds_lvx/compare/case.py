@@ -66,11 +66,9 @@ class Case:
     @classmethod
     def of(cls, size: Size, family: str) -> Case:
         """A whole model of a size; all of it trains."""
-        own = ("layers", "cross_at", "positions", "rope_theta", "initializer_range")
-        words = {k: v for k, v in vars(size).items() if k not in (*own, "bos", "eos", "pad")}
         cross = len(size.cross_at)
         return cls(
-            **words,
+            **{k: v for k, v in vars(size).items() if k in cls.__dataclass_fields__},
             cross_layers=cross,
             self_layers=size.layers - cross,
             trains="all",

@@ -1,6 +1,6 @@
 """``ds-lvx doctor --tune``: measures this card's kernels, and writes the table of ``auto``.
 
-Every kernel is checked against float64 before its time counts (`ds_lvx.compare.kernels.check`).
+Every kernel is checked against float64 before its time counts (`ds_lvx.compare.kernels`).
 Only a finished comparison is kept. A kernel that raises is named and has no part in the row: the
 next tuning tries it again. Where memory runs out, or nothing can be checked, there is no row.
 """
@@ -16,8 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ds_lvx.compare.kernels.check import Exact, exact
-from ds_lvx.compare.kernels.timing import samples_s
+from ds_lvx.compare.kernels import Exact, exact, samples_s
 from ds_lvx.compare.operators.tensors import Shape, make_shards
 from ds_lvx.config import LVXConfig, read_ds_config
 from ds_lvx.config.registry import AUTO, FLOATS, METHODS

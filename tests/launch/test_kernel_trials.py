@@ -21,9 +21,7 @@ from bench.kernels.trial import (
     host_s,
 )
 from ds_lvx.compare.harness import RunError
-from ds_lvx.compare.kernels import timing
-from ds_lvx.compare.kernels.check import exact, is_right
-from ds_lvx.compare.kernels.timing import LEAST_SAMPLES, samples_s
+from ds_lvx.compare.kernels import LEAST_SAMPLES, exact, is_right, samples_s
 from ds_lvx.compare.operators.tensors import FRAMES
 from tests.launch import dying_worker
 
@@ -341,7 +339,7 @@ def test_slow_functions_run_less_often(seconds: float, taken: int, monkeypatch: 
     def measured(run: Any, seconds: float) -> list[float]:
         return [0.001] * max(round(seconds / 0.001), 1)
 
-    monkeypatch.setattr(timing, "_on_cpu", measured)
+    monkeypatch.setattr("ds_lvx.compare.kernels._on_cpu", measured)
     assert len(samples_s(print, CPU, repeats=50, seconds=seconds)) == taken
 
 

@@ -18,8 +18,7 @@ from bench.kernels.candidates import Candidate, LeftOut, make
 from bench.kernels.cases import KernelCase
 from bench.peak import meter
 from ds_lvx.compare.harness import spread
-from ds_lvx.compare.kernels.check import Exact, exact, is_right
-from ds_lvx.compare.kernels.timing import LEAST_SAMPLES, samples_s
+from ds_lvx.compare.kernels import LEAST_SAMPLES, Exact, exact, is_right, samples_s
 
 SOURCES = {
     "cuda": "CUDA events, L2 flushed before each run (triton.testing.do_bench)",

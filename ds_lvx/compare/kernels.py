@@ -1,4 +1,4 @@
-"""Whether a kernel is right: against float64, on some rows and keys.
+"""Whether a kernel is right, against float64 on some rows and keys, and its seconds.
 
 The whole in float64 would take longer than the kernel. So some queries are computed over all
 keys, and some keys' gradients over all queries; which ones is drawn at random, the first and last
@@ -7,12 +7,13 @@ among them. Every other element must be finite, and out must agree with PyTorch'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from ds_lvx.attention.common import delta_of
 from ds_lvx.compare.operators.exactness import largest
@@ -26,6 +27,7 @@ from ds_lvx.kernels.visibility import Visibility
 TOLERANCE = 4e-2
 """Largest error in bf16, as a share of the largest value."""
 EVERY_ROW = "out, all rows, against PyTorch's"
+LEAST_SAMPLES = 5
 
 _ROWS, _KEYS = 32, 64
 
@@ -113,3 +115,44 @@ def _some(length: int, count: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(length)
     inner = torch.randperm(max(length - 2, 0), generator=generator)[: max(count - 2, 0)] + 1
     return torch.cat((inner, torch.tensor([0, length - 1]))).unique().to(device)
+
+
+# ---- seconds, by the timers of Triton and of PyTorch
+
+
+def samples_s(
+    run: Callable[[], Any], device: torch.device, *, repeats: int, seconds: float
+) -> list[float]:
+    """Seconds of a function that has run before: at most ``repeats`` samples.
+
+    All together they should take ``seconds``; but five are taken, or ``repeats``.
+    """
+    measured = _on_cuda if device.type == "cuda" else _on_cpu
+    once = max(_once_on_cuda(run) if device.type == "cuda" else _on_cpu(run, 0.0)[0], 1e-9)
+    least = min(LEAST_SAMPLES, repeats)
+    taken: list[float] = []
+    while len(taken) < least:
+        taken += measured(run, max(min(seconds, repeats * once), least * once))
+    return taken[:repeats]
+
+
+def _once_on_cuda(run: Callable[[], Any]) -> float:
+    """One run by events: enough to know how many more to take."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def _on_cuda(run: Callable[[], Any], seconds: float) -> list[float]:
+    from triton.testing import do_bench  # Triton is not everywhere
+
+    return [ms / 1e3 for ms in do_bench(run, warmup=0, rep=1e3 * seconds, return_mode="all")]
+
+
+def _on_cpu(run: Callable[[], Any], seconds: float) -> list[float]:
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    taken: list[float] = timer.blocked_autorange(min_run_time=seconds).times
+    return taken

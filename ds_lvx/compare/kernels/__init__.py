@@ -1,1 +1,0 @@
-"""Whether a kernel is right, and its seconds: what `ds-lvx doctor --tune` and a benchmark ask."""
