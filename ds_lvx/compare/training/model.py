@@ -319,20 +319,16 @@ def draw(results: Results) -> Any:
     from matplotlib.figure import Figure  # of the extra "plots"
     from matplotlib.patches import Patch
 
-    records = results["records"]
-    steps = [record["typical"]["parts_s"] for record in records]
-    figure = Figure(figsize=(2.2 + 1.5 * len(records), 5.2), layout="constrained")
+    steps = {record["method"]: record["typical"]["parts_s"] for record in results["records"]}
+    figure = Figure(figsize=(2.2 + 1.5 * len(steps), 5.2), layout="constrained")
     axes = figure.subplots()
-    heights = np.zeros(len(records))
+    heights = np.zeros(len(steps))
     for phase, (kinds, colour) in itertools.product(PHASES, _BARS.values()):
-        seconds = [sum(step[phase][column] for column in kinds) for step in steps]
-        look: Any = {"color": colour, "hatch": _HATCHES[phase], "width": 0.6}
-        edge: Any = {"edgecolor": "white", "linewidth": 0.5}
-        axes.bar(range(len(records)), seconds, bottom=heights, **look, **edge)
+        seconds = [sum(step[phase][column] for column in kinds) for step in steps.values()]
+        look: Any = {"color": colour, "hatch": _HATCHES[phase], "edgecolor": "white"}
+        bars = axes.bar([*steps], seconds, 0.6, heights, linewidth=0.5, **look)
         heights = heights + seconds
-    for place, height in enumerate(heights):
-        axes.text(place, height, f" {height:.3g} s", ha="center", va="bottom", fontsize=9)
-    axes.set_xticks(range(len(records)), [record["method"] for record in records])
+    axes.bar_label(bars, [f"{height:.3g} s" for height in heights], fontsize=9)
     axes.set_ylabel("seconds of the slowest rank")
     axes.margins(y=0.08)
     axes.set_title(_title(results).replace("; ", ";\n", 1).replace(". ", ".\n", 1), fontsize=8)
