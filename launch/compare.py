@@ -17,6 +17,8 @@ from deepspeed.accelerator import get_accelerator
 
 import ds_lvx
 from ds_lvx.compare import command
+from ds_lvx.compare.harness import Ranks
+from ds_lvx.compare.network import Network
 from ds_lvx.compare.operators import rank as operators
 from ds_lvx.compare.operators import subject
 from ds_lvx.distributed.channel import Channel
@@ -48,16 +50,11 @@ def compare(options: argparse.Namespace) -> int:
     command.settle_measurement(options)
     contest, skipped = command.contest_of(options, world.size)
     answers = world.agree(operators.measure(contest))
+    network = Network.parse(os.environ["NETLAB"]) if os.environ.get("NETLAB") else None
+    device, node = get_accelerator().device_name(), ranks_of_this_node() or world.size
+    ranks = Ranks(world.size, torch.get_num_threads(), device, network)
     try:
-        results = subject.assemble(
-            contest,
-            answers,
-            skipped=skipped,
-            network=os.environ.get("NETLAB"),
-            device=get_accelerator().device_name(),
-            threads=torch.get_num_threads(),
-            ranks_of_a_node=ranks_of_this_node() or world.size,
-        )
+        results = subject.assemble(contest, answers, ranks, skipped=skipped, ranks_of_a_node=node)
     except subject.DisagreementError as error:
         if world.rank == 0:
             print(f"compare.py: {error}", file=sys.stderr)

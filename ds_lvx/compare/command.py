@@ -163,14 +163,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         return model.compare(task, options.methods, ranks, say=say)
     contest, skipped = contest_of(options, ranks.count)
     say(f"{', '.join(contest.methods)} on {ranks.count} ranks of {ranks.threads} threads ...")
-    return operators_subject.assemble(
-        contest,
-        on_ranks(operators.measure, contest, ranks, joins=True),
-        skipped=skipped,
-        network=None if ranks.network is None else str(ranks.network),
-        device=ranks.device,
-        threads=ranks.threads,
-    )
+    answers = on_ranks(operators.measure, contest, ranks, joins=True)
+    return operators_subject.assemble(contest, answers, ranks, skipped=skipped)
 
 
 def contest_of(options: argparse.Namespace, ranks: int) -> tuple[Contest, dict[str, str]]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -54,6 +55,15 @@ class Network:
         factor, unit = next((u for u in units if self.bits_per_s >= u[0]), units[-1])
         rate = f"{self.bits_per_s / factor:.9g}{unit}"
         return f"{rate},{self.latency_s * 1e3:.9g}ms" if self.latency_s else rate
+
+    def record(self, ranks_of_a_node: int = 1) -> dict[str, Any]:
+        """For the JSON."""
+        ranks = "a rank" if ranks_of_a_node == 1 else f"for {ranks_of_a_node} ranks"
+        how = (
+            f"one network namespace {ranks}, each behind a token bucket in both directions "
+            "(launch/netlab.sh); real processes and sockets on one machine"
+        )
+        return {"name": str(self), **asdict(self), "how": how}
 
 
 class Lab:

@@ -44,9 +44,15 @@ def measured(requests: list[Contest]) -> list[dict[str, Any]]:
     return [operators.measure(request) for request in requests]
 
 
-def assembled(request: Contest, answers: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
-    given = {"skipped": {}, "network": None, "device": "cpu", "threads": 1, **changes}
-    return subject.assemble(request, answers, **given)
+def assembled(
+    request: Contest,
+    answers: list[dict[str, Any]],
+    *,
+    network: Network | None = None,
+    skipped: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    ranks = Ranks(len(answers), network=network)
+    return subject.assemble(request, answers, ranks, skipped=skipped or {})
 
 
 # ---- measuring
@@ -365,7 +371,9 @@ def answer(seconds: dict[str, float], payload: int = 1010) -> dict[str, Any]:
 def test_the_slowest_rank_counts_and_ratios_are_rounded_down() -> None:
     times = ({"lvx-gather": 0.3, "ring": 7.0}, {"lvx-gather": 0.4, "ring": 6.0})
     answers = [answer(times[0]), answer(times[1], payload=980)]
-    results = assembled(ONCE, answers, network="200mbit,1ms", skipped={"ulysses": "no"})
+    results = assembled(
+        ONCE, answers, network=Network.parse("200mbit,1ms"), skipped={"ulysses": "no"}
+    )
     lvx, _ = results["records"]
     assert lvx["step_s"]["samples"] == pytest.approx([1.2, 1.6])
     assert lvx["step_s"]["median"] == pytest.approx(1.4)
@@ -407,11 +415,9 @@ def test_a_plot_without_ring_compares_with_the_slowest() -> None:
 
 
 def test_networks_are_recorded_by_their_short_form() -> None:
-    assert subject.network_record(None) is None
-    assert subject.network_record("") is None
-    record = subject.network_record(str(Network(10**9, 1e-3)))
-    assert record is not None
+    record = Network(10**9, 1e-3).record(2)
     assert (record["name"], record["latency_s"]) == ("1gbit,1ms", 1e-3)
+    assert record["how"].startswith("one network namespace for 2 ranks, each behind")
 
 
 def test_the_document_has_the_tables_of_the_committed_json() -> None:

@@ -9,9 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ds_lvx.compare.document import Cells, Results, columns, percentiles, times
-from ds_lvx.compare.harness import GATHERED, slowest, spread
+from ds_lvx.compare.harness import GATHERED, Ranks, slowest, spread
 from ds_lvx.compare.machine import header
-from ds_lvx.compare.network import Network
 from ds_lvx.compare.operators.exactness import Difference
 from ds_lvx.compare.operators.rank import Contest
 from ds_lvx.compare.operators.tensors import ORDERS
@@ -26,44 +25,28 @@ class DisagreementError(RuntimeError):
 def assemble(
     contest: Contest,
     answers: Sequence[Mapping[str, Any]],
+    ranks: Ranks,
     *,
     skipped: Mapping[str, str],
-    network: str | None,
-    device: str,
-    threads: int,
     ranks_of_a_node: int = 1,
 ) -> dict[str, Any]:
-    """Everything for the JSON.
+    """Everything for the JSON; ``ranks`` is where the answers come from.
 
     Raises:
         DisagreementError: methods do not compute the same.
     """
-    largest = _check(answers)
+    largest, network = _check(answers), ranks.network
     return {
-        **header(emulated=bool(network), device=device),
-        "network": network_record(network, ranks_of_a_node=ranks_of_a_node),
-        "ranks": len(answers),
-        "threads_per_rank": threads,
+        **header(emulated=network is not None, device=ranks.device),
+        "network": None if network is None else network.record(ranks_of_a_node),
+        "ranks": ranks.count,
+        "threads_per_rank": ranks.threads,
         "units": "seconds of the slowest rank in each step, begun together; bytes of the rank that "
         "sends most, forward and backward of one step; `ranks` has every sample of every rank",
         **asdict(contest),
         "skipped": dict(skipped),
         "largest_differences": largest,
         "records": _records(answers),
-    }
-
-
-def network_record(text: str | None, *, ranks_of_a_node: int = 1) -> dict[str, Any] | None:
-    """An emulated network for the JSON, from its short form."""
-    if not text:
-        return None
-    network = Network.parse(text)
-    ranks = "a rank" if ranks_of_a_node == 1 else f"for {ranks_of_a_node} ranks"
-    return {
-        "name": str(network),
-        **asdict(network),
-        "how": f"one network namespace {ranks}, each behind a token bucket in both directions "
-        "(launch/netlab.sh); real processes and sockets on one machine",
     }
 
 
