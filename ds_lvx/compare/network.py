@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Network:
         return {"name": str(self), **asdict(self), "how": how}
 
 
+@dataclass(frozen=True)
 class Lab:
     """Network namespaces, one a rank, while the context is open; gone after it, however it ends.
 
@@ -76,10 +77,10 @@ class Lab:
             name that is there already.
     """
 
-    def __init__(self, network: Network, *, ranks: int, name: str) -> None:
-        self.network = network
-        self.ranks = ranks
-        self.name = name
+    network: Network
+    _: KW_ONLY
+    ranks: int
+    name: str
 
     def __enter__(self) -> Lab:
         try:
