@@ -6,10 +6,12 @@ of one request, and what its answers mean. What is the same for all of them is h
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pickle
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -48,6 +50,7 @@ METHODS: Mapping[str, tuple[str, str | None]] = {
 
 _LINES_OF_A_FAILURE = 25
 _POLL_S = 0.1
+_PR_SET_PDEATHSIG = 1
 _VICTIMS_S = 2.0
 
 
@@ -207,7 +210,11 @@ def _free_port() -> int:
 
 
 def _answer(path: Path) -> None:
-    """In a rank: call the function, and leave what it returns for the parent."""
+    """In a rank: call the function, and leave what it returns for the parent.
+
+    Of a parent that is killed nothing goes on: the kernel ends its ranks.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with path.open("rb") as file:
         spawn.prepare(pickle.load(file))  # modules are found as where it was asked
         function, request, joins = pickle.load(file)

@@ -1,4 +1,4 @@
-"""A worker of which rank 1 fails and rank 0 misses it, but is gone before it."""
+"""Workers for tests of a harness: ranks that fail one after the other, and ranks that stay."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ def fail(folder: Path) -> None:
     (folder / "written").write_text(str(os.getpid()))
     (folder / "written").rename(number)  # whole when it is there
     sys.exit("rank 0 lost its peer")
+
+
+def stay(folder: Path) -> None:
+    """Says which process it is, and does not end."""
+    note = folder / f"noted-{os.environ['RANK']}"
+    note.write_text(str(os.getpid()))
+    note.rename(note.with_name(f"rank-{os.environ['RANK']}"))
+    time.sleep(600.0)
 
 
 def ended(process: str) -> bool:

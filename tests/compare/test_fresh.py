@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ from ds_lvx.compare import harness
 from ds_lvx.compare.case import Case
 from ds_lvx.compare.harness import Ranks, RunError, on_ranks
 from ds_lvx.plan.memory import Setting
-from tests.compare.failing_worker import fail
+from tests.compare.failing_worker import ended, fail, wait_until
 from tests.forked import fork_fresh_ranks
+from tests.ranks import ROOT
 
 TINY = Case(hidden=32, heads=4, kv_heads=2, cross_layers=1, mlp=8, vocabulary=16, text_tokens=4)
 MIB = 2**20
@@ -86,6 +89,27 @@ def test_the_rank_that_failed_first_is_named(
     monkeypatch.setattr(harness, "_VICTIMS_S", 600.0)
     with pytest.raises(RunError, match=r"(?s)rank 1 ended with code 5; .*rank 1 is broken"):
         on_ranks(fail, tmp_path, Ranks(2))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from ds_lvx.compare.harness import Ranks, on_ranks
+from tests.compare.failing_worker import stay
+
+on_ranks(stay, Path(sys.argv[1]), Ranks(2))
+"""
+
+
+@pytest.mark.exhaustive
+def test_ranks_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT)
+    wait_until(lambda: len(list(tmp_path.glob("rank-*"))) == 2 or parent.poll() is not None)
+    parent.kill()
+    parent.wait()
+    ranks = [path.read_text() for path in tmp_path.glob("rank-*")]
+    assert len(ranks) == 2
+    wait_until(lambda: all(ended(rank) for rank in ranks))
 
 
 def test_resident_memory_has_a_peak_that_is_set_back() -> None:
