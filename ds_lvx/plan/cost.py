@@ -1,8 +1,4 @@
-"""Predicted time and bytes of one attention call, by method and schedule.
-
-The tables of README.md and docs/how-it-works.md, and the tests that hold `ds_lvx.traffic` to its
-bytes, come from `bytes_sent`.
-"""
+"""Predicted time and bytes of one attention call, by method and schedule."""
 
 from __future__ import annotations
 
@@ -107,32 +103,3 @@ def obstacle(shape: AttentionShape, way: str) -> str | None:
     if way == "lvx gather" and gathered_bytes > _MAX_GATHERED_BYTES:
         return f"lvx gather: the queries of all ranks are {gathered_bytes / 2**30:.1f} GiB"
     return None
-
-
-@dataclass(frozen=True)
-class Sent:
-    """Bytes that a rank hands to the transport in a call, as `ds_lvx.traffic` counts them."""
-
-    rule: float  # before forward, of a bare operator with a rule
-    forward: float  # the rest
-    backward: float
-
-
-def bytes_sent(shape: AttentionShape, way: str, *, rank: int = 0, factors: bool = False) -> Sent:
-    """What a rank sends in one call, without the agreement on the control plane.
-
-    With equal shards ``lvx`` sends ``(n-1) s H (2 D e + 4)`` forward and ``(n-1) s H (3 D e + 8)``
-    backward by either schedule that moves queries, ``ring`` ``2 (n-1) t K D e`` and twice that,
-    ``ulysses`` ``(n-1)/n (2 s H + 2 t K) D e`` each way. For ``way`` see `cost`, for ``factors``
-    `Sizes`; with unequal shards the ranks differ.
-
-    Raises:
-        ValueError: an unknown way.
-    """
-    taken = _way_of(shape, way)
-    forward, backward = (
-        taken.sends(Sizes(shape, backward=each, factors=factors), rank) for each in (False, True)
-    )
-    mine = {"queries": shape.q_lengths[rank], "keys": shape.kv_lengths[rank]}
-    rule = (shape.ranks - 1) * Sizes(shape).rule_bytes(taken.rule, **mine)
-    return Sent(rule, forward, backward if shape.backward else 0)

@@ -44,8 +44,6 @@ class Sizes:
 
     shape: AttentionShape
     backward: bool = False
-    # Parts of out and dq carry an fp32 factor a row: q in bf16, see `ds_lvx.attention.wire`.
-    factors: bool = False
 
     def of_q(self, queries: float) -> float:
         """Numbers of q, dout, or what is as large."""
@@ -83,8 +81,7 @@ class Sizes:
 
     def part_bytes(self, queries: float) -> float:
         """A result on its way home: out and lse; in backward dq."""
-        factors = self.shape.batch * queries * FP32_BYTES if self.factors else 0
-        return self.q_bytes(queries) + factors + (0 if self.backward else self.lse_bytes(queries))
+        return self.q_bytes(queries) + (0 if self.backward else self.lse_bytes(queries))
 
     def packed_query_bytes(self, queries: float) -> float:
         """`query_bytes` as one message of rows, in which each tensor is padded."""
@@ -94,10 +91,7 @@ class Sizes:
     def packed_part_bytes(self, queries: float) -> float:
         """`part_bytes` likewise."""
         tensors = [] if self.backward else [self.lse_bytes(1)]
-        tensors.append(self.q_bytes(1))
-        if self.factors:
-            tensors.append(self.shape.batch * FP32_BYTES)
-        return queries * _row(tensors)
+        return queries * _row([*tensors, self.q_bytes(1)])
 
     def rule_bytes(self, parts: tuple[str, ...], *, queries: float, keys: float) -> float:
         """A rank's share of the rule, which a bare operator gathers once, before its forward.

@@ -1,21 +1,18 @@
-"""How a rank spends a forward or a backward, and what it sends, by method and schedule.
+"""How a rank spends a forward or a backward, by method and schedule.
 
 A walk goes through the code: what the rank computes, and what its link carries at the same time.
 What rotates counts with its mean length, because each rank meets every shard once; what stays, with
-the longest. Beside each walk stands what a rank sends, exactly, for shards of any length.
-docs/planning.md has the formulas.
+the longest. docs/planning.md has the formulas; tests/sent.py has the bytes of each rank exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
 
 from ds_lvx.attention.shape import ACROSS, AttentionShape, Hybrid, goes_at_once
-from ds_lvx.distributed.alignment import padded as aligned
-from ds_lvx.plan.pieces import Pieces, Sizes, across, padded, subgroup
+from ds_lvx.plan.pieces import Pieces, across, padded, subgroup
 from ds_lvx.plan.transfers import Transfer
 
 
@@ -72,14 +69,6 @@ def _gather(pieces: Pieces) -> None:
         pieces.project(gradients=True)
 
 
-def _gather_sends(sizes: Sizes, rank: int) -> float:
-    """A rank's own queries to everyone, the parts of all others home."""
-    shape = sizes.shape
-    copies = (shape.ranks - 1) * shape.q_lengths[rank]
-    parts = _others(shape.q_lengths, rank)
-    return sizes.packed_query_bytes(copies) + sizes.packed_part_bytes(parts)
-
-
 def _rotate_queries(pieces: Pieces) -> None:
     """The next queries and the last part travel under each kernel; dk and dv add up in fp32."""
     backward, again, queries = pieces.backward, pieces.shape.recompute, pieces.mean_queries
@@ -100,13 +89,6 @@ def _rotate_queries(pieces: Pieces) -> None:
         pieces.project(gradients=True)
 
 
-def _rotated_queries_send(sizes: Sizes, rank: int) -> float:
-    """All queries are passed on but those of the rank ahead, which were with it first."""
-    q_lengths = sizes.shape.q_lengths
-    passed = _others(q_lengths, rank + 1)
-    return sizes.query_bytes(passed) + sizes.part_bytes(_others(q_lengths, rank))
-
-
 def _replicated(pieces: Pieces) -> None:
     """Everyone has all queries; parts are gathered, or lse is gathered and out summed; or dq."""
     queries, backward = pieces.most_queries, pieces.backward
@@ -125,15 +107,6 @@ def _replicated(pieces: Pieces) -> None:
         pieces.send(pieces.ranks.gather(pieces.lse_bytes(queries)))
         pieces.touch(pieces.of_q(queries), "merge")
     pieces.send(pieces.ranks.all_reduce(pieces.summed_bytes(queries)))
-
-
-def _replicated_sends(sizes: Sizes, rank: int) -> float:
-    """The part to everyone, or lse to everyone and an all-reduce of out; in backward one of dq."""
-    queries, n = sizes.shape.q_lengths[rank], sizes.shape.ranks
-    if not sizes.backward and goes_at_once(sizes.summed_bytes(queries), n):
-        return (n - 1) * sizes.gathered_part_bytes(queries)
-    gathered = 0 if sizes.backward else (n - 1) * sizes.lse_bytes(queries)
-    return gathered + 2 * (n - 1) / n * sizes.summed_bytes(queries)
 
 
 def _begin(pieces: Pieces) -> None:
@@ -168,13 +141,6 @@ def _rotate_keys(pieces: Pieces) -> None:
     if backward:
         pieces.touch(keys, "cast")
         pieces.project(gradients=True)
-
-
-def _rotated_keys_send(sizes: Sizes, rank: int) -> float:
-    """k and v go round; in backward dk and dv of all others go home besides."""
-    kv_lengths = sizes.shape.kv_lengths
-    home = _others(kv_lengths, rank) if sizes.backward else 0
-    return sizes.kv_bytes(_others(kv_lengths, rank + 1) + home)
 
 
 def _ulysses(pieces: Pieces) -> None:
@@ -212,15 +178,6 @@ def _all_to_all(wide: Pieces, numbers: float) -> float:
     return wide.timeline.post(wide.ranks.exchange(nbytes))
 
 
-def _ulysses_sends(sizes: Sizes, rank: int) -> float:
-    """q, k and v as one message, and out; in backward their gradients."""
-    shape = padded(sizes.shape)
-    n, queries, keys = shape.ranks, shape.q_lengths[rank], shape.kv_lengths[rank]
-    q, k = Sizes(shape).q_bytes(queries) / n, Sizes(shape).kv_bytes(keys) / 2 / n
-    together = [q + 2 * k] if queries == keys else [q, k, k]
-    return (n - 1) * (sum(aligned(map(int, together))) + q)
-
-
 # ---- Ulysses inside subgroups, another way across
 
 
@@ -248,15 +205,6 @@ def _hybrid(pieces: Pieces, *, hybrid: Hybrid, way: Way) -> None:
 def _held(shape: AttentionShape, hybrid: Hybrid, number: int) -> int:
     inside = subgroup(shape, hybrid, number)
     return inside.heads * sum(inside.q_lengths) + 2 * inside.kv_heads * sum(inside.kv_lengths)
-
-
-def _hybrid_sends(sizes: Sizes, rank: int, *, hybrid: Hybrid, way: Way) -> float:
-    """Ulysses' messages to the subgroup, and those of the other way across."""
-    number, place = divmod(rank, hybrid.ulysses)
-    inside = replace(sizes, shape=subgroup(sizes.shape, hybrid, number))
-    outside = replace(sizes, shape=across(sizes.shape, hybrid))
-    sent = way.sends(outside, number) if hybrid.ulysses < sizes.shape.ranks else 0
-    return sent + (_ulysses_sends(inside, place) if hybrid.ulysses > 1 else 0)
 
 
 # ---- what rotates
@@ -313,26 +261,19 @@ def _rotate(
         timeline.compute(add_s, "other")
 
 
-def _others(lengths: tuple[int, ...], rank: int) -> int:
-    """Of all ranks but one."""
-    return sum(lengths) - lengths[rank % len(lengths)]
-
-
 class Way(NamedTuple):
     """One way of attending to what is split."""
 
     walk: Callable[[Pieces], None]  # spends a pass on the timeline of its pieces
-    # Bytes of a rank in a pass, by its number.
-    sends: Callable[[Sizes, int], float] = lambda sizes, rank: 0
     rule: tuple[str, ...] = ()  # what a bare operator gathers of it before: ``q`` and ``kv``
 
 
 WAYS = {
-    "lvx ring": Way(_rotate_queries, _rotated_queries_send, ("q",)),
-    "lvx gather": Way(_gather, _gather_sends, ("q",)),
-    "lvx replicated": Way(_replicated, _replicated_sends),
-    "ring": Way(_rotate_keys, _rotated_keys_send, ("kv",)),
-    "ulysses": Way(_ulysses, _ulysses_sends, ("q", "kv")),
+    "lvx ring": Way(_rotate_queries, ("q",)),
+    "lvx gather": Way(_gather, ("q",)),
+    "lvx replicated": Way(_replicated),
+    "ring": Way(_rotate_keys, ("kv",)),
+    "ulysses": Way(_ulysses, ("q", "kv")),
     "none": Way(_alone),
 }
 """By name: the method, and the schedule of lvx. Hybrids are made of them (`way_of`)."""
@@ -347,11 +288,7 @@ def way_of(name: str) -> Way | None:
     inner = WAYS.get(name.split(" ", 2)[2])
     if inner is None or hybrid.across not in ACROSS:
         return None
-    return Way(
-        partial(_hybrid, hybrid=hybrid, way=inner),
-        partial(_hybrid_sends, hybrid=hybrid, way=inner),
-        ("q", "kv"),
-    )
+    return Way(partial(_hybrid, hybrid=hybrid, way=inner), ("q", "kv"))
 
 
 def hybrid_of(name: str) -> Hybrid | None:
