@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ds_lvx.attention.shape import AttentionShape, Hybrid, goes_at_once
 from ds_lvx.distributed.alignment import padded as aligned
 from ds_lvx.plan.pieces import across, padded, subgroup
-from ds_lvx.plan.walks import hybrid_of, way_of
+from ds_lvx.plan.walks import way_of
 
 
 class Sent(NamedTuple):
@@ -32,7 +32,6 @@ def bytes_sent(shape: AttentionShape, way: str, *, rank: int = 0, factors: bool 
     if shape.ranks == 1 or way == "none":
         return Sent(0, 0, 0)
     found = way_of(way)
-    assert found is not None, way
     rule = 0
     if shape.visibility:
         numbers = 2 * shape.q_lengths[rank] * ("q" in found.rule)
@@ -83,9 +82,9 @@ class Call(NamedTuple):
 
 
 def _sent(call: Call, way: str, rank: int) -> float:
-    hybrid = hybrid_of(way)
-    if hybrid is not None:
-        return _hybrid(call, hybrid, way.split(" ", 2)[2], rank)
+    found = way_of(way)
+    if found.hybrid is not None:
+        return _hybrid(call, found.hybrid, found.inner, rank)
     return _BY_WAY[way](call, rank)
 
 

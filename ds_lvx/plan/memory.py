@@ -191,8 +191,8 @@ def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footpri
         recompute_kv=scenario.recomputes(way),
         checkpointing=scenario.checkpointing,
     )
-    queries, keys = max(evenly(scenario.sequence, ranks)), frames * scenario.model.frame_tokens
-    keys = queries if scenario.model.among else keys
+    queries = max(evenly(scenario.sequence, ranks))
+    keys = queries if scenario.model.among else scenario.visual_tokens_of_a_rank(ranks)
     load = Load(keys, queries, ranks=ranks, element_bytes=scenario.element_bytes)
     travelling = 0  # queries of other ranks that are here, with their gradients
     if setting.method == "lvx" and ranks > 1:

@@ -7,12 +7,13 @@ the longest. docs/planning.md has the formulas; tests/sent.py has the bytes of e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
 
-from ds_lvx.attention.shape import ACROSS, AttentionShape, Hybrid, goes_at_once
-from ds_lvx.plan.pieces import Pieces, across, padded, subgroup
+from ds_lvx.attention.shape import ACROSS, Hybrid, goes_at_once
+from ds_lvx.plan.pieces import FP32_BYTES, Pieces, across, message_bytes, padded, subgroup
 from ds_lvx.plan.transfers import Transfer
 
 
@@ -92,6 +93,7 @@ def _rotate_queries(pieces: Pieces) -> None:
 def _replicated(pieces: Pieces) -> None:
     """Everyone has all queries; parts are gathered, or lse is gathered and out summed; or dq."""
     queries, backward = pieces.most_queries, pieces.backward
+    summed_bytes = pieces.of_q(queries) * FP32_BYTES
     if backward:
         pieces.touch(pieces.of_q(queries), "delta")
     if not backward or pieces.shape.recompute:
@@ -99,14 +101,15 @@ def _replicated(pieces: Pieces) -> None:
     pieces.attend(queries, pieces.most_keys)
     if backward:
         pieces.project(gradients=True)
-    elif goes_at_once(pieces.summed_bytes(queries), pieces.n):
-        pieces.send(pieces.ranks.gather(pieces.gathered_part_bytes(queries)))
+    elif goes_at_once(summed_bytes, pieces.n):
+        part = message_bytes([pieces.lse_bytes(queries), summed_bytes])
+        pieces.send(pieces.ranks.gather(part))
         pieces.touch(pieces.n * pieces.of_q(queries), "merge stacked")
         return
     else:
         pieces.send(pieces.ranks.gather(pieces.lse_bytes(queries)))
         pieces.touch(pieces.of_q(queries), "merge")
-    pieces.send(pieces.ranks.all_reduce(pieces.summed_bytes(queries)))
+    pieces.send(pieces.ranks.all_reduce(summed_bytes))
 
 
 def _begin(pieces: Pieces) -> None:
@@ -152,10 +155,9 @@ def _ulysses(pieces: Pieces) -> None:
     wide.timeline.wait(_all_to_all(wide, arriving))
     if wide.backward:
         wide.touch(arriving, "delta")
-    kernel = wide.device.backward if wide.backward else wide.device.whole
     returning = []
     for share in wide.leaving_shares:
-        wide.attend(wide.queries, wide.keys, share=share / wide.n, kernel=kernel)
+        wide.attend(wide.queries, wide.keys, share=share / wide.n, kernel=wide.whole)
         returning.append(_all_to_all(wide, share * leaving))
     for arrives in returning:
         wide.timeline.wait(arrives)
@@ -186,25 +188,23 @@ def _hybrid(pieces: Pieces, *, hybrid: Hybrid, way: Way) -> None:
     shape, backward = pieces.shape, pieces.backward
     if not backward:
         pieces.project()
-    most = max(range(shape.ranks // hybrid.ulysses), key=lambda i: _held(shape, hybrid, i))
-    wide = pieces.beside(padded(subgroup(shape, hybrid, most)))
+    groups = across(shape, hybrid)
+    held = [
+        shape.heads * queries + 2 * shape.kv_heads * keys
+        for queries, keys in zip(groups.q_lengths, groups.kv_lengths, strict=True)
+    ]
+    wide = pieces.beside(padded(subgroup(shape, hybrid, held.index(max(held)))))
     arriving, leaving = _both_ways(wide)
     if hybrid.ulysses > 1:
         wide.timeline.wait(_all_to_all(wide, arriving))
     if hybrid.ulysses < shape.ranks:
-        way.walk(pieces.beside(across(shape, hybrid), stride=hybrid.ulysses))
+        way.walk(pieces.beside(groups, stride=hybrid.ulysses))
     else:
-        kernel = pieces.device.backward if backward else pieces.device.whole
-        wide.attend(wide.queries, wide.keys, share=1 / wide.n, kernel=kernel)
+        wide.attend(wide.queries, wide.keys, share=1 / wide.n, kernel=wide.whole)
     if hybrid.ulysses > 1:
         wide.timeline.wait(_all_to_all(wide, leaving))
     if backward:
         pieces.project(gradients=True)
-
-
-def _held(shape: AttentionShape, hybrid: Hybrid, number: int) -> int:
-    inside = subgroup(shape, hybrid, number)
-    return inside.heads * sum(inside.q_lengths) + 2 * inside.kv_heads * sum(inside.kv_lengths)
 
 
 # ---- what rotates
@@ -266,6 +266,8 @@ class Way(NamedTuple):
 
     walk: Callable[[Pieces], None]  # spends a pass on the timeline of its pieces
     rule: tuple[str, ...] = ()  # what a bare operator gathers of it before: ``q`` and ``kv``
+    hybrid: Hybrid | None = None  # its subgroups
+    inner: str = ""  # what runs across them
 
 
 WAYS = {
@@ -279,25 +281,23 @@ WAYS = {
 """By name: the method, and the schedule of lvx. Hybrids are made of them (`way_of`)."""
 
 
-def way_of(name: str) -> Way | None:
-    """A way by its name: one of `WAYS`, or ``"hybrid 4 ring"``, ``"hybrid 8 lvx gather"``; or
-    None."""
-    hybrid = hybrid_of(name)
-    if hybrid is None:
-        return WAYS.get(name)
-    inner = WAYS.get(name.split(" ", 2)[2])
-    if inner is None or hybrid.across not in ACROSS:
-        return None
-    return Way(partial(_hybrid, hybrid=hybrid, way=inner), ("q", "kv"))
+def way_of(name: str) -> Way:
+    """A way by its name: one of `WAYS`, or ``"hybrid 4 ring"``, ``"hybrid 8 lvx gather"``.
 
-
-def hybrid_of(name: str) -> Hybrid | None:
-    """The subgroups of a way; None where it is no hybrid."""
-    word, _, rest = name.partition(" ")
-    ulysses, _, inner = rest.partition(" ")
-    if word != "hybrid" or not ulysses.isdigit() or not inner:
-        return None
-    return Hybrid(int(ulysses), inner.split(" ")[0])
+    Raises:
+        ValueError: an unknown one; lists the known.
+    """
+    if name in WAYS:
+        return WAYS[name]
+    if found := re.fullmatch(rf"hybrid (\d+) (({'|'.join(ACROSS)}).*)", name):
+        ulysses, inner, method = found.groups()
+        if inner in WAYS:
+            hybrid = Hybrid(int(ulysses), method)
+            walk = partial(_hybrid, hybrid=hybrid, way=WAYS[inner])
+            return Way(walk, ("q", "kv"), hybrid, inner)
+    raise ValueError(
+        f"way: got {name!r}; expected one of {list(WAYS)}, or a hybrid of them: 'hybrid 4 ring'"
+    )
 
 
 def label(method: str, schedule: str) -> str:
