@@ -23,7 +23,6 @@ class AttentionShape:
         visibility: a bare operator with a rule, whose shares the ranks gather first.
         backward: is run too.
         features_dim: width of what K and V are projected from; 0 leaves the projection out.
-        features_train: the features want a gradient.
     """
 
     batch: int
@@ -37,7 +36,6 @@ class AttentionShape:
     visibility: bool = False
     backward: bool = True
     features_dim: int = 0
-    features_train: bool = True
 
     def __post_init__(self) -> None:
         if not self.q_lengths or len(self.q_lengths) != len(self.kv_lengths):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ds_lvx.plan import generation_report, profile, report
+from ds_lvx.plan import profile, report
 from ds_lvx.plan.cards import CARDS, card
 from ds_lvx.plan.cluster import ACROSS_LATENCY_S, WITHIN_LATENCY_S, Cluster, Link, from_card
 from ds_lvx.plan.generation import generations
@@ -97,27 +97,23 @@ def run(options: argparse.Namespace) -> int:
     if options.calibrate:
         return _calibrate(options)
     scenario, cluster = _scenario_of(options), _cluster_of(options)
-    writer: Any
-    found: Any
+    found: report.Found
     if options.generate is None:
-        writer, found = report, plan(scenario, cluster, group=options.group)
-    else:
+        found = plan(scenario, cluster, group=options.group)
         if options.plot is not None:
-            raise ValueError(
-                "--plot: got it with --generate, which has none; leave one of them out"
-            )
-        new_tokens = count(options.generate, what="--generate")
-        writer = generation_report
-        found = generations(scenario, cluster, new_tokens=new_tokens, group=options.group)
-    if options.plot is not None:
-        try:
-            report.save_plot(scenario, cluster, found.best.ranks, options.plot)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"--plot: {error}; pip install 'ds_lvx[plots]'") from error
-    if options.json:
-        print(json.dumps(writer.as_record(scenario, cluster, found), indent=1))
+            try:
+                report.save_plot(scenario, cluster, found.best.ranks, options.plot)
+            except ModuleNotFoundError as error:
+                raise ValueError(f"--plot: {error}; pip install 'ds_lvx[plots]'") from error
+    elif options.plot is not None:
+        raise ValueError("--plot: got it with --generate, which has none; leave one of them out")
     else:
-        print(writer.as_text(scenario, cluster, found))
+        new_tokens = count(options.generate, what="--generate")
+        found = generations(scenario, cluster, new_tokens=new_tokens, group=options.group)
+    if options.json:
+        print(json.dumps(report.as_record(scenario, cluster, found), indent=1))
+    else:
+        print(report.as_text(scenario, cluster, found))
     return 0
 
 

@@ -1,8 +1,4 @@
-"""Predicted time and bytes of one attention call, by method and schedule.
-
-The tables of README.md and docs/how-it-works.md, and the tests that hold `ds_lvx.traffic` to its
-bytes, come from `bytes_sent`.
-"""
+"""Predicted time and bytes of one attention call, by method and schedule."""
 
 from __future__ import annotations
 
@@ -11,11 +7,12 @@ from functools import lru_cache
 
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cluster import Cluster
-from ds_lvx.plan.pieces import Pieces, Sizes, across
+from ds_lvx.plan.pieces import Pieces, across
 from ds_lvx.plan.transfers import Pass
-from ds_lvx.plan.walks import WAYS, Way, hybrid_of, way_of
+from ds_lvx.plan.walks import WAYS, Way, way_of
 
 _AGREEMENT_BYTES = 2048
+_INT32_BYTES = 4
 _MAX_GATHERED_BYTES = 2**30
 """Queries of all ranks that the schedule ``gather`` may hold on each."""
 
@@ -54,10 +51,11 @@ def cost(shape: AttentionShape, cluster: Cluster, way: str, *, settled: bool = T
     Raises:
         ValueError: an unknown way, or one that cannot split these heads.
     """
-    taken = _way_of(shape, way)
-    splits = way == "ulysses" or hybrid_of(way) is not None
-    if splits and (problem := obstacle(shape, way)) is not None:
+    taken = way_of(way)
+    if (way == "ulysses" or taken.hybrid is not None) and (problem := obstacle(shape, way)):
         raise ValueError(problem)
+    if shape.ranks == 1:  # a rank by itself attends alone
+        taken = WAYS["none"]
     passes = []
     for backward in (False, True)[: 1 + shape.backward]:
         pieces = Pieces(shape, cluster, backward=backward)
@@ -76,63 +74,28 @@ def _settle(pieces: Pieces, way: Way, *, agreements: int) -> None:
     agreement = replace(pieces.ranks.gather(_AGREEMENT_BYTES), sent_bytes=0.0, messages=0)
     for _ in range(agreements):
         pieces.send(agreement)
-    rule = pieces.rule_bytes(way.rule, queries=pieces.most_queries, keys=pieces.most_keys)
-    if rule:
-        pieces.send(pieces.ranks.gather(rule))
-
-
-def _way_of(shape: AttentionShape, way: str) -> Way:
-    found = way_of(way)
-    if found is None:
-        raise ValueError(
-            f"way: got {way!r}; expected one of {list(WAYS)}, or a hybrid of them: 'hybrid 4 ring'"
-        )
-    return WAYS["none"] if shape.ranks == 1 else found  # a rank by itself attends alone
+    # q_start and q_end of queries that travel, kv_pos of keys that do. The ranks of a patched model
+    # know the rule from the batch.
+    numbers = 2 * pieces.most_queries * ("q" in way.rule) + pieces.most_keys * ("kv" in way.rule)
+    if pieces.shape.visibility and numbers:
+        pieces.send(pieces.ranks.gather(_INT32_BYTES * pieces.shape.batch * numbers))
 
 
 def obstacle(shape: AttentionShape, way: str) -> str | None:
     """Why a way cannot or should not run a call; None where it can."""
-    if way == "ulysses" and shape.heads < shape.ranks:
-        return f"ulysses: {shape.heads} heads do not reach {shape.ranks} ranks"
-    hybrid = hybrid_of(way)
+    hybrid = way_of(way).hybrid
     if hybrid is not None:
         if shape.ranks % hybrid.ulysses:
             return f"{way}: {hybrid.ulysses} does not divide {shape.ranks} ranks"
         if shape.heads < hybrid.ulysses:
             return f"{way}: {shape.heads} heads do not reach {hybrid.ulysses} ranks"
-        _, _, inner = way.split(" ", 2)
-        problem = obstacle(across(shape, hybrid), inner)
+        problem = obstacle(across(shape, hybrid), way_of(way).inner)
         return None if problem is None else f"{way}: {problem}"
-    gathered_bytes = Sizes(shape).q_bytes(sum(shape.q_lengths))
-    if way == "lvx gather" and gathered_bytes > _MAX_GATHERED_BYTES:
-        return f"lvx gather: the queries of all ranks are {gathered_bytes / 2**30:.1f} GiB"
-    return None
-
-
-@dataclass(frozen=True)
-class Sent:
-    """Bytes that a rank hands to the transport in a call, as `ds_lvx.traffic` counts them."""
-
-    rule: float  # before forward, of a bare operator with a rule
-    forward: float  # the rest
-    backward: float
-
-
-def bytes_sent(shape: AttentionShape, way: str, *, rank: int = 0, factors: bool = False) -> Sent:
-    """What a rank sends in one call, without the agreement on the control plane.
-
-    With equal shards ``lvx`` sends ``(n-1) s H (2 D e + 4)`` forward and ``(n-1) s H (3 D e + 8)``
-    backward by either schedule that moves queries, ``ring`` ``2 (n-1) t K D e`` and twice that,
-    ``ulysses`` ``(n-1)/n (2 s H + 2 t K) D e`` each way. For ``way`` see `cost`, for ``factors``
-    `Sizes`; with unequal shards the ranks differ.
-
-    Raises:
-        ValueError: an unknown way.
-    """
-    taken = _way_of(shape, way)
-    forward, backward = (
-        taken.sends(Sizes(shape, backward=each, factors=factors), rank) for each in (False, True)
+    if way == "ulysses" and shape.heads < shape.ranks:
+        return f"ulysses: {shape.heads} heads do not reach {shape.ranks} ranks"
+    q_bytes = (
+        shape.batch * sum(shape.q_lengths) * shape.heads * shape.head_dim * shape.element_bytes
     )
-    mine = {"queries": shape.q_lengths[rank], "keys": shape.kv_lengths[rank]}
-    rule = (shape.ranks - 1) * Sizes(shape).rule_bytes(taken.rule, **mine)
-    return Sent(rule, forward, backward if shape.backward else 0)
+    if way == "lvx gather" and q_bytes > _MAX_GATHERED_BYTES:
+        return f"lvx gather: the queries of all ranks are {q_bytes / 2**30:.1f} GiB"
+    return None

@@ -20,8 +20,6 @@ from ds_lvx.plan.cluster import Device, KernelTime, Link, Wire
 
 Answers: TypeAlias = Sequence[Mapping[str, Any]]
 """What `ds_lvx.plan.measure` found, by rank."""
-KINDS = ("whole", "partial", "backward")
-ALONE = ("whole_alone", "backward_alone")
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -91,10 +89,8 @@ def device(answers: Answers, request: Mapping[str, Any], *, memory_bytes: int) -
     heads = {name: request[name] for name in ("heads", "kv_heads", "head_dim")}
     first = answers[0]
     kernels: dict[str, Any] = {
-        kind: kernel_time(first["kernels"][kind], _of_kernels(ranks, kind), **heads)
-        for ranks, kinds in ((answers, KINDS), ([first], ALONE))
-        for kind in kinds
-        if kind in first["kernels"]
+        kind: kernel_time(shapes, _of_kernels(answers, kind), **heads)
+        for kind, shapes in first["kernels"].items()
     }
     backward = "backward" in kernels
     kernels.setdefault("backward", kernels["whole"])  # of a profile for generation; nobody asks
@@ -195,11 +191,12 @@ def _alone(answers: Answers) -> float:
     """What share of the time a kernel takes on rank 0 while all others wait; 1 where unknown."""
     if "whole_alone" not in answers[0]["kernels"]:
         return 1.0
-    alone, together = _of_kernels(answers[:1], "whole_alone"), _of_kernels(answers, "whole")
+    alone, together = (_of_kernels(answers, kind) for kind in ("whole_alone", "whole"))
     shares = [one / other for one, other in zip(alone, together, strict=True)]
     return min(statistics.median(shares), 1.0)
 
 
 def _of_kernels(answers: Answers, kind: str) -> list[float]:
-    """Seconds by shape."""
-    return [slowest(each) for each in zip(*(a["kernels"][kind] for a in answers), strict=True)]
+    """Seconds by shape; of one rank alone those of the first."""
+    ranks = answers[:1] if kind.endswith("_alone") else answers
+    return [slowest(each) for each in zip(*(a["kernels"][kind] for a in ranks), strict=True)]

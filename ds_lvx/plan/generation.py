@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ds_lvx.attention.shape import evenly
 from ds_lvx.models.dimensions import Model
+from ds_lvx.plan.choose import cheapest
 from ds_lvx.plan.cluster import Cluster, Device
 from ds_lvx.plan.cost import cost
 from ds_lvx.plan.memory import LAYER_BYTES, tower_bytes
 from ds_lvx.plan.pieces import FP32_BYTES
-from ds_lvx.plan.prompts import among_parts, encoder_parts, prompt_bytes, rows_of_ranks
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.step import products_s, vision_s
 from ds_lvx.plan.transfers import Pass, Ranks, Transfer
@@ -109,18 +110,16 @@ def best(found: Sequence[Generation]) -> Generation | None:
 
 def generation(scenario: Scenario, cluster: Cluster, *, ranks: int, new_tokens: int) -> Generation:
     """Predict one group."""
-    layers, device = _with_text(scenario).model.cross.count, cluster.device
+    scenario, device = _with_text(scenario), cluster.device
     if device.cross_layer_s is not None:  # what a call takes is in it
         cluster = replace(cluster, device=replace(device, call_s=0.0))
     memory = held(scenario, ranks=ranks, new_tokens=new_tokens, gpus=cluster.gpus)
-    prompt = _prompt(scenario, cluster, ranks=ranks)
-    scenario = _with_text(scenario)
-    of_token = _cross(scenario, cluster, ranks=ranks, queries=1)
+    layers, of_token = scenario.model.cross.count, _cross(scenario, cluster, ranks=ranks, queries=1)
     sent = layers * of_token.bytes_sent + (ranks - 1) * _WITNESS_BYTES if layers else 0
     return Generation(
         ranks=ranks,
         token=_token(scenario, cluster, of_token, new_tokens),
-        prompt=prompt,
+        prompt=_prompt(scenario, cluster, ranks=ranks),
         new_tokens=new_tokens,
         bytes_sent=sent + _weights(scenario, cluster, _token_parameters(scenario)).sent_bytes,
         held=memory,
@@ -131,10 +130,28 @@ def generation(scenario: Scenario, cluster: Cluster, *, ranks: int, new_tokens: 
 def _with_text(scenario: Scenario) -> Scenario:
     """The same; where visual tokens are gathered, they are text, which every rank has."""
     model = scenario.model
-    if not model.gathered:
+    if not (model.gathered and model.among):
         return scenario
     whole = replace(model, text=model.cross, cross=replace(model.cross, count=0), among=False)
     return replace(scenario, model=whole, text_tokens=scenario.sequence)
+
+
+def _keeps_prompt(scenario: Scenario) -> bool:
+    """Whether a rank keeps K and V of its part of the prompt: of text, or of an encoder's rows.
+
+    All of such a prompt runs split over the ranks, as in training.
+    """
+    return scenario.model.among or scenario.model.rows is not None
+
+
+def _rows_of_ranks(scenario: Scenario, ranks: int) -> Sequence[int]:
+    """Tokens of such a prompt by rank, visual ones and text, the rank that has most first.
+
+    Text is dealt around the visual tokens, and these stay on the rank that encodes their frame.
+    """
+    tokens = scenario.text_tokens + scenario.visual_tokens
+    most = max(-(-tokens // ranks), scenario.visual_tokens_of_a_rank(ranks))
+    return [most, *(evenly(tokens - most, ranks - 1) if ranks > 1 else [])]
 
 
 # --------------------------------------------------------------------------------------------
@@ -144,22 +161,13 @@ def _with_text(scenario: Scenario) -> Scenario:
 def _cross(scenario: Scenario, cluster: Cluster, *, ranks: int, queries: int) -> Pass:
     """One layer of sharded keys on so many queries, the same on every rank; one projects nothing,
     because K and V are there."""
-    shape = replace(
-        scenario.cross_shape(ranks, _WAY),
-        q_lengths=(queries,) * ranks,
-        recompute=False,
-        backward=False,
-    )
+    shape = replace(scenario.cross_shape(ranks, _WAY), recompute=False, backward=False)
+    shape = replace(shape, q_lengths=(queries,) * ranks)
     if _keeps_prompt(scenario):
-        shape = replace(shape, kv_lengths=tuple(rows_of_ranks(scenario, ranks)))
+        shape = replace(shape, kv_lengths=tuple(_rows_of_ranks(scenario, ranks)))
     if queries == 1:
         shape = replace(shape, features_dim=0)
     return cost(shape, cluster, _WAY).forward
-
-
-def _keeps_prompt(scenario: Scenario) -> bool:
-    """Whether a rank keeps K and V of its part of the prompt: of text, or of an encoder's rows."""
-    return scenario.model.among or scenario.model.rows is not None
 
 
 def _token(scenario: Scenario, cluster: Cluster, layer: Pass, new_tokens: int) -> dict[str, float]:
@@ -179,26 +187,54 @@ def _token(scenario: Scenario, cluster: Cluster, layer: Pass, new_tokens: int) -
 
 
 def _prompt(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[str, float]:
-    device = cluster.device
-    vision = {
-        "vision": vision_s(scenario, device, ranks, backward=False)
-        + _written_s(device, _features_bytes(scenario, ranks), copies=2)
-    }
+    device, features = cluster.device, _features_bytes(scenario, ranks)
+    vision_seconds = vision_s(scenario, device, ranks, backward=False)
+    parts = {"vision": vision_seconds + _written_s(device, features, copies=2)}
     if scenario.model.gathered:
-        features = Ranks(cluster, ranks).gather(_features_bytes(scenario, ranks))
-        text_s = _text_s(_with_text(scenario), device, cluster)
-        parts = {"text": text_s, "network": features.seconds}
-    elif scenario.model.among:
-        parts = among_parts(scenario, cluster, ranks=ranks)
-    elif scenario.model.rows is not None:
-        parts = encoder_parts(scenario, cluster, ranks=ranks)
+        parts["text"] = _text_s(scenario, cluster)
+        parts["network"] = Ranks(cluster, ranks).gather(features).seconds
+    elif _keeps_prompt(scenario):
+        parts |= _split_parts(scenario, cluster, ranks=ranks)
     else:
-        parts = _cross_parts(scenario, cluster, ranks=ranks)
-    parts = {**vision, **parts}
+        parts |= _cross_parts(scenario, cluster, ranks=ranks)
     parts |= _zero(scenario, cluster, scenario.model.parameters, under=parts)
-    hiding_s = sum(parts.values())
-    host_s = device.begin_s + _host_s(_with_text(scenario), cluster, hiding_s=hiding_s)
+    host_s = device.begin_s + _host_s(scenario, cluster, hiding_s=sum(parts.values()))
     return {**parts, "host": host_s}
+
+
+def _split_parts(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[str, float]:
+    """Of a prompt whose keys stay with the ranks that have its tokens; an encoder's with K and V
+    for the decoder behind it."""
+    model, device, rows = scenario.model, cluster.device, scenario.model.rows
+    layers = model.cross if rows is None else rows
+    lengths = _rows_of_ranks(scenario, ranks)
+    shape = scenario.shape(layers, lengths, lengths)
+    shape = replace(shape, features_dim=0, backward=False)  # products count by themselves
+    if ranks == 1:
+        way = "none"
+    elif rows is None:
+        way = cheapest(shape, cluster).name
+    else:
+        way = "ulysses" if rows.heads >= ranks else "ring"
+    layer = cost(shape, cluster, way).forward
+    seen = scenario.pairs_seen if rows is None else rows.share_seen(sum(lengths))
+    attention_s = layers.count * (seen * layer.kernel_s + layer.other_s)
+    waiting_s = layers.count * layer.exposed_s
+    products = products_s(device, layers.parameters, max(lengths))
+    if rows is not None:
+        keys = products_s(device, model.cross.key_parameters, max(lengths))
+        return {
+            "encoder": products + attention_s,
+            "projection of K and V": model.cross.count * keys,
+            "network": waiting_s,
+        }
+    # The prompt's last logits go to every rank.
+    logits = Ranks(cluster, ranks).gather(scenario.element_bytes * model.vocabulary)
+    return {
+        "text": products + products_s(device, model.vocabulary * model.text.hidden, 1),
+        "attention": attention_s,
+        "network": waiting_s + logits.seconds,
+    }
 
 
 def _zero(
@@ -228,15 +264,18 @@ def _cross_parts(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[st
         "projection of K and V": count * (layer.projection_s + _keys_s(scenario, device, ranks)),
         "visual keys": count * (layer.kernel_s + layer.other_s),
         "network": count * layer.exposed_s,
-        "text": _text_s(scenario, device, cluster),
+        "text": _text_s(scenario, cluster),
     }
 
 
-def _text_s(scenario: Scenario, device: Device, cluster: Cluster) -> float:
+def _text_s(scenario: Scenario, cluster: Cluster) -> float:
     """The prompt's text, which every rank runs whole."""
+    device = cluster.device
     of_layers, of_head = _decoder_parameters(scenario)
     products = products_s(device, of_layers, scenario.text_tokens) + products_s(device, of_head, 1)
-    attention = cost(replace(scenario.text_shape(1), backward=False), cluster, "none").forward
+    tokens = (scenario.text_tokens,)
+    shape = replace(scenario.shape(scenario.model.text, tokens, tokens), backward=False)
+    attention = cost(shape, cluster, "none").forward
     return products + scenario.model.text.count * attention.seconds
 
 
@@ -248,8 +287,7 @@ def _written_s(device: Device, nbytes: float, *, copies: int = 1) -> float:
 def _keys_s(scenario: Scenario, device: Device, ranks: int) -> float:
     """Of a layer, what K and V take beside their products: new memory, and K's norm in fp32."""
     cross = scenario.model.cross
-    tokens = scenario.frames_of_a_rank(ranks) * scenario.model.frame_tokens
-    numbers = tokens * cross.kv_heads * cross.head_dim
+    numbers = scenario.visual_tokens_of_a_rank(ranks) * cross.kv_heads * cross.head_dim
     written = _written_s(device, 2 * numbers * scenario.element_bytes)
     norm_s = _NORM_NUMBERS / device.stream_bytes_per_s + _NORM_NEW * device.new_byte_s
     return written + numbers * FP32_BYTES * norm_s
@@ -257,9 +295,8 @@ def _keys_s(scenario: Scenario, device: Device, ranks: int) -> float:
 
 def _features_bytes(scenario: Scenario, ranks: int) -> int:
     """Of a rank's features."""
-    model = scenario.model
-    tokens = scenario.frames_of_a_rank(ranks) * model.frame_tokens
-    return scenario.element_bytes * tokens * (model.cross.features_dim or model.cross.hidden)
+    cross, tokens = scenario.model.cross, scenario.visual_tokens_of_a_rank(ranks)
+    return scenario.element_bytes * tokens * (cross.features_dim or cross.hidden)
 
 
 def _host_s(scenario: Scenario, cluster: Cluster, *, hiding_s: float) -> float:
@@ -302,29 +339,31 @@ def held(scenario: Scenario, *, ranks: int, new_tokens: int, gpus: int = 1) -> H
         new_tokens: of the answer.
         gpus: in all.
     """
-    shares = gpus if scenario.zero_stage == 3 else 1
-    model, e = scenario.model, scenario.element_bytes
-    frames = scenario.frames_of_a_rank(ranks)
-    vision, _ = tower_bytes(replace(scenario, trains="cross"), frames * model.tower_tokens)
-    features = _features_bytes(scenario, ranks)
     scenario = _with_text(scenario)
-    cross, text = scenario.model.cross, _text_bytes(scenario, new_tokens)
-    width = cross.kv_heads * cross.head_dim
-    tokens = frames * model.frame_tokens
+    shares = gpus if scenario.zero_stage == 3 else 1
+    model, e, cross = scenario.model, scenario.element_bytes, scenario.model.cross
+    frames_tokens = scenario.frames_of_a_rank(ranks) * model.tower_tokens
+    vision, _ = tower_bytes(replace(scenario, trains="cross"), frames_tokens)
+    tokens, text = scenario.visual_tokens_of_a_rank(ranks), _text_bytes(scenario, new_tokens)
     if _keeps_prompt(scenario):
-        tokens = max(rows_of_ranks(scenario, ranks))
-    layer = 2 * e * tokens * width if cross.count else 0
-    if _keeps_prompt(scenario):
-        layers = prompt_bytes(scenario, ranks=ranks, keys=cross.count * layer)
+        tokens = max(_rows_of_ranks(scenario, ranks))
+    numbers = tokens * cross.kv_heads * cross.head_dim
+    keys = cross.count * 2 * e * numbers
+    if model.rows is not None:  # a layer, which is over when the decoder makes its keys
+        width = tokens * model.rows.hidden
+        layers = max(LAYER_BYTES * width, e * width + keys)
+    elif model.among:
+        layers = LAYER_BYTES * tokens * cross.hidden + keys
     else:
-        norm = tokens * width * (e + _NORM_TENSORS * FP32_BYTES) if cross.count else 0
-        layers = max(cross.count - 1, 0) * layer + max(norm, layer) + text
-        layers += LAYER_BYTES * scenario.text_tokens * scenario.model.text.hidden
+        norm = numbers * (e + _NORM_TENSORS * FP32_BYTES)
+        last = max(norm, 2 * e * numbers) if cross.count else 0
+        layers = max(cross.count - 1, 0) * 2 * e * numbers + last + text
+        layers += LAYER_BYTES * scenario.text_tokens * model.text.hidden
     return Held(
         weights=-(-e * model.parameters // shares),
-        keys=cross.count * layer,
+        keys=keys,
         text=text,
-        prompt=max(vision, features + layers),
+        prompt=max(vision, _features_bytes(scenario, ranks) + layers),
         gathered=e * _largest(model) if shares > 1 else 0,
     )
 

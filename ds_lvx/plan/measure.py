@@ -261,17 +261,17 @@ def _transfer(kind: str, world: Channel, message: Tensor) -> Run:
 
     def rotate() -> None:
         """A ring's backward: at every step one message moves on, one goes home."""
-        world.shift([message], [spec]).wait()
-        returning: list[Pending[Bundle]] = []
-        for step in range(1, n):
-            following = [world.shift([message], [spec])] if step < n - 1 else []
-            for each in returning:
-                each.wait()
-            returning = [world.shift([other], [spec], hops=-step)]
-            for each in following:
-                each.wait()
-        for each in returning:
-            each.wait()
+        returning: Pending[Bundle] | None = None
+        for step in range(n):
+            following = world.shift([message], [spec]) if step < n - 1 else None
+            if returning is not None:
+                returning.wait()
+            if step:
+                returning = world.shift([other], [spec], hops=-step)
+            if following is not None:
+                following.wait()
+        if returning is not None:
+            returning.wait()
 
     return rotate
 

@@ -191,20 +191,24 @@ def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footpri
         recompute_kv=scenario.recomputes(way),
         checkpointing=scenario.checkpointing,
     )
-    queries, keys = max(evenly(scenario.sequence, ranks)), frames * scenario.model.frame_tokens
-    keys = queries if scenario.model.among else keys
+    queries = max(evenly(scenario.sequence, ranks))
+    keys = queries if scenario.model.among else scenario.visual_tokens_of_a_rank(ranks)
     load = Load(keys, queries, ranks=ranks, element_bytes=scenario.element_bytes)
     travelling = 0  # queries of other ranks that are here, with their gradients
     if setting.method == "lvx" and ranks > 1:
         here = scenario.sequence if way == "lvx gather" else 2 * queries
         travelling = _GATHERED_BYTES * here * cross.heads * cross.head_dim
+    text, rows = scenario.model.text, scenario.model.rows
+    # Cross-attention layers with an MLP are layers of their own; what attention itself keeps is in
+    # the cross-attention's share.
+    own_layers = replace(text, count=text.count + (cross.count if cross.mlp else 0))
     vision, stays = tower_bytes(scenario, frames * scenario.model.tower_tokens)
     return Footprint(
         states=_states(scenario, gpus),
         vision=vision,
         cross=peak(replace(cross, hidden=cross.features_dim or cross.hidden), setting, load),
-        text=_text(scenario, queries) + travelling,
-        rows=_rows(scenario, keys),
+        text=_layers(scenario, own_layers, queries) + logits_bytes(scenario, queries) + travelling,
+        rows=0 if rows is None else _layers(scenario, rows, keys),
         vision_stays=stays,
     )
 
@@ -233,24 +237,11 @@ def tower_bytes(scenario: Scenario, tokens: int) -> tuple[int, int]:
     return kept + tokens * layer, kept
 
 
-def _rows(scenario: Scenario, tokens: int) -> int:
-    """What an encoder's layers keep, and one of them at its peak."""
-    rows = scenario.model.rows
-    if rows is None:
-        return 0
-    layer = LAYER_BYTES * rows.hidden
-    kept = scenario.element_bytes * rows.hidden if scenario.checkpointing else layer
-    return tokens * (rows.count * kept + layer)
-
-
-def _text(scenario: Scenario, queries: int) -> int:
-    text, cross = scenario.model.text, scenario.model.cross
-    layer = LAYER_BYTES * text.hidden
-    # Cross-attention layers with an MLP are layers of their own; what attention itself keeps is in
-    # the cross-attention's share.
-    layers = text.count + (cross.count if cross.mlp else 0)
-    kept = layers * (scenario.element_bytes * text.hidden if scenario.checkpointing else layer)
-    return queries * (kept + layer) + logits_bytes(scenario, queries)
+def _layers(scenario: Scenario, layers: Layers, tokens: int) -> int:
+    """What layers keep of so many tokens, and one of them at its peak."""
+    layer = LAYER_BYTES * layers.hidden
+    kept = scenario.element_bytes * layers.hidden if scenario.checkpointing else layer
+    return tokens * (layers.count * kept + layer)
 
 
 def logits_bytes(scenario: Scenario, queries: int) -> int:
@@ -258,3 +249,33 @@ def logits_bytes(scenario: Scenario, queries: int) -> int:
     words, tiles = scenario.model.vocabulary, scenario.loss_tiles
     sums = FP32_BYTES * words * scenario.model.text.hidden if scenario.trains_all else 0
     return _LOGIT_BYTES * -(-queries // tiles) * words + (sums if tiles > 1 else 0)
+
+
+# ---- the same sample elsewhere
+
+
+def elsewhere(scenario: Scenario, *, gpus: int, ranks: int) -> tuple[int, int, int]:
+    """What other trainers need where visual tokens stand among the text's.
+
+    They run Ulysses in the text, on contiguous pieces of embeddings that every rank has whole.
+    These are gathered when nothing of the text is there yet, and their gradients when nothing is
+    there any more. With ``T`` tokens of a sample, ``V`` visual ones, there are at once: the
+    gradient of the embeddings of the text, that of the features, what is sent of it and what comes,
+    ``T + 3 V``. In forward it is ``2 T + V``, or with the whole tower, whose features come from
+    nowhere, as much.
+
+    Returns:
+        Bytes of a rank: at the peak where each rank encodes its frames, what it sends for the
+        gathering in a step beside what attention sends, and at the peak where each encodes all.
+    """
+    own = footprint(scenario, gpus=gpus, ranks=ranks, way="ulysses")
+    width = scenario.element_bytes * scenario.model.text.hidden
+    visual, both = scenario.visual_tokens, scenario.sequence
+    forward = width * (2 * both + visual)
+    gathering = width * (both + 3 * visual) if scenario.trains_all else forward
+    tower, stays = tower_bytes(scenario, scenario.frames * scenario.model.tower_tokens)
+    return (
+        max(own.peak, own.states + own.vision_stays + gathering),
+        2 * width * (ranks - 1) * (visual // ranks),
+        own.states + max(tower, stays + max(own.cross + own.text, forward)),
+    )

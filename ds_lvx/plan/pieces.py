@@ -7,7 +7,7 @@ head_dim, e bytes an element. lse, delta and what is reduced are in fp32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ds_lvx.attention.shape import AttentionShape, Hybrid, head_groups, head_layout, leaving_groups
@@ -16,7 +16,6 @@ from ds_lvx.plan.cluster import Cluster, KernelTime
 from ds_lvx.plan.transfers import Ranks, Timeline, Transfer
 
 FP32_BYTES = 4
-INT32_BYTES = 4
 
 _TOUCHES = {
     "encode": (30, 8),
@@ -38,14 +37,37 @@ Counted in ds_lvx/attention/wire.py, kernels/merge.py and attention/common.py.
 """
 
 
-@dataclass
-class Sizes:
-    """Of one pass: numbers of tensors, and bytes of messages, for so many queries or keys."""
+class Pieces:
+    """Of one pass on a cluster: numbers of tensors, bytes of messages, and what its ``device``
+    spends on them, on a ``timeline``.
 
-    shape: AttentionShape
-    backward: bool = False
-    # Parts of out and dq carry an fp32 factor a row: q in bf16, see `ds_lvx.attention.wire`.
-    factors: bool = False
+    ``n`` ranks have ``queries`` and ``keys``; the rank with most has ``most_queries`` and
+    ``most_keys``. ``stride`` is as of `Ranks`.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        cluster: Cluster,
+        *,
+        backward: bool,
+        timeline: Timeline | None = None,
+        stride: int = 1,
+    ) -> None:
+        self.shape, self.backward = shape, backward
+        self.device = cluster.device
+        self.timeline = Timeline() if timeline is None else timeline
+        self.ranks = Ranks(cluster, shape.ranks, stride)
+        self.n = shape.ranks
+        self.queries, self.keys = sum(shape.q_lengths), sum(shape.kv_lengths)
+        self.most_queries, self.most_keys = max(shape.q_lengths), max(shape.kv_lengths)
+        self.mean_queries, self.mean_keys = self.queries / self.n, self.keys / self.n
+        device = cluster.device
+        self.kernel = device.backward if backward else device.partial  # on a part of the keys
+        self.whole = device.backward if backward else device.whole  # on all of them
+        self._scale = shape.element_bytes / cluster.device.element_bytes
+
+    # ---- numbers and bytes of so many queries or keys
 
     def of_q(self, queries: float) -> float:
         """Numbers of q, dout, or what is as large."""
@@ -67,14 +89,6 @@ class Sizes:
         """lse, or delta."""
         return self.shape.batch * queries * self.shape.heads * FP32_BYTES
 
-    def summed_bytes(self, queries: float) -> float:
-        """out or dq where they are all-reduced."""
-        return self.of_q(queries) * FP32_BYTES
-
-    def gathered_part_bytes(self, queries: float) -> float:
-        """lse and out in fp32 as one message."""
-        return _row([self.lse_bytes(queries), self.summed_bytes(queries)])
-
     def query_bytes(self, queries: float) -> float:
         """q on its way to other ranks' keys; in backward q, dout, lse and delta."""
         if self.backward:
@@ -83,69 +97,17 @@ class Sizes:
 
     def part_bytes(self, queries: float) -> float:
         """A result on its way home: out and lse; in backward dq."""
-        factors = self.shape.batch * queries * FP32_BYTES if self.factors else 0
-        return self.q_bytes(queries) + factors + (0 if self.backward else self.lse_bytes(queries))
+        return self.q_bytes(queries) + (0 if self.backward else self.lse_bytes(queries))
 
     def packed_query_bytes(self, queries: float) -> float:
         """`query_bytes` as one message of rows, in which each tensor is padded."""
         q, lse = self.q_bytes(1), self.lse_bytes(1)
-        return queries * _row([q, q, lse, lse] if self.backward else [q])
+        return queries * message_bytes([q, q, lse, lse] if self.backward else [q])
 
     def packed_part_bytes(self, queries: float) -> float:
         """`part_bytes` likewise."""
-        tensors = [] if self.backward else [self.lse_bytes(1)]
-        tensors.append(self.q_bytes(1))
-        if self.factors:
-            tensors.append(self.shape.batch * FP32_BYTES)
-        return queries * _row(tensors)
-
-    def rule_bytes(self, parts: tuple[str, ...], *, queries: float, keys: float) -> float:
-        """A rank's share of the rule, which a bare operator gathers once, before its forward.
-
-        q_start and q_end of the queries (``"q"``) where these travel, kv_pos of the keys (``"kv"``)
-        where those do; 0 without a rule, as in a patched model, whose ranks know it from the batch.
-        """
-        if not self.shape.visibility:
-            return 0
-        numbers = 2 * queries * ("q" in parts) + keys * ("kv" in parts)
-        return self.shape.batch * INT32_BYTES * numbers
-
-
-def _row(nbytes: list[float]) -> int:
-    """Bytes of a row of a message (`ds_lvx.distributed.bundles.pack_rows`)."""
-    return sum(aligned(map(int, nbytes)))
-
-
-class Pieces(Sizes):
-    """Of one pass on a cluster: what its ``device`` spends on them, on a ``timeline``.
-
-    ``n`` ranks have ``queries`` and ``keys``; the rank with most has ``most_queries`` and
-    ``most_keys``. ``stride`` is as of `Ranks`.
-    """
-
-    def __init__(
-        self,
-        shape: AttentionShape,
-        cluster: Cluster,
-        *,
-        backward: bool,
-        timeline: Timeline | None = None,
-        stride: int = 1,
-    ) -> None:
-        super().__init__(shape, backward)
-        self.device = cluster.device
-        self.timeline = Timeline() if timeline is None else timeline
-        self.ranks = Ranks(cluster, shape.ranks, stride)
-        self.n = shape.ranks
-        self.queries, self.keys = sum(shape.q_lengths), sum(shape.kv_lengths)
-        self.most_queries, self.most_keys = max(shape.q_lengths), max(shape.kv_lengths)
-        self.mean_queries, self.mean_keys = self.queries / self.n, self.keys / self.n
-        self._scale = shape.element_bytes / cluster.device.element_bytes
-
-    @property
-    def kernel(self) -> KernelTime:
-        """Of attention to a part of the keys."""
-        return self.device.backward if self.backward else self.device.partial
+        lse = [] if self.backward else [self.lse_bytes(1)]
+        return queries * message_bytes([*lse, self.q_bytes(1)])
 
     @property
     def head_shares(self) -> tuple[float, ...]:
@@ -192,7 +154,7 @@ class Pieces(Sizes):
 
     def project_s(self, keys: float, *, gradients: bool = False) -> float:
         """Projecting K and V of so many features, or the products for their gradients."""
-        products = 2 if gradients and self.shape.features_train else 1
+        products = 2 if gradients else 1
         operations = 2 * products * self.shape.features_dim * self.of_k_and_v(keys)
         return self._scale * operations / self.device.matmul_flops
 
@@ -213,6 +175,11 @@ class Pieces(Sizes):
     def send(self, transfer: Transfer) -> None:
         """Post a transfer and wait for it."""
         self.timeline.wait(self.timeline.post(transfer))
+
+
+def message_bytes(tensors: list[float]) -> int:
+    """Bytes of tensors as one message, or of a row of it (`ds_lvx.distributed.bundles`)."""
+    return sum(aligned(map(int, tensors)))
 
 
 def padded(shape: AttentionShape) -> AttentionShape:

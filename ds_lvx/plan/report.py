@@ -1,17 +1,18 @@
-"""A plan as text for a terminal, as JSON, and as the paper's plot (figure 4)."""
+"""A prediction as text for a terminal and as JSON; of training as the paper's plot (figure 4)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ds_lvx.attention.shape import evenly
 from ds_lvx.plan.cluster import Cluster, Link
 from ds_lvx.plan.cost import cost, obstacle
-from ds_lvx.plan.peers import peers
+from ds_lvx.plan.generation import Generation, best
+from ds_lvx.plan.memory import elsewhere
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.search import CANDIDATES, Plan
 from ds_lvx.plan.step import Step
@@ -19,45 +20,66 @@ from ds_lvx.plan.units import duration, size
 
 _POINTS = 33  # of a curve
 
-
-def as_record(scenario: Scenario, cluster: Cluster, found: Plan) -> dict[str, Any]:
-    """For programs. Seconds and bytes; ``steps`` has every group size and method."""
-
-    def record(each: Step) -> dict[str, Any]:
-        method, _, schedule = each.way.partition(" ")
-        names = ("ranks", "text_method", "seconds", "cross_seconds", "parts", "limited_by")
-        return {
-            **{name: getattr(each, name) for name in (*names, "bytes_sent", "fits")},
-            "method": method,
-            "schedule": schedule or None,
-            "layer": asdict(each.cross),
-            "memory": {**asdict(each.footprint), "peak": each.footprint.peak},
-        }
-
-    return {
-        **asked(scenario, cluster),
-        "best": record(found.best),
-        "quickest": record(found.quickest),
-        "steps": [record(each) for each in found.steps],
-        "stops": [asdict(each) for each in found.stops],
-    }
+Found: TypeAlias = Plan | Sequence[Generation]
 
 
-def asked(scenario: Scenario, cluster: Cluster) -> dict[str, Any]:
-    """What the record of a prediction begins with."""
-    return {
+def as_record(scenario: Scenario, cluster: Cluster, found: Found) -> dict[str, Any]:
+    """For programs. Seconds and bytes; ``steps`` has every group size and method, ``generations``
+    every group size, and ``best`` of these is None where nothing fits."""
+    record = {
         "kind": "predicted",
         "job": {**asdict(scenario), "visual_tokens": scenario.visual_tokens},
         "cluster": cluster.record(),
         "memory_limit_bytes": cluster.device.limit_bytes,
     }
+    if isinstance(found, Plan):
+        return {
+            **record,
+            "best": _step(found.best),
+            "quickest": _step(found.quickest),
+            "steps": [_step(each) for each in found.steps],
+            "stops": [asdict(each) for each in found.stops],
+        }
+    taken = best(found)
+    return {
+        **record,
+        "best": None if taken is None else _generation(taken),
+        "generations": [_generation(each) for each in found],
+    }
+
+
+def _step(each: Step) -> dict[str, Any]:
+    method, _, schedule = each.way.partition(" ")
+    names = ("ranks", "text_method", "seconds", "cross_seconds", "parts", "limited_by")
+    return {
+        **{name: getattr(each, name) for name in (*names, "bytes_sent", "fits")},
+        "method": method,
+        "schedule": schedule or None,
+        "layer": asdict(each.cross),
+        "memory": {**asdict(each.footprint), "peak": each.footprint.peak},
+    }
+
+
+def _generation(each: Generation) -> dict[str, Any]:
+    names = ("ranks", "token", "prompt", "new_tokens", "bytes_sent", "fits")
+    sums = ("token_s", "tokens_per_s", "prompt_s", "seconds")
+    memory = {**asdict(each.held), "kept": each.held.kept, "peak": each.held.peak}
+    return {**{name: getattr(each, name) for name in (*names, *sums)}, "memory": memory}
 
 
 # ---- text
 
 
-def as_text(scenario: Scenario, cluster: Cluster, found: Plan) -> str:
+def as_text(scenario: Scenario, cluster: Cluster, found: Found) -> str:
     """For people."""
+    if isinstance(found, Plan):
+        parts = _of_plan(scenario, cluster, found)
+    else:
+        parts = _of_generations(scenario, cluster, found)
+    return "\n\n".join([*parts, f"Predicted, nothing was run. Numbers: {cluster.source}."])
+
+
+def _of_plan(scenario: Scenario, cluster: Cluster, found: Plan) -> list[str]:
     best = found.best
     parts = [
         _question(scenario, cluster),
@@ -67,19 +89,48 @@ def as_text(scenario: Scenario, cluster: Cluster, found: Plan) -> str:
         if ranks > 1:
             parts += [f"Groups of {ranks}, by method of the {scenario.attention}:"]
             parts += [_methods(found, ranks)]
-            parts += [_peers(scenario, cluster, ranks)] if scenario.model.among else []
+            parts += [_elsewhere(scenario, cluster, ranks)] if scenario.model.among else []
     stops = [
         (each.name, str(each.fits_from or "-"), str(each.fastest_at or "-"), each.reason)
         for each in found.stops
     ]
-    parts += [
+    return [
+        *parts,
         f"The step with {_name(best)}, by part:",
-        table([(part, duration(each)) for part, each in best.parts.items()]),
+        _durations(best.parts),
         "How far each method goes on these GPUs:",
-        table([("method", "fits from", "fastest at", "why it stops"), *stops]),
-        f"Predicted, nothing was run. Numbers: {cluster.source}.",
+        _table([("method", "fits from", "fastest at", "why it stops"), *stops]),
     ]
-    return "\n\n".join(parts)
+
+
+def _of_generations(scenario: Scenario, cluster: Cluster, found: Sequence[Generation]) -> list[str]:
+    heads = "ranks, tokens a second, first token, whole answer, sends a token, keys, memory"
+    rows = [tuple(heads.split(", "))]
+    for each in found:
+        bytes_of = (size(each.bytes_sent), size(each.held.keys), _memory(each.held.peak, each.fits))
+        times = map(duration, (each.prompt_s, each.seconds))
+        rows.append((str(each.ranks), f"{each.tokens_per_s:.3g}", *times, *bytes_of))
+    parts = [
+        f"{scenario.model.name} generates {found[0].new_tokens:,} tokens after "
+        f"{scenario.text_tokens:,} text tokens and {scenario.frames:,} frames = "
+        f"{scenario.visual_tokens:,} visual tokens\n{_links(cluster)}",
+        _table(rows),
+    ]
+    taken = best(found)
+    if taken is None:
+        least = min(found, key=lambda each: each.held.peak)
+        return [
+            *parts,
+            f"Nothing fits: {least.ranks} ranks need {size(least.held.peak)} each, of which "
+            f"{size(least.held.weights)} are weights, and {size(cluster.device.limit_bytes)} may "
+            "be filled",
+        ]
+    return [
+        *parts,
+        f"Most tokens a second: {taken.ranks} ranks. A token, and the first one, by part:",
+        _durations(taken.token),
+        _durations(taken.prompt),
+    ]
 
 
 def _question(scenario: Scenario, cluster: Cluster) -> str:
@@ -94,15 +145,19 @@ def _question(scenario: Scenario, cluster: Cluster) -> str:
     return (
         f"{scenario.model.name}: {scenario.text_tokens:,} text tokens, {scenario.frames:,} frames"
         f"{tokens} a sample; {', '.join(settings)}\n"
-        f"{links(cluster)}"
+        f"{_links(cluster)}"
     )
 
 
-def links(cluster: Cluster) -> str:
+def _links(cluster: Cluster) -> str:
     """The GPUs and what joins them, in words."""
-    joined = f"{_rate(cluster.within)} a GPU within a node"
+
+    def rate(link: Link) -> str:
+        return f"{link.shift.bytes_per_s / 1e9:.3g} GB/s and {duration(link.shift.latency_s)}"
+
+    joined = f"{rate(cluster.within)} a GPU within a node"
     if cluster.gpus > cluster.gpus_per_node:
-        joined += f", {_rate(cluster.across)} a node across"
+        joined += f", {rate(cluster.across)} a node across"
     return f"{cluster.gpus:,} x {cluster.device.name}, {cluster.gpus_per_node} a node; {joined}"
 
 
@@ -139,24 +194,21 @@ def _config(scenario: Scenario, best: Step) -> str:
 def _methods(found: Plan, ranks: int) -> str:
     steps = found.at(ranks)
     ring = next((each.cross_seconds for each in steps if each.way == "ring"), None)
-    rows: list[tuple[str, ...]] = [
-        ("method", "step", "cross-attention", "waiting", "sends", "memory", "x ring")
-    ]
+    rows = [("method", "step", "cross-attention", "waiting", "sends", "memory", "x ring")]
     for each in steps:
         waiting = each.parts["cross-attention, network"]
-        times = map(duration, (each.seconds, each.cross_seconds, waiting))
-        memory = size(each.footprint.peak) + ("" if each.fits else ", too much")
+        step, cross, waits = map(duration, (each.seconds, each.cross_seconds, waiting))
         faster = "-" if ring is None else f"{ring / each.cross_seconds:.3g}"
-        rows.append((_name(each), *times, size(each.bytes_sent), memory, faster))
-    return table(rows)
+        memory = _memory(each.footprint.peak, each.fits)
+        rows.append((_name(each), step, cross, waits, size(each.bytes_sent), memory, faster))
+    return _table(rows)
 
 
-def _peers(scenario: Scenario, cluster: Cluster, ranks: int) -> str:
-    other = peers(scenario, gpus=cluster.gpus, ranks=ranks)
+def _elsewhere(scenario: Scenario, cluster: Cluster, ranks: int) -> str:
+    peak, sent, whole_towers = map(size, elsewhere(scenario, gpus=cluster.gpus, ranks=ranks))
     return (
-        f"Elsewhere, with ulysses: {size(other.gathered)} where embeddings are gathered on every "
-        f"rank, which sends {size(other.sent)} more; {size(other.whole_towers)} where every rank "
-        "encodes all frames"
+        f"Elsewhere, with ulysses: {peak} where embeddings are gathered on every rank, which sends "
+        f"{sent} more; {whole_towers} where every rank encodes all frames"
     )
 
 
@@ -164,11 +216,15 @@ def _name(each: Step) -> str:
     return "one rank a sample" if each.ranks == 1 else each.way
 
 
-def _rate(link: Link) -> str:
-    return f"{link.shift.bytes_per_s / 1e9:.3g} GB/s and {duration(link.shift.latency_s)}"
+def _memory(peak: int, fits: bool) -> str:
+    return size(peak) + ("" if fits else ", too much")
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
+def _durations(parts: Mapping[str, float]) -> str:
+    return _table([(part, duration(each)) for part, each in parts.items()])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
     """Columns side by side."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

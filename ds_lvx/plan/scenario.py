@@ -64,6 +64,12 @@ class Scenario:
         """Weights that get a gradient."""
         return self.model.parameters if self.trains_all else self.model.cross_parameters
 
+    @property
+    def passes(self) -> int:
+        """Products of a layer in a step: forward, backward through it, its weights' gradients, and
+        forward again where it is checkpointed."""
+        return 2 + self.trains_all + self.checkpointing
+
     def frames_of_a_rank(self, ranks: int) -> int:
         """Frames of the rank that holds most; a frame is not split."""
         return -(-self.frames // ranks)
@@ -72,27 +78,23 @@ class Scenario:
         """Whether cross-attention layers project K and V again; lvx alone can."""
         return self.recompute and self.model.recomputes and way.startswith("lvx")
 
+    def visual_tokens_of_a_rank(self, ranks: int) -> int:
+        """Those of the rank that holds most."""
+        return self.frames_of_a_rank(ranks) * self.model.frame_tokens
+
     def cross_shape(self, ranks: int, way: str) -> AttentionShape:
         """One cross-attention layer."""
         keys = [count * self.model.frame_tokens for count in evenly(self.frames, ranks)]
         if self.model.among:
             keys = evenly(self.sequence, ranks)
-        shape = self._shape(self.model.cross, ranks, keys)
+        shape = self.shape(self.model.cross, evenly(self.sequence, ranks), keys)
         return replace(shape, recompute=self.recomputes(way))
 
-    def rows_shape(self, ranks: int, rows: Layers) -> AttentionShape:
-        """One layer of an encoder over all visual tokens."""
-        tokens = self.cross_shape(ranks, "ring").kv_lengths
-        return replace(self._shape(rows, ranks, tokens), q_lengths=tokens)
-
-    def text_shape(self, ranks: int) -> AttentionShape:
-        """One self-attention layer of the text."""
-        return self._shape(self.model.text, ranks, evenly(self.text_tokens, ranks))
-
-    def _shape(self, layers: Layers, ranks: int, keys: Sequence[int]) -> AttentionShape:
+    def shape(self, layers: Layers, queries: Sequence[int], keys: Sequence[int]) -> AttentionShape:
+        """One of some layers, on so many queries and keys by rank."""
         return AttentionShape(
             batch=1,
-            q_lengths=tuple(evenly(self.sequence, ranks)),
+            q_lengths=tuple(queries),
             kv_lengths=tuple(keys),
             heads=layers.heads,
             kv_heads=layers.kv_heads,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_lvx.attention.shape import evenly
 from ds_lvx.plan.cluster import Cluster, Device
 from ds_lvx.plan.cost import Cost, cost
 from ds_lvx.plan.memory import Footprint, footprint
@@ -90,7 +91,6 @@ def step(scenario: Scenario, cluster: Cluster, *, ranks: int, way: str) -> Step:
 def _text(scenario: Scenario, cluster: Cluster, ranks: int, method: str) -> dict[str, float]:
     model, text = scenario.model, scenario.model.text
     tokens = -(-scenario.sequence // ranks)
-    passes, again = (3 if scenario.trains_all else 2), (1 if scenario.checkpointing else 0)
     head, of_text, of_cross = (
         products_s(cluster.device, parameters, tokens)
         for parameters in (
@@ -99,12 +99,13 @@ def _text(scenario: Scenario, cluster: Cluster, ranks: int, method: str) -> dict
             model.cross.query_parameters,
         )
     )
-    layers = passes * head + text.count * (passes + again) * of_text
-    layers += model.cross.count * (3 + again) * of_cross
-    attention = cost(scenario.text_shape(ranks), cluster, method)
-    waiting = model.text.count * attention.exposed_s
+    layers = (2 + scenario.trains_all) * head + text.count * scenario.passes * of_text
+    layers += model.cross.count * (3 + scenario.checkpointing) * of_cross
+    queries, keys = evenly(scenario.sequence, ranks), evenly(scenario.text_tokens, ranks)
+    attention = cost(scenario.shape(text, queries, keys), cluster, method)
+    waiting = text.count * attention.exposed_s
     return {
-        "text layers": layers + model.text.count * attention.seconds - waiting,
+        "text layers": layers + text.count * attention.seconds - waiting,
         "text, network": waiting,
     }
 
@@ -114,16 +115,16 @@ def _rows(scenario: Scenario, cluster: Cluster, ranks: int, method: str) -> dict
     rows = scenario.model.rows
     if rows is None:
         return {}
-    tokens = scenario.frames_of_a_rank(ranks) * scenario.model.frame_tokens
-    passes = (3 if scenario.trains_all else 2) + (1 if scenario.checkpointing else 0)
-    layer = passes * products_s(cluster.device, rows.parameters // rows.count, tokens)
-    attention = cost(scenario.rows_shape(ranks, rows), cluster, method)
+    tokens = scenario.visual_tokens_of_a_rank(ranks)
+    products = products_s(cluster.device, rows.parameters // rows.count, tokens)
+    lengths = scenario.cross_shape(ranks, "ring").kv_lengths
+    attention = cost(scenario.shape(rows, lengths, lengths), cluster, method)
     kernels = attention.forward.kernel_s + attention.backward.kernel_s
     unseen = kernels * (1 - rows.share_seen(scenario.visual_tokens))
-    waiting = attention.exposed_s
+    layer = scenario.passes * products + attention.seconds - attention.exposed_s - unseen
     return {
-        "encoder layers": rows.count * (layer + attention.seconds - waiting - unseen),
-        "encoder, network": rows.count * waiting,
+        "encoder layers": rows.count * layer,
+        "encoder, network": rows.count * attention.exposed_s,
     }
 
 
@@ -143,7 +144,7 @@ def vision_s(scenario: Scenario, device: Device, ranks: int, *, backward: bool =
     pairs = tokens * model.tower_tokens * tower.heads * tower.head_dim
     passes, attention = 1, pairs * device.whole.pair_s
     if scenario.trains_all and backward:
-        passes = 4 if scenario.checkpointing else 3
+        passes = scenario.passes
         attention += pairs * device.backward.pair_s
     layer = passes * products_s(device, tower.parameters // tower.count, tokens) + attention
     projected = frames * model.projector_tokens

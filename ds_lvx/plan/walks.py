@@ -1,21 +1,19 @@
-"""How a rank spends a forward or a backward, and what it sends, by method and schedule.
+"""How a rank spends a forward or a backward, by method and schedule.
 
 A walk goes through the code: what the rank computes, and what its link carries at the same time.
 What rotates counts with its mean length, because each rank meets every shard once; what stays, with
-the longest. Beside each walk stands what a rank sends, exactly, for shards of any length.
-docs/planning.md has the formulas.
+the longest. docs/planning.md has the formulas; tests/sent.py has the bytes of each rank exactly.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
 
-from ds_lvx.attention.shape import ACROSS, AttentionShape, Hybrid, goes_at_once
-from ds_lvx.distributed.alignment import padded as aligned
-from ds_lvx.plan.pieces import Pieces, Sizes, across, padded, subgroup
+from ds_lvx.attention.shape import ACROSS, Hybrid, goes_at_once
+from ds_lvx.plan.pieces import FP32_BYTES, Pieces, across, message_bytes, padded, subgroup
 from ds_lvx.plan.transfers import Transfer
 
 
@@ -72,14 +70,6 @@ def _gather(pieces: Pieces) -> None:
         pieces.project(gradients=True)
 
 
-def _gather_sends(sizes: Sizes, rank: int) -> float:
-    """A rank's own queries to everyone, the parts of all others home."""
-    shape = sizes.shape
-    copies = (shape.ranks - 1) * shape.q_lengths[rank]
-    parts = _others(shape.q_lengths, rank)
-    return sizes.packed_query_bytes(copies) + sizes.packed_part_bytes(parts)
-
-
 def _rotate_queries(pieces: Pieces) -> None:
     """The next queries and the last part travel under each kernel; dk and dv add up in fp32."""
     backward, again, queries = pieces.backward, pieces.shape.recompute, pieces.mean_queries
@@ -100,16 +90,10 @@ def _rotate_queries(pieces: Pieces) -> None:
         pieces.project(gradients=True)
 
 
-def _rotated_queries_send(sizes: Sizes, rank: int) -> float:
-    """All queries are passed on but those of the rank ahead, which were with it first."""
-    q_lengths = sizes.shape.q_lengths
-    passed = _others(q_lengths, rank + 1)
-    return sizes.query_bytes(passed) + sizes.part_bytes(_others(q_lengths, rank))
-
-
 def _replicated(pieces: Pieces) -> None:
     """Everyone has all queries; parts are gathered, or lse is gathered and out summed; or dq."""
     queries, backward = pieces.most_queries, pieces.backward
+    summed_bytes = pieces.of_q(queries) * FP32_BYTES
     if backward:
         pieces.touch(pieces.of_q(queries), "delta")
     if not backward or pieces.shape.recompute:
@@ -117,23 +101,15 @@ def _replicated(pieces: Pieces) -> None:
     pieces.attend(queries, pieces.most_keys)
     if backward:
         pieces.project(gradients=True)
-    elif goes_at_once(pieces.summed_bytes(queries), pieces.n):
-        pieces.send(pieces.ranks.gather(pieces.gathered_part_bytes(queries)))
+    elif goes_at_once(summed_bytes, pieces.n):
+        part = message_bytes([pieces.lse_bytes(queries), summed_bytes])
+        pieces.send(pieces.ranks.gather(part))
         pieces.touch(pieces.n * pieces.of_q(queries), "merge stacked")
         return
     else:
         pieces.send(pieces.ranks.gather(pieces.lse_bytes(queries)))
         pieces.touch(pieces.of_q(queries), "merge")
-    pieces.send(pieces.ranks.all_reduce(pieces.summed_bytes(queries)))
-
-
-def _replicated_sends(sizes: Sizes, rank: int) -> float:
-    """The part to everyone, or lse to everyone and an all-reduce of out; in backward one of dq."""
-    queries, n = sizes.shape.q_lengths[rank], sizes.shape.ranks
-    if not sizes.backward and goes_at_once(sizes.summed_bytes(queries), n):
-        return (n - 1) * sizes.gathered_part_bytes(queries)
-    gathered = 0 if sizes.backward else (n - 1) * sizes.lse_bytes(queries)
-    return gathered + 2 * (n - 1) / n * sizes.summed_bytes(queries)
+    pieces.send(pieces.ranks.all_reduce(summed_bytes))
 
 
 def _begin(pieces: Pieces) -> None:
@@ -170,13 +146,6 @@ def _rotate_keys(pieces: Pieces) -> None:
         pieces.project(gradients=True)
 
 
-def _rotated_keys_send(sizes: Sizes, rank: int) -> float:
-    """k and v go round; in backward dk and dv of all others go home besides."""
-    kv_lengths = sizes.shape.kv_lengths
-    home = _others(kv_lengths, rank) if sizes.backward else 0
-    return sizes.kv_bytes(_others(kv_lengths, rank + 1) + home)
-
-
 def _ulysses(pieces: Pieces) -> None:
     """q, k and v arrive; a kernel over all keys and some heads; out leaves by groups of heads."""
     if not pieces.backward:
@@ -186,10 +155,9 @@ def _ulysses(pieces: Pieces) -> None:
     wide.timeline.wait(_all_to_all(wide, arriving))
     if wide.backward:
         wide.touch(arriving, "delta")
-    kernel = wide.device.backward if wide.backward else wide.device.whole
     returning = []
     for share in wide.leaving_shares:
-        wide.attend(wide.queries, wide.keys, share=share / wide.n, kernel=kernel)
+        wide.attend(wide.queries, wide.keys, share=share / wide.n, kernel=wide.whole)
         returning.append(_all_to_all(wide, share * leaving))
     for arrives in returning:
         wide.timeline.wait(arrives)
@@ -212,15 +180,6 @@ def _all_to_all(wide: Pieces, numbers: float) -> float:
     return wide.timeline.post(wide.ranks.exchange(nbytes))
 
 
-def _ulysses_sends(sizes: Sizes, rank: int) -> float:
-    """q, k and v as one message, and out; in backward their gradients."""
-    shape = padded(sizes.shape)
-    n, queries, keys = shape.ranks, shape.q_lengths[rank], shape.kv_lengths[rank]
-    q, k = Sizes(shape).q_bytes(queries) / n, Sizes(shape).kv_bytes(keys) / 2 / n
-    together = [q + 2 * k] if queries == keys else [q, k, k]
-    return (n - 1) * (sum(aligned(map(int, together))) + q)
-
-
 # ---- Ulysses inside subgroups, another way across
 
 
@@ -229,34 +188,23 @@ def _hybrid(pieces: Pieces, *, hybrid: Hybrid, way: Way) -> None:
     shape, backward = pieces.shape, pieces.backward
     if not backward:
         pieces.project()
-    most = max(range(shape.ranks // hybrid.ulysses), key=lambda i: _held(shape, hybrid, i))
-    wide = pieces.beside(padded(subgroup(shape, hybrid, most)))
+    groups = across(shape, hybrid)
+    held = [
+        shape.heads * queries + 2 * shape.kv_heads * keys
+        for queries, keys in zip(groups.q_lengths, groups.kv_lengths, strict=True)
+    ]
+    wide = pieces.beside(padded(subgroup(shape, hybrid, held.index(max(held)))))
     arriving, leaving = _both_ways(wide)
     if hybrid.ulysses > 1:
         wide.timeline.wait(_all_to_all(wide, arriving))
     if hybrid.ulysses < shape.ranks:
-        way.walk(pieces.beside(across(shape, hybrid), stride=hybrid.ulysses))
+        way.walk(pieces.beside(groups, stride=hybrid.ulysses))
     else:
-        kernel = pieces.device.backward if backward else pieces.device.whole
-        wide.attend(wide.queries, wide.keys, share=1 / wide.n, kernel=kernel)
+        wide.attend(wide.queries, wide.keys, share=1 / wide.n, kernel=wide.whole)
     if hybrid.ulysses > 1:
         wide.timeline.wait(_all_to_all(wide, leaving))
     if backward:
         pieces.project(gradients=True)
-
-
-def _held(shape: AttentionShape, hybrid: Hybrid, number: int) -> int:
-    inside = subgroup(shape, hybrid, number)
-    return inside.heads * sum(inside.q_lengths) + 2 * inside.kv_heads * sum(inside.kv_lengths)
-
-
-def _hybrid_sends(sizes: Sizes, rank: int, *, hybrid: Hybrid, way: Way) -> float:
-    """Ulysses' messages to the subgroup, and those of the other way across."""
-    number, place = divmod(rank, hybrid.ulysses)
-    inside = replace(sizes, shape=subgroup(sizes.shape, hybrid, number))
-    outside = replace(sizes, shape=across(sizes.shape, hybrid))
-    sent = way.sends(outside, number) if hybrid.ulysses < sizes.shape.ranks else 0
-    return sent + (_ulysses_sends(inside, place) if hybrid.ulysses > 1 else 0)
 
 
 # ---- what rotates
@@ -313,54 +261,43 @@ def _rotate(
         timeline.compute(add_s, "other")
 
 
-def _others(lengths: tuple[int, ...], rank: int) -> int:
-    """Of all ranks but one."""
-    return sum(lengths) - lengths[rank % len(lengths)]
-
-
 class Way(NamedTuple):
     """One way of attending to what is split."""
 
     walk: Callable[[Pieces], None]  # spends a pass on the timeline of its pieces
-    # Bytes of a rank in a pass, by its number.
-    sends: Callable[[Sizes, int], float] = lambda sizes, rank: 0
     rule: tuple[str, ...] = ()  # what a bare operator gathers of it before: ``q`` and ``kv``
+    hybrid: Hybrid | None = None  # its subgroups
+    inner: str = ""  # what runs across them
 
 
 WAYS = {
-    "lvx ring": Way(_rotate_queries, _rotated_queries_send, ("q",)),
-    "lvx gather": Way(_gather, _gather_sends, ("q",)),
-    "lvx replicated": Way(_replicated, _replicated_sends),
-    "ring": Way(_rotate_keys, _rotated_keys_send, ("kv",)),
-    "ulysses": Way(_ulysses, _ulysses_sends, ("q", "kv")),
+    "lvx ring": Way(_rotate_queries, ("q",)),
+    "lvx gather": Way(_gather, ("q",)),
+    "lvx replicated": Way(_replicated),
+    "ring": Way(_rotate_keys, ("kv",)),
+    "ulysses": Way(_ulysses, ("q", "kv")),
     "none": Way(_alone),
 }
 """By name: the method, and the schedule of lvx. Hybrids are made of them (`way_of`)."""
 
 
-def way_of(name: str) -> Way | None:
-    """A way by its name: one of `WAYS`, or ``"hybrid 4 ring"``, ``"hybrid 8 lvx gather"``; or
-    None."""
-    hybrid = hybrid_of(name)
-    if hybrid is None:
-        return WAYS.get(name)
-    inner = WAYS.get(name.split(" ", 2)[2])
-    if inner is None or hybrid.across not in ACROSS:
-        return None
-    return Way(
-        partial(_hybrid, hybrid=hybrid, way=inner),
-        partial(_hybrid_sends, hybrid=hybrid, way=inner),
-        ("q", "kv"),
+def way_of(name: str) -> Way:
+    """A way by its name: one of `WAYS`, or ``"hybrid 4 ring"``, ``"hybrid 8 lvx gather"``.
+
+    Raises:
+        ValueError: an unknown one; lists the known.
+    """
+    if name in WAYS:
+        return WAYS[name]
+    if found := re.fullmatch(rf"hybrid (\d+) (({'|'.join(ACROSS)}).*)", name):
+        ulysses, inner, method = found.groups()
+        if inner in WAYS:
+            hybrid = Hybrid(int(ulysses), method)
+            walk = partial(_hybrid, hybrid=hybrid, way=WAYS[inner])
+            return Way(walk, ("q", "kv"), hybrid, inner)
+    raise ValueError(
+        f"way: got {name!r}; expected one of {list(WAYS)}, or a hybrid of them: 'hybrid 4 ring'"
     )
-
-
-def hybrid_of(name: str) -> Hybrid | None:
-    """The subgroups of a way; None where it is no hybrid."""
-    word, _, rest = name.partition(" ")
-    ulysses, _, inner = rest.partition(" ")
-    if word != "hybrid" or not ulysses.isdigit() or not inner:
-        return None
-    return Hybrid(int(ulysses), inner.split(" ")[0])
 
 
 def label(method: str, schedule: str) -> str:

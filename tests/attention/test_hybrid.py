@@ -13,10 +13,11 @@ import ds_lvx
 from ds_lvx.attention.shape import AttentionShape, Hybrid
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import Link, from_card
-from ds_lvx.plan.cost import bytes_sent, cost, obstacle
+from ds_lvx.plan.cost import cost, obstacle
 from ds_lvx.plan.walks import label
 from tests.attention.cases import Problem, assemble, largest_error, run_problems
 from tests.ranks import run_ranks
+from tests.sent import bytes_sent
 
 SHARDS = {
     2: [((6, 6), (30, 30)), ((7, 2), (0, 43))],

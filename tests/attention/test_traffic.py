@@ -17,10 +17,10 @@ import torch
 
 import ds_lvx
 from ds_lvx.attention.shape import AttentionShape
-from ds_lvx.plan.cost import bytes_sent
 from ds_lvx.plan.walks import label
 from tests.attention.cases import Problem, run_problems
 from tests.ranks import FORKED, run_ranks
+from tests.sent import bytes_sent
 
 NO_NAMESPACE = 77  # exit code
 

@@ -15,10 +15,10 @@ from ds_lvx.kernels import rule
 from ds_lvx.kernels.flash_kernel import FlashKernel
 from ds_lvx.kernels.interface import Problem
 from ds_lvx.models import attend, patch_model
-from ds_lvx.plan.cost import bytes_sent
 from ds_lvx.plan.walks import label
 from tests.models.mllama_case import ds_config, end_engine, hard_batch, start_engine, tiny_model
 from tests.ranks import run_ranks
+from tests.sent import bytes_sent
 
 METHODS: dict[str, dict[str, Any]] = {
     "lvx gather": {"method": "lvx", "schedule": "gather"},

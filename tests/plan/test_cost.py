@@ -9,8 +9,9 @@ import pytest
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import Cluster, Link, from_card
-from ds_lvx.plan.cost import Cost, bytes_sent, cost
+from ds_lvx.plan.cost import Cost, cost
 from ds_lvx.plan.walks import WAYS
+from tests.sent import bytes_sent
 
 SHAPE = AttentionShape.even(queries=384, keys=768_000, ranks=8, heads=32, kv_heads=8, head_dim=128)
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from ds_lvx.attention.shape import AttentionShape
-from ds_lvx.plan.cost import Sent, bytes_sent
-from ds_lvx.plan.pieces import Sizes
+from tests.sent import Sent, bytes_sent
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = {
@@ -110,10 +109,10 @@ def test_ulysses_pads_shards_and_heads() -> None:
 
 def test_parts_in_bf16_have_a_factor_a_row() -> None:
     shape = AttentionShape(2, (5, 7), (30, 20), 4, 4, 16)
-    for backward in (False, True):
-        plain, scaled = (Sizes(shape, backward, factors) for factors in (False, True))
-        assert scaled.part_bytes(5) - plain.part_bytes(5) == 2 * 5 * 4
-        assert scaled.query_bytes(5) == plain.query_bytes(5)
+    plain, scaled = (bytes_sent(shape, "lvx ring", factors=factors) for factors in (False, True))
+    assert scaled == plain._replace(
+        forward=plain.forward + 7 * 2 * 4, backward=plain.backward + 7 * 2 * 4
+    )
 
 
 def test_one_rank_and_a_call_without_backward_send_less() -> None:
