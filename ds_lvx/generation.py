@@ -23,7 +23,6 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.failures import named
 from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
 from ds_lvx.models import family_of
-from ds_lvx.models.batch import TEXT_KEYS, digest
 from ds_lvx.models.contract import Family
 from ds_lvx.models.decoding import Decoding
 from ds_lvx.models.draft import Draft, device_of
@@ -31,6 +30,7 @@ from ds_lvx.models.feeding import feeding
 from ds_lvx.models.past import Continued, is_fresh, leave
 from ds_lvx.models.patch import is_prepared
 from ds_lvx.models.started import ENCODED, beside_decoder, has_encoder, started
+from ds_lvx.models.text import TEXT_KEYS, digest
 from ds_lvx.models.text_keys import AUTO, SHARDED, WORDS
 
 _ARGUMENTS = "the arguments of generate"

@@ -22,9 +22,10 @@ from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.interface import Problem
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import ShardedBatch, Text, move
+from ds_lvx.models.batch import ShardedBatch, move
 from ds_lvx.models.cuts import span
 from ds_lvx.models.prompt import Prompt
+from ds_lvx.models.text import Text
 from ds_lvx.models.text_keys import Held
 
 if TYPE_CHECKING:

@@ -35,11 +35,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ds_lvx.distributed.channel import Channel
-    from ds_lvx.models.batch import ShardedBatch, Text
+    from ds_lvx.models.batch import ShardedBatch
     from ds_lvx.models.dimensions import Model
     from ds_lvx.models.draft import Draft
     from ds_lvx.models.layers import Layer, LayerPlan
     from ds_lvx.models.patch import PatchedAttention
+    from ds_lvx.models.text import Text
     from ds_lvx.models.visual import Visual
 
 
@@ -131,7 +132,7 @@ class Family(Parts, ABC):
         Raises:
             ValueError: it is missing, or its entries have different shapes.
         """
-        from ds_lvx.models.batch import Text
+        from ds_lvx.models.text import Text
 
         return Text.of(batch)
 

@@ -29,13 +29,14 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.models import text_keys
-from ds_lvx.models.batch import ShardedBatch, digest, move
+from ds_lvx.models.batch import ShardedBatch, move
 from ds_lvx.models.behind import Part, attend_cached, causal, leave_behind
 from ds_lvx.models.cuts import span
 from ds_lvx.models.drift import ENDED, FAILED, difference
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.patch import KEYWORD
 from ds_lvx.models.prompt import LAST, WHOLE, Kept, LayerKey, Prompt
+from ds_lvx.models.text import digest
 from ds_lvx.models.text_keys import SHARDED
 
 

@@ -19,13 +19,14 @@ from torch import Tensor
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.visibility import Visibility
-from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, ShardedBatch, Text, move
+from ds_lvx.models.batch import ShardedBatch, move
 from ds_lvx.models.behind import sharded_prompt
 from ds_lvx.models.contract import Family
 from ds_lvx.models.cuts import span
 from ds_lvx.models.patch import KEYWORD
 from ds_lvx.models.prepare import zigzags
 from ds_lvx.models.prompt import Prompt
+from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Text
 from ds_lvx.models.text_keys import SHARDED, Held
 from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
 

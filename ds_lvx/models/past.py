@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.models.batch import Text, digest, move
+from ds_lvx.models.batch import move
 from ds_lvx.models.contract import Family
 from ds_lvx.models.decoding import Decoding
 from ds_lvx.models.draft import device_of
 from ds_lvx.models.prompt import LayerKey, Prompt
+from ds_lvx.models.text import Text, digest
 
 _NAME = "ds_lvx"  # of the attribute of a cache
 _MEDIA_TOKENS = (

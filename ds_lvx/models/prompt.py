@@ -56,7 +56,7 @@ class Prompt:
         text_keys: whether those of a prompt that is split stay (`ds_lvx.models.text_keys.WORDS`).
         among: visual tokens stand among the text.
         gaps: some tokens behind a prompt whose keys are sharded are padding.
-        prefix: of the text's arguments (`ds_lvx.models.batch.Text`); with one the units are an
+        prefix: of the text's arguments (`ds_lvx.models.text.Text`); with one the units are an
             encoder's, whose rows stay sharded.
     """
 

@@ -22,8 +22,8 @@ from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import Visibility
-from ds_lvx.models.batch import Text
 from ds_lvx.models.cuts import span
+from ds_lvx.models.text import Text
 
 AUTO, SHARDED, WHOLE = WORDS = ("auto", "sharded", "whole")
 SHARDED_BYTES = 4 << 30

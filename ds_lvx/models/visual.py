@@ -22,8 +22,8 @@ from torch import Tensor
 from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import Here, Text, digest
 from ds_lvx.models.cuts import span, split
+from ds_lvx.models.text import Here, Text, digest
 
 PADDING = -1
 PIXELS = "pixel_values"

@@ -12,7 +12,6 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Arrange, Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
@@ -20,6 +19,7 @@ from ds_lvx.models.dimensions import Model
 from ds_lvx.models.internvl import batch as batches
 from ds_lvx.models.internvl import dimensions, sized
 from ds_lvx.models.internvl.processor import Processor
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import PIXELS, Visual
 
 _OF_TEXT: Mapping[str, type[nn.Module]] = {

@@ -12,7 +12,6 @@ from transformers import AutoConfig, LlavaOnevisionForConditionalGeneration
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
-from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Arrange, Unit, Units
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
@@ -21,6 +20,7 @@ from ds_lvx.models.llava_onevision import batch as batches
 from ds_lvx.models.llava_onevision import dimensions, sized
 from ds_lvx.models.llava_onevision.forward import encoded, packed
 from ds_lvx.models.llava_onevision.processor import Processor
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import PIXELS, Visual
 
 _KINDS = ("qwen2", "siglip_vision_model")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import Here, Text, digest
 from ds_lvx.models.cuts import split
+from ds_lvx.models.text import Here, Text, digest
 from ds_lvx.models.visual import COUNTS, PIXELS, Runs, Visual, images_at_hand
 
 OFFSETS = "media_offset"

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.models import remote
-from ds_lvx.models.batch import Text
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.draft import Draft
 from ds_lvx.models.inputs import generating, plain_inputs
@@ -28,6 +27,7 @@ from ds_lvx.models.mplugowl3 import processor as processors
 from ds_lvx.models.mplugowl3.attention import Attention, is_gated
 from ds_lvx.models.patch import PatchedAttention
 from ds_lvx.models.sized import Sized
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import Visual
 
 _MODEL = "mPLUGOwl3Model"

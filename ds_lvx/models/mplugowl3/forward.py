@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ds_lvx.models.batch import ITEMS_KEY, ShardedBatch
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.behind import causal
 from ds_lvx.models.checkpointed_layers import run_layer
 from ds_lvx.models.mplugowl3.attention import Rotary, mask_of, rotary
 from ds_lvx.models.mplugowl3.batch import PLACES, POSITIONS
 from ds_lvx.models.mplugowl3.cached import Cached
 from ds_lvx.models.patch import KEYWORD, Hook
+from ds_lvx.models.text import ITEMS_KEY
 from ds_lvx.models.tiled_loss import share_of_loss
 from ds_lvx.models.visual import PIXELS
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx.models.batch import Text
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import Runs, Visual, images_before, sample_begins
 
 PIXELS = "vision_x"

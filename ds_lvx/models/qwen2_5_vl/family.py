@@ -13,7 +13,6 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLVisionAttention,
 )
 
-from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Arrange, Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
@@ -21,6 +20,7 @@ from ds_lvx.models.dimensions import Model
 from ds_lvx.models.qwen2_5_vl import batch as batches
 from ds_lvx.models.qwen2_5_vl import dimensions, sized, tower
 from ds_lvx.models.qwen2_5_vl.processor import Processor
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import PIXELS
 
 

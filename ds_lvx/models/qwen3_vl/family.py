@@ -19,7 +19,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLVisionAttention,
 )
 
-from ds_lvx.models.batch import ShardedBatch, Text
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.concatenated.batch import Unit
 from ds_lvx.models.concatenated.forward import Deep, Encoded
 from ds_lvx.models.dimensions import Model
@@ -31,6 +31,7 @@ from ds_lvx.models.qwen3_vl import batch as batches
 from ds_lvx.models.qwen3_vl import dimensions, sized
 from ds_lvx.models.qwen3_vl.deep import AddDeep
 from ds_lvx.models.qwen3_vl.processor import Processor
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import PIXELS
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.models.adapters.batch import Images, check_pixels, images_of
-from ds_lvx.models.batch import Here, Text
+from ds_lvx.models.text import Here, Text
 from ds_lvx.models.visual import COUNTS, PIXELS, images_at_hand
 
 KEYS = (PIXELS, COUNTS)
