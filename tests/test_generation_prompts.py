@@ -214,7 +214,7 @@ def held_with(limit: int) -> list[list[int]]:
     release = Decoding.release
 
     def released(self: Decoding) -> None:
-        kept.append([k.shape[1] for key, (k, _) in self.keys.items() if key[0] == "self"])
+        kept.append([k.shape[1] for key, (k, _) in self.keys.by_layer.items() if key[0] == "self"])
         release(self)
 
     with (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.kernels.visibility import Visibility
 from ds_lvx.models.cuts import span
-
-if TYPE_CHECKING:
-    from ds_lvx.models.decoding import Decoding
+from ds_lvx.models.decoding_keys import DecodingKeys
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +42,8 @@ class ShardedBatch:
             beside it.
         deep: what forward keeps for the text's layers
             (`ds_lvx.models.concatenated.forward.Deep`).
-        decoding: the generation whose forward it is: every rank has the whole text then, and rows
-            of ``row_mask`` are those of the model.
+        decoding: what the generation keeps whose forward it is: every rank has the whole text then,
+            and rows of ``row_mask`` are those of the model.
         split: a generation's prompt is split over the ranks, as in training.
         behind: its text stands behind a prompt whose keys are sharded (`ds_lvx.models.behind`).
         units: images or frames that this rank holds, none of which is split; None: not told.
@@ -60,7 +58,7 @@ class ShardedBatch:
     order: Tensor | None = None
     among: tuple[int, ...] | None = None
     deep: Any = None
-    decoding: Decoding | None = None
+    decoding: DecodingKeys | None = None
     split: bool = False
     behind: bool = False
     units: int | None = None

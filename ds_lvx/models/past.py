@@ -20,8 +20,9 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.models.batch import move
 from ds_lvx.models.contract import Family
 from ds_lvx.models.decoding import Decoding
+from ds_lvx.models.decoding_keys import LayerKey
 from ds_lvx.models.draft import device_of
-from ds_lvx.models.prompt import LayerKey, Prompt
+from ds_lvx.models.prompt import Prompt
 from ds_lvx.models.text import Text, digest
 
 _NAME = "ds_lvx"  # of the attribute of a cache
@@ -38,7 +39,7 @@ class Past:
     Attributes:
         model: whose keys these are.
         prompt: the first prompt.
-        keys, stand_in: of its `Decoding`.
+        keys, stand_in: of its `DecodingKeys`.
         tokens: int64 ``[B, t]`` on the CPU, the text that the cache is of.
     """
 

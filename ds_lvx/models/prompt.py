@@ -17,14 +17,12 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import Visibility
 from ds_lvx.models.batch import ShardedBatch, move
+from ds_lvx.models.decoding_keys import DecodingKeys, LayerKey
 from ds_lvx.models.text_keys import AUTO, Held
 
 if TYPE_CHECKING:
     from ds_lvx.models.behind import Part
-    from ds_lvx.models.decoding import Decoding
 
-LayerKey: TypeAlias = tuple[str, str]
-"""Kind and name of a layer."""
 Kept: TypeAlias = "tuple[Prompt, Mapping[LayerKey, tuple[Tensor, Tensor]], Tensor | None]"
 """The first prompt, K and V by layer, and what stands in the place of features."""
 WHOLE = slice(None)
@@ -109,14 +107,14 @@ class Prompt:
         """The same once the units are encoded."""
         return replace(self, arguments={}, others={}, split=None, part=None)
 
-    def batch(self, tokens: slice, *, copies: int, decoding: Decoding) -> ShardedBatch:
+    def batch(self, tokens: slice, *, copies: int, decoding: DecodingKeys) -> ShardedBatch:
         """The keyword of a forward.
 
         Args:
             tokens: whose rows of the rule it goes by; a token that is chosen sees what the last one
                 of the prompt sees.
             copies: C.
-            decoding: whose forward it is.
+            decoding: what the generation keeps whose forward it is.
         """
         count = len(range(*tokens.indices(self.shape[1])))
         each = (count,) * self.channel.size

@@ -87,7 +87,7 @@ def generate_each(ranks: int) -> Any:
     kept: list[dict[str, int]] = []
 
     def release(decoding: Decoding) -> None:
-        kept.append({name: k.shape[1] for name, (k, _) in decoding.keys.items()})
+        kept.append({name: k.shape[1] for name, (k, _) in decoding.keys.by_layer.items()})
 
     with mock.patch.object(Decoding, "release", release):
         found = {name: ask(model, *each) for name, each in CASES.items()}

@@ -61,7 +61,7 @@ def generate_each(names: tuple[str, ...]) -> dict[str, Any]:
         sent = []
 
         def release(decoding: Decoding, kept: list[int] = kept) -> None:
-            kept.append(nbytes(decoding.keys.values()))
+            kept.append(nbytes(decoding.keys.by_layer.values()))
 
         session = ds_lvx.apply(model, config)
         for tokens in (TOKENS - 1, TOKENS):
