@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from ds_lvx.attention.features import FeatureGradient
@@ -156,3 +157,12 @@ def move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Visibility):
         return value.to(device)
     return to_device(value, device) if isinstance(value, Tensor) else value
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model computes."""
+    parameter = next(model.parameters())
+    # A parameter that ZeRO-3 keeps elsewhere tells nothing of where the model computes.
+    if hasattr(parameter, "ds_id"):
+        return torch.device(get_accelerator().current_device_name())
+    return parameter.device

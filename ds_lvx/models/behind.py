@@ -10,28 +10,17 @@ prompt, ``t`` tokens that a rank has keys of, with those of the forward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.interface import Problem
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import ShardedBatch, move
-from ds_lvx.models.cuts import span
-from ds_lvx.models.prompt import Prompt
-from ds_lvx.models.text import Text
-from ds_lvx.models.text_keys import Held
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from ds_lvx.models.visual import Visual
 
 
 class Behind(DynamicLayer):
@@ -87,118 +76,6 @@ def leave_behind(cache: Any, tokens: int) -> None:
     cache.layers[:] = [
         Behind(tokens) if layer.get_seq_length() > 0 else layer for layer in cache.layers
     ]
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """This rank's part of a prompt whose keys stay sharded.
-
-    Attributes:
-        keyword: of the prompt's forward.
-        arguments: of the model: ids and positions of this rank's tokens, on the device, and which
-            of them need logits: those that are the last of a row, or any.
-        picks: int64 ``[B]`` on the device: which of these logits are a row's.
-        owners: int64 ``[B]`` on the device: the rank that has a row's last token.
-    """
-
-    keyword: ShardedBatch
-    arguments: Mapping[str, Tensor]
-    picks: Tensor
-    owners: Tensor
-
-    @classmethod
-    def of(cls, text: Text, keyword: ShardedBatch, device: torch.device) -> Part:
-        """The part of a text.
-
-        Args:
-            text: the whole text.
-            keyword: as of a forward of training.
-            device: where the model computes.
-
-        Raises:
-            ValueError: a row ends with padding.
-        """
-        lengths, rank = keyword.text_lengths, keyword.channel.rank
-        assert keyword.order is not None, "tokens are dealt"
-        last = keyword.order[:, -1]
-        wrong = (last < 0).nonzero()[:1]
-        if len(wrong) > 0:
-            raise ValueError(
-                f"got padding at the end of sample {int(wrong)}, behind which nothing can be "
-                'generated; expected it at the beginning: padding_side="left" of the tokenizer'
-            )
-        ends = torch.tensor(lengths).cumsum(dim=0)
-        owners = torch.searchsorted(ends, last, right=True)
-        places = (last - (ends[rank] - lengths[rank])).masked_fill(owners != rank, 0)
-        wanted, picks = places.unique(return_inverse=True)
-        shard = text.shard(span(lengths, rank))
-        arguments = {key: shard[key] for key in ("input_ids", "position_ids")}
-        arguments["logits_to_keep"] = wanted
-        return cls(
-            keyword,
-            {key: move(value, device) for key, value in arguments.items()},
-            move(picks, device),
-            move(owners, device),
-        )
-
-    def logits(self, mine: Tensor, copies: int) -> Tensor:
-        """Those of the last token of each row, on every rank.
-
-        Args:
-            mine: ``[B, m, V]``, of the tokens that ``arguments`` name.
-            copies: C.
-
-        Returns:
-            ``[B * C, 1, V]``.
-
-        Collectives: an all-gather of ``B V`` of them.
-        """
-        rows = torch.arange(len(mine), device=mine.device)
-        channel: Channel = self.keyword.channel
-        own = mine[rows, self.picks][None].contiguous()
-        everyones = channel.gather_rows([own], [0], (1,) * channel.size).wait()[0]
-        return everyones[self.owners, rows].repeat_interleave(copies, dim=0)[:, None]
-
-
-def sharded_prompt(
-    text: Text,
-    visual: Visual,
-    arguments: Mapping[str, Any],
-    *,
-    keyword: ShardedBatch,
-    device: torch.device,
-) -> tuple[dict[str, Tensor], Prompt]:
-    """The whole text on the model's device, and what generation begins with beside it, where every
-    rank keeps the keys of its part.
-
-    Args:
-        text, visual: of the batch.
-        arguments: of the model, beside the text; this rank's.
-        keyword: as of a forward of training.
-        device: where the model computes.
-
-    Raises:
-        ValueError: as of `Part.of`.
-    """
-    channel, lengths = keyword.channel, keyword.text_lengths
-    positions = visual.prompt_positions(text)
-    whole = replace(text, position_ids=positions)
-    part = Part.of(whole, replace(keyword, split=True), device)
-    prompt = Prompt(
-        channel=channel,
-        device=device,
-        shape=text.shape,
-        arguments={key: move(value, device) for key, value in arguments.items()},
-        kv_lengths=None,
-        rule=None,
-        row_mask=None,
-        positions=positions,
-        part=part,
-        text=Held.of(text, lengths, channel.rank),
-        among=True,
-    )
-    given = {key: getattr(whole, key) for key in ("input_ids", "attention_mask", "position_ids")}
-    return {key: move(each, device) for key, each in given.items() if each is not None}, prompt
 
 
 def attend_cached(

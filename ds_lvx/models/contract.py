@@ -34,10 +34,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ds_lvx.distributed.channel import Channel
     from ds_lvx.models.batch import ShardedBatch
     from ds_lvx.models.dimensions import Model
-    from ds_lvx.models.draft import Draft
     from ds_lvx.models.layers import Layer, LayerPlan
     from ds_lvx.models.patch import PatchedAttention
     from ds_lvx.models.text import Text
@@ -136,6 +134,16 @@ class Family(Parts, ABC):
 
         return Text.of(batch)
 
+    def complete(self, visual: Visual, model: Any) -> Visual:
+        """The visual part of a batch with what only the model itself says of it: a draft of a data
+        worker's has none of that. Nothing that ranks tell each other of a draft may depend on it.
+
+        Args:
+            visual: as `visual` made it, and cut to what this rank holds.
+            model: that will get the shard.
+        """
+        return visual
+
     def check(self, model: Any, *, sp_size: int) -> None:
         """Refuse a model that cannot be sharded over ``sp_size`` ranks.
 
@@ -160,43 +168,6 @@ class Family(Parts, ABC):
     def encoders(self, model: Any) -> Sequence[nn.Module]:
         """Encoders of images with ``layers``, whose checkpointing transformers leaves undone."""
         return ()
-
-    def shard(
-        self,
-        batch: Mapping[str, Any] | Draft,
-        model: Any,
-        *,
-        channel: Channel,
-        frames: str,
-        always_vision: bool,
-        records: Sequence[Mapping[str, Any]] | None = None,
-    ) -> dict[str, Any]:
-        """This rank's part of a batch, ready for ``model(**shard)``; see `ds_lvx.shard_batch`.
-
-        Args:
-            batch: as the family's processor returns it, or what `draft_batch` made of it.
-            model: the model that will get the shard.
-            channel: the sequence-parallel group.
-            frames: ``"all"`` or ``"local"``.
-            always_vision: send a batch without images through tower and cross-attention all the
-                same (with nothing to see, and exactly no effect), so that this group takes part in
-                every collective that groups with images take part in, and ZeRO-3 has a gradient
-                of every parameter: where it has none, it applies that of the step before again.
-            records: `Draft.record` of every rank of the group, where they have told each other.
-
-        Collectives: one agreement on the control plane; none with ``records``.
-        """
-        from ds_lvx.models.draft import shard
-
-        return shard(
-            self,
-            batch,
-            model,
-            channel=channel,
-            frames=frames,
-            always_vision=always_vision or not self.skips_vision,
-            records=records,
-        )
 
     # ---- for generating
 

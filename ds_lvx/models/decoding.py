@@ -23,12 +23,12 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.models import text_keys
 from ds_lvx.models.batch import ShardedBatch, move
-from ds_lvx.models.behind import Part, causal, leave_behind
+from ds_lvx.models.behind import causal, leave_behind
 from ds_lvx.models.cuts import span
 from ds_lvx.models.decoding_keys import DecodingKeys
 from ds_lvx.models.drift import ENDED, FAILED, difference
 from ds_lvx.models.patch import KEYWORD
-from ds_lvx.models.prompt import LAST, WHOLE, Kept, Prompt
+from ds_lvx.models.prompt import LAST, WHOLE, Kept, Part, Prompt
 from ds_lvx.models.text import digest
 from ds_lvx.models.text_keys import SHARDED
 
@@ -48,7 +48,7 @@ class Decoding:
         self._in_forward = False
         self._split: tuple[int, ...] | None = None  # tokens by rank of the prompt that runs
         self._part: Part | None = None  # of the prompt that runs
-        kept = (prompt, {}, None) if prompt.kept is None else prompt.kept
+        kept: Kept = (prompt, {}, None) if prompt.kept is None else prompt.kept
         self._first, keys, stand_in = kept
         self.keys = DecodingKeys(prompt.shape[0], self._first.shape[1], prompt.device)
         self.keys.by_layer, self.keys.stand_in = dict(keys), stand_in

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.models.batch import move
+from ds_lvx.models.batch import device_of, move
 from ds_lvx.models.contract import Family
 from ds_lvx.models.decoding import Decoding
 from ds_lvx.models.decoding_keys import LayerKey
-from ds_lvx.models.draft import device_of
 from ds_lvx.models.prompt import Prompt
 from ds_lvx.models.text import Text, digest
 

@@ -5,9 +5,9 @@ Shapes: ``B`` samples, ``C`` rows of each, ``T`` tokens of the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,17 +16,92 @@ from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import Visibility
-from ds_lvx.models.batch import ShardedBatch, move
+from ds_lvx.models.batch import ShardedBatch, device_of, move
+from ds_lvx.models.contract import Family
+from ds_lvx.models.cuts import span
 from ds_lvx.models.decoding_keys import DecodingKeys, LayerKey
-from ds_lvx.models.text_keys import AUTO, Held
-
-if TYPE_CHECKING:
-    from ds_lvx.models.behind import Part
+from ds_lvx.models.draft import Content
+from ds_lvx.models.shard import Settled
+from ds_lvx.models.text import Text
+from ds_lvx.models.text_keys import AUTO, SHARDED, Held
 
 Kept: TypeAlias = "tuple[Prompt, Mapping[LayerKey, tuple[Tensor, Tensor]], Tensor | None]"
 """The first prompt, K and V by layer, and what stands in the place of features."""
 WHOLE = slice(None)
 LAST = slice(-1, None)
+SPLIT_TOKENS = 2048
+"""A prompt of so many text tokens is split over the ranks, where its family can."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """This rank's part of a prompt whose keys stay sharded.
+
+    Attributes:
+        keyword: of the prompt's forward.
+        arguments: of the model: ids and positions of this rank's tokens, on the device, and which
+            of them need logits: those that are the last of a row, or any.
+        picks: int64 ``[B]`` on the device: which of these logits are a row's.
+        owners: int64 ``[B]`` on the device: the rank that has a row's last token.
+    """
+
+    keyword: ShardedBatch
+    arguments: Mapping[str, Tensor]
+    picks: Tensor
+    owners: Tensor
+
+    @classmethod
+    def of(cls, text: Text, keyword: ShardedBatch, device: torch.device) -> Part:
+        """The part of a text.
+
+        Args:
+            text: the whole text.
+            keyword: as of a forward of training.
+            device: where the model computes.
+
+        Raises:
+            ValueError: a row ends with padding.
+        """
+        lengths, rank = keyword.text_lengths, keyword.channel.rank
+        assert keyword.order is not None, "tokens are dealt"
+        last = keyword.order[:, -1]
+        wrong = (last < 0).nonzero()[:1]
+        if len(wrong) > 0:
+            raise ValueError(
+                f"got padding at the end of sample {int(wrong)}, behind which nothing can be "
+                'generated; expected it at the beginning: padding_side="left" of the tokenizer'
+            )
+        ends = torch.tensor(lengths).cumsum(dim=0)
+        owners = torch.searchsorted(ends, last, right=True)
+        places = (last - (ends[rank] - lengths[rank])).masked_fill(owners != rank, 0)
+        wanted, picks = places.unique(return_inverse=True)
+        shard = text.shard(span(lengths, rank))
+        arguments = {key: shard[key] for key in ("input_ids", "position_ids")}
+        arguments["logits_to_keep"] = wanted
+        return cls(
+            keyword,
+            {key: move(value, device) for key, value in arguments.items()},
+            move(picks, device),
+            move(owners, device),
+        )
+
+    def logits(self, mine: Tensor, copies: int) -> Tensor:
+        """Those of the last token of each row, on every rank.
+
+        Args:
+            mine: ``[B, m, V]``, of the tokens that ``arguments`` name.
+            copies: C.
+
+        Returns:
+            ``[B * C, 1, V]``.
+
+        Collectives: an all-gather of ``B V`` of them.
+        """
+        rows = torch.arange(len(mine), device=mine.device)
+        channel: Channel = self.keyword.channel
+        own = mine[rows, self.picks][None].contiguous()
+        everyones = channel.gather_rows([own], [0], (1,) * channel.size).wait()[0]
+        return everyones[self.owners, rows].repeat_interleave(copies, dim=0)[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,3 +230,85 @@ class Prompt:
             first_query=rank * queries,
             first_key=sum(self.kv_lengths[:rank]),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Fresh:
+    """A batch that begins a generation, in the form of one that goes on from a cache
+    (`ds_lvx.models.past.Continued`).
+
+    Attributes:
+        content: of its draft.
+    """
+
+    content: Content
+
+    def record(self) -> dict[str, Any]:
+        """What the other ranks of the group have to know of it, JSON."""
+        return self.content.record()
+
+    def shared_record(self) -> dict[str, Any]:
+        """What must be the same on every rank of the group."""
+        return self.content.shared_record()
+
+    def prompt(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        *,
+        family: Family,
+        model: Any,
+        channel: Channel,
+        always_vision: bool,
+        text_keys: str,
+    ) -> tuple[dict[str, Tensor], Prompt]:
+        """The whole text on the model's device, and what generation begins with beside it.
+
+        Args:
+            records: of all ranks.
+            family, model, always_vision: as of `Settled.of`.
+            channel: the sequence-parallel group.
+            text_keys: see `Prompt`.
+
+        Raises:
+            ValueError: as of `Part.of`, where every rank keeps the keys of its part.
+        """
+        content, device = self.content, device_of(model)
+        (rank, size), text = content.place, content.text
+        part = Settled.of(content, records, family=family, model=model, always_vision=always_vision)
+        stays, keyword, held = text.stays_sharded, None, None
+        long = text.shape[1] >= SPLIT_TOKENS or text_keys == SHARDED
+        if stays or (size > 1 and long and family.splits_prompt):
+            keyword = replace(part.keyword(text, channel=channel, device=device), split=True)
+            held = Held.of(text, keyword.text_lengths, rank)
+        positions, named = part.visual.prompt_positions(text), text.named
+        given = named | ({} if positions is None else {"position_ids": positions})
+        # The text's own are transformers', which makes more of them for more tokens and rows.
+        beside = part.visual.beside(rank, text, text.part(rank, size) if stays else WHOLE)
+        others = {key: value for key, value in beside.items() if key not in named}
+        rule = part.rule
+        if rule is not None and part.kv_lengths is not None:
+            rule = rule.part(WHOLE, span(part.kv_lengths, rank))
+        prompt = Prompt(
+            channel=channel,
+            device=device,
+            shape=text.shape,
+            arguments={k: move(v, device) for k, v in {**part.arguments, **others}.items()},
+            kv_lengths=part.kv_lengths,
+            rule=rule,
+            row_mask=part.row_mask,
+            positions=positions,
+            others=part.visual.layouts(
+                text, channel=channel, lengths=(text.shape[1],) * size, device=device
+            ),
+            split=None if stays else keyword,
+            text=held,
+            text_keys=text_keys,
+            among=stays,
+            prefix=text.prefix,
+        )
+        if stays:
+            assert keyword is not None
+            prompt = replace(
+                prompt, part=Part.of(replace(text, position_ids=positions), keyword, device)
+            )
+        return {k: move(v, device) for k, v in given.items() if v is not None}, prompt
