@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ds_lvx.models.cuts import span, split
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -86,8 +88,6 @@ class Parts:
             tokens: visual tokens of each unit of the sample.
             rank, size: its number, and how many ranks share the sample.
         """
-        from ds_lvx.models.cuts import span, split
-
         part = span(split(len(tokens), size), rank)
         return range(part.start, part.stop)
 
