@@ -119,6 +119,9 @@ class Concatenated(Made):
 
     # ---- patching
 
+    def find(self, model: nn.Module) -> Any:
+        return next((m for m in model.modules() if isinstance(m, self.of_class)), None)
+
     def attention_layers(self, model: Any) -> list[Layer]:
         kinds = (self.of_text, self.within)
         return [

@@ -40,12 +40,9 @@ class InternVL(Concatenated):
     sources = (PIXELS,)
     takes = (PIXELS,)
     sized = sized
+    of_class = InternVLForConditionalGeneration
 
     # ---- patching
-
-    def find(self, model: nn.Module) -> InternVLForConditionalGeneration | None:
-        inside = (m for m in model.modules() if isinstance(m, InternVLForConditionalGeneration))
-        return next(inside, None)
 
     def check(self, model: Any, *, sp_size: int) -> None:
         super().check(model, sp_size=sp_size)

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, LlavaOnevisionForConditionalGeneration
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
@@ -42,12 +42,9 @@ class LlavaOnevision(Concatenated):
     sources = (PIXELS, batches.VIDEO_PIXELS)
     takes = (PIXELS, batches.SIZES)
     sized = sized
+    of_class = LlavaOnevisionForConditionalGeneration
 
     # ---- patching
-
-    def find(self, model: nn.Module) -> LlavaOnevisionForConditionalGeneration | None:
-        kind = LlavaOnevisionForConditionalGeneration
-        return next((m for m in model.modules() if isinstance(m, kind)), None)
 
     def check(self, model: Any, *, sp_size: int) -> None:
         super().check(model, sp_size=sp_size)

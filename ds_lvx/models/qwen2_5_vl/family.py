@@ -41,12 +41,9 @@ class Qwen25VL(Concatenated):
     sources = (PIXELS, batches.VIDEO_PIXELS)
     takes = tower.names("position_ids", "cu_seqlens", "window_index", "cu_window_seqlens")
     sized = sized
+    of_class: Any = Qwen2_5_VLForConditionalGeneration
 
     # ---- patching
-
-    def find(self, model: nn.Module) -> Any:
-        inside = (m for m in model.modules() if isinstance(m, Qwen2_5_VLForConditionalGeneration))
-        return next(inside, None)
 
     @staticmethod
     def encode(module: Any, given: Mapping[str, Any]) -> Encoded:

@@ -49,6 +49,7 @@ class VideoLlama(Made):
 
     keys = batches.KEYS
     sized = sized
+    of_class = VideoLlamaModel
     features_key = ""
     zigzag = True
     patterns: Mapping[str, str] = {"local": "Qformer*", "self": "llama_model*.self_attn"}
