@@ -100,23 +100,14 @@ class Idefics(Sized):
         *,
         count: int,
         dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        return processors.frames(processor, input_ids, pictures, count=count, dtype=dtype)
-
-    def packed_frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        begins: Tensor,
-        first: int,
-        count: int,
-        dtype: torch.dtype,
+        begins: Tensor | None = None,
+        first: int = 0,
     ) -> dict[str, Tensor]:
         return processors.frames(
             processor, input_ids, pictures, count=count, dtype=dtype, begins=begins
         )
+
+    packed_frames = frames
 
     # ---- models
 

@@ -132,23 +132,14 @@ class Mllama(Family):
         *,
         count: int,
         dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        return framing.processed(processor, input_ids, pictures, count=count, dtype=dtype)
-
-    def packed_frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        begins: Tensor,
-        first: int,
-        count: int,
-        dtype: torch.dtype,
+        begins: Tensor | None = None,
+        first: int = 0,
     ) -> dict[str, Tensor]:
         return framing.processed(
             processor, input_ids, pictures, count=count, dtype=dtype, begins=begins
         )
+
+    packed_frames = frames
 
     def pixel_batch(
         self, config: MllamaConfig, input_ids: Tensor, pixels: Tensor

@@ -105,24 +105,14 @@ class MossVL(Sized):
         *,
         count: int,
         dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = processor.frames(input_ids, pictures, dtype=dtype)
-        return made
-
-    def packed_frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        begins: Tensor,
-        first: int,
-        count: int,
-        dtype: torch.dtype,
+        begins: Tensor | None = None,
+        first: int = 0,
     ) -> dict[str, Tensor]:
         given = {"dtype": dtype, "begins": begins, "first": first}
         made: dict[str, Tensor] = processor.frames(input_ids, pictures, **given)
         return made
+
+    packed_frames = frames
 
     # ---- models
 

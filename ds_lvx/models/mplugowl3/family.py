@@ -126,22 +126,13 @@ class MPlugOwl3(Sized):
         *,
         count: int,
         dtype: torch.dtype,
+        begins: Tensor | None = None,
+        first: int = 0,
     ) -> dict[str, Tensor]:
         made: dict[str, Tensor] = processor.frames(input_ids, pictures, dtype=dtype)
         return made
 
-    def packed_frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        begins: Tensor,
-        first: int,
-        count: int,
-        dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        return self.frames(processor, input_ids, pictures, count=count, dtype=dtype)
+    packed_frames = frames
 
     # ---- models
 
