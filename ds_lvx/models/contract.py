@@ -18,6 +18,8 @@ are gathered (``ds_lvx/models/adapters/``).
 Shapes: ``B`` samples, ``T`` text tokens of the whole sequence. A *unit* is a piece of the visual
 input that no rank cuts: an image, or a frame of a video.
 
+The parts about users' images and videos are in `ds_lvx.models.media`; `Family` has them all.
+
 This module imports no torch: `ds-lvx plan` asks for dimensions without it.
 """
 
@@ -27,7 +29,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ds_lvx.models.media import Parts
+from ds_lvx.models.media import TakesMedia
 from ds_lvx.models.size import Size
 
 if TYPE_CHECKING:
@@ -42,12 +44,10 @@ if TYPE_CHECKING:
     from ds_lvx.models.visual import Visual
 
 
-class Family(Parts, ABC):
+class Family(TakesMedia, ABC):
     """What a family offers. Abstract parts are required; a tool names an optional one it misses.
 
     Attributes:
-        model_type: the key it is registered under, which its models carry as
-            ``model.config.model_type`` or ``model.model_type``; set by the registry.
         keys: what a batch may hold beside ``input_ids``, ``attention_mask``, ``position_ids`` and
             ``labels``.
         features_key: the keyword by which the text model gets its visual features; empty where
@@ -293,79 +293,6 @@ class Family(Parts, ABC):
     def vision_tower(self, model: Any) -> nn.Module:
         """What ``--freeze_vision`` leaves untrained."""
         raise self.lacks("vision_tower", "--freeze_vision")
-
-    def media_text(self, processor: Any, times: Sequence[float] | None) -> str | None:
-        """What a medium is in the text, with an image token for each frame; None leaves it to the
-        chat template, which writes an image for each.
-
-        Args:
-            processor: the checkpoint's.
-            times: of a video's frames, in seconds; None for an image.
-        """
-        return None
-
-    def finish_text(self, processor: Any, written: str) -> str:
-        """What the processor makes of a text that its chat template wrote, before it is tokenized.
-
-        The text may grow before the first answer only.
-        """
-        return written
-
-    def frame_places(self, processor: Any) -> int:
-        """Tokens of the text that a frame takes; its image token, once in what a chat template
-        writes, is so many of them.
-
-        Args:
-            processor: the checkpoint's.
-        """
-        return 1
-
-    def beside_text(self, processor: Any, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """What the processor returns beside a text with frames, of the text alone.
-
-        Args:
-            processor: the checkpoint's.
-            prompts: of each sample, its tokens before the first that is learnt.
-        """
-        return {}
-
-    def inputs(
-        self, processor: Any, input_ids: Sequence[int], labels: Sequence[int]
-    ) -> Mapping[str, Sequence[int]]:
-        """What the model takes of a conversation's text, each padded at the end in a batch.
-
-        Args:
-            processor: the checkpoint's.
-            input_ids, labels: of the whole conversation; -100 where nothing is learnt.
-
-        Raises:
-            ValueError: the model cannot take such a conversation.
-        """
-        return {"input_ids": input_ids, "labels": labels}
-
-    def frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        count: int,
-        dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        """What the processor returns beside the text, for this rank's frames alone.
-
-        Args:
-            processor: the checkpoint's.
-            input_ids: ``[B, T]``, the whole text of the batch.
-            pictures: of each sample the frames that this rank holds, as PIL images, one at a time;
-                take each once, in order.
-            count: frames that this rank holds of the sample with the most; others are padded.
-            dtype: of the pixels.
-
-        Returns:
-            For ``ds_lvx.shard_batch(..., frames="local")``.
-        """
-        raise self.lacks("frames", "training on images and videos")
 
     def has(self, part: str) -> bool:
         """Whether this family has an optional part."""
