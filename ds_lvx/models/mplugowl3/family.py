@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ds_lvx.models import remote
 from ds_lvx.models.dimensions import Model
-from ds_lvx.models.inputs import generating, plain_inputs
+from ds_lvx.models.inputs import EncodePixels, generating, plain_inputs
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.mplugowl3 import batch as batches
 from ds_lvx.models.mplugowl3 import dimensions, forward, sized
@@ -26,7 +26,7 @@ from ds_lvx.models.mplugowl3.attention import Attention, is_gated
 from ds_lvx.models.patch import PatchedAttention
 from ds_lvx.models.sized import Sized
 from ds_lvx.models.text import Text
-from ds_lvx.models.visual import Visual
+from ds_lvx.models.visual import PIXELS, Visual
 
 _MODEL = "mPLUGOwl3Model"
 _IMAGES = "v_kv_proj"
@@ -96,7 +96,7 @@ class MPlugOwl3(Sized):
         once = forward.EncodeOnce(model)
         model.register_forward_pre_hook(once, with_kwargs=True)
         # Before that: generation is the text model's own.
-        encode = forward.Encode(once.encoded)
+        encode = EncodePixels(once.encoded, PIXELS, forward.FEATURES)
         text.register_forward_pre_hook(encode, with_kwargs=True, prepend=True)
         plain_inputs(text, (forward.FEATURES, batches.OFFSETS))
 
