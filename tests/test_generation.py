@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from transformers.generation import LogitsProcessor, StoppingCriteria
 
 import ds_lvx
-from ds_lvx.models.decoding import Decoding
+from ds_lvx.models.generating.decoding import Decoding
 from ds_lvx.sharding import mean_loss
 from tests.generation_case import LVX, blind, config, interleaved, one_image, text_alone
 from tests.models.mllama_case import (

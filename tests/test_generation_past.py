@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import ds_lvx
-from ds_lvx.models import prompt
+from ds_lvx.models.generating import prompt
 from tests.generation_case import config, interleaved, one_image
 from tests.models import idefics_case, moss_vl_case, mplugowl3_case, openflamingo_case
 from tests.models.mllama_case import Batch, tiny_model

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import ds_lvx
-from ds_lvx.models import prompt, text_keys
-from ds_lvx.models.decoding import Decoding
+from ds_lvx.models.generating import prompt, text_keys
+from ds_lvx.models.generating.decoding import Decoding
 from tests.generation_case import LVX, blind, config, interleaved, one_image, text_alone
 from tests.models import idefics_case
 from tests.models import test_generating_checkpoint_code as code

@@ -46,7 +46,8 @@ class ShardedBatch:
         decoding: what the generation keeps whose forward it is: every rank has the whole text then,
             and rows of ``row_mask`` are those of the model.
         split: a generation's prompt is split over the ranks, as in training.
-        behind: its text stands behind a prompt whose keys are sharded (`ds_lvx.models.behind`).
+        behind: its text stands behind a prompt whose keys are sharded
+            (`ds_lvx.models.generating.text_keys`).
         units: images or frames that this rank holds, none of which is split; None: not told.
     """
 

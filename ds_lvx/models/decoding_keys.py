@@ -23,7 +23,7 @@ from ds_lvx.attention.merge import merge_attention
 from ds_lvx.attention.witness import Witness
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.rule import Rule
-from ds_lvx.models.behind import attend_cached
+from ds_lvx.models.cached import attend_cached
 from ds_lvx.models.layers import LayerPlan
 
 LayerKey: TypeAlias = tuple[str, str]

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 import ds_lvx
-from ds_lvx.models.decoding import Decoding
+from ds_lvx.models.generating.decoding import Decoding
 from tests.models import t5gemma2_case as case
 from tests.models.mllama_case import end_engine, start_engine
 from tests.models.test_generating_adapters import BEAMS, SAMPLED, SEED, ask

@@ -12,7 +12,7 @@ import pytest
 
 import ds_lvx
 from ds_lvx.models import FAMILIES
-from ds_lvx.models.decoding import Decoding
+from ds_lvx.models.generating.decoding import Decoding
 from ds_lvx.plan.cards import card
 from ds_lvx.plan.cluster import from_card
 from ds_lvx.plan.generation import generation

@@ -16,7 +16,7 @@ from torch import Tensor
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.models.attend import attend
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.behind import Cached
+from ds_lvx.models.cached import Cached
 from ds_lvx.models.patch import FusedForward, heads, refuse_dropout
 from ds_lvx.models.rotary import rotated
 

@@ -21,9 +21,9 @@ from ds_lvx.models.contract import Family
 from ds_lvx.models.cuts import span
 from ds_lvx.models.decoding_keys import DecodingKeys, LayerKey
 from ds_lvx.models.draft import Content
+from ds_lvx.models.generating.text_keys import AUTO, SHARDED, Held
 from ds_lvx.models.shard import Settled
 from ds_lvx.models.text import Text
-from ds_lvx.models.text_keys import AUTO, SHARDED, Held
 
 Kept: TypeAlias = "tuple[Prompt, Mapping[LayerKey, tuple[Tensor, Tensor]], Tensor | None]"
 """The first prompt, K and V by layer, and what stands in the place of features."""
@@ -126,7 +126,8 @@ class Prompt:
         part: this rank's part of a prompt whose keys stay sharded, until it runs.
         text: what ranks hold of a prompt whose keys stay sharded, or may stay until it has run;
             also of one behind it.
-        text_keys: whether those of a prompt that is split stay (`ds_lvx.models.text_keys.WORDS`).
+        text_keys: whether those of a prompt that is split stay, one of ``WORDS`` of
+            `ds_lvx.models.generating.text_keys`.
         among: visual tokens stand among the text.
         gaps: some tokens behind a prompt whose keys are sharded are padding.
         prefix: of the text's arguments (`ds_lvx.models.text.Text`); with one the units are an
@@ -235,7 +236,7 @@ class Prompt:
 @dataclass(frozen=True, eq=False)
 class Fresh:
     """A batch that begins a generation, in the form of one that goes on from a cache
-    (`ds_lvx.models.past.Continued`).
+    (`ds_lvx.models.generating.past.Continued`).
 
     Attributes:
         content: of its draft.

@@ -1,11 +1,7 @@
-"""Tokens that are generated behind a prompt whose keys are sharded, and what they attend to.
+"""Attention to keys that every rank has in transformers' cache, in a forward of generation.
 
-K and V of the prompt stay on the ranks that hold its tokens. Those of the tokens behind it are in
-transformers' cache, whole on every rank: each attends to them by itself, as a further part of one
-softmax. So beams change places in that cache alone.
-
-Shapes: ``B`` samples, ``C`` rows of each, ``R`` rows of a forward, ``s`` tokens of it, ``T`` of the
-prompt, ``t`` tokens that a rank has keys of, with those of the forward.
+Shapes: ``R`` rows of a forward, ``s`` tokens of it, ``t`` tokens that a rank has keys of, with
+those of the forward.
 """
 
 from __future__ import annotations
@@ -15,67 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.interface import Problem
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-
-
-class Behind(DynamicLayer):
-    """A layer of transformers' cache that counts a prompt whose keys are elsewhere.
-
-    Args:
-        tokens: T.
-    """
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens = tokens
-
-    def get_seq_length(self) -> int:
-        """Tokens so far, with those of the prompt."""
-        return self.tokens + self.held
-
-    @property
-    def held(self) -> int:
-        """Tokens whose keys are here."""
-        keys: Tensor | None = self.keys
-        return 0 if keys is None or keys.ndim < 4 else int(keys.shape[-2])
-
-    def reorder_cache(self, beam_idx: Any) -> None:
-        """Put rows in the order of beams."""
-        if self.held > 0:
-            super().reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row so many times."""
-        if self.held > 0:
-            super().batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Some of the rows."""
-        if self.held > 0:
-            super().batch_select_indices(indices)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last ``-tokens_to_remove``, where those here end of the prompt's."""
-        held = self.held
-        super().crop(max(tokens_to_remove, -held))
-        self.tokens += min(tokens_to_remove + held, 0)
-
-
-def leave_behind(cache: Any, tokens: int) -> None:
-    """Let transformers' cache count a prompt's tokens in place of keeping their keys.
-
-    Args:
-        cache: with keys of these, or of some.
-        tokens: T.
-    """
-    cache.layers[:] = [
-        Behind(tokens) if layer.get_seq_length() > 0 else layer for layer in cache.layers
-    ]
 
 
 def attend_cached(

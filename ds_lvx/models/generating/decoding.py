@@ -1,8 +1,9 @@
 """The forwards of a generation: all ranks have the whole text, each the keys of its own units.
 
 The first forward of the model runs the prompt, the others a token each. Text attends to itself on
-every rank, as the model does alone, or its keys stay sharded as well (`ds_lvx.models.text_keys`).
-With each token the ranks say what they compute, and at the end what they return.
+every rank, as the model does alone, or its keys stay sharded as well
+(`ds_lvx.models.generating.text_keys`). With each token the ranks say what they compute, and at the
+end what they return.
 
 Shapes: ``B`` samples, ``C`` rows of each, ``s`` tokens of a forward.
 """
@@ -21,16 +22,16 @@ from ds_lvx.attention.witness import Witness
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.rule import Rule
-from ds_lvx.models import text_keys
 from ds_lvx.models.batch import ShardedBatch, move
-from ds_lvx.models.behind import causal, leave_behind
+from ds_lvx.models.cached import causal
 from ds_lvx.models.cuts import span
 from ds_lvx.models.decoding_keys import DecodingKeys
-from ds_lvx.models.drift import ENDED, FAILED, difference
+from ds_lvx.models.generating import text_keys
+from ds_lvx.models.generating.drift import ENDED, FAILED, difference
+from ds_lvx.models.generating.prompt import LAST, WHOLE, Kept, Part, Prompt
+from ds_lvx.models.generating.text_keys import SHARDED
 from ds_lvx.models.patch import KEYWORD
-from ds_lvx.models.prompt import LAST, WHOLE, Kept, Part, Prompt
 from ds_lvx.models.text import digest
-from ds_lvx.models.text_keys import SHARDED
 
 
 class Decoding:
@@ -168,20 +169,20 @@ class Decoding:
             output: of the model. After a prompt that was split, every rank gets the logits of its
                 last token, and in the cache K and V of all where they do not stay sharded.
 
-        Collectives: after such a prompt those of `ds_lvx.models.text_keys.gather`, and an
-            all-gather of logits; after one that stays sharded that of logits alone.
+        Collectives: after such a prompt those of `text_keys.gather`, and an all-gather of logits;
+            after one that stays sharded that of logits alone.
         """
         self._in_forward, self.keys.features = False, None
         lengths, self._split = self._split, None
         part, self._part = self._part, None
         if part is not None:
             output.logits = part.logits(output.logits, self.keys.copies)
-            leave_behind(cache, self.keys.first_tokens)
+            text_keys.leave_behind(cache, self.keys.first_tokens)
         if lengths is None:
             return
         rows = self._prompt.shape[0] * self.keys.copies
         if text_keys.stay(self._prompt.text_keys, cache, self.keys.first_tokens, rows):
-            leave_behind(cache, self.keys.first_tokens)
+            text_keys.leave_behind(cache, self.keys.first_tokens)
         else:
             text_keys.gather(cache, self.channel, lengths, self.keys.copies)
             self._whole_text()

@@ -19,9 +19,9 @@ from transformers import DynamicCache
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.models.batch import device_of, move
 from ds_lvx.models.contract import Family
-from ds_lvx.models.decoding import Decoding
 from ds_lvx.models.decoding_keys import LayerKey
-from ds_lvx.models.prompt import Prompt
+from ds_lvx.models.generating.decoding import Decoding
+from ds_lvx.models.generating.prompt import Prompt
 from ds_lvx.models.text import Text, digest
 
 _NAME = "ds_lvx"  # of the attribute of a cache
