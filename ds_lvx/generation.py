@@ -1,7 +1,7 @@
 """Generating with the visual keys sharded: transformers' ``generate`` on every rank of a group.
 
 The ranks have the same text, the same logits and the same random numbers, so that each of them
-chooses the tokens itself. What the model needs for that is `ds_lvx.models.decoding`.
+chooses the tokens itself. What the model needs for that is `ds_lvx.models.generating.decoding`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.failures import named
 from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
 from ds_lvx.models import family_of
-from ds_lvx.models.batch import TEXT_KEYS, digest
+from ds_lvx.models.batch import device_of
 from ds_lvx.models.contract import Family
-from ds_lvx.models.decoding import Decoding
-from ds_lvx.models.draft import Draft, device_of
-from ds_lvx.models.feeding import feeding
-from ds_lvx.models.past import Continued, is_fresh, leave
+from ds_lvx.models.draft import Draft
+from ds_lvx.models.generating.decoding import Decoding
+from ds_lvx.models.generating.feeding import feeding
+from ds_lvx.models.generating.past import Continued, is_fresh, leave
+from ds_lvx.models.generating.prompt import Fresh
+from ds_lvx.models.generating.started import ENCODED, beside_decoder, has_encoder, started
+from ds_lvx.models.generating.text_keys import AUTO, SHARDED, WORDS
 from ds_lvx.models.patch import is_prepared
-from ds_lvx.models.started import ENCODED, beside_decoder, has_encoder, started
-from ds_lvx.models.text_keys import AUTO, SHARDED, WORDS
+from ds_lvx.models.text import TEXT_KEYS, digest
 
 _ARGUMENTS = "the arguments of generate"
 _RANDOM = "random numbers"
@@ -99,8 +101,8 @@ def generate(
             Besides ``text_keys``, of families with keys of images beside the text: ``"sharded"``:
             the prompt runs split, and a rank keeps K and V of its own part of the text;
             ``"whole"``: every rank has those of all; ``"auto"``, the default: sharded where the
-            prompt can be split and the whole takes more than
-            `ds_lvx.models.text_keys.SHARDED_BYTES`. With ``past_key_values`` the first call's.
+            prompt can be split and the whole takes more than ``SHARDED_BYTES`` of
+            `ds_lvx.models.generating.text_keys`. With ``past_key_values`` the first call's.
 
     Returns:
         What transformers returns, the same on every rank. Random numbers are those of the group's
@@ -126,11 +128,11 @@ def generate(
     for R queries (those of the prompt, then one a row); of queries whose parts together are more
     than 1 MiB an all-gather of ``(n-1) R H 4`` and an all-reduce of ``R H D`` fp32. A token's
     first message carries ``8 (R + 1)`` bytes more, by which the ranks compare their tokens, and one
-    message like it ends the generation. A prompt that is split (`ds_lvx.models.draft.SPLIT_TOKENS`)
-    has those of a forward of training, then an all-gather of K and V of the text for each of its
-    layers, and one of logits; where these keys stay sharded, and with visual tokens among the text,
-    that of logits alone, and then a message as above for each layer of the text and token, too.
-    ZeRO-3 adds its own.
+    message like it ends the generation. A prompt that is split (``SPLIT_TOKENS`` of
+    `ds_lvx.models.generating.prompt`) has those of a forward of training, then an all-gather of K
+    and V of the text for each of its layers, and one of logits; where these keys stay sharded, and
+    with visual tokens among the text, that of logits alone, and then a message as above for each
+    layer of the text and token, too. ZeRO-3 adds its own.
     """
     channel = resolve(groups)
     current = SequenceParallelGroups.current() if groups is None else groups
@@ -157,7 +159,7 @@ def generate(
                 family=family,
                 model=inside,
                 channel=channel,
-                always_vision=waits or not family.skips_vision,
+                always_vision=waits,
                 text_keys=kwargs.pop(_TEXT_KEYS, AUTO),
             )
     except Exception as caught:
@@ -215,7 +217,7 @@ def _content(
     channel: Channel,
     frames: str,
     kwargs: Mapping[str, Any],
-) -> Any:
+) -> Fresh | Continued:
     """This rank's part of the batch, or what goes on from the cache that came with it."""
     if not isinstance(batch, Mapping):
         raise ValueError(
@@ -229,7 +231,7 @@ def _content(
         batch = started(batch, partial(_setting, runner, kwargs))
     whole = kwargs.get(_TEXT_KEYS) != SHARDED
     draft = Draft.of(family, batch, model, place=place, frames=frames, whole_text=whole)
-    return draft.checked()
+    return Fresh(draft.checked())
 
 
 def _goes_on(kwargs: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from ds_lvx.models import family_of
 from ds_lvx.models.cuts import before, parts_of, span, split
 from ds_lvx.models.draft import Draft
 from ds_lvx.models.patch import KEYWORD
+from ds_lvx.models.shard import shard
 
 
 def owned(
@@ -213,7 +214,8 @@ def _shard(
     world = None if current is None or current.dp_size == 1 else current.world_channel
     # What the ranks have agreed on goes to the device, where there may be no memory for it.
     with named("shard_batch", groups):
-        shard = family.shard(
+        made = shard(
+            family,
             batch,
             inside,
             channel=channel,
@@ -221,7 +223,7 @@ def _shard(
             always_vision=world is not None or is_partitioned(inside),
             records=records,
         )
-    return {**shard, KEYWORD: replace(shard[KEYWORD], world=world)}
+    return {**made, KEYWORD: replace(made[KEYWORD], world=world)}
 
 
 def mean_loss(loss: Tensor, *, groups: SequenceParallelGroups | None = None) -> Tensor:

@@ -16,9 +16,9 @@ from ds_lvx.attention.sequence import gather_sequence
 from ds_lvx.generation import generate
 from ds_lvx.initialize import Session
 from ds_lvx.models import family_of
-from ds_lvx.models.batch import ITEMS_KEY, TEXT_KEYS
 from ds_lvx.models.patch import KEYWORD, scale_gradient
 from ds_lvx.models.shares import share_table, shares
+from ds_lvx.models.text import ITEMS_KEY, TEXT_KEYS
 from ds_lvx.sharding import shard_batch
 
 # TRL's models have these beside, or in place of, the logits.

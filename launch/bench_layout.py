@@ -30,8 +30,8 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels import triton_tiles
 from ds_lvx.kernels.device import HOPPER
 from ds_lvx.kernels.rule import Rule
-from ds_lvx.models.batch import Text
 from ds_lvx.models.cuts import split
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import Runs
 
 TEXT, RANKS = 4096, 8

@@ -36,7 +36,7 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.slurm import read_slurm
 from ds_lvx.distributed.start import init_distributed, take_device
 from ds_lvx.distributed.together import together
-from ds_lvx.models.started import begins_with, has_encoder
+from ds_lvx.models.generating.started import begins_with, has_encoder
 from ds_lvx.training.asking import Options, Prompts, parse, question
 from ds_lvx.training.chatting import OPEN, Questions, conversation
 from ds_lvx.training.model import Source, training_dtype

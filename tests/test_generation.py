@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from transformers.generation import LogitsProcessor, StoppingCriteria
 
 import ds_lvx
-from ds_lvx.models.decoding import Decoding
+from ds_lvx.models.generating.decoding import Decoding
 from ds_lvx.sharding import mean_loss
 from tests.generation_case import LVX, blind, config, interleaved, one_image, text_alone
 from tests.models.mllama_case import (
@@ -268,7 +268,7 @@ class Look(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         found = [each for each in gc.get_objects() if isinstance(each, Decoding)]
-        tensors = [t for each in found for kv in each.keys.values() for t in kv]
+        tensors = [t for each in found for kv in each.keys.by_layer.values() for t in kv]
         self.kept.append(sum(t.untyped_storage().nbytes() for t in tensors))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 

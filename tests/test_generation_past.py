@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import ds_lvx
-from ds_lvx.models import draft
+from ds_lvx.models.generating import prompt
 from tests.generation_case import config, interleaved, one_image
 from tests.models import idefics_case, moss_vl_case, mplugowl3_case, openflamingo_case
 from tests.models.mllama_case import Batch, tiny_model
@@ -127,7 +127,7 @@ def ask_family(name: str, batch: Batch, keywords: dict[str, Any]) -> list[tuple[
     answers = ask(model, batch, keywords, drop=drop)
     # The prompt is split; what follows never is.
     answers += ask(model, batch, {**keywords, "text_keys": "sharded"}, drop=drop)
-    with mock.patch.object(draft, "SPLIT_TOKENS", 5):
+    with mock.patch.object(prompt, "SPLIT_TOKENS", 5):
         answers.append(ask(model, batch, keywords, drop=drop)[1])
     session.close()
     return answers

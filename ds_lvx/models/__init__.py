@@ -1,7 +1,17 @@
 """Model families: how a model is patched and how its batch is sharded.
 
-`contract` says what a family has to offer, `registry` which there are, a folder each. Importing
-this package imports no torch.
+`contract` says what a family has to offer, and `media` what of it is about images and videos;
+`registry` says which families there are, a folder each. All else serves every family:
+
+- A batch: `text` and `visual` are what it holds, `draft` is a rank's part of it before the ranks
+  agree, `shard` what goes to the device then, `batch` the keyword that goes along to the layers.
+- A model: `prepare` patches it, by what `patch` has. `layers` says which method runs in which
+  layer, `attend` runs it, and `dispatch` comes before it in text of transformers.
+- ``generating/``: what `ds_lvx.generate` begins with, keeps and tells the other ranks.
+- For tools: `dimensions` for the planner; `size`, `sized` and `random_weights` for measuring;
+  `remote` and `parts` for loading; `shares` for telling what a rank holds.
+
+Importing this package imports no torch.
 """
 
 from __future__ import annotations

@@ -80,10 +80,16 @@ def attend_part(
     decoding = batch.decoding
     if decoding is not None and plan.kind == "cross":
         return decoding.attend(
-            plan, batch, q, project_kv=project_kv, scale=scale, returns_lse=returns_lse
+            plan,
+            batch.layout(plan.kind),
+            q,
+            project_kv=project_kv,
+            scale=scale,
+            returns_lse=returns_lse,
+            schedule="gather" if batch.split else "replicated",
         )
     if decoding is not None and batch.behind:
-        return decoding.attend_behind(plan, batch, q, project_kv(features), scale=scale)
+        return decoding.attend_behind(plan, batch.text, q, project_kv(features), scale=scale)
     layout = batch.layout(plan.kind)
     method, schedule = _resolved(plan, layout, q, kv_heads=kv_heads, width=features.shape[-1])
     # A projection that runs again in backward knows only there who wants a gradient.

@@ -1,36 +1,25 @@
-"""What every model family needs to shard a batch: the text, and the keyword that travels with it.
+"""The keyword that travels with a sharded batch to the layers that attend.
 
 Shapes: ``B`` samples, ``T`` text tokens of the whole sequence, ``s`` of this rank's shard.
 """
 
 from __future__ import annotations
 
-import math
-import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeGuard
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from ds_lvx.attention.features import FeatureGradient
 from ds_lvx.attention.layout import Layout
-from ds_lvx.attention.zigzag import dealt
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.kernels.visibility import Visibility
-from ds_lvx.models.cuts import span, split
-
-if TYPE_CHECKING:
-    from ds_lvx.models.decoding import Decoding
-
-IGNORED_LABEL = -100
-TEXT_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
-ITEMS_KEY = "num_items_in_batch"
-
-Here: TypeAlias = slice | Tensor
-"""A rank's part of the text: neighbouring tokens, or int64 ``[s]``, their places."""
+from ds_lvx.models.cuts import span
+from ds_lvx.models.decoding_keys import DecodingKeys
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +43,11 @@ class ShardedBatch:
             beside it.
         deep: what forward keeps for the text's layers
             (`ds_lvx.models.concatenated.forward.Deep`).
-        decoding: the generation whose forward it is: every rank has the whole text then, and rows
-            of ``row_mask`` are those of the model.
+        decoding: what the generation keeps whose forward it is: every rank has the whole text then,
+            and rows of ``row_mask`` are those of the model.
         split: a generation's prompt is split over the ranks, as in training.
-        behind: its text stands behind a prompt whose keys are sharded (`ds_lvx.models.behind`).
+        behind: its text stands behind a prompt whose keys are sharded
+            (`ds_lvx.models.generating.text_keys`).
         units: images or frames that this rank holds, none of which is split; None: not told.
     """
 
@@ -70,7 +60,7 @@ class ShardedBatch:
     order: Tensor | None = None
     among: tuple[int, ...] | None = None
     deep: Any = None
-    decoding: Decoding | None = None
+    decoding: DecodingKeys | None = None
     split: bool = False
     behind: bool = False
     units: int | None = None
@@ -163,199 +153,6 @@ class ShardedBatch:
         return self.cross
 
 
-@dataclass(frozen=True, eq=False)
-class Text:
-    """The whole text of a batch, as the caller gave it and on the device where it lies.
-
-    Attributes:
-        input_ids: ``[B, T]``.
-        attention_mask: ``[B, T]``, nonzero where there is a token, or None.
-        position_ids: ``[B, T]`` or ``[1, T]``, or None.
-        labels: ``[B, T]``, -100 where nothing is to be learnt, or None.
-        items: what the sum of the losses is divided by; None: the labelled tokens of this batch.
-        held: int64 ``[T]``, the tokens of all ranks, one rank after the other; None: in order.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
-    labels: Tensor | None
-    items: float | None = None
-    held: Tensor | None = None
-    stays_sharded: ClassVar[bool] = False
-    """In generation a rank keeps the keys of its part of a prompt, and none has all."""
-    prefix: ClassVar[str] = ""
-    """Of the model's names of all but ``labels``: a decoder's are others than its encoder's."""
-
-    @classmethod
-    def of(cls, batch: Mapping[str, Any]) -> Self:
-        """Take the text out of a batch.
-
-        Raises:
-            ValueError: a tensor is missing, has another shape than ``input_ids`` or no integers; a
-                ``num_items_in_batch`` that is no number above 0.
-        """
-        first, *others = (f"{cls.prefix}{key}" for key in TEXT_KEYS[:3])
-        input_ids = batch.get(first)
-        if not is_integer(input_ids) or input_ids.ndim != 2:
-            raise ValueError(
-                f"got {first} {described(input_ids)}; expected integers [batch, seqlen]: pass the "
-                'batch as the processor returns it, with return_tensors="pt"'
-            )
-        others.append(TEXT_KEYS[3])
-        for key in others:
-            one_row = key.endswith("position_ids")
-            _check_like(key, batch.get(key), input_ids, first=first, one_row=one_row)
-        attention_mask, position_ids, labels = (batch.get(key) for key in others)
-        labels = None if labels is None else labels.long()  # cross-entropy takes nothing narrower
-        items = None if batch.get(ITEMS_KEY) is None else _items(batch[ITEMS_KEY])
-        return cls(input_ids, attention_mask, position_ids, labels, items)
-
-    @property
-    def named(self) -> dict[str, Tensor | None]:
-        """Its tensors but the labels, as the model names them."""
-        return {f"{self.prefix}{key}": getattr(self, key) for key in TEXT_KEYS[:3]}
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(B, T)``."""
-        return self.input_ids.shape[0], self.input_ids.shape[1]
-
-    @property
-    def labelled(self) -> int:
-        """Tokens that are learnt; the first is predicted by nobody."""
-        return 0 if self.labels is None else int((self.labels[:, 1:] != IGNORED_LABEL).sum())
-
-    def dealt(self, size: int) -> Self:
-        """The same for ``size`` ranks, where who holds what has to be found once."""
-        return self
-
-    def zigzag(self, size: int) -> Self:
-        """The same with an early and a late piece on each of ``size`` ranks
-        (`ds_lvx.attention.zigzag`); a text of a class that cuts it otherwise stays as it is."""
-        length = self.shape[1]
-        cut_evenly = self.order() is None and self.lengths(size) == split(length, size)
-        return replace(self, held=torch.cat(dealt(length, size))) if cut_evenly else self
-
-    def order(self) -> Tensor | None:
-        """See `ShardedBatch.order`."""
-        return None if self.held is None else self.held.argsort().expand(self.shape)
-
-    def by_rank(self, rule: Visibility | None, *, keys: bool = False) -> Visibility | None:
-        """A rule of the text's queries (and ``keys``) in order, or None, by the order of ranks."""
-        if rule is None or self.held is None:
-            return rule
-        return rule.part(self.held, self.held if keys else slice(None)).contiguous()
-
-    def lengths(self, size: int) -> tuple[int, ...]:
-        """Tokens by rank, of ``size`` ranks.
-
-        Raises:
-            ValueError: there are fewer tokens than ranks.
-        """
-        length = self.shape[1]
-        if length < size:
-            raise ValueError(
-                f"got {length} text tokens for {size} ranks; expected at least one "
-                "token a rank: use longer texts or a smaller sequence_parallel_size"
-            )
-        return split(length, size)
-
-    def part(self, rank: int, size: int) -> Here:
-        """A rank's part of it."""
-        here = span(self.lengths(size), rank)
-        return here if self.held is None else self.held[here]
-
-    @property
-    def divisor(self) -> float:
-        """What the sum of the losses is divided by."""
-        # No label at all: the sum of the losses is 0, and so is the loss.
-        return max(self.labelled, 1) if self.items is None else self.items
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same with every tensor changed."""
-        parts = {key: getattr(self, key) for key in TEXT_KEYS}
-        changed: dict[str, Any] = {k: change(v) for k, v in parts.items() if v is not None}
-        return replace(self, **changed)
-
-    def digest(self) -> int:
-        """A checksum of the whole text, equal on all ranks that were given the same."""
-        return digest(*(getattr(self, key) for key in TEXT_KEYS))
-
-    def visibility(self) -> Visibility | None:
-        """Causal attention of the whole text; padding and packing as transformers has them.
-
-        A key that ``attention_mask`` drops is invisible. Without ``attention_mask``, positions
-        that do not go up by one start a new document, which sees nothing of those before it
-        (transformers' ``find_packed_sequence_indices``).
-        """
-        batch, length = self.shape
-        index = torch.arange(length, dtype=torch.int32)
-        start = torch.zeros(batch, length, dtype=torch.int32)
-        keys = index.expand(batch, length)
-        if self.attention_mask is not None:
-            keys = keys.masked_fill(self.attention_mask.cpu() == 0, -1)
-        begins = self.begins
-        if begins is not None:
-            start = (index * begins).cummax(dim=-1).values.to(torch.int32).expand(batch, length)
-        end = (index + 1).expand(batch, length)
-        return Visibility(start, end, keys)
-
-    @property
-    def begins(self) -> Tensor | None:
-        """Where a further sample of a row begins, bool, of ``position_ids``' shape, on the CPU;
-        None where every row has one."""
-        if self.attention_mask is not None or self.position_ids is None:
-            return None
-        begins = self.position_ids.cpu().diff(dim=-1) != 1
-        return torch.nn.functional.pad(begins, (1, 0)) if bool(begins.any()) else None
-
-    def refuse_packed(self) -> None:
-        """Refuse samples packed into a row, for models that would not keep them apart.
-
-        Raises:
-            NotImplementedError: positions start anew within a row.
-        """
-        if self.begins is not None:
-            raise NotImplementedError(
-                "got position_ids that start anew within a row, without attention_mask; the "
-                "model's own attention does not keep packed samples apart: give each sample a row "
-                "of its own, or attention_mask beside them, and a token sees all before it"
-            )
-
-    def shard(self, here: Here) -> dict[str, Any]:
-        """The model's text arguments for the shard ``here``.
-
-        Positions are those in the whole sequence. The labels are shifted over the whole sequence
-        before they are cut, so that the last token of a shard still learns the first of the next;
-        ``num_items_in_batch`` counts the labels of the whole batch, where the caller gave none.
-        """
-        positions = self.position_ids
-        if positions is None:
-            positions = torch.arange(self.shape[1], device=self.input_ids.device)[None]
-        shard: dict[str, Any] = {
-            "input_ids": self.input_ids[:, here],
-            "position_ids": positions[:, here],
-        }
-        if self.labels is not None:
-            shifted = torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-            shard["labels"] = self.labels[:, here]
-            shard["shift_labels"] = shifted[:, here].contiguous()
-            shard[ITEMS_KEY] = self.divisor
-        return shard
-
-
-def digest(*tensors: Tensor | None) -> int:
-    """CRC-32 of the values of small tensors, the same for int32 and int64."""
-    value = 0
-    for tensor in tensors:
-        if tensor is None:
-            value = zlib.crc32(b"none", value)
-        else:
-            value = zlib.crc32(tensor.detach().cpu().to(torch.int64).numpy().tobytes(), value)
-    return value
-
-
 def move(value: Any, device: torch.device) -> Any:
     """A tensor or a `Visibility` on the model's device; anything else as it is."""
     if isinstance(value, Visibility):
@@ -363,36 +160,10 @@ def move(value: Any, device: torch.device) -> Any:
     return to_device(value, device) if isinstance(value, Tensor) else value
 
 
-def _items(given: Any) -> float:
-    """``num_items_in_batch`` as a number; a ValueError where it is none above 0."""
-    value = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(
-            f"got {ITEMS_KEY} {given!r}; expected a number above 0: the labelled tokens that the "
-            "loss is a mean of"
-        )
-    return value
-
-
-def _check_like(key: str, value: Any, input_ids: Tensor, *, first: str, one_row: bool) -> None:
-    if value is None:
-        return
-    allowed = [tuple(input_ids.shape)] + [(1, input_ids.shape[1])] * one_row
-    fits = isinstance(value, Tensor) and tuple(value.shape) in allowed
-    if not fits or not (key.endswith("attention_mask") or is_integer(value)):
-        raise ValueError(
-            f"got {key} {described(value)}; expected the shape of {first}, {allowed[0]}, and "
-            "integers but in a mask: the whole sequence, neither cut nor expanded"
-        )
-
-
-def is_integer(value: Any) -> TypeGuard[Tensor]:
-    """Whether it is a tensor of integers, as embeddings take them."""
-    return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
-
-
-def described(value: Any) -> str:
-    """Its shape, and its dtype where that is none of integers; or what it is but a tensor."""
-    if not isinstance(value, Tensor):
-        return f"of {type(value).__name__}"
-    return f"{tuple(value.shape)}{'' if is_integer(value) else f' of {value.dtype}'}"
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model computes."""
+    parameter = next(model.parameters())
+    # A parameter that ZeRO-3 keeps elsewhere tells nothing of where the model computes.
+    if hasattr(parameter, "ds_id"):
+        return torch.device(get_accelerator().current_device_name())
+    return parameter.device

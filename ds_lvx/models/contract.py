@@ -18,6 +18,8 @@ are gathered (``ds_lvx/models/adapters/``).
 Shapes: ``B`` samples, ``T`` text tokens of the whole sequence. A *unit* is a piece of the visual
 input that no rank cuts: an image, or a frame of a video.
 
+The parts about users' images and videos are in `ds_lvx.models.media`; `Family` has them all.
+
 This module imports no torch: `ds-lvx plan` asks for dimensions without it.
 """
 
@@ -27,28 +29,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ds_lvx.models.media import Parts
+from ds_lvx.models.media import TakesMedia
 from ds_lvx.models.size import Size
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ds_lvx.distributed.channel import Channel
-    from ds_lvx.models.batch import ShardedBatch, Text
+    from ds_lvx.models.batch import ShardedBatch
     from ds_lvx.models.dimensions import Model
-    from ds_lvx.models.draft import Draft
     from ds_lvx.models.layers import Layer, LayerPlan
     from ds_lvx.models.patch import PatchedAttention
+    from ds_lvx.models.text import Text
     from ds_lvx.models.visual import Visual
 
 
-class Family(Parts, ABC):
+class Family(TakesMedia, ABC):
     """What a family offers. Abstract parts are required; a tool names an optional one it misses.
 
     Attributes:
-        model_type: the key it is registered under, which its models carry as
-            ``model.config.model_type`` or ``model.model_type``; set by the registry.
         keys: what a batch may hold beside ``input_ids``, ``attention_mask``, ``position_ids`` and
             ``labels``.
         features_key: the keyword by which the text model gets its visual features; empty where
@@ -131,9 +130,19 @@ class Family(Parts, ABC):
         Raises:
             ValueError: it is missing, or its entries have different shapes.
         """
-        from ds_lvx.models.batch import Text
+        from ds_lvx.models.text import Text
 
         return Text.of(batch)
+
+    def complete(self, visual: Visual, model: Any) -> Visual:
+        """The visual part of a batch with what only the model itself says of it: a draft of a data
+        worker's has none of that. Nothing that ranks tell each other of a draft may depend on it.
+
+        Args:
+            visual: as `visual` made it, and cut to what this rank holds.
+            model: that will get the shard.
+        """
+        return visual
 
     def check(self, model: Any, *, sp_size: int) -> None:
         """Refuse a model that cannot be sharded over ``sp_size`` ranks.
@@ -159,43 +168,6 @@ class Family(Parts, ABC):
     def encoders(self, model: Any) -> Sequence[nn.Module]:
         """Encoders of images with ``layers``, whose checkpointing transformers leaves undone."""
         return ()
-
-    def shard(
-        self,
-        batch: Mapping[str, Any] | Draft,
-        model: Any,
-        *,
-        channel: Channel,
-        frames: str,
-        always_vision: bool,
-        records: Sequence[Mapping[str, Any]] | None = None,
-    ) -> dict[str, Any]:
-        """This rank's part of a batch, ready for ``model(**shard)``; see `ds_lvx.shard_batch`.
-
-        Args:
-            batch: as the family's processor returns it, or what `draft_batch` made of it.
-            model: the model that will get the shard.
-            channel: the sequence-parallel group.
-            frames: ``"all"`` or ``"local"``.
-            always_vision: send a batch without images through tower and cross-attention all the
-                same (with nothing to see, and exactly no effect), so that this group takes part in
-                every collective that groups with images take part in, and ZeRO-3 has a gradient
-                of every parameter: where it has none, it applies that of the step before again.
-            records: `Draft.record` of every rank of the group, where they have told each other.
-
-        Collectives: one agreement on the control plane; none with ``records``.
-        """
-        from ds_lvx.models.draft import shard
-
-        return shard(
-            self,
-            batch,
-            model,
-            channel=channel,
-            frames=frames,
-            always_vision=always_vision or not self.skips_vision,
-            records=records,
-        )
 
     # ---- for generating
 
@@ -321,79 +293,6 @@ class Family(Parts, ABC):
     def vision_tower(self, model: Any) -> nn.Module:
         """What ``--freeze_vision`` leaves untrained."""
         raise self.lacks("vision_tower", "--freeze_vision")
-
-    def media_text(self, processor: Any, times: Sequence[float] | None) -> str | None:
-        """What a medium is in the text, with an image token for each frame; None leaves it to the
-        chat template, which writes an image for each.
-
-        Args:
-            processor: the checkpoint's.
-            times: of a video's frames, in seconds; None for an image.
-        """
-        return None
-
-    def finish_text(self, processor: Any, written: str) -> str:
-        """What the processor makes of a text that its chat template wrote, before it is tokenized.
-
-        The text may grow before the first answer only.
-        """
-        return written
-
-    def frame_places(self, processor: Any) -> int:
-        """Tokens of the text that a frame takes; its image token, once in what a chat template
-        writes, is so many of them.
-
-        Args:
-            processor: the checkpoint's.
-        """
-        return 1
-
-    def beside_text(self, processor: Any, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """What the processor returns beside a text with frames, of the text alone.
-
-        Args:
-            processor: the checkpoint's.
-            prompts: of each sample, its tokens before the first that is learnt.
-        """
-        return {}
-
-    def inputs(
-        self, processor: Any, input_ids: Sequence[int], labels: Sequence[int]
-    ) -> Mapping[str, Sequence[int]]:
-        """What the model takes of a conversation's text, each padded at the end in a batch.
-
-        Args:
-            processor: the checkpoint's.
-            input_ids, labels: of the whole conversation; -100 where nothing is learnt.
-
-        Raises:
-            ValueError: the model cannot take such a conversation.
-        """
-        return {"input_ids": input_ids, "labels": labels}
-
-    def frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        count: int,
-        dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        """What the processor returns beside the text, for this rank's frames alone.
-
-        Args:
-            processor: the checkpoint's.
-            input_ids: ``[B, T]``, the whole text of the batch.
-            pictures: of each sample the frames that this rank holds, as PIL images, one at a time;
-                take each once, in order.
-            count: frames that this rank holds of the sample with the most; others are padded.
-            dtype: of the pixels.
-
-        Returns:
-            For ``ds_lvx.shard_batch(..., frames="local")``.
-        """
-        raise self.lacks("frames", "training on images and videos")
 
     def has(self, part: str) -> bool:
         """Whether this family has an optional part."""

@@ -1,10 +1,12 @@
-"""How counts are cut among ranks: a run of neighbours for each."""
+"""How counts are cut among ranks: a run of neighbours for each. This module imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def split(count: int, parts: int) -> tuple[int, ...]:

@@ -142,3 +142,9 @@ def decoder(config: Mapping[str, Any], *, count: int) -> Layers:
 def encoder(depth: int, width: int, *, heads: int, mlp: int) -> Layers:
     """A vision tower's layers: two matrices an MLP, as many heads of keys as of queries."""
     return Layers(depth, width, heads, heads, width // heads, mlp, mlp_matrices=2)
+
+
+def tower(config: Mapping[str, Any]) -> Layers:
+    """The same, from the fields that most configs have."""
+    heads, mlp = config["num_attention_heads"], config["intermediate_size"]
+    return encoder(config["num_hidden_layers"], config["hidden_size"], heads=heads, mlp=mlp)

@@ -1,18 +1,19 @@
-"""The arguments of a forward of generation, of models whose code comes with the checkpoint.
+"""The arguments of a forward of generation, of models whose code is not transformers'.
 
-Such code cuts masks and images to the tokens at hand, by arguments that transformers no longer
-gives. With sharded keys all of that comes with the keyword, and transformers' own way is enough.
+Code that comes with a checkpoint cuts masks and images to the tokens at hand, by arguments that
+transformers no longer gives. With sharded keys all of that comes with the keyword, and
+transformers' own way is enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from ds_lvx.models.patch import Hook
+from ds_lvx.models.patch import KEYWORD, Hook
 
 _PREPARE = "prepare_inputs_for_generation"
 
@@ -58,6 +59,29 @@ def plain_inputs(model: Any, visual: Collection[str]) -> None:
     """Put `PlainInputs` on a model, where it can generate."""
     if _generates(model):
         model.register_forward_pre_hook(PlainInputs(model, visual))
+
+
+class EncodePixels(Hook):
+    """A forward pre-hook of the text model, the first: pixels of a prompt to features.
+
+    It is for models whose generation is the text model's own, which is handed the pixels.
+
+    Args:
+        encoded: makes features of pixels.
+        pixels, features: the arguments.
+    """
+
+    def __init__(self, encoded: Callable[[Tensor], Any], pixels: str, features: str) -> None:
+        self._encoded, self._pixels, self._features = encoded, pixels, features
+
+    def __call__(
+        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        given = dict(kwargs)
+        pixels = given.pop(self._pixels, None)
+        if given.get(KEYWORD) is None or pixels is None:
+            return None
+        return args, {**given, self._features: self._encoded(pixels)}
 
 
 def generating(model: Any) -> Any:

@@ -1,13 +1,15 @@
-"""Which frames a rank holds, and media whose tokens are as many as their size asks for.
+"""How images and videos become a batch, as a family has it.
 
-This module imports no torch.
+Shapes: ``B`` samples, ``T`` text tokens of the whole sequence. This module imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from ds_lvx.models.cuts import span, split
 
 if TYPE_CHECKING:
     import torch
@@ -67,13 +69,15 @@ class Held:
     pictures: Iterable[Any]
 
 
-class Parts:
-    """The part of `ds_lvx.models.contract.Family` that is about media.
+class TakesMedia:
+    """The parts of `ds_lvx.models.contract.Family` by which images, videos and conversations become
+    batches: who holds what, what stands in the text, and what the processor returns.
 
     Attributes:
-        model_type: see `ds_lvx.models.contract.Family`.
+        model_type: the key it is registered under, which its models carry as
+            ``model.config.model_type`` or ``model.model_type``; set by the registry.
         sized_media: how many tokens a frame takes follows from its size: `shown` and `media` are
-            asked, and none of ``media_text``, ``frame_places`` and ``frames``.
+            asked, and none of `media_text`, `frame_places` and `frames`.
     """
 
     model_type: str = ""
@@ -86,10 +90,105 @@ class Parts:
             tokens: visual tokens of each unit of the sample.
             rank, size: its number, and how many ranks share the sample.
         """
-        from ds_lvx.models.cuts import span, split
-
         part = span(split(len(tokens), size), rank)
         return range(part.start, part.stop)
+
+    def media_text(self, processor: Any, times: Sequence[float] | None) -> str | None:
+        """What a medium is in the text, with an image token for each frame; None leaves it to the
+        chat template, which writes an image for each.
+
+        Args:
+            processor: the checkpoint's.
+            times: of a video's frames, in seconds; None for an image.
+        """
+        return None
+
+    def finish_text(self, processor: Any, written: str) -> str:
+        """What the processor makes of a text that its chat template wrote, before it is tokenized.
+
+        The text may grow before the first answer only.
+        """
+        return written
+
+    def frame_places(self, processor: Any) -> int:
+        """Tokens of the text that a frame takes; its image token, once in what a chat template
+        writes, is so many of them.
+
+        Args:
+            processor: the checkpoint's.
+        """
+        return 1
+
+    def beside_text(self, processor: Any, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """What the processor returns beside a text with frames, of the text alone.
+
+        Args:
+            processor: the checkpoint's.
+            prompts: of each sample, its tokens before the first that is learnt.
+        """
+        return {}
+
+    def inputs(
+        self, processor: Any, input_ids: Sequence[int], labels: Sequence[int]
+    ) -> Mapping[str, Sequence[int]]:
+        """What the model takes of a conversation's text, each padded at the end in a batch.
+
+        Args:
+            processor: the checkpoint's.
+            input_ids, labels: of the whole conversation; -100 where nothing is learnt.
+
+        Raises:
+            ValueError: the model cannot take such a conversation.
+        """
+        return {"input_ids": input_ids, "labels": labels}
+
+    def frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """What the processor returns beside the text, for this rank's frames alone.
+
+        Args:
+            processor: the checkpoint's.
+            input_ids: ``[B, T]``, the whole text of the batch.
+            pictures: of each sample the frames that this rank holds, as PIL images, one at a time;
+                take each once, in order.
+            count: frames that this rank holds of the sample with the most; others are padded.
+            dtype: of the pixels.
+
+        Returns:
+            For ``ds_lvx.shard_batch(..., frames="local")``.
+        """
+        raise self.lacks("frames", "training on images and videos")
+
+    def packed_frames(
+        self,
+        processor: Any,
+        input_ids: Tensor,
+        pictures: Sequence[Iterable[Any]],
+        *,
+        begins: Tensor,
+        first: int,
+        count: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """`frames` where a row of text may hold several samples, each
+        of which sees its own frames only. The batch says so by ``position_ids``, which start anew.
+
+        Args:
+            processor, pictures, count, dtype: as there, by row; a row's frames are its samples'.
+            input_ids: ``[B, T]``, rows.
+            begins: bool ``[B, T]``, where a sample begins, the first of a row too, and its padding.
+            first: which frame of its row the first of ``pictures`` is; they are neighbours.
+        """
+        raise self.lacks("packed_frames", "--pack")
+
+    # ---- where tokens follow from sizes
 
     def media_tokens(self, processor: Any) -> tuple[str, ...]:
         """The tokens that stand for images and frames in a text."""
@@ -118,28 +217,6 @@ class Parts:
             For ``ds_lvx.shard_batch(..., frames="local")``.
         """
         raise self.lacks("media", "training on images and videos")
-
-    def packed_frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        begins: Tensor,
-        first: int,
-        count: int,
-        dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        """`ds_lvx.models.contract.Family.frames` where a row of text may hold several samples, each
-        of which sees its own frames only. The batch says so by ``position_ids``, which start anew.
-
-        Args:
-            processor, pictures, count, dtype: as there, by row; a row's frames are its samples'.
-            input_ids: ``[B, T]``, rows.
-            begins: bool ``[B, T]``, where a sample begins, the first of a row too, and its padding.
-            first: which frame of its row the first of ``pictures`` is; they are neighbours.
-        """
-        raise self.lacks("packed_frames", "--pack")
 
     def lacks(self, part: str, what: str) -> NotImplementedError:
         """The error for an optional part that a tool needs and this family has not."""

@@ -72,6 +72,22 @@ class ShardedForward(PatchedAttention):
             self.module.forward = self.previous
 
 
+class FusedForward(ShardedForward):
+    """Of an attention module that projects Q, K and V together.
+
+    Raises:
+        NotImplementedError: the plan is to project K and V again.
+    """
+
+    def __init__(self, module: Any, plan: LayerPlan) -> None:
+        super().__init__(module, plan)
+        if plan.recompute_kv:
+            raise NotImplementedError(
+                f"ds_lvx.layers: got recompute_kv for {plan.name}, whose K and V are projected "
+                "together with Q; expected it for cross-attention only: remove it from this rule"
+            )
+
+
 def patched_attention(module: nn.Module) -> PatchedAttention | None:
     """What ds_lvx has put on a module, if anything."""
     found = (module.__dict__.get("forward"), module.__dict__.get(ATTRIBUTE))

@@ -102,10 +102,9 @@ class PrepareText(Hook):
         key = self.family.features_key
         features = kwargs.get(key)
         if batch.decoding is not None:
-            length = 0 if batch.kv_lengths is None else batch.kv_lengths[batch.channel.rank]
             prepared = {**kwargs, KEYWORD: batch}
             if key:
-                prepared[key] = batch.decoding.keep(features, lambda x, b: _by_sample(x, b, length))
+                prepared[key] = _kept(batch, features)
             if batch.shards("self"):
                 more = self.family.prepare(batch, prepared)
                 return args, {**prepared, **more, "use_cache": True}
@@ -180,6 +179,16 @@ def _check_arguments(
             "ds_lvx.shard_batch returned as it is"
         )
     return text
+
+
+def _kept(batch: ShardedBatch, features: Tensor | None) -> Tensor | None:
+    """What stands in the place of features in a forward of generation; None without images."""
+    if batch.kv_lengths is None:
+        return None
+    length = batch.kv_lengths[batch.channel.rank]
+    assert batch.decoding is not None
+    copies = 1 if batch.split else batch.decoding.copies
+    return batch.decoding.keep(features, lambda x, b: _by_sample(x, b, length), copies=copies)
 
 
 def _by_sample(features: Tensor, batch_size: int, length: int) -> Tensor:

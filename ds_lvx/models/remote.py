@@ -18,6 +18,16 @@ from ds_lvx.models.registry import FAMILIES
 
 SETTINGS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 """Files that say how pictures are made, in either of the forms that transformers writes."""
+CHATML = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}"
+    "<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A chat template, where a checkpoint brings no template of its own."""
 
 
 def load(name: str, dtype: torch.dtype, *, trust_remote_code: bool, advice: str) -> Any:

@@ -48,20 +48,23 @@ class Sized(Family):
 
 
 class Makes(Sizes, Protocol):
-    """The module of models without gates whose code is at hand."""
-
-    def build(self, config: Any, *, dtype: torch.dtype) -> Any: ...
+    """The module of models whose code is at hand."""
 
     def tiny(self) -> tuple[Any, Any]: ...
 
 
 class Made(Sized):
-    """One whose models are made as well, and have no gates."""
+    """One whose models are made as well, and have no gates.
+
+    Attributes:
+        of_class: of its models.
+    """
 
     sized: Makes
+    of_class: Any
 
     def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
-        return self.sized.build(config, dtype=dtype)
+        return self.of_class._from_config(config, dtype=dtype)
 
     def tiny(self) -> tuple[Any, Any]:
         return self.sized.tiny()

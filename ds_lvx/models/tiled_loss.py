@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.attention.random_state import Setting
-from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, ShardedBatch
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.cuts import split
 from ds_lvx.models.patch import KEYWORD, Hook
+from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY
 
 _LOSS = "_loss_function"
 _SHIFTED = "shift_labels"

@@ -13,7 +13,7 @@ from ds_lvx.data.batch import Batch
 from ds_lvx.data.chat import Chats, Conversation
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.together import told
-from ds_lvx.models.started import begins_with
+from ds_lvx.models.generating.started import begins_with
 from ds_lvx.training.asking import Prompts, question, reference
 from ds_lvx.training.ending import raise_if_asked
 from ds_lvx.training.inputs import Inputs

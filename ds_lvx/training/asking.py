@@ -13,7 +13,7 @@ from ds_lvx.data.batch import BatchMaker, FrameRate, Sample
 from ds_lvx.data.chat import Chats, Conversation, Message, Part
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.text import IGNORED, EncodedText
-from ds_lvx.models.text_keys import AUTO, WORDS
+from ds_lvx.models.generating.text_keys import AUTO, WORDS
 from ds_lvx.training.chatting import OPEN, conversation
 from ds_lvx.training.options import above, add_format, add_rate, from_
 

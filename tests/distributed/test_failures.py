@@ -18,7 +18,6 @@ from ds_lvx.distributed.failures import RankOutOfMemoryError, named
 from ds_lvx.distributed.notes import explain
 from ds_lvx.distributed.shutdown import shutdown
 from ds_lvx.initialize import initialize
-from ds_lvx.models import draft
 from ds_lvx.models.patch import is_patched
 from ds_lvx.sharding import mean_loss, shard_batch
 from tests.models.mllama_case import (
@@ -138,7 +137,7 @@ def hold_too_much(place: str) -> tuple[str, str]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             if Channel.world().rank == 1 and place == "cut":
-                patch.setattr(draft, "move", allocate_too_much)
+                patch.setattr("ds_lvx.models.shard.move", allocate_too_much)
             shard = shard_batch(batch, model=engine.module)
         assert shard["ds_lvx"].units == 1
         engine(**shard)

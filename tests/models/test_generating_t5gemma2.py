@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 import ds_lvx
-from ds_lvx.models.decoding import Decoding
+from ds_lvx.models.generating.decoding import Decoding
 from tests.models import t5gemma2_case as case
 from tests.models.mllama_case import end_engine, start_engine
 from tests.models.test_generating_adapters import BEAMS, SAMPLED, SEED, ask
@@ -87,7 +87,7 @@ def generate_each(ranks: int) -> Any:
     kept: list[dict[str, int]] = []
 
     def release(decoding: Decoding) -> None:
-        kept.append({name: k.shape[1] for name, (k, _) in decoding.keys.items()})
+        kept.append({name: k.shape[1] for name, (k, _) in decoding.keys.by_layer.items()})
 
     with mock.patch.object(Decoding, "release", release):
         found = {name: ask(model, *each) for name, each in CASES.items()}

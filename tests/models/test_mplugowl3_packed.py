@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_lvx.models.batch import IGNORED_LABEL
+from ds_lvx.models.text import IGNORED_LABEL
 from tests.models.mllama_case import assert_same_training, sharded_steps
 from tests.models.mplugowl3_case import ds_config, hard_batch, tiny_model
 from tests.ranks import run_ranks

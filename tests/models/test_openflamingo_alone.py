@@ -16,10 +16,11 @@ from ds_lvx.compare.case import part_of
 from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.models import FAMILIES, family_of, patch_model
-from ds_lvx.models.batch import ShardedBatch, Text
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.openflamingo.attention import Attention
 from ds_lvx.models.openflamingo.mpt import SelfAttention, carrying, columns
+from ds_lvx.models.text import Text
 from ds_lvx.sharding import shard_batch
 from tests.models.moss_vl_case import OneRank
 from tests.models.openflamingo_case import all_before, ds_config, hard_batch, tiny_model

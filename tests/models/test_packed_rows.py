@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_lvx.models.batch import IGNORED_LABEL
+from ds_lvx.models.text import IGNORED_LABEL
 from ds_lvx.sharding import shard_batch
 from tests.models import moss_vl_case, openflamingo_case
 from tests.models.mllama_case import assert_same_training, plain_step, reference_steps

@@ -12,7 +12,7 @@ import pytest
 
 import ds_lvx
 from ds_lvx.models import FAMILIES
-from ds_lvx.models.decoding import Decoding
+from ds_lvx.models.generating.decoding import Decoding
 from ds_lvx.plan.cards import card
 from ds_lvx.plan.cluster import from_card
 from ds_lvx.plan.generation import generation
@@ -61,7 +61,7 @@ def generate_each(names: tuple[str, ...]) -> dict[str, Any]:
         sent = []
 
         def release(decoding: Decoding, kept: list[int] = kept) -> None:
-            kept.append(nbytes(decoding.keys.values()))
+            kept.append(nbytes(decoding.keys.by_layer.values()))
 
         session = ds_lvx.apply(model, config)
         for tokens in (TOKENS - 1, TOKENS):

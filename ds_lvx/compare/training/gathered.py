@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.attention.sequence import gather_shards
-from ds_lvx.models.batch import Here, ShardedBatch, Text
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.concatenated.batch import PLACES, Sequences
 from ds_lvx.models.concatenated.deal import TEXT, Deal
 from ds_lvx.models.concatenated.family import Concatenated
@@ -28,6 +28,7 @@ from ds_lvx.models.concatenated.forward import Deep, Embed, Encoded, placed
 from ds_lvx.models.cuts import span, split
 from ds_lvx.models.patch import KEYWORD
 from ds_lvx.models.registry import FAMILIES
+from ds_lvx.models.text import Here, Text
 
 
 def instead_of(model_type: str) -> AbstractContextManager[None]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx.models.batch import Here, Text
 from ds_lvx.models.cuts import span, split
+from ds_lvx.models.text import Here, Text
 from ds_lvx.models.visual import COUNTS, PIXELS, Visual
 
 ROWS = "image_rows"

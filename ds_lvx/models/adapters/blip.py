@@ -35,8 +35,9 @@ from ds_lvx.models.adapters.forward import Encode, EncodePrompt
 from ds_lvx.models.adapters.processor import INSTRUCTION, INSTRUCTION_MASK, Processor
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import LayerPlan
+from ds_lvx.models.samples import images_at_hand
 from ds_lvx.models.size import Size
-from ds_lvx.models.visual import COUNTS, PIXELS, images_at_hand
+from ds_lvx.models.visual import COUNTS, PIXELS
 
 
 class Blip2(Adapter):

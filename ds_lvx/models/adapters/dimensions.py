@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Layers, Model, decoder, encoder
+from ds_lvx.models.dimensions import Layers, Model, decoder, tower
 
 _VISION = {
     "num_hidden_layers": 39,
@@ -58,12 +58,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         text=replace(text, count=0),
         cross=replace(text, features_dim=text.hidden),
         vocabulary=config["text_config"]["vocab_size"],
-        tower=encoder(
-            vision["num_hidden_layers"],
-            width,
-            heads=vision["num_attention_heads"],
-            mlp=vision["intermediate_size"],
-        ),
+        tower=tower(vision),
         tower_tokens=patches,
         frame_tokens=places,
         projector_parameters=of_queries + of_patches,

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from ds_lvx.models.adapters.batch import Images, images_of, places_of
 from ds_lvx.models.adapters.whole_text import ShareLoss, WholeText
-from ds_lvx.models.batch import ShardedBatch, Text
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.contract import Family
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
+from ds_lvx.models.text import Text
 from ds_lvx.models.tiled_loss import is_tiled
 from ds_lvx.models.visual import Visual
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, OPTConfig
 
+from ds_lvx.models.random_weights import random_pixels, random_text, refill, size_of_parts
 from ds_lvx.models.size import Size
 from ds_lvx.models.visual import COUNTS, PIXELS
 
@@ -108,33 +108,13 @@ def size_of(config: Any, *, on_opt: bool) -> Size:
             f"got a language model of type {text.model_type!r} and {config.num_query_tokens} rows "
             f"an image; expected one without an encoder, whose text is split, and {PLACES} rows"
         )
-    return Size(
-        vocabulary=text.vocab_size,
-        hidden=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        mlp=getattr(text, "ffn_dim", None) or text.intermediate_size,
-        layers=text.num_hidden_layers,
-        cross_at=tuple(range(text.num_hidden_layers)),
-        positions=text.max_position_embeddings,
-        vision_hidden=vision.hidden_size,
-        vision_heads=vision.num_attention_heads,
-        vision_mlp=vision.intermediate_size,
-        vision_layers=vision.num_hidden_layers,
-        vision_global_layers=0,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-    )
+    return size_of_parts(text, vision)
 
 
 def build(of_class: Any, config: Any, *, dtype: torch.dtype) -> Any:
     """Random weights, by torch's generator, those of the queries too; there are no gates."""
     model = of_class._from_config(config, dtype=dtype)
-    queries = model.query_tokens
-    with deepspeed.zero.GatheredParameters(
-        [queries], modifier_rank=0, enabled=hasattr(queries, "ds_id")
-    ):
-        nn.init.normal_(queries)
+    refill(model, "query_tokens", nn.init.normal_)
     return model
 
 
@@ -165,22 +145,12 @@ def random_frames(
             f"got {total} frames of {PLACES} places each and {text_tokens} text tokens; expected "
             f"at most {most} tokens together, the positions of the model: take fewer frames"
         )
-    generator = torch.Generator().manual_seed(seed)
-    mine, vision = list(frames), config.vision_config
-    text = torch.randint(1, image, (text_tokens,), generator=generator)
-    ids = torch.cat((text.new_full((total * PLACES,), image), text))[None]
+    side = config.vision_config.image_size
+    pixels = random_pixels(frames, (3, side, side), seed=seed)
+    front = torch.full((total * PLACES,), image)
     batch = {
-        "input_ids": ids,
-        "labels": ids.masked_fill(ids == image, -100),
-        COUNTS: torch.tensor([len(mine)]),
+        **random_text(text_tokens, first=image, seed=seed, front=front),
+        COUNTS: torch.tensor([len(pixels)]),
         **{key: torch.ones(1, 1, dtype=torch.int64) for key in reads},
     }
-    if not mine:
-        return batch
-    pixels = torch.empty(len(mine), 3, vision.image_size, vision.image_size)
-    for place, frame in enumerate(mine):
-        generator.manual_seed(seed + 1 + frame)
-        # Brighter or darker than others, so that a method which lost some would show.
-        shift = torch.randn(3, 1, 1, generator=generator)
-        pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
-    return {**batch, PIXELS: pixels}
+    return {**batch, PIXELS: pixels} if len(pixels) else batch

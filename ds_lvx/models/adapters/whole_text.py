@@ -13,8 +13,8 @@ from typing import Any, Self
 from torch import nn
 
 from ds_lvx.kernels.visibility import Visibility
-from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, Here, Text, described, is_integer
 from ds_lvx.models.patch import KEYWORD, Hook
+from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY, Here, Text, described, is_integer
 from ds_lvx.models.tiled_loss import share_of_loss
 
 _LABELS = "labels"

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Here, Text, digest
 from ds_lvx.models.concatenated.deal import PADS, TEXT, Deal
+from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Here, Text, digest
 from ds_lvx.models.visual import Visual
 
 PLACES = "visual_places"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_lvx.models.batch import ShardedBatch, Text
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.concatenated.batch import Arrange, Sequences, Unit, Units
 from ds_lvx.models.concatenated.deal import owners
 from ds_lvx.models.concatenated.forward import Embed, Encoded
@@ -22,6 +22,7 @@ from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.media import Held, Medium, Shown
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
 from ds_lvx.models.sized import Made
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import Visual
 
 SLIDING = "sliding_attention"
@@ -117,6 +118,9 @@ class Concatenated(Made):
         return model.model
 
     # ---- patching
+
+    def find(self, model: nn.Module) -> Any:
+        return next((m for m in model.modules() if isinstance(m, self.of_class)), None)
 
     def attention_layers(self, model: Any) -> list[Layer]:
         kinds = (self.of_text, self.within)

@@ -12,18 +12,8 @@ from typing import Any, Self
 
 from transformers import AutoTokenizer
 
-from ds_lvx.models.remote import SETTINGS, read_settings
+from ds_lvx.models.remote import CHATML, SETTINGS, read_settings
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}"
-    "<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""ChatML, where a checkpoint brings no template of its own."""
 _TEMPLATE = "chat_template.json"
 
 
@@ -45,7 +35,7 @@ class Files:
         self.tokenizer = tokenizer
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         template = (files.get(_TEMPLATE) or {}).get("chat_template")
-        self.chat_template = tokenizer.chat_template or template or CHAT_TEMPLATE
+        self.chat_template = tokenizer.chat_template or template or CHATML
         self._files = files
         images, videos, both = (files.get(name) or {} for name in SETTINGS)
         self.of_both: Mapping[str, Any] = both

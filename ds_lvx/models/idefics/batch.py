@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx.models.batch import Here, Text
+from ds_lvx.models.text import Here, Text
 from ds_lvx.models.visual import Runs, Visual
 
 PIXELS = "pixel_values"

@@ -16,7 +16,6 @@ from transformers.models.idefics.modeling_idefics import IdeficsAttention
 from transformers.models.idefics.perceiver import IdeficsPerceiverAttention
 from transformers.models.idefics.vision import IdeficsVisionAttention
 
-from ds_lvx.models.batch import Text
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.idefics import batch as batches
@@ -26,6 +25,7 @@ from ds_lvx.models.idefics.attention import Attention
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
 from ds_lvx.models.sized import Sized
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import Visual
 
 _LOCAL = (IdeficsVisionAttention, IdeficsPerceiverAttention)
@@ -100,23 +100,14 @@ class Idefics(Sized):
         *,
         count: int,
         dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        return processors.frames(processor, input_ids, pictures, count=count, dtype=dtype)
-
-    def packed_frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        begins: Tensor,
-        first: int,
-        count: int,
-        dtype: torch.dtype,
+        begins: Tensor | None = None,
+        first: int = 0,
     ) -> dict[str, Tensor]:
         return processors.frames(
             processor, input_ids, pictures, count=count, dtype=dtype, begins=begins
         )
+
+    packed_frames = frames
 
     # ---- models
 

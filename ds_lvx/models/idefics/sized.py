@@ -7,14 +7,15 @@ the published model 8 are gated.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from ds_lvx.models.idefics.batch import PIXELS, SEEN
+from ds_lvx.models.random_weights import random_pixels, random_text, refill, size_of_parts
 from ds_lvx.models.size import Size
 
 _PERCEIVER = {
@@ -100,37 +101,21 @@ def size_of(config: Any) -> Size:
             f"got an idefics with use_resampler {config.use_resampler} and {found}; expected the "
             f"resampler of the published models, {_PERCEIVER}: others cannot be cut to a size"
         )
-    vision, interval = config.vision_config, config.cross_layer_interval
+    interval = config.cross_layer_interval
     gated = config.num_hidden_layers // interval
-    return Size(
-        vocabulary=config.vocab_size,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
+    return size_of_parts(
+        config,
+        config.vision_config,
         kv_heads=config.num_attention_heads,
-        mlp=config.intermediate_size,
         layers=config.num_hidden_layers + gated,
         cross_at=tuple(range(0, gated * (interval + 1), interval + 1)),
-        positions=config.max_position_embeddings,
-        vision_hidden=vision.embed_dim,
-        vision_heads=vision.num_attention_heads,
-        vision_mlp=vision.intermediate_size,
-        vision_layers=vision.num_hidden_layers,
-        vision_global_layers=0,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
     )
 
 
 def build(config: IdeficsConfig, *, gate: float, dtype: torch.dtype) -> IdeficsForVisionText2Text:
     """Random weights, by torch's generator, and the gates of the gated layers at ``gate``."""
     model = IdeficsForVisionText2Text._from_config(config, dtype=dtype)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("alpha_cross_attn", "alpha_dense")):
-            partitioned = hasattr(parameter, "ds_id")
-            with deepspeed.zero.GatheredParameters(
-                [parameter], modifier_rank=0, enabled=partitioned
-            ):
-                nn.init.constant_(parameter, gate)
+    refill(model, ("alpha_cross_attn", "alpha_dense"), partial(nn.init.constant_, val=gate))
     return model
 
 
@@ -138,18 +123,9 @@ def random_frames(
     config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
 ) -> dict[str, Tensor]:
     """See `ds_lvx.models.contract.Family.random_frames`."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, config.vocab_size, (1, text_tokens), generator=generator)
-    side, mine = config.vision_config.image_size, list(frames)
-    pixels = torch.empty(1, len(mine), 3, side, side)
-    for place, frame in enumerate(mine):
-        generator.manual_seed(seed + 1 + frame)
-        # Brighter or darker than others, so that a method which lost some would show.
-        shift = torch.randn(3, 1, 1, generator=generator)
-        pixels[0, place] = shift + torch.randn(pixels.shape[2:], generator=generator)
+    side = config.vision_config.image_size
     return {
-        "input_ids": tokens,
-        "labels": tokens,
-        PIXELS: pixels,
+        **random_text(text_tokens, first=config.vocab_size, seed=seed),
+        PIXELS: random_pixels(frames, (3, side, side), seed=seed)[None],
         SEEN: torch.tensor([0, total]).expand(1, text_tokens, 2),
     }

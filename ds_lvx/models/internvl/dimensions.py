@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ds_lvx.models.concatenated.dimensions import Merged
-from ds_lvx.models.dimensions import Model, decoder, encoder
+from ds_lvx.models.dimensions import Model, decoder, tower
 
 _VISION = {
     "num_hidden_layers": 24,
@@ -37,12 +37,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         text=replace(layers, count=0),
         cross=replace(layers, features_dim=layers.hidden),
         vocabulary=text["vocab_size"],
-        tower=encoder(
-            vision["num_hidden_layers"],
-            width,
-            heads=vision["num_attention_heads"],
-            mlp=vision["intermediate_size"],
-        ),
+        tower=tower(vision),
         tower_tokens=patches + 1,
         frame_tokens=patches // merge**2,
         projector_parameters=(width * merge**2 + layers.hidden) * layers.hidden,

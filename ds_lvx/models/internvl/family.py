@@ -12,7 +12,6 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Arrange, Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
@@ -20,6 +19,7 @@ from ds_lvx.models.dimensions import Model
 from ds_lvx.models.internvl import batch as batches
 from ds_lvx.models.internvl import dimensions, sized
 from ds_lvx.models.internvl.processor import Processor
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import PIXELS, Visual
 
 _OF_TEXT: Mapping[str, type[nn.Module]] = {
@@ -40,12 +40,9 @@ class InternVL(Concatenated):
     sources = (PIXELS,)
     takes = (PIXELS,)
     sized = sized
+    of_class = InternVLForConditionalGeneration
 
     # ---- patching
-
-    def find(self, model: nn.Module) -> InternVLForConditionalGeneration | None:
-        inside = (m for m in model.modules() if isinstance(m, InternVLForConditionalGeneration))
-        return next(inside, None)
 
     def check(self, model: Any, *, sp_size: int) -> None:
         super().check(model, sp_size=sp_size)

@@ -49,7 +49,7 @@ class Processor(Files):
         self.videos = _tiler({**self.of_images, **self.of_videos}, crop=False)
 
     def shown(self, medium: Medium) -> Shown:
-        """See `ds_lvx.models.media.Parts.shown`: a token for a tile."""
+        """See `ds_lvx.models.contract.Family.shown`: a token for a tile."""
         tiles = self._tiles(medium)
         tokens = (self._tokens,) * tiles
         if medium.times is None:
@@ -58,7 +58,7 @@ class Processor(Files):
         return Shown("\n".join(frames), (1,) * tiles, tokens)
 
     def media(self, samples: Sequence[Held], *, dtype: torch.dtype) -> dict[str, Tensor]:
-        """See `ds_lvx.models.media.Parts.media`."""
+        """See `ds_lvx.models.contract.Family.media`."""
         tiles = [tile for sample in samples for tile in self._held(sample)]
         return {PIXELS: torch.stack(tiles).to(dtype)} if tiles else {}
 

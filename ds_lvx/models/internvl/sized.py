@@ -10,12 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import InternVLConfig, InternVLForConditionalGeneration
+from transformers import InternVLConfig
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
-from ds_lvx.models.concatenated import sized
 from ds_lvx.models.internvl.batch import tile_tokens
 from ds_lvx.models.internvl.processor import END, IMAGE_TOKEN, START, Processor
+from ds_lvx.models.random_weights import (
+    of_heads,
+    random_pixels,
+    random_text,
+    size_of_parts,
+    text_settings,
+)
 from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS
 
@@ -33,7 +39,7 @@ def config_of(size: Size, image: int | None = None) -> InternVLConfig:
         image: the token of an image; None: the published models', or where the vocabulary is small
             its last.
     """
-    text = {"model_type": "qwen2", "tie_word_embeddings": False, **sized.text_settings(size)}
+    text = {"model_type": "qwen2", "tie_word_embeddings": False, **text_settings(size)}
     vision = {
         "num_hidden_layers": size.vision_layers,
         "hidden_size": size.vision_hidden,
@@ -75,12 +81,9 @@ def size_of(config: Any) -> Size:
             image_size=448,
         )
     vision = config.vision_config
-    return sized.size_of(config, image_size=vision.image_size[0], patch_size=vision.patch_size[0])
-
-
-def build(config: InternVLConfig, *, dtype: torch.dtype) -> InternVLForConditionalGeneration:
-    """Random weights, by torch's generator; there are no gates."""
-    return InternVLForConditionalGeneration._from_config(config, dtype=dtype)
+    text, sides = config.text_config, {"image_size": vision.image_size[0]}
+    sides["patch_size"] = vision.patch_size[0]
+    return size_of_parts(text, vision, **of_heads(text), **sides)
 
 
 def tiny() -> tuple[InternVLConfig, Processor]:
@@ -113,7 +116,7 @@ def random_frames(
     """See `ds_lvx.models.contract.Family.random_frames`: frames stand in front of the text."""
     image, vision = int(config.image_token_id), config.vision_config
     tiles = torch.full((total * tile_tokens(config),), image)
-    batch = sized.random_text(tiles, text_tokens, first=image, seed=seed)
+    batch = random_text(text_tokens, first=image, seed=seed, front=tiles)
     shape = (vision.num_channels, *vision.image_size)
-    pixels = sized.random_pixels(frames, shape, seed=seed)
-    return batch if pixels is None else {**batch, PIXELS: pixels}
+    pixels = random_pixels(frames, shape, seed=seed, apart=(1,))
+    return {**batch, PIXELS: pixels} if len(pixels) else batch

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Model, decoder, encoder
+from ds_lvx.models.dimensions import Model, decoder, tower
 
 _VISION = {
     # As LlavaOnevisionConfig of transformers has it by default.
@@ -30,12 +30,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         text=replace(layers, count=0),
         cross=replace(layers, features_dim=layers.hidden),
         vocabulary=text["vocab_size"],
-        tower=encoder(
-            vision["num_hidden_layers"],
-            vision["hidden_size"],
-            heads=vision["num_attention_heads"],
-            mlp=vision["intermediate_size"],
-        ),
+        tower=tower(vision),
         tower_tokens=side**2,
         frame_tokens=math.ceil(side / 2) ** 2,
         projector_parameters=(vision["hidden_size"] + layers.hidden) * layers.hidden,

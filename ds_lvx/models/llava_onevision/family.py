@@ -7,12 +7,11 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, LlavaOnevisionForConditionalGeneration
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
-from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Arrange, Unit, Units
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
@@ -21,6 +20,7 @@ from ds_lvx.models.llava_onevision import batch as batches
 from ds_lvx.models.llava_onevision import dimensions, sized
 from ds_lvx.models.llava_onevision.forward import encoded, packed
 from ds_lvx.models.llava_onevision.processor import Processor
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import PIXELS, Visual
 
 _KINDS = ("qwen2", "siglip_vision_model")
@@ -42,12 +42,9 @@ class LlavaOnevision(Concatenated):
     sources = (PIXELS, batches.VIDEO_PIXELS)
     takes = (PIXELS, batches.SIZES)
     sized = sized
+    of_class = LlavaOnevisionForConditionalGeneration
 
     # ---- patching
-
-    def find(self, model: nn.Module) -> LlavaOnevisionForConditionalGeneration | None:
-        kind = LlavaOnevisionForConditionalGeneration
-        return next((m for m in model.modules() if isinstance(m, kind)), None)
 
     def check(self, model: Any, *, sp_size: int) -> None:
         super().check(model, sp_size=sp_size)

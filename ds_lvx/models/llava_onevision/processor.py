@@ -48,8 +48,8 @@ class Processor(Files):
         self.videos = SiglipImageProcessorPil(**self._settings(videos))
 
     def shown(self, medium: Medium) -> Shown:
-        """See `ds_lvx.models.media.Parts.shown`: a token for an image or a frame; behind a video's
-        last one stands a newline, which is its token's as well."""
+        """See `ds_lvx.models.contract.Family.shown`: a token for an image or a frame; behind a
+        video's last one stands a newline, which is its token's as well."""
         if medium.times is None:
             _, tokens = batches.tiles_and_tokens(medium.sides, self._config, alone=medium.alone)
             return Shown(IMAGE_TOKEN, (1,), (tokens,))
@@ -58,7 +58,7 @@ class Processor(Files):
         return Shown(VIDEO_TOKEN * frames, (1,) * frames, of_frames)
 
     def media(self, samples: Sequence[Held], *, dtype: torch.dtype) -> dict[str, Tensor]:
-        """See `ds_lvx.models.media.Parts.media`."""
+        """See `ds_lvx.models.contract.Family.media`."""
         images = [[each for each in s.media if each.times is None] for s in samples]
         sizes = [each.sides for sample in images for each in sample]
         found: dict[str, Tensor] = {}

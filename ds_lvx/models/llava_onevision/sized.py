@@ -11,12 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers import LlavaOnevisionConfig
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
-from ds_lvx.models.concatenated import sized
 from ds_lvx.models.llava_onevision.batch import VIDEO_PIXELS, frame_tokens
 from ds_lvx.models.llava_onevision.processor import IMAGE_TOKEN, VIDEO_TOKEN, Processor
+from ds_lvx.models.random_weights import (
+    of_heads,
+    random_pixels,
+    random_text,
+    size_of_parts,
+    text_settings,
+)
 from ds_lvx.models.size import Size
 
 _OTHERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -40,7 +46,7 @@ def config_of(
     """
     fits = size.vocabulary > _IDS[-1]
     image, video = ids or (_IDS if fits else (size.vocabulary - 2, size.vocabulary - 1))
-    text = {"model_type": "qwen2", "tie_word_embeddings": False, **sized.text_settings(size)}
+    text = {"model_type": "qwen2", "tie_word_embeddings": False, **text_settings(size)}
     vision = {
         "model_type": "siglip_vision_model",
         "num_hidden_layers": size.vision_layers,
@@ -83,13 +89,8 @@ def size_of(config: Any) -> Size:
             vision_global_layers=0,
             image_size=384,
         )
-    vision = config.vision_config
-    return sized.size_of(config, image_size=vision.image_size, patch_size=vision.patch_size)
-
-
-def build(config: Any, *, dtype: torch.dtype) -> LlavaOnevisionForConditionalGeneration:
-    """Random weights, by torch's generator; there are no gates."""
-    return LlavaOnevisionForConditionalGeneration._from_config(config, dtype=dtype)
+    text = config.text_config
+    return size_of_parts(text, config.vision_config, **of_heads(text))
 
 
 def tiny() -> tuple[LlavaOnevisionConfig, Processor]:
@@ -119,7 +120,7 @@ def random_frames(
     vision = config.vision_config
     video = torch.full((total * frame_tokens(config) + 1,), int(config.video_token_index))
     first = int(config.image_token_index)
-    batch = sized.random_text(video, text_tokens, first=first, seed=seed)
+    batch = random_text(text_tokens, first=first, seed=seed, front=video)
     shape = (vision.num_channels, vision.image_size, vision.image_size)
-    pixels = sized.random_pixels(frames, shape, seed=seed)
-    return batch if pixels is None else {**batch, VIDEO_PIXELS: pixels}
+    pixels = random_pixels(frames, shape, seed=seed, apart=(1,))
+    return {**batch, VIDEO_PIXELS: pixels} if len(pixels) else batch

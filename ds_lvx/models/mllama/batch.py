@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.models.mllama.modeling_mllama import MllamaForConditionalGeneration
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import Text
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import Runs, Visual
 
 STATES = "cross_attention_states"

@@ -20,7 +20,7 @@ from transformers.models.mllama.modeling_mllama import (
     MllamaVisionAttention,
 )
 
-from ds_lvx.models.batch import ShardedBatch, Text
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.contract import Family
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
@@ -31,6 +31,7 @@ from ds_lvx.models.mllama import frames as framing
 from ds_lvx.models.mllama.attention import CrossAttention, RecomputedSelfAttention
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
 from ds_lvx.models.size import Size
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import Visual
 
 _KINDS: dict[type[nn.Module], Kind] = {
@@ -131,23 +132,14 @@ class Mllama(Family):
         *,
         count: int,
         dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        return framing.processed(processor, input_ids, pictures, count=count, dtype=dtype)
-
-    def packed_frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        begins: Tensor,
-        first: int,
-        count: int,
-        dtype: torch.dtype,
+        begins: Tensor | None = None,
+        first: int = 0,
     ) -> dict[str, Tensor]:
         return framing.processed(
             processor, input_ids, pictures, count=count, dtype=dtype, begins=begins
         )
+
+    packed_frames = frames
 
     def pixel_batch(
         self, config: MllamaConfig, input_ids: Tensor, pixels: Tensor

@@ -17,6 +17,7 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from ds_lvx.models.mllama.batch import COUNTS, visible_images
+from ds_lvx.models.random_weights import random_pixels, random_text
 
 
 def finish_text(processor: Any, written: str) -> str:
@@ -106,22 +107,14 @@ def random_frames(
 ) -> dict[str, Tensor]:
     """See `ds_lvx.models.contract.Family.random_frames`."""
     text, vision = config.get_text_config(), config.vision_config
-    generator = torch.Generator().manual_seed(seed)
     highest = min(text.vocab_size, config.image_token_index)
-    tokens = torch.randint(1, highest, (1, text_tokens), generator=generator)
-    tiles, size, mine = vision.max_num_tiles, vision.image_size, list(frames)
-    pixels = torch.empty(1, len(mine), tiles, 3, size, size)
-    for place, frame in enumerate(mine):
-        generator.manual_seed(seed + 1 + frame)
-        # Brighter or darker than others, so that a method which lost some would show.
-        shift = torch.randn(3, 1, 1, generator=generator)
-        pixels[0, place] = shift + torch.randn(pixels.shape[2:], generator=generator)
+    tiles, size = vision.max_num_tiles, vision.image_size
+    pixels = random_pixels(frames, (tiles, 3, size, size), seed=seed)[None]
     ratios = [height * width for height, width in vision.supported_aspect_ratios]
     return {
-        "input_ids": tokens,
-        "labels": tokens,
+        **random_text(text_tokens, first=highest, seed=seed),
         "pixel_values": pixels,
-        "aspect_ratio_ids": torch.full((1, len(mine)), 1 + ratios.index(tiles)),
-        "aspect_ratio_mask": torch.ones(1, len(mine), tiles, dtype=torch.long),
+        "aspect_ratio_ids": torch.full(pixels.shape[:2], 1 + ratios.index(tiles)),
+        "aspect_ratio_mask": torch.ones(pixels.shape[:3], dtype=torch.long),
         "visible_images": torch.tensor([0, total]).expand(1, text_tokens, 2),
     }

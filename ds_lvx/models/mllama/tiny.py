@@ -5,6 +5,7 @@ The tiny model's frames are one tile of 28 x 28 pixels. Nothing is downloaded.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
+from ds_lvx.models.random_weights import refill, size_of_parts
 from ds_lvx.models.size import Size
 
 IMAGE_TOKEN = "<|image|>"
@@ -142,22 +144,12 @@ def size_of(config: MllamaConfig | None) -> Size:
         )
     text: Any = config.get_text_config()
     vision: Any = config.vision_config
-    return Size(
+    return size_of_parts(
+        text,
+        vision,
         vocabulary=min(text.vocab_size, config.image_token_index),
-        hidden=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        mlp=text.intermediate_size,
-        layers=text.num_hidden_layers,
         cross_at=tuple(text.cross_attention_layers),
-        positions=text.max_position_embeddings,
-        vision_hidden=vision.hidden_size,
-        vision_heads=vision.attention_heads,
-        vision_mlp=vision.intermediate_size,
-        vision_layers=vision.num_hidden_layers,
         vision_global_layers=vision.num_global_layers,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
         tiles=vision.max_num_tiles,
     )
 
@@ -167,15 +159,6 @@ def build(
 ) -> MllamaForConditionalGeneration:
     """Random weights, by torch's generator, and the cross-attention layers' gates at ``gate``."""
     model = MllamaForConditionalGeneration._from_config(config, dtype=dtype)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate")):
-            _fill(parameter, gate)
+    gates = ("cross_attn_attn_gate", "cross_attn_mlp_gate")
+    refill(model, gates, partial(nn.init.constant_, val=gate))
     return model
-
-
-def _fill(parameter: nn.Parameter, value: float) -> None:
-    import deepspeed
-
-    partitioned = hasattr(parameter, "ds_id")
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned):
-        nn.init.constant_(parameter, value)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import Here, Text
 from ds_lvx.models.cuts import before
 from ds_lvx.models.moss_vl.grid import Grid, frame_positions, read_grid, text_positions
-from ds_lvx.models.visual import Runs, Visual, images_before, sample_begins
+from ds_lvx.models.samples import images_before, sample_begins
+from ds_lvx.models.text import Here, Text
+from ds_lvx.models.visual import Runs, Visual
 
 PIXELS = "pixel_values"
 MASK = "cross_attention_mask"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_lvx.models.batch import ShardedBatch, Text
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.inputs import generating, plain_inputs
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
@@ -24,6 +24,7 @@ from ds_lvx.models.moss_vl.attention import Attention, mask_of
 from ds_lvx.models.moss_vl.processor import Processor, media_text
 from ds_lvx.models.patch import PatchedAttention
 from ds_lvx.models.sized import Sized
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import Visual
 
 _MODEL = "MossVLForConditionalGeneration"
@@ -104,24 +105,14 @@ class MossVL(Sized):
         *,
         count: int,
         dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = processor.frames(input_ids, pictures, dtype=dtype)
-        return made
-
-    def packed_frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        begins: Tensor,
-        first: int,
-        count: int,
-        dtype: torch.dtype,
+        begins: Tensor | None = None,
+        first: int = 0,
     ) -> dict[str, Tensor]:
         given = {"dtype": dtype, "begins": begins, "first": first}
         made: dict[str, Tensor] = processor.frames(input_ids, pictures, **given)
         return made
+
+    packed_frames = frames
 
     # ---- models
 

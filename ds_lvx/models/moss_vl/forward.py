@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.attention.features import offload
-from ds_lvx.models.batch import ITEMS_KEY, ShardedBatch
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.moss_vl.attention import ROTARY
 from ds_lvx.models.moss_vl.batch import PIECES, PLACES
 from ds_lvx.models.patch import KEYWORD, Hook
+from ds_lvx.models.text import ITEMS_KEY
 
 STATES = "cross_attention_states"
 _PACK = "convert_packed_to_batch"

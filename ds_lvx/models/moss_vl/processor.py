@@ -17,21 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 from ds_lvx.models.moss_vl.batch import PIXELS
 from ds_lvx.models.moss_vl.resize import Budget
-from ds_lvx.models.remote import read_settings
+from ds_lvx.models.remote import CHATML, read_settings
 
 IMAGE_TOKEN = "<|image_pad|>"
 _FILE = "preprocessor_config.json"
 _VIDEO_FILE = "video_preprocessor_config.json"
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}"
-    "<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""ChatML, where a checkpoint brings no template of its own."""
 
 
 class Processor:
@@ -50,7 +40,7 @@ class Processor:
     ) -> None:
         self.tokenizer = tokenizer
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self.chat_template = tokenizer.chat_template or _CHAT_TEMPLATE
+        self.chat_template = tokenizer.chat_template or CHATML
         self._files = {_FILE: dict(settings), _VIDEO_FILE: dict(video)}
         self._patch = int(settings.get("patch_size", 16))
         self._merge = int(settings.get("merge_size", 2))

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ds_lvx.models.moss_vl.batch import PIXELS, SEEN
+from ds_lvx.models.random_weights import random_pixels, random_text, size_of_parts
 from ds_lvx.models.size import Size
 
 IMAGE_SIZE = 864
@@ -59,22 +60,13 @@ def size_of(config: Any) -> Size:
         )
     text, vision = config.text_config, config.vision_config
     multiple = vision.patch_size * vision.spatial_merge_size
-    return Size(
+    side = max(IMAGE_SIZE * vision.patch_size // 16 // multiple, 1) * multiple
+    return size_of_parts(
+        text,
+        vision,
         vocabulary=min(text.vocab_size, config.image_token_id),
-        hidden=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        mlp=text.intermediate_size,
-        layers=text.num_hidden_layers,
         cross_at=tuple(text.cross_attention_layers),
-        positions=text.max_position_embeddings,
-        vision_hidden=vision.hidden_size,
-        vision_heads=vision.num_heads,
-        vision_mlp=vision.intermediate_size,
-        vision_layers=vision.depth,
-        vision_global_layers=0,
-        image_size=max(IMAGE_SIZE * vision.patch_size // 16 // multiple, 1) * multiple,
-        patch_size=vision.patch_size,
+        image_size=side,
     )
 
 
@@ -87,28 +79,18 @@ def random_frames(
     config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
 ) -> dict[str, Tensor]:
     """See `ds_lvx.models.contract.Family.random_frames`."""
-    vision, mine = config.vision_config, list(frames)
-    generator = torch.Generator().manual_seed(seed)
+    vision = config.vision_config
     highest = min(config.text_config.vocab_size, config.image_token_id)
-    tokens = torch.randint(1, highest, (1, text_tokens), generator=generator)
-    text = {
-        "input_ids": tokens,
-        "labels": tokens,
-        SEEN: torch.full((1, text_tokens), total),
-    }
-    if not mine:
-        return text
+    text = random_text(text_tokens, first=highest, seed=seed)
+    text[SEEN] = torch.full((1, text_tokens), total)
     side = vision.image_size // vision.patch_size
     width = vision.in_channels * vision.patch_size**2
-    pixels = torch.empty(len(mine), side**2, width)
-    for place, frame in enumerate(mine):
-        generator.manual_seed(seed + 1 + frame)
-        # Brighter or darker than others, so that a method which lost some would show.
-        shift = torch.randn(1, generator=generator)
-        pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
+    pixels = random_pixels(frames, (side**2, width), seed=seed, apart=(1,))
+    if not len(pixels):
+        return text
     return {
         **text,
         PIXELS: pixels.flatten(0, 1),
-        "grid_thw": torch.tensor([[len(mine), side, side]]),
+        "grid_thw": torch.tensor([[len(pixels), side, side]]),
         "media_nums_per_sample": torch.tensor([1]),
     }

@@ -16,7 +16,7 @@ from ds_lvx.attention.merge import merge_attention
 from ds_lvx.attention.projection import Placed
 from ds_lvx.models.attend import attend, attend_part
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.behind import attend_cached
+from ds_lvx.models.cached import attend_cached
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.mplugowl3.cached import Cached
 from ds_lvx.models.patch import KEYWORD, ShardedForward, fill, heads, refuse_dropout, trains

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import Here, Text, digest
 from ds_lvx.models.cuts import split
-from ds_lvx.models.visual import COUNTS, PIXELS, Runs, Visual, images_at_hand
+from ds_lvx.models.samples import images_at_hand
+from ds_lvx.models.text import Here, Text, digest
+from ds_lvx.models.visual import COUNTS, PIXELS, Runs, Visual
 
 OFFSETS = "media_offset"
 KEYS = (PIXELS, OFFSETS, COUNTS)

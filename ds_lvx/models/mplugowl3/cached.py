@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ds_lvx.models import behind
+from ds_lvx.models import cached
 
 
 @dataclass(frozen=True, eq=False)
-class Cached(behind.Cached):
+class Cached(cached.Cached):
     """What a layer attends by in a forward of generation.
 
     Attributes:

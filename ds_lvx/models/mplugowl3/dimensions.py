@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Model, decoder, encoder
+from ds_lvx.models.dimensions import Model, decoder, tower
 
 _SIGLIP = {
     "hidden_size": 1152,
@@ -30,12 +30,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         text=text,
         cross=cross,
         vocabulary=config["vocab_size"],
-        tower=encoder(
-            vision["num_hidden_layers"],
-            vision["hidden_size"],
-            heads=vision["num_attention_heads"],
-            mlp=vision["intermediate_size"],
-        ),
+        tower=tower(vision),
         tower_tokens=tokens,
         frame_tokens=tokens,
         projector_parameters=vision["hidden_size"] * text.hidden + text.hidden**2,

@@ -15,12 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_lvx.distributed.channel import Channel
 from ds_lvx.models import remote
-from ds_lvx.models.batch import Text
 from ds_lvx.models.dimensions import Model
-from ds_lvx.models.draft import Draft
-from ds_lvx.models.inputs import generating, plain_inputs
+from ds_lvx.models.inputs import EncodePixels, generating, plain_inputs
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.mplugowl3 import batch as batches
 from ds_lvx.models.mplugowl3 import dimensions, forward, sized
@@ -28,7 +25,8 @@ from ds_lvx.models.mplugowl3 import processor as processors
 from ds_lvx.models.mplugowl3.attention import Attention, is_gated
 from ds_lvx.models.patch import PatchedAttention
 from ds_lvx.models.sized import Sized
-from ds_lvx.models.visual import Visual
+from ds_lvx.models.text import Text
+from ds_lvx.models.visual import PIXELS, Visual
 
 _MODEL = "mPLUGOwl3Model"
 _IMAGES = "v_kv_proj"
@@ -98,7 +96,7 @@ class MPlugOwl3(Sized):
         once = forward.EncodeOnce(model)
         model.register_forward_pre_hook(once, with_kwargs=True)
         # Before that: generation is the text model's own.
-        encode = forward.Encode(once.encoded)
+        encode = EncodePixels(once.encoded, PIXELS, forward.FEATURES)
         text.register_forward_pre_hook(encode, with_kwargs=True, prepend=True)
         plain_inputs(text, (forward.FEATURES, batches.OFFSETS))
 
@@ -108,38 +106,14 @@ class MPlugOwl3(Sized):
     # ---- batches
 
     def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        found = batches.visual(batch, text, model)
-        return replace(found, strictly=_is_strict(model))
+        return batches.visual(batch, text, model)
+
+    def complete(self, visual: Visual, model: Any) -> Visual:
+        assert isinstance(visual, batches.Images)
+        return replace(visual, strictly=_is_strict(model))
 
     def blank(self, model: Any) -> dict[str, Tensor]:
         return batches.blank(model)
-
-    def shard(
-        self,
-        batch: Mapping[str, Any] | Draft,
-        model: Any,
-        *,
-        channel: Channel,
-        frames: str,
-        always_vision: bool,
-        records: Sequence[Mapping[str, Any]] | None = None,
-    ) -> dict[str, Any]:
-        """A draft of a data worker's, too, goes by the model's release."""
-        if isinstance(batch, Draft):
-            draft = batch
-        else:
-            place = channel.rank, channel.size
-            draft = Draft.of(self, batch, model, place=place, frames=frames)
-        if _is_strict(model):
-            draft = draft.seen(lambda visual: replace(visual, strictly=True))
-        return super().shard(
-            draft,
-            model,
-            channel=channel,
-            frames=frames,
-            always_vision=always_vision,
-            records=records,
-        )
 
     def media_text(self, processor: Any, times: Sequence[float] | None) -> str:
         return processors.media_text(processor.tokenizer, times)
@@ -152,22 +126,13 @@ class MPlugOwl3(Sized):
         *,
         count: int,
         dtype: torch.dtype,
+        begins: Tensor | None = None,
+        first: int = 0,
     ) -> dict[str, Tensor]:
         made: dict[str, Tensor] = processor.frames(input_ids, pictures, dtype=dtype)
         return made
 
-    def packed_frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        begins: Tensor,
-        first: int,
-        count: int,
-        dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        return self.frames(processor, input_ids, pictures, count=count, dtype=dtype)
+    packed_frames = frames
 
     # ---- models
 
@@ -199,12 +164,8 @@ class MPlugOwl3(Sized):
 
 
 def _is_strict(model: Any) -> bool:
-    """Whether it is release 240728, in which a token does not see the image that it stands for.
-
-    False of what a data worker has, which knows no layers.
-    """
-    text = getattr(model, "language_model", None)
-    return text is not None and any(is_gated(layer.self_attn) for layer in text.model.layers)
+    """Whether it is release 240728, in which a token does not see the image that it stands for."""
+    return any(is_gated(layer.self_attn) for layer in model.language_model.model.layers)
 
 
 def _layer(name: str, module: Any, config: Any) -> Layer:

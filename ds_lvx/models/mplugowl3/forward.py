@@ -7,7 +7,7 @@ come with the batch, features go to their places, and the loss counts the labels
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ds_lvx.models.batch import ITEMS_KEY, ShardedBatch
-from ds_lvx.models.behind import causal
+from ds_lvx.models.batch import ShardedBatch
+from ds_lvx.models.cached import causal
 from ds_lvx.models.checkpointed_layers import run_layer
 from ds_lvx.models.mplugowl3.attention import Rotary, mask_of, rotary
 from ds_lvx.models.mplugowl3.batch import PLACES, POSITIONS
 from ds_lvx.models.mplugowl3.cached import Cached
 from ds_lvx.models.patch import KEYWORD, Hook
+from ds_lvx.models.text import ITEMS_KEY
 from ds_lvx.models.tiled_loss import share_of_loss
-from ds_lvx.models.visual import PIXELS
 
 FEATURES = "image_embeds"
 _SHIFTED = "shift_labels"
@@ -98,24 +98,6 @@ class EncodeOnce(Hook):
         vars(self._model).pop(_ENCODE, None)
         if self._before is not None:
             setattr(self._model, _ENCODE, self._before)
-
-
-class Encode(Hook):
-    """A forward pre-hook of the text model, the first: pixels of a prompt to features.
-
-    Generation is the text model's own, which is handed the pixels.
-    """
-
-    def __init__(self, encoded: Callable[[Tensor], Any]) -> None:
-        self._encoded = encoded
-
-    def __call__(
-        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
-    ) -> tuple[Any, dict[str, Any]] | None:
-        if kwargs.get(KEYWORD) is None or kwargs.get(PIXELS) is None:
-            return None
-        others = {key: value for key, value in kwargs.items() if key != PIXELS}
-        return args, {**others, FEATURES: self._encoded(kwargs[PIXELS])}
 
 
 def _states(tower: Any, pixels: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ds_lvx.models.mplugowl3.batch import OFFSETS
+from ds_lvx.models.random_weights import random_pixels, random_text, size_of_parts
 from ds_lvx.models.size import Size
 from ds_lvx.models.visual import COUNTS, PIXELS
 
@@ -52,45 +53,19 @@ def size_of(config: Any) -> Size:
             "got no configuration of mPLUG-Owl3, whose code comes with its checkpoints; pass the "
             "folder of one"
         )
-    vision = config.vision_config
-    return Size(
-        vocabulary=config.vocab_size,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        mlp=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        cross_at=tuple(number - 1 for number in config.hyper_layers),
-        positions=config.max_position_embeddings,
-        vision_hidden=vision.hidden_size,
-        vision_heads=vision.num_attention_heads,
-        vision_mlp=vision.intermediate_size,
-        vision_layers=vision.num_hidden_layers,
-        vision_global_layers=0,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-    )
+    cross = tuple(number - 1 for number in config.hyper_layers)
+    return size_of_parts(config, config.vision_config, cross_at=cross)
 
 
 def random_frames(
     config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
 ) -> dict[str, Tensor]:
     """See `ds_lvx.models.contract.Family.random_frames`; all images stand at the first token."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, config.vocab_size, (1, text_tokens), generator=generator)
-    side, mine = config.vision_config.image_size, list(frames)
+    side = config.vision_config.image_size
+    pixels = random_pixels(frames, (3, side, side), seed=seed)
     batch = {
-        "input_ids": tokens,
-        "labels": tokens,
+        **random_text(text_tokens, first=config.vocab_size, seed=seed),
         OFFSETS: torch.zeros(1, total, dtype=torch.int64),
-        COUNTS: torch.tensor([len(mine)]),
+        COUNTS: torch.tensor([len(pixels)]),
     }
-    if not mine:
-        return batch
-    pixels = torch.empty(len(mine), 3, side, side)
-    for place, frame in enumerate(mine):
-        generator.manual_seed(seed + 1 + frame)
-        # Brighter or darker than others, so that a method which lost some would show.
-        shift = torch.randn(3, 1, 1, generator=generator)
-        pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
-    return {**batch, PIXELS: pixels}
+    return {**batch, PIXELS: pixels} if len(pixels) else batch

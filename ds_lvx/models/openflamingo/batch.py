@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx.models.batch import Text
-from ds_lvx.models.visual import Runs, Visual, images_before, sample_begins
+from ds_lvx.models.samples import images_before, sample_begins
+from ds_lvx.models.text import Text
+from ds_lvx.models.visual import Runs, Visual
 
 PIXELS = "vision_x"
 KEYS = (PIXELS,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ds_lvx.models.dimensions import Layers, Model, decoder, encoder
+from ds_lvx.models.dimensions import Layers, Model, decoder, tower
 
 _HEADS = 8
 
@@ -28,12 +28,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
             features_dim=width,
         ),
         vocabulary=config["text_config"]["vocab_size"],
-        tower=encoder(
-            vision["num_hidden_layers"],
-            width,
-            heads=vision["num_attention_heads"],
-            mlp=vision["intermediate_size"],
-        ),
+        tower=tower(vision),
         tower_tokens=(vision["image_size"] // vision["patch_size"]) ** 2 + 1,
         frame_tokens=config["latents"],
         projector_parameters=0,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_lvx.models.batch import ShardedBatch, Text
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Layer, LayerPlan
@@ -26,6 +26,7 @@ from ds_lvx.models.openflamingo.attention import Attention
 from ds_lvx.models.openflamingo.model import Flamingo, FlamingoConfig
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
 from ds_lvx.models.sized import Sized
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import Visual
 
 _MODEL = "Flamingo"
@@ -138,22 +139,13 @@ class OpenFlamingo(Sized):
         *,
         count: int,
         dtype: torch.dtype,
+        begins: Tensor | None = None,
+        first: int = 0,
     ) -> dict[str, Tensor]:
         made: dict[str, Tensor] = processor.frames(pictures, count=count, dtype=dtype)
         return made
 
-    def packed_frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        begins: Tensor,
-        first: int,
-        count: int,
-        dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        return self.frames(processor, input_ids, pictures, count=count, dtype=dtype)
+    packed_frames = frames
 
     # ---- models
 

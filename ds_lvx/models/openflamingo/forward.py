@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ds_lvx.attention.features import offload
 from ds_lvx.models.batch import ShardedBatch
+from ds_lvx.models.inputs import EncodePixels
 from ds_lvx.models.openflamingo.attention import places
 from ds_lvx.models.openflamingo.batch import PIXELS
 from ds_lvx.models.openflamingo.mpt import BIAS, carrying
@@ -76,21 +77,6 @@ def _cleared(lang_encoder: Any, state: _Pass) -> Iterator[Any]:
     finally:
         state.batch = None
         lang_encoder.clear_conditioned_layers()
-
-
-class Encode(Hook):
-    """A forward pre-hook of the language model, the first: pixels of a prompt to features."""
-
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
-
-    def __call__(
-        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
-    ) -> tuple[Any, dict[str, Any]] | None:
-        if kwargs.get(KEYWORD) is None or kwargs.get(PIXELS) is None:
-            return None
-        others = {key: value for key, value in kwargs.items() if key != PIXELS}
-        return args, {**others, FEATURES: self._forward.encoded(kwargs[PIXELS])}
 
 
 class Clear(Hook):
@@ -177,7 +163,8 @@ def install(model: Any, *, offloads: bool) -> None:
     model.register_forward_pre_hook(KeepForward(model, forward))
     text = model.lang_encoder
     # Before the hook that checks the features and shares them, and after it.
-    text.register_forward_pre_hook(Encode(forward), with_kwargs=True, prepend=True)
+    encode = EncodePixels(forward.encoded, PIXELS, FEATURES)
+    text.register_forward_pre_hook(encode, with_kwargs=True, prepend=True)
     text.register_forward_pre_hook(Hand(state), with_kwargs=True)
     text.register_forward_hook(Clear(state), with_kwargs=True)
     for layer in text._get_decoder_layers():

@@ -20,8 +20,7 @@ from torch import Tensor
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.models.attend import attend
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.layers import LayerPlan
-from ds_lvx.models.patch import KEYWORD, ShardedForward, fill, heads, refuse_dropout
+from ds_lvx.models.patch import KEYWORD, FusedForward, fill, heads, refuse_dropout
 
 BIAS = "position_bias"
 CLASS = "MptAttention"
@@ -38,20 +37,8 @@ def carrying(bias: Tensor, batch: ShardedBatch) -> Tensor:
     return cast(Tensor, carrier)
 
 
-class SelfAttention(ShardedForward):
-    """`MptAttention`.
-
-    Raises:
-        NotImplementedError: the plan is to project K and V again, which one layer projects with Q.
-    """
-
-    def __init__(self, module: Any, plan: LayerPlan) -> None:
-        super().__init__(module, plan)
-        if plan.recompute_kv:
-            raise NotImplementedError(
-                f"ds_lvx.layers: got recompute_kv for {plan.name}, whose K and V are projected "
-                "together with Q; expected it for cross-attention only: remove it from this rule"
-            )
+class SelfAttention(FusedForward):
+    """`MptAttention`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         batch = getattr(kwargs.get(BIAS), KEYWORD, None)

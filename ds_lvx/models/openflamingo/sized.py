@@ -7,9 +7,9 @@ the published model of 4 billion weights 16 are gated.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, GPTNeoXConfig, LlamaConfig
@@ -19,6 +19,7 @@ from ds_lvx.models.byte_tokenizer import byte_tokenizer
 from ds_lvx.models.openflamingo.batch import PIXELS
 from ds_lvx.models.openflamingo.model import Flamingo, FlamingoConfig
 from ds_lvx.models.openflamingo.processor import END_TOKEN, IMAGE_TOKEN, Processor
+from ds_lvx.models.random_weights import random_pixels, random_text, refill, size_of_parts
 from ds_lvx.models.size import Size
 
 _PERCEIVER = {"latents": 64, "depth": 6, "dim_head": 64}
@@ -112,22 +113,12 @@ def size_of(config: Any) -> Size:
         )
     text, vision, every = config.text_config, config.vision_config, config.cross_attn_every_n_layers
     gated = text.num_hidden_layers // every
-    return Size(
-        vocabulary=text.vocab_size,
-        hidden=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+    return size_of_parts(
+        text,
+        vision,
         mlp=getattr(text, "intermediate_size", None) or text.expansion_ratio * text.hidden_size,
         layers=text.num_hidden_layers + gated,
         cross_at=_gated(gated, every=every),
-        positions=text.max_position_embeddings,
-        vision_hidden=vision.hidden_size,
-        vision_heads=vision.num_attention_heads,
-        vision_mlp=vision.intermediate_size,
-        vision_layers=vision.num_hidden_layers,
-        vision_global_layers=0,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
     )
 
 
@@ -138,13 +129,7 @@ def _gated(count: int, *, every: int) -> tuple[int, ...]:
 def build(config: FlamingoConfig, *, gate: float, dtype: torch.dtype) -> Flamingo:
     """Random weights, by torch's generator, and the gates of the gated layers at ``gate``."""
     model: Flamingo = Flamingo._from_config(config, dtype=dtype)
-    for name, parameter in model.named_parameters():
-        if name.endswith("_gate"):
-            partitioned = hasattr(parameter, "ds_id")
-            with deepspeed.zero.GatheredParameters(
-                [parameter], modifier_rank=0, enabled=partitioned
-            ):
-                nn.init.constant_(parameter, gate)
+    refill(model, "_gate", partial(nn.init.constant_, val=gate))
     return model
 
 
@@ -179,19 +164,7 @@ def random_frames(
 ) -> dict[str, Tensor]:
     """See `ds_lvx.models.contract.Family.random_frames`: image tokens stand before the text, each
     of which sees the images up to its own."""
-    generator = torch.Generator().manual_seed(seed)
-    image, mine = int(config.media_token_id), list(frames)
-    text = torch.randint(1, image, (1, text_tokens), generator=generator)
-    tokens = torch.cat((text.new_full((1, total), image), text), dim=1)
-    side = config.vision_config.image_size
-    pixels = torch.empty(1, len(mine), 1, 3, side, side)
-    for place, frame in enumerate(mine):
-        generator.manual_seed(seed + 1 + frame)
-        # Brighter or darker than others, so that a method which lost some would show.
-        shift = torch.randn(3, 1, 1, generator=generator)
-        pixels[0, place, 0] = shift + torch.randn(pixels.shape[3:], generator=generator)
-    return {
-        "input_ids": tokens,
-        "labels": tokens.masked_fill(tokens == image, -100),
-        PIXELS: pixels,
-    }
+    image, side = int(config.media_token_id), config.vision_config.image_size
+    front = torch.full((total,), image)
+    pixels = random_pixels(frames, (3, side, side), seed=seed)[None, :, None]
+    return {**random_text(text_tokens, first=image, seed=seed, front=front), PIXELS: pixels}

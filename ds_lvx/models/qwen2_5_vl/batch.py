@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Unit
 from ds_lvx.models.qwen2_5_vl import tower
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import PIXELS
 
 VIDEO_PIXELS = "pixel_values_videos"

@@ -13,7 +13,6 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLVisionAttention,
 )
 
-from ds_lvx.models.batch import Text
 from ds_lvx.models.concatenated.batch import Arrange, Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
@@ -21,6 +20,7 @@ from ds_lvx.models.dimensions import Model
 from ds_lvx.models.qwen2_5_vl import batch as batches
 from ds_lvx.models.qwen2_5_vl import dimensions, sized, tower
 from ds_lvx.models.qwen2_5_vl.processor import Processor
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import PIXELS
 
 
@@ -41,12 +41,9 @@ class Qwen25VL(Concatenated):
     sources = (PIXELS, batches.VIDEO_PIXELS)
     takes = tower.names("position_ids", "cu_seqlens", "window_index", "cu_window_seqlens")
     sized = sized
+    of_class: Any = Qwen2_5_VLForConditionalGeneration
 
     # ---- patching
-
-    def find(self, model: nn.Module) -> Any:
-        inside = (m for m in model.modules() if isinstance(m, Qwen2_5_VLForConditionalGeneration))
-        return next(inside, None)
 
     @staticmethod
     def encode(module: Any, given: Mapping[str, Any]) -> Encoded:

@@ -47,7 +47,7 @@ class Processor(Files):
         self.videos = Patches.of(self.of_videos, least=least, most=most)
 
     def shown(self, medium: Medium) -> Shown:
-        """See `ds_lvx.models.media.Parts.shown`: a token for an image, or for two frames."""
+        """See `ds_lvx.models.contract.Family.shown`: a token for an image, or for two frames."""
         tokens, units = self._patches(medium).tokens(self.grid(medium)), self._units(medium)
         between = IMAGE_TOKEN if medium.times is None else self.written(medium.times)
         return Shown(f"{START}{between}{END}", tuple(units), (tokens,) * len(units))
@@ -65,7 +65,7 @@ class Processor(Files):
         return self._patches(medium).grid(*medium.sides)
 
     def media(self, samples: Sequence[Held], *, dtype: torch.dtype) -> dict[str, Tensor]:
-        """See `ds_lvx.models.media.Parts.media`."""
+        """See `ds_lvx.models.contract.Family.media`."""
         grids: dict[str, list[list[int]]] = {GRID: [], VIDEO_GRID: []}
         rows: dict[str, list[Tensor]] = {PIXELS: [], VIDEO_PIXELS: []}
         seconds: list[float] = []

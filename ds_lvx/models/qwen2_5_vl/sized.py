@@ -10,12 +10,18 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
-from ds_lvx.models.concatenated import sized
 from ds_lvx.models.qwen2_5_vl.batch import VIDEO_GRID, VIDEO_PIXELS, patch_width
 from ds_lvx.models.qwen2_5_vl.processor import END, IMAGE_TOKEN, START, VIDEO_TOKEN, Processor
+from ds_lvx.models.random_weights import (
+    of_heads,
+    random_pixels,
+    random_text,
+    size_of_parts,
+    text_settings,
+)
 from ds_lvx.models.size import Size
 
 AnyProcessor = TypeVar("AnyProcessor", bound=Processor)
@@ -39,7 +45,7 @@ def config_of(size: Size, ids: tuple[int, ...] | None = None) -> Qwen2_5_VLConfi
     ids = ids or ids_of(size)
     eighth = head // 8  # of the time; of height and width what is left
     sections = [head // 2 - 2 * (3 * eighth // 2), 3 * eighth // 2, 3 * eighth // 2]
-    text = sized.text_settings(size)
+    text = text_settings(size)
     text["rope_parameters"]["mrope_section"] = sections
     layers = size.vision_layers
     vision = {
@@ -95,13 +101,9 @@ def size_of(config: Any) -> Size:
             vision_global_layers=0,
             image_size=448,
         )
-    patch = config.vision_config.patch_size
-    return sized.size_of(config, image_size=_SIDE * patch, patch_size=patch)
-
-
-def build(config: Qwen2_5_VLConfig, *, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
-    """Random weights, by torch's generator; there are no gates."""
-    return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
+    text, vision = config.text_config, config.vision_config
+    side = _SIDE * vision.patch_size
+    return size_of_parts(text, vision, **of_heads(text), image_size=side)
 
 
 def tiny() -> tuple[Qwen2_5_VLConfig, Processor]:
@@ -176,7 +178,7 @@ def random_video(
     """A batch of the tokens in front, ``[n]``, which have a video of ``total`` units of ``side``
     patches by side, and of random text behind them."""
     start = int(config.vision_start_token_id)
-    batch = sized.random_text(front, text_tokens, first=start, seed=seed)
+    batch = random_text(text_tokens, first=start, seed=seed, front=front)
     batch[VIDEO_GRID] = torch.tensor([[total, side, side]])
-    pixels = sized.random_pixels(frames, (side**2, patch_width(config)), seed=seed)
-    return batch if pixels is None else {**batch, VIDEO_PIXELS: pixels.flatten(0, 1)}
+    pixels = random_pixels(frames, (side**2, patch_width(config)), seed=seed, apart=(1,))
+    return {**batch, VIDEO_PIXELS: pixels.flatten(0, 1)} if len(pixels) else batch

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLModel,
@@ -19,7 +19,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLVisionAttention,
 )
 
-from ds_lvx.models.batch import ShardedBatch, Text
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.concatenated.batch import Unit
 from ds_lvx.models.concatenated.forward import Deep, Encoded
 from ds_lvx.models.dimensions import Model
@@ -31,6 +31,7 @@ from ds_lvx.models.qwen3_vl import batch as batches
 from ds_lvx.models.qwen3_vl import dimensions, sized
 from ds_lvx.models.qwen3_vl.deep import AddDeep
 from ds_lvx.models.qwen3_vl.processor import Processor
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import PIXELS
 
 
@@ -43,12 +44,9 @@ class Qwen3VL(Qwen25VL):
     within = Qwen3VLVisionAttention
     takes = tower.names("position_ids", "cu_seqlens", "interp_indices", "interp_weights")
     sized = sized
+    of_class = Qwen3VLForConditionalGeneration
 
     # ---- patching
-
-    def find(self, model: nn.Module) -> Any:
-        inside = (m for m in model.modules() if isinstance(m, Qwen3VLForConditionalGeneration))
-        return next(inside, None)
 
     @staticmethod
     def encode(module: Any, given: Mapping[str, Any]) -> Encoded:

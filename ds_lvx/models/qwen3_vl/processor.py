@@ -58,6 +58,6 @@ class Processor(qwen.Processor):
         return sides[0] // patches.side, sides[1] // patches.side
 
     def media(self, samples: Sequence[Held], *, dtype: torch.dtype) -> dict[str, Tensor]:
-        """See `ds_lvx.models.media.Parts.media`: seconds stand in the text."""
+        """See `ds_lvx.models.contract.Family.media`: seconds stand in the text."""
         found = super().media(samples, dtype=dtype)
         return {key: value for key, value in found.items() if key != SECONDS}

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLConfig
 
-from ds_lvx.models.concatenated import sized
 from ds_lvx.models.qwen2_5_vl import sized as qwen
 from ds_lvx.models.qwen3_vl.processor import Processor
+from ds_lvx.models.random_weights import of_heads, size_of_parts, text_settings
 from ds_lvx.models.size import Size
 
 _MERGE, _FRAMES = 2, 2
@@ -35,7 +35,7 @@ def config_of(size: Size, ids: tuple[int, ...] | None = None) -> Qwen3VLConfig:
     head = size.head_dim or size.hidden // size.heads
     ids = ids or qwen.ids_of(size)
     of_a_side = 5 * head // 32
-    text = sized.text_settings(size)
+    text = text_settings(size)
     text["rope_parameters"] |= {
         "mrope_section": [head // 2 - 2 * of_a_side, of_a_side, of_a_side],
         "mrope_interleaved": True,
@@ -89,13 +89,9 @@ def size_of(config: Any) -> Size:
             image_size=768,
             patch_size=16,
         )
-    patch = config.vision_config.patch_size
-    return sized.size_of(config, image_size=_side(config) * patch, patch_size=patch)
-
-
-def build(config: Qwen3VLConfig, *, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
-    """Random weights, by torch's generator; there are no gates."""
-    return Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
+    text, vision = config.text_config, config.vision_config
+    side = _side(config) * vision.patch_size
+    return size_of_parts(text, vision, **of_heads(text), image_size=side)
 
 
 def tiny() -> tuple[Qwen3VLConfig, Processor]:

@@ -16,9 +16,8 @@ from torch import Tensor
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.models.attend import attend
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.behind import Cached
-from ds_lvx.models.layers import LayerPlan
-from ds_lvx.models.patch import ShardedForward, heads, refuse_dropout
+from ds_lvx.models.cached import Cached
+from ds_lvx.models.patch import FusedForward, heads, refuse_dropout
 from ds_lvx.models.rotary import rotated
 
 ROTARY = "rotary_pos_emb"
@@ -76,20 +75,8 @@ class Carried:
         return replace(self, cached=replace(self.cached, number=number))
 
 
-class Attention(ShardedForward):
-    """``QWenAttention``: one projection to q, k and v, rotary embedding of q and k.
-
-    Raises:
-        NotImplementedError: the plan is to project K and V again, which one layer projects with Q.
-    """
-
-    def __init__(self, module: Any, plan: LayerPlan) -> None:
-        super().__init__(module, plan)
-        if plan.recompute_kv:
-            raise NotImplementedError(
-                f"ds_lvx.layers: got recompute_kv for {plan.name}, whose K and V are projected "
-                "together with Q; remove it from this rule"
-            )
+class Attention(FusedForward):
+    """``QWenAttention``: one projection to q, k and v, rotary embedding of q and k."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = (*args, kwargs.get(ROTARY))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ds_lvx.models.adapters.batch import Images, check_pixels, images_of
-from ds_lvx.models.batch import Here, Text
-from ds_lvx.models.visual import COUNTS, PIXELS, images_at_hand
+from ds_lvx.models.samples import images_at_hand
+from ds_lvx.models.text import Here, Text
+from ds_lvx.models.visual import COUNTS, PIXELS
 
 KEYS = (PIXELS, COUNTS)
 PLACES = "image_places"

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.models import remote
-from ds_lvx.models.batch import Text
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.inputs import generating, plain_inputs
 from ds_lvx.models.layers import Layer, LayerPlan
@@ -24,6 +23,7 @@ from ds_lvx.models.qwen_vl import dimensions, forward, sized
 from ds_lvx.models.qwen_vl import processor as processors
 from ds_lvx.models.qwen_vl.attention import Attention
 from ds_lvx.models.sized import Sized
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import PIXELS, Visual
 
 _MODEL = "QWenLMHeadModel"

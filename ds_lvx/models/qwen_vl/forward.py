@@ -19,12 +19,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ds_lvx.models.adapters.batch import LENGTHS, ROWS
 from ds_lvx.models.adapters.forward import gather_images
-from ds_lvx.models.batch import ITEMS_KEY, ShardedBatch
-from ds_lvx.models.behind import Cached, causal
+from ds_lvx.models.batch import ShardedBatch
+from ds_lvx.models.cached import Cached, causal
 from ds_lvx.models.checkpointed_layers import run_layer
 from ds_lvx.models.patch import KEYWORD, KeepForward
 from ds_lvx.models.qwen_vl.attention import ROTARY, Carried
 from ds_lvx.models.qwen_vl.batch import PLACES
+from ds_lvx.models.text import ITEMS_KEY
 from ds_lvx.models.tiled_loss import share_of_loss
 from ds_lvx.models.visual import PIXELS
 

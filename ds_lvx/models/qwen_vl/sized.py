@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ds_lvx.models.qwen_vl.batch import QUERIES, queries_of, side_of
+from ds_lvx.models.random_weights import random_pixels, random_text
 from ds_lvx.models.size import Size
 from ds_lvx.models.visual import COUNTS, PIXELS
 
@@ -68,22 +69,9 @@ def random_frames(
     config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
 ) -> dict[str, Tensor]:
     """See `ds_lvx.models.contract.Family.random_frames`: images stand in front of the text."""
-    generator = torch.Generator().manual_seed(seed)
-    start, mine = int(config.visual["image_start_id"]), list(frames)
-    text = torch.randint(1, start, (text_tokens,), generator=generator)
+    start, side = int(config.visual["image_start_id"]), side_of(config)
     image = torch.tensor([start, *[start + 2] * QUERIES, start + 1])
-    ids = torch.cat((image.repeat(total), text))[None]
-    batch = {
-        "input_ids": ids,
-        "labels": ids.masked_fill(ids >= start, -100),
-        COUNTS: torch.tensor([len(mine)]),
-    }
-    if not mine:
-        return batch
-    pixels = torch.empty(len(mine), 3, side_of(config), side_of(config))
-    for place, frame in enumerate(mine):
-        generator.manual_seed(seed + 1 + frame)
-        # Brighter or darker than others, so that a method which lost some would show.
-        shift = torch.randn(3, 1, 1, generator=generator)
-        pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
-    return {**batch, PIXELS: pixels}
+    pixels = random_pixels(frames, (3, side, side), seed=seed)
+    text = random_text(text_tokens, first=start, seed=seed, front=image.repeat(total))
+    batch = {**text, COUNTS: torch.tensor([len(pixels)])}
+    return {**batch, PIXELS: pixels} if len(pixels) else batch

@@ -19,7 +19,7 @@ from ds_lvx.attention.merge import merge_attention
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.models.attend import attend, attend_part
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.behind import Cached
+from ds_lvx.models.cached import Cached
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import ShardedForward, heads, refuse_dropout, trains
 from ds_lvx.models.t5gemma2.batch import decoder_layout, encoder_layout

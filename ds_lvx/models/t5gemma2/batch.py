@@ -19,9 +19,11 @@ from torch import Tensor
 from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
-from ds_lvx.models.batch import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Here, ShardedBatch, Text
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.cuts import span
-from ds_lvx.models.visual import COUNTS, PIXELS, Visual, images_at_hand
+from ds_lvx.models.samples import images_at_hand
+from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Here, Text
+from ds_lvx.models.visual import COUNTS, PIXELS, Visual
 
 DECODER = "decoder_"
 KEYS = (PIXELS, COUNTS, "token_type_ids", *(f"{DECODER}{key}" for key in TEXT_KEYS[:3]))

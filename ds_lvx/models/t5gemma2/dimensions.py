@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Model, RowLayers, decoder, encoder
+from ds_lvx.models.dimensions import Model, RowLayers, decoder, tower
 
 _EVERY = 6
 """Of so many layers of a published model one sees everything."""
@@ -34,12 +34,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         text=replace(cross, count=0),  # the decoder's layers look at text and rows at once
         cross=cross,
         vocabulary=other["vocab_size"],
-        tower=encoder(
-            vision["num_hidden_layers"],
-            width,
-            heads=vision["num_attention_heads"],
-            mlp=vision["intermediate_size"],
-        ),
+        tower=tower(vision),
         tower_tokens=(vision["image_size"] // vision["patch_size"]) ** 2,
         frame_tokens=config["encoder"].get("mm_tokens_per_image", 256),
         projector_parameters=width * layers.hidden,

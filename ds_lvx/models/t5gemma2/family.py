@@ -19,7 +19,7 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
     T5Gemma2TextScaledWordEmbedding,
 )
 
-from ds_lvx.models.batch import ShardedBatch, Text
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.patch import KeepForward, PatchedAttention, refuse_growing_rope
@@ -28,6 +28,7 @@ from ds_lvx.models.t5gemma2 import batch as batches
 from ds_lvx.models.t5gemma2 import dimensions, forward, sized
 from ds_lvx.models.t5gemma2 import processor as processors
 from ds_lvx.models.t5gemma2.attention import EncoderAttention, MergedAttention
+from ds_lvx.models.text import Text
 from ds_lvx.models.visual import Visual
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_lvx.models.behind import causal
+from ds_lvx.models.cached import causal
+from ds_lvx.models.generating.started import ENCODED
 from ds_lvx.models.patch import KEYWORD, Hook
-from ds_lvx.models.started import ENCODED
 from ds_lvx.models.t5gemma2.batch import FULL, PLACES, SLIDING
 from ds_lvx.models.visual import PIXELS
 

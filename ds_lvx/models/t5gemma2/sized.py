@@ -6,13 +6,14 @@ A size counts the encoder's layers and the decoder's, which are those that look 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
+from ds_lvx.models.random_weights import random_pixels, refill, size_of_parts
 from ds_lvx.models.size import Size
 from ds_lvx.models.t5gemma2.batch import image_tokens
 from ds_lvx.models.visual import COUNTS, PIXELS
@@ -109,24 +110,8 @@ def size_of(config: Any) -> Size:
         )
     text, vision, decoder = config.encoder.text_config, config.encoder.vision_config, config.decoder
     layers = text.num_hidden_layers + decoder.num_hidden_layers
-    size = Size(
-        vocabulary=text.vocab_size,
-        hidden=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        mlp=text.intermediate_size,
-        head_dim=text.head_dim,
-        layers=layers,
-        cross_at=tuple(range(text.num_hidden_layers, layers)),
-        positions=text.max_position_embeddings,
-        vision_hidden=vision.hidden_size,
-        vision_heads=vision.num_attention_heads,
-        vision_mlp=vision.intermediate_size,
-        vision_layers=vision.num_hidden_layers,
-        vision_global_layers=0,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-    )
+    cross = tuple(range(text.num_hidden_layers, layers))
+    size = size_of_parts(text, vision, head_dim=text.head_dim, layers=layers, cross_at=cross)
     found, expected = _tokens(config), _tokens(config_of(size))
     if found != expected:
         raise NotImplementedError(
@@ -151,13 +136,7 @@ def build(
 ) -> T5Gemma2ForConditionalGeneration:
     """Random weights, by torch's generator; ``gate`` times as large where a new model has zeros."""
     model = T5Gemma2ForConditionalGeneration._from_config(config, dtype=dtype)
-    for name, parameter in model.named_parameters():
-        if name.endswith(_CLOSED):
-            partitioned = hasattr(parameter, "ds_id")
-            with deepspeed.zero.GatheredParameters(
-                [parameter], modifier_rank=0, enabled=partitioned
-            ):
-                nn.init.normal_(parameter, std=gate * config.initializer_range)
+    refill(model, _CLOSED, partial(nn.init.normal_, std=gate * config.initializer_range))
     return model
 
 
@@ -171,18 +150,11 @@ def random_frames(
     text = torch.randint(1, behind, (1, tokens), generator=generator)
     text[0, 0] = behind
     visual = torch.full((1, total * image_tokens(config)), image)
-    side, mine = config.encoder.vision_config.image_size, list(frames)
+    side = config.encoder.vision_config.image_size
+    pixels = random_pixels(frames, (3, side, side), seed=seed)
     batch = {
         "input_ids": torch.cat((visual, text[:, :_PROMPT]), dim=1),
         "labels": text[:, _PROMPT:],
-        COUNTS: torch.tensor([len(mine)]),
+        COUNTS: torch.tensor([len(pixels)]),
     }
-    if not mine:
-        return batch
-    pixels = torch.empty(len(mine), 3, side, side)
-    for place, frame in enumerate(mine):
-        generator.manual_seed(seed + 1 + frame)
-        # Brighter or darker than others, so that a method which lost some would show.
-        shift = torch.randn(3, 1, 1, generator=generator)
-        pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
-    return {**batch, PIXELS: pixels}
+    return {**batch, PIXELS: pixels} if len(pixels) else batch

@@ -18,9 +18,10 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import Visibility
 from ds_lvx.models.adapters.batch import Images, images_of, places_of
-from ds_lvx.models.batch import Here, Text
+from ds_lvx.models.samples import images_at_hand
+from ds_lvx.models.text import Here, Text
 from ds_lvx.models.video_llama.dimensions import MODEL_TYPE
-from ds_lvx.models.visual import COUNTS, images_at_hand
+from ds_lvx.models.visual import COUNTS
 
 PIXELS = "images"
 KEYS = (PIXELS, COUNTS)

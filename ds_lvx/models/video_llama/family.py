@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.models.adapters.family import is_causal, layer_of
-from ds_lvx.models.batch import ShardedBatch, Text
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
 from ds_lvx.models.sized import Made
+from ds_lvx.models.text import Text
 from ds_lvx.models.video_llama import batch as batches
 from ds_lvx.models.video_llama import dimensions, forward, sized
 from ds_lvx.models.video_llama import processor as processors
@@ -48,6 +49,7 @@ class VideoLlama(Made):
 
     keys = batches.KEYS
     sized = sized
+    of_class = VideoLlamaModel
     features_key = ""
     zigzag = True
     patterns: Mapping[str, str] = {"local": "Qformer*", "self": "llama_model*.self_attn"}

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
+from ds_lvx.models.random_weights import random_pixels, random_text, size_of_parts
 from ds_lvx.models.size import Size
 from ds_lvx.models.video_llama.batch import PIXELS
 from ds_lvx.models.video_llama.dimensions import QFORMER
-from ds_lvx.models.video_llama.model import VideoLlamaConfig, VideoLlamaModel
+from ds_lvx.models.video_llama.model import VideoLlamaConfig
 from ds_lvx.models.video_llama.processor import IMAGE_TOKEN, TEMPLATES, Processor
 from ds_lvx.models.visual import COUNTS
 
@@ -74,29 +75,16 @@ def size_of(config: Any) -> Size:
             "size"
         )
     text, vision = config.text_config, config.vision
-    return Size(
-        vocabulary=text.vocab_size,
-        hidden=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        mlp=text.intermediate_size,
-        layers=text.num_hidden_layers,
-        cross_at=tuple(range(text.num_hidden_layers)),
-        positions=text.max_position_embeddings,
+    return size_of_parts(
+        text,
+        None,
         vision_hidden=vision["width"],
         vision_heads=vision["heads"],
         vision_mlp=vision["mlp"],
         vision_layers=vision["layers"],
-        vision_global_layers=0,
         image_size=vision["image_size"],
         patch_size=vision["patch_size"],
     )
-
-
-def build(config: VideoLlamaConfig, *, dtype: torch.dtype) -> VideoLlamaModel:
-    """Random weights, by torch's generator; there are no gates."""
-    model: VideoLlamaModel = VideoLlamaModel._from_config(config, dtype=dtype)
-    return model
 
 
 def tiny() -> tuple[VideoLlamaConfig, Processor]:
@@ -130,22 +118,9 @@ def random_frames(
             f"got {total} frames; expected at most {config.frames}, which the model can number: "
             "take fewer"
         )
-    generator = torch.Generator().manual_seed(seed)
-    image, mine = int(config.image_token_id), list(frames)
-    text = torch.randint(1, config.text_config.vocab_size, (text_tokens,), generator=generator)
-    ids = torch.cat((text.new_full((config.video_queries,), image), text))[None]
-    batch = {
-        "input_ids": ids,
-        "labels": ids.masked_fill(ids == image, -100),
-        COUNTS: torch.tensor([len(mine)]),
-    }
-    if not mine:
-        return batch
-    side = config.vision["image_size"]
-    pixels = torch.empty(len(mine), 3, side, side)
-    for place, frame in enumerate(mine):
-        generator.manual_seed(seed + 1 + frame)
-        # Brighter or darker than others, so that a method which lost some would show.
-        shift = torch.randn(3, 1, 1, generator=generator)
-        pixels[place] = shift + torch.randn(pixels.shape[1:], generator=generator)
-    return {**batch, PIXELS: pixels}
+    image, side = int(config.image_token_id), config.vision["image_size"]
+    front = torch.full((config.video_queries,), image)
+    pixels = random_pixels(frames, (3, side, side), seed=seed)
+    text = random_text(text_tokens, first=image, seed=seed, front=front)
+    batch = {**text, COUNTS: torch.tensor([len(pixels)])}
+    return {**batch, PIXELS: pixels} if len(pixels) else batch

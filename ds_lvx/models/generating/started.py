@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from ds_lvx.models.batch import Text, move
+from ds_lvx.models.batch import move
+from ds_lvx.models.text import Text
 
 _IDS, _MASK = "decoder_input_ids", "decoder_attention_mask"
 ENCODED = "encoder_outputs"

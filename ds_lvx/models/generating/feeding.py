@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ds_lvx.models.decoding import Decoding
+from ds_lvx.models.generating.decoding import Decoding
 from ds_lvx.models.patch import Hook
 
 

@@ -2,7 +2,9 @@
 
 A prompt that runs split leaves each rank with K and V of its own tokens. Either they are gathered,
 so that a new token attends to the text without a message, or they stay, and a layer of the text
-sends one message a token, as those that attend to images do.
+sends one message a token, as those that attend to images do. Keys of the tokens behind it are in
+transformers' cache then, whole on every rank: each attends to them by itself, as a further part of
+one softmax. So beams change places in that cache alone.
 
 Shapes: ``B`` samples, ``R`` rows of the model, ``T`` tokens of the prompt, ``s`` of this rank,
 ``t`` tokens behind.
@@ -17,13 +19,14 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import Visibility
-from ds_lvx.models.batch import Text
 from ds_lvx.models.cuts import span
+from ds_lvx.models.text import Text
 
 AUTO, SHARDED, WHOLE = WORDS = ("auto", "sharded", "whole")
 SHARDED_BYTES = 4 << 30
@@ -119,3 +122,58 @@ def gather(cache: Any, channel: Channel, lengths: Sequence[int], copies: int) ->
         layer.keys, layer.values = channel.gather_rows(mine, [2, 2], tuple(lengths)).wait()
         if copies > 1:
             layer.batch_repeat_interleave(copies)
+
+
+class Behind(DynamicLayer):
+    """A layer of transformers' cache that counts a prompt whose keys are elsewhere.
+
+    Args:
+        tokens: T.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def get_seq_length(self) -> int:
+        """Tokens so far, with those of the prompt."""
+        return self.tokens + self.held
+
+    @property
+    def held(self) -> int:
+        """Tokens whose keys are here."""
+        keys: Tensor | None = self.keys
+        return 0 if keys is None or keys.ndim < 4 else int(keys.shape[-2])
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Put rows in the order of beams."""
+        if self.held > 0:
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row so many times."""
+        if self.held > 0:
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Some of the rows."""
+        if self.held > 0:
+            super().batch_select_indices(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last ``-tokens_to_remove``, where those here end of the prompt's."""
+        held = self.held
+        super().crop(max(tokens_to_remove, -held))
+        self.tokens += min(tokens_to_remove + held, 0)
+
+
+def leave_behind(cache: Any, tokens: int) -> None:
+    """Let transformers' cache count a prompt's tokens in place of keeping their keys.
+
+    Args:
+        cache: with keys of these, or of some.
+        tokens: T.
+    """
+    cache.layers[:] = [
+        Behind(tokens) if layer.get_seq_length() > 0 else layer for layer in cache.layers
+    ]

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.models.batch import Text, digest, move
+from ds_lvx.models.batch import device_of, move
 from ds_lvx.models.contract import Family
-from ds_lvx.models.decoding import Decoding
-from ds_lvx.models.draft import device_of
-from ds_lvx.models.prompt import LayerKey, Prompt
+from ds_lvx.models.decoding_keys import LayerKey
+from ds_lvx.models.generating.decoding import Decoding
+from ds_lvx.models.generating.prompt import Prompt
+from ds_lvx.models.text import Text, digest
 
 _NAME = "ds_lvx"  # of the attribute of a cache
 _MEDIA_TOKENS = (
@@ -37,7 +38,7 @@ class Past:
     Attributes:
         model: whose keys these are.
         prompt: the first prompt.
-        keys, stand_in: of its `Decoding`.
+        keys, stand_in: of its `DecodingKeys`.
         tokens: int64 ``[B, t]`` on the CPU, the text that the cache is of.
     """
 
