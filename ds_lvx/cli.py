@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from ds_lvx.data.errors import print_any_name
+
 COMMANDS: dict[str, tuple[str, str]] = {
     "compare": (
         "ds_lvx.compare.command",
@@ -40,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; its exit status. What is wrong with a user's input, or with a file that
     cannot be read or written, ends it in one line."""
+    print_any_name()
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="ds-lvx", description="Long visual inputs in DeepSpeed")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

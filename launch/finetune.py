@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from transformers.utils import logging
 
 import ds_lvx
+from ds_lvx.data.errors import print_any_name
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.failures import RankOutOfMemoryError, named
 from ds_lvx.distributed.notes import PeerError
@@ -38,6 +39,7 @@ REPORTED = (ValueError, NotImplementedError, RankOutOfMemoryError, PeerError)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code of this rank."""
+    print_any_name()
     options = parse(arguments)
     # torch 2.13 renamed collectives that DeepSpeed calls by their old names: a warning each.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)

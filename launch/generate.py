@@ -30,6 +30,7 @@ import ds_lvx
 from ds_lvx.config import LVXConfig, read_ds_config
 from ds_lvx.config.words import in_ranks
 from ds_lvx.data.chat import Conversation
+from ds_lvx.data.errors import print_any_name
 from ds_lvx.data.extras import need
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
@@ -44,6 +45,7 @@ from ds_lvx.training.model import Source, training_dtype
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code of this rank."""
+    print_any_name()
     options = parse(arguments)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     logging.disable_progress_bar()

@@ -30,7 +30,7 @@ WRITTEN = {
 }
 # Options of other programs.
 FOREIGN = {
-    *("--gpus-per-node", "--gpus-per-task", "--nodes", "--requeue"),
+    *("--gpu-bind", "--gpus-per-node", "--gpus-per-task", "--nodes", "--requeue"),
     "--signal",
     *("--ipc", "--shm-size"),
     *("--hostfile", "--master_addr", "--master_port", "--no_ssh", "--node_rank", "--num_gpus"),

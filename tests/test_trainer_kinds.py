@@ -13,7 +13,7 @@ import transformers
 from ds_lvx.trainer import Trainer
 from tests.models.mllama_case import tiny_model
 from tests.ranks import RankError, run_ranks
-from tests.test_trainer import assert_same, config_of, run
+from tests.test_trainer import STEPS, assert_same, config_of, run
 
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3}
 
@@ -104,3 +104,17 @@ def test_other_samples_a_step_are_an_error(written: Any, tiny: Path, tmp_path: P
     message = "got 3 samples a step for a checkpoint with 2; expected as many"
     with pytest.raises(RankError, match=message):
         run_ranks(run, 1, Trainer, tmp_path, tiny, config=config_of(2, 1), **how)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_best_model_is_loaded_at_the_end(stage: int, tiny: Path, tmp_path: Path) -> None:
+    """Here the one of the first step, whose evaluation loss is the largest."""
+    evaluating = {"eval_strategy": "steps", "eval_steps": 1}
+    first = run(transformers.Trainer, tmp_path / "alone", tiny, max_steps=1, **evaluating)
+    best = {"metric_for_best_model": "eval_loss", "greater_is_better": True, "save_total_limit": 1}
+    saving = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
+    settings = {**evaluating, **best, **saving}
+    for found in run_ranks(run, 2, Trainer, tmp_path, tiny, config=config_of(stage), **settings):
+        assert len(found["losses"]) == STEPS
+        assert_same({**found, "losses": found["losses"][:1], "rates": found["rates"][:1]}, first)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import reprlib
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,3 +41,9 @@ def shown(value: Any) -> str:
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80
     return short.repr(value)
+
+
+def print_any_name() -> None:
+    """Let standard output take names of files that are no UTF-8, as an archive may hold them."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

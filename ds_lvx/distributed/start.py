@@ -23,10 +23,7 @@ _BUILD_TIMEOUT_S = 900.0
 _FIRST_WORD_S = 5
 _NEXT_WORD_S = 60
 _OLD_S = 600
-_OF_LAUNCHERS = (
-    *("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
-    *("AZUREML_EXPERIMENT_ID", "SM_TRAINING_ENV"),
-)
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _SHARED, _BUFFER = Path("/dev/shm"), "deepspeed_allreduce_buffer"
 _HOW_TO_GET_ON = (
     "if no process builds there any more, on this machine or on another that shares the folder, "
@@ -82,9 +79,10 @@ def be_alone(environ: MutableMapping[str, str] = os.environ) -> bool:
         environ: variables, which are changed.
 
     Returns:
-        Whether they were set; not where a launcher, mpirun among them, has set its own.
+        Whether they were set; not where a launcher has set its own, or MPI has several processes.
     """
-    if any(name in environ for name in _OF_LAUNCHERS):
+    is_one_of_many = any(environ.get(name, "1") != "1" for name in _OF_MPI)
+    if is_one_of_many or "RANK" in environ or "WORLD_SIZE" in environ:
         return False
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

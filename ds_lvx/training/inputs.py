@@ -25,7 +25,7 @@ from ds_lvx.training.check import Checks, bad_samples
 from ds_lvx.training.lengths import sample_lengths
 from ds_lvx.training.model import Source
 from ds_lvx.training.options import Options
-from ds_lvx.training.run_state import written
+from ds_lvx.training.run_state import AUTO, written
 from ds_lvx.training.trackers import check_trackers
 
 
@@ -230,10 +230,11 @@ def _check_output(options: Options) -> None:
         raise ValueError(f"--output_dir: got {folder}, a file; expected a folder; name another")
     kinds = {"checkpoints": written(folder / "checkpoints"), "the model": folder.glob("model/*")}
     holds = next((kind for kind, files in kinds.items() if any(files)), None)
-    if options.resume is None and holds is not None:
+    is_over = options.resume == AUTO and holds == "the model"  # and nothing to go on from
+    if holds is not None and (options.resume is None or is_over):
         raise ValueError(
-            f"--output_dir: got {folder}, which holds {holds} of a run; expected a new folder, or "
-            "--resume to go on with that run"
+            f"--output_dir: got {folder}, which holds {holds} of a run; expected a new folder"
+            + ("" if is_over else ", or --resume to go on with that run")
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -119,7 +119,8 @@ class Progress:
             return
         self.say("\n".join([f"skipped {len(problems)} bad samples", listed(problems)]))
         with contextlib.suppress(OSError):  # what ended the run is to be said, not this
-            (self._folder / "skipped.txt").write_text("".join(f"{text}\n" for text in problems))
+            text = "".join(f"{problem}\n" for problem in problems)
+            (self._folder / "skipped.txt").write_text(text, "utf-8", "backslashreplace")
 
     def close(self) -> None:
         """Leave the bar as it stands, and end the trackers."""

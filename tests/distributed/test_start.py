@@ -196,11 +196,11 @@ def test_a_rank_beyond_the_visible_accelerators_is_told(monkeypatch: pytest.Monk
 def test_a_process_that_no_launcher_started_is_the_only_rank(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    environ = {"MASTER_PORT": "1234"}
+    environ = {"MASTER_PORT": "1234", "PMI_SIZE": "1"}
     assert be_alone(environ)
     assert environ.pop("MASTER_ADDR") == "127.0.0.1"
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-    assert environ == {"MASTER_PORT": "1234", **ranks}
+    assert environ == {"MASTER_PORT": "1234", "PMI_SIZE": "1", **ranks}
     assert "it is the only rank" in capsys.readouterr().out
     for name in ("RANK", "OMPI_COMM_WORLD_SIZE"):
         assert not be_alone({name: "2"})

@@ -124,6 +124,18 @@ def test_an_output_folder_that_cannot_be_written(name: str, tmp_path: Path) -> N
         read_inputs(parse([*words, "--output_dir", str(tmp_path / name)]), 2)
 
 
+@pytest.mark.parametrize("more", [[], ["--resume", "auto"]])
+def test_the_model_of_a_run_that_is_over_is_not_written_over(
+    more: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    config = Path(__file__).parents[2] / "ds_configs" / "finetune-cpu.json"
+    words = ["--model", "tiny", "--data", "none.jsonl", "--deepspeed_config", str(config)]
+    with pytest.raises(ValueError, match="which holds the model of a run; expected a new folder"):
+        read_inputs(parse([*words, "--output_dir", str(tmp_path), *more]), 2)
+
+
 def test_lora_without_its_package_is_said_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -138,3 +140,17 @@ def test_a_template_that_ignores_roles_is_said(
     status, said = check(capsys, data, "--model", model)
     assert status == 0
     assert f"warning: --model {model}: the chat template writes what the assistant says" in said
+
+
+def test_a_name_that_is_no_utf8_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an archive of another system has it."""
+    with tarfile.open(
+        tmp_path / "s.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1"
+    ) as tar:
+        found = tarfile.TarInfo("caf\xe9.json")
+        found.size = 2
+        tar.addfile(found, io.BytesIO(b"{}"))
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, "utf-8", "strict"))
+    assert cli.main(["data", "check", str(tmp_path / "s.tar")]) == 1
+    assert rb"sample caf\udce9: got the keys []" in printed.getvalue()
