@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,23 @@ def check_flag(name: str, value: object) -> None:
     """Raise a ValueError unless a value is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}: got {value!r}; expected True or False")
+
+
+def check_scale(value: object) -> None:
+    """Raise a ValueError unless a value is None or a finite number above 0.
+
+    The field's kernels hide keys by a score of -inf, and scale behind it: by a negative factor what
+    is hidden is +inf, and by 0 NaN.
+    """
+    try:
+        number = 1.0 if value is None else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0.0 < number < math.inf:
+        raise ValueError(
+            f"softmax_scale: got {value!r}; expected a finite number above 0, or None for head_dim "
+            "** -0.5; a sign belongs into q"
+        )
 
 
 def check_strided(name: str, tensor: Tensor) -> None:

@@ -73,7 +73,7 @@ def lv_xattn(
             world when there are none). A group of one communicates with nobody.
         visibility: which keys the queries see, this rank's shards; None is everything. Given on
             every rank or on none.
-        softmax_scale: factor on the scores; ``head_dim ** -0.5`` when None.
+        softmax_scale: factor on the scores, above 0; ``head_dim ** -0.5`` when None.
         schedule: ``"gather"``, ``"ring"``, ``"replicated"`` (every rank holds the same queries and
             does the same with the result; dout is the same on every rank, and so is dq), or
             ``"auto"``: what the planner predicts to be faster of gather and ring, and ring above

@@ -20,6 +20,7 @@ from ds_lvx.attention.checks import (
     check_flag,
     check_hybrid,
     check_keys,
+    check_scale,
     check_strided,
     check_visibility,
     is_count,
@@ -296,6 +297,7 @@ def _check(asked: _Asked, ranks: int) -> Kernel:
     if asked.visibility is not None:
         check_visibility(q, asked.first.shape[1], asked.visibility)
     _check_chunks(asked.kv_chunk_tokens, schedule)
+    check_scale(asked.softmax_scale)
     check_flag("return_lse", asked.return_lse)
     if asked.hybrid is not None:
         check_hybrid(asked.hybrid, q, schedule, ranks)

@@ -100,7 +100,7 @@ def joined(
 def _scale(part: Tensor) -> Tensor:
     """fp32, one a row: the power of two that brings its largest finite value into [2^14, 2^15)."""
     if part.numel() == 0:
-        return torch.ones(part.shape[:-2], device=part.device)
+        return part.new_ones(part.shape[:-2])
     largest = torch.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0).abs().amax(dim=(-2, -1))
     _, exponent = torch.frexp(largest)
     # Between 2^-120 and 2^120 the factor and its reciprocal are both normal numbers.

@@ -12,6 +12,7 @@ here on purpose: ZeRO-3 would reduce over it and the ranks' weights would drift 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import ClassVar
 
 from ds_lvx.config.words import in_ranks
@@ -90,15 +91,13 @@ class SequenceParallelGroups:
         Divisions.of(self.channel, size)
 
     def close(self) -> None:
-        """End the groups. Calling it twice is allowed."""
+        """End the groups. Calling it twice is allowed, and after the end of torch.distributed."""
         if self not in self._open:
             return
         self._open.remove(self)
-        Divisions.close(self.sp_group)
-        if self.channel.home is not self.sp_group:
-            destroy_group(self.channel.home)
-        destroy_group(self.sp_group)
-        destroy_group(self.get_model_parallel_group())
+        for group in _left(self.channel, self._alone):
+            Divisions.close(group)
+            destroy_group(group)
         _forget_in_deepspeed(self)
 
     @property
@@ -194,6 +193,15 @@ def resolve_groups(groups: SequenceParallelGroups | None) -> SequenceParallelGro
             "ds_lvx.SequenceParallelGroups(size) first, or pass groups="
         )
     return found
+
+
+def _left(*channels: Channel) -> list[ProcessGroup]:
+    """Their groups that have not ended: a script may have called ``destroy_process_group``."""
+    found: list[ProcessGroup | None] = []
+    for channel in channels:
+        with suppress(RuntimeError):
+            found += [channel.home, channel.group]
+    return list(dict.fromkeys(group for group in found if group is not None))
 
 
 def _agree_on_size(size: int, world: Channel) -> None:

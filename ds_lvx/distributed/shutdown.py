@@ -78,7 +78,8 @@ def shutdown(engine: Any = None) -> None:
     session = getattr(engine, "ds_lvx", None)
     if session is not None:
         session.close()
-    if engine is not None:
+    # Where a script has ended torch.distributed itself, DeepSpeed misses its rank in there.
+    if engine is not None and channel.is_initialized():
         engine.destroy()
     while (groups := SequenceParallelGroups.current()) is not None:
         groups.close()

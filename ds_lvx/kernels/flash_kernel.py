@@ -124,21 +124,17 @@ class FlashKernel(Kernel):
         """Merge every rectangle into a result; a ``fresh`` one is nothing yet, and written over."""
         out, lse = running
         q, k, v = problem.q, problem.k, problem.v
-        if self._sequences(cover) is not None:  # then there is no more than these
-            part = self._attend_sequences(problem, cover)
+        scale, inner = problem.softmax_scale, running
+        if self._sequences(cover) is not None:
+            inner = self._attend_sequences(problem, cover)
             if cover.queries is None:
-                merge_(out, lse, *part)
-            else:
-                cover.queries.put(out, part[0])
-                cover.queries.put(lse.transpose(1, 2), part[1].transpose(1, 2))
-            return
-        inner_k, inner_v = (_taken(cover.keys, t) for t in (k, v))
-        inner_q = _taken(cover.queries, q)
-        inner = running
-        if cover.queries is not None:
-            inner = empty_part(inner_q, accumulation_dtype(q.dtype))
-        scale = problem.softmax_scale
-        self._merge(cover.inner, (inner_q, inner_k, inner_v), inner, scale, fresh=fresh)
+                merge_(out, lse, *inner)
+        else:
+            inner_q = _taken(cover.queries, q)
+            if cover.queries is not None:
+                inner = empty_part(inner_q, accumulation_dtype(q.dtype))
+            tensors = (inner_q, _taken(cover.keys, k), _taken(cover.keys, v))
+            self._merge(cover.inner, tensors, inner, scale, fresh=fresh)
         if cover.queries is not None:
             cover.queries.put(out, inner[0])
             cover.queries.put(lse.transpose(1, 2), inner[1].transpose(1, 2))
@@ -194,27 +190,25 @@ class FlashKernel(Kernel):
         inner_keys = tuple(_taken(cover.keys, t) for t in keys)
         orders = (cover.queries, cover.keys, cover.keys)
         sequences = self._sequences(cover)
+        inner: tuple[Tensor, ...]
         if sequences is not None:
-            q, dout, out, lse = inner_rows
-            k, v = inner_keys
-            gradients = flash_varlen.backward(
+            (q, dout, out, lse), (k, v) = inner_rows, inner_keys
+            inner = flash_varlen.backward(
                 q, k, v, dout, out, lse, sequences, softmax_scale=softmax_scale
             )
-            for total, order, gradient in zip(sums, orders, gradients, strict=True):
-                if order is None:
-                    total.copy_(gradient)
-                else:
-                    order.put(total, gradient)
-            return
-        inner = tuple(
-            total if order is None else total.new_zeros(of.shape)
-            for total, order, of in zip(sums, orders, (inner_rows[0], *inner_keys), strict=True)
-        )
-        for each in cover.inner:
-            self._add_one(each, inner_rows, inner_keys, inner, softmax_scale)
+            del q, k, v, dout, out, lse
+        else:
+            inner = tuple(
+                total if order is None else total.new_zeros(of.shape)
+                for total, order, of in zip(sums, orders, (inner_rows[0], *inner_keys), strict=True)
+            )
+            for each in cover.inner:
+                self._add_one(each, inner_rows, inner_keys, inner, softmax_scale)
         for total, order, part in zip(sums, orders, inner, strict=True):
             if order is not None:
                 order.put(total, part)
+            elif part is not total:
+                total.copy_(part)
         del inner, inner_keys, inner_rows
         for each in cover.whole:
             self._add_one(each, rows, keys, sums, softmax_scale)

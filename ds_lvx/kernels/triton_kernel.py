@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class TritonKernel(Kernel):
         delta = upstream.delta.to(torch.float32).contiguous()
         inputs = (*map(_last_dim_dense, tensors), norm, delta)
         if self._atomic and (q.dtype != torch.float32 or q.shape[3] <= _ATOMIC_FP32):
-            dq = torch.zeros(q.shape, device=q.device)
+            dq = _fp32(q.shape, q).zero_()
             return dq, *written(_keys_gradient(problem, inputs, into, dq=dq), into)
         dq = _queries_gradient(problem, inputs)
         return dq, *written(_keys_gradient(problem, inputs, into), into)
@@ -110,8 +111,8 @@ def _parts(problem: Problem) -> tuple[Tensor, Tensor]:
     shape = shape_options(problem)
     numbers = count(seqlen_q * shape["GROUP"], tiles.rows), batch * kv_heads
     parts = splits(math.prod(numbers), count(seqlen_kv, tiles.keys), processors(q))
-    out = torch.empty(parts, batch, seqlen_q, heads, head_dim, device=q.device)
-    lse = torch.empty(parts, batch, heads, seqlen_q, device=q.device)
+    out = _fp32((parts, batch, seqlen_q, heads, head_dim), q)
+    lse = _fp32((parts, batch, heads, seqlen_q), q)
     triton_forward.forward_kernel[(numbers[0], parts, numbers[1])](
         q,
         k,
@@ -138,7 +139,7 @@ def _queries_gradient(problem: Problem, inputs: tuple[Tensor, ...]) -> Tensor:
     shape = shape_options(problem)
     numbers = count(seqlen_q * shape["GROUP"], tiles.rows), batch * kv_heads
     parts = splits(math.prod(numbers), count(seqlen_kv, tiles.keys), processors(q))
-    dq = torch.empty(parts, batch, seqlen_q, heads, head_dim, device=q.device)
+    dq = _fp32((parts, batch, seqlen_q, heads, head_dim), q)
     triton_backward.queries_kernel[(numbers[0], parts, numbers[1])](
         *inputs,
         dq,
@@ -223,6 +224,11 @@ def _merge(parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor, *, fold: bool)
         BLOCK_R=_ROWS_OF_A_MERGE,
         FOLD=fold,
     )
+
+
+def _fp32(shape: Sequence[int], q: Tensor) -> Tensor:
+    """Uninitialised, whatever the user's default dtype is."""
+    return torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
 def _last_dim_dense(tensor: Tensor) -> Tensor:

@@ -271,7 +271,7 @@ def join(
     """
     own = own if own.stride(-1) == 1 else own.contiguous()
     batch, seqlen, heads, head_dim = own.shape
-    out = torch.empty(own.shape, device=own.device)
+    out = torch.empty(own.shape, dtype=torch.float32, device=own.device)
     lse = None if lses is None else out.new_empty(batch, heads, seqlen)
     if own.numel() == 0:
         return out, lse

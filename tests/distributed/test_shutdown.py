@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from weakref import ref
 
 import pytest
 import torch
-from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import ProcessGroup, destroy_process_group, distributed_c10d
 
 import ds_lvx
 from ds_lvx.distributed.channel import Channel
@@ -85,6 +86,27 @@ def hold_a_group() -> None:
 
 def test_what_users_hold_stays() -> None:
     run_ranks(hold_a_group, 2)
+
+
+def end_by_themselves(stage: int | None) -> bool:
+    """Whether groups stay open when a script has ended ``torch.distributed`` itself."""
+    engine = None
+    if stage is not None:
+        config = ds_config(stage=stage, sp_size=2, cross={"method": "lvx"}, self_attn="ulysses")
+        engine = start_engine(config)
+    groups = ds_lvx.SequenceParallelGroups(2)
+    groups.divide(1)
+    Channel(groups.sp_group).barrier()
+    destroy_process_group()
+    gc.collect()
+    ds_lvx.shutdown(engine)
+    groups.close()
+    return ds_lvx.SequenceParallelGroups.current() is not None
+
+
+def test_a_script_may_have_ended_torch_distributed() -> None:
+    for stage in (None, 3):
+        assert run_ranks(end_by_themselves, 2, stage) == [False, False]
 
 
 # ---- how scripts end

@@ -116,6 +116,24 @@ def test_every_cover_against_float64(name: str) -> None:
     assert kernel.calls == 2 * [(each.size, each.causal) for each in cover.rectangles]
 
 
+def images_out_of_order() -> Visibility:
+    """Rows of three images that do not lie side by side, as ranks deal them, behind two that see
+    all."""
+    start = torch.tensor([[-1, -1, 0, 1, 2, 2, 1, 0]], dtype=torch.int32)
+    end = torch.tensor([[9, 9, 1, 2, 3, 3, 2, 1]], dtype=torch.int32)
+    return Visibility(start, end, torch.tensor([[0, 0, 1, 1, 2, 2]], dtype=torch.int32))
+
+
+def test_queries_that_see_all_stand_beside_one_launch() -> None:
+    sees = images_out_of_order()
+    cover = cover_of(sees)
+    assert cover is not None
+    assert cover.sequences is not None
+    assert len(cover.whole) == 1
+    inputs = tensors(sees)
+    assert largest(of_kernel(FlashKernel(), sees, inputs), of_oracle(sees, inputs)) < 1e-12
+
+
 @pytest.mark.parametrize("decade", range(3))
 def test_whatever_comes(decade: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """dk and dv go to given tensors of any strides, over whatever was in them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -50,6 +50,20 @@ def test_the_setting_is_as_before(before: str) -> None:
         assert matmul.fp32_precision == before
     finally:
         matmul.fp32_precision = at_first
+
+
+def test_the_trial_is_in_fp32_whoever_is_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor that does not round, under a default or an autocast that does."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(onednn, "_setting", lambda precision: nullcontext())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert onednn.serves()
+    onednn.serves.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert onednn.serves()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_processor_that_rounds_is_found_by_trial(monkeypatch: pytest.MonkeyPatch) -> None:

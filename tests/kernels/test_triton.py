@@ -177,6 +177,27 @@ def test_a_part_folds_into_a_running_result(processors: int) -> None:
     torch.testing.assert_close(running[0].double(), whole, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_results_are_in_fp32_whatever_the_default_is(default: torch.dtype) -> None:
+    shape = (1, 3, 50, 4, 2, 16)
+    sees, (q, k, v) = rule(shape, "frames"), tensors(shape, torch.float32)
+    assert sees is not None
+    upstream = Upstream(q, torch.full((1, 4, 3), 4.0), torch.zeros(1, 4, 3))
+    problem = Problem(q, k, v, Rule(sees), softmax_scale=0.25)
+
+    def found(kernel: TritonKernel) -> list[Tensor]:
+        return [*kernel.forward(problem), *kernel.backward(problem, upstream)]
+
+    kernels = [TritonKernel(), triton_kernel.TritonAtomicKernel()]
+    exact = [found(kernel) for kernel in kernels]
+    torch.set_default_dtype(default)
+    try:
+        again = [found(kernel) for kernel in kernels]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(again, exact)
+
+
 def test_strided_keys_are_read_in_place() -> None:
     """K and V as views of one projection, and as transposes."""
     torch.manual_seed(0)
