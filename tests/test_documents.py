@@ -29,6 +29,7 @@ WRITTEN = {
 }
 # Options of other programs.
 FOREIGN = {
+    *("--container-env", "--container-mount-home"),
     *("--gpus-per-node", "--gpus-per-task", "--nodes", "--requeue"),
     "--signal",
     *("--ipc", "--shm-size"),
