@@ -30,6 +30,7 @@ WRITTEN = {
 }
 # Options of other programs.
 FOREIGN = {
+    *("--container-env", "--container-mount-home"),
     *("--gpu-bind", "--gpus-per-node", "--gpus-per-task", "--nodes", "--requeue"),
     "--signal",
     *("--ipc", "--shm-size"),

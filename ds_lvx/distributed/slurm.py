@@ -18,9 +18,9 @@ _NUMBERS = re.compile(r"\[(\d+)[^]]*\]")
 def read_slurm(environ: MutableMapping[str, str] = os.environ) -> bool:
     """Set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT for a task of srun.
 
-    Nothing is set where a launcher has said RANK, outside of Slurm, for a single task, or in a
-    batch script itself. MASTER_ADDR and MASTER_PORT of the user stay; else they are the first node
-    of the step, and a port that follows from the numbers of the job and the step.
+    Nothing is set where a launcher has said RANK and WORLD_SIZE, outside of Slurm, for a single
+    task, or in a batch script itself. MASTER_ADDR and MASTER_PORT of the user stay; else they are
+    the first node of the step, and a port that follows from the numbers of the job and the step.
 
     Args:
         environ: variables, which are changed.
@@ -31,7 +31,10 @@ def read_slurm(environ: MutableMapping[str, str] = os.environ) -> bool:
     Raises:
         ValueError: Slurm's variables are no numbers, or name no node.
     """
-    if "RANK" in environ or any(name not in environ for name in _NEEDED):
+    if any(name not in environ for name in _NEEDED):
+        return False
+    # In an image with PYTORCH_VERSION pyxis says RANK and LOCAL_RANK, and nothing else.
+    if "RANK" in environ and ("WORLD_SIZE" in environ or environ["RANK"] != environ[_NEEDED[0]]):
         return False
     in_batch_script = environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environ
     rank, local_rank, size = (_number(environ, name) for name in _NEEDED)

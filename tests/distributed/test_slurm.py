@@ -31,6 +31,13 @@ def test_a_task_gets_what_launchers_set() -> None:
     }
 
 
+def test_a_task_of_pyxis_that_knows_only_its_rank_gets_the_rest() -> None:
+    environ = {**TASK, **NODES, "RANK": "5", "LOCAL_RANK": "1"}
+    assert read_slurm(environ)
+    assert (environ["WORLD_SIZE"], environ["LOCAL_SIZE"]) == ("7", "3")
+    assert (environ["RANK"], environ["MASTER_PORT"]) == ("5", "21234")
+
+
 def test_what_the_user_names_stays() -> None:
     environ = {**TASK, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     assert read_slurm(environ)
@@ -42,6 +49,7 @@ def test_what_the_user_names_stays() -> None:
     [
         {},
         {**TASK, **NODES, "RANK": "0"},
+        {**TASK, **NODES, "RANK": "5", "WORLD_SIZE": "8"},
         {**TASK, **NODES, "SLURM_NTASKS": "1"},
         {**TASK, **NODES, "ENVIRONMENT": "BATCH"},
     ],

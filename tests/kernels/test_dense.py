@@ -60,6 +60,7 @@ def test_threads_do_not_write_over_each_other() -> None:
     results: dict[int, list[list[Tensor]]] = {seed: [] for seed in range(4)}
 
     def work(seed: int) -> None:
+        torch.set_num_threads(1)  # of this thread: pools of four, on two cores, would spin
         for _ in range(20):
             results[seed].append(both_passes(inputs(seed)))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -95,7 +97,6 @@ def test_a_batch_script_hands_the_job_to_srun(name: str, tmp_path: Path) -> None
         "VENV": str(venv),
         "IMAGE": "image.sqsh",
         "MOUNTS": "/a:/a",
-        "MASTER_ADDR": "unset",
     }
     done = subprocess.run(
         ["bash", str(SLURM / name), "--data", "b c.jsonl"],
@@ -119,15 +120,17 @@ def test_a_batch_script_hands_the_job_to_srun(name: str, tmp_path: Path) -> None
         assert address == "n1"
         assert words[2:-6] == [
             *("--container-image", "image.sqsh", "--container-workdir", "/opt/ds_lvx"),
+            *("--container-env", "OMP_NUM_THREADS", "--container-mount-home"),
             *("--container-mounts", "/a:/a"),
         ]
     done = subprocess.run(
         ["bash", str(SLURM / name), "--data", "b"],
-        env={**variables, "SCRIPT": "launch/generate.py"},
+        env={**variables, "SCRIPT": "launch/generate.py", "MASTER_ADDR": "10.0.0.1"},
         capture_output=True,
         text=True,
         check=True,
     )
+    assert done.stdout.startswith("10.0.0.1\n")
     assert done.stdout.splitlines()[-4:] == ["python", "launch/generate.py", "--data", "b"]
     without = {key: value for key, value in variables.items() if key != "IMAGE"}
     without["VENV"] = str(tmp_path)
@@ -136,3 +139,18 @@ def test_a_batch_script_hands_the_job_to_srun(name: str, tmp_path: Path) -> None
     )
     assert done.returncode != 0
     assert "names no image" in done.stderr or "name one: VENV=" in done.stderr
+
+
+def test_the_image_is_made_of_what_the_repository_has() -> None:
+    """Of files that exist, without caches, in the folder that Slurm's script enters."""
+    text = (ROOT / "launch" / "docker" / "Dockerfile").read_text()
+    for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
+        assert all((ROOT / name).exists() for name in line.split()), line
+    (folder,) = re.findall(r"^WORKDIR (\S+)$", text, re.MULTILINE)
+    assert f"--container-workdir {folder} " in (SLURM / "finetune-pyxis.sbatch").read_text()
+    (wanted,) = re.findall(r'-e "\.\[(.*)\]"', text)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(wanted.split(",")) == set(project["optional-dependencies"]) - {"dev"}
+    left_out = (ROOT / "launch" / "docker" / "Dockerfile.dockerignore").read_text().split()
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert {name.rstrip("/") for name in ignored} <= {name.removeprefix("**/") for name in left_out}
