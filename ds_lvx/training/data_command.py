@@ -19,8 +19,8 @@ from ds_lvx.data.conversation import Conversation
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.images import check_image
 from ds_lvx.data.text import IGNORED, TextEncoder
+from ds_lvx.training.arguments import add_format, add_limits, add_rate, limits_of
 from ds_lvx.training.model import Source
-from ds_lvx.training.options import add_format, add_limits, add_rate, limits_of
 
 _MOST_CHARACTERS = 500
 """Of what is wrong with one sample."""

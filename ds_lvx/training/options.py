@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ds_lvx.data.chosen import FrameRate
-from ds_lvx.data.formats import FORMATS
-from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
+from ds_lvx.data.limits import Limits
+from ds_lvx.training.arguments import above, add_format, add_limits, add_rate, from_, limits_of
+from ds_lvx.training.lora import ALL_LINEAR, check_words
 
 CHECKS = ("lines", "headers", "frames")
 ON_BAD_SAMPLE = ("stop", "skip")
@@ -52,6 +52,8 @@ class Options:
     lora_r: int
     lora_alpha: int | None
     lora_dropout: float
+    lora_target_modules: list[str] | None
+    lora_modules_to_save: list[str] | None
     freeze_vision: bool
     gradient_checkpointing: bool
     seed: int
@@ -72,11 +74,6 @@ class Options:
         return limits_of(self)
 
 
-def limits_of(options: Any) -> Limits:
-    """What the options of `add_limits` say."""
-    return Limits(**{each.name: getattr(options, each.name) for each in fields(Limits)})
-
-
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line.
 
@@ -89,6 +86,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     options = Options(**values)
     try:
         FrameRate.asked(options)
+        check_words(options)
     except ValueError as error:
         top.error(str(error))
     if options.eval_generate > 0 and options.eval_data is None:
@@ -160,68 +158,6 @@ def _add_inputs(group: Any) -> None:
     group.add_argument("--deepspeed_config", required=True, help="a ds_config with `ds_lvx`")
 
 
-def add_format(group: Any) -> None:
-    """How the files of chats are written."""
-    group.add_argument(
-        "--format", choices=tuple(FORMATS), help="of their records (default: told by content)"
-    )
-    group.add_argument(
-        "--media_root", help="folder that relative paths of media begin in (default: the data's)"
-    )
-
-
-def add_rate(group: Any) -> None:
-    """How much of a sample is taken."""
-    rate = group.add_mutually_exclusive_group()
-    rate.add_argument("--fps", type=above(float, 0), help="frames a second of video (default: 1)")
-    rate.add_argument("--frames", type=above(int, 0), help="frames a video, evenly spaced")
-    group.add_argument(
-        "--max_frames",
-        type=above(int, 0),
-        help="with --fps: frames of a video at most; of a longer one so many, evenly spaced",
-    )
-    group.add_argument(
-        "--max_length",
-        type=above(int, 1),
-        help="text tokens a sample may have (default: the model's positions); more is an error",
-    )
-
-
-def add_limits(group: Any) -> None:
-    """Bounds of what a line, an image or a film may cost."""
-    default = DEFAULT_LIMITS
-    group.add_argument(
-        "--max_pixels",
-        type=above(int, 0),
-        default=default.max_pixels,
-        help="of an image, or of a frame (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max_film_frames",
-        type=above(int, 0),
-        default=default.max_film_frames,
-        help="of a video, chosen or not (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max_lead_in_frames",
-        type=above(int, 0),
-        default=default.max_lead_in_frames,
-        help="decoded only to get at a chosen one (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max_gap_s",
-        type=above(float, 0),
-        default=default.max_gap_s,
-        help="seconds between two frames (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max_line_bytes",
-        type=above(int, 0),
-        default=default.max_line_bytes,
-        help="of a line of --data and --eval_data (default: %(default)s)",
-    )
-
-
 def _add_training(group: Any) -> None:
     group.add_argument(
         "--epochs", type=above(float, 0), default=1.0, help="over the data (default: %(default)s)"
@@ -254,11 +190,24 @@ def _add_training(group: Any) -> None:
         "--lora_r",
         type=from_(int, 0),
         default=0,
-        help="rank of LoRA on q, k, v, o of the text layers; 0 (default) trains the weights",
+        help="rank of LoRA; 0 (default) trains the weights themselves",
     )
     group.add_argument("--lora_alpha", type=above(int, 0), help="default: twice --lora_r")
     group.add_argument(
         "--lora_dropout", type=from_(float, 0), default=0.0, help="of LoRA (default: 0)"
+    )
+    group.add_argument(
+        "--lora_target_modules",
+        nargs="+",
+        metavar="NAME",
+        help="where LoRA acts: names of modules, or their ends; or one regular expression for "
+        f"whole names; or {ALL_LINEAR} (default: the projections of the text's attention)",
+    )
+    group.add_argument(
+        "--lora_modules_to_save",
+        nargs="+",
+        metavar="NAME",
+        help="modules that train whole beside LoRA, and are saved with it: names, or their ends",
     )
     group.add_argument("--freeze_vision", action="store_true", help="leave the vision tower as is")
     group.add_argument(
@@ -334,28 +283,3 @@ def _add_outputs(group: Any) -> None:
         help="what else gets the metrics: tensorboard, wandb, trackio and accelerate's others",
     )
     group.add_argument("--traceback", action="store_true", help="show where an error was raised")
-
-
-def above(kind: Callable[[str], Any], low: float) -> Callable[[str], Any]:
-    """The type of an option that is a number above another."""
-    return _checked(kind, lambda value: value > low, f"more than {low}")
-
-
-def from_(kind: Callable[[str], Any], low: float) -> Callable[[str], Any]:
-    """The type of an option that is such a number or above it."""
-    return _checked(kind, lambda value: value >= low, f"{low} or more")
-
-
-def _checked(
-    kind: Callable[[str], Any], good: Callable[[Any], bool], expected: str
-) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not math.isfinite(value) or not good(value):
-            raise argparse.ArgumentTypeError(f"got {text!r}; expected a number, {expected}")
-        return value
-
-    return convert

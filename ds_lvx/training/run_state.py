@@ -39,7 +39,8 @@ _SAME = {
     "seed": "pass it as --seed",
     "data": "give the same --data, --fps or --frames; to go on with other data, start a new run "
     "with --model output_dir/model",
-    "trained": "give the same --model, --lora_r and --freeze_vision",
+    "trained": "give the same --model, --lora_r, --lora_target_modules, --lora_modules_to_save and "
+    "--freeze_vision",
 }
 
 
