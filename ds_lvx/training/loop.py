@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 import ds_lvx
 from ds_lvx.distributed.channel import Channel
@@ -25,10 +22,10 @@ from ds_lvx.sharding import finish_batch
 from ds_lvx.training.answers import Answers, means
 from ds_lvx.training.batches import TRAINING, Batches, Made, Place
 from ds_lvx.training.ending import EndAskedError, Ending, raise_if_asked
+from ds_lvx.training.engine import renew_learning_rate
 from ds_lvx.training.export import save_pretrained
 from ds_lvx.training.inputs import Inputs
 from ds_lvx.training.lengths import tokens_beside
-from ds_lvx.training.model import parameter_groups
 from ds_lvx.training.options import Options
 from ds_lvx.training.progress import Progress
 from ds_lvx.training.run_state import Checkpoints, RunState, SaveError
@@ -37,60 +34,11 @@ from ds_lvx.training.trackers import Trackers
 Records = list[dict[str, Any]]
 
 
-def make_engine(model: Any, inputs: Inputs, options: Options) -> Any:
-    """The engine, with AdamW and the schedule of the options where the ds_config has none.
-
-    Raises:
-        ValueError, NotImplementedError: what ``ds_lvx.initialize`` finds wrong.
-    """
-    groups = parameter_groups(model, options.weight_decay)
-    optimizer = None
-    if "optimizer" not in inputs.ds_config:
-        optimizer = torch.optim.AdamW(groups, lr=options.learning_rate)
-
-    def schedule(of_engine: Any) -> Any:
-        return get_scheduler(
-            options.lr_scheduler,
-            of_engine,
-            num_warmup_steps=warmup_steps(options.warmup_steps, inputs.total_steps),
-            num_training_steps=inputs.total_steps,
-        )
-
-    engine, *_ = ds_lvx.initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=groups,
-        lr_scheduler=None if "scheduler" in inputs.ds_config else schedule,
-        config=inputs.ds_config,
-    )
-    return engine
-
-
-def warmup_steps(wanted: float, total: int) -> int:
-    """Steps of the warm-up: so many, or below 1 a share of all, as of transformers' Trainer."""
-    return int(wanted) if wanted >= 1 else math.ceil(wanted * total)
-
-
-def renew_learning_rate(engine: Any) -> None:
-    """After a resume, the learning rate of the schedule as it is now.
-
-    The one restored with the optimizer is that of the schedule as it was: with another
-    ``--max_steps`` they differ.
-    """
-    scheduler = engine.lr_scheduler
-    if not isinstance(scheduler, LambdaLR):
-        return  # DeepSpeed's own, from the ds_config: of no known length
-    for group, base, factor in zip(
-        engine.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = base * factor(scheduler.last_epoch)
-
-
 class Trainer:
     """One run: its engine, its data and where it stands.
 
     Args:
-        engine: from `make_engine`.
+        engine: from `ds_lvx.training.engine.make_engine`.
         inputs: from `read_inputs`.
         options: of the run.
         batches: what the run takes.

@@ -12,8 +12,8 @@ import torch
 
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.training import disk
+from ds_lvx.training.engine import renew_learning_rate, warmup_steps
 from ds_lvx.training.inputs import BatchSizes, batch_sizes, read_inputs
-from ds_lvx.training.loop import renew_learning_rate, warmup_steps
 from ds_lvx.training.options import parse
 from ds_lvx.training.progress import Progress
 from ds_lvx.training.run_state import Checkpoints, RunState
