@@ -9,6 +9,7 @@ from typing import Any
 
 from ds_lvx.data.chosen import FrameRate
 from ds_lvx.data.limits import Limits
+from ds_lvx.training import best
 from ds_lvx.training.arguments import above, add_format, add_limits, add_rate, from_, limits_of
 from ds_lvx.training.lora import ALL_LINEAR, check_words
 
@@ -60,6 +61,11 @@ class Options:
     eval_steps: int | None
     eval_generate: int
     eval_new_tokens: int
+    load_best_model_at_end: bool
+    metric_for_best_model: str | None
+    greater_is_better: bool | None
+    early_stopping_patience: int | None
+    early_stopping_threshold: float | None
     save_steps: int | None
     keep_checkpoints: int
     resume: str | None
@@ -87,6 +93,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     try:
         FrameRate.asked(options)
         check_words(options)
+        best.check_options(options)
     except ValueError as error:
         top.error(str(error))
     if options.eval_generate > 0 and options.eval_data is None:
@@ -250,12 +257,13 @@ def _add_outputs(group: Any) -> None:
         default=64,
         help="of each of these answers (default: %(default)s)",
     )
+    _add_best(group)
     group.add_argument("--save_steps", type=above(int, 0), help="steps between checkpoints")
     group.add_argument(
         "--keep_checkpoints",
         type=above(int, 0),
         default=2,
-        help="older ones are deleted (default: %(default)s)",
+        help="older ones are deleted, but for the best (default: %(default)s)",
     )
     group.add_argument(
         "--resume",
@@ -283,3 +291,42 @@ def _add_outputs(group: Any) -> None:
         help="what else gets the metrics: tensorboard, wandb, trackio and accelerate's others",
     )
     group.add_argument("--traceback", action="store_true", help="show where an error was raised")
+
+
+def _add_best(group: Any) -> None:
+    group.add_argument(
+        "--load_best_model_at_end",
+        action="store_true",
+        help="write a checkpoint of every evaluation that is the best so far, keep it, and end "
+        "with the best one's weights",
+    )
+    group.add_argument(
+        "--metric_for_best_model",
+        choices=best.NAMES,
+        metavar="NAME",
+        help=f"what evaluations are compared by: {', '.join(best.METRICS)} (default: eval_loss)",
+    )
+    group.add_argument(
+        "--greater_is_better",
+        type=_truth,
+        metavar="TRUE_OR_FALSE",
+        help="whether the best is the greatest (default: for all but eval_loss)",
+    )
+    group.add_argument(
+        "--early_stopping_patience",
+        type=above(int, 0),
+        metavar="N",
+        help="end the run after N evaluations that are no better than the best before them",
+    )
+    group.add_argument(
+        "--early_stopping_threshold",
+        type=from_(float, 0),
+        metavar="DIFFERENCE",
+        help="by which one has to be better for that (default: 0)",
+    )
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected true or false")
+    return text.lower() == "true"
