@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 import ds_lvx
 from ds_lvx.training.inputs import Inputs
 from ds_lvx.training.model import parameter_groups
 from ds_lvx.training.options import Options
+from ds_lvx.training.schedule import make_schedule
 
 
 def make_engine(model: Any, inputs: Inputs, options: Options) -> Any:
@@ -26,14 +26,7 @@ def make_engine(model: Any, inputs: Inputs, options: Options) -> Any:
     if "optimizer" not in inputs.ds_config:
         optimizer = torch.optim.AdamW(groups, lr=options.learning_rate)
 
-    def schedule(of_engine: Any) -> Any:
-        return get_scheduler(
-            options.lr_scheduler,
-            of_engine,
-            num_warmup_steps=warmup_steps(options.warmup_steps, inputs.total_steps),
-            num_training_steps=inputs.total_steps,
-        )
-
+    schedule = partial(make_schedule, options, total=inputs.total_steps)
     engine, *_ = ds_lvx.initialize(
         model=model,
         optimizer=optimizer,
@@ -42,11 +35,6 @@ def make_engine(model: Any, inputs: Inputs, options: Options) -> Any:
         config=inputs.ds_config,
     )
     return engine
-
-
-def warmup_steps(wanted: float, total: int) -> int:
-    """Steps of the warm-up: so many, or below 1 a share of all, as of transformers' Trainer."""
-    return int(wanted) if wanted >= 1 else math.ceil(wanted * total)
 
 
 def renew_learning_rate(engine: Any) -> None:

@@ -26,6 +26,7 @@ from ds_lvx.training.lengths import sample_lengths
 from ds_lvx.training.model import Source
 from ds_lvx.training.options import Options
 from ds_lvx.training.run_state import AUTO, written
+from ds_lvx.training.schedule import check_section
 from ds_lvx.training.trackers import check_trackers
 
 
@@ -104,6 +105,7 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
         check_ds_config(ds_config, lvx.sequence_parallel_size)
     except ValueError as error:
         raise ValueError(f"{options.deepspeed_config}: {error}") from None
+    check_section(options, ds_config)
     sizes = batch_sizes(ds_config, world_size // lvx.sequence_parallel_size)
     check_trackers(options.report_to)
     if options.lora_r > 0:

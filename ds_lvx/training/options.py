@@ -12,10 +12,10 @@ from ds_lvx.data.limits import Limits
 from ds_lvx.training import best
 from ds_lvx.training.arguments import above, add_format, add_limits, add_rate, from_, limits_of
 from ds_lvx.training.lora import ALL_LINEAR, check_words
+from ds_lvx.training.schedule import SCHEDULERS, check_schedule, json_object
 
 CHECKS = ("lines", "headers", "frames")
 ON_BAD_SAMPLE = ("stop", "skip")
-SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Options:
     max_steps: int | None
     learning_rate: float
     lr_scheduler: str
+    lr_scheduler_kwargs: dict[str, Any] | None
+    min_lr: float | None
     warmup_steps: float
     weight_decay: float
     lora_r: int
@@ -94,6 +96,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         FrameRate.asked(options)
         check_words(options)
         best.check_options(options)
+        check_schedule(options)
     except ValueError as error:
         top.error(str(error))
     if options.eval_generate > 0 and options.eval_data is None:
@@ -172,50 +175,14 @@ def _add_training(group: Any) -> None:
     group.add_argument(
         "--max_steps", type=above(int, 0), help="optimizer steps, in place of --epochs"
     )
-    group.add_argument(
-        "--learning_rate",
-        type=above(float, 0),
-        default=1e-5,
-        help="of AdamW, at its highest (default: %(default)s)",
-    )
-    group.add_argument(
-        "--lr_scheduler", choices=SCHEDULERS, default="cosine", help="default: %(default)s"
-    )
-    group.add_argument(
-        "--warmup_steps",
-        type=from_(float, 0),
-        default=0.0,
-        help="in which the learning rate rises; below 1 a share of all steps (default: 0)",
-    )
+    _add_schedule(group)
     group.add_argument(
         "--weight_decay",
         type=from_(float, 0),
         default=0.0,
         help="of matrices; norms, biases and gates do not decay (default: 0)",
     )
-    group.add_argument(
-        "--lora_r",
-        type=from_(int, 0),
-        default=0,
-        help="rank of LoRA; 0 (default) trains the weights themselves",
-    )
-    group.add_argument("--lora_alpha", type=above(int, 0), help="default: twice --lora_r")
-    group.add_argument(
-        "--lora_dropout", type=from_(float, 0), default=0.0, help="of LoRA (default: 0)"
-    )
-    group.add_argument(
-        "--lora_target_modules",
-        nargs="+",
-        metavar="NAME",
-        help="where LoRA acts: names of modules, or their ends; or one regular expression for "
-        f"whole names; or {ALL_LINEAR} (default: the projections of the text's attention)",
-    )
-    group.add_argument(
-        "--lora_modules_to_save",
-        nargs="+",
-        metavar="NAME",
-        help="modules that train whole beside LoRA, and are saved with it: names, or their ends",
-    )
+    _add_lora(group)
     group.add_argument("--freeze_vision", action="store_true", help="leave the vision tower as is")
     group.add_argument(
         "--gradient_checkpointing",
@@ -238,6 +205,63 @@ def _add_training(group: Any) -> None:
         type=from_(int, 0),
         default=0,
         help="of the order of the data, dropout and LoRA (default: 0)",
+    )
+
+
+def _add_schedule(group: Any) -> None:
+    group.add_argument(
+        "--learning_rate",
+        type=above(float, 0),
+        default=1e-5,
+        help="of AdamW, at its highest (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lr_scheduler", choices=SCHEDULERS, default="cosine", help="default: %(default)s"
+    )
+    group.add_argument(
+        "--lr_scheduler_kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="further words of the schedule, those of transformers' function: "
+        """'{"num_cycles": 3}'""",
+    )
+    group.add_argument(
+        "--min_lr",
+        type=above(float, 0),
+        help="learning rate at the end of a linear, cosine, polynomial or warmup_stable_decay "
+        "schedule (default: 0, or what --lr_scheduler_kwargs says)",
+    )
+    group.add_argument(
+        "--warmup_steps",
+        type=from_(float, 0),
+        default=0.0,
+        help="in which the learning rate rises; below 1 a share of all steps (default: 0)",
+    )
+
+
+def _add_lora(group: Any) -> None:
+    group.add_argument(
+        "--lora_r",
+        type=from_(int, 0),
+        default=0,
+        help="rank of LoRA; 0 (default) trains the weights themselves",
+    )
+    group.add_argument("--lora_alpha", type=above(int, 0), help="default: twice --lora_r")
+    group.add_argument(
+        "--lora_dropout", type=from_(float, 0), default=0.0, help="of LoRA (default: 0)"
+    )
+    group.add_argument(
+        "--lora_target_modules",
+        nargs="+",
+        metavar="NAME",
+        help="where LoRA acts: names of modules, or their ends; or one regular expression for "
+        f"whole names; or {ALL_LINEAR} (default: the projections of the text's attention)",
+    )
+    group.add_argument(
+        "--lora_modules_to_save",
+        nargs="+",
+        metavar="NAME",
+        help="modules that train whole beside LoRA, and are saved with it: names, or their ends",
     )
 
 
