@@ -11,7 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ds_lvx.data.batch import BatchMaker, FrameRate, Sample
-from ds_lvx.data.chat import Chats, Conversation, Message, Part
+from ds_lvx.data.chat import Chats
+from ds_lvx.data.conversation import Conversation, Message, Part
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.extras import need
 from ds_lvx.data.text import IGNORED, EncodedText

@@ -59,8 +59,8 @@ def check_options(options: Any) -> None:
         raise ValueError(
             "--early_stopping_threshold: got it alone; expected --early_stopping_patience beside it"
         )
-    if options.eval_data is None or options.eval_steps is None:
-        missing = "--eval_data" if options.eval_data is None else "--eval_steps"
+    if not options.evaluates or options.eval_steps is None:
+        missing = "--eval_steps" if options.evaluates else "--eval_data"
         raise ValueError(f"{option}: got no {missing}; expected evaluations to compare")
     metric = _metric(options)
     if metric != "eval_loss" and options.eval_generate == 0:

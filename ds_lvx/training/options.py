@@ -26,6 +26,7 @@ class Options:
     trust_remote_code: bool
     data: str
     eval_data: str | None
+    val_size: float | None
     format: str | None
     media_root: str | None
     fps: float | None
@@ -81,6 +82,11 @@ class Options:
         """Of lines, images and videos."""
         return limits_of(self)
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return self.eval_data is not None or self.val_size is not None
+
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line.
@@ -99,8 +105,16 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         check_schedule(options)
     except ValueError as error:
         top.error(str(error))
-    if options.eval_generate > 0 and options.eval_data is None:
+    if options.eval_generate > 0 and not options.evaluates:
         top.error("--eval_generate: got no --eval_data; expected the chats whose answers to give")
+    if options.val_size is not None:
+        if options.eval_data is not None:
+            top.error("--val_size: got it beside --eval_data; expected one of them; drop the other")
+        if options.val_size >= 1 and not options.val_size.is_integer():
+            top.error(
+                f"argument --val_size: got {options.val_size}; expected a whole number, or a share "
+                "of the data below 1"
+            )
     if options.warmup_steps > 1 and not options.warmup_steps.is_integer():
         top.error(
             f"argument --warmup_steps: got {options.warmup_steps}; expected a whole number, or a "
@@ -144,6 +158,13 @@ def _add_inputs(group: Any) -> None:
     )
     group.add_argument("--data", required=True, help="chats to train on (docs/data.md)")
     group.add_argument("--eval_data", help="chats to evaluate on")
+    group.add_argument(
+        "--val_size",
+        type=above(float, 0),
+        metavar="SAMPLES",
+        help="in place of --eval_data: samples of --data that are held out and evaluated on, by "
+        "--seed; below 1 a share of them",
+    )
     add_format(group)
     add_rate(group)
     group.add_argument(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ds_lvx.data.chat import read_conversations
+from ds_lvx.data.chat import Chats, read_conversations
 from ds_lvx.data.errors import DataError
 from tests.data.media import chat, write_image, write_jsonl
 
@@ -240,3 +240,27 @@ def test_empty_and_missing_files(tmp_path: Path) -> None:
         read_conversations(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="got a folder"):
         read_conversations(tmp_path)
+
+
+def test_held_out_samples_are_those_of_train_test_split(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    lines = [chat(("text", f"Question {n}?"), answer=f"{n}") for n in range(37)]
+    data = write_jsonl(tmp_path / "data.jsonl", *lines)
+    whole = Chats(data)
+    for size, seed in ((5, 0), (0.1, 3), (0.5, 3), (36, 1)):
+        parts = whole.split(size, seed=seed)
+        rows = datasets.Dataset.from_dict({"n": list(range(37))})
+        given = size if size < 1 else int(size)
+        expected = rows.train_test_split(test_size=given, seed=seed)
+        for part, name in zip(parts, ("test", "train"), strict=True):
+            numbers = [int(each.messages[1].text) for each in (part[n] for n in range(len(part)))]
+            assert numbers == sorted(expected[name]["n"])
+            assert part.blocks == (len(part),)
+    # What was left out before stays so.
+    some, others = whole.without(range(0, 37, 2)).split(0.5, seed=0)
+    numbers = [int(p[n].messages[1].text) for p in (some, others) for n in range(len(p))]
+    assert sorted(numbers) == list(range(1, 37, 2))
+    assert (len(some), len(others)) == (9, 9)
+    for size in (37, 0.999):
+        with pytest.raises(DataError, match=r"got 37 samples, of which 37 are to be held out"):
+            whole.split(size, seed=0)
