@@ -38,7 +38,7 @@ from ds_lvx.data.formats import convert_of
 from ds_lvx.data.formats.messages import parts
 from ds_lvx.data.held import Held
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
-from ds_lvx.data.line import MEDIA, Line
+from ds_lvx.data.line import Line, is_medium
 from ds_lvx.data.opened import open_data
 from ds_lvx.data.paths import PathError, media_file
 
@@ -114,13 +114,15 @@ class Chats:
         return [
             (kind, self._is_there(value))
             for kind, value in named
-            if kind != "text" and isinstance(value, MEDIA)
+            if kind != "text" and is_medium(kind, value)
         ]
 
-    def _is_there(self, value: str | Held | Medium) -> bool:
+    def _is_there(self, value: Any) -> bool:
         file = value.file if isinstance(value, Medium) else value
+        if isinstance(file, list | tuple):
+            return all(map(self._is_there, file))
         try:
-            return isinstance(file, Held) or media_file(file, self._folder) is not None
+            return isinstance(file, Held) or media_file(str(file), self._folder) is not None
         except PathError:
             return False
 

@@ -11,7 +11,7 @@ from typing import Any
 from ds_lvx.data.beside import beside
 from ds_lvx.data.conversation import KINDS, ROLES, Conversation, Medium, Message, Part, Turn
 from ds_lvx.data.errors import DataError, Source, shown
-from ds_lvx.data.held import Held
+from ds_lvx.data.held import Held, Stills
 from ds_lvx.data.paths import PathError, media_file
 
 _EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}'
@@ -19,14 +19,19 @@ _MESSAGE_KEYS = ("role", "content", "weight")
 _PART_KEYS = {
     "text": ("type", "text", "literal"),
     "image": ("type", "image"),
-    "video": ("type", "video", "fps", "nframes", "video_start", "video_end"),
+    "video": ("type", "video", "fps", "nframes", "video_start", "video_end", "sample_fps"),
 }
-MEDIA = (str, Held, Medium)
 _PLACEHOLDER = re.compile("<(image|video)>")
 _FPS = (1e-4, 1000)
 _NFRAMES = (1, 1_000_000)
 _SECONDS = (0, 1_000_000)
-_BOUNDS = {"fps": _FPS, "nframes": _NFRAMES, "video_start": _SECONDS, "video_end": _SECONDS}
+_BOUNDS = {
+    "fps": _FPS,
+    "nframes": _NFRAMES,
+    "video_start": _SECONDS,
+    "video_end": _SECONDS,
+    "sample_fps": _FPS,
+}
 
 
 @dataclass(frozen=True)
@@ -75,24 +80,52 @@ class Line:
         values = record.get(f"{kind}s")
         if values is None:
             return []
-        if not isinstance(values, list) or not all(isinstance(value, MEDIA) for value in values):
+        if not isinstance(values, list) or not all(is_medium(kind, value) for value in values):
             found = f'{shown(values)} for "{kind}s"'
             raise self.error(found, f'"{kind}s": ["a path", ...]', "correct the list")
         places = [getattr(v, "where", None) or f"{kind}s[{n}]" for n, v in enumerate(values)]
         return [(w, self.named(kind, v, w)) for w, v in zip(places, values, strict=True)]
 
-    def named(self, kind: str, value: str | Held | Medium, where: str) -> Part:
-        """A medium where its file is named."""
+    def named(self, kind: str, value: Any, where: str) -> Part:
+        """A medium where its file is named, or its files."""
         medium = value if isinstance(value, Medium) else Medium(value)
         if isinstance(medium.file, Held):
             part = Part(kind, medium.file.name, held=medium.file)
-        else:
+        elif isinstance(medium.file, str):
             part = Part(kind, self.file(medium.file, where))
+        else:
+            stills = self.stills(medium.file, where)
+            part = Part(kind, str(stills), held=stills)
         return self.timed(part, medium.more, where)
+
+    def stills(self, files: Sequence[Any], where: str) -> Stills:
+        """A video as a list of its frames."""
+        if not files:
+            found = f"a video without frames in {where}"
+            raise self.error(found, '["1.jpg", "2.jpg", ...]', "name them, or take the video out")
+        named: list[str | Held] = []
+        for number, file in enumerate(files):
+            place = f"{where}[{number}]"
+            if not isinstance(file, str | Held):
+                found = f"{_name(file)} for {place}"
+                raise self.error(found, "the path of a frame's image", "correct the list")
+            named.append(file if isinstance(file, Held) else self.file(file, place))
+        return Stills(tuple(named))
 
     def timed(self, part: Part, item: Mapping[str, Any], where: str) -> Part:
         """A medium with what an entry says of its frames."""
-        fps, nframes, start, end = (self.number(item, key, where) for key in _BOUNDS)
+        fps, nframes, start, end, taken = (self.number(item, key, where) for key in _BOUNDS)
+        if isinstance(part.held, Stills):
+            if None not in (fps, taken) and fps != taken:
+                found = f"fps {fps} and sample_fps {taken} in {where}"
+                raise self.error(found, "the rate at which the frames were taken", "drop one")
+            rate = fps if taken is None else taken
+            if rate is not None:
+                part = replace(part, held=replace(part.held, fps=rate))
+            fps = None
+        elif taken is not None:
+            found = f"sample_fps in {where}, of a video that is no list of frames"
+            raise self.error(found, "fps", "write fps, or list the frames")
         if fps is not None and nframes is not None:
             raise self.error(f"fps and nframes in {where}", "one of them", "drop the other")
         if end is not None and end <= (start or 0):
@@ -170,7 +203,7 @@ class Line:
     ) -> Part:
         """An image or a video, named here or, where the entry has no path, beside the messages."""
         value = item.get(kind)
-        if value is not None and not isinstance(value, MEDIA):
+        if value is not None and not is_medium(kind, value):
             example = f'{{"type": "{kind}", "{kind}": "..."}}'
             found = f"{_name(value)} for {kind!r} in {where}"
             do = "give each as an image" if isinstance(value, list) else "correct the entry"
@@ -178,7 +211,7 @@ class Line:
         if value is None:
             part = self.beside(kind, f"{kind!r} without a path in {where}", words=words)
         else:
-            part = self.named(kind, value, where)
+            part = self.named(kind, value, f"{where}.{kind}" if isinstance(value, list) else where)
         return self.timed(part, item, where)
 
     def beside(self, kind: str, said: str, *, words: Mapping[str, str]) -> Part:
@@ -240,6 +273,11 @@ class Line:
 
     def error(self, got: str, expected: str, do: str) -> DataError:
         return DataError.at(self.source, got=got, expected=expected, do=do)
+
+
+def is_medium(kind: str, value: Any) -> bool:
+    """Whether a value names an image or a video: a path, or of a video a list of its frames'."""
+    return isinstance(value, (str, Held, Medium)) or (kind == "video" and isinstance(value, list))
 
 
 def _words(messages: Sequence[Any]) -> Mapping[str, str]:

@@ -127,7 +127,7 @@ LEFT_OUT = {"role": "assistant", "content": "b", "weight": 0}
         (_content({"type": "image", "path": "a.png", "url": "a.png"}), "the key 'url' in"),
         (_content({"type": "image", "image": "a.png", "path": "a.png"}), "the key 'path' in"),
         (_content({"type": "image", "url": "https://a/b.png"}), "download it first"),
-        (_content({"type": "video", "video": ["a.png"]}), "give each as an image"),
+        (_content({"type": "image", "image": ["a.png"]}), "give each as an image"),
         # values of the wrong kind or size
         (_content({"type": "video", "video": "a.png", "fps": "5"}), "fps '5' in messages[0]"),
         (_content({"type": "video", "video": "a.png", "fps": 0}), "a number from 0.0001 to 1,000"),
