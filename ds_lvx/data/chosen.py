@@ -55,6 +55,7 @@ class Frames:
         indices: the chosen frames of the video; ``(0,)`` for an image.
         first: frame of the video at which the part begins that is taken.
         sides: height and width of a picture, where the family asks for them.
+        pixels: least and most that a picture is to have, where the sample says them.
     """
 
     path: str | Held | Stills
@@ -62,6 +63,7 @@ class Frames:
     indices: tuple[int, ...]
     first: int = 0
     sides: tuple[int, int] = (0, 0)
+    pixels: tuple[int | None, int | None] = (None, None)
 
     @property
     def times(self) -> list[float] | None:
@@ -74,7 +76,8 @@ class Frames:
     @property
     def medium(self) -> Medium:
         """What the family has to know of it."""
-        return Medium(None if self.times is None else tuple(self.times), self.sides)
+        times = None if self.times is None else tuple(self.times)
+        return Medium(times, self.sides, pixels=self.pixels)
 
 
 class Chooser:
@@ -109,7 +112,7 @@ class Chooser:
             video, rate = video_of(file), replace(rate, fps=None)  # at a rate they were taken
         elif part.kind == "image":
             sides = image_sides(file, limits=self._limits) if self._sized else (0, 0)
-            return Frames(file, None, (0,), sides=sides)
+            return Frames(file, None, (0,), sides=sides, pixels=part.pixels)
         else:
             video = self._probe(file)
         if part.fps is not None:  # the line's own go first
@@ -126,7 +129,7 @@ class Chooser:
             sides = sides_of(file, indices, limits=self._limits)
         elif self._sized:
             sides = self._video_sides(file)
-        return Frames(file, video, indices, taken.start, sides)
+        return Frames(file, video, indices, taken.start, sides, part.pixels)
 
     def check(self, part: Part) -> None:
         """Look at the headers of an image, or of a video's frames that are images.

@@ -24,6 +24,7 @@ class Part:
         nframes: frames of this video in all; None leaves it to the run.
         start, end: seconds of this video, of which the part between is taken; None: its beginning,
             its end.
+        pixels: least and most that a picture is to have for the model; None leaves it to that.
         held: the medium, where it has no file of its own, or one a frame; ``value`` then is what
             messages call it.
     """
@@ -34,6 +35,7 @@ class Part:
     nframes: int | None = None
     start: float | None = None
     end: float | None = None
+    pixels: tuple[int | None, int | None] = (None, None)
     held: Held | Stills | None = None
 
     @property
@@ -48,8 +50,8 @@ class Medium:
 
     Attributes:
         file: a path, or the bytes that another file holds; of a video also a list of its frames'.
-        more: what a part says beside the path: ``fps``, ``nframes``, ``video_start``,
-            ``video_end``.
+        more: what a part says beside the path: ``fps``, ``nframes``, ``sample_fps``,
+            ``video_start``, ``video_end``, ``min_pixels``, ``max_pixels``.
         where: the column and the entry that it stands in; None: where our own form has it.
     """
 

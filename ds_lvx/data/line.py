@@ -16,22 +16,27 @@ from ds_lvx.data.paths import PathError, media_file
 
 _EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}'
 _MESSAGE_KEYS = ("role", "content", "weight")
+_RATES = ("fps", "nframes", "video_start", "video_end", "sample_fps")
+_SIZES = ("min_pixels", "max_pixels")
 _PART_KEYS = {
     "text": ("type", "text", "literal"),
-    "image": ("type", "image"),
-    "video": ("type", "video", "fps", "nframes", "video_start", "video_end", "sample_fps"),
+    "image": ("type", "image", *_SIZES),
+    "video": ("type", "video", *_RATES, *_SIZES),
 }
 _PLACEHOLDER = re.compile("<(image|video)>")
 _FPS = (1e-4, 1000)
 _NFRAMES = (1, 1_000_000)
 _SECONDS = (0, 1_000_000)
+_PIXELS = (1, 1_000_000_000)
 _BOUNDS = {
     "fps": _FPS,
     "nframes": _NFRAMES,
     "video_start": _SECONDS,
     "video_end": _SECONDS,
     "sample_fps": _FPS,
+    **dict.fromkeys(_SIZES, _PIXELS),
 }
+_WHOLE = ("nframes", *_SIZES)
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,8 @@ class Line:
 
     def timed(self, part: Part, item: Mapping[str, Any], where: str) -> Part:
         """A medium with what an entry says of its frames."""
-        fps, nframes, start, end, taken = (self.number(item, key, where) for key in _BOUNDS)
+        part = self.sized(part, item, where)
+        fps, nframes, start, end, taken = (self.number(item, key, where) for key in _RATES)
         if isinstance(part.held, Stills):
             if None not in (fps, taken) and fps != taken:
                 found = f"fps {fps} and sample_fps {taken} in {where}"
@@ -133,6 +139,14 @@ class Line:
             raise self.error(found, "the end after the start, in seconds", "correct them")
         said = {"fps": fps, "nframes": nframes, "start": start, "end": end}
         return replace(part, **{key: value for key, value in said.items() if value is not None})
+
+    def sized(self, part: Part, item: Mapping[str, Any], where: str) -> Part:
+        """A medium with what an entry says of its pixels."""
+        least, most = (self.number(item, key, where) for key in _SIZES)
+        if None not in (least, most) and least > most:
+            found = f"min_pixels {least} and max_pixels {most} in {where}"
+            raise self.error(found, "the most above the least", "correct them")
+        return part if least is most is None else replace(part, pixels=(least, most))
 
     def message(self, item: Any, number: int) -> Message:
         where = item.where if isinstance(item, Turn) else f"messages[{number}]"
@@ -239,7 +253,7 @@ class Line:
 
     def number(self, item: Mapping[str, Any], key: str, where: str) -> Any:
         value, (low, high) = item.get(key), _BOUNDS[key]
-        kinds: Any = int if key == "nframes" else (int, float)
+        kinds: Any = int if key in _WHOLE else (int, float)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:

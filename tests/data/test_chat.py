@@ -121,7 +121,7 @@ LEFT_OUT = {"role": "assistant", "content": "b", "weight": 0}
         (_content({"type": "video"}), "'video' without a path in messages[0].content[0]"),
         # keys that nobody reads
         (_content({"type": "image", "image": "a.png", "fps": 5}), "the key 'fps' in messages[0]."),
-        (_content({"type": "video", "video": "a.png", "max_pixels": 9}), "the key 'max_pixels'"),
+        (_content({"type": "video", "video": "a.png", "total_pixels": 9}), "key 'total_pixels'"),
         (_content({"type": "text", "text": "a"}, name="Ann"), "the key 'name' in messages[0]"),
         (_record(messages=[{**ANSWER, "tool_calls": [1]}]), "the key 'tool_calls' in messages[0]"),
         (_content({"type": "image", "path": "a.png", "url": "a.png"}), "the key 'url' in"),
@@ -134,6 +134,15 @@ LEFT_OUT = {"role": "assistant", "content": "b", "weight": 0}
         (_content({"type": "video", "video": "a.png", "nframes": 2.5}), "nframes 2.5 in"),
         (_content({"type": "video", "video": "a.png", "nframes": True}), "nframes True in"),
         (_content({"type": "video", "video": "a.png", "fps": 1, "nframes": 2}), "drop the other"),
+        (_content({"type": "image", "image": "a.png", "max_pixels": 9.5}), "max_pixels 9.5 in"),
+        (
+            _content({"type": "image", "image": "a.png", "min_pixels": 0}),
+            "a whole number from 1 to",
+        ),
+        (
+            _content({"type": "image", "image": "a.png", "min_pixels": 9, "max_pixels": 4}),
+            "min_pixels 9 and max_pixels 4 in messages[0].content[0]; expected the most above",
+        ),
         (_content({"type": "text", "text": "a", "literal": 1}), "literal 1 in"),
         (_record(messages=[{**ANSWER, "weight": 0.5}]), "weight 0.5 in messages[0]"),
         (_record(messages=[{**ANSWER, "weight": True}]), "weight True in messages[0]"),

@@ -22,6 +22,7 @@ _BOTH = ("segment", "timestamp", "timestamps")
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 _PATHS = ("path", "file", "url")
 _RATES = ("fps", "nframes", "sample_fps")
+_SIZES = ("min_pixels", "max_pixels")
 
 
 def columns(record: Mapping[str, Any], kinds: Sequence[str] = KINDS) -> dict[str, str]:
@@ -108,13 +109,14 @@ def _medium(value: Any, kind: str, *, where: str, source: Source) -> Medium:
     more: dict[str, Any] = {}
     if isinstance(value, dict):
         names = (*_PATHS, kind)
-        more = {k: v for k, v in value.items() if k in _RATES and v is not None}
+        said = _SIZES if kind == "image" else (*_RATES, *_SIZES)
+        more = {k: v for k, v in value.items() if k in said and v is not None}
         times = _times(value, source, where)
         known = {*names, *more, *_START, *_END, *_BOTH}
         paths = [value[key] for key in names if value.get(key) is not None]
         others = [key for key, v in value.items() if key not in known and v is not None]
         more |= times
-        if len(paths) != 1 or others or (more and kind == "image"):
+        if len(paths) != 1 or others or (times and kind == "image"):
             raise _wrong(value, kind, where=where, source=source)
         value = paths[0]
     if kind == "video" and isinstance(value, list):
