@@ -27,9 +27,10 @@ from ds_lvx.distributed.start import init_distributed, remove_shared_memory, tak
 from ds_lvx.distributed.together import together
 from ds_lvx.training.batches import Batches
 from ds_lvx.training.ending import EndAskedError
+from ds_lvx.training.engine import make_engine
 from ds_lvx.training.inputs import check_samples, read_inputs
 from ds_lvx.training.lock import held
-from ds_lvx.training.loop import Trainer, make_engine
+from ds_lvx.training.loop import Trainer
 from ds_lvx.training.model import load_model
 from ds_lvx.training.options import Options, parse
 

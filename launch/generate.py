@@ -38,7 +38,7 @@ from ds_lvx.distributed.slurm import read_slurm
 from ds_lvx.distributed.start import init_distributed, take_device
 from ds_lvx.distributed.together import together
 from ds_lvx.models.generating.started import begins_with, has_encoder
-from ds_lvx.training.asking import Options, Prompts, parse, question
+from ds_lvx.training.asking import Options, Prompts, parse, question, with_base
 from ds_lvx.training.chatting import OPEN, Questions, conversation
 from ds_lvx.training.model import Source, training_dtype
 
@@ -72,6 +72,7 @@ def answer_all(options: Options, world: Channel) -> None:
         ValueError: something that the user gave is wrong; on all ranks.
         NotImplementedError: a model or a combination that does not exist; on all ranks.
     """
+    options = together(world, lambda: with_base(options))
     source, encoder, dtype = together(world, lambda: read(options, world.size))
     torch.manual_seed(options.seed)
     device = get_accelerator().current_device_name()

@@ -125,7 +125,7 @@ def options() -> set[str]:
         parser = argparse.ArgumentParser()
         import_module(module).add_arguments(parser)
         found |= set(parser._option_string_actions)
-    parsers = [PACKAGE / "training" / name for name in ("options.py", "asking.py")]
+    parsers = [PACKAGE / "training" / name for name in ("arguments.py", "options.py", "asking.py")]
     parsers += [
         PACKAGE / "models" / name / "convert.py" for name in ("openflamingo", "video_llama")
     ]

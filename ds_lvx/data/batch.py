@@ -126,6 +126,7 @@ class BatchMaker:
             DataError: with file and line, for media that cannot be read and text that does not fit.
         """
         source = conversation.source
+        self._check_bounds(conversation)
         try:
             frames = tuple(self.chooser.frames(part) for part in conversation.media)
         except ValueError as error:
@@ -249,6 +250,17 @@ class BatchMaker:
             return tuple(family.shown(self.encoder.processor, each) for each in _media(frames))
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
+
+    def _check_bounds(self, conversation: Conversation) -> None:
+        family = self.encoder.family
+        if not family.bounded_media and any(p.pixels != (None, None) for p in conversation.media):
+            raise DataError.at(
+                conversation.source,
+                got="min_pixels or max_pixels of an image or a video",
+                expected=f"none for a model of type {family.model_type!r}, whose files say the "
+                "sizes of all",
+                do="take them out",
+            )
 
     def _held(self, sample: Sample, fail: Callable[[str], None]) -> Held:
         """The units of a sample that this rank holds, and their frames."""

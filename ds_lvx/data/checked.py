@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ds_lvx.data.chat import Conversation
-from ds_lvx.data.held import Held
+from ds_lvx.data.held import Held, Stills
 
 FOLDER = ".ds_lvx-checked"
 _DIGITS = 32
@@ -64,7 +64,12 @@ def line_key(raw: bytes, conversation: Conversation) -> str:
     Raises:
         OSError: a file is not there any more.
     """
-    stamps = [_stamp(part.file) for part in conversation.media]
+    files = [
+        file
+        for part in conversation.media
+        for file in (part.file.files if isinstance(part.file, Stills) else (part.file,))
+    ]
+    stamps = [_stamp(file) for file in files]
     said = repr((stamps, conversation.messages))
     return _digest(raw + said.encode("utf-8", "surrogateescape"))
 

@@ -10,10 +10,11 @@ from typing import Any
 from ds_lvx.data.conversation import Part
 from ds_lvx.data.extras import need
 from ds_lvx.data.frames import DecodeCount, Video, choose, decode, probe, segment
-from ds_lvx.data.held import Films, Held
-from ds_lvx.data.images import image_sides, load_image
+from ds_lvx.data.held import Films, Held, Stills
+from ds_lvx.data.images import check_image, image_sides, load_image
 from ds_lvx.data.kept import kept_probe
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
+from ds_lvx.data.stills import sides_of, video_of
 from ds_lvx.models.media import Medium
 
 
@@ -46,21 +47,23 @@ class FrameRate:
 
 @dataclass(frozen=True)
 class Frames:
-    """Consecutive visual inputs of a sample that one file holds.
+    """Consecutive visual inputs of a sample that one file holds, or that are one video.
 
     Attributes:
-        path: the file, or what another file holds of it.
+        path: the file, or what another file holds of it; of a list of frames all of them.
         video: what its container says, or None for an image.
         indices: the chosen frames of the video; ``(0,)`` for an image.
         first: frame of the video at which the part begins that is taken.
         sides: height and width of a picture, where the family asks for them.
+        pixels: least and most that a picture is to have, where the sample says them.
     """
 
-    path: str | Held
+    path: str | Held | Stills
     video: Video | None
     indices: tuple[int, ...]
     first: int = 0
     sides: tuple[int, int] = (0, 0)
+    pixels: tuple[int | None, int | None] = (None, None)
 
     @property
     def times(self) -> list[float] | None:
@@ -73,7 +76,8 @@ class Frames:
     @property
     def medium(self) -> Medium:
         """What the family has to know of it."""
-        return Medium(None if self.times is None else tuple(self.times), self.sides)
+        times = None if self.times is None else tuple(self.times)
+        return Medium(times, self.sides, pixels=self.pixels)
 
 
 class Chooser:
@@ -100,13 +104,17 @@ class Chooser:
         """The chosen frames of an image or a video. Decodes nothing, or its first for its sides.
 
         Raises:
-            ValueError: it is no video, or has not the part that is asked for.
+            ValueError: it is no video, has not the part that is asked for, or frames of several
+                sizes where these count.
         """
-        if part.kind == "image":
-            sides = image_sides(part.file, limits=self._limits) if self._sized else (0, 0)
-            return Frames(part.file, None, (0,), sides=sides)
-        video = self._probe(part.file)
-        rate = self._rate
+        file, rate = part.file, self._rate
+        if isinstance(file, Stills):
+            video, rate = video_of(file), replace(rate, fps=None)  # at a rate they were taken
+        elif part.kind == "image":
+            sides = image_sides(file, limits=self._limits) if self._sized else (0, 0)
+            return Frames(file, None, (0,), sides=sides, pixels=part.pixels)
+        else:
+            video = self._probe(file)
         if part.fps is not None:  # the line's own go first
             rate = replace(rate, fps=part.fps, count=None)
         elif part.nframes is not None:
@@ -116,8 +124,23 @@ class Chooser:
             taken = segment(video, part.start, part.end)
         piece = replace(video, timestamps=video.timestamps[taken.start : taken.stop])
         chosen = choose(piece, fps=rate.fps, count=rate.count, max_frames=rate.max_frames)
-        sides = self._video_sides(part.file) if self._sized else (0, 0)
-        return Frames(part.file, video, tuple(taken[n] for n in chosen), taken.start, sides)
+        indices, sides = tuple(taken[n] for n in chosen), (0, 0)
+        if self._sized and isinstance(file, Stills):
+            sides = sides_of(file, indices, limits=self._limits)
+        elif self._sized:
+            sides = self._video_sides(file)
+        return Frames(file, video, indices, taken.start, sides, part.pixels)
+
+    def check(self, part: Part) -> None:
+        """Look at the headers of an image, or of a video's frames that are images.
+
+        Raises:
+            ValueError: one cannot be read, or the frames are not of one size.
+        """
+        if isinstance(part.file, Stills):
+            sides_of(part.file, limits=self._limits)
+        elif part.kind == "image":
+            check_image(part.file, limits=self._limits)
 
     def pictures(
         self, frames: Frames, indices: Sequence[int], counter: DecodeCount | None = None
@@ -127,6 +150,12 @@ class Chooser:
         Raises:
             ValueError: one cannot be decoded.
         """
+        if isinstance(frames.path, Stills):
+            for index in indices:
+                if counter is not None:
+                    counter.frames += 1
+                yield load_image(frames.path.files[index], limits=self._limits)
+            return
         if frames.video is None:
             yield load_image(frames.path, limits=self._limits)
             return

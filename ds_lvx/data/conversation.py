@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ds_lvx.data.errors import Source
-from ds_lvx.data.held import Held
+from ds_lvx.data.held import Held, Stills
 
 ROLES = ("system", "user", "assistant")
 KINDS = ("text", "image", "video")
@@ -24,7 +24,9 @@ class Part:
         nframes: frames of this video in all; None leaves it to the run.
         start, end: seconds of this video, of which the part between is taken; None: its beginning,
             its end.
-        held: the medium, where it has no file of its own; ``value`` then is what messages call it.
+        pixels: least and most that a picture is to have for the model; None leaves it to that.
+        held: the medium, where it has no file of its own, or one a frame; ``value`` then is what
+            messages call it.
     """
 
     kind: str
@@ -33,10 +35,11 @@ class Part:
     nframes: int | None = None
     start: float | None = None
     end: float | None = None
-    held: Held | None = None
+    pixels: tuple[int | None, int | None] = (None, None)
+    held: Held | Stills | None = None
 
     @property
-    def file(self) -> str | Held:
+    def file(self) -> str | Held | Stills:
         """Where a medium's bytes are."""
         return self.value if self.held is None else self.held
 
@@ -46,13 +49,13 @@ class Medium:
     """An image or a video as a converter gives it (`ds_lvx.data.formats`).
 
     Attributes:
-        file: a path, or the bytes that another file holds.
-        more: what a part says beside the path: ``fps``, ``nframes``, ``video_start``,
-            ``video_end``.
+        file: a path, or the bytes that another file holds; of a video also a list of its frames'.
+        more: what a part says beside the path: ``fps``, ``nframes``, ``sample_fps``,
+            ``video_start``, ``video_end``, ``min_pixels``, ``max_pixels``.
         where: the column and the entry that it stands in; None: where our own form has it.
     """
 
-    file: str | Held
+    file: str | Held | Sequence[str | Held]
     more: Mapping[str, Any] = field(default_factory=dict)
     where: str | None = None
 

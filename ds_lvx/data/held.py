@@ -1,4 +1,5 @@
-"""Media that have no file of their own: bytes in a table, a member of a tar archive, a data: URL.
+"""Media that have no file of their own: bytes in a table, a member of a tar archive, a data: URL;
+and videos that have many, one a frame.
 
 Images are read from memory. A film is written to a file of its own for as long as it is in use,
 since decoders want to go back and forth in it.
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
+STILLS_FPS = 2.0
+"""Of a list of frames that says nothing, as Qwen-VL's and LLaMA-Factory's readers take it."""
 _FILMS = 64
 """Files of films that are kept at once; every epoch comes back to the same ones."""
 
@@ -42,6 +45,23 @@ class Held:
         """Of bytes at hand, which are kept unless ``read`` gets them again."""
         key = hashlib.sha256(data).hexdigest()[:32]
         return cls(name, key, (lambda: data) if read is None else read)
+
+
+@dataclass(frozen=True)
+class Stills:
+    """A video whose frames are images of their own.
+
+    Attributes:
+        files: of each frame, in their order.
+        fps: frames a second that they were taken at.
+    """
+
+    files: tuple[str | Held, ...]
+    fps: float = STILLS_FPS
+
+    def __str__(self) -> str:
+        more = len(self.files) - 1
+        return f"{self.files[0]}" + (f" and {more} more frames" if more else "")
 
 
 def of_data_url(url: str) -> Held:

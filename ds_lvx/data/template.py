@@ -19,7 +19,7 @@ from functools import cached_property
 from itertools import count, product
 from typing import Any
 
-from ds_lvx.data.chat import Conversation, Message, Part
+from ds_lvx.data.conversation import Conversation, Message, Part
 from ds_lvx.data.errors import DataError, Source, shown
 
 Span = tuple[int, int]

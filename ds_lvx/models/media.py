@@ -24,11 +24,13 @@ class Medium:
         times: of a video's frames, in seconds; None for an image.
         sides: height and width of a picture, in pixels.
         alone: no other image is in its sample.
+        pixels: least and most that a picture is to have for the model, where the sample says them.
     """
 
     times: tuple[float, ...] | None
     sides: tuple[int, int]
     alone: bool = True
+    pixels: tuple[int | None, int | None] = (None, None)
 
 
 def of_sample(media: Iterable[Medium]) -> list[Medium]:
@@ -78,10 +80,12 @@ class TakesMedia:
             ``model.config.model_type`` or ``model.model_type``; set by the registry.
         sized_media: how many tokens a frame takes follows from its size: `shown` and `media` are
             asked, and none of `media_text`, `frame_places` and `frames`.
+        bounded_media: a sample may say the `Medium.pixels` of each, which `shown` and `media` heed.
     """
 
     model_type: str = ""
     sized_media: bool = False
+    bounded_media: bool = False
 
     def owned(self, tokens: Sequence[int], rank: int, size: int) -> Sequence[int]:
         """Which of a sample's units a rank holds, in order; see `ds_lvx.owned`.

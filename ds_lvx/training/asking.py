@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from ds_lvx.data.batch import BatchMaker, FrameRate, Sample
-from ds_lvx.data.chat import Chats, Conversation, Message, Part
+from ds_lvx.data.chat import Chats
+from ds_lvx.data.conversation import Conversation, Message, Part
 from ds_lvx.data.errors import DataError
+from ds_lvx.data.extras import need
 from ds_lvx.data.text import IGNORED, EncodedText
 from ds_lvx.models.generating.text_keys import AUTO, WORDS
+from ds_lvx.training.arguments import above, add_format, add_rate, from_
 from ds_lvx.training.chatting import OPEN, conversation
-from ds_lvx.training.options import above, add_format, add_rate, from_
+from ds_lvx.training.merging import CONFIG, base_of
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,20 @@ class Options:
     def reference(self, conversation: Conversation) -> str | None:
         """The answer that a line of the file has."""
         return None if self.data is None else reference(conversation)
+
+
+def with_base(options: Options) -> Options:
+    """The options, where ``--model`` is the folder of an adapter, with its base and the adapter.
+
+    Raises:
+        ValueError: the adapter names no base, or peft is not installed.
+    """
+    folder = Path(options.model)
+    is_whole = (folder / "config.json").exists()
+    if options.adapter is not None or is_whole or not (folder / CONFIG).is_file():
+        return options
+    need("peft", "lora", why="--model")
+    return replace(options, model=base_of(folder, option="--model"), adapter=options.model)
 
 
 def reference(conversation: Conversation) -> str:
@@ -190,7 +208,12 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     add = top.add_argument
-    add("--model", required=True, help="folder or hub name of a checkpoint; `tiny`: random weights")
+    add(
+        "--model",
+        required=True,
+        help="folder or hub name of a checkpoint, or folder of a LoRA adapter, which names its "
+        "base; `tiny`: random weights",
+    )
     add("--adapter", help="folder or hub name of a LoRA adapter of that model")
     add("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
     add("--deepspeed_config", required=True, help="a ds_config with `ds_lvx`")

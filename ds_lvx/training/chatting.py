@@ -7,7 +7,7 @@ import select
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from ds_lvx.data.chat import Conversation, Message, Part
+from ds_lvx.data.conversation import Conversation, Message, Part
 from ds_lvx.data.errors import Source
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.together import told

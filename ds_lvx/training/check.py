@@ -19,7 +19,6 @@ from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import Chats
 from ds_lvx.data.checked import CheckedLines, line_key
 from ds_lvx.data.errors import DataError
-from ds_lvx.data.images import check_image
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.distributed.channel import Channel
@@ -159,12 +158,11 @@ def _look(
 def _problem(chats: Chats, maker: BatchMaker, index: int, level: str) -> str | None:
     try:
         conversation = chats[index]
-        for part in conversation.media:
-            if part.kind == "image":
-                try:
-                    check_image(part.file, limits=maker.limits)
-                except ValueError as error:
-                    raise DataError(f"{conversation.source}: {error}") from None
+        try:
+            for part in conversation.media:
+                maker.chooser.check(part)
+        except ValueError as error:
+            raise DataError(f"{conversation.source}: {error}") from None
         sample = maker.sample(conversation)
         if level == "frames":
             maker.decode(sample)

@@ -17,10 +17,10 @@ from ds_lvx.data.chat import Chats
 from ds_lvx.data.chosen import Chooser, FrameRate, Frames
 from ds_lvx.data.conversation import Conversation
 from ds_lvx.data.errors import DataError
-from ds_lvx.data.images import check_image
+from ds_lvx.data.held import Stills
 from ds_lvx.data.text import IGNORED, TextEncoder
+from ds_lvx.training.arguments import add_format, add_limits, add_rate, limits_of
 from ds_lvx.training.model import Source
-from ds_lvx.training.options import add_format, add_limits, add_rate, limits_of
 
 _MOST_CHARACTERS = 500
 """Of what is wrong with one sample."""
@@ -86,6 +86,7 @@ class Found:
         media: by kind, those that are there.
         missing: likewise, those that are not.
         parts: parts of videos among them.
+        lists: videos among them that are lists of frames.
         turns, characters, tokens, learnt, frames: of each good sample.
         problems: what is wrong with the others.
     """
@@ -93,6 +94,7 @@ class Found:
     media: Counter[str] = field(default_factory=Counter)
     missing: Counter[str] = field(default_factory=Counter)
     parts: int = 0
+    lists: int = 0
     turns: list[int] = field(default_factory=list)
     characters: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -106,9 +108,10 @@ class Found:
             ", ".join(f"{counts[kind]:,} {kind}s" for kind in ("image", "video"))
             for counts in (self.media, self.missing)
         )
+        lists = f", {self.lists:,} lists of frames" if self.lists else ""
         report = [
             f"{chats.lines.path}: {len(chats):,} samples, format {chats.format}",
-            f"media found    {there} ({self.parts:,} of them parts of videos)",
+            f"media found    {there} ({self.parts:,} of them parts of videos{lists})",
             f"media missing  {gone}",
         ]
         columns = ("turns", "characters", "tokens", "learnt", "frames")
@@ -163,6 +166,7 @@ class Looker:
             return None
         messages = conversation.messages
         found.parts += sum(p.start is not None or p.end is not None for p in conversation.media)
+        found.lists += sum(isinstance(p.file, Stills) for p in conversation.media)
         found.turns.append(len(messages))
         found.characters.append(sum(len(message.text) for message in messages))
         found.frames.append(sum(len(each.indices) for each in frames))
@@ -175,8 +179,7 @@ class Looker:
         """What would be taken of each medium, by their headers."""
         try:
             for part in conversation.media:
-                if part.kind == "image":
-                    check_image(part.file, limits=self._limits)
+                self._chooser.check(part)
             return [self._chooser.frames(part) for part in conversation.media]
         except ValueError as error:
             raise DataError(f"{conversation.source}: {error}") from None

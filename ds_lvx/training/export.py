@@ -69,7 +69,7 @@ def gather_weights(
     Args:
         model: may be partitioned by ZeRO-3.
         partitioned: whether it is.
-        only_trained: leave out what does not require a gradient.
+        only_trained: leave out parameters that do not require a gradient.
         keep: whether this rank wants the weights; the others take part and get an empty dict.
 
     Collectives: one all-gather a parameter where ``partitioned``, over all ranks.
@@ -77,7 +77,7 @@ def gather_weights(
     weights = {}
     # One parameter at a time: more would fill the accelerator with weights that nobody computes on.
     for name, value in model.state_dict(keep_vars=True).items():
-        if only_trained and not value.requires_grad:
+        if only_trained and isinstance(value, nn.Parameter) and not value.requires_grad:
             continue
         gathered = partitioned and hasattr(value, "ds_id")
         with deepspeed.zero.GatheredParameters([value] if gathered else [], enabled=gathered):

@@ -26,6 +26,7 @@ from ds_lvx.training.lengths import sample_lengths
 from ds_lvx.training.model import Source
 from ds_lvx.training.options import Options
 from ds_lvx.training.run_state import AUTO, written
+from ds_lvx.training.schedule import check_section
 from ds_lvx.training.trackers import check_trackers
 
 
@@ -104,6 +105,7 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
         check_ds_config(ds_config, lvx.sequence_parallel_size)
     except ValueError as error:
         raise ValueError(f"{options.deepspeed_config}: {error}") from None
+    check_section(options, ds_config)
     sizes = batch_sizes(ds_config, world_size // lvx.sequence_parallel_size)
     check_trackers(options.report_to)
     if options.lora_r > 0:
@@ -143,17 +145,18 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
         training=training,
         evaluation=evaluation,
         total_steps=_total_steps(options, sizes, training),
-        fingerprint=_fingerprint(training, (), rate, encoder),
+        fingerprint=_fingerprint(training, (), rate, encoder, options=options),
         skipped=(),
     )
 
 
 def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
     """Look at every sample (`bad_samples`), and leave out what is bad where the options say so;
-    find lengths where samples are grouped by them.
+    hold out what is evaluated on, and find lengths where samples are grouped by them.
 
     Raises:
-        ValueError: on all ranks: a bad sample, or none that is good.
+        ValueError: on all ranks: a bad sample, none that is good, or more to hold out than there
+            are.
 
     Collectives: two agreements on the control plane for each file of data, one for what
     ``--eval_generate`` asks, one for lengths.
@@ -167,6 +170,11 @@ def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
     if evaluation is not None:
         bad_too = look(evaluation)
         evaluation = evaluation.without(bad_too)
+    elif options.val_size is not None:
+        evaluation, training = training.split(options.val_size, seed=options.seed)
+        if world.rank == 0:
+            print(f"ds_lvx: {len(evaluation):,} samples are held out (--val_size)", flush=True)
+    if evaluation is not None:
         together(world, partial(_check_asked, evaluation, options.eval_generate))
     lengths = None
     if options.group_by_length:
@@ -177,7 +185,7 @@ def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
         evaluation=evaluation,
         total_steps=_total_steps(options, inputs.sizes, training),
         fingerprint=_fingerprint(
-            training, sorted(bad), inputs.rate, inputs.encoder, is_grouped=options.group_by_length
+            training, sorted(bad), inputs.rate, inputs.encoder, options=options
         ),
         skipped=(*bad.values(), *bad_too.values()),
         lengths=lengths,
@@ -258,11 +266,13 @@ def _fingerprint(
     rate: FrameRate,
     encoder: TextEncoder,
     *,
-    is_grouped: bool = False,
+    options: Options,
 ) -> str:
     taken: tuple[object, ...] = (training.lines.sha256, list(left_out), rate, encoder.max_length)
     if training.format != "messages":
         taken = (*taken, training.format)
-    if is_grouped:
+    if options.group_by_length:
         taken = (*taken, "grouped by length")
+    if options.val_size is not None:
+        taken = (*taken, "held out", options.val_size)
     return hashlib.sha256(repr(taken).encode()).hexdigest()[:16]

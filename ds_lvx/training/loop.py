@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 import ds_lvx
 from ds_lvx.distributed.channel import Channel
@@ -24,11 +21,12 @@ from ds_lvx.models.shares import Share, counted, saved, shares
 from ds_lvx.sharding import finish_batch
 from ds_lvx.training.answers import Answers, means
 from ds_lvx.training.batches import TRAINING, Batches, Made, Place
+from ds_lvx.training.best import Watch
 from ds_lvx.training.ending import EndAskedError, Ending, raise_if_asked
+from ds_lvx.training.engine import renew_learning_rate
 from ds_lvx.training.export import save_pretrained
 from ds_lvx.training.inputs import Inputs
 from ds_lvx.training.lengths import tokens_beside
-from ds_lvx.training.model import parameter_groups
 from ds_lvx.training.options import Options
 from ds_lvx.training.progress import Progress
 from ds_lvx.training.run_state import Checkpoints, RunState, SaveError
@@ -37,60 +35,11 @@ from ds_lvx.training.trackers import Trackers
 Records = list[dict[str, Any]]
 
 
-def make_engine(model: Any, inputs: Inputs, options: Options) -> Any:
-    """The engine, with AdamW and the schedule of the options where the ds_config has none.
-
-    Raises:
-        ValueError, NotImplementedError: what ``ds_lvx.initialize`` finds wrong.
-    """
-    groups = parameter_groups(model, options.weight_decay)
-    optimizer = None
-    if "optimizer" not in inputs.ds_config:
-        optimizer = torch.optim.AdamW(groups, lr=options.learning_rate)
-
-    def schedule(of_engine: Any) -> Any:
-        return get_scheduler(
-            options.lr_scheduler,
-            of_engine,
-            num_warmup_steps=warmup_steps(options.warmup_steps, inputs.total_steps),
-            num_training_steps=inputs.total_steps,
-        )
-
-    engine, *_ = ds_lvx.initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=groups,
-        lr_scheduler=None if "scheduler" in inputs.ds_config else schedule,
-        config=inputs.ds_config,
-    )
-    return engine
-
-
-def warmup_steps(wanted: float, total: int) -> int:
-    """Steps of the warm-up: so many, or below 1 a share of all, as of transformers' Trainer."""
-    return int(wanted) if wanted >= 1 else math.ceil(wanted * total)
-
-
-def renew_learning_rate(engine: Any) -> None:
-    """After a resume, the learning rate of the schedule as it is now.
-
-    The one restored with the optimizer is that of the schedule as it was: with another
-    ``--max_steps`` they differ.
-    """
-    scheduler = engine.lr_scheduler
-    if not isinstance(scheduler, LambdaLR):
-        return  # DeepSpeed's own, from the ds_config: of no known length
-    for group, base, factor in zip(
-        engine.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = base * factor(scheduler.last_epoch)
-
-
 class Trainer:
     """One run: its engine, its data and where it stands.
 
     Args:
-        engine: from `make_engine`.
+        engine: from `ds_lvx.training.engine.make_engine`.
         inputs: from `read_inputs`.
         options: of the run.
         batches: what the run takes.
@@ -126,6 +75,7 @@ class Trainer:
             trusted=options.trust_checkpoint,
         )
         self._saved_step: int | None = None
+        self._watch = Watch(options)
         self._shares: list[Share] | None = None
         self._ending = Ending()
         names = options.report_to if world.rank == 0 else []
@@ -152,6 +102,7 @@ class Trainer:
                 self._progress.text("layers", table(self.engine.ds_lvx.patch.plans))
                 self._batches.begin(self.step, self.samples_seen)
                 self._work()
+                self.take_best()
                 self.export()
         finally:
             self._progress.skipped([*self._skipped])
@@ -175,7 +126,7 @@ class Trainer:
     def _save_at_end(self) -> None:
         """Write a checkpoint of the last whole step, where there is none yet."""
         if self.step != self._saved_step and self.step > 0:
-            path = self._checkpoints.save(self.engine, self._state())
+            path = self._checkpoints.save(self.engine, self._state(), best=self._kept)
             self._progress.say(f"saved {path}; --resume goes on from there")
 
     def _save_before_error(self) -> None:
@@ -194,12 +145,20 @@ class Trainer:
         self._saved_step = self.step
         renew_learning_rate(self.engine)
         self._progress.say(f"resumed from {path} at step {self.step}")
+        if (word := self._watch.resume(state.best)) is not None:
+            self._progress.say(f"warning: {word}")
+        if self._kept is not None and self._checkpoints.at(self._kept) is None:
+            self._progress.say(
+                f"warning: the checkpoint of step {self._kept}, the best so far, is gone; the next "
+                "evaluation counts as the best"
+            )
+            self._watch = Watch(self._options)
 
     def train(self) -> None:
         """Take the steps that are left."""
         options = self._options
         self.engine.train()
-        while self.step < self._inputs.total_steps:
+        while self.step < self._inputs.total_steps and not self._watch.stops:
             learning_rate = float(self.engine.get_lr()[0])  # the step's own, not the next's
             loss = self._take_step()
             if self._due(options.log_steps) or self.step == self._inputs.total_steps:
@@ -208,11 +167,24 @@ class Trainer:
                 self.evaluate()
             if self._due(options.save_steps):
                 self._save()
+        if self._watch.stops:
+            best = self._watch.best
+            self._progress.say(
+                f"the run ends after step {self.step}: {best.waited} evaluations without a better "
+                f"{best.metric} than {best.value} of step {best.step}"
+            )
+
+    @property
+    def _kept(self) -> int | None:
+        """The step of the best evaluation, where its checkpoint is kept."""
+        return self._watch.best.step if self._options.load_best_model_at_end else None
 
     def _save(self) -> None:
         """Write a checkpoint; where that cannot be, training goes on, and the next one may."""
+        if self._saved_step == self.step:  # it was the best
+            return
         try:
-            self._checkpoints.save(self.engine, self._state())
+            self._checkpoints.save(self.engine, self._state(), best=self._kept)
             self._saved_step = self.step
         except SaveError as error:
             self._progress.say(
@@ -242,7 +214,39 @@ class Trainer:
         self._progress.answers(self.step, rows)
         scores = means(rows) if rows else {}
         self._progress.log_evaluation(step=self.step, eval_loss=loss, **scores)
+        self._compare({"eval_loss": loss, **scores})
         return loss
+
+    def _compare(self, values: dict[str, float]) -> None:
+        """Whether this evaluation is the best so far; its checkpoint, where it is kept."""
+        before = self._watch.best
+        if not self._watch.take(self.step, values) or self._kept is None:
+            return
+        self._save()
+        if self._saved_step != self.step:  # there was no room: the one before stays the best
+            self._watch.best = replace(before, waited=0)
+
+    def take_best(self) -> None:
+        """Take the weights of the best evaluation, where the options ask for them.
+
+        Raises:
+            ValueError: their checkpoint is gone or damaged; on all ranks. The last weights have a
+                checkpoint then.
+        """
+        step = self._kept
+        if step is None or step == self.step:
+            return
+        try:
+            path = self._checkpoints.take(self.engine, step, self._state())
+        except ValueError as error:
+            self._save_before_error()
+            raise ValueError(
+                f"--load_best_model_at_end: {error}\nexpected the best as it was written; resume "
+                "without --load_best_model_at_end to save the last weights"
+            ) from None
+        self._saved_step = self.step  # there is none to be written of what is here now
+        best = self._watch.best
+        self._progress.say(f"took {path}, the best by {best.metric}: {best.value}")
 
     def export(self) -> None:
         """Write the model in Hugging Face's format to ``output_dir/model``."""
@@ -391,4 +395,5 @@ class Trainer:
             seed=self._options.seed,
             data=self._inputs.fingerprint,
             trained=hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
+            best=self._watch.record(),
         )

@@ -15,6 +15,8 @@ from ds_lvx.training import disk
 from ds_lvx.training.folder import complete
 from ds_lvx.training.model import Source
 
+CONFIG = "adapter_config.json"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``ds-lvx merge``."""
@@ -36,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     output, adapter = Path(options.output), Path(options.adapter)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output: got {output}, which is there; expected a new folder")
-    name = _base_of(adapter) if options.model is None else options.model
+    name = base_of(adapter) if options.model is None else options.model
     source = Source.of(name, trust_remote_code=options.trust_remote_code)
     model = _merged(source, adapter)
     partial = output.with_name(output.name + ".partial")
@@ -51,17 +53,29 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _base_of(adapter: Path) -> str:
-    path = adapter / "adapter_config.json"
+def base_of(adapter: Path, *, option: str = "--adapter") -> str:
+    """The model that an adapter names as its base.
+
+    Args:
+        adapter: its folder.
+        option: that names the folder.
+
+    Raises:
+        ValueError: the folder is none of an adapter, or names no base.
+    """
+    path = adapter / CONFIG
     try:
         name = json.loads(path.read_text()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"--adapter: got {adapter}, whose adapter_config.json cannot be read ({error}); "
-            "expected the folder of a LoRA adapter, OUTPUT_DIR/model of a run with --lora_r"
+            f"{option}: got {adapter}, whose {CONFIG} cannot be read ({error}); expected the "
+            "folder of a LoRA adapter, OUTPUT_DIR/model of a run with --lora_r"
         ) from None
     if not name:
-        raise ValueError(f"--adapter: got {path}, which names no base; name it: --model")
+        other = "; name it: --model" + (
+            "" if option == "--adapter" else f" BASE --adapter {adapter}"
+        )
+        raise ValueError(f"{option}: got {path}, which names no base{other}")
     return str(name)
 
 

@@ -16,6 +16,7 @@ from ds_lvx.config import zero_stage
 from ds_lvx.models.contract import Family
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.models.remote import read_config
+from ds_lvx.training.lora import with_lora
 from ds_lvx.training.options import Options
 
 TINY = "tiny"
@@ -172,7 +173,7 @@ def load_model(options: Options, ds_config: Mapping[str, Any], source: Source) -
         source: where the model comes from.
 
     Raises:
-        ValueError: the checkpoint cannot be read.
+        ValueError: the checkpoint cannot be read, or LoRA is asked for where there is no module.
 
     Collectives: under ZeRO-3, broadcasts of the weights from rank 0, over all ranks.
     """
@@ -186,7 +187,7 @@ def load_model(options: Options, ds_config: Mapping[str, Any], source: Source) -
         model.gradient_checkpointing_enable()
     if options.lora_r == 0:
         return model
-    return _with_lora(model, options, targets=source.family.lora_targets)
+    return with_lora(model, options, source.family)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -197,20 +198,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     others = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
     groups = ((matrices, weight_decay), (others, 0.0))
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
-
-
-def _with_lora(model: nn.Module, options: Options, *, targets: str) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha or 2 * options.lora_r,
-        lora_dropout=options.lora_dropout,
-        target_modules=targets,
-    )
-    # Loading draws random numbers, and how many depends on the ZeRO stage.
-    torch.manual_seed(options.seed)
-    return get_peft_model(model, config)
 
 
 @contextmanager

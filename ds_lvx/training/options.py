@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ds_lvx.data.chosen import FrameRate
-from ds_lvx.data.formats import FORMATS
-from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
+from ds_lvx.data.limits import Limits
+from ds_lvx.training import best
+from ds_lvx.training.arguments import above, add_format, add_limits, add_rate, from_, limits_of
+from ds_lvx.training.lora import ALL_LINEAR, check_words
+from ds_lvx.training.schedule import SCHEDULERS, check_schedule, json_object
 
 CHECKS = ("lines", "headers", "frames")
 ON_BAD_SAMPLE = ("stop", "skip")
-SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Options:
     trust_remote_code: bool
     data: str
     eval_data: str | None
+    val_size: float | None
     format: str | None
     media_root: str | None
     fps: float | None
@@ -47,17 +49,26 @@ class Options:
     max_steps: int | None
     learning_rate: float
     lr_scheduler: str
+    lr_scheduler_kwargs: dict[str, Any] | None
+    min_lr: float | None
     warmup_steps: float
     weight_decay: float
     lora_r: int
     lora_alpha: int | None
     lora_dropout: float
+    lora_target_modules: list[str] | None
+    lora_modules_to_save: list[str] | None
     freeze_vision: bool
     gradient_checkpointing: bool
     seed: int
     eval_steps: int | None
     eval_generate: int
     eval_new_tokens: int
+    load_best_model_at_end: bool
+    metric_for_best_model: str | None
+    greater_is_better: bool | None
+    early_stopping_patience: int | None
+    early_stopping_threshold: float | None
     save_steps: int | None
     keep_checkpoints: int
     resume: str | None
@@ -71,10 +82,10 @@ class Options:
         """Of lines, images and videos."""
         return limits_of(self)
 
-
-def limits_of(options: Any) -> Limits:
-    """What the options of `add_limits` say."""
-    return Limits(**{each.name: getattr(options, each.name) for each in fields(Limits)})
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return self.eval_data is not None or self.val_size is not None
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -89,10 +100,21 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     options = Options(**values)
     try:
         FrameRate.asked(options)
+        check_words(options)
+        best.check_options(options)
+        check_schedule(options)
     except ValueError as error:
         top.error(str(error))
-    if options.eval_generate > 0 and options.eval_data is None:
+    if options.eval_generate > 0 and not options.evaluates:
         top.error("--eval_generate: got no --eval_data; expected the chats whose answers to give")
+    if options.val_size is not None:
+        if options.eval_data is not None:
+            top.error("--val_size: got it beside --eval_data; expected one of them; drop the other")
+        if options.val_size >= 1 and not options.val_size.is_integer():
+            top.error(
+                f"argument --val_size: got {options.val_size}; expected a whole number, or a share "
+                "of the data below 1"
+            )
     if options.warmup_steps > 1 and not options.warmup_steps.is_integer():
         top.error(
             f"argument --warmup_steps: got {options.warmup_steps}; expected a whole number, or a "
@@ -136,6 +158,13 @@ def _add_inputs(group: Any) -> None:
     )
     group.add_argument("--data", required=True, help="chats to train on (docs/data.md)")
     group.add_argument("--eval_data", help="chats to evaluate on")
+    group.add_argument(
+        "--val_size",
+        type=above(float, 0),
+        metavar="SAMPLES",
+        help="in place of --eval_data: samples of --data that are held out and evaluated on, by "
+        "--seed; below 1 a share of them",
+    )
     add_format(group)
     add_rate(group)
     group.add_argument(
@@ -160,68 +189,6 @@ def _add_inputs(group: Any) -> None:
     group.add_argument("--deepspeed_config", required=True, help="a ds_config with `ds_lvx`")
 
 
-def add_format(group: Any) -> None:
-    """How the files of chats are written."""
-    group.add_argument(
-        "--format", choices=tuple(FORMATS), help="of their records (default: told by content)"
-    )
-    group.add_argument(
-        "--media_root", help="folder that relative paths of media begin in (default: the data's)"
-    )
-
-
-def add_rate(group: Any) -> None:
-    """How much of a sample is taken."""
-    rate = group.add_mutually_exclusive_group()
-    rate.add_argument("--fps", type=above(float, 0), help="frames a second of video (default: 1)")
-    rate.add_argument("--frames", type=above(int, 0), help="frames a video, evenly spaced")
-    group.add_argument(
-        "--max_frames",
-        type=above(int, 0),
-        help="with --fps: frames of a video at most; of a longer one so many, evenly spaced",
-    )
-    group.add_argument(
-        "--max_length",
-        type=above(int, 1),
-        help="text tokens a sample may have (default: the model's positions); more is an error",
-    )
-
-
-def add_limits(group: Any) -> None:
-    """Bounds of what a line, an image or a film may cost."""
-    default = DEFAULT_LIMITS
-    group.add_argument(
-        "--max_pixels",
-        type=above(int, 0),
-        default=default.max_pixels,
-        help="of an image, or of a frame (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max_film_frames",
-        type=above(int, 0),
-        default=default.max_film_frames,
-        help="of a video, chosen or not (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max_lead_in_frames",
-        type=above(int, 0),
-        default=default.max_lead_in_frames,
-        help="decoded only to get at a chosen one (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max_gap_s",
-        type=above(float, 0),
-        default=default.max_gap_s,
-        help="seconds between two frames (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max_line_bytes",
-        type=above(int, 0),
-        default=default.max_line_bytes,
-        help="of a line of --data and --eval_data (default: %(default)s)",
-    )
-
-
 def _add_training(group: Any) -> None:
     group.add_argument(
         "--epochs", type=above(float, 0), default=1.0, help="over the data (default: %(default)s)"
@@ -229,37 +196,14 @@ def _add_training(group: Any) -> None:
     group.add_argument(
         "--max_steps", type=above(int, 0), help="optimizer steps, in place of --epochs"
     )
-    group.add_argument(
-        "--learning_rate",
-        type=above(float, 0),
-        default=1e-5,
-        help="of AdamW, at its highest (default: %(default)s)",
-    )
-    group.add_argument(
-        "--lr_scheduler", choices=SCHEDULERS, default="cosine", help="default: %(default)s"
-    )
-    group.add_argument(
-        "--warmup_steps",
-        type=from_(float, 0),
-        default=0.0,
-        help="in which the learning rate rises; below 1 a share of all steps (default: 0)",
-    )
+    _add_schedule(group)
     group.add_argument(
         "--weight_decay",
         type=from_(float, 0),
         default=0.0,
         help="of matrices; norms, biases and gates do not decay (default: 0)",
     )
-    group.add_argument(
-        "--lora_r",
-        type=from_(int, 0),
-        default=0,
-        help="rank of LoRA on q, k, v, o of the text layers; 0 (default) trains the weights",
-    )
-    group.add_argument("--lora_alpha", type=above(int, 0), help="default: twice --lora_r")
-    group.add_argument(
-        "--lora_dropout", type=from_(float, 0), default=0.0, help="of LoRA (default: 0)"
-    )
+    _add_lora(group)
     group.add_argument("--freeze_vision", action="store_true", help="leave the vision tower as is")
     group.add_argument(
         "--gradient_checkpointing",
@@ -285,6 +229,63 @@ def _add_training(group: Any) -> None:
     )
 
 
+def _add_schedule(group: Any) -> None:
+    group.add_argument(
+        "--learning_rate",
+        type=above(float, 0),
+        default=1e-5,
+        help="of AdamW, at its highest (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lr_scheduler", choices=SCHEDULERS, default="cosine", help="default: %(default)s"
+    )
+    group.add_argument(
+        "--lr_scheduler_kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="further words of the schedule, those of transformers' function: "
+        """'{"num_cycles": 3}'""",
+    )
+    group.add_argument(
+        "--min_lr",
+        type=above(float, 0),
+        help="learning rate at the end of a linear, cosine, polynomial or warmup_stable_decay "
+        "schedule (default: 0, or what --lr_scheduler_kwargs says)",
+    )
+    group.add_argument(
+        "--warmup_steps",
+        type=from_(float, 0),
+        default=0.0,
+        help="in which the learning rate rises; below 1 a share of all steps (default: 0)",
+    )
+
+
+def _add_lora(group: Any) -> None:
+    group.add_argument(
+        "--lora_r",
+        type=from_(int, 0),
+        default=0,
+        help="rank of LoRA; 0 (default) trains the weights themselves",
+    )
+    group.add_argument("--lora_alpha", type=above(int, 0), help="default: twice --lora_r")
+    group.add_argument(
+        "--lora_dropout", type=from_(float, 0), default=0.0, help="of LoRA (default: 0)"
+    )
+    group.add_argument(
+        "--lora_target_modules",
+        nargs="+",
+        metavar="NAME",
+        help="where LoRA acts: names of modules, or their ends; or one regular expression for "
+        f"whole names; or {ALL_LINEAR} (default: the projections of the text's attention)",
+    )
+    group.add_argument(
+        "--lora_modules_to_save",
+        nargs="+",
+        metavar="NAME",
+        help="modules that train whole beside LoRA, and are saved with it: names, or their ends",
+    )
+
+
 def _add_outputs(group: Any) -> None:
     group.add_argument("--output_dir", required=True, help="where everything goes, on all nodes")
     group.add_argument("--eval_steps", type=above(int, 0), help="default: only at the end")
@@ -301,12 +302,13 @@ def _add_outputs(group: Any) -> None:
         default=64,
         help="of each of these answers (default: %(default)s)",
     )
+    _add_best(group)
     group.add_argument("--save_steps", type=above(int, 0), help="steps between checkpoints")
     group.add_argument(
         "--keep_checkpoints",
         type=above(int, 0),
         default=2,
-        help="older ones are deleted (default: %(default)s)",
+        help="older ones are deleted, but for the best (default: %(default)s)",
     )
     group.add_argument(
         "--resume",
@@ -336,26 +338,40 @@ def _add_outputs(group: Any) -> None:
     group.add_argument("--traceback", action="store_true", help="show where an error was raised")
 
 
-def above(kind: Callable[[str], Any], low: float) -> Callable[[str], Any]:
-    """The type of an option that is a number above another."""
-    return _checked(kind, lambda value: value > low, f"more than {low}")
+def _add_best(group: Any) -> None:
+    group.add_argument(
+        "--load_best_model_at_end",
+        action="store_true",
+        help="write a checkpoint of every evaluation that is the best so far, keep it, and end "
+        "with the best one's weights",
+    )
+    group.add_argument(
+        "--metric_for_best_model",
+        choices=best.NAMES,
+        metavar="NAME",
+        help=f"what evaluations are compared by: {', '.join(best.METRICS)} (default: eval_loss)",
+    )
+    group.add_argument(
+        "--greater_is_better",
+        type=_truth,
+        metavar="TRUE_OR_FALSE",
+        help="whether the best is the greatest (default: for all but eval_loss)",
+    )
+    group.add_argument(
+        "--early_stopping_patience",
+        type=above(int, 0),
+        metavar="N",
+        help="end the run after N evaluations that are no better than the best before them",
+    )
+    group.add_argument(
+        "--early_stopping_threshold",
+        type=from_(float, 0),
+        metavar="DIFFERENCE",
+        help="by which one has to be better for that (default: 0)",
+    )
 
 
-def from_(kind: Callable[[str], Any], low: float) -> Callable[[str], Any]:
-    """The type of an option that is such a number or above it."""
-    return _checked(kind, lambda value: value >= low, f"{low} or more")
-
-
-def _checked(
-    kind: Callable[[str], Any], good: Callable[[Any], bool], expected: str
-) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not math.isfinite(value) or not good(value):
-            raise argparse.ArgumentTypeError(f"got {text!r}; expected a number, {expected}")
-        return value
-
-    return convert
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected true or false")
+    return text.lower() == "true"

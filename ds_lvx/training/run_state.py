@@ -4,6 +4,7 @@
                                              manifest.json: sizes and sums of all of them
     output_dir/checkpoints/latest            "step-00000020"
 
+With ``--load_best_model_at_end`` the checkpoint of the best evaluation is kept beside the newest.
 A checkpoint is written under another name, synced, summed, and renamed when all ranks are done;
 ``latest`` changes last. Whatever breaks in between, the power included, leaves the one before as
 it was. Before a checkpoint is read, every file of it is held against its sum. The folder must be
@@ -37,9 +38,10 @@ _SAME = {
     "samples_per_step": "set the batch size and gradient accumulation of the ds_config so that "
     "times the replicas they make it",
     "seed": "pass it as --seed",
-    "data": "give the same --data, --fps or --frames; to go on with other data, start a new run "
-    "with --model output_dir/model",
-    "trained": "give the same --model, --lora_r and --freeze_vision",
+    "data": "give the same --data, --val_size, --fps or --frames; to go on with other data, start "
+    "a new run with --model output_dir/model",
+    "trained": "give the same --model, --lora_r, --lora_target_modules, --lora_modules_to_save and "
+    "--freeze_vision",
 }
 
 
@@ -53,6 +55,7 @@ class RunState:
         world_size, sequence_parallel_size, zero_stage, samples_per_step, seed: of the run.
         data: fingerprint of the data and of the choice of frames.
         trained: fingerprint of the names and shapes of what trains.
+        best: `ds_lvx.training.best.Watch.record`; None of a run before there were such.
     """
 
     step: int
@@ -64,11 +67,16 @@ class RunState:
     seed: int
     data: str
     trained: str
+    best: Mapping[str, Any] | None = None
 
 
 def written(folder: Path) -> list[Path]:
     """The checkpoints of a folder that were finished, the newest first."""
     return sorted((p for p in folder.glob("step-*") if p.suffix != _PARTIAL), reverse=True)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 class SaveError(ValueError):
@@ -175,15 +183,49 @@ class Checkpoints:
         )
         return [fault for record in records for fault in record["faults"]]
 
-    def save(self, engine: Any, state: RunState) -> Path:
+    def at(self, step: int) -> Path | None:
+        """The checkpoint of a step, the same on all ranks; None: there is none.
+
+        Collectives: one agreement.
+        """
+        path = self.folder / _name(step)
+        found = self._told_by_first(lambda: [str(path)] if path.is_dir() else [])
+        return path if found else None
+
+    def take(self, engine: Any, step: int, expected: RunState) -> Path:
+        """Restore an earlier step of this run.
+
+        Args:
+            engine: of the run.
+            step: whose checkpoint it is.
+            expected: of the run, as of `load`.
+
+        Raises:
+            ValueError: on all ranks: it is gone or damaged; names the files.
+
+        Collectives: two agreements, and those of `load`.
+        """
+        path, there = self.folder / _name(step), self.at(step)
+        faults = [f"{path}: it is not there"] if there is None else self._faults(path)
+        if faults:
+            raise ValueError("\n".join([f"got no whole checkpoint of step {step}:", *faults]))
+        self.load(engine, path, expected)
+        return path
+
+    def save(self, engine: Any, state: RunState, *, best: int | None = None) -> Path:
         """Write a checkpoint.
+
+        Args:
+            engine: DeepSpeed's.
+            state: of the run.
+            best: the step whose checkpoint is kept, however old.
 
         Raises:
             SaveError: some rank could not write; on all ranks, with the file and what is missing.
 
         Collectives: DeepSpeed's, and three agreements.
         """
-        name = f"step-{state.step:08d}"
+        name = _name(state.step)
         partial = self.folder / (name + _PARTIAL)
         try:
             together(self._world, lambda: self._prepare(partial))
@@ -196,7 +238,8 @@ class Checkpoints:
                 )
             _, records = told(self._world, lambda: self._own_files(engine, partial, state, written))
             known = {n: each for record in records for n, each in record["files"].items()}
-            together(self._world, lambda: self._publish(partial, name, known))
+            kept = None if best is None else _name(best)
+            together(self._world, lambda: self._publish(partial, name, known, kept=kept))
         except ValueError as error:
             if self._world.rank == 0:
                 disk.remove([partial])
@@ -278,7 +321,9 @@ class Checkpoints:
         if self._world.rank == 0:
             (partial / _RUN).write_text(json.dumps(asdict(state), indent=2) + "\n")
 
-    def _publish(self, partial: Path, name: str, known: Mapping[str, Any]) -> None:
+    def _publish(
+        self, partial: Path, name: str, known: Mapping[str, Any], *, kept: str | None
+    ) -> None:
         if self._world.rank != 0:
             return
         disk.write_manifest(partial, known)
@@ -289,7 +334,8 @@ class Checkpoints:
         disk.write_text(self.folder / LATEST, name + "\n")
         # Later steps are of a run that this one left behind, and do not count.
         earlier = [old for old in sorted(self.folder.glob("step-*")) if old.name < name]
-        disk.remove(earlier[: max(len(earlier) + 1 - self._keep, 0)])
+        old = earlier[: max(len(earlier) + 1 - self._keep, 0)]
+        disk.remove(path for path in old if path.name != kept)
 
     def _read(self, path: Path, expected: RunState) -> RunState:
         try:

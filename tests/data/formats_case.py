@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_lvx.data.chat import Chats
-from ds_lvx.data.held import Held
+from ds_lvx.data.held import Held, Stills
 from tests.data.media import write_image, write_jsonl, write_video
 
 ASKED, ANSWER = "Which colour?", "Red."
@@ -48,7 +48,12 @@ def said(chats: Chats) -> list[Any]:
     def content(part: Any) -> Any:
         if part.kind == "text":
             return part.value
-        return part.file.read() if isinstance(part.file, Held) else Path(part.file).read_bytes()
+        if isinstance(part.file, Stills):
+            return part.file.fps, [held(file) for file in part.file.files]
+        return held(part.file)
+
+    def held(file: Any) -> bytes:
+        return file.read() if isinstance(file, Held) else Path(file).read_bytes()
 
     return [
         [
@@ -67,6 +72,8 @@ PART = {"path": "c.mp4", "start": "00:00:00.4", "end": 1.2}
 OWN_PART = {"type": "video", "video": "c.mp4", "video_start": 0.4, "video_end": 1.2}
 VIDEO = {"type": "video", "video": "c.mp4"}
 IMAGE = {"type": "image", "image": "a.png"}
+FRAMES = ["a.png", "b.png", "a.png"]
+STILLS = {"type": "video", "video": FRAMES, "sample_fps": 4}
 
 
 def write_media(folder: Path) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ds_lvx.data.chat import read_conversations
+from ds_lvx.data.chat import Chats, read_conversations
 from ds_lvx.data.errors import DataError
 from tests.data.media import chat, write_image, write_jsonl
 
@@ -121,19 +121,28 @@ LEFT_OUT = {"role": "assistant", "content": "b", "weight": 0}
         (_content({"type": "video"}), "'video' without a path in messages[0].content[0]"),
         # keys that nobody reads
         (_content({"type": "image", "image": "a.png", "fps": 5}), "the key 'fps' in messages[0]."),
-        (_content({"type": "video", "video": "a.png", "max_pixels": 9}), "the key 'max_pixels'"),
+        (_content({"type": "video", "video": "a.png", "total_pixels": 9}), "key 'total_pixels'"),
         (_content({"type": "text", "text": "a"}, name="Ann"), "the key 'name' in messages[0]"),
         (_record(messages=[{**ANSWER, "tool_calls": [1]}]), "the key 'tool_calls' in messages[0]"),
         (_content({"type": "image", "path": "a.png", "url": "a.png"}), "the key 'url' in"),
         (_content({"type": "image", "image": "a.png", "path": "a.png"}), "the key 'path' in"),
         (_content({"type": "image", "url": "https://a/b.png"}), "download it first"),
-        (_content({"type": "video", "video": ["a.png"]}), "give each as an image"),
+        (_content({"type": "image", "image": ["a.png"]}), "give each as an image"),
         # values of the wrong kind or size
         (_content({"type": "video", "video": "a.png", "fps": "5"}), "fps '5' in messages[0]"),
         (_content({"type": "video", "video": "a.png", "fps": 0}), "a number from 0.0001 to 1,000"),
         (_content({"type": "video", "video": "a.png", "nframes": 2.5}), "nframes 2.5 in"),
         (_content({"type": "video", "video": "a.png", "nframes": True}), "nframes True in"),
         (_content({"type": "video", "video": "a.png", "fps": 1, "nframes": 2}), "drop the other"),
+        (_content({"type": "image", "image": "a.png", "max_pixels": 9.5}), "max_pixels 9.5 in"),
+        (
+            _content({"type": "image", "image": "a.png", "min_pixels": 0}),
+            "a whole number from 1 to",
+        ),
+        (
+            _content({"type": "image", "image": "a.png", "min_pixels": 9, "max_pixels": 4}),
+            "min_pixels 9 and max_pixels 4 in messages[0].content[0]; expected the most above",
+        ),
         (_content({"type": "text", "text": "a", "literal": 1}), "literal 1 in"),
         (_record(messages=[{**ANSWER, "weight": 0.5}]), "weight 0.5 in messages[0]"),
         (_record(messages=[{**ANSWER, "weight": True}]), "weight True in messages[0]"),
@@ -240,3 +249,27 @@ def test_empty_and_missing_files(tmp_path: Path) -> None:
         read_conversations(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="got a folder"):
         read_conversations(tmp_path)
+
+
+def test_held_out_samples_are_those_of_train_test_split(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    lines = [chat(("text", f"Question {n}?"), answer=f"{n}") for n in range(37)]
+    data = write_jsonl(tmp_path / "data.jsonl", *lines)
+    whole = Chats(data)
+    for size, seed in ((5, 0), (0.1, 3), (0.5, 3), (36, 1)):
+        parts = whole.split(size, seed=seed)
+        rows = datasets.Dataset.from_dict({"n": list(range(37))})
+        given = size if size < 1 else int(size)
+        expected = rows.train_test_split(test_size=given, seed=seed)
+        for part, name in zip(parts, ("test", "train"), strict=True):
+            numbers = [int(each.messages[1].text) for each in (part[n] for n in range(len(part)))]
+            assert numbers == sorted(expected[name]["n"])
+            assert part.blocks == (len(part),)
+    # What was left out before stays so.
+    some, others = whole.without(range(0, 37, 2)).split(0.5, seed=0)
+    numbers = [int(p[n].messages[1].text) for p in (some, others) for n in range(len(p))]
+    assert sorted(numbers) == list(range(1, 37, 2))
+    assert (len(some), len(others)) == (9, 9)
+    for size in (37, 0.999):
+        with pytest.raises(DataError, match=r"got 37 samples, of which 37 are to be held out"):
+            whole.split(size, seed=0)

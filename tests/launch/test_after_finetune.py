@@ -94,8 +94,9 @@ def test_a_trained_folder_serves_as_its_base_does(name: str, tmp_path: Path) -> 
     trusts = ["--trust_remote_code"] if name in OWN_CODE else []
     given = {"model": base, "data": base / "train.jsonl", "frames": 3, "max_steps": 1}
     given |= {"deepspeed_config": config, "learning_rate": 1e-2}
-    for kind, rank in (("full", 0), ("lora", 4)):
-        out = {"output_dir": tmp_path / kind, "lora_r": rank}
+    lora = {"lora_r": 4, "lora_target_modules": "all-linear"}
+    for kind, more in (("full", {}), ("lora", lora)):
+        out = {"output_dir": tmp_path / kind, **more}
         run_ranks(finetune, 2, *arguments(**given, **out), *trusts)
     full, adapter, merged = tmp_path / "full" / "model", tmp_path / "lora" / "model", tmp_path / "m"
     words = ["merge", "--adapter", str(adapter), "--output", str(merged), *trusts]
@@ -113,7 +114,7 @@ def test_a_trained_folder_serves_as_its_base_does(name: str, tmp_path: Path) -> 
     assert {"model.safetensors", "config.json"}.isdisjoint(files(adapter))
 
     answers = []
-    for where in (["--model", full], ["--model", base, "--adapter", adapter], ["--model", merged]):
+    for where in (["--model", full], ["--model", adapter], ["--model", merged]):
         out = tmp_path / "answers.jsonl"
         words = [*where, *trusts, "--deepspeed_config", config, "--frames", 3, "--output", out]
         words += ["--max_new_tokens", 6, "--video", base / "a.mp4", "--prompt", "What animal?"]

@@ -27,6 +27,7 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 FRAMES = 5
+SAVED = "multi_modal_projector"
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,7 @@ def test_lora_on_two_replicas_saves_an_adapter_that_gives_the_same_loss(
     config = write_config(tmp_path / "ds.json", stage=3)
     out, data = tmp_path / "out", with_text(folder)
     options = {"lora_r": 4, "data": data, "eval_data": folder / "eval.jsonl"}
+    options |= {"lora_target_modules": "q_proj,fc1", "lora_modules_to_save": SAVED}
     words = _arguments(folder, out, config, **options)
     run_ranks(finetune, 4, *words)
 
@@ -163,9 +165,14 @@ def test_lora_on_two_replicas_saves_an_adapter_that_gives_the_same_loss(
     samples = one_process_samples(out / "model", folder / "eval.jsonl", frames=FRAMES)
     untrained = one_process_loss(base, samples)
     model = peft.PeftModel.from_pretrained(base, out / "model")
-    names = [name for name, _ in model.named_parameters() if "lora_" in name]
-    assert len(names) == 2 * 4 * 3  # A and B of q, k, v, o in three layers of text
-    assert all("language_model" in name for name in names)
+    trained = [name for name, p in whole.named_parameters() if p.requires_grad]
+    ours = ("lora_", "modules_to_save")
+    assert [n for n, _ in model.named_parameters() if any(o in n for o in ours)] == trained
+    for part in ("language_model", "vision_model", SAVED):
+        assert any(part in name for name in trained)
+    before = whole.get_submodule(f"base_model.model.model.{SAVED}.original_module").weight
+    after = model.get_submodule(f"base_model.model.model.{SAVED}.modules_to_save.default").weight
+    assert not torch.equal(before, after)
     loss = one_process_loss(model, samples)
     assert evaluation[0]["eval_loss"] == pytest.approx(loss, abs=1e-5)
     assert loss < untrained - 0.01
@@ -211,12 +218,12 @@ def test_optimizer_and_schedule_of_the_ds_config_are_taken(folder: Path, tmp_pat
     ("stage", "options"),
     [
         pytest.param(0, {}, marks=pytest.mark.exhaustive),
-        (2, {"lora_r": 2, "lora_dropout": 0.3, "learning_rate": 0.1}),
+        (2, {"lora_r": 2, "lora_dropout": 0.3, "lora_modules_to_save": SAVED}),
         pytest.param(3, {}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_resumed_run_has_the_same_losses(
-    folder: Path, tmp_path: Path, stage: int, options: dict[str, float]
+    folder: Path, tmp_path: Path, stage: int, options: dict[str, Any]
 ) -> None:
     config = write_config(tmp_path / "ds.json", stage=stage, accumulation=3)
     out, again = tmp_path / "out", tmp_path / "again"

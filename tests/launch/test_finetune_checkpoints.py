@@ -12,8 +12,8 @@ import torch
 
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.training import disk
+from ds_lvx.training.engine import renew_learning_rate
 from ds_lvx.training.inputs import BatchSizes, batch_sizes, read_inputs
-from ds_lvx.training.loop import renew_learning_rate, warmup_steps
 from ds_lvx.training.options import parse
 from ds_lvx.training.progress import Progress
 from ds_lvx.training.run_state import Checkpoints, RunState
@@ -109,10 +109,6 @@ def test_the_learning_rate_after_a_resume_is_that_of_the_schedule() -> None:
     optimizer.param_groups[0]["lr"] = 0.0  # as a schedule of 4 steps left it
     renew_learning_rate(SimpleNamespace(lr_scheduler=scheduler, optimizer=optimizer))
     assert optimizer.param_groups[0]["lr"] == 0.6
-
-
-def test_a_warm_up_is_steps_or_a_share_of_all() -> None:
-    assert [warmup_steps(wanted, 250) for wanted in (0, 0.03, 1, 40)] == [0, 8, 1, 40]
 
 
 @pytest.mark.parametrize("name", ["a-file", "/proc/nowhere/out"])

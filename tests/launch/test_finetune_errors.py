@@ -200,6 +200,9 @@ def test_other_steps_cannot_resume(tmp_path: Path) -> None:
         ["--lr_scheduler", "cosin"],
         ["--warmup_steps", "1.5"],
         ["--lora_r", "-1"],
+        ["--val_size", "0"],
+        ["--val_size", "1.5"],
+        ["--val_size", "2", "--eval_data", "d"],
         ["--on_bad_sample", "skip", "--check_data", "lines"],
     ],
 )

@@ -25,7 +25,8 @@ from ds_lvx.compare.case import (
 )
 from ds_lvx.config import LVXConfig
 from ds_lvx.data.batch import BatchMaker, FrameRate
-from ds_lvx.data.chat import Part, read_conversations
+from ds_lvx.data.chat import read_conversations
+from ds_lvx.data.conversation import Part
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.models import patch_model

@@ -18,8 +18,17 @@ from ds_lvx import cli
 from ds_lvx.data import chosen
 from ds_lvx.data.frames import Video
 from ds_lvx.data.limits import Limits
-from tests.data.formats_case import ANSWER, OWN_PART, own, parts, text, turns, write_media
-from tests.data.media import chat, write_jsonl
+from tests.data.formats_case import (
+    ANSWER,
+    OWN_PART,
+    STILLS,
+    own,
+    parts,
+    text,
+    turns,
+    write_media,
+)
+from tests.data.media import chat, write_image, write_jsonl
 from tests.launch.checkpoint_folder import write_checkpoint
 
 
@@ -60,21 +69,27 @@ def test_all_that_is_wrong_is_said_in_one_run(
         own("x"),
         parts(OWN_PART, text()),
         {"prompt": "x"},
+        parts(STILLS, text()),
+        parts({**STILLS, "video": ["a.png", "no.png"]}, text()),
+        parts({**STILLS, "video": ["a.png", "small.png"]}, text()),
     ]
+    write_image(folder / "small.png", (30, 40))
     path = write_jsonl(folder / "d.jsonl", *records)
     status, said = check(capsys, path, "--fps", 5)
     assert status == 1
-    assert f"{path}: 7 samples, format messages" in said
-    assert "media found    4 images, 1 videos (1 of them parts of videos)" in said
-    assert "media missing  1 images, 0 videos" in said
+    assert f"{path}: 10 samples, format messages" in said
+    assert "4 images, 3 videos (1 of them parts of videos, 1 lists of frames)" in said
+    assert "media missing  1 images, 1 videos" in said
     assert "frames         1 to 4 a sample" in said
-    assert "would fail     5 samples" in said
+    assert "would fail     7 samples" in said
     problems = said[said.index("would fail") :]
     for line, problem in ((2, "no such file"), (3, "cannot be decoded"), (4, "got '{'")):
         assert f"{path}:{line}: " in problems
         assert problem in problems
     assert f"{path}:5: got" in problems
     assert f"{path}:7: got the keys ['prompt']" in problems
+    assert f"{path}:9: got no such file: {folder}/no.png (messages[0].content[0].video" in problems
+    assert "small.png: got a frame of 30 x 40 pixels; expected 50 x 40 as of" in problems
     assert check(capsys, write_jsonl(path, own()), "--decode")[0] == 0
     assert "--format messages" in check(capsys, write_jsonl(path, own(), turns("x")))[1]
 

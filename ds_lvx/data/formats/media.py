@@ -1,7 +1,7 @@
 """Media in columns of their own, and parts of videos, under the names that data sets have for them.
 
 A column ``image``, ``images``, ``video`` or ``videos`` holds a path, bytes, an object with a path
-and more, or a list of such.
+and more, or a list of such; a list in that list is a video by its frames.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ _END = ("video_end", "end", "end_time", "end_sec")
 _BOTH = ("segment", "timestamp", "timestamps")
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 _PATHS = ("path", "file", "url")
+_RATES = ("fps", "nframes", "sample_fps")
+_SIZES = ("min_pixels", "max_pixels")
 
 
 def columns(record: Mapping[str, Any], kinds: Sequence[str] = KINDS) -> dict[str, str]:
@@ -107,15 +109,26 @@ def _medium(value: Any, kind: str, *, where: str, source: Source) -> Medium:
     more: dict[str, Any] = {}
     if isinstance(value, dict):
         names = (*_PATHS, kind)
-        more = {k: v for k, v in value.items() if k in ("fps", "nframes") and v is not None}
+        said = _SIZES if kind == "image" else (*_RATES, *_SIZES)
+        more = {k: v for k, v in value.items() if k in said and v is not None}
         times = _times(value, source, where)
         known = {*names, *more, *_START, *_END, *_BOTH}
         paths = [value[key] for key in names if value.get(key) is not None]
         others = [key for key, v in value.items() if key not in known and v is not None]
         more |= times
-        if len(paths) != 1 or others or (more and kind == "image"):
+        if len(paths) != 1 or others or (times and kind == "image"):
             raise _wrong(value, kind, where=where, source=source)
         value = paths[0]
+    if kind == "video" and isinstance(value, list):
+        places = {f"{where}[{n}]": file for n, file in enumerate(value)}
+        return Medium(
+            [_file(f, "image", where=w, source=source) for w, f in places.items()], more, where
+        )
+    return Medium(_file(value, kind, where=where, source=source), more, where)
+
+
+def _file(value: Any, kind: str, *, where: str, source: Source) -> str | Held:
+    """A path, or the bytes that stand in its place."""
     if isinstance(value, str) and value.startswith("data:"):
         try:
             value = of_data_url(value)
@@ -128,17 +141,16 @@ def _medium(value: Any, kind: str, *, where: str, source: Source) -> Medium:
             ) from None
     if not isinstance(value, str | Held):
         raise _wrong(value, kind, where=where, source=source)
-    return Medium(value, more, where)
+    return value
 
 
 def _wrong(value: Any, kind: str, *, where: str, source: Source) -> DataError:
-    example = '"a.mp4" or {"path": "a.mp4", "video_start": 1.5, "video_end": 4}'
-    frames = "; a video given as a list of frames is written as images"
+    example = '"a.mp4", ["1.jpg", "2.jpg"] or {"path": "a.mp4", "video_start": 1.5, "video_end": 4}'
     return DataError.at(
         source,
         got=f"{shown(value)} for {where}",
         expected='"a.png"' if kind == "image" else example,
-        do="correct the entry" + (frames if isinstance(value, list) else ""),
+        do="correct the entry",
     )
 
 

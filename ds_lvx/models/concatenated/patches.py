@@ -6,7 +6,7 @@ Legend: ``h, w`` patches of a picture, ``P`` pixels of a patch by side, ``t`` fr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -55,6 +55,15 @@ class Patches:
             tuple(settings.get("image_mean") or cls.mean),
             tuple(settings.get("image_std") or cls.deviation),
         )
+
+    def within(self, least: int | None, most: int | None) -> Self:
+        """The same for a picture of at least and at most so many pixels; None: as it is. Where the
+        two are at odds, the one that is given counts."""
+        low = self.least if least is None else least
+        high = self.most if most is None else most
+        if low > high:
+            low, high = (low, low) if most is None else (high, high)
+        return replace(self, least=low, most=high)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """``h, w`` of a picture of a size in pixels, scaled as transformers does.

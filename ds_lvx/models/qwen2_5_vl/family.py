@@ -39,6 +39,7 @@ class Qwen25VL(Concatenated):
     of_text: type[nn.Module] = Qwen2_5_VLAttention
     within: type[nn.Module] = Qwen2_5_VLVisionAttention
     sources = (PIXELS, batches.VIDEO_PIXELS)
+    bounded_media = True
     takes = tower.names("position_ids", "cu_seqlens", "window_index", "cu_window_seqlens")
     sized = sized
     of_class: Any = Qwen2_5_VLForConditionalGeneration

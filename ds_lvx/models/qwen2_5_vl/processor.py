@@ -96,7 +96,8 @@ class Processor(Files):
                 number += 1
 
     def _patches(self, medium: Medium) -> Patches:
-        return self.images if medium.times is None else self.videos
+        patches = self.images if medium.times is None else self.videos
+        return patches.within(*medium.pixels)
 
     def _units(self, medium: Medium) -> list[int]:
         """Frames of each unit."""

@@ -4,6 +4,7 @@ says the time of every two frames, and a video's pixels are counted over all of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -47,6 +48,10 @@ class Processor(qwen.Processor):
         if self.of_videos.get("cap_pixels_per_frame"):
             cap = int(self.of_videos.get("max_video_tokens", _CAP_TOKENS)) * factor**2
             most = count * max(min(cap, most // count), int(least * 1.05))
+        if medium.pixels != (None, None):  # of a frame
+            low, high = (None if each is None else count * each for each in medium.pixels)
+            bounded = replace(patches, least=least, most=most).within(low, high)
+            least, most = bounded.least, bounded.most
         sides = smart_resize(
             count,
             *medium.sides,
