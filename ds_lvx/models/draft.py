@@ -129,6 +129,7 @@ class Content:
         batch = {key: value for key, value in batch.items() if value is not None}
         _check_keys(batch, family, frames)
         text = family.text(batch, model).dealt(size)
+        text.check_items()
         visual = family.visual(batch, text, model)
         if visual.encoded and frames == "local":
             raise ValueError(
