@@ -220,8 +220,8 @@ class Trainer:
                 "for the next"
             )
 
-    def evaluate(self) -> float:
-        """The mean loss of the labelled tokens of all evaluation samples, logged and returned.
+    def evaluate(self) -> None:
+        """Log the mean loss of the labelled tokens of all evaluation samples.
 
         Beside it stand the scores of answers, where some are asked for.
         """
@@ -237,12 +237,14 @@ class Trainer:
         records = self._world.agree({"total": total, "tokens": tokens})
         # Each rank has its share of a replica's loss, and all of the replica's tokens.
         everyone = sum(record["tokens"] for record in records) / self._groups.sp_size
-        loss = sum(record["total"] for record in records) / everyone
         rows = [] if self._answers is None else self._answers.rows(self._ending.asked)
         self._progress.answers(self.step, rows)
-        scores = means(rows) if rows else {}
-        self._progress.log_evaluation(step=self.step, eval_loss=loss, **scores)
-        return loss
+        values = means(rows) if rows else {}
+        if everyone > 0:
+            values = {"eval_loss": sum(record["total"] for record in records) / everyone, **values}
+        else:
+            self._progress.say("warning: no evaluation sample could be read: there is no eval_loss")
+        self._progress.log_evaluation(step=self.step, **values)
 
     def export(self) -> None:
         """Write the model in Hugging Face's format to ``output_dir/model``."""
