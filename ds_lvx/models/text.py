@@ -49,6 +49,8 @@ class Text:
     """In generation a rank keeps the keys of its part of a prompt, and none has all."""
     prefix: ClassVar[str] = ""
     """Of the model's names of all but ``labels``: a decoder's are others than its encoder's."""
+    unlearnt: ClassVar[int] = 1
+    """First labels of a row that count for nothing: the first token is predicted by nobody."""
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> Self:
@@ -86,8 +88,10 @@ class Text:
 
     @property
     def labelled(self) -> int:
-        """Tokens that are learnt; the first is predicted by nobody."""
-        return 0 if self.labels is None else int((self.labels[:, 1:] != IGNORED_LABEL).sum())
+        """Tokens that are learnt."""
+        if self.labels is None:
+            return 0
+        return int((self.labels[:, self.unlearnt :] != IGNORED_LABEL).sum())
 
     def dealt(self, size: int) -> Self:
         """The same for ``size`` ranks, where who holds what has to be found once."""
