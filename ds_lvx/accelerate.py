@@ -164,6 +164,15 @@ class Accelerator(accelerate.Accelerator):
         self._step_by_replicas()
         return prepared
 
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """accelerate's.
+
+        DeepSpeed 0.19.8 divides the gradient of a loss that its engine has returned by the
+        accumulation steps, where Trainer tells it not to (``scale_wrt_gas=False``): at stage 0, at
+        which the tensor is still the engine's own. A view of it is not.
+        """
+        super().backward(loss.view_as(loss), **kwargs)
+
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         """accelerate's: DeepSpeed clips, by the ds_config, as it steps; the norm is returned.
 

@@ -161,7 +161,9 @@ def test_a_batch_without_any_label() -> None:
     batch = hard_batch()
     batch["labels"][:] = -100
     model = tiny_model()
-    assert shard_batch(batch, model=model)["num_items_in_batch"] == 1
+    for counted in (None, 0, torch.tensor(0)):  # a Trainer counts its labels
+        shard = shard_batch({**batch, "num_items_in_batch": counted}, model=model)
+        assert shard["num_items_in_batch"] == 1
 
 
 def test_the_items_that_a_loss_is_a_mean_of_may_be_given() -> None:
@@ -241,6 +243,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "items": (changed(num_items_in_batch=torch.ones(2)), "got num_items_in_batch tensor"),
     "a list": (changed(input_ids=[[1]]), "got input_ids of list"),
     "labels": (changed(labels=torch.ones(2, 5)), r"got labels \(2, 5\).*\(2, 17\)"),
+    "the label of an image": (
+        changed(labels=hard_batch()["input_ids"]),
+        r"got the label 128 at place 4 of sample 0 for a model that writes 128 tokens.*or -100",
+    ),
+    "a token of another tokenizer": (
+        changed(input_ids=hard_batch()["input_ids"] + 9),
+        r"got the token 137 at place \d+ of sample \d for a model that embeds 136",
+    ),
     "labels that are none": (
         changed(labels=hard_batch()["labels"].float()),
         r"got labels \(2, 17\) of torch.float32; .* and integers",

@@ -225,6 +225,17 @@ def test_resuming_goes_on_as_if_nothing_had_been(
         assert_same(found, {**alone, **rest})
 
 
+@SLOW
+def test_gradients_are_divided_once_where_nobody_multiplies_the_loss(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """Clipping would hide a factor."""
+    how = {"max_steps": 1, "max_grad_norm": 0.0, "average_tokens_across_devices": False}
+    expected = run(transformers.Trainer, tmp_path / "alone", tiny, **how)
+    for found in run_ranks(run, 2, Trainer, tmp_path, tiny, config=config_of(0), **how):
+        assert_same(found, expected)
+
+
 class OwnLoss(transformers.Trainer):
     """A Trainer of a user's own: its loss is made from the logits and the labels of the batch."""
 

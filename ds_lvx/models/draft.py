@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_lvx.models.contract import Family
 from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Text
 from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
+from ds_lvx.models.words import check_labels, check_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +130,12 @@ class Content:
         batch = {key: value for key, value in batch.items() if value is not None}
         _check_keys(batch, family, frames)
         text = family.text(batch, model).dealt(size)
+        text.check_items()
         visual = family.visual(batch, text, model)
+        if isinstance(model, nn.Module):  # a data worker may have its config alone
+            inside = family.text_model(model)
+            check_tokens(text.input_ids, inside, replaced=visual.replaced)
+            check_labels(text, model, inside)
         if visual.encoded and frames == "local":
             raise ValueError(
                 f'got {family.features_key} with frames="local"; expected the features of the '

@@ -35,23 +35,28 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
         for layer, plan in zip(layers, plans, strict=True)
         if layer.kind != "local"
     ]
-    for attention in attentions:
-        attention.install()
-    hook = PrepareText(
-        family,
-        sp_size,
-        chunked=[plan.kind for plan in plans if plan.chunk_tokens()],
-        zigzag=deals_zigzag(plans, config.text_order) and family.zigzag,
-    )
-    family.text_model(model).register_forward_pre_hook(hook, with_kwargs=True)
-    # Before what a family puts in the place of the loss function, and undone after it.
-    tiled = install(model, config.loss_tiles) if config.loss_tiles > 1 else None
+    made = Patch(model, layers, plans)
     try:
-        family.install(model, plans)
-    finally:  # of a model that the family refuses, too
-        if tiled is not None:
-            model.register_forward_pre_hook(tiled, with_kwargs=True)
-    return Patch(model, layers, plans)
+        for attention in attentions:
+            attention.install()
+        hook = PrepareText(
+            family,
+            sp_size,
+            chunked=[plan.kind for plan in plans if plan.chunk_tokens()],
+            zigzag=deals_zigzag(plans, config.text_order) and family.zigzag,
+        )
+        family.text_model(model).register_forward_pre_hook(hook, with_kwargs=True)
+        # Before what a family puts in the place of the loss function, and undone after it.
+        tiled = install(model, config.loss_tiles) if config.loss_tiles > 1 else None
+        try:
+            family.install(model, plans)
+        finally:  # of a model that the family refuses, too
+            if tiled is not None:
+                model.register_forward_pre_hook(tiled, with_kwargs=True)
+    except BaseException:
+        made.unpatch()  # whoever hears of it may try another config on the same model
+        raise
+    return made
 
 
 def deals_zigzag(plans: Sequence[LayerPlan], text_order: str) -> bool:

@@ -49,6 +49,8 @@ class Text:
     """In generation a rank keeps the keys of its part of a prompt, and none has all."""
     prefix: ClassVar[str] = ""
     """Of the model's names of all but ``labels``: a decoder's are others than its encoder's."""
+    unlearnt: ClassVar[int] = 1
+    """First labels of a row that count for nothing: the first token is predicted by nobody."""
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> Self:
@@ -56,7 +58,7 @@ class Text:
 
         Raises:
             ValueError: a tensor is missing, has another shape than ``input_ids`` or no integers; a
-                ``num_items_in_batch`` that is no number above 0.
+                ``num_items_in_batch`` that is no number from 0 on.
         """
         first, *others = (f"{cls.prefix}{key}" for key in TEXT_KEYS[:3])
         input_ids = batch.get(first)
@@ -86,8 +88,10 @@ class Text:
 
     @property
     def labelled(self) -> int:
-        """Tokens that are learnt; the first is predicted by nobody."""
-        return 0 if self.labels is None else int((self.labels[:, 1:] != IGNORED_LABEL).sum())
+        """Tokens that are learnt."""
+        if self.labels is None:
+            return 0
+        return int((self.labels[:, self.unlearnt :] != IGNORED_LABEL).sum())
 
     def dealt(self, size: int) -> Self:
         """The same for ``size`` ranks, where who holds what has to be found once."""
@@ -132,8 +136,21 @@ class Text:
     @property
     def divisor(self) -> float:
         """What the sum of the losses is divided by."""
+        given = self.labelled if self.items is None else self.items
         # No label at all: the sum of the losses is 0, and so is the loss.
-        return max(self.labelled, 1) if self.items is None else self.items
+        return given if given > 0 else 1
+
+    def check_items(self) -> None:
+        """Refuse a sum of losses that would be divided by nothing.
+
+        Raises:
+            ValueError: a ``num_items_in_batch`` of 0 where something is learnt.
+        """
+        if self.items == 0 and self.labelled > 0:
+            raise ValueError(
+                f"got {ITEMS_KEY} 0; expected a number above 0 for a batch of {self.labelled} "
+                "labelled tokens: those that the loss is a mean of"
+            )
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with every tensor changed."""
@@ -220,12 +237,12 @@ def digest(*tensors: Tensor | None) -> int:
 
 
 def _items(given: Any) -> float:
-    """``num_items_in_batch`` as a number; a ValueError where it is none above 0."""
+    """``num_items_in_batch`` as a number; a ValueError where it is none from 0 on."""
     value = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ValueError(
-            f"got {ITEMS_KEY} {given!r}; expected a number above 0: the labelled tokens that the "
-            "loss is a mean of"
+            f"got {ITEMS_KEY} {given!r}; expected a number above 0 (0 where nothing is learnt): "
+            "the labelled tokens that the loss is a mean of"
         )
     return value
 

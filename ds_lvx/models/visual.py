@@ -272,6 +272,11 @@ class Visual:
         return None
 
     @property
+    def replaced(self) -> Tensor | None:
+        """bool ``[B, T]``, tokens of the text that are never embedded; None: each is."""
+        return None
+
+    @property
     def tells_padding(self) -> bool:
         """Whether only this rank knows which parts of its units are padding."""
         return self.runs is not None and self.runs.tiles is None

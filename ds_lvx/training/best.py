@@ -7,6 +7,7 @@ decides is one number that all ranks have, and what was decided is in every chec
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -93,13 +94,13 @@ class Watch:
 
         Args:
             step: it is of.
-            values: of it, by name; nan is never better.
+            values: of it, by name; nan, or none, is never better.
 
         Returns:
             Whether it is the best so far. For the patience it counts as better only by more than
             ``--early_stopping_threshold``.
         """
-        best, value = self.best, values[self.best.metric]
+        best, value = self.best, values.get(self.best.metric, math.nan)
         if best.value is None:
             is_best = is_much = value == value
         else:

@@ -192,11 +192,8 @@ class Trainer:
                 "for the next"
             )
 
-    def evaluate(self) -> float:
-        """The mean loss of the labelled tokens of all evaluation samples, logged and returned.
-
-        Beside it stand the scores of answers, where some are asked for.
-        """
+    def evaluate(self) -> None:
+        """Log the mean loss of all evaluation samples' labelled tokens, and scores of answers."""
         total, tokens = 0.0, 0
         self.engine.eval()
         with torch.no_grad():
@@ -209,13 +206,15 @@ class Trainer:
         records = self._world.agree({"total": total, "tokens": tokens})
         # Each rank has its share of a replica's loss, and all of the replica's tokens.
         everyone = sum(record["tokens"] for record in records) / self._groups.sp_size
-        loss = sum(record["total"] for record in records) / everyone
         rows = [] if self._answers is None else self._answers.rows(self._ending.asked)
         self._progress.answers(self.step, rows)
-        scores = means(rows) if rows else {}
-        self._progress.log_evaluation(step=self.step, eval_loss=loss, **scores)
-        self._compare({"eval_loss": loss, **scores})
-        return loss
+        values = means(rows) if rows else {}
+        if everyone > 0:
+            values = {"eval_loss": sum(record["total"] for record in records) / everyone, **values}
+        else:
+            self._progress.say("warning: no evaluation sample could be read: there is no eval_loss")
+        self._progress.log_evaluation(step=self.step, **values)
+        self._compare(values)
 
     def _compare(self, values: dict[str, float]) -> None:
         """Whether this evaluation is the best so far; its checkpoint, where it is kept."""

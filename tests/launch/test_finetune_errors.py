@@ -82,7 +82,8 @@ def test_a_bad_sample_is_named_on_all_ranks(tmp_path: Path, line: Write, expecte
 
 @pytest.mark.slow
 def test_skipped_samples_are_named_and_nothing_of_them_is_learnt(tmp_path: Path) -> None:
-    """One that the check finds, and one whose frames only rank 1 decodes, in training."""
+    """One that the check finds, and one whose frames only rank 1 decodes, in training. It is all
+    that there is to evaluate on: the run has no loss of it, and ends well."""
     write_image(tmp_path / "a.png")
     good = [chat(("image", "a.png"), ("text", f"{n}?")) for n in range(2)]
     bad = (_missing(tmp_path), _damaged(tmp_path))
@@ -90,13 +91,16 @@ def test_skipped_samples_are_named_and_nothing_of_them_is_learnt(tmp_path: Path)
     config = write_config(tmp_path / "ds.json", stage=2)
     out = tmp_path / "out"
     given = {"model": "tiny", "data": data, "deepspeed_config": config, "output_dir": out}
+    given["eval_data"] = write_jsonl(tmp_path / "eval.jsonl", bad[1])
     run_ranks(finetune, 2, *arguments(frames=132, on_bad_sample="skip", **given))
-    rows = metrics(out)[0]
+    rows, evaluation = metrics(out)
+    assert evaluation == []
     assert [row["step"] for row in rows] == [1, 2, 3], "an epoch of the samples that are left"
     assert sorted(row["loss"] == 0 for row in rows) == [False, False, True], "none is learnt"
-    missing, damaged = (out / "skipped.txt").read_text().splitlines()
+    missing, damaged, evaluated = (out / "skipped.txt").read_text().splitlines()
     assert re.search(r"train\.jsonl:3: got no such file: .*none\.mp4", missing)
     assert re.search(r"train\.jsonl:4: .*damaged\.mp4: got", damaged)
+    assert re.search(r"eval\.jsonl:1: .*damaged\.mp4: got", evaluated)
 
 
 def test_an_empty_file_and_a_typo_in_the_config(tmp_path: Path) -> None:

@@ -68,9 +68,13 @@ def test_additional_vocabulary_has_a_loss() -> None:
 
 
 def test_offload_needs_the_resampler() -> None:
-    rule = {**LVX, "recompute_kv": True, "features": "offload"}
+    """A model that is refused is left as it was, for another config."""
+    model, rule = tiny_model(use_resampler=False), {**LVX, "recompute_kv": True}
+    before = insides(model)
     with pytest.raises(NotImplementedError, match="without a perceiver resampler"):
-        patched(tiny_model(use_resampler=False), rule)
+        patched(model, {**rule, "features": "offload"})
+    assert insides(model) == before
+    patched(model, rule)
 
 
 def gaps(batch: dict[str, Any]) -> dict[str, Any]:

@@ -146,17 +146,21 @@ def test_reference_has_gradients_everywhere(name: str) -> None:
     assert silent == set()
 
 
-def step_local(cuts: list[int]) -> dict[str, Any]:
+def step_local(cuts: list[int]) -> list[dict[str, Any]]:
     rank, batch = torch.distributed.get_rank(), hard_batch(5)
     mine = batch["vision_x"][:, cuts[rank] : cuts[rank + 1]]
     local = {**batch, "vision_x": mine if mine.shape[1] > 0 else None}
-    return plain_step(rules("recompute", 2), local, frames="local", model=tiny_model())
+    models = tiny_model(), all_before()
+    return [plain_step(rules("recompute", 2), local, frames="local", model=m) for m in models]
 
 
 @pytest.mark.parametrize("cuts", [[0, 1, 3], [0, 0, 3]])
 def test_images_that_are_on_their_ranks_already(cuts: list[int]) -> None:
-    expected = reference_steps([[hard_batch(5)]], tiny_model())
-    assert_same_training(trained_only(run_ranks(step_local, 2, cuts)), expected, sp_size=2)
+    results = run_ranks(step_local, 2, cuts)
+    for place, model in enumerate((tiny_model(), all_before())):
+        found = trained_only([each[place] for each in results])
+        expected = reference_steps([[hard_batch(5)]], model)
+        assert_same_training(found, expected, sp_size=2)
 
 
 # ---- training

@@ -14,7 +14,7 @@ from torch import nn
 
 from ds_lvx.kernels.visibility import Visibility
 from ds_lvx.models.patch import KEYWORD, Hook
-from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY, Here, Text, described, is_integer
+from ds_lvx.models.text import ITEMS_KEY, Here, Text, described, is_integer
 from ds_lvx.models.tiled_loss import share_of_loss
 
 _LABELS = "labels"
@@ -22,6 +22,8 @@ _LABELS = "labels"
 
 class WholeText(Text):
     """The text of the encoder, and the labels of the decoder, ``[B, L]``."""
+
+    unlearnt = 0
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> Self:
@@ -41,11 +43,6 @@ class WholeText(Text):
                 "what the decoder is to write for each sample, of any length"
             )
         return replace(text, labels=labels.long())
-
-    @property
-    def labelled(self) -> int:
-        """Tokens that are learnt."""
-        return 0 if self.labels is None else int((self.labels != IGNORED_LABEL).sum())
 
     def lengths(self, size: int) -> tuple[int, ...]:
         """Tokens by rank: all."""

@@ -21,16 +21,28 @@ PIXELS = "vision_x"
 KEYS = (PIXELS,)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Counted(Runs):
-    """The run of images that each token sees, by the image tokens up to it."""
+    """The run of images that each token sees, by the image tokens up to it.
+
+    Attributes:
+        latest: see `Facts`.
+    """
+
+    latest: bool
 
     def check_images(self, images: int) -> None:
         """Compare with the number of images that came.
 
         Raises:
-            ValueError: the text has more image tokens.
+            ValueError: the text has more image tokens, or sees all images before it and has none.
         """
+        if images == 0 and not self.latest:
+            raise ValueError(
+                f"got a batch without {PIXELS} for a model whose text sees all images before it; "
+                "expected a blank image at least, as its own code wants it: text before the first "
+                "image takes the mean of all images of the batch's sample"
+            )
         reach = int(self.end.max()) if self.end.numel() else 0
         if reach > images:
             raise ValueError(
@@ -82,12 +94,6 @@ def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
             "expected a row for each: text before a sample's first image would take the mean of "
             "those of the others; leave --pack (pack=) out"
         )
-    if pixels is None and not facts.latest:
-        raise ValueError(
-            f"got a batch without {PIXELS} for a model whose text sees all images before it; "
-            "expected a blank image at least, as its own code wants it: text before the first "
-            "image takes the mean of all images of the batch's sample"
-        )
     if pixels is not None:
         _check_pixels(pixels, facts.image, batch_size=text.shape[0])
     count = 0 if pixels is None else pixels.shape[1]
@@ -96,7 +102,7 @@ def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
     before = torch.zeros_like(end) if begins is None else images_before(end, begins)
     start = torch.maximum(end - 1, before) if facts.latest else before
     arguments = {} if pixels is None else {PIXELS: pixels}
-    runs = Counted(start, end, None, None)
+    runs = Counted(start, end, None, None, latest=facts.latest)
     return Visual(count, facts.latents, arguments, runs, blind_see_all=not facts.latest)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
@@ -24,6 +24,7 @@ from ds_lvx.models.cuts import span
 from ds_lvx.models.samples import images_at_hand
 from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Here, Text
 from ds_lvx.models.visual import COUNTS, PIXELS, Visual
+from ds_lvx.models.words import check_tokens
 
 DECODER = "decoder_"
 KEYS = (PIXELS, COUNTS, "token_type_ids", *(f"{DECODER}{key}" for key in TEXT_KEYS[:3]))
@@ -39,11 +40,7 @@ class Answer(Text):
     """The decoder's text. Its labels are those of its own tokens: nothing is shifted any more."""
 
     prefix = DECODER
-
-    @property
-    def labelled(self) -> int:
-        """Tokens that are learnt."""
-        return 0 if self.labels is None else int((self.labels != IGNORED_LABEL).sum())
+    unlearnt = 0
 
     def shard(self, here: Here) -> dict[str, Any]:
         """The model's arguments for the shard ``here``, with its positions in the whole."""
@@ -315,6 +312,9 @@ def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Rows:
     """
     encoder = model.config.encoder
     rows = Text.of({key: batch.get(key) for key in TEXT_KEYS[:3]}).each(lambda t: t.cpu())
+    if isinstance(model, nn.Module):
+        inside: Any = model.model
+        check_tokens(rows.input_ids, inside.encoder)
     if rows.shape[0] != text.shape[0]:
         raise ValueError(
             f"got input_ids of {rows.shape[0]} samples and {text.shape[0]} for the decoder; "

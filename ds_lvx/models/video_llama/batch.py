@@ -45,6 +45,11 @@ class Frames(Images):
     video_tokens: int
     most: int
 
+    @property
+    def replaced(self) -> Tensor:
+        """Places of videos, whose token the language model's embedding has no row for."""
+        return self.places
+
     def beside(self, rank: int, text: Text, here: Here) -> dict[str, Any]:
         """Which rows this rank's places take, and the numbers of its frames."""
         number = self.places.flatten().cumsum(0).view(self.places.shape) - 1
