@@ -240,7 +240,12 @@ def _content(
         return Continued.of(batch, cache, family=family, model=model, channel=channel)
     place, whole = (channel.rank, channel.size), kwargs.get(arguments.TEXT_KEYS_WORD) != SHARDED
     draft = Draft.of(family, batch, model, place=place, frames=frames, whole_text=whole)
-    return Fresh(draft.checked())
+    content = draft.checked()
+    if content.text.shape[0] == 0:
+        raise ValueError(
+            f"got input_ids {content.text.shape}; expected a sample at least, with its images"
+        )
+    return Fresh(content)
 
 
 def _goes_on(kwargs: Mapping[str, Any]) -> bool:

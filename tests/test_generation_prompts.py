@@ -31,12 +31,20 @@ BY_KEYS = pytest.mark.parametrize(
         pytest.param("sharded", 3, marks=pytest.mark.exhaustive),
     ],
 )
+
+
+def without_mask() -> Batch:
+    """Padding is told by the tokens alone."""
+    return {key: value for key, value in interleaved().items() if key != "attention_mask"}
+
+
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "greedy": (interleaved, {}),
     "blind": (blind, {}),
     "one": (one_image, {}),
     "text": (text_alone, {}),
     "beams": (interleaved, {"num_beams": 2}),
+    "no mask": (without_mask, {"pad_token_id": 0}),
     "sampled": (blind, {"do_sample": True, "top_k": 0, "num_return_sequences": 2}),
 }
 

@@ -40,8 +40,13 @@ def cases(name: str) -> dict[str, tuple[Batch, dict[str, Any]]]:
         "sampled": (case.left_padded(), {"do_sample": True, "top_k": 0, "num_return_sequences": 2}),
         "one image": (one, {}),
         "one token": (one, {"max_new_tokens": 1}),
+        "no mask": (without_mask(case.left_padded()), {"pad_token_id": 0, "eos_token_id": 1}),
         "text": (case.make_batch([[12], [9]], left=True), {}),
     }
+
+
+def without_mask(batch: Batch) -> Batch:
+    return {key: value for key, value in batch.items() if key != "attention_mask"}
 
 
 def run_each(generate: Callable[..., Any], name: str) -> dict[str, Any]:
