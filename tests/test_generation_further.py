@@ -80,6 +80,7 @@ def converse_mllama(sp_size: int) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_long_texts_behind_a_cache_are_split(ranks: int) -> None:
     model, makes = tiny_model().eval(), {make.__name__: make for make in MAKES}
@@ -116,12 +117,14 @@ def converse_family(name: str, kinds: dict[str, Any], sp_size: int) -> dict[str,
         config = case.ds_config(stage=0, sp_size=sp_size, cross=LVX, self_attn="ulysses")
         session = ds_lvx.apply(model, config)
         for kept, (keywords, limit) in KEPT.items():
-            answers = converse(model, make(), {**given, **keywords}, limit=limit)
-            results[f"{kind}, {kept}"] = answers
+            if sp_size > 2 or limit > 0 or kind == "mpt":  # whose keys get a bias then
+                answers = converse(model, make(), {**given, **keywords}, limit=limit)
+                results[f"{kind}, {kept}"] = answers
         session.close()
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", CASES)
 def test_families_split_long_texts_behind_a_cache(name: str, ranks: int) -> None:
@@ -203,6 +206,7 @@ def converse_otherwise(batch: Batch) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_gaps_states_and_zero_3() -> None:
     batch, model = interleaved(), tiny_model().eval()
     first: Any = model.generate(**without_labels(batch), **KEYWORDS)
