@@ -7,8 +7,7 @@ chooses the tokens itself. What the model needs for that is `ds_lvx.models.gener
 from __future__ import annotations
 
 import base64
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer
 
 from ds_lvx.attention.checkpointing import is_partitioned
 from ds_lvx.distributed.agreement import require_same
@@ -26,43 +26,16 @@ from ds_lvx.models import family_of
 from ds_lvx.models.batch import device_of
 from ds_lvx.models.contract import Family
 from ds_lvx.models.draft import Draft
+from ds_lvx.models.generating import arguments
 from ds_lvx.models.generating.decoding import Decoding
 from ds_lvx.models.generating.feeding import feeding
 from ds_lvx.models.generating.past import Continued, is_fresh, leave
 from ds_lvx.models.generating.prompt import Fresh
-from ds_lvx.models.generating.started import ENCODED, beside_decoder, has_encoder, started
-from ds_lvx.models.generating.text_keys import AUTO, SHARDED, WORDS
+from ds_lvx.models.generating.started import beside_decoder, has_encoder, started
+from ds_lvx.models.generating.text_keys import AUTO, SHARDED
 from ds_lvx.models.patch import is_prepared
-from ds_lvx.models.text import TEXT_KEYS, digest
 
-_ARGUMENTS = "the arguments of generate"
 _RANDOM = "random numbers"
-_TEXT_KEYS = "text_keys"
-_SHORT = 60
-_EMBEDDED = ("inputs", "inputs_embeds", "decoder_inputs_embeds", ENCODED)
-# By the name of a setting: values that are served, and what to do with another one.
-_SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "use_cache": ((True,), "without a cache every token would run the whole text: leave it out"),
-    "cache_implementation": (("dynamic",), 'expected "dynamic", transformers\' own cache'),
-    "max_time": ((), "each rank has a clock of its own: use max_new_tokens"),
-    "prefill_chunk_size": ((), "the prompt runs as a whole: leave it out"),
-    "output_attentions": ((False,), "no rank has the weights of all keys: leave it out"),
-}
-# Likewise: those that run the model in another way than token by token, or another model.
-_ALONE: Mapping[str, tuple[Any, ...]] = {
-    "assistant_model": (),
-    "assistant_early_exit": (),
-    "constraints": (),
-    "custom_generate": (),
-    "dola_layers": (),
-    "force_words_ids": (),
-    "guidance_scale": (1,),
-    "negative_prompt_ids": (),
-    "num_beam_groups": (1,),
-    "penalty_alpha": (0,),
-    "prompt_lookup_num_tokens": (),
-    "token_healing": (False,),
-}
 
 
 def generate(
@@ -93,7 +66,8 @@ def generate(
         kwargs: of transformers' ``generate``: ``generation_config`` and its fields
             (``max_new_tokens``, ``do_sample``, ``num_beams``, ``num_return_sequences``, ...),
             ``logits_processor``, ``stopping_criteria``, ``return_dict_in_generate`` and so on.
-            ``streamer`` is used on the first rank of the group; others may pass None.
+            ``streamer`` is used on the first rank of the group; others may pass None, or one that
+            gets nothing but its end. It gets that where the call fails, too.
             ``past_key_values`` is that of an earlier result: nothing is encoded again. The batch
             is the longer text then, without images; what the cache has of another text behind
             their common beginning is dropped from it. An empty ``DynamicCache`` is filled, and is
@@ -102,7 +76,7 @@ def generate(
             the prompt runs split, and a rank keeps K and V of its own part of the text;
             ``"whole"``: every rank has those of all; ``"auto"``, the default: sharded where the
             prompt can be split and the whole takes more than ``SHARDED_BYTES`` of
-            `ds_lvx.models.generating.text_keys`. With ``past_key_values`` the first call's.
+            `ds_lvx.models.generating.limits`. With ``past_key_values`` the first call's.
 
     Returns:
         What transformers returns, the same on every rank. Random numbers are those of the group's
@@ -129,29 +103,31 @@ def generate(
     than 1 MiB an all-gather of ``(n-1) R H 4`` and an all-reduce of ``R H D`` fp32. A token's
     first message carries ``8 (R + 1)`` bytes more, by which the ranks compare their tokens, and one
     message like it ends the generation. A prompt that is split (``SPLIT_TOKENS`` of
-    `ds_lvx.models.generating.prompt`) has those of a forward of training, then an all-gather of K
+    `ds_lvx.models.generating.limits`) has those of a forward of training, then an all-gather of K
     and V of the text for each of its layers, and one of logits; where these keys stay sharded, and
     with visual tokens among the text, that of logits alone, and then a message as above for each
-    layer of the text and token, too. ZeRO-3 adds its own.
+    layer of the text and token, too. So has a text of this length behind ``past_key_values``, whose
+    layers all attend by `ds_lvx.lv_xattn`, schedule ``gather``. ZeRO-3 adds its own.
     """
+    with _ending(kwargs.get("streamer"), first=resolve(groups).rank == 0):
+        return _generate(model, batch, groups=groups, frames=frames, kwargs=kwargs)
+
+
+def _generate(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    groups: SequenceParallelGroups | None,
+    frames: str,
+    kwargs: dict[str, Any],
+) -> Any:
+    """See `generate`."""
     channel = resolve(groups)
     current = SequenceParallelGroups.current() if groups is None else groups
-    found, content, record, error = None, None, {}, None
-    try:
-        found = family, inside = _patched(model)
-        _check_arguments(family, family.generator(inside), kwargs)
-        if _goes_on(kwargs):
-            _check_replicas(current, inside)
-        content = _content(family, inside, batch, channel=channel, frames=frames, kwargs=kwargs)
-        record = {**content.record(), **_record(family, inside, kwargs, first=channel.rank == 0)}
-    # Whatever it is: the other ranks must not wait for this one.
-    except Exception as caught:  # noqa: BLE001
-        error = caught
-    records = channel.agree(record, error)
-    assert found is not None
-    assert content is not None
-    (family, inside), waits = found, is_partitioned(found[1])
-    require_same(records, [_ARGUMENTS, *content.shared_record()], what="ds_lvx.generate")
+    (family, inside), content, records = _agreed(
+        model, batch, channel=channel, current=current, frames=frames, kwargs=kwargs
+    )
+    waits = is_partitioned(inside)
     try:
         with named("ds_lvx.generate", groups):
             text, prompt = content.prompt(
@@ -160,7 +136,7 @@ def generate(
                 model=inside,
                 channel=channel,
                 always_vision=waits,
-                text_keys=kwargs.pop(_TEXT_KEYS, AUTO),
+                text_keys=kwargs.pop(arguments.TEXT_KEYS_WORD, AUTO),
             )
     except Exception as caught:
         with suppress(Exception):  # it would name the ranks once more
@@ -186,11 +162,42 @@ def generate(
             result = runner.generate(**text, **{"synced_gpus": waits, **kwargs})
         except Exception as caught:
             decoding.fail(caught, waits=waits)
+            if decoding.is_between:  # the caller's cache has the text whose forward is over
+                leave(kwargs.get("past_key_values"), inside, decoding, text["input_ids"])
             raise
         sequences = result if isinstance(result, Tensor) else result.sequences
         leave(_filled(kwargs, result), inside, decoding, sequences)
     decoding.finish(sequences)
     return result
+
+
+def _agreed(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    channel: Channel,
+    current: SequenceParallelGroups | None,
+    frames: str,
+    kwargs: Mapping[str, Any],
+) -> tuple[tuple[Family, Any], Fresh | Continued, Sequence[Mapping[str, Any]]]:
+    """Family and model, this rank's part of the batch, and what all ranks said of it."""
+    found, content, record, error = None, None, {}, None
+    try:
+        found = family, inside = _patched(model)
+        arguments.check(family, family.generator(inside), kwargs)
+        if _goes_on(kwargs):
+            _check_replicas(current, inside)
+        content = _content(family, inside, batch, channel=channel, frames=frames, kwargs=kwargs)
+        record = {**content.record(), **_record(family, inside, kwargs, first=channel.rank == 0)}
+    # Whatever it is: the other ranks must not wait for this one.
+    except Exception as caught:  # noqa: BLE001
+        error = caught
+    records = channel.agree(record, error)
+    assert found is not None
+    assert content is not None
+    same = (arguments.ARGUMENTS, arguments.OWN_SETTINGS, *content.shared_record())
+    require_same(records, same, what="ds_lvx.generate")
+    return found, content, records
 
 
 def _patched(model: Any) -> tuple[Family, Any]:
@@ -223,15 +230,22 @@ def _content(
         raise ValueError(
             f"got a batch of type {type(batch).__name__}; expected what the processor returns"
         )
+    runner = family.generator(model)
+    if has_encoder(runner):
+        batch = started(batch, partial(arguments.setting_of, runner, kwargs))
+    else:
+        batch = arguments.with_mask(runner, kwargs, batch)
     if _goes_on(kwargs):
         cache = kwargs["past_key_values"]
         return Continued.of(batch, cache, family=family, model=model, channel=channel)
-    place, runner = (channel.rank, channel.size), family.generator(model)
-    if has_encoder(runner):
-        batch = started(batch, partial(_setting, runner, kwargs))
-    whole = kwargs.get(_TEXT_KEYS) != SHARDED
+    place, whole = (channel.rank, channel.size), kwargs.get(arguments.TEXT_KEYS_WORD) != SHARDED
     draft = Draft.of(family, batch, model, place=place, frames=frames, whole_text=whole)
-    return Fresh(draft.checked())
+    content = draft.checked()
+    if content.text.shape[0] == 0:
+        raise ValueError(
+            f"got input_ids {content.text.shape}; expected a sample at least, with its images"
+        )
+    return Fresh(content)
 
 
 def _goes_on(kwargs: Mapping[str, Any]) -> bool:
@@ -259,92 +273,36 @@ def _record(
     family: Family, model: Any, kwargs: Mapping[str, Any], *, first: bool
 ) -> dict[str, Any]:
     """What the other ranks must know beside the batch."""
-    record = {_ARGUMENTS: _described(kwargs)}
-    if first and _setting(family.generator(model), kwargs, "do_sample"):
+    runner = family.generator(model)
+    record = arguments.described(runner, kwargs)
+    if first and arguments.setting_of(runner, kwargs, "do_sample"):
         record[_RANDOM] = _Generator(model).packed()
     return record
 
 
 # --------------------------------------------------------------------------------------------
-# Arguments
-
-
-def _check_text_keys(family: Family, setting: Any) -> None:
-    if not isinstance(setting, str) or setting not in WORDS:
-        raise ValueError(f"got text_keys={setting!r}; expected one of {', '.join(WORDS)}")
-    if setting != AUTO and not family.splits_prompt:
-        raise NotImplementedError(
-            f"got text_keys={setting!r} for a model of {family.model_type!r}, whose keys of the "
-            "text are sharded or whole as its images are: leave it out"
-        )
-
-
-def _check_arguments(family: Family, runner: Any, kwargs: Mapping[str, Any]) -> None:
-    inputs = {*TEXT_KEYS, *family.keys, *_EMBEDDED} & kwargs.keys()
-    if inputs:
-        raise ValueError(
-            f"got {', '.join(sorted(inputs))} among the arguments of generate; expected the whole "
-            "input in the batch, as the processor returns it"
-        )
-    if has_encoder(runner) and kwargs.get("past_key_values") is not None:
-        raise NotImplementedError(
-            "got past_key_values for a model with an encoder, which is not asked again with what "
-            "its decoder said; expected the whole batch in every call: leave it out"
-        )
-    _check_text_keys(family, kwargs.get(_TEXT_KEYS, AUTO))
-    alone = "expected a way to generate that runs the model alone, token by token: leave it out"
-    for name, (served, advice) in {
-        **_SERVED,
-        **{name: (served, alone) for name, served in _ALONE.items()},
-    }.items():
-        value = _setting(runner, kwargs, name)
-        if value is not None and not any(value == each for each in served):
-            raise NotImplementedError(
-                f"got {name}={_word(value)} for generation with sharded keys; {advice}"
-            )
-
-
-def _setting(runner: Any, kwargs: Mapping[str, Any], name: str) -> Any:
-    """A setting as transformers finds it: an argument, or of the config that was given, or of the
-    model's own."""
-    if kwargs.get(name) is not None:
-        return kwargs[name]
-    given = kwargs.get("generation_config")
-    if name == "use_cache" and given is None:
-        return None
-    for config in (given, runner.generation_config):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    return None
-
-
-def _described(kwargs: Mapping[str, Any]) -> str:
-    """The arguments in words that are the same on ranks which were given the same."""
-    used = {name: value for name, value in kwargs.items() if name != "streamer"}
-    if is_fresh(kwargs.get("past_key_values")):
-        used["past_key_values"] = "empty"
-    return ", ".join(f"{name}={_word(used[name])}" for name in sorted(used)) or "none"
-
-
-def _word(value: Any) -> str:
-    """A value, or what can be said of it: objects are told by their class."""
-    if isinstance(value, Tensor):
-        return f"tensor {list(value.shape)} {digest(value)}"
-    if isinstance(value, str | int | float | None):
-        text = repr(value)
-    elif isinstance(value, Mapping):
-        text = "{" + ", ".join(f"{_word(k)}: {_word(v)}" for k, v in value.items()) + "}"
-    elif isinstance(value, list | tuple):
-        text = "[" + ", ".join(map(_word, value)) + "]"
-    elif hasattr(value, "to_diff_dict"):  # a GenerationConfig
-        text = f"{type(value).__name__} {_word(value.to_diff_dict())}"
-    else:
-        return type(value).__name__
-    return text if len(text) <= _SHORT else f"{text[:_SHORT]}... ({zlib.crc32(text.encode())})"
-
-
-# --------------------------------------------------------------------------------------------
 # Surroundings
+
+
+@contextmanager
+def _ending(streamer: Any, *, first: bool) -> Iterator[None]:
+    """End a streamer where transformers does not: another thread may wait for what comes from it.
+
+    Args:
+        streamer: the caller's, or None.
+        first: it is used; else it gets its end alone, but for one that would print that.
+    """
+    done = False
+    try:
+        yield
+        done = first
+    finally:
+        prints = isinstance(streamer, TextStreamer) and not isinstance(
+            streamer, TextIteratorStreamer | AsyncTextIteratorStreamer
+        )
+        if streamer is not None and not done and (first or not prints):
+            with suppress(Exception):
+                streamer.end()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ds_lvx.compare.decoding import Job
 from ds_lvx.compare.document import save
 from ds_lvx.compare.harness import Ranks
 from ds_lvx.compare.machine import header
-from ds_lvx.plan.generation import held
+from ds_lvx.plan.generation_memory import held
 from ds_lvx.plan.units import at_least, count
 
 MODEL = Case(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TextIteratorStreamer
 from transformers.generation import LogitsProcessor, StoppingCriteria
 
 import ds_lvx
+from ds_lvx.models.mllama.tiny import tiny_processor
 from ds_lvx.models.patch import is_patched
 from ds_lvx.sharding import mean_loss
 from tests.generation_case import config, one_image
@@ -95,7 +97,7 @@ def go_apart() -> dict[str, str]:
         messages[name] = f"{type(caught.value).__name__}: {caught.value}"
     stream = Stream()
     done = ds_lvx.generate(model, batch, max_new_tokens=5, streamer=stream)
-    expected = [*done.flatten().tolist(), "end"] if session.groups.sp_rank == 0 else []
+    expected = [*done.flatten().tolist(), "end"] if session.groups.sp_rank == 0 else ["end"]
     assert stream.got == expected, (stream.got, expected)
     session.close()
     return messages
@@ -122,6 +124,47 @@ def test_ranks_that_go_apart_stop_with_the_token() -> None:
     assert second["memory"].startswith("RankOutOfMemoryError: rank 1 (rank 1 of the 2 that share")
     assert "ran out of memory in ds_lvx.generate: " in second["memory"]
     assert "rank 1 " in first["memory"]
+
+
+def read_streams() -> dict[str, tuple[str, str]]:
+    """What another thread reads on every rank, and the error of the call."""
+    model, batch, found = tiny_model(), one_image(), {}
+    session, tokenizer = ds_lvx.apply(model, config(2)), tiny_processor().tokenizer
+    fails = On(session.groups.sp_rank, 3, batch["input_ids"].shape[1], KeyError("a word"))
+    wrong: dict[str, dict[str, Any]] = {
+        "done": {},
+        "refused": {"prefill_chunk_size": 2},
+        "failed": {"logits_processor": [fails]},
+    }
+    for name, arguments in wrong.items():
+        streamer, errors = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60), [""]
+
+        def run(arguments: dict[str, Any], streamer: Any, errors: list[str]) -> None:
+            try:
+                ds_lvx.generate(model, batch, max_new_tokens=5, streamer=streamer, **arguments)
+            except Exception as error:  # noqa: BLE001
+                errors[0] = type(error).__name__
+
+        thread = threading.Thread(target=run, args=(arguments, streamer, errors))
+        thread.start()
+        text = "".join(streamer)
+        thread.join()
+        found[name] = text, errors[0]
+    session.close()
+    return found
+
+
+def test_who_reads_a_stream_hears_of_its_end() -> None:
+    first, second = run_ranks(read_streams, 2)
+    batch, tokenizer = one_image(), tiny_processor().tokenizer
+    given = {key: value for key, value in batch.items() if key != "labels"}
+    answer = tiny_model().eval().generate(**given, max_new_tokens=5)
+    new = answer[0, batch["input_ids"].shape[1] :]
+    assert first["done"] == (tokenizer.decode(new), "")
+    assert second["done"] == ("", "")
+    assert first["refused"] == second["refused"] == ("", "NotImplementedError")
+    assert first["failed"] == (tokenizer.decode(new[:2]), "KeyError")
+    assert second["failed"] == ("", "KeyError")
 
 
 class Die(LogitsProcessor):
@@ -182,12 +225,17 @@ def mistakes() -> dict[str, str]:
         "text": (model, {**batch, "input_ids": batch["input_ids"] + rank}, {}),
         "local": (model, batch, {"frames": "local"}),
         "argument": (model, batch, {"max_new_token": 3}),
+        "no sample": (model, {"input_ids": batch["input_ids"][:0]}, {}),
     }
     messages = {}
     for name, (asked, given, arguments) in wrong.items():
         with pytest.raises(Exception) as caught:
             ds_lvx.generate(asked, given, **{"max_new_tokens": 3, **arguments})
         messages[name] = f"{type(caught.value).__name__}: {caught.value}"
+    model.generation_config.top_k = 3 + rank
+    with pytest.raises(ValueError, match="generation_config") as caught:
+        ds_lvx.generate(model, batch, max_new_tokens=3)
+    messages["settings"] = f"{type(caught.value).__name__}: {caught.value}"
     session.close()
     return messages
 
@@ -216,6 +264,8 @@ def test_mistakes_are_named_on_every_rank() -> None:
         "text": "ValueError: ds_lvx.generate: the ranks disagree on contents of the text",
         "local": "ValueError: got cross_attention_mask for 1 images a sample, and 2 images;",
         "argument": "ValueError: all ranks: The following `model_kwargs` are not used by the model",
+        "no sample": "ValueError: all ranks: got input_ids (0, 5); expected a sample at least,",
+        "settings": "ValueError: ds_lvx.generate: the ranks disagree on the model's generation_con",
     }.items():
         assert first[name].startswith(expected), first[name]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import ds_lvx
-from ds_lvx.models.generating import prompt
+from ds_lvx.models.generating import limits
 from tests.generation_case import config, interleaved, one_image
 from tests.models import idefics_case, moss_vl_case, mplugowl3_case, openflamingo_case
 from tests.models.mllama_case import Batch, tiny_model
@@ -125,9 +125,9 @@ def ask_family(name: str, batch: Batch, keywords: dict[str, Any]) -> list[tuple[
     drop = 1 if case in (moss_vl_case, mplugowl3_case) else 0
     session = ds_lvx.apply(model, given)
     answers = ask(model, batch, keywords, drop=drop)
-    # The prompt is split; what follows never is.
+    # The prompt is split; what follows is shorter.
     answers += ask(model, batch, {**keywords, "text_keys": "sharded"}, drop=drop)
-    with mock.patch.object(prompt, "SPLIT_TOKENS", 5):
+    with mock.patch.object(limits, "SPLIT_TOKENS", 5):
         answers.append(ask(model, batch, keywords, drop=drop)[1])
     session.close()
     return answers

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ds_lvx
-from ds_lvx.models.generating import prompt, text_keys
+from ds_lvx.models.generating import limits
 from ds_lvx.models.generating.decoding import Decoding
 from tests.generation_case import LVX, blind, config, interleaved, one_image, text_alone
 from tests.models import idefics_case
@@ -31,12 +31,20 @@ BY_KEYS = pytest.mark.parametrize(
         pytest.param("sharded", 3, marks=pytest.mark.exhaustive),
     ],
 )
+
+
+def without_mask() -> Batch:
+    """Padding is told by the tokens alone."""
+    return {key: value for key, value in interleaved().items() if key != "attention_mask"}
+
+
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "greedy": (interleaved, {}),
     "blind": (blind, {}),
     "one": (one_image, {}),
     "text": (text_alone, {}),
     "beams": (interleaved, {"num_beams": 2}),
+    "no mask": (without_mask, {"pad_token_id": 0}),
     "sampled": (blind, {"do_sample": True, "top_k": 0, "num_return_sequences": 2}),
 }
 
@@ -48,7 +56,7 @@ def generate_long(sp_size: int, text_keys: str) -> dict[str, Any]:
     seen = text.layers[0].register_forward_pre_hook(
         lambda module, args: lengths.append(args[0].shape[1])
     )
-    with mock.patch.object(prompt, "SPLIT_TOKENS", 5 if text_keys == "auto" else 100):
+    with mock.patch.object(limits, "SPLIT_TOKENS", 5 if text_keys == "auto" else 100):
         for name, (make, keywords) in CASES.items():
             torch.manual_seed(0)
             out = ds_lvx.generate(model, make(), text_keys=text_keys, **KEYWORDS, **keywords)
@@ -104,7 +112,7 @@ def generate_idefics(self_attn: Any) -> list[Any]:
     model.model.layers[0].register_forward_pre_hook(
         lambda module, args: lengths.append(args[0].shape[1])
     )
-    with mock.patch.object(prompt, "SPLIT_TOKENS", 5):
+    with mock.patch.object(limits, "SPLIT_TOKENS", 5):
         for make in IDEFICS:
             for text_keys in ("whole", "sharded"):
                 out = ds_lvx.generate(model, make(), text_keys=text_keys, **KEYWORDS)
@@ -148,7 +156,7 @@ def all_split() -> Iterator[None]:
             )
         return more
 
-    with mock.patch.object(prompt, "SPLIT_TOKENS", 5), mock.patch.object(Decoding, "begin", begun):
+    with mock.patch.object(limits, "SPLIT_TOKENS", 5), mock.patch.object(Decoding, "begin", begun):
         yield
     assert split
     assert all(split), split
@@ -188,7 +196,7 @@ def test_beams_of_split_prompts(case_name: str, text_keys: str) -> None:
 
 def generate_with_an_engine(batch: Batch, self_attn: Any) -> list[Any]:
     engine = start_engine(ds_config(stage=3, sp_size=2, cross=LVX, self_attn=self_attn))
-    with mock.patch.object(prompt, "SPLIT_TOKENS", 5):
+    with mock.patch.object(limits, "SPLIT_TOKENS", 5):
         found = [ds_lvx.generate(engine, batch, max_new_tokens=4)]
     found.append(ds_lvx.generate(engine, batch, max_new_tokens=4, **SHARDED))
     end_engine(engine)
@@ -219,8 +227,8 @@ def held_with(limit: int) -> list[list[int]]:
 
     with (
         mock.patch.object(Decoding, "release", released),
-        mock.patch.object(prompt, "SPLIT_TOKENS", 5),
-        mock.patch.object(text_keys, "SHARDED_BYTES", limit),
+        mock.patch.object(limits, "SPLIT_TOKENS", 5),
+        mock.patch.object(limits, "SHARDED_BYTES", limit),
     ):
         for keywords in ({}, {"num_beams": 2}, {"text_keys": "whole"}, SHARDED):
             ds_lvx.generate(model, interleaved(), max_new_tokens=2, **keywords)

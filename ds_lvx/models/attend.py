@@ -88,6 +88,8 @@ def attend_part(
             returns_lse=returns_lse,
             schedule="gather" if batch.split else "replicated",
         )
+    if decoding is not None and batch.past > 0:
+        return decoding.attend_further(plan, batch.text, q, project_kv(features), scale=scale)
     if decoding is not None and batch.behind:
         return decoding.attend_behind(plan, batch.text, q, project_kv(features), scale=scale)
     layout = batch.layout(plan.kind)

@@ -48,6 +48,7 @@ class ShardedBatch:
         split: a generation's prompt is split over the ranks, as in training.
         behind: its text stands behind a prompt whose keys are sharded
             (`ds_lvx.models.generating.text_keys`).
+        past: tokens before a text that is split and goes on from a cache; 0 of one that begins.
         units: images or frames that this rank holds, none of which is split; None: not told.
     """
 
@@ -63,6 +64,7 @@ class ShardedBatch:
     decoding: DecodingKeys | None = None
     split: bool = False
     behind: bool = False
+    past: int = 0
     units: int | None = None
 
     @classmethod
@@ -116,7 +118,7 @@ class ShardedBatch:
         """int64 ``[s]`` on the CPU: this rank's tokens of a text whose rows are cut alike."""
         here = span(self.text_lengths, self.channel.rank)
         if self.order is None:
-            return torch.arange(here.start, here.stop)
+            return torch.arange(self.past + here.start, self.past + here.stop)
         return self.order[0].argsort()[here]
 
     @property

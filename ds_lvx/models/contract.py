@@ -57,7 +57,8 @@ class Family(TakesMedia, ABC):
             order, for the rules of a ds_config that a tool writes.
         skips_vision: a batch without images leaves out tower and cross-attention; else it has a
             blank one that nobody sees, as models want it whose layers run for every token.
-        splits_prompt: a long prompt is split: text layers `fill` the cache, then attend.
+        splits_prompt: a long prompt is split, and a long text behind a cache: text layers `fill`
+            the cache, then attend.
         zigzag: ``text_order`` may cut its text: its code asks `ShardedBatch.places`, position ids.
         without: methods that cross-attention of some of its models cannot run, and why; a tool
             leaves them out.

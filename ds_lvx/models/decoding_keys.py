@@ -46,6 +46,7 @@ class DecodingKeys:
         copies: C.
         witness: what goes with the next message.
         behind: of this forward's tokens over those behind the prompt; None: all see all.
+        run: see `ds_lvx.models.generating.further.Further`, while such a text runs.
     """
 
     def __init__(self, samples: int, first_tokens: int, device: torch.device) -> None:
@@ -56,6 +57,7 @@ class DecodingKeys:
         self.copies = 1
         self.witness: Witness | None = None
         self.behind: Rule | None = None
+        self.run = slice(0)
         self._samples, self._device = samples, device
         self._likes: dict[str, Tensor] = {}  # queries of one token a row, by kind of layer
 
@@ -149,6 +151,34 @@ class DecodingKeys:
         local = attend_cached(q, keys, self.behind, scale=scale, kernel=plan.kernel)
         sharded = self.attend(plan, layout, q, project_kv=_held, scale=scale)
         return merge_attention([sharded, local])
+
+    def attend_further(
+        self,
+        plan: LayerPlan,
+        layout: Layout,
+        q: Tensor,
+        keys: tuple[Tensor, Tensor],
+        *,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of this rank's part of a text behind a cache to all of the text so far.
+
+        Args:
+            plan, layout, q, scale: as of `attend`.
+            keys: K and V ``[B, t, H_kv, D]`` of tokens that every rank has, and behind them of this
+                part.
+
+        Returns:
+            out ``[B, s, H, D]``, lse ``[B, H, s]``.
+        """
+        name, tokens = (plan.kind, plan.name), q.shape[1]
+        held = self.by_layer.get(name, (keys[0][:, :0], keys[1][:, :0]))
+        k, v = (
+            torch.cat((x, new[:, self.run], new[:, new.shape[1] - tokens :]), dim=1)
+            for x, new in zip(held, keys, strict=True)
+        )
+        self.by_layer[name] = k, v
+        return self.attend(plan, layout, q, project_kv=_held, scale=scale, schedule="gather")
 
     def hold(self, plan: LayerPlan, q: Tensor, keys: tuple[Tensor, Tensor]) -> None:
         """Keep a layer's keys of this rank's part of the prompt's text.

@@ -165,7 +165,8 @@ def fill(
 
     Returns:
         As they are; in generation what the cache has: of a prompt that is split this rank's part,
-        behind one whose keys are sharded all tokens behind it.
+        behind one whose keys are sharded all tokens behind it, and of a text that is split behind
+        a cache this rank's part behind all that every rank has.
     """
     if batch.decoding is None:
         return keys

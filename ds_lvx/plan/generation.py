@@ -1,6 +1,6 @@
 """Generation with the visual keys sharded: tokens a second, time to the first one, memory.
 
-docs/generation.md has the formulas. One sample of one row; the text runs whole on every rank.
+docs/generation.md has the formulas. One sample of one row.
 """
 
 from __future__ import annotations
@@ -9,11 +9,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ds_lvx.attention.shape import evenly
-from ds_lvx.models.dimensions import Model
 from ds_lvx.plan.choose import cheapest
 from ds_lvx.plan.cluster import Cluster, Device
 from ds_lvx.plan.cost import cost
-from ds_lvx.plan.memory import LAYER_BYTES, tower_bytes
+from ds_lvx.plan.generation_memory import (
+    Held,
+    features_bytes,
+    held,
+    keeps_prompt,
+    keeps_text,
+    prompt_tokens,
+    rows_of_ranks,
+    splits_text,
+    text_bytes,
+    with_text,
+)
 from ds_lvx.plan.pieces import FP32_BYTES
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.step import products_s, vision_s
@@ -22,36 +32,9 @@ from ds_lvx.plan.units import at_least
 
 _WAY = "lvx replicated"
 _WITNESS_BYTES = 16  # in a token's first message: which one it is, and the token
-# Of K in its norm, in fp32: two of what goes in, what is squared, and what comes out.
-_NORM_TENSORS = 2
 # Numbers that its operations read and write, and those of them that lie in new memory: squares and
 # their mean, the product with its root, that with the weights.
 _NORM_NUMBERS, _NORM_NEW = 7, 3
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes of the rank that holds most."""
-
-    weights: int  # of the whole model; at ZeRO-3 this rank's share
-    # K and V of its visual tokens, in all cross-attention layers; of its part of the prompt, where
-    # visual tokens stand among the text or an encoder has both.
-    keys: int
-    text: int  # K and V that every rank has: of prompt and answer, or there of the answer
-    # The most that the prompt's forward has beside the weights: in the vision tower, or where the
-    # last cross-attention layer makes its keys.
-    prompt: int
-    gathered: int = 0  # at ZeRO-3 the largest layer, or table of the vocabulary, while it runs
-
-    @property
-    def kept(self) -> int:
-        """Between two tokens, beside the weights."""
-        return self.keys + self.text
-
-    @property
-    def peak(self) -> int:
-        """The most at any moment."""
-        return self.weights + self.gathered + max(self.prompt, self.kept)
 
 
 @dataclass(frozen=True)
@@ -110,15 +93,17 @@ def best(found: Sequence[Generation]) -> Generation | None:
 
 def generation(scenario: Scenario, cluster: Cluster, *, ranks: int, new_tokens: int) -> Generation:
     """Predict one group."""
-    scenario, device = _with_text(scenario), cluster.device
+    scenario, device = with_text(scenario), cluster.device
     if device.cross_layer_s is not None:  # what a call takes is in it
         cluster = replace(cluster, device=replace(device, call_s=0.0))
     memory = held(scenario, ranks=ranks, new_tokens=new_tokens, gpus=cluster.gpus)
     layers, of_token = scenario.model.cross.count, _cross(scenario, cluster, ranks=ranks, queries=1)
     sent = layers * of_token.bytes_sent + (ranks - 1) * _WITNESS_BYTES if layers else 0
+    if keeps_text(scenario, ranks):
+        sent += scenario.model.text.count * _text(scenario, cluster, ranks=ranks).bytes_sent
     return Generation(
         ranks=ranks,
-        token=_token(scenario, cluster, of_token, new_tokens),
+        token=_token(scenario, cluster, of_token, ranks=ranks, new_tokens=new_tokens),
         prompt=_prompt(scenario, cluster, ranks=ranks),
         new_tokens=new_tokens,
         bytes_sent=sent + _weights(scenario, cluster, _token_parameters(scenario)).sent_bytes,
@@ -127,79 +112,76 @@ def generation(scenario: Scenario, cluster: Cluster, *, ranks: int, new_tokens: 
     )
 
 
-def _with_text(scenario: Scenario) -> Scenario:
-    """The same; where visual tokens are gathered, they are text, which every rank has."""
-    model = scenario.model
-    if not (model.gathered and model.among):
-        return scenario
-    whole = replace(model, text=model.cross, cross=replace(model.cross, count=0), among=False)
-    return replace(scenario, model=whole, text_tokens=scenario.sequence)
-
-
-def _keeps_prompt(scenario: Scenario) -> bool:
-    """Whether a rank keeps K and V of its part of the prompt: of text, or of an encoder's rows.
-
-    All of such a prompt runs split over the ranks, as in training.
-    """
-    return scenario.model.among or scenario.model.rows is not None
-
-
-def _rows_of_ranks(scenario: Scenario, ranks: int) -> Sequence[int]:
-    """Tokens of such a prompt by rank, visual ones and text, the rank that has most first.
-
-    Text is dealt around the visual tokens, and these stay on the rank that encodes their frame.
-    """
-    tokens = scenario.text_tokens + scenario.visual_tokens
-    most = max(-(-tokens // ranks), scenario.visual_tokens_of_a_rank(ranks))
-    return [most, *(evenly(tokens - most, ranks - 1) if ranks > 1 else [])]
-
-
 # --------------------------------------------------------------------------------------------
 # Seconds
 
 
 def _cross(scenario: Scenario, cluster: Cluster, *, ranks: int, queries: int) -> Pass:
     """One layer of sharded keys on so many queries, the same on every rank; one projects nothing,
-    because K and V are there."""
-    shape = replace(scenario.cross_shape(ranks, _WAY), recompute=False, backward=False)
-    shape = replace(shape, q_lengths=(queries,) * ranks)
-    if _keeps_prompt(scenario):
-        shape = replace(shape, kv_lengths=tuple(_rows_of_ranks(scenario, ranks)))
+    because K and V are there. Of a prompt that is split each rank has its part of them."""
+    way = _WAY
+    shape = replace(scenario.cross_shape(ranks, way), recompute=False, backward=False)
+    if queries > 1 and splits_text(scenario, ranks):
+        way = "lvx gather"
+        shape = replace(shape, q_lengths=tuple(evenly(queries, ranks)))
+    else:
+        shape = replace(shape, q_lengths=(queries,) * ranks)
+    if keeps_prompt(scenario):
+        shape = replace(shape, kv_lengths=tuple(rows_of_ranks(scenario, ranks)))
     if queries == 1:
         shape = replace(shape, features_dim=0)
-    return cost(shape, cluster, _WAY).forward
+    return cost(shape, cluster, way).forward
 
 
-def _token(scenario: Scenario, cluster: Cluster, layer: Pass, new_tokens: int) -> dict[str, float]:
+def _text(scenario: Scenario, cluster: Cluster, *, ranks: int) -> Pass:
+    """A token's attention to text whose keys are sharded, in one layer."""
+    keys = evenly(scenario.text_tokens, ranks)
+    shape = scenario.shape(scenario.model.text, (1,) * ranks, keys)
+    return cost(replace(shape, features_dim=0, backward=False), cluster, _WAY).forward
+
+
+def _token(
+    scenario: Scenario, cluster: Cluster, layer: Pass, *, ranks: int, new_tokens: int
+) -> dict[str, float]:
     device, count = cluster.device, scenario.model.cross.count
     rate = device.weights_bytes_per_s or device.stream_bytes_per_s
     read = scenario.element_bytes * sum(_decoder_parameters(scenario))
     # Half of the answer is there, on average.
-    read += _text_bytes(scenario, new_tokens // 2)
+    read += text_bytes(scenario, ranks=ranks, new_tokens=new_tokens // 2)
     other_s = layer.other_s if device.cross_layer_s is None else 0.0  # the host's, where measured
     parts = {
         "weights and text": read / rate,
         "visual keys": count * (layer.kernel_s + other_s),
         "network": count * layer.exposed_s,
     }
+    messages = count
+    if keeps_text(scenario, ranks):
+        of_text, layers = _text(scenario, cluster, ranks=ranks), scenario.model.text.count
+        parts["network"] += layers * of_text.exposed_s
+        if device.cross_layer_s is None:
+            parts["weights and text"] += layers * of_text.other_s
+        messages += layers
     parts = {**parts, **_zero(scenario, cluster, _token_parameters(scenario), under=parts)}
-    return {**parts, "host": _host_s(scenario, cluster, hiding_s=sum(parts.values()))}
+    hiding_s = sum(parts.values())
+    return {**parts, "host": _host_s(scenario, cluster, hiding_s=hiding_s, messages=messages)}
 
 
 def _prompt(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[str, float]:
-    device, features = cluster.device, _features_bytes(scenario, ranks)
+    device, features = cluster.device, features_bytes(scenario, ranks)
     vision_seconds = vision_s(scenario, device, ranks, backward=False)
     parts = {"vision": vision_seconds + _written_s(device, features, copies=2)}
     if scenario.model.gathered:
         parts["text"] = _text_s(scenario, cluster)
         parts["network"] = Ranks(cluster, ranks).gather(features).seconds
-    elif _keeps_prompt(scenario):
+    elif keeps_prompt(scenario):
         parts |= _split_parts(scenario, cluster, ranks=ranks)
     else:
         parts |= _cross_parts(scenario, cluster, ranks=ranks)
     parts |= _zero(scenario, cluster, scenario.model.parameters, under=parts)
-    host_s = device.begin_s + _host_s(scenario, cluster, hiding_s=sum(parts.values()))
-    return {**parts, "host": host_s}
+    messages = scenario.model.cross.count
+    hiding_s = sum(parts.values())
+    host_s = _host_s(scenario, cluster, hiding_s=hiding_s, messages=messages)
+    return {**parts, "host": device.begin_s + host_s}
 
 
 def _split_parts(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[str, float]:
@@ -207,7 +189,7 @@ def _split_parts(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[st
     for the decoder behind it."""
     model, device, rows = scenario.model, cluster.device, scenario.model.rows
     layers = model.cross if rows is None else rows
-    lengths = _rows_of_ranks(scenario, ranks)
+    lengths = rows_of_ranks(scenario, ranks)
     shape = scenario.shape(layers, lengths, lengths)
     shape = replace(shape, features_dim=0, backward=False)  # products count by themselves
     if ranks == 1:
@@ -260,12 +242,33 @@ def _weights(scenario: Scenario, cluster: Cluster, parameters: int) -> Transfer:
 def _cross_parts(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[str, float]:
     device, count = cluster.device, scenario.model.cross.count
     layer = _cross(scenario, cluster, ranks=ranks, queries=scenario.text_tokens)
+    text_s, waiting_s = _text_s(scenario, cluster), 0.0
+    if splits_text(scenario, ranks):
+        text_s, waiting_s = _part_of_text_s(scenario, cluster, ranks=ranks)
     return {
         "projection of K and V": count * (layer.projection_s + _keys_s(scenario, device, ranks)),
         "visual keys": count * (layer.kernel_s + layer.other_s),
-        "network": count * layer.exposed_s,
-        "text": _text_s(scenario, cluster),
+        "network": count * layer.exposed_s + waiting_s,
+        "text": text_s,
     }
+
+
+def _part_of_text_s(scenario: Scenario, cluster: Cluster, *, ranks: int) -> tuple[float, float]:
+    """A rank's part of a prompt's text, and what it waits for others; then every rank gets the last
+    logits, and, where they are not to stay, K and V of all."""
+    device, model, e = cluster.device, scenario.model, scenario.element_bytes
+    of_layers, of_head = _decoder_parameters(scenario)
+    tokens = prompt_tokens(scenario, ranks)
+    lengths, text = evenly(scenario.text_tokens, ranks), model.text
+    shape = replace(scenario.shape(text, lengths, lengths), backward=False)
+    attention = cost(shape, cluster, "ulysses" if text.heads >= ranks else "ring").forward
+    others = Ranks(cluster, ranks)
+    waiting_s = others.gather(e * model.vocabulary).seconds + text.count * attention.exposed_s
+    if not keeps_text(scenario, ranks):
+        keys = 2 * e * tokens * text.kv_heads * text.head_dim
+        waiting_s += text.count * others.gather(keys).seconds
+    products = products_s(device, of_layers, tokens) + products_s(device, of_head, 1)
+    return products + text.count * (attention.seconds - attention.exposed_s), waiting_s
 
 
 def _text_s(scenario: Scenario, cluster: Cluster) -> float:
@@ -293,21 +296,21 @@ def _keys_s(scenario: Scenario, device: Device, ranks: int) -> float:
     return written + numbers * FP32_BYTES * norm_s
 
 
-def _features_bytes(scenario: Scenario, ranks: int) -> int:
-    """Of a rank's features."""
-    cross, tokens = scenario.model.cross, scenario.visual_tokens_of_a_rank(ranks)
-    return scenario.element_bytes * tokens * (cross.features_dim or cross.hidden)
+def _host_s(scenario: Scenario, cluster: Cluster, *, hiding_s: float, messages: int) -> float:
+    """What the host takes for a forward, as far as a GPU does not work meanwhile.
 
-
-def _host_s(scenario: Scenario, cluster: Cluster, *, hiding_s: float) -> float:
-    """What the host takes for a forward, as far as a GPU does not work meanwhile."""
+    Args:
+        scenario, cluster: as of `generation`.
+        hiding_s: that a GPU works.
+        messages: layers that send one.
+    """
     device, model = cluster.device, scenario.model
     # Cross-attention without an MLP is a part of the text's layers.
     layers = model.text.count + (model.cross.count if model.cross.mlp else 0)
     seconds = device.token_s + layers * device.layer_s
     if device.cross_layer_s is not None:
-        layers_s = model.text.count * device.layer_s + model.cross.count * device.cross_layer_s
-        seconds = device.token_s + layers_s
+        alone = model.text.count + model.cross.count - messages
+        seconds = device.token_s + alone * device.layer_s + messages * device.cross_layer_s
     return seconds if device.on_cpu else max(seconds - hiding_s, 0.0)
 
 
@@ -315,7 +318,7 @@ def _decoder_parameters(scenario: Scenario) -> tuple[int, int]:
     """Weights that each token goes through: of layers, and of the head."""
     text, cross = scenario.model.text, scenario.model.cross
     layers = text.parameters + cross.count * cross.query_parameters
-    if _keeps_prompt(scenario):  # these layers have keys of the answer's own tokens, too
+    if keeps_prompt(scenario):  # these layers have keys of the answer's own tokens, too
         layers += cross.count * cross.key_parameters
     return layers, scenario.model.vocabulary * text.hidden
 
@@ -324,60 +327,3 @@ def _token_parameters(scenario: Scenario) -> int:
     """Weights of the modules that run for a token: its layers, and each table of the vocabulary."""
     layers, table = _decoder_parameters(scenario)
     return layers + scenario.model.embeddings * table
-
-
-# --------------------------------------------------------------------------------------------
-# Bytes
-
-
-def held(scenario: Scenario, *, ranks: int, new_tokens: int, gpus: int = 1) -> Held:
-    """Predict the memory of the rank that holds most.
-
-    Args:
-        scenario: at ``zero_stage`` 3 the GPUs share the weights.
-        ranks: that share the sample.
-        new_tokens: of the answer.
-        gpus: in all.
-    """
-    scenario = _with_text(scenario)
-    shares = gpus if scenario.zero_stage == 3 else 1
-    model, e, cross = scenario.model, scenario.element_bytes, scenario.model.cross
-    frames_tokens = scenario.frames_of_a_rank(ranks) * model.tower_tokens
-    vision, _ = tower_bytes(replace(scenario, trains="cross"), frames_tokens)
-    tokens, text = scenario.visual_tokens_of_a_rank(ranks), _text_bytes(scenario, new_tokens)
-    if _keeps_prompt(scenario):
-        tokens = max(_rows_of_ranks(scenario, ranks))
-    numbers = tokens * cross.kv_heads * cross.head_dim
-    keys = cross.count * 2 * e * numbers
-    if model.rows is not None:  # a layer, which is over when the decoder makes its keys
-        width = tokens * model.rows.hidden
-        layers = max(LAYER_BYTES * width, e * width + keys)
-    elif model.among:
-        layers = LAYER_BYTES * tokens * cross.hidden + keys
-    else:
-        norm = numbers * (e + _NORM_TENSORS * FP32_BYTES)
-        last = max(norm, 2 * e * numbers) if cross.count else 0
-        layers = max(cross.count - 1, 0) * 2 * e * numbers + last + text
-        layers += LAYER_BYTES * scenario.text_tokens * model.text.hidden
-    return Held(
-        weights=-(-e * model.parameters // shares),
-        keys=keys,
-        text=text,
-        prompt=max(vision, _features_bytes(scenario, ranks) + layers),
-        gathered=e * _largest(model) if shares > 1 else 0,
-    )
-
-
-def _largest(model: Model) -> int:
-    """Weights of the largest layer, or of a table of the vocabulary."""
-    kinds = (model.text, model.cross, model.tower, model.rows)
-    layers = [each.parameters // each.count for each in kinds if each is not None and each.count]
-    return max(*layers, model.vocabulary * model.text.hidden)
-
-
-def _text_bytes(scenario: Scenario, new_tokens: int) -> int:
-    """K and V that every rank has: of the text and so many new tokens, or of these alone."""
-    model = scenario.model
-    layers = model.cross if _keeps_prompt(scenario) else model.text
-    tokens = new_tokens + (0 if _keeps_prompt(scenario) else scenario.text_tokens)
-    return tokens * 2 * scenario.element_bytes * layers.count * layers.kv_heads * layers.head_dim

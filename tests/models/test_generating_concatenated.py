@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,12 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ds_lvx
+from ds_lvx.models.generating import limits
+from ds_lvx.models.generating.past import media_tokens
 from tests.models import concatenated_case
 from tests.models.mllama_case import LEARNING_RATE, end_engine, start_engine
 from tests.models.qwen3_vl_case import left_padded, make_batch, one_image, one_video, tiny_model
 from tests.models.test_generating_families import KEYWORDS, check, without_labels
 from tests.ranks import run_ranks
 from tests.test_generation import Look
+from tests.test_generation_further import LONG, converse
 from tests.test_generation_past import SECOND, THIRD, TOKENS, ask, behind, text_of
 
 Batch = dict[str, Any]
@@ -36,8 +40,13 @@ def cases(name: str) -> dict[str, tuple[Batch, dict[str, Any]]]:
         "sampled": (case.left_padded(), {"do_sample": True, "top_k": 0, "num_return_sequences": 2}),
         "one image": (one, {}),
         "one token": (one, {"max_new_tokens": 1}),
+        "no mask": (without_mask(case.left_padded()), {"pad_token_id": 0, "eos_token_id": 1}),
         "text": (case.make_batch([[12], [9]], left=True), {}),
     }
+
+
+def without_mask(batch: Batch) -> Batch:
+    return {key: value for key, value in batch.items() if key != "attention_mask"}
 
 
 def run_each(generate: Callable[..., Any], name: str) -> dict[str, Any]:
@@ -149,8 +158,8 @@ def test_replicas_generate_side_by_side() -> None:
 def longer(batch: Batch, ids: Tensor) -> Batch:
     """What a processor would say of a longer text."""
     more = ids.shape[1] - batch["input_ids"].shape[1]
-    types = F.pad(batch["mm_token_type_ids"], (0, more))
-    return {**without_labels(batch), **text_of(batch, ids), "mm_token_type_ids": types}
+    given, kinds = {**without_labels(batch), **text_of(batch, ids)}, "mm_token_type_ids"
+    return given | ({kinds: F.pad(batch[kinds], (0, more))} if kinds in batch else {})
 
 
 def go_on(ranks: int) -> Any:
@@ -186,6 +195,46 @@ def test_answers_are_those_of_whole_conversations() -> None:
     expected.append((out.sequences, out.logits))
     for answers in run_ranks(go_on, 2, 2):
         torch.testing.assert_close(answers, expected, atol=1e-5, rtol=1e-5)
+
+
+# ---- long texts behind a cache
+
+
+def further(name: str, ranks: int) -> Any:
+    case = import_module(f"tests.models.{name}_case")
+    model, batch = case.tiny_model(), case.left_padded()
+    session = ds_lvx.apply(model, concatenated_case.rules(name, "ulysses", ranks))
+    words = {**WORDS, "suppress_tokens": media_tokens(model)}
+    answers = converse(model, batch, words, limit=1 << 30)
+    first = ds_lvx.generate(model, batch, **words)
+    more = text_of(batch, behind(first.sequences, LONG))
+    more["attention_mask"][1, -4:-2] = 0
+    with mock.patch.object(limits, "SPLIT_TOKENS", len(LONG)):
+        last = ds_lvx.generate(model, more, past_key_values=first.past_key_values, **words)
+    session.close()
+    return answers, more, (last.sequences, last.logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("qwen2_5_vl", 2),
+        *(pytest.param(n, 2, marks=pytest.mark.exhaustive) for n in FAMILIES[1:]),
+        pytest.param("qwen3_vl", 3, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_long_texts_behind_a_cache_are_split(name: str, ranks: int) -> None:
+    case = import_module(f"tests.models.{name}_case")
+    model, batch = case.tiny_model().eval(), case.left_padded()
+    for answers, more, last in run_ranks(further, ranks, name, ranks):
+        for ids, logits in answers:
+            with torch.no_grad():
+                out: Any = model(**longer(batch, ids)).logits
+            exact = out[:, -len(logits) - 1 : -1].unbind(1)
+            torch.testing.assert_close([*logits], [*exact], atol=1e-5, rtol=1e-5)
+        words = {**WORDS, "suppress_tokens": media_tokens(model)}
+        out = model.generate(**{**longer(batch, more["input_ids"]), **more}, **words)
+        torch.testing.assert_close(last, (out.sequences, out.logits), atol=1e-5, rtol=1e-5)
 
 
 # ---- what is kept, what travels, and what is refused

@@ -99,6 +99,63 @@ def test_memory() -> None:
     assert prompt == visual + found.text + 34 * 100 * 4096
 
 
+def test_a_prompt_that_is_split_over_ranks() -> None:
+    """4,096 tokens of text: each of four ranks runs 1,024 of them."""
+    long = replace(SCENARIO, text_tokens=4096)
+    one, found = (generation(long, CLUSTER, ranks=ranks, new_tokens=20) for ranks in (1, 4))
+    below = generation(replace(long, text_tokens=2047), CLUSTER, ranks=4, new_tokens=20)
+    weights = 32 * (LAYER + 2 * 4096 * 1024) + 8 * LAYER
+    head = 2 * 128_256 * 4096
+    # Ulysses: of the 8 heads of K and V two on each of four ranks, over all tokens.
+    for each, tokens, numbers in (
+        (one, 4096, 1024 * 4096),
+        (found, 1024, 256 * 4096),
+        (below, 2047, 1024 * 2047),
+    ):
+        expected = (2 * weights * tokens + head) / 1e15 + 32 * numbers * 1e-12
+        assert each.prompt["text"] == pytest.approx(expected, rel=1e-3)
+    a_token = 32 * 2 * 1024 * 2
+    # Whole, they are gathered: 512 MiB. So are the last logits, and cross-attention sends q and
+    # its part of out and lse.
+    gathered = 3 * (1024 * a_token + 2 * 128_256) / 1e9
+    assert found.held.text == one.held.text == (4096 + 20) * a_token
+    assert found.prompt["network"] > gathered
+    # K and V of this rank's part, and the queries of all with their out, more than a layer takes.
+    narrow = replace(long, model=replace(long.model, tower=replace(long.model.tower, hidden=1)))
+    prompt = generation(narrow, CLUSTER, ranks=4, new_tokens=20).held.prompt
+    visual = 4 * 6404 * (2 * 4096 + 7 * 2 * 1024 * 2 + 1024 * (2 + 8))
+    assert prompt == visual + 1024 * a_token + 34 * 1024 * 4096
+    # Tokens go on as before.
+    assert found.bytes_sent == below.bytes_sent
+
+
+def test_keys_of_a_text_that_stay_on_their_ranks() -> None:
+    """Of more than 32,768 tokens K and V take more than 4 GiB."""
+    at, above = (
+        generation(replace(SCENARIO, text_tokens=tokens), CLUSTER, ranks=4, new_tokens=20)
+        for tokens in (32_768, 32_772)
+    )
+    a_token, message = 32 * 2 * 1024 * 2, 3 * (32 * 4 + 32 * 128 * 4)
+    assert at.held.text == (32_768 + 20) * a_token
+    assert above.held.text == (8193 + 20) * a_token
+    # Each layer of the text has a message, too, and a rank reads its part of K and V.
+    assert above.bytes_sent - at.bytes_sent == 32 * message
+    waiting = above.token["network"] - at.token["network"]
+    assert waiting == pytest.approx(32 * (message / 1e9 + 3 * 2e-4))
+    read = at.token["weights and text"] - above.token["weights and text"]
+    assert read == pytest.approx((32_768 - 8193) * a_token / 1e12, rel=1e-3)
+    assert above.prompt["network"] < at.prompt["network"]
+    # The host knows such a layer by what one of cross-attention takes, where it is measured.
+    device = replace(DEVICE, cross_layer_s=5e-4)
+    found = generation(
+        replace(SCENARIO, text_tokens=32_772),
+        replace(CLUSTER, device=device),
+        ranks=4,
+        new_tokens=20,
+    )
+    assert found.token["host"] == pytest.approx(1e-3 + 40 * 5e-4)
+
+
 def test_a_prompt_that_stays_on_its_ranks() -> None:
     """Qwen2.5-VL: 28 layers, 4 heads of keys of 128; 128 tokens a frame, among the text's."""
     among = Scenario(model("Qwen2.5-VL-7B"), text_tokens=100, frames=3, zero_stage=0)

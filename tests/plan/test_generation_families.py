@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -12,12 +13,20 @@ import pytest
 
 import ds_lvx
 from ds_lvx.models import FAMILIES
+from ds_lvx.models.generating import limits
 from ds_lvx.models.generating.decoding import Decoding
 from ds_lvx.plan.cards import card
 from ds_lvx.plan.cluster import from_card
 from ds_lvx.plan.generation import generation
 from ds_lvx.plan.scenario import Scenario
-from tests.models import blip_case, concatenated_case, qwen_vl_case, t5gemma2_case
+from tests.generation_case import one_image
+from tests.models import (
+    blip_case,
+    concatenated_case,
+    mllama_case,
+    qwen_vl_case,
+    t5gemma2_case,
+)
 from tests.models.test_generating_families import without_labels
 from tests.ranks import run_ranks
 
@@ -54,27 +63,28 @@ def nbytes(pairs: Any) -> int:
 
 
 def generate_each(names: tuple[str, ...]) -> dict[str, Any]:
-    results = {}
-    for name in names:
-        model, config, batch = case_of(name)
-        kept: list[int] = []
-        sent = []
+    return {name: generate_one(*case_of(name)) for name in names}
 
-        def release(decoding: Decoding, kept: list[int] = kept) -> None:
-            kept.append(nbytes(decoding.keys.by_layer.values()))
 
-        session = ds_lvx.apply(model, config)
-        for tokens in (TOKENS - 1, TOKENS):
-            words = {**WORDS, "max_new_tokens": tokens, "min_new_tokens": tokens}
-            with mock.patch.object(Decoding, "release", release), ds_lvx.traffic() as traffic:
-                out = ds_lvx.generate(model, without_labels(batch), **words)
-            sent.append(traffic.bytes_sent)
-        session.close()
-        cache = out.past_key_values
-        layers = getattr(cache, "self_attention_cache", cache).layers
-        text = nbytes((each.keys, each.values) for each in layers)
-        results[name] = {"keys": kept[-1], "text": text, "sent": sent[1] - sent[0]}
-    return results
+def generate_one(model: Any, config: dict[str, Any], batch: dict[str, Any]) -> dict[str, int]:
+    """Bytes of K and V that are sharded, of those in the cache, and of what a token sends."""
+    kept: list[int] = []
+    sent = []
+
+    def release(decoding: Decoding) -> None:
+        kept.append(nbytes(decoding.keys.by_layer.values()))
+
+    session = ds_lvx.apply(model, config)
+    for tokens in (TOKENS - 1, TOKENS):
+        words = {**WORDS, "max_new_tokens": tokens, "min_new_tokens": tokens}
+        with mock.patch.object(Decoding, "release", release), ds_lvx.traffic() as traffic:
+            out = ds_lvx.generate(model, without_labels(batch), **words)
+        sent.append(traffic.bytes_sent)
+    session.close()
+    cache = out.past_key_values
+    layers = getattr(cache, "self_attention_cache", cache).layers
+    text = nbytes((each.keys, each.values) for each in layers)
+    return {"keys": kept[-1], "text": text, "sent": sent[1] - sent[0]}
 
 
 def scenario_of(name: str) -> Scenario:
@@ -114,3 +124,32 @@ def test_bytes_are_those_of_a_tiny_generation(names: tuple[str, ...]) -> None:
             assert found.held.text == answer[name]["text"], name
             assert found.bytes_sent == answer[name]["sent"], name
         assert found.held.peak >= found.held.weights + found.held.kept
+
+
+@contextmanager
+def limited(nbytes: int) -> Iterator[None]:
+    """Texts of so few tokens are split, and their keys stay where they are more than this."""
+    with (
+        mock.patch.object(limits, "SPLIT_TOKENS", 5),
+        mock.patch.object(limits, "SHARDED_BYTES", nbytes),
+    ):
+        yield
+
+
+def generate_split(nbytes: int) -> dict[str, int]:
+    config = mllama_case.ds_config(stage=0, sp_size=2, cross={"method": "lvx"}, self_attn="ring")
+    with limited(nbytes):
+        return generate_one(mllama_case.tiny_model(), config, one_image())
+
+
+@pytest.mark.parametrize("nbytes", [0, 1 << 30])
+def test_bytes_of_a_prompt_that_is_split(nbytes: int) -> None:
+    config = mllama_case.tiny_model().config.to_dict()
+    found = FAMILIES.named("mllama").dimensions(config, "tiny", "its config")
+    found = replace(found, frame_tokens=mllama_case.TILES * mllama_case.PATCHES)
+    asked = Scenario(found, text_tokens=5, frames=1, zero_stage=0, element_bytes=4)
+    with limited(nbytes):
+        said = generation(asked, from_card(card("H100"), gpus=2), ranks=2, new_tokens=TOKENS - 1)
+    answers = run_ranks(generate_split, 2, nbytes)
+    assert said.held.kept == max(answer["keys"] + answer["text"] for answer in answers)
+    assert {answer["sent"] for answer in answers} == {said.bytes_sent}

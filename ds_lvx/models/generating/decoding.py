@@ -28,6 +28,7 @@ from ds_lvx.models.cuts import span
 from ds_lvx.models.decoding_keys import DecodingKeys
 from ds_lvx.models.generating import text_keys
 from ds_lvx.models.generating.drift import ENDED, FAILED, difference
+from ds_lvx.models.generating.further import Further
 from ds_lvx.models.generating.prompt import LAST, WHOLE, Kept, Part, Prompt
 from ds_lvx.models.generating.text_keys import SHARDED
 from ds_lvx.models.patch import KEYWORD
@@ -49,6 +50,7 @@ class Decoding:
         self._in_forward = False
         self._split: tuple[int, ...] | None = None  # tokens by rank of the prompt that runs
         self._part: Part | None = None  # of the prompt that runs
+        self._further: Further | None = None  # the text behind a cache that runs
         kept: Kept = (prompt, {}, None) if prompt.kept is None else prompt.kept
         self._first, keys, stand_in = kept
         self.keys = DecodingKeys(prompt.shape[0], self._first.shape[1], prompt.device)
@@ -58,6 +60,11 @@ class Decoding:
     def channel(self) -> Channel:
         """The sequence-parallel group."""
         return self._prompt.channel
+
+    @property
+    def is_between(self) -> bool:
+        """A forward is over, and none runs."""
+        return self.step >= 0 and not self._in_forward
 
     # ---- a forward
 
@@ -77,7 +84,9 @@ class Decoding:
         self.step += 1
         self._in_forward = True
         wrong = self._wrong_shape(input_ids) or self._wrong_output(given)
-        if self._prompt.is_behind:
+        if self.step == 0 and not given.get("output_hidden_states"):
+            self._further = self._prompt.further
+        if self._prompt.is_behind and self._further is None:
             self.keys.behind = self._rule_behind(given)
         if self.step == 0:
             records = self.channel.agree({"rows of the batch": len(input_ids)}, wrong)
@@ -136,22 +145,29 @@ class Decoding:
         if self._part is not None:
             keyword = replace(self._part.keyword, decoding=self.keys)
             return {**self._part.arguments, KEYWORD: keyword}
+        if self._further is not None:
+            self.keys.run = self._further.run
+            return self._cut(given, self._further.keyword)
         if self._prompt.split is not None and given.get("output_hidden_states"):
             self._whole_text()
         split = self._prompt.split
         if split is None:
             return {KEYWORD: self._batch(WHOLE)}
         self._split = split.text_lengths
+        return self._cut(given, split)
+
+    def _cut(self, given: Mapping[str, Any], keyword: ShardedBatch) -> dict[str, Any]:
+        """This rank's part of a text that is split."""
         # Rows of a sample are the same until tokens are chosen.
         ids = given["input_ids"][:: self.keys.copies]
         positions = given.get("position_ids")
         if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        here = span(split.text_lengths, self.channel.rank)
+            positions = keyword.past + torch.arange(ids.shape[1], device=ids.device)[None]
+        here = span(keyword.text_lengths, self.channel.rank)
         return {
             "input_ids": ids[:, here],
             "position_ids": positions[..., :: self.keys.copies, here],
-            KEYWORD: replace(split, decoding=self.keys),
+            KEYWORD: replace(keyword, decoding=self.keys),
         }
 
     def _whole_text(self) -> None:
@@ -175,20 +191,42 @@ class Decoding:
         self._in_forward, self.keys.features = False, None
         lengths, self._split = self._split, None
         part, self._part = self._part, None
+        further, self._further = self._further, None
         if part is not None:
             output.logits = part.logits(output.logits, self.keys.copies)
             text_keys.leave_behind(cache, self.keys.first_tokens)
-        if lengths is None:
+        if further is not None:
+            self._settle_further(cache, further)
+        elif lengths is not None:
+            self._settle_split(cache, lengths)
+        else:
             return
+        last = [output.logits[:, -1:].contiguous()]
+        everyones = self.channel.gather_rows(last, [1], (1,) * self.channel.size).wait()[0]
+        output.logits = everyones[:, -1:].repeat_interleave(self.keys.copies, dim=0)
+
+    def _settle_split(self, cache: Any, lengths: tuple[int, ...]) -> None:
+        """Leave keys of a prompt that was split where they stay."""
         rows = self._prompt.shape[0] * self.keys.copies
         if text_keys.stay(self._prompt.text_keys, cache, self.keys.first_tokens, rows):
             text_keys.leave_behind(cache, self.keys.first_tokens)
         else:
-            text_keys.gather(cache, self.channel, lengths, self.keys.copies)
+            text_keys.gather(cache, self.channel, lengths, copies=self.keys.copies)
             self._whole_text()
-        last = [output.logits[:, -1:].contiguous()]
-        everyones = self.channel.gather_rows(last, [1], (1,) * self.channel.size).wait()[0]
-        output.logits = everyones[:, -1:].repeat_interleave(self.keys.copies, dim=0)
+
+    def _settle_further(self, cache: Any, further: Further) -> None:
+        """Likewise of a text behind a cache: sharded if those before it are, or all are large."""
+        held, first = further.held, self._first
+        samples = first.shape[0]
+        if first.text is None and not text_keys.stay(first.text_keys, cache, held.tokens, samples):
+            lengths = further.keyword.text_lengths
+            text_keys.gather(cache, self.channel, lengths, copies=1, past=further.whole)
+            self.keys.only_of_images()
+            return
+        text_keys.leave_behind(cache, held.tokens)
+        self.keys.first_tokens = held.tokens
+        self._first = replace(first, text=held, shape=(samples, held.tokens))
+        self._prompt = replace(self._prompt, text=held, gaps=False)
 
     # ---- the end
 

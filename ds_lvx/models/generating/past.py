@@ -21,10 +21,11 @@ from ds_lvx.models.batch import device_of, move
 from ds_lvx.models.contract import Family
 from ds_lvx.models.decoding_keys import LayerKey
 from ds_lvx.models.generating.decoding import Decoding
+from ds_lvx.models.generating.limits import splits
 from ds_lvx.models.generating.prompt import Prompt
+from ds_lvx.models.generating.text_keys import BESIDE
 from ds_lvx.models.text import Text, digest
 
-_NAME = "ds_lvx"  # of the attribute of a cache
 _MEDIA_TOKENS = (
     *("image_token_id", "image_token_index", "video_token_id", "video_token_index"),
     *("media_token_id", "IMAGE_PATCH_TOKEN_ID"),
@@ -55,7 +56,8 @@ class Past:
     def settled(self) -> int:
         """How many tokens of the text have to be kept: those behind see what the last one sees."""
         if self.prompt.among:
-            return self.prompt.shape[1]
+            assert self.prompt.text is not None, "its keys are sharded"
+            return self.prompt.text.pieces[0].tokens
         rule, least = self.prompt.rule, 1
         rows = [self.prompt.row_mask]
         rows += [] if rule is None else [rule.q_start, rule.q_end]
@@ -81,7 +83,7 @@ def is_fresh(cache: Any) -> bool:
     """Whether a cache holds nothing yet, and is what transformers would make itself."""
     return (
         type(cache) is DynamicCache
-        and not hasattr(cache, _NAME)
+        and not hasattr(cache, BESIDE)
         and not cache.offloading
         and cache.get_seq_length() == 0
     )
@@ -102,7 +104,7 @@ def leave(cache: Any, model: nn.Module, decoding: Decoding, sequences: Tensor) -
     if cache is not None and found is not None:
         prompt, keys, stand_in = found
         text = sequences.cpu()[:, : cache.get_seq_length()]
-        setattr(cache, _NAME, Past(ref(model), prompt, keys, stand_in, text))
+        setattr(cache, BESIDE, Past(ref(model), prompt, keys, stand_in, text))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +139,7 @@ class Continued:
             ValueError: a cache that no `ds_lvx.generate` of this model returned; images in the
                 batch; another text.
         """
-        past = getattr(cache, _NAME, None)
+        past = getattr(cache, BESIDE, None)
         if not isinstance(past, Past):
             raise ValueError(
                 f"got past_key_values of type {type(cache).__name__} without sharded keys; "
@@ -157,7 +159,7 @@ class Continued:
                 "expected the text alone: pass input_ids and attention_mask"
             )
         text = Text.of(batch)
-        return cls(past, cache, text, _common(past, cache, text, _media_tokens(model)))
+        return cls(past, cache, text, _common(past, cache, text, media_tokens(model)))
 
     def record(self) -> dict[str, Any]:
         """What the other ranks of the group have to know of it, JSON."""
@@ -173,18 +175,23 @@ class Continued:
         }
 
     def prompt(
-        self, records: Sequence[Mapping[str, Any]], *, model: Any, **_of_images: Any
+        self,
+        records: Sequence[Mapping[str, Any]],
+        *,
+        family: Family,
+        model: Any,
+        channel: Channel,
+        **_of_images: Any,
     ) -> tuple[dict[str, Tensor], Prompt]:
         """The whole text on the model's device, and what generation goes on with; crops the cache.
 
         Args:
             records: of all ranks.
-            model: that generates.
+            family, model: that generates.
+            channel: the sequence-parallel group.
         """
         device, length = device_of(model), self.text.shape[1]
-        surplus = self.cache.get_seq_length() - self.common
-        if surplus > 0:
-            _crop(self.cache, surplus)
+        _crop(self.cache, self.common)
         given = self.text.named
         positions = self.past.prompt.positions
         if positions is not None:
@@ -196,7 +203,7 @@ class Continued:
             given["position_ids"] = torch.cat((known, known[..., -1:] + more), dim=-1)
         # What fails on the way leaves a cache that goes with no more than this.
         past = self.past.until(self.common)
-        setattr(self.cache, _NAME, past)
+        setattr(self.cache, BESIDE, past)
         mask, first = self.text.attention_mask, past.prompt
         sharded = first.text is not None
         prompt = replace(
@@ -204,6 +211,8 @@ class Continued:
             kept=(first, past.keys, past.stand_in),
             gaps=sharded and mask is not None and not bool(mask[:, first.shape[1] :].all()),
         )
+        if (family.splits_prompt or first.among) and splits(prompt.shape[1], channel.size):
+            prompt = prompt.split_behind(self.common, mask)
         return {k: move(v, device) for k, v in given.items() if v is not None}, prompt
 
 
@@ -233,7 +242,7 @@ def _common(past: Past, cache: Any, text: Text, media_tokens: Sequence[int]) -> 
     return common
 
 
-def _media_tokens(model: Any) -> list[int]:
+def media_tokens(model: Any) -> list[int]:
     """Where the model says which tokens stand for an image or a video."""
     config = getattr(model, "config", None)
     found = [getattr(owner, name, None) for owner in (config, model) for name in _MEDIA_TOKENS]
@@ -242,9 +251,11 @@ def _media_tokens(model: Any) -> list[int]:
     return [each for each in found if isinstance(each, int)]
 
 
-def _crop(cache: Any, surplus: int) -> None:
-    """Remove the last tokens of what a text attends to. transformers 5.17 itself cannot where a
-    layer, such as one of cross-attention, has no keys of text."""
-    for layer in getattr(cache, "self_attention_cache", cache).layers:
-        if layer.is_initialized:
+def _crop(cache: Any, tokens: int) -> None:
+    """Keep the first tokens of what a text attends to. transformers 5.17 itself cannot where a
+    layer, such as one of cross-attention, has no keys of text. A forward that failed has left more
+    in some layers than in others."""
+    for layer in cache.layers:
+        surplus = layer.get_seq_length() - tokens
+        if surplus > 0:
             layer.crop(-surplus)

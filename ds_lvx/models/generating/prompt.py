@@ -21,6 +21,8 @@ from ds_lvx.models.contract import Family
 from ds_lvx.models.cuts import span
 from ds_lvx.models.decoding_keys import DecodingKeys, LayerKey
 from ds_lvx.models.draft import Content
+from ds_lvx.models.generating.further import Further
+from ds_lvx.models.generating.limits import splits
 from ds_lvx.models.generating.text_keys import AUTO, SHARDED, Held
 from ds_lvx.models.shard import Settled
 from ds_lvx.models.text import Text
@@ -29,8 +31,6 @@ Kept: TypeAlias = "tuple[Prompt, Mapping[LayerKey, tuple[Tensor, Tensor]], Tenso
 """The first prompt, K and V by layer, and what stands in the place of features."""
 WHOLE = slice(None)
 LAST = slice(-1, None)
-SPLIT_TOKENS = 2048
-"""A prompt of so many text tokens is split over the ranks, where its family can."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Part:
         """
         lengths, rank = keyword.text_lengths, keyword.channel.rank
         assert keyword.order is not None, "tokens are dealt"
-        last = keyword.order[:, -1]
+        last = keyword.order[:, -1].contiguous()
         wrong = (last < 0).nonzero()[:1]
         if len(wrong) > 0:
             raise ValueError(
@@ -124,6 +124,7 @@ class Prompt:
         split: the keyword of the prompt's forward where that is split over the ranks.
         kept: where keys are there already: the first prompt, they, and the stand-in for features.
         part: this rank's part of a prompt whose keys stay sharded, until it runs.
+        further: this rank's part of a text behind a cache, until it runs.
         text: what ranks hold of a prompt whose keys stay sharded, or may stay until it has run;
             also of one behind it.
         text_keys: whether those of a prompt that is split stay, one of ``WORDS`` of
@@ -147,6 +148,7 @@ class Prompt:
     split: ShardedBatch | None = None
     kept: Kept | None = None
     part: Part | None = None
+    further: Further | None = None
     text: Held | None = None
     text_keys: str = AUTO
     among: bool = False
@@ -181,7 +183,7 @@ class Prompt:
 
     def without_units(self) -> Prompt:
         """The same once the units are encoded."""
-        return replace(self, arguments={}, others={}, split=None, part=None)
+        return replace(self, arguments={}, others={}, split=None, part=None, further=None)
 
     def batch(self, tokens: slice, *, copies: int, decoding: DecodingKeys) -> ShardedBatch:
         """The keyword of a forward.
@@ -198,37 +200,66 @@ class Prompt:
             text = Layout(self.channel, each, each, device=self.device)
         else:
             text = self.text.layout(self.channel, count * copies, self.device)
-        mask = None
-        if self.row_mask is not None:
-            rows = self.row_mask[:, tokens].repeat_interleave(copies, dim=0)
-            mask = move(rows[:, None, :, None], self.device)
-        cross = self._cross(tokens, count * copies)
+        queries, rank = count * copies, self.channel.rank
+        cross = self._cross(
+            tokens, copies, (queries,) * self.channel.size, first_query=rank * queries
+        )
         return ShardedBatch(
             text,
             cross,
-            mask,
+            self._mask(tokens, copies),
             world=self.world,
             others=self.others,
             decoding=decoding,
             behind=self.text is not None,
         )
 
-    def _cross(self, tokens: slice, queries: int) -> Layout | None:
+    def split_behind(self, past: int, mask: Tensor | None) -> Prompt:
+        """The same text, which goes on from a cache, split over the ranks.
+
+        Args:
+            past: tokens before it.
+            mask: of all of the text, 0 at padding; None without.
+        """
+        before = Held.nothing(self.shape[0]) if self.text is None else self.text
+        further = Further.of(
+            before,
+            whole=past - before.tokens,
+            tokens=self.shape[1],
+            mask=mask,
+            channel=self.channel,
+            device=self.device,
+        )
+        lengths = further.keyword.text_lengths
+        cross = self._cross(WHOLE, 1, lengths, first_query=0)
+        rows = self._mask(span(lengths, self.channel.rank), 1)
+        keyword = replace(further.keyword, cross=cross, row_mask=rows)
+        return replace(self, further=replace(further, keyword=keyword))
+
+    def _mask(self, tokens: slice, copies: int) -> Tensor | None:
+        if self.row_mask is None:
+            return None
+        rows = self.row_mask[:, tokens].repeat_interleave(copies, dim=0)
+        mask: Tensor = move(rows[:, None, :, None], self.device)
+        return mask
+
+    def _cross(
+        self, tokens: slice, copies: int, q_lengths: tuple[int, ...], *, first_query: int
+    ) -> Layout | None:
         if self.kv_lengths is None:
             return None
         rank, rule = self.channel.rank, None
         if self.rule is not None:
             part = self.rule.part(tokens, WHOLE)
-            copies = queries // part.q_start.shape[1]
             starts, ends = (each.repeat(1, copies) for each in (part.q_start, part.q_end))
             rule = Rule.on(Visibility(starts, ends, part.kv_pos), self.device)
         return Layout(
             self.channel,
-            (queries,) * self.channel.size,
+            q_lengths,
             self.kv_lengths,
             rule,
             device=self.device,
-            first_query=rank * queries,
+            first_query=first_query,
             first_key=sum(self.kv_lengths[:rank]),
         )
 
@@ -277,8 +308,8 @@ class Fresh:
         (rank, size), text = content.place, content.text
         part = Settled.of(content, records, family=family, model=model, always_vision=always_vision)
         stays, keyword, held = text.stays_sharded, None, None
-        long = text.shape[1] >= SPLIT_TOKENS or text_keys == SHARDED
-        if stays or (size > 1 and long and family.splits_prompt):
+        long = splits(text.shape[1], size) or (size > 1 and text_keys == SHARDED)
+        if stays or (long and family.splits_prompt):
             keyword = replace(part.keyword(text, channel=channel, device=device), split=True)
             held = Held.of(text, keyword.text_lengths, rank)
         positions, named = part.visual.prompt_positions(text), text.named

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -26,28 +26,38 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import Visibility
 from ds_lvx.models.cuts import span
+from ds_lvx.models.generating import limits
 from ds_lvx.models.text import Text
 
+BESIDE = "ds_lvx"
+"""Of transformers' cache: the attribute that has what goes with it."""
 AUTO, SHARDED, WHOLE = WORDS = ("auto", "sharded", "whole")
-SHARDED_BYTES = 4 << 30
-"""With ``auto`` keys stay where all of them, of every layer and row, would take more than this on a
-rank. That is a twentieth of a GPU with 80 GiB. It reads 4 GiB in about 1.3 ms, which is what 32
-layers' messages of 40 us take: so the memory is saved for next to no time."""
+
+
+class Piece(NamedTuple):
+    """Neighbouring tokens of a text.
+
+    Attributes:
+        tokens: how many.
+        lengths: rows of keys by rank, in the order in which ranks hold them.
+    """
+
+    tokens: int
+    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """Tokens of a prompt whose keys stay on the ranks that made them; a token behind sees all.
+    """Tokens whose keys stay on the ranks that made them; a token behind sees all.
 
     Attributes:
-        lengths: tokens by rank.
-        kv_pos: int32 ``[B, s]`` on the CPU: places of this rank's tokens, below 0 of padding.
-        tokens: T.
+        pieces: one behind the other. In all but the first each rank has a run of neighbours.
+        kv_pos: int32 ``[B, s]`` on the CPU: places of this rank's tokens, a piece behind the other,
+            below 0 of padding.
     """
 
-    lengths: tuple[int, ...]
+    pieces: tuple[Piece, ...]
     kv_pos: Tensor
-    tokens: int
 
     @classmethod
     def of(cls, text: Text, lengths: tuple[int, ...], rank: int) -> Self:
@@ -60,7 +70,42 @@ class Held:
         """
         seen = text.by_rank(text.visibility(), keys=True)
         assert seen is not None, "causal"
-        return cls(lengths, seen.kv_pos[:, span(lengths, rank)], text.shape[1])
+        return cls((Piece(text.shape[1], lengths),), seen.kv_pos[:, span(lengths, rank)])
+
+    @classmethod
+    def nothing(cls, samples: int) -> Self:
+        """No token of so many samples."""
+        return cls((), torch.zeros(samples, 0, dtype=torch.int32))
+
+    @property
+    def tokens(self) -> int:
+        """Of the text so far, T."""
+        return sum(piece.tokens for piece in self.pieces)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of keys by rank."""
+        return tuple(map(sum, zip(*(piece.lengths for piece in self.pieces), strict=True)))
+
+    def more(self, lengths: tuple[int, ...], mask: Tensor | None, rank: int) -> Self:
+        """The same with further tokens behind.
+
+        Args:
+            lengths: of the runs that ranks hold.
+            mask: of the text up to there at least, 0 at padding; None without.
+            rank: this one.
+        """
+        here = span(lengths, rank)
+        first = self.tokens + here.start
+        places = torch.arange(first, first + lengths[rank], dtype=torch.int32)
+        places = places.repeat(len(self.kv_pos), 1)
+        if mask is not None:
+            padding = mask[:, first : first + lengths[rank]].cpu() == 0
+            places = places.masked_fill(padding, -1)
+        piece = Piece(sum(lengths), lengths)
+        return replace(
+            self, pieces=(*self.pieces, piece), kv_pos=torch.cat((self.kv_pos, places), dim=1)
+        )
 
     def layout(self, channel: Channel, queries: int, device: torch.device) -> Layout:
         """Of so many tokens behind, of each sample and the same on every rank."""
@@ -77,11 +122,20 @@ class Held:
         )
 
     def until(self, tokens: int, rank: int) -> Self:
-        """The first tokens alone, of a text whose ranks hold runs of neighbours."""
-        ends = accumulate(self.lengths)
-        kept = (n - max(end - tokens, 0) for n, end in zip(self.lengths, ends, strict=True))
-        lengths = tuple(max(n, 0) for n in kept)
-        return replace(self, lengths=lengths, kv_pos=self.kv_pos[:, : lengths[rank]], tokens=tokens)
+        """The first tokens alone, where a piece that is cut has runs of neighbours."""
+        pieces = []
+        for piece in self.pieces:
+            pieces.append(piece if piece.tokens <= tokens else _cut(piece, tokens))
+            tokens -= pieces[-1].tokens
+        found = replace(self, pieces=tuple(pieces))
+        return replace(found, kv_pos=self.kv_pos[:, : found.lengths[rank]])
+
+
+def _cut(piece: Piece, tokens: int) -> Piece:
+    """Its first tokens."""
+    ends = accumulate(piece.lengths)
+    kept = (n - max(end - tokens, 0) for n, end in zip(piece.lengths, ends, strict=True))
+    return Piece(tokens, tuple(max(n, 0) for n in kept))
 
 
 def filled(cache: Any) -> list[int]:
@@ -94,18 +148,20 @@ def stay(setting: str, cache: Any, tokens: int, rows: int) -> bool:
 
     Args:
         setting: one of `WORDS`.
-        cache: transformers' own, with K and V ``[B, H_kv, s, D]`` of this rank's tokens.
-        tokens: T.
+        cache: transformers' own, with K and V ``[B, H_kv, s, D]`` of some tokens.
+        tokens: T, of all ranks.
         rows: R, which share the keys of their sample only as long as these are sharded.
     """
     if setting != AUTO:
         return setting == SHARDED
     layers = [cache.layers[number] for number in filled(cache)]
     each = (x[0, :, 0] for layer in layers for x in (layer.keys, layer.values))
-    return rows * tokens * sum(x.nbytes for x in each) > SHARDED_BYTES
+    return rows * tokens * sum(x.nbytes for x in each) > limits.SHARDED_BYTES
 
 
-def gather(cache: Any, channel: Channel, lengths: Sequence[int], copies: int) -> None:
+def gather(
+    cache: Any, channel: Channel, lengths: Sequence[int], *, copies: int, past: int = 0
+) -> None:
     """Put K and V of all ranks' tokens into transformers' cache.
 
     Args:
@@ -113,13 +169,18 @@ def gather(cache: Any, channel: Channel, lengths: Sequence[int], copies: int) ->
         channel: the sequence-parallel group.
         lengths: tokens by rank.
         copies: rows of a sample, each of which gets its own.
+        past: tokens before these that every rank has.
 
     Collectives: for each layer an all-gather of ``2 (n-1) B s K D e`` bytes.
     """
     for number in filled(cache):
         layer = cache.layers[number]
-        mine = [layer.keys, layer.values]
-        layer.keys, layer.values = channel.gather_rows(mine, [2, 2], tuple(lengths)).wait()
+        mine = [x[:, :, past:] for x in (layer.keys, layer.values)]
+        found = channel.gather_rows(mine, [2, 2], tuple(lengths)).wait()
+        if past > 0:
+            both = zip((layer.keys, layer.values), found, strict=True)
+            found = [torch.cat((x[:, :, :past], new), dim=2) for x, new in both]
+        layer.keys, layer.values = found
         if copies > 1:
             layer.batch_repeat_interleave(copies)
 
@@ -168,12 +229,15 @@ class Behind(DynamicLayer):
 
 
 def leave_behind(cache: Any, tokens: int) -> None:
-    """Let transformers' cache count a prompt's tokens in place of keeping their keys.
+    """Let transformers' cache count a text's tokens in place of keeping their keys.
+
+    What went with the cache goes with it no more.
 
     Args:
         cache: with keys of these, or of some.
         tokens: T.
     """
+    vars(cache).pop(BESIDE, None)
     cache.layers[:] = [
         Behind(tokens) if layer.get_seq_length() > 0 else layer for layer in cache.layers
     ]

@@ -69,13 +69,14 @@ class SelfAttention(FusedForward):
         cache, number, past = past_key_values, module.layer_idx, 0
         if batch.behind:
             past = cache.get_seq_length(number)
-        else:  # plain, as the module's own forward takes them from there
-            fill(batch, cache, (k, v), layer=number)
+        else:  # plain, as the module's own forward takes them from there; with those before
+            k, v = fill(batch, cache, (k, v), layer=number)
         scale = float(module.softmax_scale)
 
         def settle() -> tuple[Tensor, Tensor]:
             slopes = (position_bias[:, 0, -1] - position_bias[:, 0, -2]) / scale
-            places, length = _places(batch, past, q.shape[1], longest=position_bias.shape[-1])
+            longest = position_bias.shape[-1]
+            places, length = _places(batch, past, tokens=q.shape[1], longest=longest)
             return columns(slopes, places, length, dtype=q.dtype, head_dim=module.head_dim)
 
         of_queries, of_keys = batch.text.settled((BIAS, q.dtype, scale, past), settle)
@@ -96,8 +97,9 @@ class SelfAttention(FusedForward):
         return module.out_proj(out[..., : module.head_dim].flatten(2)), None
 
 
-def _places(batch: ShardedBatch, past: int, tokens: int, *, longest: int) -> tuple[Tensor, int]:
-    """Places of this forward's tokens, and the length of a text with all that they ever meet.
+def _places(batch: ShardedBatch, past: int, *, tokens: int, longest: int) -> tuple[Tensor, int]:
+    """Places of the keys that are to get a bias, and the length of a text with all that they ever
+    meet.
 
     Args:
         batch: the keyword.
@@ -105,16 +107,19 @@ def _places(batch: ShardedBatch, past: int, tokens: int, *, longest: int) -> tup
         tokens: of this forward, s.
         longest: of the model's texts.
     """
-    length = sum(batch.text_lengths)
+    length = batch.past + sum(batch.text_lengths)
     if batch.decoding is None:
         return batch.places, length
-    end = past + tokens if batch.behind else length
+    places = batch.places if batch.split else torch.arange(past, past + tokens)
+    if batch.split and not batch.behind:  # those in the cache have none yet
+        places = torch.cat((torch.arange(batch.past), places))
+    end = length if batch.split else past + tokens
     if end > longest:
         raise ValueError(
             f"got {end} text tokens for an MPT with max_seq_len {longest}, which has no bias for "
             "more; expected a shorter text, or fewer new tokens"
         )
-    return torch.arange(past, end) if batch.behind else batch.places, longest
+    return places, longest
 
 
 def columns(
