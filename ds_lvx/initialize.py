@@ -306,7 +306,7 @@ def _patch_on_all_ranks(
 
 def _explain_auto(patch: Patch, groups: SequenceParallelGroups) -> list[str]:
     """Agree on what the planner goes by, where it has to choose; lines for the start table."""
-    is_open = any(p.wanted().is_open and p.kind != "local" for p in patch.plans)
+    is_open = any(p.wanted.is_open and p.kind != "local" for p in patch.plans)
     if groups.sp_size == 1 or not is_open:
         return []
     device = torch.device(get_accelerator().device_name())

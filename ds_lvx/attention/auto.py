@@ -149,15 +149,11 @@ class Notes:
 NOTES = Notes()
 
 
-def decide(
-    wanted: Wanted, shape: AttentionShape, channel: Channel, device: torch.device
-) -> Choice | None:
-    """The planner's choice for a call; None where nothing is open, or nobody to share with.
+def decide(wanted: Wanted, shape: AttentionShape, channel: Channel, device: torch.device) -> Choice:
+    """The planner's choice for a call, in a group of more ranks than one.
 
     Collectives: those of `Clusters.of`.
     """
-    if not wanted.is_open or channel.size == 1:
-        return None
     cluster = CLUSTERS.of(channel, device)
     return cheapest(shape, cluster, methods=wanted.methods, schedules=wanted.schedules)
 

@@ -22,6 +22,8 @@ from ds_lvx.attention.order import Arrival, Subgroups
 from ds_lvx.attention.shape import Hybrid
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.subgroups import Divisions
+from ds_lvx.kernels.choice import kernel_for
+from ds_lvx.kernels.interface import Kernel
 from ds_lvx.kernels.rule import Rule, Structure
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 
@@ -146,10 +148,20 @@ class Layout:
         Args:
             queries, keys: of which rank; None: of all ranks, in order.
         """
-        if self._rule is None:
+        rule = self._rule
+        if rule is None:
             return None
-        rows = _span(self.q_lengths, queries, self._first_query)
-        return _open(self._rule.part(rows, _span(self.kv_lengths, keys, self._first_key)))
+
+        def settle() -> Rule | None:
+            rows = _span(self.q_lengths, queries, self._first_query)
+            return _open(rule.part(rows, _span(self.kv_lengths, keys, self._first_key)))
+
+        return self.settled(("rule", queries, keys), settle)
+
+    def kernel(self, name: str, q: Tensor) -> Kernel:
+        """The kernel of a name for queries like ``q``; see `ds_lvx.kernels.choice.kernel_for`."""
+        kind = ("kernel", name, q.dtype, q.shape[-1], q.device)
+        return self.settled(kind, lambda: kernel_for(name, q))
 
     def arrival(self, batch: int) -> Arrival:
         """What Ulysses attends by: all rows in order, without what pads shards.

@@ -42,9 +42,23 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
 
     Source: the paper's section 3.1, for parts of any origin.
     """
-    outs, lses = _checked(parts)
+    _check(parts)
+    return merged(parts)
+
+
+def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """`merge_attention` of parts that our own layers have made."""
+    if not torch.is_grad_enabled():  # a generation's token: no graph to make
+        return _merged(parts)
+    outs, lses = zip(*parts, strict=True)
     out, lse = _MergeAttention.apply(*outs, *lses)
     return out, lse
+
+
+def _merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    (first, lse), *_ = parts
+    out, lse = merge(parts, lse.dtype)
+    return out.to(first.dtype), lse
 
 
 class _MergeAttention(torch.autograd.Function):
@@ -54,11 +68,10 @@ class _MergeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        outs, lses = _halves(tensors)
-        out, lse = merge(list(zip(outs, lses, strict=True)), lses[0].dtype)
+        out, lse = _merged(list(zip(*_halves(tensors), strict=True)))
         ctx.save_for_backward(lse, *tensors)
         ctx.set_materialize_grads(False)
-        return out.to(outs[0].dtype), lse
+        return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -87,8 +100,8 @@ def _halves(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tenso
     return tensors[:count], tensors[count:]
 
 
-def _checked(parts: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """All out and all lse."""
+def _check(parts: Any) -> None:
+    """Raise a ValueError unless the parts are as `merge_attention` says."""
     if not isinstance(parts, Sequence):
         raise ValueError(f"parts: got {type(parts).__name__}; expected a list; {_HOW}")
     if not parts:
@@ -99,11 +112,10 @@ def _checked(parts: Any) -> tuple[list[Tensor], list[Tensor]]:
             raise ValueError(
                 f"parts[{number}]: got {_kind(part)}; expected a pair of tensors; {_HOW}"
             )
-    outs, lses = [part[0] for part in parts], [part[1] for part in parts]
-    _check_first(outs[0])
-    for number, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        _check_part(number, out, lse, outs[0])
-    return outs, lses
+    first = parts[0][0]
+    _check_first(first)
+    for number, (out, lse) in enumerate(parts):
+        _check_part(number, out, lse, first)
 
 
 def _check_first(out: Tensor) -> None:

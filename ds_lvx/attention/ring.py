@@ -95,6 +95,8 @@ def ring_attention(
 
 def attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """`ring_attention` for a call that is settled: ``(out, lse)``."""
+    if not torch.is_grad_enabled():
+        return _forward(call, q, k, v)
     out, lse = _RingAttention.apply(call, call.anchor(q.device), q, k, v)
     return out, lse
 
@@ -109,7 +111,7 @@ class _RingAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = once("ring_attention's attention", lambda: _forward(call, q, k, v))
+        out, lse = _forward(call, q, k, v)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -125,6 +127,10 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return once("ring_attention's attention", lambda: _attended(call, q, k, v))
+
+
+def _attended(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     keys: Bundle = [k, v]
     dtype = accumulation_dtype(q.dtype)
     for step in range(call.channel.size):

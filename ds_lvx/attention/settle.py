@@ -37,6 +37,8 @@ from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.interface import Kernel
 from ds_lvx.kernels.visibility import Visibility
 
+_MAY_DIFFER = ("q_length", "kv_length", "requires_grad")  # from rank to rank
+
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
@@ -152,9 +154,8 @@ def _agree(asked: _Asked, channel: Channel) -> tuple[Kernel, list[dict[str, Any]
         kernel = _check(asked, channel.size)
         record = _record(asked)
     records = channel.agree(record)
-    may_differ = {"q_length", "kv_length", "requires_grad"}
     # The operation first: where ranks call different ones, nothing else is comparable.
-    same = ["operation", *sorted(record.keys() - may_differ - {"operation"})]
+    same = [key for key in record if key not in _MAY_DIFFER]
     require_same(records, same, what=asked.operation)
     return kernel, records
 
@@ -209,11 +210,10 @@ def _schedule(
         chunked=asked.kv_chunk_tokens is not None or apart,
         hybrid=asked.hybrid,
     )
-    shape = _shape(asked, q_lengths, kv_lengths, backward=backward)
-    choice = decide(wanted, shape, channel, device)
-    if choice is not None:
-        return choice.schedule
-    # None is made in a group of one, where every schedule is the same.
+    if wanted.is_open and channel.size > 1:
+        shape = _shape(asked, q_lengths, kv_lengths, backward=backward)
+        return decide(wanted, shape, channel, device).schedule
+    # In a group of one every schedule is the same.
     return "gather" if asked.schedule == AUTO else asked.schedule
 
 

@@ -9,6 +9,7 @@ row below.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -30,8 +31,14 @@ class Entry:
 
     def load(self) -> Any:
         """What it stands for."""
-        module, _, name = self.path.partition(":")
-        return getattr(import_module(module), name)
+        return loaded(self.path)
+
+
+@cache
+def loaded(path: str) -> Any:
+    """What a ``module:name`` stands for."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,6 @@ def pack_rows(tensors: Sequence[Tensor] | Unwritten, dims: Sequence[int]) -> Ten
         uint8 ``[rows, bytes of a row]``; one tensor alone that lies in memory like this is not
         copied.
     """
-    specs = specs_of(tensors)
     if isinstance(tensors, Unwritten):
         device, write = tensors.device, tensors.write
     else:
@@ -140,6 +139,7 @@ def pack_rows(tensors: Sequence[Tensor] | Unwritten, dims: Sequence[int]) -> Ten
         if len(tensors) == 1 and alone.is_contiguous() and alone.numel() > 1:  # 1 has any stride
             return alone.view(-1).view(torch.uint8).view(len(alone), -1)
         device, write = tensors[0].device, partial(_copy, tensors)
+    specs = specs_of(tensors)
     _, row_bytes = _places(tuple(specs), tuple(dims))
     shape = specs[0].shape[dims[0]], row_bytes
     buffer = torch.empty(shape, dtype=torch.uint8, device=device)

@@ -252,7 +252,7 @@ class Channel:
             sent: ``[copies, bytes]``, this rank's message, as often as `copies_of_shared` says.
             arrived: ``[n, bytes]``, for those of all ranks.
         """
-        collective = dist.all_to_all_single if len(sent) == self.size else _all_gather
+        collective = dist.all_to_all_single if sent.shape[0] == self.size else _all_gather
         with blocking("all_gather"):
             collective(arrived, sent, group=self.group)
         count("all_gather", (self.size - 1) * sent[0].nbytes)

@@ -87,7 +87,7 @@ def blocking(collective: str) -> Iterator[None]:
     started = _clocks[-1]()
     with explained():
         yield
-    _tell(Transfer(collective, started, started, _clocks[-1]()))
+    _tell(collective, started, started)
 
 
 class Pending(Generic[T]):
@@ -140,13 +140,15 @@ class Pending(Generic[T]):
                 work.wait()
         self._works = ()
         if self._collective is not None:
-            _tell(Transfer(self._collective, self._started, waited, _clocks[-1]()))
+            _tell(self._collective, self._started, waited)
 
 
 def _waited_before() -> Any:
     raise RuntimeError("got a second wait for one transfer; keep what the first one returned")
 
 
-def _tell(transfer: Transfer) -> None:
-    for observer in _observers:
-        observer(transfer)
+def _tell(collective: str, started_s: float, waited_s: float) -> None:
+    if _observers:
+        transfer = Transfer(collective, started_s, waited_s, _clocks[-1]())
+        for observer in _observers:
+            observer(transfer)

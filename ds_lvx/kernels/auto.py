@@ -12,7 +12,8 @@ rule comes from.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +36,19 @@ takes 1.5 times as long."""
 
 
 _SHORT, _MOST_MEASURED = 64, 128  # of head_dim
+_MOST_ANSWERS = 256  # that are kept: a text that grows asks for another with each token
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a kind of call is computed by: the best kernel, or ``meanwhile`` another, until it pays
+    (`ds_lvx.kernels.repeats`); the rest is what `Repeats.pay` is asked."""
+
+    best: Kernel
+    meanwhile: Kernel | None = None
+    shapes: Hashable = None
+    saved_s: float = 0.0
+    count: int = 1
 
 
 class AutoKernel(Kernel):
@@ -54,6 +68,7 @@ class AutoKernel(Kernel):
         self._candidates = dict(candidates)
         self._table = table
         self._repeats = Repeats() if repeats is None else repeats
+        self._answers: dict[Hashable, _Answer] = {}
 
     def settled(self) -> AutoKernel:
         """The same for shapes that have come often."""
@@ -82,22 +97,35 @@ class AutoKernel(Kernel):
         return name
 
     def _taken(self, problem: Problem, upstream: Upstream | None = None) -> Kernel:
-        """The kernel of a call: the best, unless that is cuDNN's and the shape has come seldom."""
-        name = self.choice(problem, upstream)
-        if name == "cudnn" and not self._pays(problem, upstream):
-            name = self.choice(problem, upstream, without=name)
-        return self._candidates[name]
+        """The kernel of a call: the best, unless that is cuDNN's and the shape has come seldom.
 
-    def _pays(self, problem: Problem, upstream: Upstream | None) -> bool:
-        """See `ds_lvx.kernels.repeats`."""
+        Layers ask the same of the same rule: the answer is found once.
+        """
+        q, has_dlse = problem.q, None if upstream is None else upstream.has_dlse
+        asked = (problem.rule, q.dtype, q.shape, problem.k.shape, has_dlse, _in_order())
+        answer = self._answers.get(asked)
+        if answer is None:
+            if len(self._answers) == _MOST_ANSWERS:
+                self._answers.clear()
+            answer = self._answers[asked] = self._answer(problem, upstream)
+        if answer.meanwhile is None:
+            return answer.best
+        pays = self._repeats.pay(answer.shapes, saved_s=answer.saved_s, count=answer.count)
+        return answer.best if pays else answer.meanwhile
+
+    def _answer(self, problem: Problem, upstream: Upstream | None) -> _Answer:
+        name = self.choice(problem, upstream)
+        best = self._candidates[name]
+        if name != "cudnn":
+            return _Answer(best)
+        meanwhile = self._candidates[self.choice(problem, upstream, without=name)]
         cover, passes = problem.cover, "forward" if upstream is None else "backward"
         calls = () if cover is None else tuple((r.size, r.causal) for r in cover.rectangles)
         heads, head_dim = problem.q.shape[2:]
         scores = sum(math.prod(size) / (2 if causal else 1) for size, causal in calls)
         operations = (4.0 if upstream is None else 10.0) * heads * head_dim * scores
         shapes = (passes, problem.q.dtype, heads, problem.k.shape[2], head_dim, calls)
-        saved_s = SAVED_S[passes] * operations
-        return self._repeats.pay(shapes, saved_s=saved_s, count=len(calls))
+        return _Answer(best, meanwhile, shapes, SAVED_S[passes] * operations, len(calls))
 
     def _suits(self, name: str, problem: Problem, upstream: Upstream | None) -> bool:
         """Whether a kernel that serves a problem is the best there for it."""

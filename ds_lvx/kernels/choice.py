@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from ds_lvx.config.registry import AUTO, FLOATS, KERNELS, kernel_words
+from ds_lvx.config.registry import AUTO, FLOATS, KERNELS, kernel_words, loaded
 from ds_lvx.config.registry import Kernel as Entry
 from ds_lvx.kernels.auto import AutoKernel, preferred
 from ds_lvx.kernels.interface import Kernel
@@ -132,8 +131,7 @@ def obstacle(entry: Entry, q: Tensor) -> str | None:
     if not entry.obstacle:
         return None
     # By name and late: Triton takes a second to import, and decides then whether to interpret.
-    module, _, name = entry.obstacle.partition(":")
-    found: str | None = getattr(import_module(module), name)(q)
+    found: str | None = loaded(entry.obstacle)(q)
     return None if found is None else f" for {found}"
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -133,6 +133,7 @@ class Cover:
     sequences: Sequences | None = None
 
     @classmethod
+    @lru_cache(maxsize=64)
     def of_all(cls, batch: int, seqlen_q: int, seqlen_kv: int) -> Cover:
         """Where all see all: one rectangle, or none where there is nothing."""
         shape = (batch, seqlen_q, seqlen_kv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -41,7 +42,7 @@ class Problem:
         """No query or no key."""
         return self.q.numel() == 0 or self.k.numel() == 0
 
-    @property
+    @cached_property
     def cover(self) -> Cover | None:
         """What is visible in slices; None where too many; see `ds_lvx.kernels.rule.Rule.cover`."""
         if self.rule is not None and not self.is_empty:

@@ -48,9 +48,12 @@ class Table:
 
     def ignored(self) -> list[Path]:
         """Tables of other cards or other versions, where this one holds nothing."""
-        if self._entries:
-            return []
-        return [p for p in sorted(cache.folder().glob("kernels-*.json")) if p.name != self.name]
+        return [] if self._entries else self._others
+
+    @functools.cached_property
+    def _others(self) -> list[Path]:
+        found = sorted(cache.folder().glob("kernels-*.json"))
+        return [path for path in found if path.name != self.name]
 
 
 def kind_of(problem: Problem, upstream: Upstream | None) -> str:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from ds_lvx.attention import recompute
-from ds_lvx.attention.auto import NOTES, decide
+from ds_lvx.attention.auto import NOTES, Choice, decide
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.layout import Layout
 from ds_lvx.attention.replay import recording
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.config.registry import AUTO, METHODS
-from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.layers import LayerPlan
 
@@ -54,6 +53,34 @@ def attend(
         scale=scale,
         returns_lse=False,
     )[0]
+
+
+def attend_to(
+    plan: LayerPlan,
+    batch: ShardedBatch,
+    q: Tensor,
+    keys: tuple[Tensor, Tensor],
+    *,
+    scale: float,
+) -> Tensor:
+    """`attend` where K and V are made already.
+
+    Args:
+        plan, batch, q, scale: as in `attend`.
+        keys: K and V ``[B, s_kv, H_kv, D]``.
+    """
+    k, v = keys
+    kv_heads, head_dim = k.shape[2:]
+    return attend(
+        plan,
+        batch,
+        q,
+        features=k.new_empty(0, kv_heads * head_dim),  # the planner asks how wide they are
+        project_kv=lambda _: keys,
+        trains=k.requires_grad or v.requires_grad,
+        kv_heads=kv_heads,
+        scale=scale,
+    )
 
 
 def attend_part(
@@ -96,10 +123,9 @@ def attend_part(
     method, schedule = _resolved(plan, layout, q, kv_heads=kv_heads, width=features.shape[-1])
     # A projection that runs again in backward knows only there who wants a gradient.
     wanted = plan.recompute_kv or trains or q.requires_grad or features.requires_grad
-    kind = ("kernel", plan.kernel, q.dtype, q.shape[-1], q.device)
     call = Call(
         layout,
-        kernel=layout.settled(kind, lambda: kernel_for(plan.kernel, q)),
+        kernel=layout.kernel(plan.kernel, q),
         softmax_scale=scale,
         schedule=schedule,
         requires_grad=wanted and torch.is_grad_enabled(),
@@ -138,28 +164,31 @@ def _resolved(
     plan: LayerPlan, layout: Layout, q: Tensor, *, kv_heads: int, width: int
 ) -> tuple[str, str]:
     """Method and schedule, where the plan leaves them to the planner: once a batch for a kind."""
-    wanted = plan.wanted()
+    wanted = plan.wanted
+    if not wanted.is_open or layout.channel.size == 1:
+        method = "lvx" if plan.method == AUTO else plan.method
+        return method, "gather" if plan.schedule == AUTO else plan.schedule
     # Not whether this rank wants a gradient: the answer must be the same on all ranks, and in both
     # passes of a checkpoint.
     backward = torch.is_grad_enabled() or recording()
-    shape = AttentionShape(
-        batch=q.shape[0],
-        q_lengths=layout.q_lengths,
-        kv_lengths=layout.kv_lengths,
-        heads=q.shape[2],
-        kv_heads=kv_heads,
-        head_dim=q.shape[3],
-        element_bytes=q.element_size(),
-        recompute=plan.recompute_kv,
-        backward=backward,
-        features_dim=width,
-    )
-    choice = layout.settled(
-        ("method", wanted, shape), lambda: decide(wanted, shape, layout.channel, q.device)
-    )
-    if choice is None:
-        method = "lvx" if plan.method == AUTO else plan.method
-        return method, "gather" if plan.schedule == AUTO else plan.schedule
+
+    def settle() -> tuple[AttentionShape, Choice]:
+        shape = AttentionShape(
+            batch=q.shape[0],
+            q_lengths=layout.q_lengths,
+            kv_lengths=layout.kv_lengths,
+            heads=q.shape[2],
+            kv_heads=kv_heads,
+            head_dim=q.shape[3],
+            element_bytes=q.element_size(),
+            recompute=plan.recompute_kv,
+            backward=backward,
+            features_dim=width,
+        )
+        return shape, decide(wanted, shape, layout.channel, q.device)
+
+    kind = ("method", wanted, q.shape, q.dtype, kv_heads, width, backward)
+    shape, choice = layout.settled(kind, settle)
     if plan.method == AUTO:
         NOTES.about(choice, shape, name=plan.name, rank=layout.channel.rank)
     method = choice.method if plan.hybrid is None else plan.method

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lvx.kernels.choice import kernel_for
-from ds_lvx.kernels.interface import Problem
+from ds_lvx.kernels.interface import Kernel, Problem
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 
 
 def attend_cached(
-    q: Tensor, keys: tuple[Tensor, Tensor], rule: Rule | None, *, scale: float, kernel: str
+    q: Tensor, keys: tuple[Tensor, Tensor], rule: Rule | None, *, scale: float, kernel: Kernel
 ) -> tuple[Tensor, Tensor]:
     """Attention to keys that every rank has.
 
@@ -28,13 +27,13 @@ def attend_cached(
         keys: K and V ``[R, t, H_kv, D]``.
         rule: None where all see all.
         scale: factor of the scores.
-        kernel: its name.
+        kernel: for these queries.
 
     Returns:
         out ``[R, s, H, D]``, lse ``[R, H, s]``.
     """
     problem = Problem(q, *keys, rule, softmax_scale=scale)
-    out, lse = kernel_for(kernel, q).forward(problem)
+    out, lse = kernel.forward(problem)
     return out.to(q.dtype), lse
 
 
@@ -53,7 +52,7 @@ class Cached:
     rule: Rule | None
 
     def attend(
-        self, q: Tensor, keys: tuple[Tensor, Tensor], *, scale: float, kernel: str
+        self, q: Tensor, keys: tuple[Tensor, Tensor], *, scale: float, kernel: Kernel
     ) -> tuple[Tensor, Tensor]:
         """Attention to the text so far.
 
@@ -61,7 +60,7 @@ class Cached:
             q: ``[R, s, H, D]``.
             keys: K and V ``[R, s, H_kv, D]`` of these tokens, which the cache takes.
             scale: factor of the scores.
-            kernel: its name.
+            kernel: for these queries.
 
         Returns:
             out ``[R, s, H, D]``, lse ``[R, H, s]``.

@@ -19,9 +19,8 @@ from torch import Tensor
 from ds_lvx.attention import lvx
 from ds_lvx.attention.call import Call
 from ds_lvx.attention.layout import Layout
-from ds_lvx.attention.merge import merge_attention
+from ds_lvx.attention.merge import merged
 from ds_lvx.attention.witness import Witness
-from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.models.cached import attend_cached
 from ds_lvx.models.layers import LayerPlan
@@ -110,22 +109,21 @@ class DecodingKeys:
             assert self.features is not None, "every layer runs with the prompt"
             self.by_layer[key] = project_kv(self.features.to(q.device))
         k, v = self.by_layer[key]
-        rows, tokens, heads, head_dim = q.shape
+        (rows, tokens, heads, head_dim), samples = q.shape, k.shape[0]
         # Rows of a sample lie side by side: they are queries over the same keys.
-        together = q.reshape(len(k), -1, heads, head_dim)
-        self._expect(plan, q, samples=len(k))
-        kind = ("kernel", plan.kernel, q.dtype, head_dim, q.device)
+        together = q.reshape(samples, -1, heads, head_dim)
+        self._expect(plan, q, samples=samples)
         witness, self.witness = self.witness, None
         call = Call(
             layout,
-            kernel=layout.settled(kind, lambda: kernel_for(plan.kernel, q)),
+            kernel=layout.kernel(plan.kernel, q),
             softmax_scale=scale,
             schedule=schedule,
             wants_lse=returns_lse,
             witness=witness,
         )
         out, lse = lvx.attend(call, together, k, v)
-        if not returns_lse:
+        if rows == samples or not returns_lse:
             return out.reshape(q.shape), lse
         by_row = lse.unflatten(2, (-1, tokens)).transpose(1, 2).reshape(rows, heads, tokens)
         return out.reshape(q.shape), by_row
@@ -148,9 +146,10 @@ class DecodingKeys:
         Returns:
             out ``[B * C, s, H, D]``, lse ``[B * C, H, s]``.
         """
-        local = attend_cached(q, keys, self.behind, scale=scale, kernel=plan.kernel)
+        kernel = layout.kernel(plan.kernel, q)
+        local = attend_cached(q, keys, self.behind, scale=scale, kernel=kernel)
         sharded = self.attend(plan, layout, q, project_kv=_held, scale=scale)
-        return merge_attention([sharded, local])
+        return merged([sharded, local])
 
     def attend_further(
         self,

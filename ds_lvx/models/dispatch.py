@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ds_lvx.models.attend import attend
+from ds_lvx.models.attend import attend_to
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.patch import ATTRIBUTE, PatchedAttention, refuse_dropout
@@ -25,7 +25,7 @@ _REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
 class Dispatched(PatchedAttention):
-    """Sends an attention module's call of the interface to `attend`.
+    """Sends an attention module's call of the interface to `attend_to`.
 
     Args:
         module: with ``config``; its layer hands keywords that it does not know on to the interface.
@@ -98,16 +98,7 @@ class Dispatched(PatchedAttention):
         # Under autocast rotary embeddings widen q and k; SDPA would have narrowed them again.
         q, k, v = (x.to(value.dtype).transpose(1, 2) for x in tensors)
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend(
-            self.plan,
-            batch,
-            q,
-            features=k.flatten(2),
-            project_kv=lambda _: (k, v),
-            trains=v.requires_grad,
-            kv_heads=k.shape[2],
-            scale=scale,
-        )
+        return attend_to(self.plan, batch, q, (k, v), scale=scale)
 
 
 def _attention(

@@ -73,7 +73,7 @@ class LayerPlan:
         """The layer's own, where it projects K and V again."""
         return Turns()
 
-    @property
+    @cached_property
     def hybrid(self) -> Hybrid | None:
         """The subgroups, where that is the method."""
         if self.ulysses is None:
@@ -87,6 +87,7 @@ class LayerPlan:
             return STREAMED_TOKENS  # on a CPU, too, where nothing has to be streamed
         return self.kv_chunk_tokens
 
+    @cached_property
     def wanted(self) -> Wanted:
         """What the planner is to choose, and from what."""
         chunked = self.chunk_tokens() is not None
@@ -250,9 +251,9 @@ def explain_auto(
     """What ``auto`` would take in a group of ``sp_size`` ranks: a line for each kind of layer."""
     kinds: dict[tuple[Any, ...], list[str]] = {}
     for layer, plan in zip(layers, plans, strict=True):
-        if plan.wanted().is_open and layer.kind != "local":
+        if plan.wanted.is_open and layer.kind != "local":
             heads = (layer.num_heads, layer.num_kv_heads, layer.head_dim)
-            kinds.setdefault((plan.wanted(), layer.kind, heads), []).append(layer.name)
+            kinds.setdefault((plan.wanted, layer.kind, heads), []).append(layer.name)
     lines = []
     for (wanted, kind, heads), names in kinds.items():
         sizes = _EXAMPLES[kind]

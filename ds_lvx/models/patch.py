@@ -143,7 +143,9 @@ def refuse_growing_rope(rope: str, sp_size: int) -> None:
 
 
 def trains(*modules: nn.Module) -> bool:
-    """Whether a parameter of the modules wants a gradient."""
+    """Whether a parameter of the modules wants a gradient; none does where autograd is off."""
+    if not torch.is_grad_enabled():
+        return False
     return any(p.requires_grad for module in modules for p in module.parameters())
 
 

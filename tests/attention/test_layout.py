@@ -120,6 +120,9 @@ def test_a_part_is_the_same_object_each_time() -> None:
     layout = layout_of(PROBLEM)
     assert layout.rule(queries=0, keys=1) is layout.rule(queries=0, keys=1)
     assert layout.arrival(2) is layout.arrival(2)
+    q = torch.empty(2, 3, 4, 16)
+    assert layout.kernel("native", q) is layout.kernel("native", q[:, :1])
+    assert layout.kernel("native", q) is not layout.kernel("reference", q)
     asked: list[int] = []
     for _ in range(3):
         layout.settled("kernel", lambda: asked.append(1) or "native")

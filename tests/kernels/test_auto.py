@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -128,6 +130,34 @@ def test_nothing_is_measured_and_nothing_is_written() -> None:
         auto.forward(problem)
     assert sum(len(kernel.calls) for kernel in found.values()) == 3  # type: ignore[attr-defined]
     assert not list(cache.folder().glob("kernels-*"))
+
+
+def test_a_question_is_answered_once() -> None:
+    """Layers of a batch ask the same of one rule; another rule, shape or direction is another."""
+    found = kernels()
+    auto, first = AutoKernel(found, table()), problem_of(rule(SHAPE, "frames"))
+    choice = AutoKernel.choice
+    with mock.patch.object(AutoKernel, "choice", autospec=True, side_effect=choice) as asked:
+        for problem in (first, first.as_part(), replace(first, softmax_scale=0.3)):
+            auto.forward(problem)
+            auto.fold(problem, NativeKernel().forward(first))
+        assert asked.call_count == 1
+        for upstream in (upstream_of(first), upstream_of(first, has_dlse=True)):
+            for _ in range(2):
+                auto.backward(first, upstream)
+        assert asked.call_count == 3
+        auto.forward(problem_of(rule(SHAPE, "frames")))
+        auto.forward(replace(first, rule=None))
+        assert asked.call_count == 5
+
+
+def test_answers_are_not_kept_for_ever() -> None:
+    """A text that grows by a token asks another question for each."""
+    auto = AutoKernel(kernels(), table())
+    for keys in range(1, 600):
+        q, k, v = tensors((1, 1, keys, 1, 1, 8), torch.float32)
+        auto.forward(Problem(q, k, v, softmax_scale=0.2))
+    assert len(auto._answers) <= 256
 
 
 def test_the_table_goes_before_the_rule() -> None:

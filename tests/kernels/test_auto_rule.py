@@ -120,9 +120,11 @@ def test_where_bits_are_to_repeat_no_sum_is_without_an_order(
         "triton_atomic",
     ]
     assert auto.choice(window) == "triton"
+    assert auto._taken(window, upstream).name == "triton_atomic"
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert [auto.choice(whole), auto.choice(window)] == ["cudnn", "triton"]
     assert [auto.choice(whole, upstream), auto.choice(window, upstream)] == ["flash", "triton"]
+    assert auto._taken(window, upstream).name == "triton"
 
 
 def test_what_a_hopper_takes_besides_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,15 +6,22 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
 import ds_lvx
+from bench.fake_cuda import DEVICE, FakeCuda
 from ds_lvx.attention import auto, layout
+from ds_lvx.attention.oracle import attention_oracle
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.config import LVXConfig
-from ds_lvx.kernels import rule
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.kernels import choice, rule
 from ds_lvx.kernels.flash_kernel import FlashKernel
 from ds_lvx.kernels.interface import Problem
 from ds_lvx.models import attend, patch_model
+from ds_lvx.models.batch import ShardedBatch
+from ds_lvx.models.decoding_keys import DecodingKeys
+from ds_lvx.models.layers import LayerPlan
 from ds_lvx.plan.walks import label
 from tests.models.mllama_case import ds_config, end_engine, hard_batch, start_engine, tiny_model
 from tests.ranks import run_ranks
@@ -88,7 +95,7 @@ def count_what_is_settled(
         counting(patch, rule, "_narrowed")  # blocks are listed
         counting(patch, layout, "_pad_parts")  # rules are cut anew
         counting(patch, auto, "cheapest")  # the planner decides
-        counting(patch, attend, "kernel_for")
+        counting(patch, layout, "kernel_for")
         made = layout.Layout.of_batch
         patch.setattr(
             layout.Layout,
@@ -171,3 +178,40 @@ def test_flash_serves_a_whole_model_by_covers_found_once(self_attn: str) -> None
         assert native[rank][0] == 0, "on a CPU nobody else asks for a cover"
         assert few[rank][2] > 0
         assert few[rank][2] == pytest.approx(native[rank][2], rel=1e-4)
+
+
+PLAN = LayerPlan("text", "self", "ring", "auto", "auto", recompute_kv=False)
+
+
+def test_tokens_behind_a_prompt_find_their_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each layer one softmax over the prompt and all tokens behind it."""
+    asked: list[torch.Tensor] = []
+    candidates = choice.candidates
+    monkeypatch.setattr(choice, "candidates", lambda q: (asked.append(q), candidates(q))[1])
+    cpu = torch.device("cpu")
+    keys, place = DecodingKeys(1, 5, cpu), layout.Layout(Channel(None), (1,), (5,), device=cpu)
+    k, v = torch.randn(2, 1, 9, 2, 8)
+    keys.by_layer["self", "text"] = k[:, :5], v[:, :5]
+    for end in range(6, 10):
+        q = torch.randn(1, 1, 4, 8)
+        with torch.no_grad():
+            behind = k[:, 5:end], v[:, 5:end]
+            found = keys.attend_behind(PLAN, place, q, behind, scale=0.3)
+        expected = attention_oracle(q, k[:, :end], v[:, :end], softmax_scale=0.3)
+        for mine, exact in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine.double(), exact, atol=1e-6, rtol=1e-6)
+    assert len(asked) == 1
+
+
+def test_keys_that_are_made_already_are_not_copied() -> None:
+    """Of transformers' layout, heads first: the kernel is all that is launched."""
+    with FakeCuda() as fake, torch.no_grad():
+        q, k, v = (
+            torch.empty(1, 4, 6, 8, dtype=torch.bfloat16, device=DEVICE).transpose(1, 2)
+            for _ in range(3)
+        )
+        text = layout.Layout(Channel(None), (6,), (6,), device=DEVICE)
+        plan = LayerPlan("text", "self", "lvx", "auto", "native", recompute_kv=False)
+        fake.reset()
+        attend.attend_to(plan, ShardedBatch(text, None, None), q, (k, v), scale=0.3)
+    assert fake.launches == {"_scaled_dot_product_flash_attention": 1}

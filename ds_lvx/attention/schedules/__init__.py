@@ -25,7 +25,8 @@ class Schedule(Protocol):
     """Moves queries. Stateless."""
 
     def forward(self, call: Call, q: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-        """``(out, lse)`` of this rank's queries over all ranks' keys, both in fp32."""
+        """``(out, lse)`` of this rank's queries over all ranks' keys, both in fp32; of a group of
+        one as the kernel makes them."""
         ...
 
     def backward(self, call: Call, saved: Saved, keys: Keys) -> Tensor:

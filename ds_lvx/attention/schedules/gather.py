@@ -20,7 +20,6 @@ from ds_lvx.attention.keys import Keys, Saved
 from ds_lvx.attention.shape import head_groups, head_slices
 from ds_lvx.distributed.bundles import Bundle, Unwritten
 from ds_lvx.distributed.pending import Pending
-from ds_lvx.kernels.merge import accumulation_dtype
 from ds_lvx.kernels.rule import Rule
 
 # Which dimension of a tensor has the queries.
@@ -35,8 +34,7 @@ class Gather:
         rule = _rule(call)
         if call.channel.size == 1:
             keys.prepare()
-            out, lse = keys.attend(call, q, rule)
-            return out.to(accumulation_dtype(q.dtype)), lse
+            return keys.attend(call, q, rule)
         groups = _groups(call, q, keys)
         arriving = _gather_queries(call, q, groups[0])
         keys.prepare()

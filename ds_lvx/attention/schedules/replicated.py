@@ -34,11 +34,12 @@ class Replicated:
         """
         keys.prepare()
         out, lse = keys.attend(call, q, _rule(call))
-        if call.channel.size > 1 and Parts.suffice(q, call.channel):
-            return Parts.of(call, q).merged(out, lse, call.witness, wants_lse=call.wants_lse)
-        out = out.to(accumulation_dtype(q.dtype))
         if call.channel.size == 1:
             return out, lse
+        parts = Parts.of(call, q)
+        if parts is not None:
+            return parts.merged(out, lse, call.witness, wants_lse=call.wants_lse)
+        out = out.to(accumulation_dtype(q.dtype))
         lses = _gather_lse(call.channel, lse, call.witness)
         total = lses.logsumexp(dim=0)
         return call.channel.all_reduce(out * per_row(weight_of(lse, total))), total
@@ -91,14 +92,17 @@ class Parts:
         return goes_at_once(q.numel() * accumulation_dtype(q.dtype).itemsize, channel.size)
 
     @classmethod
-    def of(cls, call: Call, q: Tensor) -> Parts:
-        """Those of a call, which calls of the same layout with queries like its own share."""
+    def of(cls, call: Call, q: Tensor) -> Parts | None:
+        """Those of a call, which calls of the same layout with queries like its own share; None
+        where they do not `suffice`."""
         numbers = 0 if call.witness is None else call.witness.numbers.numel()
         kind = ("parts", q.shape, q.dtype, numbers)
         return call.layout.settled(kind, lambda: cls._made(call, q, numbers))
 
     @classmethod
-    def _made(cls, call: Call, q: Tensor, numbers: int) -> Parts:
+    def _made(cls, call: Call, q: Tensor, numbers: int) -> Parts | None:
+        if not cls.suffice(q, call.channel):
+            return None
         seen = call.kv_lengths[call.channel.rank] > 0 and _rule(call) is None
         return cls(call.channel, q, numbers, seen=seen)
 

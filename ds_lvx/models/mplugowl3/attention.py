@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ds_lvx.attention.merge import merge_attention
+from ds_lvx.attention.merge import merged
 from ds_lvx.attention.projection import Placed
 from ds_lvx.models.attend import attend, attend_part
 from ds_lvx.models.batch import ShardedBatch
@@ -98,7 +98,7 @@ class Attention(ShardedForward):
                 return self._mixed(batch, text, visual)
             visual_part = attend_part(self.plan, own, q, **images)
             text_part = self._to_text(batch, q, hidden_states, attention_mask, returns_lse=True)
-            out, _ = merge_attention([visual_part, text_part])
+            out, _ = merged([visual_part, text_part])
         return module.o_proj(out.flatten(2)), None, None
 
     def _mixed(
@@ -118,8 +118,8 @@ class Attention(ShardedForward):
         text, cached = self._text(batch, x, carried), carried.cached
         if batch.shards("self"):
             return attend_part(self.text_plan, batch, q, **text, returns_lse=returns_lse)
-        keys = text["project_kv"](x)
-        return attend_cached(q, keys, cached.rule, scale=text["scale"], kernel=self.plan.kernel)
+        keys, kernel = text["project_kv"](x), batch.text.kernel(self.plan.kernel, q)
+        return attend_cached(q, keys, cached.rule, scale=text["scale"], kernel=kernel)
 
     def _text(self, batch: ShardedBatch, x: Tensor, carried: Any) -> dict[str, Any]:
         module, cached = self.module, carried.cached

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_lvx.kernels.transfer import to_device
-from ds_lvx.models.attend import attend
+from ds_lvx.models.attend import attend_to
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.patch import KEYWORD, FusedForward, fill, heads, refuse_dropout
 
@@ -84,16 +84,8 @@ class SelfAttention(FusedForward):
         v = F.pad(v, (0, of_keys.shape[-1]))
         if batch.behind:
             k, v = fill(batch, cache, (k, v), layer=number)
-        out = attend(
-            self.plan,
-            batch,
-            torch.cat((q, of_queries.expand(*q.shape[:3], -1)), dim=-1),
-            features=k.flatten(2),
-            project_kv=lambda _: (k, v),
-            trains=v.requires_grad,
-            kv_heads=k.shape[2],
-            scale=scale,
-        )
+        q = torch.cat((q, of_queries.expand(*q.shape[:3], -1)), dim=-1)
+        out = attend_to(self.plan, batch, q, (k, v), scale=scale)
         return module.out_proj(out[..., : module.head_dim].flatten(2)), None
 
 

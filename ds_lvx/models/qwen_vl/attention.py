@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.kernels.transfer import to_device
-from ds_lvx.models.attend import attend
+from ds_lvx.models.attend import attend_to
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.cached import Cached
 from ds_lvx.models.patch import FusedForward, heads, refuse_dropout
@@ -104,18 +104,10 @@ class Attention(FusedForward):
             q = q * rotary_pos_emb.log_n.to(q.dtype)
         scale, cached = module.head_dim**-0.5, rotary_pos_emb.cached
         if cached is not None:
-            found, _ = cached.attend(q, (k, v), scale=scale, kernel=self.plan.kernel)
+            kernel = batch.text.kernel(self.plan.kernel, q)
+            found, _ = cached.attend(q, (k, v), scale=scale, kernel=kernel)
             return module.c_proj(found.flatten(2)), None
-        out = attend(
-            self.plan,
-            batch,
-            q,
-            features=k.flatten(2),
-            project_kv=lambda _: (k, v),
-            trains=v.requires_grad,
-            kv_heads=k.shape[2],
-            scale=scale,
-        )
+        out = attend_to(self.plan, batch, q, (k, v), scale=scale)
         return module.c_proj(out.flatten(2)), None
 
 

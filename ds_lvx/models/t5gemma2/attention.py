@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.models.t5gemma2.modeling_t5gemma2 import apply_rotary_pos_emb
 
 from ds_lvx.attention.layout import Layout
-from ds_lvx.attention.merge import merge_attention
+from ds_lvx.attention.merge import merged
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.models.attend import attend, attend_part
 from ds_lvx.models.batch import ShardedBatch
@@ -126,8 +126,9 @@ class MergedAttention(_Attention):
             cache, number = past_key_values.self_attention_cache, self.module.layer_idx
             cached = Cached(cache, number, text_rules[self.module.layer_type])
             keys = text["project_kv"](hidden_states)
-            own = cached.attend(q, keys, scale=text["scale"], kernel=self.plan.kernel)
-        out, _ = merge_attention([rows, own])
+            kernel = batch.text.kernel(self.plan.kernel, q)
+            own = cached.attend(q, keys, scale=text["scale"], kernel=kernel)
+        out, _ = merged([rows, own])
         return self.module.o_proj(out.flatten(2)), None, None
 
 
