@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -68,7 +70,8 @@ class AutoKernel(Kernel):
         self._candidates = dict(candidates)
         self._table = table
         self._repeats = Repeats() if repeats is None else repeats
-        self._answers: dict[Hashable, _Answer] = {}
+        # By rule, and gone with it: a rule holds tensors of its batch. Without one, by the kernel.
+        self._answers: WeakKeyDictionary[Any, dict[Hashable, _Answer]] = WeakKeyDictionary()
 
     def settled(self) -> AutoKernel:
         """The same for shapes that have come often."""
@@ -102,12 +105,13 @@ class AutoKernel(Kernel):
         Layers ask the same of the same rule: the answer is found once.
         """
         q, has_dlse = problem.q, None if upstream is None else upstream.has_dlse
-        asked = (problem.rule, q.dtype, q.shape, problem.k.shape, has_dlse, _in_order())
-        answer = self._answers.get(asked)
+        answers = self._answers.setdefault(self if problem.rule is None else problem.rule, {})
+        asked = (q.dtype, q.shape, problem.k.shape, has_dlse, _in_order())
+        answer = answers.get(asked)
         if answer is None:
-            if len(self._answers) == _MOST_ANSWERS:
-                self._answers.clear()
-            answer = self._answers[asked] = self._answer(problem, upstream)
+            if len(answers) == _MOST_ANSWERS:
+                answers.clear()
+            answer = answers[asked] = self._answer(problem, upstream)
         if answer.meanwhile is None:
             return answer.best
         pays = self._repeats.pay(answer.shapes, saved_s=answer.saved_s, count=answer.count)

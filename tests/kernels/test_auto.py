@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Iterator
@@ -152,12 +153,16 @@ def test_a_question_is_answered_once() -> None:
 
 
 def test_answers_are_not_kept_for_ever() -> None:
-    """A text that grows by a token asks another question for each."""
+    """A text that grows by a token asks another question for each, and a batch has its rules."""
     auto = AutoKernel(kernels(), table())
     for keys in range(1, 600):
         q, k, v = tensors((1, 1, keys, 1, 1, 8), torch.float32)
         auto.forward(Problem(q, k, v, softmax_scale=0.2))
-    assert len(auto._answers) <= 256
+    assert sum(map(len, auto._answers.values())) <= 256
+    for _ in range(3):
+        auto.forward(problem_of(rule(SHAPE, "frames")))
+    gc.collect()
+    assert len(auto._answers) == 1  # of calls without a rule
 
 
 def test_the_table_goes_before_the_rule() -> None:
