@@ -56,7 +56,7 @@ class TritonKernel(Kernel):
             return empty_part(q, torch.float32)
         parts, lses = _parts(problem)
         dtype = torch.float32 if problem.partial else q.dtype
-        if len(parts) == 1:
+        if parts.shape[0] == 1:
             return parts[0].to(dtype), lses[0]
         out = torch.empty(q.shape, dtype=dtype, device=q.device)
         lse = torch.empty_like(lses[0])
@@ -124,7 +124,7 @@ def _parts(problem: Problem) -> tuple[Tensor, Tensor]:
         seqlen_q,
         seqlen_kv,
         kv_heads,
-        *(stride for tensor in (q, k, v) for stride in tensor.stride()[:3]),
+        *_strides((q, k, v)),
         **shape,
         **tiles.options(),
     )
@@ -218,7 +218,7 @@ def _merge(parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor, *, fold: bool)
         rows,
         seqlen_q,
         heads,
-        len(parts),
+        parts.shape[0],
         HEAD_DIM=head_dim,
         BLOCK_D=padded(head_dim),
         BLOCK_R=_ROWS_OF_A_MERGE,
