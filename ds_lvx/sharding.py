@@ -161,8 +161,8 @@ def shard_batch(
 
     Raises:
         ValueError: on all ranks of the group, naming the rank that is wrong: unknown or misshapen
-            entries, texts that differ between ranks, fewer tokens than ranks, a mask that is not
-            of the processor's kind.
+            entries, texts that differ between ranks, fewer tokens than ranks, tokens or labels that
+            the model has no row for, a mask that is not of the processor's kind.
         NotImplementedError: the model is of no family that is known.
         RankOutOfMemoryError: names this rank and the size, as in an engine's calls, where what it
             holds does not fit on its device.

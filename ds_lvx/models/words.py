@@ -5,6 +5,7 @@ Only the rank that holds such a token would fail, and the others would wait for 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,9 +58,13 @@ def check_labels(text: Text, *models: nn.Module) -> None:
 
 def _asked(name: str, *modules: Any) -> Any:
     """What the first module returns that has such a method and an answer; None: there is none."""
-    methods = (getattr(module, name, None) for module in modules)
-    answers = (method() for method in methods if method is not None)
-    return next((answer for answer in answers if answer is not None), None)
+    for module in modules:
+        ask = getattr(module, name, None)
+        with suppress(NotImplementedError):  # so transformers says that it does not know
+            found = None if ask is None else ask()
+            if found is not None:
+                return found
+    return None
 
 
 def _rows(module: Any, what: str, prefix: str) -> int | None:
