@@ -9,7 +9,6 @@ row below.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -34,7 +33,6 @@ class Entry:
         return loaded(self.path)
 
 
-@cache
 def loaded(path: str) -> Any:
     """What a ``module:name`` stands for."""
     module, _, name = path.partition(":")

@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 STILLS_FPS = 2.0
-"""Of a list of frames that says nothing, as Qwen-VL's and LLaMA-Factory's readers take it."""
+"""Of a list of frames that says nothing, as the readers of other trainers take it."""
 _FILMS = 64
 """Files of films that are kept at once; every epoch comes back to the same ones."""
 
