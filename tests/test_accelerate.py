@@ -136,6 +136,7 @@ def plain(tiny: Path) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_the_loop_of_the_documents_trains_as_one_process(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     config = config_of(2, zero_allow_untested_optimizer=True, train_micro_batch_size_per_gpu=2)

@@ -228,6 +228,7 @@ def generate_by_rules(batch: Batch) -> list[Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_methods_of_training_and_adapters_change_nothing() -> None:
     case = Case(interleaved())
     expected = lora_model().eval().generate(**case.inputs(), max_new_tokens=5)

@@ -188,6 +188,7 @@ def generate_without_one() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_all() -> None:
     with pytest.raises(RankError) as caught:
         run_ranks(generate_without_one, 3)

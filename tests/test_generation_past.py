@@ -150,6 +150,7 @@ def forwards(model: Any, batch: Batch, ids: Tensor) -> list[Tensor]:
     return [logits[:, place - 1] for place in range(-TOKENS, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FAMILIES])
 def test_families_go_on_from_their_caches(name: str) -> None:
     make, keywords = FAMILIES[name]

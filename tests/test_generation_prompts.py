@@ -91,6 +91,7 @@ def reference() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @BY_KEYS
 def test_split_prompts_generate_what_one_process_does(text_keys: str, ranks: int) -> None:
     expected = reference()
@@ -123,6 +124,7 @@ def generate_idefics(self_attn: Any) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("self_attn", SELF)
 def test_idefics_splits_its_prompts(self_attn: Any) -> None:
     model, expected = idefics_case.tiny_model().eval(), []
@@ -167,6 +169,7 @@ def generate_split(*arguments: Any, **keywords: Any) -> Any:
         return families.generate_each(*arguments, **keywords)
 
 
+@pytest.mark.slow
 @BY_KEYS
 @pytest.mark.parametrize("case_name", OTHERS)
 def test_families_split_their_prompts(case_name: str, text_keys: str, ranks: int) -> None:
@@ -203,6 +206,7 @@ def generate_with_an_engine(batch: Batch, self_attn: Any) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("self_attn", SELF)
 def test_a_split_prompt_under_zero_3(self_attn: Any) -> None:
     batch = interleaved()
@@ -238,6 +242,7 @@ def held_with(limit: int) -> list[list[int]]:
     return kept
 
 
+@pytest.mark.slow
 def test_keys_stay_where_all_of_them_would_take_too_much() -> None:
     # Of both samples and of two layers, K and V of two heads of 8.
     whole = 2 * 13 * 2 * 2 * 2 * 8 * 4

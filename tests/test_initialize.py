@@ -217,6 +217,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 def test_mistakes_raise_on_all_ranks_and_leave_nothing() -> None:
     for found in run_ranks(make_mistakes, 2, list(MISTAKES)):
         for (what, words), (text, clean) in zip(MISTAKES.items(), found, strict=True):

@@ -207,6 +207,7 @@ def test_the_second_pass_runs_no_kernel_and_sends_nothing(method: str) -> None:
     check([(method, "once"), (method, "dropout")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scenario", [name for name in SCENARIOS if name not in ("once", "dropout")]
 )

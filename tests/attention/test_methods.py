@@ -215,6 +215,7 @@ def run_on_flash(cases: list[tuple[Problem, str]]) -> tuple[list[dict[str, torch
         return run_problems(cases), bool(served) and all(served)
 
 
+@pytest.mark.slow
 def test_flash_by_slices_is_exact_under_every_method() -> None:
     """Causal text and frames over uneven and empty shards, in float64."""
     cases = []

@@ -127,6 +127,7 @@ def test_gather_hides_under_the_projection_in_both_directions() -> None:
         assert answer == (forward.split(", "), backward.split(", "))
 
 
+@pytest.mark.slow
 def test_gather_sends_large_queries_by_groups_of_heads() -> None:
     """The next group's queries arrive, and the last group's part goes home, under each kernel."""
     expected = (

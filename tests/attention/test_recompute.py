@@ -76,6 +76,7 @@ def run_layers(schedule: str, layers: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["ring", "gather"])
 def test_gradients_reach_queries_features_and_projections(schedule: str) -> None:
     layers = 3

@@ -88,6 +88,7 @@ def test_every_method_is_checked_counted_and_timed(tmp_path: Path) -> None:
     assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_zigzag_is_measured_beside_contiguous() -> None:
     """Both ways against the oracle, then timed; the processor's own seconds of every rank."""
     shape = replace(TINY, seqlen_kv=9, visibility="causal")

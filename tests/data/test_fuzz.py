@@ -11,6 +11,7 @@ import pytest
 from tests.data import fuzz
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cases", [100, pytest.param(800, marks=pytest.mark.exhaustive)])
 def test_damaged_files_are_decoded_or_refused(cases: int) -> None:
     ends = list(fuzz.fuzz(range(cases), seed=7))
@@ -26,6 +27,7 @@ def test_a_case_comes_again() -> None:
     assert first == second != data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "expected"),
     [

@@ -50,6 +50,7 @@ def exchange_notes() -> list[str | None]:
     return found
 
 
+@pytest.mark.slow
 def test_notes_arrive_and_can_be_taken_back() -> None:
     sender, receiver = run_ranks(exchange_notes, 2)
     assert sender == [None] * 3

@@ -112,12 +112,14 @@ def errors(
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "visibility", "processors"), CASES, indirect=["processors"])
 def test_fp32_is_exact(shape: tuple[int, ...], visibility: str, processors: int) -> None:
     found = errors(TritonKernel(), tensors(shape, torch.float32), rule(shape, visibility), 0.2)
     assert max(found.values()) <= 2e-5, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "sees"), [(SHAPES[1], "frames"), (SHAPES[2], "none")])
 def test_five_products_are_exact(shape: tuple[int, ...], sees: str) -> None:
     kernel = kernel_for("triton_atomic", torch.empty(1, 1, 1, 16))
@@ -125,6 +127,7 @@ def test_five_products_are_exact(shape: tuple[int, ...], sees: str) -> None:
     assert max(found.values()) <= 2e-5, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -277,6 +280,7 @@ def test_blocks_that_nobody_sees_are_skipped() -> None:
     assert lists[0, :, 0].tolist() == [block // 16 for block in range(64)]
 
 
+@pytest.mark.slow
 def test_blocks_that_are_seen_wholly_are_not_masked() -> None:
     """Told something else of their keys after the lists were made, the kernels do not look."""
     shape = (1, 24, 200, 2, 1, 16)  # of two frames; the last block is cut short

@@ -90,6 +90,7 @@ def attend_to_each(length: int) -> None:
     attend(1000, 4001, first=length, batch=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ask", [attend_to_each, send], ids=["attention", "parts"])
 def test_another_length_is_the_same_kernel(
     ask: Callable[[int], None], keys: dict[str, set[str]]

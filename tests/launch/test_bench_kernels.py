@@ -209,6 +209,7 @@ def test_gpu_script_refuses_what_it_does_not_know(words: list[str], said: str) -
     assert said in done.stderr
 
 
+@pytest.mark.slow
 def test_gpu_script_without_a_gpu_says_so(tmp_path: Path) -> None:
     done = gpu_script(str(tmp_path), PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1

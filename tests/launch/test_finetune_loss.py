@@ -86,6 +86,7 @@ def reference(folder: Path, data: str) -> tuple[float, float, dict[str, Tensor]]
         return before.item(), mean().item(), model.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "config"),
     [

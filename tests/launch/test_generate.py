@@ -75,6 +75,7 @@ def expected(folder: Path, *, adapter: Path | None = None, data: str = "chats.js
     return one_process_answers(checkpoint, samples, tokens=TOKENS, adapter=adapter)
 
 
+@pytest.mark.slow
 def test_the_lines_of_a_file_are_answered(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     data = folder / "chats.jsonl"

@@ -123,6 +123,7 @@ def test_no_digit_held_out_is_trained_on() -> None:
     assert not any(frame.numpy().tobytes() in known for frame in held_out.frames)
 
 
+@pytest.mark.slow
 def test_the_command_starts_two_ranks_and_hands_arguments_on(tmp_path: Path) -> None:
     # The environment and the launcher are replaced; the rest is the script itself.
     (tmp_path / "launch").mkdir()

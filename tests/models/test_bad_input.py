@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -113,6 +114,7 @@ def misfits() -> dict[str, dict[str, str]]:
     return heard
 
 
+@pytest.mark.slow
 def test_pixels_that_do_not_fit_are_told_on_all_ranks_by_every_family() -> None:
     for heard in run_ranks(misfits, 2):
         assert heard.keys() == CASES.keys()

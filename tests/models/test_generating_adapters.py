@@ -133,6 +133,7 @@ def generate_with_an_engine() -> Any:
     return first.sequences, second
 
 
+@pytest.mark.slow
 def test_query_tokens_under_zero_3_and_a_second_question() -> None:
     model, batch = blip_case.tiny_model().eval(), without_labels(blip_case.one_image())
     for first, second in run_ranks(generate_with_an_engine, 2):

@@ -123,6 +123,7 @@ def owl_reference() -> dict[str, Any]:
     return reference("mplugowl3_case", OWL, owl_cases())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_mplugowl3_generates_what_whole_forwards_do(ranks: int) -> None:
     answers = run_ranks(generate_each, ranks, "mplugowl3_case", OWL, owl_cases(), sp_size=ranks)

@@ -85,6 +85,7 @@ def idefics_reference() -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_idefics_generates_what_one_process_does() -> None:
     check(
         run_ranks(generate_each, 2, "idefics_case", IDEFICS, idefics_cases()), idefics_reference()

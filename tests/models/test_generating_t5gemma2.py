@@ -107,6 +107,7 @@ def generate_each(ranks: int) -> Any:
     return found, kept, messages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", RANKS)
 def test_it_generates_what_transformers_does(ranks: int) -> None:
     answers = run_ranks(generate_each, ranks, ranks)

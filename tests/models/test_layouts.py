@@ -162,6 +162,7 @@ def count_covers(kernel: str, *, layers: int, self_attn: str) -> tuple[int, list
     return len(found), served, norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "self_attn", ["ulysses", pytest.param("ring", marks=pytest.mark.exhaustive)]
 )

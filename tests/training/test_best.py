@@ -45,6 +45,7 @@ def by_transformers(
     return state.best_global_step, step
 
 
+@pytest.mark.slow
 def test_random_runs_have_the_best_and_the_end_that_transformers_finds() -> None:
     rng = random.Random(0)
     ends = set()
