@@ -60,7 +60,7 @@ def _grid(ranks: int) -> list[tuple[Problem, str]]:
         (1, "cpu"),
         pytest.param(2, "cpu", marks=pytest.mark.exhaustive),
         (3, "cpu"),
-        pytest.param(4, "cpu", marks=pytest.mark.slow),
+        pytest.param(4, "cpu", marks=pytest.mark.exhaustive),
         ON_GPUS,
     ],
 )

@@ -185,7 +185,8 @@ def nothing_beside(batch: Batch) -> Batch:
     return text_of(batch) | {"cross_attention_states": torch.zeros(2, 0, 32)}
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_text_alone_trains_beside_features_and_images(stage: int) -> None:
     """The tower runs in all replicas, whatever they have."""
     given, images = with_features(hard_batch(0), seed=0), hard_batch(2)

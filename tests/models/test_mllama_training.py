@@ -134,7 +134,8 @@ def test_a_replica_without_images_beside_one_with_images(stage: int, name: str) 
     )
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
 def test_a_step_without_images_behind_one_with_some(stage: int) -> None:
     """What it does not use does not get the gradients of the step before once more.
 
