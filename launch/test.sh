@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests, in .venv, which is made first where there is none.
 #     bash launch/test.sh                            all but what is marked exhaustive
-#     bash launch/test.sh -m "not slow"              what takes over two seconds is left out, too
+#     bash launch/test.sh -m "not slow"              what takes over a second and a half is left out, too
 #     bash launch/test.sh tests/config -k typo       arguments go to pytest
 #     bash launch/test.sh --coverage                 before a release: are 90% of the lines run? half as long again
 #     bash launch/test.sh --exhaustive               before a release: everything

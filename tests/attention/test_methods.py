@@ -54,6 +54,7 @@ def _grid(ranks: int) -> list[tuple[Problem, str]]:
     return cases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "device"),
     [

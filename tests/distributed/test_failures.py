@@ -215,6 +215,7 @@ def run_out_and_go_on() -> None:
     assert not {"forward", "backward", "step"} & vars(engine).keys(), "still watched"
 
 
+@pytest.mark.slow
 def test_who_catches_it_can_go_on() -> None:
     run_ranks(run_out_and_go_on, 2)
 

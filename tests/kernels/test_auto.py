@@ -152,6 +152,7 @@ def test_a_question_is_answered_once() -> None:
         assert asked.call_count == 5
 
 
+@pytest.mark.slow
 def test_answers_are_not_kept_for_ever() -> None:
     """A text that grows by a token asks another question for each, and a batch has its rules."""
     auto = AutoKernel(kernels(), table())

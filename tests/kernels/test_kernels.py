@@ -172,6 +172,7 @@ def test_16_bit_gradients_of_few_queries_are_rounded_once(
         torch.testing.assert_close(gradient.double(), leaf.grad, atol=1e-6, rtol=1.01 * rounding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("visibility", "has_dlse"), [("none", True), ("frames", False)])
 @pytest.mark.parametrize(
     ("name", "queries"), [*itertools.product(NAMES, (0, 9, 150)), ("triton", 0), ("triton", 9)]

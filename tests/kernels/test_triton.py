@@ -151,6 +151,7 @@ def test_16_bits_are_as_exact_as_pytorchs(
         assert error <= 2 * peer[name] + 1e-5, (name, found, peer)
 
 
+@pytest.mark.slow
 def test_a_part_folds_into_a_running_result(processors: int) -> None:
     shape = (2, 9, 200, 4, 2, 32)
     q, k, v = tensors(shape, torch.float32)

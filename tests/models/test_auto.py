@@ -81,6 +81,7 @@ def run_auto(
 AUTO = {"cross": {"method": "auto"}, "self_attn": "auto"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_auto_trains_as_a_named_method_does(checkpoint: bool) -> None:
     given = {"stage": 1, "checkpoint": checkpoint}

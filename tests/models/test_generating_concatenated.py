@@ -271,6 +271,7 @@ def look_inside() -> dict[str, Any]:
     return {"kept": set(look.kept), "held": held, "calls": calls[1] - calls[0], "wrong": wrong}
 
 
+@pytest.mark.slow
 def test_a_rank_keeps_its_own_keys_and_sends_one_message_a_layer_and_token() -> None:
     config = tiny_model().config.text_config
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim

@@ -64,6 +64,7 @@ def generate_each(ranks: int) -> Any:
     return found, (beams.sequences, beams.sequences_scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_it_generates_what_whole_forwards_do(ranks: int) -> None:
     model, expected = case.tiny_model().eval(), {}

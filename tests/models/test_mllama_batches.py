@@ -170,6 +170,7 @@ def step_local(cuts: list[int] | None, config: dict[str, Any], visible: bool) ->
     return plain_step(config, local_frames(batch, start, stop), frames="local")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cuts", "visible"), [(None, False), ([0, 0, 3, 3], True), ([0, 1, 1, 3], False)]
 )

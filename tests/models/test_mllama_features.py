@@ -146,6 +146,7 @@ def forwards_without_backward() -> float:
     return max(errors)
 
 
+@pytest.mark.slow
 def test_the_contiguous_buffer_finds_room_again() -> None:
     assert max(run_ranks(forwards_without_backward, 2)) <= 1e-6
 

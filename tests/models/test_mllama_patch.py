@@ -345,6 +345,7 @@ def train_lora(config: dict[str, Any], batches: list[list[Batch]]) -> dict[str, 
     return sharded_steps(config, batches, model=lora_model())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "recompute"), [(2, False), pytest.param(3, True, marks=pytest.mark.exhaustive)]
 )

@@ -231,6 +231,7 @@ def named(model: Any) -> list[tuple[str, Any]]:
     return [(name, p) for name, p in model.named_parameters() if p.grad is not None]
 
 
+@pytest.mark.slow
 def test_a_layer_that_runs_again_gets_its_own_batch() -> None:
     for result in run_ranks(two_batches_in_flight, 2):
         for batch, gradients in zip((hard_batch(0), left_padded(1)), result, strict=True):

@@ -40,6 +40,7 @@ def train(config: dict[str, Any], batches: list[dict[str, Any]], gated: bool) ->
     return {**sharded_steps(config, [[each] for each in batches], model=model), "logits": []}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 def test_packed_samples_train_as_padded_ones_do(*, gated: bool) -> None:
     batches = [hard_batch(0), hard_batch(1)]

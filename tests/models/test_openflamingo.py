@@ -154,6 +154,7 @@ def step_local(cuts: list[int]) -> list[dict[str, Any]]:
     return [plain_step(rules("recompute", 2), local, frames="local", model=m) for m in models]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", [[0, 1, 3], [0, 0, 3]])
 def test_images_that_are_on_their_ranks_already(cuts: list[int]) -> None:
     results = run_ranks(step_local, 2, cuts)

@@ -175,6 +175,7 @@ def answer(folder: Path, data: Path, *, frames: int, tokens: int) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_a_chat_answers_as_whole_conversations_do(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(rules(NAME, "lvx", 2)))
     out, asked = tmp_path / "answers.jsonl", ["What animal?", "And now?"]

@@ -119,6 +119,7 @@ def test_tokens_are_shown_with_what_is_learnt(
     assert "--show: got no --model" in said
 
 
+@pytest.mark.slow
 def test_a_thousand_samples_look_at_a_film_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def is_attention(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention)
 
 
+@pytest.mark.slow
 def test_what_the_words_mean_is_what_they_mean_to_peft() -> None:
     language = r".*language_model.*\.(q_proj|fc\d|down_proj)"
     cases: list[tuple[Sequence[str], dict[str, Any]]] = [
