@@ -35,6 +35,7 @@ class Concatenated(Made):
         of_text, within: classes of attention: of the text to itself, and within a unit.
         sources: entries of a batch that have pixels.
         takes: the model's arguments of units that `arrange` makes; the first has their pixels.
+        text_name: what `inner` calls its text model; `lora_targets` and ``patterns`` have it, too.
         embed: puts embeddings together.
     """
 
@@ -45,6 +46,7 @@ class Concatenated(Made):
     within: type[nn.Module]
     sources: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
+    text_name: str = "language_model"
     embed: type[Embed] = Embed
 
     @abstractmethod
@@ -146,7 +148,15 @@ class Concatenated(Made):
         return Dispatched(layer.module, plan)
 
     def text_model(self, model: Any) -> nn.Module:
-        found: nn.Module = self.inner(model).language_model
+        inside = self.inner(model)
+        found: nn.Module | None = getattr(inside, self.text_name, None)
+        if found is None:
+            have = ", ".join(name for name, _ in inside.named_children())
+            raise NotImplementedError(
+                f"got a {type(inside).__name__} without {self.text_name!r}, the text model by "
+                f"text_name of {type(self).__name__}; expected one of its modules, {have}: set "
+                "text_name, or override text_model or inner"
+            )
         return found
 
     def check(self, model: Any, *, sp_size: int) -> None:
@@ -211,12 +221,12 @@ class Concatenated(Made):
 
     def regions(self) -> Mapping[str, str]:
         return {
-            r".*\blanguage_model\.layers\.\d+\.self_attn": "cross_attention",
+            rf".*\b{self.text_name}\.layers\.\d+\.self_attn": "cross_attention",
             # Its layers as well: one that is checkpointed runs again by itself.
-            r".*\blanguage_model(\.layers\.\d+)?": "text",
+            rf".*\b{self.text_name}(\.layers\.\d+)?": "text",
             r".*\blm_head": "text",
             r".*\b(visual|vision_tower|vision_model)": "vision",
-            r".*\bmulti_modal_projector": "vision",
+            r".*\b(multi_modal_projector|connector)": "vision",
         }
 
 
