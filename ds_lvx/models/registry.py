@@ -38,6 +38,8 @@ BUILT_IN: Mapping[str, str] = {
     "qwen3_vl": "ds_lvx.models.qwen3_vl.family:Qwen3VL",
     "internvl": "ds_lvx.models.internvl.family:InternVL",
     "llava_onevision": "ds_lvx.models.llava_onevision.family:LlavaOnevision",
+    "smolvlm": "ds_lvx.models.smolvlm.family:SmolVLM",
+    "idefics3": "ds_lvx.models.smolvlm.family:Idefics3",
 }
 """``model_type`` -> where its `Family` is."""
 
@@ -47,12 +49,13 @@ CLASSES: Mapping[str, str] = {"Flamingo": "openflamingo", "VideoLLAMA": "video_l
 _ROOMS = {
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), "adapters"),
     "qwen": "qwen_vl",
+    "idefics3": "smolvlm",
 }
 KNOWN: Mapping[str, str] = {
     name: f"ds_lvx.models.{_ROOMS.get(name, name)}.dimensions"
     for name in (
         *("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2"),
-        *("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "video_llama"),
+        *("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "video_llama", "smolvlm"),
         *_ROOMS,
     )
 }

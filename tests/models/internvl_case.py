@@ -63,11 +63,14 @@ def tiny_model(kind: str = "qwen2", *, tied: bool = True, **text: Any) -> Any:
 
 
 def lora_model() -> Any:
-    """`tiny_model` inside peft's wrapper: adapters of the text's attention train."""
+    return with_lora(tiny_model(), FAMILIES.named("internvl").lora_targets)
+
+
+def with_lora(model: Any, targets: str) -> Any:
+    """A model inside peft's wrapper: adapters of the text's attention train."""
     torch.manual_seed(3)
-    targets = FAMILIES.named("internvl").lora_targets
     config = LoraConfig(r=2, lora_alpha=1, target_modules=targets, init_lora_weights=False)
-    return get_peft_model(tiny_model(), config)
+    return get_peft_model(model, config)
 
 
 def frozen_tower() -> Any:

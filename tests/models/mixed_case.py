@@ -186,6 +186,7 @@ MIXED = {
     "qwen2_5_vl": Mixed("qwen2_5_vl", partial(parts, GRIDS), model={"num_hidden_layers": 1}),
     "qwen3_vl": Mixed("qwen3_vl", partial(parts, GRIDS)),
     "internvl": Mixed("internvl", partial(parts, ((1,), (1, 1, 1), (4,)))),
+    "smolvlm": Mixed("smolvlm", partial(parts, ((1,), (1, 1, 1), (4,)))),
     "llava_onevision": Mixed("llava_onevision", partial(parts, ((10, 30), "video", (20, 20)))),
 }
 """By ``model_type``."""

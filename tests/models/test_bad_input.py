@@ -25,6 +25,7 @@ from tests.models import (
     qwen2_5_vl_case,
     qwen3_vl_case,
     qwen_vl_case,
+    smolvlm_case,
     t5gemma2_case,
     video_llama_case,
 )
@@ -96,6 +97,7 @@ CASES: dict[str, Any] = {
     "qwen2_5_vl": (qwen2_5_vl_case, "pixel_values"),
     "qwen3_vl": (qwen3_vl_case, "pixel_values"),
     "internvl": (internvl_case, "pixel_values"),
+    "smolvlm": (smolvlm_case, "pixel_values"),
     "llava_onevision": (llava_onevision_case, "pixel_values"),
 }
 
@@ -128,5 +130,5 @@ def test_pixels_that_do_not_fit_are_told_on_all_ranks_by_every_family() -> None:
 
 
 def test_every_family_is_asked() -> None:
-    alike = {"instructblip", "instructblipvideo"}
+    alike = {"instructblip", "instructblipvideo", "idefics3"}
     assert BUILT_IN.keys() - alike == CASES.keys()

@@ -18,7 +18,12 @@ from tests.models import concatenated_case as case
 from tests.models.mllama_case import FURTHER
 from tests.ranks import run_ranks
 
-NAMES = ("qwen3_vl", "internvl", "llava_onevision")
+NAMES = (
+    "qwen3_vl",
+    "internvl",
+    "llava_onevision",
+    pytest.param("smolvlm", marks=pytest.mark.exhaustive),  # whose batches are InternVL's
+)
 ALL = pytest.mark.parametrize("name", ["qwen2_5_vl", *NAMES])
 OTHERS = pytest.mark.parametrize("name", NAMES)  # test_qwen2_5_vl.py asks for more
 

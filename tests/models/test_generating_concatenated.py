@@ -76,10 +76,16 @@ def generate_each(names: tuple[str, ...], ranks: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
-def test_generating_equals_one_process(ranks: int) -> None:
-    for answer in run_ranks(generate_each, ranks, FAMILIES, ranks):
-        for name in FAMILIES:
+@pytest.mark.parametrize(
+    ("ranks", "names"),
+    [
+        (2, FAMILIES),
+        pytest.param(3, (*FAMILIES, "smolvlm"), marks=pytest.mark.exhaustive),
+    ],
+)
+def test_generating_equals_one_process(ranks: int, names: tuple[str, ...]) -> None:
+    for answer in run_ranks(generate_each, ranks, names, ranks):
+        for name in names:
             check([answer[name]], expected(name))
 
 

@@ -33,6 +33,7 @@ from tests.models import (
     qwen2_5_vl_case,
     qwen3_vl_case,
     qwen_vl_case,
+    smolvlm_case,
     t5gemma2_case,
     video_llama_case,
 )
@@ -70,6 +71,7 @@ CONCATENATED: dict[str, Any] = {
     "qwen2_5_vl": qwen2_5_vl_case,
     "qwen3_vl": qwen3_vl_case,
     "internvl": internvl_case,
+    "smolvlm": smolvlm_case,
     "llava_onevision": llava_onevision_case,
 }
 LVX: dict[str, Any] = {"cross": {"method": "lvx"}, "self_attn": "ring"}
@@ -212,6 +214,7 @@ def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
         "qwen2_5_vl",
         pytest.param("qwen3_vl", marks=pytest.mark.exhaustive),
         pytest.param("internvl", marks=pytest.mark.exhaustive),
+        pytest.param("smolvlm", marks=pytest.mark.exhaustive),
         "llava_onevision",
     ],
 )

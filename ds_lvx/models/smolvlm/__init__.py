@@ -1,0 +1,1 @@
+"""SmolVLM and Idefics3 of transformers. Importing this package imports no torch."""

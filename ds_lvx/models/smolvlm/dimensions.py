@@ -1,0 +1,48 @@
+"""SmolVLM and Idefics3 for the planner. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ds_lvx.models.concatenated.dimensions import Merged
+from ds_lvx.models.dimensions import Model, decoder, tower
+
+_VISION = {
+    "num_hidden_layers": 12,
+    "hidden_size": 1152,
+    "num_attention_heads": 16,
+    "intermediate_size": 3072,
+    "image_size": 224,
+    "patch_size": 32,
+}
+"""What transformers has by default; a ``config.json`` says what is otherwise."""
+
+
+def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
+    """See `ds_lvx.models.contract.Family.dimensions`; a frame is a tile."""
+    text, vision = config["text_config"], {**_VISION, **config.get("vision_config", {})}
+    layers = decoder(text, count=text["num_hidden_layers"])
+    merge = config.get("scale_factor", 2)
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    return Merged(
+        name=name,
+        text=replace(layers, count=0),
+        cross=replace(layers, features_dim=layers.hidden),
+        vocabulary=text["vocab_size"],
+        tower=tower(vision),
+        tower_tokens=patches,
+        frame_tokens=patches // merge**2,
+        projector_parameters=vision["hidden_size"] * merge**2 * layers.hidden,
+        tower_states=1,
+        source=source,
+        embeddings=1 if config.get("tie_word_embeddings", False) else 2,
+        recomputes=False,
+        among=True,
+    )
+
+
+def known() -> tuple[Model, ...]:
+    """None by name: the planner reads a ``config.json``."""
+    return ()
