@@ -12,6 +12,8 @@ from pathlib import Path
 
 import ds_lvx
 from ds_lvx import cli
+from ds_lvx.config.registry import KERNELS, METHODS, SCHEDULES
+from ds_lvx.models.registry import BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ds_lvx"
@@ -25,7 +27,7 @@ LINK = re.compile(r"\[([^][]*)\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 WRITTEN = {
     *("ask.py", "attention_example.py", "check.py", "example.py", "make_clip.py", "script.py"),
     "train.py",
-    *("nano_family.py", "nano_nvlm.py", "NAME.py"),
+    *("nano_family.py", "nano_nvlm.py", "NAME.py", "NAME_case.py"),
     *("ds_configs/mine.json", "ds_configs/....json", "docs/benchmarks/kernels.json"),
 }
 # Options of other programs.
@@ -93,6 +95,21 @@ def test_the_files_to_touch_exist() -> None:
     assert len(rows) > 10
     for file in rows:
         assert (PACKAGE / file).is_file(), file
+
+
+def test_what_can_be_chosen_has_its_row() -> None:
+    """Families by their ``model_type``; methods, schedules and kernels where their keys are."""
+    rows = {
+        "docs/models.md": BUILT_IN,
+        "docs/configuration.md": (*BUILT_IN, *METHODS, *SCHEDULES, *KERNELS),
+        "docs/how-it-works.md": SCHEDULES,
+        "docs/kernels.md": KERNELS,
+    }
+    for name, words in rows.items():
+        text = (ROOT / name).read_text()
+        table = re.sub(r"[`|,]", " ", "\n".join(re.findall(r"^(?:\||#|- `).*", text, re.MULTILINE)))
+        missing = {*words} - {word.strip('"') for word in table.split()}
+        assert missing == set(), (name, missing)
 
 
 def exists(dotted: str) -> bool:

@@ -107,12 +107,11 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    *,
-    ds_lvx: ShardedBatch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls."""
     ours: Dispatched = getattr(module, ATTRIBUTE)
-    if ds_lvx is None or not ds_lvx.shards(ours.plan.kind):
+    batch = ours.shared(kwargs)
+    if batch is None:
         return ours.own(query, key, value, attention_mask, **kwargs)
-    return ours.sharded(ds_lvx, (query, key, value), **kwargs), None
+    return ours.sharded(batch, (query, key, value), **kwargs), None

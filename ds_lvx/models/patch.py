@@ -23,11 +23,37 @@ ATTRIBUTE = "_ds_lvx_attention"
 
 class PatchedAttention:
     """What ds_lvx puts on an attention module. It refers to its module, so that a deep copy refers
-    to the copy."""
+    to the copy.
+
+    Attributes:
+        ranks: that share a batch; with more than one its module is never called without one.
+    """
+
+    ranks: int = 1
 
     def __init__(self, module: nn.Module, plan: LayerPlan) -> None:
         self.module: Any = module
         self.plan = plan
+
+    def shared(self, given: dict[str, Any]) -> ShardedBatch | None:
+        """The batch of a call that is to run sharded; None: by the module's own code.
+
+        Args:
+            given: the keywords of the call; ours is taken out.
+
+        Raises:
+            ValueError: ours is missing, though the ranks share batches: each would attend to its
+                own shard alone.
+        """
+        if KEYWORD not in given and self.ranks > 1:
+            raise ValueError(
+                f"got a call of {self.plan.name} without the keyword {KEYWORD!r}, in a model whose "
+                f"batches {self.ranks} ranks share; expected the layers of the text model to hand "
+                "keywords that they do not know on to their attention: if they do not, the model "
+                "family has to carry this one there (docs/adding-a-model.md)"
+            )
+        batch: ShardedBatch | None = given.pop(KEYWORD, None)
+        return batch if batch is not None and batch.shards(self.plan.kind) else None
 
     def install(self) -> None:
         """Put it on the module."""
@@ -41,8 +67,8 @@ class PatchedAttention:
 class ShardedForward(PatchedAttention):
     """Takes the place of an attention module's ``forward``.
 
-    With a sharded batch (keyword ``ds_lvx``) it runs `sharded`; without one, or where every rank
-    has all that the layer attends to, the module's own forward.
+    With a sharded batch (keyword ``ds_lvx``) it runs `sharded`; where that is None, or where every
+    rank has all that the layer attends to, the module's own forward.
     """
 
     def __init__(self, module: nn.Module, plan: LayerPlan) -> None:
@@ -50,9 +76,10 @@ class ShardedForward(PatchedAttention):
         # Whoever patched the instance before us (accelerate, for one) gets its place back.
         self.previous = module.__dict__.get("forward")
 
-    def __call__(self, *args: Any, ds_lvx: ShardedBatch | None = None, **kwargs: Any) -> Any:
-        if ds_lvx is not None and ds_lvx.shards(self.plan.kind):
-            return self.sharded(ds_lvx, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        batch = self.shared(kwargs)
+        if batch is not None:
+            return self.sharded(batch, *args, **kwargs)
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)

@@ -38,6 +38,7 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
     made = Patch(model, layers, plans)
     try:
         for attention in attentions:
+            attention.ranks = sp_size
             attention.install()
         hook = PrepareText(
             family,

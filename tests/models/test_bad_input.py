@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 import ds_lvx
+from ds_lvx.models.patch import patched_attention
 from ds_lvx.models.registry import BUILT_IN
 from ds_lvx.sharding import shard_batch
 from tests.models import (
     blip_case,
+    concatenated_case,
     idefics_case,
     internvl_case,
     llava_onevision_case,
@@ -46,10 +48,12 @@ def said(work: Callable[[], Any]) -> str:
     return "nothing"
 
 
+CONFIG = idefics_case.ds_config(stage=0, sp_size=2, cross={"method": "lvx"}, self_attn="ring")
+
+
 def mistakes(rank: int) -> dict[str, str]:
     """What a rank hears; rank 1 makes them, but for the model, which is every rank's."""
-    config = idefics_case.ds_config(stage=0, sp_size=2, cross={"method": "lvx"}, self_attn="ring")
-    found = {"model": said(lambda: ds_lvx.apply(Idefics2(), config))}
+    found = {"model": said(lambda: ds_lvx.apply(Idefics2(), CONFIG))}
     other = idefics_case.hard_batch() if rank == 0 else qwen2_5_vl_case.hard_batch()
     found["batch"] = said(lambda: shard_batch(other, model=idefics_case.tiny_model()))
     for name, case, of_grid in (
@@ -64,7 +68,27 @@ def mistakes(rank: int) -> dict[str, str]:
         found[name] = said(
             lambda batch=batch, case=case: shard_batch(batch, model=case.tiny_model())
         )
-    return found
+    return {**found, **without_keyword()}
+
+
+def without_keyword() -> dict[str, str]:
+    """What is heard where layers do not hand it on, of a forward of ours and of transformers'."""
+    heard = {}
+    for kind, case, made in (
+        ("cross", idefics_case, CONFIG),
+        ("self", internvl_case, concatenated_case.rules("internvl", "ring", 2)),
+    ):
+        model = case.tiny_model()
+        session = ds_lvx.apply(model, made)
+        patched = (m for m in model.modules() if patched_attention(m) is not None)
+        attention = next(m for m in patched if patched_attention(m).plan.kind == kind)
+        x = torch.zeros(1, 2, attention.q_proj.in_features)
+        rotary = torch.ones(1, 2, 8), torch.zeros(1, 2, 8)
+        heard[kind] = said(
+            lambda a=attention, x=x, r=rotary: a(x, position_embeddings=r, attention_mask=None)
+        )
+        session.close()
+    return heard
 
 
 def rank_of() -> dict[str, str]:
@@ -81,6 +105,8 @@ def test_what_one_rank_gets_wrong_is_said_on_all() -> None:
         assert "grid_thw" in heard["moss_vl"]
         assert "rank 1: got" in heard["qwen2_5_vl"], heard["qwen2_5_vl"]
         assert "image_grid_thw" in heard["qwen2_5_vl"]
+        for kind in ("cross", "self"):
+            assert "_attn without the keyword 'ds_lvx'" in heard[kind], heard[kind]
 
 
 CASES: dict[str, Any] = {
