@@ -29,9 +29,6 @@ METHODS = tuple(
     # Nobody has said how large subgroups shall be.
     if entry.distributed and not entry.subgroups
 )
-_SCHEDULES = tuple(
-    sorted(name for name, entry in registry.SCHEDULES.items() if not entry.same_queries)
-)
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class Wanted:
         """Those of lvx that may run."""
         if self.schedule != "auto":
             return (self.schedule,)
-        able = (s for s in _SCHEDULES if registry.can_chunk(s) or not self.chunked)
+        able = (s for s in registry.SHARDED if registry.can_chunk(s) or not self.chunked)
         return tuple(able)
 
 

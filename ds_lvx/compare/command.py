@@ -17,14 +17,14 @@ from typing import Any
 
 from ds_lvx.attention.shape import check_heads
 from ds_lvx.compare.document import Subject, deliver
-from ds_lvx.compare.harness import GATHERED, METHODS, SHARDED, Ranks, RunError, on_ranks
+from ds_lvx.compare.harness import GATHERED, METHODS, Ranks, RunError, on_ranks
 from ds_lvx.compare.network import NetworkError
 from ds_lvx.compare.operators import rank as operators
 from ds_lvx.compare.operators import subject as operators_subject
 from ds_lvx.compare.operators.rank import Contest
 from ds_lvx.compare.operators.tensors import ORDERS, VISIBILITIES, Shape
 from ds_lvx.compare.training import model
-from ds_lvx.config.registry import FLOATS, kernel_words
+from ds_lvx.config.registry import FLOATS, SHARDED, kernel_words
 from ds_lvx.config.words import nearest
 from ds_lvx.plan.units import at_least, count
 

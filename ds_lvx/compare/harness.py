@@ -36,15 +36,13 @@ from ds_lvx.distributed.shutdown import shutdown
 from ds_lvx.distributed.start import init_distributed
 from ds_lvx.plan.units import at_least
 
-SHARDED = tuple(sorted(s for s, entry in registry.SCHEDULES.items() if not entry.same_queries))
-"""Schedules of queries that are split."""
 GATHERED = "gathered"
 """What others do: the visual tokens gathered on every rank, whose own queries see them all."""
 METHODS: Mapping[str, tuple[str, str | None]] = {
     name if schedule is None else f"{name}-{schedule}": (name, schedule)
     for name, entry in registry.METHODS.items()
     if not entry.subgroups  # whose size nobody says
-    for schedule in ((*SHARDED, registry.AUTO) if entry.has_schedules else (None,))
+    for schedule in ((*registry.SHARDED, registry.AUTO) if entry.has_schedules else (None,))
 } | {GATHERED: (GATHERED, None)}
 """What is compared, by name: the method and lvx's schedule; ``none`` runs on one process."""
 

@@ -120,6 +120,9 @@ SCHEDULES: dict[str, Schedule] = {
     )
 }
 
+SHARDED = tuple(sorted(name for name, entry in SCHEDULES.items() if not entry.same_queries))
+"""Schedules of queries that are split."""
+
 KERNELS: dict[str, Kernel] = {
     entry.name: entry
     for entry in (

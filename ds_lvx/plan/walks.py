@@ -296,7 +296,8 @@ def way_of(name: str) -> Way:
             walk = partial(_hybrid, hybrid=hybrid, way=WAYS[inner])
             return Way(walk, ("q", "kv"), hybrid, inner)
     raise ValueError(
-        f"way: got {name!r}; expected one of {list(WAYS)}, or a hybrid of them: 'hybrid 4 ring'"
+        f"way: got {name!r}; expected one of {list(WAYS)}, or a hybrid of them: 'hybrid 4 ring'; "
+        "what the registry has needs a row in WAYS of ds_lvx/plan/walks.py"
     )
 
 

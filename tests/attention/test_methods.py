@@ -11,6 +11,7 @@ import torch
 import ds_lvx
 from ds_lvx.attention.common import delta_of
 from ds_lvx.attention.shape import goes_at_once
+from ds_lvx.config.registry import SHARDED, schedule_words
 from ds_lvx.kernels import interface as kernels
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.flash_kernel import FlashKernel
@@ -24,7 +25,8 @@ SHARDS = {
     3: [((4, 4, 4), (20, 20, 20)), ((1, 0, 9), (17, 0, 30)), ((3, 5, 2), (0, 0, 41))],
     4: [((3, 3, 3, 3), (12, 12, 12, 12)), ((6, 1, 0, 4), (0, 25, 9, 14))],
 }
-METHODS = ["lvx-ring", "lvx-gather", "recompute-ring", "recompute-gather", "ring", "ulysses"]
+METHODS = [f"{method}-{each}" for method in ("lvx", "recompute") for each in SHARDED]
+METHODS += ["ring", "ulysses"]
 HEADS = [(4, 2), (4, 4), (4, 1), (6, 2)]
 LIMIT = 1e-5
 LIMITS = {"cpu": LIMIT, "cuda": 1e-4}  # TF32 would err by 1e-3
@@ -115,7 +117,7 @@ def run_nothing() -> list[str]:
     calls = {
         f"{name} {schedule}": (getattr(ds_lvx, name), {"schedule": schedule} if schedule else {})
         for name in ("lv_xattn", "ring_attention", "ulysses_attention", "hybrid_attention")
-        for schedule in (("auto", "ring", "gather", "replicated") if name == "lv_xattn" else ("",))
+        for schedule in (schedule_words() if name == "lv_xattn" else ("",))
     }
     calls["hybrid_attention "][1]["ulysses"] = 2
     for batch, queries in ((0, 3), (2, 0), (0, 0)):

@@ -17,6 +17,7 @@ import torch
 
 import ds_lvx
 from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.config.registry import SHARDED
 from ds_lvx.plan.walks import label
 from tests.attention.cases import Problem, run_problems
 from tests.ranks import FORKED, run_ranks
@@ -75,7 +76,7 @@ def test_bytes_are_those_of_the_formula(ranks: int, device: str) -> None:
                 (16,) * ranks, (90,) * ranks, head_dim=32, dtype=dtype, visibility=visibility
             )
             problem = replace(problem, device=device)
-            for schedule in ("ring", "gather"):
+            for schedule in SHARDED:
                 for method in ("lvx", "recompute"):
                     extra = {"schedule": schedule}
                     cases.append((Problem(**{**problem.__dict__, "extra": extra}), method))

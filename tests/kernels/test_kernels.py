@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ds_lvx import Visibility
 from ds_lvx.attention.oracle import attention_oracle
+from ds_lvx.config.registry import KERNELS
 from ds_lvx.kernels import flash, onednn
 from ds_lvx.kernels.choice import kernel_for
 from ds_lvx.kernels.interface import Kernel, Problem, Upstream, written
@@ -34,7 +35,9 @@ SHAPES = [  # batch, queries, keys, heads, kv heads, head_dim
 ]
 
 
-NAMES = ("native", "fused", "reference")
+APART = {"flash", "cudnn", "triton", "triton_atomic"}
+"""Their tests are elsewhere."""
+NAMES = ("fused", *(name for name in KERNELS if name not in APART))
 
 
 @pytest.fixture(params=["as here", "fused"])

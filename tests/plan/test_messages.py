@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from ds_lvx.attention.shape import AttentionShape
+from ds_lvx.config.registry import METHODS, SCHEDULES
+from ds_lvx.plan.walks import WAYS
 from tests.sent import Sent, bytes_sent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +65,17 @@ def test_few_queries_that_every_rank_holds_go_as_one_message() -> None:
     numbers = {"n": n, "S": 1, "H": heads, "D": head_dim}
     row = formulas("docs/how-it-works.md", "replicated, few queries")
     assert [value(each, **numbers) for each in row] == pytest.approx([sent.forward, sent.backward])
+
+
+def test_every_schedule_and_method_has_its_time_and_its_bytes() -> None:
+    """Else ``auto`` stops everywhere, which asks all of them."""
+    methods = {name for name, entry in METHODS.items() if not entry.subgroups}
+    every = {f"lvx {name}" for name in SCHEDULES} | methods - {"lvx"}
+    assert every == WAYS.keys()
+    shape = AttentionShape(1, (8, 8), (40, 40), 4, 4, 16)
+    assert all(bytes_sent(shape, way).forward > 0 for way in every - {"none"})
+    with pytest.raises(ValueError, match=r"got 'lvx other'; .* a row in WAYS of ds_lvx/plan/walks"):
+        bytes_sent(shape, "lvx other")
 
 
 def test_unequal_shards_send_as_much_together() -> None:
