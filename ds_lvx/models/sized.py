@@ -28,23 +28,31 @@ class Sized(Family):
     """One that can be cut to a size.
 
     Attributes:
-        sized: the module.
+        sized: the module; None, as a family from outside may have it: it lacks these parts.
     """
 
-    sized: Sizes
+    sized: Sizes | None = None
 
     def config(self, size: Size) -> Any:
-        return self.sized.config_of(size)
+        return self._sizes("config").config_of(size)
 
     def size(self, config: Any = None) -> Size:
-        return self.sized.size_of(config)
+        return self._sizes("size").size_of(config)
 
     def random_frames(
         self, config: Any, *, text_tokens: int, total: int, frames: Iterable[int], seed: int
     ) -> dict[str, Tensor]:
-        return self.sized.random_frames(
+        return self._sizes("random_frames").random_frames(
             config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
         )
+
+    def has(self, part: str) -> bool:
+        return super().has(part) and not (self.sized is None and part in _OF_MODULE)
+
+    def _sizes(self, part: str) -> Any:
+        if self.sized is None:
+            raise self.lacks(part, "a model with random weights")
+        return self.sized
 
 
 class Makes(Sizes, Protocol):
@@ -60,11 +68,14 @@ class Made(Sized):
         of_class: of its models.
     """
 
-    sized: Makes
+    sized: Makes | None = None
     of_class: Any
 
     def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
         return self.of_class._from_config(config, dtype=dtype)
 
     def tiny(self) -> tuple[Any, Any]:
-        return self.sized.tiny()
+        return self._sizes("tiny").tiny()
+
+
+_OF_MODULE = ("config", "size", "random_frames", "build", "tiny")

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from ds_lvx.models import FAMILIES, Family, family_of, register_family
+from ds_lvx.models.media import Medium
 from ds_lvx.models.registry import BUILT_IN, KNOWN, Families
 from ds_lvx.models.size import Size
 
@@ -110,6 +112,22 @@ def test_a_tool_names_the_part_that_it_misses(families: Families) -> None:
         with pytest.raises(NotImplementedError, match=r"family 'new' \(Partial\) has no \w+\(\)"):
             call()
     assert families.dimensions()["new"] == family.dimensions
+
+
+def test_a_family_over_a_shared_base_misses_parts_by_name(families: Families) -> None:
+    outside = type("Outside", (type(families.named("smolvlm")),), {"sized": None})
+    families.register("outside", outside)
+    family, processor = families.named("outside"), object()
+    assert not family.has("tiny")
+    assert families.named("smolvlm").has("tiny")
+    for call in (
+        family.tiny,
+        family.size,
+        lambda: family.shown(processor, Medium(None, (1, 1))),
+        lambda: family.media(processor, [], dtype=torch.float32),
+    ):
+        with pytest.raises(NotImplementedError, match=r"'outside' \(Outside\) has no \w+\(\)"):
+            call()
 
 
 PLANNING = """

@@ -208,14 +208,20 @@ class Concatenated(Made):
     # ---- data
 
     def shown(self, processor: Any, medium: Medium) -> Shown:
-        found: Shown = processor.shown(medium)
+        found: Shown = self._own(processor, "shown").shown(medium)
         return found
 
     def media(
         self, processor: Any, samples: Sequence[Held], *, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = processor.media(samples, dtype=dtype)
+        made: dict[str, Tensor] = self._own(processor, "media").media(samples, dtype=dtype)
         return made
+
+    def _own(self, processor: Any, part: str) -> Any:
+        """A processor of this package, which has the part."""
+        if not hasattr(processor, part):
+            raise self.lacks(part, f"training on images and videos with {type(processor).__name__}")
+        return processor
 
     # ---- models
 
