@@ -111,7 +111,8 @@ def test_forward_and_backward(
         gradients = backward(kernel, q, k, v, dout, lse, delta, **how, has_dlse=has_dlse)
         for gradient, leaf in zip(gradients, leaves, strict=True):
             assert leaf.grad is not None
-            torch.testing.assert_close(gradient.double(), leaf.grad, atol=1e-5, rtol=1e-5)
+            # Scores of 256 products are near 20: their last bit in fp32 is 2e-6.
+            torch.testing.assert_close(gradient.double(), leaf.grad, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("_products")
