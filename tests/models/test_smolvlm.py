@@ -88,6 +88,7 @@ def generated() -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_local_tiles_idefics3_and_generation_equal_one_process() -> None:
     found = run_ranks(step_further, 2)
     for index, model in enumerate((tiny_model(), tiny_model("idefics3", tied=False))):
