@@ -171,7 +171,14 @@ def generate_split(*arguments: Any, **keywords: Any) -> Any:
 
 @pytest.mark.slow
 @BY_KEYS
-@pytest.mark.parametrize("case_name", OTHERS)
+@pytest.mark.parametrize(
+    "case_name",
+    [
+        "moss_vl_case",
+        pytest.param("mplugowl3_case", marks=pytest.mark.exhaustive),
+        pytest.param("openflamingo_case", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_families_split_their_prompts(case_name: str, text_keys: str, ranks: int) -> None:
     models, cases, expected = OTHERS[case_name]
     given = {

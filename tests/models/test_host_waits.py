@@ -212,7 +212,7 @@ def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
         "qwen2_5_vl",
         pytest.param("qwen3_vl", marks=pytest.mark.exhaustive),
         pytest.param("internvl", marks=pytest.mark.exhaustive),
-        "llava_onevision",
+        pytest.param("llava_onevision", marks=pytest.mark.exhaustive),
     ],
 )
 def test_towers_and_embeddings_do_not_wait_on_cuda(name: str, fake: FakeCuda) -> None:
@@ -224,10 +224,7 @@ def test_towers_and_embeddings_do_not_wait_on_cuda(name: str, fake: FakeCuda) ->
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in ("idefics", "instructblip") else exhaustive)
-        for name in OTHERS
-    ],
+    [pytest.param(name, marks=[] if name == "idefics" else exhaustive) for name in OTHERS],
 )
 def test_other_families_do_not_wait_on_cuda(name: str, fake: FakeCuda) -> None:
     case, words = OTHERS[name]
