@@ -131,7 +131,7 @@ def generate_each(each: dict[str, Case], sp_size: int) -> dict[str, dict[str, An
 
 @pytest.mark.parametrize(
     "ranks",
-    [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.exhaustive)],
+    [2, *(pytest.param(ranks, marks=pytest.mark.exhaustive) for ranks in (1, 3))],
 )
 def test_generating_equals_one_process(ranks: int) -> None:
     answers = run_ranks(generate_each, ranks, cases(), ranks)

@@ -271,7 +271,7 @@ def accumulated_weights(stage: int) -> dict[str, Any]:
     return {"weights": result, "evaluation": loss.item()}
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_accumulated_steps_and_evaluation(stage: int) -> None:
     model = tiny_model()
     expected = reference_steps([[hard_batch(0), hard_batch(1)]], model)["weights"]

@@ -110,10 +110,8 @@ def local_units(batch: Batch) -> Batch:
     return {**batch, "pixel_values_videos": pixels[list(mine)].flatten(0, 1)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "stage", [3, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(3))]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", range(4))
 def test_an_engine_generates_between_steps(stage: int) -> None:
     model, short = tiny_model(), {"max_new_tokens": 4}
     model(**left_padded(), use_cache=False).loss.backward()
