@@ -1,4 +1,5 @@
 """LoRA on linear layers or embeddings, and modules that train whole, as in one process."""
+
 from __future__ import annotations
 
 import json

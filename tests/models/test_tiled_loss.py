@@ -165,6 +165,9 @@ def test_without_gradients_or_labels_logits_are_whole() -> None:
     assert tiled.logits.shape[1] == 0
     assert whole.logits.shape[:2] == batch["input_ids"].shape
     torch.testing.assert_close(tiled.loss, whole.loss)
+    shard["shift_labels"].fill_(-100)  # which backward needs as they were
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        tiled.loss.backward()
     unlabelled = {key: value for key, value in batch.items() if key != "labels"}
     assert model(**ds_lvx.shard_batch(unlabelled, model=model)).logits.shape[1] > 0
 
