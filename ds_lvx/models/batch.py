@@ -120,7 +120,7 @@ class ShardedBatch:
         """int64 ``[s]`` on the CPU: this rank's tokens of a text whose rows are cut alike."""
         here = span(self.text_lengths, self.channel.rank)
         if self.order is None:
-            return torch.arange(self.past + here.start, self.past + here.stop)
+            return torch.arange(self.past + here.start, self.past + here.stop, device="cpu")
         return self.order[0].argsort()[here]
 
     @property
