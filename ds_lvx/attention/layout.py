@@ -80,7 +80,8 @@ class Layout:
 
         Args:
             channel, q_lengths, kv_lengths: as of the class.
-            visibility: of all queries over all keys, ranks in order, on the CPU; None: all see all.
+            visibility: of all queries over all keys, ranks in order, on the CPU, of which a copy is
+                kept; None: all see all.
             device: where attention will run; nobody waits for the copy.
 
         Raises:
@@ -94,7 +95,8 @@ class Layout:
                 f"visibility: got {found[0]} queries and {found[1]} keys; expected those of all "
                 f"ranks, {sum(q_lengths)} and {sum(kv_lengths)}"
             )
-        return cls(channel, q_lengths, kv_lengths, Rule.on(visibility, device), device=device)
+        rule = Rule.on(visibility.clone(), device)
+        return cls(channel, q_lengths, kv_lengths, rule, device=device)
 
     @classmethod
     def of_call(
@@ -112,7 +114,7 @@ class Layout:
 
         Args:
             channel, q_lengths, kv_lengths: as of the class.
-            visibility: of this rank's queries over its keys, or None.
+            visibility: of this rank's queries over its keys, of which a copy is kept, or None.
             device: that of q.
             all_queries, all_keys: what the method needs of the other ranks' parts.
 
@@ -121,6 +123,7 @@ class Layout:
         """
         if visibility is None:
             return cls(channel, q_lengths, kv_lengths, device=device)
+        visibility = visibility.clone()
         start, end, position = visibility.q_start, visibility.q_end, visibility.kv_pos
         if all_queries:
             (ranges,) = channel.gather_rows([torch.stack((start, end))], [2], q_lengths).wait()

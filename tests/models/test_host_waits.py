@@ -23,6 +23,7 @@ from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import draft_batch
+from tests.elsewhere import ElsewhereByDefault
 from tests.models import (
     blip_case,
     idefics_case,
@@ -123,9 +124,12 @@ def reads_of_second_step(
     made: dict[str, Any], model: Callable[[], Any], batch: Callable[[], Any]
 ) -> set[tuple[str, str]]:
     engine = start_engine(made, model())
-    shard = ds_lvx.shard_batch(batch(), model=engine.module)
-    for _ in range(2):
-        with HostReads() as reads:
+    whole = batch()
+    with ElsewhereByDefault():
+        shard = ds_lvx.shard_batch(whole, model=engine.module)
+    reads = HostReads()
+    for mode in (ElsewhereByDefault(), reads):
+        with mode:
             engine.backward(engine(**shard).loss)
         engine.step()
     end_engine(engine)
