@@ -109,21 +109,24 @@ class Layout:
         device: torch.device,
         all_queries: bool,
         all_keys: bool,
+        backward: bool = True,
     ) -> Layout:
         """The layout of a bare operator's call, from this rank's shard of the rule.
 
         Args:
             channel, q_lengths, kv_lengths: as of the class.
-            visibility: of this rank's queries over its keys, of which a copy is kept, or None.
+            visibility: of this rank's queries over its keys, or None.
             device: that of q.
             all_queries, all_keys: what the method needs of the other ranks' parts.
+            backward: one may follow, until which a copy of ``visibility`` is kept.
 
         Collectives: with a rule an all-gather of ``8 (n - 1) s`` bytes a sample for the queries,
         one of ``4 (n - 1) t`` for the keys.
         """
         if visibility is None:
             return cls(channel, q_lengths, kv_lengths, device=device)
-        visibility = visibility.clone()
+        if backward:
+            visibility = visibility.clone()
         start, end, position = visibility.q_start, visibility.q_end, visibility.kv_pos
         if all_queries:
             (ranges,) = channel.gather_rows([torch.stack((start, end))], [2], q_lengths).wait()
