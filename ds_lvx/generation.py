@@ -22,6 +22,7 @@ from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.failures import named
 from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
+from ds_lvx.kernels.transfer import HOST
 from ds_lvx.models import family_of
 from ds_lvx.models.batch import device_of
 from ds_lvx.models.contract import Family
@@ -129,7 +130,7 @@ def _generate(
     )
     waits = is_partitioned(inside)
     try:
-        with named("ds_lvx.generate", groups):
+        with named("ds_lvx.generate", groups), HOST:
             text, prompt = content.prompt(
                 records,
                 family=family,
@@ -187,8 +188,10 @@ def _agreed(
         arguments.check(family, family.generator(inside), kwargs)
         if _goes_on(kwargs):
             _check_replicas(current, inside)
-        content = _content(family, inside, batch, channel=channel, frames=frames, kwargs=kwargs)
-        record = {**content.record(), **_record(family, inside, kwargs, first=channel.rank == 0)}
+        with HOST:
+            content = _content(family, inside, batch, channel=channel, frames=frames, kwargs=kwargs)
+            record = content.record()
+        record |= _record(family, inside, kwargs, first=channel.rank == 0)
     # Whatever it is: the other ranks must not wait for this one.
     except Exception as caught:  # noqa: BLE001
         error = caught

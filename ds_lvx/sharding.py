@@ -17,6 +17,7 @@ from ds_lvx.attention.checkpointing import is_partitioned
 from ds_lvx.distributed.failures import named
 from ds_lvx.distributed.groups import SequenceParallelGroups, resolve
 from ds_lvx.distributed.together import telling
+from ds_lvx.kernels.transfer import HOST
 from ds_lvx.models import family_of
 from ds_lvx.models.cuts import before, parts_of, span, split
 from ds_lvx.models.draft import Draft
@@ -58,10 +59,12 @@ def owned(
     if (isinstance(count, int) and count < 0) or any(each < 0 for each in tokens):
         raise ValueError(f"got count={count}; expected the number of frames, 0 or more")
     channel = resolve(groups)
-    if costs is not None:
-        return _owned_by_cost(len(tokens), costs, model=model, place=(channel.rank, channel.size))
-    if model is not None:
-        return family_of(model)[0].owned(tokens, channel.rank, channel.size)
+    with HOST:
+        if costs is not None:
+            place = channel.rank, channel.size
+            return _owned_by_cost(len(tokens), costs, model=model, place=place)
+        if model is not None:
+            return family_of(model)[0].owned(tokens, channel.rank, channel.size)
     part = span(split(len(tokens), channel.size), channel.rank)
     return range(part.start, part.stop)
 
@@ -120,8 +123,10 @@ def draft_batch(
     family, inside = family_of(model)
     channel = resolve(groups)
     place = channel.rank, channel.size
-    # Pickled, a part of a tensor would take the whole along.
-    return Draft.of(family, batch, inside, place=place, frames=frames).each(Tensor.clone)
+    with HOST:
+        draft = Draft.of(family, batch, inside, place=place, frames=frames)
+        # Pickled, a part of a tensor would take the whole along.
+        return draft.each(Tensor.clone)
 
 
 def shard_batch(
@@ -213,7 +218,7 @@ def _shard(
     current = SequenceParallelGroups.current() if groups is None else groups
     world = None if current is None or current.dp_size == 1 else current.world_channel
     # What the ranks have agreed on goes to the device, where there may be no memory for it.
-    with named("shard_batch", groups):
+    with named("shard_batch", groups), HOST:
         made = shard(
             family,
             batch,

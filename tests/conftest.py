@@ -18,6 +18,7 @@ from torch.utils import cpp_extension
 from tests.ranks import MAX_RANKS, ROOT, session_pool
 
 OPERATOR = "deepspeed_shm_comm"
+BUILD_S = 900.0
 BUILD = "from ds_lvx.distributed.start import init_distributed as start; start(dist_backend='gloo')"
 
 gc.disable()  # until all is imported, of which nothing is garbage
@@ -42,6 +43,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if hasattr(session.config, "workerinput") or session.config.option.collectonly:
         return
     folder = Path(cpp_extension._get_build_directory(OPERATOR, verbose=False))
+    if (lock := folder / "lock").exists():  # for which every rank would wait without a word
+        from ds_lvx.distributed.start import wait_for_build  # imports DeepSpeed
+
+        wait_for_build(lock, timeout_s=BUILD_S)
     if (folder / f"{OPERATOR}.so").exists():
         return
     print("Builds DeepSpeed's operator, once ...", flush=True)

@@ -18,7 +18,8 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import peft  # noqa: F401
 import torch
 import transformers.models.mllama.modeling_mllama
-import transformers.models.mllama.processing_mllama  # noqa: F401
+import transformers.models.mllama.processing_mllama
+import transformers.trainer  # noqa: F401
 from deepspeed.utils import numa
 from transformers import conversion_mapping
 

@@ -17,6 +17,7 @@ from transformers.generation import LogitsProcessor, StoppingCriteria
 import ds_lvx
 from ds_lvx.models.generating.decoding import Decoding
 from ds_lvx.sharding import mean_loss
+from tests.elsewhere import ElsewhereByDefault
 from tests.generation_case import LVX, blind, config, interleaved, one_image, text_alone
 from tests.models.mllama_case import (
     PATCHES,
@@ -121,7 +122,8 @@ def generate_each(each: dict[str, Case], sp_size: int) -> dict[str, dict[str, An
     results = {}
     for name, case in each.items():
         torch.manual_seed(SEED + rank)  # those of the first rank count
-        result = ds_lvx.generate(model, case.batch, **case.keywords())
+        with ElsewhereByDefault():
+            result = ds_lvx.generate(model, case.batch, **case.keywords())
         results[name] = plain(result)
         results[name]["next random number"] = torch.rand(())
     session.close()
@@ -131,7 +133,7 @@ def generate_each(each: dict[str, Case], sp_size: int) -> dict[str, dict[str, An
 
 @pytest.mark.parametrize(
     "ranks",
-    [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.exhaustive)],
+    [2, *(pytest.param(ranks, marks=pytest.mark.exhaustive) for ranks in (1, 3))],
 )
 def test_generating_equals_one_process(ranks: int) -> None:
     answers = run_ranks(generate_each, ranks, cases(), ranks)

@@ -151,7 +151,15 @@ def forwards(model: Any, batch: Batch, ids: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*FAMILIES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "idefics_case",
+        "moss_vl_case",
+        pytest.param("mplugowl3_case", marks=pytest.mark.exhaustive),
+        pytest.param("openflamingo_case", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_families_go_on_from_their_caches(name: str) -> None:
     make, keywords = FAMILIES[name]
     batch, model = make(), import_module(f"tests.models.{name}").tiny_model().eval()

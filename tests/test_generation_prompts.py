@@ -125,7 +125,9 @@ def generate_idefics(self_attn: Any) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("self_attn", SELF)
+@pytest.mark.parametrize(
+    "self_attn", [SELF[0], pytest.param(SELF[1], marks=pytest.mark.exhaustive)]
+)
 def test_idefics_splits_its_prompts(self_attn: Any) -> None:
     model, expected = idefics_case.tiny_model().eval(), []
     for make in IDEFICS:
@@ -171,7 +173,14 @@ def generate_split(*arguments: Any, **keywords: Any) -> Any:
 
 @pytest.mark.slow
 @BY_KEYS
-@pytest.mark.parametrize("case_name", OTHERS)
+@pytest.mark.parametrize(
+    "case_name",
+    [
+        "moss_vl_case",
+        pytest.param("mplugowl3_case", marks=pytest.mark.exhaustive),
+        pytest.param("openflamingo_case", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_families_split_their_prompts(case_name: str, text_keys: str, ranks: int) -> None:
     models, cases, expected = OTHERS[case_name]
     given = {
@@ -207,7 +216,9 @@ def generate_with_an_engine(batch: Batch, self_attn: Any) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("self_attn", SELF)
+@pytest.mark.parametrize(
+    "self_attn", [SELF[0], pytest.param(SELF[1], marks=pytest.mark.exhaustive)]
+)
 def test_a_split_prompt_under_zero_3(self_attn: Any) -> None:
     batch = interleaved()
     given = {key: value for key, value in batch.items() if key != "labels"}

@@ -244,7 +244,7 @@ def gradient_scale(stage: int, sections: dict[str, Any]) -> float:
         pytest.param(0, marks=pytest.mark.exhaustive),
         pytest.param(1, marks=pytest.mark.exhaustive),
         2,
-        pytest.param(3, marks=pytest.mark.slow),
+        pytest.param(3, marks=pytest.mark.exhaustive),
     ],
 )
 def test_bf16_has_the_gradients_of_one_process(stage: int) -> None:
@@ -271,7 +271,7 @@ def accumulated_weights(stage: int) -> dict[str, Any]:
     return {"weights": result, "evaluation": loss.item()}
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_accumulated_steps_and_evaluation(stage: int) -> None:
     model = tiny_model()
     expected = reference_steps([[hard_batch(0), hard_batch(1)]], model)["weights"]
@@ -303,7 +303,7 @@ def two_forwards_in_a_backward(stage: int, rule: dict[str, Any]) -> list[dict[st
     ("stage", "rule"),
     [
         (2, {}),
-        pytest.param(3, {}, marks=pytest.mark.slow),
+        pytest.param(3, {}, marks=pytest.mark.exhaustive),
         pytest.param(3, {"kv_chunk_tokens": 3}, marks=pytest.mark.exhaustive),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.ranks import run_ranks
 from tests.test_trainer import config_of
 from tests.test_trl_dpo import DPO, assert_same_preferences, prefer, rows, trl
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}"
@@ -29,7 +30,7 @@ TEMPLATE = (
 )
 
 
-FURTHER = (("qwen2_5_vl", 2), ("idefics", 2), ("idefics", 3))
+CASES = [*product(("qwen2_5_vl", "idefics"), (2, 3))]
 
 
 class Pictures(transformers.Qwen2_5_VLProcessor):
@@ -87,13 +88,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.mark.parametrize(
-    ("name", "stage"),
-    [
-        ("qwen2_5_vl", 3),
-        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in FURTHER),
-    ],
-)
+@pytest.mark.parametrize(("name", "stage"), CASES)
 def test_dpo_on_two_ranks_has_the_losses_of_one_process(
     name: str, stage: int, folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -43,7 +43,7 @@ class HostMemory:
         nbytes = shape.numel() * dtype.itemsize
         pins = torch.accelerator.is_available()
         if not pins or nbytes < _LEAST_BYTES:
-            return torch.empty(shape, dtype=dtype, pin_memory=pins)
+            return torch.empty(shape, dtype=dtype, pin_memory=pins, device="cpu")
         block = self._take(nbytes)
         # The storage of a tensor ends unseen; that of an array that it holds does not.
         place = block.memory.numpy()[:nbytes]
@@ -75,9 +75,9 @@ class HostMemory:
 
 def _pinned(nbytes: int, stream: Any) -> _Block:
     if torch.cuda.is_available():
-        memory = torch.empty(nbytes, dtype=torch.uint8)
+        memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, _PORTABLE)
         if int(error) == 0:
             return _Block(memory, stream, is_registered=True)
-    memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True, device="cpu")
     return _Block(memory, stream, is_registered=False)

@@ -80,7 +80,8 @@ class Layout:
 
         Args:
             channel, q_lengths, kv_lengths: as of the class.
-            visibility: of all queries over all keys, ranks in order, on the CPU; None: all see all.
+            visibility: of all queries over all keys, ranks in order, on the CPU, of which a copy is
+                kept; None: all see all.
             device: where attention will run; nobody waits for the copy.
 
         Raises:
@@ -94,7 +95,8 @@ class Layout:
                 f"visibility: got {found[0]} queries and {found[1]} keys; expected those of all "
                 f"ranks, {sum(q_lengths)} and {sum(kv_lengths)}"
             )
-        return cls(channel, q_lengths, kv_lengths, Rule.on(visibility, device), device=device)
+        rule = Rule.on(visibility.clone(), device)
+        return cls(channel, q_lengths, kv_lengths, rule, device=device)
 
     @classmethod
     def of_call(
@@ -107,6 +109,7 @@ class Layout:
         device: torch.device,
         all_queries: bool,
         all_keys: bool,
+        backward: bool = True,
     ) -> Layout:
         """The layout of a bare operator's call, from this rank's shard of the rule.
 
@@ -115,12 +118,15 @@ class Layout:
             visibility: of this rank's queries over its keys, or None.
             device: that of q.
             all_queries, all_keys: what the method needs of the other ranks' parts.
+            backward: one may follow, until which a copy of ``visibility`` is kept.
 
         Collectives: with a rule an all-gather of ``8 (n - 1) s`` bytes a sample for the queries,
         one of ``4 (n - 1) t`` for the keys.
         """
         if visibility is None:
             return cls(channel, q_lengths, kv_lengths, device=device)
+        if backward:
+            visibility = visibility.clone()
         start, end, position = visibility.q_start, visibility.q_end, visibility.kv_pos
         if all_queries:
             (ranges,) = channel.gather_rows([torch.stack((start, end))], [2], q_lengths).wait()

@@ -50,9 +50,11 @@ class Places:
         """
         batch, longest = len(order), shards.longest
         rank, row = order // longest, order % longest
-        arriving = ((rank * batch + torch.arange(batch)[:, None]) * longest + row).flatten()
-        leaving = torch.zeros(batch * shards.held, dtype=torch.int32)
-        leaving[arriving] = torch.arange(len(arriving), dtype=torch.int32)
+        arriving = (
+            (rank * batch + torch.arange(batch, device="cpu")[:, None]) * longest + row
+        ).flatten()
+        leaving = torch.zeros(batch * shards.held, dtype=torch.int32, device="cpu")
+        leaving[arriving] = torch.arange(len(arriving), dtype=torch.int32, device="cpu")
         return cls(to_device(arriving.int(), device), to_device(leaving, device), longest)
 
     def take(self, arrived: Tensor) -> Tensor:
@@ -92,7 +94,9 @@ class Shards:
 
     def padding(self) -> Tensor:
         """bool ``[n * s]``."""
-        return torch.cat([torch.arange(self.longest) >= length for length in self.lengths])
+        return torch.cat(
+            [torch.arange(self.longest, device="cpu") >= length for length in self.lengths]
+        )
 
 
 @dataclass(frozen=True)

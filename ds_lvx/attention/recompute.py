@@ -109,7 +109,7 @@ def lv_xattn_recompute(
 
     Collectives: those of `lv_xattn`, the first under the projection, in backward the last as well;
     and an agreement of 2 KiB on the CPU after the projection in forward.
-    Kept for backward: q, out, lse, the random state, references to features and visibility.
+    Kept for backward: q, out, lse, the random state, a reference to features, a copy of visibility.
     Source: the paper's section 3.2.
     """
     call = settle(

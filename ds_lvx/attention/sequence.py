@@ -34,19 +34,22 @@ def gather_sequence(
 
     Returns:
         The shards of all ranks, one after the other along ``dim``, or ``[B, T, ...]`` in the order
-        of the whole text, zeros where padding is on no rank. In backward every rank's
-        gradient of the whole is summed, in fp32, and each gets its shard of the sum.
+        of the whole text, zeros where padding is on no rank; x itself with a ``shard`` of a model
+        whose text every rank runs whole. In backward every rank's gradient of the whole is summed,
+        in fp32, and each gets its shard of the sum.
 
     Raises:
         ValueError: shapes that differ elsewhere than in ``dim``, or dtypes that differ, on all
-            ranks; a ``dim`` that x does not have, or with ``shard`` another one than 1, or where
-            the shard's tokens have to be put in order, an x that has not as many; no ``shard``, and
-            as many as this rank's tokens of the last batch, which are not side by side.
+            ranks; a ``dim`` that x does not have, or with ``shard`` another one than 1 or an x that
+            has not as many tokens; no ``shard``, and as many as this rank's tokens of the last
+            batch, which are not side by side.
 
     Collectives: one agreement on the CPU; an all-gather of ``(n - 1)`` times x's bytes, and in
     backward an all-to-all of as many as the other ranks' shards have. Every rank must run backward
     if one does.
     """
+    if getattr((shard or {}).get("ds_lvx"), "whole_text", False):
+        return x
     channel = resolve(groups)
     record: dict[str, Any] = {}
     error: Exception | None = None
@@ -105,14 +108,13 @@ def _check_tokens(x: Tensor, dim: int, shard: Mapping[str, Any]) -> None:
     if dim != 1:
         raise ValueError(f"dim: got {dim} with a shard; expected 1, the tokens' dimension")
     batch = shard["ds_lvx"]
-    if batch.order is None:
-        return
-    wanted = (len(batch.order), batch.text_lengths[batch.channel.rank])
+    rows = len(x) if batch.order is None else len(batch.order)
+    wanted = (rows, batch.text_lengths[batch.channel.rank])
     if tuple(x.shape[:2]) != wanted:
         raise ValueError(
             f"gather_sequence: got shape {list(x.shape)} for a shard of {list(wanted)} tokens; "
-            "expected something of each of them (with loss_tiles above 1 there are no logits in "
-            "training)"
+            "expected something of each of them: with ds_lvx.loss_tiles above 1 the model makes "
+            "its loss without logits in training; remove loss_tiles"
         )
 
 

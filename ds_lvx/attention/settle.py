@@ -135,6 +135,7 @@ def _settle(asked: _Asked, channel: Channel) -> Call:
         kv_lengths,
         asked.visibility,
         device=asked.q.device,
+        backward=backward,
         **_needs(asked.operation, schedule),
     )
     return Call(

@@ -51,5 +51,5 @@ def dealt(length: int, ranks: int) -> list[Tensor]:
     shares = [each + (rank < more) for rank in range(ranks)]
     early = [(share + 1) // 2 for share in shares]
     late = [share // 2 for share in shares]
-    pieces = torch.arange(length).split([*early, *reversed(late)])
+    pieces = torch.arange(length, device="cpu").split([*early, *reversed(late)])
     return [torch.cat((pieces[rank], pieces[-1 - rank])) for rank in range(ranks)]

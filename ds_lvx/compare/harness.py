@@ -29,7 +29,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ds_lvx.compare.machine import cores
-from ds_lvx.compare.network import Lab, Network
+from ds_lvx.compare.network import Lab, Network, name_of_mine, take_down_left
 from ds_lvx.config import registry
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.shutdown import shutdown
@@ -134,7 +134,8 @@ def on_ranks(
     call = pickle.dumps(process) + pickle.dumps((function, request, joins))
     if ranks.network is None:
         return _run(call, ranks)
-    with Lab(ranks.network, ranks=ranks.count, name=f"lvx{os.getpid()}") as lab:
+    take_down_left()
+    with Lab(ranks.network, ranks=ranks.count, name=name_of_mine()) as lab:
         return _run(call, ranks, lab)
 
 

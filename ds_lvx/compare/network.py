@@ -6,8 +6,10 @@ What the script needs (root, iproute2, kernel features) it says itself, and `Net
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ INTERFACE = "eth0"
 MASTER = "10.77.0.1"
 HEADER_BYTES = 14 + 20 + 32
 """Of a TCP packet as an interface counts it: Ethernet, IPv4, TCP with timestamps."""
+NAMESPACES = Path("/run/netns")
+"""Where iproute2 has a file for each."""
 SNMP = Path("/proc/self/net/snmp")
 """The kernel's table of TCP, of this process's network namespace."""
 
@@ -84,14 +88,14 @@ class Lab:
 
     def __enter__(self) -> Lab:
         try:
-            self._call("up", str(self.ranks), *str(self.network).split(","))
+            _script(self.name, "up", str(self.ranks), *str(self.network).split(","))
         except KeyboardInterrupt:  # half-way
-            self._call("down")
+            _script(self.name, "down")
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._call("down")
+        _script(self.name, "down")
 
     @property
     def environment(self) -> dict[str, str]:
@@ -109,17 +113,36 @@ class Lab:
         """The command that runs another where a rank is."""
         return ("ip", "netns", "exec", f"{self.name}-{rank}")
 
-    def _call(self, *words: str) -> None:
-        # In a session of its own, Ctrl-C does not reach it, and it can do its work to the end.
-        done = subprocess.run(
-            ["bash", str(SCRIPT), "--name", self.name, *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            start_new_session=True,
-        )
-        if done.returncode != 0:
-            raise NetworkError(done.stderr.strip())
+
+def name_of_mine() -> str:
+    """Of a lab that belongs to this process: whoever finds it knows whether its owner is gone."""
+    return f"lvx{os.getpid()}"
+
+
+def take_down_left() -> None:
+    """Take down the labs that are named after a process which is gone: it was killed outright.
+
+    What still runs in them ends. Others stay, and one that cannot be taken down as well.
+    """
+    names = (re.fullmatch(r"(lvx(\d+))-(\d+|hub)", path.name) for path in NAMESPACES.glob("lvx*"))
+    owners = {found[1]: int(found[2]) for found in names if found is not None}
+    for name, owner in owners.items():
+        if not psutil.pid_exists(owner):
+            with suppress(NetworkError):  # another comparison may be at it
+                _script(name, "down")
+
+
+def _script(name: str, *words: str) -> None:
+    # In a session of its own, Ctrl-C does not reach it, and it can do its work to the end.
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--name", name, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+    if done.returncode != 0:
+        raise NetworkError(done.stderr.strip())
 
 
 def counting() -> Callable[[], dict[str, int] | None]:

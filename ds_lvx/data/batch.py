@@ -21,6 +21,7 @@ from ds_lvx.data.frames import DecodeCount
 from ds_lvx.data.limits import DEFAULT_LIMITS, Limits
 from ds_lvx.data.packing import packed_text, rows_of
 from ds_lvx.data.text import IGNORED, EncodedText, TextEncoder
+from ds_lvx.kernels.transfer import HOST
 from ds_lvx.models.media import Held, Medium, Shown, of_sample
 
 
@@ -171,7 +172,10 @@ class BatchMaker:
         Raises:
             DataError: with file and line.
         """
-        samples = [self._sample(conversation) for conversation in conversations]
+        with HOST:
+            return self._batch([self._sample(conversation) for conversation in conversations])
+
+    def _batch(self, samples: Sequence[Sample]) -> Batch:
         family, processor = self.encoder.family, self.encoder.processor
         failed: dict[int, str] = {}
         frames = sum(sample.num_frames for sample in samples)

@@ -85,11 +85,11 @@ class SampleOrder:
 def _permutation(blocks: tuple[int, ...], seed: int, epoch: int) -> tuple[int, ...]:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     if len(blocks) == 1:
-        return tuple(torch.randperm(blocks[0], generator=generator).tolist())
+        return tuple(torch.randperm(blocks[0], generator=generator, device="cpu").tolist())
     begins = [0, *accumulate(blocks)]
     order: list[int] = []
-    for block in torch.randperm(len(blocks), generator=generator).tolist():
-        inside = torch.randperm(blocks[block], generator=generator)
+    for block in torch.randperm(len(blocks), generator=generator, device="cpu").tolist():
+        inside = torch.randperm(blocks[block], generator=generator, device="cpu")
         order += (inside + begins[block]).tolist()
     return tuple(order)
 
@@ -104,5 +104,5 @@ def _groups(
         groups += [window[n : n + together] for n in range(0, len(window), together)]
     rest = groups.pop() if len(groups[-1]) < together else []
     generator = torch.Generator().manual_seed(seed % 2**63)
-    shuffled = torch.randperm(len(groups), generator=generator).tolist()
+    shuffled = torch.randperm(len(groups), generator=generator, device="cpu").tolist()
     return (*(sample for n in shuffled for sample in groups[n]), *rest)

@@ -144,7 +144,7 @@ class Channel:
 
     def _exchange_once(self, frame: bytearray) -> tuple[list[bytes], int]:
         mine = torch.frombuffer(frame, dtype=torch.uint8)
-        everyone = torch.empty(self.size * len(mine), dtype=torch.uint8)
+        everyone = torch.empty(self.size * len(mine), dtype=torch.uint8, device="cpu")
         with blocking("agreement"):
             dist.all_to_all_single(everyone, mine.repeat(self.size), group=self._control())
         count_control((self.size - 1) * len(mine))

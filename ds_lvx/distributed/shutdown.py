@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import sys
 import traceback
 from collections.abc import Iterator
@@ -88,7 +87,7 @@ def shutdown(engine: Any = None) -> None:
     _forget_deepspeed()
     gc.collect()
     channel.destroy_all()
-    for each in [engine, *_engines, *_half_made()]:
+    for each in {id(each): each for each in (engine, *_engines, *_half_made())}.values():
         _let_go_of_groups(each)
     gc.collect()
     Mailbox.wait_for_readers()
@@ -139,16 +138,22 @@ def _is_deepspeed_s(owner: Any) -> bool:
 def _partitioner(parameter: Any) -> Any:
     """What partitions a parameter of ZeRO-3; the parameter's own functions refer to it."""
     gather = getattr(parameter, "all_gather", None)
-    return None if gather is None else inspect.getclosurevars(gather).nonlocals.get("self")
+    if gather is None:
+        return None
+    cells = dict(zip(gather.__code__.co_freevars, gather.__closure__ or (), strict=True))
+    return cells["self"].cell_contents if "self" in cells else None
 
 
 def _forget_deepspeed() -> None:
-    """Drop what DeepSpeed keeps in its modules: backend, mpu and groups of the last engine."""
+    """Drop what DeepSpeed keeps in its modules: backend, mpu and groups of the last engine, and
+    models, which else would stay in memory with all that hangs on them."""
     if "deepspeed" not in sys.modules:
         return
     import deepspeed.comm.comm as deepspeed_comm
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
     from deepspeed.utils import groups as deepspeed_groups
 
+    FWD_MODULE_STACK.clear()  # it begins with the model of every engine of ZeRO-3
     deepspeed_comm.cdb = None
     deepspeed_groups.mpu = None
     deepspeed_groups.mesh_device = None

@@ -104,7 +104,7 @@ class Sequences:
                 longest = (max(longest[0], each.size[1]), max(longest[1], each.size[2]))
             if at != (seqlen_q, seqlen_kv):
                 return None
-        queries, keys = torch.tensor(bounds, dtype=torch.int32).t().contiguous()
+        queries, keys = torch.tensor(bounds, dtype=torch.int32, device="cpu").t().contiguous()
         return cls(queries, keys, longest, rectangles[0].causal)
 
     def to(self, device: torch.device) -> Sequences:

@@ -120,7 +120,11 @@ class _Sample:
 
 def _best(start: Tensor, end: Tensor, position: Tensor) -> _Sample | None:
     """The cheapest cover of a sample within the bound on calls."""
-    order = torch.arange(len(position)) if _rise(position) else position.argsort(stable=True)
+    order = (
+        torch.arange(len(position), device="cpu")
+        if _rise(position)
+        else position.argsort(stable=True)
+    )
     position = position[order]
     first, stop = torch.searchsorted(position, start), torch.searchsorted(position, end)
     sees = first < stop
@@ -178,7 +182,7 @@ def _segments(
     if len(first) == 0:
         return []
     level, growth = first.diff() == 0, stop.diff()
-    kinds = torch.full((len(first) - 1,), _BREAK, dtype=torch.int8)
+    kinds = torch.full((len(first) - 1,), _BREAK, dtype=torch.int8, device="cpu")
     kinds[level & (growth == 0)] = _SAME
     kinds[level & (growth == 1)] = _GROWS
     if walls is not None:
@@ -228,11 +232,11 @@ def _by_keys(boxes: Sequence[_Box]) -> list[_Box]:
 
 def _kept(first: Tensor, stop: Tensor, length: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The keys that are in some range, and the ranges counted in these."""
-    changes = torch.zeros(length + 1, dtype=torch.int64)
+    changes = torch.zeros(length + 1, dtype=torch.int64, device="cpu")
     one = torch.ones_like(first)
     changes.index_add_(0, first, one).index_add_(0, stop, -one)
     seen = changes.cumsum(0)[:-1] > 0
-    before = torch.cat((torch.zeros(1, dtype=torch.int64), seen.cumsum(0)))
+    before = torch.cat((torch.zeros(1, dtype=torch.int64, device="cpu"), seen.cumsum(0)))
     return seen.nonzero()[:, 0], (before[first], before[stop])
 
 
@@ -300,7 +304,7 @@ def _order(places: Sequence[Tensor], length: int) -> Order:
     longest = max(map(len, places))
     rows = []
     for own in places:
-        free = torch.ones(length, dtype=torch.bool)
+        free = torch.ones(length, dtype=torch.bool, device="cpu")
         free[own] = False
         rows.append(torch.cat((own, free.nonzero()[: longest - len(own), 0])))
     return Order(torch.stack(rows))
@@ -316,7 +320,7 @@ def _rise(values: Tensor) -> bool:
 
 def _side_by_side(places: Tensor, ranges: Sequence[tuple[int, int]]) -> bool:
     """Whether each range of places is a run of neighbours."""
-    jumps = torch.zeros(len(places), dtype=torch.int64)
+    jumps = torch.zeros(len(places), dtype=torch.int64, device="cpu")
     jumps[1:] = (places.diff() != 1).cumsum(0)
     return all(a == b or int(jumps[a]) == int(jumps[b - 1]) for a, b in ranges)
 

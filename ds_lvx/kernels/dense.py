@@ -59,7 +59,7 @@ class _Kept(threading.local):
         kept = self._buffers.get(name)
         if kept is None or kept.dtype != like.dtype or len(kept) < numbers:
             with torch.inference_mode(False):  # or nothing outside of one could write to it
-                kept = self._buffers[name] = torch.empty(numbers, dtype=like.dtype)
+                kept = self._buffers[name] = torch.empty(numbers, dtype=like.dtype, device="cpu")
         return kept[:numbers].view(shape)
 
 

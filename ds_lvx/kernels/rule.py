@@ -118,7 +118,7 @@ class Rule:
         if self.sees_all:
             return Structure.ALL
         seqlen_q, seqlen_kv = self.shape
-        index = torch.arange(seqlen_kv, dtype=torch.int32)
+        index = torch.arange(seqlen_kv, dtype=torch.int32, device="cpu")
         if seqlen_q == seqlen_kv and bool(
             (rule.kv_pos == index).all() and (rule.q_end == index + 1).all()
         ):
@@ -302,7 +302,7 @@ def _pieces(values: Tensor) -> list[slice]:
 def _starts_of_runs(rule: Visibility, blocks: Collection[int]) -> Tensor:
     """Where queries begin that see something else than the one before, or a block."""
     seqlen = rule.q_start.shape[1]
-    begins = torch.zeros(seqlen, dtype=torch.bool)
+    begins = torch.zeros(seqlen, dtype=torch.bool, device="cpu")
     begins[[*blocks]] = True
     for ranges in (rule.q_start, rule.q_end):
         begins[1:] |= (ranges[:, 1:] != ranges[:, :-1]).any(dim=0)
@@ -320,7 +320,7 @@ def _runs_of_blocks(some: Tensor, every: Tensor, offset: int) -> list[tuple[int,
     marks = some.to(torch.uint8)
     first = marks.argmax(dim=0)
     last = runs - 1 - marks.flip(0).argmax(dim=0)
-    before = torch.zeros(1, every.shape[1], dtype=torch.int32)
+    before = torch.zeros(1, every.shape[1], dtype=torch.int32, device="cpu")
     seen = torch.cat((before, every.cumsum(dim=0, dtype=torch.int32)))
     within = seen.gather(0, last[None] + 1) - seen.gather(0, first[None])
     whole = (within[0] == last - first + 1).tolist()
@@ -365,7 +365,7 @@ def _listed(some: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
     counts = torch.stack([t.sum(dim=2, dtype=torch.int32) for t in (some, every)], dim=2)
     if not some.is_cpu:  # whose stream would wait for the number of places
         return _sorted(some, every), counts
-    order = torch.zeros(some.shape, dtype=torch.int32)
+    order = torch.zeros(some.shape, dtype=torch.int32, device="cpu")
     _list_into(order, every, torch.zeros_like(counts[..., 1]))
     _list_into(order, some & ~every, counts[..., 1])
     return order, counts
@@ -385,5 +385,9 @@ def _list_into(order: Tensor, marks: Tensor, behind: Tensor) -> None:
     found = marks.reshape(-1).nonzero()[:, 0]
     row = found.div(columns, rounding_mode="floor")
     own = marks.sum(dim=2).reshape(-1)
-    place = torch.arange(len(found)) - (own.cumsum(0) - own)[row] + behind.reshape(-1)[row]
+    place = (
+        torch.arange(len(found), device="cpu")
+        - (own.cumsum(0) - own)[row]
+        + behind.reshape(-1)[row]
+    )
     order.view(-1)[row * columns + place] = (found - row * columns).to(torch.int32)

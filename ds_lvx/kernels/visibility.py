@@ -77,6 +77,11 @@ class Visibility:
         """Some of the queries over some of the keys, by their places; of slices views."""
         return Visibility(self.q_start[:, queries], self.q_end[:, queries], self.kv_pos[:, keys])
 
+    def clone(self) -> Visibility:
+        """The same in memory of its own, which nobody else writes to before backward."""
+        parts = (self.q_start, self.q_end, self.kv_pos)
+        return Visibility(*(part.clone() for part in parts))
+
     def contiguous(self) -> Visibility:
         """The same with tensors that a kernel can read row after row."""
         parts = (self.q_start, self.q_end, self.kv_pos)

@@ -50,6 +50,7 @@ class ShardedBatch:
             (`ds_lvx.models.generating.text_keys`).
         past: tokens before a text that is split and goes on from a cache; 0 of one that begins.
         units: images or frames that this rank holds, none of which is split; None: not told.
+        whole_text: every rank runs all of the text, in training too.
     """
 
     text: Layout
@@ -66,6 +67,7 @@ class ShardedBatch:
     behind: bool = False
     past: int = 0
     units: int | None = None
+    whole_text: bool = False
 
     @classmethod
     def of(
@@ -118,7 +120,7 @@ class ShardedBatch:
         """int64 ``[s]`` on the CPU: this rank's tokens of a text whose rows are cut alike."""
         here = span(self.text_lengths, self.channel.rank)
         if self.order is None:
-            return torch.arange(self.past + here.start, self.past + here.stop)
+            return torch.arange(self.past + here.start, self.past + here.stop, device="cpu")
         return self.order[0].argsort()[here]
 
     @property

@@ -161,4 +161,5 @@ class Settled:
             others=self.visual.layouts(text, channel=channel, lengths=lengths, device=device),
             order=text.order(),
         )
-        return replace(keyword, among=self.visual.among(channel.size), units=self.units)
+        among = self.visual.among(channel.size)
+        return replace(keyword, among=among, units=self.units, whole_text=text.whole)

@@ -49,6 +49,8 @@ class Text:
     """In generation a rank keeps the keys of its part of a prompt, and none has all."""
     prefix: ClassVar[str] = ""
     """Of the model's names of all but ``labels``: a decoder's are others than its encoder's."""
+    whole: ClassVar[bool] = False
+    """Every rank runs all of it."""
     unlearnt: ClassVar[int] = 1
     """First labels of a row that count for nothing: the first token is predicted by nobody."""
 

@@ -42,7 +42,7 @@ def share_of_loss(head: Any, logits: Tensor, labels: Tensor, items: float) -> Te
     """
     tiled = _tiled(head)
     if tiled is not None and tiled.states is not None:
-        total: Tensor = head(tiled.taken(), labels)
+        total: Tensor = _called(head)(tiled.taken(), labels)
     else:
         total = _cross_entropy(logits, labels)
     return total / items
@@ -75,7 +75,7 @@ class TileLoss(Hook):
     """
 
     def __init__(self, model: Any, owner: nn.Module, name: str, tiles: int) -> None:
-        head: Any = getattr(owner, name)
+        head: Any = _called(getattr(owner, name))
         self._head, self._forward = head, TiledForward(head, tiles, _softcap(model))
         self._before = vars(head).get("forward")
         head.forward = self._forward
@@ -161,9 +161,9 @@ class TiledForward:
         trained = [p for p in self._head.parameters() if p.requires_grad]
         if _inner_is_partitioned(self._head):
             raise NotImplementedError(
-                "got loss_tiles with adapters inside the head under ZeRO-3, which gathers their "
-                "weights a call; leave the head out of the adapters' targets, use ZeRO stage 2, or "
-                "remove loss_tiles"
+                "got loss_tiles with modules inside the head, as adapters are, under ZeRO-3, which "
+                "gathers their weights a call; leave the head out of the adapters' targets (peft's "
+                "modules_to_save may have it), use ZeRO stage 2, or remove loss_tiles"
             )
         total: Tensor = _Tiles.apply(self._loss_of, self._tiles, labels, states, *trained)
         return total
@@ -210,10 +210,10 @@ class _Tiles(torch.autograd.Function):
         states: Tensor,
         *trained: Tensor,
     ) -> Tensor:
-        ctx.loss_of, ctx.labels, ctx.trained = loss_of, labels, trained
+        ctx.loss_of, ctx.trained = loss_of, trained
         ctx.lengths = [each for each in split(states.shape[1], tiles) if each]
         ctx.setting = Setting(states)
-        ctx.save_for_backward(states)
+        ctx.save_for_backward(states, labels)
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         for part, learnt in _pieces(states, labels, ctx.lengths):
             total += loss_of(part, learnt)
@@ -222,13 +222,13 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> Any:
-        (states,) = ctx.saved_tensors
+        states, labels = ctx.saved_tensors
         of_states = ctx.needs_input_grad[3]
         d_states = torch.empty_like(states) if of_states else None
         # Weights in 16 bits: their gradients add up in fp32.
         totals = [torch.zeros(p.shape, dtype=_widest(p), device=p.device) for p in ctx.trained]
         playback, start = ctx.setting.playback(), 0
-        for part, learnt in _pieces(states, ctx.labels, ctx.lengths):
+        for part, learnt in _pieces(states, labels, ctx.lengths):
             leaf = part.detach().requires_grad_(of_states)
             with torch.enable_grad(), playback.piece():
                 loss = ctx.loss_of(leaf, learnt)
@@ -263,8 +263,16 @@ def is_tiled(head: Any) -> bool:
 
 
 def _tiled(head: Any) -> TiledForward | None:
-    found = vars(head).get("forward")
+    found = vars(_called(head)).get("forward")
     return found if isinstance(found, TiledForward) else None
+
+
+def _called(head: Any) -> Any:
+    """What has the head's weights: where it trains whole beside LoRA, peft keeps a copy inside of a
+    module that hands its calls on."""
+    copies = getattr(head, "modules_to_save", None)
+    active = getattr(head, "active_adapters", ())
+    return copies[active[0]] if isinstance(copies, nn.ModuleDict) and active else head
 
 
 def _inner_is_partitioned(head: nn.Module) -> bool:

@@ -111,6 +111,7 @@ def with_lora(model: nn.Module, options: Any, family: Family) -> nn.Module:
         _check_targets(modules, targets, chosen, excluded)
     if any(_within(name, excluded) for name in _matched(modules, targets)):
         config.exclude_modules = rf"({'|'.join(map(re.escape, excluded))})(\..*)?"
+    _check_whole(modules, chosen)
     _check_shared(modules, [*chosen, *saved])
     # Loading draws random numbers, and how many depends on the ZeRO stage.
     torch.manual_seed(options.seed)
@@ -245,6 +246,21 @@ def _check_targets(
         f"{_TARGETS}: got {got}, {what}; expected names of layers, or their ends, or {ALL_LINEAR}; "
         f"linear layers are {_listed(_linear(modules))}; correct it"
     )
+
+
+def _check_whole(modules: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise a ValueError for a layer that peft would take for one of its own weight alone."""
+    from torch import nn
+
+    for name in names:
+        module = modules[name]
+        inner = [child for child, each in module.named_children() if [*each.parameters()]]
+        if isinstance(module, (nn.Linear, nn.Embedding)) and inner:
+            raise ValueError(
+                f"{_TARGETS}: got {name}, a {type(module).__name__} with further weights in "
+                f"{', '.join(inner)}, for which LoRA has no matrices; expected layers of one "
+                f"weight; train it whole ({_SAVED}), or leave it out"
+            )
 
 
 def _check_shared(modules: Mapping[str, Any], names: Sequence[str]) -> None:

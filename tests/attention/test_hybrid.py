@@ -95,7 +95,7 @@ def predicted(problem: Problem, rank: int) -> tuple[float, float]:
     return found.rule + found.forward, found.backward
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_bytes_are_those_of_the_formula(ranks: int) -> None:
     lengths = [((16,) * ranks, (40,) * ranks), *SHARDS[ranks][1:]]
     cases = [

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+import ds_lvx
 from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.rule import Rule, Structure
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 from tests.attention.cases import Problem
+from tests.elsewhere import ElsewhereByDefault
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -133,3 +138,59 @@ def test_a_rule_of_other_lengths_is_refused() -> None:
     rule = Visibility.all(1, 4, EVERYTHING % 7, device=CPU)
     with pytest.raises(ValueError, match=r"got 4 queries and 1 keys; expected .* 5 and 1"):
         Layout.of_batch(Channel.world(), (2, 3), (1, 0), rule, device=CPU)
+
+
+def gradients(operator: Any, *, written: bool, checkpointed: bool) -> list[torch.Tensor]:
+    """Of a call in a group of one whose rule is written over before backward."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 8, generator=generator) for n in (3, 6, 6))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    bounds = (torch.tensor([row], dtype=torch.int32) for row in ([0, 1, 0], [1, 2, 3]))
+    rule = Visibility(*bounds, torch.arange(6, dtype=torch.int32)[None] // 2)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = operator(q, k, v, visibility=rule)
+        return found
+
+    function = partial(ds_lvx.checkpointing(checkpoint), run, use_reentrant=False)
+    with ElsewhereByDefault():
+        out = function(*inputs) if checkpointed else run(*inputs)
+    for part in (rule.q_start, rule.q_end, rule.kv_pos) if written else ():
+        part.fill_(EVERYTHING)
+    out.square().sum().backward()
+    return [x.grad for x in inputs if x.grad is not None]
+
+
+def recomputed(q: Any, k: Any, v: Any, *, visibility: Visibility) -> torch.Tensor:
+    features = torch.cat((k, v), dim=-1)
+    return ds_lvx.lv_xattn_recompute(
+        q, features, lambda f: tuple(f.split(8, dim=-1)), visibility=visibility
+    )
+
+
+OPERATORS = {
+    "gather": partial(ds_lvx.lv_xattn, schedule="gather"),
+    "replicated": partial(ds_lvx.lv_xattn, schedule="replicated"),
+    "recompute": recomputed,
+    "ring": ds_lvx.ring_attention,
+    "ulysses": ds_lvx.ulysses_attention,
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_rule_that_is_written_over_after_forward_is_backwards_all_the_same(name: str) -> None:
+    for checkpointed in (False, True):
+        found, expected = (
+            gradients(OPERATORS[name], written=written, checkpointed=checkpointed)
+            for written in (True, False)
+        )
+        assert len(expected) == 3
+        for mine, right in zip(found, expected, strict=True):
+            assert torch.equal(mine, right), checkpointed
+
+
+def test_a_batch_keeps_a_rule_of_its_own() -> None:
+    rule = Visibility(*(torch.zeros(1, n, dtype=torch.int32) for n in (2, 2, 3)))
+    layout = Layout.of_batch(Channel(None), (2,), (3,), rule, device=CPU)
+    rule.q_end.fill_(EVERYTHING)
+    assert not mask(layout.rule(queries=0, keys=0), 2, 3, batch=1).any()

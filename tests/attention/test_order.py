@@ -141,7 +141,7 @@ class Shuffled(Problem):
         return Visibility(torch.zeros_like(place), end, keys)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_results_are_those_of_the_oracle(ranks: int) -> None:
     cases: list[tuple[Problem, str]] = []
     for lengths in ((11,) * ranks, (7, 2, 0, 13)[:ranks], (0, 19, 4, 1)[:ranks]):

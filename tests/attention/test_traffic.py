@@ -63,7 +63,7 @@ def design(problem: Problem, rank: int) -> tuple[float, float]:
     [
         (2, "cpu"),
         (3, "cpu"),
-        pytest.param(4, "cpu", marks=pytest.mark.slow),
+        pytest.param(4, "cpu", marks=pytest.mark.exhaustive),
         pytest.param(2, "cuda", marks=pytest.mark.gpus(2)),
     ],
 )

@@ -129,7 +129,7 @@ def _problems(ranks: int, *lengths: int) -> list[tuple[Problem, str]]:
     return cases
 
 
-@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_every_method_matches_the_oracle(ranks: int) -> None:
     """Pieces longer than a block's least, shorter, and one of no token; uneven lengths."""
     cases = _problems(ranks, 67 * 2 * ranks - 3, 11, ranks + 1)

@@ -357,6 +357,36 @@ def test_a_comparison_that_is_ended_takes_its_network_down() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_only_labs_whose_owner_is_gone_are_taken_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    gone, here = f"lvx{process.pid}", network.name_of_mine()
+    for name in (f"{gone}-hub", f"{gone}-0", f"{here}-hub", "lvx-0", "other7-hub", f"a{gone}-1"):
+        (tmp_path / name).touch()
+    called: list[tuple[str, ...]] = []
+    monkeypatch.setattr(network, "NAMESPACES", tmp_path)
+    monkeypatch.setattr(network, "_script", lambda *words: called.append(words))
+    network.take_down_left()
+    assert called == [(gone, "down")]
+
+
+@needs_network
+def test_what_a_killed_comparison_left_ends() -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    left = Lab(Network(10**9), ranks=1, name=f"lvx{process.pid}")
+    left.__enter__()
+    command = [*left.inside(0), "bash", "-c", "echo up; exec sleep 6000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as rank:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == b"up\n"
+        network.take_down_left()
+        assert rank.wait(HANG_S) == -signal.SIGTERM
+    assert not namespaces(left.name)
+
+
 @needs_network
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_ends_its_ranks(ending: signal.Signals, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_a_case_comes_again() -> None:
         ("raise KeyError(3)", "KeyError: 3"),
         ("raise ValueError('no name')", "a refusal without the name"),
         ("os._exit(5)", "died with exit code 5"),
-        ("while True: pass", "nothing for 2 s"),
+        pytest.param("while True: pass", "nothing for 2 s", marks=pytest.mark.exhaustive),
     ],
 )
 def test_what_the_fuzzer_is_for_is_found(

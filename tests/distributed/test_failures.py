@@ -96,7 +96,7 @@ def run_out(call: str, *, failing: int, stage: int, sp_size: int) -> tuple[str, 
     ("call", "failing", "stage", "sp_size", "ranks"),
     [
         ("forward", 0, 1, 2, 2),
-        pytest.param("forward", 2, 3, 3, 3, marks=pytest.mark.slow),
+        pytest.param("forward", 2, 3, 3, 3, marks=pytest.mark.exhaustive),
         pytest.param("backward", 3, 2, 2, 4, marks=pytest.mark.slow),
         ("step", 0, 0, 2, 2),
     ],

@@ -44,7 +44,12 @@ def groups_left(stage: int, *, given: bool, bf16: bool = False) -> int:
     engine.destroy()
     ds_lvx.shutdown(engine if given else None)
     assert all(kept)
-    return sum(group() is not None for group in groups)
+    held = sum(group() is not None for group in groups)
+    model = ref(engine.module)
+    del engine, out, kept
+    gc.collect()
+    assert model() is None, "something holds the model"
+    return held
 
 
 @pytest.mark.parametrize(

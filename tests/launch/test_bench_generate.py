@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MARKS = "<!-- bench_generate.py, generate: begin -->\n<!-- bench_generate.py, generate: end -->\n"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_quick_run_writes_json_table_and_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,7 @@ def test_the_best_is_saved_and_a_resumed_run_finds_it_too(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.exhaustive
 def test_a_best_checkpoint_that_is_gone(folder: Path, tmp_path: Path) -> None:
     """Damaged it is an error at the end, with the last weights saved; lost it is a warning."""
     config = write_config(tmp_path / "ds.json", stage=2)

@@ -153,7 +153,7 @@ def test_a_signal_behind_the_saving_changes_nothing(
 @pytest.mark.parametrize(
     ("ranks", "share"),
     [
-        pytest.param(2, 0.05, marks=pytest.mark.slow),
+        pytest.param(2, 0.05, marks=pytest.mark.exhaustive),
         pytest.param(2, 0.7, marks=pytest.mark.exhaustive),
         pytest.param(3, 0.3, marks=pytest.mark.exhaustive),
     ],

@@ -17,11 +17,13 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
+import ds_lvx
 from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.initialize import initialize
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import mean_loss, shard_batch
+from ds_lvx.whole_batches import WholeBatches
 from tests.ranks import DEVICE
 
 IMAGE = 128  # the image token's id is the vocabulary's size
@@ -317,6 +319,37 @@ def plain_step(
         "grads": grads,
         "missing": [n for n, p in model.named_parameters() if p.grad is None],
     }
+
+
+def whole_step(config: dict[str, Any], batch: dict[str, Any], *, make: Any) -> dict[str, Any]:
+    """As a trainer does that makes its loss of the logits: whole batches, in groups of their own.
+
+    Args:
+        config: as of `plain_step`.
+        make: what makes the model.
+        batch: its labels are those of the decoder's own tokens.
+
+    Returns:
+        As `plain_step`; the logits, which are the same on all ranks, with the first.
+    """
+    groups = SequenceParallelGroups(LVXConfig.from_ds_config(config).sequence_parallel_size)
+    model = make().to(DEVICE)
+    session = ds_lvx.apply(model, config, groups=groups)
+    hooks = WholeBatches(model, session, averages=False)
+    hooks.gathers_training = True
+    logits = model(**batch).logits
+    labels = batch["labels"].flatten().to(logits.device)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels)
+    loss.backward()
+    grads = {
+        name: groups.channel.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+        for name, p in model.named_parameters()
+    }
+    mine = logits.detach() if groups.sp_rank == 0 else logits.detach()[:, :0]
+    hooks.remove()
+    session.close()
+    groups.close()
+    return {"losses": [loss.item()], "logits": [mine], "grads": grads}
 
 
 def in_order_of(shard: dict[str, Any]) -> Tensor | None:

@@ -135,8 +135,8 @@ def one_image(seed: int = 2) -> Batch:
 
 
 def image_alone(seed: int = 3) -> Batch:
-    """Some rank has nothing of the encoder's rows."""
-    return make_batch(["i"], [6], seed=seed)
+    """Some rank has nothing of the encoder's rows, and some nothing of the decoder's."""
+    return make_batch(["i"], [1], seed=seed)
 
 
 def text_only(seed: int = 4) -> Batch:

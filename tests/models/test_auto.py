@@ -82,7 +82,7 @@ AUTO = {"cross": {"method": "auto"}, "self_attn": "auto"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("checkpoint", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_auto_trains_as_a_named_method_does(checkpoint: bool) -> None:
     given = {"stage": 1, "checkpoint": checkpoint}
     slow = [record(SLOW)] * 2
@@ -117,7 +117,7 @@ def run_by_source(sources: list[str], *, checkpoint: bool) -> list[str]:
     return sorted(counted.per_collective)
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("checkpoint", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_ranks_that_know_different_links_take_the_first_ranks(checkpoint: bool) -> None:
     """Each by its own facts, they would wait for each other for ever."""
     given = {"checkpoint": checkpoint}

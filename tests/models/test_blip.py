@@ -32,6 +32,7 @@ from tests.models.mllama_case import (
     plain_step,
     reference_steps,
     sharded_steps,
+    whole_step,
 )
 from tests.ranks import run_ranks
 
@@ -129,7 +130,8 @@ def test_images_that_are_on_their_ranks_already(name: str, cuts: Any) -> None:
 
 
 def whole_text(stage: int) -> list[dict[str, Any]]:
-    """A step by itself, and two of an engine; of the logits, the same on all ranks, one rank's."""
+    """A step by itself, two of an engine, and one of a trainer's loss; of the logits, the same on
+    all ranks, one rank's."""
     config = ds_config(stage=stage, sp_size=2, self_attn="ring")
     del config["ds_lvx"]["layers"][1]
     make = partial(tiny_model, "instructblip", text=t5())
@@ -137,9 +139,10 @@ def whole_text(stage: int) -> list[dict[str, Any]]:
     results = [
         plain_step(config, answers(6), model=make()),
         sharded_steps(config, two, model=make()),
+        whole_step(config, answers(6), make=make),
     ]
     if torch.distributed.get_rank() > 0:
-        for result in results:
+        for result in results[:2]:
             result["logits"] = [logits[:, :0] for logits in result["logits"]]
     return results
 
@@ -150,7 +153,8 @@ def whole_text(stage: int) -> list[dict[str, Any]]:
 )
 def test_a_language_model_with_an_encoder_runs_whole_on_every_rank(stage: int) -> None:
     results = run_ranks(whole_text, 2, stage)
-    for index, batches in enumerate([[[answers(6)]], [[answers(6)], [answers(7)]]]):
+    one, two = [[answers(6)]], [[answers(6)], [answers(7)]]
+    for index, batches in enumerate((one, two, one)):
         expected = reference_steps(batches, tiny_model("instructblip", text=t5()))
         assert_same_training([each[index] for each in results], expected, sp_size=2)
 

@@ -174,11 +174,8 @@ def test_other_places_are_not_compared(folder: Path) -> None:
         case_of(str(folder))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind",
-    [KINDS[0], *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in KINDS[1:])],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_comparison_trains_a_model_of_random_weights(kind: str) -> None:
     case = cut(random_case(kind), hidden=160 if kind == "blip-2" else 256, cross_layers=2)
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 28}

@@ -16,6 +16,7 @@ from torch import Tensor
 import ds_lvx
 from ds_lvx.models.generating import limits
 from ds_lvx.models.generating.past import media_tokens
+from tests.elsewhere import ElsewhereByDefault
 from tests.models import concatenated_case
 from tests.models.mllama_case import LEARNING_RATE, end_engine, start_engine
 from tests.models.qwen3_vl_case import left_padded, make_batch, one_image, one_video, tiny_model
@@ -70,7 +71,8 @@ def generate_each(names: tuple[str, ...], ranks: int) -> dict[str, Any]:
         model = import_module(f"tests.models.{name}_case").tiny_model()
         method = concatenated_case.METHODS[number % 3]
         session = ds_lvx.apply(model, concatenated_case.rules(name, method, ranks))
-        results[name] = run_each(functools.partial(ds_lvx.generate, model), name)
+        with ElsewhereByDefault():
+            results[name] = run_each(functools.partial(ds_lvx.generate, model), name)
         session.close()
     return results
 
@@ -116,10 +118,8 @@ def local_units(batch: Batch) -> Batch:
     return {**batch, "pixel_values_videos": pixels[list(mine)].flatten(0, 1)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "stage", [3, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(3))]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", range(4))
 def test_an_engine_generates_between_steps(stage: int) -> None:
     model, short = tiny_model(), {"max_new_tokens": 4}
     model(**left_padded(), use_cache=False).loss.backward()

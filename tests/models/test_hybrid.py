@@ -58,14 +58,8 @@ def test_two_ranks_that_share_heads() -> None:
     check("mllama", [config(mllama_case, 3, 2, 2), rings], ranks=2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mllama",
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in CASES if name != "mllama"),
-    ],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", CASES)
 @FURTHER
 def test_two_subgroups_of_two(name: str, which: slice) -> None:
     """Stages, a schedule, ring across in cross-attention, checkpointed layers."""

@@ -17,6 +17,7 @@ from tests.models.llava_onevision_case import (
     UNUSED,
     hard_batch,
     left_padded,
+    make_batch,
     one_image,
     one_video,
     text_only,
@@ -76,7 +77,8 @@ def local_units(batch: dict[str, Any]) -> dict[str, Any]:
         for number, unit in enumerate(here):
             held[unit.source] += [starts[unit.source]] if number in mine else []
             starts[unit.source] += 1
-    return {**batch, **{key: pixels[key][mine] if mine else None for key, mine in held.items()}}
+    mine = {key: pixels[key][mine] if mine else None for key, mine in held.items()}
+    return {**batch, **mine, "frames_per_video": [3, 3, 3]}
 
 
 def step_local() -> dict[str, Any]:
@@ -97,6 +99,8 @@ def test_frames_that_are_on_their_ranks_already() -> None:
             "got 34 tokens of an image in sample 0, and image_sizes that make 0",
         ),
         ({"batch_num_images": [1]}, "got batch_num_images of 1 images and image_sizes of 4"),
+        ({"frames_per_video": [3, 3, 3, 2]}, "got frames_per_video of 1 more videos than"),
+        ({"frames_per_video": [3, 4, 2]}, "got 26 video tokens in a run in sample 0"),
         ({"pixel_values": hard_batch()["pixel_values"][1:]}, "got pixel_values of 3 rows"),
         ({"pixel_values": torch.zeros(4, 3, 16, 16)}, r"got pixel_values \(4, 3, 16, 16\)"),
     ],
@@ -111,6 +115,35 @@ def test_a_video_that_is_cut_is_refused() -> None:
     cut = {key: batch[key][:, 1:] for key in ("input_ids", "attention_mask", "labels")}
     with pytest.raises(ValueError, match="got 28 video tokens in a run in sample 0"):
         shard_batch({**batch, **cut}, model=tiny_model())
+
+
+def ends(batch: dict[str, Any]) -> list[int]:
+    """Of each frame, whether it is its video's last."""
+    model = tiny_model()
+    found = FAMILIES.named(NAME).units(batch, batch["input_ids"], model.config)
+    return [unit.about[1] for unit in found]
+
+
+def test_videos_that_touch_are_told_apart() -> None:
+    """As many as a frame has tokens and more; of unequal frames; of frames that are not all here.
+
+    Five videos of two frames have the tokens of one of eleven.
+    """
+    batch = make_batch([[2, *["video"] * 5, 3]], frames=2)
+    assert ends(batch) == [0, 1] * 5
+    local = {**batch, "pixel_values_videos": batch["pixel_values_videos"].flatten(0, 1)[:3]}
+    assert ends({**local, "frames_per_video": torch.tensor([1, 3, 3, 1, 2])}) == [
+        *(1, 0, 0, 1, 0, 0, 1, 1, 0, 1)
+    ]
+    with pytest.raises(ValueError, match="got 45 video tokens in a run in sample 0"):
+        ends(local)
+
+
+def test_a_run_of_tokens_that_only_some_videos_have_says_them() -> None:
+    for frames, videos in ((5, 1), (1, 3), (1, 4)):
+        batch = make_batch([["video"] * videos], frames=frames)
+        del batch["pixel_values_videos"]
+        assert ends(batch) == [*[0] * (frames - 1), 1] * videos
 
 
 def test_another_tower_is_refused() -> None:

@@ -75,6 +75,7 @@ def test_a_conversation_becomes_a_batch_of_the_model(folder: Path) -> None:
     assert batch[PIXELS][0].flatten(1).any(1).all()
     assert not batch[PIXELS][1:, 1:].any()
     assert batch[FRAMES].shape == (10, 3, 16, 16)
+    assert batch["frames_per_video"].tolist() == [5, 5]
     model = Source.of(str(folder)).load(torch.float32)
     shard_batch(batch, model=model)  # which checks text and pixels
 

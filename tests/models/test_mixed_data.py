@@ -134,7 +134,9 @@ def check_random(name: str, steps: int, *, sp_size: int = 2) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), [("mllama", 2), ("qwen2_5_vl", 1)])
+@pytest.mark.parametrize(
+    ("name", "steps"), [("mllama", 2), pytest.param("qwen2_5_vl", 1, marks=pytest.mark.exhaustive)]
+)
 def test_random_batches_have_the_losses_of_one_process(name: str, steps: int) -> None:
     check_random(name, steps)
 

@@ -91,7 +91,7 @@ def steps(ranks: int, batches: list[Batch]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "ranks",
-    [1, pytest.param(2, marks=pytest.mark.exhaustive), pytest.param(3, marks=pytest.mark.slow)],
+    [1, *(pytest.param(ranks, marks=pytest.mark.exhaustive) for ranks in (2, 3))],
 )
 def test_a_sample_is_in_a_batch_what_it_is_alone(ranks: int) -> None:
     batches = [mixed(), compact(mixed()), mixed(), compact(mixed())]

@@ -203,7 +203,7 @@ def checkpointed(make: Any) -> Any:
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_lora_under_checkpoints_equals_one_process() -> None:
     """A layer that runs again in backward is handed the batch again."""
     config = rules("chunks", 2, 2)

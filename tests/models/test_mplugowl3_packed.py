@@ -41,7 +41,7 @@ def train(config: dict[str, Any], batches: list[dict[str, Any]], gated: bool) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gated", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_packed_samples_train_as_padded_ones_do(*, gated: bool) -> None:
     batches = [hard_batch(0), hard_batch(1)]
     assert bool((batches[0]["attention_mask"] == 0).any())

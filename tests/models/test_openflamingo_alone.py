@@ -202,7 +202,7 @@ def alone(length: int) -> ShardedBatch:
     "dtype",
     [
         torch.float32,
-        pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, marks=pytest.mark.exhaustive),
         pytest.param(torch.float16, marks=pytest.mark.exhaustive),
     ],
 )

@@ -15,6 +15,7 @@ from tests.models.mllama_case import (
     plain_step,
     reference_steps,
     sharded_steps,
+    whole_step,
 )
 from tests.models.t5gemma2_case import (
     IMAGE,
@@ -83,6 +84,11 @@ def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None
             raise AssertionError(f"{name} on {ranks} ranks: {error}") from error
         missing = {n for each in mine for n in each["missing"]}
         assert name == "text_only" or missing == set(), name
+
+
+def test_a_trainer_finds_the_logits_of_an_answer_of_fewer_tokens_than_ranks() -> None:
+    found = run_ranks(whole_step, 2, rules("lvx", 2), image_alone(), make=tiny_model)
+    assert_same_training(found, reference("image_alone"), sp_size=2)
 
 
 def test_reference_has_gradients_everywhere() -> None:

@@ -67,7 +67,20 @@ def adapted_head() -> Any:
     return get_peft_model(mllama_case.tiny_model(), adapters)
 
 
-HEADS = {"frozen": frozen_head, "adapted": adapted_head}  # of mllama; else as it is
+def saved_head() -> Any:
+    """LoRA beside a head that trains whole, by peft's copy of it."""
+    torch.manual_seed(3)
+    adapters = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False
+    )
+    return get_peft_model(mllama_case.tiny_model(), adapters)
+
+
+HEADS = {
+    "saved": saved_head,
+    "frozen": frozen_head,
+    "adapted": adapted_head,
+}  # of mllama; else as it is
 
 
 def train_each(name: str, jobs: list[tuple[dict[str, Any], str]]) -> list[dict[str, Any]]:
@@ -97,7 +110,7 @@ def test_every_kind_of_head() -> None:
     jobs = [
         (config(mllama_case, 1, 2, 2), "frozen"),
         (config(mllama_case, 2, 2, 100), "adapted"),
-        (config(mllama_case, 3, 2, 3), "trained"),
+        (config(mllama_case, 3, 2, 3), "saved"),
     ]
     check("mllama", jobs, ranks=2)
 
@@ -152,6 +165,9 @@ def test_without_gradients_or_labels_logits_are_whole() -> None:
     assert tiled.logits.shape[1] == 0
     assert whole.logits.shape[:2] == batch["input_ids"].shape
     torch.testing.assert_close(tiled.loss, whole.loss)
+    shard["shift_labels"].fill_(-100)  # which backward needs as they were
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        tiled.loss.backward()
     unlabelled = {key: value for key, value in batch.items() if key != "labels"}
     assert model(**ds_lvx.shard_batch(unlabelled, model=model)).logits.shape[1] > 0
 

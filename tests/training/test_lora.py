@@ -127,6 +127,15 @@ def test_modules_that_cannot_train_whole(words: list[str], message: str) -> None
         loaded(*flags, "--lora_modules_to_save", *words[len(flags) :])
 
 
+def test_a_layer_with_further_weights_inside_is_refused() -> None:
+    source = Source.of("tiny:idefics")
+    source.config.additional_vocab_size = 2
+    for name in ("embed_tokens", "lm_head"):
+        given = options("--lora_target_modules", name, name="idefics")
+        with pytest.raises(ValueError, match=rf"got .*{name}, a IdeficsDecoupled.* additional_"):
+            load_model(given, {}, source)
+
+
 def test_a_weight_that_the_head_shares_is_refused() -> None:
     source = Source.of("tiny:qwen2_5_vl")
     source.config.get_text_config().tie_word_embeddings = True

@@ -23,6 +23,7 @@ _LABELS = "labels"
 class WholeText(Text):
     """The text of the encoder, and the labels of the decoder, ``[B, L]``."""
 
+    whole = True
     unlearnt = 0
 
     @classmethod

@@ -222,8 +222,8 @@ class Units(Visual):
 
     def shared_record(self) -> dict[str, Any]:
         """What must be the same on every rank of the group."""
-        kinds = torch.tensor([[u.row, u.tokens, u.rows, *u.about] for u in self.units])
-        return {"images and frames (a checksum)": digest(kinds)}
+        kinds = [[u.row, u.tokens, u.rows, *u.about] for u in self.units]
+        return {"images and frames (a checksum)": digest(torch.tensor(kinds, device="cpu"))}
 
     def shares(self, parts: int) -> tuple[int, ...]:
         """Units by rank."""

@@ -99,7 +99,7 @@ class Decoding:
             raise wrong
         if self._later is None:
             self._later = self._batch(LAST)
-        step = move(torch.tensor([self.step], dtype=torch.int64), input_ids.device)
+        step = move(torch.tensor([self.step], dtype=torch.int64, device="cpu"), input_ids.device)
         numbers = torch.cat([step, input_ids[:, 0].to(torch.int64)])
         self.keys.witness = Witness(numbers, self._compare)
         return {KEYWORD: self._later}
@@ -272,7 +272,7 @@ class Decoding:
         if self.channel.size == 1:
             return
         rows = self._prompt.shape[0] * self.keys.copies
-        numbers = torch.zeros(1 + rows, dtype=torch.int64)
+        numbers = torch.zeros(1 + rows, dtype=torch.int64, device="cpu")
         numbers[0], numbers[1] = state, number
         numbers = move(numbers, self._prompt.device)
         like = self.keys.message(of_text=self._prompt.text is not None)

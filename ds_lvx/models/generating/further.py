@@ -65,7 +65,7 @@ class Further:
         runs, lengths = split(whole, size), split(tokens, size)
         held = before.more(runs, mask, rank).more(lengths, mask, rank)
         past = before.tokens + whole
-        end = torch.arange(past + 1, past + tokens + 1, dtype=torch.int32)
+        end = torch.arange(past + 1, past + tokens + 1, dtype=torch.int32, device="cpu")
         end = end.repeat(len(held.kv_pos), 1)
         rule = Rule.on(Visibility(torch.zeros_like(end), end, held.kv_pos), device)
         first_key = sum(held.lengths[:rank])

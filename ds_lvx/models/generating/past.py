@@ -196,7 +196,7 @@ class Continued:
         positions = self.past.prompt.positions
         if positions is not None:
             known = positions[..., : min(self.common, positions.shape[-1])]
-            more = torch.arange(1, length - known.shape[-1] + 1, dtype=known.dtype)
+            more = torch.arange(1, length - known.shape[-1] + 1, dtype=known.dtype, device="cpu")
             mask = self.text.attention_mask
             if self.past.prompt.among and mask is not None:  # padding takes no place
                 more = mask[:, known.shape[-1] :].cpu().to(known.dtype).cumsum(dim=1)
@@ -234,7 +234,9 @@ def _common(past: Past, cache: Any, text: Text, media_tokens: Sequence[int]) -> 
             f"the same text for {past.settled} tokens at least, to behind the last image: leave "
             "past_key_values out, and the whole batch is encoded"
         )
-    if bool(torch.isin(ids[:, common:], torch.tensor(media_tokens, dtype=ids.dtype)).any()):
+    if bool(
+        torch.isin(ids[:, common:], torch.tensor(media_tokens, dtype=ids.dtype, device="cpu")).any()
+    ):
         raise ValueError(
             "got an image in the text behind that of past_key_values; expected all images in the "
             "first call: leave past_key_values out, and the whole batch is encoded"

@@ -71,7 +71,7 @@ class Part:
                 f"got padding at the end of sample {int(wrong)}, behind which nothing can be "
                 'generated; expected it at the beginning: padding_side="left" of the tokenizer'
             )
-        ends = torch.tensor(lengths).cumsum(dim=0)
+        ends = torch.tensor(lengths, device="cpu").cumsum(dim=0)
         owners = torch.searchsorted(ends, last, right=True)
         places = (last - (ends[rank] - lengths[rank])).masked_fill(owners != rank, 0)
         wanted, picks = places.unique(return_inverse=True)

@@ -75,7 +75,7 @@ class Held:
     @classmethod
     def nothing(cls, samples: int) -> Self:
         """No token of so many samples."""
-        return cls((), torch.zeros(samples, 0, dtype=torch.int32))
+        return cls((), torch.zeros(samples, 0, dtype=torch.int32, device="cpu"))
 
     @property
     def tokens(self) -> int:
@@ -97,7 +97,7 @@ class Held:
         """
         here = span(lengths, rank)
         first = self.tokens + here.start
-        places = torch.arange(first, first + lengths[rank], dtype=torch.int32)
+        places = torch.arange(first, first + lengths[rank], dtype=torch.int32, device="cpu")
         places = places.repeat(len(self.kv_pos), 1)
         if mask is not None:
             padding = mask[:, first : first + lengths[rank]].cpu() == 0
@@ -109,7 +109,7 @@ class Held:
 
     def layout(self, channel: Channel, queries: int, device: torch.device) -> Layout:
         """Of so many tokens behind, of each sample and the same on every rank."""
-        start = torch.zeros(len(self.kv_pos), queries, dtype=torch.int32)
+        start = torch.zeros(len(self.kv_pos), queries, dtype=torch.int32, device="cpu")
         rule = Rule.on(Visibility(start, start + self.tokens, self.kv_pos), device)
         return Layout(
             channel,

@@ -24,6 +24,9 @@ from ds_lvx.models.visual import PIXELS
 
 VIDEO_PIXELS = "pixel_values_videos"
 SIZES, COUNTS, VIDEO_SIZES = "image_sizes", "batch_num_images", "image_sizes_videos"
+FRAMES = "frames_per_video"
+"""Of each video of the whole batch, a tensor or a list: not transformers', whose videos have as
+many frames each and come all at once."""
 _MOST = 1.1
 """Times the side of the largest grid: as the model, which scales a larger one down."""
 
@@ -69,21 +72,24 @@ def tiles_and_tokens(size: tuple[int, int], config: Any, *, alone: bool) -> tupl
 
 def units(batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
     """See `ds_lvx.models.concatenated.family.Concatenated.units`."""
-    images = _images(batch, config)
+    types, each = token_types(ids, config), frame_tokens(config)
+    images, videos = _images(batch, config), _videos(batch, int((types == 2).sum()), each)
     found: list[Unit] = []
-    for row, types in enumerate(token_types(ids, config).tolist()):
-        for kind, run in groupby(types):
+    for row, here in enumerate(types.tolist()):
+        for kind, run in groupby(here):
             length = len([*run])
             if kind == 1:
                 found += _run_of_images(row, length, images)
             elif kind == 2:
-                found += _run_of_videos(row, length, frame_tokens(config))
-    more = len([*images])
-    if more:
-        raise ValueError(
-            f"got {SIZES} of {more} more images than have tokens in input_ids; expected the whole "
-            "text: cut none of its image tokens"
-        )
+                known = _only_videos(row, length, each) if videos is None else videos
+                found += _run_of_videos(row, length, each, known)
+    for key, what, left in ((SIZES, "image", images), (FRAMES, "video", videos or ())):
+        more = len([*left])
+        if more:
+            raise ValueError(
+                f"got {key} of {more} more {what}s than have tokens in input_ids; expected the "
+                f"whole text: cut none of its {what} tokens"
+            )
     return found
 
 
@@ -124,21 +130,53 @@ def _run_of_images(
         yield Unit(row, tokens, PIXELS, 1, (tiles, *size))
 
 
-def _run_of_videos(row: int, length: int, each: int) -> Iterator[Unit]:
-    """The frames of videos, of as many frames each, whose tokens no text parts."""
-    videos = length % each  # each has one newline
-    tokens, more = divmod(length, max(videos, 1))
-    frames = tokens // each
-    if videos == 0 or more or frames == 0:
-        raise ValueError(
-            f"got {length} video tokens in a run in sample {row}; expected {each} for each frame "
-            "and one behind each video: use the processor that belongs to the model, cut no text "
-            "in the midst of a video, and put text between videos of different lengths"
-        )
-    for _ in range(videos):
+def _videos(batch: Mapping[str, Any], tokens: int, each: int) -> Iterator[int] | None:
+    """Frames of each video of a batch with so many tokens of videos; None where it does not say."""
+    given, pixels = batch.get(FRAMES), batch.get(VIDEO_PIXELS)
+    if given is not None:
+        frames: list[int] = torch.as_tensor(given).flatten().tolist()
+        if min(frames, default=1) < 1:
+            raise ValueError(f"got {FRAMES} {frames}; expected 1 or more for each video")
+        return iter(frames)
+    if isinstance(pixels, Tensor) and pixels.ndim == 5:
+        count, of_one = pixels.shape[:2]
+        if count * (of_one * each + 1) == tokens:  # else they are some of the frames
+            return iter([of_one] * count)
+    return None
+
+
+def _only_videos(row: int, length: int, each: int) -> Iterator[int]:
+    """Frames of the videos that have so many tokens, where no others have."""
+    frames, videos = divmod(length, each)
+    if videos == 0:
+        frames, videos = frames - 1, each
+    fewer_frames = frames - 1 >= videos + each  # with as many newlines more
+    if frames < videos or fewer_frames or 1 < videos < frames:
+        raise _not_of_videos(row, length, each)
+    return iter([frames] if videos == 1 else [1] * videos)
+
+
+def _run_of_videos(row: int, length: int, each: int, videos: Iterator[int]) -> Iterator[Unit]:
+    """The frames of the videos of which a sample has so many tokens without text between."""
+    left = length
+    while left > 0:
+        frames = next(videos, 0)
+        left -= frames * each + 1
+        if frames == 0 or left < 0:
+            raise _not_of_videos(row, length, each)
         for frame in range(frames):
             last = int(frame == frames - 1)
             yield Unit(row, each + last, VIDEO_PIXELS, 1, (0, last, 0))
+
+
+def _not_of_videos(row: int, length: int, each: int) -> ValueError:
+    return ValueError(
+        f"got {length} video tokens in a run in sample {row}, which do not say their videos; "
+        f"expected {each} for each frame and one behind each video, and {FRAMES} of the whole "
+        f"batch or {VIDEO_PIXELS} [videos, frames, ...] of all of it: use the processor that "
+        "belongs to the model, cut no text in the midst of a video, and with local frames give "
+        f"{FRAMES}"
+    )
 
 
 def pixels(given: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:

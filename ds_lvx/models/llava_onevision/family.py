@@ -35,6 +35,7 @@ class LlavaOnevision(Concatenated):
         batches.COUNTS,
         batches.VIDEO_PIXELS,
         batches.VIDEO_SIZES,
+        batches.FRAMES,
     )
     patterns: Mapping[str, str] = {"local": "*vision_tower*", "self": "*language_model*.self_attn"}
     of_text = Qwen2Attention

@@ -68,6 +68,9 @@ class Processor(Files):
                 batches.SIZES: torch.tensor(sizes),
                 batches.COUNTS: torch.tensor(counts),
             }
+        videos = [len(each.times) for s in samples for each in s.media if each.times is not None]
+        if videos:
+            found[batches.FRAMES] = torch.tensor(videos)
         tiles: list[Tensor] = []
         frames: list[Tensor] = []
         for pixels in (each for sample in samples for each in self._held(sample)):

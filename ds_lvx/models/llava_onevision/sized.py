@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlavaOnevisionConfig
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
-from ds_lvx.models.llava_onevision.batch import VIDEO_PIXELS, frame_tokens
+from ds_lvx.models.llava_onevision.batch import FRAMES, VIDEO_PIXELS, frame_tokens
 from ds_lvx.models.llava_onevision.processor import IMAGE_TOKEN, VIDEO_TOKEN, Processor
 from ds_lvx.models.random_weights import (
     of_heads,
@@ -123,4 +123,5 @@ def random_frames(
     batch = random_text(text_tokens, first=first, seed=seed, front=video)
     shape = (vision.num_channels, vision.image_size, vision.image_size)
     pixels = random_pixels(frames, shape, seed=seed, apart=(1,))
+    batch[FRAMES] = torch.tensor([total])
     return {**batch, VIDEO_PIXELS: pixels} if len(pixels) else batch

@@ -169,7 +169,8 @@ class TextForward:
             out = run_layer(run, layer, inside, args=(x,))
             # DeepSpeed's checkpoint returns a tuple of one tensor as that tensor.
             x = out if isinstance(out, Tensor) else out[0]
-        return torch.as_tensor(inside.norm(x))
+        normed: Tensor = inside.norm(x)
+        return normed
 
     def _rotary(self, positions: Tensor) -> Rotary:
         config = self._text.config

@@ -20,7 +20,7 @@ LOCATIONS = "media_locations"
 
 def places(batch: ShardedBatch) -> Tensor:
     """An empty tensor that carries a sharded batch, as ``media_locations``."""
-    carrier: Any = torch.empty(0)
+    carrier: Any = torch.empty(0, device="cpu")
     carrier.ds_lvx = batch
     return cast(Tensor, carrier)
 

@@ -102,9 +102,9 @@ def _places(batch: ShardedBatch, past: int, *, tokens: int, longest: int) -> tup
     length = batch.past + sum(batch.text_lengths)
     if batch.decoding is None:
         return batch.places, length
-    places = batch.places if batch.split else torch.arange(past, past + tokens)
+    places = batch.places if batch.split else torch.arange(past, past + tokens, device="cpu")
     if batch.split and not batch.behind:  # those in the cache have none yet
-        places = torch.cat((torch.arange(batch.past), places))
+        places = torch.cat((torch.arange(batch.past, device="cpu"), places))
     end = length if batch.split else past + tokens
     if end > longest:
         raise ValueError(
@@ -127,7 +127,7 @@ def columns(
         head_dim: D; with n it becomes a multiple of 8.
     """
     # From the middle: the smaller the numbers are, the finer is what fp32 keeps of their sums.
-    every = torch.arange(length, dtype=torch.float64) - length // 2
+    every = torch.arange(length, dtype=torch.float64, device="cpu") - length // 2
     of_keys = exact_parts(every, dtype, parts=_parts_of(every, dtype))[places]
     of_keys = to_device(of_keys.contiguous(), slopes.device)
     # What fp32 keeps of a slope, in as many parts as that takes.

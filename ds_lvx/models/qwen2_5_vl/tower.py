@@ -84,12 +84,12 @@ def run(tower: Any, given: Mapping[str, Any]) -> Any:
         tower: of the model.
         given: pixels and `arguments`.
     """
-    pixels, grid = given[PIXELS].type(tower.dtype), torch.tensor(given[GRID])
+    pixels, grid = given[PIXELS].type(tower.dtype), torch.tensor(given[GRID], device="cpu")
     made = {k.removeprefix(_OURS): each for k, each in given.items() if k.startswith(_OURS)}
     flash = is_flash_attention_requested(tower.config)
     for key in [key for key in made if key.startswith(_ENDS)]:
         ends = made[key]
-        made[key] = torch.tensor(ends, dtype=torch.int32)
+        made[key] = torch.tensor(ends, dtype=torch.int32, device="cpu")
         if flash:  # its kernel reads them on the device, and has to be told what is longest
             made[key] = to_device(made[key], pixels.device)
             longest = max(end - start for start, end in pairwise(ends))

@@ -20,7 +20,7 @@ from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.cuts import span
+from ds_lvx.models.cuts import span, split
 from ds_lvx.models.samples import images_at_hand
 from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Here, Text
 from ds_lvx.models.visual import COUNTS, PIXELS, Visual
@@ -41,6 +41,11 @@ class Answer(Text):
 
     prefix = DECODER
     unlearnt = 0
+
+    def lengths(self, size: int) -> tuple[int, ...]:
+        """Tokens by rank: some have none where an answer has fewer than there are ranks."""
+        super().lengths(1)
+        return split(self.shape[1], size)
 
     def shard(self, here: Here) -> dict[str, Any]:
         """The model's arguments for the shard ``here``, with its positions in the whole."""
