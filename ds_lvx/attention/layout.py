@@ -80,8 +80,8 @@ class Layout:
 
         Args:
             channel, q_lengths, kv_lengths: as of the class.
-            visibility: of all queries over all keys, ranks in order, on the CPU, of which a copy is
-                kept; None: all see all.
+            visibility: of all queries over all keys, ranks in order, on the CPU; nobody writes to
+                it any more. None: all see all.
             device: where attention will run; nobody waits for the copy.
 
         Raises:
@@ -95,8 +95,7 @@ class Layout:
                 f"visibility: got {found[0]} queries and {found[1]} keys; expected those of all "
                 f"ranks, {sum(q_lengths)} and {sum(kv_lengths)}"
             )
-        rule = Rule.on(visibility.clone(), device)
-        return cls(channel, q_lengths, kv_lengths, rule, device=device)
+        return cls(channel, q_lengths, kv_lengths, Rule.on(visibility, device), device=device)
 
     @classmethod
     def of_call(

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ds_lvx.kernels.cover import Cover
 from ds_lvx.kernels.covering import cover_of
+from ds_lvx.kernels.lists import extremes, listed
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 
 ALL = slice(None)
-_INT32 = torch.iinfo(torch.int32)
 _APART = 64
 """A block ends where the next position is so far away, with as many keys or queries on each side:
 a shard may have an early and a late piece of a text, of which only one is seen."""
@@ -183,9 +183,8 @@ class Rule:
         """
         name = (rows, keys, group, of_keys)
         if name not in self._lists:
-            found = _meet(self.host or self.visibility, rows=rows, keys=keys, group=group)
-            device = self.visibility.kv_pos.device
-            order, counts = _listed(*(t.transpose(1, 2) if of_keys else t for t in found))
+            known, device = self.host or self.visibility, self.visibility.kv_pos.device
+            order, counts = listed(known, rows=rows, keys=keys, group=group, of_keys=of_keys)
             self._lists[name] = (to_device(order, device), to_device(counts, device))
         return self._lists[name]
 
@@ -224,11 +223,11 @@ def _narrowed(rule: Visibility, queries_per_block: int, keys_per_block: int) -> 
         return ()
     pieces = _pieces(rule.kv_pos)
     slices = [part for piece in pieces for part in _slices(piece, keys_per_block)]
-    extremes = [
-        _extremes(rule.kv_pos[:, piece], _even(piece.stop - piece.start, keys_per_block))
+    bounds = [
+        extremes(rule.kv_pos[:, piece], _even(piece.stop - piece.start, keys_per_block))
         for piece in pieces
     ]
-    low, high = (torch.cat(each, dim=1)[:, None] for each in zip(*extremes, strict=True))
+    low, high = (torch.cat(each, dim=1)[:, None] for each in zip(*bounds, strict=True))
     of_rows = [part for piece in _pieces(rule.q_end) for part in _slices(piece, queries_per_block)]
     begins = {part.start for part in of_rows}
     starts = _starts_of_runs(rule, begins)
@@ -249,17 +248,18 @@ def _narrowed(rule: Visibility, queries_per_block: int, keys_per_block: int) -> 
         if (run := runs[number])[0] >= 0
     )
     return tuple(
-        Block(queries, keys, masked, causal=masked and _is_causal(rule.part(queries, keys)))
+        Block(queries, keys, masked, causal=masked and _is_causal(rule, queries, keys))
         for queries, keys, masked in found
     )
 
 
-def _is_causal(rule: Visibility) -> bool:
-    """Whether it is a square, of which query i sees keys 0 to i."""
-    start, end, position = rule.q_start, rule.q_end, rule.kv_pos
+def _is_causal(rule: Visibility, queries: slice, keys: slice) -> bool:
+    """Whether these are a square, of which query i sees keys 0 to i."""
+    if queries.stop - queries.start != keys.stop - keys.start:
+        return False
+    start, end, position = rule.q_start[:, queries], rule.q_end[:, queries], rule.kv_pos[:, keys]
     return (
-        end.shape == position.shape
-        and bool((end[:, :-1] <= position[:, 1:]).all())
+        bool((end[:, :-1] <= position[:, 1:]).all())
         and bool((position < end).all())
         and bool((start <= position[:, :1]).all())
     )
@@ -289,10 +289,13 @@ def _joined(blocks: Sequence[Block], most_keys: int) -> tuple[Block, ...]:
 def _pieces(values: Tensor) -> list[slice]:
     """What lies between positions ``[B, length]`` that are far apart; see `_APART`."""
     length = values.shape[1]
-    known = (values >= 0) & (values != EVERYTHING)  # padding may stand anywhere
-    apart = (values.diff(dim=1).abs() > _APART) & known[:, 1:] & known[:, :-1]
+    apart = values.diff(dim=1).abs_() > _APART
+    places = apart.any(dim=0).nonzero()[:, 0]
+    apart = apart[:, places]
+    for beside in (places, places + 1):  # padding may stand anywhere
+        apart &= (values[:, beside] >= 0) & (values[:, beside] != EVERYTHING)
     ends = [0]
-    jumps = (apart.any(dim=0).nonzero()[:, 0] + 1).tolist()
+    jumps = (places[apart.any(dim=0)] + 1).tolist()
     for end in jumps if len(jumps) <= _MOST_JUMPS else ():  # else positions are in no order
         if end - ends[-1] >= _APART <= length - end:
             ends.append(end)
@@ -326,68 +329,3 @@ def _runs_of_blocks(some: Tensor, every: Tensor, offset: int) -> list[tuple[int,
     whole = (within[0] == last - first + 1).tolist()
     first = torch.where(some.any(dim=0), first + offset, -1)
     return list(zip(first.tolist(), (last + offset).tolist(), whole, strict=True))
-
-
-def _meet(rule: Visibility, *, rows: int, keys: int, group: int) -> tuple[Tensor, Tensor]:
-    """Two bool ``[B, tiles, blocks]``: whether some row of a tile may see some key of a block, and
-    whether all see all; see `Rule.lists`."""
-    start, end = (t.repeat_interleave(group, dim=1) for t in (rule.q_start, rule.q_end))
-    sees = start < end
-    first, _ = _extremes(start.masked_fill(~sees, _INT32.max), rows)
-    _, last = _extremes(end.masked_fill(~sees, _INT32.min), rows)
-    low, high = _extremes(rule.kv_pos, keys)
-    some = (high[:, None] >= first[:, :, None]) & (low[:, None] < last[:, :, None])
-    _, latest = _extremes(start, rows)
-    earliest, _ = _extremes(end, rows)
-    every = (low[:, None] >= latest[:, :, None]) & (high[:, None] < earliest[:, :, None])
-    if start.shape[1] % rows:
-        every[:, -1] = False
-    if rule.kv_pos.shape[1] % keys:
-        every[:, :, -1] = False
-    return some, every
-
-
-def _extremes(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of each run of ``size`` values, ``[B, runs]``."""
-    batch, length = values.shape
-    whole = length // size * size
-    runs = values[:, :whole].unflatten(1, (-1, size)) if whole else values.new_empty(batch, 0, size)
-    low, high = runs.amin(dim=2), runs.amax(dim=2)
-    if whole == length:
-        return low, high
-    least, most = values[:, whole:].aminmax(dim=1, keepdim=True)
-    return torch.cat((low, least), dim=1), torch.cat((high, most), dim=1)
-
-
-def _listed(some: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
-    """The places where ``every``, then those where only ``some`` is True, first in their row; and
-    how many there are of both, and of the former."""
-    counts = torch.stack([t.sum(dim=2, dtype=torch.int32) for t in (some, every)], dim=2)
-    if not some.is_cpu:  # whose stream would wait for the number of places
-        return _sorted(some, every), counts
-    order = torch.zeros(some.shape, dtype=torch.int32, device="cpu")
-    _list_into(order, every, torch.zeros_like(counts[..., 1]))
-    _list_into(order, some & ~every, counts[..., 1])
-    return order, counts
-
-
-def _sorted(some: Tensor, every: Tensor) -> Tensor:
-    """All places, those of `_listed` first."""
-    rank = some.to(torch.int8) + every
-    order = rank.argsort(dim=2, descending=True, stable=True)
-    # What is sorted lies as it lay, which may be transposed; kernels count on dense rows.
-    return order.to(torch.int32, memory_format=torch.contiguous_format)
-
-
-def _list_into(order: Tensor, marks: Tensor, behind: Tensor) -> None:
-    """Write the places that are True into their row of ``order``, behind so many others."""
-    columns = marks.shape[2]
-    found = marks.reshape(-1).nonzero()[:, 0]
-    row = found.div(columns, rounding_mode="floor")
-    own = marks.sum(dim=2).reshape(-1)
-    place = (
-        torch.arange(len(found), device="cpu")
-        - (own.cumsum(0) - own)[row]
-        + behind.reshape(-1)[row]
-    )
-    order.view(-1)[row * columns + place] = (found - row * columns).to(torch.int32)

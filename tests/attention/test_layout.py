@@ -187,10 +187,3 @@ def test_a_rule_that_is_written_over_after_forward_is_backwards_all_the_same(nam
         assert len(expected) == 3
         for mine, right in zip(found, expected, strict=True):
             assert torch.equal(mine, right), checkpointed
-
-
-def test_a_batch_keeps_a_rule_of_its_own() -> None:
-    rule = Visibility(*(torch.zeros(1, n, dtype=torch.int32) for n in (2, 2, 3)))
-    layout = Layout.of_batch(Channel(None), (2,), (3,), rule, device=CPU)
-    rule.q_end.fill_(EVERYTHING)
-    assert not mask(layout.rule(queries=0, keys=0), 2, 3, batch=1).any()
