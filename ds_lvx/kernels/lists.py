@@ -28,7 +28,11 @@ class _Bounds(NamedTuple):
 
     @classmethod
     def of(cls, rule: Visibility, *, rows: int, keys: int, group: int) -> _Bounds:
-        start, end = (t.repeat_interleave(group, dim=1) for t in (rule.q_start, rule.q_end))
+        start, end = rule.q_start, rule.q_end
+        if rows % group == 0:  # the rows of a query are of one tile
+            rows //= group
+        else:
+            start, end = (t.repeat_interleave(group, dim=1) for t in (start, end))
         blind = start >= end
         first, _ = extremes(start.masked_fill(blind, _INT32.max), rows)
         _, last = extremes(end.masked_fill(blind, _INT32.min), rows)
