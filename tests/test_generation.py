@@ -135,6 +135,7 @@ def generate_each(each: dict[str, Case], sp_size: int) -> dict[str, dict[str, An
     "ranks",
     [2, *(pytest.param(ranks, marks=pytest.mark.exhaustive) for ranks in (1, 3))],
 )
+@pytest.mark.slow
 def test_generating_equals_one_process(ranks: int) -> None:
     answers = run_ranks(generate_each, ranks, cases(), ranks)
     for name, expected in reference().items():

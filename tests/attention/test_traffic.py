@@ -62,7 +62,7 @@ def design(problem: Problem, rank: int) -> tuple[float, float]:
     ("ranks", "device"),
     [
         (2, "cpu"),
-        (3, "cpu"),
+        pytest.param(3, "cpu", marks=pytest.mark.slow),
         pytest.param(4, "cpu", marks=pytest.mark.exhaustive),
         pytest.param(2, "cuda", marks=pytest.mark.gpus(2)),
     ],

@@ -36,6 +36,7 @@ def run_here(folder: str) -> float:
                 sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_the_documents_model_equals_one_process_on_two_ranks(tmp_path: Path) -> None:
     assert save_code(tmp_path) == ["nano_nvlm.py", "nano_family.py", "check.py"]
     for difference in run_ranks(run_here, 2, str(tmp_path)):

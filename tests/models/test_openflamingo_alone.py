@@ -206,6 +206,7 @@ def alone(length: int) -> ShardedBatch:
         pytest.param(torch.float16, marks=pytest.mark.exhaustive),
     ],
 )
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_bias_is_as_exact_as_the_model_s_own(dtype: torch.dtype) -> None:
     """Hundreds of scores far from the middle of a text."""
