@@ -74,10 +74,10 @@ def read_again(model: Any, dtype: torch.dtype, how: dict[str, Any]) -> Any:
 
 
 def settle(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let layers in 4 bits compute in a dtype, whatever their checkpoint says; and as they are.
+    """Let layers in 4 bits compute in a dtype, whatever their checkpoint says, and stay so.
 
-    On a CPU with AVX512-BF16 bitsandbytes 0.50 lays weights out anew for evaluation, and computes
-    with these without a gradient when training goes on.
+    On a CPU with AVX512-BF16 bitsandbytes 0.50 lays weights out anew for evaluation, and where
+    training goes on, no gradient comes through them.
     """
     module: Any
     for module in model.modules():

@@ -67,11 +67,12 @@ def test_linear_layers_of_the_text_are_quantized_and_lora_finds_all_that_it_foun
     module = packed.get_submodule(next(iter(weights)).removesuffix(".weight"))
     assert module.weight.quant_state.quant_type == "nf4"
     assert module.weight.quant_state.nested
+    assert module.quant_state is module.weight.quant_state  # by which `settle` finds it
     assert module.weight.numel() * 2 == module.in_features * module.out_features
 
 
-def test_bytes_of_a_weight() -> None:
-    """As docs/memory.md has them."""
+def test_a_layer() -> None:
+    """Bytes of a weight as docs/memory.md has them; its dtype is the run's."""
     config = quantized.words(FAMILIES.named("mllama"), torch.float32)["quantization_config"]
     layer: Any = Linear4bit(
         256,
@@ -83,6 +84,9 @@ def test_bytes_of_a_weight() -> None:
     state = layer.weight.quant_state
     held = layer.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
     assert held == 256**2 * (1 / 2 + 1 / 64 + 4 / (64 * 256))
+    layer.compute_dtype, layer.support_avx512bf16_for_cpu = torch.bfloat16, True
+    quantized.settle(nn.Sequential(layer), torch.float32)
+    assert (layer.compute_dtype, layer.support_avx512bf16_for_cpu) == (torch.float32, False)
 
 
 def packed_model(**storage: Any) -> Any:
