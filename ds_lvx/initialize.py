@@ -30,6 +30,7 @@ from ds_lvx.kernels import flash_version
 from ds_lvx.models import patch_model
 from ds_lvx.models.layers import explain_auto, table
 from ds_lvx.models.patch import Patch, ScaleLoss
+from ds_lvx.models.precision import check_packed
 
 _WHAT = "ds_lvx.initialize"
 
@@ -121,7 +122,9 @@ def initialize(
                 f"{mesh_param!r}; expected a torch.nn.Module and neither mpu nor mesh_param: the "
                 "groups come from ds_lvx.sequence_parallel_size in the ds_config"
             )
-        return _config_source(args, config, config_params)
+        given = _config_source(args, config, config_params)
+        check_packed(model, read_ds_config(given))
+        return given
 
     lvx, checkpoints = _read_config(source, port=distributed_port, what=_WHAT)
     assert model is not None

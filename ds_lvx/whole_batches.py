@@ -17,6 +17,7 @@ from ds_lvx.generation import generate
 from ds_lvx.initialize import Session
 from ds_lvx.models import family_of
 from ds_lvx.models.patch import KEYWORD, scale_gradient
+from ds_lvx.models.precision import dtype_of
 from ds_lvx.models.shares import share_table, shares
 from ds_lvx.models.text import ITEMS_KEY, TEXT_KEYS
 from ds_lvx.sharding import shard_batch
@@ -126,7 +127,7 @@ class WholeBatches:
                 self._session.patch,
                 shard[KEYWORD],
                 samples=shard["input_ids"].shape[0],
-                element_bytes=next(model.parameters()).element_size(),
+                element_bytes=dtype_of(model).itemsize,
             )
             print(f"ds_lvx: the first batch\n{share_table(found)}", flush=True)
 

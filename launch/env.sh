@@ -52,7 +52,7 @@ lvx_install() {
   fi
   echo "Installing the versions of constraints.txt into .venv (some minutes, the first time) ..."
   .venv/bin/python -m pip install --disable-pip-version-check \
-    -c constraints.txt -e ".[video,lora,data,plots,dev]" >"$log" 2>&1 &
+    -c constraints.txt -e ".[video,lora,quantization,data,plots,dev]" >"$log" 2>&1 &
   if ! lvx_watch "$!" "$log"; then
     tail -n 20 "$log" >&2
     lvx_fail "pip failed; the whole output is in $log. Does this machine reach a package index?"

@@ -38,9 +38,11 @@ from ds_lvx.distributed.slurm import read_slurm
 from ds_lvx.distributed.start import init_distributed, take_device
 from ds_lvx.distributed.together import together
 from ds_lvx.models.generating.started import begins_with, has_encoder
+from ds_lvx.models.precision import training_dtype
+from ds_lvx.training import quantized
 from ds_lvx.training.asking import Options, Prompts, parse, question, with_base
 from ds_lvx.training.chatting import OPEN, Questions, conversation
-from ds_lvx.training.model import Source, training_dtype
+from ds_lvx.training.model import Source
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -210,6 +212,7 @@ def read(options: Options, ranks: int) -> tuple[Source, TextEncoder, torch.dtype
     if options.adapter is not None:
         need("peft", "lora", why="--adapter")
     source = Source.of(options.model, trust_remote_code=options.trust_remote_code)
+    quantized.check(options, source.config)
     if not source.family.has("generator"):
         raise source.family.lacks("generator", "launch/generate.py")
     source.check_tokenizer()
@@ -220,7 +223,7 @@ def read(options: Options, ranks: int) -> tuple[Source, TextEncoder, torch.dtype
 
 def load(options: Options, source: Source, dtype: torch.dtype) -> Any:
     """The model, with its adapter."""
-    model = source.load(dtype)
+    model = source.load(dtype, in_4bit=options.load_in_4bit)
     if options.adapter is None:
         return model
     from peft import PeftModel

@@ -26,9 +26,9 @@ from ds_lvx.kernels.interface import Kernel
 from ds_lvx.kernels.table import Table, kind_of, table_of
 from ds_lvx.kernels.warn import warn_once
 from ds_lvx.models.dimensions import Model
+from ds_lvx.models.precision import training_dtype
 from ds_lvx.plan.models import model
 from ds_lvx.plan.units import count
-from ds_lvx.training.model import training_dtype
 
 TOLERANCE = {"bfloat16": 4e-2, "float16": 1e-2, "float32": 1e-3, "float64": 1e-3}
 """Largest error, as a share of the largest value."""

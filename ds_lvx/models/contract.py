@@ -271,18 +271,21 @@ class Family(TakesMedia, ABC):
         """The class of its configurations where transformers knows none; else None."""
         return None
 
-    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    def load(
+        self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, **more: Any
+    ) -> Any:
         """A checkpoint's model, from a folder or the hub.
 
         Args:
             name: of the folder, or on the hub.
             dtype: of the weights.
             trust_remote_code: code that comes with the checkpoint may run.
+            more: for transformers' ``from_pretrained``: how to quantize, with --load_in_4bit.
         """
         from transformers import AutoModelForImageTextToText
 
         return AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code
+            name, dtype=dtype, trust_remote_code=trust_remote_code, **more
         )
 
     def load_processor(self, name: str) -> Any:

@@ -30,7 +30,9 @@ CHATML = (
 """A chat template, where a checkpoint brings no template of its own."""
 
 
-def load(name: str, dtype: torch.dtype, *, trust_remote_code: bool, advice: str) -> Any:
+def load(
+    name: str, dtype: torch.dtype, *, trust_remote_code: bool, advice: str, **more: Any
+) -> Any:
     """The model of a checkpoint, from a folder or the hub.
 
     Args:
@@ -38,13 +40,14 @@ def load(name: str, dtype: torch.dtype, *, trust_remote_code: bool, advice: str)
         dtype: of the weights.
         trust_remote_code: its code may run.
         advice: for code that is written for another transformers, of which files and what to do.
+        more: for ``from_pretrained``.
 
     Raises:
         ValueError: it may not run, or does not.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code
+            name, dtype=dtype, trust_remote_code=trust_remote_code, **more
         )
     except (ImportError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(

@@ -14,10 +14,10 @@ from ds_lvx.data.chat import Chats, Conversation
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.together import told
 from ds_lvx.models.generating.started import begins_with
+from ds_lvx.models.precision import training_dtype
 from ds_lvx.training.asking import Prompts, question, reference
 from ds_lvx.training.ending import raise_if_asked
 from ds_lvx.training.inputs import Inputs
-from ds_lvx.training.model import training_dtype
 from ds_lvx.training.options import Options
 
 _WORD = re.compile(r"\w+")

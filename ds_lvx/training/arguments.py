@@ -22,6 +22,15 @@ def add_format(group: Any) -> None:
     )
 
 
+def add_load_in_4bit(group: Any) -> None:
+    """Whether weights are quantized as they are read."""
+    group.add_argument(
+        "--load_in_4bit",
+        action="store_true",
+        help="the weights that LoRA stands on in 4 bits (NF4), but for vision tower and head",
+    )
+
+
 def add_rate(group: Any) -> None:
     """How much of a sample is taken."""
     rate = group.add_mutually_exclusive_group()

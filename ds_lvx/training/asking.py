@@ -17,7 +17,7 @@ from ds_lvx.data.errors import DataError
 from ds_lvx.data.extras import need
 from ds_lvx.data.text import IGNORED, EncodedText
 from ds_lvx.models.generating.text_keys import AUTO, WORDS
-from ds_lvx.training.arguments import above, add_format, add_rate, from_
+from ds_lvx.training.arguments import above, add_format, add_load_in_4bit, add_rate, from_
 from ds_lvx.training.chatting import OPEN, conversation
 from ds_lvx.training.merging import CONFIG, base_of
 
@@ -29,6 +29,7 @@ class Options:
     model: str
     adapter: str | None
     trust_remote_code: bool
+    load_in_4bit: bool
     deepspeed_config: str
     chat: bool
     prompt: str | None
@@ -216,6 +217,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--adapter", help="folder or hub name of a LoRA adapter of that model")
     add("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
+    add_load_in_4bit(top)
     add("--deepspeed_config", required=True, help="a ds_config with `ds_lvx`")
     add("--prompt", help="a question; images and videos go before it")
     add("--chat", action="store_true", help="questions of the terminal, or lines of standard input")

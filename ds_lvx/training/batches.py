@@ -23,8 +23,9 @@ from ds_lvx.data.text import IGNORED, TextEncoder
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.models.cuts import span, split
 from ds_lvx.models.draft import Draft
+from ds_lvx.models.precision import training_dtype
 from ds_lvx.training.check import Checks
-from ds_lvx.training.model import Source, training_dtype
+from ds_lvx.training.model import Source
 from ds_lvx.training.options import Options
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.together import together
 from ds_lvx.models.contract import Family
 from ds_lvx.models.registry import check_packs
+from ds_lvx.training import quantized
 from ds_lvx.training.asking import check_asked
 from ds_lvx.training.check import Checks, bad_samples
 from ds_lvx.training.lengths import sample_lengths
@@ -117,6 +118,8 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     training = opened(options.data)
     evaluation = None if options.eval_data is None else opened(options.eval_data)
     source = Source.of(options.model, trust_remote_code=options.trust_remote_code)
+    quantized.check(options, source.config)
+    _check_trains(options, source)
     source.check_tokenizer()
     if options.pack is not None:
         _check_pack(sizes, source.family)
@@ -190,6 +193,15 @@ def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
         skipped=(*bad.values(), *bad_too.values()),
         lengths=lengths,
     )
+
+
+def _check_trains(options: Options, source: Source) -> None:
+    """Raise a ValueError for quantized weights that are to train."""
+    if source.is_packed and options.lora_r == 0:
+        raise ValueError(
+            f"--model: got {options.model}, whose weights are quantized and do not train; expected "
+            "LoRA beside them: --lora_r 8; or the checkpoint that it was made of"
+        )
 
 
 def _check_pack(sizes: BatchSizes, family: Family) -> None:

@@ -17,6 +17,7 @@ from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.distributed.together import together, told
 from ds_lvx.models.layers import table
 from ds_lvx.models.patch import KEYWORD
+from ds_lvx.models.precision import dtype_of
 from ds_lvx.models.shares import Share, counted, saved, shares
 from ds_lvx.sharding import finish_batch
 from ds_lvx.training.answers import Answers, means
@@ -313,7 +314,7 @@ class Trainer:
             self.engine.ds_lvx.patch,
             shard[KEYWORD],
             samples=shard["input_ids"].shape[0],
-            element_bytes=next(self.engine.module.parameters()).element_size(),
+            element_bytes=dtype_of(self.engine.module).itemsize,
         )
         self._shares = counted(found, [record["bytes"] for record in records])
         return loss

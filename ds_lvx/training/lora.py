@@ -14,6 +14,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ds_lvx.models.precision import is_packed
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 _NAMES = re.compile(r"[\w.]+(,[\w.]+)*")
 _TARGETS, _SAVED = "--lora_target_modules", "--lora_modules_to_save"
+_PACKED = "--load_in_4bit"
 _MOST_NAMED = 40
 
 
@@ -29,13 +32,15 @@ def check_words(options: Any) -> None:
     """Look at the words of the command line alone.
 
     Raises:
-        ValueError: targets without LoRA, a regular expression that is none, or not by itself.
+        ValueError: targets, or 4 bits, without LoRA; a regular expression that is none, or not
+            by itself.
     """
-    for option, words in (
-        (_TARGETS, options.lora_target_modules),
-        (_SAVED, options.lora_modules_to_save),
+    for option, given in (
+        (_TARGETS, options.lora_target_modules is not None),
+        (_SAVED, options.lora_modules_to_save is not None),
+        (_PACKED, options.load_in_4bit),
     ):
-        if words is not None and options.lora_r == 0:
+        if given and options.lora_r == 0:
             raise ValueError(f"{option}: got no LoRA; expected its rank beside them: --lora_r 8")
     targets_of(options.lora_target_modules or ())
     names_of(options.lora_modules_to_save or (), _SAVED)
@@ -172,12 +177,18 @@ def _excluded(modules: Mapping[str, Any]) -> list[str]:
     for name, module in modules.items():
         if _within(name, left_out):
             continue
-        weights = [*module.parameters()]
+        # What is packed never trains, with LoRA on it or not: the weights around it tell.
+        owners = [part for part in module.modules() if not _holds_packed(part)]
+        weights = [weight for part in owners for weight in part.parameters(recurse=False)]
         if weights and not any(weight.requires_grad for weight in weights):
             left_out.append(name)
         elif isinstance(module, nn.MultiheadAttention):
             left_out += [f"{name}.{child}" for child, _ in module.named_children()]
     return left_out
+
+
+def _holds_packed(module: Any) -> bool:
+    return any(is_packed(weight) for weight in module.parameters(recurse=False))
 
 
 def _saved(modules: Mapping[str, Any], options: Any, attention: Iterable[Any]) -> list[str]:
@@ -210,6 +221,8 @@ def _saved(modules: Mapping[str, Any], options: Any, attention: Iterable[Any]) -
             why = "without weights"
         elif any(id(each) in layers for each in inner):
             why = "with attention in it, which can have LoRA"
+        elif any(is_packed(weight) for weight in weights):
+            why = "whose weights are quantized, which can have LoRA"
         elif not all(weight.requires_grad for weight in weights):
             why = "that the run leaves as it is (--freeze_vision, or the family itself)"
         elif any(name != other and _within(name, [other]) for other in names):

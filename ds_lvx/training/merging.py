@@ -40,6 +40,11 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--output: got {output}, which is there; expected a new folder")
     name = base_of(adapter) if options.model is None else options.model
     source = Source.of(name, trust_remote_code=options.trust_remote_code)
+    if source.is_packed:
+        raise ValueError(
+            f"--model: got {name}, whose weights are quantized: merged into them, an adapter would "
+            "be rounded; expected the checkpoint that they were made of; name it: --model"
+        )
     model = _merged(source, adapter)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -14,8 +14,10 @@ from torch import nn
 
 from ds_lvx.config import zero_stage
 from ds_lvx.models.contract import Family
+from ds_lvx.models.precision import training_dtype
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.models.remote import read_config
+from ds_lvx.training import quantized
 from ds_lvx.training.lora import with_lora
 from ds_lvx.training.options import Options
 
@@ -111,13 +113,27 @@ class Source:
                 "the checkpoint; copy its files again, or resize the model"
             )
 
-    def load(self, dtype: torch.dtype) -> Any:
-        """The model."""
+    @property
+    def is_packed(self) -> bool:
+        """Whether the checkpoint's own weights are quantized."""
+        return getattr(self.config, "quantization_config", None) is not None
+
+    def load(self, dtype: torch.dtype, *, in_4bit: bool = False) -> Any:
+        """The model.
+
+        Args:
+            dtype: of the weights, or of what is computed with those in 4 bits.
+            in_4bit: quantize weights as they are read (`ds_lvx.training.quantized`).
+        """
+        more = quantized.words(self.family, dtype) if in_4bit else {}
         if self.is_tiny:
-            return self.family.build(self.config, gate=TINY_GATE, dtype=dtype)
+            model = self.family.build(self.config, gate=TINY_GATE, dtype=dtype)
+            return quantized.read_again(model, dtype, more) if in_4bit else model
         with _readable(self.name):
             trusts = {"trust_remote_code": True} if self.trust_remote_code else {}
-            return self.family.load(self.name, dtype, **trusts)
+            model = self.family.load(self.name, dtype, **trusts, **more)
+        quantized.settle(model, dtype)
+        return model
 
 
 def _image_tokens(*holders: Any) -> set[int]:
@@ -156,19 +172,13 @@ def _refuse_adapter(name: str, *, only_local: bool) -> None:
         )
 
 
-def training_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype of the weights that DeepSpeed computes with."""
-    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if ds_config.get(key, {}).get("enabled", False):
-            return dtype
-    return torch.float32
-
-
 def load_model(options: Options, ds_config: Mapping[str, Any], source: Source) -> nn.Module:
-    """The model, with what trains chosen; under ZeRO-3 no rank ever holds the whole of it.
+    """The model, with what trains chosen; under ZeRO-3 no rank ever holds the whole of it, but for
+    weights in 4 bits, which DeepSpeed takes apart later.
 
     Args:
-        options: ``seed``, ``lora_*``, ``freeze_vision``, ``gradient_checkpointing``.
+        options: ``seed``, ``load_in_4bit``, ``lora_*``, ``freeze_vision``,
+            ``gradient_checkpointing``.
         ds_config: the whole config: dtype and ZeRO stage count here.
         source: where the model comes from.
 
@@ -179,8 +189,9 @@ def load_model(options: Options, ds_config: Mapping[str, Any], source: Source) -
     """
     dtype = training_dtype(ds_config)
     torch.manual_seed(options.seed)
-    with _partitioned(ds_config, dtype):
-        model = source.load(dtype)
+    stage = 0 if options.load_in_4bit or source.is_packed else zero_stage(ds_config)
+    with _partitioned(ds_config, stage):
+        model = source.load(dtype, in_4bit=options.load_in_4bit)
     if options.freeze_vision:
         source.family.vision_tower(model).requires_grad_(False)
     if options.gradient_checkpointing:
@@ -201,9 +212,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 @contextmanager
-def _partitioned(ds_config: Mapping[str, Any], dtype: torch.dtype) -> Iterator[None]:
+def _partitioned(ds_config: Mapping[str, Any], stage: int) -> Iterator[None]:
     """Under ZeRO-3, let transformers take each weight apart as soon as it is there."""
-    if zero_stage(ds_config) != 3:
+    if stage != 3:
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig

@@ -10,7 +10,15 @@ from typing import Any
 from ds_lvx.data.chosen import FrameRate
 from ds_lvx.data.limits import Limits
 from ds_lvx.training import best
-from ds_lvx.training.arguments import above, add_format, add_limits, add_rate, from_, limits_of
+from ds_lvx.training.arguments import (
+    above,
+    add_format,
+    add_limits,
+    add_load_in_4bit,
+    add_rate,
+    from_,
+    limits_of,
+)
 from ds_lvx.training.lora import ALL_LINEAR, check_words
 from ds_lvx.training.schedule import SCHEDULERS, check_schedule, json_object
 
@@ -53,6 +61,7 @@ class Options:
     min_lr: float | None
     warmup_steps: float
     weight_decay: float
+    load_in_4bit: bool
     lora_r: int
     lora_alpha: int | None
     lora_dropout: float
@@ -261,6 +270,7 @@ def _add_schedule(group: Any) -> None:
 
 
 def _add_lora(group: Any) -> None:
+    add_load_in_4bit(group)
     group.add_argument(
         "--lora_r",
         type=from_(int, 0),

@@ -21,12 +21,13 @@ from ds_lvx.config.ds_config import SECTION
 from ds_lvx.config.words import in_ranks
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.start import init_distributed, take_device
+from ds_lvx.models.precision import training_dtype
 from ds_lvx.models.shares import Share, share_table
 from ds_lvx.training.batches import Batches
 from ds_lvx.training.engine import make_engine
 from ds_lvx.training.inputs import batch_sizes, check_samples, read_inputs
 from ds_lvx.training.loop import Trainer
-from ds_lvx.training.model import Source, load_model, training_dtype
+from ds_lvx.training.model import Source, load_model
 from ds_lvx.training.options import Options, parse
 
 _LEARNING_RATE = "1e-4"

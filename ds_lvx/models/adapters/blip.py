@@ -113,8 +113,10 @@ class Blip2(Adapter):
 
     # ---- models
 
-    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-        return self.of_class.from_pretrained(name, dtype=dtype)
+    def load(
+        self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, **more: Any
+    ) -> Any:
+        return self.of_class.from_pretrained(name, dtype=dtype, **more)
 
     def load_processor(self, name: str) -> Processor:
         return Processor.of(name, self.of_class.config_class.from_pretrained(name))

@@ -17,18 +17,19 @@ _ADVICE = (
 )
 
 
-def load(name: str, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
+def load(name: str, dtype: torch.dtype, *, trust_remote_code: bool, **more: Any) -> Any:
     """The model of a checkpoint, from a folder or the hub.
 
     Args:
         name: of the folder, or on the hub.
         dtype: of the weights.
         trust_remote_code: its code may run.
+        more: for ``from_pretrained``.
 
     Raises:
         ValueError: it may not, or is written for another transformers.
     """
-    model = remote.load(name, dtype, trust_remote_code=trust_remote_code, advice=_ADVICE)
+    model = remote.load(name, dtype, trust_remote_code=trust_remote_code, advice=_ADVICE, **more)
     restore_frequencies(model)
     return model
 

@@ -116,8 +116,10 @@ class MossVL(Sized):
 
     # ---- models
 
-    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-        return checkpoint.load(name, dtype, trust_remote_code=trust_remote_code)
+    def load(
+        self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, **more: Any
+    ) -> Any:
+        return checkpoint.load(name, dtype, trust_remote_code=trust_remote_code, **more)
 
     def load_processor(self, name: str) -> Processor:
         return Processor.of(name)

@@ -136,8 +136,12 @@ class MPlugOwl3(Sized):
 
     # ---- models
 
-    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-        model = remote.load(name, dtype, trust_remote_code=trust_remote_code, advice=_ADVICE)
+    def load(
+        self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, **more: Any
+    ) -> Any:
+        model = remote.load(
+            name, dtype, trust_remote_code=trust_remote_code, advice=_ADVICE, **more
+        )
         remote.restore_buffers(model)
         return model
 

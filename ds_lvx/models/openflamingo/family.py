@@ -152,8 +152,10 @@ class OpenFlamingo(Sized):
     def config_class(self) -> type[FlamingoConfig]:
         return FlamingoConfig
 
-    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-        model = Flamingo.from_pretrained(name, dtype=dtype)
+    def load(
+        self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, **more: Any
+    ) -> Any:
+        model = Flamingo.from_pretrained(name, dtype=dtype, **more)
         model.vision_encoder.requires_grad_(False)
         return model
 

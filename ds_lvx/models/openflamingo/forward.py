@@ -23,6 +23,7 @@ from ds_lvx.models.openflamingo.attention import places
 from ds_lvx.models.openflamingo.batch import PIXELS
 from ds_lvx.models.openflamingo.mpt import BIAS, carrying
 from ds_lvx.models.patch import KEYWORD, Hook, KeepForward
+from ds_lvx.models.precision import dtype_of
 
 FEATURES = "ds_lvx_media"
 
@@ -61,9 +62,8 @@ class Forward:
     def encoded(self, pixels: Tensor) -> Tensor:
         """``vision_x [B, n, 1, ...]`` to features ``[B, n * latents, width]``, where they wait."""
         tower = self._model.vision_encoder
-        dtype = next(tower.parameters()).dtype
         with torch.no_grad():  # as the model's own forward has it
-            tokens = tower(pixels.to(dtype).flatten(0, 2))[1]
+            tokens = tower(pixels.to(dtype_of(tower)).flatten(0, 2))[1]
         states: Tensor = self._model.perceiver(tokens.unflatten(0, pixels.shape[:3]))
         features = states.flatten(1, 2)
         return offload(features) if self._offloads else features

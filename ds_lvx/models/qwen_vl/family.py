@@ -102,8 +102,10 @@ class QwenVL(Sized):
 
     # ---- models
 
-    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-        return remote.load(name, dtype, trust_remote_code=trust_remote_code, advice=_ADVICE)
+    def load(
+        self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, **more: Any
+    ) -> Any:
+        return remote.load(name, dtype, trust_remote_code=trust_remote_code, advice=_ADVICE, **more)
 
     def load_processor(self, name: str) -> processors.Processor:
         visual = remote.read_section(name, "visual")

@@ -140,8 +140,10 @@ class VideoLlama(Made):
     def config_class(self) -> type[VideoLlamaConfig]:
         return VideoLlamaConfig
 
-    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-        model = VideoLlamaModel.from_pretrained(name, dtype=dtype)
+    def load(
+        self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, **more: Any
+    ) -> Any:
+        model = VideoLlamaModel.from_pretrained(name, dtype=dtype, **more)
         for part in (model.visual_encoder, model.ln_vision, model.Qformer, model.query_tokens):
             part.requires_grad_(False)
         return model

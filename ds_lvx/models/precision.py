@@ -1,0 +1,53 @@
+"""What a model computes in, also where its weights are packed: bitsandbytes' in 4 or 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def training_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of the weights that DeepSpeed computes with."""
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if ds_config.get(key, {}).get("enabled", False):
+            return dtype
+    return torch.float32
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether a weight is one of bitsandbytes, whose dtype and shape are not those of the layer."""
+    return _in_4bit(weight) or hasattr(weight, "SCB")
+
+
+def _in_4bit(weight: Tensor) -> bool:
+    return hasattr(weight, "quant_state")
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What a model computes in: the dtype of the first weight that is not packed."""
+    return next(weight.dtype for weight in model.parameters() if not is_packed(weight))
+
+
+def check_packed(model: nn.Module, ds_config: Mapping[str, Any]) -> None:
+    """Refuse weights in 4 bits that DeepSpeed would convert number by number.
+
+    Args:
+        model: may have none.
+        ds_config: the whole config; its dtype counts.
+
+    Raises:
+        ValueError: they are stored as floats of another dtype; names the first.
+    """
+    dtype = training_dtype(ds_config)
+    if dtype == torch.float32:  # nothing is converted
+        return
+    for name, weight in model.named_parameters():
+        if _in_4bit(weight) and weight.is_floating_point() and weight.dtype != dtype:
+            raise ValueError(
+                f"got {name} in 4 bits, stored as {weight.dtype}, for a ds_config of {dtype}, to "
+                "which DeepSpeed would convert what is no number; expected torch.uint8 or "
+                f"{dtype}: load the model with this bnb_4bit_quant_storage"
+            )
