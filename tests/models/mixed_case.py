@@ -184,6 +184,7 @@ MIXED = {
         shifted=False,
     ),
     "qwen2_5_vl": Mixed("qwen2_5_vl", partial(parts, GRIDS), model={"num_hidden_layers": 1}),
+    "qwen2_vl": Mixed("qwen2_vl", partial(parts, GRIDS), model={"num_hidden_layers": 1}),
     "qwen3_vl": Mixed("qwen3_vl", partial(parts, GRIDS)),
     "internvl": Mixed("internvl", partial(parts, ((1,), (1, 1, 1), (4,)))),
     "smolvlm": Mixed("smolvlm", partial(parts, ((1,), (1, 1, 1), (4,)))),
