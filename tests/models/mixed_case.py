@@ -186,6 +186,7 @@ MIXED = {
     "qwen2_5_vl": Mixed("qwen2_5_vl", partial(parts, GRIDS), model={"num_hidden_layers": 1}),
     "qwen2_vl": Mixed("qwen2_vl", partial(parts, GRIDS), model={"num_hidden_layers": 1}),
     "qwen3_vl": Mixed("qwen3_vl", partial(parts, GRIDS)),
+    "qwen3_vl_moe": Mixed("qwen3_vl_moe", partial(parts, GRIDS), model={"num_hidden_layers": 2}),
     "internvl": Mixed("internvl", partial(parts, ((1,), (1, 1, 1), (4,)))),
     "smolvlm": Mixed("smolvlm", partial(parts, ((1,), (1, 1, 1), (4,)))),
     "llava_onevision": Mixed("llava_onevision", partial(parts, ((10, 30), "video", (20, 20)))),

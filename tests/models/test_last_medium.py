@@ -14,6 +14,7 @@ from tests.models import (
     qwen2_5_vl_case,
     qwen2_vl_case,
     qwen3_vl_case,
+    qwen3_vl_moe_case,
     qwen_vl_case,
 )
 from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
@@ -25,6 +26,7 @@ CASES: dict[str, tuple[Any, list[Any]]] = {
     "qwen2_5_vl": (qwen2_5_vl_case, FRAMES),
     "qwen2_vl": (qwen2_vl_case, FRAMES),
     "qwen3_vl": (qwen3_vl_case, FRAMES),
+    "qwen3_vl_moe": (qwen3_vl_moe_case, FRAMES),
     "internvl": (internvl_case, TILES),
     "llava_onevision": (llava_onevision_case, [[5, (10, 30)], [3, "video", 2]]),
     "blip-2": (blip_case, [".....i", ".i...."]),

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLModel,
@@ -39,8 +39,8 @@ class Qwen3VL(Qwen25VL):
     here is as of Qwen2.5-VL."""
 
     keys = (PIXELS, qwen.GRID, qwen.VIDEO_PIXELS, qwen.VIDEO_GRID, qwen.TYPES)
-    of_text = Qwen3VLTextAttention
-    within = Qwen3VLVisionAttention
+    of_text: type[nn.Module] = Qwen3VLTextAttention
+    within: type[nn.Module] = Qwen3VLVisionAttention
     takes = tower.names("position_ids", "cu_seqlens", "interp_indices", "interp_weights")
     sized = sized
     of_class: Any = Qwen3VLForConditionalGeneration
