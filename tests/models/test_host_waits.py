@@ -34,7 +34,6 @@ from tests.models import (
     qwen2_5_vl_case,
     qwen2_vl_case,
     qwen3_vl_case,
-    qwen3_vl_moe_case,
     qwen_vl_case,
     smolvlm_case,
     t5gemma2_case,
@@ -66,7 +65,7 @@ ALLOWED_ON_CPU = {
     # Lengths of pictures and windows, which stay on the host: no wait on fake CUDA tensors.
     *(
         ("tolist", f"models/{name}/modeling_{name}.py:{function}")
-        for name in ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
+        for name in ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
         for function in ("<listcomp>", "forward")  # the latter from Python 3.12 on
     ),
 }
@@ -74,7 +73,6 @@ CONCATENATED: dict[str, Any] = {
     "qwen2_5_vl": qwen2_5_vl_case,
     "qwen2_vl": qwen2_vl_case,
     "qwen3_vl": qwen3_vl_case,
-    "qwen3_vl_moe": qwen3_vl_moe_case,
     "internvl": internvl_case,
     "smolvlm": smolvlm_case,
     "llava_onevision": llava_onevision_case,
@@ -222,7 +220,6 @@ def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
         "qwen2_5_vl",
         pytest.param("qwen2_vl", marks=pytest.mark.exhaustive),
         pytest.param("qwen3_vl", marks=pytest.mark.exhaustive),
-        pytest.param("qwen3_vl_moe", marks=pytest.mark.exhaustive),
         pytest.param("internvl", marks=pytest.mark.exhaustive),
         pytest.param("smolvlm", marks=pytest.mark.exhaustive),
         pytest.param("llava_onevision", marks=pytest.mark.exhaustive),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import Qwen3VLMoeForConditionalGeneration
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
     Qwen3VLMoeModel,
@@ -20,6 +21,7 @@ from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.qwen3_vl.family import Qwen3VL
 from ds_lvx.models.qwen3_vl_moe import dimensions, sized
+from ds_lvx.models.qwen3_vl_moe.checkpoint import fit_experts
 from ds_lvx.models.qwen3_vl_moe.experts import ROUTERS, AllExperts, EmbedOfExperts, router_loss
 
 
@@ -44,6 +46,10 @@ class Qwen3VLMoe(Qwen3VL):
         for module in self.text_model(model).modules():
             if isinstance(module, Qwen3VLMoeTextExperts):
                 module.register_forward_hook(AllExperts(module))
+
+    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+        fit_experts(self.model_type)
+        return super().load(name, dtype, trust_remote_code=trust_remote_code)
 
     def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
         return dimensions.dimensions(config, name, source)
