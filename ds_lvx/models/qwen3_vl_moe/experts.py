@@ -1,4 +1,4 @@
-"""What the experts of a rank's tokens need, and what their routers cannot be given."""
+"""What experts need where ranks choose others, and what their routers cannot be given."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepspeed.utils import set_z3_leaf_module
-from torch import Tensor, nn
+from torch import nn
 
 from ds_lvx.models.concatenated.forward import Embed
 from ds_lvx.models.patch import KEYWORD, Hook
@@ -16,39 +16,23 @@ _LEAF = "_z3_leaf"
 """Where DeepSpeed marks a module whose own modules it does not ask."""
 
 
-class AllExperts(Hook):
-    """A forward hook of a layer's experts: ranks whose tokens choose others are one for ZeRO-3.
+class OneForZero(Hook):
+    """A forward pre-hook that does nothing: for ZeRO-3 a layer's experts are one module.
 
-    It gathers the experts as one module. Transformers' loop over those that are chosen calls an
-    activation for each, a module too, and ZeRO-3 would find that ranks run different modules.
-    Without a token that loop would leave router and experts out of the graph; here their gradients
-    are 0 then, and not none.
+    Transformers' loop over the experts that a rank's tokens choose calls an activation for each, a
+    module too, and ZeRO-3 would find that ranks run different modules, or hang.
     """
 
     def __init__(self, experts: nn.Module) -> None:
         self._experts = experts
         set_z3_leaf_module(experts, True)
 
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        return None
+
     def undo(self) -> None:
         """Let ZeRO-3 see the modules again."""
         vars(self._experts).pop(_LEAF, None)
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Tensor, Tensor, Tensor], made: Tensor
-    ) -> Tensor | None:
-        """
-        Args:
-            module: with all experts' weights.
-            args: the tokens ``[n, hidden]``, their experts and the weights of these ``[n, k]``.
-            made: ``[n, hidden]``.
-        """
-        tokens, _, weights = args
-        if len(tokens) > 0:
-            return None
-        nothing = weights.sum()
-        for parameter in module.parameters():
-            nothing = nothing + parameter[:0].sum()
-        return made + tokens + nothing
 
 
 class EmbedOfExperts(Embed):

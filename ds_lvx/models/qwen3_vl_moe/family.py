@@ -22,7 +22,7 @@ from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.qwen3_vl.family import Qwen3VL
 from ds_lvx.models.qwen3_vl_moe import dimensions, sized
 from ds_lvx.models.qwen3_vl_moe.checkpoint import fit_experts
-from ds_lvx.models.qwen3_vl_moe.experts import ROUTERS, AllExperts, EmbedOfExperts, router_loss
+from ds_lvx.models.qwen3_vl_moe.experts import ROUTERS, EmbedOfExperts, OneForZero, router_loss
 
 
 class Qwen3VLMoe(Qwen3VL):
@@ -45,7 +45,7 @@ class Qwen3VLMoe(Qwen3VL):
         super().install(model, plans)
         for module in self.text_model(model).modules():
             if isinstance(module, Qwen3VLMoeTextExperts):
-                module.register_forward_hook(AllExperts(module))
+                module.register_forward_pre_hook(OneForZero(module))
 
     def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
         fit_experts(self.model_type)
