@@ -43,6 +43,8 @@ class Case:
     self_layers: int = 0
     mlp: int = 64
     head_dim: int = 0  # 0: hidden / heads
+    experts: int = 0  # 0: one MLP, without a router
+    chosen_experts: int = 0
     vocabulary: int = 512
     text_tokens: int = 256  # of the one sample, over all ranks
     # Of the vision tower, and of a frame.

@@ -18,6 +18,8 @@ class Layers:
         mlp: inner width; 0 where there is none.
         mlp_matrices: 3 with a gate, 2 without.
         features_dim: width of what K and V are made of; 0 is ``hidden``.
+        others: weights of a layer that a token does not go through: experts that it is not sent
+            to, with the router that knows of them. ``mlp`` are then those that it is sent to.
     """
 
     count: int
@@ -28,6 +30,7 @@ class Layers:
     mlp: int = 0
     mlp_matrices: int = 3
     features_dim: int = 0
+    others: int = 0
 
     @property
     def query_parameters(self) -> int:
@@ -41,9 +44,14 @@ class Layers:
         return 2 * (self.features_dim or self.hidden) * self.kv_heads * self.head_dim
 
     @property
+    def token_parameters(self) -> int:
+        """Weights that a token goes through in all layers."""
+        return self.count * (self.query_parameters + self.key_parameters)
+
+    @property
     def parameters(self) -> int:
         """Weights of all layers."""
-        return self.count * (self.query_parameters + self.key_parameters)
+        return self.token_parameters + self.count * self.others
 
 
 @dataclass(frozen=True)

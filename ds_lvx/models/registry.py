@@ -35,7 +35,9 @@ BUILT_IN: Mapping[str, str] = {
     "video_llama": "ds_lvx.models.video_llama.family:VideoLlama",
     "t5gemma2": "ds_lvx.models.t5gemma2.family:T5Gemma2",
     "qwen2_5_vl": "ds_lvx.models.qwen2_5_vl.family:Qwen25VL",
+    "qwen2_vl": "ds_lvx.models.qwen2_vl.family:Qwen2VL",
     "qwen3_vl": "ds_lvx.models.qwen3_vl.family:Qwen3VL",
+    "qwen3_vl_moe": "ds_lvx.models.qwen3_vl_moe.family:Qwen3VLMoe",
     "internvl": "ds_lvx.models.internvl.family:InternVL",
     "llava_onevision": "ds_lvx.models.llava_onevision.family:LlavaOnevision",
     "smolvlm": "ds_lvx.models.smolvlm.family:SmolVLM",
@@ -55,7 +57,8 @@ KNOWN: Mapping[str, str] = {
     name: f"ds_lvx.models.{_ROOMS.get(name, name)}.dimensions"
     for name in (
         *("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2"),
-        *("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "video_llama", "smolvlm"),
+        *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"),
+        *("internvl", "llava_onevision", "video_llama", "smolvlm"),
         *_ROOMS,
     )
 }

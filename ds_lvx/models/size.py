@@ -13,6 +13,8 @@ class Size:
         vocabulary: of the output; the image token's id is this number.
         hidden, heads, kv_heads, mlp: of the text model.
         head_dim: of the text model; 0: hidden / heads.
+        experts, chosen_experts: MLPs that a layer of the text has, and that a token goes through,
+            where ``mlp`` is one's; 0: a layer has one.
         layers: of the text model, cross-attention layers among them.
         cross_at: which of them attend to images.
         positions: that the text may have.
@@ -29,6 +31,8 @@ class Size:
     kv_heads: int = 2
     mlp: int = 128
     head_dim: int = 0
+    experts: int = 0
+    chosen_experts: int = 0
     layers: int = 4
     cross_at: tuple[int, ...] = (1, 3)
     positions: int = 256

@@ -202,7 +202,7 @@ def _split_parts(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[st
     seen = scenario.pairs_seen if rows is None else rows.share_seen(sum(lengths))
     attention_s = layers.count * (seen * layer.kernel_s + layer.other_s)
     waiting_s = layers.count * layer.exposed_s
-    products = products_s(device, layers.parameters, max(lengths))
+    products = products_s(device, layers.token_parameters, max(lengths))
     if rows is not None:
         keys = products_s(device, model.cross.key_parameters, max(lengths))
         return {
@@ -317,13 +317,16 @@ def _host_s(scenario: Scenario, cluster: Cluster, *, hiding_s: float, messages: 
 def _decoder_parameters(scenario: Scenario) -> tuple[int, int]:
     """Weights that each token goes through: of layers, and of the head."""
     text, cross = scenario.model.text, scenario.model.cross
-    layers = text.parameters + cross.count * cross.query_parameters
+    layers = text.token_parameters + cross.count * cross.query_parameters
     if keeps_prompt(scenario):  # these layers have keys of the answer's own tokens, too
         layers += cross.count * cross.key_parameters
     return layers, scenario.model.vocabulary * text.hidden
 
 
 def _token_parameters(scenario: Scenario) -> int:
-    """Weights of the modules that run for a token: its layers, and each table of the vocabulary."""
+    """Weights of the modules that run for a token: its layers with all of their experts, and each
+    table of the vocabulary."""
     layers, table = _decoder_parameters(scenario)
-    return layers + scenario.model.embeddings * table
+    text, cross = scenario.model.text, scenario.model.cross
+    others = text.count * text.others + cross.count * cross.others
+    return layers + others + scenario.model.embeddings * table

@@ -21,7 +21,7 @@ from ds_lvx.data.text import TextEncoder
 from ds_lvx.training.model import Source
 from tests.data.media import chat, write_jsonl, write_video
 
-QWEN = ("qwen2_5_vl", "qwen3_vl")
+QWEN = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 SIZE = (200, 90)
 
 

@@ -15,6 +15,26 @@ from ds_lvx.models import FAMILIES
 VOCABULARY = 64
 PAD, START, IMAGE, VIDEO = 0, 61, 62, 63
 PATCH, MERGE = 4, 2
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+IDS: dict[str, Any] = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": START,
+    "tie_word_embeddings": False,
+}
 WIDTH = 3 * 2 * PATCH**2  # numbers of a patch
 
 Batch = dict[str, Any]
@@ -23,19 +43,6 @@ Medium = tuple[int, int, int]
 
 def tiny_model(**text: Any) -> Qwen2_5_VLForConditionalGeneration:
     """Three layers of text, two of vision (one by windows); always the same weights."""
-    settings: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
-        "pad_token_id": PAD,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
     vision = {
         "depth": 2,
         "hidden_size": 16,
@@ -49,18 +56,17 @@ def tiny_model(**text: Any) -> Qwen2_5_VLForConditionalGeneration:
         "fullatt_block_indexes": [1],
         "out_hidden_size": 32,
     }
-    config = Qwen2_5_VLConfig(
-        text_config={**settings, **text},
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=START,
-        tie_word_embeddings=False,
+    return weighted(
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLConfig(text_config={**TEXT, **text}, vision_config=vision, **IDS),
     )
+
+
+def weighted(kind: Any, config: Any) -> Any:
+    """A model of a class, always with the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = kind(config)
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -69,14 +75,21 @@ def tiny_model(**text: Any) -> Qwen2_5_VLForConditionalGeneration:
 
 def lora_model() -> Any:
     """`tiny_model` inside peft's wrapper: adapters of the text's attention train."""
+    return with_adapters(tiny_model())
+
+
+def with_adapters(model: Any) -> Any:
     torch.manual_seed(3)
-    targets = FAMILIES.named("qwen2_5_vl").lora_targets
+    targets = FAMILIES.named(model.config.model_type).lora_targets
     config = LoraConfig(r=2, lora_alpha=1, target_modules=targets, init_lora_weights=False)
-    return get_peft_model(tiny_model(), config)
+    return get_peft_model(model, config)
 
 
 def frozen_tower() -> Any:
-    model = tiny_model()
+    return without_tower(tiny_model())
+
+
+def without_tower(model: Any) -> Any:
     model.model.visual.requires_grad_(False)
     return model
 

@@ -6,80 +6,56 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from ds_lvx.models import FAMILIES
+from tests.models.qwen2_5_vl_case import (
+    IDS,
+    IMAGE,
+    MERGE,
+    PAD,
+    PATCH,
+    START,
+    TEXT,
+    VIDEO,
+    WIDTH,
+    Batch,
+    Medium,
+    weighted,
+    with_adapters,
+    without_tower,
+)
 
-VOCABULARY = 64
-PAD, START, IMAGE, VIDEO = 0, 61, 62, 63
-PATCH, MERGE = 4, 2
-WIDTH = 3 * 2 * PATCH**2  # numbers of a patch
-
-Batch = dict[str, Any]
-Medium = tuple[int, int, int]
+VISION = {
+    "depth": 3,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "patch_size": PATCH,
+    "spatial_merge_size": MERGE,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 9,
+    "deepstack_visual_indexes": [0, 1],
+}
 
 
 def tiny_model(**text: Any) -> Qwen3VLForConditionalGeneration:
     """Three layers of text, of which two add features of the tower's three; always the same
     weights."""
-    settings: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 12,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
-        "pad_token_id": PAD,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    vision = {
-        "depth": 3,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_heads": 2,
-        "patch_size": PATCH,
-        "spatial_merge_size": MERGE,
-        "temporal_patch_size": 2,
-        "out_hidden_size": 32,
-        "num_position_embeddings": 9,
-        "deepstack_visual_indexes": [0, 1],
-    }
-    config = Qwen3VLConfig(
-        text_config={**settings, **text},
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=START,
-        tie_word_embeddings=False,
+    return weighted(
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLConfig(text_config={**TEXT, "head_dim": 12, **text}, vision_config=VISION, **IDS),
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = Qwen3VLForConditionalGeneration(config)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 def lora_model() -> Any:
     """`tiny_model` inside peft's wrapper: adapters of the text's attention train."""
-    torch.manual_seed(3)
-    targets = FAMILIES.named("qwen3_vl").lora_targets
-    config = LoraConfig(r=2, lora_alpha=1, target_modules=targets, init_lora_weights=False)
-    return get_peft_model(tiny_model(), config)
+    return with_adapters(tiny_model())
 
 
 def frozen_tower() -> Any:
-    model = tiny_model()
-    model.model.visual.requires_grad_(False)
-    return model
+    return without_tower(tiny_model())
 
 
 def make_batch(

@@ -22,6 +22,8 @@ NAMES = (
     "qwen3_vl",
     "internvl",
     "llava_onevision",
+    pytest.param("qwen2_vl", marks=pytest.mark.exhaustive),  # Qwen2.5-VL without windows
+    pytest.param("qwen3_vl_moe", marks=pytest.mark.exhaustive),
     pytest.param("smolvlm", marks=pytest.mark.exhaustive),  # whose batches are InternVL's
 )
 ALL = pytest.mark.parametrize("name", ["qwen2_5_vl", *NAMES])

@@ -82,7 +82,9 @@ def generate_each(names: tuple[str, ...], ranks: int) -> dict[str, Any]:
     ("ranks", "names"),
     [
         (2, FAMILIES),
-        pytest.param(3, (*FAMILIES, "smolvlm"), marks=pytest.mark.exhaustive),
+        pytest.param(
+            3, (*FAMILIES, "smolvlm", "qwen2_vl", "qwen3_vl_moe"), marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_generating_equals_one_process(ranks: int, names: tuple[str, ...]) -> None:

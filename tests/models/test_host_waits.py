@@ -32,6 +32,7 @@ from tests.models import (
     mplugowl3_case,
     openflamingo_case,
     qwen2_5_vl_case,
+    qwen2_vl_case,
     qwen3_vl_case,
     qwen_vl_case,
     smolvlm_case,
@@ -64,12 +65,13 @@ ALLOWED_ON_CPU = {
     # Lengths of pictures and windows, which stay on the host: no wait on fake CUDA tensors.
     *(
         ("tolist", f"models/{name}/modeling_{name}.py:{function}")
-        for name in ("qwen2_5_vl", "qwen3_vl")
+        for name in ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
         for function in ("<listcomp>", "forward")  # the latter from Python 3.12 on
     ),
 }
 CONCATENATED: dict[str, Any] = {
     "qwen2_5_vl": qwen2_5_vl_case,
+    "qwen2_vl": qwen2_vl_case,
     "qwen3_vl": qwen3_vl_case,
     "internvl": internvl_case,
     "smolvlm": smolvlm_case,
@@ -216,6 +218,7 @@ def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
     "name",
     [
         "qwen2_5_vl",
+        pytest.param("qwen2_vl", marks=pytest.mark.exhaustive),
         pytest.param("qwen3_vl", marks=pytest.mark.exhaustive),
         pytest.param("internvl", marks=pytest.mark.exhaustive),
         pytest.param("smolvlm", marks=pytest.mark.exhaustive),

@@ -12,7 +12,9 @@ from tests.models import (
     internvl_case,
     llava_onevision_case,
     qwen2_5_vl_case,
+    qwen2_vl_case,
     qwen3_vl_case,
+    qwen3_vl_moe_case,
     qwen_vl_case,
 )
 from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
@@ -22,7 +24,9 @@ FRAMES, TILES = [[5, (1, 2, 2)], [3, (2, 2, 2), 1]], [[5, (1,)], [3, (1, 1), 2]]
 CASES: dict[str, tuple[Any, list[Any]]] = {
     # the family, and the samples of a batch
     "qwen2_5_vl": (qwen2_5_vl_case, FRAMES),
+    "qwen2_vl": (qwen2_vl_case, FRAMES),
     "qwen3_vl": (qwen3_vl_case, FRAMES),
+    "qwen3_vl_moe": (qwen3_vl_moe_case, FRAMES),
     "internvl": (internvl_case, TILES),
     "llava_onevision": (llava_onevision_case, [[5, (10, 30)], [3, "video", 2]]),
     "blip-2": (blip_case, [".....i", ".i...."]),

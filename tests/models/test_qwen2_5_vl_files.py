@@ -43,9 +43,9 @@ from tests.ranks import run_ranks
 NAME = "qwen2_5_vl"
 
 
-def write_checkpoint(folder: Path) -> Path:
+def write_checkpoint(folder: Path, name: str = NAME) -> Path:
     """A checkpoint, and two samples."""
-    family = FAMILIES.named(NAME)
+    family = FAMILIES.named(name)
     config, processor = family.tiny()
     torch.manual_seed(2)
     family.build(config, gate=1.0, dtype=torch.float32).save_pretrained(folder)
@@ -203,9 +203,20 @@ def test_a_chat_answers_as_whole_conversations_do(folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
-def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path, ranks: int) -> None:
-    (tmp_path / "ds.json").write_text(json.dumps(rules(NAME, "lvx", ranks, 3)))
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        (NAME, 2),
+        pytest.param(NAME, 3, marks=pytest.mark.exhaustive),
+        pytest.param("qwen2_vl", 2, marks=pytest.mark.exhaustive),
+        pytest.param("qwen3_vl_moe", 2, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_finetune_trains_a_checkpoint(tmp_path: Path, name: str, ranks: int) -> None:
+    folder = tmp_path / "start"
+    folder.mkdir()
+    write_checkpoint(folder, name)
+    (tmp_path / "ds.json").write_text(json.dumps(rules(name, "lvx", ranks, 3)))
     given = {
         "model": folder,
         "data": folder / "train.jsonl",

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from ds_lvx.models.concatenated.batch import Unit
 from ds_lvx.models.qwen2_5_vl import tower
@@ -129,9 +128,7 @@ def _grids(batch: Mapping[str, Any], key: str, merge: int) -> list[list[int]]:
     return rows
 
 
-def positions(
-    batch: Mapping[str, Any], text: Text, config: Any, *, model: Any = Qwen2_5_VLModel
-) -> Tensor | None:
+def positions(batch: Mapping[str, Any], text: Text, config: Any, *, model: Any) -> Tensor | None:
     """See `ds_lvx.models.concatenated.family.Concatenated.positions`: ``[3, B, T]``, or those
     of a text alone that has its own. ``model`` is the class that knows them."""
     types, given = token_types(text.input_ids, config), batch.get("position_ids")

@@ -61,18 +61,26 @@ def known() -> tuple[Model, ...]:
     return tuple(_known(size, *numbers) for size, numbers in sizes.items())
 
 
-def _known(size: str, layers: int, hidden: int, *others: int) -> Model:
+def _known(size: str, *numbers: int) -> Model:
+    # As published; the width that comes out of the tower is the text's.
+    vision = {**_VISION, "intermediate_size": 3456 if size == "32B" else 3420}
+    config = published(*numbers, tied=size == "3B", vision=vision)
+    name = f"Qwen/Qwen2.5-VL-{size}"
+    return dimensions(config, name, f"config.json of {name}-Instruct; frames of {SIDE} x {SIDE}")
+
+
+def published(
+    layers: int, hidden: int, *others: int, tied: bool, vision: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A config of the numbers of `known`."""
     heads, kv_heads, mlp, vocabulary = others
-    config = {
+    return {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "intermediate_size": mlp,
         "vocab_size": vocabulary,
-        "tie_word_embeddings": size == "3B",
-        # As published; the width that comes out of the tower is the text's.
-        "vision_config": {**_VISION, "intermediate_size": 3456 if size == "32B" else 3420},
+        "tie_word_embeddings": tied,
+        "vision_config": vision,
     }
-    name = f"Qwen/Qwen2.5-VL-{size}"
-    return dimensions(config, name, f"config.json of {name}-Instruct; frames of {SIDE} x {SIDE}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
+    Qwen2_5_VLModel,
     Qwen2_5_VLVisionAttention,
 )
 
@@ -25,7 +26,11 @@ from ds_lvx.models.visual import PIXELS
 
 
 class Qwen25VL(Concatenated):
-    """See `ds_lvx.models.contract.Family` and `Concatenated` for what each part does."""
+    """See `ds_lvx.models.contract.Family` and `Concatenated` for what each part does.
+
+    Attributes:
+        of_positions: the class that knows the positions.
+    """
 
     keys: tuple[str, ...] = (
         PIXELS,
@@ -43,6 +48,7 @@ class Qwen25VL(Concatenated):
     takes = tower.names("position_ids", "cu_seqlens", "window_index", "cu_window_seqlens")
     sized = sized
     of_class: Any = Qwen2_5_VLForConditionalGeneration
+    of_positions: Any = Qwen2_5_VLModel
 
     # ---- patching
 
@@ -59,7 +65,7 @@ class Qwen25VL(Concatenated):
         return batches.token_types(ids, config) > 0
 
     def positions(self, batch: Mapping[str, Any], text: Text, config: Any) -> Tensor | None:
-        return batches.positions(batch, text, config)
+        return batches.positions(batch, text, config, model=self.of_positions)
 
     def arrange(self, config: Any) -> Arrange:
         return partial(batches.arrange, follow=self.follow(config))

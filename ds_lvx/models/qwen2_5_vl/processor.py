@@ -29,12 +29,14 @@ class Processor(Files):
     Attributes:
         image_pixels, video_pixels: least and most of an image and of a frame, and
         settings: others, as transformers has them where a checkpoint has none.
+        says_seconds: a batch has the seconds between two units of each video.
     """
 
     image_token, video_token = IMAGE_TOKEN, VIDEO_TOKEN
     image_pixels = (56 * 56, 28 * 28 * 1280)
     video_pixels = (128 * 28 * 28, 768 * 28 * 28)
     settings: Mapping[str, Any] = MappingProxyType({})
+    says_seconds = True
 
     def __init__(self, tokenizer: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__(tokenizer, files)
@@ -81,7 +83,9 @@ class Processor(Files):
                 rows[source].append(made)
         found = {key: torch.tensor(each) for key, each in grids.items() if each}
         found |= {key: torch.cat(each) for key, each in rows.items() if each}
-        return {**found, SECONDS: torch.tensor(seconds)} if seconds else found
+        if seconds and self.says_seconds:
+            found[SECONDS] = torch.tensor(seconds)
+        return found
 
     def _made(self, sample: Held, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """The rows of each unit that is held, and what they belong to."""

@@ -41,36 +41,56 @@ def config_of(size: Size, ids: tuple[int, ...] | None = None) -> Qwen2_5_VLConfi
         ids: of the tokens before and behind an image, of an image and of a video; None: those of
             `ids_of`.
     """
-    head = size.head_dim or size.hidden // size.heads
-    ids = ids or ids_of(size)
-    eighth = head // 8  # of the time; of height and width what is left
-    sections = [head // 2 - 2 * (3 * eighth // 2), 3 * eighth // 2, 3 * eighth // 2]
-    text = text_settings(size)
-    text["rope_parameters"]["mrope_section"] = sections
     layers = size.vision_layers
     vision = {
-        "depth": layers,
+        **vision_settings(size),
         "hidden_size": size.vision_hidden,
         "intermediate_size": size.vision_mlp,
-        "num_heads": size.vision_heads,
-        "patch_size": size.patch_size,
-        "spatial_merge_size": _MERGE,
-        "temporal_patch_size": _FRAMES,
         "window_size": 8 * size.patch_size,
         # As published: a quarter of the layers, or at least the last, sees a whole frame.
         "fullatt_block_indexes": [n for n in range(layers) if n % 8 == 7 or n == layers - 1],
         "out_hidden_size": size.hidden,
-        "initializer_range": size.initializer_range,
     }
     return Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        vision_start_token_id=ids[0],
-        vision_end_token_id=ids[1],
-        image_token_id=ids[2],
-        video_token_id=ids[3],
-        tie_word_embeddings=False,
+        text_config=rotated_text(size), vision_config=vision, **token_ids(size, ids)
     )
+
+
+def rotated_text(size: Size) -> dict[str, Any]:
+    """Of the text's configuration, what a size says: an eighth of a head turns with the time."""
+    head = size.head_dim or size.hidden // size.heads
+    eighth = head // 8  # of height and width what is left
+    text = text_settings(size)
+    text["rope_parameters"]["mrope_section"] = [
+        head // 2 - 2 * (3 * eighth // 2),
+        3 * eighth // 2,
+        3 * eighth // 2,
+    ]
+    return text
+
+
+def vision_settings(size: Size) -> dict[str, Any]:
+    """Of a tower's configuration, what a size says of each of Qwen's."""
+    return {
+        "depth": size.vision_layers,
+        "num_heads": size.vision_heads,
+        "patch_size": size.patch_size,
+        "spatial_merge_size": _MERGE,
+        "temporal_patch_size": _FRAMES,
+        "initializer_range": size.initializer_range,
+    }
+
+
+def token_ids(size: Size, ids: tuple[int, ...] | None) -> dict[str, Any]:
+    """A configuration's own entries; ``ids`` are those of `config_of`."""
+    start, end, image, video = ids or ids_of(size)
+    return {
+        "vision_start_token_id": start,
+        "vision_end_token_id": end,
+        "image_token_id": image,
+        "video_token_id": video,
+        "tie_word_embeddings": False,
+    }
 
 
 def ids_of(size: Size) -> tuple[int, ...]:
@@ -80,8 +100,13 @@ def ids_of(size: Size) -> tuple[int, ...]:
     return _IDS if fits else tuple(size.vocabulary - n for n in (4, 3, 2, 1))
 
 
-def size_of(config: Any) -> Size:
-    """The size of a configuration; None is Qwen2.5-VL 7B's, with frames of 448 x 448 pixels."""
+def size_of(config: Any, **more: Any) -> Size:
+    """The size of a configuration; None is Qwen2.5-VL 7B's, with frames of 448 x 448 pixels.
+
+    Args:
+        config: of the model.
+        more: fields that its tower has by other words.
+    """
     if config is None:
         return Size(
             vocabulary=152_064,
@@ -103,7 +128,7 @@ def size_of(config: Any) -> Size:
         )
     text, vision = config.text_config, config.vision_config
     side = _SIDE * vision.patch_size
-    return size_of_parts(text, vision, **of_heads(text), image_size=side)
+    return size_of_parts(text, vision, **of_heads(text), image_size=side, **more)
 
 
 def tiny() -> tuple[Qwen2_5_VLConfig, Processor]:

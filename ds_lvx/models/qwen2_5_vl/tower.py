@@ -35,6 +35,19 @@ Follow: TypeAlias = Callable[[Tensor], dict[str, Any]]
 pickles."""
 
 
+def whole(grid: Tensor, *, merge: int) -> dict[str, Any]:
+    """`Follow` of Qwen2-VL's, whose layers see a whole picture each.
+
+    Args:
+        grid: see `Follow`.
+        merge: patches of a visual token by side.
+    """
+    return {
+        "position_ids": get_vision_position_ids(grid, merge),  # [N, 2]
+        "cu_seqlens": tuple(get_vision_cu_seqlens(grid).tolist()),
+    }
+
+
 def windows(grid: Tensor, *, merge: int, window: int, patch: int) -> dict[str, Any]:
     """`Follow` of Qwen2.5-VL's.
 
@@ -45,7 +58,7 @@ def windows(grid: Tensor, *, merge: int, window: int, patch: int) -> dict[str, A
     """
     order, ends = get_vision_window_index(grid, merge, window, patch)
     return {
-        **_places(grid, merge),
+        **whole(grid, merge=merge),
         "window_index": order,  # [N / m^2]
         "cu_window_seqlens": tuple(ends.tolist()),
     }
@@ -56,14 +69,11 @@ def interpolated(grid: Tensor, *, merge: int, side: int) -> dict[str, Any]:
     indices, weights = get_vision_interpolation_indices_and_weights(
         grid, side, align_corners=True, spatial_merge_size=merge
     )
-    return {**_places(grid, merge), "interp_indices": indices, "interp_weights": weights}  # [N, 4]
-
-
-def _places(grid: Tensor, merge: int) -> dict[str, Any]:
     return {
-        "position_ids": get_vision_position_ids(grid, merge),  # [N, 2]
-        "cu_seqlens": tuple(get_vision_cu_seqlens(grid).tolist()),
-    }
+        **whole(grid, merge=merge),
+        "interp_indices": indices,
+        "interp_weights": weights,
+    }  # [N, 4]
 
 
 def arguments(grid: Sequence[Sequence[int]], follow: Follow) -> dict[str, Any]:

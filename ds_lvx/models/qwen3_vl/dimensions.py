@@ -42,9 +42,15 @@ def known() -> tuple[Model, ...]:
     return tuple(_known(size, *numbers) for size, numbers in sizes.items())
 
 
-def _known(size: str, layers: int, hidden: int, *others: int) -> Model:
+def _known(size: str, *numbers: int) -> Model:
+    config = published(*numbers, small=size in ("2B", "4B"))
+    name, side = f"Qwen/Qwen3-VL-{size}", qwen.SIDE
+    return dimensions(config, name, f"config.json of {name}-Instruct; frames of {side} x {side}")
+
+
+def published(layers: int, hidden: int, *others: int, small: bool) -> dict[str, Any]:
+    """A config of the numbers of `known`; a small model has the small tower, and one table."""
     heads, mlp = others
-    small = size in ("2B", "4B")
     vision = {
         **(_SMALL if small else _LARGE),
         "num_heads": 16,
@@ -53,7 +59,7 @@ def _known(size: str, layers: int, hidden: int, *others: int) -> Model:
         "temporal_patch_size": 2,
         "deepstack_visual_indexes": (5, 11, 17) if small else (8, 16, 24),
     }
-    config = {
+    return {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
@@ -64,5 +70,3 @@ def _known(size: str, layers: int, hidden: int, *others: int) -> Model:
         "tie_word_embeddings": small,
         "vision_config": vision,
     }
-    name, side = f"Qwen/Qwen3-VL-{size}", qwen.SIDE
-    return dimensions(config, name, f"config.json of {name}-Instruct; frames of {side} x {side}")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLModel,
@@ -31,7 +31,6 @@ from ds_lvx.models.qwen3_vl import batch as batches
 from ds_lvx.models.qwen3_vl import dimensions, sized
 from ds_lvx.models.qwen3_vl.deep import AddDeep
 from ds_lvx.models.qwen3_vl.processor import Processor
-from ds_lvx.models.text import Text
 from ds_lvx.models.visual import PIXELS
 
 
@@ -40,11 +39,12 @@ class Qwen3VL(Qwen25VL):
     here is as of Qwen2.5-VL."""
 
     keys = (PIXELS, qwen.GRID, qwen.VIDEO_PIXELS, qwen.VIDEO_GRID, qwen.TYPES)
-    of_text = Qwen3VLTextAttention
-    within = Qwen3VLVisionAttention
+    of_text: type[nn.Module] = Qwen3VLTextAttention
+    within: type[nn.Module] = Qwen3VLVisionAttention
     takes = tower.names("position_ids", "cu_seqlens", "interp_indices", "interp_weights")
     sized = sized
-    of_class = Qwen3VLForConditionalGeneration
+    of_class: Any = Qwen3VLForConditionalGeneration
+    of_positions: Any = Qwen3VLModel
 
     # ---- patching
 
@@ -77,9 +77,6 @@ class Qwen3VL(Qwen25VL):
         vision = config.vision_config
         side = math.isqrt(int(vision.num_position_embeddings))
         return partial(tower.interpolated, merge=int(vision.spatial_merge_size), side=side)
-
-    def positions(self, batch: Mapping[str, Any], text: Text, config: Any) -> Tensor | None:
-        return qwen.positions(batch, text, config, model=Qwen3VLModel)
 
     # ---- data and models
 

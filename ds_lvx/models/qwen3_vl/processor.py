@@ -8,13 +8,10 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
-from ds_lvx.models.media import Held, Medium
+from ds_lvx.models.media import Medium
 from ds_lvx.models.qwen2_5_vl import processor as qwen
-from ds_lvx.models.qwen2_5_vl.batch import SECONDS
 
 _CAP_TOKENS = 768
 
@@ -27,6 +24,7 @@ class Processor(qwen.Processor):
     settings: Mapping[str, Any] = MappingProxyType(
         {"patch_size": 16, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
     )
+    says_seconds = False  # they stand in the text
 
     def written(self, times: Sequence[float]) -> str:
         """The time of each temporal patch, between its first and last frame, and its token."""
@@ -61,8 +59,3 @@ class Processor(qwen.Processor):
             max_pixels=most,
         )
         return sides[0] // patches.side, sides[1] // patches.side
-
-    def media(self, samples: Sequence[Held], *, dtype: torch.dtype) -> dict[str, Tensor]:
-        """See `ds_lvx.models.contract.Family.media`: seconds stand in the text."""
-        found = super().media(samples, dtype=dtype)
-        return {key: value for key, value in found.items() if key != SECONDS}

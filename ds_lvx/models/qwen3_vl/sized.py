@@ -19,10 +19,9 @@ from ds_lvx.models.qwen3_vl.processor import Processor
 from ds_lvx.models.random_weights import of_heads, size_of_parts, text_settings
 from ds_lvx.models.size import Size
 
-_MERGE, _FRAMES = 2, 2
 _DEPTH, _DEEP = 27, (8, 16, 24)
 """Layers of the published tower, and those whose features the text adds."""
-_TINY_VIDEO_PIXELS = 65_536
+TINY_VIDEO_PIXELS = 65_536
 
 
 def config_of(size: Size, ids: tuple[int, ...] | None = None) -> Qwen3VLConfig:
@@ -32,39 +31,38 @@ def config_of(size: Size, ids: tuple[int, ...] | None = None) -> Qwen3VLConfig:
         size: its dimensions; ``cross_at`` says nothing here.
         ids: see `ds_lvx.models.qwen2_5_vl.sized.config_of`.
     """
+    return Qwen3VLConfig(
+        text_config=rotated_text(size),
+        vision_config=vision_settings(size),
+        **qwen.token_ids(size, ids),
+    )
+
+
+def rotated_text(size: Size) -> dict[str, Any]:
+    """Of the text's configuration, what a size says: the axes of its positions take turns."""
     head = size.head_dim or size.hidden // size.heads
-    ids = ids or qwen.ids_of(size)
     of_a_side = 5 * head // 32
     text = text_settings(size)
     text["rope_parameters"] |= {
         "mrope_section": [head // 2 - 2 * of_a_side, of_a_side, of_a_side],
         "mrope_interleaved": True,
     }
+    return text
+
+
+def vision_settings(size: Size) -> dict[str, Any]:
+    """A tower's configuration."""
     deep = dict.fromkeys(size.vision_layers * layer // _DEPTH for layer in _DEEP)
     # Behind the last layer of the text nobody sees what is added to a visual token.
     deep_layers = [*deep][: max(size.layers - 1, 0)]
-    vision = {
-        "depth": size.vision_layers,
+    return {
+        **qwen.vision_settings(size),
         "hidden_size": size.vision_hidden,
         "intermediate_size": size.vision_mlp,
-        "num_heads": size.vision_heads,
-        "patch_size": size.patch_size,
-        "spatial_merge_size": _MERGE,
-        "temporal_patch_size": _FRAMES,
         "num_position_embeddings": (size.image_size // size.patch_size) ** 2,
         "deepstack_visual_indexes": deep_layers,
         "out_hidden_size": size.hidden,
-        "initializer_range": size.initializer_range,
     }
-    return Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        vision_start_token_id=ids[0],
-        vision_end_token_id=ids[1],
-        image_token_id=ids[2],
-        video_token_id=ids[3],
-        tie_word_embeddings=False,
-    )
 
 
 def size_of(config: Any) -> Size:
@@ -96,7 +94,7 @@ def size_of(config: Any) -> Size:
 
 def tiny() -> tuple[Qwen3VLConfig, Processor]:
     """A model of about 200,000 parameters, and its processor: pictures have 4 to 16 tokens."""
-    size, ids, processor = qwen.tiny_parts(Processor, video_pixels=_TINY_VIDEO_PIXELS)
+    size, ids, processor = qwen.tiny_parts(Processor, video_pixels=TINY_VIDEO_PIXELS)
     return config_of(size, ids), processor
 
 

@@ -1,0 +1,1 @@
+"""Qwen2-VL of transformers. Importing this package imports no torch."""

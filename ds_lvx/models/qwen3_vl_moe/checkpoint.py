@@ -1,0 +1,50 @@
+"""Checkpoints of experts at ZeRO-3, as transformers 5.23 would load them the wrong way round.
+
+The published checkpoints have a layer's experts as ``[experts, in, out]``, the model and what it
+saves have ``[experts, out, in]``. Transformers tells the two apart by the shape of the model's
+parameter, which ZeRO-3 has partitioned: it turns every checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Transpose, WeightConverter
+
+_WEIGHTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+class TransposeToFit(Transpose):
+    """`Transpose` of a tensor whose shape is not the parameter's, partitioned or not."""
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """See transformers."""
+        parameter = kwargs["model"].get_parameter(kwargs["full_layer_name"])
+        (given,) = input_dict.values()
+        tensor: Tensor = given[0] if isinstance(given, list) else given
+        if tensor.shape == getattr(parameter, "ds_shape", parameter.shape):
+            return {self.get_target_pattern(input_dict, source_patterns, target_patterns): tensor}
+        turned: Any = Transpose(self.dim0, self.dim1)
+        found: dict[str, Tensor] = turned.convert(input_dict, source_patterns, target_patterns)
+        return found
+
+
+def fit_experts(model_type: str) -> None:
+    """Have transformers load experts of a type's checkpoints as they fit, also at ZeRO-3.
+
+    Args:
+        model_type: of the models.
+    """
+    operations: list[Any] = [TransposeToFit(1, 2, check_dims=True)]
+    converters: list[Any] = [
+        WeightConverter(name, name, operations=operations) for name in _WEIGHTS
+    ]
+    register_checkpoint_conversion_mapping(model_type, converters, overwrite=True)

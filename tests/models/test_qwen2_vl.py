@@ -1,0 +1,113 @@
+"""Qwen2-VL on sharded batches computes what the model computes in one process."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from ds_lvx import owned
+from ds_lvx.compare.case import Setting, build_model, cut, ds_config, make_batch, random_case
+from ds_lvx.config import LVXConfig
+from ds_lvx.models import patch_model
+from ds_lvx.models.registry import FAMILIES
+from ds_lvx.sharding import shard_batch
+from tests.models import concatenated_case as case
+from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
+from tests.models.moss_vl_case import OneRank
+from tests.models.qwen2_vl_case import (
+    hard_batch,
+    left_padded,
+    one_image,
+    one_video,
+    text_only,
+    tiny_model,
+)
+from tests.ranks import run_ranks
+
+BATCHES = (hard_batch, left_padded, one_image, one_video, text_only)
+NAME = "qwen2_vl"
+
+
+@functools.cache
+def expected() -> dict[str, Any]:
+    return case.references(BATCHES, tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "offset"),
+    [
+        pytest.param(1, 1, marks=pytest.mark.exhaustive),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(4)),
+    ],
+)
+def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
+    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
+
+
+def test_reference_has_gradients_everywhere() -> None:
+    """Else the comparisons compare zeros."""
+    silent = {name for name, grad in expected()["hard_batch"]["grads"].items() if not grad.any()}
+    assert silent == set()
+
+
+def step_local() -> dict[str, Any]:
+    """Each rank has the pixels of its own temporal patches alone."""
+    batch = one_video()
+    t, h, w = batch["video_grid_thw"][0].tolist()
+    mine = list(owned([h * w // 4] * t, model=tiny_model()))
+    held = batch["pixel_values_videos"].unflatten(0, (t, -1))[mine].flatten(0, 1)
+    given = {**batch, "pixel_values_videos": held if mine else None}
+    rules = case.rules(NAME, "lvx", 2)
+    return plain_step(rules, given, frames="local", model=tiny_model())
+
+
+@pytest.mark.exhaustive
+def test_frames_that_are_on_their_ranks_already() -> None:
+    alone = reference_steps([[one_video()]], tiny_model())
+    assert_same_training(run_ranks(step_local, 2), alone, sp_size=2)
+
+
+def test_frames_of_a_video_are_a_place_apart() -> None:
+    """Qwen2.5-VL's are as far apart as their seconds say; there are none here."""
+    shard = shard_batch(one_video(), model=tiny_model())
+    time, height, width = shard["position_ids"][:, 0]
+    assert time[1 : 1 + 28].tolist() == [1 + n for n in range(7) for _ in range(4)]
+    assert height[1 : 1 + 28].tolist() == [1, 1, 2, 2] * 7
+    assert width[1 : 1 + 28].tolist() == [1, 2, 1, 2] * 7
+    words = "got 'second_per_grid_ts' in the batch"
+    with pytest.raises(ValueError, match=words):
+        shard_batch({**one_video(), "second_per_grid_ts": [1.0]}, model=tiny_model())
+
+
+def test_a_comparison_trains_a_model_of_random_weights() -> None:
+    given = cut(random_case(NAME), hidden=256, cross_layers=2, vision_layers=2)
+    assert (given.heads, given.kv_heads, given.frame_tokens) == (2, 2, 256)
+    sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "patch_size": 2}
+    given = replace(given, **sizes, vocabulary=96, text_tokens=8, mlp=64)
+    model = build_model(given, dtype=torch.float32)
+    batch = make_batch(given, frames=range(1), total=1, dtype=torch.float32)
+    groups: Any = OneRank()
+    config = ds_config(Setting("ring", False, False), given, ranks=1)
+    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    model(**shard_batch(batch, model=model, frames="local")).loss.backward()
+    assert all(parameter.grad.any() for _, parameter in model.named_parameters())
+
+
+def test_a_checkpoint_has_a_size() -> None:
+    family = FAMILIES.named(NAME)
+    published = family.config(family.size())
+    assert family.size(published) == family.size()
+    assert (published.vision_config.mlp_ratio, published.video_token_id) == (4, 151_656)
+    with pytest.raises(ValueError, match=r"MLP of 33 in a tower of width 16"):
+        family.config(replace(family.size(), vision_hidden=16, vision_mlp=33))
+    config = family.tiny()[0]
+    model = family.build(config, gate=1.0, dtype=torch.float32)
+    counted = family.dimensions(config.to_dict(), "tiny", "config.json").parameters
+    assert counted == sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    layers = {each.name: each.features_dim for each in family.attention_layers(model)}
+    assert layers["model.visual.blocks.0.attn"] == config.vision_config.embed_dim

@@ -1,0 +1,176 @@
+"""Qwen3-VL-MoE on sharded batches computes what the model computes in one process."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.utils import z3_leaf_module
+
+from ds_lvx import owned
+from ds_lvx.compare.case import Setting, build_model, cut, ds_config, make_batch, random_case
+from ds_lvx.config import LVXConfig
+from ds_lvx.models import patch_model
+from ds_lvx.models.registry import FAMILIES
+from ds_lvx.sharding import shard_batch
+from tests.models import concatenated_case as case
+from tests.models import qwen3_vl_moe_case as moe
+from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
+from tests.models.moss_vl_case import OneRank
+from tests.models.qwen3_vl_moe_case import (
+    hard_batch,
+    left_padded,
+    one_image,
+    one_video,
+    text_only,
+    tiny_model,
+)
+from tests.models.test_t5gemma2_alone import insides
+from tests.ranks import run_ranks
+
+BATCHES = (hard_batch, left_padded, one_image, one_video, text_only)
+NAME = "qwen3_vl_moe"
+
+
+@functools.cache
+def expected() -> dict[str, Any]:
+    return case.references(BATCHES, tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "offset"),
+    [
+        pytest.param(1, 1, marks=pytest.mark.exhaustive),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(4)),
+    ],
+)
+def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
+    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
+
+
+def test_reference_has_gradients_everywhere() -> None:
+    """Else the comparisons compare zeros: of every expert, too."""
+    for name, grad in expected()["hard_batch"]["grads"].items():
+        experts = grad if ".experts." in name else grad[None]
+        assert all(each.any() for each in experts), name
+
+
+def many_experts() -> Any:
+    """Of which a token goes through one: no rank's tokens choose all."""
+    return tiny_model(num_experts=9, num_experts_per_tok=1)
+
+
+def one_by_one() -> Any:
+    """Transformers' own loop over the experts that are chosen."""
+    model = many_experts()
+    model.set_experts_implementation("eager")
+    return model
+
+
+def few() -> list[list[Any]]:
+    """Fewer tokens than ranks, so that one has no expert to ask; and a few."""
+    return [[moe.make_batch([[2]], seed=3)], [moe.make_batch([[3, (1, 1, 1)]], seed=3)]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "stages"),
+    [
+        (one_by_one, (3,)),
+        pytest.param(one_by_one, (0, 1, 2), marks=pytest.mark.exhaustive),
+        pytest.param(many_experts, (0, 1, 2, 3), marks=pytest.mark.exhaustive),
+    ],
+)
+def test_experts_that_a_rank_s_tokens_do_not_choose(make: Any, stages: tuple[int, ...]) -> None:
+    jobs = [(case.rules(NAME, "lvx", 3, stage), make) for stage in stages]
+    case.check(jobs, ranks=3, batches=few(), sp_size=3)
+
+
+def step_local() -> dict[str, Any]:
+    """Each rank has the pixels of its own temporal patches alone."""
+    batch = one_video()
+    t, h, w = batch["video_grid_thw"][0].tolist()
+    mine = list(owned([h * w // 4] * t, model=tiny_model()))
+    held = batch["pixel_values_videos"].unflatten(0, (t, -1))[mine].flatten(0, 1)
+    given = {**batch, "pixel_values_videos": held if mine else None}
+    rules = case.rules(NAME, "lvx", 2)
+    return plain_step(rules, given, frames="local", model=tiny_model())
+
+
+@pytest.mark.exhaustive
+def test_frames_that_are_on_their_ranks_already() -> None:
+    alone = reference_steps([[one_video()]], tiny_model())
+    assert_same_training(run_ranks(step_local, 2), alone, sp_size=2)
+
+
+def patched(model: Any) -> Any:
+    groups: Any = OneRank()
+    return patch_model(model, LVXConfig.from_ds_config(case.rules(NAME, "ring", 1)), groups)
+
+
+def test_a_patched_model_can_be_given_back() -> None:
+    model = tiny_model()
+    before = insides(model)
+    patch = patched(model)
+    experts = model.model.language_model.layers[0].mlp.experts
+    assert z3_leaf_module(experts)
+    patch.unpatch()
+    assert insides(model) == before
+    assert not z3_leaf_module(experts)
+
+
+def test_the_loss_of_routers_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="text model with output_router_logits"):
+        patched(tiny_model(output_router_logits=True))
+    model = tiny_model()
+    patched(model)
+    shard = shard_batch(text_only(), model=model)
+    with pytest.raises(NotImplementedError, match="a forward with output_router_logits"):
+        model(**shard, output_router_logits=True)
+    model.config.text_config.output_router_logits = True
+    with pytest.raises(NotImplementedError, match="false in the text's config"):
+        model(**shard)
+
+
+def test_a_comparison_trains_a_model_of_random_weights() -> None:
+    given = cut(random_case(NAME), hidden=256, cross_layers=2, vision_layers=2)
+    assert (given.heads, given.kv_heads, given.mlp, given.experts) == (2, 2, 96, 128)
+    sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 64}
+    given = replace(given, **sizes, vocabulary=96, text_tokens=8, experts=3, chosen_experts=2)
+    model = build_model(given, dtype=torch.float32)
+    batch = make_batch(given, frames=range(2), total=2, dtype=torch.float32)
+    groups: Any = OneRank()
+    config = ds_config(Setting("ring", False, False), given, ranks=1)
+    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    model(**shard_batch(batch, model=model, frames="local")).loss.backward()
+    assert all(parameter.grad.any() for _, parameter in model.named_parameters())
+
+
+def test_a_checkpoint_has_a_size() -> None:
+    family = FAMILIES.named(NAME)
+    published = family.config(family.size())
+    assert family.size(published) == family.size()
+    text = published.text_config
+    assert (text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size) == (128, 8, 768)
+    with pytest.raises(NotImplementedError, match=r"mlp_only_layers \[1\] .* every layer"):
+        family.size(tiny_model().config)
+
+
+@pytest.mark.parametrize("dense", [[], [1]])
+def test_a_token_s_weights_are_those_of_its_experts(dense: list[int]) -> None:
+    family, model = FAMILIES.named(NAME), tiny_model(mlp_only_layers=dense)
+    made = family.dimensions(model.config.to_dict(), "tiny", "config.json")
+    counted = {n: p.numel() for n, p in model.named_parameters() if p.ndim in (2, 3)}
+    positions = counted.pop("model.visual.pos_embed.weight")
+    assert positions == 9 * 16
+    # Of layers that are not alike it is a mean, in whole numbers.
+    assert made.parameters == pytest.approx(sum(counted.values()), abs=300 if dense else 0)
+    idle = sum(n for name, n in counted.items() if ".experts." in name) // 2
+    routers = sum(n for name, n in counted.items() if name.endswith("mlp.gate.weight"))
+    layers = made.cross
+    active = layers.parameters - layers.token_parameters
+    assert active == pytest.approx(idle + routers, abs=3)
