@@ -89,6 +89,7 @@ def shutdown(engine: Any = None) -> None:
     channel.destroy_all()
     for each in {id(each): each for each in (engine, *_engines, *_half_made())}.values():
         _let_go_of_groups(each)
+    _engines.clear()  # what a script holds on to is not asked again by the next
     gc.collect()
     Mailbox.wait_for_readers()
 
