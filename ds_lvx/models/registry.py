@@ -80,6 +80,9 @@ class Families:
         """Every ``model_type``, the built-in ones first."""
         return iter(dict.fromkeys((*self._paths, *self._given)))
 
+    def __contains__(self, model_type: object) -> bool:
+        return model_type in self._paths or model_type in self._given
+
     def register(self, model_type: str, family: Any) -> None:
         """See `register_family`."""
         if self._given.get(model_type) is family:
@@ -221,9 +224,11 @@ def family_of(model: nn.Module) -> tuple[Family, Any]:
     """
     if not hasattr(model, "modules"):  # this module imports no torch
         raise ValueError(f"got a model of type {type(model).__name__}; expected a torch.nn.Module")
-    types = {_model_type(m) for m in model.modules()}
-    for model_type in FAMILIES:
-        if model_type in types:
+    seen = set()
+    for module in model.modules():  # from outside in, until one is known: each batch asks
+        model_type = _model_type(module)
+        if model_type in FAMILIES and model_type not in seen:
+            seen.add(model_type)
             family = FAMILIES.named(model_type)
             inside = family.find(model)
             if inside is not None:

@@ -74,10 +74,16 @@ def test_a_model_is_known_by_its_attribute_or_its_config() -> None:
     class Plain(nn.Module):
         model_type = "plain_test"
 
+    class Unasked(nn.Module):
+        @property
+        def config(self) -> Any:
+            raise AssertionError("with every batch all modules are looked at")
+
     class Configured(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.config = types.SimpleNamespace(model_type="plain_test")
+            self.inside = Unasked()
 
     class OfBoth(with_parts(*PARTS)):  # type: ignore[misc]
         def find(self, model: nn.Module) -> Any:
