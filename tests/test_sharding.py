@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models.cuts import split
 from ds_lvx.sharding import draft_batch, mean_loss, owned, shard_batch
+from tests.models import mllama_case, moss_vl_case, qwen2_5_vl_case
 from tests.models.mllama_case import TILES, hard_batch, make_batch, tiny_model
 from tests.ranks import RankError, run_ranks
 
@@ -164,6 +167,25 @@ def test_a_batch_without_any_label() -> None:
     for counted in (None, 0, torch.tensor(0)):  # a Trainer counts its labels
         shard = shard_batch({**batch, "num_items_in_batch": counted}, model=model)
         assert shard["num_items_in_batch"] == 1
+
+
+@pytest.mark.parametrize("case", [mllama_case, qwen2_5_vl_case, moss_vl_case])
+def test_a_batch_looks_at_no_more_of_a_deeper_model(
+    case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of billions has thousands of modules, through which each step would go."""
+    model, seen = case.tiny_model(), []
+    walk = nn.Module.named_modules
+
+    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        for each in walk(module, *args, **kwargs):
+            if not args:  # not from a module inside
+                seen.append(each)
+            yield each
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    shard_batch(case.hard_batch(), model=model)
+    assert len(seen) < 16 < len(list(walk(model)))
 
 
 def test_the_items_that_a_loss_is_a_mean_of_may_be_given() -> None:
