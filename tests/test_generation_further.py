@@ -129,7 +129,7 @@ def converse_family(name: str, kinds: dict[str, Any], sp_size: int) -> dict[str,
 @pytest.mark.parametrize(
     "name",
     [
-        "idefics_case",
+        pytest.param("idefics_case", marks=pytest.mark.exhaustive),
         "moss_vl_case",
         pytest.param("mplugowl3_case", marks=pytest.mark.exhaustive),
         pytest.param("openflamingo_case", marks=pytest.mark.exhaustive),

@@ -154,7 +154,7 @@ def forwards(model: Any, batch: Batch, ids: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(
     "name",
     [
-        "idefics_case",
+        pytest.param("idefics_case", marks=pytest.mark.exhaustive),
         "moss_vl_case",
         pytest.param("mplugowl3_case", marks=pytest.mark.exhaustive),
         pytest.param("openflamingo_case", marks=pytest.mark.exhaustive),

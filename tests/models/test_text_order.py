@@ -95,8 +95,8 @@ def idefics_steps(each: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_so_is_idefics(ranks: int) -> None:
     each = []
     for rule in ("ring", "ulysses", "lvx"):
