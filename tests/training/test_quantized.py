@@ -71,6 +71,20 @@ def test_linear_layers_of_the_text_are_quantized_and_lora_finds_all_that_it_foun
     assert module.weight.numel() * 2 == module.in_features * module.out_features
 
 
+def test_of_a_checkpoint_with_experts_the_attention_is_quantized(tmp_path: Path) -> None:
+    family = FAMILIES.named("qwen3_vl_moe")
+    whole = Source.of("tiny:qwen3_vl_moe").load(torch.float32)
+    whole.save_pretrained(tmp_path)
+    found = family.load(str(tmp_path), torch.float32, **quantized.words(family, torch.float32))
+    packed = [name for name, weight in found.named_parameters() if is_packed(weight)]
+    layers = family.text_model(found).layers
+    assert len(packed) == 4 * len(layers)
+    assert all(".self_attn." in name for name in packed)
+    for name, weight in found.named_parameters():
+        if ".experts." in name:
+            assert torch.equal(weight, whole.get_parameter(name)), name
+
+
 def test_a_layer() -> None:
     """Bytes of a weight as docs/memory.md has them; its dtype is the run's."""
     config = quantized.words(FAMILIES.named("mllama"), torch.float32)["quantization_config"]

@@ -47,9 +47,11 @@ class Qwen3VLMoe(Qwen3VL):
             if isinstance(module, Qwen3VLMoeTextExperts):
                 module.register_forward_pre_hook(OneForZero(module))
 
-    def load(self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    def load(
+        self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, **more: Any
+    ) -> Any:
         fit_experts(self.model_type)
-        return super().load(name, dtype, trust_remote_code=trust_remote_code)
+        return super().load(name, dtype, trust_remote_code=trust_remote_code, **more)
 
     def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
         return dimensions.dimensions(config, name, source)
