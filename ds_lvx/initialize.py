@@ -30,7 +30,7 @@ from ds_lvx.kernels import flash_version
 from ds_lvx.models import patch_model
 from ds_lvx.models.layers import explain_auto, table
 from ds_lvx.models.patch import Patch, ScaleLoss
-from ds_lvx.models.precision import check_packed
+from ds_lvx.models.precision import check_packed, keep_layout
 
 _WHAT = "ds_lvx.initialize"
 
@@ -298,6 +298,7 @@ def _patch_on_all_ranks(
             patch.unpatch()
         raise
     assert patch is not None
+    keep_layout(model)
     for size in sorted({plan.ulysses for plan in patch.plans if plan.ulysses is not None}):
         groups.divide(size)
     explanation = _explain_auto(patch, groups)

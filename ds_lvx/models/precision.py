@@ -31,16 +31,36 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next(weight.dtype for weight in model.parameters() if not is_packed(weight))
 
 
+def keep_layout(model: nn.Module) -> None:
+    """Let layers in 4 bits stay as training needs them, also where the model is evaluated.
+
+    On a CPU with AVX512-BF16 bitsandbytes 0.50 lays weights out anew in the first evaluation, and
+    where training goes on, no gradient comes through them.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def check_packed(model: nn.Module, ds_config: Mapping[str, Any]) -> None:
-    """Refuse weights in 4 bits that DeepSpeed would convert number by number.
+    """Refuse weights in 4 bits that DeepSpeed would convert number by number, or that do not train.
 
     Args:
         model: may have none.
         ds_config: the whole config; its dtype counts.
 
     Raises:
-        ValueError: they are stored as floats of another dtype; names the first.
+        ValueError: they are stored as floats of another dtype, or were laid out for evaluation
+            (`keep_layout`); names the first.
     """
+    for name, weight in model.named_parameters():
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"got {name} in 4 bits as bitsandbytes lays it out to evaluate on this CPU, where "
+                "no gradient comes through; expected it as it was read: load the model again, and "
+                "call ds_lvx.initialize before it is evaluated"
+            )
     dtype = training_dtype(ds_config)
     if dtype == torch.float32:  # nothing is converted
         return

@@ -17,7 +17,7 @@ from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.distributed.together import together, told
 from ds_lvx.models.layers import table
 from ds_lvx.models.patch import KEYWORD
-from ds_lvx.models.precision import dtype_of
+from ds_lvx.models.precision import dtype_of, is_packed
 from ds_lvx.models.shares import Share, counted, saved, shares
 from ds_lvx.sharding import finish_batch
 from ds_lvx.training.answers import Answers, means
@@ -396,4 +396,5 @@ class Trainer:
             data=self._inputs.fingerprint,
             trained=hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
             best=self._watch.record(),
+            quantized=any(map(is_packed, self.engine.module.parameters())),
         )

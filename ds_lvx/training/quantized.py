@@ -74,13 +74,8 @@ def read_again(model: Any, dtype: torch.dtype, how: dict[str, Any]) -> Any:
 
 
 def settle(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let layers in 4 bits compute in a dtype, whatever their checkpoint says, and stay so.
-
-    On a CPU with AVX512-BF16 bitsandbytes 0.50 lays weights out anew for evaluation, and where
-    training goes on, no gradient comes through them.
-    """
+    """Let layers in 4 bits compute in a dtype, whatever their checkpoint says."""
     module: Any
     for module in model.modules():
         if getattr(module, "quant_state", None) is not None:
             module.compute_dtype, module.compute_type_is_set = dtype, True
-            module.support_avx512bf16_for_cpu = False

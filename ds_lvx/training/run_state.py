@@ -42,6 +42,7 @@ _SAME = {
     "a new run with --model output_dir/model",
     "trained": "give the same --model, --lora_r, --lora_target_modules, --lora_modules_to_save and "
     "--freeze_vision",
+    "quantized": "give --load_in_4bit, or leave it out, and the same --model as that run",
 }
 
 
@@ -56,6 +57,7 @@ class RunState:
         data: fingerprint of the data and of the choice of frames.
         trained: fingerprint of the names and shapes of what trains.
         best: `ds_lvx.training.best.Watch.record`; None of a run before there were such.
+        quantized: whether weights that do not train are packed, by the run or by their checkpoint.
     """
 
     step: int
@@ -68,6 +70,7 @@ class RunState:
     data: str
     trained: str
     best: Mapping[str, Any] | None = None
+    quantized: bool = False
 
 
 def written(folder: Path) -> list[Path]:

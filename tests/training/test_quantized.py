@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 import ds_lvx
 from ds_lvx import cli
 from ds_lvx.data import extras
+from ds_lvx.distributed.channel import Channel
 from ds_lvx.models import FAMILIES
 from ds_lvx.models.precision import dtype_of, is_packed
 from ds_lvx.training import quantized
@@ -22,6 +24,7 @@ from ds_lvx.training.inputs import read_inputs
 from ds_lvx.training.lora import ALL_LINEAR
 from ds_lvx.training.model import Source, load_model
 from ds_lvx.training.options import parse
+from ds_lvx.training.run_state import Checkpoints, RunState
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.generation_case import interleaved
 from tests.launch.checkpoint_folder import write_checkpoint
@@ -29,10 +32,12 @@ from tests.launch.finetune_runs import arguments, finetune, metrics
 from tests.launch.test_after_finetune import OWN_CODE, write_base, write_config
 from tests.launch.test_generate import run
 from tests.models import mllama_case as case
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 
 TINY = [name for name in FAMILIES if FAMILIES.named(name).has("tiny")]
 NONE = ("--data", "none", "--deepspeed_config", "none", "--output_dir", "none")
+REPACKS = "support_avx512bf16_for_cpu"
+"""Where bitsandbytes 0.50 notes that evaluation lays weights out anew."""
 CROSS = {"method": "lvx", "recompute_kv": True, "kv_chunk_tokens": 4}
 
 
@@ -71,6 +76,20 @@ def test_linear_layers_of_the_text_are_quantized_and_lora_finds_all_that_it_foun
     assert module.weight.numel() * 2 == module.in_features * module.out_features
 
 
+def test_of_a_checkpoint_with_experts_the_attention_is_quantized(tmp_path: Path) -> None:
+    family = FAMILIES.named("qwen3_vl_moe")
+    whole = Source.of("tiny:qwen3_vl_moe").load(torch.float32)
+    whole.save_pretrained(tmp_path)
+    found = family.load(str(tmp_path), torch.float32, **quantized.words(family, torch.float32))
+    packed = [name for name, weight in found.named_parameters() if is_packed(weight)]
+    layers = family.text_model(found).layers
+    assert len(packed) == 4 * len(layers)
+    assert all(".self_attn." in name for name in packed)
+    for name, weight in found.named_parameters():
+        if ".experts." in name:
+            assert torch.equal(weight, whole.get_parameter(name)), name
+
+
 def test_a_layer() -> None:
     """Bytes of a weight as docs/memory.md has them; its dtype is the run's."""
     config = quantized.words(FAMILIES.named("mllama"), torch.float32)["quantization_config"]
@@ -84,9 +103,9 @@ def test_a_layer() -> None:
     state = layer.weight.quant_state
     held = layer.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
     assert held == 256**2 * (1 / 2 + 1 / 64 + 4 / (64 * 256))
-    layer.compute_dtype, layer.support_avx512bf16_for_cpu = torch.bfloat16, True
+    layer.compute_dtype = torch.bfloat16
     quantized.settle(nn.Sequential(layer), torch.float32)
-    assert (layer.compute_dtype, layer.support_avx512bf16_for_cpu) == (torch.float32, False)
+    assert layer.compute_dtype == torch.float32
 
 
 def small_model() -> Any:
@@ -135,11 +154,19 @@ def test_training_equals_one_process(which: slice) -> None:
 
 
 def ask_packed(batch: case.Batch) -> list[Any]:
-    """What is generated, and what cannot be stored so."""
+    """What is generated, what cannot be stored so, and what was laid out for evaluation."""
     model = packed_model()
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, REPACKS)]
+    for layer in layers:
+        setattr(layer, REPACKS, True)  # as on a CPU that has these instructions
     session = ds_lvx.apply(model, rules(0))
+    assert layers
+    assert not any(getattr(layer, REPACKS) for layer in layers)
     tokens = ds_lvx.generate(model, batch, max_new_tokens=5)
     session.close()
+    layers[0].weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match="before it is evaluated"):
+        case.start_engine(rules(2), model)
     with pytest.raises(ValueError, match=r"bnb_4bit_quant_storage") as error:
         case.start_engine(
             rules(2, bf16={"enabled": True}), packed_model(bnb_4bit_quant_storage=torch.float16)
@@ -184,6 +211,20 @@ def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     for more in ({"load_in_4bit": True}, {}):
         with pytest.raises(ValueError, match=r"bitsandbytes.*'ds_lvx\[quantization\]'"):
             read_inputs(parse(arguments(**given, lora_r=2, **more)), 2)
+
+
+def test_a_run_resumes_with_the_base_that_it_had(tmp_path: Path) -> None:
+    state = RunState(1, 1, 1, 1, 2, 1, 0, "data", "names", quantized=True)
+    checkpoints = Checkpoints(tmp_path, Channel(None), keep=1, only_trained=True)
+    for had, has in (
+        (state, replace(state, quantized=False)),
+        (replace(state, quantized=False), state),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps(asdict(had)))
+        with pytest.raises(
+            ValueError, match=f"quantized: got {has.quantized} for a .* {had.quantized}"
+        ):
+            checkpoints.load(None, tmp_path, has)
 
 
 @pytest.mark.exhaustive
@@ -261,6 +302,12 @@ def test_a_run_resumes_at_another_stage_and_its_adapter_serves(tmp_path: Path) -
     )
     expected = [row["loss"] for row in metrics(whole)[0]][2:]
     assert [row["loss"] for row in metrics(later)[0]] == pytest.approx(expected, rel=1e-5)
+    plain = {**given, **resume, "load_in_4bit": None, "output_dir": tmp_path / "plain"}
+    with pytest.raises(RankError) as caught:
+        run_ranks(finetune, 2, *arguments(**plain, deepspeed_config=configs[0]))
+    for text in caught.value.errors.values():
+        assert "quantized: got False for a checkpoint with True; give --load_in_4bit" in text
+    assert len(caught.value.errors) == 2
     for more in ([], ["--load_in_4bit"]):
         words = ["--model", whole / "model", *more, "--deepspeed_config", configs[0], "--frames", 3]
         words += ["--video", tmp_path / "a.mp4", "--prompt", "What 1?", "--max_new_tokens", 4]
