@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from deepspeed.utils import z3_leaf_module
+from safetensors.torch import load_file
 
 from ds_lvx import owned
 from ds_lvx.compare.case import Setting, build_model, cut, ds_config, make_batch, random_case
@@ -16,9 +19,16 @@ from ds_lvx.config import LVXConfig
 from ds_lvx.models import patch_model
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
+from ds_lvx.training.export import gather_weights
 from tests.models import concatenated_case as case
 from tests.models import qwen3_vl_moe_case as moe
-from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
+from tests.models.mllama_case import (
+    assert_same_training,
+    end_engine,
+    plain_step,
+    reference_steps,
+    start_engine,
+)
 from tests.models.moss_vl_case import OneRank
 from tests.models.qwen3_vl_moe_case import (
     hard_batch,
@@ -88,6 +98,25 @@ def few() -> list[list[Any]]:
 def test_experts_that_a_rank_s_tokens_do_not_choose(make: Any, stages: tuple[int, ...]) -> None:
     jobs = [(case.rules(NAME, "lvx", 3, stage), make) for stage in stages]
     case.check(jobs, ranks=3, batches=few(), sp_size=3)
+
+
+def saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Experts as ZeRO-3 has them, and as they are saved, on rank 0."""
+    engine = start_engine(case.rules(NAME, "lvx", 2, 3), tiny_model())
+    rank = dist.get_rank()
+    held = gather_weights(engine.module, partitioned=True, only_trained=False, keep=rank == 0)
+    if rank == 0:
+        engine.module.save_pretrained(folder, state_dict=held)
+    end_engine(engine)
+    found = load_file(folder / "model.safetensors") if rank == 0 else {}
+    return tuple({n: w for n, w in each.items() if ".experts." in n} for each in (held, found))
+
+
+@pytest.mark.slow
+def test_experts_are_saved_as_they_are(tmp_path: Path) -> None:
+    held, found = run_ranks(saved, 2, tmp_path)[0]
+    assert len(held) == 4
+    torch.testing.assert_close(found, held)
 
 
 def step_local() -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Checkpoints of experts at ZeRO-3, as transformers 5.23 would load them the wrong way round.
+"""Checkpoints of experts at ZeRO-3, which transformers 5.23 loads and saves the wrong way round.
 
 The published checkpoints have a layer's experts as ``[experts, in, out]``, the model and what it
 saves have ``[experts, out, in]``. Transformers tells the two apart by the shape of the model's
-parameter, which ZeRO-3 has partitioned: it turns every checkpoint.
+parameter, which ZeRO-3 has partitioned: it turns every checkpoint, read or written.
 """
 
 from __future__ import annotations
@@ -36,9 +36,14 @@ class TransposeToFit(Transpose):
         found: dict[str, Tensor] = turned.convert(input_dict, source_patterns, target_patterns)
         return found
 
+    @property
+    def reverse_op(self) -> Transpose:
+        """What saves: as the model has it, whatever was read."""
+        return TransposeToFit(self.dim1, self.dim0, check_dims=self.check_dims)
+
 
 def fit_experts(model_type: str) -> None:
-    """Have transformers load experts of a type's checkpoints as they fit, also at ZeRO-3.
+    """Have transformers load and save experts of a type's checkpoints as they fit, also at ZeRO-3.
 
     Args:
         model_type: of the models.

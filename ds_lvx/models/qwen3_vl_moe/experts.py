@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deepspeed.utils import set_z3_leaf_module
+from deepspeed.utils import set_z3_leaf_module, z3_leaf_module
 from torch import nn
 
 from ds_lvx.models.concatenated.forward import Embed
@@ -25,14 +25,16 @@ class OneForZero(Hook):
 
     def __init__(self, experts: nn.Module) -> None:
         self._experts = experts
+        self._was_one = z3_leaf_module(experts)
         set_z3_leaf_module(experts, True)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         return None
 
     def undo(self) -> None:
-        """Let ZeRO-3 see the modules again."""
-        vars(self._experts).pop(_LEAF, None)
+        """Let ZeRO-3 see the modules again, where it did before."""
+        if not self._was_one:
+            vars(self._experts).pop(_LEAF, None)
 
 
 class EmbedOfExperts(Embed):

@@ -43,6 +43,7 @@ class Qwen3VLMoe(Qwen3VL):
 
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
         super().install(model, plans)
+        fit_experts(self.model_type)  # for saving a model that was not loaded here
         for module in self.text_model(model).modules():
             if isinstance(module, Qwen3VLMoeTextExperts):
                 module.register_forward_pre_hook(OneForZero(module))

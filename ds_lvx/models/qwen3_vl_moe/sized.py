@@ -72,4 +72,4 @@ def size_of(config: Any) -> Size:
 def tiny() -> tuple[Qwen3VLMoeConfig, Processor]:
     """A model of about 200,000 parameters, and its processor: pictures have 4 to 16 tokens."""
     size, ids, processor = tiny_parts(Processor, video_pixels=qwen.TINY_VIDEO_PIXELS)
-    return config_of(replace(size, mlp=32, experts=4, chosen_experts=2), ids), processor
+    return config_of(replace(size, mlp=24, experts=4, chosen_experts=2), ids), processor
