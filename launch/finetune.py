@@ -25,6 +25,7 @@ from ds_lvx.distributed.notes import PeerError
 from ds_lvx.distributed.slurm import read_slurm
 from ds_lvx.distributed.start import init_distributed, remove_shared_memory, take_device
 from ds_lvx.distributed.together import together
+from ds_lvx.models.precision import share_in_4bit
 from ds_lvx.training.batches import Batches
 from ds_lvx.training.ending import EndAskedError
 from ds_lvx.training.engine import make_engine
@@ -81,6 +82,9 @@ def finetune(options: Options, world: Channel) -> None:
             # Data workers start while the model is loaded.
             with together(world, lambda: Batches(inputs, options, world)) as batches:
                 model = load_model(options, inputs.ds_config, inputs.source)
+                if world.rank == 0 and options.load_in_4bit:
+                    share = share_in_4bit(model)
+                    print(f"ds_lvx: {share:.0%} of the weights are in 4 bits", flush=True)
                 engine = make_engine(model, inputs, options)
                 del model  # the engine's alone, so that nothing of it outlives the shutdown
                 Trainer(engine, inputs, options, batches=batches, world=world).run()

@@ -31,6 +31,14 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next(weight.dtype for weight in model.parameters() if not is_packed(weight))
 
 
+def share_in_4bit(model: nn.Module) -> float:
+    """Of all weights of a model those in 4 bits, from 0 to 1."""
+    weights = list(model.parameters())
+    packed = [weight for weight in weights if _in_4bit(weight)]
+    found = sum(weight.quant_state.shape.numel() for weight in packed)  # type: ignore[attr-defined]
+    return found / (found + sum(w.numel() for w in weights if not _in_4bit(w)))
+
+
 def keep_layout(model: nn.Module) -> None:
     """Let layers in 4 bits stay as training needs them, also where the model is evaluated.
 

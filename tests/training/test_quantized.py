@@ -18,7 +18,7 @@ from ds_lvx import cli
 from ds_lvx.data import extras
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.models import FAMILIES
-from ds_lvx.models.precision import dtype_of, is_packed
+from ds_lvx.models.precision import dtype_of, is_packed, share_in_4bit
 from ds_lvx.training import quantized
 from ds_lvx.training.inputs import read_inputs
 from ds_lvx.training.lora import ALL_LINEAR
@@ -68,6 +68,8 @@ def test_linear_layers_of_the_text_are_quantized_and_lora_finds_all_that_it_foun
     assert not any("head" in n or "embed" in n for n in weights)
     text = [n for n, part in family.regions().items() if part != "vision"]
     assert len(weights) > 2 * len(text)
+    whole = {n: p.numel() for n, p in plain.named_parameters()}
+    assert share_in_4bit(packed) == sum(whole[n] for n in weights) / sum(whole.values())
     assert dtype_of(packed) == torch.float32
     module = packed.get_submodule(next(iter(weights)).removesuffix(".weight"))
     assert module.weight.quant_state.quant_type == "nf4"
