@@ -83,7 +83,9 @@ def generate_each(names: tuple[str, ...], ranks: int) -> dict[str, Any]:
     [
         (2, FAMILIES),
         pytest.param(
-            3, (*FAMILIES, "smolvlm", "qwen2_vl", "qwen3_vl_moe"), marks=pytest.mark.exhaustive
+            3,
+            (*FAMILIES, "smolvlm", "qwen2_vl", "qwen3_vl_moe", "glm4v"),
+            marks=pytest.mark.exhaustive,
         ),
     ],
 )

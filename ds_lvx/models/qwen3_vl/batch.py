@@ -13,15 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from ds_lvx.models.concatenated.batch import Unit
-from ds_lvx.models.qwen2_5_vl.batch import SOURCES, grids_of, medium_types
+from ds_lvx.models.qwen2_5_vl.batch import SOURCES, grids_of
 
 _VIDEO = 2
 
 
-def units(batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
-    """See `ds_lvx.models.concatenated.family.Concatenated.units`: one for each run."""
-    merge = int(config.vision_config.spatial_merge_size)
-    runs = _runs(medium_types(batch, ids, config))
+def units(batch: Mapping[str, Any], types: Tensor, config: Any) -> list[Unit]:
+    """See `ds_lvx.models.concatenated.family.Concatenated.units`: one for each run of a type."""
+    merge, runs = int(config.vision_config.spatial_merge_size), _runs(types)
     left = {kind: _sides(kind, [*grids]) for kind, grids in grids_of(batch, config).items()}
     _check_counts(runs, left)
     sides = {kind: iter(each) for kind, each in left.items()}
@@ -64,5 +63,5 @@ def _check_counts(
             raise ValueError(
                 f"got {found} {what} in input_ids, text between them, and {key} of {wanted}; "
                 "expected as many, those of the whole batch: use the model's own processor, which "
-                "writes its time before each frame, and cut none of its tokens"
+                "writes the time of each frame, and cut none of its tokens"
             )

@@ -1,0 +1,51 @@
+"""GLM-4.1V on sharded batches computes what the model computes in one process."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from ds_lvx import owned
+from tests.models import concatenated_case as case
+from tests.models.glm4v_case import (
+    MERGE,
+    for_one_process,
+    hard_batch,
+    left_padded,
+    mixed,
+    one_image,
+    one_video,
+    text_only,
+    tiny_46,
+    tiny_model,
+)
+from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
+from tests.ranks import run_ranks
+
+BATCHES = (hard_batch, left_padded, mixed, one_image, one_video, text_only)
+NAME = "glm4v"
+
+
+@functools.cache
+def expected() -> dict[str, Any]:
+    return case.references(BATCHES, tiny_model, for_one_process)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "offset"),
+    [
+        pytest.param(1, 1, marks=pytest.mark.exhaustive),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(4)),
+    ],
+)
+def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
+    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
+
+
+def test_reference_has_gradients_everywhere() -> None:
+    """Else the comparisons compare zeros."""
+    silent = {name for name, grad in expected()["mixed"]["grads"].items() if not grad.any()}
+    assert silent == set()
