@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationMixin,
     Glm4vConfig,
     Glm4vForConditionalGeneration,
     Glm46VConfig,
@@ -152,6 +154,14 @@ def for_one_process(batch: Batch) -> Batch:
     return as_images(batch) if both else batch
 
 
+def generate(model: Any, batch: Batch, **keywords: Any) -> Any:
+    """The model's own generation, in which beams of a sample keep its images: GLM-4.1V's class
+    (transformers 5.23) loses their videos, and gives the first beams the first images."""
+    own = GenerationMixin._expand_multimodal_outputs
+    model._expand_multimodal_outputs = MethodType(own, model)
+    return model.generate(**as_images(batch), **keywords)
+
+
 def as_images(batch: Batch) -> Batch:
     """The same with each frame of a video an image of its own: to the tower, at the tokens and for
     positions it is one."""
@@ -161,6 +171,8 @@ def as_images(batch: Batch) -> Batch:
     kinds = [kind for row in types.tolist() for kind, _ in groupby(row) if kind > 0]
     found = [next(left[kind]) for kind in kinds]
     others = {key: value for key, value in batch.items() if "video" not in key}
+    if not found:
+        return others
     return {
         **others,
         "mm_token_type_ids": types.clamp(max=1),

@@ -17,7 +17,6 @@ from tests.models.qwen2_5_vl_case import (
     START,
     TEXT,
     VIDEO,
-    WIDTH,
     Batch,
     Medium,
     collate,

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
-from ds_lvx import owned
 from tests.models import concatenated_case as case
 from tests.models.glm4v_case import (
-    MERGE,
     for_one_process,
     hard_batch,
     left_padded,
@@ -18,11 +16,8 @@ from tests.models.glm4v_case import (
     one_image,
     one_video,
     text_only,
-    tiny_46,
     tiny_model,
 )
-from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
-from tests.ranks import run_ranks
 
 BATCHES = (hard_batch, left_padded, mixed, one_image, one_video, text_only)
 NAME = "glm4v"
