@@ -5,9 +5,9 @@ The model's own forward refuses images beside videos; of such a batch it gets `a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers import (
     Glm46VConfig,
     Glm46VForConditionalGeneration,
 )
+from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
 
 from tests.models import qwen2_5_vl_case as qwen
 from tests.models.qwen2_5_vl_case import MERGE, PATCH, Batch, Medium
@@ -76,15 +77,14 @@ def frozen_tower() -> Any:
     return qwen.without_tower(tiny_model())
 
 
-def token_types(ids: Tensor) -> Tensor:
-    """As transformers' processor numbers them."""
-    types = torch.zeros_like(ids)
-    for row, each in enumerate(ids.tolist()):
-        inside = 0
-        for place, token in enumerate(each):
-            inside += (token == VIDEO_START) - (token == VIDEO_END)
-            types[row, place] = (token == IMAGE) * (2 if inside > 0 else 1)
-    return types
+def token_types(ids: Tensor, given: Mapping[str, int] = IDS) -> Tensor:
+    """As transformers' processor numbers them, by the ids of a config."""
+    theirs: Any = SimpleNamespace(
+        image_token_id=given["image_token_id"],
+        video_start_id=given["video_start_token_id"],
+        video_end_id=given["video_end_token_id"],
+    )
+    return torch.tensor(Glm4vProcessor.create_mm_token_type_ids(theirs, ids.tolist()))
 
 
 def make_batch(
