@@ -1,5 +1,5 @@
-"""Text and pixels for GLM-4.1V, from the files of a checkpoint: as Qwen2.5-VL's, but each two frames
-of a video are an image in the text, with their time behind it, and pixels are counted over all
+"""Text and pixels for GLM-4.1V, from the files of a checkpoint: as Qwen2.5-VL's, but every two
+frames of a video are an image in the text, with their time behind it. Pixels are counted over all
 frames of a video, and twice for an image."""
 
 from __future__ import annotations

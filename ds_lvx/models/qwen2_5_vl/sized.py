@@ -173,6 +173,7 @@ def tiny_parts(
         cross_at=(),
         positions=4096,
         vision_heads=2,
+        image_size=_TINY_SIDE,
         patch_size=_TINY_PATCH,
         eos=int(tokenizer.eos_token_id),
         pad=int(tokenizer.pad_token_id),

@@ -49,8 +49,15 @@ def _runs(types: Tensor) -> list[tuple[int, int, int]]:
 
 
 def _sides(kind: int, grids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """``h, w`` of every run; an image is one, however many frames its grid has."""
-    return [(h, w) for t, h, w in grids for _ in range(t if kind == _VIDEO else 1)]
+    """``h, w`` of every run: of an image, or of a frame of a video."""
+    key = SOURCES[kind][1]
+    for grid in grids:
+        if kind != _VIDEO and grid[0] != 1:
+            raise ValueError(
+                f"got {[*grid]} in {key}; expected 1 frame of an image: videos belong into "
+                f"{SOURCES[_VIDEO][1]}"
+            )
+    return [(h, w) for t, h, w in grids for _ in range(t)]
 
 
 def _check_counts(
