@@ -234,7 +234,7 @@ def further(name: str, ranks: int) -> Any:
     ("name", "ranks"),
     [
         ("qwen2_5_vl", 2),
-        *(pytest.param(n, 2, marks=pytest.mark.exhaustive) for n in FAMILIES[1:]),
+        *(pytest.param(n, 2, marks=pytest.mark.exhaustive) for n in (*FAMILIES[1:], "glm4v")),
         pytest.param("qwen3_vl", 3, marks=pytest.mark.exhaustive),
     ],
 )
