@@ -101,7 +101,7 @@ def test_a_video_s_text_and_sizes_are_those_of_the_model_s_processor(
 
 
 def test_a_checkpoint_s_processor_says_how_times_are_written(tmp_path: Path) -> None:
-    """GLM-4.6V-Flash has GLM-4.1V's model."""
+    """Also where the model is GLM-4.1V's."""
     processor = FAMILIES.named("glm4v").tiny()[1]
     assert "<|end_of_image|>1<|end_of_video|>" in processor.shown(Medium((1.25,), (32, 32))).text
     processor.save_pretrained(tmp_path)

@@ -24,7 +24,7 @@ class Processor(qwen.Processor):
 
     Attributes:
         tenths: times are written in tenths of a second, not in whole ones. A checkpoint says so by
-            the class of its processor, also where its model is GLM-4.1V's (GLM-4.6V-Flash).
+            the class of its processor, whichever its model.
     """
 
     image_token, video_token = IMAGE_TOKEN, VIDEO_TOKEN
