@@ -15,7 +15,7 @@ from ds_lvx.models.qwen2_5_vl import processor as qwen
 IMAGE_ENDS = ("<|begin_of_image|>", "<|end_of_image|>")
 VIDEO_ENDS = ("<|begin_of_video|>", "<|end_of_video|>")
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image|>", "<|video|>"
-CLASS = "processor_class"
+_CLASS = "processor_class"
 _TENTHS = "Glm46VProcessor"
 
 
@@ -36,7 +36,7 @@ class Processor(qwen.Processor):
 
     def __init__(self, tokenizer: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__(tokenizer, files)
-        said = [(each or {}).get(CLASS) for each in (*files.values(), tokenizer.init_kwargs)]
+        said = [(each or {}).get(_CLASS) for each in (*files.values(), tokenizer.init_kwargs)]
         found = next(filter(None, said), None)
         self.tenths = self.tenths if found is None else found == _TENTHS
 
