@@ -133,7 +133,9 @@ def _remedies(scenario: Scenario, cluster: Cluster, least: Step) -> list[str]:
     changes: dict[str, dict[str, Any]] = {
         "--recompute and --checkpointing": {"recompute": True, "checkpointing": True},
         "--zero 3": {"zero_stage": 3},
-        "--train cross": {"trains": "cross"},
+        "--train cross": {"trains": "cross", "lora_r": 0, "load_in_4bit": False},
+        "--lora_r 8": {"trains": "all", "lora_r": 8},
+        "--lora_r 8 --load_in_4bit": {"trains": "all", "lora_r": 8, "load_in_4bit": True},
     }
     # One that changes nothing does not fit either.
     return found + [words for words, each in changes.items() if fits(**each)]
