@@ -83,8 +83,9 @@ def _add_scenario(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lora_r", type=int, help="rank of LoRA in the projections of the text's attention"
     )
-    for name, words in (("load_in_4bit", "the text's linear layers"), ("freeze_vision", "the tower")):
-        group.add_argument(f"--{name}", action="store_true", default=None, help=words)
+    flag: dict[str, Any] = {"action": "store_true", "default": None}
+    group.add_argument("--load_in_4bit", **flag, help="the linear layers of the text")
+    group.add_argument("--freeze_vision", **flag, help="leave the vision tower as it is")
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:

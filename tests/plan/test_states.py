@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer states, against models that finetune makes and ZeRO's engines."""
+"""Weights, gradients and optimizer states, against finetune's models and ZeRO's engines."""
 
 from __future__ import annotations
 
