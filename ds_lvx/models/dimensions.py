@@ -58,6 +58,11 @@ class Layers:
         return self.token_parameters + self.count * self.others
 
     @property
+    def largest_layer(self) -> int:
+        """Weights of a layer."""
+        return self.parameters // self.count
+
+    @property
     def linear_parameters(self) -> int:
         """Weights of a layer's linear layers, which experts are not."""
         experts = self.mlp_parameters if self.others else 0
@@ -171,7 +176,7 @@ class Model:
     @property
     def largest_layer(self) -> int:
         """Weights of the largest layer, or of a table of the vocabulary."""
-        layers = (each.parameters // each.count for each in (*self.decoding, self.tower))
+        layers = (each.largest_layer for each in (*self.decoding, self.tower))
         return max(self.vocabulary * self.text.hidden, *layers)
 
     @property

@@ -254,8 +254,8 @@ def whole_bytes(
 ) -> tuple[int, int]:
     """At ZeRO-3, weights that are gathered at a time, and gradients that are still whole.
 
-    DeepSpeed gathers ahead of use until `LIVE_NUMBERS` are there, of which the last tensor may be
-    the largest. A gradient that is larger than its buffer stays until the next one comes, and is
+    DeepSpeed gathers ahead of use until `LIVE_NUMBERS` are there, and then the rest of a tensor, or
+    a larger layer. Gradients that are larger than its buffer stay until the next one comes, and are
     then reduced in fp32 where ranks share a sample.
 
     Args:
@@ -269,12 +269,12 @@ def whole_bytes(
     if not scenario.checkpointing:  # products with weights in 4 bits keep them for backward
         weights += scenario.quantized_parameters // 2
     sent = FP32_BYTES if ranks > 1 else e
-    largest = 0
+    full = 0
     if scenario.cross_trains:
-        largest = (model if scenario.text_trains else model.cross).largest_weight
-    gradient = (e + (sent if sent != e else 0)) * largest
+        trained = model if scenario.text_trains else model.cross
+        full = e * trained.largest_layer + (sent if sent != e else 0) * trained.largest_weight
     copied = sent * min(bucket, scenario.trained_parameters)
-    return min(weights, scenario.weight_bytes), sent * bucket + max(gradient, copied)
+    return min(weights, scenario.weight_bytes), sent * bucket + max(full, copied)
 
 
 def tower_bytes(scenario: Scenario, tokens: int) -> tuple[int, int]:

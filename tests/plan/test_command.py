@@ -127,7 +127,7 @@ def test_the_numbers_for_an_hour_of_video_are_the_commands(
 @pytest.mark.parametrize(
     ("title", "size", "method"),
     [
-        ("Llama-3.2-Vision", "2,048 text tokens, 450 frames = 2,881,800 visual", "lvx gather"),
+        ("Llama-3.2-Vision", "2,048 text tokens, 400 frames = 2,561,600 visual", "lvx gather"),
         ("idefics", "2,048 text tokens, 900 frames = 57,600 visual tokens", "lvx gather"),
         ("OpenFlamingo", "2,048 text tokens, 900 frames = 57,600 visual tokens", "lvx gather"),
         ("T5Gemma 2", "512 text tokens, 450 frames = 115,200 visual tokens", "lvx gather"),
@@ -275,6 +275,33 @@ def test_every_model_can_be_planned(each: object) -> None:
     assert found.best.seconds > 0
 
 
+def test_lora_takes_what_its_frozen_base_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--frames", "16", "--gpus", "8", "--group", "8", "--text", "64K")
+    whole, lora, packed = (
+        next(s for s in record(capsys, *words, *more)["steps"] if s["method"] == "lvx")["parts"]
+        for more in ((), ("--lora_r", "8"), ("--lora_r", "8", "--load_in_4bit"))
+    )
+    # The products for weights' gradients are gone: of 65,536 / 8 tokens, without K's and V's.
+    attention, mlp = 2 * 4096 * 4096, 3 * 4096 * 14_336
+    keys = 2 * 4096 * 1024
+    products = 40 * (attention + mlp) + 32 * keys + 128_256 * 4096
+    seconds = 2 * products * 8192 / (0.7 * CARDS["H100"].matrix_flops)
+    assert whole["text layers"] - lora["text layers"] == pytest.approx(seconds)
+    # Forward and again; of the features and of the weights there are no gradients.
+    part = "projection of K and V"
+    assert lora[part] == pytest.approx(2 / 4 * whole[part])
+    assert lora["vision"] < 0.3 * whole["vision"]
+    assert lora["optimizer"] < 2e-3 * whole["optimizer"]
+    # Read in 4 bits and written in 16, in each of three passes.
+    nbytes = 40 * (attention + keys + mlp) * (2 + 1 / 2 + 1 / 64 + 4 / (64 * 256))
+    written = nbytes / (0.85 * CARDS["H100"].memory_bytes_per_s)
+    assert packed == {**lora, "weights in 4 bits": pytest.approx(3 * written)}
+    assert main([*LLAMA, *words, "--lora_r", "8", "--load_in_4bit"]) == 0
+    assert "LoRA of rank 8 trains, its base in 4 bits" in capsys.readouterr().out
+    assert main([*LLAMA, *words, "--freeze_vision"]) == 0
+    assert "all weights but the tower's train" in capsys.readouterr().out
+
+
 def test_a_group_may_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     found = record(capsys, "--frames", "120", "--gpus", "16", "--group", "8")
     assert {step["ranks"] for step in found["steps"]} == {8}
@@ -306,6 +333,10 @@ def test_bad_input_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> No
         ((*LLAMA, "--within-latency", "5"), "--within-latency: got '5'"),
         ((*LLAMA, "--gpus", "0"), "--gpus: got 0"),
         ((*LLAMA, "--zero", "4"), "zero: got 4"),
+        ((*LLAMA, "--lora_r", "-1"), "lora_r: got -1"),
+        ((*LLAMA, "--load_in_4bit"), "load_in_4bit: got no LoRA; expected its rank beside it"),
+        ((*LLAMA, "--lora_r", "8", "--train", "cross"), "train: got 'cross' beside LoRA"),
+        ((*LLAMA, "--lora_r", "8", "--generate", "9"), "--lora_r: got it with --generate"),
         ((*LLAMA, "--frames", "none"), "--frames: got 'none'"),
         (("plan", "--model", "idefics-9b", "--profile", "none.json"), "does not exist"),
     ):

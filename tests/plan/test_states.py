@@ -27,7 +27,7 @@ from tests.ranks import run_ranks
 NONE = ("--data", "none", "--deepspeed_config", "none", "--output_dir", "none")
 LORA = ("--lora_r", "4")
 PACKED = (*LORA, "--load_in_4bit")
-LIVE, BUCKET, WORDS = 100_000, 4096, 512
+LIVE, BUCKET, WORDS = 100_000, 4096, 1024
 
 
 def made(name: str, words: tuple[str, ...], **settings: Any) -> tuple[nn.Module, Scenario]:
