@@ -179,7 +179,7 @@ class Footprint:
     """Bytes of a rank."""
 
     states: int  # weights, gradients and optimizer
-    whole: int  # weights and gradients that are not shared at the time
+    whole: int  # at ZeRO-3 weights and gradients that are whole at a time
     vision: int  # the vision tower's activations at their peak
     cross: int  # the cross-attention's at their peak, features included
     text: int  # the text's activations and logits, and the queries of other ranks
@@ -220,9 +220,12 @@ def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footpri
     # the cross-attention's share.
     own_layers = replace(text, count=text.count + (cross.count if cross.mlp else 0))
     vision, stays = tower_bytes(scenario, frames * scenario.model.tower_tokens)
+    whole = 0
+    if scenario.zero_stage == 3 and gpus > 1:
+        whole = gathered_bytes(scenario) + gradients_bytes(scenario, ranks=ranks)
     return Footprint(
         states=_states(scenario, gpus),
-        whole=sum(whole_bytes(scenario, gpus=gpus, ranks=ranks)),
+        whole=whole,
         vision=vision,
         cross=peak(replace(cross, hidden=cross.features_dim or cross.hidden), setting, load),
         text=_layers(scenario, own_layers, queries) + logits_bytes(scenario, queries) + travelling,
@@ -244,37 +247,32 @@ def _states(scenario: Scenario, gpus: int) -> int:
     )
 
 
-def whole_bytes(
-    scenario: Scenario,
-    *,
-    gpus: int,
-    ranks: int,
-    live: int = LIVE_NUMBERS,
-    bucket: int = BUCKET_NUMBERS,
-) -> tuple[int, int]:
-    """At ZeRO-3, weights that are gathered at a time, and gradients that are still whole.
+def gathered_bytes(scenario: Scenario, *, live: int = LIVE_NUMBERS) -> int:
+    """Of weights that ZeRO-3 has whole at a time.
 
-    DeepSpeed gathers ahead of use until `LIVE_NUMBERS` are there, and then the rest of a tensor, or
-    a larger layer. Gradients that are larger than its buffer stay until the next one comes, and are
-    then reduced in fp32 where ranks share a sample.
-
-    Args:
-        scenario, gpus, ranks: as of `footprint`.
-        live, bucket: of the ds_config, in numbers.
+    DeepSpeed gathers ahead of use until so many numbers are there, and then the rest of a tensor,
+    or a larger layer. Products with weights in 4 bits keep these for backward.
     """
-    if scenario.zero_stage < 3 or gpus == 1:
-        return 0, 0
-    model, e = scenario.model, scenario.element_bytes
-    weights = e * max(live + model.largest_weight, model.largest_layer)
-    if not scenario.checkpointing:  # products with weights in 4 bits keep them for backward
-        weights += scenario.quantized_parameters // 2
-    sent = FP32_BYTES if ranks > 1 else e
+    model, kept = (
+        scenario.model,
+        0 if scenario.checkpointing else scenario.quantized_parameters // 2,
+    )
+    ahead = scenario.element_bytes * max(live + model.largest_weight, model.largest_layer)
+    return min(ahead + kept, scenario.weight_bytes)
+
+
+def gradients_bytes(scenario: Scenario, *, ranks: int, bucket: int = BUCKET_NUMBERS) -> int:
+    """Of gradients that ZeRO-3 has whole: its buffer of so many numbers, and what does not fit.
+
+    A larger one stays until the next comes, a mixture's all at once; each is then reduced in fp32
+    where ranks share a sample.
+    """
+    e, sent = scenario.element_bytes, FP32_BYTES if ranks > 1 else scenario.element_bytes
     full = 0
     if scenario.cross_trains:
-        trained = model if scenario.text_trains else model.cross
+        trained = scenario.model if scenario.text_trains else scenario.model.cross
         full = e * trained.largest_layer + (sent if sent != e else 0) * trained.largest_weight
-    copied = sent * min(bucket, scenario.trained_parameters)
-    return min(weights, scenario.weight_bytes), sent * bucket + max(full, copied)
+    return sent * bucket + max(full, sent * min(bucket, scenario.trained_parameters))
 
 
 def tower_bytes(scenario: Scenario, tokens: int) -> tuple[int, int]:

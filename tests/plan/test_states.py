@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ds_lvx.initialize import initialize
 from ds_lvx.models import FAMILIES
 from ds_lvx.models.precision import is_packed
-from ds_lvx.plan.memory import footprint, whole_bytes
+from ds_lvx.plan.memory import footprint, gathered_bytes, gradients_bytes
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source, load_model
@@ -137,14 +137,14 @@ def test_what_is_whole_at_zero_3() -> None:
     """DeepSpeed gathers as far ahead as it may; the head's gradient waits in full, and in fp32."""
     model, live, gradients = run_ranks(_whole, 2)[0]
     scenario = Scenario(model, text_tokens=16, frames=2)
-    weights, expected = whole_bytes(scenario, gpus=2, ranks=2, live=LIVE, bucket=BUCKET)
-    assert live == pytest.approx(weights, rel=0.1)
-    assert live <= weights
-    assert gradients == pytest.approx(expected, rel=0.1)
+    expected = gathered_bytes(scenario, live=LIVE)
+    assert live == pytest.approx(expected, rel=0.1)
+    assert live <= expected
+    assert gradients == pytest.approx(gradients_bytes(scenario, ranks=2, bucket=BUCKET), rel=0.1)
     # All of a model that is smaller, and nothing on one GPU.
-    many = whole_bytes(scenario, gpus=2, ranks=2)[0]
-    assert many == scenario.weight_bytes == 2 * model.parameters
-    assert whole_bytes(scenario, gpus=1, ranks=1) == (0, 0)
+    assert gathered_bytes(scenario) == scenario.weight_bytes == 2 * model.parameters
+    wholes = [footprint(scenario, gpus=n, ranks=1, way="lvx ring").whole for n in (1, 2)]
+    assert wholes == [0, scenario.weight_bytes + gradients_bytes(scenario, ranks=1)]
 
 
 def _whole() -> tuple[Any, int, int]:
