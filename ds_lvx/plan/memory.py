@@ -185,12 +185,13 @@ class Footprint:
     text: int  # the text's activations and logits, and the queries of other ranks
     rows: int  # the activations of an encoder over all visual tokens
     vision_stays: int  # what of ``vision`` is still there in the text's backward
+    loading: int  # all weights, where each rank reads them before ZeRO-3 shares them: in 4 bits
 
     @property
     def peak(self) -> int:
-        """The most at any moment: in the vision tower, or in the text's backward."""
+        """The most at any moment: in the vision tower, in the text's backward, or at the start."""
         stays = self.vision_stays + self.cross + self.text + self.rows
-        return self.states + self.whole + max(self.vision, stays)
+        return max(self.loading, self.states + self.whole + max(self.vision, stays))
 
 
 def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footprint:
@@ -231,6 +232,7 @@ def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footpri
         text=_layers(scenario, own_layers, queries) + logits_bytes(scenario, queries) + travelling,
         rows=0 if rows is None else _layers(scenario, rows, keys),
         vision_stays=stays,
+        loading=scenario.load_in_4bit * (scenario.weight_bytes + _scales_bytes(scenario)),
     )
 
 
@@ -241,10 +243,14 @@ def _states(scenario: Scenario, gpus: int) -> int:
         2: scenario.element_bytes * scenario.trained_parameters,
         1: _OPTIMIZER_BYTES * scenario.trained_parameters,
     }
-    scales = int(_SCALE_BYTES * scenario.quantized_parameters)  # every rank has all
-    return scales + sum(
+    return _scales_bytes(scenario) + sum(
         -(-size // (gpus if scenario.zero_stage >= stage else 1)) for stage, size in sizes.items()
     )
+
+
+def _scales_bytes(scenario: Scenario) -> int:
+    """Of weights in 4 bits, which every rank has, whatever the stage."""
+    return int(_SCALE_BYTES * scenario.quantized_parameters)
 
 
 def gathered_bytes(scenario: Scenario, *, live: int = LIVE_NUMBERS) -> int:

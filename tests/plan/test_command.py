@@ -244,7 +244,11 @@ def test_zero_stages_and_training_less_take_less_memory() -> None:
 
     peaks = [peak(zero_stage=stage) for stage in range(4)]
     assert peaks == sorted(peaks, reverse=True)
-    assert peak(lora_r=8, load_in_4bit=True) < peak(lora_r=8) < peak(trains="cross") < peak()
+    assert peak(lora_r=8) < peak(trains="cross") < peak()
+    packed = [peak(zero_stage=stage, lora_r=8, load_in_4bit=True) for stage in (2, 3)]
+    assert packed[0] < peak(zero_stage=2, lora_r=8)
+    # However many share it then, each has read the whole.
+    assert packed[1] > peak(lora_r=8)
     assert peak(recompute=False, checkpointing=False) > peak()
     # Of 16 bytes a weight, stage 1 shares Adam's 12, 2 the gradient's 2, and 3 the weight's.
     shared = scenario.model.parameters * 15 / 16
@@ -300,6 +304,20 @@ def test_lora_takes_what_its_frozen_base_does_not(capsys: pytest.CaptureFixture[
     assert "LoRA of rank 8 trains, its base in 4 bits" in capsys.readouterr().out
     assert main([*LLAMA, *words, "--freeze_vision"]) == 0
     assert "all weights but the tower's train" in capsys.readouterr().out
+
+
+def test_where_nothing_fits_lora_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("--frames", "16", "--gpus", "2", "--card")
+    text = failure(capsys, *LLAMA[:-2], *few, "H100")
+    assert text.endswith("--train cross; --lora_r 8; --lora_r 8 --load_in_4bit\n")
+    # A mixture's base is read whole, with all experts in 16 bits.
+    mixture = ("plan", "--model", "Qwen3-VL-30B-A3B", *few, "A100-40", "--lora_r", "8")
+    text = failure(capsys, *mixture, "--load_in_4bit")
+    assert text.endswith(
+        "needs 56.6 GiB a rank and 36.8 GiB may be filled: 19.8 GiB too much. "
+        "What would fit: no --load_in_4bit\n"
+    )
+    assert main([*mixture, "--json"]) == 0
 
 
 def test_a_group_may_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,11 @@ def test_what_trains_and_what_is_in_4_bits(name: str) -> None:
         assert trained == scenario.trained_parameters
     whole = numbers(model.parameters())
     assert 1 <= whole / (scenario.model.parameters + scenario.lora_parameters) < 1.08
+    # Each rank reads the whole before the ranks share it, however many they are.
+    held = _weights(model)
+    needed = footprint(scenario, gpus=64, ranks=1, way="lvx ring")
+    assert 0.75 < needed.loading / held <= 1  # of so small a model norms are a part
+    assert needed.peak >= needed.loading
 
 
 def test_a_frozen_tower() -> None:
