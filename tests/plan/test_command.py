@@ -311,13 +311,13 @@ def test_where_nothing_fits_lora_is_named(capsys: pytest.CaptureFixture[str]) ->
     text = failure(capsys, *LLAMA[:-2], *few, "H100")
     assert text.endswith("--train cross; --lora_r 8; --lora_r 8 --load_in_4bit\n")
     # A mixture's base is read whole, with all experts in 16 bits.
-    mixture = ("plan", "--model", "Qwen3-VL-30B-A3B", *few, "A100-40", "--lora_r", "8")
-    text = failure(capsys, *mixture, "--load_in_4bit")
+    mixture = ("plan", "--model", "Qwen3-VL-30B-A3B", "--text", "2048", *few, "A100-40")
+    text = failure(capsys, *mixture, "--lora_r", "8", "--load_in_4bit")
     assert text.endswith(
         "needs 56.6 GiB a rank and 36.8 GiB may be filled: 19.8 GiB too much. "
         "What would fit: no --load_in_4bit\n"
     )
-    assert main([*mixture, "--json"]) == 0
+    assert main([*mixture, "--lora_r", "8", "--json"]) == 0
 
 
 def test_a_group_may_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
