@@ -259,10 +259,8 @@ def gathered_bytes(scenario: Scenario, *, live: int = LIVE_NUMBERS) -> int:
     DeepSpeed gathers ahead of use until so many numbers are there, and then the rest of a tensor,
     or a larger layer. Products with weights in 4 bits keep these for backward.
     """
-    model, kept = (
-        scenario.model,
-        0 if scenario.checkpointing else scenario.quantized_parameters // 2,
-    )
+    model = scenario.model
+    kept = 0 if scenario.checkpointing else scenario.quantized_parameters // 2
     ahead = scenario.element_bytes * max(live + model.largest_weight, model.largest_layer)
     return min(ahead + kept, scenario.weight_bytes)
 
