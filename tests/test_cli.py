@@ -102,5 +102,5 @@ def test_a_reader_that_has_enough_ends_it_without_a_traceback(
     os.close(reads)
     with open(writes, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        words = ["plan", "--model", "Qwen-VL", "--text", "64", "--frames", "1", "--gpus", "2"]
+        words = ["plan", "--model", "Qwen-VL", "--text", "64", "--frames", "1", "--gpus", "4"]
         assert cli.main([*words, "--card", "H100"]) == 1

@@ -23,6 +23,7 @@ class AttentionShape:
         visibility: a bare operator with a rule, whose shares the ranks gather first.
         backward: is run too.
         features_dim: width of what K and V are projected from; 0 leaves the projection out.
+        gradients: products of that projection in backward: of features, and of weights.
     """
 
     batch: int
@@ -36,6 +37,7 @@ class AttentionShape:
     visibility: bool = False
     backward: bool = True
     features_dim: int = 0
+    gradients: int = 2
 
     def __post_init__(self) -> None:
         if not self.q_lengths or len(self.q_lengths) != len(self.kv_lengths):

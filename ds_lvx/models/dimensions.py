@@ -35,8 +35,12 @@ class Layers:
     @property
     def query_parameters(self) -> int:
         """Weights of a layer that every token of its own goes through."""
-        attention = 2 * self.hidden * self.heads * self.head_dim
-        return attention + self.mlp_matrices * self.hidden * self.mlp
+        return 2 * self.hidden * self.heads * self.head_dim + self.mlp_parameters
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Of these, the MLP's."""
+        return self.mlp_matrices * self.hidden * self.mlp
 
     @property
     def key_parameters(self) -> int:
@@ -52,6 +56,36 @@ class Layers:
     def parameters(self) -> int:
         """Weights of all layers."""
         return self.token_parameters + self.count * self.others
+
+    @property
+    def largest_layer(self) -> int:
+        """Weights of a layer."""
+        return self.parameters // self.count
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of a layer's linear layers, which experts are not."""
+        experts = self.mlp_parameters if self.others else 0
+        return self.query_parameters + self.key_parameters - experts
+
+    @property
+    def largest_weight(self) -> int:
+        """Numbers of a layer's largest tensor: of experts, which are stacked, gate and up."""
+        mlp = self.hidden * self.mlp
+        if self.others:
+            mlp = 2 * (self.mlp_parameters + self.others) // 3
+        return max(mlp, self.hidden * self.heads * self.head_dim)
+
+    def lora_parameters(self, rank: int) -> int:
+        """What LoRA of a rank adds to a layer, at its projections of q, k, v and out."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return 2 * rank * (self.hidden + queries + (self.features_dim or self.hidden) + keys)
+
+    def woken(self, tokens: int) -> float:
+        """Of `others`, weights that are read for so many tokens, which choose experts at random."""
+        experts = self.mlp_parameters + self.others
+        unread = (1 - self.mlp_parameters / experts) ** tokens if self.others else 0.0
+        return experts * (1 - unread) - self.mlp_parameters
 
 
 @dataclass(frozen=True)
@@ -132,6 +166,24 @@ class Model:
     def cross_parameters(self) -> int:
         """Weights of the cross-attention layers and the projector."""
         return self.cross.parameters + self.projector_parameters
+
+    @property
+    def decoding(self) -> tuple[Layers, ...]:
+        """All layers behind tower and projector, by kind."""
+        kinds = (self.text, self.cross, self.rows)
+        return tuple(each for each in kinds if each is not None and each.count)
+
+    @property
+    def largest_layer(self) -> int:
+        """Weights of the largest layer, or of a table of the vocabulary."""
+        layers = (each.largest_layer for each in (*self.decoding, self.tower))
+        return max(self.vocabulary * self.text.hidden, *layers)
+
+    @property
+    def largest_weight(self) -> int:
+        """Numbers of the largest tensor."""
+        layers = (each.largest_weight for each in (*self.decoding, self.tower))
+        return max(self.vocabulary * self.text.hidden, *layers)
 
 
 def decoder(config: Mapping[str, Any], *, count: int) -> Layers:

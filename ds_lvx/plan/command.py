@@ -22,8 +22,11 @@ _SETTINGS = {
     "zero": "zero_stage",
     "recompute": "recompute",
     "checkpointing": "checkpointing",
-    "loss_tiles": "loss_tiles",
+    "loss-tiles": "loss_tiles",
     "train": "trains",
+    "lora_r": "lora_r",
+    "load_in_4bit": "load_in_4bit",
+    "freeze_vision": "freeze_vision",
 }
 """Of a `Scenario`, by the names of their options; of generation it is the stage alone."""
 
@@ -76,6 +79,13 @@ def _add_scenario(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--train", choices=TRAINED, help="all weights (default), or cross-attention alone"
     )
+    group = parser.add_argument_group("as launch/finetune.py has them")
+    group.add_argument(
+        "--lora_r", type=int, help="rank of LoRA in the projections of the text's attention"
+    )
+    flag: dict[str, Any] = {"action": "store_true", "default": None}
+    group.add_argument("--load_in_4bit", **flag, help="the linear layers of the text")
+    group.add_argument("--freeze_vision", **flag, help="leave the vision tower as it is")
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
@@ -146,15 +156,15 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         ValueError: those of training beside ``--generate``.
     """
     given = {
-        field: getattr(options, name)
+        field: getattr(options, name.replace("-", "_"))
         for name, field in _SETTINGS.items()
-        if getattr(options, name) is not None
+        if getattr(options, name.replace("-", "_")) is not None
     }
     if options.generate is None:
         return given
     stage = {"zero_stage": given.pop("zero_stage", 0)}
     if given:
-        names = ", ".join(f"--{n.replace('_', '-')}" for n, f in _SETTINGS.items() if f in given)
+        names = ", ".join(f"--{name}" for name, field in _SETTINGS.items() if field in given)
         raise ValueError(f"{names}: got it with --generate, which trains nothing; leave it out")
     return stage
 

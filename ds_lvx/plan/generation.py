@@ -202,7 +202,8 @@ def _split_parts(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[st
     seen = scenario.pairs_seen if rows is None else rows.share_seen(sum(lengths))
     attention_s = layers.count * (seen * layer.kernel_s + layer.other_s)
     waiting_s = layers.count * layer.exposed_s
-    products = products_s(device, layers.token_parameters, max(lengths))
+    woken = layers.count * layers.woken(max(lengths))
+    products = products_s(device, layers.token_parameters, max(lengths), beside=woken)
     if rows is not None:
         keys = products_s(device, model.cross.key_parameters, max(lengths))
         return {

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ds_lvx.attention.shape import evenly
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.generating import limits
-from ds_lvx.plan.memory import LAYER_BYTES, tower_bytes
+from ds_lvx.plan.memory import LAYER_BYTES, gathered_bytes, tower_bytes
 from ds_lvx.plan.pieces import FP32_BYTES
 from ds_lvx.plan.scenario import Scenario
 
@@ -33,7 +32,7 @@ class Held:
     # The most that the prompt's forward has beside the weights: in the vision tower, or where the
     # last cross-attention layer makes its keys.
     prompt: int
-    gathered: int = 0  # at ZeRO-3 the largest layer, or table of the vocabulary, while it runs
+    gathered: int = 0  # weights that ZeRO-3 has whole at a time
 
     @property
     def kept(self) -> int:
@@ -125,15 +124,8 @@ def held(scenario: Scenario, *, ranks: int, new_tokens: int, gpus: int = 1) -> H
         keys=keys,
         text=text,
         prompt=max(vision, features_bytes(scenario, ranks) + layers),
-        gathered=e * _largest(model) if shares > 1 else 0,
+        gathered=gathered_bytes(scenario) if shares > 1 else 0,
     )
-
-
-def _largest(model: Model) -> int:
-    """Weights of the largest layer, or of a table of the vocabulary."""
-    kinds = (model.text, model.cross, model.tower, model.rows)
-    layers = [each.parameters // each.count for each in kinds if each is not None and each.count]
-    return max(*layers, model.vocabulary * model.text.hidden)
 
 
 def _running_text_bytes(scenario: Scenario, ranks: int, kept: int) -> int:

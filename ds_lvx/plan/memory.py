@@ -23,6 +23,13 @@ from ds_lvx.plan.scenario import Scenario
 LAYER_BYTES = 34
 _LOGIT_BYTES = 10  # bf16, their copy in fp32, its gradient
 _OPTIMIZER_BYTES = 12  # fp32 weight and two moments
+_SCALE_BYTES = 1 / 64 + 4 / (64 * 256)  # of a weight in 4 bits
+BYTES_IN_4BIT = 1 / 2 + _SCALE_BYTES
+"""Of a weight; docs/memory.md has them."""
+LIVE_NUMBERS = 10**9
+"""``stage3_max_live_parameters``, of DeepSpeed and of ds_configs/."""
+BUCKET_NUMBERS = 5 * 10**7
+"""``reduce_bucket_size`` of ds_configs/."""
 # A query that is gathered, under the kernel: q, dout, PyTorch's stand-in for out and its dq in 16
 # bits, dq in fp32. Behind it 8: dq, the message, what answers it.
 _GATHERED_BYTES = 12
@@ -61,6 +68,7 @@ class Load:
     features_train: bool = True  # something before the features trains: they want a gradient
     host_is_device: bool = False  # on a CPU, where features on the host are where they were
     element_bytes: int = 2  # of weights and activations
+    lora_r: int = 0  # rank of LoRA at all projections, and nothing else trains; 0: all of it does
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,9 @@ def kept(layers: Layers, setting: Setting, load: Load) -> Kept:
         # What came by an all-to-all is kept, because it must not be sent again.
         of_key, of_query = (k_and_v, of_query + q) if scattered else (0, of_query)
     else:
-        of_key = k_and_v + _norm_bytes(a.kv_heads, a.head_dim, e)
-        of_query += _norm_bytes(a.heads, a.head_dim, e) + q
+        of_lora = 2 * e * load.lora_r  # between its matrices, of two projections each
+        of_key = k_and_v + _norm_bytes(a.kv_heads, a.head_dim, load) + of_lora
+        of_query += _norm_bytes(a.heads, a.head_dim, load) + q + of_lora
     keys, queries = load.batch * load.keys, load.batch * load.queries
     return Kept(
         features=0 if _on_host(setting, load) else keys * _feature_bytes(a, e),
@@ -104,10 +113,11 @@ def _feature_bytes(layers: Layers, element_bytes: int) -> int:
     return element_bytes * (layers.features_dim or layers.hidden)
 
 
-def _norm_bytes(heads: int, head_dim: int, element_bytes: int) -> int:
-    """What an RMSNorm over q or K saves of a token: input, its factors in fp32, the result."""
+def _norm_bytes(heads: int, head_dim: int, load: Load) -> int:
+    """What an RMSNorm over q or K saves of a token: input, its factors in fp32; the result, where
+    its weights train."""
     width = heads * head_dim
-    return FP32_BYTES * (width + heads) + element_bytes * width
+    return FP32_BYTES * (width + heads) + (0 if load.lora_r else load.element_bytes * width)
 
 
 def peak(layers: Layers, setting: Setting, load: Load) -> int:
@@ -144,7 +154,7 @@ def _transient_per_key(a: Layers, setting: Setting, load: Load) -> int:
     width, e = a.kv_heads * a.head_dim, load.element_bytes
     d_features = _feature_bytes(a, e) if load.features_train else 0
     k_and_v = 2 * e * width  # dk and dv are as large
-    attention = _norm_bytes(a.kv_heads, a.head_dim, e) + 2 * k_and_v
+    attention = _norm_bytes(a.kv_heads, a.head_dim, load) + 2 * k_and_v
     if setting.method == "ring" and load.ranks > 1:
         # The next block's K and V, the last one's dk and dv, and this rank's own in fp32.
         attention += 2 * k_and_v + 2 * FP32_BYTES * width
@@ -169,18 +179,19 @@ class Footprint:
     """Bytes of a rank."""
 
     states: int  # weights, gradients and optimizer
+    whole: int  # at ZeRO-3 weights and gradients that are whole at a time
     vision: int  # the vision tower's activations at their peak
     cross: int  # the cross-attention's at their peak, features included
     text: int  # the text's activations and logits, and the queries of other ranks
     rows: int  # the activations of an encoder over all visual tokens
     vision_stays: int  # what of ``vision`` is still there in the text's backward
+    loading: int  # all weights, where each rank reads them before ZeRO-3 shares them: in 4 bits
 
     @property
     def peak(self) -> int:
-        """The most at any moment: in the vision tower, or in the text's backward."""
-        return self.states + max(
-            self.vision, self.vision_stays + self.cross + self.text + self.rows
-        )
+        """The most at any moment: in the vision tower, in the text's backward, or at the start."""
+        stays = self.vision_stays + self.cross + self.text + self.rows
+        return max(self.loading, self.states + self.whole + max(self.vision, stays))
 
 
 def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footprint:
@@ -193,7 +204,14 @@ def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footpri
     )
     queries = max(evenly(scenario.sequence, ranks))
     keys = queries if scenario.model.among else scenario.visual_tokens_of_a_rank(ranks)
-    load = Load(keys, queries, ranks=ranks, element_bytes=scenario.element_bytes)
+    load = Load(
+        keys,
+        queries,
+        ranks=ranks,
+        features_train=scenario.features_train,
+        element_bytes=scenario.element_bytes,
+        lora_r=scenario.lora_r,
+    )
     travelling = 0  # queries of other ranks that are here, with their gradients
     if setting.method == "lvx" and ranks > 1:
         here = scenario.sequence if way == "lvx gather" else 2 * queries
@@ -203,33 +221,69 @@ def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footpri
     # the cross-attention's share.
     own_layers = replace(text, count=text.count + (cross.count if cross.mlp else 0))
     vision, stays = tower_bytes(scenario, frames * scenario.model.tower_tokens)
+    whole = 0
+    if scenario.zero_stage == 3 and gpus > 1:
+        whole = gathered_bytes(scenario) + gradients_bytes(scenario, ranks=ranks)
     return Footprint(
         states=_states(scenario, gpus),
+        whole=whole,
         vision=vision,
         cross=peak(replace(cross, hidden=cross.features_dim or cross.hidden), setting, load),
         text=_layers(scenario, own_layers, queries) + logits_bytes(scenario, queries) + travelling,
         rows=0 if rows is None else _layers(scenario, rows, keys),
         vision_stays=stays,
+        loading=scenario.load_in_4bit * (scenario.weight_bytes + _scales_bytes(scenario)),
     )
 
 
 def _states(scenario: Scenario, gpus: int) -> int:
     """Weights, gradients and optimizer, shared from ZeRO stages 3, 2 and 1 on."""
     sizes = {
-        3: scenario.element_bytes * scenario.model.parameters,
+        3: scenario.weight_bytes,
         2: scenario.element_bytes * scenario.trained_parameters,
         1: _OPTIMIZER_BYTES * scenario.trained_parameters,
     }
-    return sum(
+    return _scales_bytes(scenario) + sum(
         -(-size // (gpus if scenario.zero_stage >= stage else 1)) for stage, size in sizes.items()
     )
+
+
+def _scales_bytes(scenario: Scenario) -> int:
+    """Of weights in 4 bits, which every rank has, whatever the stage."""
+    return int(_SCALE_BYTES * scenario.quantized_parameters)
+
+
+def gathered_bytes(scenario: Scenario, *, live: int = LIVE_NUMBERS) -> int:
+    """Of weights that ZeRO-3 has whole at a time.
+
+    DeepSpeed gathers ahead of use until so many numbers are there, and then the rest of a tensor,
+    or a larger layer. Products with weights in 4 bits keep these for backward.
+    """
+    model = scenario.model
+    kept = 0 if scenario.checkpointing else scenario.quantized_parameters // 2
+    ahead = scenario.element_bytes * max(live + model.largest_weight, model.largest_layer)
+    return min(ahead + kept, scenario.weight_bytes)
+
+
+def gradients_bytes(scenario: Scenario, *, ranks: int, bucket: int = BUCKET_NUMBERS) -> int:
+    """Of gradients that ZeRO-3 has whole: its buffer of so many numbers, and what does not fit.
+
+    A larger one stays until the next comes, a mixture's all at once; each is then reduced in fp32
+    where ranks share a sample.
+    """
+    e, sent = scenario.element_bytes, FP32_BYTES if ranks > 1 else scenario.element_bytes
+    full = 0
+    if scenario.cross_trains:
+        trained = scenario.model if scenario.text_trains else scenario.model.cross
+        full = e * trained.largest_layer + (sent if sent != e else 0) * trained.largest_weight
+    return sent * bucket + max(full, sent * min(bucket, scenario.trained_parameters))
 
 
 def tower_bytes(scenario: Scenario, tokens: int) -> tuple[int, int]:
     """The tower's activations at their peak, and what of them waits for its backward."""
     tower, states = scenario.model.tower, scenario.model.tower_states
     layer, state = LAYER_BYTES * tower.hidden, scenario.element_bytes * tower.hidden
-    if not scenario.trains_all:
+    if not scenario.vision_trains:
         return tokens * (states * state + layer), 0
     if not scenario.checkpointing:
         return tokens * tower.count * layer, tokens * tower.count * layer
@@ -247,7 +301,7 @@ def _layers(scenario: Scenario, layers: Layers, tokens: int) -> int:
 def logits_bytes(scenario: Scenario, queries: int) -> int:
     """Logits of a tile of a rank's text, and the sums of the head's gradients over several."""
     words, tiles = scenario.model.vocabulary, scenario.loss_tiles
-    sums = FP32_BYTES * words * scenario.model.text.hidden if scenario.trains_all else 0
+    sums = FP32_BYTES * words * scenario.model.text.hidden if scenario.text_trains else 0
     return _LOGIT_BYTES * -(-queries // tiles) * words + (sums if tiles > 1 else 0)
 
 
@@ -269,13 +323,14 @@ def elsewhere(scenario: Scenario, *, gpus: int, ranks: int) -> tuple[int, int, i
         gathering in a step beside what attention sends, and at the peak where each encodes all.
     """
     own = footprint(scenario, gpus=gpus, ranks=ranks, way="ulysses")
+    states = own.states + own.whole
     width = scenario.element_bytes * scenario.model.text.hidden
     visual, both = scenario.visual_tokens, scenario.sequence
     forward = width * (2 * both + visual)
-    gathering = width * (both + 3 * visual) if scenario.trains_all else forward
+    gathering = width * (both + 3 * visual) if scenario.cross_trains else forward
     tower, stays = tower_bytes(scenario, scenario.frames * scenario.model.tower_tokens)
     return (
-        max(own.peak, own.states + own.vision_stays + gathering),
+        max(own.peak, states + own.vision_stays + gathering),
         2 * width * (ranks - 1) * (visual // ranks),
-        own.states + max(tower, stays + max(own.cross + own.text, forward)),
+        states + max(tower, stays + max(own.cross + own.text, forward)),
     )

@@ -154,7 +154,7 @@ class Pieces:
 
     def project_s(self, keys: float, *, gradients: bool = False) -> float:
         """Projecting K and V of so many features, or the products for their gradients."""
-        products = 2 if gradients else 1
+        products = self.shape.gradients if gradients else 1
         operations = 2 * products * self.shape.features_dim * self.of_k_and_v(keys)
         return self._scale * operations / self.device.matmul_flops
 

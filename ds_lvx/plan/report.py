@@ -134,9 +134,15 @@ def _of_generations(scenario: Scenario, cluster: Cluster, found: Sequence[Genera
 
 
 def _question(scenario: Scenario, cluster: Cluster) -> str:
+    trained = "all weights train" if scenario.vision_trains else "all weights but the tower's train"
+    if scenario.lora_r:
+        trained = f"LoRA of rank {scenario.lora_r} trains"
+    elif not scenario.text_trains:
+        trained = "cross-attention trains"
     settings = [
         f"ZeRO {scenario.zero_stage}",
-        "all weights train" if scenario.trains_all else "cross-attention trains",
+        trained,
+        *(["its base in 4 bits"] if scenario.load_in_4bit else []),
         *(["K and V recomputed (lvx)"] if scenario.recomputes("lvx") else []),
         *(["layers checkpointed"] if scenario.checkpointing else []),
     ]

@@ -22,6 +22,9 @@ class Scenario:
     recompute: bool = True  # lvx projects K and V again in backward
     checkpointing: bool = True  # of layers
     trains: str = "all"  # weights; or ``"cross"``: the cross-attention layers and the projector
+    lora_r: int = 0  # LoRA of this rank trains, in the projections of the text's attention; 0: none
+    load_in_4bit: bool = False  # the linear layers under it
+    freeze_vision: bool = False  # the tower does not train
     element_bytes: int = 2  # of weights and activations
     loss_tiles: int = 1  # pieces of a rank's text, of which logits are made one after the other
 
@@ -33,6 +36,12 @@ class Scenario:
             raise ValueError(f"zero: got {self.zero_stage}; expected a stage from 0 to 3")
         if self.trains not in TRAINED:
             raise ValueError(f"train: got {self.trains!r}; expected one of {list(TRAINED)}")
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r: got {self.lora_r}; expected a rank, or 0 for no LoRA")
+        if self.load_in_4bit and not self.lora_r:
+            raise ValueError("load_in_4bit: got no LoRA; expected its rank beside it: --lora_r 8")
+        if self.lora_r and self.trains != "all":
+            raise ValueError(f"train: got {self.trains!r} beside LoRA; leave one of them out")
 
     @property
     def visual_tokens(self) -> int:
@@ -55,20 +64,55 @@ class Scenario:
         return 0.5 if self.model.among else 1.0
 
     @property
-    def trains_all(self) -> bool:
-        """Whether every weight gets a gradient."""
-        return self.trains == "all"
+    def text_trains(self) -> bool:
+        """Whether every weight of the text gets a gradient."""
+        return self.trains == "all" and not self.lora_r
+
+    @property
+    def vision_trains(self) -> bool:
+        """Whether the tower's weights do."""
+        return self.text_trains and not self.freeze_vision
+
+    @property
+    def cross_trains(self) -> bool:
+        """Whether those of projector and cross-attention do."""
+        return not self.lora_r
+
+    @property
+    def features_train(self) -> bool:
+        """Whether something before the keys of cross-attention trains: they want a gradient."""
+        return self.cross_trains or self.model.among or self.model.rows is not None
+
+    @property
+    def lora_parameters(self) -> int:
+        """Weights of LoRA."""
+        return sum(each.count * each.lora_parameters(self.lora_r) for each in self.model.decoding)
 
     @property
     def trained_parameters(self) -> int:
         """Weights that get a gradient."""
-        return self.model.parameters if self.trains_all else self.model.cross_parameters
+        if not self.text_trains:
+            return self.lora_parameters or self.model.cross_parameters
+        return self.model.parameters - (0 if self.vision_trains else self.model.tower.parameters)
+
+    @property
+    def quantized_parameters(self) -> int:
+        """Weights in 4 bits."""
+        layers = self.model.decoding if self.load_in_4bit else ()
+        return sum(each.count * each.linear_parameters for each in layers)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights, LoRA's too; of those in 4 bits without their scales."""
+        quantized = self.quantized_parameters
+        whole = self.model.parameters + self.lora_parameters - quantized
+        return self.element_bytes * whole + quantized // 2
 
     @property
     def passes(self) -> int:
         """Products of a layer in a step: forward, backward through it, its weights' gradients, and
         forward again where it is checkpointed."""
-        return 2 + self.trains_all + self.checkpointing
+        return 2 + self.text_trains + self.checkpointing
 
     def frames_of_a_rank(self, ranks: int) -> int:
         """Frames of the rank that holds most; a frame is not split."""
@@ -88,7 +132,8 @@ class Scenario:
         if self.model.among:
             keys = evenly(self.sequence, ranks)
         shape = self.shape(self.model.cross, evenly(self.sequence, ranks), keys)
-        return replace(shape, recompute=self.recomputes(way))
+        gradients = self.features_train + self.cross_trains
+        return replace(shape, recompute=self.recomputes(way), gradients=gradients)
 
     def shape(self, layers: Layers, queries: Sequence[int], keys: Sequence[int]) -> AttentionShape:
         """One of some layers, on so many queries and keys by rank."""

@@ -98,7 +98,7 @@ def _stop(scenario: Scenario, groups: Sequence[int], own: Sequence[Step]) -> Sto
 
 
 def _nothing_fits(scenario: Scenario, cluster: Cluster, steps: Sequence[Step]) -> str:
-    least = min(steps, key=lambda each: each.footprint.peak)
+    least = min(steps, key=lambda each: (each.footprint.peak, -each.ranks))
     need, have = (each / 2**30 for each in (least.footprint.peak, cluster.device.limit_bytes))
     remedies = _remedies(scenario, cluster, least) or ["a card with more memory"]
     alone = tower_bytes(scenario, scenario.model.tower_tokens)[0]
@@ -133,7 +133,10 @@ def _remedies(scenario: Scenario, cluster: Cluster, least: Step) -> list[str]:
     changes: dict[str, dict[str, Any]] = {
         "--recompute and --checkpointing": {"recompute": True, "checkpointing": True},
         "--zero 3": {"zero_stage": 3},
-        "--train cross": {"trains": "cross"},
+        "--train cross": {"trains": "cross", "lora_r": 0, "load_in_4bit": False},
+        "--lora_r 8": {"trains": "all", "lora_r": 8},
+        "no --load_in_4bit": {"load_in_4bit": False},
+        "--lora_r 8 --load_in_4bit": {"trains": "all", "lora_r": 8, "load_in_4bit": True},
     }
     # One that changes nothing does not fit either.
     return found + [words for words, each in changes.items() if fits(**each)]

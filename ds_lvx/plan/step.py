@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ds_lvx.attention.shape import evenly
 from ds_lvx.plan.cluster import Cluster, Device
 from ds_lvx.plan.cost import Cost, cost
-from ds_lvx.plan.memory import Footprint, footprint
+from ds_lvx.plan.memory import BYTES_IN_4BIT, Footprint, footprint
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.transfers import Ranks
 
@@ -70,6 +70,7 @@ def step(scenario: Scenario, cluster: Cluster, *, ranks: int, way: str) -> Step:
         **_text(scenario, cluster, ranks, text_method),
         **_rows(scenario, cluster, ranks, text_method),
         "vision": vision_s(scenario, cluster.device, ranks),
+        **_in_4_bits(scenario, cluster.device),
     }
     parts["ZeRO, network"] = max(0.0, _zero(scenario, cluster) - sum(parts.values()))
     shared = cluster.gpus if scenario.zero_stage >= 1 else 1
@@ -91,16 +92,13 @@ def step(scenario: Scenario, cluster: Cluster, *, ranks: int, way: str) -> Step:
 def _text(scenario: Scenario, cluster: Cluster, ranks: int, method: str) -> dict[str, float]:
     model, text = scenario.model, scenario.model.text
     tokens = -(-scenario.sequence // ranks)
-    head, of_text, of_cross = (
-        products_s(cluster.device, parameters, tokens)
-        for parameters in (
-            model.vocabulary * text.hidden,
-            text.query_parameters + text.key_parameters,
-            model.cross.query_parameters,
-        )
-    )
-    layers = (2 + scenario.trains_all) * head + text.count * scenario.passes * of_text
-    layers += model.cross.count * (3 + scenario.checkpointing) * of_cross
+    cross, device = model.cross, cluster.device
+    head = products_s(device, model.vocabulary * text.hidden, tokens)
+    of_text = text.query_parameters + text.key_parameters
+    of_text_s = products_s(device, of_text, tokens, beside=text.woken(tokens))
+    of_cross_s = products_s(device, cross.query_parameters, tokens, beside=cross.woken(tokens))
+    layers = (2 + scenario.text_trains) * head + text.count * scenario.passes * of_text_s
+    layers += cross.count * (2 + scenario.cross_trains + scenario.checkpointing) * of_cross_s
     queries, keys = evenly(scenario.sequence, ranks), evenly(scenario.text_tokens, ranks)
     attention = cost(scenario.shape(text, queries, keys), cluster, method)
     waiting = text.count * attention.exposed_s
@@ -128,11 +126,20 @@ def _rows(scenario: Scenario, cluster: Cluster, ranks: int, method: str) -> dict
     }
 
 
-def products_s(device: Device, parameters: int, tokens: int) -> float:
-    """One pass of so many tokens through so many weights."""
+def products_s(device: Device, parameters: int, tokens: int, *, beside: float = 0.0) -> float:
+    """One pass of so many tokens through so many weights, while others are read ``beside``."""
     computing = 2 * parameters * tokens / device.matmul_flops
-    reading = parameters * device.element_bytes / device.stream_bytes_per_s
+    reading = (parameters + beside) * device.element_bytes / device.stream_bytes_per_s
     return max(computing, reading)
+
+
+def _in_4_bits(scenario: Scenario, device: Device) -> dict[str, float]:
+    """Reading weights of 4 bits and writing them in full, before each pass of products."""
+    if not scenario.load_in_4bit:
+        return {}
+    nbytes = scenario.quantized_parameters * (BYTES_IN_4BIT + scenario.element_bytes)
+    passes = 2 + scenario.checkpointing
+    return {"weights in 4 bits": passes * nbytes / device.stream_bytes_per_s}
 
 
 def vision_s(scenario: Scenario, device: Device, ranks: int, *, backward: bool = True) -> float:
@@ -143,19 +150,20 @@ def vision_s(scenario: Scenario, device: Device, ranks: int, *, backward: bool =
     # Frames attend within themselves: 4 T^2 H D operations forward, 10 backward.
     pairs = tokens * model.tower_tokens * tower.heads * tower.head_dim
     passes, attention = 1, pairs * device.whole.pair_s
-    if scenario.trains_all and backward:
+    if scenario.vision_trains and backward:
         passes = scenario.passes
         attention += pairs * device.backward.pair_s
     layer = passes * products_s(device, tower.parameters // tower.count, tokens) + attention
     projected = frames * model.projector_tokens
     projector = products_s(device, model.projector_parameters, projected)
-    return tower.count * layer + (3 if backward else 1) * projector
+    back = backward * (scenario.cross_trains + scenario.vision_trains)
+    return tower.count * layer + (1 + back) * projector
 
 
 def _zero(scenario: Scenario, cluster: Cluster) -> float:
     """Seconds of the network for weights and gradients, hidden or not."""
     ranks = Ranks(cluster, cluster.gpus)
-    weights = scenario.element_bytes * scenario.model.parameters / ranks.size
+    weights = scenario.weight_bytes / ranks.size
     gradients = scenario.element_bytes * scenario.trained_parameters / ranks.size
     # Stage 3: weights in forward and in backward, gradients once. Else: gradients are summed, or
     # reduced and the new weights gathered, which is as much.

@@ -126,11 +126,14 @@ def test_text_can_project_its_keys_again() -> None:
 def test_under_autocast_the_sharded_text_has_one_dtype() -> None:
     model = tiny_model().eval()
     batch = hard_batch()
+    exact = model(**batch).logits
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(**batch).logits
         patched(model)
         logits = model(**shard_batch(batch, model=model)).logits
-    torch.testing.assert_close(logits, expected, atol=0.05, rtol=0.05)
+    assert logits.dtype == expected.dtype
+    # Products in bf16 round otherwise on every kind of processor.
+    assert (logits - exact).norm() < 1.5 * (expected - exact).norm()
 
 
 def test_a_deep_copy_has_its_own_weights_and_can_be_unpatched() -> None:

@@ -17,6 +17,7 @@ from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.plan.memory import Setting
 from ds_lvx.sharding import shard_batch
+from tests.models.mllama_case import with_lora
 
 TINY = Case(
     hidden=48,
@@ -70,9 +71,11 @@ class SavedBytes:
         self.of_layers.append(sum(self._found.values()))
 
 
-def saved_bytes(setting: Setting, *, frames: int, dtype: torch.dtype) -> tuple[int, list[int]]:
+def saved_bytes(
+    setting: Setting, *, frames: int, dtype: torch.dtype, lora: bool = False
+) -> tuple[int, list[int]]:
     """Bytes that this rank saves: of the features, and of each layer. Runs on every rank."""
-    model, groups = _patched(setting, TINY, dtype)
+    model, groups = _patched(setting, TINY, dtype, lora=lora)
     counted = SavedBytes(model)
     batch = make_batch(TINY, frames=range(frames), total=frames * groups.sp_size)
     out = model(**shard_batch(batch, model=model, groups=groups, frames="local"))
@@ -95,9 +98,12 @@ def peak_bytes(setting: Setting, case: Case, *, keys: int) -> int:
     return live.peak + features.nbytes
 
 
-def _patched(setting: Setting, case: Case, dtype: torch.dtype) -> tuple[Any, Any]:
+def _patched(
+    setting: Setting, case: Case, dtype: torch.dtype, *, lora: bool = False
+) -> tuple[Any, Any]:
     ranks = torch.distributed.get_world_size()
-    model = build_model(case).to(dtype)
+    model = build_model(case)
+    model = (with_lora(model) if lora else model).to(dtype)
     config = LVXConfig.from_ds_config(ds_config(setting, case, ranks=ranks))
     groups = SequenceParallelGroups(ranks)
     patch_model(model, config, groups)

@@ -127,7 +127,7 @@ def test_the_numbers_for_an_hour_of_video_are_the_commands(
 @pytest.mark.parametrize(
     ("title", "size", "method"),
     [
-        ("Llama-3.2-Vision", "2,048 text tokens, 450 frames = 2,881,800 visual", "lvx gather"),
+        ("Llama-3.2-Vision", "2,048 text tokens, 400 frames = 2,561,600 visual", "lvx gather"),
         ("idefics", "2,048 text tokens, 900 frames = 57,600 visual tokens", "lvx gather"),
         ("OpenFlamingo", "2,048 text tokens, 900 frames = 57,600 visual tokens", "lvx gather"),
         ("T5Gemma 2", "512 text tokens, 450 frames = 115,200 visual tokens", "lvx gather"),
@@ -236,23 +236,30 @@ def test_more_gpus_in_a_group_take_less_memory() -> None:
 
 
 def test_zero_stages_and_training_less_take_less_memory() -> None:
+    scenario = Scenario(model("Llama-3.2-11B-Vision"), text_tokens=384, frames=64)
+
     def peak(**settings: object) -> int:
-        scenario = Scenario(model("Llama-3.2-11B-Vision"), text_tokens=384, frames=64, **settings)
-        return footprint(scenario, gpus=16, ranks=16, way="lvx gather").peak
+        changed = replace(scenario, **settings)
+        return footprint(changed, gpus=16, ranks=16, way="lvx gather").peak
 
     peaks = [peak(zero_stage=stage) for stage in range(4)]
     assert peaks == sorted(peaks, reverse=True)
-    assert peak(trains="cross") < peak()
+    assert peak(lora_r=8) < peak(trains="cross") < peak()
+    packed = [peak(zero_stage=stage, lora_r=8, load_in_4bit=True) for stage in (2, 3)]
+    assert packed[0] < peak(zero_stage=2, lora_r=8)
+    # However many share it then, each has read the whole.
+    assert packed[1] > peak(lora_r=8)
     assert peak(recompute=False, checkpointing=False) > peak()
     # Of 16 bytes a weight, stage 1 shares Adam's 12, 2 the gradient's 2, and 3 the weight's.
-    shared = model("Llama-3.2-11B-Vision").parameters * 15 / 16
+    shared = scenario.model.parameters * 15 / 16
     saved = [before - after for before, after in pairwise(peaks)]
+    saved[2] += footprint(scenario, gpus=16, ranks=16, way="lvx gather").whole
     assert saved == pytest.approx([12 * shared, 2 * shared, 2 * shared], rel=1e-6)
 
 
 def test_a_plan_that_fits_nothing_says_by_how_much_and_what_would_fit() -> None:
     scenario = Scenario(model("Llama-3.2-11B-Vision"), text_tokens=4096, frames=2000)
-    cluster = from_card(CARDS["A30"], gpus=8)
+    cluster = from_card(CARDS["A100-40"], gpus=8)
     with pytest.raises(ValueError, match="GiB too much") as error:
         plan(scenario, cluster)
     text = str(error.value)
@@ -270,6 +277,47 @@ def test_every_model_can_be_planned(each: object) -> None:
     scenario = Scenario(each, text_tokens=2048, frames=256)
     found = plan(scenario, from_card(CARDS["H200"], gpus=64))
     assert found.best.seconds > 0
+
+
+def test_lora_takes_what_its_frozen_base_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--frames", "16", "--gpus", "8", "--group", "8", "--text", "64K")
+    whole, lora, packed = (
+        next(s for s in record(capsys, *words, *more)["steps"] if s["method"] == "lvx")["parts"]
+        for more in ((), ("--lora_r", "8"), ("--lora_r", "8", "--load_in_4bit"))
+    )
+    # The products for weights' gradients are gone: of 65,536 / 8 tokens, without K's and V's.
+    attention, mlp = 2 * 4096 * 4096, 3 * 4096 * 14_336
+    keys = 2 * 4096 * 1024
+    products = 40 * (attention + mlp) + 32 * keys + 128_256 * 4096
+    seconds = 2 * products * 8192 / (0.7 * CARDS["H100"].matrix_flops)
+    assert whole["text layers"] - lora["text layers"] == pytest.approx(seconds)
+    # Forward and again; of the features and of the weights there are no gradients.
+    part = "projection of K and V"
+    assert lora[part] == pytest.approx(2 / 4 * whole[part])
+    assert lora["vision"] < 0.3 * whole["vision"]
+    assert lora["optimizer"] < 2e-3 * whole["optimizer"]
+    # Read in 4 bits and written in 16, in each of three passes.
+    nbytes = 40 * (attention + keys + mlp) * (2 + 1 / 2 + 1 / 64 + 4 / (64 * 256))
+    written = nbytes / (0.85 * CARDS["H100"].memory_bytes_per_s)
+    assert packed == {**lora, "weights in 4 bits": pytest.approx(3 * written)}
+    assert main([*LLAMA, *words, "--lora_r", "8", "--load_in_4bit"]) == 0
+    assert "LoRA of rank 8 trains, its base in 4 bits" in capsys.readouterr().out
+    assert main([*LLAMA, *words, "--freeze_vision"]) == 0
+    assert "all weights but the tower's train" in capsys.readouterr().out
+
+
+def test_where_nothing_fits_lora_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("--frames", "16", "--gpus", "2", "--card")
+    text = failure(capsys, *LLAMA[:-2], *few, "H100")
+    assert text.endswith("--train cross; --lora_r 8; --lora_r 8 --load_in_4bit\n")
+    # A mixture's base is read whole, with all experts in 16 bits.
+    mixture = ("plan", "--model", "Qwen3-VL-30B-A3B", "--text", "2048", *few, "A100-40")
+    text = failure(capsys, *mixture, "--lora_r", "8", "--load_in_4bit")
+    assert text.endswith(
+        "needs 56.6 GiB a rank and 36.8 GiB may be filled: 19.8 GiB too much. "
+        "What would fit: no --load_in_4bit\n"
+    )
+    assert main([*mixture, "--lora_r", "8", "--json"]) == 0
 
 
 def test_a_group_may_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,6 +351,10 @@ def test_bad_input_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> No
         ((*LLAMA, "--within-latency", "5"), "--within-latency: got '5'"),
         ((*LLAMA, "--gpus", "0"), "--gpus: got 0"),
         ((*LLAMA, "--zero", "4"), "zero: got 4"),
+        ((*LLAMA, "--lora_r", "-1"), "lora_r: got -1"),
+        ((*LLAMA, "--load_in_4bit"), "load_in_4bit: got no LoRA; expected its rank beside it"),
+        ((*LLAMA, "--lora_r", "8", "--train", "cross"), "train: got 'cross' beside LoRA"),
+        ((*LLAMA, "--lora_r", "8", "--generate", "9"), "--lora_r: got it with --generate"),
         ((*LLAMA, "--frames", "none"), "--frames: got 'none'"),
         (("plan", "--model", "idefics-9b", "--profile", "none.json"), "does not exist"),
     ):

@@ -197,9 +197,9 @@ def test_weights_that_zero_3_shares_are_gathered_for_each_token() -> None:
     )
     assert (whole.held.weights, whole.held.gathered) == (2 * SCENARIO.model.parameters, 0)
     assert "ZeRO, network" not in {*whole.token, *whole.prompt}
-    # All four GPUs have a share. The largest is the table of the vocabulary, and is whole.
+    # All four GPUs have a share. A billion are gathered ahead, and then the rest of a table.
     assert shared.held.weights == -(-2 * SCENARIO.model.parameters // 4)
-    assert shared.held.gathered == 2 * 128_256 * 4096
+    assert shared.held.gathered == 2 * (10**9 + 128_256 * 4096)
     rest = whole.held.peak - whole.held.weights
     assert shared.held.peak == shared.held.weights + shared.held.gathered + rest
     # What a token goes through: each layer, and both tables; K and V of images are there.

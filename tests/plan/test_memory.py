@@ -38,19 +38,24 @@ MLLAMA = Layers(8, 4096, 32, 8, 128)
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_layers_save_exactly_what_the_formula_says(ranks: int) -> None:
     sizes = ((2, torch.bfloat16), (7, torch.float32))
-    cases = [(name, *size) for name in SAVED for size in sizes]
+    cases = [(name, *size, False) for name in SAVED for size in sizes]
+    cases += [(name, *size, True) for name in ("lvx", "recompute", "ring") for size in sizes]
     for answers in run_ranks(_saved, ranks, cases):
-        for (name, frames, dtype), (features, of_layers) in zip(cases, answers, strict=True):
+        for each, (features, of_layers) in zip(cases, answers, strict=True):
+            name, frames, dtype, lora = each
             keys, queries = frames * TINY.frame_tokens, TINY.text_tokens // ranks
-            load = Load(keys, queries, ranks=ranks, element_bytes=dtype.itemsize)
+            load = Load(keys, queries, ranks=ranks, element_bytes=dtype.itemsize, lora_r=2 * lora)
             expected = kept(TINY.layers, SAVED[name], load)
-            assert features == expected.features, (name, frames, dtype)
+            assert features == expected.features, each
             of_each = expected.of_keys + expected.of_queries
-            assert of_layers == [of_each] * TINY.cross_layers, (name, frames, dtype)
+            assert of_layers == [of_each] * TINY.cross_layers, each
 
 
-def _saved(cases: list[tuple[str, int, torch.dtype]]) -> list[tuple[int, list[int]]]:
-    return [saved_bytes(SAVED[name], frames=frames, dtype=dtype) for name, frames, dtype in cases]
+def _saved(cases: list[tuple[str, int, torch.dtype, bool]]) -> list[tuple[int, list[int]]]:
+    return [
+        saved_bytes(SAVED[name], frames=frames, dtype=dtype, lora=lora)
+        for name, frames, dtype, lora in cases
+    ]
 
 
 @pytest.mark.slow

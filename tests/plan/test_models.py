@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,18 @@ def test_known_models(
     assert found.frame_tokens == frame_tokens
     layers = found.cross
     assert (layers.count, layers.heads, layers.kv_heads, layers.head_dim) == cross
+
+
+def test_a_short_text_reads_the_experts_that_it_chooses() -> None:
+    layers, draw = model("Qwen3-VL-235B-A22B").cross, random.Random(0)
+    expert = 3 * 4096 * 1536
+    assert layers.woken(1) == pytest.approx(0, abs=1)
+    assert layers.woken(10**6) == pytest.approx(layers.others)
+    for tokens in (4, 32, 128):
+        chosen = [{e for _ in range(tokens) for e in draw.sample(range(128), 8)} for _ in range(99)]
+        distinct = sum(map(len, chosen)) / len(chosen)
+        assert layers.woken(tokens) == pytest.approx((distinct - 8) * expert, rel=0.02)
+    assert model("Qwen3-VL-8B").cross.woken(100) == 0
 
 
 @pytest.mark.parametrize(
