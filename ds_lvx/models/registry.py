@@ -38,6 +38,8 @@ BUILT_IN: Mapping[str, str] = {
     "qwen2_vl": "ds_lvx.models.qwen2_vl.family:Qwen2VL",
     "qwen3_vl": "ds_lvx.models.qwen3_vl.family:Qwen3VL",
     "qwen3_vl_moe": "ds_lvx.models.qwen3_vl_moe.family:Qwen3VLMoe",
+    "glm4v": "ds_lvx.models.glm4v.family:Glm4V",
+    "glm46v": "ds_lvx.models.glm4v.family:Glm46V",
     "internvl": "ds_lvx.models.internvl.family:InternVL",
     "llava_onevision": "ds_lvx.models.llava_onevision.family:LlavaOnevision",
     "smolvlm": "ds_lvx.models.smolvlm.family:SmolVLM",
@@ -52,13 +54,14 @@ _ROOMS = {
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), "adapters"),
     "qwen": "qwen_vl",
     "idefics3": "smolvlm",
+    "glm46v": "glm4v",
 }
 KNOWN: Mapping[str, str] = {
     name: f"ds_lvx.models.{_ROOMS.get(name, name)}.dimensions"
     for name in (
         *("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2"),
         *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"),
-        *("internvl", "llava_onevision", "video_llama", "smolvlm"),
+        *("glm4v", "internvl", "llava_onevision", "video_llama", "smolvlm"),
         *_ROOMS,
     )
 }

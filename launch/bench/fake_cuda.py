@@ -167,7 +167,10 @@ class FakeCuda(TorchDispatchMode):
             if name.lstrip("_").startswith("index") and _by_mask(args[1]):
                 raise DynamicOutputShapeException(func)
             with self._mode:
-                found = func(*tree_map(_fake, args), **tree_map(_fake, kwargs))
+                if func is _aten.grid_sampler_2d.default:  # which FakeTensorMode would compute
+                    found = _sampled(_fake(given["input"]), given["grid"])
+                else:
+                    found = func(*tree_map(_fake, args), **tree_map(_fake, kwargs))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             self.waits.append((name, _place()))
             if isinstance(error, DataDependentOutputException):
@@ -215,6 +218,11 @@ def _fake(one: Any) -> Any:
     if isinstance(one, Shell):
         return one.fake
     return DEVICE if isinstance(one, torch.device) and one.type in _OURS else one
+
+
+def _sampled(source: FakeTensor, grid: Tensor) -> Any:
+    """What `torch.nn.functional.grid_sample` returns of ``[N, C, H, W]`` and ``[N, h, w, 2]``."""
+    return _aten.new_empty.default(source, [*source.shape[:2], *grid.shape[1:3]])
 
 
 def _shelled(one: Any, written: dict[int, Shell]) -> Any:

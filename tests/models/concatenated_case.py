@@ -36,9 +36,17 @@ def rules(model_type: str, method: str, ranks: int, stage: int = 0) -> dict[str,
     return config
 
 
-def references(makes: Sequence[Make], model: Make) -> dict[str, dict[str, Any]]:
-    """One step in this process for each kind of batch, by the name of what makes it."""
-    return {make.__name__: reference_steps([[make()]], model()) for make in makes}
+def references(
+    makes: Sequence[Make], model: Make, own: Callable[[Any], Any] = dict
+) -> dict[str, dict[str, Any]]:
+    """One step in this process for each kind of batch, by the name of what makes it.
+
+    Args:
+        makes: of the batches.
+        model: makes it.
+        own: what the model's own forward takes of a batch.
+    """
+    return {make.__name__: reference_steps([[own(make())]], model()) for make in makes}
 
 
 def step_each(

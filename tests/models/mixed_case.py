@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from ds_lvx.models import FAMILIES
-from tests.models import blip_case, mllama_case, qwen_vl_case, t5gemma2_case
+from tests.models import blip_case, glm4v_case, mllama_case, qwen_vl_case, t5gemma2_case
 
 Batch = dict[str, Any]
 TEXT = ("input_ids", "attention_mask", "labels")
@@ -187,6 +187,7 @@ MIXED = {
     "qwen2_vl": Mixed("qwen2_vl", partial(parts, GRIDS), model={"num_hidden_layers": 1}),
     "qwen3_vl": Mixed("qwen3_vl", partial(parts, GRIDS)),
     "qwen3_vl_moe": Mixed("qwen3_vl_moe", partial(parts, GRIDS), model={"num_hidden_layers": 2}),
+    "glm4v": Mixed("glm4v", partial(parts, GRIDS), own=glm4v_case.for_one_process),
     "internvl": Mixed("internvl", partial(parts, ((1,), (1, 1, 1), (4,)))),
     "smolvlm": Mixed("smolvlm", partial(parts, ((1,), (1, 1, 1), (4,)))),
     "llava_onevision": Mixed("llava_onevision", partial(parts, ((10, 30), "video", (20, 20)))),

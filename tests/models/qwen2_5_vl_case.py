@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -119,30 +119,59 @@ def make_batch(
             parts += [torch.tensor([START]), torch.full((t * h * w,), token)]
             grids[token].append([t, h * MERGE, w * MERGE])
         rows.append(torch.cat(parts))
+    batch = collate(rows, [grids[IMAGE], grids[VIDEO]], generator, left=left)
+    if grids[VIDEO]:
+        batch["second_per_grid_ts"] = [0.5 + n for n in range(len(grids[VIDEO]))]
+    return batch
+
+
+def token_types(ids: Tensor) -> Tensor:
+    return (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+
+
+def collate(
+    rows: Sequence[Tensor],
+    grids: Sequence[list[list[int]]],
+    generator: torch.Generator,
+    *,
+    left: bool,
+    special: int = START,
+    types: Callable[[Tensor], Tensor] = token_types,
+) -> Batch:
+    """Samples as a batch.
+
+    Args:
+        rows: tokens of each.
+        grids: those of images, and of videos, whose pixels are random.
+        generator: of the pixels.
+        left: shorter ones are padded on the left, not on the right.
+        special: the lowest token that is not said.
+        types: of tokens, as the processor numbers them.
+    """
     longest = max(map(len, rows))
     ids, mask = torch.full((len(rows), longest), PAD), torch.zeros(len(rows), longest).long()
     for n, row in enumerate(rows):
         here = slice(longest - len(row), None) if left else slice(len(row))
         ids[n, here], mask[n, here] = row, 1
-    labels = ids.masked_fill((mask == 0) | (ids >= START), -100)
+    labels = ids.masked_fill((mask == 0) | (ids >= special), -100)
     if left:  # nobody says the first token
         labels[torch.arange(len(rows)), mask.argmax(dim=1)] = -100
     batch: Batch = {
         "input_ids": ids,
         "attention_mask": mask,
         "labels": labels,
-        "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long(),
+        "mm_token_type_ids": types(ids),
     }
-    for token, pixels, key in (
-        (IMAGE, "pixel_values", "image_grid_thw"),
-        (VIDEO, "pixel_values_videos", "video_grid_thw"),
+    for found, pixels, key in zip(
+        grids,
+        ("pixel_values", "pixel_values_videos"),
+        ("image_grid_thw", "video_grid_thw"),
+        strict=True,
     ):
-        if grids[token]:
-            batch[key] = torch.tensor(grids[token])
+        if found:
+            batch[key] = torch.tensor(found)
             count = int(batch[key].prod(dim=1).sum())
             batch[pixels] = torch.randn(count, WIDTH, generator=generator)
-    if grids[VIDEO]:
-        batch["second_per_grid_ts"] = [0.5 + n for n in range(len(grids[VIDEO]))]
     return batch
 
 

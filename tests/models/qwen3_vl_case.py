@@ -13,14 +13,13 @@ from tests.models.qwen2_5_vl_case import (
     IDS,
     IMAGE,
     MERGE,
-    PAD,
     PATCH,
     START,
     TEXT,
     VIDEO,
-    WIDTH,
     Batch,
     Medium,
+    collate,
     weighted,
     with_adapters,
     without_tower,
@@ -85,29 +84,7 @@ def make_batch(
                 when = [] if t == 1 else [3 + frame, 4]  # its time, as text
                 parts += [torch.tensor([*when, START]), torch.full((h * w,), token)]
         rows.append(torch.cat(parts))
-    longest = max(map(len, rows))
-    ids, mask = torch.full((len(rows), longest), PAD), torch.zeros(len(rows), longest).long()
-    for n, row in enumerate(rows):
-        here = slice(longest - len(row), None) if left else slice(len(row))
-        ids[n, here], mask[n, here] = row, 1
-    labels = ids.masked_fill((mask == 0) | (ids >= START), -100)
-    if left:  # nobody says the first token
-        labels[torch.arange(len(rows)), mask.argmax(dim=1)] = -100
-    batch: Batch = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": labels,
-        "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long(),
-    }
-    for token, pixels, key in (
-        (IMAGE, "pixel_values", "image_grid_thw"),
-        (VIDEO, "pixel_values_videos", "video_grid_thw"),
-    ):
-        if grids[token]:
-            batch[key] = torch.tensor(grids[token])
-            count = int(batch[key].prod(dim=1).sum())
-            batch[pixels] = torch.randn(count, WIDTH, generator=generator)
-    return batch
+    return collate(rows, [grids[IMAGE], grids[VIDEO]], generator, left=left)
 
 
 def hard_batch(seed: int = 0) -> Batch:

@@ -17,6 +17,7 @@ from ds_lvx.sharding import shard_batch
 from tests.models import (
     blip_case,
     concatenated_case,
+    glm4v_case,
     idefics_case,
     internvl_case,
     llava_onevision_case,
@@ -126,6 +127,7 @@ CASES: dict[str, Any] = {
     "qwen2_vl": (qwen2_vl_case, "pixel_values"),
     "qwen3_vl": (qwen3_vl_case, "pixel_values"),
     "qwen3_vl_moe": (qwen3_vl_moe_case, "pixel_values"),
+    "glm4v": (glm4v_case, "pixel_values"),
     "internvl": (internvl_case, "pixel_values"),
     "smolvlm": (smolvlm_case, "pixel_values"),
     "llava_onevision": (llava_onevision_case, "pixel_values"),
@@ -160,5 +162,5 @@ def test_pixels_that_do_not_fit_are_told_on_all_ranks_by_every_family() -> None:
 
 
 def test_every_family_is_asked() -> None:
-    alike = {"instructblip", "instructblipvideo", "idefics3"}
+    alike = {"instructblip", "instructblipvideo", "idefics3", "glm46v"}
     assert BUILT_IN.keys() - alike == CASES.keys()

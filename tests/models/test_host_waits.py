@@ -26,6 +26,7 @@ from ds_lvx.sharding import draft_batch
 from tests.elsewhere import ElsewhereByDefault
 from tests.models import (
     blip_case,
+    glm4v_case,
     idefics_case,
     internvl_case,
     llava_onevision_case,
@@ -65,7 +66,7 @@ ALLOWED_ON_CPU = {
     # Lengths of pictures and windows, which stay on the host: no wait on fake CUDA tensors.
     *(
         ("tolist", f"models/{name}/modeling_{name}.py:{function}")
-        for name in ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+        for name in ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "glm4v")
         for function in ("<listcomp>", "forward")  # the latter from Python 3.12 on
     ),
 }
@@ -73,6 +74,7 @@ CONCATENATED: dict[str, Any] = {
     "qwen2_5_vl": qwen2_5_vl_case,
     "qwen2_vl": qwen2_vl_case,
     "qwen3_vl": qwen3_vl_case,
+    "glm4v": glm4v_case,
     "internvl": internvl_case,
     "smolvlm": smolvlm_case,
     "llava_onevision": llava_onevision_case,
@@ -220,6 +222,7 @@ def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
         "qwen2_5_vl",
         pytest.param("qwen2_vl", marks=pytest.mark.exhaustive),
         pytest.param("qwen3_vl", marks=pytest.mark.exhaustive),
+        pytest.param("glm4v", marks=pytest.mark.exhaustive),
         pytest.param("internvl", marks=pytest.mark.exhaustive),
         pytest.param("smolvlm", marks=pytest.mark.exhaustive),
         pytest.param("llava_onevision", marks=pytest.mark.exhaustive),

@@ -9,6 +9,7 @@ import pytest
 from tests.models import (
     blip_case,
     concatenated_case,
+    glm4v_case,
     internvl_case,
     llava_onevision_case,
     qwen2_5_vl_case,
@@ -27,6 +28,7 @@ CASES: dict[str, tuple[Any, list[Any]]] = {
     "qwen2_vl": (qwen2_vl_case, FRAMES),
     "qwen3_vl": (qwen3_vl_case, FRAMES),
     "qwen3_vl_moe": (qwen3_vl_moe_case, FRAMES),
+    "glm4v": (glm4v_case, [[5, (1, 2, 2)], [3, (1, 2, 2), 1]]),
     "internvl": (internvl_case, TILES),
     "llava_onevision": (llava_onevision_case, [[5, (10, 30)], [3, "video", 2]]),
     "blip-2": (blip_case, [".....i", ".i...."]),

@@ -13,7 +13,8 @@ from ds_lvx.models import patch_model
 from ds_lvx.sharding import shard_batch
 from tests.models.concatenated_case import rules
 from tests.models.moss_vl_case import OneRank
-from tests.models.qwen3_vl_case import IMAGE, VIDEO, WIDTH, Batch, hard_batch, tiny_model
+from tests.models.qwen2_5_vl_case import WIDTH
+from tests.models.qwen3_vl_case import IMAGE, VIDEO, Batch, hard_batch, tiny_model
 from tests.models.test_t5gemma2_alone import insides
 
 

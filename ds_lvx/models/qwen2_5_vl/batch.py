@@ -34,20 +34,19 @@ def token_types(ids: Tensor, config: Any) -> Tensor:
     return image.long() + 2 * video.long()
 
 
-def medium_types(batch: Mapping[str, Any], ids: Tensor, config: Any) -> Tensor:
-    """`token_types`, which those of the batch have to be."""
-    types, given = token_types(ids, config), batch.get(TYPES)
+def check_types(batch: Mapping[str, Any], types: Tensor) -> None:
+    """Those that a batch has have to be those of its tokens."""
+    given = batch.get(TYPES)
     if given is not None and not torch.equal(given.cpu().long(), types):
         raise ValueError(
-            f"got {TYPES} that are not those of input_ids; expected 1 where the image token is, 2 "
-            "where the video token is, and 0: leave them out, or use the model's own processor"
+            f"got {TYPES} that are not those of input_ids; expected 1 at the tokens of images, 2 "
+            "at those of videos, and 0: leave them out, or use the model's own processor"
         )
-    return types
 
 
-def units(batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
-    """See `ds_lvx.models.concatenated.family.Concatenated.units`."""
-    types, grids = medium_types(batch, ids, config), grids_of(batch, config)
+def units(batch: Mapping[str, Any], types: Tensor, config: Any) -> list[Unit]:
+    """See `ds_lvx.models.concatenated.family.Concatenated.units`; of the types of its tokens."""
+    grids = grids_of(batch, config)
     merge = int(config.vision_config.spatial_merge_size)
     found: list[Unit] = []
     for row, each in enumerate(types):
@@ -128,10 +127,13 @@ def _grids(batch: Mapping[str, Any], key: str, merge: int) -> list[list[int]]:
     return rows
 
 
-def positions(batch: Mapping[str, Any], text: Text, config: Any, *, model: Any) -> Tensor | None:
+def positions(
+    batch: Mapping[str, Any], text: Text, config: Any, *, types: Tensor, model: Any
+) -> Tensor | None:
     """See `ds_lvx.models.concatenated.family.Concatenated.positions`: ``[3, B, T]``, or those
-    of a text alone that has its own. ``model`` is the class that knows them."""
-    types, given = token_types(text.input_ids, config), batch.get("position_ids")
+    of a text alone that has its own. ``types`` are of its tokens, ``model`` is the class that knows
+    positions."""
+    given = batch.get("position_ids")
     given = None if given is None else given.cpu()
     if not bool(types.any()):
         return _of_text(given, text)

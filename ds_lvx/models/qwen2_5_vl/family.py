@@ -59,13 +59,24 @@ class Qwen25VL(Concatenated):
     # ---- batches
 
     def units(self, batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
-        return batches.units(batch, ids, config)
+        types = self.token_types(ids, config)
+        batches.check_types(batch, types)
+        return self.units_of(batch, types, config)
+
+    def token_types(self, ids: Tensor, config: Any) -> Tensor:
+        """int64 ``[B, T]``: 1 for an image's tokens, 2 for a video's, 0 for text."""
+        return batches.token_types(ids, config)
+
+    def units_of(self, batch: Mapping[str, Any], types: Tensor, config: Any) -> list[Unit]:
+        """`units`, by the types of the tokens."""
+        return batches.units(batch, types, config)
 
     def visual_tokens(self, ids: Tensor, config: Any) -> Tensor:
-        return batches.token_types(ids, config) > 0
+        return self.token_types(ids, config) > 0
 
     def positions(self, batch: Mapping[str, Any], text: Text, config: Any) -> Tensor | None:
-        return batches.positions(batch, text, config, model=self.of_positions)
+        types = self.token_types(text.input_ids, config)
+        return batches.positions(batch, text, config, types=types, model=self.of_positions)
 
     def arrange(self, config: Any) -> Arrange:
         return partial(batches.arrange, follow=self.follow(config))

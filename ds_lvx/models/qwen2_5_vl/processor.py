@@ -30,6 +30,7 @@ class Processor(Files):
         image_pixels, video_pixels: least and most of an image and of a frame, and
         settings: others, as transformers has them where a checkpoint has none.
         says_seconds: a batch has the seconds between two units of each video.
+        image_ends, video_ends: what stands before and behind an image, and a video.
     """
 
     image_token, video_token = IMAGE_TOKEN, VIDEO_TOKEN
@@ -37,6 +38,7 @@ class Processor(Files):
     video_pixels = (128 * 28 * 28, 768 * 28 * 28)
     settings: Mapping[str, Any] = MappingProxyType({})
     says_seconds = True
+    image_ends = video_ends = (START, END)
 
     def __init__(self, tokenizer: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__(tokenizer, files)
@@ -51,8 +53,9 @@ class Processor(Files):
     def shown(self, medium: Medium) -> Shown:
         """See `ds_lvx.models.contract.Family.shown`: a token for an image, or for two frames."""
         tokens, units = self._patches(medium).tokens(self.grid(medium)), self._units(medium)
-        between = IMAGE_TOKEN if medium.times is None else self.written(medium.times)
-        return Shown(f"{START}{between}{END}", tuple(units), (tokens,) * len(units))
+        start, end = self.image_ends if medium.times is None else self.video_ends
+        between = self.image_token if medium.times is None else self.written(medium.times)
+        return Shown(f"{start}{between}{end}", tuple(units), (tokens,) * len(units))
 
     def written(self, times: Sequence[float]) -> str:
         """What stands between start and end of a video, by the times of its frames."""

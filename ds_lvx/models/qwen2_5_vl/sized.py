@@ -5,7 +5,7 @@ All layers of the text see images. A frame that is measured is a unit of a video
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -138,20 +138,27 @@ def tiny() -> tuple[Qwen2_5_VLConfig, Processor]:
 
 
 def tiny_parts(
-    kind: type[AnyProcessor], *, video_pixels: int
+    kind: type[AnyProcessor],
+    *,
+    video_pixels: int,
+    image_frames: int = 1,
+    names: Sequence[str] = (START, END, IMAGE_TOKEN, VIDEO_TOKEN),
 ) -> tuple[Size, tuple[int, ...], AnyProcessor]:
     """Size, ids as of `config_of`, and processor of a tiny model.
 
     Args:
         kind: of processor.
         video_pixels: the most that its settings have for videos.
+        image_frames: as which it counts the pixels of an image.
+        names: of the tokens that have these ids.
     """
     tokenizer = byte_tokenizer(
-        (*_OTHERS, START, END, IMAGE_TOKEN, VIDEO_TOKEN),
+        (*_OTHERS, *names),
         eos_token=_OTHERS[2],
         pad_token=_OTHERS[0],
     )
-    pixels = {"shortest_edge": _TINY_SIDE**2, "longest_edge": 4 * _TINY_SIDE**2}
+    least = image_frames * _TINY_SIDE**2
+    pixels = {"shortest_edge": least, "longest_edge": 4 * least}
     settings = {"size": pixels, "patch_size": _TINY_PATCH, "merge_size": _MERGE}
     files = {
         "preprocessor_config.json": settings,
@@ -160,13 +167,13 @@ def tiny_parts(
             "size": {**pixels, "longest_edge": video_pixels},
         },
     }
-    names = (START, END, IMAGE_TOKEN, VIDEO_TOKEN)
     ids = tuple(int(tokenizer.get_vocab()[name]) for name in names)
     size = Size(
         vocabulary=len(tokenizer),
         cross_at=(),
         positions=4096,
         vision_heads=2,
+        image_size=_TINY_SIDE,
         patch_size=_TINY_PATCH,
         eos=int(tokenizer.eos_token_id),
         pad=int(tokenizer.pad_token_id),
@@ -185,8 +192,9 @@ def random_frames(
     """See `ds_lvx.models.contract.Family.random_frames`: a frame is a unit of a video in front."""
     visual = torch.full((total * frame_tokens(config),), config.video_token_id)
     front = torch.cat((torch.tensor([config.vision_start_token_id]), visual))
+    first = int(config.vision_start_token_id)
     return random_video(
-        config, front, text_tokens, total=total, side=_SIDE, frames=frames, seed=seed
+        config, front, text_tokens, first=first, total=total, side=_SIDE, frames=frames, seed=seed
     )
 
 
@@ -195,15 +203,15 @@ def random_video(
     front: Tensor,
     text_tokens: int,
     *,
+    first: int,
     total: int,
     side: int,
     frames: Iterable[int],
     seed: int,
 ) -> dict[str, Tensor]:
     """A batch of the tokens in front, ``[n]``, which have a video of ``total`` units of ``side``
-    patches by side, and of random text behind them."""
-    start = int(config.vision_start_token_id)
-    batch = random_text(text_tokens, first=start, seed=seed, front=front)
+    patches by side, and of random text behind them, of words below ``first``."""
+    batch = random_text(text_tokens, first=first, seed=seed, front=front)
     batch[VIDEO_GRID] = torch.tensor([[total, side, side]])
     pixels = random_pixels(frames, (side**2, patch_width(config)), seed=seed, apart=(1,))
     return {**batch, VIDEO_PIXELS: pixels.flatten(0, 1)} if len(pixels) else batch

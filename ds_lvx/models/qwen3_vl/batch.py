@@ -13,15 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from ds_lvx.models.concatenated.batch import Unit
-from ds_lvx.models.qwen2_5_vl.batch import SOURCES, grids_of, medium_types
+from ds_lvx.models.qwen2_5_vl.batch import SOURCES, grids_of
 
 _VIDEO = 2
 
 
-def units(batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
-    """See `ds_lvx.models.concatenated.family.Concatenated.units`: one for each run."""
-    merge = int(config.vision_config.spatial_merge_size)
-    runs = _runs(medium_types(batch, ids, config))
+def units(batch: Mapping[str, Any], types: Tensor, config: Any) -> list[Unit]:
+    """See `ds_lvx.models.concatenated.family.Concatenated.units`: one for each run of a type."""
+    merge, runs = int(config.vision_config.spatial_merge_size), _runs(types)
     left = {kind: _sides(kind, [*grids]) for kind, grids in grids_of(batch, config).items()}
     _check_counts(runs, left)
     sides = {kind: iter(each) for kind, each in left.items()}
@@ -50,8 +49,15 @@ def _runs(types: Tensor) -> list[tuple[int, int, int]]:
 
 
 def _sides(kind: int, grids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """``h, w`` of every run; an image is one, however many frames its grid has."""
-    return [(h, w) for t, h, w in grids for _ in range(t if kind == _VIDEO else 1)]
+    """``h, w`` of every run: of an image, or of a frame of a video."""
+    key = SOURCES[kind][1]
+    for grid in grids:
+        if kind != _VIDEO and grid[0] != 1:
+            raise ValueError(
+                f"got {[*grid]} in {key}; expected 1 frame of an image: videos belong into "
+                f"{SOURCES[_VIDEO][1]}"
+            )
+    return [(h, w) for t, h, w in grids for _ in range(t)]
 
 
 def _check_counts(
@@ -64,5 +70,5 @@ def _check_counts(
             raise ValueError(
                 f"got {found} {what} in input_ids, text between them, and {key} of {wanted}; "
                 "expected as many, those of the whole batch: use the model's own processor, which "
-                "writes its time before each frame, and cut none of its tokens"
+                "writes the time of each frame, and cut none of its tokens"
             )

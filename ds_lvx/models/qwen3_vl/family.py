@@ -70,8 +70,8 @@ class Qwen3VL(Qwen25VL):
 
     # ---- batches
 
-    def units(self, batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
-        return batches.units(batch, ids, config)
+    def units_of(self, batch: Mapping[str, Any], types: Tensor, config: Any) -> list[Unit]:
+        return batches.units(batch, types, config)
 
     def follow(self, config: Any) -> tower.Follow:
         vision = config.vision_config

@@ -112,8 +112,9 @@ def random_frames(
     visual = torch.full((total, frame_tokens(config)), config.video_token_id)
     each = (ends[:1].expand(total, 1), visual, ends[1:].expand(total, 1))
     front, side = torch.cat(each, 1).flatten(), _side(config)
+    first = int(config.vision_start_token_id)
     return qwen.random_video(
-        config, front, text_tokens, total=total, side=side, frames=frames, seed=seed
+        config, front, text_tokens, first=first, total=total, side=side, frames=frames, seed=seed
     )
 
 

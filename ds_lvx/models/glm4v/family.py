@@ -1,0 +1,99 @@
+"""GLM-4.1V and GLM-4.6V: Qwen3-VL without DeepStack; a video's frames stand at the token of images,
+and its tower interpolates the positions of patches by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Glm4vForConditionalGeneration, Glm46VForConditionalGeneration
+from transformers.models.glm4v.modeling_glm4v import (
+    Glm4vModel,
+    Glm4vTextAttention,
+    Glm4vTextModel,
+    Glm4vVisionAttention,
+    Glm4vVisionModel,
+)
+from transformers.models.glm46v.modeling_glm46v import Glm46VModel
+
+from ds_lvx.models.concatenated.batch import Unit
+from ds_lvx.models.dimensions import Model
+from ds_lvx.models.glm4v import batch as batches
+from ds_lvx.models.glm4v import dimensions, sized
+from ds_lvx.models.glm4v.processor import Processor, Tenths
+from ds_lvx.models.glm4v.tower import SizeRows
+from ds_lvx.models.layers import LayerPlan
+from ds_lvx.models.qwen2_5_vl import batch as qwen
+from ds_lvx.models.qwen2_5_vl import tower
+from ds_lvx.models.qwen2_5_vl.family import Qwen25VL
+from ds_lvx.models.qwen3_vl import batch as runs
+from ds_lvx.models.visual import PIXELS
+
+
+class Glm4V(Qwen25VL):
+    """See `ds_lvx.models.contract.Family` and `Concatenated` for what each part does; what is not
+    here is as of Qwen2.5-VL."""
+
+    keys = (PIXELS, qwen.GRID, qwen.VIDEO_PIXELS, qwen.VIDEO_GRID, qwen.TYPES)
+    of_text: type[nn.Module] = Glm4vTextAttention
+    within: type[nn.Module] = Glm4vVisionAttention
+    takes = tower.names("position_ids", "cu_seqlens")
+    sized = sized
+    of_class: Any = Glm4vForConditionalGeneration
+    of_positions: Any = Glm4vModel
+
+    # ---- patching
+
+    def check(self, model: Any, *, sp_size: int) -> None:
+        parts = {"text": self.text_model(model), "tower": self.vision_tower(model)}
+        for name, kind in (("text", Glm4vTextModel), ("tower", Glm4vVisionModel)):
+            if not isinstance(parts[name], kind):
+                raise NotImplementedError(
+                    f"got a {type(model).__name__} whose {name} is a {type(parts[name]).__name__}; "
+                    f"expected a {kind.__name__}: take a dense model, such as GLM-4.1V 9B"
+                )
+        super().check(model, sp_size=sp_size)
+
+    def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
+        super().install(model, plans)
+        self.vision_tower(model).embeddings.register_forward_pre_hook(SizeRows())
+
+    # ---- batches
+
+    def token_types(self, ids: Tensor, config: Any) -> Tensor:
+        return batches.token_types(ids, config)
+
+    def units_of(self, batch: Mapping[str, Any], types: Tensor, config: Any) -> list[Unit]:
+        return runs.units(batch, types, config)
+
+    def follow(self, config: Any) -> tower.Follow:
+        return partial(tower.whole, merge=int(config.vision_config.spatial_merge_size))
+
+    # ---- data and models
+
+    def load_processor(self, name: str) -> Processor:
+        return Processor.of(name)
+
+    def frame_tokens(self, config: Any) -> int:
+        return sized.frame_tokens(config)
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
+
+
+class Glm46V(Glm4V):
+    """`Glm4V` by GLM-4.6V's classes; times are written otherwise."""
+
+    of_class = Glm46VForConditionalGeneration
+    of_positions = Glm46VModel
+
+    def load_processor(self, name: str) -> Processor:
+        return Tenths.of(name)
+
+    def config(self, size: Any) -> Any:
+        return sized.config_of(size, kind=sized.Glm46VConfig)
+
+    def tiny(self) -> tuple[Any, Any]:
+        return sized.tiny_of_46()

@@ -1,0 +1,217 @@
+"""GLM-4.1V on sharded batches computes what the model computes in one process."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from transformers import Glm46VConfig, Glm46VForConditionalGeneration
+
+from ds_lvx import owned
+from ds_lvx.compare.case import Setting, build_model, cut, ds_config, random_case
+from ds_lvx.compare.case import make_batch as batch_of
+from ds_lvx.config import LVXConfig
+from ds_lvx.models import FAMILIES, patch_model
+from ds_lvx.sharding import shard_batch
+from tests.models import concatenated_case as case
+from tests.models.glm4v_case import (
+    IDS,
+    MERGE,
+    TEXT,
+    VIDEO,
+    VIDEO_START,
+    VISION,
+    Batch,
+    for_one_process,
+    hard_batch,
+    left_padded,
+    mixed,
+    one_image,
+    one_video,
+    text_only,
+    tiny_46,
+    tiny_model,
+)
+from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
+from tests.models.moss_vl_case import OneRank
+from tests.models.test_t5gemma2_alone import insides
+from tests.ranks import run_ranks
+
+BATCHES = (hard_batch, left_padded, mixed, one_image, one_video, text_only)
+NAME = "glm4v"
+
+
+@functools.cache
+def expected() -> dict[str, Any]:
+    return case.references(BATCHES, tiny_model, for_one_process)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "offset"),
+    [
+        pytest.param(1, 1, marks=pytest.mark.exhaustive),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(4)),
+    ],
+)
+def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
+    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
+
+
+def test_reference_has_gradients_everywhere() -> None:
+    """Else the comparisons compare zeros."""
+    silent = {name for name, grad in expected()["mixed"]["grads"].items() if not grad.any()}
+    assert silent == set()
+
+
+def step_local() -> dict[str, Any]:
+    """Each rank has the pixels of its own temporal patches alone."""
+    batch = one_video()
+    t, h, w = batch["video_grid_thw"][0].tolist()
+    mine = list(owned([h * w // MERGE**2] * t, model=tiny_model()))
+    held = batch["pixel_values_videos"].unflatten(0, (t, -1))[mine].flatten(0, 1)
+    given = {**batch, "pixel_values_videos": held if mine else None}
+    return plain_step(case.rules(NAME, "lvx", 2), given, frames="local", model=tiny_model())
+
+
+@pytest.mark.exhaustive
+def test_frames_that_are_on_their_ranks_already() -> None:
+    alone = reference_steps([[one_video()]], tiny_model())
+    assert_same_training(run_ranks(step_local, 2), alone, sp_size=2)
+
+
+@pytest.mark.exhaustive
+def test_the_classes_of_4_6_equal_one_process() -> None:
+    assert FAMILIES.named("glm46v").patterns == FAMILIES.named(NAME).patterns
+    alone = case.references(BATCHES, tiny_46, for_one_process)
+    case.check_each("glm46v", tiny_46, BATCHES, alone, ranks=2, offset=0)
+    two = [[hard_batch(0)], [left_padded(1)]]
+    jobs = [(case.rules("glm46v", "ring", 3, stage), tiny_46) for stage in (0, 3)]
+    case.check(jobs, ranks=3, batches=two, sp_size=3)
+
+
+# ---- in one process
+
+
+def patched(model: Any, name: str = NAME) -> Any:
+    groups: Any = OneRank()
+    return patch_model(model, LVXConfig.from_ds_config(case.rules(name, "ring", 1)), groups)
+
+
+def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
+    model, batch = tiny_model().eval(), left_padded()
+    before, expected = insides(model), model(**batch)
+    patch = patched(model)
+    copied = copy.deepcopy(model)
+    assert torch.equal(model(**batch).logits, expected.logits)
+    patch.unpatch()
+    assert insides(model) == before
+    theirs = copied(**shard_batch(batch, model=copied))
+    torch.testing.assert_close(theirs.loss, expected.loss)
+
+
+def test_positions_that_the_model_makes_may_be_given() -> None:
+    model, batch = tiny_model(), left_padded()
+    own = model.model.get_rope_index(
+        batch["input_ids"],
+        mm_token_type_ids=batch["mm_token_type_ids"],
+        video_grid_thw=batch["video_grid_thw"],
+        attention_mask=batch["attention_mask"],
+    )[0]
+    alone = shard_batch({**batch, "mm_token_type_ids": None}, model=model)
+    told = shard_batch({**batch, "position_ids": own}, model=model)
+    assert torch.equal(alone["position_ids"], told["position_ids"])
+
+
+def without(token: int, batch: Batch) -> Batch:
+    """A word in the place of a token."""
+    ids = batch["input_ids"]
+    return {**batch, "input_ids": ids.masked_fill(ids == token, 5), "mm_token_type_ids": None}
+
+
+BAD: dict[str, Any] = {
+    # A video whose begin is lost; one at the token that stands for none.
+    r"got 9 images in input_ids, .* image_grid_thw of 4": partial(without, VIDEO_START),
+    r"got 0 frames of videos .* in input_ids, .* video_grid_thw of 5": lambda b: {
+        **b,
+        "input_ids": b["input_ids"].masked_fill(b["mm_token_type_ids"] == 2, VIDEO),
+        "mm_token_type_ids": None,
+    },
+    r"got 6 tokens .* for an image or a frame of image_grid_thw that makes 9": lambda b: {
+        **b,
+        "image_grid_thw": torch.tensor([[1, 6, 6], [1, 2, 2], [1, 6, 4], [1, 4, 4]]),
+    },
+    r"got \[2, 4, 6\] in image_grid_thw; expected 1 frame of an image": lambda b: {
+        **b,
+        "image_grid_thw": torch.tensor([[2, 4, 6], [1, 2, 2], [1, 6, 4], [1, 4, 4]]),
+    },
+    r"got 5 frames of videos .* video_grid_thw of 0": lambda b: {**b, "video_grid_thw": None},
+    r"pixel_values_videos of 0 rows, and a text with places for": lambda b: {
+        **b,
+        "pixel_values_videos": None,
+    },
+    r"position_ids \(3, \d+\) that are not the model's own": lambda b: {
+        **b,
+        "position_ids": torch.arange(b["input_ids"].shape[1]).expand(3, -1),
+    },
+    r"mm_token_type_ids that are not those of input_ids": lambda b: {
+        **b,
+        "mm_token_type_ids": b["mm_token_type_ids"].clamp(max=1),
+    },
+    r"got 'second_per_grid_ts' in the batch": lambda b: {**b, "second_per_grid_ts": [1.0]},
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_a_bad_batch_is_told_what_is_wrong(words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        shard_batch(BAD[words](mixed()), model=tiny_model())
+
+
+def test_a_mixture_of_experts_is_refused() -> None:
+    text = {**TEXT, "model_type": "glm4v_moe_text", "moe_intermediate_size": 8}
+    words = {"n_routed_experts": 2, "num_experts_per_tok": 1, "first_k_dense_replace": 3}
+    config = Glm46VConfig(text_config={**text, **words}, vision_config=VISION, **IDS)
+    with pytest.raises(NotImplementedError, match=r"text is a Glm4vMoeTextModel; expected a Glm4v"):
+        patched(Glm46VForConditionalGeneration(config), "glm46v")
+
+
+def test_a_comparison_trains_a_model_of_random_weights() -> None:
+    given = cut(random_case(NAME), hidden=256, cross_layers=2, vision_layers=2)
+    assert (given.heads, given.kv_heads, given.frame_tokens) == (2, 2, 144)
+    sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 16}
+    given = replace(given, **sizes, patch_size=2, vocabulary=96, text_tokens=8, mlp=64)
+    model = build_model(given, dtype=torch.float32)
+    batch = batch_of(given, frames=range(2), total=2, dtype=torch.float32)
+    config = ds_config(Setting("ring", False, False), given, ranks=1)
+    groups: Any = OneRank()
+    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    shard = shard_batch(batch, model=model, frames="local")
+    assert shard["ds_lvx"].text_lengths == (2 * (16 + 2) + 2 + 8,)
+    model(**shard).loss.backward()
+    assert all(parameter.grad.any() for _, parameter in model.named_parameters())
+
+
+def test_a_checkpoint_has_a_size() -> None:
+    family = FAMILIES.named(NAME)
+    published = family.config(family.size())
+    assert family.size(published) == family.size()
+    text, ids = published.text_config, (published.image_token_id, published.video_start_token_id)
+    assert text.rope_parameters["mrope_section"] == [8, 12, 12]
+    assert ids == (151_343, 151_341)
+    with pytest.raises(ValueError, match=r"heads of 8 in a text of width 64 with 4 .* expected 16"):
+        family.config(replace(family.size(published), hidden=64, heads=4, head_dim=8))
+    config = family.tiny()[0]
+    model = family.build(config, gate=1.0, dtype=torch.float32)
+    counted = family.dimensions(config.to_dict(), "tiny", "config.json").parameters
+    tables = ("visual.embeddings.", "visual.patch_embed.")
+    assert counted == sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and not any(part in name for part in tables)
+    )
