@@ -88,7 +88,8 @@ class Glm46V(Glm4V):
             if not isinstance(parts[name], kind):
                 raise NotImplementedError(
                     f"got a {type(model).__name__} whose {name} is a {type(parts[name]).__name__}; "
-                    f"expected a {kind.__name__}: take a dense model, such as GLM-4.1V 9B"
+                    f"expected a {kind.__name__}: take a dense model, such as GLM-4.1V 9B, or a "
+                    "mixture of experts of the type glm4v_moe"
                 )
         super().check(model, sp_size=sp_size)
 

@@ -129,9 +129,7 @@ def _tiny(processor: type[Processor], config: type[Config]) -> tuple[Config, Pro
     return config_of(size, ids, config), made
 
 
-tiny_parts = partial(
-    qwen.tiny_parts, video_pixels=_TINY_VIDEO_PIXELS, image_frames=2, names=_NAMES
-)
+tiny_parts = partial(qwen.tiny_parts, video_pixels=_TINY_VIDEO_PIXELS, image_frames=2, names=_NAMES)
 
 
 def frame_tokens(config: Any) -> int:

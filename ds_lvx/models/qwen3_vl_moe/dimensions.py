@@ -38,10 +38,14 @@ def mixture(
         shared: further ones, that every token goes through.
     """
     count, hidden = found.cross.count, found.cross.hidden
-    mlp = (sparse * (chosen + shared) * width + (count - sparse) * found.cross.mlp) // count
+    plain = (sparse * shared * width + (count - sparse) * found.cross.mlp) // count
+    mlp = sparse * chosen * width // count + plain
     others = sparse * hidden * (3 * (experts - chosen) * width + experts) // count
-    layers = replace(found.cross, mlp=mlp, others=others)
-    return replace(found, cross=layers, text=replace(found.text, mlp=mlp, others=others))
+    cross, text = (
+        replace(layers, mlp=mlp, others=others, plain_mlp=plain)
+        for layers in (found.cross, found.text)
+    )
+    return replace(found, cross=cross, text=text)
 
 
 def _experts(text: Mapping[str, Any]) -> int:
