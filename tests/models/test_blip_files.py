@@ -30,7 +30,7 @@ from ds_lvx.compare.case import (
     random_case,
 )
 from ds_lvx.config import LVXConfig
-from ds_lvx.data.batch import BatchMaker, FrameRate
+from ds_lvx.data.batch import FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.text import TextEncoder
 from ds_lvx.models import patch_model
@@ -41,11 +41,10 @@ from ds_lvx.sharding import shard_batch
 from ds_lvx.training.asking import Prompts
 from ds_lvx.training.lengths import tokens_beside
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.launch.finetune_runs import write_config
 from tests.models.blip_case import PLACES, SIDE, opt, t5, tiny_model
+from tests.models.files_case import first_loss, whole_batches, write_samples
 from tests.models.moss_vl_case import OneRank
-from tests.ranks import run_ranks
 
 KINDS = ("blip-2", "instructblip", "instructblipvideo")
 PLACES_OF_ALL = 32  # that an image has in every published model
@@ -80,28 +79,12 @@ def write_checkpoint(folder: Path, kind: str) -> Path:
     language = opt(vocab_size=len(text), max_position_embeddings=256)
     image = text.convert_tokens_to_ids(token)
     tiny_model(kind, text=language, image=image, reads=len(reader)).save_pretrained(folder)
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (40, 24))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="It is green."),
-    )
-    return folder
+    return write_samples(folder, answer="It is green.")
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("blip"), request.param)
-
-
-def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:
-    """Every sample with all its frames."""
-    source = Source.of(str(folder))
-    encoder = TextEncoder(source.processor, 256, family=source.family)
-    maker = BatchMaker(encoder, FrameRate(count=frames), owned=range)
-    conversations = read_conversations(folder / "train.jsonl")
-    return [dict(maker.batch([each]).inputs) for each in conversations]
 
 
 def for_own_model(batch: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -208,19 +191,7 @@ def test_a_comparison_trains_a_model_of_random_weights(kind: str) -> None:
 def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     config = json.loads(Path(write_config(tmp_path / "ds.json", stage=3)).read_text())
     del config["ds_lvx"]["layers"][1]
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 3,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, 2, *arguments(**given))
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    loss = first_loss(folder, tmp_path, config, frames=3)
     source = Source.of(str(folder))
     model = source.load(torch.float32).train()
     start = [

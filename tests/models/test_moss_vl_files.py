@@ -26,12 +26,11 @@ from ds_lvx.models.moss_vl.checkpoint import restore_frequencies
 from ds_lvx.models.moss_vl.grid import Grid
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.launch.finetune_runs import write_config
 from tests.models import moss_vl_double, moss_vl_double_places, moss_vl_double_vision
+from tests.models.files_case import first_loss, write_samples
 from tests.models.mllama_case import reference_steps
 from tests.models.moss_vl_case import OneRank, tiny_model
-from tests.ranks import run_ranks
 
 SPECIAL = (
     "vision_start",
@@ -82,14 +81,7 @@ def write_checkpoint(folder: Path) -> Path:
     model._tied_weights_keys = {}
     model.save_pretrained(folder)
     write_code(folder)
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (40, 24))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="It is green."),
-    )
-    return folder
+    return write_samples(folder, answer="It is green.")
 
 
 @pytest.fixture(scope="module")
@@ -157,19 +149,7 @@ def test_finetune_trains_a_checkpoint_with_code_of_its_own(
     precision = {"bf16": {"enabled": bf16}}
     config = json.loads(Path(write_config(tmp_path / "ds.json", stage=3, **precision)).read_text())
     config["ds_lvx"]["layers"][0]["match"] = "*visual*"
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 3,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, 2, *arguments(**given), "--trust_remote_code")
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    loss = first_loss(folder, tmp_path, config, "--trust_remote_code", frames=3)
     batches = whole_batches(folder, frames=3)
     source = Source.of(str(folder), trust_remote_code=True)
     start = [reference_steps([[batch]], source.load(torch.float32))["losses"] for batch in batches]

@@ -43,12 +43,11 @@ from ds_lvx.models.registry import FAMILIES
 from ds_lvx.plan import models as planned
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.launch.finetune_runs import write_config
 from tests.models import openflamingo_case
+from tests.models.files_case import first_loss, whole_batches, write_samples
 from tests.models.moss_vl_case import OneRank
 from tests.models.openflamingo_case import SIZE, LlamaFlamingo, Model, MptFlamingo, NeoXFlamingo
-from tests.ranks import run_ranks
 
 ROWS = 260  # bytes, <pad>, <|endoftext|>, and the package's two tokens
 IMAGE = ROWS - 1
@@ -117,28 +116,12 @@ def write_checkpoint(parts: Path) -> Path:
     """A converted checkpoint, and two samples."""
     write_parts(parts, "gpt_neox")
     folder = converted(parts)
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (40, 24))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="It is green."),
-    )
-    return folder
+    return write_samples(folder, answer="It is green.")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("openflamingo"))
-
-
-def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:
-    """Every sample with all its frames, as one process takes it."""
-    source = Source.of(str(folder))
-    encoder = TextEncoder(source.processor, 512, family=source.family)
-    maker = BatchMaker(encoder, FrameRate(count=frames), owned=range)
-    conversations = read_conversations(folder / "train.jsonl")
-    return [dict(maker.batch([each]).inputs) for each in conversations]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -242,19 +225,7 @@ def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     patterns = FAMILIES.named("openflamingo").patterns
     for rule, kind in zip(config["ds_lvx"]["layers"], ("local", "cross", "self"), strict=True):
         rule["match"] = patterns[kind]
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 3,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, 2, *arguments(**given))
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    loss = first_loss(folder, tmp_path, config, frames=3)
     model = Source.of(str(folder)).load(torch.float32)
     start = [model(**batch).loss.item() for batch in whole_batches(folder, frames=3)]
     assert loss in [pytest.approx(each, abs=1e-5) for each in start]

@@ -23,7 +23,7 @@ from ds_lvx.compare.case import (
     random_case,
 )
 from ds_lvx.config import LVXConfig
-from ds_lvx.data.batch import BatchMaker, FrameRate
+from ds_lvx.data.batch import FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.text import TextEncoder
@@ -33,11 +33,13 @@ from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.asking import Prompts
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics
+from tests.data.media import chat, write_jsonl
+from tests.launch.finetune_runs import arguments
 from tests.launch.test_generate import run_chat
 from tests.models.concatenated_case import rules
+from tests.models.files_case import first_loss, maker_of, whole_batches, write_tiny
 from tests.models.moss_vl_case import OneRank
+from tests.models.qwen2_5_vl_case import types_by
 from tests.ranks import run_ranks
 
 NAME = "qwen2_5_vl"
@@ -45,30 +47,12 @@ NAME = "qwen2_5_vl"
 
 def write_checkpoint(folder: Path, name: str = NAME) -> Path:
     """A checkpoint, and two samples."""
-    family = FAMILIES.named(name)
-    config, processor = family.tiny()
-    torch.manual_seed(2)
-    family.build(config, gate=1.0, dtype=torch.float32).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (40, 24))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="Yes"),
-    )
-    return folder
+    return write_tiny(folder, name)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp(NAME))
-
-
-def maker_of(folder: Path, *, frames: int, deal: Any = None) -> BatchMaker:
-    source = Source.of(str(folder))
-    encoder = TextEncoder(source.processor, 2048, family=source.family)
-    return BatchMaker(encoder, FrameRate(count=frames), owned=range, deal=deal)
 
 
 def test_pixels_are_those_of_the_model_s_processor(folder: Path) -> None:
@@ -166,7 +150,7 @@ def answer(folder: Path, data: Path, *, frames: int, tokens: int) -> str:
     prompts = Prompts(encoder, FrameRate(count=frames), owned=range)
     batch = dict(prompts.batch(read_conversations(data)[:1]).inputs)
     ids, config = batch["input_ids"], source.config
-    types = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
+    types = types_by(ids, config)
     model = source.load(torch.float32).eval()
     del batch["labels"]
     words = {"max_new_tokens": tokens, "do_sample": False, **prompts.ending(model)}
@@ -216,35 +200,24 @@ def test_finetune_trains_a_checkpoint(tmp_path: Path, name: str, ranks: int) -> 
     folder = tmp_path / "start"
     folder.mkdir()
     write_checkpoint(folder, name)
-    (tmp_path / "ds.json").write_text(json.dumps(rules(name, "lvx", ranks, 3)))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 7,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-        "eval_data": folder / "train.jsonl",
-        "eval_steps": 1,
-        "eval_generate": 1,
-        "eval_new_tokens": 5,
-    }
-    run_ranks(finetune, ranks, *arguments(**given))
+    loss = first_loss(
+        folder,
+        tmp_path,
+        rules(name, "lvx", ranks, 3),
+        frames=7,
+        ranks=ranks,
+        eval_data=folder / "train.jsonl",
+        eval_steps=1,
+        eval_generate=1,
+        eval_new_tokens=5,
+    )
     (row,) = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
     saved = tmp_path / "out" / "model"
     found = answer(saved, folder / "train.jsonl", frames=7, tokens=5)
     assert json.loads(row)["answer"] == found
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
-    source = Source.of(str(folder))
-    maker = maker_of(folder, frames=7)
-    start = []
-    for conversation in read_conversations(folder / "train.jsonl"):
-        batch = dict(maker.batch([conversation]).inputs)
-        ids = batch["input_ids"]
-        types = (ids == source.config.image_token_id).long()
-        types += 2 * (ids == source.config.video_token_id).long()
+    source, start = Source.of(str(folder)), []
+    for batch in whole_batches(folder, frames=7):
+        types = types_by(batch["input_ids"], source.config)
         model = source.load(torch.float32)
         start.append(model(**batch, mm_token_type_ids=types).loss.item())
     assert loss in [pytest.approx(each, abs=1e-5) for each in start]

@@ -26,52 +26,27 @@ from ds_lvx.compare.case import (
     random_case,
 )
 from ds_lvx.config import LVXConfig
-from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.errors import DataError
-from ds_lvx.data.text import TextEncoder
 from ds_lvx.models import patch_model
 from ds_lvx.models.media import Medium
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics
+from tests.data.media import chat, write_jsonl
 from tests.models.concatenated_case import rules
+from tests.models.files_case import first_loss, maker_of, whole_batches, write_tiny
 from tests.models.moss_vl_case import OneRank
-from tests.ranks import run_ranks
+from tests.models.qwen2_5_vl_case import types_by
 
 NAME = "qwen3_vl"
 IMAGE_SETTINGS: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 """What every published checkpoint's files say."""
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """A checkpoint, and two samples."""
-    family = FAMILIES.named(NAME)
-    config, processor = family.tiny()
-    torch.manual_seed(2)
-    family.build(config, gate=1.0, dtype=torch.float32).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (40, 24))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="Yes"),
-    )
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp(NAME))
-
-
-def maker_of(folder: Path, *, frames: int, deal: Any = None) -> BatchMaker:
-    source = Source.of(str(folder))
-    encoder = TextEncoder(source.processor, 2048, family=source.family)
-    return BatchMaker(encoder, FrameRate(count=frames), owned=range, deal=deal)
+    return write_tiny(tmp_path_factory.mktemp(NAME), NAME)
 
 
 def test_pixels_are_those_of_the_model_s_processor(folder: Path) -> None:
@@ -198,27 +173,10 @@ def test_a_checkpoint_has_a_size() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path, ranks: int) -> None:
-    (tmp_path / "ds.json").write_text(json.dumps(rules(NAME, "lvx", ranks, 3)))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 7,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, ranks, *arguments(**given))
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
-    source = Source.of(str(folder))
-    maker = maker_of(folder, frames=7)
-    start = []
-    for conversation in read_conversations(folder / "train.jsonl"):
-        batch = dict(maker.batch([conversation]).inputs)
-        ids = batch["input_ids"]
-        types = (ids == source.config.image_token_id).long()
-        types += 2 * (ids == source.config.video_token_id).long()
+    loss = first_loss(folder, tmp_path, rules(NAME, "lvx", ranks, 3), frames=7, ranks=ranks)
+    source, start = Source.of(str(folder)), []
+    for batch in whole_batches(folder, frames=7):
+        types = types_by(batch["input_ids"], source.config)
         model = source.load(torch.float32)
         start.append(model(**batch, mm_token_type_ids=types).loss.item())
     assert loss in [pytest.approx(each, abs=1e-5) for each in start]

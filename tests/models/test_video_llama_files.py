@@ -42,11 +42,11 @@ from ds_lvx.plan import models as planned
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.launch.finetune_runs import write_config
 from tests.models import video_llama_case
+from tests.models.files_case import first_loss, maker_of, whole_batches
 from tests.models.moss_vl_case import OneRank
 from tests.models.video_llama_double import QFormer, VideoLLAMA
-from tests.ranks import run_ranks
 
 ROWS = 259  # bytes and three special tokens
 IMAGE = ROWS
@@ -168,19 +168,6 @@ def write_checkpoint(parts: Path) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("video_llama"))
-
-
-def maker_of(folder: Path, *, frames: int) -> BatchMaker:
-    source = Source.of(str(folder))
-    encoder = TextEncoder(source.processor, 512, family=source.family)
-    return BatchMaker(encoder, FrameRate(count=frames), owned=range)
-
-
-def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:
-    """Every sample with all its frames, as one process takes it."""
-    maker = maker_of(folder, frames=frames)
-    conversations = read_conversations(folder / "train.jsonl")
-    return [dict(maker.batch([each]).inputs) for each in conversations]
 
 
 def test_a_converted_checkpoint_computes_what_the_repository_s_does(tmp_path: Path) -> None:
@@ -342,19 +329,7 @@ def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
         {"match": patterns["local"], "method": "none"},
         {"match": patterns["self"], "method": "ulysses"},
     ]
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 3,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, 2, *arguments(**given))
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    loss = first_loss(folder, tmp_path, config, frames=3)
     model = Source.of(str(folder)).load(torch.float32)
     start = [model(**batch).loss.item() for batch in whole_batches(folder, frames=3)]
     assert loss in [pytest.approx(each, abs=1e-5) for each in start]
