@@ -15,22 +15,20 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ds_lvx.compare.case import Setting, build_model, case_of, ds_config, make_batch, part_of
-from ds_lvx.config import LVXConfig
+from ds_lvx.compare.case import case_of
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.frames import choose, probe
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import patch_model
 from ds_lvx.models.moss_vl.checkpoint import restore_frequencies
 from ds_lvx.models.moss_vl.grid import Grid
-from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
 from tests.launch.finetune_runs import write_config
 from tests.models import moss_vl_double, moss_vl_double_places, moss_vl_double_vision
+from tests.models.compare_case import compared, parts_of
 from tests.models.files_case import first_loss, write_samples
 from tests.models.mllama_case import reference_steps
-from tests.models.moss_vl_case import OneRank, tiny_model
+from tests.models.moss_vl_case import tiny_model
 
 SPECIAL = (
     "vision_start",
@@ -203,17 +201,10 @@ def test_there_is_no_tiny_one(folder: Path) -> None:
 def test_a_comparison_trains_a_checkpoint(folder: Path) -> None:
     """On one rank: its frames have the tokens that the report says."""
     case = replace(case_of(str(folder), trust_remote_code=True), image_size=32)
-    model = build_model(case, checkpoint=str(folder), dtype=torch.float32)
-    batch = make_batch(case, frames=range(3), total=3, dtype=torch.float32)
-    config = ds_config(Setting("lvx", True, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].kv_lengths == (3 * case.frame_tokens,)
-    model(**shard).loss.backward()
+    model, layout = compared(case, frames=3, method="lvx", recompute=True, checkpoint=str(folder))
+    assert layout.kv_lengths == (3 * case.frame_tokens,)
     assert all(parameter.grad is not None for parameter in model.parameters())
-    regions = case.contract().regions()
-    assert {part_of(name, regions) for name, _ in model.named_parameters()} == {
+    assert parts_of(model, case) == {
         "cross_attention",
         "text",
         "vision",

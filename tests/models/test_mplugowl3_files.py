@@ -14,20 +14,18 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ds_lvx.compare.case import Setting, build_model, case_of, ds_config, make_batch, part_of
-from ds_lvx.config import LVXConfig
+from ds_lvx.compare.case import case_of
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import FAMILIES, patch_model
+from ds_lvx.models import FAMILIES
 from ds_lvx.models.mplugowl3.processor import media_text
-from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
 from tests.launch.finetune_runs import write_config
 from tests.models import mplugowl3_double
+from tests.models.compare_case import compared, parts_of
 from tests.models.files_case import first_loss, whole_batches, write_samples
 from tests.models.mllama_case import reference_steps
-from tests.models.moss_vl_case import OneRank
 from tests.models.mplugowl3_case import SIZE, tiny_model
 
 SPECIAL = ("image", "start_video_frame", "end_video_frame", "im_start", "im_end", "endoftext")
@@ -149,19 +147,11 @@ def test_code_for_another_transformers_is_named(folder: Path, tmp_path: Path) ->
 def test_a_comparison_trains_a_checkpoint(folder: Path) -> None:
     """On one rank: its frames have the tokens that the report says."""
     case = case_of(str(folder), trust_remote_code=True)
-    model = build_model(case, checkpoint=str(folder), dtype=torch.float32)
-    batch = make_batch(case, frames=range(3), total=3, dtype=torch.float32)
-    config = ds_config(Setting("lvx", True, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].kv_lengths == (3 * case.frame_tokens,)
-    model(**shard).loss.backward()
+    model, layout = compared(case, frames=3, method="lvx", recompute=True, checkpoint=str(folder))
+    assert layout.kv_lengths == (3 * case.frame_tokens,)
     silent = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert all("encoder.layers.2." in name for name in silent)  # which the model does not use
-    regions = case.contract().regions()
-    parts = {part_of(name, regions) for name, _ in model.named_parameters()}
-    assert parts == {"cross_attention", "text", "vision"}
+    assert parts_of(model, case) == {"cross_attention", "text", "vision"}
     with pytest.raises(ValueError, match="'mplugowl3', a family without models of random"):
         case_of("mplugowl3")
 

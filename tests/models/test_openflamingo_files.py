@@ -23,12 +23,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ds_lvx.compare.case import (
-    Setting,
-    build_model,
     cut,
-    ds_config,
-    make_batch,
-    part_of,
     random_case,
 )
 from ds_lvx.config import LVXConfig
@@ -45,6 +40,7 @@ from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
 from tests.launch.finetune_runs import write_config
 from tests.models import openflamingo_case
+from tests.models.compare_case import compared, parts_of
 from tests.models.files_case import first_loss, whole_batches, write_samples
 from tests.models.moss_vl_case import OneRank
 from tests.models.openflamingo_case import SIZE, LlamaFlamingo, Model, MptFlamingo, NeoXFlamingo
@@ -179,19 +175,11 @@ def test_a_comparison_trains_a_model_of_random_weights() -> None:
     )
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 28}
     case = replace(case, **sizes, vocabulary=96, text_tokens=8)
-    model = build_model(case, dtype=torch.float32)
-    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
-    config = ds_config(Setting("lvx", True, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].kv_lengths == (2 * case.frame_tokens,)
-    model(**shard).loss.backward()
+    model, layout = compared(case, frames=2, method="lvx", recompute=True)
+    assert layout.kv_lengths == (2 * case.frame_tokens,)
     silent = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert all(name.startswith("vision_encoder.") for name in silent)
-    regions = case.contract().regions()
-    parts = {part_of(name, regions) for name, _ in model.named_parameters()}
-    assert parts == {"cross_attention", "text", "vision"}
+    assert parts_of(model, case) == {"cross_attention", "text", "vision"}
 
 
 def test_a_tiny_one_is_made_of_nothing(folder: Path) -> None:

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,20 +13,13 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ds_lvx.compare.case import (
-    Setting,
-    build_model,
     cut,
-    ds_config,
-    make_batch,
-    part_of,
     random_case,
 )
-from ds_lvx.config import LVXConfig
 from ds_lvx.data.batch import FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import patch_model
 from ds_lvx.models.media import Medium
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
@@ -36,9 +28,9 @@ from ds_lvx.training.model import Source
 from tests.data.media import chat, write_jsonl
 from tests.launch.finetune_runs import arguments
 from tests.launch.test_generate import run_chat
+from tests.models.compare_case import compared, parts_of
 from tests.models.concatenated_case import rules
 from tests.models.files_case import first_loss, maker_of, whole_batches, write_tiny
-from tests.models.moss_vl_case import OneRank
 from tests.models.qwen2_5_vl_case import types_by
 from tests.ranks import run_ranks
 
@@ -122,18 +114,10 @@ def test_a_comparison_trains_a_model_of_random_weights() -> None:
     assert (case.heads, case.kv_heads, case.self_layers, case.frame_tokens) == (2, 2, 0, 256)
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "patch_size": 2}
     case = replace(case, **sizes, vocabulary=96, text_tokens=8, mlp=64)
-    model = build_model(case, dtype=torch.float32)
-    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
-    config = ds_config(Setting("ring", False, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].text_lengths == (2 * 256 + 9,)
-    model(**shard).loss.backward()
+    model, layout = compared(case, frames=2, method="ring")
+    assert layout.text_lengths == (2 * 256 + 9,)
     assert all(parameter.grad.any() for _, parameter in model.named_parameters())
-    regions = case.contract().regions()
-    parts = {part_of(name, regions) for name, _ in model.named_parameters()}
-    assert parts == {"cross_attention", "text", "vision"}
+    assert parts_of(model, case) == {"cross_attention", "text", "vision"}
 
 
 def test_a_checkpoint_has_a_size() -> None:

@@ -13,23 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
-from ds_lvx.compare.case import Setting, build_model, case_of, ds_config, make_batch, part_of
-from ds_lvx.config import LVXConfig
+from ds_lvx.compare.case import case_of
 from ds_lvx.data.batch import FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import patch_model
 from ds_lvx.models.qwen_vl.processor import Processor
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.plan import models as planned
-from ds_lvx.sharding import shard_batch
 from ds_lvx.training.asking import Prompts
 from ds_lvx.training.model import Source
 from tests.launch.finetune_runs import write_config
 from tests.launch.test_generate import run
 from tests.models import qwen_vl_double
+from tests.models.compare_case import compared, parts_of
 from tests.models.files_case import first_loss, whole_batches, write_samples
-from tests.models.moss_vl_case import OneRank
 from tests.models.qwen_vl_case import PLACES, SIDE, tiny_model
 from tests.ranks import run_ranks
 
@@ -110,16 +107,9 @@ def test_a_comparison_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     plan = planned.model(str(whole))
     assert (plan.cross.count, plan.cross.mlp, plan.frame_tokens, plan.tower.mlp) == (2, 24, 256, 24)
     case = replace(case_of(str(whole), trust_remote_code=True), text_tokens=8)
-    model = build_model(case, checkpoint=str(whole), dtype=torch.float32)
-    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
-    config = ds_config(Setting("lvx", False, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].text.kv_lengths == (2 * 258 + 8,)
-    model(**shard).loss.backward()
-    parts = {part_of(name, case.contract().regions()) for name, _ in model.named_parameters()}
-    assert parts == {"cross_attention", "text", "vision"}
+    model, layout = compared(case, frames=2, method="lvx", checkpoint=str(whole))
+    assert layout.text.kv_lengths == (2 * 258 + 8,)
+    assert parts_of(model, case) == {"cross_attention", "text", "vision"}
     assert model.transformer.visual.attn_pool.query.grad.abs().max() > 0
 
 

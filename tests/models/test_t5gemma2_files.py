@@ -15,30 +15,22 @@ from transformers import Gemma3Processor, PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from ds_lvx.compare.case import (
-    Setting,
-    build_model,
     cut,
-    ds_config,
-    make_batch,
-    part_of,
     random_case,
 )
-from ds_lvx.config import LVXConfig
 from ds_lvx.data.batch import FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.conversation import Part
 from ds_lvx.data.errors import DataError
-from ds_lvx.models import patch_model
 from ds_lvx.models.registry import FAMILIES
-from ds_lvx.sharding import shard_batch
 from ds_lvx.training.asking import Prompts
 from ds_lvx.training.chatting import OPEN, conversation
 from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl
 from tests.launch.finetune_runs import write_config
 from tests.launch.test_generate import run_chat
+from tests.models.compare_case import compared, parts_of
 from tests.models.files_case import first_loss, maker_of, whole_batches, write_samples
-from tests.models.moss_vl_case import OneRank
 from tests.models.t5gemma2_case import SIZE, TOKENS, tiny_model
 from tests.ranks import run_ranks
 
@@ -126,18 +118,10 @@ def test_a_comparison_trains_a_model_of_random_weights() -> None:
     assert (case.heads, case.kv_heads, case.head_dim) == (2, 1, 256)
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 112}
     case = replace(case, **sizes, vocabulary=96, text_tokens=8, mlp=64)
-    model = build_model(case, dtype=torch.float32)
-    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
-    config = ds_config(Setting("lvx", False, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].kv_lengths == (2 * case.frame_tokens + 16,)
-    model(**shard).loss.backward()
+    model, layout = compared(case, frames=2, method="lvx")
+    assert layout.kv_lengths == (2 * case.frame_tokens + 16,)
     assert all(parameter.grad.any() for _, parameter in model.named_parameters())
-    regions = case.contract().regions()
-    parts = {part_of(name, regions) for name, _ in model.named_parameters()}
-    assert parts == {"cross_attention", "text", "vision"}
+    assert parts_of(model, case) == {"cross_attention", "text", "vision"}
 
 
 def test_a_checkpoint_has_a_size() -> None:

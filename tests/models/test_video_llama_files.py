@@ -20,13 +20,9 @@ from transformers import (
 )
 
 from ds_lvx.compare.case import (
-    Setting,
-    build_model,
     case_of,
     cut,
-    ds_config,
     make_batch,
-    part_of,
     random_case,
 )
 from ds_lvx.config import LVXConfig
@@ -44,6 +40,7 @@ from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.finetune_runs import write_config
 from tests.models import video_llama_case
+from tests.models.compare_case import compared, parts_of
 from tests.models.files_case import first_loss, maker_of, whole_batches
 from tests.models.moss_vl_case import OneRank
 from tests.models.video_llama_double import QFormer, VideoLLAMA
@@ -305,18 +302,10 @@ def test_a_comparison_trains_a_model_of_random_weights(folder: Path) -> None:
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 28}
     case = replace(case, **sizes, vocabulary=96, text_tokens=8)
     assert case.frame_tokens == 32
-    model = build_model(case, dtype=torch.float32)
-    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
-    config = ds_config(Setting("lvx", False, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].text.kv_lengths == (32 + 8,)
-    model(**shard).loss.backward()
+    model, layout = compared(case, frames=2, method="lvx")
+    assert layout.text.kv_lengths == (32 + 8,)
     assert all(parameter.grad is not None for parameter in model.parameters())
-    regions = case.contract().regions()
-    parts = {part_of(name, regions) for name, _ in model.named_parameters()}
-    assert parts == {"cross_attention", "text", "vision"}
+    assert parts_of(model, case) == {"cross_attention", "text", "vision"}
     with pytest.raises(ValueError, match="got 5000 frames; expected at most 4096"):
         make_batch(case, frames=(), total=5000)
 
