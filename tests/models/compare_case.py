@@ -7,10 +7,8 @@ from typing import Any
 import torch
 
 from ds_lvx.compare.case import Case, Setting, build_model, ds_config, make_batch, part_of
-from ds_lvx.config import LVXConfig
-from ds_lvx.models import patch_model
 from ds_lvx.sharding import shard_batch
-from tests.models.moss_vl_case import OneRank
+from tests.models.alone_case import patched_by
 
 
 def compared(
@@ -20,8 +18,7 @@ def compared(
     model = build_model(case, checkpoint=checkpoint, dtype=torch.float32)
     batch = make_batch(case, frames=range(frames), total=frames, dtype=torch.float32)
     config = ds_config(Setting(method, recompute, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    patched_by(config, model)
     shard = shard_batch(batch, model=model, frames="local")
     model(**shard).loss.backward()
     return model, shard["ds_lvx"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,20 +14,18 @@ from ds_lvx.compare.case import (
     cut,
     random_case,
 )
-from ds_lvx.config import LVXConfig
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import patch_model
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
 from tests.launch.finetune_runs import write_config
 from tests.models import idefics_case
+from tests.models.alone_case import patched_by
 from tests.models.compare_case import compared, parts_of
 from tests.models.files_case import first_loss, whole_batches, write_samples
 from tests.models.idefics_case import tiny_model
-from tests.models.moss_vl_case import OneRank
 
 FAKE = "<fake_token_around_image>"
 
@@ -84,8 +81,7 @@ def test_a_tiny_one_is_made_of_nothing(folder: Path) -> None:
     source.check_tokenizer()
     model = source.load(torch.float32)
     config = idefics_case.ds_config(stage=0, sp_size=1, cross={"method": "lvx"}, self_attn="ring")
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    patched_by(config, model)
     gates = [p for name, p in model.named_parameters() if "alpha_" in name]
     assert len(gates) == 4
     assert all(bool((gate == 0.5).all()) for gate in gates)

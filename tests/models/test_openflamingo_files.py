@@ -26,11 +26,9 @@ from ds_lvx.compare.case import (
     cut,
     random_case,
 )
-from ds_lvx.config import LVXConfig
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import patch_model
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
 from ds_lvx.models.openflamingo.convert import main
 from ds_lvx.models.openflamingo.model import VisionEncoder
@@ -40,9 +38,9 @@ from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
 from tests.launch.finetune_runs import write_config
 from tests.models import openflamingo_case
+from tests.models.alone_case import patched_by
 from tests.models.compare_case import compared, parts_of
 from tests.models.files_case import first_loss, whole_batches, write_samples
-from tests.models.moss_vl_case import OneRank
 from tests.models.openflamingo_case import SIZE, LlamaFlamingo, Model, MptFlamingo, NeoXFlamingo
 
 ROWS = 260  # bytes, <pad>, <|endoftext|>, and the package's two tokens
@@ -194,8 +192,7 @@ def test_a_tiny_one_is_made_of_nothing(folder: Path) -> None:
     conversations = read_conversations(folder / "train.jsonl")
     batch = dict(maker.batch([conversations[1]]).inputs)
     expected = model(**batch).loss
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    patched_by(config, model)
     loss = model(**shard_batch(batch, model=model, frames="local")).loss
     torch.testing.assert_close(loss, expected)
     loss.backward()

@@ -25,12 +25,10 @@ from ds_lvx.compare.case import (
     make_batch,
     random_case,
 )
-from ds_lvx.config import LVXConfig
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import patch_model
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.models.video_llama.convert import main
@@ -40,9 +38,9 @@ from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_video
 from tests.launch.finetune_runs import write_config
 from tests.models import video_llama_case
+from tests.models.alone_case import patched_by
 from tests.models.compare_case import compared, parts_of
 from tests.models.files_case import first_loss, maker_of, whole_batches
-from tests.models.moss_vl_case import OneRank
 from tests.models.video_llama_double import QFormer, VideoLLAMA
 
 ROWS = 259  # bytes and three special tokens
@@ -274,9 +272,7 @@ def loss_and_gradients(source: Source, batch: dict[str, Any]) -> Any:
     """Of a model on one rank, and the loss of its own forward."""
     model = source.load(torch.float32)
     expected = model(**batch).loss
-    groups: Any = OneRank()
-    config = video_llama_case.ds_config(stage=0, sp_size=1, self_attn="ring")
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    patched_by(video_llama_case.ds_config(stage=0, sp_size=1, self_attn="ring"), model)
     loss = model(**shard_batch(batch, model=model, frames="local")).loss
     torch.testing.assert_close(loss, expected)
     loss.backward()
