@@ -125,6 +125,11 @@ def make_batch(
     return batch
 
 
+def types_by(ids: Tensor, config: Any) -> Tensor:
+    """As transformers' processor numbers them: 1 for an image's tokens, 2 for a video's."""
+    return (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
+
+
 def token_types(ids: Tensor) -> Tensor:
     return (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 
-from ds_lvx.config import LVXConfig
-from ds_lvx.models import patch_model
 from ds_lvx.sharding import shard_batch
+from tests.models.alone_case import assert_given_back, patched_by
 from tests.models.blip_case import (
     ds_config,
     hard_batch,
@@ -20,35 +18,18 @@ from tests.models.blip_case import (
     tiny_model,
     videos,
 )
-from tests.models.moss_vl_case import OneRank
-from tests.models.test_idefics_alone import insides
 
 BATCHES = {"blip-2": hard_batch, "instructblip": instructed, "instructblipvideo": videos}
 
 
 def patched(model: Any) -> Any:
-    groups: Any = OneRank()
     config = ds_config(stage=0, sp_size=1, self_attn="ring")
-    return patch_model(model, LVXConfig.from_ds_config(config), groups)
+    return patched_by(config, model)
 
 
 @pytest.mark.parametrize("kind", BATCHES)
 def test_a_patched_model_is_its_own_self_and_can_be_given_back(kind: str) -> None:
-    model, batch = tiny_model(kind).eval(), BATCHES[kind]()
-    before, expected = insides(model), model(**batch)
-    patch = patched(model)
-    copied = copy.deepcopy(model)
-    assert torch.equal(model(**batch).logits, expected.logits)
-    patch.unpatch()
-    assert insides(model) == before
-    for parameter in copied.parameters():
-        parameter.data.mul_(1.1)
-        parameter.requires_grad_(False)
-    changed = tiny_model(kind).eval()
-    for parameter in changed.parameters():
-        parameter.data.mul_(1.1)
-    theirs = copied(**shard_batch(batch, model=copied))
-    torch.testing.assert_close(theirs.loss, changed(**batch).loss)
+    assert_given_back(lambda: tiny_model(kind), BATCHES[kind](), patched)
 
 
 def test_text_models_that_cannot_be_split_are_refused() -> None:

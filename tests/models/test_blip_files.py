@@ -20,32 +20,24 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from ds_lvx.compare.case import (
-    Setting,
-    build_model,
     case_of,
     cut,
-    ds_config,
     make_batch,
-    part_of,
     random_case,
 )
-from ds_lvx.config import LVXConfig
-from ds_lvx.data.batch import BatchMaker, FrameRate
+from ds_lvx.data.batch import FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import patch_model
 from ds_lvx.models.adapters.dimensions import dimensions
 from ds_lvx.models.adapters.processor import Processor
 from ds_lvx.plan import models as planned
-from ds_lvx.sharding import shard_batch
 from ds_lvx.training.asking import Prompts
 from ds_lvx.training.lengths import tokens_beside
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.launch.finetune_runs import write_config
 from tests.models.blip_case import PLACES, SIDE, opt, t5, tiny_model
-from tests.models.moss_vl_case import OneRank
-from tests.ranks import run_ranks
+from tests.models.compare_case import compared, parts_of
+from tests.models.files_case import first_loss, whole_batches, write_samples
 
 KINDS = ("blip-2", "instructblip", "instructblipvideo")
 PLACES_OF_ALL = 32  # that an image has in every published model
@@ -80,28 +72,12 @@ def write_checkpoint(folder: Path, kind: str) -> Path:
     language = opt(vocab_size=len(text), max_position_embeddings=256)
     image = text.convert_tokens_to_ids(token)
     tiny_model(kind, text=language, image=image, reads=len(reader)).save_pretrained(folder)
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (40, 24))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="It is green."),
-    )
-    return folder
+    return write_samples(folder, answer="It is green.")
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("blip"), request.param)
-
-
-def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:
-    """Every sample with all its frames."""
-    source = Source.of(str(folder))
-    encoder = TextEncoder(source.processor, 256, family=source.family)
-    maker = BatchMaker(encoder, FrameRate(count=frames), owned=range)
-    conversations = read_conversations(folder / "train.jsonl")
-    return [dict(maker.batch([each]).inputs) for each in conversations]
 
 
 def for_own_model(batch: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -180,16 +156,9 @@ def test_a_comparison_trains_a_model_of_random_weights(kind: str) -> None:
     case = cut(random_case(kind), hidden=160 if kind == "blip-2" else 256, cross_layers=2)
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 28}
     case = replace(case, **sizes, vision_layers=1, vocabulary=96, text_tokens=8)
-    model = build_model(case, dtype=torch.float32)
-    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
-    config = ds_config(Setting("lvx", False, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].text.kv_lengths == (2 * PLACES_OF_ALL + 8,)
-    model(**shard).loss.backward()
-    parts = {part_of(name, case.contract().regions()) for name, _ in model.named_parameters()}
-    assert parts == {"cross_attention", "text", "vision"}
+    model, layout = compared(case, frames=2, method="lvx")
+    assert layout.text.kv_lengths == (2 * PLACES_OF_ALL + 8,)
+    assert parts_of(model, case) == {"cross_attention", "text", "vision"}
     assert model.query_tokens.grad.abs().max() > 0
     with pytest.raises(ValueError, match="at most 2048 tokens together"):
         make_batch(case, frames=range(2), total=64, dtype=torch.float32)
@@ -208,19 +177,7 @@ def test_a_comparison_trains_a_model_of_random_weights(kind: str) -> None:
 def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     config = json.loads(Path(write_config(tmp_path / "ds.json", stage=3)).read_text())
     del config["ds_lvx"]["layers"][1]
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 3,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, 2, *arguments(**given))
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    loss = first_loss(folder, tmp_path, config, frames=3)
     source = Source.of(str(folder))
     model = source.load(torch.float32).train()
     start = [

@@ -16,37 +16,21 @@ from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
 from transformers.models.glm4v.video_processing_glm4v import Glm4vVideoProcessor
 from transformers.models.glm46v.processing_glm46v import Glm46VProcessor
 
-from ds_lvx.data.batch import BatchMaker, FrameRate
-from ds_lvx.data.chat import read_conversations
-from ds_lvx.data.text import TextEncoder
 from ds_lvx.models.media import Medium
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics
 from tests.models.concatenated_case import rules
+from tests.models.files_case import first_loss, whole_batches, write_tiny
 from tests.models.glm4v_case import for_one_process, token_types
-from tests.ranks import run_ranks
 
 CLASSES: dict[str, Any] = {"glm4v": Glm4vProcessor, "glm46v": Glm46VProcessor}
 
 
 def write_checkpoint(folder: Path, name: str) -> Path:
     """A checkpoint with the settings of transformers' image processor, and two samples."""
-    family = FAMILIES.named(name)
-    config, processor = family.tiny()
-    torch.manual_seed(2)
-    family.build(config, gate=1.0, dtype=torch.float32).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    write_tiny(folder, name)
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     Glm4vImageProcessorPil(**settings).save_pretrained(folder)
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (40, 24))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="Yes"),
-    )
     return folder
 
 
@@ -126,25 +110,9 @@ def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path, name: str, r
         folder = tmp_path / "start"
         folder.mkdir()
         write_checkpoint(folder, name)
-    (tmp_path / "ds.json").write_text(json.dumps(rules(name, "lvx", ranks, 3)))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 7,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, ranks, *arguments(**given))
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
-    source = Source.of(str(folder))
-    encoder = TextEncoder(source.processor, 2048, family=source.family)
-    maker = BatchMaker(encoder, FrameRate(count=7), owned=range)
-    start = []
-    for conversation in read_conversations(folder / "train.jsonl"):
-        batch = dict(maker.batch([conversation]).inputs)
+    loss = first_loss(folder, tmp_path, rules(name, "lvx", ranks, 3), frames=7, ranks=ranks)
+    source, start = Source.of(str(folder)), []
+    for batch in whole_batches(folder, frames=7):
         types = token_types(batch["input_ids"], source.config.to_dict())
         batch = for_one_process({**batch, "mm_token_type_ids": types})
         start.append(source.load(torch.float32)(**batch).loss.item())

@@ -2,56 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 
-from ds_lvx.config import LVXConfig
-from ds_lvx.models import patch_model
 from ds_lvx.sharding import shard_batch
+from tests.models.alone_case import assert_given_back, insides, patched_by
 from tests.models.idefics_case import IMAGE, VOCABULARY, ds_config, hard_batch, tiny_model
-from tests.models.moss_vl_case import OneRank
 
 LVX: dict[str, Any] = {"method": "lvx"}
 
 
 def patched(model: Any, cross: dict[str, Any] = LVX) -> Any:
-    groups: Any = OneRank()
     config = ds_config(stage=0, sp_size=1, cross=cross, self_attn="ring")
-    return patch_model(model, LVXConfig.from_ds_config(config), groups)
-
-
-def insides(model: Any) -> dict[str, Any]:
-    """Everything a patch could leave behind, by module."""
-    return {
-        name: (
-            sorted(module.__dict__),
-            *map(dict, (module._forward_pre_hooks, module._forward_hooks)),
-        )
-        for name, module in model.named_modules()
-    }
+    return patched_by(config, model)
 
 
 def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
-    model, batch = tiny_model().eval(), hard_batch()
-    before, expected = insides(model), model(**batch)
-    patch = patched(model)
-    copied = copy.deepcopy(model)
-    out = model(**batch)
-    assert torch.equal(out.logits, expected.logits)
-    assert torch.equal(out.loss, expected.loss)
-    patch.unpatch()
-    assert insides(model) == before
-    for parameter in copied.parameters():
-        parameter.data.mul_(1.1)
-        parameter.requires_grad_(False)
-    changed = tiny_model().eval()
-    for parameter in changed.parameters():
-        parameter.data.mul_(1.1)
-    theirs = copied(**shard_batch(batch, model=copied))
-    torch.testing.assert_close(theirs.loss, changed(**batch).loss)
+    assert_given_back(tiny_model, hard_batch(), patched)
 
 
 def test_additional_vocabulary_has_a_loss() -> None:

@@ -5,35 +5,27 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from ds_lvx.compare.case import (
-    Setting,
-    build_model,
     cut,
-    ds_config,
-    make_batch,
-    part_of,
     random_case,
 )
-from ds_lvx.config import LVXConfig
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import patch_model
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.launch.finetune_runs import write_config
 from tests.models import idefics_case
+from tests.models.alone_case import patched_by
+from tests.models.compare_case import compared, parts_of
+from tests.models.files_case import first_loss, whole_batches, write_samples
 from tests.models.idefics_case import tiny_model
-from tests.models.moss_vl_case import OneRank
-from tests.ranks import run_ranks
 
 FAKE = "<fake_token_around_image>"
 
@@ -44,28 +36,12 @@ def write_checkpoint(folder: Path) -> Path:
     own.save_pretrained(folder)
     added = {"vocab_size": len(own.tokenizer) - 2, "additional_vocab_size": 2}
     tiny_model(**added, max_position_embeddings=512).save_pretrained(folder)
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (40, 24))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="It is green."),
-    )
-    return folder
+    return write_samples(folder, answer="It is green.")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("idefics"))
-
-
-def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:
-    """Every sample with all its frames, as one process takes it."""
-    source = Source.of(str(folder))
-    encoder = TextEncoder(source.processor, 512, family=source.family)
-    maker = BatchMaker(encoder, FrameRate(count=frames), owned=range)
-    conversations = read_conversations(folder / "train.jsonl")
-    return [dict(maker.batch([each]).inputs) for each in conversations]
 
 
 def test_text_pixels_and_mask_are_those_of_the_model_s_processor(folder: Path) -> None:
@@ -93,19 +69,11 @@ def test_a_comparison_trains_a_model_of_random_weights() -> None:
     case = cut(random_case("idefics"), hidden=256, cross_layers=1, self_layers=2, vision_layers=1)
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 28}
     case = replace(case, **sizes, vocabulary=96, text_tokens=8)
-    model = build_model(case, dtype=torch.float32)
-    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
-    config = ds_config(Setting("lvx", True, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].kv_lengths == (2 * case.frame_tokens,)
-    model(**shard).loss.backward()
+    model, layout = compared(case, frames=2, method="lvx", recompute=True)
+    assert layout.kv_lengths == (2 * case.frame_tokens,)
     silent = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert all("post_layernorm" in name for name in silent)
-    regions = case.contract().regions()
-    parts = {part_of(name, regions) for name, _ in model.named_parameters()}
-    assert parts == {"cross_attention", "text", "vision"}
+    assert parts_of(model, case) == {"cross_attention", "text", "vision"}
 
 
 def test_a_tiny_one_is_made_of_nothing(folder: Path) -> None:
@@ -113,8 +81,7 @@ def test_a_tiny_one_is_made_of_nothing(folder: Path) -> None:
     source.check_tokenizer()
     model = source.load(torch.float32)
     config = idefics_case.ds_config(stage=0, sp_size=1, cross={"method": "lvx"}, self_attn="ring")
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    patched_by(config, model)
     gates = [p for name, p in model.named_parameters() if "alpha_" in name]
     assert len(gates) == 4
     assert all(bool((gate == 0.5).all()) for gate in gates)
@@ -131,19 +98,7 @@ def test_a_tiny_one_is_made_of_nothing(folder: Path) -> None:
 def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     config = json.loads(Path(write_config(tmp_path / "ds.json", stage=3)).read_text())
     config["ds_lvx"]["layers"][2]["match"] = FAMILIES.named("idefics").patterns["self"]
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 3,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, 2, *arguments(**given))
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    loss = first_loss(folder, tmp_path, config, frames=3)
     source = Source.of(str(folder))
     start = []
     for batch in whole_batches(folder, frames=3):

@@ -6,53 +6,25 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
-from ds_lvx.data.text import TextEncoder
 from ds_lvx.models.media import Medium
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics
 from tests.models.concatenated_case import rules
-from tests.ranks import run_ranks
+from tests.models.files_case import first_loss, maker_of, whole_batches, write_tiny
 
 NAME = "internvl"
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """A checkpoint, and two samples."""
-    family = FAMILIES.named(NAME)
-    config, processor = family.tiny()
-    torch.manual_seed(2)
-    family.build(config, gate=1.0, dtype=torch.float32).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (60, 20))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="Yes"),
-    )
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp(NAME))
-
-
-def maker_of(folder: Path, *, frames: int, deal: Any = None) -> BatchMaker:
-    source = Source.of(str(folder))
-    encoder = TextEncoder(source.processor, 2048, family=source.family)
-    return BatchMaker(encoder, FrameRate(count=frames), owned=range, deal=deal)
+    return write_tiny(tmp_path_factory.mktemp(NAME), NAME, sides=(60, 20))
 
 
 def test_an_image_has_tiles_and_a_frame_is_one(folder: Path) -> None:
@@ -107,23 +79,7 @@ def test_each_rank_decodes_its_own_tiles(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "ds.json").write_text(json.dumps(rules(NAME, "lvx", 2, 3)))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 7,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, 2, *arguments(**given))
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
-    source, maker = Source.of(str(folder)), maker_of(folder, frames=7)
-    model = source.load(torch.float32)
-    start = [
-        model(**maker.batch([conversation]).inputs).loss.item()
-        for conversation in read_conversations(folder / "train.jsonl")
-    ]
+    loss = first_loss(folder, tmp_path, rules(NAME, "lvx", 2, 3), frames=7)
+    model = Source.of(str(folder)).load(torch.float32)
+    start = [model(**batch).loss.item() for batch in whole_batches(folder, frames=7)]
     assert loss in [pytest.approx(each, abs=1e-5) for each in start]

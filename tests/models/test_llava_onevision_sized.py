@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from ds_lvx.compare.case import Setting, build_model, cut, ds_config, make_batch, random_case
-from ds_lvx.config import LVXConfig
-from ds_lvx.models import FAMILIES, patch_model
-from ds_lvx.sharding import shard_batch
+from ds_lvx.compare.case import cut, random_case
+from ds_lvx.models import FAMILIES
+from tests.models.compare_case import compared
 from tests.models.llava_onevision_case import UNUSED
-from tests.models.moss_vl_case import OneRank
 
 NAME = "llava_onevision"
 
@@ -22,14 +19,8 @@ def test_a_comparison_trains_a_model_of_random_weights() -> None:
     assert (case.heads, case.kv_heads, case.self_layers, case.frame_tokens) == (2, 2, 0, 196)
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 16}
     case = replace(case, **sizes, patch_size=4, vocabulary=96, text_tokens=8, mlp=64)
-    model = build_model(case, dtype=torch.float32)
-    batch = make_batch(case, frames=range(3), total=3, dtype=torch.float32)
-    config = ds_config(Setting("ring", False, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].text_lengths == (3 * 4 + 1 + 8,)
-    model(**shard).loss.backward()
+    model, layout = compared(case, frames=3, method="ring")
+    assert layout.text_lengths == (3 * 4 + 1 + 8,)
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert all(UNUSED in name for name in silent), silent
 

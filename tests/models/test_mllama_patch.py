@@ -17,6 +17,7 @@ from ds_lvx.models import FAMILIES, family_of, patch_model
 from ds_lvx.models.layers import make_plans, table
 from ds_lvx.models.patch import is_patched, scale_gradient, unpatch
 from ds_lvx.sharding import shard_batch
+from tests.models.alone_case import insides, patched_by
 from tests.models.mllama_case import (
     VISION_RULE,
     Batch,
@@ -35,30 +36,8 @@ MLLAMA = FAMILIES.named("mllama")
 LVX = ds_config(stage=0, sp_size=1, cross={"method": "lvx"}, self_attn="ring")
 
 
-class _OneRank:
-    """Stands for the groups of a single process without ``torch.distributed``."""
-
-    sp_size = 1
-
-
 def patched(model: nn.Module) -> Any:
-    groups: Any = _OneRank()
-    return patch_model(model, LVXConfig.from_ds_config(LVX), groups)
-
-
-def insides(model: nn.Module) -> dict[str, Any]:
-    """Everything a patch could leave behind, by module."""
-    return {
-        name: (
-            type(module),
-            sorted(module.__dict__),
-            dict(module._forward_pre_hooks),
-            dict(module._forward_pre_hooks_with_kwargs),
-            dict(module._forward_hooks),
-            dict(module._forward_hooks_with_kwargs),
-        )
-        for name, module in model.named_modules()
-    }
+    return patched_by(LVX, model)
 
 
 def test_names_class_and_state_stay_and_unpatch_leaves_nothing(tmp_path: Path) -> None:
@@ -269,11 +248,9 @@ def test_a_model_of_no_supported_family() -> None:
 
 def test_rotary_frequencies_that_follow_the_length() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    groups: Any = _OneRank()
-    groups.sp_size = 2
     config = ds_config(stage=0, sp_size=2, cross={"method": "lvx"}, self_attn="ring")
     with pytest.raises(NotImplementedError, match='rope_type "dynamic"'):
-        patch_model(tiny_model(rope_parameters=rope), LVXConfig.from_ds_config(config), groups)
+        patched_by(config, tiny_model(rope_parameters=rope), sp_size=2)
 
 
 # ---- forwards that are refused

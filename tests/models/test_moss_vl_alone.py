@@ -2,57 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 from typing import Any
 
 import pytest
 import torch
 
-from ds_lvx.config import LVXConfig
-from ds_lvx.models import FAMILIES, patch_model
+from ds_lvx.models import FAMILIES
 from ds_lvx.models.draft import Draft
 from ds_lvx.sharding import draft_batch, shard_batch
-from tests.models.moss_vl_case import Batch, OneRank, ds_config, hard_batch, tiny_model
+from tests.models.alone_case import assert_given_back, patched_by
+from tests.models.moss_vl_case import Batch, ds_config, hard_batch, tiny_model
 
 LVX = ds_config(stage=0, sp_size=1, cross={"method": "lvx"}, self_attn="ring")
 
 
 def patched(model: Any) -> Any:
-    groups: Any = OneRank()
-    return patch_model(model, LVXConfig.from_ds_config(LVX), groups)
-
-
-def insides(model: Any) -> dict[str, Any]:
-    """Everything a patch could leave behind, by module."""
-    return {
-        name: (
-            sorted(module.__dict__),
-            *map(dict, (module._forward_pre_hooks, module._forward_hooks)),
-        )
-        for name, module in model.named_modules()
-    }
+    return patched_by(LVX, model)
 
 
 def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
-    model, batch = tiny_model().eval(), hard_batch()
-    before, expected = insides(model), model(**batch)
-    patch = patched(model)
-    model(**shard_batch(batch, model=model))  # and what it leaves behind
-    copied = copy.deepcopy(model)
-    out = model(**batch)
-    assert torch.equal(out.logits, expected.logits)
-    assert torch.equal(out.loss, expected.loss)
-    patch.unpatch()
-    assert insides(model) == before
-    for parameter in copied.parameters():
-        parameter.data.mul_(1.1)
-
-    changed = tiny_model().eval()
-    for parameter in changed.parameters():
-        parameter.data.mul_(1.1)
-    theirs = copied(**shard_batch(batch, model=copied))
-    torch.testing.assert_close(theirs.loss, changed(**batch).loss)
+    assert_given_back(tiny_model, hard_batch(), patched)
 
 
 def without(batch: Batch, key: str) -> Batch:

@@ -15,23 +15,20 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ds_lvx.compare.case import Setting, build_model, case_of, ds_config, make_batch, part_of
-from ds_lvx.config import LVXConfig
+from ds_lvx.compare.case import case_of
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.frames import choose, probe
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import patch_model
 from ds_lvx.models.moss_vl.checkpoint import restore_frequencies
 from ds_lvx.models.moss_vl.grid import Grid
-from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.launch.finetune_runs import write_config
 from tests.models import moss_vl_double, moss_vl_double_places, moss_vl_double_vision
+from tests.models.compare_case import compared, parts_of
+from tests.models.files_case import first_loss, write_samples
 from tests.models.mllama_case import reference_steps
-from tests.models.moss_vl_case import OneRank, tiny_model
-from tests.ranks import run_ranks
+from tests.models.moss_vl_case import tiny_model
 
 SPECIAL = (
     "vision_start",
@@ -82,14 +79,7 @@ def write_checkpoint(folder: Path) -> Path:
     model._tied_weights_keys = {}
     model.save_pretrained(folder)
     write_code(folder)
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (40, 24))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="It is green."),
-    )
-    return folder
+    return write_samples(folder, answer="It is green.")
 
 
 @pytest.fixture(scope="module")
@@ -157,19 +147,7 @@ def test_finetune_trains_a_checkpoint_with_code_of_its_own(
     precision = {"bf16": {"enabled": bf16}}
     config = json.loads(Path(write_config(tmp_path / "ds.json", stage=3, **precision)).read_text())
     config["ds_lvx"]["layers"][0]["match"] = "*visual*"
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 3,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, 2, *arguments(**given), "--trust_remote_code")
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    loss = first_loss(folder, tmp_path, config, "--trust_remote_code", frames=3)
     batches = whole_batches(folder, frames=3)
     source = Source.of(str(folder), trust_remote_code=True)
     start = [reference_steps([[batch]], source.load(torch.float32))["losses"] for batch in batches]
@@ -223,17 +201,10 @@ def test_there_is_no_tiny_one(folder: Path) -> None:
 def test_a_comparison_trains_a_checkpoint(folder: Path) -> None:
     """On one rank: its frames have the tokens that the report says."""
     case = replace(case_of(str(folder), trust_remote_code=True), image_size=32)
-    model = build_model(case, checkpoint=str(folder), dtype=torch.float32)
-    batch = make_batch(case, frames=range(3), total=3, dtype=torch.float32)
-    config = ds_config(Setting("lvx", True, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].kv_lengths == (3 * case.frame_tokens,)
-    model(**shard).loss.backward()
+    model, layout = compared(case, frames=3, method="lvx", recompute=True, checkpoint=str(folder))
+    assert layout.kv_lengths == (3 * case.frame_tokens,)
     assert all(parameter.grad is not None for parameter in model.parameters())
-    regions = case.contract().regions()
-    assert {part_of(name, regions) for name, _ in model.named_parameters()} == {
+    assert parts_of(model, case) == {
         "cross_attention",
         "text",
         "vision",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -14,45 +13,19 @@ from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import draft_batch, shard_batch
-from tests.models.moss_vl_case import OneRank
+from tests.models.alone_case import assert_given_back, patched_by
 from tests.models.mplugowl3_case import ds_config, hard_batch, tiny_model
 
 LVX: dict[str, Any] = {"method": "lvx"}
 
 
 def patched(model: Any, hyper: dict[str, Any] = LVX) -> Any:
-    groups: Any = OneRank()
     config = ds_config(stage=0, sp_size=1, cross=hyper, self_attn="ring")
-    return patch_model(model, LVXConfig.from_ds_config(config), groups)
-
-
-def insides(model: Any) -> dict[str, Any]:
-    """Everything a patch could leave behind, by module."""
-    return {
-        name: (
-            sorted(module.__dict__),
-            *map(dict, (module._forward_pre_hooks, module._forward_hooks)),
-        )
-        for name, module in model.named_modules()
-    }
+    return patched_by(config, model)
 
 
 def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
-    model, batch = tiny_model().eval(), hard_batch()
-    before, expected = insides(model), model(**batch)
-    patch = patched(model)
-    copied = copy.deepcopy(model)
-    out = model(**batch)
-    assert torch.equal(out.logits, expected.logits)
-    assert torch.equal(out.loss, expected.loss)
-    patch.unpatch()
-    assert insides(model) == before
-    changed = tiny_model().eval()
-    for parameter in (*copied.parameters(), *changed.parameters()):
-        parameter.data.mul_(1.1)
-    with torch.no_grad():
-        theirs = copied(**shard_batch(batch, model=copied))
-        torch.testing.assert_close(theirs.loss, changed(**batch).loss)
+    assert_given_back(tiny_model, hard_batch(), patched)
 
 
 @pytest.mark.parametrize("method", ["ulysses", "auto"])

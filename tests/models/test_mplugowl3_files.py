@@ -14,22 +14,19 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ds_lvx.compare.case import Setting, build_model, case_of, ds_config, make_batch, part_of
-from ds_lvx.config import LVXConfig
+from ds_lvx.compare.case import case_of
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import FAMILIES, patch_model
+from ds_lvx.models import FAMILIES
 from ds_lvx.models.mplugowl3.processor import media_text
-from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.launch.finetune_runs import write_config
 from tests.models import mplugowl3_double
+from tests.models.compare_case import compared, parts_of
+from tests.models.files_case import first_loss, whole_batches, write_samples
 from tests.models.mllama_case import reference_steps
-from tests.models.moss_vl_case import OneRank
 from tests.models.mplugowl3_case import SIZE, tiny_model
-from tests.ranks import run_ranks
 
 SPECIAL = ("image", "start_video_frame", "end_video_frame", "im_start", "im_end", "endoftext")
 CODE = "modeling_mplugowl3"
@@ -56,14 +53,7 @@ def write_checkpoint(folder: Path) -> Path:
         "AutoModelForCausalLM": f"{CODE}.mPLUGOwl3Model",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (40, 24))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="It is green."),
-    )
-    return folder
+    return write_samples(folder, answer="It is green.")
 
 
 @pytest.fixture(scope="module")
@@ -75,22 +65,13 @@ def source_of(folder: Path) -> Source:
     return Source.of(str(folder), trust_remote_code=True)
 
 
-def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:
-    """Every sample with all its frames, as one process takes it."""
-    source = source_of(folder)
-    encoder = TextEncoder(source.processor, 512, family=source.family)
-    maker = BatchMaker(encoder, FrameRate(count=frames), owned=range)
-    conversations = read_conversations(folder / "train.jsonl")
-    return [dict(maker.batch([each]).inputs) for each in conversations]
-
-
 def for_the_model(batch: dict[str, Any]) -> dict[str, Any]:
     """Without what is ours."""
     return {key: value for key, value in batch.items() if key != "images_per_sample"}
 
 
 def test_text_and_offsets_are_those_of_the_model_s_processor(folder: Path) -> None:
-    first, second = whole_batches(folder, frames=3)
+    first, second = whole_batches(folder, frames=3, trust_remote_code=True)
     processor = source_of(folder).processor
     ids = second["input_ids"][0]
     frames = f"<|start_video_frame|>{'<|image|>' * 3}<|end_video_frame|>"
@@ -142,7 +123,7 @@ def test_samples_of_unequal_frames_share_a_batch(folder: Path) -> None:
 
 def test_a_loaded_model_computes_what_the_saved_one_did(folder: Path) -> None:
     """transformers leaves buffers that no checkpoint holds uninitialised."""
-    (batch, _) = whole_batches(folder, frames=3)
+    (batch, _) = whole_batches(folder, frames=3, trust_remote_code=True)
     source = source_of(folder)
     saved = tiny_model(vocab_size=len(source.processor.tokenizer))
     loaded = source.load(torch.float32)
@@ -166,19 +147,11 @@ def test_code_for_another_transformers_is_named(folder: Path, tmp_path: Path) ->
 def test_a_comparison_trains_a_checkpoint(folder: Path) -> None:
     """On one rank: its frames have the tokens that the report says."""
     case = case_of(str(folder), trust_remote_code=True)
-    model = build_model(case, checkpoint=str(folder), dtype=torch.float32)
-    batch = make_batch(case, frames=range(3), total=3, dtype=torch.float32)
-    config = ds_config(Setting("lvx", True, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].kv_lengths == (3 * case.frame_tokens,)
-    model(**shard).loss.backward()
+    model, layout = compared(case, frames=3, method="lvx", recompute=True, checkpoint=str(folder))
+    assert layout.kv_lengths == (3 * case.frame_tokens,)
     silent = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert all("encoder.layers.2." in name for name in silent)  # which the model does not use
-    regions = case.contract().regions()
-    parts = {part_of(name, regions) for name, _ in model.named_parameters()}
-    assert parts == {"cross_attention", "text", "vision"}
+    assert parts_of(model, case) == {"cross_attention", "text", "vision"}
     with pytest.raises(ValueError, match="'mplugowl3', a family without models of random"):
         case_of("mplugowl3")
 
@@ -189,23 +162,11 @@ def test_finetune_trains_a_checkpoint_with_code_of_its_own(folder: Path, tmp_pat
     patterns = FAMILIES.named("mplugowl3").patterns
     for rule, kind in zip(config["ds_lvx"]["layers"], ("local", "cross", "self"), strict=True):
         rule["match"] = patterns[kind]
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 3,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, 2, *arguments(**given), "--trust_remote_code")
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    loss = first_loss(folder, tmp_path, config, "--trust_remote_code", frames=3)
     source = source_of(folder)
     start = [
         reference_steps([[for_the_model(batch)]], source.load(torch.float32))["losses"][0][0]
-        for batch in whole_batches(folder, frames=3)
+        for batch in whole_batches(folder, frames=3, trust_remote_code=True)
     ]
     assert loss in [pytest.approx(each, abs=1e-5) for each in start]
     trained = source_of(tmp_path / "out" / "model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -13,56 +12,30 @@ from transformers.models.mpt.modeling_mpt import MptAttention, build_mpt_alibi_t
 
 from ds_lvx.attention.replay import recording
 from ds_lvx.compare.case import part_of
-from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.channel import Channel
-from ds_lvx.models import FAMILIES, family_of, patch_model
+from ds_lvx.models import FAMILIES, family_of
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.openflamingo.attention import Attention
 from ds_lvx.models.openflamingo.mpt import SelfAttention, carrying, columns
 from ds_lvx.models.text import Text
 from ds_lvx.sharding import shard_batch
-from tests.models.moss_vl_case import OneRank
+from tests.models.alone_case import assert_given_back, patched_by
 from tests.models.openflamingo_case import all_before, ds_config, hard_batch, tiny_model
 
 
 def patched(model: Any, *, sp_size: int = 1) -> Any:
-    groups: Any = OneRank()
-    groups.sp_size = sp_size
     cross = {"method": "lvx"}
     config = ds_config(stage=0, sp_size=sp_size, cross=cross, self_attn="ring")
-    return patch_model(model, LVXConfig.from_ds_config(config), groups)
-
-
-def insides(model: Any) -> dict[str, Any]:
-    """Everything a patch could leave behind, by module."""
-    return {
-        name: (
-            sorted(module.__dict__),
-            *map(dict, (module._forward_pre_hooks, module._forward_hooks)),
-        )
-        for name, module in model.named_modules()
-    }
+    return patched_by(config, model, sp_size=sp_size)
 
 
 def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
-    model, batch = tiny_model().eval(), hard_batch()
-    model(**batch)
-    before, expected = insides(model), model(**batch)
-    patch = patched(model)
-    copied = copy.deepcopy(model)
-    out = model(**batch)
-    assert torch.equal(out.logits, expected.logits)
-    model(**shard_batch(batch, model=model))
-    layers = model.lang_encoder._get_decoder_layers()
-    assert all(layer.vis_x is None and layer.media_locations is None for layer in layers)
-    patch.unpatch()
-    assert insides(model) == before
-    changed = tiny_model().eval()
-    for parameter in (*copied.parameters(), *changed.parameters()):
-        parameter.data.mul_(1.1)
-    theirs = copied(**shard_batch(batch, model=copied))
-    torch.testing.assert_close(theirs.loss, changed(**batch).loss)
+    def holds_nothing(model: Any) -> None:
+        layers = model.lang_encoder._get_decoder_layers()
+        assert all(layer.vis_x is None and layer.media_locations is None for layer in layers)
+
+    assert_given_back(tiny_model, hard_batch(), patched, behind=holds_nothing)
 
 
 def test_a_model_without_a_config_is_known_by_its_class() -> None:
@@ -161,10 +134,9 @@ def test_a_model_that_cannot_be_sharded_is_refused(change: Any, words: str) -> N
 
 
 def projecting_again(model: Any) -> None:
-    groups: Any = OneRank()
     config = ds_config(stage=0, sp_size=1, cross={"method": "lvx"}, self_attn="lvx")
     config["ds_lvx"]["layers"][-1]["recompute_kv"] = True
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    patched_by(config, model)
 
 
 def test_what_is_projected_together_is_not_projected_again() -> None:

@@ -23,19 +23,12 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ds_lvx.compare.case import (
-    Setting,
-    build_model,
     cut,
-    ds_config,
-    make_batch,
-    part_of,
     random_case,
 )
-from ds_lvx.config import LVXConfig
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import patch_model
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
 from ds_lvx.models.openflamingo.convert import main
 from ds_lvx.models.openflamingo.model import VisionEncoder
@@ -43,12 +36,12 @@ from ds_lvx.models.registry import FAMILIES
 from ds_lvx.plan import models as planned
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.launch.finetune_runs import write_config
 from tests.models import openflamingo_case
-from tests.models.moss_vl_case import OneRank
+from tests.models.alone_case import patched_by
+from tests.models.compare_case import compared, parts_of
+from tests.models.files_case import first_loss, whole_batches, write_samples
 from tests.models.openflamingo_case import SIZE, LlamaFlamingo, Model, MptFlamingo, NeoXFlamingo
-from tests.ranks import run_ranks
 
 ROWS = 260  # bytes, <pad>, <|endoftext|>, and the package's two tokens
 IMAGE = ROWS - 1
@@ -117,28 +110,12 @@ def write_checkpoint(parts: Path) -> Path:
     """A converted checkpoint, and two samples."""
     write_parts(parts, "gpt_neox")
     folder = converted(parts)
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (40, 24))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="It is green."),
-    )
-    return folder
+    return write_samples(folder, answer="It is green.")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("openflamingo"))
-
-
-def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:
-    """Every sample with all its frames, as one process takes it."""
-    source = Source.of(str(folder))
-    encoder = TextEncoder(source.processor, 512, family=source.family)
-    maker = BatchMaker(encoder, FrameRate(count=frames), owned=range)
-    conversations = read_conversations(folder / "train.jsonl")
-    return [dict(maker.batch([each]).inputs) for each in conversations]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -196,19 +173,11 @@ def test_a_comparison_trains_a_model_of_random_weights() -> None:
     )
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 28}
     case = replace(case, **sizes, vocabulary=96, text_tokens=8)
-    model = build_model(case, dtype=torch.float32)
-    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
-    config = ds_config(Setting("lvx", True, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].kv_lengths == (2 * case.frame_tokens,)
-    model(**shard).loss.backward()
+    model, layout = compared(case, frames=2, method="lvx", recompute=True)
+    assert layout.kv_lengths == (2 * case.frame_tokens,)
     silent = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert all(name.startswith("vision_encoder.") for name in silent)
-    regions = case.contract().regions()
-    parts = {part_of(name, regions) for name, _ in model.named_parameters()}
-    assert parts == {"cross_attention", "text", "vision"}
+    assert parts_of(model, case) == {"cross_attention", "text", "vision"}
 
 
 def test_a_tiny_one_is_made_of_nothing(folder: Path) -> None:
@@ -223,8 +192,7 @@ def test_a_tiny_one_is_made_of_nothing(folder: Path) -> None:
     conversations = read_conversations(folder / "train.jsonl")
     batch = dict(maker.batch([conversations[1]]).inputs)
     expected = model(**batch).loss
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    patched_by(config, model)
     loss = model(**shard_batch(batch, model=model, frames="local")).loss
     torch.testing.assert_close(loss, expected)
     loss.backward()
@@ -242,19 +210,7 @@ def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     patterns = FAMILIES.named("openflamingo").patterns
     for rule, kind in zip(config["ds_lvx"]["layers"], ("local", "cross", "self"), strict=True):
         rule["match"] = patterns[kind]
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 3,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, 2, *arguments(**given))
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    loss = first_loss(folder, tmp_path, config, frames=3)
     model = Source.of(str(folder)).load(torch.float32)
     start = [model(**batch).loss.item() for batch in whole_batches(folder, frames=3)]
     assert loss in [pytest.approx(each, abs=1e-5) for each in start]

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,30 +13,25 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ds_lvx.compare.case import (
-    Setting,
-    build_model,
     cut,
-    ds_config,
-    make_batch,
-    part_of,
     random_case,
 )
-from ds_lvx.config import LVXConfig
-from ds_lvx.data.batch import BatchMaker, FrameRate
+from ds_lvx.data.batch import FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import patch_model
 from ds_lvx.models.media import Medium
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.asking import Prompts
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics
+from tests.data.media import chat, write_jsonl
+from tests.launch.finetune_runs import arguments
 from tests.launch.test_generate import run_chat
+from tests.models.compare_case import compared, parts_of
 from tests.models.concatenated_case import rules
-from tests.models.moss_vl_case import OneRank
+from tests.models.files_case import first_loss, maker_of, whole_batches, write_tiny
+from tests.models.qwen2_5_vl_case import types_by
 from tests.ranks import run_ranks
 
 NAME = "qwen2_5_vl"
@@ -45,30 +39,12 @@ NAME = "qwen2_5_vl"
 
 def write_checkpoint(folder: Path, name: str = NAME) -> Path:
     """A checkpoint, and two samples."""
-    family = FAMILIES.named(name)
-    config, processor = family.tiny()
-    torch.manual_seed(2)
-    family.build(config, gate=1.0, dtype=torch.float32).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (40, 24))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="Yes"),
-    )
-    return folder
+    return write_tiny(folder, name)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp(NAME))
-
-
-def maker_of(folder: Path, *, frames: int, deal: Any = None) -> BatchMaker:
-    source = Source.of(str(folder))
-    encoder = TextEncoder(source.processor, 2048, family=source.family)
-    return BatchMaker(encoder, FrameRate(count=frames), owned=range, deal=deal)
 
 
 def test_pixels_are_those_of_the_model_s_processor(folder: Path) -> None:
@@ -138,18 +114,10 @@ def test_a_comparison_trains_a_model_of_random_weights() -> None:
     assert (case.heads, case.kv_heads, case.self_layers, case.frame_tokens) == (2, 2, 0, 256)
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "patch_size": 2}
     case = replace(case, **sizes, vocabulary=96, text_tokens=8, mlp=64)
-    model = build_model(case, dtype=torch.float32)
-    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
-    config = ds_config(Setting("ring", False, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].text_lengths == (2 * 256 + 9,)
-    model(**shard).loss.backward()
+    model, layout = compared(case, frames=2, method="ring")
+    assert layout.text_lengths == (2 * 256 + 9,)
     assert all(parameter.grad.any() for _, parameter in model.named_parameters())
-    regions = case.contract().regions()
-    parts = {part_of(name, regions) for name, _ in model.named_parameters()}
-    assert parts == {"cross_attention", "text", "vision"}
+    assert parts_of(model, case) == {"cross_attention", "text", "vision"}
 
 
 def test_a_checkpoint_has_a_size() -> None:
@@ -166,7 +134,7 @@ def answer(folder: Path, data: Path, *, frames: int, tokens: int) -> str:
     prompts = Prompts(encoder, FrameRate(count=frames), owned=range)
     batch = dict(prompts.batch(read_conversations(data)[:1]).inputs)
     ids, config = batch["input_ids"], source.config
-    types = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
+    types = types_by(ids, config)
     model = source.load(torch.float32).eval()
     del batch["labels"]
     words = {"max_new_tokens": tokens, "do_sample": False, **prompts.ending(model)}
@@ -216,35 +184,24 @@ def test_finetune_trains_a_checkpoint(tmp_path: Path, name: str, ranks: int) -> 
     folder = tmp_path / "start"
     folder.mkdir()
     write_checkpoint(folder, name)
-    (tmp_path / "ds.json").write_text(json.dumps(rules(name, "lvx", ranks, 3)))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 7,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-        "eval_data": folder / "train.jsonl",
-        "eval_steps": 1,
-        "eval_generate": 1,
-        "eval_new_tokens": 5,
-    }
-    run_ranks(finetune, ranks, *arguments(**given))
+    loss = first_loss(
+        folder,
+        tmp_path,
+        rules(name, "lvx", ranks, 3),
+        frames=7,
+        ranks=ranks,
+        eval_data=folder / "train.jsonl",
+        eval_steps=1,
+        eval_generate=1,
+        eval_new_tokens=5,
+    )
     (row,) = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
     saved = tmp_path / "out" / "model"
     found = answer(saved, folder / "train.jsonl", frames=7, tokens=5)
     assert json.loads(row)["answer"] == found
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
-    source = Source.of(str(folder))
-    maker = maker_of(folder, frames=7)
-    start = []
-    for conversation in read_conversations(folder / "train.jsonl"):
-        batch = dict(maker.batch([conversation]).inputs)
-        ids = batch["input_ids"]
-        types = (ids == source.config.image_token_id).long()
-        types += 2 * (ids == source.config.video_token_id).long()
+    source, start = Source.of(str(folder)), []
+    for batch in whole_batches(folder, frames=7):
+        types = types_by(batch["input_ids"], source.config)
         model = source.load(torch.float32)
         start.append(model(**batch, mm_token_type_ids=types).loss.item())
     assert loss in [pytest.approx(each, abs=1e-5) for each in start]

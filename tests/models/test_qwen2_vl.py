@@ -10,14 +10,12 @@ import pytest
 import torch
 
 from ds_lvx import owned
-from ds_lvx.compare.case import Setting, build_model, cut, ds_config, make_batch, random_case
-from ds_lvx.config import LVXConfig
-from ds_lvx.models import patch_model
+from ds_lvx.compare.case import cut, random_case
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
 from tests.models import concatenated_case as case
+from tests.models.compare_case import compared
 from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
-from tests.models.moss_vl_case import OneRank
 from tests.models.qwen2_vl_case import (
     hard_batch,
     left_padded,
@@ -89,12 +87,7 @@ def test_a_comparison_trains_a_model_of_random_weights() -> None:
     assert (given.heads, given.kv_heads, given.frame_tokens) == (2, 2, 256)
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "patch_size": 2}
     given = replace(given, **sizes, vocabulary=96, text_tokens=8, mlp=64)
-    model = build_model(given, dtype=torch.float32)
-    batch = make_batch(given, frames=range(1), total=1, dtype=torch.float32)
-    groups: Any = OneRank()
-    config = ds_config(Setting("ring", False, False), given, ranks=1)
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    model(**shard_batch(batch, model=model, frames="local")).loss.backward()
+    model, _ = compared(given, frames=1, method="ring")
     assert all(parameter.grad.any() for _, parameter in model.named_parameters())
 
 

@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 
-from ds_lvx.config import LVXConfig
-from ds_lvx.models import patch_model
 from ds_lvx.sharding import shard_batch
+from tests.models.alone_case import assert_given_back, patched_by
 from tests.models.concatenated_case import rules
-from tests.models.moss_vl_case import OneRank
 from tests.models.qwen2_5_vl_case import WIDTH
 from tests.models.qwen3_vl_case import IMAGE, VIDEO, Batch, hard_batch, tiny_model
-from tests.models.test_t5gemma2_alone import insides
 
 
 def patched(model: Any, method: str = "ring") -> Any:
-    groups: Any = OneRank()
     config = rules("qwen3_vl", method, 1)
-    return patch_model(model, LVXConfig.from_ds_config(config), groups)
+    return patched_by(config, model)
 
 
 def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
-    model, batch = tiny_model().eval(), hard_batch()
-    before, expected = insides(model), model(**batch)
-    patch = patched(model)
-    copied = copy.deepcopy(model)
-    assert torch.equal(model(**batch).logits, expected.logits)
-    patch.unpatch()
-    assert insides(model) == before
-    for parameter in copied.parameters():
-        parameter.data.mul_(1.1)
-    changed = tiny_model().eval()
-    for parameter in changed.parameters():
-        parameter.data.mul_(1.1)
-    theirs = copied(**shard_batch(batch, model=copied))
-    torch.testing.assert_close(theirs.loss, changed(**batch).loss)
+    assert_given_back(tiny_model, hard_batch(), patched)
 
 
 def test_positions_that_the_model_makes_may_be_given() -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ds_lvx.config import LVXConfig
-from ds_lvx.models import FAMILIES, family_of, patch_model
+from ds_lvx.models import FAMILIES, family_of
 from ds_lvx.sharding import shard_batch
-from tests.models.moss_vl_case import OneRank
+from tests.models.alone_case import assert_given_back, patched_by
 from tests.models.qwen_vl_case import (
     ds_config,
     hard_batch,
@@ -20,14 +18,12 @@ from tests.models.qwen_vl_case import (
     one_image,
     tiny_model,
 )
-from tests.models.test_idefics_alone import insides
 
 
 def patched(model: Any, **rule: Any) -> Any:
-    groups: Any = OneRank()
     config = ds_config(stage=0, sp_size=1, self_attn="ring")
     config["ds_lvx"]["layers"][1].update(rule)
-    return patch_model(model, LVXConfig.from_ds_config(config), groups)
+    return patched_by(config, model)
 
 
 def own(batch: dict[str, Any]) -> dict[str, Any]:
@@ -35,19 +31,7 @@ def own(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
-    model, batch = tiny_model(), hard_batch()
-    before, expected = insides(model), model(**own(batch))
-    patch = patched(model)
-    copied = copy.deepcopy(model)
-    assert torch.equal(model(**own(batch)).logits, expected.logits)
-    patch.unpatch()
-    assert insides(model) == before
-    changed = tiny_model()
-    for each in (copied, changed):
-        for parameter in each.parameters():
-            parameter.data.mul_(1.1)
-    theirs = copied(**shard_batch(batch, model=copied))
-    torch.testing.assert_close(theirs.loss, changed(**own(batch)).loss)
+    assert_given_back(tiny_model, hard_batch(), patched, own=own)
 
 
 def test_what_stands_in_the_places_of_an_image_is_of_no_matter() -> None:

@@ -13,23 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
-from ds_lvx.compare.case import Setting, build_model, case_of, ds_config, make_batch, part_of
-from ds_lvx.config import LVXConfig
-from ds_lvx.data.batch import BatchMaker, FrameRate
+from ds_lvx.compare.case import case_of
+from ds_lvx.data.batch import FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import patch_model
 from ds_lvx.models.qwen_vl.processor import Processor
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.plan import models as planned
-from ds_lvx.sharding import shard_batch
 from ds_lvx.training.asking import Prompts
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.launch.finetune_runs import write_config
 from tests.launch.test_generate import run
 from tests.models import qwen_vl_double
-from tests.models.moss_vl_case import OneRank
+from tests.models.compare_case import compared, parts_of
+from tests.models.files_case import first_loss, whole_batches, write_samples
 from tests.models.qwen_vl_case import PLACES, SIDE, tiny_model
 from tests.ranks import run_ranks
 
@@ -63,14 +60,7 @@ def write_checkpoint(folder: Path, *, queries: int = PLACES) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     rows = (f"{b64encode(token).decode()} {rank}\n" for rank, token in enumerate(TABLE))
     (folder / "qwen.tiktoken").write_text("".join(rows))
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (40, 24))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="It is green."),
-    )
-    return folder
+    return write_samples(folder, answer="It is green.")
 
 
 @pytest.fixture(scope="module")
@@ -82,22 +72,13 @@ def source_of(folder: Path) -> Source:
     return Source.of(str(folder), trust_remote_code=True)
 
 
-def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:
-    """Every sample with all its frames, as one process takes it."""
-    source = source_of(folder)
-    encoder = TextEncoder(source.processor, 512, family=source.family)
-    maker = BatchMaker(encoder, FrameRate(count=frames), owned=range)
-    conversations = read_conversations(folder / "train.jsonl")
-    return [dict(maker.batch([each]).inputs) for each in conversations]
-
-
 def test_text_is_what_the_model_s_code_writes(folder: Path) -> None:
     source = source_of(folder)
     source.check_tokenizer()
     tokenizer = source.processor.tokenizer
     assert tokenizer("a rabbit")["input_ids"] == [97, 256, 258, 105, 116]
     assert tokenizer("abb")["input_ids"] == [258]
-    _, second = whole_batches(folder, frames=2)
+    _, second = whole_batches(folder, frames=2, trust_remote_code=True)
     images = [f"Picture {n}: <img>{'<imgpad>' * PLACES}</img>\n" for n in (1, 2, 3)]
     assert tokenizer.decode(second["input_ids"][0]) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -126,29 +107,22 @@ def test_a_comparison_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     plan = planned.model(str(whole))
     assert (plan.cross.count, plan.cross.mlp, plan.frame_tokens, plan.tower.mlp) == (2, 24, 256, 24)
     case = replace(case_of(str(whole), trust_remote_code=True), text_tokens=8)
-    model = build_model(case, checkpoint=str(whole), dtype=torch.float32)
-    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
-    config = ds_config(Setting("lvx", False, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].text.kv_lengths == (2 * 258 + 8,)
-    model(**shard).loss.backward()
-    parts = {part_of(name, case.contract().regions()) for name, _ in model.named_parameters()}
-    assert parts == {"cross_attention", "text", "vision"}
+    model, layout = compared(case, frames=2, method="lvx", checkpoint=str(whole))
+    assert layout.text.kv_lengths == (2 * 258 + 8,)
+    assert parts_of(model, case) == {"cross_attention", "text", "vision"}
     assert model.transformer.visual.attn_pool.query.grad.abs().max() > 0
 
 
-def write_ds_config(path: Path, *, stage: int) -> str:
+def ds_config_of(tmp_path: Path, *, stage: int) -> dict[str, Any]:
     """A config whose rules are for this model's layers."""
-    config = json.loads(Path(write_config(path, stage=stage)).read_text())
+    config: dict[str, Any]
+    config = json.loads(Path(write_config(tmp_path / "ds.json", stage=stage)).read_text())
     patterns = FAMILIES.named("qwen").patterns
     config["ds_lvx"]["layers"] = [
         {"match": patterns["local"], "method": "none"},
         {"match": patterns["self"], "method": "ulysses"},
     ]
-    path.write_text(json.dumps(config))
-    return str(path)
+    return config
 
 
 def loaded(folder: Path, batch: dict[str, Any]) -> Any:
@@ -161,7 +135,8 @@ def loaded(folder: Path, batch: dict[str, Any]) -> Any:
 
 @pytest.mark.slow
 def test_generate_asks_a_checkpoint_with_code_of_its_own(folder: Path, tmp_path: Path) -> None:
-    config, out = write_ds_config(tmp_path / "ds.json", stage=0), tmp_path / "answers.jsonl"
+    config, out = tmp_path / "ds.json", tmp_path / "answers.jsonl"
+    config.write_text(json.dumps(ds_config_of(tmp_path, stage=0)))
     data = folder / "train.jsonl"
     words = ["--model", folder, "--trust_remote_code", "--deepspeed_config", config, "--data", data]
     words += ["--frames", 3, "--max_new_tokens", 4, "--output", out, "--traceback"]
@@ -184,20 +159,11 @@ def test_generate_asks_a_checkpoint_with_code_of_its_own(folder: Path, tmp_path:
 
 @pytest.mark.slow
 def test_finetune_trains_a_checkpoint_with_code_of_its_own(folder: Path, tmp_path: Path) -> None:
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 3,
-        "deepspeed_config": write_ds_config(tmp_path / "ds.json", stage=3),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, 2, *arguments(**given), "--trust_remote_code")
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    loss = first_loss(
+        folder, tmp_path, ds_config_of(tmp_path, stage=3), "--trust_remote_code", frames=3
+    )
     start = []
-    for batch in whole_batches(folder, frames=3):
+    for batch in whole_batches(folder, frames=3, trust_remote_code=True):
         model, inputs = loaded(folder, batch)
         # The double finds the path of an image by its end.
         start.append(model.train()(**inputs).loss.item())

@@ -9,28 +9,21 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from ds_lvx.compare.case import Setting, build_model, cut, ds_config, make_batch, random_case
-from ds_lvx.config import LVXConfig
-from ds_lvx.data.batch import BatchMaker, FrameRate
+from ds_lvx.compare.case import cut, random_case
 from ds_lvx.data.chat import read_conversations
-from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import patch_model
 from ds_lvx.models.media import Medium
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.models.smolvlm.processor import in_words
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics
+from tests.models.compare_case import compared
 from tests.models.concatenated_case import rules
-from tests.models.moss_vl_case import OneRank
-from tests.ranks import run_ranks
+from tests.models.files_case import first_loss, maker_of, whole_batches, write_tiny
 
 NAME = "smolvlm"
 AROUND = "<fake_token_around_image>"
@@ -38,26 +31,7 @@ AROUND = "<fake_token_around_image>"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, and two samples."""
-    folder, family = tmp_path_factory.mktemp(NAME), FAMILIES.named(NAME)
-    config, processor = family.tiny()
-    torch.manual_seed(2)
-    family.build(config, gate=1.0, dtype=torch.float32).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (60, 20))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="Yes"),
-    )
-    return folder
-
-
-def maker_of(folder: Path, *, frames: int, deal: Any = None) -> BatchMaker:
-    source = Source.of(str(folder))
-    encoder = TextEncoder(source.processor, 2048, family=source.family)
-    return BatchMaker(encoder, FrameRate(count=frames), owned=range, deal=deal)
+    return write_tiny(tmp_path_factory.mktemp(NAME), NAME, sides=(60, 20))
 
 
 def test_text_is_that_of_transformers_processor(folder: Path) -> None:
@@ -129,25 +103,9 @@ def test_a_conversation_becomes_a_batch_of_which_ranks_decode_their_own(folder: 
 
 @pytest.mark.slow
 def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "ds.json").write_text(json.dumps(rules(NAME, "lvx", 2, 3)))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 7,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, 2, *arguments(**given))
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
-    source, maker = Source.of(str(folder)), maker_of(folder, frames=7)
-    model = source.load(torch.float32)
-    start = [
-        model(**maker.batch([conversation]).inputs).loss.item()
-        for conversation in read_conversations(folder / "train.jsonl")
-    ]
+    loss = first_loss(folder, tmp_path, rules(NAME, "lvx", 2, 3), frames=7)
+    model = Source.of(str(folder)).load(torch.float32)
+    start = [model(**batch).loss.item() for batch in whole_batches(folder, frames=7)]
     assert loss in [pytest.approx(each, abs=1e-5) for each in start]
 
 
@@ -157,14 +115,8 @@ def test_a_comparison_trains_a_model_of_random_weights(name: str) -> None:
     assert (case.heads, case.kv_heads, case.self_layers, case.frame_tokens) == (4, 4, 0, 81)
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 16}
     case = replace(case, **sizes, patch_size=4, vocabulary=96, text_tokens=8, mlp=64)
-    model = build_model(case, dtype=torch.float32)
-    batch = make_batch(case, frames=range(3), total=3, dtype=torch.float32)
-    config = ds_config(Setting("ring", False, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].text_lengths == (3 * 4 + 8,)
-    model(**shard).loss.backward()
+    model, layout = compared(case, frames=3, method="ring")
+    assert layout.text_lengths == (3 * 4 + 8,)
     assert all(parameter.grad.any() for _, parameter in model.named_parameters())
 
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 
-from ds_lvx.config import LVXConfig
-from ds_lvx.models import patch_model
 from ds_lvx.models.t5gemma2.batch import Cut
 from ds_lvx.sharding import shard_batch
-from tests.models.moss_vl_case import OneRank
+from tests.models.alone_case import assert_given_back, patched_by
 from tests.models.t5gemma2_case import ds_config, hard_batch, tiny_model
 
 LVX: dict[str, Any] = {"method": "lvx"}
 
 
 def patched(model: Any, cross: dict[str, Any] = LVX) -> Any:
-    groups: Any = OneRank()
     config = ds_config(stage=0, sp_size=1, cross=cross, self_attn="ring")
-    return patch_model(model, LVXConfig.from_ds_config(config), groups)
+    return patched_by(config, model)
 
 
 # ---- how rows are cut
@@ -67,32 +63,8 @@ def test_a_row_is_cut_by_itself() -> None:
 # ---- patching
 
 
-def insides(model: Any) -> dict[str, Any]:
-    """Everything a patch could leave behind, by module."""
-    return {
-        name: (
-            sorted(module.__dict__),
-            *map(dict, (module._forward_pre_hooks, module._forward_hooks)),
-        )
-        for name, module in model.named_modules()
-    }
-
-
 def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
-    model, batch = tiny_model().eval(), hard_batch()
-    before, expected = insides(model), model(**batch)
-    patch = patched(model)
-    copied = copy.deepcopy(model)
-    assert torch.equal(model(**batch).logits, expected.logits)
-    patch.unpatch()
-    assert insides(model) == before
-    for parameter in copied.parameters():
-        parameter.data.mul_(1.1)
-    changed = tiny_model().eval()
-    for parameter in changed.parameters():
-        parameter.data.mul_(1.1)
-    theirs = copied(**shard_batch(batch, model=copied))
-    torch.testing.assert_close(theirs.loss, changed(**batch).loss)
+    assert_given_back(tiny_model, hard_batch(), patched)
 
 
 @pytest.mark.parametrize(

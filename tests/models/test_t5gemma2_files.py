@@ -15,30 +15,22 @@ from transformers import Gemma3Processor, PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from ds_lvx.compare.case import (
-    Setting,
-    build_model,
     cut,
-    ds_config,
-    make_batch,
-    part_of,
     random_case,
 )
-from ds_lvx.config import LVXConfig
-from ds_lvx.data.batch import BatchMaker, FrameRate
+from ds_lvx.data.batch import FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.conversation import Part
 from ds_lvx.data.errors import DataError
-from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import patch_model
 from ds_lvx.models.registry import FAMILIES
-from ds_lvx.sharding import shard_batch
 from ds_lvx.training.asking import Prompts
 from ds_lvx.training.chatting import OPEN, conversation
 from ds_lvx.training.model import Source
-from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.data.media import chat, write_image, write_jsonl
+from tests.launch.finetune_runs import write_config
 from tests.launch.test_generate import run_chat
-from tests.models.moss_vl_case import OneRank
+from tests.models.compare_case import compared, parts_of
+from tests.models.files_case import first_loss, maker_of, whole_batches, write_samples
 from tests.models.t5gemma2_case import SIZE, TOKENS, tiny_model
 from tests.ranks import run_ranks
 
@@ -73,32 +65,12 @@ def write_checkpoint(folder: Path) -> Path:
         bos_token_id=fast.bos_token_id,
         pad_token_id=fast.pad_token_id,
     ).save_pretrained(folder)
-    write_video(folder / "a.mp4")
-    write_image(folder / "a.png", (40, 24))
-    write_jsonl(
-        folder / "train.jsonl",
-        chat(("video", "a.mp4"), ("text", "What animal?"), answer="A big rabbit."),
-        chat(("text", "Look"), ("image", "a.png"), ("video", "a.mp4"), answer="Yes"),
-    )
-    return folder
+    return write_samples(folder)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("t5gemma2"))
-
-
-def maker_of(folder: Path, *, frames: int, ranks: int = 1) -> BatchMaker:
-    source = Source.of(str(folder))
-    encoder = TextEncoder(source.processor, 512, family=source.family)
-    return BatchMaker(encoder, FrameRate(count=frames), owned=range, min_tokens=ranks)
-
-
-def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:
-    """Every sample with all its frames, as one process takes it."""
-    maker = maker_of(folder, frames=frames)
-    conversations = read_conversations(folder / "train.jsonl")
-    return [dict(maker.batch([each]).inputs) for each in conversations]
 
 
 def test_text_and_pixels_are_those_of_the_model_s_processor(folder: Path) -> None:
@@ -122,7 +94,7 @@ def test_text_and_pixels_are_those_of_the_model_s_processor(folder: Path) -> Non
 
 
 def test_a_conversation_is_read_and_said(folder: Path, tmp_path: Path) -> None:
-    maker = maker_of(folder, frames=2, ranks=8)
+    maker = maker_of(folder, frames=2, min_tokens=8)
     decode = maker.encoder.tokenizer.decode
     batch = maker.batch(read_conversations(folder / "train.jsonl")[1:]).inputs
     assert decode(batch["labels"][0, :4]).startswith("Yes<eos>")
@@ -146,18 +118,10 @@ def test_a_comparison_trains_a_model_of_random_weights() -> None:
     assert (case.heads, case.kv_heads, case.head_dim) == (2, 1, 256)
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 112}
     case = replace(case, **sizes, vocabulary=96, text_tokens=8, mlp=64)
-    model = build_model(case, dtype=torch.float32)
-    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
-    config = ds_config(Setting("lvx", False, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].kv_lengths == (2 * case.frame_tokens + 16,)
-    model(**shard).loss.backward()
+    model, layout = compared(case, frames=2, method="lvx")
+    assert layout.kv_lengths == (2 * case.frame_tokens + 16,)
     assert all(parameter.grad.any() for _, parameter in model.named_parameters())
-    regions = case.contract().regions()
-    parts = {part_of(name, regions) for name, _ in model.named_parameters()}
-    assert parts == {"cross_attention", "text", "vision"}
+    assert parts_of(model, case) == {"cross_attention", "text", "vision"}
 
 
 def test_a_checkpoint_has_a_size() -> None:
@@ -172,21 +136,22 @@ def test_a_checkpoint_has_a_size() -> None:
         family.size(tiny_model().config)
 
 
-def write_ds_config(path: Path, *, stage: int) -> str:
+def ds_config_of(tmp_path: Path, *, stage: int) -> dict[str, Any]:
     """A config whose rules are for this model's layers."""
-    config = json.loads(Path(write_config(path, stage=stage)).read_text())
+    config: dict[str, Any]
+    config = json.loads(Path(write_config(tmp_path / "ds.json", stage=stage)).read_text())
     patterns = FAMILIES.named("t5gemma2").patterns
     methods = {"local": "none", "cross": "lvx", "self": "ulysses"}
     config["ds_lvx"]["layers"] = [
         {"match": patterns[kind], "method": method} for kind, method in methods.items()
     ]
-    path.write_text(json.dumps(config))
-    return str(path)
+    return config
 
 
 @pytest.mark.slow
 def test_a_chat_is_read_anew_for_every_question(folder: Path, tmp_path: Path) -> None:
-    config, out = write_ds_config(tmp_path / "ds.json", stage=0), tmp_path / "answers.jsonl"
+    config, out = tmp_path / "ds.json", tmp_path / "answers.jsonl"
+    config.write_text(json.dumps(ds_config_of(tmp_path, stage=0)))
     words = ["--model", folder, "--deepspeed_config", config, "--frames", 3, "--max_new_tokens", 5]
     words += ["--chat", "--video", folder / "a.mp4", "--prompt", "What animal?", "--output", out]
     words += ["--traceback"]
@@ -211,18 +176,7 @@ def test_a_chat_is_read_anew_for_every_question(folder: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 3,
-        "deepspeed_config": write_ds_config(tmp_path / "ds.json", stage=3),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, 2, *arguments(**given))
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    loss = first_loss(folder, tmp_path, ds_config_of(tmp_path, stage=3), frames=3)
     source = Source.of(str(folder))
     start = []
     for batch in whole_batches(folder, frames=3):

@@ -25,6 +25,7 @@ from tests.models import (
     qwen_vl_case,
     t5gemma2_case,
 )
+from tests.models.alone_case import OneRank, patched_by
 from tests.models.mllama_case import assert_same_training, reference_steps, sharded_steps
 from tests.ranks import run_ranks
 
@@ -136,8 +137,7 @@ def test_a_head_may_share_its_weight_with_the_embeddings() -> None:
 
 
 def patched(model: Any, tiles: int) -> Any:
-    groups: Any = moss_vl_case.OneRank()
-    return patch_model(model, LVXConfig.from_ds_config(config(mllama_case, 0, 1, tiles)), groups)
+    return patched_by(config(mllama_case, 0, 1, tiles), model)
 
 
 @pytest.mark.parametrize("tiles", [1, 4])
@@ -191,7 +191,7 @@ def test_a_loss_made_elsewhere_is_no_loss_in_tiles() -> None:
 
 def test_a_whole_text_has_no_tiles() -> None:
     """A BLIP on Flan-T5: every rank computes the loss of all."""
-    groups: Any = moss_vl_case.OneRank()
+    groups: Any = OneRank()
     rules = LVXConfig.from_ds_config(config(blip_case, 0, 1, 2))
     rules = rules.model_copy(update={"layers": rules.layers[:1]})
     with pytest.raises(NotImplementedError, match="loss_tiles for a text model that runs whole"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -13,8 +12,7 @@ from ds_lvx.config import LVXConfig
 from ds_lvx.config.activation_checkpointing import ActivationCheckpointing
 from ds_lvx.models import FAMILIES, family_of, patch_model
 from ds_lvx.sharding import shard_batch
-from tests.models.moss_vl_case import OneRank
-from tests.models.test_idefics_alone import insides
+from tests.models.alone_case import OneRank, assert_given_back, patched_by
 from tests.models.video_llama_case import (
     VIDEO,
     collated,
@@ -27,29 +25,17 @@ CROSS = "video_Qformer.*.crossattention.self"
 
 
 def patched(model: Any, *rules: dict[str, Any], **section: Any) -> Any:
-    groups: Any = OneRank()
     config = {**ds_config(stage=0, sp_size=1, self_attn="ring"), **section}
     config["ds_lvx"]["layers"] = [*rules, *config["ds_lvx"]["layers"]]
-    return patch_model(model, LVXConfig.from_ds_config(config), groups)
+    return patched_by(config, model)
 
 
 def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
-    model, batch = tiny_model().eval(), hard_batch()
-    before, expected = insides(model), model(**batch)
-    patch = patched(model)
-    copied = copy.deepcopy(model)
-    out = model(**batch)
-    assert torch.equal(out.logits, expected.logits)
-    model(**shard_batch(batch, model=model))
-    crossing = [m for n, m in model.named_modules() if n.endswith(".crossattention.self")]
-    assert [m.forward.batch for m in crossing if "forward" in vars(m)] == [None, None]
-    patch.unpatch()
-    assert insides(model) == before
-    changed = tiny_model().eval()
-    for parameter in (*copied.parameters(), *changed.parameters()):
-        parameter.data.mul_(1.1)
-    theirs = copied(**shard_batch(batch, model=copied))
-    torch.testing.assert_close(theirs.loss, changed(**batch).loss)
+    def holds_nothing(model: Any) -> None:
+        crossing = [m for n, m in model.named_modules() if n.endswith(".crossattention.self")]
+        assert [m.forward.batch for m in crossing if "forward" in vars(m)] == [None, None]
+
+    assert_given_back(tiny_model, hard_batch(), patched, behind=holds_nothing)
 
 
 def test_the_model_s_own_dictionary_gives_the_same_loss() -> None:

@@ -20,21 +20,15 @@ from transformers import (
 )
 
 from ds_lvx.compare.case import (
-    Setting,
-    build_model,
     case_of,
     cut,
-    ds_config,
     make_batch,
-    part_of,
     random_case,
 )
-from ds_lvx.config import LVXConfig
 from ds_lvx.data.batch import BatchMaker, FrameRate
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.errors import DataError
 from ds_lvx.data.text import TextEncoder
-from ds_lvx.models import patch_model
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.models.video_llama.convert import main
@@ -42,11 +36,12 @@ from ds_lvx.plan import models as planned
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.model import Source
 from tests.data.media import chat, write_image, write_jsonl, write_video
-from tests.launch.finetune_runs import arguments, finetune, metrics, write_config
+from tests.launch.finetune_runs import write_config
 from tests.models import video_llama_case
-from tests.models.moss_vl_case import OneRank
+from tests.models.alone_case import patched_by
+from tests.models.compare_case import compared, parts_of
+from tests.models.files_case import first_loss, maker_of, whole_batches
 from tests.models.video_llama_double import QFormer, VideoLLAMA
-from tests.ranks import run_ranks
 
 ROWS = 259  # bytes and three special tokens
 IMAGE = ROWS
@@ -170,19 +165,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("video_llama"))
 
 
-def maker_of(folder: Path, *, frames: int) -> BatchMaker:
-    source = Source.of(str(folder))
-    encoder = TextEncoder(source.processor, 512, family=source.family)
-    return BatchMaker(encoder, FrameRate(count=frames), owned=range)
-
-
-def whole_batches(folder: Path, *, frames: int) -> list[dict[str, Any]]:
-    """Every sample with all its frames, as one process takes it."""
-    maker = maker_of(folder, frames=frames)
-    conversations = read_conversations(folder / "train.jsonl")
-    return [dict(maker.batch([each]).inputs) for each in conversations]
-
-
 def test_a_converted_checkpoint_computes_what_the_repository_s_does(tmp_path: Path) -> None:
     theirs = write_parts(tmp_path)
     source = Source.of(str(converted(tmp_path)))
@@ -290,9 +272,7 @@ def loss_and_gradients(source: Source, batch: dict[str, Any]) -> Any:
     """Of a model on one rank, and the loss of its own forward."""
     model = source.load(torch.float32)
     expected = model(**batch).loss
-    groups: Any = OneRank()
-    config = video_llama_case.ds_config(stage=0, sp_size=1, self_attn="ring")
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
+    patched_by(video_llama_case.ds_config(stage=0, sp_size=1, self_attn="ring"), model)
     loss = model(**shard_batch(batch, model=model, frames="local")).loss
     torch.testing.assert_close(loss, expected)
     loss.backward()
@@ -318,18 +298,10 @@ def test_a_comparison_trains_a_model_of_random_weights(folder: Path) -> None:
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 28}
     case = replace(case, **sizes, vocabulary=96, text_tokens=8)
     assert case.frame_tokens == 32
-    model = build_model(case, dtype=torch.float32)
-    batch = make_batch(case, frames=range(2), total=2, dtype=torch.float32)
-    config = ds_config(Setting("lvx", False, False), case, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].text.kv_lengths == (32 + 8,)
-    model(**shard).loss.backward()
+    model, layout = compared(case, frames=2, method="lvx")
+    assert layout.text.kv_lengths == (32 + 8,)
     assert all(parameter.grad is not None for parameter in model.parameters())
-    regions = case.contract().regions()
-    parts = {part_of(name, regions) for name, _ in model.named_parameters()}
-    assert parts == {"cross_attention", "text", "vision"}
+    assert parts_of(model, case) == {"cross_attention", "text", "vision"}
     with pytest.raises(ValueError, match="got 5000 frames; expected at most 4096"):
         make_batch(case, frames=(), total=5000)
 
@@ -342,19 +314,7 @@ def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path) -> None:
         {"match": patterns["local"], "method": "none"},
         {"match": patterns["self"], "method": "ulysses"},
     ]
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    given = {
-        "model": folder,
-        "data": folder / "train.jsonl",
-        "frames": 3,
-        "deepspeed_config": str(tmp_path / "ds.json"),
-        "output_dir": tmp_path / "out",
-        "learning_rate": 1e-2,
-        "max_steps": 1,
-        "lr_scheduler": "constant",
-    }
-    run_ranks(finetune, 2, *arguments(**given))
-    (loss,) = [row["loss"] for row in metrics(tmp_path / "out")[0]]
+    loss = first_loss(folder, tmp_path, config, frames=3)
     model = Source.of(str(folder)).load(torch.float32)
     start = [model(**batch).loss.item() for batch in whole_batches(folder, frames=3)]
     assert loss in [pytest.approx(each, abs=1e-5) for each in start]
