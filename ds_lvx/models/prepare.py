@@ -64,6 +64,7 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
 def _save_by_own_names(model: nn.Module) -> None:
     """Forget renamings of checkpoints that no weight of this one needed: transformers 5.23, where
     it loads for ZeRO-3, keeps them all, and saves under names of older versions."""
+    module: Any
     for module in model.modules():
         kept = vars(module).get("_weight_conversions")
         if kept:
