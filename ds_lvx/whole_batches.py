@@ -16,6 +16,7 @@ from ds_lvx.attention.sequence import gather_sequence
 from ds_lvx.generation import generate
 from ds_lvx.initialize import Session
 from ds_lvx.models import family_of
+from ds_lvx.models.draft import Draft
 from ds_lvx.models.patch import KEYWORD, scale_gradient
 from ds_lvx.models.precision import dtype_of
 from ds_lvx.models.shares import share_table, shares
@@ -32,6 +33,8 @@ _BY_TOKEN = (
     "is_top1",
     "label_mask",
 )
+# A keyword of their forward: TRL's own loss, in place of the model's.
+_TRL_HEAD = "fused_lm_head"
 
 
 class WholeBatches:
@@ -93,12 +96,24 @@ class WholeBatches:
             )
         batch = {key: value for key, value in kwargs.items() if _is_content(key, value)}
         options = {key: value for key, value in kwargs.items() if key not in batch}
-        shard = shard_batch(batch, model=model, groups=self._groups)
+        shard = shard_batch(self._draft(batch, model, options), model=model, groups=self._groups)
         gathers = self.gathers_training if torch.is_grad_enabled() else self.gathers_evaluation
         if torch.is_grad_enabled() and not self._proved:
             self._prove(model, shard)
         self._running = shard[KEYWORD], gathers or "labels" not in batch
         return (), {**options, **shard}
+
+    def _draft(
+        self, batch: Mapping[str, Any], model: nn.Module, options: Mapping[str, Any]
+    ) -> Mapping[str, Any] | Draft:
+        """The batch, with the labels that the forward's own loss takes."""
+        if not options.get(_TRL_HEAD):
+            return batch
+        # TRL 1.16's vision collator leaves image tokens among the labels: where they lie beyond the
+        # head, as Llama-3.2-Vision's do, its loss has no logit of them, and counts the rest.
+        family, inside = family_of(model)
+        place = self._groups.sp_rank, self._groups.sp_size
+        return Draft.of(family, batch, inside, place=place, frames="all", any_label=True)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """``model.generate`` of a whole batch; inside of `ds_lvx.generate` the model's own."""

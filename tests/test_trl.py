@@ -134,7 +134,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("stage", "answers_only"), [(2, True), pytest.param(3, False, marks=pytest.mark.exhaustive)]
+    ("stage", "answers_only"), [(2, False), pytest.param(3, True, marks=pytest.mark.exhaustive)]
 )
 def test_sft_on_two_ranks_has_the_losses_of_one_process(
     stage: int, answers_only: bool, tiny: Path, tmp_path: Path

@@ -44,7 +44,7 @@ class Lines:
         self._max_bytes = limits.max_line_bytes
         if not Path(self.path).is_file():
             found = "a folder" if Path(self.path).is_dir() else "no such file"
-            raise self._error(found, "a JSONL file", "check the path")
+            raise self._error(found, "a file of chats", "check the path")
         try:
             with open(self.path, "rb") as file:
                 self._is_array = _is_array(file, self.path)

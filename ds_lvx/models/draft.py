@@ -41,6 +41,7 @@ class Draft:
         place: tuple[int, int],
         frames: str,
         whole_text: bool = False,
+        any_label: bool = False,
     ) -> Draft:
         """The draft of the rank at ``place``, its number and how many there are.
 
@@ -48,9 +49,12 @@ class Draft:
             family, batch, model, frames: as in `ds_lvx.sharding.draft_batch`.
             place: of the rank.
             whole_text: every rank will have all of the text, which may have any length.
+            any_label: what learns from the labels takes those beyond the head as well.
         """
         try:
-            content = Content.of(family, batch, model, place=place, frames=frames)
+            content = Content.of(
+                family, batch, model, place=place, frames=frames, any_label=any_label
+            )
             content.text.lengths(1 if whole_text else place[1])  # there have to be enough tokens
             return cls(content)
         # Whatever it is: the other ranks must not wait for this one.
@@ -124,6 +128,7 @@ class Content:
         *,
         place: tuple[int, int],
         frames: str,
+        any_label: bool = False,
     ) -> Content:
         """See `Draft.of`."""
         rank, size = place
@@ -135,7 +140,8 @@ class Content:
         if isinstance(model, nn.Module):  # a data worker may have its config alone
             inside = family.text_model(model)
             check_tokens(text.input_ids, inside, replaced=visual.replaced)
-            check_labels(text, model, inside)
+            if not any_label:
+                check_labels(text, model, inside)
         if visual.encoded and frames == "local":
             raise ValueError(
                 f'got {family.features_key} with frames="local"; expected the features of the '

@@ -36,6 +36,7 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
         if layer.kind != "local"
     ]
     made = Patch(model, layers, plans)
+    _save_by_own_names(model)
     try:
         for attention in attentions:
             attention.ranks = sp_size
@@ -58,6 +59,16 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
         made.unpatch()  # whoever hears of it may try another config on the same model
         raise
     return made
+
+
+def _save_by_own_names(model: nn.Module) -> None:
+    """Forget renamings of checkpoints that no weight of this one needed: transformers 5.23, where
+    it loads for ZeRO-3, keeps them all, and saves under names of older versions."""
+    module: Any
+    for module in model.modules():
+        kept = vars(module).get("_weight_conversions")
+        if kept:
+            module._weight_conversions = [each for each in kept if each.was_used()]
 
 
 def deals_zigzag(plans: Sequence[LayerPlan], text_order: str) -> bool:

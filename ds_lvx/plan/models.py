@@ -37,6 +37,8 @@ def model(name: str) -> Model:
     found = {each.name: each for key, each in names.items() if f"{key}-".startswith(f"{wanted}-")}
     if len(found) == 1:  # mPLUG-Owl3-7B is mPLUG/mPLUG-Owl3-7B-240728
         return next(iter(found.values()))
+    if path.is_dir():  # says what it lacks, as that of an adapter
+        return _from_file(path / "config.json")
     near = get_close_matches(wanted, names, n=1, cutoff=0.5)
     hint = f"; did you mean {names[near[0]].name}?" if near else ""
     listed = ", ".join(each.name for each in known())

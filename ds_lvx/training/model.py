@@ -133,19 +133,7 @@ class Source:
             trusts = {"trust_remote_code": True} if self.trust_remote_code else {}
             model = self.family.load(self.name, dtype, **trusts, **more)
         quantized.settle(model, dtype)
-        _keep_names(model)
         return model
-
-
-def _keep_names(model: Any) -> None:
-    """Let a model be saved by the names that it was read by.
-
-    At ZeRO-3, transformers 5.23 saves by all renamings of old checkpoints, also those that no
-    weight had: ``model.language_model.model.layers`` for ``model.language_model.layers``.
-    """
-    renamings = getattr(model, "_weight_conversions", None)
-    if renamings is not None:
-        model._weight_conversions = [each for each in renamings if each.was_used()]
 
 
 def _image_tokens(*holders: Any) -> set[int]:

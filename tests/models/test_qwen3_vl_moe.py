@@ -11,7 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.utils import z3_leaf_module
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from ds_lvx import owned
 from ds_lvx.compare.case import Setting, build_model, cut, ds_config, make_batch, random_case
@@ -100,22 +103,60 @@ def test_experts_that_a_rank_s_tokens_do_not_choose(make: Any, stages: tuple[int
     case.check(jobs, ranks=3, batches=few(), sp_size=3)
 
 
+def adapted() -> Any:
+    """LoRA on all linear layers, beside experts and routers that train whole; checkpointed."""
+    adapters = LoraConfig(
+        r=2,
+        target_modules="all-linear",
+        modules_to_save=["mlp.experts", "mlp.gate"],
+        init_lora_weights=False,
+    )
+    torch.manual_seed(3)
+    model = get_peft_model(tiny_model(), adapters)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+@pytest.mark.slow
+def test_a_loss_in_tiles_beside_lora() -> None:
+    config, batches = case.rules(NAME, "ring", 2, 3), [[hard_batch()]]
+    config["ds_lvx"]["loss_tiles"] = 3
+    results = run_ranks(case.train_each, 2, [(config, adapted)], batches)
+    expected = {**reference_steps(batches, adapted()), "logits": []}
+    assert sum(".experts." in name and grad.any() for name, grad in expected["grads"].items()) == 4
+    assert_same_training([each for (each,) in results], expected, sp_size=2)
+
+
+def read_as_for_zero3() -> Any:
+    """A model that keeps the conversions of all checkpoints, as transformers leaves it; the weights
+    of its experts for gate and up are square."""
+    model = tiny_model()
+    model._weight_conversions = _build_checkpoint_conversion_mapping()[NAME]
+    for converter in model._weight_conversions:
+        converter._was_used = True
+    older = WeightRenaming(r"^model\.language_model\.model", "model.language_model")
+    model._weight_conversions.append(older)
+    return model
+
+
 def saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Experts as ZeRO-3 has them, and as they are saved, on rank 0."""
-    engine = start_engine(case.rules(NAME, "lvx", 2, 3), tiny_model())
+    """Weights as ZeRO-3 has them, and as they are saved, on rank 0."""
+    model = read_as_for_zero3()
+    engine = start_engine(case.rules(NAME, "lvx", 2, 3), model)
     rank = dist.get_rank()
     held = gather_weights(engine.module, partitioned=True, only_trained=False, keep=rank == 0)
     if rank == 0:
         engine.module.save_pretrained(folder, state_dict=held)
     end_engine(engine)
     found = load_file(folder / "model.safetensors") if rank == 0 else {}
-    return tuple({n: w for n, w in each.items() if ".experts." in n} for each in (held, found))
+    return held, found
 
 
 @pytest.mark.slow
-def test_experts_are_saved_as_they_are(tmp_path: Path) -> None:
+def test_weights_are_saved_as_they_are(tmp_path: Path) -> None:
     held, found = run_ranks(saved, 2, tmp_path)[0]
-    assert len(held) == 4
+    assert held["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 32, 32)
     torch.testing.assert_close(found, held)
 
 

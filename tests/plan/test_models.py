@@ -112,6 +112,8 @@ def test_an_unknown_model_lists_the_known_and_the_nearest() -> None:
 
 
 def test_a_config_that_does_not_serve_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config.json, which cannot be read: .*No such file"):
+        model(str(tmp_path))
     path = tmp_path / "config.json"
     for text, words in (
         ("{", "cannot be read"),

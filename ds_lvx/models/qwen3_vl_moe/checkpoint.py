@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Transpose, WeightConverter
 
@@ -53,3 +53,21 @@ def fit_experts(model_type: str) -> None:
         WeightConverter(name, name, operations=operations) for name in _WEIGHTS
     ]
     register_checkpoint_conversion_mapping(model_type, converters, overwrite=True)
+
+
+def fit_loaded_experts(model: nn.Module) -> None:
+    """Likewise for saving a model that is loaded already, which keeps how it was read.
+
+    Args:
+        model: in which what transformers loaded stands, itself or inside of adapters.
+    """
+    for module in model.modules():
+        for converter in vars(module).get("_weight_conversions") or ():
+            if isinstance(converter, WeightConverter):
+                converter.operations = [_fitting(each) for each in converter.operations]
+
+
+def _fitting(operation: Any) -> Any:
+    if type(operation) is Transpose and operation.check_dims:
+        return TransposeToFit(operation.dim0, operation.dim1, check_dims=True)
+    return operation

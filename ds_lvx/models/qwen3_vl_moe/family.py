@@ -21,7 +21,7 @@ from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.qwen3_vl.family import Qwen3VL
 from ds_lvx.models.qwen3_vl_moe import dimensions, sized
-from ds_lvx.models.qwen3_vl_moe.checkpoint import fit_experts
+from ds_lvx.models.qwen3_vl_moe.checkpoint import fit_experts, fit_loaded_experts
 from ds_lvx.models.qwen3_vl_moe.experts import OfExperts
 
 
@@ -39,6 +39,7 @@ class Qwen3VLMoe(OfExperts, Qwen3VL):
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
         super().install(model, plans)
         fit_experts(self.model_type)  # for saving a model that was not loaded here
+        fit_loaded_experts(model)
 
     def load(
         self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, **more: Any
