@@ -20,6 +20,7 @@ class Layers:
         features_dim: width of what K and V are made of; 0 is ``hidden``.
         others: weights of a layer that a token does not go through: experts that it is not sent
             to, with the router that knows of them. ``mlp`` are then those that it is sent to.
+        plain_mlp: of ``mlp`` what is beside such experts, in linear layers.
     """
 
     count: int
@@ -31,6 +32,7 @@ class Layers:
     mlp_matrices: int = 3
     features_dim: int = 0
     others: int = 0
+    plain_mlp: int = 0
 
     @property
     def query_parameters(self) -> int:
@@ -65,15 +67,14 @@ class Layers:
     @property
     def linear_parameters(self) -> int:
         """Weights of a layer's linear layers, which experts are not."""
-        experts = self.mlp_parameters if self.others else 0
-        return self.query_parameters + self.key_parameters - experts
+        return self.query_parameters + self.key_parameters - self._chosen
 
     @property
     def largest_weight(self) -> int:
         """Numbers of a layer's largest tensor: of experts, which are stacked, gate and up."""
         mlp = self.hidden * self.mlp
         if self.others:
-            mlp = 2 * (self.mlp_parameters + self.others) // 3
+            mlp = 2 * (self._chosen + self.others) // 3
         return max(mlp, self.hidden * self.heads * self.head_dim)
 
     def lora_parameters(self, rank: int) -> int:
@@ -83,9 +84,15 @@ class Layers:
 
     def woken(self, tokens: int) -> float:
         """Of `others`, weights that are read for so many tokens, which choose experts at random."""
-        experts = self.mlp_parameters + self.others
-        unread = (1 - self.mlp_parameters / experts) ** tokens if self.others else 0.0
-        return experts * (1 - unread) - self.mlp_parameters
+        experts = self._chosen + self.others
+        unread = (1 - self._chosen / experts) ** tokens if self.others else 0.0
+        return experts * (1 - unread) - self._chosen
+
+    @property
+    def _chosen(self) -> int:
+        """Weights of the experts that a token is sent to, in a layer."""
+        mlp = self.mlp - self.plain_mlp if self.others else 0
+        return self.mlp_matrices * self.hidden * mlp
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,12 @@ MIXED = {
     "qwen3_vl": Mixed("qwen3_vl", partial(parts, GRIDS)),
     "qwen3_vl_moe": Mixed("qwen3_vl_moe", partial(parts, GRIDS), model={"num_hidden_layers": 2}),
     "glm4v": Mixed("glm4v", partial(parts, GRIDS), own=glm4v_case.for_one_process),
+    "glm4v_moe": Mixed(
+        "glm4v_moe",
+        partial(parts, GRIDS),
+        model={"num_hidden_layers": 2},
+        own=glm4v_case.for_one_process,
+    ),
     "internvl": Mixed("internvl", partial(parts, ((1,), (1, 1, 1), (4,)))),
     "smolvlm": Mixed("smolvlm", partial(parts, ((1,), (1, 1, 1), (4,)))),
     "llava_onevision": Mixed("llava_onevision", partial(parts, ((10, 30), "video", (20, 20)))),

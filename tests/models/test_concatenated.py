@@ -25,6 +25,7 @@ NAMES = (
     pytest.param("qwen2_vl", marks=pytest.mark.exhaustive),  # Qwen2.5-VL without windows
     pytest.param("qwen3_vl_moe", marks=pytest.mark.exhaustive),
     "glm4v",
+    pytest.param("glm4v_moe", marks=pytest.mark.exhaustive),
     pytest.param("smolvlm", marks=pytest.mark.exhaustive),  # whose batches are InternVL's
 )
 ALL = pytest.mark.parametrize("name", ["qwen2_5_vl", *NAMES])

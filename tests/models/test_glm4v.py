@@ -19,6 +19,7 @@ from ds_lvx.config import LVXConfig
 from ds_lvx.models import FAMILIES, patch_model
 from ds_lvx.sharding import shard_batch
 from tests.models import concatenated_case as case
+from tests.models.alone_case import insides
 from tests.models.glm4v_case import (
     IDS,
     MERGE,
@@ -39,7 +40,6 @@ from tests.models.glm4v_case import (
 )
 from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
 from tests.models.moss_vl_case import OneRank
-from tests.models.test_t5gemma2_alone import insides
 from tests.ranks import run_ranks
 
 BATCHES = (hard_batch, left_padded, mixed, one_image, one_video, text_only)

@@ -103,6 +103,7 @@ def test_a_checkpoint_s_processor_says_how_times_are_written(tmp_path: Path) -> 
         ("glm4v", 2),
         pytest.param("glm4v", 3, marks=pytest.mark.exhaustive),
         pytest.param("glm46v", 2, marks=pytest.mark.exhaustive),
+        pytest.param("glm4v_moe", 2, marks=pytest.mark.exhaustive),
     ],
 )
 def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path, name: str, ranks: int) -> None:

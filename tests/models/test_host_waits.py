@@ -27,6 +27,7 @@ from tests.elsewhere import ElsewhereByDefault
 from tests.models import (
     blip_case,
     glm4v_case,
+    glm4v_moe_case,
     idefics_case,
     internvl_case,
     llava_onevision_case,
@@ -67,7 +68,7 @@ ALLOWED_ON_CPU = {
     # Lengths of pictures and windows, which stay on the host: no wait on fake CUDA tensors.
     *(
         ("tolist", f"models/{name}/modeling_{name}.py:{function}")
-        for name in ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")
+        for name in ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe")
         for function in ("<listcomp>", "forward")  # the latter from Python 3.12 on
     ),
 }
@@ -77,6 +78,7 @@ CONCATENATED: dict[str, Any] = {
     "qwen3_vl": qwen3_vl_case,
     "qwen3_vl_moe": qwen3_vl_moe_case,
     "glm4v": glm4v_case,
+    "glm4v_moe": glm4v_moe_case,
     "internvl": internvl_case,
     "smolvlm": smolvlm_case,
     "llava_onevision": llava_onevision_case,
@@ -226,6 +228,7 @@ def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
         pytest.param("qwen3_vl", marks=pytest.mark.exhaustive),
         pytest.param("qwen3_vl_moe", marks=pytest.mark.exhaustive),
         pytest.param("glm4v", marks=pytest.mark.exhaustive),
+        pytest.param("glm4v_moe", marks=pytest.mark.exhaustive),
         pytest.param("internvl", marks=pytest.mark.exhaustive),
         pytest.param("smolvlm", marks=pytest.mark.exhaustive),
         pytest.param("llava_onevision", marks=pytest.mark.exhaustive),

@@ -25,6 +25,7 @@ from ds_lvx.sharding import shard_batch
 from ds_lvx.training.export import gather_weights
 from tests.models import concatenated_case as case
 from tests.models import qwen3_vl_moe_case as moe
+from tests.models.alone_case import insides
 from tests.models.mllama_case import (
     assert_same_training,
     end_engine,
@@ -41,7 +42,6 @@ from tests.models.qwen3_vl_moe_case import (
     text_only,
     tiny_model,
 )
-from tests.models.test_t5gemma2_alone import insides
 from tests.ranks import run_ranks
 
 BATCHES = (hard_batch, left_padded, one_image, one_video, text_only)

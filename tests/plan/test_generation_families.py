@@ -32,7 +32,7 @@ from tests.ranks import run_ranks
 
 Case = tuple[Any, dict[str, Any], dict[str, Any]]
 NAMES = ("llava_onevision", "t5gemma2", "blip_2", "qwen")
-FURTHER = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "internvl")
+FURTHER = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "internvl")
 IMAGE: dict[str, Callable[[Any], int]] = {
     **dict.fromkeys((*FURTHER, NAMES[0]), lambda model: model.config.image_token_id),
     "t5gemma2": lambda model: model.config.image_token_index,

@@ -55,6 +55,7 @@ def test_llama_vision_has_the_dimensions_of_transformers_config(tmp_path: Path) 
         ("Qwen3-VL-30B-A3B", 31.1, 98, (48, 32, 4, 128)),
         ("Qwen3-VL-235B-A22B", 236, 98, (94, 64, 4, 128)),
         ("GLM-4.1V-9B", 10.3, 128, (40, 32, 2, 128)),
+        ("GLM-4.5V", 107.7, 128, (46, 96, 8, 128)),
         ("InternVL3-8B", 7.94, 256, (28, 28, 4, 128)),
         ("InternVL3-14B", 15.1, 256, (48, 40, 8, 128)),
         ("InternVL3-38B", 38.4, 256, (64, 40, 8, 128)),

@@ -9,7 +9,7 @@ from typing import Any
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.qwen2_5_vl import dimensions as qwen
 
-_VISION = {
+VISION = {
     "depth": 24,
     "hidden_size": 1536,
     "num_heads": 12,
@@ -37,6 +37,6 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
 
 def known() -> tuple[Model, ...]:
     """The models that the planner knows by name."""
-    config = qwen.published(40, 4096, 32, 2, 13_696, 151_552, tied=False, vision=_VISION)
+    config = qwen.published(40, 4096, 32, 2, 13_696, 151_552, tied=False, vision=VISION)
     name, side = "zai-org/GLM-4.1V-9B", qwen.SIDE
     return (dimensions(config, name, f"config.json of {name}-Thinking; frames of {side} x {side}"),)

@@ -46,16 +46,6 @@ class Glm4V(Qwen25VL):
 
     # ---- patching
 
-    def check(self, model: Any, *, sp_size: int) -> None:
-        parts = {"text": self.text_model(model), "tower": self.vision_tower(model)}
-        for name, kind in (("text", Glm4vTextModel), ("tower", Glm4vVisionModel)):
-            if not isinstance(parts[name], kind):
-                raise NotImplementedError(
-                    f"got a {type(model).__name__} whose {name} is a {type(parts[name]).__name__}; "
-                    f"expected a {kind.__name__}: take a dense model, such as GLM-4.1V 9B"
-                )
-        super().check(model, sp_size=sp_size)
-
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
         super().install(model, plans)
         self.vision_tower(model).embeddings.register_forward_pre_hook(SizeRows())
@@ -91,6 +81,17 @@ class Glm46V(Glm4V):
 
     def load_processor(self, name: str) -> Processor:
         return Tenths.of(name)
+
+    def check(self, model: Any, *, sp_size: int) -> None:
+        parts = {"text": self.text_model(model), "tower": self.vision_tower(model)}
+        for name, kind in (("text", Glm4vTextModel), ("tower", Glm4vVisionModel)):
+            if not isinstance(parts[name], kind):
+                raise NotImplementedError(
+                    f"got a {type(model).__name__} whose {name} is a {type(parts[name]).__name__}; "
+                    f"expected a {kind.__name__}: take a dense model, such as GLM-4.1V 9B, or a "
+                    "mixture of experts of the type glm4v_moe"
+                )
+        super().check(model, sp_size=sp_size)
 
     def config(self, size: Any) -> Any:
         return sized.config_of(size, kind=sized.Glm46VConfig)

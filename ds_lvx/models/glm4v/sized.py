@@ -7,6 +7,7 @@ which the tower has a learned position for each patch.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,9 +46,17 @@ def config_of(
             f"got heads of {size.head_dim} in a text of width {size.hidden} with {size.heads} of "
             f"them; expected {size.hidden // size.heads}, the only width that GLM-4.1V can have"
         )
+    return kind(text_config=rotated_text(size), **all_but_text(size, ids, _IDS))
+
+
+def all_but_text(
+    size: Size, ids: tuple[int, ...] | None, published: tuple[int, ...]
+) -> dict[str, Any]:
+    """Of a configuration what is not of the text: see `config_of`, and ids where the vocabulary
+    has them."""
     if ids is None:
-        fits = size.vocabulary > _IDS[-1]
-        ids = _IDS if fits else tuple(size.vocabulary - n for n in range(len(_IDS), 0, -1))
+        count, fits = len(published), size.vocabulary > published[-1]
+        ids = published if fits else tuple(size.vocabulary - n for n in range(count, 0, -1))
     vision = {
         **qwen.vision_settings(size),
         "hidden_size": size.vision_hidden,
@@ -56,17 +65,16 @@ def config_of(
         "out_hidden_size": size.hidden,
     }
     image_start, image_end, video_start, video_end, image, video = ids
-    return kind(
-        text_config=rotated_text(size),
-        vision_config=vision,
-        image_start_token_id=image_start,
-        image_end_token_id=image_end,
-        video_start_token_id=video_start,
-        video_end_token_id=video_end,
-        image_token_id=image,
-        video_token_id=video,
-        tie_word_embeddings=False,
-    )
+    return {
+        "vision_config": vision,
+        "image_start_token_id": image_start,
+        "image_end_token_id": image_end,
+        "video_start_token_id": video_start,
+        "video_end_token_id": video_end,
+        "image_token_id": image,
+        "video_token_id": video,
+        "tie_word_embeddings": False,
+    }
 
 
 def rotated_text(size: Size) -> dict[str, Any]:
@@ -117,10 +125,11 @@ def tiny_of_46() -> tuple[Config, Processor]:
 
 
 def _tiny(processor: type[Processor], config: type[Config]) -> tuple[Config, Processor]:
-    size, ids, made = qwen.tiny_parts(
-        processor, video_pixels=_TINY_VIDEO_PIXELS, image_frames=2, names=_NAMES
-    )
+    size, ids, made = tiny_parts(processor)
     return config_of(size, ids, config), made
+
+
+tiny_parts = partial(qwen.tiny_parts, video_pixels=_TINY_VIDEO_PIXELS, image_frames=2, names=_NAMES)
 
 
 def frame_tokens(config: Any) -> int:

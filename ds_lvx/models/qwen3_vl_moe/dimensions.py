@@ -15,13 +15,37 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
     """See `ds_lvx.models.contract.Family.dimensions`; a token's MLP are the experts that it is
     sent to. Where some layers have none, each counts as the mean of all."""
     found, text = qwen.dimensions(config, name, source), config.get("text_config", config)
+    return mixture(
+        found,
+        text["moe_intermediate_size"],
+        experts=_experts(text),
+        chosen=text["num_experts_per_tok"],
+        sparse=_layers_of_experts(text),
+    )
+
+
+def mixture(
+    found: Model, width: int, *, experts: int, chosen: int, sparse: int, shared: int = 0
+) -> Model:
+    """A model whose text has experts in some layers.
+
+    Args:
+        found: the same without them.
+        width: of an expert.
+        experts: that a layer has.
+        chosen: of these, that a token is sent to.
+        sparse: layers that have them.
+        shared: further ones, that every token goes through.
+    """
     count, hidden = found.cross.count, found.cross.hidden
-    width, experts = text["moe_intermediate_size"], _experts(text)
-    chosen, sparse = text["num_experts_per_tok"], _layers_of_experts(text)
-    mlp = (sparse * chosen * width + (count - sparse) * found.cross.mlp) // count
+    plain = (sparse * shared * width + (count - sparse) * found.cross.mlp) // count
+    mlp = sparse * chosen * width // count + plain
     others = sparse * hidden * (3 * (experts - chosen) * width + experts) // count
-    layers = replace(found.cross, mlp=mlp, others=others)
-    return replace(found, cross=layers, text=replace(found.text, mlp=mlp, others=others))
+    cross, text = (
+        replace(layers, mlp=mlp, others=others, plain_mlp=plain)
+        for layers in (found.cross, found.text)
+    )
+    return replace(found, cross=cross, text=text)
 
 
 def _experts(text: Mapping[str, Any]) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepspeed.utils import set_z3_leaf_module, z3_leaf_module
 from torch import nn
 
+from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Embed
+from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.patch import KEYWORD, Hook
 
 ROUTERS = "output_router_logits"
@@ -50,6 +52,28 @@ class EmbedOfExperts(Embed):
         if kwargs.get(KEYWORD) is not None and kwargs.get(ROUTERS):
             raise router_loss("a forward")
         return super().__call__(module, args, kwargs)
+
+
+class OfExperts(Concatenated):
+    """Base of families whose text has experts.
+
+    Attributes:
+        of_experts: class of a layer's.
+    """
+
+    embed = EmbedOfExperts
+    of_experts: type[nn.Module]
+
+    def check(self, model: Any, *, sp_size: int) -> None:
+        super().check(model, sp_size=sp_size)
+        if getattr(model.config.text_config, ROUTERS):
+            raise router_loss("a text model")
+
+    def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
+        super().install(model, plans)
+        for module in self.text_model(model).modules():
+            if isinstance(module, self.of_experts):
+                module.register_forward_pre_hook(OneForZero(module))
 
 
 def router_loss(what: str) -> NotImplementedError:

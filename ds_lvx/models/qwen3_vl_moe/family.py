@@ -22,32 +22,24 @@ from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.qwen3_vl.family import Qwen3VL
 from ds_lvx.models.qwen3_vl_moe import dimensions, sized
 from ds_lvx.models.qwen3_vl_moe.checkpoint import fit_experts, fit_loaded_experts
-from ds_lvx.models.qwen3_vl_moe.experts import ROUTERS, EmbedOfExperts, OneForZero, router_loss
+from ds_lvx.models.qwen3_vl_moe.experts import OfExperts
 
 
-class Qwen3VLMoe(Qwen3VL):
+class Qwen3VLMoe(OfExperts, Qwen3VL):
     """See `ds_lvx.models.contract.Family` and `Concatenated` for what each part does; what is not
     here is as of Qwen3-VL."""
 
     of_text = Qwen3VLMoeTextAttention
     within = Qwen3VLMoeVisionAttention
+    of_experts = Qwen3VLMoeTextExperts
     sized = sized
     of_class = Qwen3VLMoeForConditionalGeneration
     of_positions = Qwen3VLMoeModel
-    embed = EmbedOfExperts
-
-    def check(self, model: Any, *, sp_size: int) -> None:
-        super().check(model, sp_size=sp_size)
-        if getattr(model.config.text_config, ROUTERS):
-            raise router_loss("a text model")
 
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
         super().install(model, plans)
         fit_experts(self.model_type)  # for saving a model that was not loaded here
         fit_loaded_experts(model)
-        for module in self.text_model(model).modules():
-            if isinstance(module, Qwen3VLMoeTextExperts):
-                module.register_forward_pre_hook(OneForZero(module))
 
     def load(
         self, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, **more: Any

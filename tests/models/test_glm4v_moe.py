@@ -1,0 +1,175 @@
+"""GLM-4.5V on sharded batches computes what the model computes in one process."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.utils import z3_leaf_module
+from safetensors import safe_open
+from torch import Tensor
+from transformers import Glm4vMoeForConditionalGeneration
+
+from ds_lvx.config import LVXConfig
+from ds_lvx.models import FAMILIES, patch_model
+from ds_lvx.training.export import gather_weights
+from ds_lvx.training.model import Source, load_model
+from ds_lvx.training.options import parse
+from tests.models import concatenated_case as case
+from tests.models import glm4v_moe_case as moe
+from tests.models.glm4v_moe_case import (
+    BIAS,
+    for_one_process,
+    hard_batch,
+    left_padded,
+    mixed,
+    one_image,
+    one_video,
+    text_only,
+    tiny_model,
+)
+from tests.models.mllama_case import end_engine, start_engine
+from tests.models.moss_vl_case import OneRank
+from tests.ranks import run_ranks
+
+BATCHES = (hard_batch, left_padded, mixed, one_image, one_video, text_only)
+NAME = "glm4v_moe"
+NONE = ("--data", "none", "--deepspeed_config", "none", "--output_dir", "none")
+
+
+@functools.cache
+def expected() -> dict[str, Any]:
+    return case.references(BATCHES, tiny_model, for_one_process)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "offset"),
+    [
+        pytest.param(1, 1, marks=pytest.mark.exhaustive),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(4)),
+    ],
+)
+def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
+    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
+
+
+def test_reference_has_gradients_everywhere() -> None:
+    """Else the comparisons compare zeros: of every expert, too."""
+    for name, grad in expected()["mixed"]["grads"].items():
+        experts = grad if ".experts." in name else grad[None]
+        assert all(each.any() for each in experts), name
+
+
+def many_experts() -> Any:
+    """Of which a token goes through one: no rank's tokens choose all. By transformers' own loop."""
+    model = tiny_model(n_routed_experts=9, num_experts_per_tok=1, n_group=3)
+    model.set_experts_implementation("eager")
+    return model
+
+
+def few() -> list[list[Any]]:
+    """Fewer tokens than ranks, so that one has no expert to ask; and a few."""
+    return [[moe.make_batch([[2]], seed=3)], [moe.make_batch([[3, (1, 1, 1)]], seed=3)]]
+
+
+@pytest.mark.exhaustive
+def test_experts_that_a_rank_s_tokens_do_not_choose() -> None:
+    jobs = [(case.rules(NAME, "lvx", 3, stage), many_experts) for stage in range(4)]
+    case.check(jobs, ranks=3, batches=few(), sp_size=3)
+
+
+def load_and_save(start: Path, end: Path) -> dict[str, Tensor]:
+    """At ZeRO-3 in bf16; returns this rank's biases."""
+    config = {**case.rules(NAME, "lvx", 2, 3), "bf16": {"enabled": True}}
+    family = FAMILIES.named(NAME)
+    source = Source(str(start), family, tiny_model().config, None)
+    options = parse(["--model", str(start), *NONE])
+    engine = start_engine(config, load_model(options, config, source))
+    rank = dist.get_rank()
+    held = gather_weights(engine.module, partitioned=True, only_trained=False, keep=rank == 0)
+    if rank == 0:
+        engine.module.save_pretrained(end, state_dict=held)
+    found = {n: b.clone() for n, b in engine.module.named_buffers() if n.endswith(BIAS)}
+    end_engine(engine)
+    return found
+
+
+@pytest.mark.slow
+def test_checkpoints_are_loaded_and_saved_as_they_are_at_zero_3(tmp_path: Path) -> None:
+    """With an expert a file, or nearly; the bias of the choice stays as exact as it was."""
+    model = tiny_model().bfloat16()
+    for name, buffer in tiny_model().named_buffers():
+        model.get_buffer(name).data = buffer
+    model.save_pretrained(tmp_path / "start", max_shard_size="30KB")
+    names = json.loads((tmp_path / "start" / "model.safetensors.index.json").read_text())
+    assert len({*names["weight_map"].values()}) > 9
+    for found in run_ranks(load_and_save, 2, tmp_path / "start", tmp_path / "end"):
+        assert len(found) == 2
+        for name, buffer in found.items():
+            assert torch.equal(buffer, model.get_buffer(name)), name
+    with safe_open(tmp_path / "end" / "model.safetensors", "pt") as saved:
+        assert saved.keys() == sorted(names["weight_map"])
+    read = Glm4vMoeForConditionalGeneration.from_pretrained(tmp_path / "end", dtype="auto")
+    expected = model.state_dict()
+    assert read.state_dict().keys() == expected.keys()
+    for name, weight in read.state_dict().items():
+        assert weight.dtype == expected[name].dtype, name
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_experts_are_one_module_and_their_router_s_loss_is_refused() -> None:
+    groups: Any = OneRank()
+    config, model = LVXConfig.from_ds_config(case.rules(NAME, "ring", 1)), tiny_model()
+    patch_model(model, config, groups)
+    first, *others = model.model.language_model.layers
+    assert not hasattr(first.mlp, "experts")
+    assert all(z3_leaf_module(layer.mlp.experts) for layer in others)
+    with pytest.raises(NotImplementedError, match="text model with output_router_logits"):
+        patch_model(tiny_model(output_router_logits=True), config, groups)
+
+
+def test_a_checkpoint_has_a_size() -> None:
+    family = FAMILIES.named(NAME)
+    published = family.config(family.size())
+    assert family.size(published) == family.size()
+    text, ids = published.text_config, (published.image_token_id, published.video_start_token_id)
+    assert (text.head_dim, text.rope_parameters["mrope_section"]) == (128, [8, 12, 12])
+    assert (text.n_routed_experts, text.moe_intermediate_size) == (128, 1408)
+    assert ids == (151_363, 151_341)
+    model = family.build(family.tiny()[0], gate=1.0, dtype=torch.float32)
+    assert [hasattr(each.mlp, "experts") for each in model.model.language_model.layers[:2]] == [
+        False,
+        True,
+    ]
+    cut = replace(family.size(model.config), layers=1)
+    assert family.size(family.config(cut)).layers == 1
+    with pytest.raises(NotImplementedError, match=r"first_k_dense_replace 2 and n_shared_experts"):
+        family.size(tiny_model(first_k_dense_replace=2).config)
+
+
+@pytest.mark.parametrize("dense", [0, 1])
+def test_a_token_s_weights_are_those_of_its_experts(dense: int) -> None:
+    family = FAMILIES.named(NAME)
+    model = tiny_model(first_k_dense_replace=dense, n_shared_experts=2)
+    made = family.dimensions(model.config.to_dict(), "tiny", "config.json")
+    counted = {n: p.numel() for n, p in model.named_parameters() if p.ndim > 1}
+    patches = sum(counted.pop(f"model.visual.{n}.weight") for n in _LEFT_OUT)
+    # Of layers that are not alike it is a mean, in whole numbers.
+    assert made.parameters == pytest.approx(sum(counted.values()), abs=600 if dense else 0), patches
+    idle = sum(n for name, n in counted.items() if ".experts." in name) * 4 // 6
+    routers = sum(n for name, n in counted.items() if name.endswith("mlp.gate.weight"))
+    layers = made.cross
+    assert layers.parameters - layers.token_parameters == pytest.approx(idle + routers, abs=3)
+    linear = {n for n in counted if "language_model.layers" in n and n.endswith("_proj.weight")}
+    held = sum(counted[name] for name in linear)
+    assert layers.count * layers.linear_parameters == pytest.approx(held, abs=600 if dense else 0)
+
+
+_LEFT_OUT = ("embeddings.position_embedding", "patch_embed.proj")
