@@ -110,7 +110,7 @@ class WholeBatches:
         if not options.get(_TRL_HEAD):
             return batch
         # TRL 1.16's vision collator leaves image tokens among the labels: where they lie beyond the
-        # head, as Llama-3.2-Vision's do, its loss has no logit of them, and counts the rest.
+        # head, its loss has no logit of them, and counts the rest.
         family, inside = family_of(model)
         place = self._groups.sp_rank, self._groups.sp_size
         return Draft.of(family, batch, inside, place=place, frames="all", any_label=True)

@@ -23,12 +23,6 @@ Sample = Sequence[int | Media]
 frames. A medium of -n frames has none in the text: nobody sees it."""
 
 
-class OneRank:
-    """Stands for the groups of a single process without ``torch.distributed``."""
-
-    sp_size = 1
-
-
 def tiny_model(
     *, image: int = IMAGE, vocab_size: int = VOCABULARY
 ) -> MossVLForConditionalGeneration:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from dataclasses import replace
 from functools import partial
@@ -13,13 +12,12 @@ import torch
 from transformers import Glm46VConfig, Glm46VForConditionalGeneration
 
 from ds_lvx import owned
-from ds_lvx.compare.case import Setting, build_model, cut, ds_config, random_case
-from ds_lvx.compare.case import make_batch as batch_of
-from ds_lvx.config import LVXConfig
-from ds_lvx.models import FAMILIES, patch_model
+from ds_lvx.compare.case import cut, random_case
+from ds_lvx.models import FAMILIES
 from ds_lvx.sharding import shard_batch
 from tests.models import concatenated_case as case
-from tests.models.alone_case import insides
+from tests.models.alone_case import assert_given_back, patched_by
+from tests.models.compare_case import compared
 from tests.models.glm4v_case import (
     IDS,
     MERGE,
@@ -39,7 +37,6 @@ from tests.models.glm4v_case import (
     tiny_model,
 )
 from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
-from tests.models.moss_vl_case import OneRank
 from tests.ranks import run_ranks
 
 BATCHES = (hard_batch, left_padded, mixed, one_image, one_video, text_only)
@@ -99,20 +96,11 @@ def test_the_classes_of_4_6_equal_one_process() -> None:
 
 
 def patched(model: Any, name: str = NAME) -> Any:
-    groups: Any = OneRank()
-    return patch_model(model, LVXConfig.from_ds_config(case.rules(name, "ring", 1)), groups)
+    return patched_by(case.rules(name, "ring", 1), model)
 
 
 def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
-    model, batch = tiny_model().eval(), left_padded()
-    before, expected = insides(model), model(**batch)
-    patch = patched(model)
-    copied = copy.deepcopy(model)
-    assert torch.equal(model(**batch).logits, expected.logits)
-    patch.unpatch()
-    assert insides(model) == before
-    theirs = copied(**shard_batch(batch, model=copied))
-    torch.testing.assert_close(theirs.loss, expected.loss)
+    assert_given_back(tiny_model, left_padded(), patched)
 
 
 def test_positions_that_the_model_makes_may_be_given() -> None:
@@ -186,14 +174,8 @@ def test_a_comparison_trains_a_model_of_random_weights() -> None:
     assert (given.heads, given.kv_heads, given.frame_tokens) == (2, 2, 144)
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 16}
     given = replace(given, **sizes, patch_size=2, vocabulary=96, text_tokens=8, mlp=64)
-    model = build_model(given, dtype=torch.float32)
-    batch = batch_of(given, frames=range(2), total=2, dtype=torch.float32)
-    config = ds_config(Setting("ring", False, False), given, ranks=1)
-    groups: Any = OneRank()
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    shard = shard_batch(batch, model=model, frames="local")
-    assert shard["ds_lvx"].text_lengths == (2 * (16 + 2) + 2 + 8,)
-    model(**shard).loss.backward()
+    model, layout = compared(given, frames=2, method="ring")
+    assert layout.text_lengths == (2 * (16 + 2) + 2 + 8,)
     assert all(parameter.grad.any() for _, parameter in model.named_parameters())
 
 

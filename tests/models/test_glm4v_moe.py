@@ -16,13 +16,13 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import Glm4vMoeForConditionalGeneration
 
-from ds_lvx.config import LVXConfig
-from ds_lvx.models import FAMILIES, patch_model
+from ds_lvx.models import FAMILIES
 from ds_lvx.training.export import gather_weights
 from ds_lvx.training.model import Source, load_model
 from ds_lvx.training.options import parse
 from tests.models import concatenated_case as case
 from tests.models import glm4v_moe_case as moe
+from tests.models.alone_case import patched_by
 from tests.models.glm4v_moe_case import (
     BIAS,
     for_one_process,
@@ -35,7 +35,6 @@ from tests.models.glm4v_moe_case import (
     tiny_model,
 )
 from tests.models.mllama_case import end_engine, start_engine
-from tests.models.moss_vl_case import OneRank
 from tests.ranks import run_ranks
 
 BATCHES = (hard_batch, left_padded, mixed, one_image, one_video, text_only)
@@ -80,7 +79,7 @@ def few() -> list[list[Any]]:
 
 
 @pytest.mark.exhaustive
-def test_experts_that_a_rank_s_tokens_do_not_choose() -> None:
+def test_fewer_tokens_than_ranks_or_than_experts() -> None:
     jobs = [(case.rules(NAME, "lvx", 3, stage), many_experts) for stage in range(4)]
     case.check(jobs, ranks=3, batches=few(), sp_size=3)
 
@@ -125,14 +124,13 @@ def test_checkpoints_are_loaded_and_saved_as_they_are_at_zero_3(tmp_path: Path) 
 
 
 def test_experts_are_one_module_and_their_router_s_loss_is_refused() -> None:
-    groups: Any = OneRank()
-    config, model = LVXConfig.from_ds_config(case.rules(NAME, "ring", 1)), tiny_model()
-    patch_model(model, config, groups)
+    config, model = case.rules(NAME, "ring", 1), tiny_model()
+    patched_by(config, model)
     first, *others = model.model.language_model.layers
     assert not hasattr(first.mlp, "experts")
     assert all(z3_leaf_module(layer.mlp.experts) for layer in others)
     with pytest.raises(NotImplementedError, match="text model with output_router_logits"):
-        patch_model(tiny_model(output_router_logits=True), config, groups)
+        patched_by(config, tiny_model(output_router_logits=True))
 
 
 def test_a_checkpoint_has_a_size() -> None:

@@ -17,15 +17,14 @@ from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from ds_lvx import owned
-from ds_lvx.compare.case import Setting, build_model, cut, ds_config, make_batch, random_case
-from ds_lvx.config import LVXConfig
-from ds_lvx.models import patch_model
+from ds_lvx.compare.case import cut, random_case
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
 from ds_lvx.training.export import gather_weights
 from tests.models import concatenated_case as case
 from tests.models import qwen3_vl_moe_case as moe
-from tests.models.alone_case import insides
+from tests.models.alone_case import insides, patched_by
+from tests.models.compare_case import compared
 from tests.models.mllama_case import (
     assert_same_training,
     end_engine,
@@ -33,7 +32,6 @@ from tests.models.mllama_case import (
     reference_steps,
     start_engine,
 )
-from tests.models.moss_vl_case import OneRank
 from tests.models.qwen3_vl_moe_case import (
     hard_batch,
     left_padded,
@@ -178,8 +176,7 @@ def test_frames_that_are_on_their_ranks_already() -> None:
 
 
 def patched(model: Any) -> Any:
-    groups: Any = OneRank()
-    return patch_model(model, LVXConfig.from_ds_config(case.rules(NAME, "ring", 1)), groups)
+    return patched_by(case.rules(NAME, "ring", 1), model)
 
 
 def test_a_patched_model_can_be_given_back() -> None:
@@ -211,12 +208,7 @@ def test_a_comparison_trains_a_model_of_random_weights() -> None:
     assert (given.heads, given.kv_heads, given.mlp, given.experts) == (2, 2, 96, 128)
     sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 64}
     given = replace(given, **sizes, vocabulary=96, text_tokens=8, experts=3, chosen_experts=2)
-    model = build_model(given, dtype=torch.float32)
-    batch = make_batch(given, frames=range(2), total=2, dtype=torch.float32)
-    groups: Any = OneRank()
-    config = ds_config(Setting("ring", False, False), given, ranks=1)
-    patch_model(model, LVXConfig.from_ds_config(config), groups)
-    model(**shard_batch(batch, model=model, frames="local")).loss.backward()
+    model, _ = compared(given, frames=2, method="ring")
     assert all(parameter.grad.any() for _, parameter in model.named_parameters())
 
 
