@@ -66,7 +66,7 @@ class OfExperts(Concatenated):
 
     def check(self, model: Any, *, sp_size: int) -> None:
         super().check(model, sp_size=sp_size)
-        if getattr(model.config.text_config, ROUTERS):
+        if getattr(model.config.text_config, ROUTERS, False):
             raise router_loss("a text model")
 
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
