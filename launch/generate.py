@@ -201,7 +201,8 @@ class Asking:
 
 
 def read(options: Options, ranks: int) -> tuple[Source, TextEncoder, torch.dtype]:
-    """Config and processor of the model, and the dtype to run it in."""
+    """Config and processor of the model, and the dtype to run it in. What is wrong with the first
+    question is found here: to load the model takes long."""
     size = LVXConfig.from_ds_config(options.deepspeed_config).sequence_parallel_size
     if size != ranks:
         raise ValueError(
@@ -218,6 +219,8 @@ def read(options: Options, ranks: int) -> tuple[Source, TextEncoder, torch.dtype
     source.check_tokenizer()
     length = source.max_length(options.max_length)
     encoder = TextEncoder(source.processor, length, family=source.family)
+    if (first := next(options.conversations(), None)) is not None:
+        Prompts(encoder, options.rate, owned=range).sample(first)
     return source, encoder, dtype
 
 

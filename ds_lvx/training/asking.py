@@ -61,7 +61,8 @@ class Options:
         return (*images, *(Part("video", path) for path in self.video))
 
     def conversations(self) -> Iterator[Conversation]:
-        """What is asked, one conversation after the other.
+        """What is asked, one conversation after the other; of a chat whose questions are typed
+        what it starts with.
 
         Raises:
             DataError: of the file of chats, with its line.
@@ -70,7 +71,7 @@ class Options:
             chats = Chats(self.data, format=self.format, media_root=self.media_root)
             yield from (chats[index] for index in range(len(chats)))
             return
-        yield conversation(self.media, [(str(self.prompt), OPEN)])
+        yield conversation(self.media, [("?" if self.prompt is None else self.prompt, OPEN)])
 
     def reference(self, conversation: Conversation) -> str | None:
         """The answer that a line of the file has."""

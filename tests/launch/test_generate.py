@@ -131,6 +131,9 @@ def test_what_is_wrong_is_said_on_every_rank(folder: Path) -> None:
         run_ranks(run, 2, *given(folder, "--video", "no.mp4", "--prompt", "What?"))
     assert all("--prompt:1: " in text for text in caught.value.errors.values())
     assert len(caught.value.errors) == 2
+    for asked in (["--chat"], ["--prompt", "What?"]):  # before the model is loaded
+        with pytest.raises(ValueError, match="no such file"):
+            script().read(parse(given(folder, "--video", "no.mp4", *asked)), 2)
     with pytest.raises(ValueError, match=r"got 3 ranks and ds_lvx\.sequence_parallel_size 2"):
         script().read(parse(given(folder, "--prompt", "What?")), 3)
     for words in (
