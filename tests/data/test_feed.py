@@ -32,7 +32,10 @@ class _OddError(Exception):
 
 
 def starting(log: Path) -> Callable[[int], Tensor]:
-    """Notes every start and place in a file; place 3 fails, 4 fails oddly, 5 ends the process."""
+    """Notes every start and place in a file; place 3 fails, 4 fails oddly.
+
+    5 ends the process, as soon as there is a file ``taken`` beside the other.
+    """
 
     def make(place: int) -> Tensor:
         with log.open("a") as file:
@@ -42,6 +45,8 @@ def starting(log: Path) -> Callable[[int], Tensor]:
         if place == 4:
             raise _OddError(1, 2)
         if place == 5:
+            # Made ahead: a thread may still be sending place 4, which would end with the process.
+            assert holds(log.with_name("taken").exists, NEVER_S)
             os.kill(os.getpid(), signal.SIGKILL)
         if place == 6:
             time.sleep(NEVER_S)
@@ -119,6 +124,7 @@ def test_workers_make_ahead_and_an_end_is_named(tmp_path: Path) -> None:
         assert "in make" in caught.value.__notes__[0]
         with pytest.raises(ValueError, match="_OddError: 1 and 2"):
             feed.get(4)
+        (tmp_path / "taken").touch()
         with pytest.raises(WorkerError, match=r"--workers: .* ended \(exit code -9\)"):
             feed.get(5)
     assert (tmp_path / "log").read_text() == "start 0 1 2 3 4 5 "
