@@ -16,8 +16,9 @@ from ds_lvx.attention.shape import Hybrid
 from ds_lvx.config import LayerRule, LVXConfig, summarise_names
 from ds_lvx.config.registry import AUTO
 
-Kind: TypeAlias = Literal["self", "cross", "local"]
-"""Text to text, text to images, or an encoder's layer that never leaves its rank."""
+Kind: TypeAlias = Literal["self", "cross", "local", "recurrent"]
+"""Text to text, text to images, an encoder's layer that never leaves its rank, or one that carries
+a state along the text."""
 
 _WHAT = {
     "self": "looks at the whole text, and the text is sharded",
@@ -125,6 +126,8 @@ def _plan(layer: Layer, rules: Mapping[str, LayerRule | None]) -> LayerPlan:
     if layer.replicated and (rule is None or _allows_replicated(rule)):
         kernel = AUTO if rule is None else rule.kernel
         return LayerPlan(layer.name, layer.kind, *_REPLICATED, kernel, False)
+    if layer.kind == "recurrent" and (rule is None or rule.method in (AUTO, "none")):
+        return LayerPlan(layer.name, layer.kind, "ulysses", "auto", "auto", False)
     # An image is encoded on the rank that holds it: there is nothing to choose.
     if rule is None or (layer.kind == "local" and rule.method == "auto"):
         return LayerPlan(layer.name, layer.kind, "none", "auto", "auto", False)
@@ -179,6 +182,13 @@ def _problem(layer: Layer, plan: LayerPlan, sp_size: int) -> tuple[type[Exceptio
             f"{plan.recompute_kv} for {summarise_names([layer.name])[0]}, whose queries every rank "
             'has; expected no rule for it, or {"method": "lvx", "schedule": "replicated"}'
         )
+    if layer.kind == "recurrent" and (plan.method != "ulysses" or plan.kernel != AUTO):
+        return NotImplementedError, (
+            f'ds_lvx.layers: got method "{plan.method}", kernel "{plan.kernel}" for '
+            f"{summarise_names([layer.name])[0]}, which carries a state from token to token by a "
+            'kernel of its own; expected no rule for it, or {"method": "ulysses"}: give the rule '
+            "for attention a pattern that matches those layers only"
+        )
     split = sp_size if plan.method == "ulysses" else plan.ulysses or 1
     if layer.num_heads < split:
         return ValueError, (
@@ -193,7 +203,7 @@ def _problem(layer: Layer, plan: LayerPlan, sp_size: int) -> tuple[type[Exceptio
             'schedules; use across "lvx", or remove schedule'
         )
     for key in ("features", "kv_chunk_tokens"):
-        if layer.kind == "self" and getattr(plan, key) not in ("keep", None):
+        if layer.kind in ("self", "recurrent") and getattr(plan, key) not in ("keep", None):
             return NotImplementedError, (
                 f"ds_lvx.layers: got {key} for {summarise_names([layer.name])[0]}, which attends "
                 "to text; it is for cross-attention to visual features: give its rule a pattern "
@@ -227,7 +237,8 @@ def table(plans: Sequence[LayerPlan]) -> str:
         hybrid = plan.hybrid
         method = plan.method if hybrid is None else hybrid.name
         schedule = plan.schedule if method.endswith("lvx") else "-"
-        kernel = "-" if plan.method == "none" else plan.kernel
+        own = plan.method == "none" or plan.kind == "recurrent"
+        kernel = "-" if own else plan.kernel
         settings = (method, schedule, kernel, _recomputation(plan))
         groups.setdefault(settings, []).append(plan.name)
     rows: list[tuple[str, ...]] = [header]

@@ -37,6 +37,7 @@ class Concatenated(Made):
         takes: the model's arguments of units that `arrange` makes; the first has their pixels.
         text_name: what `inner` calls its text model; `lora_targets` and ``patterns`` have it, too.
         embed: puts embeddings together.
+        layer_types: that a layer of the text may be of.
     """
 
     features_key = ""
@@ -48,6 +49,7 @@ class Concatenated(Made):
     takes: tuple[str, ...] = ()
     text_name: str = "language_model"
     embed: type[Embed] = Embed
+    layer_types: tuple[str, ...] = ("full_attention",)
 
     @abstractmethod
     def units(self, batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
@@ -162,7 +164,7 @@ class Concatenated(Made):
     def check(self, model: Any, *, sp_size: int) -> None:
         config: Any = self.text_model(model).config
         types = getattr(config, "layer_types", None) or ()
-        others = [n for n, kind in enumerate(types) if kind != "full_attention"]
+        others = [n for n, kind in enumerate(types) if kind not in self.layer_types]
         if others:
             kind = types[others[0]]
             do = "take a model whose text attends to all of it in every layer"

@@ -1,0 +1,64 @@
+"""Families whose text carries a state along in some of its layers, and attends in the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ds_lvx.models.batch import ShardedBatch
+from ds_lvx.models.concatenated.family import Concatenated
+from ds_lvx.models.layers import Layer, LayerPlan
+from ds_lvx.models.patch import PatchedAttention
+from ds_lvx.models.qwen3_5.delta import DeltaForward
+from ds_lvx.models.text import Text
+
+_FULL, _LINEAR = "full_attention", "linear_attention"
+
+
+class OfStates(Concatenated):
+    """Base of these families.
+
+    Attributes:
+        of_states: class of a layer's module that carries a state, a ``GatedDeltaNet``.
+    """
+
+    of_states: type[nn.Module]
+    layer_types = (_FULL, _LINEAR)
+
+    # ---- patching
+
+    def attention_layers(self, model: Any) -> list[Layer]:
+        layers = super().attention_layers(model)
+        of_states = [
+            Layer(
+                name,
+                "recurrent",
+                module,
+                num_heads=module.num_v_heads,
+                num_kv_heads=module.num_k_heads,
+                head_dim=module.head_v_dim,
+                features_dim=module.hidden_size,
+            )
+            for name, module in model.named_modules()
+            if isinstance(module, self.of_states)
+        ]
+        order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+        return sorted((*layers, *of_states), key=lambda layer: order[layer.name])
+
+    def forward(self, layer: Layer, plan: LayerPlan) -> PatchedAttention:
+        if layer.kind == "recurrent":
+            return DeltaForward(layer.module, plan)
+        return super().forward(layer, plan)
+
+    def prepare(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        given = super().prepare(batch, arguments)
+        masks = {_FULL: given["attention_mask"], _LINEAR: arguments.get("attention_mask")}
+        return {**given, "attention_mask": masks}
+
+    # ---- batches
+
+    def text(self, batch: Mapping[str, Any], model: Any) -> Text:
+        return replace(super().text(batch, model), unbroken=True)
