@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from tests.models import qwen2_5_vl_case as qwen
@@ -48,11 +49,18 @@ LAYERS = ("linear_attention", "full_attention", "linear_attention")
 
 
 def tiny_model(**text: Any) -> Qwen3_5ForConditionalGeneration:
-    """Three layers of text, of which the first and last carry a state; always the same weights."""
+    """Three layers of text, of which the first and last carry a state, and for long; always the
+    same weights."""
     settings = {**TEXT, **text}
     settings["layer_types"] = [*LAYERS[: settings["num_hidden_layers"]]]
     config = Qwen3_5Config(text_config=settings, vision_config=VISION, **qwen.IDS)
-    return qwen.weighted(Qwen3_5ForConditionalGeneration, config)
+    model = qwen.weighted(Qwen3_5ForConditionalGeneration, config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            parameter.data = torch.linspace(0.02, 0.5, len(parameter)).log()
+        if name.endswith("conv1d.weight"):
+            parameter.data *= 5  # keys are normalised: small ones would lose digits
+    return model
 
 
 def lora_model() -> Any:
