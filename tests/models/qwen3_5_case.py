@@ -40,6 +40,7 @@ TEXT: dict[str, Any] = {
         "mrope_section": [2, 1, 1],
         "mrope_interleaved": True,
     },
+    "rms_norm_eps": 1e-2,  # of what a state gives little is left to be normalised
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 6,
     "linear_key_head_dim": 8,
