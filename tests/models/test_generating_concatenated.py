@@ -27,7 +27,7 @@ from tests.test_generation_further import LONG, converse
 from tests.test_generation_past import SECOND, THIRD, TOKENS, ask, behind, text_of
 
 Batch = dict[str, Any]
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "qwen3_5")
 SEED = 5
 WORDS = {**KEYWORDS, "max_new_tokens": TOKENS}
 

@@ -23,7 +23,7 @@ from ds_lvx.models.decoding_keys import LayerKey
 from ds_lvx.models.generating.decoding import Decoding
 from ds_lvx.models.generating.limits import splits
 from ds_lvx.models.generating.prompt import Prompt
-from ds_lvx.models.generating.text_keys import BESIDE
+from ds_lvx.models.generating.text_keys import BESIDE, has_states, tokens_of
 from ds_lvx.models.text import Text, digest
 
 _MEDIA_TOKENS = (
@@ -201,9 +201,11 @@ class Continued:
             if self.past.prompt.among and mask is not None:  # padding takes no place
                 more = mask[:, known.shape[-1] :].cpu().to(known.dtype).cumsum(dim=1)
             given["position_ids"] = torch.cat((known, known[..., -1:] + more), dim=-1)
-        # What fails on the way leaves a cache that goes with no more than this.
         past = self.past.until(self.common)
-        setattr(self.cache, BESIDE, past)
+        if has_states(self.cache):  # what fails on the way leaves some further than others
+            vars(self.cache).pop(BESIDE, None)
+        else:  # a cache that goes with no more than this
+            setattr(self.cache, BESIDE, past)
         mask, first = self.text.attention_mask, past.prompt
         sharded = first.text is not None
         prompt = replace(
@@ -234,6 +236,14 @@ def _common(past: Past, cache: Any, text: Text, media_tokens: Sequence[int]) -> 
             f"the same text for {past.settled} tokens at least, to behind the last image: leave "
             "past_key_values out, and the whole batch is encoded"
         )
+    held = cache.get_seq_length()
+    if has_states(cache) and common < held:
+        raise ValueError(
+            f"got a text {list(ids.shape)} that goes with {common} of the {held} tokens of "
+            "past_key_values; expected all of them and more behind: layers of this model keep a "
+            "state of the text, which cannot go back: leave past_key_values out, and the whole "
+            "batch is encoded"
+        )
     if bool(
         torch.isin(ids[:, common:], torch.tensor(media_tokens, dtype=ids.dtype, device="cpu")).any()
     ):
@@ -258,6 +268,6 @@ def _crop(cache: Any, tokens: int) -> None:
     layer, such as one of cross-attention, has no keys of text. A forward that failed has left more
     in some layers than in others."""
     for layer in cache.layers:
-        surplus = layer.get_seq_length() - tokens
+        surplus = tokens_of(layer) - tokens
         if surplus > 0:
             layer.crop(-surplus)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_lvx.attention.recurrent import Take, run_by_heads
+from ds_lvx.kernels.transfer import to_device
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.patch import FusedForward
 
@@ -52,9 +53,43 @@ class Groups:
             q, k = (x.repeat_interleave(self.copies, dim=-2) for x in (q, k))
         return torch.cat((q, k, self.of_values(v, module.head_v_dim)), dim=-1)
 
+    def to_mixed(self, grouped: Tensor, module: Any) -> Tensor:
+        """`of_mixed` undone."""
+        keys, size = module.head_k_dim, self.values * module.head_v_dim
+        q, k, v = grouped.split([keys, keys, size], dim=-1)
+        q, k = (x[..., :: self.copies, :] for x in (q, k))
+        return torch.cat([x.flatten(-2) for x in (q, k, v)], dim=-1)
+
     def of_values(self, x: Tensor, size: int) -> Tensor:
         """``[..., V * size]`` -> ``[..., G, values * size]``."""
         return x.unflatten(-1, (-1, self.values * size))
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What a layer leaves behind a text, whole on every rank, as transformers' cache has it.
+
+    Attributes:
+        mixed: ``[R, C, kernel]``, the last tokens' channels before the convolution; zeros stand
+            for those that a shorter text does not have.
+        memory: float32 ``[R, V, head_k_dim, head_v_dim]``.
+    """
+
+    mixed: Tensor
+    memory: Tensor
+
+    @classmethod
+    def of(cls, cache: Any, layer: int) -> Self | None:
+        """That of a layer in the cache; None before its first text."""
+        held = cache.layers[layer]
+        mixed, memory = held.conv_states[0], held.recurrent_states[0]
+        return None if mixed is None or memory is None else cls(mixed, memory)
+
+    def keep(self, cache: Any, layer: int) -> None:
+        """Leave it in the cache."""
+        kernel = self.mixed.shape[2]
+        cache.update_conv_state(self.mixed, layer, conv_kernel_size=kernel)
+        cache.update_recurrent_state(self.memory, layer)
 
 
 class DeltaForward(FusedForward):
@@ -73,12 +108,15 @@ class DeltaForward(FusedForward):
         Args:
             batch: the keyword.
             hidden_states: ``[B, s, hidden]``.
-            cache_params: none outside of generation.
+            cache_params: transformers' own, which gets the state behind the text of all ranks; None
+                outside of generation.
             attention_mask: ``[B, s]``, 0 at padding that is held; None without.
             kwargs: of the text model, which no function of the layer asks for.
 
         Returns:
             ``[B, s, hidden]``.
+
+        Collectives: those of `run_by_heads`; in generation an all-gather of the state.
         """
         module = self.module
         if attention_mask is not None:
@@ -90,35 +128,104 @@ class DeltaForward(FusedForward):
             for project in (module.in_proj_b, module.in_proj_a)
         )
         gate = module.in_proj_z(hidden_states)
-        found = run_by_heads(
-            batch.text,
-            torch.cat((mixed, b, a), dim=-1),
-            lambda x, take: _run(module, groups, x, take),
-        )
+        layer = _Layer(module, groups, batch, cache_params)
+        found = run_by_heads(batch.text, torch.cat((mixed, b, a), dim=-1), layer.run)
         heads = (x.reshape(-1, module.head_v_dim) for x in (found, gate))
         out: Tensor = module.out_proj(module.norm(*heads).view_as(gate))
         return out
 
 
-def _run(module: Any, groups: Groups, x: Tensor, take: Take) -> Tensor:
-    """All tokens ``[B, S, g, W]`` of a rank's groups -> ``[B, S, g, values * head_v_dim]``."""
-    code = vars(sys.modules[type(module).__module__])
-    keys, values, each = module.head_k_dim, module.head_v_dim, groups.values
-    mixed, b, a = x.split([x.shape[3] - 2 * each, each, each], dim=3)
-    weight = groups.of_mixed(module.conv1d.weight.squeeze(1).T, module)
-    weight = take(weight.movedim(1, 0)).transpose(1, 2).flatten(0, 1)
-    mixed = code["causal_conv1d_fn"](
-        mixed.flatten(2).transpose(1, 2), weight, None, activation=module.activation
-    )
-    mixed = mixed.transpose(1, 2).unflatten(2, (x.shape[2], -1))
-    q, k, v = mixed.split([keys, keys, each * values], dim=3)
-    a_log, dt_bias = (take(groups.of_values(p, 1)).flatten() for p in (module.A_log, module.dt_bias))
-    found, _ = code["torch_chunk_gated_delta_rule"](
-        *(part.repeat_interleave(each, dim=2) for part in (q, k)),
-        v.reshape(*v.shape[:2], -1, values),
-        g=-a_log.float().exp() * F.softplus(a.flatten(2).float() + dt_bias),
-        beta=b.flatten(2).sigmoid(),
-        use_qk_l2norm_in_kernel=True,
-    )
-    heads: Tensor = found
-    return heads.reshape(*x.shape[:3], -1)
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """What a rank runs of a layer: its groups over all tokens."""
+
+    module: Any
+    groups: Groups
+    batch: ShardedBatch
+    cache: Any
+
+    def run(self, x: Tensor, take: Take) -> Tensor:
+        """``[B, S, g, W]`` -> ``[B, S, g, values * head_v_dim]``."""
+        module, each, tokens = self.module, self.groups.values, x.shape[1]
+        code = vars(sys.modules[type(module).__module__])
+        mixed, b, a = (
+            part.flatten(2) for part in x.split([x.shape[3] - 2 * each, each, each], dim=3)
+        )
+        a_log, dt_bias = (
+            take(self.groups.of_values(p, 1)).flatten() for p in (module.A_log, module.dt_bias)
+        )
+        beta, g = b.sigmoid(), -a_log.float().exp() * F.softplus(a.float() + dt_bias)
+        memory, lengths = None, None
+        if self.cache is not None:
+            before, memory = self._before(mixed, take)
+            mixed = torch.cat((before, mixed), dim=1)
+            lengths = self._lengths(len(x), x.device)
+            padding = torch.arange(tokens, device=x.device) >= lengths[:, None]
+            beta, g = (t.masked_fill(padding[:, :, None], 0) for t in (beta, g))
+        weight = self.groups.of_mixed(module.conv1d.weight.squeeze(1).T, module)
+        weight = take(weight.movedim(1, 0)).transpose(1, 2).flatten(0, 1)
+        convolved = code["causal_conv1d_fn"](
+            mixed.transpose(1, 2), weight, None, activation=module.activation
+        )
+        by_group = convolved.transpose(1, 2)[:, -tokens:].unflatten(2, (x.shape[2], -1))
+        size = module.head_k_dim
+        q, k, v = by_group.split([size, size, each * module.head_v_dim], dim=3)
+        found, memory = code["torch_chunk_gated_delta_rule"](
+            *(part.repeat_interleave(each, dim=2) for part in (q, k)),
+            v.reshape(*v.shape[:2], -1, module.head_v_dim),
+            g=g,
+            beta=beta,
+            initial_state=memory,
+            output_final_state=self.cache is not None,
+            use_qk_l2norm_in_kernel=True,
+        )
+        if lengths is not None:
+            self._leave(mixed, memory, lengths)
+        heads: Tensor = found.reshape(*x.shape[:3], -1)
+        return heads
+
+    def _before(self, mixed: Tensor, take: Take) -> tuple[Tensor, Tensor | None]:
+        """This rank's part of the state before the text: ``[B, kernel, g * channels]``, zeros where
+        it begins, and ``[B, g * values, head_k_dim, head_v_dim]``."""
+        module = self.module
+        state = State.of(self.cache, module.layer_idx)
+        if state is None:
+            return mixed.new_zeros(len(mixed), module.conv_kernel_size, mixed.shape[2]), None
+        before = self.groups.of_mixed(state.mixed.transpose(1, 2), module)
+        memory = state.memory.unflatten(1, (-1, self.groups.values))
+        return (
+            take(before.movedim(2, 0)).movedim(0, 2).flatten(2),
+            take(memory.movedim(1, 0)).movedim(0, 1).flatten(1, 2),
+        )
+
+    def _lengths(self, rows: int, device: torch.device) -> Tensor:
+        """int64 ``[B]``: tokens of each row over all ranks; the others pad it."""
+        order, each = self.batch.order, self.batch.text_lengths
+        if order is None:
+            lengths = torch.full((rows,), sum(each), device="cpu")
+        else:
+            lengths = (order >= 0).sum(dim=1)
+        return to_device(lengths, device)
+
+    def _leave(self, mixed: Tensor, memory: Tensor, lengths: Tensor) -> None:
+        """Put the state behind the text, that of all groups, into the cache.
+
+        Args:
+            mixed: ``[B, kernel + S, g * channels]``.
+            memory: of this rank's groups.
+            lengths: of `_lengths`.
+        """
+        module, channel = self.module, self.batch.channel
+        last = lengths[:, None] + torch.arange(module.conv_kernel_size, device=mixed.device)
+        tail = mixed.gather(1, last[:, :, None].expand(-1, -1, mixed.shape[2]))
+        of_memory = memory.unflatten(1, (-1, self.groups.values)).movedim(1, 0)
+        of_tail = tail.unflatten(2, (len(of_memory), -1)).movedim(2, 0)
+        each = (len(of_memory),) * channel.size
+        parts = [of_tail.contiguous(), of_memory.contiguous()]
+        tails, memories = channel.gather_rows(parts, [0, 0], each).wait()
+        count = module.num_v_heads // self.groups.values
+        mixed = self.groups.to_mixed(tails[:count].movedim(0, 2), module).transpose(1, 2)
+        memory = memories[:count].movedim(0, 1).flatten(1, 2)
+        copies = 1 if self.batch.decoding is None else self.batch.decoding.copies
+        rows = (x.repeat_interleave(copies, dim=0) for x in (mixed, memory))
+        State(*rows).keep(self.cache, module.layer_idx)

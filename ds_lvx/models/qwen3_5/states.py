@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.concatenated.family import Concatenated
+from ds_lvx.models.cuts import span
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention
 from ds_lvx.models.qwen3_5.delta import DeltaForward
@@ -55,10 +56,27 @@ class OfStates(Concatenated):
 
     def prepare(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
         given = super().prepare(batch, arguments)
-        masks = {_FULL: given["attention_mask"], _LINEAR: arguments.get("attention_mask")}
-        return {**given, "attention_mask": masks}
+        mask: Tensor | None = arguments.get("attention_mask")
+        if batch.decoding is not None and mask is not None:
+            mask = _of_forward(batch, mask, arguments["inputs_embeds"].shape[1])
+        return {**given, "attention_mask": {_FULL: given["attention_mask"], _LINEAR: mask}}
 
     # ---- batches
 
     def text(self, batch: Mapping[str, Any], model: Any) -> Text:
         return replace(super().text(batch, model), unbroken=True)
+
+
+def _of_forward(batch: ShardedBatch, mask: Tensor, tokens: int) -> Tensor | None:
+    """The mask of the tokens that a rank runs in a forward of generation.
+
+    Args:
+        batch: the keyword.
+        mask: ``[R, t]`` of all of the text so far, or of the rank's part of a prompt.
+        tokens: of the rank.
+    """
+    if batch.split and batch.past > 0:
+        here = span(batch.text_lengths, batch.channel.rank)
+        return mask[:, batch.past + here.start : batch.past + here.stop]
+    # A token that is chosen is none of padding.
+    return mask[:, -tokens:] if batch.split or tokens > 1 else None
