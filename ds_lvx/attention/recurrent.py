@@ -29,7 +29,7 @@ Run: TypeAlias = Callable[[Tensor, Take], Tensor]
 """All tokens ``[B, S, g, W]`` of this rank's groups -> ``[B, S, g, V]``."""
 
 
-def run_by_heads(layout: Layout, x: Tensor, run: Run) -> Tensor:
+def run_by_heads(layout: Layout, x: Tensor, run: Run, *, order: Tensor | None = None) -> Tensor:
     """Run what knows tokens of all ranks and no two groups of heads at once.
 
     Args:
@@ -37,6 +37,8 @@ def run_by_heads(layout: Layout, x: Tensor, run: Run) -> Tensor:
         x: ``[B, s, G, W]``, this rank's tokens.
         run: gets the tokens in the order of the sequence, what pads shorter rows last. Where G
             does not divide by the ranks, some run the last group again, and nobody reads it.
+        order: int64 ``[B, T]`` on the CPU, where the parts of all ranks, one after the other, have
+            each token of the text, below 0 what nobody holds; None: they are in order.
 
     Returns:
         ``[B, s, G, V]``.
@@ -55,7 +57,10 @@ def run_by_heads(layout: Layout, x: Tensor, run: Run) -> Tensor:
         return _lengthened(whole, missing, dim=0).narrow(0, channel.rank * each, each)
 
     padded = F.pad(x, (0, 0, 0, 0, 0, max(layout.q_lengths) - x.shape[1]))
-    places = layout.arrival(len(x)).queries
+    places = layout.settled(
+        ("text places", len(x)),
+        lambda: Places.of_text(order, layout.q_lengths, batch=len(x), device=x.device),
+    )
     here = _apply(_ToHeads, channel, places, _lengthened(padded, missing, dim=2))
     return _apply(_ToTokens, channel, places, run(here, take))[:, : x.shape[1], :count]
 

@@ -28,6 +28,7 @@ from tests.test_generation_past import SECOND, THIRD, TOKENS, ask, behind, text_
 
 Batch = dict[str, Any]
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "qwen3_5")
+OF_STATES = ("qwen3_5",)
 SEED = 5
 WORDS = {**KEYWORDS, "max_new_tokens": TOKENS}
 
@@ -220,7 +221,7 @@ def further(name: str, ranks: int) -> Any:
     model, batch = case.tiny_model(), case.left_padded()
     session = ds_lvx.apply(model, concatenated_case.rules(name, "ulysses", ranks))
     words = {**WORDS, "suppress_tokens": media_tokens(model)}
-    answers = converse(model, batch, words, limit=1 << 30)
+    answers = converse(model, batch, words, limit=1 << 30, goes_back=name not in OF_STATES)
     first = ds_lvx.generate(model, batch, **words)
     more = text_of(batch, behind(first.sequences, LONG))
     more["attention_mask"][1, -4:-2] = 0
@@ -234,6 +235,7 @@ def further(name: str, ranks: int) -> Any:
     ("name", "ranks"),
     [
         ("qwen2_5_vl", 2),
+        ("qwen3_5", 3),
         *(pytest.param(n, 2, marks=pytest.mark.exhaustive) for n in (*FAMILIES[1:], "glm4v")),
         pytest.param("qwen3_vl", 3, marks=pytest.mark.exhaustive),
     ],

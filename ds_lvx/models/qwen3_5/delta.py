@@ -129,7 +129,8 @@ class DeltaForward(FusedForward):
         )
         gate = module.in_proj_z(hidden_states)
         layer = _Layer(module, groups, batch, cache_params)
-        found = run_by_heads(batch.text, torch.cat((mixed, b, a), dim=-1), layer.run)
+        parts = torch.cat((mixed, b, a), dim=-1)
+        found = run_by_heads(batch.text, parts, layer.run, order=batch.order)
         heads = (x.reshape(-1, module.head_v_dim) for x in (found, gate))
         out: Tensor = module.out_proj(module.norm(*heads).view_as(gate))
         return out
