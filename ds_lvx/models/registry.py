@@ -39,6 +39,7 @@ BUILT_IN: Mapping[str, str] = {
     "qwen3_vl": "ds_lvx.models.qwen3_vl.family:Qwen3VL",
     "qwen3_vl_moe": "ds_lvx.models.qwen3_vl_moe.family:Qwen3VLMoe",
     "qwen3_5": "ds_lvx.models.qwen3_5.family:Qwen35",
+    "qwen3_5_moe": "ds_lvx.models.qwen3_5_moe.family:Qwen35Moe",
     "glm4v": "ds_lvx.models.glm4v.family:Glm4V",
     "glm46v": "ds_lvx.models.glm4v.family:Glm46V",
     "glm4v_moe": "ds_lvx.models.glm4v_moe.family:Glm4vMoe",

@@ -52,10 +52,14 @@ LAYERS = ("linear_attention", "full_attention", "linear_attention")
 def tiny_model(**text: Any) -> Qwen3_5ForConditionalGeneration:
     """Three layers of text, of which the first and last carry a state, and for long; always the
     same weights."""
+    return with_states(Qwen3_5ForConditionalGeneration, Qwen3_5Config, text)
+
+
+def with_states(kind: Any, config: Any, text: dict[str, Any]) -> Any:
+    """A model of a class, of a configuration of ``TEXT`` with some entries changed."""
     settings = {**TEXT, **text}
     settings["layer_types"] = [*LAYERS[: settings["num_hidden_layers"]]]
-    config = Qwen3_5Config(text_config=settings, vision_config=VISION, **qwen.IDS)
-    model = qwen.weighted(Qwen3_5ForConditionalGeneration, config)
+    model = qwen.weighted(kind, config(text_config=settings, vision_config=VISION, **qwen.IDS))
     for name, parameter in model.named_parameters():
         if name.endswith("A_log"):
             parameter.data = torch.linspace(0.02, 0.5, len(parameter)).log()

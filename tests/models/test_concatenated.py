@@ -26,6 +26,7 @@ NAMES = (
     pytest.param("qwen3_vl_moe", marks=pytest.mark.exhaustive),
     "qwen3_5",
     "glm4v",
+    pytest.param("qwen3_5_moe", marks=pytest.mark.exhaustive),
     pytest.param("glm4v_moe", marks=pytest.mark.exhaustive),
     pytest.param("smolvlm", marks=pytest.mark.exhaustive),  # whose batches are InternVL's
 )

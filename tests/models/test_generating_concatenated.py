@@ -90,7 +90,7 @@ def generate_each(names: tuple[str, ...], ranks: int) -> dict[str, Any]:
         (2, FAMILIES),
         pytest.param(
             3,
-            (*FAMILIES, "smolvlm", "qwen2_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe"),
+            (*FAMILIES, "smolvlm", "qwen2_vl", "qwen3_vl_moe", "qwen3_5_moe", "glm4v", "glm4v_moe"),
             marks=pytest.mark.exhaustive,
         ),
     ],

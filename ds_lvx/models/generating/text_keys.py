@@ -248,6 +248,4 @@ def leave_behind(cache: Any, tokens: int) -> None:
         tokens: T.
     """
     vars(cache).pop(BESIDE, None)
-    cache.layers[:] = [
-        Behind(tokens) if tokens_of(layer) > 0 else layer for layer in cache.layers
-    ]
+    cache.layers[:] = [Behind(tokens) if tokens_of(layer) > 0 else layer for layer in cache.layers]

@@ -44,8 +44,7 @@ class Groups:
         return cls(ratio, 1)
 
     def of_mixed(self, mixed: Tensor, module: Any) -> Tensor:
-        """``[..., C]``, channels of queries, keys and values -> ``[..., G, W]``, those of a group side
-        by side."""
+        """``[..., C]``, channels of queries, keys and values -> ``[..., G, W]``, by groups."""
         sizes = [module.key_dim, module.key_dim, module.value_dim]
         q, k, v = mixed.split(sizes, dim=-1)
         q, k = (x.unflatten(-1, (-1, module.head_k_dim)) for x in (q, k))

@@ -31,11 +31,15 @@ def config_of(size: Size, ids: tuple[int, ...] | None = None) -> Qwen3_5Config:
         size: its dimensions; ``cross_at`` says nothing here.
         ids: see `ds_lvx.models.qwen2_5_vl.sized.config_of`.
     """
+    vision = vision_settings(size)
+    return Qwen3_5Config(text_config=text_of(size), vision_config=vision, **token_ids(size, ids))
+
+
+def vision_settings(size: Size) -> dict[str, Any]:
+    """A tower's configuration."""
     vision = qwen.vision_settings(size)
     del vision["deepstack_visual_indexes"]
-    return Qwen3_5Config(
-        text_config=text_of(size), vision_config=vision, **token_ids(size, ids)
-    )
+    return vision
 
 
 def text_of(size: Size) -> dict[str, Any]:
@@ -91,5 +95,9 @@ def size_of(config: Any) -> Size:
 def tiny() -> tuple[Qwen3_5Config, Processor]:
     """A model of about 200,000 parameters, and its processor: pictures have 4 to 16 tokens."""
     size, ids, processor = tiny_parts(Processor, video_pixels=qwen.TINY_VIDEO_PIXELS)
-    size = replace(size, head_dim=32, state_heads=4, state_values=8, state_dim=8)
-    return config_of(size, ids), processor
+    return config_of(tiny_size(size), ids), processor
+
+
+def tiny_size(size: Size) -> Size:
+    """That of a tiny model whose text carries a state along."""
+    return replace(size, head_dim=32, state_heads=4, state_values=8, state_dim=8)

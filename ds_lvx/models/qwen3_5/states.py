@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from ds_lvx.models.cuts import span
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention
 from ds_lvx.models.qwen3_5.delta import DeltaForward
-from ds_lvx.models.text import Text
 
 _FULL, _LINEAR = "full_attention", "linear_attention"
 
@@ -28,26 +26,17 @@ class OfStates(Concatenated):
 
     of_states: type[nn.Module]
     layer_types = (_FULL, _LINEAR)
+    unbroken = True
 
     # ---- patching
 
     def attention_layers(self, model: Any) -> list[Layer]:
-        layers = super().attention_layers(model)
-        of_states = [
-            Layer(
-                name,
-                "recurrent",
-                module,
-                num_heads=module.num_v_heads,
-                num_kv_heads=module.num_k_heads,
-                head_dim=module.head_v_dim,
-                features_dim=module.hidden_size,
-            )
+        attending = {layer.name: layer for layer in super().attention_layers(model)}
+        return [
+            attending.get(name) or _layer(name, module)
             for name, module in model.named_modules()
-            if isinstance(module, self.of_states)
+            if name in attending or isinstance(module, self.of_states)
         ]
-        order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-        return sorted((*layers, *of_states), key=lambda layer: order[layer.name])
 
     def forward(self, layer: Layer, plan: LayerPlan) -> PatchedAttention:
         if layer.kind == "recurrent":
@@ -61,10 +50,17 @@ class OfStates(Concatenated):
             mask = _of_forward(batch, mask, arguments["inputs_embeds"].shape[1])
         return {**given, "attention_mask": {_FULL: given["attention_mask"], _LINEAR: mask}}
 
-    # ---- batches
 
-    def text(self, batch: Mapping[str, Any], model: Any) -> Text:
-        return replace(super().text(batch, model), unbroken=True)
+def _layer(name: str, module: Any) -> Layer:
+    return Layer(
+        name,
+        "recurrent",
+        module,
+        num_heads=module.num_v_heads,
+        num_kv_heads=module.num_k_heads,
+        head_dim=module.head_v_dim,
+        features_dim=module.hidden_size,
+    )
 
 
 def _of_forward(batch: ShardedBatch, mask: Tensor, tokens: int) -> Tensor | None:
