@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_lvx.attention.recurrent import Take, run_by_heads
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.patch import FusedForward
+from ds_lvx.models.patch import ShardedForward
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class State:
         cache.update_recurrent_state(self.memory, layer)
 
 
-class DeltaForward(FusedForward):
+class DeltaForward(ShardedForward):
     """Takes the place of the forward of a ``GatedDeltaNet`` as Qwen3.5 has it."""
 
     def sharded(
