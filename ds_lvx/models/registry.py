@@ -63,7 +63,7 @@ KNOWN: Mapping[str, str] = {
     name: f"ds_lvx.models.{_ROOMS.get(name, name)}.dimensions"
     for name in (
         *("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2"),
-        *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"),
+        *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
         *("glm4v", "glm4v_moe", "internvl", "llava_onevision", "video_llama", "smolvlm"),
         *_ROOMS,
     )
