@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_lvx.attention.recurrent import Take, run_by_heads
+from ds_lvx.attention.shape import recurrent_groups
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.patch import ShardedForward
@@ -22,10 +23,7 @@ from ds_lvx.models.patch import ShardedForward
 
 @dataclass(frozen=True)
 class Groups:
-    """Heads that run together, one or more groups on a rank.
-
-    A group is a head of keys with its heads of values. Where a rank would have more of the latter
-    than it must, it is one of these, and a head of keys stands in the groups of each of its own.
+    """Heads that run together, one or more groups on a rank; see `recurrent_groups`.
 
     Attributes:
         copies: groups that a head of keys stands in.
@@ -38,10 +36,7 @@ class Groups:
     @classmethod
     def of(cls, key_heads: int, value_heads: int, ranks: int) -> Self:
         """Those for so many ranks."""
-        ratio = value_heads // key_heads
-        if -(-key_heads // ranks) * ratio <= -(-value_heads // ranks):
-            return cls(1, ratio)
-        return cls(ratio, 1)
+        return cls(*recurrent_groups(key_heads, value_heads, ranks))
 
     def of_mixed(self, mixed: Tensor, module: Any) -> Tensor:
         """``[..., C]``, channels of queries, keys and values -> ``[..., G, W]``, by groups."""
