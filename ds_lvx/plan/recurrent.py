@@ -19,7 +19,7 @@ from ds_lvx.plan.cost import Cost
 from ds_lvx.plan.pieces import FP32_BYTES, Pieces
 
 _CHUNK = 64
-_SMALL_NUMBERS = 9.5
+_SMALL_NUMBERS = 9.5 + 1 / _CHUNK
 """Of a token and head of values that are kept, in fp32: decays, betas, factors of norms."""
 
 
@@ -90,8 +90,8 @@ def _rule_bytes(layers: RecurrentLayers) -> float:
 
 
 def kept_bytes(layers: RecurrentLayers, *, ranks: int, element_bytes: int) -> float:
-    """Of a token, by a layer that is not checkpointed, beside what its MLP keeps: the layer's input,
-    what goes into the convolution and comes out, out thrice on its way, and the rule."""
+    """Of a token, by a layer that is not checkpointed, beside what its MLP keeps: its input, what
+    goes into the convolution and comes out, out thrice on its way, and the rule."""
     wide = spread(layers, ranks)
     numbers = wide.hidden + 2 * wide.channels + 3 * wide.values
     return element_bytes * numbers + wide.heads * _rule_bytes(wide)
