@@ -19,8 +19,8 @@ from ds_lvx.plan.cost import Cost
 from ds_lvx.plan.pieces import FP32_BYTES, Pieces
 
 _CHUNK = 64
-_SMALL_NUMBERS = 9.5 + 1 / _CHUNK
-"""Of a token and head of values that are kept, in fp32: decays, betas, factors of norms."""
+_SMALL_NUMBERS = 8.5 + 1 / _CHUNK
+"""Of a token and head of values that the rule keeps, in fp32: decays, betas, factors of norms."""
 
 
 def spread(layers: RecurrentLayers, ranks: int) -> RecurrentLayers:
@@ -82,19 +82,20 @@ def _rule_s(wide: RecurrentLayers, pieces: Pieces) -> float:
 
 
 def _rule_bytes(layers: RecurrentLayers) -> float:
-    """Kept of a token and head of values, in fp32, with the norm behind the rule: 8 tensors of keys
-    and queries, 6 of values, 5 of a chunk's pairs, and the state before each chunk."""
+    """Kept of a token and head of values, in fp32: 8 tensors of keys and queries, 3 of values, 5 of
+    a chunk's pairs, and the state before each chunk."""
     keys, values = layers.key_dim, layers.head_dim
-    numbers = 8 * keys + 6 * values + 5 * _CHUNK + keys * values / _CHUNK + _SMALL_NUMBERS
+    numbers = 8 * keys + 3 * values + 5 * _CHUNK + keys * values / _CHUNK + _SMALL_NUMBERS
     return FP32_BYTES * numbers
 
 
 def kept_bytes(layers: RecurrentLayers, *, ranks: int, element_bytes: int) -> float:
     """Of a token, by a layer that is not checkpointed, beside what its MLP keeps: its input, what
-    goes into the convolution and comes out, out thrice on its way, and the rule."""
+    goes into the convolution and comes out, the rule, and the gated norm behind it."""
     wide = spread(layers, ranks)
-    numbers = wide.hidden + 2 * wide.channels + 3 * wide.values
-    return element_bytes * numbers + wide.heads * _rule_bytes(wide)
+    numbers = layers.hidden + 2 * wide.channels + 3 * layers.values
+    norm = FP32_BYTES * (3 * layers.values + layers.heads)
+    return element_bytes * numbers + norm + wide.heads * _rule_bytes(wide)
 
 
 def checkpointed_bytes(layers: RecurrentLayers, *, ranks: int, element_bytes: int) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import Qwen3_5MoeForConditionalGeneration
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
     Qwen3_5MoeAttention,
@@ -11,8 +14,9 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
     Qwen3_5MoeVisionAttention,
 )
 
+from ds_lvx.models.dimensions import Model
 from ds_lvx.models.qwen3_5.family import Qwen35
-from ds_lvx.models.qwen3_5_moe import sized
+from ds_lvx.models.qwen3_5_moe import dimensions, sized
 from ds_lvx.models.qwen3_vl_moe.experts import OfExperts
 
 
@@ -27,3 +31,6 @@ class Qwen35Moe(OfExperts, Qwen35):
     sized = sized
     of_class = Qwen3_5MoeForConditionalGeneration
     of_positions = Qwen3_5MoeModel
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
