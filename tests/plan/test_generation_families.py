@@ -31,7 +31,7 @@ from tests.models.test_generating_families import without_labels
 from tests.ranks import run_ranks
 
 Case = tuple[Any, dict[str, Any], dict[str, Any]]
-NAMES = ("llava_onevision", "t5gemma2", "blip_2", "qwen")
+NAMES = ("llava_onevision", "qwen3_5", "t5gemma2", "blip_2", "qwen")
 FURTHER = (
     "qwen2_5_vl",
     "qwen2_vl",
@@ -40,10 +40,10 @@ FURTHER = (
     "glm4v",
     "glm4v_moe",
     "internvl",
-    "qwen3_5",
+    "qwen3_5_moe",
 )
 IMAGE: dict[str, Callable[[Any], int]] = {
-    **dict.fromkeys((*FURTHER, NAMES[0]), lambda model: model.config.image_token_id),
+    **dict.fromkeys((*FURTHER, *NAMES[:2]), lambda model: model.config.image_token_id),
     "t5gemma2": lambda model: model.config.image_token_index,
 }
 """The token that stands for a part of an image."""
@@ -53,7 +53,7 @@ WORDS = {"return_dict_in_generate": True, "do_sample": False}
 
 def case_of(name: str) -> Case:
     """A tiny model, its rules for two ranks, and a sample with an image."""
-    if name in (*FURTHER, NAMES[0]):
+    if name in (*FURTHER, *NAMES[:2]):
         module = import_module(f"tests.models.{name}_case")
         return module.tiny_model(), concatenated_case.rules(name, "lvx", 2), module.one_image()
     if name == "t5gemma2":

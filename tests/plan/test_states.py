@@ -50,7 +50,8 @@ def numbers(weights: Iterable[Tensor]) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", ["mllama", "idefics", "glm4v_moe", "qwen3_vl_moe", "openflamingo", "qwen3_5"]
+    "name",
+    ["mllama", "idefics", "glm4v_moe", "qwen3_vl_moe", "openflamingo", "qwen3_5", "qwen3_5_moe"],
 )
 def test_what_trains_and_what_is_in_4_bits(name: str) -> None:
     model, scenario = made(name, PACKED)
