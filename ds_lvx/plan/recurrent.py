@@ -1,8 +1,8 @@
 """Layers that carry a state along the text: what a rank computes, sends and keeps.
 
 The tokens of all heads become all tokens of some, and what these give goes home
-(`ds_lvx.attention.recurrent`). Counted is Gated DeltaNet as transformers has it in PyTorch, by
-chunks of 64 tokens in fp32.
+(`ds_lvx.attention.recurrent`). Counted is Gated DeltaNet by chunks of 64 tokens, in fp32, as
+transformers has it in PyTorch; docs/planning.md has the formulas.
 
 Legend: K heads of keys, of Dk numbers, V of values, of Dv; n ranks, e bytes an element.
 """
@@ -73,12 +73,16 @@ def _travel(pieces: Pieces, numbers: int) -> None:
 
 def _rule_s(wide: RecurrentLayers, pieces: Pieces) -> float:
     """A forward of a rank's heads over all tokens: its products, and writing what is kept."""
-    keys, values = wide.key_dim, wide.head_dim
-    products = _CHUNK * (3 * keys + 2 * values) + 3 * keys * values
-    tokens = pieces.queries * wide.heads / pieces.n
-    device = pieces.device
-    computing = 2 * products * tokens / device.matmul_flops
-    return computing + _rule_bytes(wide) * tokens / device.stream_bytes_per_s
+    tokens, device = pieces.queries * wide.heads / pieces.n, pieces.device
+    computing = rule_operations(wide) / device.matmul_flops
+    return tokens * (computing + _rule_bytes(wide) / device.stream_bytes_per_s)
+
+
+def rule_operations(layers: RecurrentLayers) -> int:
+    """Of a token and head of values, in forward: in its chunk ``K K^T`` and ``Q K^T``, triangular
+    solutions for K and V, and the pairs' V; keys, queries and new values with the state."""
+    keys, values = layers.key_dim, layers.head_dim
+    return 2 * (_CHUNK * (3 * keys + 2 * values) + 3 * keys * values)
 
 
 def _rule_bytes(layers: RecurrentLayers) -> float:

@@ -8,16 +8,18 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
 from ds_lvx import traffic
 from ds_lvx.attention.replay import Box
 from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import FAMILIES, patch_model
-from ds_lvx.models.dimensions import Model
+from ds_lvx.models.dimensions import Model, RecurrentLayers
 from ds_lvx.plan.cards import card
 from ds_lvx.plan.cluster import from_card
-from ds_lvx.plan.recurrent import checkpointed_bytes, kept_bytes
+from ds_lvx.plan.recurrent import checkpointed_bytes, kept_bytes, rule_operations
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.step import step
 from ds_lvx.sharding import shard_batch
@@ -65,6 +67,18 @@ def run_each(*jobs: Any) -> list[Any]:
 
 def dimensions() -> Model:
     return FAMILIES.named(NAME).dimensions(tiny_model().config.to_dict(), "tiny", "its config")
+
+
+def test_operations_are_those_of_transformers() -> None:
+    """torch counts all but the triangular solutions."""
+    layers = RecurrentLayers(1, hidden=8, heads=3, kv_heads=3, head_dim=24, key_dim=16)
+    q, k = (torch.randn(1, 2 * TOKENS, 3, 16) for _ in range(2))
+    v, beta = torch.randn(1, 2 * TOKENS, 3, 24), torch.rand(1, 2 * TOKENS, 3)
+    with FlopCounterMode(display=False) as counted:
+        torch_chunk_gated_delta_rule(q, k, v, g=-beta, beta=beta)
+    solutions = 2 * 64 * (16 + 24)
+    expected = 2 * TOKENS * 3 * (rule_operations(layers) - solutions)
+    assert counted.get_total_flops() == expected
 
 
 @pytest.mark.parametrize(
