@@ -19,6 +19,7 @@ from ds_lvx.models import FAMILIES, patch_model
 from ds_lvx.models.dimensions import Model, RecurrentLayers
 from ds_lvx.plan.cards import card
 from ds_lvx.plan.cluster import from_card
+from ds_lvx.plan.models import model as known
 from ds_lvx.plan.recurrent import checkpointed_bytes, kept_bytes, rule_operations
 from ds_lvx.plan.scenario import Scenario
 from ds_lvx.plan.step import step
@@ -79,6 +80,25 @@ def test_operations_are_those_of_transformers() -> None:
     solutions = 2 * 64 * (16 + 24)
     expected = 2 * TOKENS * 3 * (rule_operations(layers) - solutions)
     assert counted.get_total_flops() == expected
+
+
+def test_a_checkpointed_layer_computes_twice_and_sends_once() -> None:
+    model, cluster = known("Qwen3.5-9B"), from_card(card("H100"), gpus=4)
+    once, twice = (
+        step(Scenario(model, 4096, 32, checkpointing=each), cluster, ranks=4, way="ring")
+        for each in (False, True)
+    )
+    assert once.bytes_sent == twice.bytes_sent
+    part, tokens, device = "layers with a state", 4096 + 32 * 98, cluster.device
+    assert once.parts[f"{part}, network"] == twice.parts[f"{part}, network"] > 0
+    # A quarter of the tokens through all weights, all tokens through a quarter of 32 heads.
+    weights = 4096 * (8192 + 2 * 4096 + 2 * 32) + 8192 * 4 + 2 * 32 + 128 + 3 * 4096 * 12_288
+    products = 2 * (64 * 5 * 128 + 3 * 128**2)
+    kept = 4 * (11 * 128 + 5 * 64 + 128**2 / 64 + 8.5 + 1 / 64)
+    computing = tokens / 4 * (2 * weights + 32 * products) / device.matmul_flops
+    writing = tokens / 4 * 32 * kept / device.stream_bytes_per_s
+    again = twice.parts[part] - once.parts[part]
+    assert again == pytest.approx(24 * (computing + writing))
 
 
 @pytest.mark.parametrize(
