@@ -36,12 +36,9 @@ KEPT: dict[str, tuple[dict[str, str], int]] = {
 MAKES = (interleaved, text_alone)
 
 
-def converse(
-    model: Any, batch: Batch, keywords: dict[str, Any], *, limit: int, goes_back: bool = True
-) -> list[Any]:
+def converse(model: Any, batch: Batch, keywords: dict[str, Any], *, limit: int) -> list[Any]:
     """Answers to a short prompt; to a long text behind it; to a short one; and, from a copy of the
-    cache of the second, to another long text behind it, or where a cache goes back, behind a part
-    of it."""
+    cache of the second, to another long text behind a part of it."""
 
     def ask(ids: Tensor, cache: Any) -> Any:
         given = text_of(batch, ids)
@@ -56,7 +53,7 @@ def converse(
         answers.append(ask(behind(first.sequences, LONG), cache))
         held = copy.deepcopy(cache)
         answers.append(ask(behind(answers[1].sequences, THIRD), cache))
-        keep = first.sequences.shape[1] + 3 if goes_back else None
+        keep = first.sequences.shape[1] + 3
         answers.append(ask(behind(answers[1].sequences, LONG.flip(0), keep=keep), held))
     return [(answer.sequences, answer.logits) for answer in answers]
 

@@ -28,7 +28,6 @@ from tests.test_generation_past import SECOND, THIRD, TOKENS, ask, behind, text_
 
 Batch = dict[str, Any]
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "qwen3_5")
-OF_STATES = ("qwen3_5",)
 SEED = 5
 WORDS = {**KEYWORDS, "max_new_tokens": TOKENS}
 
@@ -178,13 +177,24 @@ def longer(batch: Batch, ids: Tensor) -> Batch:
     return given | ({kinds: F.pad(batch[kinds], (0, more))} if kinds in batch else {})
 
 
-def go_on(ranks: int) -> Any:
-    model = tiny_model()
-    session = ds_lvx.apply(model, concatenated_case.rules("qwen3_vl", "lvx", ranks))
-    answers = ask(model, left_padded(), {})
-    first = ds_lvx.generate(model, left_padded(), **WORDS)
+def fails_at_the_second(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """A logits processor, of a call whose first token has been chosen."""
+    if (input_ids[:, -1] != SECOND[-1]).all():
+        raise KeyError("mine")
+    return torch.zeros_like(scores)
+
+
+def go_on(name: str, ranks: int) -> Any:
+    model = import_module(f"tests.models.{name}_case").tiny_model()
+    session = ds_lvx.apply(model, concatenated_case.rules(name, "lvx", ranks))
+    no_media = {"suppress_tokens": media_tokens(model)}
+    answers, words = ask(model, left_padded(), no_media), {**WORDS, **no_media}
+    first = ds_lvx.generate(model, left_padded(), **words)
     more = with_gaps(left_padded(), first.sequences)
-    last = ds_lvx.generate(model, more, past_key_values=first.past_key_values, **WORDS)
+    with pytest.raises(KeyError, match="mine"):
+        failing = {**words, "logits_processor": [fails_at_the_second]}
+        ds_lvx.generate(model, more, past_key_values=first.past_key_values, **failing)
+    last = ds_lvx.generate(model, more, past_key_values=first.past_key_values, **words)
     session.close()
     return [*answers, (last.sequences, last.logits)]
 
@@ -197,19 +207,22 @@ def with_gaps(batch: Batch, first: Tensor) -> Batch:
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_whole_conversations() -> None:
-    model, batch = tiny_model().eval(), left_padded()
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5"])
+def test_answers_are_those_of_whole_conversations(name: str) -> None:
+    """Also where a call fails in between."""
+    model = import_module(f"tests.models.{name}_case").tiny_model().eval()
+    batch, words = left_padded(), {**WORDS, "suppress_tokens": media_tokens(model)}
     length = batch["input_ids"].shape[1]
-    first = model.generate(**without_labels(batch), **WORDS).sequences
+    first = model.generate(**without_labels(batch), **words).sequences
     second = behind(first, SECOND)
     expected = []
     third, last = (behind(first, THIRD, keep=length + more) for more in (2, 0))
     for ids in (batch["input_ids"], second, third, second, last):
-        out: Any = model.generate(**longer(batch, ids), **WORDS)
+        out: Any = model.generate(**longer(batch, ids), **words)
         expected.append((out.sequences, out.logits))
-    out = model.generate(**{**longer(batch, second), **with_gaps(batch, first)}, **WORDS)
+    out = model.generate(**{**longer(batch, second), **with_gaps(batch, first)}, **words)
     expected.append((out.sequences, out.logits))
-    for answers in run_ranks(go_on, 2, 2):
+    for answers in run_ranks(go_on, 2, name, 2):
         torch.testing.assert_close(answers, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -221,7 +234,7 @@ def further(name: str, ranks: int) -> Any:
     model, batch = case.tiny_model(), case.left_padded()
     session = ds_lvx.apply(model, concatenated_case.rules(name, "ulysses", ranks))
     words = {**WORDS, "suppress_tokens": media_tokens(model)}
-    answers = converse(model, batch, words, limit=1 << 30, goes_back=name not in OF_STATES)
+    answers = converse(model, batch, words, limit=1 << 30)
     first = ds_lvx.generate(model, batch, **words)
     more = text_of(batch, behind(first.sequences, LONG))
     more["attention_mask"][1, -4:-2] = 0

@@ -144,7 +144,7 @@ def tokens_of(layer: Any) -> int:
 
 
 def has_states(cache: Any) -> bool:
-    """Whether layers of transformers' cache have a state of the text, which cannot go back."""
+    """Whether layers of transformers' cache have a state of the text in place of its keys."""
     return not all(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
 
 

@@ -18,6 +18,7 @@ from ds_lvx.attention.recurrent import Take, run_by_heads
 from ds_lvx.attention.shape import recurrent_groups
 from ds_lvx.kernels.transfer import to_device
 from ds_lvx.models.batch import ShardedBatch
+from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.patch import ShardedForward
 
 
@@ -122,7 +123,7 @@ class DeltaForward(ShardedForward):
             for project in (module.in_proj_b, module.in_proj_a)
         )
         gate = module.in_proj_z(hidden_states)
-        layer = _Layer(module, groups, batch, cache_params)
+        layer = _Layer(self.plan, module, groups, batch, cache_params)
         parts = torch.cat((mixed, b, a), dim=-1)
         found = run_by_heads(batch.text, parts, layer.run, order=batch.order)
         heads = (x.reshape(-1, module.head_v_dim) for x in (found, gate))
@@ -134,6 +135,7 @@ class DeltaForward(ShardedForward):
 class _Layer:
     """What a rank runs of a layer: its groups over all tokens."""
 
+    plan: LayerPlan
     module: Any
     groups: Groups
     batch: ShardedBatch
@@ -221,6 +223,8 @@ class _Layer:
         count = module.num_v_heads // self.groups.values
         mixed = self.groups.to_mixed(tails[:count].movedim(0, 2), module).transpose(1, 2)
         memory = memories[:count].movedim(0, 1).flatten(1, 2)
-        copies = 1 if self.batch.decoding is None else self.batch.decoding.copies
-        rows = (x.repeat_interleave(copies, dim=0) for x in (mixed, memory))
+        decoding = self.batch.decoding
+        assert decoding is not None, "only generation has a cache"
+        decoding.hold_state(self.plan, (mixed, memory))
+        rows = (x.repeat_interleave(decoding.copies, dim=0) for x in (mixed, memory))
         State(*rows).keep(self.cache, module.layer_idx)
