@@ -191,9 +191,10 @@ def _problem(layer: Layer, plan: LayerPlan, sp_size: int) -> tuple[type[Exceptio
         )
     split = sp_size if plan.method == "ulysses" else plan.ulysses or 1
     if layer.num_heads < split:
+        instead = "" if layer.kind == "recurrent" else "lvx or ring, or "
         return ValueError, (
             f"ds_lvx.layers: got ulysses for attention with {layer.num_heads} heads on {split} "
-            "ranks; expected at least one head a rank: use lvx or ring, or a smaller "
+            f"ranks; expected at least one head a rank: use {instead}a smaller "
             + ("sequence_parallel_size" if plan.ulysses is None else "ulysses")
         )
     if plan.hybrid is not None and plan.hybrid.across == "ring" and plan.schedule != AUTO:
