@@ -171,6 +171,8 @@ def make_mistake(what: str) -> tuple[str, bool]:
     elif what == "size":
         config["ds_lvx"]["sequence_parallel_size"] = 3
     elif what == "mesh":
+    elif what == "other stage on one rank" and rank == 0:
+        config["zero_optimization"]["stage"] = 3
         config["data_parallel_size"] = 1
     elif what == "no rule":
         del config["ds_lvx"]["layers"][2]
@@ -203,7 +205,12 @@ def start_wrongly(what: str, config: dict[str, Any], model: Any) -> None:
 
 MISTAKES = {
     "typo on one rank": ["ValueError: rank 1: ", "metod", '"method"'],
-    "other method on one rank": ["ValueError", "the ranks disagree"],
+    "other method on one rank": [
+        "the ranks disagree on ds_lvx.layers[2].method: got ring on rank 0"
+    ],
+    "other stage on one rank": [
+        "disagree on zero_optimization.stage: got 3 on rank 0, 1 on rank 1"
+    ],
     "other model on one rank": ["ValueError", "the ranks disagree on layers"],
     "no config on one rank": ["ValueError: rank 1: got no ds_config"],
     "apply to no model on one rank": ["ValueError: rank 1: got model of type NoneType"],

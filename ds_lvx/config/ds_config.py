@@ -14,6 +14,12 @@ from ds_lvx.config.words import key_path, nearest, shown
 
 SECTION = "ds_lvx"
 
+_SCALARS = (str, int, float, type(None))  # a bool is an int
+_OF_ONE_RANK = (
+    *("tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler"),
+    *("steps_per_print", "dump_state", "wall_clock_breakdown", "memory_breakdown"),
+)
+
 DSConfig: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
 
 
@@ -42,6 +48,21 @@ def read_ds_config(path_or_dict: DSConfig) -> dict[str, Any]:
     if text is None:
         raise ValueError(_no_file(path))
     return _parse_object(text, source_name(path))
+
+
+def by_path(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a ds_config that all ranks must share, by the path of their key.
+
+    Not among them: folders and files, which may be a node's own, and what only logs.
+    """
+    return {
+        key_path(loc): value if isinstance(value, _SCALARS) else type(value).__name__
+        for loc, value in _walk(dict(ds_config), ())
+        if not (isinstance(value, dict | list) and value)
+        and loc
+        and loc[0] not in _OF_ONE_RANK
+        and not str(loc[-1]).endswith(("path", "dir", "prefix"))
+    }
 
 
 def zero_stage(ds_config: Mapping[str, Any]) -> int:
