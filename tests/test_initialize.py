@@ -156,30 +156,33 @@ def make_mistakes(whats: list[str]) -> list[tuple[str, bool]]:
     return found
 
 
+SECTIONS: dict[str, dict[str, Any]] = {
+    "mesh": {"data_parallel_size": 1},
+    "deepspeed": {"train_batch_size": 7, "gradient_accumulation_steps": 2},
+    "no section": {"bf16": True},
+}
+
+
 def make_mistake(what: str) -> tuple[str, bool]:
     """The error's text, and whether model and process are as they were."""
     rank = torch.distributed.get_rank()
-    config, model = config_of(), tiny_model()
+    config, model = config_of(**SECTIONS.get(what, {})), tiny_model()
     if what == "typo on one rank" and rank == 1:
         config["ds_lvx"]["layers"][1]["metod"] = "lvx"
     elif what == "other method on one rank" and rank == 0:
         config["ds_lvx"]["layers"][2]["method"] = "ring"
+    elif what == "other stage on one rank" and rank == 0:
+        config["zero_optimization"]["stage"] = 3
     elif what == "other model on one rank" and rank == 1:
         model = tiny_model(num_hidden_layers=6)
     elif what == "no family":
         model = nn.Linear(2, 2)
     elif what == "size":
         config["ds_lvx"]["sequence_parallel_size"] = 3
-    elif what == "mesh":
-    elif what == "other stage on one rank" and rank == 0:
-        config["zero_optimization"]["stage"] = 3
-        config["data_parallel_size"] = 1
     elif what == "no rule":
         del config["ds_lvx"]["layers"][2]
     elif what == "heads":
         model = tiny_model(num_attention_heads=1, num_key_value_heads=1)
-    elif what == "deepspeed":
-        config |= {"train_batch_size": 7, "gradient_accumulation_steps": 2}
     try:
         start_wrongly(what, config, model)
     except (ValueError, NotImplementedError, AssertionError) as error:
@@ -218,6 +221,7 @@ MISTAKES = {
     "no family": ["NotImplementedError", "Linear", "mllama"],
     "size": ["ValueError", "ds_lvx.sequence_parallel_size: got 3", "1, 2"],
     "mesh": ["ValueError", "data_parallel_size"],
+    "no section": ["ValueError: all ranks: bf16: got true; expected an object"],
     "no rule": ["ValueError", "self_attn", '"*.self_attn"'],
     "heads": ["ValueError", "1 heads on 2 ranks"],
     "deepspeed": ["AssertionError", "train_batch_size"],
