@@ -222,8 +222,8 @@ MISTAKES = {
     "size": ["ValueError", "ds_lvx.sequence_parallel_size: got 3", "1, 2"],
     "mesh": ["ValueError", "data_parallel_size"],
     "no section": ["ValueError: all ranks: bf16: got true; expected an object"],
-    "no rule": ["ValueError", "self_attn", '"*.self_attn"'],
-    "heads": ["ValueError", "1 heads on 2 ranks"],
+    "no rule": ["ValueError", "self_attn", '"*language_model*.self_attn"'],
+    "heads": ["ValueError", "got ulysses on 2 ranks"],
     "deepspeed": ["AssertionError", "train_batch_size"],
 }
 
