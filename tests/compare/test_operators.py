@@ -92,12 +92,11 @@ def test_every_method_is_checked_counted_and_timed(tmp_path: Path) -> None:
 def test_zigzag_is_measured_beside_contiguous() -> None:
     """Both ways against the oracle, then timed; the processor's own seconds of every rank."""
     shape = replace(TINY, seqlen_kv=9, visibility="causal")
-    request = replace(
-        ONCE, shape=shape, methods=("lvx-ring", "ring", "none"), orders=("contiguous", "zigzag")
-    )
+    methods = ("lvx-ring", "ring", "none", "gathered")
+    request = replace(ONCE, shape=shape, methods=methods, orders=("contiguous", "zigzag"))
     answers = [answer for (answer,) in run_ranks(measured, 3, [request])]
     results = assembled(request, json.loads(json.dumps(answers)))
-    labels = ["lvx-ring", "ring", "none", "lvx-ring zigzag", "ring zigzag"]
+    labels = [*methods, "lvx-ring zigzag", "ring zigzag", "gathered zigzag"]
     assert [record["method"] for record in results["records"]] == labels
     exact = {d["one"] for d in results["largest_differences"] if d["other"] == exactness.EXACT}
     assert exact == set(labels) - {"none"}
@@ -150,6 +149,10 @@ def test_methods_that_disagree_are_named_and_not_timed() -> None:
     lines = str(raised.value).splitlines()
     pairs = {line.split(" disagree")[0].strip() for line in lines[1:]}
     assert pairs == {"lvx-gather and ring", "ring and float64 oracle"}
+    with pytest.raises(subject.DisagreementError) as raised:
+        assembled(ONCE, answers * 10)
+    every = str(raised.value).splitlines()
+    assert (len(every), every[-1]) == (12, f"  and {10 * len(lines[1:]) - 10} more")
     for line in lines[1:]:
         assert " disagree on out: the largest error is 0.001 of the largest value" in line
         assert "on rank 1 at [" in line
