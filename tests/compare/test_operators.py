@@ -293,6 +293,12 @@ def test_shards_make_up_the_whole(features_dim: int | None, visibility: str) -> 
         (["--head-dim", "0"], "--head-dim: got 0; expected at least 1"),
         (["--features-dim", "0"], "--features-dim: got 0; expected at least 1"),
         (["--methods", "ulysses", "--heads", "2"], "none is left: got 2 query heads for 4 ranks"),
+        (["--frames", "3"], "--frames: got 3 without --model, .*; add --model, or leave this out"),
+        (["--model", "tiny", "--seqlen-q", "9"], "--seqlen-q: got 9 with --model, .*; leave out"),
+        (["--render", "none.json"], "--render: got none.json .*expected a JSON that --output has"),
+        (["--render", "pyproject.toml"], "--render: got pyproject.toml .*expected a JSON that"),
+        (["--output", "/proc/x"], "--output: got /proc/x .*expected a folder"),
+        (["--document", "none.md"], "--document: got none.md, which is no file"),
     ],
 )
 def test_bad_options_are_named(
@@ -395,12 +401,15 @@ def test_the_slowest_rank_counts_and_ratios_are_rounded_down() -> None:
     assert subject.name(results) == "compare-q9-kv30-ranks2-200mbit-1ms"
 
 
-def test_the_table_goes_between_its_comment_lines(tmp_path: Path) -> None:
+def test_the_table_goes_between_its_comment_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     results = assembled(ONCE, [answer({"ring": 1.0})])
     document = tmp_path / "page.md"
     document.write_text("before\n")
     with pytest.raises(ValueError, match="followed by"):
         deliver(subject, results, program="ds-lvx compare", document=document)
+    assert subject.text(results) in capsys.readouterr().out, "what was measured is not lost"
     lines = [f"<!-- ds-lvx compare, {subject.name(results)}: {e} -->" for e in ("begin", "end")]
     document.write_text("\n".join(["before", *lines, "after\n"]))
     for _ in range(2):
