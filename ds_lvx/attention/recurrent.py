@@ -56,7 +56,8 @@ def run_by_heads(layout: Layout, x: Tensor, run: Run, *, order: Tensor | None = 
     def take(whole: Tensor) -> Tensor:
         return _lengthened(whole, missing, dim=0).narrow(0, channel.rank * each, each)
 
-    padded = F.pad(x, (0, 0, 0, 0, 0, max(layout.q_lengths) - x.shape[1]))
+    behind = max(layout.q_lengths) - x.shape[1]
+    padded = F.pad(x, (0, 0, 0, 0, 0, behind)) if behind else x  # else a copy of all
     places = layout.settled(
         ("text places", len(x)),
         lambda: Places.of_text(order, layout.q_lengths, batch=len(x), device=x.device),

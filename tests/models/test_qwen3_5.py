@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.utils import z3_leaf_module
 
 from ds_lvx.compare.case import cut, random_case
 from ds_lvx.models.layers import table
+from ds_lvx.models.qwen3_5.delta import Groups, _Layer
 from ds_lvx.models.registry import FAMILIES
 from tests.models import concatenated_case as case
 from tests.models.alone_case import assert_given_back, patched_by
@@ -81,6 +83,21 @@ def test_padding_between_tokens(ranks: int) -> None:
     """Also where heads do not divide by the ranks: there are six."""
     alone = case.references([with_holes], tiny_model)
     case.check_each(NAME, tiny_model, [with_holes], alone, ranks=ranks, offset=2)
+
+
+def test_the_convolution_gets_dense_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a rank runs one group of heads, too: causal-conv1d refuses parts of rows."""
+    module: Any = tiny_model().model.language_model.layers[0].linear_attn
+    groups, given = Groups.of(module.num_k_heads, module.num_v_heads, 2), []
+    code = import_module(type(module).__module__)
+    convolve = code.causal_conv1d_fn
+    monkeypatch.setattr(
+        code, "causal_conv1d_fn", lambda x, *more, **words: given.append(x) or convolve(x, *more)
+    )
+    layer: Any = _Layer(None, module, groups, None, None)  # type: ignore[arg-type]
+    width = 2 * module.head_k_dim + groups.values * (module.head_v_dim + 2)
+    layer.run(torch.ones(2, 5, 1, width), lambda whole: whole[:1])
+    assert [x.transpose(1, 2).is_contiguous() for x in given] == [True]
 
 
 def test_a_comparison_trains_a_model_of_random_weights() -> None:

@@ -160,8 +160,9 @@ class _Layer:
             beta, g = (t.masked_fill(padding[:, :, None], 0) for t in (beta, g))
         weight = self.groups.of_mixed(module.conv1d.weight.squeeze(1).T, module)
         weight = take(weight.movedim(1, 0)).transpose(1, 2).flatten(0, 1)
+        # causal-conv1d takes tokens that begin at multiples of 8 numbers only: no part of a row.
         convolved = code["causal_conv1d_fn"](
-            mixed.transpose(1, 2), weight, None, activation=module.activation
+            mixed.contiguous().transpose(1, 2), weight, None, activation=module.activation
         )
         by_group = convolved.transpose(1, 2)[:, -tokens:].unflatten(2, (x.shape[2], -1))
         size = module.head_k_dim
