@@ -143,7 +143,7 @@ class Asking:
                         else self._prompts.text(asked)
                     ),
                 )
-                text, cache = self._answer(asked, inputs, cache)
+                text, cache = self._answer(asked, inputs, cache, goes_on=True)
             except ValueError as error:
                 if not turns:  # the media are wrong, not the question
                     raise
@@ -152,11 +152,27 @@ class Asking:
                 continue
             turns.append((said, text))
 
+    def _begin(
+        self, asked: Conversation, inputs: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], Any]:
+        """A cache of as much of a prompt as further questions go on from, and what is asked beside
+        it; where that is all of it, the batch as it is, and none."""
+        if has_encoder(self._model):
+            return inputs, None
+        lasting = together(self._world, lambda: self._prompts.lasting(asked, inputs))
+        if begins_with(lasting) == begins_with(inputs):
+            return inputs, None
+        cache = self._generate(lasting, None, silent=True, max_new_tokens=1).past_key_values
+        return together(self._world, lambda: self._prompts.text(asked)), cache
+
     def _answer(
-        self, asked: Conversation, inputs: Mapping[str, Any], cache: Any
+        self, asked: Conversation, inputs: Mapping[str, Any], cache: Any, *, goes_on: bool = False
     ) -> tuple[str, Any]:
-        """The answer, written to the terminal as it comes and to the file; and its cache."""
+        """The answer, written to the terminal as it comes and to the file; and its cache, from which
+        another question may go on."""
         started = time.perf_counter()
+        if goes_on and cache is None:
+            inputs, cache = self._begin(asked, inputs)
         found = self._generate(inputs, cache)
         seconds = time.perf_counter() - started
         tokens = found.sequences[0, begins_with(inputs) :].tolist()
@@ -173,9 +189,11 @@ class Asking:
         # What an encoder reads is the whole conversation, another one for every question.
         return text, None if has_encoder(self._model) else found.past_key_values
 
-    def _generate(self, inputs: Mapping[str, Any], cache: Any) -> Any:
+    def _generate(
+        self, inputs: Mapping[str, Any], cache: Any, *, silent: bool = False, **words: Any
+    ) -> Any:
         options, streamer = self._options, None
-        if self._speaks:
+        if self._speaks and not silent:
             streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling: dict[str, Any] = {"do_sample": False}
         if options.temperature > 0:
@@ -185,10 +203,10 @@ class Asking:
             inputs,
             frames="local",
             text_keys=options.text_keys,
-            max_new_tokens=options.max_new_tokens,
             streamer=streamer,
             past_key_values=cache,
             return_dict_in_generate=True,
+            **{"max_new_tokens": options.max_new_tokens, **words},
             **sampling,
             **self._prompts.ending(self._model),
         )

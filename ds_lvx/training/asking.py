@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from ds_lvx.data.batch import BatchMaker, FrameRate, Sample
@@ -118,6 +119,11 @@ def check_asked(conversation: Conversation) -> None:
         )
 
 
+def _of_tokens(value: Any, ids: Tensor) -> bool:
+    """Whether it has an entry for each token of a text."""
+    return isinstance(value, Tensor) and value.shape[:2] == ids.shape
+
+
 def _place(conversation: Conversation) -> int:
     """Of the last answer that is learnt."""
     numbered = enumerate(conversation.messages)
@@ -163,6 +169,28 @@ class Prompts(BatchMaker):
         """
         inputs = self._text([self._sample(conversation)])
         return {k: v for k, v in inputs.items() if k not in self.encoder.family.keys}
+
+    def lasting(self, conversation: Conversation, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the batch of a prompt what stays as it is when the chat goes on: some templates write
+        the last answer's turn otherwise than those before it, as where models may think first.
+
+        Args:
+            conversation: with the answer that is asked for.
+            inputs: its `batch`.
+
+        Returns:
+            Its first tokens, or all of them, and its images and videos.
+        """
+        more = (Message("user", (Part("text", OPEN),)), conversation.messages[-1])
+        longer = replace(conversation, messages=(*conversation.messages, *more))
+        ids = inputs["input_ids"]
+        try:
+            others = self.text(longer)["input_ids"][:, : ids.shape[1]]
+        except DataError:  # there is room for one question
+            return {**inputs}
+        differ = (ids[:, : others.shape[1]] != others).any(dim=0).nonzero()[:1]
+        end = int(differ) if len(differ) > 0 else ids.shape[1]
+        return {k: v[:, :end] if _of_tokens(v, ids) else v for k, v in inputs.items()}
 
     def _pictures(self, sample: Sample, mine: Sequence[int]) -> Iterator[Any]:
         total = sum(number < sample.num_frames for number in mine)

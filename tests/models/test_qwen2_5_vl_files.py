@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -143,9 +144,30 @@ def answer(folder: Path, data: Path, *, frames: int, tokens: int) -> str:
     return text
 
 
+def write_thinking(folder: Path, name: str) -> Path:
+    """A checkpoint whose template begins the last answer, and no other, with a thought."""
+    source, turn = Source.of(str(write_checkpoint(folder, name))), "{{ message.role }}\n"
+    before, after = source.processor.chat_template.split(turn)
+    thought = "{% if loop.last and message.role == 'assistant' %}<think>\n</think>\n{% endif %}"
+    (folder / "chat_template.jinja").write_text(before + turn + thought + after)
+    return folder
+
+
 @pytest.mark.slow
-def test_a_chat_answers_as_whole_conversations_do(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "ds.json").write_text(json.dumps(rules(NAME, "lvx", 2)))
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        pytest.param(NAME, write_checkpoint, marks=pytest.mark.exhaustive),
+        ("qwen3_5", write_thinking),
+    ],
+)
+def test_a_chat_answers_as_whole_conversations_do(
+    name: str, write: Callable[[Path, str], Path], tmp_path: Path
+) -> None:
+    """Also where the template does not end the first prompt as it goes on later."""
+    (folder := tmp_path / "start").mkdir()
+    write(folder, name)
+    (tmp_path / "ds.json").write_text(json.dumps(rules(name, "lvx", 2)))
     out, asked = tmp_path / "answers.jsonl", ["What animal?", "And now?"]
     given = {
         "model": folder,
