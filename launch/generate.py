@@ -168,8 +168,9 @@ class Asking:
     def _answer(
         self, asked: Conversation, inputs: Mapping[str, Any], cache: Any, *, goes_on: bool = False
     ) -> tuple[str, Any]:
-        """The answer, written to the terminal as it comes and to the file; and its cache, from which
-        another question may go on."""
+        """The answer, written to the terminal as it comes and to the file; and its cache.
+
+        Another question may go on from that, if ``goes_on``."""
         started = time.perf_counter()
         if goes_on and cache is None:
             inputs, cache = self._begin(asked, inputs)
