@@ -57,6 +57,30 @@ class Places:
         leaving[arriving] = torch.arange(len(arriving), dtype=torch.int32, device="cpu")
         return cls(to_device(arriving.int(), device), to_device(leaving, device), longest)
 
+    @classmethod
+    def of_text(
+        cls, order: Tensor | None, lengths: tuple[int, ...], *, batch: int, device: torch.device
+    ) -> Places | None:
+        """The places of tokens in the order of their rows, what pads a row last; None: they arrive
+        so.
+
+        Args:
+            order: int64 ``[B, T]`` on the CPU, where the parts of all ranks, one after the other,
+                have each token, below 0 what nobody holds; None: they are in order.
+            lengths: tokens of each rank.
+            batch: B.
+            device: the one that computes.
+        """
+        shards, count = Shards(lengths, max(lengths), drops=True), sum(lengths)
+        at = (~shards.padding()).nonzero()[:, 0]  # in [n, s] what the parts have
+        if order is None:
+            return None if len(at) == shards.held else cls.of(at.expand(batch, -1), shards, device)
+        # A place beyond them for what nobody holds.
+        key = torch.full((batch, count + 1), _LAST, device="cpu")
+        index = torch.arange(order.shape[1], device="cpu").expand_as(order)
+        key.scatter_(1, torch.where(order < 0, count, order), index)
+        return cls.of(at[key[:, :count].argsort(dim=1, stable=True)], shards, device)
+
     def take(self, arrived: Tensor) -> Tensor:
         """``[n, B, s, H, D]`` -> ``[B, S, H, D]``, dense."""
         rows = arrived.flatten(0, 2).index_select(0, self.arriving)

@@ -178,6 +178,19 @@ def head_layout(heads: int, kv_heads: int, ranks: int) -> tuple[int, int]:
     return repeats, -kv_heads * repeats % ranks
 
 
+def recurrent_groups(key_heads: int, value_heads: int, ranks: int) -> tuple[int, int]:
+    """How many groups of heads that run together a head of keys stands in, where layers carry a
+    state, and how many heads of values a group has.
+
+    A group is a head of keys with its heads of values. Where a rank would have more of the latter
+    than it must, it is one of these.
+    """
+    ratio = value_heads // key_heads
+    if -(-key_heads // ranks) * ratio <= -(-value_heads // ranks):
+        return 1, ratio
+    return ratio, 1
+
+
 def check_heads(num_heads: int, ranks: int) -> None:
     """Raise a ValueError where there are fewer query heads than ranks to split them over."""
     if num_heads < ranks:

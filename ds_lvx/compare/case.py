@@ -45,6 +45,9 @@ class Case:
     head_dim: int = 0  # 0: hidden / heads
     experts: int = 0  # 0: one MLP, without a router
     chosen_experts: int = 0
+    state_heads: int = 0  # 0: no layer carries a state along the text
+    state_values: int = 0
+    state_dim: int = 0
     vocabulary: int = 512
     text_tokens: int = 256  # of the one sample, over all ranks
     # Of the vision tower, and of a frame.
@@ -166,6 +169,10 @@ def cut(case: Case, *, hidden: int | None = None, **layers: int | None) -> Case:
         kv_heads = heads // shared if heads % shared == 0 else heads
         mlp = max(case.mlp * hidden // case.hidden, 1)
         changes |= {"hidden": hidden, "heads": heads, "kv_heads": kv_heads, "mlp": mlp}
+        if case.state_heads > 0:
+            of_keys = max(case.state_heads * hidden // case.hidden, 1)
+            of_values = case.state_values // case.state_heads * of_keys
+            changes |= {"state_heads": of_keys, "state_values": of_values}
     return replace(case, **changes)
 
 

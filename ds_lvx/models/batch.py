@@ -146,12 +146,15 @@ class ShardedBatch:
         return found.masked_fill(missing, 0)
 
     def shards(self, kind: str) -> bool:
-        """Whether a kind of layer, ``self`` or ``cross``, attends to what other ranks hold."""
-        return kind == "cross" or self.decoding is None or self.split or self.behind
+        """Whether a kind of layer, ``self``, ``cross`` or ``recurrent``, is to see what other ranks
+        hold. A token that is generated is on every rank, and so is a state."""
+        if kind == "cross" or self.decoding is None or self.split:
+            return True
+        return self.behind and kind == "self"
 
     def layout(self, kind: str) -> Layout:
-        """The layout of a kind of layer: ``self`` or ``cross``."""
-        if kind == "self":
+        """The layout of a kind of layer: ``self``, ``cross`` or ``recurrent``."""
+        if kind != "cross":
             return self.text
         assert self.cross is not None, "cross-attention without images is skipped"
         return self.cross

@@ -10,10 +10,11 @@ Two kinds of models exist. In a *cross* model text attends to visual features th
 beside the text; they stay on the rank that encoded them. The parts below are for those. Where an
 encoder makes these features of one sequence of text and images, its layers are of kind ``"self"``,
 with layouts of their own (`ds_lvx.models.visual.Visual.layouts`). In a *concatenated* model visual
-tokens stand among the text's; such a family has layers of kind ``"self"`` and ``"local"`` only, and
-its `Visual` is not ``attended``. It derives from `ds_lvx.models.concatenated.family.Concatenated`,
-whose tokens stay on the rank that encodes them; where an adapter makes only a few of an image, they
-are gathered (``ds_lvx/models/adapters/``).
+tokens stand among the text's; such a family has layers of kind ``"self"`` and ``"local"`` only, or
+``"recurrent"`` ones that carry a state along the text, and its `Visual` is not ``attended``. It
+derives from `ds_lvx.models.concatenated.family.Concatenated`, whose tokens stay on the rank that
+encodes them; where an adapter makes only a few of an image, they are gathered
+(``ds_lvx/models/adapters/``).
 
 Shapes: ``B`` samples, ``T`` text tokens of the whole sequence. A *unit* is a piece of the visual
 input that no rank cuts: an image, or a frame of a video.

@@ -39,7 +39,8 @@ class DecodingKeys:
 
     Attributes:
         by_layer: K and V ``[B, s_kv, H_kv, D]``: ``cross``, of this rank's visual tokens; ``self``,
-            of its part of a text that stays sharded.
+            of its part of a text that stays sharded. Of layers that carry a state, ``recurrent``,
+            that behind the first prompt, the same on every rank.
         stand_in: what is in the place of features, ``[B, 0, hidden]``, once they came.
         features: this rank's, ``[B, s_kv, hidden]``, in the prompt's forward.
         copies: C.
@@ -204,6 +205,10 @@ class DecodingKeys:
         """
         sent = (like for kind, like in self._likes.items() if kind == "cross" or of_text)
         return next(sent, None)
+
+    def hold_state(self, plan: LayerPlan, state: tuple[Tensor, Tensor]) -> None:
+        """Keep a layer's state behind the first prompt, to which a cache can go back."""
+        self.by_layer.setdefault((plan.kind, plan.name), state)
 
     def only_of_images(self) -> None:
         """Let go of the keys of the text."""

@@ -21,6 +21,8 @@ class Layers:
         others: weights of a layer that a token does not go through: experts that it is not sent
             to, with the router that knows of them. ``mlp`` are then those that it is sent to.
         plain_mlp: of ``mlp`` what is beside such experts, in linear layers.
+        gated: what attention gives is gated, by as many numbers of the projection of q.
+        gated_mlp: so is what ``plain_mlp`` gives, by one number.
     """
 
     count: int
@@ -33,16 +35,19 @@ class Layers:
     features_dim: int = 0
     others: int = 0
     plain_mlp: int = 0
+    gated: bool = False
+    gated_mlp: bool = False
 
     @property
     def query_parameters(self) -> int:
         """Weights of a layer that every token of its own goes through."""
-        return 2 * self.hidden * self.heads * self.head_dim + self.mlp_parameters
+        out = self.hidden * self.heads * self.head_dim
+        return self._query_width * self.hidden + out + self.mlp_parameters
 
     @property
     def mlp_parameters(self) -> int:
         """Of these, the MLP's."""
-        return self.mlp_matrices * self.hidden * self.mlp
+        return self.mlp_matrices * self.hidden * self.mlp + self.hidden * self.gated_mlp
 
     @property
     def key_parameters(self) -> int:
@@ -75,18 +80,24 @@ class Layers:
         mlp = self.hidden * self.mlp
         if self.others:
             mlp = 2 * (self._chosen + self.others) // 3
-        return max(mlp, self.hidden * self.heads * self.head_dim)
+        return max(mlp, self.hidden * self._query_width)
 
     def lora_parameters(self, rank: int) -> int:
         """What LoRA of a rank adds to a layer, at its projections of q, k, v and out."""
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return 2 * rank * (self.hidden + queries + (self.features_dim or self.hidden) + keys)
+        out, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        queries = 2 * self.hidden + self._query_width + out
+        return rank * (queries + 2 * (self.features_dim or self.hidden) + 2 * keys)
 
     def woken(self, tokens: int) -> float:
         """Of `others`, weights that are read for so many tokens, which choose experts at random."""
         experts = self._chosen + self.others
         unread = (1 - self._chosen / experts) ** tokens if self.others else 0.0
         return experts * (1 - unread) - self._chosen
+
+    @property
+    def _query_width(self) -> int:
+        """Numbers that a token's projection of q gives."""
+        return (1 + self.gated) * self.heads * self.head_dim
 
     @property
     def _chosen(self) -> int:
@@ -114,6 +125,60 @@ class RowLayers(Layers):
 
 
 @dataclass(frozen=True)
+class RecurrentLayers(Layers):
+    """Layers that carry a state along the text: Gated DeltaNet, as Qwen3.5 has it.
+
+    ``kv_heads`` are its heads of keys, ``heads`` and ``head_dim`` those of values.
+
+    Attributes:
+        key_dim: numbers of a head of keys, and of queries.
+        kernel: tokens that its convolution sees.
+    """
+
+    key_dim: int = 0
+    kernel: int = 0
+
+    @property
+    def values(self) -> int:
+        """Numbers of a token's values, and of what gates them."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Numbers of a token's queries, keys and values."""
+        return 2 * self.kv_heads * self.key_dim + self.values
+
+    @property
+    def query_parameters(self) -> int:
+        """Weights of a layer: those of linear layers, convolution, decay and norm."""
+        linear = self.channels + 2 * self.values + 2 * self.heads
+        return self.hidden * linear + self._beside + self.mlp_parameters
+
+    @property
+    def key_parameters(self) -> int:
+        """None: keys are made with the rest."""
+        return 0
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of a layer's linear layers."""
+        return super().linear_parameters - self._beside
+
+    def lora_parameters(self, rank: int) -> int:
+        """What LoRA of a rank adds to a layer, at what makes q, k, v and the gate, and at out."""
+        return rank * (3 * self.hidden + self.channels + 2 * self.values)
+
+    @property
+    def _query_width(self) -> int:
+        return self.channels
+
+    @property
+    def _beside(self) -> int:
+        """Weights that are in no linear layer."""
+        return self.channels * self.kernel + 2 * self.heads + self.head_dim
+
+
+@dataclass(frozen=True)
 class Model:
     """A multimodal model, with cross-attention or with visual tokens among the text's.
 
@@ -134,6 +199,7 @@ class Model:
         among: visual tokens stand among the text's. All layers of the text are ``cross`` then, and
             ``text`` has none: they attend to both, each token to those before it.
         gathered: they are few, and in generation every rank has those of all.
+        recurrent: layers of the text that carry a state instead of attending; None: there are none.
     """
 
     name: str
@@ -151,13 +217,14 @@ class Model:
     recomputes: bool = True
     among: bool = False
     gathered: bool = False
+    recurrent: RecurrentLayers | None = None
 
     @property
     def parameters(self) -> int:
         """Weights of the model, embeddings in and out included; norms and biases left out."""
         embeddings = self.embeddings * self.vocabulary * self.text.hidden
         layers = self.text.parameters + self.cross.parameters + self.tower.parameters
-        layers += 0 if self.rows is None else self.rows.parameters
+        layers += sum(each.parameters for each in (self.rows, self.recurrent) if each is not None)
         return layers + embeddings + self.projector_parameters
 
     def with_frames(self, frames: int) -> Model:
@@ -172,12 +239,18 @@ class Model:
     @property
     def cross_parameters(self) -> int:
         """Weights of the cross-attention layers and the projector."""
-        return self.cross.parameters + self.projector_parameters
+        return sum(each.parameters for each in self.crossing) + self.projector_parameters
+
+    @property
+    def crossing(self) -> tuple[Layers, ...]:
+        """The cross-attention layers, by kind: where visual tokens stand among the text's, all of
+        the text."""
+        return (self.cross,) if self.recurrent is None else (self.cross, self.recurrent)
 
     @property
     def decoding(self) -> tuple[Layers, ...]:
         """All layers behind tower and projector, by kind."""
-        kinds = (self.text, self.cross, self.rows)
+        kinds = (self.text, self.cross, self.rows, self.recurrent)
         return tuple(each for each in kinds if each is not None and each.count)
 
     @property

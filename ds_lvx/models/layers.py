@@ -17,8 +17,9 @@ from ds_lvx.config import LayerRule, LVXConfig, pattern_for, starred, summarise_
 from ds_lvx.config.registry import AUTO
 from ds_lvx.config.words import shown
 
-Kind: TypeAlias = Literal["self", "cross", "local"]
-"""Text to text, text to images, or an encoder's layer that never leaves its rank."""
+Kind: TypeAlias = Literal["self", "cross", "local", "recurrent"]
+"""Text to text, text to images, an encoder's layer that never leaves its rank, or one that carries
+a state along the text."""
 
 _WHAT = {
     "self": "looks at the whole text, and the text is sharded",
@@ -147,6 +148,8 @@ def _plan(layer: Layer, rules: Mapping[str, LayerRule | None]) -> LayerPlan:
     if layer.replicated and (rule is None or _allows_replicated(rule)):
         kernel = AUTO if rule is None else rule.kernel
         return LayerPlan(layer.name, layer.kind, *_REPLICATED, kernel, False)
+    if layer.kind == "recurrent" and (rule is None or rule.method in (AUTO, "none")):
+        return LayerPlan(layer.name, layer.kind, "ulysses", "auto", "auto", False)
     # An image is encoded on the rank that holds it: there is nothing to choose.
     if rule is None or (layer.kind == "local" and rule.method == "auto"):
         return LayerPlan(layer.name, layer.kind, "none", "auto", "auto", False)
@@ -203,14 +206,23 @@ def _problem(layer: Layer, plan: LayerPlan, sp_size: int) -> _Problem | None:
             "whose queries every rank has; expected no rule for it, or "
             '{"method": "lvx", "schedule": "replicated"}',
         )
+    if layer.kind == "recurrent" and (plan.method != "ulysses" or plan.kernel != AUTO):
+        return (
+            NotImplementedError,
+            f'method "{plan.method}", kernel "{plan.kernel}"',
+            "which carries a state from token to token by a kernel of its own; expected no rule "
+            'for it, or {"method": "ulysses"}: give the rule for attention a pattern that matches '
+            "those layers only",
+        )
     split = sp_size if plan.method == "ulysses" else plan.ulysses or 1
     if layer.num_heads < split:
         key = "sequence_parallel_size" if plan.ulysses is None else "ulysses"
+        instead = "" if layer.kind == "recurrent" else "lvx or ring, or "
         return (
             ValueError,
             f"ulysses on {split} ranks",
-            f"attention with {layer.num_heads} heads; expected at least one head a rank: use lvx "
-            f"or ring, or a smaller {key}",
+            f"attention with {layer.num_heads} heads; expected at least one head a rank: use "
+            f"{instead}a smaller {key}",
         )
     if plan.hybrid is not None and plan.hybrid.across == "ring" and plan.schedule != AUTO:
         return (
@@ -221,7 +233,7 @@ def _problem(layer: Layer, plan: LayerPlan, sp_size: int) -> _Problem | None:
         )
     for key in ("features", "kv_chunk_tokens"):
         value = getattr(plan, key)
-        if layer.kind == "self" and value not in ("keep", None):
+        if layer.kind in ("self", "recurrent") and value not in ("keep", None):
             return (
                 NotImplementedError,
                 f"{key} {shown(value)}",
@@ -264,7 +276,8 @@ def table(plans: Sequence[LayerPlan]) -> str:
         hybrid = plan.hybrid
         method = plan.method if hybrid is None else hybrid.name
         schedule = plan.schedule if method.endswith("lvx") else "-"
-        kernel = "-" if plan.method == "none" else plan.kernel
+        own = plan.method == "none" or plan.kind == "recurrent"
+        kernel = "-" if own else plan.kernel
         settings = (method, schedule, kernel, _recomputation(plan))
         groups.setdefault(settings, []).append(plan.name)
     rows: list[tuple[str, ...]] = [header]

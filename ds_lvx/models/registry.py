@@ -38,6 +38,8 @@ BUILT_IN: Mapping[str, str] = {
     "qwen2_vl": "ds_lvx.models.qwen2_vl.family:Qwen2VL",
     "qwen3_vl": "ds_lvx.models.qwen3_vl.family:Qwen3VL",
     "qwen3_vl_moe": "ds_lvx.models.qwen3_vl_moe.family:Qwen3VLMoe",
+    "qwen3_5": "ds_lvx.models.qwen3_5.family:Qwen35",
+    "qwen3_5_moe": "ds_lvx.models.qwen3_5_moe.family:Qwen35Moe",
     "glm4v": "ds_lvx.models.glm4v.family:Glm4V",
     "glm46v": "ds_lvx.models.glm4v.family:Glm46V",
     "glm4v_moe": "ds_lvx.models.glm4v_moe.family:Glm4vMoe",
@@ -61,7 +63,7 @@ KNOWN: Mapping[str, str] = {
     name: f"ds_lvx.models.{_ROOMS.get(name, name)}.dimensions"
     for name in (
         *("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2"),
-        *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"),
+        *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
         *("glm4v", "glm4v_moe", "internvl", "llava_onevision", "video_llama", "smolvlm"),
         *_ROOMS,
     )

@@ -15,6 +15,8 @@ class Size:
         head_dim: of the text model; 0: hidden / heads.
         experts, chosen_experts: MLPs that a layer of the text has, and that a token goes through,
             where ``mlp`` is one's; 0: a layer has one.
+        state_heads, state_values, state_dim: of layers of the text that carry a state along it:
+            heads of keys, of values, and the size of both; 0: there are none.
         layers: of the text model, cross-attention layers among them.
         cross_at: which of them attend to images.
         positions: that the text may have.
@@ -33,6 +35,9 @@ class Size:
     head_dim: int = 0
     experts: int = 0
     chosen_experts: int = 0
+    state_heads: int = 0
+    state_values: int = 0
+    state_dim: int = 0
     layers: int = 4
     cross_at: tuple[int, ...] = (1, 3)
     positions: int = 256

@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ds_lvx.attention.shape import evenly
+from ds_lvx.plan import recurrent
 from ds_lvx.plan.choose import cheapest
 from ds_lvx.plan.cluster import Cluster, Device
 from ds_lvx.plan.cost import cost
 from ds_lvx.plan.generation_memory import (
     Held,
+    carried_bytes,
     features_bytes,
     held,
     keeps_prompt,
@@ -148,6 +150,7 @@ def _token(
     read = scenario.element_bytes * sum(_decoder_parameters(scenario))
     # Half of the answer is there, on average.
     read += text_bytes(scenario, ranks=ranks, new_tokens=new_tokens // 2)
+    read += 2 * carried_bytes(scenario)  # read, and written anew
     other_s = layer.other_s if device.cross_layer_s is None else 0.0  # the host's, where measured
     parts = {
         "weights and text": read / rate,
@@ -202,6 +205,7 @@ def _split_parts(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[st
     seen = scenario.pairs_seen if rows is None else rows.share_seen(sum(lengths))
     attention_s = layers.count * (seen * layer.kernel_s + layer.other_s)
     waiting_s = layers.count * layer.exposed_s
+    of_states, states_waiting_s = _states_s(scenario, cluster, ranks=ranks)
     woken = layers.count * layers.woken(max(lengths))
     products = products_s(device, layers.token_parameters, max(lengths), beside=woken)
     if rows is not None:
@@ -216,8 +220,27 @@ def _split_parts(scenario: Scenario, cluster: Cluster, *, ranks: int) -> dict[st
     return {
         "text": products + products_s(device, model.vocabulary * model.text.hidden, 1),
         "attention": attention_s,
-        "network": waiting_s + logits.seconds,
+        **of_states,
+        "network": waiting_s + states_waiting_s + logits.seconds,
     }
+
+
+def _states_s(
+    scenario: Scenario, cluster: Cluster, *, ranks: int
+) -> tuple[dict[str, float], float]:
+    """Of a prompt, the layers that carry a state, and what they wait for others; the state behind
+    it goes to every rank."""
+    layers, e = scenario.model.recurrent, scenario.element_bytes
+    if layers is None:
+        return {}, 0.0
+    lengths = rows_of_ranks(scenario, ranks)
+    rule = recurrent.cost(layers, cluster, lengths, element_bytes=e).forward
+    most = max(lengths)
+    products = products_s(cluster.device, layers.query_parameters, most, beside=layers.woken(most))
+    state = recurrent.state_bytes(recurrent.spread(layers, ranks), element_bytes=e)
+    waiting_s = rule.exposed_s + Ranks(cluster, ranks).gather(state / ranks).seconds
+    seconds = layers.count * (products + rule.seconds - rule.exposed_s)
+    return {"layers with a state": seconds}, layers.count * waiting_s
 
 
 def _zero(
@@ -236,7 +259,7 @@ def _weights(scenario: Scenario, cluster: Cluster, parameters: int) -> Transfer:
         return Transfer(0.0, 0.0, 0, 0)
     whole = Ranks(cluster, cluster.gpus).gather(scenario.element_bytes * parameters / cluster.gpus)
     model = scenario.model
-    layers = model.text.count + model.cross.count + model.embeddings
+    layers = sum(each.count for each in (model.text, *model.crossing)) + model.embeddings
     return replace(whole, latency_s=layers * whole.latency_s)
 
 
@@ -307,20 +330,22 @@ def _host_s(scenario: Scenario, cluster: Cluster, *, hiding_s: float, messages: 
     """
     device, model = cluster.device, scenario.model
     # Cross-attention without an MLP is a part of the text's layers.
-    layers = model.text.count + (model.cross.count if model.cross.mlp else 0)
+    layers = model.text.count + sum(each.count for each in model.crossing if each.mlp)
     seconds = device.token_s + layers * device.layer_s
     if device.cross_layer_s is not None:
-        alone = model.text.count + model.cross.count - messages
+        alone = sum(each.count for each in (model.text, *model.crossing)) - messages
         seconds = device.token_s + alone * device.layer_s + messages * device.cross_layer_s
     return seconds if device.on_cpu else max(seconds - hiding_s, 0.0)
 
 
 def _decoder_parameters(scenario: Scenario) -> tuple[int, int]:
     """Weights that each token goes through: of layers, and of the head."""
-    text, cross = scenario.model.text, scenario.model.cross
-    layers = text.token_parameters + cross.count * cross.query_parameters
-    if keeps_prompt(scenario):  # these layers have keys of the answer's own tokens, too
-        layers += cross.count * cross.key_parameters
+    text = scenario.model.text
+    layers = text.token_parameters
+    for each in scenario.model.crossing:
+        layers += each.count * each.query_parameters
+        if keeps_prompt(scenario):  # these layers have keys of the answer's own tokens, too
+            layers += each.count * each.key_parameters
     return layers, scenario.model.vocabulary * text.hidden
 
 
@@ -328,6 +353,6 @@ def _token_parameters(scenario: Scenario) -> int:
     """Weights of the modules that run for a token: its layers with all of their experts, and each
     table of the vocabulary."""
     layers, table = _decoder_parameters(scenario)
-    text, cross = scenario.model.text, scenario.model.cross
-    others = text.count * text.others + cross.count * cross.others
+    kinds = (scenario.model.text, *scenario.model.crossing)
+    others = sum(each.count * each.others for each in kinds)
     return layers + others + scenario.model.embeddings * table

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ds_lvx.attention.shape import evenly
 from ds_lvx.models.generating import limits
+from ds_lvx.plan import recurrent
 from ds_lvx.plan.memory import LAYER_BYTES, gathered_bytes, tower_bytes
 from ds_lvx.plan.pieces import FP32_BYTES
 from ds_lvx.plan.scenario import Scenario
@@ -33,11 +34,12 @@ class Held:
     # last cross-attention layer makes its keys.
     prompt: int
     gathered: int = 0  # weights that ZeRO-3 has whole at a time
+    carried: int = 0  # states of layers that carry one, whole on every rank
 
     @property
     def kept(self) -> int:
         """Between two tokens, beside the weights."""
-        return self.keys + self.text
+        return self.keys + self.text + self.carried
 
     @property
     def peak(self) -> int:
@@ -113,7 +115,7 @@ def held(scenario: Scenario, *, ranks: int, new_tokens: int, gpus: int = 1) -> H
         width = tokens * model.rows.hidden
         layers = max(LAYER_BYTES * width, e * width + keys)
     elif model.among:
-        layers = LAYER_BYTES * tokens * cross.hidden + keys
+        layers = tokens * _layer_bytes(scenario, ranks) + keys + carried_bytes(scenario)
     else:
         norm = numbers * (e + _NORM_TENSORS * FP32_BYTES)
         last = max(norm, 2 * e * numbers) if cross.count else 0
@@ -125,7 +127,25 @@ def held(scenario: Scenario, *, ranks: int, new_tokens: int, gpus: int = 1) -> H
         text=text,
         prompt=max(vision, features_bytes(scenario, ranks) + layers),
         gathered=gathered_bytes(scenario) if shares > 1 else 0,
+        carried=carried_bytes(scenario),
     )
+
+
+def _layer_bytes(scenario: Scenario, ranks: int) -> int:
+    """Of a token in a layer that runs; one with a state has as much as it keeps in training."""
+    layers, e = scenario.model.recurrent, scenario.element_bytes
+    least = LAYER_BYTES * scenario.model.cross.hidden
+    if layers is None:
+        return least
+    return max(least, int(recurrent.kept_bytes(layers, ranks=ranks, element_bytes=e)))
+
+
+def carried_bytes(scenario: Scenario) -> int:
+    """Of the states of all layers that carry one."""
+    layers = scenario.model.recurrent
+    if layers is None:
+        return 0
+    return layers.count * recurrent.state_bytes(layers, element_bytes=scenario.element_bytes)
 
 
 def _running_text_bytes(scenario: Scenario, ranks: int, kept: int) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 from ds_lvx.attention.shape import STREAMED_TOKENS, evenly
 from ds_lvx.models.dimensions import Layers
 from ds_lvx.plan.pieces import FP32_BYTES
+from ds_lvx.plan.recurrent import checkpointed_bytes, kept_bytes
 from ds_lvx.plan.scenario import Scenario
 
 LAYER_BYTES = 34
@@ -99,7 +100,8 @@ def kept(layers: Layers, setting: Setting, load: Load) -> Kept:
     else:
         of_lora = 2 * e * load.lora_r  # between its matrices, of two projections each
         of_key = k_and_v + _norm_bytes(a.kv_heads, a.head_dim, load) + of_lora
-        of_query += _norm_bytes(a.heads, a.head_dim, load) + q + of_lora
+        # A gated out is a third tensor beside out and its gate.
+        of_query += _norm_bytes(a.heads, a.head_dim, load) + q * (1 + 2 * a.gated) + of_lora
     keys, queries = load.batch * load.keys, load.batch * load.queries
     return Kept(
         features=0 if _on_host(setting, load) else keys * _feature_bytes(a, e),
@@ -184,13 +186,14 @@ class Footprint:
     cross: int  # the cross-attention's at their peak, features included
     text: int  # the text's activations and logits, and the queries of other ranks
     rows: int  # the activations of an encoder over all visual tokens
+    recurrent: int  # the activations of layers that carry a state
     vision_stays: int  # what of ``vision`` is still there in the text's backward
     loading: int  # all weights, where each rank reads them before ZeRO-3 shares them: in 4 bits
 
     @property
     def peak(self) -> int:
         """The most at any moment: in the vision tower, in the text's backward, or at the start."""
-        stays = self.vision_stays + self.cross + self.text + self.rows
+        stays = self.vision_stays + self.cross + self.text + self.rows + self.recurrent
         return max(self.loading, self.states + self.whole + max(self.vision, stays))
 
 
@@ -231,6 +234,7 @@ def footprint(scenario: Scenario, *, gpus: int, ranks: int, way: str) -> Footpri
         cross=peak(replace(cross, hidden=cross.features_dim or cross.hidden), setting, load),
         text=_layers(scenario, own_layers, queries) + logits_bytes(scenario, queries) + travelling,
         rows=0 if rows is None else _layers(scenario, rows, keys),
+        recurrent=_recurrent(scenario, ranks),
         vision_stays=stays,
         loading=scenario.load_in_4bit * (scenario.weight_bytes + _scales_bytes(scenario)),
     )
@@ -274,8 +278,9 @@ def gradients_bytes(scenario: Scenario, *, ranks: int, bucket: int = BUCKET_NUMB
     e, sent = scenario.element_bytes, FP32_BYTES if ranks > 1 else scenario.element_bytes
     full = 0
     if scenario.cross_trains:
-        trained = scenario.model if scenario.text_trains else scenario.model.cross
-        full = e * trained.largest_layer + (sent if sent != e else 0) * trained.largest_weight
+        trained = [scenario.model] if scenario.text_trains else scenario.model.crossing
+        full = e * max(each.largest_layer for each in trained)
+        full += (sent if sent != e else 0) * max(each.largest_weight for each in trained)
     return sent * bucket + max(full, sent * min(bucket, scenario.trained_parameters))
 
 
@@ -296,6 +301,17 @@ def _layers(scenario: Scenario, layers: Layers, tokens: int) -> int:
     layer = LAYER_BYTES * layers.hidden
     kept = scenario.element_bytes * layers.hidden if scenario.checkpointing else layer
     return tokens * (layers.count * kept + layer)
+
+
+def _recurrent(scenario: Scenario, ranks: int) -> int:
+    """What layers with a state keep of a rank's tokens, and one of them at its peak."""
+    layers, e = scenario.model.recurrent, scenario.element_bytes
+    if layers is None:
+        return 0
+    layer = LAYER_BYTES * layers.hidden + kept_bytes(layers, ranks=ranks, element_bytes=e)
+    kept = checkpointed_bytes(layers, ranks=ranks, element_bytes=e)
+    each = kept if scenario.checkpointing else layer
+    return int(max(evenly(scenario.sequence, ranks)) * (layers.count * each + layer))
 
 
 def logits_bytes(scenario: Scenario, queries: int) -> int:
@@ -332,5 +348,5 @@ def elsewhere(scenario: Scenario, *, gpus: int, ranks: int) -> tuple[int, int, i
     return (
         max(own.peak, states + own.vision_stays + gathering),
         2 * width * (ranks - 1) * (visual // ranks),
-        states + max(tower, stays + max(own.cross + own.text, forward)),
+        states + max(tower, stays + max(own.cross + own.text + own.recurrent, forward)),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ds_lvx.attention.shape import evenly
+from ds_lvx.plan import recurrent
 from ds_lvx.plan.cluster import Cluster, Device
 from ds_lvx.plan.cost import Cost, cost
 from ds_lvx.plan.memory import BYTES_IN_4BIT, Footprint, footprint
@@ -29,7 +30,7 @@ class Step:
     text_method: str  # of the text's self-attention
     parts: dict[str, float]  # seconds by part; they add up to ``seconds``
     cross: Cost  # one cross-attention layer
-    bytes_sent: float  # by a rank for all cross-attention layers
+    bytes_sent: float  # by a rank for all layers of cross-attention, and those with a state
     footprint: Footprint
     fits: bool  # the memory suffices
 
@@ -61,6 +62,7 @@ def step(scenario: Scenario, cluster: Cluster, *, ranks: int, way: str) -> Step:
     seen = scenario.pairs_seen
     count, passes = scenario.model.cross.count, (layer.forward, layer.backward)
     projections = list(passes)
+    of_states, states_bytes = _recurrent(scenario, cluster, ranks)
     if scenario.checkpointing and not scenario.recomputes(way):
         projections.append(layer.forward)  # in the layer's second forward
     parts = {
@@ -69,6 +71,7 @@ def step(scenario: Scenario, cluster: Cluster, *, ranks: int, way: str) -> Step:
         "cross-attention, network": count * layer.exposed_s,
         **_text(scenario, cluster, ranks, text_method),
         **_rows(scenario, cluster, ranks, text_method),
+        **of_states,
         "vision": vision_s(scenario, cluster.device, ranks),
         **_in_4_bits(scenario, cluster.device),
     }
@@ -83,7 +86,7 @@ def step(scenario: Scenario, cluster: Cluster, *, ranks: int, way: str) -> Step:
         text_method=text_method,
         parts=parts,
         cross=layer,
-        bytes_sent=count * layer.bytes_sent,
+        bytes_sent=count * layer.bytes_sent + states_bytes,
         footprint=memory,
         fits=memory.peak <= cluster.device.limit_bytes,
     )
@@ -124,6 +127,25 @@ def _rows(scenario: Scenario, cluster: Cluster, ranks: int, method: str) -> dict
         "encoder layers": rows.count * layer,
         "encoder, network": rows.count * attention.exposed_s,
     }
+
+
+def _recurrent(scenario: Scenario, cluster: Cluster, ranks: int) -> tuple[dict[str, float], float]:
+    """The layers that carry a state, and what a rank sends for them."""
+    layers = scenario.model.recurrent
+    if layers is None:
+        return {}, 0.0
+    tokens, again = -(-scenario.sequence // ranks), scenario.checkpointing
+    lengths = evenly(scenario.sequence, ranks)
+    rule = recurrent.cost(layers, cluster, lengths, element_bytes=scenario.element_bytes)
+    products = products_s(
+        cluster.device, layers.query_parameters, tokens, beside=layers.woken(tokens)
+    )
+    layer = (2 + scenario.cross_trains + again) * products + again * rule.forward.kernel_s
+    parts = {
+        "layers with a state": layers.count * (layer + rule.seconds - rule.exposed_s),
+        "layers with a state, network": layers.count * rule.exposed_s,
+    }
+    return parts, layers.count * rule.bytes_sent
 
 
 def products_s(device: Device, parameters: int, tokens: int, *, beside: float = 0.0) -> float:

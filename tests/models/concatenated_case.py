@@ -3,14 +3,24 @@ ranks and in one process."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
 
 from ds_lvx import traffic
 from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import FAMILIES, patch_model
 from ds_lvx.sharding import shard_batch
+from ds_lvx.training.export import gather_weights
+from ds_lvx.training.model import Source, load_model
+from ds_lvx.training.options import parse
 from tests.models import mllama_case
 from tests.models.mllama_case import (
     assert_same_training,
@@ -123,3 +133,45 @@ def bytes_of_forward(model_type: str, model: Make, batch: dict[str, Any]) -> int
     patch.unpatch()
     groups.close()
     return sent.bytes_sent
+
+
+def check_saved(name: str, model: Any, folder: Path) -> list[dict[str, Tensor]]:
+    """A checkpoint, nearly with an expert a file, is loaded and saved as it is at ZeRO-3 in bf16.
+
+    Args:
+        name: of the family.
+        model: in bf16.
+        folder: an empty one.
+
+    Returns:
+        The buffers of every rank's engine.
+    """
+    start, end = folder / "start", folder / "end"
+    model.save_pretrained(start, max_shard_size="16KB")
+    names = json.loads((start / "model.safetensors.index.json").read_text())
+    assert len({*names["weight_map"].values()}) > 9
+    found: list[dict[str, Tensor]] = run_ranks(_load_and_save, 2, name, model.config, start, end)
+    with safe_open(end / "model.safetensors", "pt") as saved:
+        assert saved.keys() == sorted(names["weight_map"])
+    read = type(model).from_pretrained(end, dtype="auto").state_dict()
+    expected = model.state_dict()
+    assert read.keys() == expected.keys()
+    for key, weight in read.items():
+        assert weight.dtype == expected[key].dtype, key
+        assert torch.equal(weight, expected[key]), key
+    return found
+
+
+def _load_and_save(name: str, model_config: Any, start: Path, end: Path) -> dict[str, Tensor]:
+    config = {**rules(name, "lvx", 2, 3), "bf16": {"enabled": True}}
+    source = Source(str(start), FAMILIES.named(name), model_config, None)
+    needed = ("--data", "none", "--deepspeed_config", "none", "--output_dir", "none")
+    options = parse(["--model", str(start), *needed])
+    engine = mllama_case.start_engine(config, load_model(options, config, source))
+    rank = dist.get_rank()
+    held = gather_weights(engine.module, partitioned=True, only_trained=False, keep=rank == 0)
+    if rank == 0:
+        engine.module.save_pretrained(end, state_dict=held)
+    found = {key: buffer.clone() for key, buffer in engine.module.named_buffers()}
+    mllama_case.end_engine(engine)
+    return found

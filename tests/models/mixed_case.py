@@ -187,6 +187,8 @@ MIXED = {
     "qwen2_vl": Mixed("qwen2_vl", partial(parts, GRIDS), model={"num_hidden_layers": 1}),
     "qwen3_vl": Mixed("qwen3_vl", partial(parts, GRIDS)),
     "qwen3_vl_moe": Mixed("qwen3_vl_moe", partial(parts, GRIDS), model={"num_hidden_layers": 2}),
+    "qwen3_5": Mixed("qwen3_5", partial(parts, GRIDS), model={"num_hidden_layers": 2}),
+    "qwen3_5_moe": Mixed("qwen3_5_moe", partial(parts, GRIDS), model={"num_hidden_layers": 2}),
     "glm4v": Mixed("glm4v", partial(parts, GRIDS), own=glm4v_case.for_one_process),
     "glm4v_moe": Mixed(
         "glm4v_moe",

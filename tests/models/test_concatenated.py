@@ -24,7 +24,9 @@ NAMES = (
     "llava_onevision",
     pytest.param("qwen2_vl", marks=pytest.mark.exhaustive),  # Qwen2.5-VL without windows
     pytest.param("qwen3_vl_moe", marks=pytest.mark.exhaustive),
+    "qwen3_5",
     "glm4v",
+    pytest.param("qwen3_5_moe", marks=pytest.mark.exhaustive),
     pytest.param("glm4v_moe", marks=pytest.mark.exhaustive),
     pytest.param("smolvlm", marks=pytest.mark.exhaustive),  # whose batches are InternVL's
 )

@@ -27,7 +27,7 @@ from tests.test_generation_further import LONG, converse
 from tests.test_generation_past import SECOND, THIRD, TOKENS, ask, behind, text_of
 
 Batch = dict[str, Any]
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "qwen3_5")
 SEED = 5
 WORDS = {**KEYWORDS, "max_new_tokens": TOKENS}
 
@@ -89,7 +89,7 @@ def generate_each(names: tuple[str, ...], ranks: int) -> dict[str, Any]:
         (2, FAMILIES),
         pytest.param(
             3,
-            (*FAMILIES, "smolvlm", "qwen2_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe"),
+            (*FAMILIES, "smolvlm", "qwen2_vl", "qwen3_vl_moe", "qwen3_5_moe", "glm4v", "glm4v_moe"),
             marks=pytest.mark.exhaustive,
         ),
     ],
@@ -177,13 +177,22 @@ def longer(batch: Batch, ids: Tensor) -> Batch:
     return given | ({kinds: F.pad(batch[kinds], (0, more))} if kinds in batch else {})
 
 
-def go_on(ranks: int) -> Any:
-    model = tiny_model()
-    session = ds_lvx.apply(model, concatenated_case.rules("qwen3_vl", "lvx", ranks))
-    answers = ask(model, left_padded(), {})
-    first = ds_lvx.generate(model, left_padded(), **WORDS)
+def fail(*_: Any) -> None:
+    raise KeyError("mine")
+
+
+def go_on(name: str, ranks: int) -> Any:
+    model = import_module(f"tests.models.{name}_case").tiny_model()
+    session = ds_lvx.apply(model, concatenated_case.rules(name, "lvx", ranks))
+    no_media = {"suppress_tokens": media_tokens(model)}
+    answers, words = ask(model, left_padded(), no_media), {**WORDS, **no_media}
+    first = ds_lvx.generate(model, left_padded(), **words)
     more = with_gaps(left_padded(), first.sequences)
-    last = ds_lvx.generate(model, more, past_key_values=first.past_key_values, **WORDS)
+    hook = model.model.language_model.layers[-1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="mine"):
+        ds_lvx.generate(model, more, past_key_values=first.past_key_values, **words)
+    hook.remove()
+    last = ds_lvx.generate(model, more, past_key_values=first.past_key_values, **words)
     session.close()
     return [*answers, (last.sequences, last.logits)]
 
@@ -196,19 +205,22 @@ def with_gaps(batch: Batch, first: Tensor) -> Batch:
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_whole_conversations() -> None:
-    model, batch = tiny_model().eval(), left_padded()
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5"])
+def test_answers_are_those_of_whole_conversations(name: str) -> None:
+    """Also where one in between fails in its last layer."""
+    model = import_module(f"tests.models.{name}_case").tiny_model().eval()
+    batch, words = left_padded(), {**WORDS, "suppress_tokens": media_tokens(model)}
     length = batch["input_ids"].shape[1]
-    first = model.generate(**without_labels(batch), **WORDS).sequences
+    first = model.generate(**without_labels(batch), **words).sequences
     second = behind(first, SECOND)
     expected = []
     third, last = (behind(first, THIRD, keep=length + more) for more in (2, 0))
     for ids in (batch["input_ids"], second, third, second, last):
-        out: Any = model.generate(**longer(batch, ids), **WORDS)
+        out: Any = model.generate(**longer(batch, ids), **words)
         expected.append((out.sequences, out.logits))
-    out = model.generate(**{**longer(batch, second), **with_gaps(batch, first)}, **WORDS)
+    out = model.generate(**{**longer(batch, second), **with_gaps(batch, first)}, **words)
     expected.append((out.sequences, out.logits))
-    for answers in run_ranks(go_on, 2, 2):
+    for answers in run_ranks(go_on, 2, name, 2):
         torch.testing.assert_close(answers, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -234,6 +246,7 @@ def further(name: str, ranks: int) -> Any:
     ("name", "ranks"),
     [
         ("qwen2_5_vl", 2),
+        ("qwen3_5", 3),
         *(pytest.param(n, 2, marks=pytest.mark.exhaustive) for n in (*FAMILIES[1:], "glm4v")),
         pytest.param("qwen3_vl", 3, marks=pytest.mark.exhaustive),
     ],

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from deepspeed.utils import z3_leaf_module
-from safetensors import safe_open
-from torch import Tensor
-from transformers import Glm4vMoeForConditionalGeneration
 
 from ds_lvx.models import FAMILIES
-from ds_lvx.training.export import gather_weights
-from ds_lvx.training.model import Source, load_model
-from ds_lvx.training.options import parse
 from tests.models import concatenated_case as case
 from tests.models import glm4v_moe_case as moe
 from tests.models.alone_case import patched_by
@@ -34,12 +26,9 @@ from tests.models.glm4v_moe_case import (
     text_only,
     tiny_model,
 )
-from tests.models.mllama_case import end_engine, start_engine
-from tests.ranks import run_ranks
 
 BATCHES = (hard_batch, left_padded, mixed, one_image, one_video, text_only)
 NAME = "glm4v_moe"
-NONE = ("--data", "none", "--deepspeed_config", "none", "--output_dir", "none")
 
 
 @functools.cache
@@ -84,43 +73,17 @@ def test_fewer_tokens_than_ranks_or_than_experts() -> None:
     case.check(jobs, ranks=3, batches=few(), sp_size=3)
 
 
-def load_and_save(start: Path, end: Path) -> dict[str, Tensor]:
-    """At ZeRO-3 in bf16; returns this rank's biases."""
-    config = {**case.rules(NAME, "lvx", 2, 3), "bf16": {"enabled": True}}
-    family = FAMILIES.named(NAME)
-    source = Source(str(start), family, tiny_model().config, None)
-    options = parse(["--model", str(start), *NONE])
-    engine = start_engine(config, load_model(options, config, source))
-    rank = dist.get_rank()
-    held = gather_weights(engine.module, partitioned=True, only_trained=False, keep=rank == 0)
-    if rank == 0:
-        engine.module.save_pretrained(end, state_dict=held)
-    found = {n: b.clone() for n, b in engine.module.named_buffers() if n.endswith(BIAS)}
-    end_engine(engine)
-    return found
-
-
 @pytest.mark.slow
 def test_checkpoints_are_loaded_and_saved_as_they_are_at_zero_3(tmp_path: Path) -> None:
     """With an expert a file, or nearly; the bias of the choice stays as exact as it was."""
     model = tiny_model().bfloat16()
     for name, buffer in tiny_model().named_buffers():
         model.get_buffer(name).data = buffer
-    model.save_pretrained(tmp_path / "start", max_shard_size="30KB")
-    names = json.loads((tmp_path / "start" / "model.safetensors.index.json").read_text())
-    assert len({*names["weight_map"].values()}) > 9
-    for found in run_ranks(load_and_save, 2, tmp_path / "start", tmp_path / "end"):
-        assert len(found) == 2
-        for name, buffer in found.items():
+    for found in case.check_saved(NAME, model, tmp_path):
+        biases = {name: each for name, each in found.items() if name.endswith(BIAS)}
+        assert len(biases) == 2
+        for name, buffer in biases.items():
             assert torch.equal(buffer, model.get_buffer(name)), name
-    with safe_open(tmp_path / "end" / "model.safetensors", "pt") as saved:
-        assert saved.keys() == sorted(names["weight_map"])
-    read = Glm4vMoeForConditionalGeneration.from_pretrained(tmp_path / "end", dtype="auto")
-    expected = model.state_dict()
-    assert read.state_dict().keys() == expected.keys()
-    for name, weight in read.state_dict().items():
-        assert weight.dtype == expected[name].dtype, name
-        assert torch.equal(weight, expected[name]), name
 
 
 def test_experts_are_one_module_and_their_router_s_loss_is_refused() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +36,8 @@ from tests.models import (
     openflamingo_case,
     qwen2_5_vl_case,
     qwen2_vl_case,
+    qwen3_5_case,
+    qwen3_5_moe_case,
     qwen3_vl_case,
     qwen3_vl_moe_case,
     qwen_vl_case,
@@ -68,7 +71,10 @@ ALLOWED_ON_CPU = {
     # Lengths of pictures and windows, which stay on the host: no wait on fake CUDA tensors.
     *(
         ("tolist", f"models/{name}/modeling_{name}.py:{function}")
-        for name in ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe")
+        for name in (
+            *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+            *("glm4v", "glm4v_moe"),
+        )
         for function in ("<listcomp>", "forward")  # the latter from Python 3.12 on
     ),
 }
@@ -77,6 +83,8 @@ CONCATENATED: dict[str, Any] = {
     "qwen2_vl": qwen2_vl_case,
     "qwen3_vl": qwen3_vl_case,
     "qwen3_vl_moe": qwen3_vl_moe_case,
+    "qwen3_5": qwen3_5_case,
+    "qwen3_5_moe": qwen3_5_moe_case,
     "glm4v": glm4v_case,
     "glm4v_moe": glm4v_moe_case,
     "internvl": internvl_case,
@@ -227,6 +235,8 @@ def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
         pytest.param("qwen2_vl", marks=pytest.mark.exhaustive),
         pytest.param("qwen3_vl", marks=pytest.mark.exhaustive),
         pytest.param("qwen3_vl_moe", marks=pytest.mark.exhaustive),
+        "qwen3_5",
+        pytest.param("qwen3_5_moe", marks=pytest.mark.exhaustive),
         pytest.param("glm4v", marks=pytest.mark.exhaustive),
         pytest.param("glm4v_moe", marks=pytest.mark.exhaustive),
         pytest.param("internvl", marks=pytest.mark.exhaustive),
@@ -234,10 +244,28 @@ def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
         pytest.param("llava_onevision", marks=pytest.mark.exhaustive),
     ],
 )
-def test_towers_and_embeddings_do_not_wait_on_cuda(name: str, fake: FakeCuda) -> None:
+def test_towers_and_embeddings_do_not_wait_on_cuda(
+    name: str, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name.startswith("qwen3_5"):
+        monkeypatch.setattr(modeling_of(name), "causal_conv1d_fn", convolved(name))
     made = rules(name, "lvx", 3)
     made["ds_lvx"]["layers"][1]["kernel"] = "native"
     assert waits_of_a_step(in_bf16(CONCATENATED[name]), made, ranks=3, fake=fake) == []
+
+
+def modeling_of(name: str) -> Any:
+    return import_module(f"transformers.models.{name}.modeling_{name}")
+
+
+def convolved(name: str) -> Callable[..., Any]:
+    """The model's, of a dense input: for another PyTorch would ask CUDA itself for a copy."""
+    own = modeling_of(name).causal_conv1d_fn
+
+    def dense(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return own(x.contiguous(), *args, **kwargs)
+
+    return dense
 
 
 def in_bf16(case: Any) -> Any:

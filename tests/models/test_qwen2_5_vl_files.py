@@ -178,6 +178,8 @@ def test_a_chat_answers_as_whole_conversations_do(folder: Path, tmp_path: Path) 
         pytest.param(NAME, 3, marks=pytest.mark.exhaustive),
         pytest.param("qwen2_vl", 2, marks=pytest.mark.exhaustive),
         pytest.param("qwen3_vl_moe", 2, marks=pytest.mark.exhaustive),
+        pytest.param("qwen3_5", 2, marks=pytest.mark.exhaustive),
+        pytest.param("qwen3_5_moe", 3, marks=pytest.mark.exhaustive),
     ],
 )
 def test_finetune_trains_a_checkpoint(tmp_path: Path, name: str, ranks: int) -> None:

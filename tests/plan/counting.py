@@ -35,21 +35,21 @@ TINY = Case(
 
 
 class SavedBytes:
-    """Counts, for every cross-attention layer, what autograd saves in its forward.
+    """Counts, for every layer of a name, what autograd saves in its forward.
 
     Attributes:
         of_layers: bytes of each, without weights and without the features.
         features: bytes of the features, if any layer saved them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: str = "cross_attn") -> None:
         self.of_layers: list[int] = []
         self.features = 0
         self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         self._context: Any = None
         self._found: dict[int, int] = {}
         for name, module in model.named_modules():
-            if name.endswith("cross_attn"):
+            if name.endswith(layers):
                 module.register_forward_pre_hook(self._begin)
                 module.register_forward_hook(self._end, with_kwargs=True)
 
@@ -66,8 +66,9 @@ class SavedBytes:
 
     def _end(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
         self._context.__exit__(None, None, None)
-        place = kwargs["cross_attention_states"].untyped_storage().data_ptr()
-        self.features = max(self.features, self._found.pop(place, 0))
+        if (features := kwargs.get("cross_attention_states")) is not None:
+            place = features.untyped_storage().data_ptr()
+            self.features = max(self.features, self._found.pop(place, 0))
         self.of_layers.append(sum(self._found.values()))
 
 

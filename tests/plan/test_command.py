@@ -275,7 +275,7 @@ def test_a_plan_that_fits_nothing_says_by_how_much_and_what_would_fit() -> None:
 @pytest.mark.parametrize("each", known(), ids=lambda each: each.name)
 def test_every_model_can_be_planned(each: object) -> None:
     scenario = Scenario(each, text_tokens=2048, frames=256)
-    found = plan(scenario, from_card(CARDS["H200"], gpus=64))
+    found = plan(scenario, from_card(CARDS["H200"], gpus=128))
     assert found.best.seconds > 0
 
 

@@ -31,10 +31,19 @@ from tests.models.test_generating_families import without_labels
 from tests.ranks import run_ranks
 
 Case = tuple[Any, dict[str, Any], dict[str, Any]]
-NAMES = ("llava_onevision", "t5gemma2", "blip_2", "qwen")
-FURTHER = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "internvl")
+NAMES = ("llava_onevision", "qwen3_5", "t5gemma2", "blip_2", "qwen")
+FURTHER = (
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "glm4v",
+    "glm4v_moe",
+    "internvl",
+    "qwen3_5_moe",
+)
 IMAGE: dict[str, Callable[[Any], int]] = {
-    **dict.fromkeys((*FURTHER, NAMES[0]), lambda model: model.config.image_token_id),
+    **dict.fromkeys((*FURTHER, *NAMES[:2]), lambda model: model.config.image_token_id),
     "t5gemma2": lambda model: model.config.image_token_index,
 }
 """The token that stands for a part of an image."""
@@ -44,7 +53,7 @@ WORDS = {"return_dict_in_generate": True, "do_sample": False}
 
 def case_of(name: str) -> Case:
     """A tiny model, its rules for two ranks, and a sample with an image."""
-    if name in (*FURTHER, NAMES[0]):
+    if name in (*FURTHER, *NAMES[:2]):
         module = import_module(f"tests.models.{name}_case")
         return module.tiny_model(), concatenated_case.rules(name, "lvx", 2), module.one_image()
     if name == "t5gemma2":
@@ -67,7 +76,8 @@ def generate_each(names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def generate_one(model: Any, config: dict[str, Any], batch: dict[str, Any]) -> dict[str, int]:
-    """Bytes of K and V that are sharded, of those in the cache, and of what a token sends."""
+    """Bytes of K and V that are sharded, of those in the cache, of states, and of what a token
+    sends."""
     kept: list[int] = []
     sent = []
 
@@ -83,8 +93,13 @@ def generate_one(model: Any, config: dict[str, Any], batch: dict[str, Any]) -> d
     session.close()
     cache = out.past_key_values
     layers = getattr(cache, "self_attention_cache", cache).layers
-    text = nbytes((each.keys, each.values) for each in layers)
-    return {"keys": kept[-1], "text": text, "sent": sent[1] - sent[0]}
+    text = nbytes((each.keys, each.values) for each in layers if hasattr(each, "keys"))
+    states = nbytes(
+        (each.conv_states[0], each.recurrent_states[0])
+        for each in layers
+        if hasattr(each, "conv_states")
+    )
+    return {"keys": kept[-1], "text": text, "states": states, "sent": sent[1] - sent[0]}
 
 
 def scenario_of(name: str) -> Scenario:
@@ -122,6 +137,7 @@ def test_bytes_are_those_of_a_tiny_generation(names: tuple[str, ...]) -> None:
             assert found.held.keys == most, name
         for answer in answers:
             assert found.held.text == answer[name]["text"], name
+            assert found.held.carried == answer[name]["states"], name
             assert found.bytes_sent == answer[name]["sent"], name
         assert found.held.peak >= found.held.weights + found.held.kept
 

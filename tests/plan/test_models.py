@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import MllamaConfig
+from transformers import MllamaConfig, Qwen3_5Config, Qwen3_5MoeConfig
 
+from ds_lvx.models import FAMILIES
 from ds_lvx.plan.models import known, model
 
 
@@ -54,6 +57,14 @@ def test_llama_vision_has_the_dimensions_of_transformers_config(tmp_path: Path) 
         ("Qwen3-VL-32B", 33.4, 98, (64, 64, 8, 128)),
         ("Qwen3-VL-30B-A3B", 31.1, 98, (48, 32, 4, 128)),
         ("Qwen3-VL-235B-A22B", 236, 98, (94, 64, 4, 128)),
+        ("Qwen3.5-0.8B", 0.85, 98, (6, 8, 2, 256)),
+        ("Qwen3.5-2B", 2.21, 98, (6, 8, 2, 256)),
+        ("Qwen3.5-4B", 4.53, 98, (8, 16, 4, 256)),
+        ("Qwen3.5-9B", 9.4, 98, (8, 16, 4, 256)),
+        ("Qwen3.5-27B", 27.4, 98, (16, 24, 4, 256)),
+        ("Qwen3.5-35B-A3B", 35.1, 98, (10, 16, 2, 256)),
+        ("Qwen3.5-122B-A10B", 122.6, 98, (12, 32, 2, 256)),
+        ("Qwen3.5-397B-A17B", 396.8, 98, (15, 32, 2, 256)),
         ("GLM-4.1V-9B", 10.3, 128, (40, 32, 2, 128)),
         ("GLM-4.5V", 107.7, 128, (46, 96, 8, 128)),
         ("InternVL3-8B", 7.94, 256, (28, 28, 4, 128)),
@@ -77,6 +88,24 @@ def test_known_models(
     assert found.frame_tokens == frame_tokens
     layers = found.cross
     assert (layers.count, layers.heads, layers.kv_heads, layers.head_dim) == cross
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_layers_with_a_state_have_the_weights_of_transformers(name: str) -> None:
+    made = import_module(f"tests.models.{name}_case").tiny_model()
+    found = FAMILIES.named(name).dimensions(made.config.to_dict(), name, "its config")
+    norms = ("layernorm.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight")
+    layers = made.model.language_model.layers.named_parameters()
+    weights = sum(p.numel() for key, p in layers if not key.endswith(norms))
+    assert weights == sum(each.parameters for each in found.crossing)
+    assert [each.count for each in found.crossing] == [1, 2]
+
+
+@pytest.mark.parametrize(("config", "name"), [(Qwen3_5Config, "9B"), (Qwen3_5MoeConfig, "35B-A3B")])
+def test_sizes_that_transformers_has_by_default(config: Any, name: str, tmp_path: Path) -> None:
+    config().save_pretrained(tmp_path)
+    written, known_one = (vars(model(each)) for each in (str(tmp_path), f"Qwen3.5-{name}"))
+    assert {k for k in written if written[k] != known_one[k]} == {"name", "source"}
 
 
 def test_a_short_text_reads_the_experts_that_it_chooses() -> None:

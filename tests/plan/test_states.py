@@ -49,7 +49,10 @@ def numbers(weights: Iterable[Tensor]) -> int:
     return sum(p.numel() * (2 if is_packed(p) else 1) for p in weights)
 
 
-@pytest.mark.parametrize("name", ["mllama", "idefics", "glm4v_moe", "qwen3_vl_moe", "openflamingo"])
+@pytest.mark.parametrize(
+    "name",
+    ["mllama", "idefics", "glm4v_moe", "qwen3_vl_moe", "openflamingo", "qwen3_5", "qwen3_5_moe"],
+)
 def test_what_trains_and_what_is_in_4_bits(name: str) -> None:
     model, scenario = made(name, PACKED)
     trained = numbers(p for p in model.parameters() if p.requires_grad)

@@ -59,11 +59,14 @@ class Sequences(Text):
         units: in the order of the rows and their tokens.
         number: int64 ``[B, T]``, of every token its unit's number, or `TEXT`.
         deal: who holds what, once `dealt` was asked.
+        unbroken: padding between tokens is held as well, and a part with some has its
+            ``attention_mask``: it moves the state of layers that carry one along the text.
     """
 
     units: tuple[Unit, ...]
     number: Tensor
     deal: Deal | None = None
+    unbroken: bool = False
     stays_sharded: ClassVar[bool] = True
 
     @classmethod
@@ -115,6 +118,9 @@ class Sequences(Text):
             kept |= self.attention_mask != 0
             if self.labels is not None:  # what is learnt counts, even where padding is to say it
                 kept |= _shifted(self.labels) != IGNORED_LABEL
+            if self.unbroken:
+                begun, ends = (kept.cummax(dim=1).values, kept.flip(1).cummax(dim=1).values.flip(1))
+                kept = begun & ends
         tokens = [unit.tokens for unit in self.units]
         return replace(self, deal=Deal.of(kept, self.number, tokens, size))
 
@@ -159,6 +165,10 @@ class Sequences(Text):
             "input_ids": part(self.input_ids, 0),
             "position_ids": part(positions, 0),
         }
+        if self.unbroken and self.attention_mask is not None:
+            mask = part(self.attention_mask, 0)
+            if bool(((mask == 0) & ~pads).any()):
+                shard["attention_mask"] = mask
         if self.labels is not None:
             shard["labels"] = part(self.labels, IGNORED_LABEL)
             shard["shift_labels"] = part(_shifted(self.labels), IGNORED_LABEL).contiguous()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class Concatenated(Made):
         takes: the model's arguments of units that `arrange` makes; the first has their pixels.
         text_name: what `inner` calls its text model; `lora_targets` and ``patterns`` have it, too.
         embed: puts embeddings together.
+        layer_types: that a layer of the text may be of.
+        unbroken: see `Sequences`.
     """
 
     features_key = ""
@@ -48,6 +51,8 @@ class Concatenated(Made):
     takes: tuple[str, ...] = ()
     text_name: str = "language_model"
     embed: type[Embed] = Embed
+    layer_types: tuple[str, ...] = ("full_attention",)
+    unbroken: bool = False
 
     @abstractmethod
     def units(self, batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
@@ -162,9 +167,9 @@ class Concatenated(Made):
     def check(self, model: Any, *, sp_size: int) -> None:
         config: Any = self.text_model(model).config
         types = getattr(config, "layer_types", None) or ()
-        others = [n for n, kind in enumerate(types) if kind != "full_attention"]
+        others = [n for n, kind in enumerate(types) if kind not in self.layer_types]
         if others:
-            kind = types[others[0]]
+            kind, allowed = types[others[0]], " or ".join(f'"{each}"' for each in self.layer_types)
             do = "take a model whose text attends to all of it in every layer"
             if kind == SLIDING:
                 do = (
@@ -173,7 +178,7 @@ class Concatenated(Made):
                 )
             raise NotImplementedError(
                 f'got a text model whose layer {others[0]} is of type "{kind}"; expected '
-                f'"full_attention" in every layer, which lvx, ring and ulysses run: {do}'
+                f"{allowed} in every layer, which lvx, ring and ulysses run: {do}"
             )
         rope = getattr(config, "rope_parameters", None) or {}
         refuse_growing_rope(rope.get("rope_type", "default"), sp_size)
@@ -197,7 +202,7 @@ class Concatenated(Made):
         text = Text.of(given).each(lambda tensor: tensor.cpu())
         units = self.units(batch, text.input_ids, config)
         made = Sequences.with_units(text, self.visual_tokens(text.input_ids, config), units)
-        return made.at(self.positions(batch, text, config))
+        return replace(made.at(self.positions(batch, text, config)), unbroken=self.unbroken)
 
     def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
         return Units.of(text, self.pixels(batch), self.arrange(model.config))

@@ -23,7 +23,7 @@ from ds_lvx.models.decoding_keys import LayerKey
 from ds_lvx.models.generating.decoding import Decoding
 from ds_lvx.models.generating.limits import splits
 from ds_lvx.models.generating.prompt import Prompt
-from ds_lvx.models.generating.text_keys import BESIDE
+from ds_lvx.models.generating.text_keys import BESIDE, has_states, tokens_of
 from ds_lvx.models.text import Text, digest
 
 _MEDIA_TOKENS = (
@@ -41,6 +41,8 @@ class Past:
         prompt: the first prompt.
         keys, stand_in: of its `DecodingKeys`.
         tokens: int64 ``[B, t]`` on the CPU, the text that the cache is of.
+        states_behind: of how many tokens the states are that layers have in the cache; -1: not
+            known, as where a forward failed.
     """
 
     model: ref[nn.Module]
@@ -48,6 +50,7 @@ class Past:
     keys: Mapping[LayerKey, tuple[Tensor, Tensor]]
     stand_in: Tensor | None
     tokens: Tensor
+    states_behind: int = -1
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self
@@ -104,7 +107,8 @@ def leave(cache: Any, model: nn.Module, decoding: Decoding, sequences: Tensor) -
     if cache is not None and found is not None:
         prompt, keys, stand_in = found
         text = sequences.cpu()[:, : cache.get_seq_length()]
-        setattr(cache, BESIDE, Past(ref(model), prompt, keys, stand_in, text))
+        behind = cache.get_seq_length()
+        setattr(cache, BESIDE, Past(ref(model), prompt, keys, stand_in, text, behind))
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +196,8 @@ class Continued:
         """
         device, length = device_of(model), self.text.shape[1]
         _crop(self.cache, self.common)
+        if self.common != self.past.states_behind:
+            _go_back(self.cache, self.past.keys, model)
         given = self.text.named
         positions = self.past.prompt.positions
         if positions is not None:
@@ -203,7 +209,7 @@ class Continued:
             given["position_ids"] = torch.cat((known, known[..., -1:] + more), dim=-1)
         # What fails on the way leaves a cache that goes with no more than this.
         past = self.past.until(self.common)
-        setattr(self.cache, BESIDE, past)
+        setattr(self.cache, BESIDE, replace(past, states_behind=-1))
         mask, first = self.text.attention_mask, past.prompt
         sharded = first.text is not None
         prompt = replace(
@@ -217,7 +223,8 @@ class Continued:
 
 
 def _common(past: Past, cache: Any, text: Text, media_tokens: Sequence[int]) -> int:
-    """How many tokens at the beginning of the text the cache serves for.
+    """How many tokens at the beginning of the text the cache serves for; of layers with a state all
+    that it has, or those of the first prompt.
 
     Raises:
         ValueError: the text leaves the cache's before its last image, or has further images.
@@ -241,7 +248,8 @@ def _common(past: Past, cache: Any, text: Text, media_tokens: Sequence[int]) -> 
             "got an image in the text behind that of past_key_values; expected all images in the "
             "first call: leave past_key_values out, and the whole batch is encoded"
         )
-    return common
+    # A state does not go back but to where one was kept.
+    return past.settled if has_states(cache) and common != past.states_behind else common
 
 
 def media_tokens(model: Any) -> list[int]:
@@ -258,6 +266,15 @@ def _crop(cache: Any, tokens: int) -> None:
     layer, such as one of cross-attention, has no keys of text. A forward that failed has left more
     in some layers than in others."""
     for layer in cache.layers:
-        surplus = layer.get_seq_length() - tokens
+        surplus = tokens_of(layer) - tokens
         if surplus > 0:
             layer.crop(-surplus)
+
+
+def _go_back(cache: Any, keys: Mapping[LayerKey, tuple[Tensor, Tensor]], model: Any) -> None:
+    """Give layers that carry a state the one behind the first prompt again."""
+    for (kind, name), (mixed, memory) in keys.items():
+        if kind == "recurrent":
+            layer = cache.layers[model.get_submodule(name).layer_idx]
+            layer.conv_states[0].copy_(mixed)
+            layer.recurrent_states[0].copy_(memory)

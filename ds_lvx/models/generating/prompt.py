@@ -25,7 +25,7 @@ from ds_lvx.models.generating.further import Further
 from ds_lvx.models.generating.limits import splits
 from ds_lvx.models.generating.text_keys import AUTO, SHARDED, Held
 from ds_lvx.models.shard import Settled
-from ds_lvx.models.text import Text
+from ds_lvx.models.text import TEXT_KEYS, Text
 
 Kept: TypeAlias = "tuple[Prompt, Mapping[LayerKey, tuple[Tensor, Tensor]], Tensor | None]"
 """The first prompt, K and V by layer, and what stands in the place of features."""
@@ -46,7 +46,7 @@ class Part:
     """
 
     keyword: ShardedBatch
-    arguments: Mapping[str, Tensor]
+    arguments: Mapping[str, Tensor | None]
     picks: Tensor
     owners: Tensor
 
@@ -76,7 +76,8 @@ class Part:
         places = (last - (ends[rank] - lengths[rank])).masked_fill(owners != rank, 0)
         wanted, picks = places.unique(return_inverse=True)
         shard = text.shard(span(lengths, rank))
-        arguments = {key: shard[key] for key in ("input_ids", "position_ids")}
+        # Without a mask of its own a part has none, and not that of the whole text.
+        arguments = {key: shard.get(key) for key in TEXT_KEYS[:3]}
         arguments["logits_to_keep"] = wanted
         return cls(
             keyword,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
@@ -138,9 +138,19 @@ def _cut(piece: Piece, tokens: int) -> Piece:
     return Piece(tokens, tuple(max(n, 0) for n in kept))
 
 
+def tokens_of(layer: Any) -> int:
+    """Tokens whose keys a layer of transformers' cache counts; of a state it counts none."""
+    return int(layer.get_seq_length()) if isinstance(layer, CacheLayerMixin) else 0
+
+
+def has_states(cache: Any) -> bool:
+    """Whether layers of transformers' cache have a state of the text in place of its keys."""
+    return not all(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+
+
 def filled(cache: Any) -> list[int]:
     """Numbers of the layers that have keys in transformers' cache."""
-    return [n for n, layer in enumerate(cache.layers) if layer.get_seq_length() > 0]
+    return [n for n, layer in enumerate(cache.layers) if tokens_of(layer) > 0]
 
 
 def stay(setting: str, cache: Any, tokens: int, rows: int) -> bool:
@@ -238,6 +248,4 @@ def leave_behind(cache: Any, tokens: int) -> None:
         tokens: T.
     """
     vars(cache).pop(BESIDE, None)
-    cache.layers[:] = [
-        Behind(tokens) if layer.get_seq_length() > 0 else layer for layer in cache.layers
-    ]
+    cache.layers[:] = [Behind(tokens) if tokens_of(layer) > 0 else layer for layer in cache.layers]

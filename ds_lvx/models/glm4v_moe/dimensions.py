@@ -16,12 +16,13 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
     sent to and those that all are. Each layer counts as the mean of all, the dense ones among
     them."""
     text = config.get("text_config", config)
+    width = text["moe_intermediate_size"]
     return mixture(
         glm.dimensions(config, name, source),
-        text["moe_intermediate_size"],
+        width,
         experts=text["n_routed_experts" if "n_routed_experts" in text else "num_local_experts"],
         chosen=text["num_experts_per_tok"],
-        shared=text["n_shared_experts"],
+        shared=text["n_shared_experts"] * width,
         sparse=max(text["num_hidden_layers"] - text["first_k_dense_replace"], 0),
     )
 

@@ -36,8 +36,13 @@ from ds_lvx.models.visual import PIXELS
 
 class Qwen3VL(Qwen25VL):
     """See `ds_lvx.models.contract.Family` and `Concatenated` for what each part does; what is not
-    here is as of Qwen2.5-VL."""
+    here is as of Qwen2.5-VL.
 
+    Attributes:
+        deep: the text adds features of the tower's layers.
+    """
+
+    deep = True
     keys = (PIXELS, qwen.GRID, qwen.VIDEO_PIXELS, qwen.VIDEO_GRID, qwen.TYPES)
     of_text: type[nn.Module] = Qwen3VLTextAttention
     within: type[nn.Module] = Qwen3VLVisionAttention
@@ -51,12 +56,13 @@ class Qwen3VL(Qwen25VL):
     @staticmethod
     def encode(module: Any, given: Mapping[str, Any]) -> Encoded:
         made = tower.run(module.visual, given)
-        return Encoded(made.pooler_output, made.deepstack_features)
+        return Encoded(made.pooler_output, getattr(made, "deepstack_features", ()))
 
     def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
         super().install(model, plans)
-        text = self.text_model(model)
-        text.register_forward_pre_hook(AddDeep(text))
+        if self.deep:
+            text = self.text_model(model)
+            text.register_forward_pre_hook(AddDeep(text))
 
     def prepare(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
         given, deep = super().prepare(batch, arguments), batch.deep

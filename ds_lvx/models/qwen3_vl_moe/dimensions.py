@@ -25,7 +25,14 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
 
 
 def mixture(
-    found: Model, width: int, *, experts: int, chosen: int, sparse: int, shared: int = 0
+    found: Model,
+    width: int,
+    *,
+    experts: int,
+    chosen: int,
+    sparse: int,
+    shared: int = 0,
+    gated: bool = False,
 ) -> Model:
     """A model whose text has experts in some layers.
 
@@ -35,17 +42,17 @@ def mixture(
         experts: that a layer has.
         chosen: of these, that a token is sent to.
         sparse: layers that have them.
-        shared: further ones, that every token goes through.
+        shared: width of further ones together, that every token goes through.
+        gated: what these give is gated.
     """
-    count, hidden = found.cross.count, found.cross.hidden
-    plain = (sparse * shared * width + (count - sparse) * found.cross.mlp) // count
+    count, hidden = sum(each.count for each in found.crossing), found.cross.hidden
+    plain = (sparse * shared + (count - sparse) * found.cross.mlp) // count
     mlp = sparse * chosen * width // count + plain
     others = sparse * hidden * (3 * (experts - chosen) * width + experts) // count
-    cross, text = (
-        replace(layers, mlp=mlp, others=others, plain_mlp=plain)
-        for layers in (found.cross, found.text)
-    )
-    return replace(found, cross=cross, text=text)
+    kinds = {name: getattr(found, name) for name in ("cross", "text", "recurrent")}
+    own = {"mlp": mlp, "others": others, "plain_mlp": plain, "gated_mlp": gated}
+    changed = {n: replace(layers, **own) for n, layers in kinds.items() if layers is not None}
+    return replace(found, **changed)
 
 
 def _experts(text: Mapping[str, Any]) -> int:

@@ -1,0 +1,154 @@
+"""Qwen3.5 on sharded batches computes what the model computes in one process."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.utils import z3_leaf_module
+
+from ds_lvx.compare.case import cut, random_case
+from ds_lvx.models.layers import table
+from ds_lvx.models.registry import FAMILIES
+from tests.models import concatenated_case as case
+from tests.models.alone_case import assert_given_back, patched_by
+from tests.models.compare_case import compared
+from tests.models.qwen3_5_case import (
+    hard_batch,
+    left_padded,
+    one_image,
+    one_video,
+    text_only,
+    tiny_model,
+)
+
+BATCHES = (hard_batch, left_padded, one_image, one_video, text_only)
+NAME = "qwen3_5"
+
+
+def of(name: str) -> Any:
+    return import_module(f"tests.models.{name}_case")
+
+
+@functools.cache
+def expected(name: str) -> dict[str, Any]:
+    return case.references(BATCHES, of(name).tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "offset"),
+    [
+        pytest.param(NAME, 1, 1, marks=pytest.mark.exhaustive),
+        pytest.param(NAME, 2, 0, marks=pytest.mark.slow),
+        *(pytest.param(NAME, 3, n, marks=pytest.mark.exhaustive) for n in range(4)),
+        pytest.param("qwen3_5_moe", 3, 2, marks=pytest.mark.slow),
+        pytest.param("qwen3_5_moe", 2, 1, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_every_kind_of_batch_equals_one_process(name: str, ranks: int, offset: int) -> None:
+    model = of(name).tiny_model
+    case.check_each(name, model, BATCHES, expected(name), ranks=ranks, offset=offset)
+
+
+@pytest.mark.parametrize("name", [NAME, "qwen3_5_moe"])
+def test_reference_has_gradients_everywhere(name: str) -> None:
+    """Else the comparisons compare zeros: of every expert, too."""
+    for key, grad in expected(name)["hard_batch"]["grads"].items():
+        experts = grad if ".experts." in key else grad[None]
+        assert all(each.any() for each in experts), key
+
+
+def with_holes(seed: int = 6) -> dict[str, Any]:
+    """Padding in the midst of samples, and behind some of it a token that is learnt: it moves the
+    state of a layer, though nobody sees it."""
+    batch = hard_batch(seed)
+    for row, column in ((0, 2), (0, 3), (0, 36), (1, 5), (1, 12)):
+        assert batch["mm_token_type_ids"][row, column] == 0
+        batch["attention_mask"][row, column] = 0
+        batch["labels"][row, column] = -100
+    batch["labels"][1, 13] = 7
+    return batch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [4, pytest.param(1, marks=pytest.mark.exhaustive)])
+def test_padding_between_tokens(ranks: int) -> None:
+    """Also where heads do not divide by the ranks: there are six."""
+    alone = case.references([with_holes], tiny_model)
+    case.check_each(NAME, tiny_model, [with_holes], alone, ranks=ranks, offset=2)
+
+
+def test_a_comparison_trains_a_model_of_random_weights() -> None:
+    given = cut(random_case(NAME), hidden=512, cross_layers=2, vision_layers=2)
+    assert (given.heads, given.kv_heads, given.state_heads, given.state_values) == (2, 2, 2, 4)
+    sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 64}
+    given = replace(given, **sizes, vocabulary=96, text_tokens=8)
+    model, _ = compared(given, frames=2, method="ring")
+    assert all(parameter.grad.any() for _, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", [NAME, "qwen3_5_moe"])
+def test_a_checkpoint_has_a_size(name: str) -> None:
+    family = FAMILIES.named(name)
+    published = family.config(family.size())
+    assert family.size(published) == family.size()
+    text = published.text_config
+    assert text.layer_types[:4] == ["linear_attention"] * 3 + ["full_attention"]
+    assert text.rope_parameters["mrope_section"] == [11, 11, 10]
+    assert (text.linear_num_key_heads, text.linear_num_value_heads) == (16, 32)
+
+
+# ---- in one process
+
+
+def test_a_patched_model_can_be_given_back() -> None:
+    assert_given_back(tiny_model, hard_batch(), partial(patched_by, case.rules(NAME, "ring", 1)))
+
+
+def test_layers_with_a_state_need_no_rule() -> None:
+    patch = patched_by(case.rules(NAME, "ring", 1), tiny_model())
+    methods = [(plan.kind, plan.method) for plan in patch.plans if plan.kind != "local"]
+    assert methods == [("recurrent", "ulysses"), ("self", "ring"), ("recurrent", "ulysses")]
+    lines = table(patch.plans).splitlines()
+    assert [line.split()[1:] for line in lines if "linear_attn" in line] == [
+        ["ulysses", "-", "-", "no"]
+    ]
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    r'method "ring", kernel "auto" for .*linear_attn.*expected no rule for it': {"method": "ring"},
+    r'method "ulysses", kernel "triton" for .*state': {"method": "ulysses", "kernel": "triton"},
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_rules_that_are_not_theirs_are_refused(words: str) -> None:
+    config = case.rules(NAME, "ulysses", 1)
+    config["ds_lvx"]["layers"][1] = {"match": "*language_model*", **WRONG[words]}
+    with pytest.raises(NotImplementedError, match=words):
+        patched_by(config, tiny_model())
+
+
+# ---- of experts
+
+
+@pytest.mark.slow
+def test_checkpoints_are_loaded_and_saved_as_they_are_at_zero_3(tmp_path: Path) -> None:
+    name = "qwen3_5_moe"
+    case.check_saved(name, of(name).tiny_model().bfloat16(), tmp_path)
+
+
+def test_experts_are_one_module_and_their_router_s_loss_is_refused() -> None:
+    name = "qwen3_5_moe"
+    config, model = case.rules(name, "ring", 1), of(name).tiny_model()
+    patched_by(config, model)
+    assert all(z3_leaf_module(each.mlp.experts) for each in model.model.language_model.layers)
+    with pytest.raises(NotImplementedError, match="text model with output_router_logits"):
+        patched_by(config, of(name).tiny_model(output_router_logits=True))
+    with pytest.raises(NotImplementedError, match=r"_size 24 and moe_intermediate_size 16"):
+        FAMILIES.named(name).size(model.config)
