@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -67,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _reader_left() -> bool:
     """Whether nobody reads what is printed any more (``| head``); then the rest goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # what has gone is told unasked
+    if poll.poll(0):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return True
     return False

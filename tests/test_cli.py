@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -94,13 +95,15 @@ def test_what_computes_nothing_does_not_import_what_computes(words: str) -> None
     assert "ds-lvx" in done.stdout or "Llama" in done.stdout
 
 
+@pytest.mark.parametrize("buffered", [True, False])
 def test_a_reader_that_has_enough_ends_it_without_a_traceback(
-    monkeypatch: pytest.MonkeyPatch,
+    buffered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As ``ds-lvx plan ... | head``."""
+    """As ``ds-lvx plan ... | head``, also with PYTHONUNBUFFERED."""
     reads, writes = os.pipe()
     os.close(reads)
-    with open(writes, "w") as pipe:
+    with open(writes, "wb", buffering=-1 if buffered else 0) as file:
+        pipe = io.TextIOWrapper(file, write_through=not buffered)
         monkeypatch.setattr(sys, "stdout", pipe)
         words = ["plan", "--model", "Qwen-VL", "--text", "64", "--frames", "1", "--gpus", "4"]
         assert cli.main([*words, "--card", "H100"]) == 1

@@ -255,7 +255,8 @@ def changed(**changes: Any) -> dict[str, Any]:
     return {**hard_batch(), **changes}
 
 
-MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "no names": ([hard_batch()["input_ids"]], "got a batch of type list; expected what the proc"),
     "unknown key": (changed(pixel_value=1), r"got 'pixel_value'.*nearest: 'pixel_values'"),
     "no ids": (changed(input_ids=None), "got input_ids of NoneType"),
     "no items": (

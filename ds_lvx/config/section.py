@@ -193,19 +193,20 @@ def starred(name: str) -> str:
 def pattern_for(names: Sequence[str], others: Iterable[str]) -> str:
     """The shortest pattern that people write for these names, and that matches none of ``others``.
 
-    Where there is none, one for the first name alone, which may match others too.
+    Where there is none for all of them, one for the first; where that has none, its own name.
     """
-    patterns = _patterns(names[0]) or [starred(names[0])]
-    fits = (p for p in patterns if all(fnmatchcase(name, p) for name in names))
     others = list(others)
-    return next((p for p in fits if not any(fnmatchcase(o, p) for o in others)), patterns[0])
+    apart = [p for p in _patterns(names[0]) if not any(fnmatchcase(o, p) for o in others)]
+    fits = (p for p in apart if all(fnmatchcase(name, p) for name in names))
+    return next(fits, apart[0] if apart else starred(names[0]))
 
 
 def _patterns(name: str) -> list[str]:
     """What people write for a name, by its last part and by one before it."""
     parts = [part for part in name.split(".") if not part.isdigit()]
-    written = [f"*.{parts[-1]}", *(f"*{part}*" for part in parts[:-1])]
-    written += [f"*{part}*.{parts[-1]}" for part in parts[:-1]]
+    last = parts.pop() if parts else "*"
+    inner = [f"*{part}*" if len(part) > 2 else f"*.{part}.*" for part in parts]
+    written = [f"*.{last}", *inner, *(f"{part}.{last}" for part in inner)]
     return [pattern for pattern in written if fnmatchcase(name, pattern)]
 
 

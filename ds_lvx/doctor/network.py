@@ -84,7 +84,9 @@ def _gloo_by_itself(known: Mapping[str, Interface], environment: Mapping[str, st
         return Finding("gloo takes", f"{chosen.name}: {host} resolves to it", facts=facts)
     value = f"{chosen.name}, which serves this machine alone ({host} resolves to nothing else)"
     others = {name: one for name, one in known.items() if not one.is_loopback}
-    advice = f"for several machines set MASTER_ADDR, or {GLOO} to one of {_usable(others)}"
+    given = environment.get("MASTER_ADDR")
+    wanted = "MASTER_ADDR" if not given else f"MASTER_ADDR ({given} leads nowhere from here)"
+    advice = f"for several machines set {wanted}, or {GLOO} to one of {_usable(others)}"
     return Finding("gloo takes", value, State.NOTE, advice=advice, facts=facts)
 
 

@@ -132,6 +132,11 @@ class Content:
     ) -> Content:
         """See `Draft.of`."""
         rank, size = place
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"got a batch of type {type(batch).__name__}; expected what the processor returns, "
+                "tensors by name, such as input_ids"
+            )
         batch = {key: value for key, value in batch.items() if value is not None}
         _check_keys(batch, family, frames)
         text = family.text(batch, model).dealt(size)

@@ -12,6 +12,7 @@ import pytest
 from ds_lvx.config import (
     LayerRule,
     LVXConfig,
+    pattern_for,
     read_ds_config,
     summarise_names,
 )
@@ -293,6 +294,24 @@ def test_names_are_summarised() -> None:
     assert summarise_names([f"x.{2 * i}.y.{i % 2}" for i in range(10)]) == [
         "x.{0,2,4,...,18}.y.{0..1}"
     ]
+
+
+@pytest.mark.parametrize(
+    ("names", "others", "pattern"),
+    [
+        (["m.visual.0.attn"], ["m.text.0.self_attn"], "*.attn"),
+        (["m.vision.0.attn", "m.vision.1.attn"], ["m.text.0.attn"], "*vision*"),
+        (["m.text.0.self"], ["m.vision.0.self", "m.text.0.cross"], "*text*.self"),
+        (["t.h.0.attn"], ["t.visual.h0.attn"], "*.h.*"),
+        (["m.vision.0.self", "m.resampler.0.0"], ["m.layers.0.self"], "*vision*"),
+        (["m.0.self"], ["m.vision.0.self"], "m.*.self"),
+        (["0.1"], [], "*.*"),
+    ],
+)
+def test_a_pattern_matches_its_layers_and_no_others(
+    names: list[str], others: list[str], pattern: str
+) -> None:
+    assert pattern_for(names, others) == pattern
 
 
 # The reference

@@ -174,6 +174,9 @@ def test_gloo_takes_the_named_interface_or_that_of_the_host(
     monkeypatch.setattr(found_interfaces, "towards", lambda host, known: known["eth10"])
     far = network.gloo(KNOWN, {"MASTER_ADDR": "192.0.2.1"})
     assert (far.state, far.value) == (State.OK, "eth10, which leads to MASTER_ADDR 192.0.2.1")
+    monkeypatch.setattr(found_interfaces, "towards", lambda host, known: None)
+    unknown = network.gloo(KNOWN, {"MASTER_ADDR": "127.0.0.1"})
+    assert "set MASTER_ADDR (127.0.0.1 leads nowhere from here), or" in unknown.advice
 
 
 @pytest.mark.parametrize(
