@@ -43,6 +43,7 @@ BUILT_IN: Mapping[str, str] = {
     "glm4v": "ds_lvx.models.glm4v.family:Glm4V",
     "glm46v": "ds_lvx.models.glm4v.family:Glm46V",
     "glm4v_moe": "ds_lvx.models.glm4v_moe.family:Glm4vMoe",
+    "gemma3": "ds_lvx.models.gemma3.family:Gemma3",
     "internvl": "ds_lvx.models.internvl.family:InternVL",
     "llava_onevision": "ds_lvx.models.llava_onevision.family:LlavaOnevision",
     "smolvlm": "ds_lvx.models.smolvlm.family:SmolVLM",
