@@ -6,13 +6,13 @@ directions, in all of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Gemma3ForConditionalGeneration
+from transformers import AutoConfig, Gemma3ForConditionalGeneration
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
@@ -20,6 +20,8 @@ from ds_lvx.models.concatenated.batch import Arrange, Sequences, Unit
 from ds_lvx.models.concatenated.family import SLIDING, Concatenated
 from ds_lvx.models.concatenated.forward import Embed, Encoded
 from ds_lvx.models.gemma3 import batch as batches
+from ds_lvx.models.gemma3 import processor as processors
+from ds_lvx.models.gemma3 import sized
 from ds_lvx.models.text import Text
 from ds_lvx.models.visual import PIXELS, Visual
 
@@ -46,6 +48,7 @@ class Gemma3(Concatenated):
     within = SiglipAttention
     sources = (PIXELS,)
     takes = (PIXELS,)
+    sized = sized
     of_class = Gemma3ForConditionalGeneration
     embed = _Embed
     layer_types = ("full_attention", SLIDING)
@@ -91,7 +94,20 @@ class Gemma3(Concatenated):
     def blank(self, model: Any) -> dict[str, Tensor]:
         return batches.blank(model.config)
 
+    # ---- data
+
+    def load_processor(self, name: str) -> processors.Processor:
+        return processors.Processor.of(name, AutoConfig.from_pretrained(name))
+
+    def inputs(
+        self, processor: Any, input_ids: Sequence[int], labels: Sequence[int]
+    ) -> Mapping[str, Sequence[int]]:
+        return processors.inputs(processor, input_ids, labels)
+
     # ---- models
+
+    def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
+        return sized.build(config, gate=gate, dtype=dtype)
 
     def vision_tower(self, model: Any) -> Any:
         return model.model.vision_tower
