@@ -116,9 +116,7 @@ def size_of(config: Any) -> Size:
     return size
 
 
-def build(
-    config: Gemma3Config, *, gate: float, dtype: torch.dtype
-) -> Gemma3ForConditionalGeneration:
+def build(config: Any, *, gate: float, dtype: torch.dtype) -> Gemma3ForConditionalGeneration:
     """Random weights, by torch's generator; ``gate`` times as large where a new model has zeros."""
     model = Gemma3ForConditionalGeneration._from_config(config, dtype=dtype)
     refill(model, _CLOSED, partial(nn.init.normal_, std=gate * config.initializer_range))
