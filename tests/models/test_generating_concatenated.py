@@ -27,7 +27,7 @@ from tests.test_generation_further import LONG, converse
 from tests.test_generation_past import SECOND, THIRD, TOKENS, ask, behind, text_of
 
 Batch = dict[str, Any]
-FAMILIES = ("gemma3",)
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "qwen3_5", "gemma3")
 SEED = 5
 WORDS = {**KEYWORDS, "max_new_tokens": TOKENS}
 
@@ -250,7 +250,7 @@ def further(name: str, ranks: int) -> Any:
     [
         ("qwen2_5_vl", 2),
         ("qwen3_5", 3),
-        ("gemma3", 2),
+        ("gemma3", 3),
         *(pytest.param(n, 2, marks=pytest.mark.exhaustive) for n in (*FAMILIES[1:], "glm4v")),
         pytest.param("qwen3_vl", 3, marks=pytest.mark.exhaustive),
     ],
