@@ -19,9 +19,10 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention
 from ds_lvx.models.concatenated.batch import Arrange, Sequences, Unit
 from ds_lvx.models.concatenated.family import SLIDING, Concatenated
 from ds_lvx.models.concatenated.forward import Embed, Encoded
+from ds_lvx.models.dimensions import Model
 from ds_lvx.models.gemma3 import batch as batches
+from ds_lvx.models.gemma3 import dimensions, sized
 from ds_lvx.models.gemma3 import processor as processors
-from ds_lvx.models.gemma3 import sized
 from ds_lvx.models.text import Text
 from ds_lvx.models.visual import PIXELS, Visual
 
@@ -105,6 +106,9 @@ class Gemma3(Concatenated):
         return processors.inputs(processor, input_ids, labels)
 
     # ---- models
+
+    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
+        return dimensions.dimensions(config, name, source)
 
     def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
         return sized.build(config, gate=gate, dtype=dtype)
