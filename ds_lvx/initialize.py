@@ -16,7 +16,7 @@ from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT as DEFAULT_PORT
 from torch import nn
 
 from ds_lvx.attention.auto import CLUSTERS
-from ds_lvx.config import LVXConfig, check_ds_config, read_ds_config
+from ds_lvx.config import LVXConfig, by_path, check_ds_config, read_ds_config
 from ds_lvx.config.activation_checkpointing import ActivationCheckpointing
 from ds_lvx.config.activation_checkpointing import forget as forget_checkpoints
 from ds_lvx.config.words import in_ranks
@@ -265,11 +265,10 @@ def _read_config(
     world.agree({}, error)
     remove_shared_memory()
     assert lvx is not None
-    sections = {
-        "the ds_lvx section": lvx.model_dump(),
-        "the activation_checkpointing section": checkpoints and checkpoints.model_dump(),
-    }
-    world.agree_on(sections, what=what)
+    ours = {"ds_lvx": lvx.model_dump()}  # keys that one rank leaves out and another spells out
+    if checkpoints is not None:
+        ours["activation_checkpointing"] = checkpoints.model_dump()
+    world.agree_on(by_path({**ds_config, **ours}), what=what)
     lvx.check_world_size(world.size)
     return lvx, checkpoints
 

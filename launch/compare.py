@@ -23,6 +23,7 @@ from ds_lvx.compare.operators import rank as operators
 from ds_lvx.compare.operators import subject
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.start import init_distributed
+from ds_lvx.distributed.together import together
 from ds_lvx.plan.profile import ranks_of_this_node
 
 
@@ -47,6 +48,7 @@ def main() -> int:
 def compare(options: argparse.Namespace) -> int:
     """Measure what the options ask for; the exit status."""
     world = Channel.world()
+    together(world, lambda: world.rank or command.check_places(options))
     command.settle_measurement(options)
     contest, skipped = command.contest_of(options, world.size)
     answers = world.agree(operators.measure(contest))

@@ -156,28 +156,33 @@ def make_mistakes(whats: list[str]) -> list[tuple[str, bool]]:
     return found
 
 
+SECTIONS: dict[str, dict[str, Any]] = {
+    "mesh": {"data_parallel_size": 1},
+    "deepspeed": {"train_batch_size": 7, "gradient_accumulation_steps": 2},
+    "no section": {"bf16": True},
+}
+
+
 def make_mistake(what: str) -> tuple[str, bool]:
     """The error's text, and whether model and process are as they were."""
     rank = torch.distributed.get_rank()
-    config, model = config_of(), tiny_model()
+    config, model = config_of(**SECTIONS.get(what, {})), tiny_model()
     if what == "typo on one rank" and rank == 1:
         config["ds_lvx"]["layers"][1]["metod"] = "lvx"
     elif what == "other method on one rank" and rank == 0:
         config["ds_lvx"]["layers"][2]["method"] = "ring"
+    elif what == "other stage on one rank" and rank == 0:
+        config["zero_optimization"]["stage"] = 3
     elif what == "other model on one rank" and rank == 1:
         model = tiny_model(num_hidden_layers=6)
     elif what == "no family":
         model = nn.Linear(2, 2)
     elif what == "size":
         config["ds_lvx"]["sequence_parallel_size"] = 3
-    elif what == "mesh":
-        config["data_parallel_size"] = 1
     elif what == "no rule":
         del config["ds_lvx"]["layers"][2]
     elif what == "heads":
         model = tiny_model(num_attention_heads=1, num_key_value_heads=1)
-    elif what == "deepspeed":
-        config |= {"train_batch_size": 7, "gradient_accumulation_steps": 2}
     try:
         start_wrongly(what, config, model)
     except (ValueError, NotImplementedError, AssertionError) as error:
@@ -203,7 +208,12 @@ def start_wrongly(what: str, config: dict[str, Any], model: Any) -> None:
 
 MISTAKES = {
     "typo on one rank": ["ValueError: rank 1: ", "metod", '"method"'],
-    "other method on one rank": ["ValueError", "the ranks disagree"],
+    "other method on one rank": [
+        "the ranks disagree on ds_lvx.layers[2].method: got ring on rank 0"
+    ],
+    "other stage on one rank": [
+        "disagree on zero_optimization.stage: got 3 on rank 0, 1 on rank 1"
+    ],
     "other model on one rank": ["ValueError", "the ranks disagree on layers"],
     "no config on one rank": ["ValueError: rank 1: got no ds_config"],
     "apply to no model on one rank": ["ValueError: rank 1: got model of type NoneType"],
@@ -211,8 +221,9 @@ MISTAKES = {
     "no family": ["NotImplementedError", "Linear", "mllama"],
     "size": ["ValueError", "ds_lvx.sequence_parallel_size: got 3", "1, 2"],
     "mesh": ["ValueError", "data_parallel_size"],
-    "no rule": ["ValueError", "self_attn", '"*.self_attn"'],
-    "heads": ["ValueError", "1 heads on 2 ranks"],
+    "no section": ["ValueError: all ranks: bf16: got true; expected an object"],
+    "no rule": ["ValueError", "self_attn", '"*language_model*.self_attn"'],
+    "heads": ["ValueError", "got ulysses on 2 ranks"],
     "deepspeed": ["AssertionError", "train_batch_size"],
 }
 

@@ -11,7 +11,7 @@ Legend: B batch, n ranks, s tokens of a rank and S of all, G groups of heads, W 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +61,10 @@ def run_by_heads(layout: Layout, x: Tensor, run: Run, *, order: Tensor | None = 
         ("text places", len(x)),
         lambda: Places.of_text(order, layout.q_lengths, batch=len(x), device=x.device),
     )
-    here = _apply(_ToHeads, channel, places, _lengthened(padded, missing, dim=2))
-    return _apply(_ToTokens, channel, places, run(here, take))[:, : x.shape[1], :count]
+    apply: Any = _Exchange.apply
+    here = apply(channel, places, _lengthened(padded, missing, dim=2), True)
+    found: Tensor = apply(channel, places, run(here, take), False)
+    return found[:, : x.shape[1], :count]
 
 
 def _lengthened(x: Tensor, missing: int, *, dim: int) -> Tensor:
@@ -73,41 +75,26 @@ def _lengthened(x: Tensor, missing: int, *, dim: int) -> Tensor:
     return torch.cat((x, *[last] * missing), dim=dim)
 
 
-class _ToHeads(torch.autograd.Function):
-    """``[B, s, G, W]`` of this rank's tokens -> ``[B, S, G / n, W]`` in order."""
+class _Exchange(torch.autograd.Function):
+    """``[B, s, G, W]`` of this rank's tokens -> ``[B, S, G / n, W]`` in order, or that undone; each
+    is the other's backward."""
 
     @staticmethod
-    def forward(ctx: Any, channel: Channel, places: Places | None, x: Tensor) -> Tensor:
-        ctx.channel, ctx.places = channel, places
-        return once("run_by_heads's tokens", lambda: _gathered(channel, places, x))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return None, None, _sent(ctx.channel, ctx.places, grad)
-
-
-class _ToTokens(torch.autograd.Function):
-    """The same undone."""
-
-    @staticmethod
-    def forward(ctx: Any, channel: Channel, places: Places | None, x: Tensor) -> Tensor:
-        ctx.channel, ctx.places = channel, places
-        return once("run_by_heads's heads", lambda: _sent(channel, places, x))
+    def forward(
+        ctx: Any, channel: Channel, places: Places | None, x: Tensor, to_heads: bool
+    ) -> Tensor:
+        ctx.what = channel, places, to_heads
+        name = f"run_by_heads's {'heads' if to_heads else 'tokens'}"
+        return once(name, lambda: _exchanged(channel, places, x, to_heads))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return None, None, _gathered(ctx.channel, ctx.places, grad)
+        channel, places, to_heads = ctx.what
+        return None, None, _exchanged(channel, places, grad, not to_heads), None
 
 
-def _apply(function: Any, channel: Channel, places: Places | None, x: Tensor) -> Tensor:
-    return cast(Tensor, function.apply(channel, places, x))
-
-
-def _gathered(channel: Channel, places: Places | None, x: Tensor) -> Tensor:
-    return to_heads(channel, (x,), (places,))[0]
-
-
-def _sent(channel: Channel, places: Places | None, x: Tensor) -> Tensor:
+def _exchanged(channel: Channel, places: Places | None, x: Tensor, heads: bool) -> Tensor:
+    if heads:
+        return to_heads(channel, (x,), (places,))[0]
     return to_sequence(channel, (x.contiguous(),), (places,)).wait()[0].flatten(2, 3)

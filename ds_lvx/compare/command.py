@@ -29,6 +29,12 @@ from ds_lvx.config.words import nearest
 from ds_lvx.plan.units import at_least, count
 
 WORDS = ("lvx", *METHODS)
+_OF_ATTENTION = (
+    *("seqlen_q", "seqlen_kv", "batch", "heads", "kv_heads", "head_dim", "visibility"),
+    *("orders", "features_dim", "kernel"),
+)
+"""Options that say nothing of a model."""
+_RENDERED = "expected a JSON that --output has written"
 DEFAULT_METHODS = ("lvx", "ulysses", "ring", "none")
 
 
@@ -107,15 +113,58 @@ def run(options: argparse.Namespace) -> int:
     """Measure and report; 0, or 1 where methods disagree or a rank failed."""
     try:
         with ending_in_order():
-            render: Path | None = options.render
-            results = json.loads(render.read_text()) if render else _measure(options)
-            return show(results, options)
+            check_places(options)
+            return show(_read(options.render) if options.render else _measure(options), options)
     except (operators_subject.DisagreementError, RunError, NetworkError) as error:
         print(f"ds-lvx compare: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ds-lvx compare: interrupted; ranks and network are gone", file=sys.stderr)
         return 130
+
+
+def check_places(options: argparse.Namespace) -> None:
+    """Make the folder of `add_output`; before anything is measured.
+
+    Raises:
+        ValueError: it cannot be made, or there is no such document.
+    """
+    if options.output is not None:
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--output: got {options.output} ({error.strerror}); expected a folder, or where "
+                "one can be made"
+            ) from None
+    if options.document is not None and not options.document.is_file():
+        raise ValueError(
+            f"--document: got {options.document}, which is no file; expected Markdown that has a "
+            "place for the table"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--render: got {path} ({error}); {_RENDERED}") from None
+    if not isinstance(found, dict) or "records" not in found:
+        raise ValueError(f"--render: got {path}, which holds something else; {_RENDERED}")
+    return found
+
+
+def _check_use(options: argparse.Namespace) -> None:
+    """Refuse options that what is compared would not look at."""
+    parser = argparse.ArgumentParser()
+    (add_measurement if options.model else model.add_arguments)(parser)
+    unused = _OF_ATTENTION if options.model else vars(parser.parse_args([]))
+    for name in (n for n in unused if getattr(options, n) != parser.get_default(n)):
+        with_, use = ("with", "leave out") if options.model else ("without", "add")
+        raise ValueError(
+            f"--{name.replace('_', '-')}: got {getattr(options, name)} {with_} --model, where it "
+            f"says nothing; {use} --model, or leave this out"
+        )
 
 
 def show(results: Mapping[str, Any], options: argparse.Namespace) -> int:
@@ -144,6 +193,7 @@ def settle_measurement(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    _check_use(options)
     settle_measurement(options)
     ranks = Ranks.here(
         options.ranks,

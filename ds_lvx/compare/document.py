@@ -38,11 +38,18 @@ def deliver(
     document: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Write JSON and plot into a folder and the table into a document; print the table or the JSON.
+    """Print the table or the JSON; write JSON and plot into a folder, the table into a document.
 
     In the document it is the place of ``program``, see `write_between`.
     """
     name, text = subject.name(results), subject.text(results)
+    # First of all: it took long to measure, and a file may fail.
+    if as_json:
+        print(json.dumps(results, indent=1), flush=True)
+    elif sys.stdout.isatty():
+        Console().print(Markdown(text))
+    else:
+        print(text, flush=True)
     if folder is not None:
         path = save(results, folder / f"{name}.json")
         try:
@@ -53,12 +60,6 @@ def deliver(
             print(f"no plot: {error}; pip install 'ds_lvx[plots]'", file=sys.stderr)
     if document is not None:
         write_between(document, f"{program}, {name}", text)
-    if as_json:
-        print(json.dumps(results, indent=1))
-    elif sys.stdout.isatty():
-        Console().print(Markdown(text))
-    else:
-        print(text, flush=True)
 
 
 def save(results: Results, path: Path, *, indent: int | None = 1) -> Path:

@@ -14,6 +14,12 @@ from ds_lvx.config.words import key_path, nearest, shown
 
 SECTION = "ds_lvx"
 
+_SCALARS = (str, int, float, type(None))  # a bool is an int
+_OF_ONE_RANK = (
+    *("tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler"),
+    *("steps_per_print", "dump_state", "wall_clock_breakdown", "memory_breakdown"),
+)
+
 DSConfig: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
 
 
@@ -42,6 +48,21 @@ def read_ds_config(path_or_dict: DSConfig) -> dict[str, Any]:
     if text is None:
         raise ValueError(_no_file(path))
     return _parse_object(text, source_name(path))
+
+
+def by_path(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a ds_config that all ranks must share, by the path of their key.
+
+    Not among them: folders and files, which may be a node's own, and what only logs.
+    """
+    return {
+        key_path(loc): value if isinstance(value, _SCALARS) else type(value).__name__
+        for loc, value in _walk(dict(ds_config), ())
+        if not (isinstance(value, dict | list) and value)
+        and loc
+        and loc[0] not in _OF_ONE_RANK
+        and not str(loc[-1]).endswith(("path", "dir", "prefix"))
+    }
 
 
 def zero_stage(ds_config: Mapping[str, Any]) -> int:
@@ -81,19 +102,14 @@ def check_ds_config(ds_config: Mapping[str, Any], sequence_parallel_size: int) -
         problems += _mesh_problems(ds_config) + _reduction_problems(ds_config)
     if problems:
         raise ValueError("\n".join(problems))
-    if size > 1 and (autotp_size := _autotp_size(ds_config)) > 1:
+    autotp_size = ds_config.get("tensor_parallel", {}).get("autotp_size", 0)
+    if size > 1 and autotp_size > 1:
         raise NotImplementedError(
             f"tensor_parallel.autotp_size: got {autotp_size}, but tensor and sequence parallelism "
             f"do not work together; remove it, or set {SECTION}.sequence_parallel_size to 1"
         )
     _zero_config(ds_config)
     ask_deepspeed(ds_config)
-
-
-def _autotp_size(ds_config: Mapping[str, Any]) -> int:
-    section = ds_config.get("tensor_parallel")
-    size = section.get("autotp_size") if isinstance(section, Mapping) else None
-    return size if isinstance(size, int) else 0
 
 
 def _mesh_problems(ds_config: Mapping[str, Any]) -> list[str]:
@@ -110,22 +126,21 @@ def _mesh_problems(ds_config: Mapping[str, Any]) -> list[str]:
 def _reduction_problems(ds_config: Mapping[str, Any]) -> list[str]:
     zero = _zero_config(ds_config)
     stage = int(zero.stage)
-    if zero.reduce_scatter or stage == 0:
-        return []
-    if stage == 3:
-        return [
+    factor = ds_config.get("gradient_predivide_factor", 1.0)
+    problems = []
+    if stage == 3 and not zero.reduce_scatter:
+        problems.append(
             "zero_optimization.reduce_scatter: got false, but then stage 3 sums the gradients of "
             "some parameters over the sequence-parallel ranks and averages those of others, by "
             "their size; remove the key or set it to true"
-        ]
-    if ds_config.get("gradient_predivide_factor", 1.0) != 1.0:
-        return [
-            "gradient_predivide_factor: got "
-            f"{shown(ds_config['gradient_predivide_factor'])}, but with "
-            "zero_optimization.reduce_scatter false the factor decides whether gradients are "
-            "averaged over the sequence-parallel ranks; remove either key"
-        ]
-    return []
+        )
+    if stage > 0 and factor != 1.0:
+        problems.append(
+            f"gradient_predivide_factor: got {shown(factor)}, which DeepSpeed refuses at stage "
+            f"{stage}, or with reduce_scatter false takes to decide whether gradients are averaged "
+            "over the sequence-parallel ranks; remove the key"
+        )
+    return problems
 
 
 def _zero_config(ds_config: Mapping[str, Any]) -> Any:

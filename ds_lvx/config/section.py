@@ -185,6 +185,30 @@ def summarise_names(names: Iterable[str]) -> list[str]:
     ]
 
 
+def starred(name: str) -> str:
+    """A name with a star in place of each number: `model.layers.*.self_attn`."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def pattern_for(names: Sequence[str], others: Iterable[str]) -> str:
+    """The shortest pattern that people write for these names, and that matches none of ``others``.
+
+    Where there is none, one for the first name alone, which may match others too.
+    """
+    patterns = _patterns(names[0]) or [starred(names[0])]
+    fits = (p for p in patterns if all(fnmatchcase(name, p) for name in names))
+    others = list(others)
+    return next((p for p in fits if not any(fnmatchcase(o, p) for o in others)), patterns[0])
+
+
+def _patterns(name: str) -> list[str]:
+    """What people write for a name, by its last part and by one before it."""
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    written = [f"*.{parts[-1]}", *(f"*{part}*" for part in parts[:-1])]
+    written += [f"*{part}*.{parts[-1]}" for part in parts[:-1]]
+    return [pattern for pattern in written if fnmatchcase(name, pattern)]
+
+
 # Words for error messages
 
 
@@ -253,13 +277,7 @@ def _nothing_matches(pattern: str, names: Sequence[str]) -> str:
 
 def _propose_pattern(pattern: str, names: Sequence[str]) -> str | None:
     """Of the patterns people write for these names, the one most like `pattern`."""
-    proposals: dict[str, None] = {}
-    for name in names:
-        parts = [part for part in name.split(".") if not part.isdigit()]
-        written = [re.sub(r"(?<![^.])\d+(?![^.])", "*", name), f"*.{parts[-1]}"]
-        for part in parts[:-1]:
-            written += [f"*{part}*", f"*{part}*.{parts[-1]}"]
-        proposals.update(dict.fromkeys(p for p in written if fnmatchcase(name, p)))
+    proposals = dict.fromkeys(p for n in names for p in (starred(n), *_patterns(n)))
     return nearest(pattern, proposals, cutoff=0.4)
 
 

@@ -59,6 +59,10 @@ class _Parameters(_Kinds):
     cos_min_ratio: Number | None = None
 
 
+class _TensorParallel(_Kinds):
+    autotp_size: int = 0
+
+
 class _Named(_Kinds):
     type: str
     params: _Parameters = _Parameters()
@@ -88,6 +92,7 @@ class _Settings(_Kinds):
     fp16: _Precision = _Precision()
     optimizer: _Named | None = None
     scheduler: _Named | None = None
+    tensor_parallel: _TensorParallel = _TensorParallel()
 
 
 def check_values(ds_config: Mapping[str, Any]) -> None:

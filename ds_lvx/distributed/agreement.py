@@ -76,7 +76,7 @@ def require_same(records: Sequence[Mapping[str, Any]], keys: Collection[str], *,
     for key in keys:
         ranks_by_value: dict[str, list[int]] = {}
         for rank, record in enumerate(records):
-            ranks_by_value.setdefault(str(record.get(key)), []).append(rank)
+            ranks_by_value.setdefault(str(record.get(key, "nothing")), []).append(rank)
         if len(ranks_by_value) > 1:
             found = ", ".join(
                 f"{value} on {_name(ranks, len(records))}"

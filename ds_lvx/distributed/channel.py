@@ -133,7 +133,9 @@ class Channel:
         Raises:
             ValueError: on all ranks, naming the key, the values and who has which.
         """
-        agreement.require_same(self.agree(record), record.keys(), what=what)
+        records = self.agree(record)
+        keys = dict.fromkeys(key for each in records for key in each)
+        agreement.require_same(records, keys, what=what)
 
     def _exchange(self, message: bytes) -> list[bytes]:
         capacity, needed = 0, agreement.RECORD_BYTES

@@ -192,6 +192,6 @@ def _resolved(
     kind = ("method", wanted, q.shape, q.dtype, kv_heads, width, backward)
     shape, choice = layout.settled(kind, settle)
     if plan.method == AUTO:
-        NOTES.about(choice, shape, name=plan.name, rank=layout.channel.rank)
+        NOTES.about(choice, shape, name=plan.names, rank=layout.channel.rank)
     method = choice.method if plan.hybrid is None else plan.method
     return method, choice.schedule

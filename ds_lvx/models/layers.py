@@ -13,8 +13,9 @@ from ds_lvx.attention.auto import Cluster, Wanted, explain
 from ds_lvx.attention.projection import Turns
 from ds_lvx.attention.recompute import STREAMED_TOKENS
 from ds_lvx.attention.shape import Hybrid
-from ds_lvx.config import LayerRule, LVXConfig, summarise_names
+from ds_lvx.config import LayerRule, LVXConfig, pattern_for, starred, summarise_names
 from ds_lvx.config.registry import AUTO
+from ds_lvx.config.words import shown
 
 Kind: TypeAlias = Literal["self", "cross", "local", "recurrent"]
 """Text to text, text to images, an encoder's layer that never leaves its rank, or one that carries
@@ -26,6 +27,10 @@ _WHAT = {
 }
 _PROPOSAL = {"self": "ulysses", "cross": "lvx"}
 _REPLICATED = ("lvx", "replicated")
+_Problem: TypeAlias = tuple[type[Exception], str, str]
+"""What is refused: the error's kind, what was got, and what to do, which says `_PATTERN` where it
+proposes one for the layers."""
+_PATTERN = "PATTERN"
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,11 @@ class LayerPlan:
     across: str = AUTO
 
     @cached_property
+    def names(self) -> str:
+        """Of all layers of its kind, with a star for their number."""
+        return starred(self.name)
+
+    @cached_property
     def turns(self) -> Turns:
         """The layer's own, where it projects K and V again."""
         return Turns()
@@ -109,16 +119,28 @@ def make_plans(layers: Sequence[Layer], config: LVXConfig, *, sp_size: int) -> l
     """
     rules = config.resolve([layer.name for layer in layers])
     plans = [_plan(layer, rules) for layer in layers]
-    problems = [_problem(layer, plan, sp_size) for layer, plan in zip(layers, plans, strict=True)]
-    problems.append(_mixed_features(plans))
-    found = list(dict.fromkeys(problem for problem in problems if problem is not None))
-    missing = _without_method(plans, sp_size)
-    if missing:
+    if missing := _without_method(plans, sp_size):
         raise ValueError("\n".join(missing))
-    if found:
-        kind = found[0][0]
-        raise kind("\n".join(text for this, text in found if this is kind))
+    names: dict[_Problem, list[str]] = {}
+    for layer, plan in zip(layers, plans, strict=True):
+        if problem := _problem(layer, plan, sp_size):
+            names.setdefault(problem, []).append(plan.name)
+    if kept := _mixed_features(plans):
+        names[_MIXED] = kept
+    for kind in dict.fromkeys(kind for kind, _, _ in names):
+        raise kind(
+            "\n".join(
+                f"ds_lvx.layers: got {got} for {', '.join(summarise_names(found))}, "
+                + why.replace(_PATTERN, pattern_for(found, _others(layers, found)))
+                for (this, got, why), found in names.items()
+                if this is kind
+            )
+        )
     return plans
+
+
+def _others(layers: Sequence[Layer], names: Sequence[str]) -> list[str]:
+    return [layer.name for layer in layers if layer.name not in names]
 
 
 def _plan(layer: Layer, rules: Mapping[str, LayerRule | None]) -> LayerPlan:
@@ -159,7 +181,7 @@ def _without_method(plans: Sequence[LayerPlan], sp_size: int) -> list[str]:
     for kind in ("self", "cross"):
         names = [p.name for p in plans if p.kind == kind and p.method == "none"]
         for name in summarise_names(names):
-            pattern = f"*.{names[0].rpartition('.')[2]}"
+            pattern = pattern_for(names, (p.name for p in plans if p.kind != kind))
             lines.append(
                 f"ds_lvx.layers: {name} has no method (or none), but it {_WHAT[kind]} over "
                 f'{sp_size} ranks; add {{"match": "{pattern}", "method": "{_PROPOSAL[kind]}"}}'
@@ -167,67 +189,83 @@ def _without_method(plans: Sequence[LayerPlan], sp_size: int) -> list[str]:
     return lines
 
 
-def _problem(layer: Layer, plan: LayerPlan, sp_size: int) -> tuple[type[Exception], str] | None:
+def _problem(layer: Layer, plan: LayerPlan, sp_size: int) -> _Problem | None:
     if layer.kind == "local" and plan.method != "none":
-        return NotImplementedError, (
-            f'ds_lvx.layers: got method "{plan.method}" for {summarise_names([layer.name])[0]}, '
+        return (
+            NotImplementedError,
+            f'method "{plan.method}"',
             "but an image is encoded on the rank that holds it; put a rule such as "
-            '{"match": "*vision_model*", "method": "none"} first'
+            f'{{"match": "{_PATTERN}", "method": "none"}} first',
         )
     if layer.replicated:
         if (plan.method, plan.schedule, plan.recompute_kv) == (*_REPLICATED, False):
             return None
-        return NotImplementedError, (
-            f'ds_lvx.layers: got method "{plan.method}", schedule "{plan.schedule}", recompute_kv '
-            f"{plan.recompute_kv} for {summarise_names([layer.name])[0]}, whose queries every rank "
-            'has; expected no rule for it, or {"method": "lvx", "schedule": "replicated"}'
+        return (
+            NotImplementedError,
+            f'method "{plan.method}", schedule "{plan.schedule}", recompute_kv {plan.recompute_kv}',
+            "whose queries every rank has; expected no rule for it, or "
+            '{"method": "lvx", "schedule": "replicated"}',
         )
     if layer.kind == "recurrent" and (plan.method != "ulysses" or plan.kernel != AUTO):
-        return NotImplementedError, (
-            f'ds_lvx.layers: got method "{plan.method}", kernel "{plan.kernel}" for '
-            f"{summarise_names([layer.name])[0]}, which carries a state from token to token by a "
-            'kernel of its own; expected no rule for it, or {"method": "ulysses"}: give the rule '
-            "for attention a pattern that matches those layers only"
+        return (
+            NotImplementedError,
+            f'method "{plan.method}", kernel "{plan.kernel}"',
+            "which carries a state from token to token by a kernel of its own; expected no rule "
+            'for it, or {"method": "ulysses"}: give the rule for attention a pattern that matches '
+            "those layers only",
         )
     split = sp_size if plan.method == "ulysses" else plan.ulysses or 1
     if layer.num_heads < split:
+        key = "sequence_parallel_size" if plan.ulysses is None else "ulysses"
         instead = "" if layer.kind == "recurrent" else "lvx or ring, or "
-        return ValueError, (
-            f"ds_lvx.layers: got ulysses for attention with {layer.num_heads} heads on {split} "
-            f"ranks; expected at least one head a rank: use {instead}a smaller "
-            + ("sequence_parallel_size" if plan.ulysses is None else "ulysses")
+        return (
+            ValueError,
+            f"ulysses on {split} ranks",
+            f"attention with {layer.num_heads} heads; expected at least one head a rank: use "
+            f"{instead}a smaller {key}",
         )
     if plan.hybrid is not None and plan.hybrid.across == "ring" and plan.schedule != AUTO:
-        return NotImplementedError, (
-            f'ds_lvx.layers: got schedule "{plan.schedule}" for '
-            f"{summarise_names([layer.name])[0]}, where a hybrid's across is ring, which has no "
-            'schedules; use across "lvx", or remove schedule'
+        return (
+            NotImplementedError,
+            f'schedule "{plan.schedule}"',
+            'where a hybrid\'s across is ring, which has no schedules; use across "lvx", or remove '
+            "schedule",
         )
     for key in ("features", "kv_chunk_tokens"):
-        if layer.kind in ("self", "recurrent") and getattr(plan, key) not in ("keep", None):
-            return NotImplementedError, (
-                f"ds_lvx.layers: got {key} for {summarise_names([layer.name])[0]}, which attends "
-                "to text; it is for cross-attention to visual features: give its rule a pattern "
-                "that matches those layers only"
+        value = getattr(plan, key)
+        if layer.kind in ("self", "recurrent") and value not in ("keep", None):
+            return (
+                NotImplementedError,
+                f"{key} {shown(value)}",
+                "which attends to text; it is for cross-attention to visual features: give its "
+                "rule a pattern that matches those layers only",
             )
     if plan.schedule == "replicated" and sp_size > 1:
-        return NotImplementedError, (
-            'ds_lvx.layers: got schedule "replicated", which needs the same queries on every '
-            'rank, but the text is sharded; use "ring", "gather" or "auto"'
+        return (
+            NotImplementedError,
+            'schedule "replicated"',
+            "which needs the same queries on every rank, but the text is sharded; use "
+            '"ring", "gather" or "auto" there',
         )
     return None
 
 
-def _mixed_features(plans: Sequence[LayerPlan]) -> tuple[type[Exception], str] | None:
-    """Layers share one tensor of features: it is on the host for all of them, or for none."""
-    kept = [p.name for p in plans if p.kind == "cross" and p.features == "keep"]
-    if not kept or all(p.features == "keep" for p in plans):
-        return None
-    return NotImplementedError, (
-        f'ds_lvx.layers: got features "offload" for some cross-attention layers and not for '
-        f"{', '.join(summarise_names(kept))}; all of them share the same features: offload them in "
-        "every rule for cross-attention, or in none"
-    )
+_MIXED: _Problem = (
+    NotImplementedError,
+    'features "keep"',
+    'beside "offload" for other cross-attention layers; all of them share the same features: '
+    "offload them in every rule for cross-attention, or in none",
+)
+
+
+def _mixed_features(plans: Sequence[LayerPlan]) -> list[str]:
+    """Layers share one tensor of features: it is on the host for all of them, or for none.
+
+    Returns those that keep it on the device beside others that do not.
+    """
+    cross = [p for p in plans if p.kind == "cross"]
+    kept = [p.name for p in cross if p.features == "keep"]
+    return kept if len(kept) < len(cross) else []
 
 
 def table(plans: Sequence[LayerPlan]) -> str:

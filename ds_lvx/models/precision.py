@@ -8,11 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_lvx.config.words import shown
+
 
 def training_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype of the weights that DeepSpeed computes with."""
+    """The dtype of the weights that DeepSpeed computes with.
+
+    Raises:
+        ValueError: the section that says so is none.
+    """
     for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if ds_config.get(key, {}).get("enabled", False):
+        section = ds_config.get(key, {})
+        if not isinstance(section, Mapping):
+            raise ValueError(
+                f'{key}: got {shown(section)}; expected an object such as {{"enabled": true}}'
+            )
+        if section.get("enabled", False):
             return dtype
     return torch.float32
 

@@ -34,7 +34,8 @@ class Held:
     # last cross-attention layer makes its keys.
     prompt: int
     gathered: int = 0  # weights that ZeRO-3 has whole at a time
-    carried: int = 0  # states of layers that carry one, whole on every rank
+    # States of layers that carry one, whole on every rank: as they are, and behind the prompt.
+    carried: int = 0
 
     @property
     def kept(self) -> int:
@@ -115,7 +116,7 @@ def held(scenario: Scenario, *, ranks: int, new_tokens: int, gpus: int = 1) -> H
         width = tokens * model.rows.hidden
         layers = max(LAYER_BYTES * width, e * width + keys)
     elif model.among:
-        layers = tokens * _layer_bytes(scenario, ranks) + keys + carried_bytes(scenario)
+        layers = tokens * _layer_bytes(scenario, ranks) + keys + 2 * carried_bytes(scenario)
     else:
         norm = numbers * (e + _NORM_TENSORS * FP32_BYTES)
         last = max(norm, 2 * e * numbers) if cross.count else 0
@@ -127,7 +128,7 @@ def held(scenario: Scenario, *, ranks: int, new_tokens: int, gpus: int = 1) -> H
         text=text,
         prompt=max(vision, features_bytes(scenario, ranks) + layers),
         gathered=gathered_bytes(scenario) if shares > 1 else 0,
-        carried=carried_bytes(scenario),
+        carried=2 * carried_bytes(scenario),
     )
 
 

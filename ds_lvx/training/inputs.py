@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ds_lvx.config import LVXConfig, check_ds_config, read_ds_config
+from ds_lvx.config import LVXConfig, by_path, check_ds_config, read_ds_config
 from ds_lvx.data.batch import FrameRate
 from ds_lvx.data.chat import Chats
 from ds_lvx.data.extras import need
@@ -158,12 +158,19 @@ def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
     hold out what is evaluated on, and find lengths where samples are grouped by them.
 
     Raises:
-        ValueError: on all ranks: a bad sample, none that is good, or more to hold out than there
-            are.
+        ValueError: on all ranks: options, ds_configs or data that differ between them, a bad
+            sample, none that is good, or more to hold out than there are.
 
-    Collectives: two agreements on the control plane for each file of data, one for what
+    Collectives: an agreement on the control plane, two for each file of data, one for what
     ``--eval_generate`` asks, one for lengths.
     """
+    opened = {"--data": inputs.training, "--eval_data": inputs.evaluation}
+    contents = {
+        f"contents of {name}": None if chats is None else chats.lines.sha256
+        for name, chats in opened.items()
+    }
+    asked = {**options.shared, **by_path(inputs.ds_config), **contents}
+    world.agree_on(asked, what="finetune.py")
     skip = options.on_bad_sample == "skip"
     look = partial(bad_samples, checks=inputs.checks, source=inputs.source, world=world, skip=skip)
     bad = look(inputs.training)

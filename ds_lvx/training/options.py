@@ -22,6 +22,10 @@ from ds_lvx.training.arguments import (
 from ds_lvx.training.lora import ALL_LINEAR, check_words
 from ds_lvx.training.schedule import SCHEDULERS, check_schedule, json_object
 
+_OF_A_NODE = (
+    *("model", "data", "eval_data", "media_root", "deepspeed_config", "output_dir", "resume"),
+    *("workers", "traceback"),
+)
 CHECKS = ("lines", "headers", "frames")
 ON_BAD_SAMPLE = ("stop", "skip")
 
@@ -90,6 +94,12 @@ class Options:
     def limits(self) -> Limits:
         """Of lines, images and videos."""
         return limits_of(self)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What all ranks must share, by option; files and folders may be elsewhere on a node."""
+        values = {name: value for name, value in vars(self).items() if name not in _OF_A_NODE}
+        return {f"--{name}": value for name, value in values.items()}
 
     @property
     def evaluates(self) -> bool:

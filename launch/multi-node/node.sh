@@ -29,6 +29,9 @@ interface_to() {
 [ -f "$1" ] || fail "got '$1', which is no file; expected a hostfile."
 [[ ${NODE_RANK-} =~ ^[0-9]+$ ]] || fail \
   "NODE_RANK: got '${NODE_RANK-}'; expected this node's number, from 0, in the hostfile's order."
+nodes=$(grep -c '^[^#]*slots=' "$1") || true
+[ "$NODE_RANK" -lt "$nodes" ] || fail \
+  "NODE_RANK: got $NODE_RANK; expected less than $nodes, the lines 'name slots=RANKS' of $1."
 [ -n "${MASTER_ADDR-}" ] || fail "MASTER_ADDR: got nothing; expected an address of node 0."
 hostfile=$1
 shift

@@ -92,12 +92,11 @@ def test_every_method_is_checked_counted_and_timed(tmp_path: Path) -> None:
 def test_zigzag_is_measured_beside_contiguous() -> None:
     """Both ways against the oracle, then timed; the processor's own seconds of every rank."""
     shape = replace(TINY, seqlen_kv=9, visibility="causal")
-    request = replace(
-        ONCE, shape=shape, methods=("lvx-ring", "ring", "none"), orders=("contiguous", "zigzag")
-    )
+    methods = ("lvx-ring", "ring", "none", "gathered")
+    request = replace(ONCE, shape=shape, methods=methods, orders=("contiguous", "zigzag"))
     answers = [answer for (answer,) in run_ranks(measured, 3, [request])]
     results = assembled(request, json.loads(json.dumps(answers)))
-    labels = ["lvx-ring", "ring", "none", "lvx-ring zigzag", "ring zigzag"]
+    labels = [*methods, "lvx-ring zigzag", "ring zigzag", "gathered zigzag"]
     assert [record["method"] for record in results["records"]] == labels
     exact = {d["one"] for d in results["largest_differences"] if d["other"] == exactness.EXACT}
     assert exact == set(labels) - {"none"}
@@ -150,6 +149,10 @@ def test_methods_that_disagree_are_named_and_not_timed() -> None:
     lines = str(raised.value).splitlines()
     pairs = {line.split(" disagree")[0].strip() for line in lines[1:]}
     assert pairs == {"lvx-gather and ring", "ring and float64 oracle"}
+    with pytest.raises(subject.DisagreementError) as raised:
+        assembled(ONCE, answers * 10)
+    every = str(raised.value).splitlines()
+    assert (len(every), every[-1]) == (12, f"  and {10 * len(lines[1:]) - 10} more")
     for line in lines[1:]:
         assert " disagree on out: the largest error is 0.001 of the largest value" in line
         assert "on rank 1 at [" in line
@@ -290,6 +293,12 @@ def test_shards_make_up_the_whole(features_dim: int | None, visibility: str) -> 
         (["--head-dim", "0"], "--head-dim: got 0; expected at least 1"),
         (["--features-dim", "0"], "--features-dim: got 0; expected at least 1"),
         (["--methods", "ulysses", "--heads", "2"], "none is left: got 2 query heads for 4 ranks"),
+        (["--frames", "3"], "--frames: got 3 without --model, .*; add --model, or leave this out"),
+        (["--model", "tiny", "--seqlen-q", "9"], "--seqlen-q: got 9 with --model, .*; leave out"),
+        (["--render", "none.json"], "--render: got none.json .*expected a JSON that --output has"),
+        (["--render", "pyproject.toml"], "--render: got pyproject.toml .*expected a JSON that"),
+        (["--output", "/proc/x"], "--output: got /proc/x .*expected a folder"),
+        (["--document", "none.md"], "--document: got none.md, which is no file"),
     ],
 )
 def test_bad_options_are_named(
@@ -392,12 +401,15 @@ def test_the_slowest_rank_counts_and_ratios_are_rounded_down() -> None:
     assert subject.name(results) == "compare-q9-kv30-ranks2-200mbit-1ms"
 
 
-def test_the_table_goes_between_its_comment_lines(tmp_path: Path) -> None:
+def test_the_table_goes_between_its_comment_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     results = assembled(ONCE, [answer({"ring": 1.0})])
     document = tmp_path / "page.md"
     document.write_text("before\n")
     with pytest.raises(ValueError, match="followed by"):
         deliver(subject, results, program="ds-lvx compare", document=document)
+    assert subject.text(results) in capsys.readouterr().out, "what was measured is not lost"
     lines = [f"<!-- ds-lvx compare, {subject.name(results)}: {e} -->" for e in ("begin", "end")]
     document.write_text("\n".join(["before", *lines, "after\n"]))
     for _ in range(2):

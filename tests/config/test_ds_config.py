@@ -165,6 +165,10 @@ DANGEROUS: list[tuple[dict[str, Any], str]] = [
         },
         "gradient_predivide_factor",
     ),
+    (
+        {"zero_optimization": {"stage": 3}, "gradient_predivide_factor": 2},
+        "gradient_predivide_factor",
+    ),
 ]
 
 
@@ -198,6 +202,7 @@ def test_tensor_parallelism_is_not_implemented() -> None:
         {"zero_optimization": {"stage": 2, "reduce_scatter": False}},
         {"zero_optimization": {"stage": 0, "reduce_scatter": False}},
         {"tensor_parallel": {"autotp_size": 1}},
+        {"gradient_predivide_factor": 2.0},
         {"steps_per_print": float("inf"), "data_types": {"keep_in_fp32_modules": "auto"}},
         {"ds_lvx": {"layers": [{"match": "*", "method": "auto"}]}, "wandb": {"project": "auto"}},
     ],
@@ -233,6 +238,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], list[str]]] = [
             "gradient_clipping": True,
             "bf16": {"enabled": "false"},
             "fp16": False,
+            "tensor_parallel": {"autotp_size": "2"},
             "optimizer": {"type": "AdamW", "params": {"lr": "1e-5", "eps": float("nan")}},
             "scheduler": {"params": {"warmup_num_steps": 2.5}},
         },
@@ -242,6 +248,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], list[str]]] = [
             "gradient_clipping: got true; expected a number",
             'bf16.enabled: got "false"; expected true or false',
             "fp16: got false; expected an object",
+            'tensor_parallel.autotp_size: got "2"; expected a whole number',
             'optimizer.params.lr: got "1e-5"; expected a number',
             "optimizer.params.eps: got NaN; expected a finite number",
             "scheduler.type: got",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import pytest
 
 from ds_lvx.data.limits import Limits
 from ds_lvx.data.order import SampleOrder
+from ds_lvx.distributed.channel import Channel
+from ds_lvx.training.inputs import check_samples, read_inputs
 from ds_lvx.training.options import parse
 from tests.data.media import (
     BUNNY,
@@ -118,6 +120,38 @@ def test_an_empty_file_and_a_typo_in_the_config(tmp_path: Path) -> None:
     _fails(2, *arguments(deepspeed_config=config, **given), expected='"ulises".*"ulysses"')
 
 
+def _differences(cases: list[list[Sequence[str]]]) -> list[str]:
+    """What a rank is told of each case: the words of every rank, as nodes may be given them."""
+    world, found = Channel.world(), []
+    for words in cases:
+        options = parse(words[world.rank])
+        with pytest.raises(ValueError, match="expected the same on every rank") as caught:
+            check_samples(read_inputs(options, world.size), options, world)
+        found.append(str(caught.value))
+    return found
+
+
+def test_nodes_that_are_given_different_runs(tmp_path: Path) -> None:
+    one, two = (write_jsonl(tmp_path / f"{n}.jsonl", *[chat(answer="a")] * n) for n in (1, 2))
+    config = write_config(tmp_path / "ds.json", stage=2)
+    other = write_config(tmp_path / "other.json", stage=3)
+    given = {"model": "tiny", "data": one, "deepspeed_config": config, "output_dir": tmp_path}
+    changes = {
+        "--max_steps: got None on rank 0, 7 on rank 1": {"max_steps": 7},
+        "zero_optimization.stage: got 2 on rank 0, 3 on rank 1": {"deepspeed_config": other},
+        "contents of --data": {"data": two},
+        "contents of --eval_data: got None on rank 0": {"eval_data": one},
+    }
+    elsewhere = {"output_dir": tmp_path / "out", "workers": 2}  # which may differ
+    cases = [
+        [arguments(**given), arguments(**{**given, **elsewhere, **change})]
+        for change in changes.values()
+    ]
+    for texts in run_ranks(_differences, 2, cases):
+        for text, expected in zip(texts, changes, strict=True):
+            assert f"finetune.py: the ranks disagree on {expected}" in text
+
+
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
     """Heads that ulysses cannot split, and fewer tokens than ranks."""
@@ -127,7 +161,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
     config = write_config(tmp_path / "ds.json", stage=0, cross="ulysses")
     given = {"data": data, "output_dir": tmp_path / "out"}
     words = arguments(model=one_head, deepspeed_config=config, **given)
-    _fails(2, *words, expected="ulysses for attention with 1 heads on 2 ranks")
+    _fails(2, *words, expected="got ulysses on 2 ranks for .* attention with 1 heads")
     nothing = arguments(model=tmp_path / "nothing", deepspeed_config=config, **given)
     _fails(2, *nothing, expected="--model: got .*nothing.*, which cannot be read")
 

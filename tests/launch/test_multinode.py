@@ -79,6 +79,7 @@ def test_two_nodes_of_two_ranks_train_as_one_node_of_four(tmp_path: Path) -> Non
         ({}, ["hostfile"], "got 1 arguments; expected a hostfile, a script"),
         ({}, ["none", "x.py"], "got 'none', which is no file; expected a hostfile"),
         ({"NODE_RANK": "one"}, ["hostfile", "x.py"], "NODE_RANK: got 'one'; expected this node's"),
+        ({"NODE_RANK": "2"}, ["hostfile", "x.py"], "NODE_RANK: got 2; expected less than 2"),
         ({"NODE_RANK": "0"}, ["hostfile", "x.py"], "MASTER_ADDR: got nothing"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ds_lvx
-from ds_lvx.attention.auto import CLUSTERS, METHODS, Notes, Wanted, explain
+from ds_lvx.attention.auto import CLUSTERS, METHODS, NOTES, Notes, Wanted, explain
 from ds_lvx.attention.settle import settle
 from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.distributed.channel import Channel
@@ -103,17 +103,23 @@ def run_by_source(sources: list[str], *, checkpoint: bool) -> list[str]:
         method = found.source if shape.backward else "ulysses"
         return replace(cheapest(shape, found, **options), method=method, schedule="gather")
 
-    config = ds_config(stage=0, sp_size=2, **AUTO)
+    config, told = ds_config(stage=0, sp_size=2, **AUTO), set()
     if checkpoint:
         config["activation_checkpointing"] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ds_lvx.attention.auto.current", lambda device, world: mine)
         patch.setattr("ds_lvx.attention.auto.cheapest", by_source)
+        patch.setattr(NOTES, "about", lambda *_, name, rank: told.add(name))
         engine = start_engine(config)
         with ds_lvx.traffic() as counted:
             out = engine(**ds_lvx.shard_batch(hard_batch(), model=engine.module))
             engine.backward(out.loss)
         ds_lvx.shutdown(engine)
+    # Once for all layers of a kind.
+    assert {name.removeprefix("model.language_model.layers.") for name in told} == {
+        "*.self_attn",
+        "*.cross_attn",
+    }
     return sorted(counted.per_collective)
 
 

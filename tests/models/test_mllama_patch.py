@@ -195,7 +195,10 @@ def test_the_table_collapses_layers() -> None:
 @pytest.mark.parametrize(
     ("layers", "words"),
     [
-        ([VISION_RULE, CROSS], ["layers.{0,2}.self_attn", '"*.self_attn"', "ulysses"]),
+        (
+            [VISION_RULE, CROSS],
+            ["layers.{0,2}.self_attn", '"*language_model*.self_attn"', "ulysses"],
+        ),
         ([VISION_RULE, TEXT], ["layers.{1,3}.cross_attn", '"*.cross_attn"', '"lvx"']),
         ([VISION_RULE, CROSS, {**TEXT, "method": "none"}], ["text is sharded"]),
         ([VISION_RULE, {"match": "*.crossattn", "method": "lvx"}], ["*.crossattn"]),
@@ -212,8 +215,18 @@ def test_a_layer_over_sharded_tokens_needs_a_method(layers: Any, words: list[str
 
 def test_the_vision_tower_has_no_method() -> None:
     every = {"match": "*.self_attn", "method": "ring"}
-    with pytest.raises(NotImplementedError, match=r"vision_model.*none"):
+    with pytest.raises(
+        NotImplementedError, match=r"layers.0.self_attn, but.*\*vision_model\*"
+    ) as caught:
         plans_of([CROSS, every], sp_size=2)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_text_has_no_features_to_offload() -> None:
+    text = {**TEXT, "method": "lvx", "recompute_kv": True, "features": "offload"}
+    with pytest.raises(NotImplementedError, match=r'got features "offload" for .*attn, which') as e:
+        plans_of([VISION_RULE, CROSS, text], sp_size=2)
+    assert "cross_attn" not in str(e.value)
 
 
 def test_hybrids_say_what_runs_across() -> None:
@@ -228,9 +241,9 @@ def test_hybrids_say_what_runs_across() -> None:
 
 
 def test_ulysses_with_more_ranks_than_heads() -> None:
-    with pytest.raises(ValueError, match="4 heads on 5 ranks"):
+    with pytest.raises(ValueError, match=r"ulysses on 5 ranks .* 4 heads"):
         plans_of([VISION_RULE, CROSS, TEXT], sp_size=5)
-    with pytest.raises(ValueError, match=r"4 heads on 8 ranks.* a smaller ulysses"):
+    with pytest.raises(ValueError, match=r"ulysses on 8 ranks .* 4 heads.* a smaller ulysses"):
         plans_of([VISION_RULE, CROSS, {**TEXT, "method": "hybrid", "ulysses": 8}], sp_size=16)
     plans_of([VISION_RULE, CROSS, {**TEXT, "method": "ring"}], sp_size=5)
 

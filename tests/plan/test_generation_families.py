@@ -79,11 +79,14 @@ def generate_each(names: tuple[str, ...]) -> dict[str, Any]:
 def generate_one(model: Any, config: dict[str, Any], batch: dict[str, Any]) -> dict[str, int]:
     """Bytes of K and V that are sharded, of those in the cache, of states, and of what a token
     sends."""
-    kept: list[int] = []
+    kept: list[tuple[int, int]] = []
     sent = []
 
     def release(decoding: Decoding) -> None:
-        kept.append(nbytes(decoding.keys.by_layer.values()))
+        held = decoding.keys.by_layer.items()
+        behind = [pair for (kind, _), pair in held if kind == "recurrent"]
+        keys = [pair for (kind, _), pair in held if kind != "recurrent"]
+        kept.append((nbytes(keys), nbytes(behind)))
 
     session = ds_lvx.apply(model, config)
     for tokens in (TOKENS - 1, TOKENS):
@@ -100,7 +103,8 @@ def generate_one(model: Any, config: dict[str, Any], batch: dict[str, Any]) -> d
         for each in layers
         if hasattr(each, "conv_states")
     )
-    return {"keys": kept[-1], "text": text, "states": states, "sent": sent[1] - sent[0]}
+    keys, behind = kept[-1]
+    return {"keys": keys, "text": text, "states": states + behind, "sent": sent[1] - sent[0]}
 
 
 def scenario_of(name: str) -> Scenario:

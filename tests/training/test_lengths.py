@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from ds_lvx.data.chat import Chats
 from ds_lvx.data.chosen import FrameRate
+from ds_lvx.distributed.channel import Channel
 from ds_lvx.training.batches import TRAINING, Place, Recipe
 from ds_lvx.training.check import Checks
 from ds_lvx.training.inputs import BatchSizes, check_samples, read_inputs
@@ -21,7 +20,7 @@ from tests.data.formats_case import own, write_media
 from tests.data.media import write_jsonl
 from tests.launch.finetune_runs import arguments, write_config
 
-ALONE: Any = SimpleNamespace(rank=0, size=1, agree=lambda record, _error=None: [record])
+ALONE = Channel(None)
 
 
 def test_a_run_takes_samples_of_one_length_at_once(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ds_lvx.compare.operators.rank import Contest
 from ds_lvx.compare.operators.tensors import ORDERS
 
 PEERS = ("ring", "ulysses", GATHERED)
+_SHOWN = 10  # disagreements of one message
 
 
 class DisagreementError(RuntimeError):
@@ -56,9 +57,10 @@ def _check(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found.sort(key=lambda difference: -difference.error)
     bad = [difference for difference in found if difference.is_too_large]
     if bad:
-        lines = "\n".join(f"  {difference}" for difference in bad)
+        lines = "\n".join(f"  {difference}" for difference in bad[:_SHOWN])
+        more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise DisagreementError(
-            f"the methods disagree; nothing was timed. The largest first:\n{lines}"
+            f"the methods disagree; nothing was timed. The largest first:\n{lines}{more}"
         )
     about = ("shape", "one", "other", "tensor", "error", "tolerance")
     largest: dict[tuple[str, ...], dict[str, Any]] = {}

@@ -78,7 +78,7 @@ class Shards:
     keys: dict[str, Tensor]
     head_dim: int  # of keys that are projected
     visibility: Visibility | None  # of these queries over these keys
-    over_all: Visibility | None  # of these queries over the keys of all shards
+    over_all: Visibility | None  # of these queries over the shards' keys, one after the other
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ def make_shards(
         keys,
         shape.head_dim,
         visibility(shape, rows, places(kv_lengths, shards)),
-        visibility(shape, rows, torch.arange(shape.seqlen_kv, device=device)),
+        visibility(shape, rows, places(kv_lengths, range(ranks))),
     )
 
 

@@ -39,14 +39,16 @@ class Groups:
         """Those for so many ranks."""
         return cls(*recurrent_groups(key_heads, value_heads, ranks))
 
-    def of_mixed(self, mixed: Tensor, module: Any) -> Tensor:
-        """``[..., C]``, channels of queries, keys and values -> ``[..., G, W]``, by groups."""
+    def of_mixed(self, mixed: Tensor, module: Any, *more: Tensor) -> Tensor:
+        """``[..., C]``, channels of queries, keys and values, and ``[..., V]`` each of more, to
+        ``[..., G, W]``, by groups."""
         sizes = [module.key_dim, module.key_dim, module.value_dim]
         q, k, v = mixed.split(sizes, dim=-1)
         q, k = (x.unflatten(-1, (-1, module.head_k_dim)) for x in (q, k))
         if self.copies > 1:
             q, k = (x.repeat_interleave(self.copies, dim=-2) for x in (q, k))
-        return torch.cat((q, k, self.of_values(v, module.head_v_dim)), dim=-1)
+        of_values = [self.of_values(v, module.head_v_dim), *(self.of_values(x, 1) for x in more)]
+        return torch.cat((q, k, *of_values), dim=-1)
 
     def to_mixed(self, grouped: Tensor, module: Any) -> Tensor:
         """`of_mixed` undone."""
@@ -117,14 +119,11 @@ class DeltaForward(ShardedForward):
         if attention_mask is not None:
             hidden_states = hidden_states * attention_mask[:, :, None].to(hidden_states.dtype)
         groups = Groups.of(module.num_k_heads, module.num_v_heads, batch.channel.size)
-        mixed = groups.of_mixed(module.in_proj_qkv(hidden_states), module)
-        b, a = (
-            groups.of_values(project(hidden_states), 1)
-            for project in (module.in_proj_b, module.in_proj_a)
-        )
+        projections = module.in_proj_qkv, module.in_proj_b, module.in_proj_a
+        mixed, b, a = (project(hidden_states) for project in projections)
         gate = module.in_proj_z(hidden_states)
         layer = _Layer(self.plan, module, groups, batch, cache_params)
-        parts = torch.cat((mixed, b, a), dim=-1)
+        parts = groups.of_mixed(mixed, module, b, a)
         found = run_by_heads(batch.text, parts, layer.run, order=batch.order)
         heads = (x.reshape(-1, module.head_v_dim) for x in (found, gate))
         out: Tensor = module.out_proj(module.norm(*heads).view_as(gate))
