@@ -16,28 +16,31 @@ from transformers import AutoConfig, Gemma3ForConditionalGeneration
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
+from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.concatenated.batch import Arrange, Sequences, Unit
 from ds_lvx.models.concatenated.family import SLIDING, Concatenated
-from ds_lvx.models.concatenated.forward import Embed, Encoded
+from ds_lvx.models.concatenated.forward import Encoded
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.gemma3 import batch as batches
 from ds_lvx.models.gemma3 import dimensions, sized
 from ds_lvx.models.gemma3 import processor as processors
+from ds_lvx.models.layers import LayerPlan
+from ds_lvx.models.patch import KEYWORD, Hook
 from ds_lvx.models.text import Text
 from ds_lvx.models.visual import PIXELS, Visual
 
 
-class _Embed(Embed):
-    """Transformers builds masks before the text model runs: of ``[s, s]``, which nobody reads."""
+class _Unmasked(Hook):
+    """A forward pre-hook of the inner model, which builds masks of ``[s, s]`` itself, before the
+    text model runs: none where nobody reads them."""
 
     def __call__(
         self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        made = super().__call__(module, args, kwargs)
-        if made is None:
+        batch: ShardedBatch | None = kwargs.get(KEYWORD)
+        if batch is None:
             return None
-        mask = torch.zeros(1, 1, 1, 1, device=made[1]["inputs_embeds"].device)
-        return args, {**made[1], "attention_mask": mask}
+        return args, {**kwargs, "attention_mask": torch.zeros(1, 1, 1, 1, device=batch.text.device)}
 
 
 class Gemma3(Concatenated):
@@ -51,7 +54,6 @@ class Gemma3(Concatenated):
     takes = (PIXELS,)
     sized = sized
     of_class = Gemma3ForConditionalGeneration
-    embed = _Embed
     layer_types = ("full_attention", SLIDING)
 
     # ---- patching
@@ -69,6 +71,10 @@ class Gemma3(Concatenated):
     def encode(module: Any, given: Mapping[str, Any]) -> Encoded:
         made = module.get_image_features(given[PIXELS], return_dict=True)
         return Encoded(made.pooler_output.flatten(0, 1))
+
+    def install(self, model: Any, plans: Sequence[LayerPlan]) -> None:
+        super().install(model, plans)
+        self.inner(model).register_forward_pre_hook(_Unmasked(), with_kwargs=True)
 
     # ---- batches
 
