@@ -89,16 +89,15 @@ class Dispatched(PatchedAttention):
             ``[B, s, H, D]``.
         """
         refuse_dropout(dropout)
-        given = {key: kwargs[key] for key in _REFUSED if kwargs.get(key) is not None}
         seen = batch if sliding_window is None else batch.recent
+        refused = [f"{key}={kwargs[key]!r}" for key in _REFUSED if kwargs.get(key) is not None]
         if seen is None:
-            given["sliding_window"] = sliding_window
-        if seen is None or given:
-            key, value = next(iter(given.items()))
+            refused.append(f"sliding_window={sliding_window!r}")
+        if seen is None or refused:
             raise NotImplementedError(
-                f"got {key}={value!r} for {self.plan.name}; the sharded "
-                "attention sees the whole text before a token, with plain scores: this model "
-                "needs sequence_parallel_size 1"
+                f"got {refused[0]} for {self.plan.name}; the sharded attention sees the whole text "
+                "before a token, or a window that its family knows of, with plain scores: this "
+                "model needs sequence_parallel_size 1"
             )
         dtype = tensors[2].dtype
         # Under autocast rotary embeddings widen q and k; SDPA would have narrowed them again.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 
 from ds_lvx.data.chat import read_conversations
 from ds_lvx.data.template import ChatTemplate
@@ -30,14 +31,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp(NAME), NAME)
 
 
-def test_frames_are_images_as_the_processor_writes_them(folder: Path) -> None:
+def test_text_and_pixels_are_those_of_transformers_own_processor(folder: Path) -> None:
     processor = Source.of(str(folder)).processor
-    shown = processor.shown(Medium((0.0, 0.5), (20, 60)))
-    assert shown == Shown(IMAGE * 2, (1, 1), (4, 4))
+    tokenizer = processor.tokenizer
+    for name, token in zip(("boi", "image", "eoi"), IMAGE.strip()[1:-1].split("><"), strict=True):
+        setattr(tokenizer, f"{name}_token", f"<{token}>")
+        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(f"<{token}>"))
+    size = {"height": 16, "width": 16}
+    own = Gemma3Processor(Gemma3ImageProcessorPil(size=size), tokenizer, image_seq_length=4)
     picture = Image.effect_noise((60, 20), 90).convert("RGB")
-    own = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})(picture, return_tensors="pt")
-    made = processor.images(picture, return_tensors="pt")["pixel_values"]
-    assert torch.equal(made, own["pixel_values"])
+    text = "<bos><start_of_turn>user\nLook<start_of_image>here<start_of_image><end_of_turn>\n"
+    expected = own(images=[[picture] * 2], text=[text], return_tensors="pt")
+    written = text.replace("<start_of_image>", processor.shown(Medium(None, (20, 60))).text)
+    ids = tokenizer(written, add_special_tokens=False).input_ids
+    ids = [x for each in ids for x in [each] * (4 if each == processor.image_token_id else 1)]
+    assert expected["input_ids"][0].tolist() == ids
+    made = FAMILIES.named(NAME).inputs(processor, ids, ids)
+    assert expected["token_type_ids"][0].tolist() == made["token_type_ids"]
+    pixels = processor.images(picture, return_tensors="pt")["pixel_values"]
+    assert torch.equal(expected["pixel_values"][1:], pixels)
+
+
+def test_a_frame_of_a_video_is_an_image(folder: Path) -> None:
+    shown = Source.of(str(folder)).processor.shown(Medium((0.0, 0.5), (20, 60)))
+    assert shown == Shown(IMAGE * 2, (1, 1), (4, 4))
 
 
 def test_white_space_around_an_image_is_kept(folder: Path) -> None:
