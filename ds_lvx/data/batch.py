@@ -311,11 +311,12 @@ class BatchMaker:
             pairs = zip(pads, rows, strict=True) if self.pads_left else zip(rows, pads, strict=True)
             return torch.tensor([[*first, *second] for first, second in pairs])
 
-        pad = self.encoder.pad_token_id
-        batch = {
-            key: padded([row[key] for row in rows], IGNORED if key == "labels" else pad)
-            for key in rows[0]
-        }
+        def fill(key: str) -> int:
+            if key.endswith("input_ids"):
+                return self.encoder.pad_token_id
+            return IGNORED if key == "labels" else 0
+
+        batch = {key: padded([row[key] for row in rows], fill(key)) for key in rows[0]}
         ones = [[1] * len(row["input_ids"]) for row in rows]
         return {**batch, "attention_mask": padded(ones, 0)}
 

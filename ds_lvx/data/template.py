@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import count, product
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from ds_lvx.data.conversation import Conversation, Message, Part
 from ds_lvx.data.errors import DataError, Source, shown
@@ -81,14 +81,15 @@ class ChatTemplate:
         """
         messages, source = conversation.messages, conversation.source
         answers = [message.text for message in messages if message.role == "assistant"]
-        given = template_input(messages, media, self._takes_parts)
-        written = self._render(given, source)
+        stands = Stands.of(conversation, media)
+        given = template_input(messages, stands.names, self._takes_parts)
+        written = stands.replaced(self._render(given, source))
         _check_whole(conversation, written)
         # A word that stands nowhere in the text.
         word = next(w for w in (f"lvx{n}answer" for n in count()) if w not in written)
         marks = [f"{word}{n}mark" for n in range(len(answers))]
-        given = template_input(messages, media, self._takes_parts, marks=marks)
-        pieces = re.split(rf"{word}(\d+)mark", self._render(given, source))
+        given = template_input(messages, stands.names, self._takes_parts, marks=marks)
+        pieces = re.split(rf"{word}(\d+)mark", stands.replaced(self._render(given, source)))
         spans = _find_answers(written, pieces, answers)
         if spans is None:
             raise DataError.at(
@@ -151,6 +152,36 @@ class ChatTemplate:
                 expected="roles in the order that the model was trained with",
                 do=do,
             ) from None
+
+
+class Stands(NamedTuple):
+    """Media of a conversation, each a word while a template writes: that may strip what it is given
+    of white space, and a processor writes media once a template is done.
+
+    Attributes:
+        names: words, or how many images a medium is.
+        word: that they begin with.
+        texts: by number.
+    """
+
+    names: tuple[int | str, ...]
+    word: str
+    texts: Sequence[int | str]
+
+    @classmethod
+    def of(cls, conversation: Conversation, media: Sequence[int | str]) -> Self:
+        """Words that stand nowhere in it."""
+        said = [part.value for message in conversation.messages for part in message.parts]
+        words = (f"lvx{n}medium" for n in count())
+        word = next(each for each in words if not any(each in text for text in said))
+        names = (
+            f"{word}{n}stand" if isinstance(each, str) else each for n, each in enumerate(media)
+        )
+        return cls((*names,), word, media)
+
+    def replaced(self, written: str) -> str:
+        """With the media in the place of the words."""
+        return re.sub(rf"{self.word}(\d+)stand", lambda m: str(self.texts[int(m[1])]), written)
 
 
 def template_input(

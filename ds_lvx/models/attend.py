@@ -118,7 +118,9 @@ def attend_part(
     if decoding is not None and batch.past > 0:
         return decoding.attend_further(plan, batch.text, q, project_kv(features), scale=scale)
     if decoding is not None and batch.behind:
-        return decoding.attend_behind(plan, batch.text, q, project_kv(features), scale=scale)
+        return decoding.attend_behind(
+            plan, batch.text, q, project_kv(features), scale=scale, is_recent=batch.is_recent
+        )
     layout = batch.layout(plan.kind)
     method, schedule = _resolved(plan, layout, q, kv_heads=kv_heads, width=features.shape[-1])
     # A projection that runs again in backward knows only there who wants a gradient.

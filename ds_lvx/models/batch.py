@@ -6,7 +6,7 @@ Shapes: ``B`` samples, ``T`` text tokens of the whole sequence, ``s`` of this ra
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from ds_lvx.kernels.transfer import to_device
 from ds_lvx.kernels.visibility import Visibility
 from ds_lvx.models.cuts import span
 from ds_lvx.models.decoding_keys import DecodingKeys
+
+RECENT = "recent"
+"""In `ShardedBatch.others`: the text over itself, of which a token sees those in a window."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,7 @@ class ShardedBatch:
         past: tokens before a text that is split and goes on from a cache; 0 of one that begins.
         units: images or frames that this rank holds, none of which is split; None: not told.
         whole_text: every rank runs all of the text, in training too.
+        is_recent: it is of layers that see a window (`recent`).
     """
 
     text: Layout
@@ -68,6 +72,7 @@ class ShardedBatch:
     past: int = 0
     units: int | None = None
     whole_text: bool = False
+    is_recent: bool = False
 
     @classmethod
     def of(
@@ -151,6 +156,12 @@ class ShardedBatch:
         if kind == "cross" or self.decoding is None or self.split:
             return True
         return self.behind and kind == "self"
+
+    @property
+    def recent(self) -> ShardedBatch | None:
+        """The same for layers of text that see a window; None: the batch knows of none."""
+        layout = self.others.get(RECENT)
+        return None if layout is None else replace(self, text=layout, is_recent=True)
 
     def layout(self, kind: str) -> Layout:
         """The layout of a kind of layer: ``self``, ``cross`` or ``recurrent``."""

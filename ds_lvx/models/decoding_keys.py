@@ -46,6 +46,8 @@ class DecodingKeys:
         copies: C.
         witness: what goes with the next message.
         behind: of this forward's tokens over those behind the prompt; None: all see all.
+        recent: in layers with a window, the first of those that any of them sees, and the rule from
+            there on.
         run: see `ds_lvx.models.generating.further.Further`, while such a text runs.
     """
 
@@ -57,6 +59,7 @@ class DecodingKeys:
         self.copies = 1
         self.witness: Witness | None = None
         self.behind: Rule | None = None
+        self.recent: tuple[int, Rule | None] = (0, None)
         self.run = slice(0)
         self._samples, self._device = samples, device
         self._likes: dict[str, Tensor] = {}  # queries of one token a row, by kind of layer
@@ -137,18 +140,22 @@ class DecodingKeys:
         keys: tuple[Tensor, Tensor],
         *,
         scale: float,
+        is_recent: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Attention behind a prompt that stays sharded: to it, and to what every rank has.
 
         Args:
             plan, layout, q, scale: as of `attend`.
             keys: K and V ``[B * C, t, H_kv, D]`` of the tokens behind the prompt.
+            is_recent: the layer has a window.
 
         Returns:
             out ``[B * C, s, H, D]``, lse ``[B * C, H, s]``.
         """
         kernel = layout.kernel(plan.kernel, q)
-        local = attend_cached(q, keys, self.behind, scale=scale, kernel=kernel)
+        first, rule = self.recent if is_recent else (0, self.behind)
+        k, v = (each[:, first:] for each in keys)
+        local = attend_cached(q, (k, v), rule, scale=scale, kernel=kernel)
         sharded = self.attend(plan, layout, q, project_kv=_held, scale=scale)
         return merged([sharded, local])
 

@@ -200,6 +200,8 @@ class Model:
             ``text`` has none: they attend to both, each token to those before it.
         gathered: they are few, and in generation every rank has those of all.
         recurrent: layers of the text that carry a state instead of attending; None: there are none.
+        windowed, window: where visual tokens stand among the text, layers of ``cross`` in which a
+            token sees so many, with itself; the others see all before it.
     """
 
     name: str
@@ -218,6 +220,20 @@ class Model:
     among: bool = False
     gathered: bool = False
     recurrent: RecurrentLayers | None = None
+    windowed: int = 0
+    window: int = 0
+
+    def share_seen(self, tokens: int) -> float:
+        """Of all pairs of a query and a key of ``cross``, those that a layer sees, on average.
+
+        Args:
+            tokens: that attend to each other, where visual tokens stand among the text.
+        """
+        if not self.among:
+            return 1.0
+        part = min(self.window / tokens, 1.0)
+        full = self.cross.count - self.windowed
+        return (0.5 * full + (1 - 0.5 * part) * part * self.windowed) / self.cross.count
 
     @property
     def parameters(self) -> int:

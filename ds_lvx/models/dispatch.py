@@ -21,7 +21,7 @@ from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.patch import ATTRIBUTE, PatchedAttention, refuse_dropout
 
 IMPLEMENTATION = "ds_lvx"
-_REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias")
+_REFUSED = ("softcap", "s_aux", "position_bias")
 
 
 class Dispatched(PatchedAttention):
@@ -72,6 +72,7 @@ class Dispatched(PatchedAttention):
         *,
         scaling: float | None = None,
         dropout: float = 0.0,
+        sliding_window: int | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Attention of this rank's text.
@@ -82,23 +83,27 @@ class Dispatched(PatchedAttention):
                 tokens behind it.
             scaling: factor of the scores; None is ``D ** -0.5``.
             dropout: must be 0.
+            sliding_window: a token sees so many, as the batch has it; None: all before it.
 
         Returns:
             ``[B, s, H, D]``.
         """
         refuse_dropout(dropout)
-        refused = [key for key in _REFUSED if kwargs.get(key) is not None]
-        if refused:
+        seen = batch if sliding_window is None else batch.recent
+        refused = [f"{key}={kwargs[key]!r}" for key in _REFUSED if kwargs.get(key) is not None]
+        if seen is None:
+            refused.append(f"sliding_window={sliding_window!r}")
+        if seen is None or refused:
             raise NotImplementedError(
-                f"got {refused[0]}={kwargs[refused[0]]!r} for {self.plan.name}; the sharded "
-                "attention sees the whole text before a token, with plain scores: this model "
-                "needs sequence_parallel_size 1"
+                f"got {refused[0]} for {self.plan.name}; the sharded attention sees the whole text "
+                "before a token, or a window that its family knows of, with plain scores: this "
+                "model needs sequence_parallel_size 1"
             )
-        value = tensors[2]
+        dtype = tensors[2].dtype
         # Under autocast rotary embeddings widen q and k; SDPA would have narrowed them again.
-        q, k, v = (x.to(value.dtype).transpose(1, 2) for x in tensors)
+        q, k, v = (x.to(dtype).transpose(1, 2) for x in tensors)
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend_to(self.plan, batch, q, (k, v), scale=scale)
+        return attend_to(self.plan, seen, q, (k, v), scale=scale)
 
 
 def _attention(

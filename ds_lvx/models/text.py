@@ -37,6 +37,7 @@ class Text:
         labels: ``[B, T]``, -100 where nothing is to be learnt, or None.
         items: what the sum of the losses is divided by; None: the labelled tokens of this batch.
         held: int64 ``[T]``, the tokens of all ranks, one rank after the other; None: in order.
+        window: in layers with one a token sees so many, with itself; None: no layer has one.
     """
 
     input_ids: Tensor
@@ -45,6 +46,7 @@ class Text:
     labels: Tensor | None
     items: float | None = None
     held: Tensor | None = None
+    window: int | None = None
     stays_sharded: ClassVar[bool] = False
     """In generation a rank keeps the keys of its part of a prompt, and none has all."""
     prefix: ClassVar[str] = ""

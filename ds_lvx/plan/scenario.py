@@ -61,7 +61,7 @@ class Scenario:
     @property
     def pairs_seen(self) -> float:
         """Of all pairs of a query and a key of cross-attention, those that count."""
-        return 0.5 if self.model.among else 1.0
+        return self.model.share_seen(self.sequence)
 
     @property
     def text_trains(self) -> bool:

@@ -22,7 +22,7 @@ SIZES = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "vocabulary":
 
 
 def case_of(name: str) -> Case:
-    hidden = 512 if name == "qwen3_5" else 256  # two heads
+    hidden = 512 if name in ("qwen3_5", "gemma3") else 256  # two heads
     case = cut(random_case(name), hidden=hidden, cross_layers=2, vision_layers=2)
     small = {} if name == "qwen2_5_vl" else {"image_size": 64, "patch_size": 16}
     return replace(case, **SIZES, **small, text_tokens=TEXT)
@@ -39,6 +39,7 @@ def record(case: Case, method: str, *, frames: int, ranks: int = RANKS) -> dict[
         ("qwen3_vl", 3),
         pytest.param("qwen2_5_vl", 4, marks=pytest.mark.exhaustive),
         pytest.param("qwen3_5", 2, marks=pytest.mark.exhaustive),
+        pytest.param("gemma3", 3, marks=pytest.mark.exhaustive),
     ],
 )
 @pytest.mark.slow
@@ -51,7 +52,11 @@ def test_loss_and_gradients_are_those_of_one_process_and_ours(name: str, frames:
         norms = other["gradient_norms"]
         largest = max(norms.values())
         assert peer["gradient_norms"] == pytest.approx(norms, rel=1e-4, abs=1e-5 * largest)
-    tower = [n for key, n in peer["gradient_norms"].items() if key.endswith(".qkv.weight")]
+    tower = [
+        norm
+        for key, norm in peer["gradient_norms"].items()
+        if key.endswith(".qkv.weight") or ("vision_tower" in key and key.endswith(".q_proj.weight"))
+    ]
     assert len(tower) == 2
     assert min(tower) > 0
     if frames % RANKS == 0:  # else ours has more tokens on one rank, and Ulysses sends more

@@ -196,6 +196,7 @@ MIXED = {
         model={"num_hidden_layers": 2},
         own=glm4v_case.for_one_process,
     ),
+    "gemma3": Mixed("gemma3", partial(parts, ((1,), (1, 1, 1), (2,)))),
     "internvl": Mixed("internvl", partial(parts, ((1,), (1, 1, 1), (4,)))),
     "smolvlm": Mixed("smolvlm", partial(parts, ((1,), (1, 1, 1), (4,)))),
     "llava_onevision": Mixed("llava_onevision", partial(parts, ((10, 30), "video", (20, 20)))),

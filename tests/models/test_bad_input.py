@@ -17,6 +17,7 @@ from ds_lvx.sharding import shard_batch
 from tests.models import (
     blip_case,
     concatenated_case,
+    gemma3_case,
     glm4v_case,
     glm4v_moe_case,
     idefics_case,
@@ -134,6 +135,7 @@ CASES: dict[str, Any] = {
     "qwen3_5_moe": (qwen3_5_moe_case, "pixel_values"),
     "glm4v": (glm4v_case, "pixel_values"),
     "glm4v_moe": (glm4v_moe_case, "pixel_values"),
+    "gemma3": (gemma3_case, "pixel_values"),
     "internvl": (internvl_case, "pixel_values"),
     "smolvlm": (smolvlm_case, "pixel_values"),
     "llava_onevision": (llava_onevision_case, "pixel_values"),

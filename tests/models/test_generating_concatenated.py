@@ -27,7 +27,7 @@ from tests.test_generation_further import LONG, converse
 from tests.test_generation_past import SECOND, THIRD, TOKENS, ask, behind, text_of
 
 Batch = dict[str, Any]
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "qwen3_5")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "qwen3_5", "gemma3")
 SEED = 5
 WORDS = {**KEYWORDS, "max_new_tokens": TOKENS}
 
@@ -173,8 +173,9 @@ def test_replicas_generate_side_by_side() -> None:
 def longer(batch: Batch, ids: Tensor) -> Batch:
     """What a processor would say of a longer text."""
     more = ids.shape[1] - batch["input_ids"].shape[1]
-    given, kinds = {**without_labels(batch), **text_of(batch, ids)}, "mm_token_type_ids"
-    return given | ({kinds: F.pad(batch[kinds], (0, more))} if kinds in batch else {})
+    given = {**without_labels(batch), **text_of(batch, ids)}
+    kinds = [key for key in given if key.endswith("token_type_ids")]
+    return given | {key: F.pad(batch[key], (0, more)) for key in kinds}
 
 
 def fail(*_: Any) -> None:
@@ -182,12 +183,13 @@ def fail(*_: Any) -> None:
 
 
 def go_on(name: str, ranks: int) -> Any:
-    model = import_module(f"tests.models.{name}_case").tiny_model()
+    case = import_module(f"tests.models.{name}_case")
+    model, batch = case.tiny_model(), case.left_padded()
     session = ds_lvx.apply(model, concatenated_case.rules(name, "lvx", ranks))
     no_media = {"suppress_tokens": media_tokens(model)}
-    answers, words = ask(model, left_padded(), no_media), {**WORDS, **no_media}
-    first = ds_lvx.generate(model, left_padded(), **words)
-    more = with_gaps(left_padded(), first.sequences)
+    answers, words = ask(model, batch, no_media), {**WORDS, **no_media}
+    first = ds_lvx.generate(model, batch, **words)
+    more = with_gaps(batch, first.sequences)
     hook = model.model.language_model.layers[-1].register_forward_pre_hook(fail)
     with pytest.raises(KeyError, match="mine"):
         ds_lvx.generate(model, more, past_key_values=first.past_key_values, **words)
@@ -205,11 +207,12 @@ def with_gaps(batch: Batch, first: Tensor) -> Batch:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5", "gemma3"])
 def test_answers_are_those_of_whole_conversations(name: str) -> None:
     """Also where one in between fails in its last layer."""
-    model = import_module(f"tests.models.{name}_case").tiny_model().eval()
-    batch, words = left_padded(), {**WORDS, "suppress_tokens": media_tokens(model)}
+    case = import_module(f"tests.models.{name}_case")
+    model, batch = case.tiny_model().eval(), case.left_padded()
+    words = {**WORDS, "suppress_tokens": media_tokens(model)}
     length = batch["input_ids"].shape[1]
     first = model.generate(**without_labels(batch), **words).sequences
     second = behind(first, SECOND)
@@ -247,6 +250,7 @@ def further(name: str, ranks: int) -> Any:
     [
         ("qwen2_5_vl", 2),
         ("qwen3_5", 3),
+        ("gemma3", 3),
         *(pytest.param(n, 2, marks=pytest.mark.exhaustive) for n in (*FAMILIES[1:], "glm4v")),
         pytest.param("qwen3_vl", 3, marks=pytest.mark.exhaustive),
     ],

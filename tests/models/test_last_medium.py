@@ -9,6 +9,7 @@ import pytest
 from tests.models import (
     blip_case,
     concatenated_case,
+    gemma3_case,
     glm4v_case,
     internvl_case,
     llava_onevision_case,
@@ -31,6 +32,7 @@ CASES: dict[str, tuple[Any, list[Any]]] = {
     "qwen3_vl_moe": (qwen3_vl_moe_case, FRAMES),
     "qwen3_5": (qwen3_5_case, FRAMES),
     "glm4v": (glm4v_case, [[5, (1, 2, 2)], [3, (1, 2, 2), 1]]),
+    "gemma3": (gemma3_case, TILES),
     "internvl": (internvl_case, TILES),
     "llava_onevision": (llava_onevision_case, [[5, (10, 30)], [3, "video", 2]]),
     "blip-2": (blip_case, [".....i", ".i...."]),

@@ -137,6 +137,7 @@ def test_the_numbers_for_an_hour_of_video_are_the_commands(
         ("Qwen-VL", "192 text tokens, 31 frames = 7,936 visual tokens", "ulysses"),
         ("Qwen2.5-VL", "2,048 text tokens, 900 frames = 115,200 visual tokens", "ulysses"),
         ("Qwen3-VL", "10,240 text tokens, 1,800 frames = 176,400 visual tokens", "ulysses"),
+        ("Gemma 3", "1,024 text tokens, 450 frames = 115,200 visual tokens", "ulysses"),
         ("InternVL", "1,024 text tokens, 120 frames = 30,720 visual tokens", "ulysses"),
         ("LLaVA-OneVision", "1,024 text tokens, 150 frames = 29,400 visual tokens", "ulysses"),
     ],

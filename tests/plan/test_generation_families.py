@@ -39,6 +39,7 @@ FURTHER = (
     "qwen3_vl_moe",
     "glm4v",
     "glm4v_moe",
+    "gemma3",
     "internvl",
     "qwen3_5_moe",
 )

@@ -16,7 +16,10 @@ from typing import Any, ClassVar, Self, TypeAlias
 import torch
 from torch import Tensor
 
+from ds_lvx.attention.layout import Layout
+from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
+from ds_lvx.models.batch import RECENT
 from ds_lvx.models.concatenated.deal import PADS, TEXT, Deal
 from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Here, Text, digest
 from ds_lvx.models.visual import Visual
@@ -59,6 +62,8 @@ class Sequences(Text):
         units: in the order of the rows and their tokens.
         number: int64 ``[B, T]``, of every token its unit's number, or `TEXT`.
         deal: who holds what, once `dealt` was asked.
+        ends: int64 ``[B, T]``, one past the last place that each token sees, of images whose tokens
+            see each other; None: a token sees none behind it.
         unbroken: padding between tokens is held as well, and a part with some has its
             ``attention_mask``: it moves the state of layers that carry one along the text.
     """
@@ -66,6 +71,7 @@ class Sequences(Text):
     units: tuple[Unit, ...]
     number: Tensor
     deal: Deal | None = None
+    ends: Tensor | None = None
     unbroken: bool = False
     stays_sharded: ClassVar[bool] = True
 
@@ -139,7 +145,8 @@ class Sequences(Text):
         return self.settled.order(self.shape[1])
 
     def visibility(self) -> Visibility:
-        """Causal by place; neither padding nor what ``attention_mask`` drops is seen."""
+        """Causal by place, but for ``ends``; neither padding nor what ``attention_mask`` drops is
+        seen."""
         column = self.settled.column
         pads, at = column == PADS, column.clamp(min=0)
         hidden = pads
@@ -147,7 +154,20 @@ class Sequences(Text):
             hidden = hidden | (self.attention_mask.gather(1, at) == 0)
         place = column.to(torch.int32)
         end = place + 1  # of what pads: 0, and it sees nothing
+        if self.ends is not None:
+            end = self.ends.gather(1, at).to(torch.int32).masked_fill(pads, 0)
         return Visibility(torch.zeros_like(place), end, place.masked_fill(hidden, EVERYTHING))
+
+    def recent(self, window: int) -> Visibility:
+        """The same where a token sees so many places before it, with its own."""
+        rule = self.visibility()
+        start = self.settled.column.to(torch.int32) - (window - 1)
+        return replace(rule, q_start=start.clamp(min=0))
+
+    def digest(self) -> int:
+        """See `Text.digest`."""
+        found = super().digest()
+        return found if self.ends is None else digest(torch.tensor(found, device="cpu"), self.ends)
 
     def shard(self, here: Here) -> dict[str, Any]:
         """The model's text arguments for a rank's part, with its positions in the whole."""
@@ -253,6 +273,17 @@ class Units(Visual):
         if mask is None:
             return torch.arange(text.shape[1]).expand(text.shape)
         return (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
+
+    def layouts(
+        self, text: Text, *, channel: Channel, lengths: tuple[int, ...], device: torch.device
+    ) -> Mapping[str, Layout]:
+        """Of the text in a window, where layers have one."""
+        # In generation a rank has its part of a prompt, or every rank has the tokens behind it.
+        if text.window is None or lengths != text.lengths(channel.size):
+            return {}
+        assert isinstance(text, Sequences)
+        rule = text.recent(text.window)
+        return {RECENT: Layout.of_batch(channel, lengths, lengths, rule, device=device)}
 
     def beside(self, rank: int, text: Text, here: Here) -> dict[str, Any]:
         """Where the tokens of this rank's units are."""

@@ -181,7 +181,8 @@ class Concatenated(Made):
                 f"{allowed} in every layer, which lvx, ring and ulysses run: {do}"
             )
         rope = getattr(config, "rope_parameters", None) or {}
-        refuse_growing_rope(rope.get("rope_type", "default"), sp_size)
+        for each in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):
+            refuse_growing_rope(each.get("rope_type", "default"), sp_size)
 
     def prepare(self, batch: ShardedBatch, arguments: Mapping[str, Any]) -> dict[str, Any]:
         # Four dimensions stop transformers from building a mask of [s, s]; nobody reads it.

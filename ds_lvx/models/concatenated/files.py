@@ -27,15 +27,17 @@ class Files:
     Attributes:
         image_token: in the text.
         of_images, of_videos, of_both: settings, in either of the forms that transformers writes.
+        without_template: the chat template where the checkpoint has none.
     """
 
     image_token: str
+    without_template: str = CHATML
 
     def __init__(self, tokenizer: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
         self.tokenizer = tokenizer
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         template = (files.get(_TEMPLATE) or {}).get("chat_template")
-        self.chat_template = tokenizer.chat_template or template or CHATML
+        self.chat_template = tokenizer.chat_template or template or self.without_template
         self._files = files
         images, videos, both = (files.get(name) or {} for name in SETTINGS)
         self.of_both: Mapping[str, Any] = both

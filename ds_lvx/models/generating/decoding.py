@@ -22,7 +22,7 @@ from ds_lvx.attention.witness import Witness
 from ds_lvx.distributed.agreement import require_same
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.rule import Rule
-from ds_lvx.models.batch import ShardedBatch, move
+from ds_lvx.models.batch import RECENT, ShardedBatch, move
 from ds_lvx.models.cached import causal
 from ds_lvx.models.cuts import span
 from ds_lvx.models.decoding_keys import DecodingKeys
@@ -88,6 +88,7 @@ class Decoding:
             self._further = self._prompt.further
         if self._prompt.is_behind and self._further is None:
             self.keys.behind = self._rule_behind(given)
+            self.keys.recent = self._recent_behind(given)
         if self.step == 0:
             records = self.channel.agree({"rows of the batch": len(input_ids)}, wrong)
             require_same(records, records[0], what="ds_lvx.generate")
@@ -102,7 +103,7 @@ class Decoding:
         step = move(torch.tensor([self.step], dtype=torch.int64, device="cpu"), input_ids.device)
         numbers = torch.cat([step, input_ids[:, 0].to(torch.int64)])
         self.keys.witness = Witness(numbers, self._compare)
-        return {KEYWORD: self._later}
+        return {KEYWORD: self._in_windows(self._later, given)}
 
     def _wrong_shape(self, input_ids: Tensor) -> ValueError | None:
         samples, length = self._prompt.shape
@@ -130,11 +131,35 @@ class Decoding:
             "those of all tokens: leave it out"
         )
 
-    def _rule_behind(self, given: Mapping[str, Any]) -> Rule | None:
+    def _rule_behind(self, given: Mapping[str, Any], window: int | None = None) -> Rule | None:
         ids: Tensor = given["input_ids"]
         length = self.keys.first_tokens
         mask = given["attention_mask"][:, length:] if self._prompt.gaps else None
-        return causal(mask, ids, past=given["past_key_values"].get_seq_length() - length)
+        past = given["past_key_values"].get_seq_length() - length
+        return causal(mask, ids, past=past, window=window)
+
+    def _recent_behind(self, given: Mapping[str, Any]) -> tuple[int, Rule | None]:
+        """See `DecodingKeys.recent`."""
+        assert self._prompt.text is not None, "it is behind one"
+        window = self._prompt.text.window
+        if window is None:
+            return 0, None
+        past = given["past_key_values"].get_seq_length() - self.keys.first_tokens
+        return max(past - window + 1, 0), self._rule_behind(given, window)
+
+    def _in_windows(self, batch: ShardedBatch, given: Mapping[str, Any]) -> ShardedBatch:
+        """With what this forward's tokens see in layers with a window."""
+        prompt, copies = self._prompt, self.keys.copies
+        if not prompt.is_behind or prompt.text is None or prompt.text.window is None:
+            return batch
+        layout = prompt.text.recent(
+            self.channel,
+            given["input_ids"].shape[1],
+            past=given["past_key_values"].get_seq_length(),
+            copies=copies,
+            device=prompt.device,
+        )
+        return replace(batch, others={**batch.others, RECENT: layout})
 
     def _batch(self, tokens: slice) -> ShardedBatch:
         return self._prompt.batch(tokens, copies=self.keys.copies, decoding=self.keys)
@@ -152,7 +177,7 @@ class Decoding:
             self._whole_text()
         split = self._prompt.split
         if split is None:
-            return {KEYWORD: self._batch(WHOLE)}
+            return {KEYWORD: self._in_windows(self._batch(WHOLE), given)}
         self._split = split.text_lengths
         return self._cut(given, split)
 

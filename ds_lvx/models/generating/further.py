@@ -19,7 +19,7 @@ from ds_lvx.attention.layout import Layout
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.kernels.visibility import Visibility
-from ds_lvx.models.batch import ShardedBatch
+from ds_lvx.models.batch import RECENT, ShardedBatch
 from ds_lvx.models.cuts import span, split
 from ds_lvx.models.generating.text_keys import Held
 
@@ -67,9 +67,15 @@ class Further:
         past = before.tokens + whole
         end = torch.arange(past + 1, past + tokens + 1, dtype=torch.int32, device="cpu")
         end = end.repeat(len(held.kv_pos), 1)
-        rule = Rule.on(Visibility(torch.zeros_like(end), end, held.kv_pos), device)
-        first_key = sum(held.lengths[:rank])
-        text = Layout(channel, lengths, held.lengths, rule, device=device, first_key=first_key)
-        behind = before.tokens > 0
-        keyword = ShardedBatch(text, None, None, split=True, behind=behind, past=past)
+
+        def layout(start: Tensor) -> Layout:
+            rule, first = Rule.on(Visibility(start, end, held.kv_pos), device), held.lengths[:rank]
+            return Layout(channel, lengths, held.lengths, rule, device=device, first_key=sum(first))
+
+        window = held.window
+        recent = {} if window is None else {RECENT: layout((end - window).clamp(min=0))}
+        text, behind = layout(torch.zeros_like(end)), before.tokens > 0
+        keyword = ShardedBatch(
+            text, None, None, others=recent, split=True, behind=behind, past=past
+        )
         return cls(keyword, held, span(runs, rank), whole)

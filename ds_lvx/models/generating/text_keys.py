@@ -54,10 +54,12 @@ class Held:
         pieces: one behind the other. In all but the first each rank has a run of neighbours.
         kv_pos: int32 ``[B, s]`` on the CPU: places of this rank's tokens, a piece behind the other,
             below 0 of padding.
+        window: see `Text`.
     """
 
     pieces: tuple[Piece, ...]
     kv_pos: Tensor
+    window: int | None = None
 
     @classmethod
     def of(cls, text: Text, lengths: tuple[int, ...], rank: int) -> Self:
@@ -70,7 +72,8 @@ class Held:
         """
         seen = text.by_rank(text.visibility(), keys=True)
         assert seen is not None, "causal"
-        return cls((Piece(text.shape[1], lengths),), seen.kv_pos[:, span(lengths, rank)])
+        mine = seen.kv_pos[:, span(lengths, rank)]
+        return cls((Piece(text.shape[1], lengths),), mine, text.window)
 
     @classmethod
     def nothing(cls, samples: int) -> Self:
@@ -110,7 +113,27 @@ class Held:
     def layout(self, channel: Channel, queries: int, device: torch.device) -> Layout:
         """Of so many tokens behind, of each sample and the same on every rank."""
         start = torch.zeros(len(self.kv_pos), queries, dtype=torch.int32, device="cpu")
-        rule = Rule.on(Visibility(start, start + self.tokens, self.kv_pos), device)
+        return self._layout(channel, start, device)
+
+    def recent(
+        self, channel: Channel, queries: int, *, past: int, copies: int, device: torch.device
+    ) -> Layout:
+        """The same in layers with a window, which see the last of them or none.
+
+        Args:
+            channel, device: as of `layout`.
+            queries: tokens behind, of each row.
+            past: tokens before these.
+            copies: rows of a sample.
+        """
+        assert self.window is not None, "no layer has one"
+        first = past - self.window + 1
+        start = torch.arange(first, first + queries, dtype=torch.int32, device="cpu").clamp(min=0)
+        return self._layout(channel, start.repeat(len(self.kv_pos), copies), device)
+
+    def _layout(self, channel: Channel, start: Tensor, device: torch.device) -> Layout:
+        end, queries = torch.full_like(start, self.tokens), start.shape[1]
+        rule = Rule.on(Visibility(start, end, self.kv_pos), device)
         return Layout(
             channel,
             (queries,) * channel.size,

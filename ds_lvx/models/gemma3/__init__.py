@@ -1,0 +1,1 @@
+"""Gemma 3 of transformers. Importing this package imports no torch."""

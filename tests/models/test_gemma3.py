@@ -1,0 +1,120 @@
+"""Gemma 3 on sharded batches computes what the model computes in one process."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from ds_lvx.compare.case import cut, random_case
+from ds_lvx.models.registry import FAMILIES
+from ds_lvx.sharding import shard_batch
+from tests.models import concatenated_case as case
+from tests.models.alone_case import assert_given_back, patched_by
+from tests.models.compare_case import compared
+from tests.models.gemma3_case import (
+    IMAGE,
+    hard_batch,
+    left_padded,
+    one_image,
+    one_video,
+    text_only,
+    tiny_model,
+    without_types,
+)
+
+BATCHES = (hard_batch, left_padded, one_image, one_video, without_types, text_only)
+NAME = "gemma3"
+
+
+@functools.cache
+def expected() -> dict[str, Any]:
+    return case.references(BATCHES, tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "offset"),
+    [
+        pytest.param(1, 1, marks=pytest.mark.exhaustive),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(4)),
+    ],
+)
+def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
+    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
+
+
+def test_reference_has_gradients_everywhere() -> None:
+    """Else the comparisons compare zeros."""
+    assert all(grad.any() for grad in expected()["hard_batch"]["grads"].values())
+
+
+def test_a_comparison_trains_a_model_of_random_weights() -> None:
+    given = cut(random_case(NAME), hidden=512, cross_layers=2, vision_layers=2)
+    assert (given.heads, given.kv_heads, given.frame_tokens) == (2, 1, 256)
+    sizes = {"vision_hidden": 32, "vision_heads": 2, "vision_mlp": 64, "image_size": 56}
+    given = replace(given, **sizes, vocabulary=96, text_tokens=8)
+    model, layout = compared(given, frames=3, method="ring")
+    assert layout.text_lengths == (3 * 2 + 8,)
+    assert all(parameter.grad.any() for _, parameter in model.named_parameters())
+
+
+def test_a_checkpoint_has_a_size() -> None:
+    family = FAMILIES.named(NAME)
+    published = family.config(family.size())
+    assert family.size(published) == family.size()
+    text = published.text_config
+    assert text.layer_types[4:7] == ["sliding_attention", "full_attention", "sliding_attention"]
+    assert (text.sliding_window, published.image_token_id) == (1024, 262_144)
+    assert family.frame_tokens(published) == 256
+    with pytest.raises(NotImplementedError, match="have 4 tokens; expected 1,"):
+        family.size(tiny_model().config)
+
+
+# ---- in one process
+
+
+def test_a_patched_model_can_be_given_back() -> None:
+    assert_given_back(tiny_model, hard_batch(), partial(patched_by, case.rules(NAME, "ring", 1)))
+
+
+def test_texts_that_see_what_follows_are_refused() -> None:
+    model = tiny_model()
+    model.config.text_config.use_bidirectional_attention = True
+    with pytest.raises(NotImplementedError, match="use_bidirectional_attention; expected"):
+        patched_by(case.rules(NAME, "ring", 1), model)
+
+
+def test_rotary_frequencies_that_grow_are_refused_in_layers_of_either_type() -> None:
+    model = tiny_model()
+    model.config.text_config.rope_parameters["full_attention"]["rope_type"] = "dynamic"
+    with pytest.raises(NotImplementedError, match='got rope_type "dynamic"'):
+        FAMILIES.named(NAME).check(model, sp_size=2)
+
+
+WRONG = {
+    r"got token_type_ids \(3, 3\); expected integers of the shape of input_ids": {
+        "token_type_ids": torch.zeros(3, 3).long()
+    },
+    r"got 5 image tokens in sample 1; expected a multiple of 4": {"input_ids": 5},
+    r"got pixel_values \(12, 3, 16, 8\); expected \(images, 3, 16, 16\)": {"pixel_values": 8},
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_batch_that_does_not_fit_is_named(words: str) -> None:
+    model, batch = tiny_model(), hard_batch()
+    patched_by(case.rules(NAME, "ring", 1), model)
+    ((key, value),) = WRONG[words].items()
+    if key == "input_ids":
+        batch[key][1, :value] = IMAGE
+    elif key == "pixel_values":
+        batch[key] = batch[key][..., :value]
+    else:
+        batch[key] = value
+    with pytest.raises(ValueError, match=words):
+        shard_batch(batch, model=model)
