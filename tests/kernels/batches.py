@@ -74,6 +74,16 @@ def own(queries: int, frames: int) -> tuple[Tensor, Tensor]:
     return frame, frame + 1
 
 
+def pictures(length: int, *images: slice, window: int | None = None) -> Visibility:
+    """Causal text, in which the tokens of an image see each other, whole or in a window."""
+    index = torch.arange(length)
+    end = index + 1
+    for image in images:
+        end[image] = image.stop
+    start = index * 0 if window is None else (index - window + 1).clamp(min=0)
+    return rows((start, end, index))
+
+
 def ring(sees: Visibility, lengths: tuple[int, ...], queries: int, keys: int) -> Visibility:
     """One rank's queries over the keys of one rank, as ring attention asks."""
     layout = Layout(Channel(None), lengths, lengths, Rule(sees), device=CPU)
@@ -262,6 +272,19 @@ BATCHES: dict[str, Batch] = {
     "queries without keys": Batch(rows((_SIX, _SIX + 1, _SIX[:0])), []),
     "keys without queries": Batch(rows((_SIX[:0], _SIX[:0], _SIX)), []),
     "nobody sees anything": Batch(rows((_SIX + 9, _SIX + 10, _SIX)), []),
+    "images in a text that see themselves": Batch(
+        pictures(24, slice(4, 8), slice(12, 16)),
+        [
+            "0:4 x 0:4 causal",
+            "4:24 x 0:8",
+            "8:12 x 8:12 causal",
+            "12:24 x 8:16",
+            "16:24 x 16:24 causal",
+        ],
+    ),
+    "images that see themselves in a window": Batch(
+        pictures(24, slice(4, 8), slice(12, 16), window=6), None
+    ),
     "a window that slides": Batch(
         rows((torch.arange(40) - 3, torch.arange(40) + 1, torch.arange(40))), None
     ),
