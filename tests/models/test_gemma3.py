@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import ds_lvx
 from ds_lvx.compare.case import cut, random_case
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
@@ -26,6 +27,7 @@ from tests.models.gemma3_case import (
     tiny_model,
     without_types,
 )
+from tests.models.test_generating_families import without_labels
 
 BATCHES = (hard_batch, left_padded, one_image, one_video, without_types, text_only)
 NAME = "gemma3"
@@ -80,6 +82,18 @@ def test_a_checkpoint_has_a_size() -> None:
 
 def test_a_patched_model_can_be_given_back() -> None:
     assert_given_back(tiny_model, hard_batch(), partial(patched_by, case.rules(NAME, "ring", 1)))
+
+
+def test_the_settings_of_published_models_generate() -> None:
+    """Their generation_config.json asks for a cache that transformers no longer has."""
+    model, batch = tiny_model().eval(), without_labels(left_padded())
+    model.generation_config.update(cache_implementation="hybrid", eos_token_id=[1, 2])
+    words = {"max_new_tokens": 2, "do_sample": False}
+    expected = model.generate(**batch, **words)
+    session = ds_lvx.apply(model, case.rules(NAME, "ring", 1))
+    found = ds_lvx.generate(model, batch, **words)
+    session.close()
+    assert torch.equal(found, expected)
 
 
 def test_texts_that_see_what_follows_are_refused() -> None:

@@ -24,7 +24,8 @@ _EMBEDDED = ("inputs", "inputs_embeds", "decoder_inputs_embeds", ENCODED)
 # By the name of a setting: values that are served, and what to do with another one.
 _SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "use_cache": ((True,), "without a cache every token would run the whole text: leave it out"),
-    "cache_implementation": (("dynamic",), 'expected "dynamic", transformers\' own cache'),
+    # transformers takes its dynamic cache for hybrid, which published Gemma 3 models ask for.
+    "cache_implementation": (("dynamic", "hybrid"), 'expected "dynamic", transformers\' own cache'),
     "max_time": ((), "each rank has a clock of its own: use max_new_tokens"),
     "prefill_chunk_size": ((), "the prompt runs as a whole: leave it out"),
     "output_attentions": ((False,), "no rank has the weights of all keys: leave it out"),
