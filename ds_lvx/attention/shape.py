@@ -24,6 +24,7 @@ class AttentionShape:
         backward: is run too.
         features_dim: width of what K and V are projected from; 0 leaves the projection out.
         gradients: products of that projection in backward: of features, and of weights.
+        seen: of all pairs of a query and a key those that a kernel computes, as in a window.
     """
 
     batch: int
@@ -38,6 +39,7 @@ class AttentionShape:
     backward: bool = True
     features_dim: int = 0
     gradients: int = 2
+    seen: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.q_lengths or len(self.q_lengths) != len(self.kv_lengths):

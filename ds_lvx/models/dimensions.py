@@ -231,9 +231,13 @@ class Model:
         """
         if not self.among:
             return 1.0
+        full, part = self.cross.count - self.windowed, self.share_in_window(tokens)
+        return (0.5 * full + part * self.windowed) / self.cross.count
+
+    def share_in_window(self, tokens: int) -> float:
+        """Likewise of a layer with a window."""
         part = min(self.window / tokens, 1.0)
-        full = self.cross.count - self.windowed
-        return (0.5 * full + (1 - 0.5 * part) * part * self.windowed) / self.cross.count
+        return (1 - 0.5 * part) * part
 
     @property
     def parameters(self) -> int:

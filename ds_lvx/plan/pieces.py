@@ -140,7 +140,7 @@ class Pieces:
         """A kernel (`kernel` where none is given) on so many queries and keys, for some heads."""
         return (self.kernel if kernel is None else kernel).seconds(
             queries,
-            keys,
+            keys * self.shape.seen,
             width=self.of_q(1) * share,
             kv_width=self.of_k_and_v(1) / 2 * share,
             scale=self._scale,

@@ -6,7 +6,7 @@ weights; a backward through trained weights takes two of them, through frozen on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_lvx.attention.shape import evenly
 from ds_lvx.plan import recurrent
@@ -56,19 +56,24 @@ def step(scenario: Scenario, cluster: Cluster, *, ranks: int, way: str) -> Step:
     Raises:
         ValueError: the method cannot run this layer on so many ranks.
     """
-    layer = cost(scenario.cross_shape(ranks, way), cluster, way)
+    shape = scenario.cross_shape(ranks, way)
+    layer, waiting_s = cost(shape, cluster, way), 0.0
     text_method = "ulysses" if scenario.model.text.heads >= ranks else "ring"
     text_method = way if scenario.model.among else text_method
     seen = scenario.pairs_seen
     count, passes = scenario.model.cross.count, (layer.forward, layer.backward)
     projections = list(passes)
     of_states, states_bytes = _recurrent(scenario, cluster, ranks)
+    windowed = scenario.model.windowed
+    if windowed:  # there is less to do while others' parts arrive
+        narrow = replace(shape, seen=scenario.model.share_in_window(scenario.sequence))
+        waiting_s = windowed * cost(narrow, cluster, way).exposed_s
     if scenario.checkpointing and not scenario.recomputes(way):
         projections.append(layer.forward)  # in the layer's second forward
     parts = {
         "cross-attention": count * sum(seen * each.kernel_s + each.other_s for each in passes),
         "projection of K and V": count * sum(each.projection_s for each in projections),
-        "cross-attention, network": count * layer.exposed_s,
+        "cross-attention, network": (count - windowed) * layer.exposed_s + waiting_s,
         **_text(scenario, cluster, ranks, text_method),
         **_rows(scenario, cluster, ranks, text_method),
         **of_states,

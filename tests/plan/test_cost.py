@@ -10,6 +10,9 @@ from ds_lvx.attention.shape import AttentionShape
 from ds_lvx.plan.cards import CARDS
 from ds_lvx.plan.cluster import Cluster, Link, from_card
 from ds_lvx.plan.cost import Cost, cost
+from ds_lvx.plan.models import model
+from ds_lvx.plan.scenario import Scenario
+from ds_lvx.plan.step import step
 from ds_lvx.plan.walks import WAYS
 from tests.sent import bytes_sent
 
@@ -68,6 +71,16 @@ def test_overlap_hides_the_transfers_of_ring_attention_under_its_kernels() -> No
     shape = replace(SHAPE, q_lengths=(8192,) * 8)
     hidden = cost(shape, cluster(), "ring")
     assert hidden.forward.exposed_s < 0.01 * hidden.forward.wire_s
+
+
+def test_a_window_hides_less_of_the_network() -> None:
+    asked = Scenario(model("gemma-3-4b-it"), text_tokens=1024, frames=450)
+    found = step(asked, cluster(), ranks=8, way="ring")
+    full = found.cross.exposed_s
+    narrow = cost(replace(asked.cross_shape(8, "ring"), seen=0.01), cluster(), "ring")
+    assert full < narrow.exposed_s
+    assert found.parts["cross-attention, network"] > 34 * full
+    assert narrow.bytes_sent == found.cross.bytes_sent
 
 
 def test_recomputation_hides_the_gathers_under_the_projection() -> None:
