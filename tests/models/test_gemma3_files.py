@@ -6,6 +6,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,21 @@ def test_text_and_pixels_are_those_of_transformers_own_processor(folder: Path) -
     assert expected["token_type_ids"][0].tolist() == made["token_type_ids"]
     pixels = processor.images(picture, return_tensors="pt")["pixel_values"]
     assert torch.equal(expected["pixel_values"][1:], pixels)
+
+
+@pytest.mark.parametrize("settings", [{"resample": 0}, {"do_normalize": False}])
+def test_settings_of_pixels_are_those_of_the_files(
+    folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    other, size = tmp_path / "model", {"size": {"height": 16, "width": 16}}
+    shutil.copytree(folder, other)
+    settings = {**size, "image_mean": None, **settings}
+    (other / "preprocessor_config.json").write_text(json.dumps(settings))
+    picture = Image.effect_noise((60, 20), 90).convert("RGB")
+    del settings["image_mean"]
+    expected = Gemma3ImageProcessorPil(**settings)(picture, return_tensors="pt")
+    found = Source.of(str(other)).processor.images(picture, return_tensors="pt")
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
 
 def test_a_frame_of_a_video_is_an_image(folder: Path) -> None:

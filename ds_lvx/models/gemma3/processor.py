@@ -24,7 +24,15 @@ TURNS = (
     "{% for part in message.content %}{{ part.text | trim }}{% endfor %}<end_of_turn>\n"
     "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-_SETTINGS = ("size", "image_mean", "image_std", "resample")
+_SETTINGS = (
+    "size",
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
 
 
 class Processor(Files):
@@ -50,7 +58,9 @@ class Processor(Files):
                 "got do_pan_and_scan in preprocessor_config.json; expected images that are not cut "
                 "to further ones, as the published models have it: set it to false"
             )
-        given = {key: self.of_images[key] for key in _SETTINGS if self.of_images.get(key)}
+        given = {
+            key: self.of_images[key] for key in _SETTINGS if self.of_images.get(key) is not None
+        }
         sides = given.setdefault("size", {"height": side, "width": side})
         said = self.of_both.get("image_seq_length", self._tokens)
         if said != self._tokens or sides != {"height": side, "width": side}:
