@@ -63,6 +63,14 @@ def _rank_processes() -> Iterator[None]:
     session_pool().discard()
 
 
+@pytest.fixture(autouse=True)
+def _no_group_stays() -> Iterator[None]:
+    """A process group that a test makes here is not the next one's."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--exhaustive",
