@@ -46,6 +46,7 @@ BUILT_IN: Mapping[str, str] = {
     "gemma3": "ds_lvx.models.gemma3.family:Gemma3",
     "internvl": "ds_lvx.models.internvl.family:InternVL",
     "llava_onevision": "ds_lvx.models.llava_onevision.family:LlavaOnevision",
+    "video_llama_3": "ds_lvx.models.video_llama_3.family:VideoLlama3",
     "smolvlm": "ds_lvx.models.smolvlm.family:SmolVLM",
     "idefics3": "ds_lvx.models.smolvlm.family:Idefics3",
 }
@@ -65,7 +66,8 @@ KNOWN: Mapping[str, str] = {
     for name in (
         *("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2"),
         *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
-        *("glm4v", "glm4v_moe", "gemma3", "internvl", "llava_onevision", "video_llama", "smolvlm"),
+        *("glm4v", "glm4v_moe", "gemma3", "internvl", "llava_onevision", "smolvlm"),
+        *("video_llama", "video_llama_3"),
         *_ROOMS,
     )
 }

@@ -238,7 +238,7 @@ class Concatenated(Made):
             rf".*\b{self.text_name}(\.layers\.\d+)?": "text",
             r".*\blm_head": "text",
             r".*\b(visual|vision_tower|vision_model)": "vision",
-            r".*\b(multi_modal_projector|connector)": "vision",
+            r".*\b(multi_modal_projector|projector|connector)": "vision",
         }
 
 
