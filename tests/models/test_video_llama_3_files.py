@@ -48,14 +48,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def film(count: int) -> list[Any]:
-    """Pictures of which a corner changes every other time, another once, and a third a little more
-    each time."""
+    """Pictures of which a corner changes every other time, another once, and a third hardly, but
+    each time more."""
     first = Image.effect_noise((40, 24), 90).convert("RGB")
+    first.paste((100, 100, 100), (24, 0, 40, 14))
     found = []
     for n in range(count):
         picture = first.copy()
         picture.paste((30 * (n // 2), 0, 9), (0, 0, 12, 8))
-        picture.paste((100 + n % 2, 0, 0), (32, 0, 33 + n % 7, 6))
+        for place in range(min(n * n, 16 * 14)):
+            picture.putpixel((24 + place % 16, place // 16), (101, 101, 101))
         if n > 2:
             picture.paste((200, 0, 200), (30, 16, 40, 24))
         found.append(picture)
