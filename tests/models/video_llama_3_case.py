@@ -129,6 +129,8 @@ def whole_video(seed: int = 6) -> Batch:
 def generate(model: Any, batch: Batch, **keywords: Any) -> Any:
     """The model's own generation, which gets the kept tokens of videos: transformers (5.23) deals
     all of them to beams and samples, by the number of those in the text, and loses videos."""
+    if hasattr(model, "_get_image_nums_and_video_nums"):  # 5.17, which counts them
+        return model.generate(**batch, **keywords)
     given, own = dict(batch), model.model.get_video_features
     mask = given.pop(MASK, None)
 

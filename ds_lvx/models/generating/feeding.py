@@ -48,6 +48,16 @@ class _Wanted(Hook):
         return None if wanted is None else (args[0].index_select(1, wanted), *args[1:])
 
 
+_COUNTS = "_get_image_nums_and_video_nums"
+"""By which models of transformers 5.17 find the images that each beam of a sample gets; later ones
+have none. VideoLLaMA 3's refuses a text whose pixels it has not."""
+
+
+def _no_media(input_ids: Tensor, **unused: Any) -> tuple[list[int], list[int]]:
+    """Images and videos of each row that are arguments of the model's: ranks have them."""
+    return [0] * len(input_ids), [0] * len(input_ids)
+
+
 @contextmanager
 def feeding(model: nn.Module, decoding: Decoding) -> Iterator[None]:
     """Let every forward of the model be one of this generation.
@@ -64,9 +74,14 @@ def feeding(model: nn.Module, decoding: Decoding) -> Iterator[None]:
     if decoding.is_dealt and "logits_to_keep" not in signature(type(model).forward).parameters:
         out: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         hooks.append(out.register_forward_pre_hook(_Wanted(decoding)))
+    counts = decoding.is_dealt and hasattr(model, _COUNTS)
+    if counts:
+        setattr(model, _COUNTS, _no_media)
     try:
         yield
     finally:
+        if counts:
+            delattr(model, _COUNTS)
         for hook in hooks:
             hook.remove()
         decoding.release()
