@@ -296,10 +296,10 @@ class Accelerator(accelerate.Accelerator):
 
     def share_random_numbers(self) -> None:
         """Give the CPU's random generator of a group's first rank to its others."""
-        state = torch.get_rng_state()
+        state = torch.get_rng_state().to(self.device)
         if not self.is_first_of_replica:
             state.zero_()
-        torch.set_rng_state(self._groups.channel.all_reduce(state))
+        torch.set_rng_state(self._groups.channel.all_reduce(state).cpu())
 
     def agree_on_failure(self, error: Exception | None) -> None:
         """Raise on all ranks where one of them has failed."""
