@@ -17,7 +17,7 @@ from ds_lvx.plan.cost import cost
 from ds_lvx.plan.generation_memory import Held, Share
 from ds_lvx.plan.pieces import FP32_BYTES
 from ds_lvx.plan.scenario import Scenario
-from ds_lvx.plan.step import products_s, vision_s
+from ds_lvx.plan.step import layer_s, products_s, vision_s
 from ds_lvx.plan.transfers import Pass, Ranks, Transfer
 from ds_lvx.plan.units import at_least
 
@@ -218,8 +218,7 @@ class _Rank:
         if layers is None:
             return {}, 0.0
         rule = recurrent.cost(layers, self.cluster, lengths, element_bytes=e).forward
-        most, weights = max(lengths), layers.query_parameters
-        products = products_s(self.device, weights, most, beside=layers.woken(most))
+        products = layer_s(self.device, layers, max(lengths))
         state = recurrent.state_bytes(recurrent.spread(layers, self.ranks), element_bytes=e)
         waiting_s = rule.exposed_s + self.others.gather(state / self.ranks).seconds
         seconds = layers.count * (products + rule.seconds - rule.exposed_s)
