@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from ds_lvx.models.concatenated.dimensions import Merged
-from ds_lvx.models.dimensions import Model, decoder, tower
+from ds_lvx.models.dimensions import Model, among_text, decoder, tower
 
 _VISION = {
     "num_hidden_layers": 12,
@@ -28,8 +27,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
     patches = (vision["image_size"] // vision["patch_size"]) ** 2
     return Merged(
         name=name,
-        text=replace(layers, count=0),
-        cross=replace(layers, features_dim=layers.hidden),
+        **among_text(layers),
         vocabulary=text["vocab_size"],
         tower=tower(vision),
         tower_tokens=patches,
@@ -38,8 +36,6 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         tower_states=1,
         source=source,
         embeddings=1 if config.get("tie_word_embeddings", False) else 2,
-        recomputes=False,
-        among=True,
     )
 
 
