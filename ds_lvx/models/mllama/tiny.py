@@ -122,7 +122,7 @@ def config_of(size: Size) -> MllamaConfig:
     return MllamaConfig(vision_config=vision, text_config=text, image_token_index=size.vocabulary)
 
 
-def size_of(config: MllamaConfig | None) -> Size:
+def size_of(config: MllamaConfig | None = None) -> Size:
     """The size of a configuration; None is Llama-3.2-11B-Vision's, its layers as they are dealt."""
     if config is None:
         return size_of_known(
