@@ -313,6 +313,20 @@ def text_config(
     }
 
 
+def tower_config(
+    layers: int, width: int, heads: int, mlp: int, *, side: int, patch: int
+) -> dict[str, Any]:
+    """Likewise a vision tower's, which `tower` reads, for frames of ``side`` pixels by side."""
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+        "image_size": side,
+        "patch_size": patch,
+    }
+
+
 def among_text(layers: Layers) -> dict[str, Any]:
     """Fields of a `Model` whose visual tokens stand among the text's, which has such layers."""
     return {

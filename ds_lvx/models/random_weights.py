@@ -36,16 +36,23 @@ that is there."""
 def text_settings(size: Size) -> dict[str, Any]:
     """Of a text model's configuration, what a size says; ``head_dim`` is resolved."""
     return {
+        **plain_settings(size),
+        "head_dim": size.head_dim or size.hidden // size.heads,
+        "rope_parameters": {"rope_type": "default", "rope_theta": size.rope_theta},
+    }
+
+
+def plain_settings(size: Size) -> dict[str, Any]:
+    """The same of one whose heads are as wide as the text over their number."""
+    return {
         "vocab_size": size.vocabulary,
         "hidden_size": size.hidden,
         "intermediate_size": size.mlp,
         "num_hidden_layers": size.layers,
         "num_attention_heads": size.heads,
         "num_key_value_heads": size.kv_heads,
-        "head_dim": size.head_dim or size.hidden // size.heads,
         "max_position_embeddings": size.positions,
         "initializer_range": size.initializer_range,
-        "rope_parameters": {"rope_type": "default", "rope_theta": size.rope_theta},
         "bos_token_id": size.bos,
         "eos_token_id": size.eos,
         "pad_token_id": size.pad,
@@ -94,6 +101,15 @@ def size_of_known(models: Iterable[Model], name: str, **more: Any) -> Size:
 def _size(fields: Mapping[str, Any]) -> Size:
     among = {"cross_at": tuple(range(fields["layers"])), "vision_global_layers": 0}
     return Size(**{**among, **fields})
+
+
+def refuse_none(config: Any, name: str) -> None:
+    """Raise a NotImplementedError where there is no configuration, and no code to make one."""
+    if config is None:
+        raise NotImplementedError(
+            f"got no configuration of {name}, whose code comes with its checkpoints; pass the "
+            "folder of one"
+        )
 
 
 def tiny_size(tokenizer: Any, **more: Any) -> Size:

@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Layers, Model, among_text, decoder, text_config, tower
+from ds_lvx.models.dimensions import (
+    Layers,
+    Model,
+    among_text,
+    decoder,
+    text_config,
+    tower,
+    tower_config,
+)
 
-_VISION = {
-    "num_hidden_layers": 39,
-    "hidden_size": 1408,
-    "num_attention_heads": 16,
-    "intermediate_size": 6144,
-    "image_size": 224,
-    "patch_size": 14,
-}
+_VISION = tower_config(39, 1408, 16, 6144, side=224, patch=14)
 _QFORMER = {
     "num_hidden_layers": 12,
     "hidden_size": 768,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_lvx.models.concatenated.dimensions import Merged
-from ds_lvx.models.dimensions import Model, among_text, decoder, text_config, tower
+from ds_lvx.models.dimensions import Model, among_text, decoder, text_config, tower, tower_config
 
 _EVERY = 6
 """Of so many layers of a published model one sees everything."""
@@ -18,14 +18,7 @@ _TEXT = {
     "sliding_window": 4096,
 }
 """What transformers takes where a config does not say it, as 4B's does not."""
-_VISION = {
-    "num_hidden_layers": 27,
-    "hidden_size": 1152,
-    "num_attention_heads": 16,
-    "intermediate_size": 4304,
-    "image_size": 896,
-    "patch_size": 14,
-}
+_VISION = tower_config(27, 1152, 16, 4304, side=896, patch=14)
 
 
 def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:

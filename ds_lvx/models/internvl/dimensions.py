@@ -6,16 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_lvx.models.concatenated.dimensions import Merged
-from ds_lvx.models.dimensions import Model, among_text, decoder, text_config, tower
+from ds_lvx.models.dimensions import Model, among_text, decoder, text_config, tower, tower_config
 
-_VISION = {
-    "num_hidden_layers": 24,
-    "hidden_size": 1024,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "image_size": 448,
-    "patch_size": 14,
-}
+_VISION = tower_config(24, 1024, 16, 4096, side=448, patch=14)
 _LARGE = {
     "num_hidden_layers": 45,
     "hidden_size": 3200,

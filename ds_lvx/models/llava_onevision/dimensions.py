@@ -6,17 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ds_lvx.models.dimensions import Model, among_text, decoder, text_config, tower
+from ds_lvx.models.dimensions import Model, among_text, decoder, text_config, tower, tower_config
 
-_VISION = {
-    # As LlavaOnevisionConfig of transformers has it by default.
-    "num_hidden_layers": 26,
-    "hidden_size": 1152,
-    "num_attention_heads": 16,
-    "intermediate_size": 4304,
-    "image_size": 384,
-    "patch_size": 14,
-}
+# As LlavaOnevisionConfig of transformers has it by default.
+_VISION = tower_config(26, 1152, 16, 4304, side=384, patch=14)
 
 
 def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:

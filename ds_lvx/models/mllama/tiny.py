@@ -21,7 +21,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
 from ds_lvx.models.mllama.dimensions import known
-from ds_lvx.models.random_weights import refill, size_of_known, size_of_parts
+from ds_lvx.models.random_weights import plain_settings, refill, size_of_known, size_of_parts
 from ds_lvx.models.size import Size
 
 IMAGE_TOKEN = "<|image|>"
@@ -105,19 +105,9 @@ def config_of(size: Size) -> MllamaConfig:
         initializer_range=size.initializer_range,
     )
     text = MllamaTextConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        intermediate_size=size.mlp,
+        **plain_settings(size),
         cross_attention_layers=list(size.cross_at),
-        max_position_embeddings=size.positions,
         rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
-        initializer_range=size.initializer_range,
-        bos_token_id=size.bos,
-        eos_token_id=size.eos,
-        pad_token_id=size.pad,
     )
     return MllamaConfig(vision_config=vision, text_config=text, image_token_index=size.vocabulary)
 

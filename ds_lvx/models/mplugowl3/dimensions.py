@@ -6,16 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Model, decoder, text_config, tower
+from ds_lvx.models.dimensions import Model, decoder, text_config, tower, tower_config
 
-_SIGLIP = {
-    "hidden_size": 1152,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "intermediate_size": 4304,
-    "image_size": 384,
-    "patch_size": 14,
-}
+_SIGLIP = tower_config(27, 1152, 16, 4304, side=384, patch=14)
 
 
 def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:

@@ -21,6 +21,7 @@ from ds_lvx.models.openflamingo.dimensions import known
 from ds_lvx.models.openflamingo.model import Flamingo, FlamingoConfig
 from ds_lvx.models.openflamingo.processor import END_TOKEN, IMAGE_TOKEN, Processor
 from ds_lvx.models.random_weights import (
+    plain_settings,
     random_pixels,
     random_text,
     refill,
@@ -55,18 +56,8 @@ def config_of(size: Size, *, latest: bool = False, **others: Any) -> FlamingoCon
             f"got {layers} layers of self-attention and {gated} of cross-attention; expected a "
             "cross-attention layer before every n-th of the others, as OpenFlamingo has them"
         )
-    text: dict[str, Any] = {
-        "vocab_size": size.vocabulary,
-        "hidden_size": size.hidden,
-        "intermediate_size": size.mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": size.heads,
-        "max_position_embeddings": size.positions,
-        "initializer_range": size.initializer_range,
-        "bos_token_id": size.bos,
-        "eos_token_id": size.eos,
-        "pad_token_id": size.pad,
-    }
+    text = {**plain_settings(size), "num_hidden_layers": layers}
+    kv_heads = text.pop("num_key_value_heads")
     shares = size.kv_heads != size.heads
     given = {
         "media_token_id": size.vocabulary - 1,
@@ -75,7 +66,7 @@ def config_of(size: Size, *, latest: bool = False, **others: Any) -> FlamingoCon
         **others,
     }
     return FlamingoConfig(
-        LlamaConfig(**text, num_key_value_heads=size.kv_heads) if shares else GPTNeoXConfig(**text),
+        LlamaConfig(**text, num_key_value_heads=kv_heads) if shares else GPTNeoXConfig(**text),
         CLIPVisionConfig(**vision_settings(size)),
         cross_attn_every_n_layers=layers // gated,
         only_attend_immediate_media=latest,

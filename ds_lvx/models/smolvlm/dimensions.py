@@ -6,16 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_lvx.models.concatenated.dimensions import Merged
-from ds_lvx.models.dimensions import Model, among_text, decoder, tower
+from ds_lvx.models.dimensions import Model, among_text, decoder, tower, tower_config
 
-_VISION = {
-    "num_hidden_layers": 12,
-    "hidden_size": 1152,
-    "num_attention_heads": 16,
-    "intermediate_size": 3072,
-    "image_size": 224,
-    "patch_size": 32,
-}
+_VISION = tower_config(12, 1152, 16, 3072, side=224, patch=32)
 """What transformers has by default; a ``config.json`` says what is otherwise."""
 
 

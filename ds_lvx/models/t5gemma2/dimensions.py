@@ -6,18 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Model, RowLayers, decoder, text_config, tower
+from ds_lvx.models.dimensions import Model, RowLayers, decoder, text_config, tower, tower_config
 
 _EVERY = 6
 """Of so many layers of a published model one sees everything."""
-_VISION = {
-    "num_hidden_layers": 27,
-    "hidden_size": 1152,
-    "num_attention_heads": 16,
-    "intermediate_size": 4304,
-    "image_size": 896,
-    "patch_size": 14,
-}
+_VISION = tower_config(27, 1152, 16, 4304, side=896, patch=14)
 
 
 def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
 from ds_lvx.models.random_weights import (
+    plain_settings,
     random_pixels,
     refill,
     size_of_known,
@@ -48,19 +49,12 @@ def config_of(size: Size) -> T5Gemma2Config:
             f"got {size.layers - cross} layers of self-attention and {cross} of cross-attention; "
             "expected at least one of each: the encoder's and the decoder's"
         )
+    head_dim = size.head_dim or size.hidden // size.heads
     text = {
-        "vocab_size": size.vocabulary,
-        "hidden_size": size.hidden,
-        "intermediate_size": size.mlp,
-        "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads,
-        "head_dim": size.head_dim or size.hidden // size.heads,
-        "query_pre_attn_scalar": size.head_dim or size.hidden // size.heads,
-        "max_position_embeddings": size.positions,
-        "initializer_range": size.initializer_range,
+        **plain_settings(size),
+        "head_dim": head_dim,
+        "query_pre_attn_scalar": head_dim,
         "sliding_window": _WINDOW,
-        "bos_token_id": size.bos,
-        "eos_token_id": size.eos,
         "pad_token_id": 0 if size.pad is None else size.pad,
     }
     image, behind = _IMAGE, _BEHIND
