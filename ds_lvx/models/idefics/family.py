@@ -6,10 +6,9 @@ shards; vision encoder and perceiver resampler run as they are, on this rank's i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.models.idefics.modeling_idefics import IdeficsAttention
@@ -88,22 +87,7 @@ class Idefics(Sized):
     def media_text(self, processor: Any, times: Sequence[float] | None) -> str:
         return processors.media_text(times)
 
-    def frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        count: int,
-        dtype: torch.dtype,
-        begins: Tensor | None = None,
-        first: int = 0,
-    ) -> dict[str, Tensor]:
-        return processors.frames(
-            processor, input_ids, pictures, count=count, dtype=dtype, begins=begins
-        )
-
-    packed_frames = frames
+    frames = packed_frames = staticmethod(processors.frames)
 
     # ---- models
 

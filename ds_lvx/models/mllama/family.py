@@ -7,11 +7,10 @@ rank's images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import MllamaConfig
 from transformers.models.mllama.modeling_mllama import (
     MllamaForConditionalGeneration,
@@ -113,22 +112,7 @@ class Mllama(Family):
     blank = staticmethod(batches.blank)
     finish_text = staticmethod(framing.finish_text)
 
-    def frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        count: int,
-        dtype: torch.dtype,
-        begins: Tensor | None = None,
-        first: int = 0,
-    ) -> dict[str, Tensor]:
-        return framing.processed(
-            processor, input_ids, pictures, count=count, dtype=dtype, begins=begins
-        )
-
-    packed_frames = frames
+    frames = packed_frames = staticmethod(framing.processed)
 
     pixel_batch = staticmethod(framing.ready)
     random_frames = staticmethod(framing.random_frames)
