@@ -81,7 +81,7 @@ def size_of(config: Any) -> Size:
         NotImplementedError: its images have other tokens than the published models'.
     """
     if config is None:
-        return size_of_known(known(), "4b", positions=131_072, rope_theta=1e6, image_size=896)
+        return size_of_known(known(), "-4b", positions=131_072, rope_theta=1e6, image_size=896)
     text = config.text_config
     theta = text.rope_parameters["full_attention"]["rope_theta"]
     size = size_of_parts(text, config.vision_config, head_dim=text.head_dim, rope_theta=theta)

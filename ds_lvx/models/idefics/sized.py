@@ -88,7 +88,7 @@ def size_of(config: Any) -> Size:
     if config is None:
         gated = tuple(range(0, 40, 5))
         return size_of_known(
-            known(), "9b", cross_at=gated, head_dim=0, positions=2048, image_size=224
+            known(), "-9b", cross_at=gated, head_dim=0, positions=2048, image_size=224
         )
     found = {key: getattr(config.perceiver_config, key) for key in list(_PERCEIVER)[1:]}
     if not config.use_resampler or any(_PERCEIVER[key] != found[key] for key in found):

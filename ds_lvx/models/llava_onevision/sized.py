@@ -66,7 +66,7 @@ def config_of(
 def size_of(config: Any) -> Size:
     """The size of a configuration; None is LLaVA-OneVision 7B's."""
     if config is None:
-        return size_of_known(known(), "7b", positions=32_768, rope_theta=1e6, image_size=384)
+        return size_of_known(known(), "-7b", positions=32_768, rope_theta=1e6, image_size=384)
     text = config.text_config
     return size_of_parts(text, config.vision_config, **of_heads(text))
 

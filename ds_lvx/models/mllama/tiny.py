@@ -117,7 +117,7 @@ def size_of(config: MllamaConfig | None = None) -> Size:
     if config is None:
         return size_of_known(
             known(),
-            "11B",
+            "-11B",
             cross_at=tuple(range(3, 40, 5)),
             head_dim=0,
             positions=131_072,

@@ -83,7 +83,7 @@ def size_of(config: Any) -> Size:
     if config is None:
         return size_of_known(
             known(),
-            "4B",
+            "-4B",
             vocabulary=50_280,
             cross_at=_gated(16, every=2),
             head_dim=0,

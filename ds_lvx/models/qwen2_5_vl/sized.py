@@ -111,7 +111,7 @@ def size_of(config: Any, **more: Any) -> Size:
         more: fields that its tower has by other words.
     """
     if config is None:
-        return size_of_known(known(), "7B", positions=128_000, rope_theta=1e6, image_size=448)
+        return size_of_known(known(), "-7B", positions=128_000, rope_theta=1e6, image_size=448)
     text, vision = config.text_config, config.vision_config
     side = _SIDE * vision.patch_size
     return size_of_parts(text, vision, **of_heads(text), image_size=side, **more)

@@ -71,7 +71,7 @@ def text_of(size: Size) -> dict[str, Any]:
 def size_of(config: Any) -> Size:
     """The size of a configuration; None is Qwen3.5 9B's, with frames of 768 x 768 pixels."""
     if config is None:
-        return size_of_known(known(), "9B", **qwen.MEASURED, rope_theta=1e7)
+        return size_of_known(known(), "-9B", **qwen.MEASURED, rope_theta=1e7)
     text = config.text_config
     return replace(
         qwen.size_of(config),

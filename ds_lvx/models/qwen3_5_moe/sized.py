@@ -50,7 +50,7 @@ def size_of(config: Any) -> Size:
     """
     if config is None:
         experts = {"mlp": 512, "experts": 256, "chosen_experts": 8}
-        return size_of_known(known(), "35B-A3B", **MEASURED, rope_theta=1e7, **experts)
+        return size_of_known(known(), "-35B-A3B", **MEASURED, rope_theta=1e7, **experts)
     text = config.text_config
     if text.shared_expert_intermediate_size != text.moe_intermediate_size:
         raise NotImplementedError(

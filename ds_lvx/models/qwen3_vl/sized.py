@@ -71,7 +71,7 @@ def vision_settings(size: Size) -> dict[str, Any]:
 def size_of(config: Any) -> Size:
     """The size of a configuration; None is Qwen3-VL 8B's, with frames of 768 x 768 pixels."""
     if config is None:
-        return size_of_known(known(), "8B", **MEASURED, rope_theta=5e6)
+        return size_of_known(known(), "-8B", **MEASURED, rope_theta=5e6)
     text, vision = config.text_config, config.vision_config
     side = _side(config) * vision.patch_size
     return size_of_parts(text, vision, **of_heads(text), image_size=side)

@@ -47,7 +47,7 @@ def size_of(config: Any) -> Size:
     """
     if config is None:
         experts = {"mlp": 768, "experts": 128, "chosen_experts": 8}
-        return size_of_known(known(), "30B-A3B", **qwen.MEASURED, rope_theta=5e6, **experts)
+        return size_of_known(known(), "-30B-A3B", **qwen.MEASURED, rope_theta=5e6, **experts)
     text = config.text_config
     if text.mlp_only_layers or text.decoder_sparse_step != 1:
         raise NotImplementedError(

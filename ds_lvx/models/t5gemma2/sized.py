@@ -84,7 +84,7 @@ def size_of(config: Any) -> Size:
     """
     if config is None:
         decoding = tuple(range(34, 68))
-        return size_of_known(known(), "4b", cross_at=decoding, positions=131_072, image_size=896)
+        return size_of_known(known(), "-4b", cross_at=decoding, positions=131_072, image_size=896)
     text, vision, decoder = config.encoder.text_config, config.encoder.vision_config, config.decoder
     layers = text.num_hidden_layers + decoder.num_hidden_layers
     cross = tuple(range(text.num_hidden_layers, layers))
