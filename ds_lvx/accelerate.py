@@ -12,14 +12,16 @@ from typing import Any
 
 import accelerate
 import deepspeed
+import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import PartialState
-from accelerate.utils import DynamoBackend, recursively_apply
+from accelerate.utils import DynamoBackend, gather_object, recursively_apply
 from torch import Tensor
 
 from ds_lvx.config import LVXConfig
 from ds_lvx.config.ds_config import SECTION
+from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.distributed.shutdown import shutdown
 from ds_lvx.initialize import Session, initialize
 from ds_lvx.training.moving import order_of
@@ -55,6 +57,7 @@ class Accelerator(accelerate.Accelerator):
     gathers_training = False
     derives_batch_size = False
     deepspeed_engine_wrapped: Any
+    _indexes_replicas = False
     _batches: WholeBatches | None = None
     _references: tuple[tuple[Session, WholeBatches], ...] = ()
 
@@ -109,6 +112,26 @@ class Accelerator(accelerate.Accelerator):
         """Replicas: how many different batches there are at once, as accelerate uses it."""
         return int(self.state.num_processes) // self.sp_size
 
+    @property
+    def process_index(self) -> int:
+        """This rank among all; inside of `indexing_replicas` its replica among all."""
+        rank = int(self.state.process_index)
+        return rank // self.sp_size if self._indexes_replicas else rank
+
+    @property
+    def is_first_of_replica(self) -> bool:
+        """Whether this rank is the first of those that share its samples."""
+        return int(self.state.process_index) % self.sp_size == 0
+
+    @contextmanager
+    def indexing_replicas(self) -> Iterator[None]:
+        """Let `process_index` count as `num_processes` does."""
+        before, self._indexes_replicas = self._indexes_replicas, True
+        try:
+            yield
+        finally:
+            self._indexes_replicas = before
+
     def prepare_data_loader(
         self,
         data_loader: Any,
@@ -127,7 +150,7 @@ class Accelerator(accelerate.Accelerator):
                 "got dispatch_batches=True, by which ranks of a group get different samples; leave "
                 "it out"
             )
-        replica = self.process_index // self.sp_size
+        replica = int(self.state.process_index) // self.sp_size
         _seed_workers_by(replica, data_loader)
         prepared = prepare_data_loader(
             data_loader,
@@ -194,7 +217,7 @@ class Accelerator(accelerate.Accelerator):
         """accelerate's, with a part for each replica, the same on the ranks of a group."""
         replica = SimpleNamespace(
             num_processes=self.num_processes,
-            process_index=self.process_index // self.sp_size,
+            process_index=int(self.state.process_index) // self.sp_size,
             device=self.device,
         )
         split = PartialState.split_between_processes
@@ -263,9 +286,29 @@ class Accelerator(accelerate.Accelerator):
         """accelerate's, with every replica once: the first rank of its group."""
         if not (use_gather_object or _has_other_than_tensors(input_data)):
             return super().gather_for_metrics(input_data)
-        if self.process_index % self.sp_size:
-            input_data = input_data[:0]
-        return super().gather_for_metrics(input_data, use_gather_object=True)
+        own = input_data if self.is_first_of_replica else input_data[:0]
+        return super().gather_for_metrics(own, use_gather_object=True)
+
+    def gather_object(self, items: list[Any]) -> list[Any]:
+        """``accelerate.utils.gather_object``, with every replica once: its first rank's."""
+        gathered: list[Any] = gather_object(items if self.is_first_of_replica else [])
+        return gathered
+
+    def share_random_numbers(self) -> None:
+        """Give the CPU's random generator of a group's first rank to its others."""
+        state = torch.get_rng_state().to(self.device)
+        if not self.is_first_of_replica:
+            state.zero_()
+        torch.set_rng_state(self._groups.channel.all_reduce(state).cpu())
+
+    def agree_on_failure(self, error: Exception | None) -> None:
+        """Raise on all ranks where one of them has failed."""
+        self._groups.world_channel.agree({}, error)
+
+    @property
+    def _groups(self) -> SequenceParallelGroups:
+        assert self.session is not None, "the model is not prepared"
+        return self.session.groups
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """accelerate's, with every replica once: ranks of a group hold the same value."""

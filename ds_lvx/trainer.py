@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,11 +16,12 @@ from ds_lvx.accelerate import Accelerator, initializing_by
 from ds_lvx.config import read_ds_config
 from ds_lvx.data.collate import ChatCollator
 from ds_lvx.models import family_of
+from ds_lvx.online import OnlineMixin
 
 _BATCH_SIZE = "train_batch_size"
 
 
-class TrainerMixin:
+class TrainerMixin(OnlineMixin):
     """Goes before `transformers.Trainer` or a subclass: ``class SFT(TrainerMixin, SFTTrainer)``.
 
     The script stays as it is. ``TrainingArguments(deepspeed=...)`` has a ds_config with a section
@@ -46,6 +47,7 @@ class TrainerMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with initializing_by(self._start_reference):
             super().__init__(*args, **kwargs)
+        self._begin_online()
 
     def _start_reference(self, *, model: Any, config: Any, **arguments: Any) -> Any:
         """What the subclass calls ``deepspeed.initialize`` for while it is made."""
@@ -75,6 +77,7 @@ class TrainerMixin:
             ours.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
         )
         self._leave_batch_size(ours)
+        self._check_online()
 
     def _leave_batch_size(self, ours: Accelerator) -> None:
         """``train_batch_size``: Trainer multiplies by all ranks, DeepSpeed by the replicas."""
@@ -116,15 +119,15 @@ class TrainerMixin:
         finally:
             self.data_collator = own
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
+    def _prepare_input(self, data: Any) -> Any:
         """Trainer's; what is seen stays where it is, and only this rank's part leaves the CPU."""
+        if not isinstance(data, Mapping):
+            return super()._prepare_input(data)  # type: ignore[misc]
         visual = family_of(self.model)[0].keys
-        prepared: dict[str, Any] = super()._prepare_inputs(  # type: ignore[misc]
-            {key: value for key, value in inputs.items() if key not in visual}
-        )
         dtype = self.accelerator.state.deepspeed_plugin.hf_ds_config.dtype()
-        rest = {key: value for key, value in inputs.items() if key not in prepared}
-        return {**prepared, **{key: _cast(value, dtype) for key, value in rest.items()}}
+        rest = {key: value for key, value in data.items() if key not in visual}
+        prepared: dict[str, Any] = super()._prepare_input(rest)  # type: ignore[misc]
+        return {key: prepared[key] if key in rest else _cast(data[key], dtype) for key in data}
 
     def prediction_step(
         self,

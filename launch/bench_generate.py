@@ -24,7 +24,7 @@ from ds_lvx.compare.decoding import Job
 from ds_lvx.compare.document import save
 from ds_lvx.compare.harness import Ranks
 from ds_lvx.compare.machine import header
-from ds_lvx.plan.generation_memory import held
+from ds_lvx.plan.generation_memory import Share
 from ds_lvx.plan.units import at_least, count
 
 MODEL = Case(
@@ -95,7 +95,7 @@ def sorted_out(
     fitting, left = [], []
     for words in options.tokens:
         frames = max(round(count(words, what="--tokens") / job.case.frame_tokens), 1)
-        memory = held(generation.scenario(job, frames), ranks=ranks, new_tokens=job.all_tokens)
+        memory = Share.of(generation.scenario(job, frames), ranks).held(new_tokens=job.all_tokens)
         needed = (memory.peak - memory.weights) / 2**30
         if needed <= options.budget_gib / ranks:
             fitting.append(frames)

@@ -184,7 +184,6 @@ def case_of(checkpoint: str, *, trust_remote_code: bool = False) -> Case:
     """
     if checkpoint in FAMILIES:
         _check_cross(checkpoint, checkpoint)
-    if checkpoint in FAMILIES and checkpoint not in random_models():
         raise ValueError(
             f"--model: got {checkpoint!r}, a family without models of random weights: their code "
             "comes with checkpoints; expected folder or hub name of one"

@@ -12,7 +12,6 @@ import os
 import pickle
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from ds_lvx.compare.network import Lab, Network, name_of_mine, take_down_left
 from ds_lvx.config import registry
 from ds_lvx.distributed.channel import Channel
 from ds_lvx.distributed.shutdown import shutdown
-from ds_lvx.distributed.start import init_distributed
+from ds_lvx.distributed.start import free_port, init_distributed, take_device
 from ds_lvx.plan.units import at_least
 
 GATHERED = "gathered"
@@ -142,7 +141,7 @@ def on_ranks(
 def _run(call: bytes, ranks: Ranks, lab: Lab | None = None) -> list[Any]:
     """The answers of new processes, which run this module."""
     # Where rank 0 is elsewhere, this process cannot try which port is free.
-    port = _free_port() if lab is None else random.randrange(20_000, 30_000)
+    port = free_port() if lab is None else random.randrange(20_000, 30_000)
     shared = {
         "WORLD_SIZE": str(ranks.count),
         "LOCAL_SIZE": str(ranks.count),
@@ -202,12 +201,6 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s:
     raise error(rank, f"ended with code {processes[rank].returncode}")
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def _answer(path: Path) -> None:
     """In a rank: call the function, and leave what it returns for the parent.
 
@@ -245,11 +238,8 @@ def bind(rank: int, ranks: int) -> None:
 
 def own_device() -> torch.device:
     """The device of this rank, which its tensors are made on from now on."""
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        return torch.device("cpu")
-    accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device(accelerator.current_device_name())
+    take_device()
+    return torch.device(get_accelerator().current_device_name())
 
 
 def now() -> float:

@@ -84,9 +84,7 @@ def be_alone(environ: MutableMapping[str, str] = os.environ) -> bool:
     is_one_of_many = any(environ.get(name, "1") != "1" for name in _OF_MPI)
     if is_one_of_many or "RANK" in environ or "WORLD_SIZE" in environ:
         return False
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    ours = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ours = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ours |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
     for name, value in ours.items():
         environ.setdefault(name, value)
@@ -96,6 +94,13 @@ def be_alone(environ: MutableMapping[str, str] = os.environ) -> bool:
         flush=True,
     )
     return True
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
 
 
 def take_device() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -297,6 +297,44 @@ def decoder(config: Mapping[str, Any], *, count: int) -> Layers:
         head_dim=config.get("head_dim") or hidden // heads,
         mlp=config["intermediate_size"],
     )
+
+
+def text_config(
+    layers: int, hidden: int, heads: int, mlp: int, *, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    """A text model's config in the words that most have, which `decoder` reads, with ``more``."""
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+        "vocab_size": vocabulary,
+        **more,
+    }
+
+
+def tower_config(
+    layers: int, width: int, heads: int, mlp: int, *, side: int, patch: int
+) -> dict[str, Any]:
+    """Likewise a vision tower's, which `tower` reads, for frames of ``side`` pixels by side."""
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+        "image_size": side,
+        "patch_size": patch,
+    }
+
+
+def among_text(layers: Layers) -> dict[str, Any]:
+    """Fields of a `Model` whose visual tokens stand among the text's, which has such layers."""
+    return {
+        "text": replace(layers, count=0),
+        "cross": replace(layers, features_dim=layers.hidden),
+        "recomputes": False,
+        "among": True,
+    }
 
 
 def encoder(depth: int, width: int, *, heads: int, mlp: int) -> Layers:

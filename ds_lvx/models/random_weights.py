@@ -9,6 +9,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from ds_lvx.models.dimensions import Model
 from ds_lvx.models.size import Size
 
 _TEXT: Mapping[str, Sequence[str]] = {
@@ -35,16 +36,23 @@ that is there."""
 def text_settings(size: Size) -> dict[str, Any]:
     """Of a text model's configuration, what a size says; ``head_dim`` is resolved."""
     return {
+        **plain_settings(size),
+        "head_dim": size.head_dim or size.hidden // size.heads,
+        "rope_parameters": {"rope_type": "default", "rope_theta": size.rope_theta},
+    }
+
+
+def plain_settings(size: Size) -> dict[str, Any]:
+    """The same of one whose heads are as wide as the text over their number."""
+    return {
         "vocab_size": size.vocabulary,
         "hidden_size": size.hidden,
         "intermediate_size": size.mlp,
         "num_hidden_layers": size.layers,
         "num_attention_heads": size.heads,
         "num_key_value_heads": size.kv_heads,
-        "head_dim": size.head_dim or size.hidden // size.heads,
         "max_position_embeddings": size.positions,
         "initializer_range": size.initializer_range,
-        "rope_parameters": {"rope_type": "default", "rope_theta": size.rope_theta},
         "bos_token_id": size.bos,
         "eos_token_id": size.eos,
         "pad_token_id": size.pad,
@@ -66,8 +74,62 @@ def size_of_parts(text: Any, vision: Any, **more: Any) -> Size:
         for field, words in table.items()
         if field not in more
     }
-    fields = {"vision_global_layers": 0, **found, **more}
-    return Size(**{"cross_at": tuple(range(fields["layers"])), **fields})
+    return _size({**found, **more})
+
+
+def size_of_known(models: Iterable[Model], name: str, **more: Any) -> Size:
+    """The size of one of the models that the planner knows.
+
+    Args:
+        models: of a family.
+        name: a part of its name.
+        more: fields that the planner does not know, or counts otherwise; without ``cross_at`` all
+            layers of the text see images.
+    """
+    model = next(each for each in models if name in each.name)
+    text, tower = model.text if model.text.count else model.cross, model.tower
+    fields = {key: getattr(text, key) for key in ("hidden", "heads", "kv_heads", "head_dim", "mlp")}
+    fields |= {f"vision_{key}": getattr(tower, key) for key in ("hidden", "heads", "mlp")}
+    fields |= {"vocabulary": model.vocabulary, "vision_layers": tower.count}
+    fields["layers"] = sum(each.count for each in model.decoding)
+    if (states := model.recurrent) is not None:
+        fields |= {"state_heads": states.kv_heads, "state_values": states.heads}
+        fields["state_dim"] = states.key_dim
+    return _size({**fields, **more})
+
+
+def _size(fields: Mapping[str, Any]) -> Size:
+    among = {"cross_at": tuple(range(fields["layers"])), "vision_global_layers": 0}
+    return Size(**{**among, **fields})
+
+
+def refuse_none(config: Any, name: str) -> None:
+    """Raise a NotImplementedError where there is no configuration, and no code to make one."""
+    if config is None:
+        raise NotImplementedError(
+            f"got no configuration of {name}, whose code comes with its checkpoints; pass the "
+            "folder of one"
+        )
+
+
+def tiny_size(tokenizer: Any, **more: Any) -> Size:
+    """The size of a tiny model whose text is a tokenizer's; ``more`` are fields that are
+    otherwise."""
+    ids = {key: int(getattr(tokenizer, f"{key}_token_id")) for key in ("eos", "pad")}
+    given = {"vocabulary": len(tokenizer), "cross_at": (), "positions": 4096, **ids, **more}
+    return Size(**given)
+
+
+def vision_settings(size: Size) -> dict[str, Any]:
+    """Of a vision tower's configuration, what a size says, in the words of most."""
+    return {
+        "num_hidden_layers": size.vision_layers,
+        "hidden_size": size.vision_hidden,
+        "num_attention_heads": size.vision_heads,
+        "intermediate_size": size.vision_mlp,
+        "image_size": size.image_size,
+        "patch_size": size.patch_size,
+    }
 
 
 def _value(part: Any, words: Sequence[str]) -> Any:

@@ -6,17 +6,13 @@ both they are, and what they rest on, stands in `Cluster.source`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import log2
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ds_lvx.plan.cards import Card
 from ds_lvx.plan.units import at_least
-
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
 
 # What well-written programs reach of a data sheet; docs/planning.md has the sources.
 FORWARD_SHARE = 0.6
@@ -212,22 +208,15 @@ class Cluster:
         Raises:
             ValueError: the record is not one of a cluster.
         """
-        from pydantic import ValidationError  # takes as long as a whole plan
+        from pydantic import TypeAdapter, ValidationError  # takes as long as a whole plan
 
         try:
-            return _reader().validate_python(record)
+            return TypeAdapter(cls).validate_python(record)
         except ValidationError as error:
             raise ValueError(
                 f"got a record that is not a cluster's ({error.errors()[0]['loc']} is amiss); "
                 "expected what ds-lvx plan --calibrate writes"
             ) from error
-
-
-@functools.cache
-def _reader() -> TypeAdapter[Cluster]:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Cluster)
 
 
 def from_card(

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ds_lvx.attention.shape import evenly
+from ds_lvx.models.dimensions import Layers
 from ds_lvx.models.generating import limits
 from ds_lvx.plan import recurrent
 from ds_lvx.plan.memory import LAYER_BYTES, gathered_bytes, tower_bytes
@@ -48,139 +50,148 @@ class Held:
         return self.weights + self.gathered + max(self.prompt, self.kept)
 
 
-def with_text(scenario: Scenario) -> Scenario:
-    """The same; where visual tokens are gathered, they are text, which every rank has."""
-    model = scenario.model
-    if not (model.gathered and model.among):
-        return scenario
-    whole = replace(model, text=model.cross, cross=replace(model.cross, count=0), among=False)
-    return replace(scenario, model=whole, text_tokens=scenario.sequence)
+@dataclass(frozen=True)
+class Share:
+    """What a rank of a generation has, of the rank that has most."""
 
+    scenario: Scenario
+    ranks: int  # that share the sample
 
-def keeps_prompt(scenario: Scenario) -> bool:
-    """Whether a rank keeps K and V of its part of the prompt: of text, or of an encoder's rows.
+    @classmethod
+    def of(cls, scenario: Scenario, ranks: int) -> Share:
+        """Where visual tokens are gathered, they are text, which every rank has."""
+        model = scenario.model
+        if model.gathered and model.among:
+            cross = replace(model.cross, count=0)
+            model = replace(model, text=model.cross, cross=cross, among=False)
+            scenario = replace(scenario, model=model, text_tokens=scenario.sequence)
+        return cls(scenario, ranks)
 
-    All of such a prompt runs split over the ranks, as in training.
-    """
-    return scenario.model.among or scenario.model.rows is not None
+    # ---- tokens
 
+    @property
+    def keeps_prompt(self) -> bool:
+        """Whether a rank keeps K and V of its part of the prompt: of text, or of an encoder's rows.
 
-def rows_of_ranks(scenario: Scenario, ranks: int) -> Sequence[int]:
-    """Tokens of such a prompt by rank, visual ones and text, the rank that has most first.
+        All of such a prompt runs split over the ranks, as in training.
+        """
+        return self.scenario.model.among or self.scenario.model.rows is not None
 
-    Text is dealt around the visual tokens, and these stay on the rank that encodes their frame.
-    """
-    tokens = scenario.text_tokens + scenario.visual_tokens
-    most = max(-(-tokens // ranks), scenario.visual_tokens_of_a_rank(ranks))
-    return [most, *(evenly(tokens - most, ranks - 1) if ranks > 1 else [])]
+    @cached_property
+    def rows(self) -> Sequence[int]:
+        """Tokens of such a prompt by rank, visual ones and text, the rank that has most first.
 
+        Text is dealt around the visual tokens, which stay on the rank that encodes their frame.
+        """
+        tokens = self.scenario.text_tokens + self.scenario.visual_tokens
+        most = max(-(-tokens // self.ranks), self.visual_tokens)
+        return [most, *(evenly(tokens - most, self.ranks - 1) if self.ranks > 1 else [])]
 
-def splits_text(scenario: Scenario, ranks: int) -> bool:
-    """Whether text beside the images is so long that each rank runs its part of the prompt."""
-    beside = not scenario.model.gathered and not keeps_prompt(scenario)
-    return beside and limits.splits(scenario.text_tokens, ranks)
+    @property
+    def visual_tokens(self) -> int:
+        """Of its frames."""
+        return self.scenario.visual_tokens_of_a_rank(self.ranks)
 
+    @property
+    def splits_text(self) -> bool:
+        """Whether text beside the images is so long that each rank runs its part of the prompt."""
+        beside = not self.scenario.model.gathered and not self.keeps_prompt
+        return beside and limits.splits(self.scenario.text_tokens, self.ranks)
 
-def prompt_tokens(scenario: Scenario, ranks: int) -> int:
-    """Tokens of text beside the images that a rank runs in the prompt's forward."""
-    return -(-scenario.text_tokens // (ranks if splits_text(scenario, ranks) else 1))
+    @property
+    def prompt_tokens(self) -> int:
+        """Of text beside the images, those that run in the prompt's forward."""
+        return -(-self.scenario.text_tokens // (self.ranks if self.splits_text else 1))
 
+    @property
+    def keeps_text(self) -> bool:
+        """Whether a rank keeps K and V of its part of that text, as ``text_keys="auto"`` has it."""
+        whole = self.scenario.text_tokens * self._token_bytes
+        return self.splits_text and whole > limits.SHARDED_BYTES
 
-def keeps_text(scenario: Scenario, ranks: int) -> bool:
-    """Whether a rank keeps K and V of its part of that text, as ``text_keys="auto"`` has it."""
-    whole = scenario.text_tokens * _token_bytes(scenario)
-    return splits_text(scenario, ranks) and whole > limits.SHARDED_BYTES
+    # ---- bytes
 
+    def held(self, *, new_tokens: int, gpus: int = 1) -> Held:
+        """Predict the memory for an answer of ``new_tokens``.
 
-def held(scenario: Scenario, *, ranks: int, new_tokens: int, gpus: int = 1) -> Held:
-    """Predict the memory of the rank that holds most.
+        At ``zero_stage`` 3 all ``gpus`` share the weights.
+        """
+        scenario, model, e = self.scenario, self.scenario.model, self.scenario.element_bytes
+        shares, cross = gpus if scenario.zero_stage == 3 else 1, model.cross
+        towers_tokens = scenario.frames_of_a_rank(self.ranks) * model.tower_tokens
+        vision, _ = tower_bytes(replace(scenario, trains="cross"), towers_tokens)
+        text = self.text_bytes(new_tokens)
+        tokens = max(self.rows) if self.keeps_prompt else self.visual_tokens
+        numbers = tokens * cross.kv_heads * cross.head_dim
+        keys = cross.count * 2 * e * numbers
+        if model.rows is not None:  # a layer, which is over when the decoder makes its keys
+            width = tokens * model.rows.hidden
+            layers = max(LAYER_BYTES * width, e * width + keys)
+        elif model.among:
+            layers = tokens * self._layer_bytes + keys + 2 * self.carried_bytes
+        else:
+            norm = numbers * (e + _NORM_TENSORS * FP32_BYTES)
+            last = max(norm, 2 * e * numbers) if cross.count else 0
+            layers = max(cross.count - 1, 0) * 2 * e * numbers + last
+            layers += self._running_text_bytes(text)
+        return Held(
+            weights=-(-e * model.parameters // shares),
+            keys=keys,
+            text=text,
+            prompt=max(vision, self.features_bytes + layers),
+            gathered=gathered_bytes(scenario) if shares > 1 else 0,
+            carried=2 * self.carried_bytes,
+        )
 
-    Args:
-        scenario: at ``zero_stage`` 3 the GPUs share the weights.
-        ranks: that share the sample.
-        new_tokens: of the answer.
-        gpus: in all.
-    """
-    scenario = with_text(scenario)
-    shares = gpus if scenario.zero_stage == 3 else 1
-    model, e, cross = scenario.model, scenario.element_bytes, scenario.model.cross
-    frames_tokens = scenario.frames_of_a_rank(ranks) * model.tower_tokens
-    vision, _ = tower_bytes(replace(scenario, trains="cross"), frames_tokens)
-    tokens = scenario.visual_tokens_of_a_rank(ranks)
-    text = text_bytes(scenario, ranks=ranks, new_tokens=new_tokens)
-    if keeps_prompt(scenario):
-        tokens = max(rows_of_ranks(scenario, ranks))
-    numbers = tokens * cross.kv_heads * cross.head_dim
-    keys = cross.count * 2 * e * numbers
-    if model.rows is not None:  # a layer, which is over when the decoder makes its keys
-        width = tokens * model.rows.hidden
-        layers = max(LAYER_BYTES * width, e * width + keys)
-    elif model.among:
-        layers = tokens * _layer_bytes(scenario, ranks) + keys + 2 * carried_bytes(scenario)
-    else:
-        norm = numbers * (e + _NORM_TENSORS * FP32_BYTES)
-        last = max(norm, 2 * e * numbers) if cross.count else 0
-        layers = max(cross.count - 1, 0) * 2 * e * numbers + last
-        layers += _running_text_bytes(scenario, ranks, text)
-    return Held(
-        weights=-(-e * model.parameters // shares),
-        keys=keys,
-        text=text,
-        prompt=max(vision, features_bytes(scenario, ranks) + layers),
-        gathered=gathered_bytes(scenario) if shares > 1 else 0,
-        carried=2 * carried_bytes(scenario),
-    )
+    @property
+    def _layer_bytes(self) -> int:
+        """Of a token in a layer that runs; one with a state has as much as it keeps in training."""
+        layers, least = (
+            self.scenario.model.recurrent,
+            LAYER_BYTES * self.scenario.model.cross.hidden,
+        )
+        if layers is None:
+            return least
+        e = self.scenario.element_bytes
+        return max(least, int(recurrent.kept_bytes(layers, ranks=self.ranks, element_bytes=e)))
 
+    @property
+    def carried_bytes(self) -> int:
+        """Of the states of all layers that carry one."""
+        layers, e = self.scenario.model.recurrent, self.scenario.element_bytes
+        return (
+            0 if layers is None else layers.count * recurrent.state_bytes(layers, element_bytes=e)
+        )
 
-def _layer_bytes(scenario: Scenario, ranks: int) -> int:
-    """Of a token in a layer that runs; one with a state has as much as it keeps in training."""
-    layers, e = scenario.model.recurrent, scenario.element_bytes
-    least = LAYER_BYTES * scenario.model.cross.hidden
-    if layers is None:
-        return least
-    return max(least, int(recurrent.kept_bytes(layers, ranks=ranks, element_bytes=e)))
+    def _running_text_bytes(self, kept: int) -> int:
+        """Of text beside the images while the prompt runs: K and V, and a layer; ``kept`` are K and
+        V between two tokens."""
+        scenario, model = self.scenario, self.scenario.model
+        layer = LAYER_BYTES * self.prompt_tokens * model.text.hidden
+        if not self.splits_text:
+            return kept + layer
+        # The queries of all ranks come together, and out of them.
+        width = model.cross.heads * model.cross.head_dim
+        together = 2 * scenario.element_bytes * scenario.text_tokens * width
+        return self.prompt_tokens * self._token_bytes + max(layer, together)
 
+    def text_bytes(self, new_tokens: int) -> int:
+        """K and V of the text and so many new tokens that a rank has, or of these alone."""
+        tokens = 0 if self.keeps_prompt else self.scenario.text_tokens
+        if self.keeps_text:
+            tokens = self.prompt_tokens
+        return (tokens + new_tokens) * self._token_bytes
 
-def carried_bytes(scenario: Scenario) -> int:
-    """Of the states of all layers that carry one."""
-    layers = scenario.model.recurrent
-    if layers is None:
-        return 0
-    return layers.count * recurrent.state_bytes(layers, element_bytes=scenario.element_bytes)
+    @property
+    def _token_bytes(self) -> int:
+        """K and V of a token in all layers that attend to text."""
+        model = self.scenario.model
+        layers: Layers = model.cross if self.keeps_prompt else model.text
+        return 2 * self.scenario.element_bytes * layers.count * layers.kv_heads * layers.head_dim
 
-
-def _running_text_bytes(scenario: Scenario, ranks: int, kept: int) -> int:
-    """Of text beside the images while the prompt runs: K and V, and a layer.
-
-    Args:
-        scenario, ranks: as of `held`.
-        kept: bytes of K and V between two tokens.
-    """
-    model, tokens = scenario.model, prompt_tokens(scenario, ranks)
-    layer = LAYER_BYTES * tokens * model.text.hidden
-    if not splits_text(scenario, ranks):
-        return kept + layer
-    # The queries of all ranks come together, and out of them.
-    width = model.cross.heads * model.cross.head_dim
-    together = 2 * scenario.element_bytes * scenario.text_tokens * width
-    return tokens * _token_bytes(scenario) + max(layer, together)
-
-
-def text_bytes(scenario: Scenario, *, ranks: int, new_tokens: int) -> int:
-    """K and V of the text and so many new tokens that a rank has, or of these alone."""
-    tokens = 0 if keeps_prompt(scenario) else scenario.text_tokens
-    if keeps_text(scenario, ranks):
-        tokens = prompt_tokens(scenario, ranks)
-    return (tokens + new_tokens) * _token_bytes(scenario)
-
-
-def _token_bytes(scenario: Scenario) -> int:
-    """K and V of a token in all layers that attend to text."""
-    layers = scenario.model.cross if keeps_prompt(scenario) else scenario.model.text
-    return 2 * scenario.element_bytes * layers.count * layers.kv_heads * layers.head_dim
-
-
-def features_bytes(scenario: Scenario, ranks: int) -> int:
-    """Of a rank's features."""
-    cross, tokens = scenario.model.cross, scenario.visual_tokens_of_a_rank(ranks)
-    return scenario.element_bytes * tokens * (cross.features_dim or cross.hidden)
+    @property
+    def features_bytes(self) -> int:
+        """Of a rank's features."""
+        cross = self.scenario.model.cross
+        width = cross.features_dim or cross.hidden
+        return self.scenario.element_bytes * self.visual_tokens * width

@@ -52,9 +52,8 @@ class Setting:
 
     def rule(self) -> dict[str, Any]:
         """The keys of this setting in a rule of the ``ds_lvx`` section."""
-        keys = ("recompute_kv", "features", "kv_chunk_tokens")
-        default = {name: getattr(Setting, name) for name in keys}
-        own = {name: getattr(self, name) for name in keys if getattr(self, name) != default[name]}
+        own = {name: value for name, value in vars(self).items() if value != getattr(Setting, name)}
+        own.pop("checkpointing", None)
         return {"method": self.method, **own}
 
 

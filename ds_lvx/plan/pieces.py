@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ds_lvx.attention.shape import AttentionShape, Hybrid, head_groups, head_layout, leaving_groups
+from ds_lvx.attention.shape import AttentionShape, Hybrid, head_layout
 from ds_lvx.distributed.alignment import padded as aligned
 from ds_lvx.plan.cluster import Cluster, KernelTime
 from ds_lvx.plan.transfers import Ranks, Timeline, Transfer
@@ -89,42 +89,21 @@ class Pieces:
         """lse, or delta."""
         return self.shape.batch * queries * self.shape.heads * FP32_BYTES
 
-    def query_bytes(self, queries: float) -> float:
-        """q on its way to other ranks' keys; in backward q, dout, lse and delta."""
-        if self.backward:
-            return 2 * self.q_bytes(queries) + 2 * self.lse_bytes(queries)
-        return self.q_bytes(queries)
-
-    def part_bytes(self, queries: float) -> float:
-        """A result on its way home: out and lse; in backward dq."""
-        return self.q_bytes(queries) + (0 if self.backward else self.lse_bytes(queries))
-
-    def packed_query_bytes(self, queries: float) -> float:
-        """`query_bytes` as one message of rows, in which each tensor is padded."""
+    @property
+    def query(self) -> list[float]:
+        """Bytes of a query on its way to other ranks' keys: q; in backward q, dout, lse, delta."""
         q, lse = self.q_bytes(1), self.lse_bytes(1)
-        return queries * message_bytes([q, q, lse, lse] if self.backward else [q])
-
-    def packed_part_bytes(self, queries: float) -> float:
-        """`part_bytes` likewise."""
-        lse = [] if self.backward else [self.lse_bytes(1)]
-        return queries * message_bytes([*lse, self.q_bytes(1)])
+        return [q, q, lse, lse] if self.backward else [q]
 
     @property
-    def head_shares(self) -> tuple[float, ...]:
-        """Of the gather schedule's groups; what recomputes K and V attends to all heads at once."""
-        return (1.0,) if self.shape.recompute else self._shares(head_groups, self.shape.kv_heads)
+    def part(self) -> list[float]:
+        """Likewise of a result on its way home: lse and out; in backward dq."""
+        return [*([] if self.backward else [self.lse_bytes(1)]), self.q_bytes(1)]
 
-    @property
-    def leaving_shares(self) -> tuple[float, ...]:
-        """Of the groups by which a rank's heads leave in Ulysses; the call is a padded one."""
-        return self._shares(leaving_groups, self.shape.kv_heads // self.n)
-
-    def _shares(self, groups: Callable[..., tuple[int, ...]], kv_heads: int) -> tuple[float, ...]:
-        sizes = groups(
-            kv_heads=kv_heads,
-            q_bytes=int(self.q_bytes(self.most_queries)),
-            on_cpu=self.device.on_cpu,
-        )
+    def shares(self, groups: Callable[..., tuple[int, ...]], kv_heads: int) -> tuple[float, ...]:
+        """Of some heads, those of each group that a rule of `ds_lvx.attention.shape` makes."""
+        q_bytes = int(self.q_bytes(self.most_queries))
+        sizes = groups(kv_heads=kv_heads, q_bytes=q_bytes, on_cpu=self.device.on_cpu)
         return tuple(size / kv_heads for size in sizes)
 
     def beside(self, shape: AttentionShape, *, stride: int = 1) -> Pieces:

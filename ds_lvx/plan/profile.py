@@ -71,10 +71,9 @@ def device_name(device: Any) -> str:
     """What a profile calls a device: the card's name, or ``cpu`` and the processor's."""
     kind = str(device).partition(":")[0]
     if kind == "cpu":
-        path = Path("/proc/cpuinfo")
-        text = path.read_text() if path.exists() else ""
-        match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-        return f"cpu {match[1].strip() if match else 'of an unknown kind'}"
+        from ds_lvx.compare.machine import processor
+
+        return f"cpu {processor()[0]}"
     import torch
 
     if kind == "cuda" and torch.cuda.is_available():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ds_lvx.attention.shape import evenly
+from ds_lvx.models.dimensions import Layers
 from ds_lvx.plan import recurrent
 from ds_lvx.plan.cluster import Cluster, Device
 from ds_lvx.plan.cost import Cost, cost
@@ -104,9 +105,9 @@ def _text(scenario: Scenario, cluster: Cluster, ranks: int, method: str) -> dict
     head = products_s(device, model.vocabulary * text.hidden, tokens)
     of_text = text.query_parameters + text.key_parameters
     of_text_s = products_s(device, of_text, tokens, beside=text.woken(tokens))
-    of_cross_s = products_s(device, cross.query_parameters, tokens, beside=cross.woken(tokens))
     layers = (2 + scenario.text_trains) * head + text.count * scenario.passes * of_text_s
-    layers += cross.count * (2 + scenario.cross_trains + scenario.checkpointing) * of_cross_s
+    passes = 2 + scenario.cross_trains + scenario.checkpointing
+    layers += cross.count * passes * layer_s(device, cross, tokens)
     queries, keys = evenly(scenario.sequence, ranks), evenly(scenario.text_tokens, ranks)
     attention = cost(scenario.shape(text, queries, keys), cluster, method)
     waiting = text.count * attention.exposed_s
@@ -142,10 +143,8 @@ def _recurrent(scenario: Scenario, cluster: Cluster, ranks: int) -> tuple[dict[s
     tokens, again = -(-scenario.sequence // ranks), scenario.checkpointing
     lengths = evenly(scenario.sequence, ranks)
     rule = recurrent.cost(layers, cluster, lengths, element_bytes=scenario.element_bytes)
-    products = products_s(
-        cluster.device, layers.query_parameters, tokens, beside=layers.woken(tokens)
-    )
-    layer = (2 + scenario.cross_trains + again) * products + again * rule.forward.kernel_s
+    products = (2 + scenario.cross_trains + again) * layer_s(cluster.device, layers, tokens)
+    layer = products + again * rule.forward.kernel_s
     parts = {
         "layers with a state": layers.count * (layer + rule.seconds - rule.exposed_s),
         "layers with a state, network": layers.count * rule.exposed_s,
@@ -158,6 +157,11 @@ def products_s(device: Device, parameters: int, tokens: int, *, beside: float = 
     computing = 2 * parameters * tokens / device.matmul_flops
     reading = (parameters + beside) * device.element_bytes / device.stream_bytes_per_s
     return max(computing, reading)
+
+
+def layer_s(device: Device, layers: Layers, tokens: int) -> float:
+    """One pass of so many tokens through a layer's weights, but those of K and V."""
+    return products_s(device, layers.query_parameters, tokens, beside=layers.woken(tokens))
 
 
 def _in_4_bits(scenario: Scenario, device: Device) -> dict[str, float]:

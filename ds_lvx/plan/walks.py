@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
 
-from ds_lvx.attention.shape import ACROSS, Hybrid, goes_at_once
+from ds_lvx.attention.shape import ACROSS, Hybrid, goes_at_once, head_groups, leaving_groups
 from ds_lvx.plan.pieces import FP32_BYTES, Pieces, across, message_bytes, padded, subgroup
 from ds_lvx.plan.transfers import Transfer
 
@@ -37,12 +37,13 @@ def _alone(pieces: Pieces) -> None:
 
 def _gather(pieces: Pieces) -> None:
     """All queries arrive, one kernel, the parts go home; a group of heads after the other."""
-    shares, again, backward = pieces.head_shares, pieces.shape.recompute, pieces.backward
-    timeline = pieces.timeline
+    again, backward, timeline = pieces.shape.recompute, pieces.backward, pieces.timeline
+    # What recomputes K and V attends to all heads at once.
+    shares = (1.0,) if again else pieces.shares(head_groups, pieces.shape.kv_heads)
     copies = ("copy", "copy") if backward else ("copy",)
     mine, everyone = pieces.of_q(pieces.most_queries), pieces.of_q(pieces.queries)
-    out = pieces.packed_query_bytes(pieces.most_queries)
-    part = pieces.packed_part_bytes(pieces.most_queries)
+    # One message of rows, in which each tensor is padded.
+    out, part = (pieces.most_queries * message_bytes(row) for row in (pieces.query, pieces.part))
     _begin(pieces)
     pieces.touch(shares[0] * mine, *copies)
     arrives = timeline.post(pieces.ranks.gather(shares[0] * out))
@@ -77,8 +78,8 @@ def _rotate_queries(pieces: Pieces) -> None:
     _begin(pieces)
     _rotate(
         pieces,
-        ahead_bytes=pieces.query_bytes(queries),
-        home_bytes=pieces.part_bytes(queries),
+        ahead_bytes=queries * sum(pieces.query),
+        home_bytes=queries * sum(pieces.part),
         kernel_s=pieces.attend_s(queries, pieces.most_keys),
         later_s=pieces.touch_s(keys, "add 16 bits to fp32") if backward else 0.0,
         encode_s=pieces.touch_s(rows, "encode"),
@@ -156,7 +157,7 @@ def _ulysses(pieces: Pieces) -> None:
     if wide.backward:
         wide.touch(arriving, "delta")
     returning = []
-    for share in wide.leaving_shares:
+    for share in wide.shares(leaving_groups, wide.shape.kv_heads // wide.n):
         wide.attend(wide.queries, wide.keys, share=share / wide.n, kernel=wide.whole)
         returning.append(_all_to_all(wide, share * leaving))
     for arrives in returning:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from ds_lvx.attention.sequence import gather_shards
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.concatenated.batch import PLACES, Sequences
+from ds_lvx.models.concatenated.batch import Sequences
 from ds_lvx.models.concatenated.deal import TEXT, Deal
 from ds_lvx.models.concatenated.family import Concatenated
-from ds_lvx.models.concatenated.forward import Deep, Embed, Encoded, placed
+from ds_lvx.models.concatenated.forward import Deep, Embed, Encoded
 from ds_lvx.models.cuts import span, split
 from ds_lvx.models.patch import KEYWORD
 from ds_lvx.models.registry import FAMILIES
@@ -83,20 +83,27 @@ class _EmbedWhole(Embed):
     def __call__(
         self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        batch: ShardedBatch | None = kwargs.get(KEYWORD)
-        if batch is None:
+        found = super().__call__(module, args, kwargs)
+        if found is None:
             return None
-        given = dict(kwargs)
-        embed: Any = module.get_input_embeddings()  # type: ignore[operator]
-        units = {key: given.pop(key, None) for key in self._takes}
-        places, ids = given.pop(PLACES), given.pop("input_ids")
+        batch, whole = found[1][KEYWORD], found[1]["inputs_embeds"]
         here = span(batch.text_lengths, batch.channel.rank)
-        made = _gathered(batch, self._encode(module, units))
-        whole = placed(embed(ids), made.features, places)
-        if made.deep:
-            batch = replace(batch, deep=_of_piece(made, places, ids.shape[1], here))
+        if batch.deep is not None:
+            batch = replace(batch, deep=_of_piece(batch.deep, whole.shape[1], here))
         # Contiguous, so that the whole is not kept for the first layer's backward.
-        return args, {**given, KEYWORD: batch, "inputs_embeds": whole[:, here].contiguous()}
+        piece = whole[:, here].contiguous()
+        return args, {**found[1], KEYWORD: batch, "inputs_embeds": piece}
+
+    def encoded(self, module: nn.Module, units: Mapping[str, Any], batch: ShardedBatch) -> Encoded:
+        """Of the units of all ranks; a blank one counts for nothing."""
+        assert batch.among is not None
+        where: dict[str, Any] = {"channel": batch.channel, "lengths": batch.among}
+        own, made = batch.among[batch.channel.rank], super().encoded(module, units, batch)
+        features, *deep = (
+            gather_shards(each[:own], 0, wants_grad=each.requires_grad, **where)
+            for each in (made.features, *made.deep)
+        )
+        return Encoded(features, deep)
 
 
 class _Gathered(Concatenated):
@@ -112,21 +119,9 @@ class _Gathered(Concatenated):
         return [*range(part.start, part.stop)]
 
 
-def _gathered(batch: ShardedBatch, made: Encoded) -> Encoded:
-    """What the towers of all ranks made; a blank unit's counts for nothing."""
-    assert batch.among is not None
-    where: dict[str, Any] = {"channel": batch.channel, "lengths": batch.among}
-    own = batch.among[batch.channel.rank]
-    features, *deep = (
-        gather_shards(each[:own], 0, wants_grad=each.requires_grad, **where)
-        for each in (made.features, *made.deep)
-    )
-    return Encoded(features, deep)
-
-
-def _of_piece(made: Encoded, places: Tensor, length: int, here: slice) -> Deep:
+def _of_piece(deep: Deep, length: int, here: slice) -> Deep:
     """The deep features of the tokens of a piece of each row of ``length`` tokens."""
-    row, column = places // length, places % length
+    row, column = deep.places // length, deep.places % length
     mine = ((column >= here.start) & (column < here.stop)).nonzero()[:, 0]
     there = row * (here.stop - here.start) + column - here.start
-    return Deep(there[mine], tuple(each[mine] for each in made.deep))
+    return Deep(there[mine], tuple(each[mine] for each in deep.features))

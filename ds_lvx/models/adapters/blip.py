@@ -33,7 +33,6 @@ from ds_lvx.models.adapters.batch import LENGTHS, ROWS, check_pixels
 from ds_lvx.models.adapters.family import Adapter
 from ds_lvx.models.adapters.forward import Encode, EncodePrompt
 from ds_lvx.models.adapters.processor import INSTRUCTION, INSTRUCTION_MASK, Processor
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.samples import images_at_hand
 from ds_lvx.models.size import Size
@@ -121,8 +120,7 @@ class Blip2(Adapter):
     def load_processor(self, name: str) -> Processor:
         return Processor.of(name, self.of_class.config_class.from_pretrained(name))
 
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    dimensions = staticmethod(dimensions.dimensions)
 
     def config(self, size: Size) -> Any:
         token = "video_token_index" if self.of_video else "image_token_index"

@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Layers, Model, decoder, tower
+from ds_lvx.models.dimensions import (
+    Layers,
+    Model,
+    among_text,
+    decoder,
+    text_config,
+    tower,
+    tower_config,
+)
 
-_VISION = {
-    "num_hidden_layers": 39,
-    "hidden_size": 1408,
-    "num_attention_heads": 16,
-    "intermediate_size": 6144,
-    "image_size": 224,
-    "patch_size": 14,
-}
+_VISION = tower_config(39, 1408, 16, 6144, side=224, patch=14)
 _QFORMER = {
     "num_hidden_layers": 12,
     "hidden_size": 768,
@@ -55,8 +56,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
     work = of_queries * places + of_patches * patches
     return Adapted(
         name=name,
-        text=replace(text, count=0),
-        cross=replace(text, features_dim=text.hidden),
+        **among_text(text),
         vocabulary=config["text_config"]["vocab_size"],
         tower=tower(vision),
         tower_tokens=patches,
@@ -65,8 +65,6 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         tower_states=1,
         source=source,
         embeddings=1 if config["text_config"].get("model_type") == "opt" else 2,
-        recomputes=False,
-        among=True,
         gathered=True,
         adapter_tokens=work // (of_queries + of_patches),
     )
@@ -106,13 +104,7 @@ def known() -> tuple[Model, ...]:
 
 
 def _known(name: str, kind: str, *, layers: int, hidden: int, heads: int, mlp: int) -> Model:
-    text = {
-        "model_type": kind,
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "ffn_dim" if kind == "opt" else "intermediate_size": mlp,
-        "vocab_size": 50_304 if kind == "opt" else 32_001,
-    }
+    vocabulary, own = (50_304 if kind == "opt" else 32_001), {"model_type": kind, "ffn_dim": mlp}
+    text = text_config(layers, hidden, heads, mlp, vocabulary=vocabulary, **own)
     config = {"text_config": text, "vision_config": {}, "qformer_config": {}}
     return dimensions(config, f"Salesforce/{name}", f"config.json of Salesforce/{name}")

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, OPTConfig
 
-from ds_lvx.models.random_weights import random_pixels, random_text, refill, size_of_parts
+from ds_lvx.models.adapters.dimensions import known
+from ds_lvx.models.random_weights import (
+    random_pixels,
+    random_text,
+    refill,
+    size_of_known,
+    size_of_parts,
+    vision_settings,
+)
 from ds_lvx.models.size import Size
 from ds_lvx.models.visual import COUNTS, PIXELS
 
@@ -54,15 +62,7 @@ def config_of(size: Size, of_config: Any, *, token: str, on_opt: bool) -> Any:
         if on_opt
         else LlamaConfig(**words, intermediate_size=size.mlp, num_key_value_heads=size.kv_heads)
     )
-    vision = {
-        "hidden_size": size.vision_hidden,
-        "num_hidden_layers": size.vision_layers,
-        "num_attention_heads": size.vision_heads,
-        "intermediate_size": size.vision_mlp,
-        "image_size": size.image_size,
-        "patch_size": size.patch_size,
-        "initializer_range": size.initializer_range,
-    }
+    vision = {**vision_settings(size), "initializer_range": size.initializer_range}
     # Dropout is each rank's own, and there would be nothing to compare.
     qformer = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return of_config(
@@ -85,23 +85,9 @@ def size_of(config: Any, *, on_opt: bool) -> Size:
         NotImplementedError: its text runs whole on every rank, or an image has other places.
     """
     if config is None:
-        hidden, mlp = (2560, 10_240) if on_opt else (4096, 11_008)
-        return Size(
-            vocabulary=50_304 if on_opt else 32_002,
-            hidden=hidden,
-            heads=32,
-            kv_heads=32,
-            mlp=mlp,
-            layers=32,
-            cross_at=tuple(range(32)),
-            positions=_POSITIONS,
-            vision_hidden=1408,
-            vision_heads=16,
-            vision_mlp=6144,
-            vision_layers=39,
-            vision_global_layers=0,
-            image_size=224,
-        )
+        name, vocabulary = ("blip2-opt-2.7b", 50_304) if on_opt else ("vicuna-7b", 32_002)
+        beside = {"head_dim": 0, "positions": _POSITIONS, "image_size": 224}
+        return size_of_known(known(), name, vocabulary=vocabulary, **beside)
     text, vision = config.text_config, config.vision_config
     if text.is_encoder_decoder or config.num_query_tokens != PLACES:
         raise NotImplementedError(

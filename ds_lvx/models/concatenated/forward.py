@@ -56,11 +56,15 @@ class Embed(Hook):
         units = {key: given.pop(key, None) for key in self._takes}
         places = given.pop(PLACES, None)  # none of a token that is generated
         if units[self._takes[0]] is not None:
-            made = self._encode(module, units)
+            made = self.encoded(module, units, batch)
             embedded = placed(embedded, made.features, places)
             deep = [each if len(places) > 0 else each[:0] for each in made.deep]
             batch = replace(batch, deep=Deep(places, tuple(deep)) if deep else None)
         return args, {**given, KEYWORD: batch, "inputs_embeds": embedded}
+
+    def encoded(self, module: nn.Module, units: Mapping[str, Any], batch: ShardedBatch) -> Encoded:
+        """What goes to its places: of this rank's units."""
+        return self._encode(module, units)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from ds_lvx.models.concatenated.dimensions import Merged
-from ds_lvx.models.dimensions import Model, decoder, tower
+from ds_lvx.models.dimensions import Model, among_text, decoder, text_config, tower, tower_config
 
 _EVERY = 6
 """Of so many layers of a published model one sees everything."""
@@ -19,14 +18,7 @@ _TEXT = {
     "sliding_window": 4096,
 }
 """What transformers takes where a config does not say it, as 4B's does not."""
-_VISION = {
-    "num_hidden_layers": 27,
-    "hidden_size": 1152,
-    "num_attention_heads": 16,
-    "intermediate_size": 4304,
-    "image_size": 896,
-    "patch_size": 14,
-}
+_VISION = tower_config(27, 1152, 16, 4304, side=896, patch=14)
 
 
 def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
@@ -38,8 +30,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
     layers = decoder(text, count=count)
     return Merged(
         name=name,
-        text=replace(layers, count=0),
-        cross=replace(layers, features_dim=layers.hidden),
+        **among_text(layers),
         vocabulary=text["vocab_size"],
         tower=tower(vision),
         tower_tokens=(vision["image_size"] // vision["patch_size"]) ** 2,
@@ -48,8 +39,6 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         tower_states=1,
         source=source,
         embeddings=1,
-        recomputes=False,
-        among=True,
         windowed=count - full,
         window=text["sliding_window"],
     )
@@ -68,14 +57,7 @@ def known() -> tuple[Model, ...]:
 
 def _known(size: str, layers: int, hidden: int, heads: int, *others: int) -> Model:
     kv_heads, head_dim, mlp = others
-    text = {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "intermediate_size": mlp,
-        "sliding_window": 1024,
-    }
+    own = {"num_key_value_heads": kv_heads, "head_dim": head_dim, "sliding_window": 1024}
+    text = text_config(layers, hidden, heads, mlp, vocabulary=_TEXT["vocab_size"], **own)
     name = f"google/gemma-3-{size}-it"
     return dimensions({"text_config": text, "vision_config": {}}, name, f"config.json of {name}")

@@ -20,7 +20,6 @@ from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.concatenated.batch import Arrange, Sequences, Unit
 from ds_lvx.models.concatenated.family import SLIDING, Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.gemma3 import batch as batches
 from ds_lvx.models.gemma3 import dimensions, sized
 from ds_lvx.models.gemma3 import processor as processors
@@ -106,21 +105,14 @@ class Gemma3(Concatenated):
     def load_processor(self, name: str) -> processors.Processor:
         return processors.Processor.of(name, AutoConfig.from_pretrained(name))
 
-    def inputs(
-        self, processor: Any, input_ids: Sequence[int], labels: Sequence[int]
-    ) -> Mapping[str, Sequence[int]]:
-        return processors.inputs(processor, input_ids, labels)
+    inputs = staticmethod(processors.inputs)
 
     # ---- models
 
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
-
-    def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
-        return sized.build(config, gate=gate, dtype=dtype)
+    dimensions = staticmethod(dimensions.dimensions)
+    build = staticmethod(sized.build)
 
     def vision_tower(self, model: Any) -> Any:
         return model.model.vision_tower
 
-    def frame_tokens(self, config: Any) -> int:
-        return batches.image_tokens(config)
+    frame_tokens = staticmethod(batches.image_tokens)

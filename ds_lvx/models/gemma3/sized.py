@@ -15,13 +15,17 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
 from ds_lvx.models.gemma3.batch import TYPES, image_tokens
+from ds_lvx.models.gemma3.dimensions import known
 from ds_lvx.models.gemma3.processor import END, IMAGE_TOKEN, START, Processor
 from ds_lvx.models.random_weights import (
     random_pixels,
     random_text,
     refill,
+    size_of_known,
     size_of_parts,
     text_settings,
+    tiny_size,
+    vision_settings,
 )
 from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS
@@ -58,19 +62,10 @@ def config_of(size: Size, image: int | None = None, **text: Any) -> Gemma3Config
         },
         **text,
     }
-    vision = {
-        "num_hidden_layers": size.vision_layers,
-        "hidden_size": size.vision_hidden,
-        "num_attention_heads": size.vision_heads,
-        "intermediate_size": size.vision_mlp,
-        "image_size": size.image_size,
-        "patch_size": size.patch_size,
-        "vision_use_head": False,
-    }
     image = min(_IMAGE, size.vocabulary - 1) if image is None else image
     return Gemma3Config(
         text_config=settings,
-        vision_config=vision,
+        vision_config={**vision_settings(size), "vision_use_head": False},
         mm_tokens_per_image=max(size.image_size // size.patch_size // _POOLED, 1) ** 2,
         boi_token_index=image - 2,
         eoi_token_index=image - 1,
@@ -86,24 +81,7 @@ def size_of(config: Any) -> Size:
         NotImplementedError: its images have other tokens than the published models'.
     """
     if config is None:
-        return Size(
-            vocabulary=262_208,
-            hidden=2560,
-            heads=8,
-            kv_heads=4,
-            mlp=10_240,
-            head_dim=256,
-            layers=34,
-            cross_at=tuple(range(34)),
-            positions=131_072,
-            rope_theta=1e6,
-            vision_hidden=1152,
-            vision_heads=16,
-            vision_mlp=4304,
-            vision_layers=27,
-            vision_global_layers=0,
-            image_size=896,
-        )
+        return size_of_known(known(), "-4b", positions=131_072, rope_theta=1e6, image_size=896)
     text = config.text_config
     theta = text.rope_parameters["full_attention"]["rope_theta"]
     size = size_of_parts(text, config.vision_config, head_dim=text.head_dim, rope_theta=theta)
@@ -136,16 +114,12 @@ def tiny() -> tuple[Gemma3Config, Processor]:
         "preprocessor_config.json": {"size": sides},
         "processor_config.json": {"image_seq_length": 4},
     }
-    size = Size(
-        vocabulary=len(tokenizer),
+    size = tiny_size(
+        tokenizer,
         layers=6,
-        cross_at=(),
-        positions=4096,
         image_size=_TINY_SIDE,
         patch_size=_TINY_SIDE // 2 // _POOLED,
         bos=int(tokenizer.bos_token_id),
-        eos=int(tokenizer.eos_token_id),
-        pad=int(tokenizer.pad_token_id),
     )
     image = int(tokenizer.get_vocab()[IMAGE_TOKEN])
     config = config_of(size, image, sliding_window=64)

@@ -3,11 +3,11 @@ and its tower interpolates the positions of patches by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import Glm4vForConditionalGeneration, Glm46VForConditionalGeneration
 from transformers.models.glm4v.modeling_glm4v import (
     Glm4vModel,
@@ -18,8 +18,6 @@ from transformers.models.glm4v.modeling_glm4v import (
 )
 from transformers.models.glm46v.modeling_glm46v import Glm46VModel
 
-from ds_lvx.models.concatenated.batch import Unit
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.glm4v import batch as batches
 from ds_lvx.models.glm4v import dimensions, sized
 from ds_lvx.models.glm4v.processor import Processor, Tenths
@@ -52,25 +50,17 @@ class Glm4V(Qwen25VL):
 
     # ---- batches
 
-    def token_types(self, ids: Tensor, config: Any) -> Tensor:
-        return batches.token_types(ids, config)
-
-    def units_of(self, batch: Mapping[str, Any], types: Tensor, config: Any) -> list[Unit]:
-        return runs.units(batch, types, config)
+    token_types = staticmethod(batches.token_types)
+    units_of = staticmethod(runs.units)
 
     def follow(self, config: Any) -> tower.Follow:
         return partial(tower.whole, merge=int(config.vision_config.spatial_merge_size))
 
     # ---- data and models
 
-    def load_processor(self, name: str) -> Processor:
-        return Processor.of(name)
-
-    def frame_tokens(self, config: Any) -> int:
-        return sized.frame_tokens(config)
-
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    load_processor = staticmethod(Processor.of)
+    frame_tokens = staticmethod(sized.frame_tokens)
+    dimensions = staticmethod(dimensions.dimensions)
 
 
 class Glm46V(Glm4V):
@@ -79,8 +69,7 @@ class Glm46V(Glm4V):
     of_class = Glm46VForConditionalGeneration
     of_positions = Glm46VModel
 
-    def load_processor(self, name: str) -> Processor:
-        return Tenths.of(name)
+    load_processor = staticmethod(Tenths.of)
 
     def check(self, model: Any, *, sp_size: int) -> None:
         parts = {"text": self.text_model(model), "tower": self.vision_tower(model)}
@@ -96,5 +85,4 @@ class Glm46V(Glm4V):
     def config(self, size: Any) -> Any:
         return sized.config_of(size, kind=sized.Glm46VConfig)
 
-    def tiny(self) -> tuple[Any, Any]:
-        return sized.tiny_of_46()
+    tiny = staticmethod(sized.tiny_of_46)

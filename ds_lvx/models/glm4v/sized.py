@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import Glm4vConfig, Glm46VConfig
 
 from ds_lvx.models.glm4v import processor as glm
+from ds_lvx.models.glm4v.dimensions import known
 from ds_lvx.models.glm4v.processor import Processor, Tenths
 from ds_lvx.models.qwen2_5_vl import sized as qwen
-from ds_lvx.models.random_weights import of_heads, size_of_parts, text_settings
+from ds_lvx.models.random_weights import of_heads, size_of_known, size_of_parts, text_settings
 from ds_lvx.models.size import Size
 
 Config = Glm4vConfig | Glm46VConfig
@@ -93,23 +94,8 @@ def rotated_text(size: Size) -> dict[str, Any]:
 def size_of(config: Any) -> Size:
     """The size of a configuration; None is GLM-4.1V 9B's."""
     if config is None:
-        return Size(
-            vocabulary=151_552,
-            hidden=4096,
-            heads=32,
-            kv_heads=2,
-            head_dim=128,
-            mlp=13_696,
-            layers=40,
-            cross_at=tuple(range(40)),
-            positions=65_536,
-            rope_theta=1e4,
-            vision_hidden=1536,
-            vision_heads=12,
-            vision_mlp=13_696,
-            vision_layers=24,
-            vision_global_layers=0,
-            image_size=336,
+        return size_of_known(
+            known(), "GLM-4.1V-9B", vision_mlp=13_696, positions=65_536, image_size=336
         )
     return size_of_parts(config.text_config, config.vision_config, **of_heads(config.text_config))
 

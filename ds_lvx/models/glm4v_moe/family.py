@@ -5,9 +5,6 @@ Experts are chosen with a bias that no gradient moves, a buffer; the first layer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from transformers import Glm4vMoeForConditionalGeneration
 from transformers.models.glm4v_moe.modeling_glm4v_moe import (
     Glm4vMoeModel,
@@ -16,7 +13,6 @@ from transformers.models.glm4v_moe.modeling_glm4v_moe import (
     Glm4vMoeVisionAttention,
 )
 
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.glm4v.family import Glm4V
 from ds_lvx.models.glm4v_moe import dimensions, sized
 from ds_lvx.models.qwen3_vl_moe.experts import OfExperts
@@ -33,5 +29,4 @@ class Glm4vMoe(OfExperts, Glm4V):
     of_class = Glm4vMoeForConditionalGeneration
     of_positions = Glm4vMoeModel
 
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    dimensions = staticmethod(dimensions.dimensions)

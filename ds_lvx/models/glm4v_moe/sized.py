@@ -13,7 +13,8 @@ from transformers import Glm4vMoeConfig
 
 from ds_lvx.models.glm4v import sized as glm
 from ds_lvx.models.glm4v.processor import Processor
-from ds_lvx.models.random_weights import of_heads, size_of_parts
+from ds_lvx.models.glm4v_moe.dimensions import known
+from ds_lvx.models.random_weights import of_heads, size_of_known, size_of_parts
 from ds_lvx.models.size import Size
 
 random_frames = glm.random_frames
@@ -50,17 +51,8 @@ def size_of(config: Any) -> Size:
             through one of them always.
     """
     if config is None:
-        return replace(
-            glm.size_of(None),
-            heads=96,
-            kv_heads=8,
-            mlp=1408,
-            experts=128,
-            chosen_experts=8,
-            layers=46,
-            cross_at=tuple(range(46)),
-            vision_mlp=10_944,
-        )
+        experts = {"mlp": 1408, "experts": 128, "chosen_experts": 8, "vision_mlp": 10_944}
+        return size_of_known(known(), "GLM-4.5V", positions=65_536, image_size=336, **experts)
     text = config.text_config
     dense, shared = text.first_k_dense_replace, text.n_shared_experts
     if (dense, shared) != (min(1, text.num_hidden_layers - 1), 1):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Model, decoder, encoder
+from ds_lvx.models.dimensions import Model, decoder, encoder, text_config
 
 _IDEFICS_VISION = {
     "embed_dim": 1280,
@@ -46,18 +46,10 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
 
 def known() -> tuple[Model, ...]:
     """The models that the planner knows by name."""
+    own = {"cross_layer_interval": 4, "use_resampler": True, "vision_config": _IDEFICS_VISION}
     return (
         dimensions(
-            {
-                "hidden_size": 4096,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 32,
-                "intermediate_size": 11_008,
-                "vocab_size": 32_000,
-                "cross_layer_interval": 4,
-                "use_resampler": True,
-                "vision_config": _IDEFICS_VISION,
-            },
+            text_config(32, 4096, 32, 11_008, vocabulary=32_000, **own),
             "HuggingFaceM4/idefics-9b",
             "config.json of HuggingFaceM4/idefics-9b; the perceiver is left out",
         ),

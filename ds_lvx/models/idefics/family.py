@@ -6,17 +6,15 @@ shards; vision encoder and perceiver resampler run as they are, on this rank's i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.models.idefics.modeling_idefics import IdeficsAttention
 from transformers.models.idefics.perceiver import IdeficsPerceiverAttention
 from transformers.models.idefics.vision import IdeficsVisionAttention
 
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.idefics import batch as batches
 from ds_lvx.models.idefics import dimensions, forward, sized, tiny
@@ -25,8 +23,6 @@ from ds_lvx.models.idefics.attention import Attention
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
 from ds_lvx.models.sized import Sized
-from ds_lvx.models.text import Text
-from ds_lvx.models.visual import Visual
 
 _LOCAL = (IdeficsVisionAttention, IdeficsPerceiverAttention)
 
@@ -83,8 +79,7 @@ class Idefics(Sized):
 
     # ---- batches
 
-    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        return batches.visual(batch, text, model)
+    visual = staticmethod(batches.visual)
 
     def blank(self, model: IdeficsForVisionText2Text) -> dict[str, Tensor]:
         return batches.blank(model.config)
@@ -92,41 +87,18 @@ class Idefics(Sized):
     def media_text(self, processor: Any, times: Sequence[float] | None) -> str:
         return processors.media_text(times)
 
-    def frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        count: int,
-        dtype: torch.dtype,
-        begins: Tensor | None = None,
-        first: int = 0,
-    ) -> dict[str, Tensor]:
-        return processors.frames(
-            processor, input_ids, pictures, count=count, dtype=dtype, begins=begins
-        )
-
-    packed_frames = frames
+    frames = packed_frames = staticmethod(processors.frames)
 
     # ---- models
 
-    def load_processor(self, name: str) -> processors.Processor:
-        return processors.Processor.of(name)
+    load_processor = staticmethod(processors.Processor.of)
 
     def vision_tower(self, model: IdeficsForVisionText2Text) -> Any:
         return model.model.vision_model
 
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
-
-    def frame_tokens(self, config: Any) -> int:
-        return batches.image_tokens(config)
-
-    def build(
-        self, config: IdeficsConfig, *, gate: float, dtype: torch.dtype
-    ) -> IdeficsForVisionText2Text:
-        return sized.build(config, gate=gate, dtype=dtype)
+    dimensions = staticmethod(dimensions.dimensions)
+    frame_tokens = staticmethod(batches.image_tokens)
+    build = staticmethod(sized.build)
 
     def tiny(self) -> tuple[IdeficsConfig, processors.Processor]:
         processor = tiny.tiny_processor()

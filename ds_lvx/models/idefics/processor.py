@@ -85,8 +85,10 @@ def frames(
     count: int,
     dtype: torch.dtype,
     begins: Tensor | None = None,
+    first: int = 0,
 ) -> dict[str, Tensor]:
-    """See `ds_lvx.models.contract.Family.frames`, and ``packed_frames``, which has ``begins``.
+    """See `ds_lvx.models.contract.Family.frames`, and ``packed_frames``, which has ``begins``; and
+    ``first``, which says nothing here.
 
     Returns:
         ``visible_images`` int32 ``[B, T, 2]`` and ``pixel_values`` ``[B, count, 3, size, size]``.

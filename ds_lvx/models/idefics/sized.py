@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from ds_lvx.models.idefics.batch import PIXELS, SEEN
-from ds_lvx.models.random_weights import random_pixels, random_text, refill, size_of_parts
+from ds_lvx.models.idefics.dimensions import known
+from ds_lvx.models.random_weights import (
+    random_pixels,
+    random_text,
+    refill,
+    size_of_known,
+    size_of_parts,
+)
 from ds_lvx.models.size import Size
 
 _PERCEIVER = {
@@ -79,21 +86,9 @@ def size_of(config: Any) -> Size:
         NotImplementedError: its resampler is not the published models', or it has none.
     """
     if config is None:
-        return Size(
-            vocabulary=32_000,
-            hidden=4096,
-            heads=32,
-            kv_heads=32,
-            mlp=11_008,
-            layers=40,
-            cross_at=tuple(range(0, 40, 5)),
-            positions=2048,
-            vision_hidden=1280,
-            vision_heads=16,
-            vision_mlp=5120,
-            vision_layers=32,
-            vision_global_layers=0,
-            image_size=224,
+        gated = tuple(range(0, 40, 5))
+        return size_of_known(
+            known(), "-9b", cross_at=gated, head_dim=0, positions=2048, image_size=224
         )
     found = {key: getattr(config.perceiver_config, key) for key in list(_PERCEIVER)[1:]}
     if not config.use_resampler or any(_PERCEIVER[key] != found[key] for key in found):

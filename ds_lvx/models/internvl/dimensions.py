@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from ds_lvx.models.concatenated.dimensions import Merged
-from ds_lvx.models.dimensions import Model, decoder, tower
+from ds_lvx.models.dimensions import Model, among_text, decoder, text_config, tower, tower_config
 
-_VISION = {
-    "num_hidden_layers": 24,
-    "hidden_size": 1024,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "image_size": 448,
-    "patch_size": 14,
-}
+_VISION = tower_config(24, 1024, 16, 4096, side=448, patch=14)
 _LARGE = {
     "num_hidden_layers": 45,
     "hidden_size": 3200,
@@ -34,8 +26,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
     patches = (_side(vision["image_size"]) // _side(vision["patch_size"])) ** 2
     return Merged(
         name=name,
-        text=replace(layers, count=0),
-        cross=replace(layers, features_dim=layers.hidden),
+        **among_text(layers),
         vocabulary=text["vocab_size"],
         tower=tower(vision),
         tower_tokens=patches + 1,
@@ -44,8 +35,6 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         tower_states=1,
         source=source,
         embeddings=1 if config.get("tie_word_embeddings", True) else 2,
-        recomputes=False,
-        among=True,
     )
 
 
@@ -72,14 +61,9 @@ def known() -> tuple[Model, ...]:
 def _known(size: str, layers: int, hidden: int, heads: int, *others: int) -> Model:
     kv_heads, mlp = others
     config = {
-        "text_config": {
-            "num_hidden_layers": layers,
-            "hidden_size": hidden,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "intermediate_size": mlp,
-            "vocab_size": 151_674,
-        },
+        "text_config": text_config(
+            layers, hidden, heads, mlp, vocabulary=151_674, num_key_value_heads=kv_heads
+        ),
         "vision_config": _LARGE if size in ("38B", "78B") else {},
         "tie_word_embeddings": False,
     }

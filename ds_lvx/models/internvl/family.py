@@ -15,7 +15,6 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from ds_lvx.models.concatenated.batch import Arrange, Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.internvl import batch as batches
 from ds_lvx.models.internvl import dimensions, sized
 from ds_lvx.models.internvl.processor import Processor
@@ -88,8 +87,5 @@ class InternVL(Concatenated):
     def vision_tower(self, model: Any) -> Any:
         return model.model.vision_tower
 
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
-
-    def frame_tokens(self, config: Any) -> int:
-        return batches.tile_tokens(config)
+    dimensions = staticmethod(dimensions.dimensions)
+    frame_tokens = staticmethod(batches.tile_tokens)

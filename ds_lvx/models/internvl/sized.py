@@ -14,13 +14,17 @@ from transformers import InternVLConfig
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
 from ds_lvx.models.internvl.batch import tile_tokens
+from ds_lvx.models.internvl.dimensions import known
 from ds_lvx.models.internvl.processor import END, IMAGE_TOKEN, START, Processor
 from ds_lvx.models.random_weights import (
     of_heads,
     random_pixels,
     random_text,
+    size_of_known,
     size_of_parts,
     text_settings,
+    tiny_size,
+    vision_settings,
 )
 from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS
@@ -40,19 +44,10 @@ def config_of(size: Size, image: int | None = None) -> InternVLConfig:
             its last.
     """
     text = {"model_type": "qwen2", "tie_word_embeddings": False, **text_settings(size)}
-    vision = {
-        "num_hidden_layers": size.vision_layers,
-        "hidden_size": size.vision_hidden,
-        "num_attention_heads": size.vision_heads,
-        "intermediate_size": size.vision_mlp,
-        "attention_bias": True,
-        "image_size": size.image_size,
-        "patch_size": size.patch_size,
-        "initializer_range": size.initializer_range,
-    }
+    own = {"attention_bias": True, "initializer_range": size.initializer_range}
     return InternVLConfig(
         text_config=text,
-        vision_config=vision,
+        vision_config={**vision_settings(size), **own},
         image_token_id=min(_IMAGE, size.vocabulary - 1) if image is None else image,
         image_seq_length=(size.image_size // size.patch_size // 2) ** 2,
         tie_word_embeddings=False,
@@ -62,23 +57,8 @@ def config_of(size: Size, image: int | None = None) -> InternVLConfig:
 def size_of(config: Any) -> Size:
     """The size of a configuration; None is InternVL3 8B's."""
     if config is None:
-        return Size(
-            vocabulary=151_674,
-            hidden=3584,
-            heads=28,
-            kv_heads=4,
-            mlp=18_944,
-            layers=28,
-            head_dim=128,
-            cross_at=tuple(range(28)),
-            positions=32_768,
-            rope_theta=1e6,
-            vision_hidden=1024,
-            vision_heads=16,
-            vision_mlp=4096,
-            vision_layers=24,
-            vision_global_layers=0,
-            image_size=448,
+        return size_of_known(
+            known(), "InternVL3-8B", positions=32_768, rope_theta=1e6, image_size=448
         )
     vision = config.vision_config
     text, sides = config.text_config, {"image_size": vision.image_size[0]}
@@ -96,15 +76,7 @@ def tiny() -> tuple[InternVLConfig, Processor]:
         "preprocessor_config.json": {"size": sides, "max_patches": 4},
         "processor_config.json": {"image_seq_length": 4},
     }
-    size = Size(
-        vocabulary=len(tokenizer),
-        cross_at=(),
-        positions=4096,
-        image_size=_TINY_SIDE,
-        patch_size=_TINY_SIDE // 4,
-        eos=int(tokenizer.eos_token_id),
-        pad=int(tokenizer.pad_token_id),
-    )
+    size = tiny_size(tokenizer, image_size=_TINY_SIDE, patch_size=_TINY_SIDE // 4)
     image = int(tokenizer.get_vocab()[IMAGE_TOKEN])
     config = config_of(size, image)
     return config, Processor(tokenizer, files, config)

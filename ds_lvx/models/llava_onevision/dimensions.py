@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Model, decoder, tower
+from ds_lvx.models.dimensions import Model, among_text, decoder, text_config, tower, tower_config
 
-_VISION = {
-    # As LlavaOnevisionConfig of transformers has it by default.
-    "num_hidden_layers": 26,
-    "hidden_size": 1152,
-    "num_attention_heads": 16,
-    "intermediate_size": 4304,
-    "image_size": 384,
-    "patch_size": 14,
-}
+# As LlavaOnevisionConfig of transformers has it by default.
+_VISION = tower_config(26, 1152, 16, 4304, side=384, patch=14)
 
 
 def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
@@ -27,8 +19,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
     side = vision["image_size"] // vision["patch_size"]
     return Model(
         name=name,
-        text=replace(layers, count=0),
-        cross=replace(layers, features_dim=layers.hidden),
+        **among_text(layers),
         vocabulary=text["vocab_size"],
         tower=tower(vision),
         tower_tokens=side**2,
@@ -37,8 +28,6 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         tower_states=1,
         source=source,
         embeddings=1 if config.get("tie_word_embeddings", False) else 2,
-        recomputes=False,
-        among=True,
     )
 
 
@@ -51,13 +40,6 @@ def _known(size: str, layers: int, hidden: int, heads: int, *others: int) -> Mod
     kv_heads, mlp = others
     # Qwen2 7B and 72B; transformers' convert_llava_onevision_weights_to_hf.py adds two tokens to
     # their 152,064 and fills up to a multiple of 64.
-    text = {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": mlp,
-        "vocab_size": 152_128,
-    }
+    text = text_config(layers, hidden, heads, mlp, vocabulary=152_128, num_key_value_heads=kv_heads)
     name = f"llava-hf/llava-onevision-qwen2-{size}-ov-hf"
     return dimensions({"text_config": text}, name, f"config.json of {name}; frames of videos")

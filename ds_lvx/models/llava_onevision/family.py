@@ -12,10 +12,9 @@ from transformers import AutoConfig, LlavaOnevisionForConditionalGeneration
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
-from ds_lvx.models.concatenated.batch import Arrange, Unit, Units
+from ds_lvx.models.concatenated.batch import Arrange, Units
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.llava_onevision import batch as batches
 from ds_lvx.models.llava_onevision import dimensions, sized
 from ds_lvx.models.llava_onevision.forward import encoded, packed
@@ -79,8 +78,7 @@ class LlavaOnevision(Concatenated):
 
     # ---- batches
 
-    def units(self, batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
-        return batches.units(batch, ids, config)
+    units = staticmethod(batches.units)
 
     def visual_tokens(self, ids: Tensor, config: Any) -> Tensor:
         return batches.token_types(ids, config) > 0
@@ -108,8 +106,5 @@ class LlavaOnevision(Concatenated):
     def vision_tower(self, model: Any) -> Any:
         return model.model.vision_tower
 
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
-
-    def frame_tokens(self, config: Any) -> int:
-        return batches.frame_tokens(config)
+    dimensions = staticmethod(dimensions.dimensions)
+    frame_tokens = staticmethod(batches.frame_tokens)

@@ -15,13 +15,17 @@ from transformers import LlavaOnevisionConfig
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
 from ds_lvx.models.llava_onevision.batch import FRAMES, VIDEO_PIXELS, frame_tokens
+from ds_lvx.models.llava_onevision.dimensions import known
 from ds_lvx.models.llava_onevision.processor import IMAGE_TOKEN, VIDEO_TOKEN, Processor
 from ds_lvx.models.random_weights import (
     of_heads,
     random_pixels,
     random_text,
+    size_of_known,
     size_of_parts,
     text_settings,
+    tiny_size,
+    vision_settings,
 )
 from ds_lvx.models.size import Size
 
@@ -47,20 +51,11 @@ def config_of(
     fits = size.vocabulary > _IDS[-1]
     image, video = ids or (_IDS if fits else (size.vocabulary - 2, size.vocabulary - 1))
     text = {"model_type": "qwen2", "tie_word_embeddings": False, **text_settings(size)}
-    vision = {
-        "model_type": "siglip_vision_model",
-        "num_hidden_layers": size.vision_layers,
-        "hidden_size": size.vision_hidden,
-        "num_attention_heads": size.vision_heads,
-        "intermediate_size": size.vision_mlp,
-        "image_size": size.image_size,
-        "patch_size": size.patch_size,
-        "vision_use_head": False,
-    }
+    own = {"model_type": "siglip_vision_model", "vision_use_head": False}
     sides = [size.image_size * n for n in range(1, grids + 1)]
     return LlavaOnevisionConfig(
         text_config=text,
-        vision_config=vision,
+        vision_config={**vision_settings(size), **own},
         image_token_index=image,
         video_token_index=video,
         image_grid_pinpoints=[[height, width] for height in sides for width in sides],
@@ -71,24 +66,7 @@ def config_of(
 def size_of(config: Any) -> Size:
     """The size of a configuration; None is LLaVA-OneVision 7B's."""
     if config is None:
-        return Size(
-            vocabulary=152_128,
-            hidden=3584,
-            heads=28,
-            kv_heads=4,
-            mlp=18_944,
-            layers=28,
-            head_dim=128,
-            cross_at=tuple(range(28)),
-            positions=32_768,
-            rope_theta=1e6,
-            vision_hidden=1152,
-            vision_heads=16,
-            vision_mlp=4304,
-            vision_layers=26,
-            vision_global_layers=0,
-            image_size=384,
-        )
+        return size_of_known(known(), "-7b", positions=32_768, rope_theta=1e6, image_size=384)
     text = config.text_config
     return size_of_parts(text, config.vision_config, **of_heads(text))
 
@@ -98,15 +76,7 @@ def tiny() -> tuple[LlavaOnevisionConfig, Processor]:
     tokenizer = byte_tokenizer(
         (*_OTHERS, IMAGE_TOKEN, VIDEO_TOKEN), eos_token=_OTHERS[2], pad_token=_OTHERS[0]
     )
-    size = Size(
-        vocabulary=len(tokenizer),
-        cross_at=(),
-        positions=4096,
-        image_size=_TINY_SIDE,
-        patch_size=_TINY_SIDE // 4,
-        eos=int(tokenizer.eos_token_id),
-        pad=int(tokenizer.pad_token_id),
-    )
+    size = tiny_size(tokenizer, image_size=_TINY_SIDE, patch_size=_TINY_SIDE // 4)
     ids = tuple(int(tokenizer.get_vocab()[name]) for name in (IMAGE_TOKEN, VIDEO_TOKEN))
     config = config_of(size, ids, grids=_TINY_GRIDS)
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}

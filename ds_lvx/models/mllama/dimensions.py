@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Model, decoder, encoder
+from ds_lvx.models.dimensions import Model, decoder, encoder, text_config
 
 _MLLAMA_VISION = {
     "hidden_size": 1280,
@@ -48,15 +48,9 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
 
 
 def _llama_vision(size: str, *, hidden: int, layers: int, heads: int, mlp: int) -> Model:
-    text = {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "intermediate_size": mlp,
-        "vocab_size": 128_256,
-        "cross_attention_layers": list(range(3, layers, 5)),
-    }
+    cross = list(range(3, layers, 5))
+    own = {"num_key_value_heads": 8, "cross_attention_layers": cross}
+    text = text_config(layers, hidden, heads, mlp, vocabulary=128_256, **own)
     name = f"meta-llama/Llama-3.2-{size}-Vision"
     source = f"config.json of {name}; a frame is 4 tiles of 1,601 tokens"
     return dimensions({"text_config": text, "vision_config": _MLLAMA_VISION}, name, source)

@@ -7,11 +7,10 @@ rank's images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import MllamaConfig
 from transformers.models.mllama.modeling_mllama import (
     MllamaForConditionalGeneration,
@@ -22,7 +21,6 @@ from transformers.models.mllama.modeling_mllama import (
 
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.contract import Family
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.mllama import batch as batches
@@ -30,9 +28,6 @@ from ds_lvx.models.mllama import dimensions, features, tiny
 from ds_lvx.models.mllama import frames as framing
 from ds_lvx.models.mllama.attention import CrossAttention, RecomputedSelfAttention
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
-from ds_lvx.models.size import Size
-from ds_lvx.models.text import Text
-from ds_lvx.models.visual import Visual
 
 _KINDS: dict[type[nn.Module], Kind] = {
     MllamaTextCrossAttention: "cross",
@@ -113,75 +108,30 @@ class Mllama(Family):
 
     # ---- batches
 
-    def visual(
-        self, batch: Mapping[str, Any], text: Text, model: MllamaForConditionalGeneration
-    ) -> Visual:
-        return batches.visual(batch, text, model)
+    visual = staticmethod(batches.visual)
+    blank = staticmethod(batches.blank)
+    finish_text = staticmethod(framing.finish_text)
 
-    def blank(self, model: MllamaForConditionalGeneration) -> dict[str, Tensor]:
-        return batches.blank(model)
+    frames = packed_frames = staticmethod(framing.processed)
 
-    def finish_text(self, processor: Any, written: str) -> str:
-        return framing.finish_text(processor, written)
-
-    def frames(
-        self,
-        processor: Any,
-        input_ids: Tensor,
-        pictures: Sequence[Iterable[Any]],
-        *,
-        count: int,
-        dtype: torch.dtype,
-        begins: Tensor | None = None,
-        first: int = 0,
-    ) -> dict[str, Tensor]:
-        return framing.processed(
-            processor, input_ids, pictures, count=count, dtype=dtype, begins=begins
-        )
-
-    packed_frames = frames
-
-    def pixel_batch(
-        self, config: MllamaConfig, input_ids: Tensor, pixels: Tensor
-    ) -> dict[str, Tensor]:
-        return framing.ready(config, input_ids, pixels)
-
-    def random_frames(
-        self,
-        config: MllamaConfig,
-        *,
-        text_tokens: int,
-        total: int,
-        frames: Iterable[int],
-        seed: int,
-    ) -> dict[str, Tensor]:
-        return framing.random_frames(
-            config, text_tokens=text_tokens, total=total, frames=frames, seed=seed
-        )
+    pixel_batch = staticmethod(framing.ready)
+    random_frames = staticmethod(framing.random_frames)
 
     # ---- models
 
     def vision_tower(self, model: MllamaForConditionalGeneration) -> Any:
         return model.model.vision_model
 
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    dimensions = staticmethod(dimensions.dimensions)
 
     def frame_tokens(self, config: MllamaConfig) -> int:
         vision: Any = config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2 + 1
         return int(vision.max_num_tiles * patches)
 
-    def config(self, size: Size) -> MllamaConfig:
-        return tiny.config_of(size)
-
-    def size(self, config: MllamaConfig | None = None) -> Size:
-        return tiny.size_of(config)
-
-    def build(
-        self, config: MllamaConfig, *, gate: float, dtype: torch.dtype
-    ) -> MllamaForConditionalGeneration:
-        return tiny.build(config, gate=gate, dtype=dtype)
+    config = staticmethod(tiny.config_of)
+    size = staticmethod(tiny.size_of)
+    build = staticmethod(tiny.build)
 
     def tiny(self) -> tuple[MllamaConfig, Any]:
         processor = tiny.tiny_processor()

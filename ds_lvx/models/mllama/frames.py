@@ -36,8 +36,10 @@ def processed(
     count: int,
     dtype: torch.dtype,
     begins: Tensor | None = None,
+    first: int = 0,
 ) -> dict[str, Tensor]:
-    """See `ds_lvx.models.contract.Family.frames`, and ``packed_frames``, which has ``begins``.
+    """See `ds_lvx.models.contract.Family.frames`, and ``packed_frames``, which has ``begins``; and
+    ``first``, which says nothing here.
 
     Returns:
         ``visible_images`` int32 ``[B, T, 2]`` (the run of images that a token sees), ``num_images``

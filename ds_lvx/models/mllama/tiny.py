@@ -20,7 +20,8 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
-from ds_lvx.models.random_weights import refill, size_of_parts
+from ds_lvx.models.mllama.dimensions import known
+from ds_lvx.models.random_weights import plain_settings, refill, size_of_known, size_of_parts
 from ds_lvx.models.size import Size
 
 IMAGE_TOKEN = "<|image|>"
@@ -104,43 +105,27 @@ def config_of(size: Size) -> MllamaConfig:
         initializer_range=size.initializer_range,
     )
     text = MllamaTextConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        intermediate_size=size.mlp,
+        **plain_settings(size),
         cross_attention_layers=list(size.cross_at),
-        max_position_embeddings=size.positions,
         rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
-        initializer_range=size.initializer_range,
-        bos_token_id=size.bos,
-        eos_token_id=size.eos,
-        pad_token_id=size.pad,
     )
     return MllamaConfig(vision_config=vision, text_config=text, image_token_index=size.vocabulary)
 
 
-def size_of(config: MllamaConfig | None) -> Size:
+def size_of(config: MllamaConfig | None = None) -> Size:
     """The size of a configuration; None is Llama-3.2-11B-Vision's, its layers as they are dealt."""
     if config is None:
-        return Size(
-            vocabulary=128_256,
-            hidden=4096,
-            heads=32,
-            kv_heads=8,
-            mlp=14_336,
-            layers=40,
+        return size_of_known(
+            known(),
+            "-11B",
             cross_at=tuple(range(3, 40, 5)),
+            head_dim=0,
             positions=131_072,
-            vision_hidden=1280,
-            vision_heads=16,
-            vision_mlp=5120,
+            rope_theta=5e5,
             vision_layers=32,
             vision_global_layers=8,
             image_size=560,
             tiles=4,
-            rope_theta=5e5,
         )
     text: Any = config.get_text_config()
     vision: Any = config.vision_config

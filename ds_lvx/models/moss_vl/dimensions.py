@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Model, decoder, encoder
+from ds_lvx.models.dimensions import Model, decoder, encoder, text_config
 from ds_lvx.models.moss_vl.resize import Budget
 
 PICTURE = (1080, 1920)
@@ -68,16 +68,8 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
 
 def known() -> tuple[Model, ...]:
     """The models that the planner knows by name."""
-    text = {
-        "hidden_size": 4096,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 12_288,
-        "vocab_size": 151_936,
-        "cross_attention_layers": range(2, 48, 4),
-    }
+    own = {"num_key_value_heads": 8, "head_dim": 128, "cross_attention_layers": range(2, 48, 4)}
+    text = text_config(48, 4096, 32, 12_288, vocabulary=151_936, **own)
     vision = {
         "depth": 27,
         "hidden_size": 1152,

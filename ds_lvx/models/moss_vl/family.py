@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.inputs import generating, plain_inputs
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.moss_vl import batch as batches
@@ -24,8 +23,6 @@ from ds_lvx.models.moss_vl.attention import Attention, mask_of
 from ds_lvx.models.moss_vl.processor import Processor, media_text
 from ds_lvx.models.patch import PatchedAttention
 from ds_lvx.models.sized import Sized
-from ds_lvx.models.text import Text
-from ds_lvx.models.visual import Visual
 
 _MODEL = "MossVLForConditionalGeneration"
 
@@ -88,11 +85,8 @@ class MossVL(Sized):
 
     # ---- batches
 
-    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        return batches.visual(batch, text, model)
-
-    def blank(self, model: Any) -> dict[str, Tensor]:
-        return batches.blank(model)
+    visual = staticmethod(batches.visual)
+    blank = staticmethod(batches.blank)
 
     def media_text(self, processor: Any, times: Sequence[float] | None) -> str:
         return media_text(times)
@@ -121,11 +115,8 @@ class MossVL(Sized):
     ) -> Any:
         return checkpoint.load(name, dtype, trust_remote_code=trust_remote_code, **more)
 
-    def load_processor(self, name: str) -> Processor:
-        return Processor.of(name)
-
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    load_processor = staticmethod(Processor.of)
+    dimensions = staticmethod(dimensions.dimensions)
 
     def frame_tokens(self, config: Any) -> int:
         """Those of one of 256 frames of a film; others are larger, or smaller. Or of the frames

@@ -13,7 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ds_lvx.models.moss_vl.batch import PIXELS, SEEN
-from ds_lvx.models.random_weights import random_pixels, random_text, size_of_parts
+from ds_lvx.models.random_weights import (
+    plain_settings,
+    random_pixels,
+    random_text,
+    refuse_none,
+    size_of_parts,
+)
 from ds_lvx.models.size import Size
 
 IMAGE_SIZE = 864
@@ -34,16 +40,7 @@ def config_of(size: Size) -> Any:
         out_hidden_size=size.hidden,
         image_size=size.image_size,
     )
-    text = fields(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        intermediate_size=size.mlp,
-        cross_attention_layers=list(size.cross_at),
-        max_position_embeddings=size.positions,
-    )
+    text = fields(**plain_settings(size), cross_attention_layers=list(size.cross_at))
     return fields(vision_config=vision, text_config=text, image_token_id=size.vocabulary)
 
 
@@ -53,11 +50,7 @@ def size_of(config: Any) -> Size:
     Raises:
         NotImplementedError: there is none.
     """
-    if config is None:
-        raise NotImplementedError(
-            "got no configuration of MOSS-VL, whose code comes with its checkpoints; pass the "
-            "folder of one"
-        )
+    refuse_none(config, "MOSS-VL")
     text, vision = config.text_config, config.vision_config
     multiple = vision.patch_size * vision.spatial_merge_size
     side = max(IMAGE_SIZE * vision.patch_size // 16 // multiple, 1) * multiple

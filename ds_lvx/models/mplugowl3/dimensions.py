@@ -6,16 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Model, decoder, tower
+from ds_lvx.models.dimensions import Model, decoder, text_config, tower, tower_config
 
-_SIGLIP = {
-    "hidden_size": 1152,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "intermediate_size": 4304,
-    "image_size": 384,
-    "patch_size": 14,
-}
+_SIGLIP = tower_config(27, 1152, 16, 4304, side=384, patch=14)
 
 
 def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
@@ -40,16 +33,8 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
 
 
 def _mplug(name: str, *, hidden: int, layers: int, heads: int, kv_heads: int, mlp: int) -> Model:
-    config = {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": mlp,
-        "vocab_size": 151_851,
-        "hyper_layers": range(4),
-        "vision_config": _SIGLIP,
-    }
+    own = {"num_key_value_heads": kv_heads, "hyper_layers": range(4), "vision_config": _SIGLIP}
+    config = text_config(layers, hidden, heads, mlp, vocabulary=151_851, **own)
     return dimensions(config, f"mPLUG/{name}", f"config.json of mPLUG/{name}")
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.models import remote
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.inputs import EncodePixels, generating, plain_inputs
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.mplugowl3 import batch as batches
@@ -25,7 +24,6 @@ from ds_lvx.models.mplugowl3 import processor as processors
 from ds_lvx.models.mplugowl3.attention import Attention, is_gated
 from ds_lvx.models.patch import PatchedAttention
 from ds_lvx.models.sized import Sized
-from ds_lvx.models.text import Text
 from ds_lvx.models.visual import PIXELS, Visual
 
 _MODEL = "mPLUGOwl3Model"
@@ -105,15 +103,13 @@ class MPlugOwl3(Sized):
 
     # ---- batches
 
-    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        return batches.visual(batch, text, model)
+    visual = staticmethod(batches.visual)
 
     def complete(self, visual: Visual, model: Any) -> Visual:
         assert isinstance(visual, batches.Images)
         return replace(visual, strictly=_is_strict(model))
 
-    def blank(self, model: Any) -> dict[str, Tensor]:
-        return batches.blank(model)
+    blank = staticmethod(batches.blank)
 
     def media_text(self, processor: Any, times: Sequence[float] | None) -> str:
         return processors.media_text(processor.tokenizer, times)
@@ -145,14 +141,9 @@ class MPlugOwl3(Sized):
         remote.restore_buffers(model)
         return model
 
-    def load_processor(self, name: str) -> processors.Processor:
-        return processors.Processor.of(name)
-
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
-
-    def frame_tokens(self, config: Any) -> int:
-        return batches.image_tokens(config)
+    load_processor = staticmethod(processors.Processor.of)
+    dimensions = staticmethod(dimensions.dimensions)
+    frame_tokens = staticmethod(batches.image_tokens)
 
     def regions(self) -> Mapping[str, str]:
         return {

@@ -13,7 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ds_lvx.models.mplugowl3.batch import OFFSETS
-from ds_lvx.models.random_weights import random_pixels, random_text, size_of_parts
+from ds_lvx.models.random_weights import (
+    plain_settings,
+    random_pixels,
+    random_text,
+    refuse_none,
+    size_of_parts,
+    vision_settings,
+)
 from ds_lvx.models.size import Size
 from ds_lvx.models.visual import COUNTS, PIXELS
 
@@ -21,24 +28,10 @@ from ds_lvx.models.visual import COUNTS, PIXELS
 def config_of(size: Size) -> Any:
     """The fields of a configuration that are asked for here; no model is built from it."""
     fields: Any = PreTrainedConfig  # which takes any
-    vision = fields(
-        hidden_size=size.vision_hidden,
-        num_hidden_layers=size.vision_layers,
-        num_attention_heads=size.vision_heads,
-        intermediate_size=size.vision_mlp,
-        image_size=size.image_size,
-        patch_size=size.patch_size,
-    )
     return fields(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        intermediate_size=size.mlp,
-        max_position_embeddings=size.positions,
+        **plain_settings(size),
         hyper_layers=[number + 1 for number in size.cross_at],
-        vision_config=vision,
+        vision_config=fields(**vision_settings(size)),
     )
 
 
@@ -48,11 +41,7 @@ def size_of(config: Any) -> Size:
     Raises:
         NotImplementedError: there is none.
     """
-    if config is None:
-        raise NotImplementedError(
-            "got no configuration of mPLUG-Owl3, whose code comes with its checkpoints; pass the "
-            "folder of one"
-        )
+    refuse_none(config, "mPLUG-Owl3")
     cross = tuple(number - 1 for number in config.hyper_layers)
     return size_of_parts(config, config.vision_config, cross_at=cross)
 

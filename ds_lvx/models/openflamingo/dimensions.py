@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ds_lvx.models.dimensions import Layers, Model, decoder, tower
+from ds_lvx.models.dimensions import Layers, Model, decoder, text_config, tower, tower_config
 
 _HEADS = 8
 
@@ -51,22 +51,10 @@ def _text(config: Mapping[str, Any]) -> Layers:
 
 
 def _known(name: str, *, hidden: int, layers: int, heads: int, every: int) -> Model:
-    text = {
-        "model_type": "gpt_neox",  # an MPT's layers are as large
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * hidden,
-        "vocab_size": 50_432,
-    }
-    vision = {
-        "num_hidden_layers": 24,
-        "hidden_size": 1024,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-        "image_size": 224,
-        "patch_size": 14,
-    }
+    # An MPT's layers are as large.
+    own = {"model_type": "gpt_neox"}
+    text = text_config(layers, hidden, heads, 4 * hidden, vocabulary=50_432, **own)
+    vision = tower_config(24, 1024, 16, 4096, side=224, patch=14)
     sizes = {"cross_attn_every_n_layers": every, "dim_head": 64, "latents": 64}
     return dimensions(
         {"text_config": text, "vision_config": vision, **sizes},

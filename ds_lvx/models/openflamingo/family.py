@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.openflamingo import batch as batches
@@ -26,8 +25,6 @@ from ds_lvx.models.openflamingo.attention import Attention
 from ds_lvx.models.openflamingo.model import Flamingo, FlamingoConfig
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
 from ds_lvx.models.sized import Sized
-from ds_lvx.models.text import Text
-from ds_lvx.models.visual import Visual
 
 _MODEL = "Flamingo"
 _PARTS = ("vision_encoder", "perceiver", "lang_encoder", "media_token_id")
@@ -125,11 +122,8 @@ class OpenFlamingo(Sized):
 
     # ---- batches
 
-    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        return batches.visual(batch, text, model)
-
-    def blank(self, model: Any) -> dict[str, Tensor]:
-        return batches.blank(model)
+    visual = staticmethod(batches.visual)
+    blank = staticmethod(batches.blank)
 
     def frames(
         self,
@@ -159,23 +153,18 @@ class OpenFlamingo(Sized):
         model.vision_encoder.requires_grad_(False)
         return model
 
-    def load_processor(self, name: str) -> processors.Processor:
-        return processors.Processor.of(name)
+    load_processor = staticmethod(processors.Processor.of)
 
     def vision_tower(self, model: Any) -> Any:
         return model.vision_encoder
 
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    dimensions = staticmethod(dimensions.dimensions)
 
     def frame_tokens(self, config: Any) -> int:
         return int(config.latents)
 
-    def build(self, config: FlamingoConfig, *, gate: float, dtype: torch.dtype) -> Flamingo:
-        return sized.build(config, gate=gate, dtype=dtype)
-
-    def tiny(self) -> tuple[FlamingoConfig, processors.Processor]:
-        return sized.tiny()
+    build = staticmethod(sized.build)
+    tiny = staticmethod(sized.tiny)
 
     def regions(self) -> Mapping[str, str]:
         return {

@@ -17,9 +17,19 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
 from ds_lvx.models.openflamingo.batch import PIXELS
+from ds_lvx.models.openflamingo.dimensions import known
 from ds_lvx.models.openflamingo.model import Flamingo, FlamingoConfig
 from ds_lvx.models.openflamingo.processor import END_TOKEN, IMAGE_TOKEN, Processor
-from ds_lvx.models.random_weights import random_pixels, random_text, refill, size_of_parts
+from ds_lvx.models.random_weights import (
+    plain_settings,
+    random_pixels,
+    random_text,
+    refill,
+    size_of_known,
+    size_of_parts,
+    tiny_size,
+    vision_settings,
+)
 from ds_lvx.models.size import Size
 
 _PERCEIVER = {"latents": 64, "depth": 6, "dim_head": 64}
@@ -46,26 +56,8 @@ def config_of(size: Size, *, latest: bool = False, **others: Any) -> FlamingoCon
             f"got {layers} layers of self-attention and {gated} of cross-attention; expected a "
             "cross-attention layer before every n-th of the others, as OpenFlamingo has them"
         )
-    text: dict[str, Any] = {
-        "vocab_size": size.vocabulary,
-        "hidden_size": size.hidden,
-        "intermediate_size": size.mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": size.heads,
-        "max_position_embeddings": size.positions,
-        "initializer_range": size.initializer_range,
-        "bos_token_id": size.bos,
-        "eos_token_id": size.eos,
-        "pad_token_id": size.pad,
-    }
-    vision = CLIPVisionConfig(
-        hidden_size=size.vision_hidden,
-        intermediate_size=size.vision_mlp,
-        num_hidden_layers=size.vision_layers,
-        num_attention_heads=size.vision_heads,
-        image_size=size.image_size,
-        patch_size=size.patch_size,
-    )
+    text = {**plain_settings(size), "num_hidden_layers": layers}
+    kv_heads = text.pop("num_key_value_heads")
     shares = size.kv_heads != size.heads
     given = {
         "media_token_id": size.vocabulary - 1,
@@ -74,8 +66,8 @@ def config_of(size: Size, *, latest: bool = False, **others: Any) -> FlamingoCon
         **others,
     }
     return FlamingoConfig(
-        LlamaConfig(**text, num_key_value_heads=size.kv_heads) if shares else GPTNeoXConfig(**text),
-        vision,
+        LlamaConfig(**text, num_key_value_heads=kv_heads) if shares else GPTNeoXConfig(**text),
+        CLIPVisionConfig(**vision_settings(size)),
         cross_attn_every_n_layers=layers // gated,
         only_attend_immediate_media=latest,
         **given,
@@ -89,20 +81,13 @@ def size_of(config: Any) -> Size:
         NotImplementedError: its perceiver is not the published models'.
     """
     if config is None:
-        return Size(
+        return size_of_known(
+            known(),
+            "-4B",
             vocabulary=50_280,
-            hidden=2560,
-            heads=32,
-            kv_heads=32,
-            mlp=10_240,
-            layers=48,
             cross_at=_gated(16, every=2),
+            head_dim=0,
             positions=2048,
-            vision_hidden=1024,
-            vision_heads=16,
-            vision_mlp=4096,
-            vision_layers=24,
-            vision_global_layers=0,
             image_size=224,
         )
     found = {key: getattr(config, key) for key in _PERCEIVER}
@@ -138,16 +123,7 @@ def tiny() -> tuple[FlamingoConfig, Processor]:
     tokenizer = byte_tokenizer((_EOS, _PAD, END_TOKEN, IMAGE_TOKEN), eos_token=_EOS, pad_token=_PAD)
     side = {"height": _TINY_SIDE, "width": _TINY_SIDE}
     images = CLIPImageProcessorPil(size={"shortest_edge": _TINY_SIDE}, crop_size=side)
-    size = Size(
-        vocabulary=len(tokenizer),
-        kv_heads=4,
-        layers=6,
-        cross_at=(1, 4),
-        positions=4096,
-        image_size=_TINY_SIDE,
-        eos=int(tokenizer.eos_token_id),
-        pad=int(tokenizer.pad_token_id),
-    )
+    size = tiny_size(tokenizer, kv_heads=4, layers=6, cross_at=(1, 4), image_size=_TINY_SIDE)
     config = config_of(
         size,
         latest=True,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ds_lvx.models.concatenated.dimensions import Merged
-from ds_lvx.models.dimensions import Model, decoder, encoder
+from ds_lvx.models.dimensions import Model, among_text, decoder, encoder, text_config
 
 SIDE = 448
 """Pixels of a frame, by side, where nobody says how large it is."""
@@ -34,8 +34,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
     merged = width * merge**2
     return Merged(
         name=name,
-        text=replace(layers, count=0),
-        cross=replace(layers, features_dim=layers.hidden),
+        **among_text(layers),
         vocabulary=text["vocab_size"],
         tower=replace(tower, mlp_matrices=3),
         tower_tokens=patches,
@@ -44,8 +43,6 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         tower_states=1,
         source=source,
         embeddings=1 if config.get("tie_word_embeddings", False) else 2,
-        recomputes=False,
-        among=True,
     )
 
 
@@ -74,13 +71,5 @@ def published(
 ) -> dict[str, Any]:
     """A config of the numbers of `known`."""
     heads, kv_heads, mlp, vocabulary = others
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": mlp,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": tied,
-        "vision_config": vision,
-    }
+    own = {"num_key_value_heads": kv_heads, "tie_word_embeddings": tied, "vision_config": vision}
+    return text_config(layers, hidden, heads, mlp, vocabulary=vocabulary, **own)

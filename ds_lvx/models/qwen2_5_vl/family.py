@@ -17,7 +17,6 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from ds_lvx.models.concatenated.batch import Arrange, Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.qwen2_5_vl import batch as batches
 from ds_lvx.models.qwen2_5_vl import dimensions, sized, tower
 from ds_lvx.models.qwen2_5_vl.processor import Processor
@@ -96,8 +95,7 @@ class Qwen25VL(Concatenated):
 
     # ---- data
 
-    def load_processor(self, name: str) -> Processor:
-        return Processor.of(name)
+    load_processor = staticmethod(Processor.of)
 
     def media_tokens(self, processor: Processor) -> tuple[str, ...]:
         return (processor.image_token, processor.video_token)
@@ -107,8 +105,5 @@ class Qwen25VL(Concatenated):
     def vision_tower(self, model: Any) -> Any:
         return model.model.visual
 
-    def frame_tokens(self, config: Any) -> int:
-        return sized.frame_tokens(config)
-
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    frame_tokens = staticmethod(sized.frame_tokens)
+    dimensions = staticmethod(dimensions.dimensions)

@@ -14,13 +14,16 @@ from transformers import Qwen2_5_VLConfig
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
 from ds_lvx.models.qwen2_5_vl.batch import VIDEO_GRID, VIDEO_PIXELS, patch_width
+from ds_lvx.models.qwen2_5_vl.dimensions import known
 from ds_lvx.models.qwen2_5_vl.processor import END, IMAGE_TOKEN, START, VIDEO_TOKEN, Processor
 from ds_lvx.models.random_weights import (
     of_heads,
     random_pixels,
     random_text,
+    size_of_known,
     size_of_parts,
     text_settings,
+    tiny_size,
 )
 from ds_lvx.models.size import Size
 
@@ -108,24 +111,7 @@ def size_of(config: Any, **more: Any) -> Size:
         more: fields that its tower has by other words.
     """
     if config is None:
-        return Size(
-            vocabulary=152_064,
-            hidden=3584,
-            heads=28,
-            kv_heads=4,
-            head_dim=128,
-            mlp=18_944,
-            layers=28,
-            cross_at=tuple(range(28)),
-            positions=128_000,
-            rope_theta=1e6,
-            vision_hidden=1280,
-            vision_heads=16,
-            vision_mlp=3420,
-            vision_layers=32,
-            vision_global_layers=0,
-            image_size=448,
-        )
+        return size_of_known(known(), "-7B", positions=128_000, rope_theta=1e6, image_size=448)
     text, vision = config.text_config, config.vision_config
     side = _SIDE * vision.patch_size
     return size_of_parts(text, vision, **of_heads(text), image_size=side, **more)
@@ -168,16 +154,7 @@ def tiny_parts(
         },
     }
     ids = tuple(int(tokenizer.get_vocab()[name]) for name in names)
-    size = Size(
-        vocabulary=len(tokenizer),
-        cross_at=(),
-        positions=4096,
-        vision_heads=2,
-        image_size=_TINY_SIDE,
-        patch_size=_TINY_PATCH,
-        eos=int(tokenizer.eos_token_id),
-        pad=int(tokenizer.pad_token_id),
-    )
+    size = tiny_size(tokenizer, image_size=_TINY_SIDE, patch_size=_TINY_PATCH)
     return size, ids, kind(tokenizer, files)
 
 

@@ -3,7 +3,6 @@ the place of their seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +14,6 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     VisionAttention,
 )
 
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import Layer
 from ds_lvx.models.qwen2_5_vl import batch as qwen
 from ds_lvx.models.qwen2_5_vl import tower
@@ -45,8 +43,5 @@ class Qwen2VL(Qwen25VL):
     def follow(self, config: Any) -> tower.Follow:
         return partial(tower.whole, merge=int(config.vision_config.spatial_merge_size))
 
-    def load_processor(self, name: str) -> Processor:
-        return Processor.of(name)
-
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    load_processor = staticmethod(Processor.of)
+    dimensions = staticmethod(dimensions.dimensions)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Model, RecurrentLayers
+from ds_lvx.models.dimensions import Model, RecurrentLayers, text_config
 from ds_lvx.models.qwen2_5_vl.dimensions import SIDE
 from ds_lvx.models.qwen3_vl import dimensions as qwen
 
@@ -79,18 +79,14 @@ def published(layers: int, hidden: int, *others: Any) -> dict[str, Any]:
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
     }
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
+    own = {
         "num_key_value_heads": kv_heads,
         "head_dim": 256,
-        "intermediate_size": mlp,
         "linear_num_key_heads": 16,
         "linear_num_value_heads": value_heads,
         "linear_key_head_dim": 128,
         "linear_value_head_dim": 128,
         "linear_conv_kernel_dim": 4,
-        "vocab_size": 248_320,
         "vision_config": vision,
     }
+    return text_config(layers, hidden, heads, mlp, vocabulary=248_320, **own)

@@ -17,7 +17,6 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
     Qwen3_5VisionAttention,
 )
 
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.qwen3_5 import dimensions, sized
 from ds_lvx.models.qwen3_5.states import OfStates
 from ds_lvx.models.qwen3_vl.family import Qwen3VL
@@ -42,5 +41,4 @@ class Qwen35(OfStates, Qwen3VL):
         found = super().regions()
         return {rf".*\b{self.text_name}\.layers\.\d+\.linear_attn": "text", **found}
 
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    dimensions = staticmethod(dimensions.dimensions)

@@ -12,9 +12,10 @@ from typing import Any
 from transformers import Qwen3_5Config
 
 from ds_lvx.models.qwen2_5_vl.sized import tiny_parts, token_ids
+from ds_lvx.models.qwen3_5.dimensions import known
 from ds_lvx.models.qwen3_vl import sized as qwen
 from ds_lvx.models.qwen3_vl.processor import Processor
-from ds_lvx.models.random_weights import text_settings
+from ds_lvx.models.random_weights import size_of_known, text_settings
 from ds_lvx.models.size import Size
 
 _EVERY = 4
@@ -70,19 +71,7 @@ def text_of(size: Size) -> dict[str, Any]:
 def size_of(config: Any) -> Size:
     """The size of a configuration; None is Qwen3.5 9B's, with frames of 768 x 768 pixels."""
     if config is None:
-        return replace(
-            qwen.size_of(None),
-            vocabulary=248_320,
-            heads=16,
-            kv_heads=4,
-            head_dim=256,
-            layers=32,
-            cross_at=tuple(range(32)),
-            rope_theta=1e7,
-            state_heads=16,
-            state_values=32,
-            state_dim=128,
-        )
+        return size_of_known(known(), "-9B", **qwen.MEASURED, rope_theta=1e7)
     text = config.text_config
     return replace(
         qwen.size_of(config),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from transformers import Qwen3_5MoeForConditionalGeneration
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
     Qwen3_5MoeAttention,
@@ -14,7 +11,6 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
     Qwen3_5MoeVisionAttention,
 )
 
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.qwen3_5.family import Qwen35
 from ds_lvx.models.qwen3_5_moe import dimensions, sized
 from ds_lvx.models.qwen3_vl_moe.experts import OfExperts
@@ -32,5 +28,4 @@ class Qwen35Moe(OfExperts, Qwen35):
     of_class = Qwen3_5MoeForConditionalGeneration
     of_positions = Qwen3_5MoeModel
 
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    dimensions = staticmethod(dimensions.dimensions)

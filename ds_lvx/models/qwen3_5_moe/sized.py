@@ -13,8 +13,10 @@ from transformers import Qwen3_5MoeConfig
 
 from ds_lvx.models.qwen2_5_vl.sized import tiny_parts, token_ids
 from ds_lvx.models.qwen3_5 import sized as qwen
+from ds_lvx.models.qwen3_5_moe.dimensions import known
 from ds_lvx.models.qwen3_vl.processor import Processor
-from ds_lvx.models.qwen3_vl.sized import TINY_VIDEO_PIXELS
+from ds_lvx.models.qwen3_vl.sized import MEASURED, TINY_VIDEO_PIXELS
+from ds_lvx.models.random_weights import size_of_known
 from ds_lvx.models.size import Size
 
 frame_tokens = qwen.frame_tokens
@@ -47,16 +49,8 @@ def size_of(config: Any) -> Size:
         NotImplementedError: the expert that serves every token is another than the others.
     """
     if config is None:
-        return replace(
-            qwen.size_of(None),
-            hidden=2048,
-            kv_heads=2,
-            mlp=512,
-            experts=256,
-            chosen_experts=8,
-            layers=40,
-            cross_at=tuple(range(40)),
-        )
+        experts = {"mlp": 512, "experts": 256, "chosen_experts": 8}
+        return size_of_known(known(), "-35B-A3B", **MEASURED, rope_theta=1e7, **experts)
     text = config.text_config
     if text.shared_expert_intermediate_size != text.moe_intermediate_size:
         raise NotImplementedError(

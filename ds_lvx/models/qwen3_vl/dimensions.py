@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Model
+from ds_lvx.models.dimensions import Model, text_config
 from ds_lvx.models.qwen2_5_vl import dimensions as qwen
 
 _SMALL = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
@@ -59,14 +59,6 @@ def published(layers: int, hidden: int, *others: int, small: bool) -> dict[str, 
         "temporal_patch_size": 2,
         "deepstack_visual_indexes": (5, 11, 17) if small else (8, 16, 24),
     }
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": mlp,
-        "vocab_size": 151_936,
-        "tie_word_embeddings": small,
-        "vision_config": vision,
-    }
+    own = {"tie_word_embeddings": small, "vision_config": vision}
+    of_heads = {"num_key_value_heads": 8, "head_dim": 128}
+    return text_config(layers, hidden, heads, mlp, vocabulary=151_936, **of_heads, **own)

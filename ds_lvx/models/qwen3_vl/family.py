@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLModel,
@@ -20,9 +20,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 )
 
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.concatenated.batch import Unit
 from ds_lvx.models.concatenated.forward import Deep, Encoded
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.qwen2_5_vl import batch as qwen
 from ds_lvx.models.qwen2_5_vl import tower
@@ -76,8 +74,7 @@ class Qwen3VL(Qwen25VL):
 
     # ---- batches
 
-    def units_of(self, batch: Mapping[str, Any], types: Tensor, config: Any) -> list[Unit]:
-        return batches.units(batch, types, config)
+    units_of = staticmethod(batches.units)
 
     def follow(self, config: Any) -> tower.Follow:
         vision = config.vision_config
@@ -86,11 +83,6 @@ class Qwen3VL(Qwen25VL):
 
     # ---- data and models
 
-    def load_processor(self, name: str) -> Processor:
-        return Processor.of(name)
-
-    def frame_tokens(self, config: Any) -> int:
-        return sized.frame_tokens(config)
-
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    load_processor = staticmethod(Processor.of)
+    frame_tokens = staticmethod(sized.frame_tokens)
+    dimensions = staticmethod(dimensions.dimensions)

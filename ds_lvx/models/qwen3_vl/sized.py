@@ -15,12 +15,15 @@ from torch import Tensor
 from transformers import Qwen3VLConfig
 
 from ds_lvx.models.qwen2_5_vl import sized as qwen
+from ds_lvx.models.qwen3_vl.dimensions import known
 from ds_lvx.models.qwen3_vl.processor import Processor
-from ds_lvx.models.random_weights import of_heads, size_of_parts, text_settings
+from ds_lvx.models.random_weights import of_heads, size_of_known, size_of_parts, text_settings
 from ds_lvx.models.size import Size
 
 _DEPTH, _DEEP = 27, (8, 16, 24)
 """Layers of the published tower, and those whose features the text adds."""
+MEASURED = {"positions": 262_144, "image_size": 768, "patch_size": 16}
+"""Of a published model, of which frames of 768 x 768 pixels are measured."""
 TINY_VIDEO_PIXELS = 65_536
 
 
@@ -68,25 +71,7 @@ def vision_settings(size: Size) -> dict[str, Any]:
 def size_of(config: Any) -> Size:
     """The size of a configuration; None is Qwen3-VL 8B's, with frames of 768 x 768 pixels."""
     if config is None:
-        return Size(
-            vocabulary=151_936,
-            hidden=4096,
-            heads=32,
-            kv_heads=8,
-            head_dim=128,
-            mlp=12_288,
-            layers=36,
-            cross_at=tuple(range(36)),
-            positions=262_144,
-            rope_theta=5e6,
-            vision_hidden=1152,
-            vision_heads=16,
-            vision_mlp=4304,
-            vision_layers=_DEPTH,
-            vision_global_layers=0,
-            image_size=768,
-            patch_size=16,
-        )
+        return size_of_known(known(), "-8B", **MEASURED, rope_theta=5e6)
     text, vision = config.text_config, config.vision_config
     side = _side(config) * vision.patch_size
     return size_of_parts(text, vision, **of_heads(text), image_size=side)

@@ -5,7 +5,7 @@ A rank routes its own tokens, and has all experts, as ZeRO shares them; nothing 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
     Qwen3VLMoeVisionAttention,
 )
 
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.qwen3_vl.family import Qwen3VL
 from ds_lvx.models.qwen3_vl_moe import dimensions, sized
@@ -47,5 +46,4 @@ class Qwen3VLMoe(OfExperts, Qwen3VL):
         fit_experts(self.model_type)
         return super().load(name, dtype, trust_remote_code=trust_remote_code, **more)
 
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    dimensions = staticmethod(dimensions.dimensions)

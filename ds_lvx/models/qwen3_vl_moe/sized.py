@@ -13,6 +13,8 @@ from transformers import Qwen3VLMoeConfig
 from ds_lvx.models.qwen2_5_vl.sized import tiny_parts, token_ids
 from ds_lvx.models.qwen3_vl import sized as qwen
 from ds_lvx.models.qwen3_vl.processor import Processor
+from ds_lvx.models.qwen3_vl_moe.dimensions import known
+from ds_lvx.models.random_weights import size_of_known
 from ds_lvx.models.size import Size
 
 random_frames = qwen.random_frames
@@ -44,16 +46,8 @@ def size_of(config: Any) -> Size:
         NotImplementedError: some layers of the text have no experts.
     """
     if config is None:
-        return replace(
-            qwen.size_of(None),
-            hidden=2048,
-            kv_heads=4,
-            mlp=768,
-            experts=128,
-            chosen_experts=8,
-            layers=48,
-            cross_at=tuple(range(48)),
-        )
+        experts = {"mlp": 768, "experts": 128, "chosen_experts": 8}
+        return size_of_known(known(), "-30B-A3B", **qwen.MEASURED, rope_theta=5e6, **experts)
     text = config.text_config
     if text.mlp_only_layers or text.decoder_sparse_step != 1:
         raise NotImplementedError(

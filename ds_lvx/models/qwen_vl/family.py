@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.models import remote
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.inputs import generating, plain_inputs
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention
@@ -116,8 +115,7 @@ class QwenVL(Sized):
             start=int(visual["image_start_id"]),
         )
 
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    dimensions = staticmethod(dimensions.dimensions)
 
     def regions(self) -> Mapping[str, str]:
         return {
@@ -129,8 +127,7 @@ class QwenVL(Sized):
     def vision_tower(self, model: Any) -> Any:
         return model.transformer.visual
 
-    def frame_tokens(self, config: Any) -> int:
-        return batches.queries_of(config)
+    frame_tokens = staticmethod(batches.queries_of)
 
 
 def _is_model(module: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ds_lvx.models.qwen_vl.batch import QUERIES, queries_of, side_of
-from ds_lvx.models.random_weights import random_pixels, random_text
+from ds_lvx.models.random_weights import random_pixels, random_text, refuse_none
 from ds_lvx.models.size import Size
 from ds_lvx.models.visual import COUNTS, PIXELS
 
@@ -32,11 +32,7 @@ def size_of(config: Any) -> Size:
     Raises:
         NotImplementedError: there is none, or an image has other rows.
     """
-    if config is None:
-        raise NotImplementedError(
-            "got no configuration of Qwen-VL, whose code comes with its checkpoints; pass the "
-            "folder of one"
-        )
+    refuse_none(config, "Qwen-VL")
     if queries_of(config) != QUERIES:
         raise NotImplementedError(
             f"got a Qwen-VL with {queries_of(config)} rows an image; expected {QUERIES}, as the "

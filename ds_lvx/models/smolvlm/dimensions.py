@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from ds_lvx.models.concatenated.dimensions import Merged
-from ds_lvx.models.dimensions import Model, decoder, tower
+from ds_lvx.models.dimensions import Model, among_text, decoder, tower, tower_config
 
-_VISION = {
-    "num_hidden_layers": 12,
-    "hidden_size": 1152,
-    "num_attention_heads": 16,
-    "intermediate_size": 3072,
-    "image_size": 224,
-    "patch_size": 32,
-}
+_VISION = tower_config(12, 1152, 16, 3072, side=224, patch=32)
 """What transformers has by default; a ``config.json`` says what is otherwise."""
 
 
@@ -28,8 +20,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
     patches = (vision["image_size"] // vision["patch_size"]) ** 2
     return Merged(
         name=name,
-        text=replace(layers, count=0),
-        cross=replace(layers, features_dim=layers.hidden),
+        **among_text(layers),
         vocabulary=text["vocab_size"],
         tower=tower(vision),
         tower_tokens=patches,
@@ -38,8 +29,6 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         tower_states=1,
         source=source,
         embeddings=1 if config.get("tie_word_embeddings", False) else 2,
-        recomputes=False,
-        among=True,
     )
 
 

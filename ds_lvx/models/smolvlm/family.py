@@ -19,7 +19,6 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionAttention
 from ds_lvx.models.concatenated.batch import Arrange, Unit, Units
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.smolvlm import batch as batches
 from ds_lvx.models.smolvlm import dimensions, sized
 from ds_lvx.models.smolvlm.processor import Processor
@@ -98,11 +97,8 @@ class SmolVLM(Concatenated):
     def vision_tower(self, model: Any) -> Any:
         return model.model.vision_model
 
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
-
-    def frame_tokens(self, config: Any) -> int:
-        return batches.tile_tokens(config)
+    dimensions = staticmethod(dimensions.dimensions)
+    frame_tokens = staticmethod(batches.tile_tokens)
 
 
 class Idefics3(SmolVLM):

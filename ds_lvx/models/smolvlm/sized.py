@@ -20,6 +20,8 @@ from ds_lvx.models.random_weights import (
     random_text,
     size_of_parts,
     text_settings,
+    tiny_size,
+    vision_settings,
 )
 from ds_lvx.models.size import Size
 from ds_lvx.models.smolvlm.batch import tile_tokens
@@ -51,15 +53,7 @@ class Sizes:
                 small its last.
         """
         text = {"model_type": "llama", "tie_word_embeddings": False, **text_settings(size)}
-        vision = {
-            "num_hidden_layers": size.vision_layers,
-            "hidden_size": size.vision_hidden,
-            "num_attention_heads": size.vision_heads,
-            "intermediate_size": size.vision_mlp,
-            "image_size": size.image_size,
-            "patch_size": size.patch_size,
-            "initializer_range": size.initializer_range,
-        }
+        vision = {**vision_settings(size), "initializer_range": size.initializer_range}
         side = size.image_size // size.patch_size
         return self.of_class(
             text_config=text,
@@ -107,15 +101,7 @@ class Sizes:
         files: dict[str, dict[str, Any]] = {
             "preprocessor_config.json": {"size": sides, "max_image_size": tile}
         }
-        size = Size(
-            vocabulary=len(tokenizer),
-            cross_at=(),
-            positions=4096,
-            image_size=_TINY_SIDE,
-            patch_size=_TINY_SIDE // 4,
-            eos=int(tokenizer.eos_token_id),
-            pad=int(tokenizer.pad_token_id),
-        )
+        size = tiny_size(tokenizer, image_size=_TINY_SIDE, patch_size=_TINY_SIDE // 4)
         image = int(tokenizer.get_vocab()[IMAGE_TOKEN])
         config = self.config_of(size, image)
         return config, Processor(tokenizer, files, config)

@@ -6,18 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ds_lvx.models.dimensions import Model, RowLayers, decoder, tower
+from ds_lvx.models.dimensions import Model, RowLayers, decoder, text_config, tower, tower_config
 
 _EVERY = 6
 """Of so many layers of a published model one sees everything."""
-_VISION = {
-    "num_hidden_layers": 27,
-    "hidden_size": 1152,
-    "num_attention_heads": 16,
-    "intermediate_size": 4304,
-    "image_size": 896,
-    "patch_size": 14,
-}
+_VISION = tower_config(27, 1152, 16, 4304, side=896, patch=14)
 
 
 def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
@@ -59,16 +52,8 @@ def known() -> tuple[Model, ...]:
 
 def _known(size: str, layers: int, hidden: int, heads: int, *others: int) -> Model:
     kv_heads, mlp, window = others
-    text = {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": 256,
-        "intermediate_size": mlp,
-        "vocab_size": 262_144,
-        "sliding_window": window,
-    }
+    own = {"num_key_value_heads": kv_heads, "head_dim": 256, "sliding_window": window}
+    text = text_config(layers, hidden, heads, mlp, vocabulary=262_144, **own)
     config = {"encoder": {"text_config": text, "vision_config": _VISION}, "decoder": text}
     source = f"Gemma 3's dimensions at {size.upper()}, which encoder and decoder both have"
     return dimensions(config, f"google/t5gemma-2-{size}-{size}", source)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
+from transformers import T5Gemma2ForConditionalGeneration
 from transformers.models.t5gemma2.modeling_t5gemma2 import (
     T5Gemma2MergedAttention,
     T5Gemma2SelfAttention,
@@ -20,7 +20,6 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
 )
 
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.layers import Kind, Layer, LayerPlan
 from ds_lvx.models.patch import KeepForward, PatchedAttention, refuse_growing_rope
 from ds_lvx.models.sized import Sized
@@ -28,8 +27,6 @@ from ds_lvx.models.t5gemma2 import batch as batches
 from ds_lvx.models.t5gemma2 import dimensions, forward, sized
 from ds_lvx.models.t5gemma2 import processor as processors
 from ds_lvx.models.t5gemma2.attention import EncoderAttention, MergedAttention
-from ds_lvx.models.text import Text
-from ds_lvx.models.visual import Visual
 
 
 class T5Gemma2(Sized):
@@ -110,22 +107,14 @@ class T5Gemma2(Sized):
 
     # ---- batches
 
-    def text(self, batch: Mapping[str, Any], model: Any) -> Text:
-        return batches.answer(batch, model)
-
-    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        return batches.visual(batch, text, model)
+    text = staticmethod(batches.answer)
+    visual = staticmethod(batches.visual)
 
     def blank(self, model: T5Gemma2ForConditionalGeneration) -> dict[str, Tensor]:
         return batches.blank(model.config)
 
-    def media_text(self, processor: Any, times: Sequence[float] | None) -> str:
-        return processors.media_text(processor, times)
-
-    def inputs(
-        self, processor: Any, input_ids: Sequence[int], labels: Sequence[int]
-    ) -> Mapping[str, Sequence[int]]:
-        return processors.inputs(processor, input_ids, labels)
+    media_text = staticmethod(processors.media_text)
+    inputs = staticmethod(processors.inputs)
 
     def frames(
         self,
@@ -140,22 +129,14 @@ class T5Gemma2(Sized):
 
     # ---- models
 
-    def load_processor(self, name: str) -> processors.Processor:
-        return processors.Processor.of(name)
+    load_processor = staticmethod(processors.Processor.of)
 
     def vision_tower(self, model: T5Gemma2ForConditionalGeneration) -> Any:
         return model.model.encoder.vision_tower
 
-    def frame_tokens(self, config: Any) -> int:
-        return batches.image_tokens(config)
-
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
-
-    def build(
-        self, config: T5Gemma2Config, *, gate: float, dtype: torch.dtype
-    ) -> T5Gemma2ForConditionalGeneration:
-        return sized.build(config, gate=gate, dtype=dtype)
+    frame_tokens = staticmethod(batches.image_tokens)
+    dimensions = staticmethod(dimensions.dimensions)
+    build = staticmethod(sized.build)
 
     def regions(self) -> Mapping[str, str]:
         return {

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
-from ds_lvx.models.random_weights import random_pixels, refill, size_of_parts
+from ds_lvx.models.random_weights import (
+    plain_settings,
+    random_pixels,
+    refill,
+    size_of_known,
+    size_of_parts,
+    vision_settings,
+)
 from ds_lvx.models.size import Size
 from ds_lvx.models.t5gemma2.batch import image_tokens
+from ds_lvx.models.t5gemma2.dimensions import known
 from ds_lvx.models.visual import COUNTS, PIXELS
 
 _POOLED = 4
@@ -41,39 +49,23 @@ def config_of(size: Size) -> T5Gemma2Config:
             f"got {size.layers - cross} layers of self-attention and {cross} of cross-attention; "
             "expected at least one of each: the encoder's and the decoder's"
         )
+    head_dim = size.head_dim or size.hidden // size.heads
     text = {
-        "vocab_size": size.vocabulary,
-        "hidden_size": size.hidden,
-        "intermediate_size": size.mlp,
-        "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads,
-        "head_dim": size.head_dim or size.hidden // size.heads,
-        "query_pre_attn_scalar": size.head_dim or size.hidden // size.heads,
-        "max_position_embeddings": size.positions,
-        "initializer_range": size.initializer_range,
+        **plain_settings(size),
+        "head_dim": head_dim,
+        "query_pre_attn_scalar": head_dim,
         "sliding_window": _WINDOW,
-        "bos_token_id": size.bos,
-        "eos_token_id": size.eos,
         "pad_token_id": 0 if size.pad is None else size.pad,
     }
     image, behind = _IMAGE, _BEHIND
     if size.vocabulary <= _IMAGE:
         image, behind = size.vocabulary - 1, size.vocabulary - 2
     side = max(size.image_size // size.patch_size // _POOLED, 1)
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": size.vision_hidden,
-        "num_attention_heads": size.vision_heads,
-        "intermediate_size": size.vision_mlp,
-        "num_hidden_layers": size.vision_layers,
-        "image_size": size.image_size,
-        "patch_size": size.patch_size,
-        "vision_use_head": False,
-    }
+    own = {"model_type": "siglip_vision_model", "vision_use_head": False}
     return T5Gemma2Config(
         encoder={
             "text_config": {**text, "num_hidden_layers": size.layers - cross},
-            "vision_config": vision,
+            "vision_config": {**vision_settings(size), **own},
             "mm_tokens_per_image": side**2,
             "eoi_token_index": behind,
             "initializer_range": size.initializer_range,
@@ -91,23 +83,8 @@ def size_of(config: Any) -> Size:
         NotImplementedError: its images have other tokens than the published models'.
     """
     if config is None:
-        return Size(
-            vocabulary=262_144,
-            hidden=2560,
-            heads=8,
-            kv_heads=4,
-            mlp=10_240,
-            head_dim=256,
-            layers=68,
-            cross_at=tuple(range(34, 68)),
-            positions=131_072,
-            vision_hidden=1152,
-            vision_heads=16,
-            vision_mlp=4304,
-            vision_layers=27,
-            vision_global_layers=0,
-            image_size=896,
-        )
+        decoding = tuple(range(34, 68))
+        return size_of_known(known(), "-4b", cross_at=decoding, positions=131_072, image_size=896)
     text, vision, decoder = config.encoder.text_config, config.encoder.vision_config, config.decoder
     layers = text.num_hidden_layers + decoder.num_hidden_layers
     cross = tuple(range(text.num_hidden_layers, layers))

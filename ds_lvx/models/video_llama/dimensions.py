@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from ds_lvx.models.adapters.dimensions import Adapted
-from ds_lvx.models.dimensions import Model, decoder, encoder
+from ds_lvx.models.dimensions import Model, among_text, decoder, encoder, text_config
 
 MODEL_TYPE = "video_llama"
 VISION: Mapping[str, int] = {
@@ -40,8 +39,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
     weights = of_rows + of_patches + of_video
     return Adapted(
         name=name,
-        text=replace(text, count=0),
-        cross=replace(text, features_dim=text.hidden),
+        **among_text(text),
         vocabulary=config["text_config"]["vocab_size"],
         tower=encoder(vision["layers"], vision["width"], heads=vision["heads"], mlp=vision["mlp"]),
         tower_tokens=patches,
@@ -49,8 +47,6 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         projector_parameters=weights,
         tower_states=1,
         source=source,
-        recomputes=False,
-        among=True,
         gathered=True,
         adapter_tokens=(of_rows * rows + of_patches * patches) // weights,
     )
@@ -65,12 +61,6 @@ def known() -> tuple[Model, ...]:
 
 
 def _known(name: str, *, layers: int, hidden: int, heads: int, mlp: int) -> Model:
-    text = {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "intermediate_size": mlp,
-        "vocab_size": 32_000,
-    }
+    text = text_config(layers, hidden, heads, mlp, vocabulary=32_000)
     source = "video_llama/models/ of its repository (eva_vit.py, video_llama.py) and Llama 2's"
     return dimensions({"text_config": text}, f"DAMO-NLP-SG/{name}", f"{source} config.json")

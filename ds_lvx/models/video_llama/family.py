@@ -17,18 +17,15 @@ from torch import Tensor, nn
 
 from ds_lvx.models.adapters.family import is_causal, layer_of
 from ds_lvx.models.batch import ShardedBatch
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.patch import PatchedAttention, refuse_growing_rope
 from ds_lvx.models.sized import Made
-from ds_lvx.models.text import Text
 from ds_lvx.models.video_llama import batch as batches
 from ds_lvx.models.video_llama import dimensions, forward, sized
 from ds_lvx.models.video_llama import processor as processors
 from ds_lvx.models.video_llama.attention import VideoAttention
 from ds_lvx.models.video_llama.model import VideoLlamaConfig, VideoLlamaModel
-from ds_lvx.models.visual import Visual
 
 _MODULES = {
     "visual_encoder",
@@ -108,11 +105,8 @@ class VideoLlama(Made):
 
     # ---- batches
 
-    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        return batches.visual(batch, text, model)
-
-    def blank(self, model: Any) -> dict[str, Tensor]:
-        return batches.blank(model)
+    visual = staticmethod(batches.visual)
+    blank = staticmethod(batches.blank)
 
     def media_text(self, processor: Any, times: Sequence[float] | None) -> str:
         return processors.media_text(times)
@@ -154,8 +148,7 @@ class VideoLlama(Made):
     def vision_tower(self, model: Any) -> Any:
         return model.visual_encoder
 
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    dimensions = staticmethod(dimensions.dimensions)
 
     def frame_tokens(self, config: Any) -> int:
         return int(config.queries)

@@ -6,6 +6,7 @@ All layers of the text see the video's places, which stand in front of it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
-from ds_lvx.models.random_weights import random_pixels, random_text, size_of_parts
+from ds_lvx.models.random_weights import plain_settings, random_pixels, random_text, size_of_parts
 from ds_lvx.models.size import Size
 from ds_lvx.models.video_llama.batch import PIXELS
 from ds_lvx.models.video_llama.dimensions import QFORMER
@@ -32,19 +33,7 @@ def config_of(size: Size, **others: Any) -> VideoLlamaConfig:
         size: its dimensions; ``cross_at`` says nothing here.
         others: further fields.
     """
-    text = LlamaConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden,
-        intermediate_size=size.mlp,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        max_position_embeddings=max(size.positions, _POSITIONS),
-        initializer_range=size.initializer_range,
-        bos_token_id=size.bos,
-        eos_token_id=size.eos,
-        pad_token_id=size.pad,
-    )
+    text = LlamaConfig(**plain_settings(replace(size, positions=max(size.positions, _POSITIONS))))
     vision = {
         "width": size.vision_hidden,
         "layers": size.vision_layers,

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from ds_lvx.models.concatenated.dimensions import Merged
-from ds_lvx.models.dimensions import Model, decoder, tower
+from ds_lvx.models.dimensions import Model, among_text, decoder, tower, tower_config
 from ds_lvx.models.qwen2_5_vl.dimensions import SIDE, published
 
 _MERGE = 2
 """Patches of a video's token by side, which is its processor's to say."""
-_VISION = {
-    "num_hidden_layers": 27,
-    "hidden_size": 1152,
-    "num_attention_heads": 16,
-    "intermediate_size": 4304,
-    "patch_size": 14,
-}
+_VISION = tower_config(27, 1152, 16, 4304, side=SIDE, patch=14)
 
 
 def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
@@ -30,8 +23,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
     tied = config.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
     return Merged(
         name=name,
-        text=replace(layers, count=0),
-        cross=replace(layers, features_dim=layers.hidden),
+        **among_text(layers),
         vocabulary=text["vocab_size"],
         tower=tower(vision),
         tower_tokens=patches,
@@ -40,8 +32,6 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         tower_states=1,
         source=source,
         embeddings=1 if tied else 2,
-        recomputes=False,
-        among=True,
     )
 
 

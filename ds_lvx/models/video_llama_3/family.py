@@ -13,7 +13,6 @@ from transformers.models.video_llama_3.modeling_video_llama_3 import VideoLlama3
 from ds_lvx.models.concatenated.batch import Arrange, Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.qwen2_5_vl import batch as qwen
 from ds_lvx.models.qwen2_5_vl import tower
 from ds_lvx.models.video_llama_3 import batch as batches
@@ -73,8 +72,7 @@ class VideoLlama3(Concatenated):
 
     # ---- data
 
-    def load_processor(self, name: str) -> Processor:
-        return Processor.of(name)
+    load_processor = staticmethod(Processor.of)
 
     def media_tokens(self, processor: Processor) -> tuple[str, ...]:
         return (processor.image_token, processor.video_token)
@@ -84,8 +82,5 @@ class VideoLlama3(Concatenated):
     def vision_tower(self, model: Any) -> Any:
         return model.model.vision_model
 
-    def frame_tokens(self, config: Any) -> int:
-        return sized.frame_tokens(config)
-
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    frame_tokens = staticmethod(sized.frame_tokens)
+    dimensions = staticmethod(dimensions.dimensions)

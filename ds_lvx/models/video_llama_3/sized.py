@@ -19,11 +19,15 @@ from ds_lvx.models.random_weights import (
     of_heads,
     random_pixels,
     random_text,
+    size_of_known,
     size_of_parts,
     text_settings,
+    tiny_size,
+    vision_settings,
 )
 from ds_lvx.models.size import Size
 from ds_lvx.models.video_llama_3.batch import VIDEO_MERGES, patch_width
+from ds_lvx.models.video_llama_3.dimensions import known
 from ds_lvx.models.video_llama_3.processor import Processor
 
 _OTHERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -45,14 +49,8 @@ def config_of(size: Size, ids: tuple[int, ...] | None = None) -> VideoLlama3Conf
     """
     fits = size.vocabulary > _IDS[-1]
     image, video = ids or (_IDS if fits else (size.vocabulary - 2, size.vocabulary - 1))
-    vision = {
-        "num_hidden_layers": size.vision_layers,
-        "hidden_size": size.vision_hidden,
-        "num_attention_heads": size.vision_heads,
-        "intermediate_size": size.vision_mlp,
-        "patch_size": size.patch_size,
-        "initializer_range": size.initializer_range,
-    }
+    vision = {**vision_settings(size), "initializer_range": size.initializer_range}
+    del vision["image_size"]  # pictures have any
     return VideoLlama3Config(
         text_config={"model_type": "qwen2", "tie_word_embeddings": False, **text_settings(size)},
         vision_config=vision,
@@ -65,24 +63,7 @@ def config_of(size: Size, ids: tuple[int, ...] | None = None) -> VideoLlama3Conf
 def size_of(config: Any) -> Size:
     """The size of a configuration; None is VideoLLaMA 3 7B's, with frames of 448 x 448 pixels."""
     if config is None:
-        return Size(
-            vocabulary=152_064,
-            hidden=3584,
-            heads=28,
-            kv_heads=4,
-            head_dim=128,
-            mlp=18_944,
-            layers=28,
-            cross_at=tuple(range(28)),
-            positions=32_768,
-            rope_theta=1e6,
-            vision_hidden=1152,
-            vision_heads=16,
-            vision_mlp=4304,
-            vision_layers=27,
-            vision_global_layers=0,
-            image_size=448,
-        )
+        return size_of_known(known(), "3-7B", positions=32_768, rope_theta=1e6, image_size=448)
     text, vision = config.text_config, config.vision_config
     return size_of_parts(text, vision, **of_heads(text), image_size=_SIDE * vision.patch_size)
 
@@ -99,16 +80,7 @@ def tiny() -> tuple[VideoLlama3Config, Processor]:
         }
         for file, most in (("preprocessor_config.json", 4), ("video_preprocessor_config.json", 64))
     }
-    size = Size(
-        vocabulary=len(tokenizer),
-        cross_at=(),
-        positions=4096,
-        vision_heads=2,
-        image_size=_TINY_SIDE,
-        patch_size=_TINY_PATCH,
-        eos=int(tokenizer.eos_token_id),
-        pad=int(tokenizer.pad_token_id),
-    )
+    size = tiny_size(tokenizer, image_size=_TINY_SIDE, patch_size=_TINY_PATCH)
     ids = tuple(int(tokenizer.get_vocab()[name]) for name in _NAMES)
     return config_of(size, ids), Processor(tokenizer, files)
 

@@ -1,0 +1,202 @@
+"""TRL's trainers that generate as they train, for models whose visual tokens are sharded.
+
+They count by processes: of the rewards of all each takes its own by its index, and what is logged
+is gathered from all. Here a process is a replica: the ranks of a sequence-parallel group have the
+same prompts, generate the same completions, and get the rewards that their first rank asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import accelerate.utils
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from ds_lvx.accelerate import Accelerator
+from ds_lvx.models.generating.past import media_tokens
+
+_REFUSED = {
+    "use_vllm": "which would generate for each rank apart",
+    "use_transformers_continuous_batching": "which knows no sharded keys",
+}
+_REFUSED_OF_TRAINER = ("tools", "environment_factories", "rollout_func")
+
+
+class OnlineMixin:
+    """What `ds_lvx.trainer.TrainerMixin` does for TRL's ``GRPOTrainer`` and ``RLOOTrainer``."""
+
+    accelerator: Accelerator
+    args: Any
+    generation_config: Any
+    model: Any
+    num_generations: int
+    num_generations_eval: int
+    _copies = 1
+    reward_funcs: list[Any]
+
+    def _check_online(self) -> None:
+        """Count samples of a generation by replicas, and refuse what runs once a process.
+
+        Raises:
+            ValueError: a prompt's completions do not fill the replicas' batches.
+            NotImplementedError: settings that do not go with samples that several ranks share.
+        """
+        args, ours = self.args, self.accelerator
+        if not hasattr(args, "steps_per_generation"):
+            return
+        for name, why in _REFUSED.items():
+            if getattr(args, name, False):
+                raise NotImplementedError(
+                    f"got {name} in the training arguments, {why} where ranks share a sample; "
+                    "leave it out"
+                )
+        for name in _REFUSED_OF_TRAINER if ours.sp_size > 1 else ():
+            if getattr(self, name, None):
+                raise NotImplementedError(
+                    f"got {name} for the trainer, which each rank of a sample would call, with "
+                    "answers of its own; leave it out"
+                )
+        args.generation_batch_size = _whole_prompts(
+            "per_device_train_batch_size x replicas x steps_per_generation",
+            (args.per_device_train_batch_size, ours.num_processes, args.steps_per_generation),
+            args.num_generations,
+        )
+        if args.do_eval and args.eval_strategy != "no":
+            _whole_prompts(
+                "per_device_eval_batch_size x replicas",
+                (args.per_device_eval_batch_size, ours.num_processes),
+                args.num_generations_eval or args.num_generations,
+            )
+
+    def _begin_online(self) -> None:
+        """Random numbers by replica, and completions without tokens that stand for an image."""
+        if not hasattr(self.args, "steps_per_generation"):
+            return
+        with self.accelerator.indexing_replicas():
+            set_seed(self.args.seed + self.accelerator.process_index)
+        settings = self.generation_config
+        settings.suppress_tokens = sorted(
+            {*(settings.suppress_tokens or ()), *media_tokens(self.model)}
+        )
+
+    def _generate_and_score_completions(self, inputs: Sequence[Any]) -> Any:
+        """TRL's, by replicas; the ranks of one have the same random numbers afterwards."""
+        with self._by_replicas(self.accelerator.gather):
+            scored = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        self.accelerator.share_random_numbers()  # TRL shuffles the completions by them
+        return scored
+
+    def _tokenize_prompts(self, prompts: Sequence[Any]) -> tuple[Any, Any, Any]:
+        """TRL's; a prompt whose completions all are this replica's is processed once."""
+        copies = self._copies = self._copies_of(prompts)
+        ids, images, fields = super()._tokenize_prompts(prompts[::copies])  # type: ignore[misc]
+        return _repeated(ids, copies), images and _repeated(images, copies), fields
+
+    def _copies_of(self, prompts: Sequence[Any]) -> int:
+        """How many prompts in a row are one: its completions, or 1 where they are not all here."""
+        copies = self.num_generations if self.model.training else self.num_generations_eval
+        starts = range(0, len(prompts), copies)
+        are_one = self.generation_config.do_sample and all(
+            len(prompts) >= start + copies
+            and all(_alike(prompts[start], other) for other in prompts[start + 1 : start + copies])
+            for start in starts
+        )
+        return copies if are_one else 1
+
+    def _generate_single_turn(
+        self, prompt_ids: Sequence[Any], images: Any, fields: Any, *more: Any
+    ) -> Any:
+        """TRL's; completions of one prompt share its keys, and its images are encoded once."""
+        copies = self._copies
+        with _replaced(self.generation_config, "num_return_sequences", copies):
+            return super()._generate_single_turn(  # type: ignore[misc]
+                prompt_ids[::copies], images and images[::copies], fields, *more
+            )
+
+    def _calculate_rewards(self, *args: Any) -> Tensor:
+        """TRL's; the first rank of a group asks the functions, once for all of them.
+
+        Raises:
+            RuntimeError: on all ranks, where a function failed on one.
+        """
+        ours, own = self.accelerator, self.reward_funcs
+        if not ours.is_first_of_replica:
+            self.reward_funcs = [f if isinstance(f, nn.Module) else _unasked for f in own]
+        agreed = False
+
+        def gather(rewards: Tensor) -> Tensor:
+            nonlocal agreed
+            agreed = True
+            ours.agree_on_failure(None)
+            return ours.gather(rewards)
+
+        try:
+            with self._by_replicas(gather):
+                rewards: Tensor = super()._calculate_rewards(*args)  # type: ignore[misc]
+        except Exception as caught:
+            if agreed:
+                raise
+            failure = RuntimeError(f"a reward failed: {type(caught).__name__}: {caught}")
+            failure.__cause__ = caught
+            ours.agree_on_failure(failure)
+        finally:
+            self.reward_funcs = own
+        return rewards
+
+    @contextmanager
+    def _by_replicas(self, gather: Callable[[Any], Any]) -> Iterator[None]:
+        """Let TRL's modules, and those of subclasses, gather from replicas, and index by them."""
+        ours = self.accelerator
+        modules = {sys.modules[kind.__module__] for kind in type(self).__mro__}
+        with ExitStack() as stack:
+            for name, by_replica in (("gather", gather), ("gather_object", ours.gather_object)):
+                known = (getattr(accelerate.utils, name), getattr(ours, name))
+                for module in modules:
+                    if getattr(module, name, None) in known:
+                        stack.enter_context(_replaced(module, name, by_replica))
+            stack.enter_context(ours.indexing_replicas())
+            yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value of an attribute."""
+    own = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
+
+
+def _repeated(items: Sequence[Any], copies: int) -> list[Any]:
+    return [item for item in items for _ in range(copies)]
+
+
+def _alike(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except (ValueError, RuntimeError):  # images as arrays, which tell element by element
+        return False
+
+
+def _unasked(prompts: Sequence[Any], **_: Any) -> list[float]:
+    """In the place of a function that the group's first rank calls."""
+    return [0.0] * len(prompts)
+
+
+def _whole_prompts(names: str, factors: Sequence[int], generations: int) -> int:
+    """The product of the factors, which has whole prompts' completions."""
+    samples = math.prod(factors)
+    if samples % generations:
+        raise ValueError(
+            f"got {names} = {' x '.join(map(str, factors))} = {samples}; expected a multiple of "
+            f"num_generations, {generations}: the ranks of a sequence-parallel group share a "
+            "sample, and count once; raise steps_per_generation or the batch size"
+        )
+    return samples
