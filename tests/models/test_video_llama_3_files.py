@@ -170,6 +170,31 @@ def test_each_rank_decodes_its_own_pixels(folder: Path) -> None:
     assert sorted(held) == [*range(7)]
 
 
+def test_a_frame_that_cannot_be_decoded_is_black_on_all_ranks(folder: Path) -> None:
+    """In the text of each, too, whether it holds the frame or not."""
+    film(5)[4].save(folder / "cut.jpg")
+    raw = (folder / "cut.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(raw[:-300])
+    frames = [*(f"{n}.png" for n in range(4)), "cut.jpg", "5.png"]
+    line = write_jsonl(folder / "cut.jsonl", chat(("video", frames), ("text", "?")))
+    conversations = read_conversations(line)
+    with pytest.raises(ValueError, match=r"cut.jsonl:1: .*cut\.jpg"):
+        maker_of(folder, frames=6).batch(conversations)
+    parts = [
+        maker_of(folder, frames=6, skip=True, deal=lambda tokens, here=here: here).batch(
+            conversations
+        )
+        for here in ([0, 1], [2, 3, 4, 5])
+    ]
+    assert [len(part.failed) for part in parts] == [0, 1]
+    first, second = (part.inputs for part in parts)
+    assert torch.equal(first["input_ids"], second["input_ids"])
+    assert torch.equal(first[MASK], second[MASK])
+    shown = [mask.sum().item() for mask in first[MASK].view(6, -1)]
+    assert shown[4] == shown[0] > 1  # a black one is new, and those behind it are as it is
+    assert shown[5] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_finetune_trains_a_checkpoint(folder: Path, tmp_path: Path, ranks: int) -> None:
