@@ -73,7 +73,9 @@ def _masks(batch: Mapping[str, Any], sizes: Sequence[Size]) -> Sequence[Tensor |
         return [None] * len(sizes)
     counts = [t * h * w // m**2 for t, h, w, m in sizes]
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.numel() != sum(counts):
-        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
+        got = (
+            f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        )
         raise ValueError(
             f"got {MASK} {got}; expected bool ({sum(counts)},): of each token that the videos "
             "have, whether it stands in the text, those of the whole batch"
