@@ -137,6 +137,9 @@ BAD: dict[str, Any] = {
     r"mm_token_type_ids that are not those of input_ids": lambda b: changed(
         b, mm_token_type_ids=torch.zeros_like(b["input_ids"])
     ),
+    r"attention_mask that hides token \d+ of sample 0, of an image or a video": lambda b: changed(
+        b, attention_mask=b["attention_mask"] * (b["mm_token_type_ids"] != 2)
+    ),
     r"second_per_grid_ts of 1 numbers for 2 videos": lambda b: changed(b, second_per_grid_ts=[1.0]),
     r"input_ids \(3, 0\); expected at least one sample": lambda _: {
         "input_ids": torch.zeros(3, 0).long()

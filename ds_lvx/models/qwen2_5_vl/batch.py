@@ -178,6 +178,7 @@ def positions(
         return _of_text(given, text)
     media = {key: batch[key] for key in (GRID, VIDEO_GRID, SECONDS) if key in batch}
     _check_seconds(media.get(SECONDS), videos=len(media.get(VIDEO_GRID, ())))
+    _check_shown(types, text)
     made: Tensor = model.get_rope_index(
         _Positions(config, model),
         text.input_ids,
@@ -192,6 +193,17 @@ def positions(
             f"get_rope_index makes of the whole batch, {tuple(made.shape)}: leave them out"
         )
     return made
+
+
+def _check_shown(types: Tensor, text: Text) -> None:
+    mask = text.attention_mask
+    hidden = torch.zeros_like(types) if mask is None else types * (mask.to(types.device) == 0)
+    if bool(hidden.any()):
+        row, place = hidden.nonzero()[0].tolist()
+        raise ValueError(
+            f"got an attention_mask that hides token {place} of sample {row}, of an image or a "
+            "video; expected 1 at all of their tokens: the model has no positions for a part"
+        )
 
 
 def _check_seconds(seconds: Any, *, videos: int) -> None:
