@@ -293,9 +293,10 @@ def look_inside() -> dict[str, Any]:
             words = {"max_new_tokens": tokens, "min_new_tokens": tokens, "num_beams": 2}
             ds_lvx.generate(model, batch, stopping_criteria=[look], **words)
         calls.append(traffic.calls)
-    wrong = []
+    wrong, ends_padded = [], batch["attention_mask"].clone()
+    ends_padded[:, -1] = 0
     for given, words in (
-        ({**batch, "attention_mask": batch["attention_mask"].flip(1)}, {}),
+        ({**batch, "attention_mask": ends_padded}, {}),
         (batch, {"output_hidden_states": True, "return_dict_in_generate": True}),
     ):
         with pytest.raises((ValueError, NotImplementedError)) as caught:
