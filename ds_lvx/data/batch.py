@@ -6,7 +6,7 @@ Shapes: ``B`` samples, ``T`` tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
@@ -121,7 +121,8 @@ class BatchMaker:
     def sample(self, conversation: Conversation) -> Sample:
         """Look at the media of a conversation, choose frames and write its text.
 
-        Decodes nothing; of a video whose size counts, the first frame.
+        Decodes nothing; of a video whose size counts, the first frame; and all where a family asks
+        what they show (`ds_lvx.models.media.Medium.decoded`).
 
         Raises:
             DataError: with file and line, for media that cannot be read and text that does not fit.
@@ -232,7 +233,7 @@ class BatchMaker:
             for number in row:
                 sample, last = samples[number], first + samples[number].num_frames
                 here = [n - first for n in mine if first <= n < last]
-                yield from self._or_black(sample, here, partial(failed.__setitem__, number))
+                yield from self._of_sample(sample, here, partial(failed.__setitem__, number))
                 first = last
 
         return [pictures(row) for row in rows], mine
@@ -250,8 +251,12 @@ class BatchMaker:
         family = self.encoder.family
         if not family.sized_media:
             return ()
+        media = [
+            replace(medium, decoded=partial(self._decoded, each))
+            for medium, each in zip(_media(frames), frames, strict=True)
+        ]
         try:
-            return tuple(family.shown(self.encoder.processor, each) for each in _media(frames))
+            return tuple(family.shown(self.encoder.processor, each) for each in media)
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
 
@@ -274,24 +279,37 @@ class BatchMaker:
         # A unit without a frame of its own is a further piece of the frame before it.
         starts = [end - (end == ends[unit + 1]) for unit, end in enumerate(ends[:-1])]
         mine = sorted({n for unit in units for n in range(starts[unit], ends[unit + 1])})
-        return Held(_media(sample.frames), units, self._or_black(sample, mine, fail))
+        pictures = self._of_sample(sample, mine, fail)
+        return Held(_media(sample.frames), units, pictures, sample.shown)
 
-    def _or_black(
+    def _of_sample(
         self, sample: Sample, mine: Sequence[int], fail: Callable[[str], None]
     ) -> Iterator[Any]:
-        """The frames ``mine`` of a sample; black ones from where it fails, if that is no error."""
+        """The frames ``mine`` of a sample."""
+        count = sum(n < sample.num_frames for n in mine)
+        return self._or_black(self._pictures(sample, mine), count, fail)
+
+    def _decoded(self, frames: Frames) -> Iterator[Any]:
+        """All frames of a medium. What fails is reported where they are decoded for their rank."""
+        pictures = self.chooser.pictures(frames, frames.indices, self.counter)
+        return self._or_black(pictures, len(frames.indices), lambda reason: None)
+
+    def _or_black(
+        self, pictures: Iterator[Any], count: int, fail: Callable[[str], None]
+    ) -> Iterator[Any]:
+        """So many pictures; black ones from where it fails, if that is no error."""
         done = 0
         try:
-            for picture in self._pictures(sample, mine):
+            for picture in pictures:
                 yield picture
                 done += 1
-        except DataError as error:
+        except ValueError as error:
             if not self._skip:
                 raise
             from PIL import Image
 
             fail(str(error))
-            for _ in [n for n in mine if n < sample.num_frames][done:]:
+            for _ in range(count - done):
                 yield Image.new("RGB", (32, 32))
 
     def _inputs(self, sample: Sample) -> Mapping[str, Sequence[int]]:

@@ -5,8 +5,8 @@ Shapes: ``B`` samples, ``T`` text tokens of the whole sequence. This module impo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ds_lvx.models.cuts import span, split
@@ -25,12 +25,15 @@ class Medium:
         sides: height and width of a picture, in pixels.
         alone: no other image is in its sample.
         pixels: least and most that a picture is to have for the model, where the sample says them.
+        decoded: its pictures, for a family whose tokens follow from what they show: PIL images, one
+            at a time, decoded anew by each call; None: they are not at hand.
     """
 
     times: tuple[float, ...] | None
     sides: tuple[int, int]
     alone: bool = True
     pixels: tuple[int | None, int | None] = (None, None)
+    decoded: Callable[[], Iterable[Any]] | None = field(default=None, compare=False, repr=False)
 
 
 def of_sample(media: Iterable[Medium]) -> list[Medium]:
@@ -48,11 +51,13 @@ class Shown:
         text: with one of `ds_lvx.models.contract.Family.media_tokens` for each unit.
         frames: of each unit, in order; 0: it is a further piece of the frame before.
         tokens: of each unit; its token in the text is so many of them.
+        seen: what the family made of its pictures for that, for `Held.shown`.
     """
 
     text: str
     frames: tuple[int, ...]
     tokens: tuple[int, ...]
+    seen: Any = None
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,13 @@ class Held:
         units: numbers of the units that this rank holds, over all media, in order.
         pictures: their frames, as PIL images, one at a time; take each once, in order. Of units
             that are pieces of a frame it comes once.
+        shown: what each medium is in the text.
     """
 
     media: Sequence[Medium]
     units: Sequence[int]
     pictures: Iterable[Any]
+    shown: Sequence[Shown]
 
 
 class TakesMedia:

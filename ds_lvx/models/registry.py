@@ -41,11 +41,12 @@ BUILT_IN: Mapping[str, str] = {
     "qwen3_5": "ds_lvx.models.qwen3_5.family:Qwen35",
     "qwen3_5_moe": "ds_lvx.models.qwen3_5_moe.family:Qwen35Moe",
     "glm4v": "ds_lvx.models.glm4v.family:Glm4V",
-    "glm46v": "ds_lvx.models.glm4v.family:Glm46V",
+    "glm46v": "ds_lvx.models.glm46v.family:Glm46V",
     "glm4v_moe": "ds_lvx.models.glm4v_moe.family:Glm4vMoe",
     "gemma3": "ds_lvx.models.gemma3.family:Gemma3",
     "internvl": "ds_lvx.models.internvl.family:InternVL",
     "llava_onevision": "ds_lvx.models.llava_onevision.family:LlavaOnevision",
+    "video_llama_3": "ds_lvx.models.video_llama_3.family:VideoLlama3",
     "smolvlm": "ds_lvx.models.smolvlm.family:SmolVLM",
     "idefics3": "ds_lvx.models.smolvlm.family:Idefics3",
 }
@@ -58,14 +59,14 @@ _ROOMS = {
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), "adapters"),
     "qwen": "qwen_vl",
     "idefics3": "smolvlm",
-    "glm46v": "glm4v",
 }
 KNOWN: Mapping[str, str] = {
     name: f"ds_lvx.models.{_ROOMS.get(name, name)}.dimensions"
     for name in (
         *("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2"),
         *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
-        *("glm4v", "glm4v_moe", "gemma3", "internvl", "llava_onevision", "video_llama", "smolvlm"),
+        *("glm4v", "glm46v", "glm4v_moe", "gemma3", "internvl", "llava_onevision", "smolvlm"),
+        *("video_llama", "video_llama_3"),
         *_ROOMS,
     )
 }

@@ -167,10 +167,11 @@ class FakeCuda(TorchDispatchMode):
             if name.lstrip("_").startswith("index") and _by_mask(args[1]):
                 raise DynamicOutputShapeException(func)
             with self._mode:
-                if func is _aten.grid_sampler_2d.default:  # which FakeTensorMode would compute
-                    found = _sampled(_fake(given["input"]), given["grid"])
-                else:
+                resampled = _RESAMPLED.get(name)
+                if resampled is None:
                     found = func(*tree_map(_fake, args), **tree_map(_fake, kwargs))
+                else:  # FakeTensorMode would compute it
+                    found = _aten.new_empty.default(_fake(args[0]), resampled(given))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             self.waits.append((name, _place()))
             if isinstance(error, DataDependentOutputException):
@@ -220,9 +221,12 @@ def _fake(one: Any) -> Any:
     return DEVICE if isinstance(one, torch.device) and one.type in _OURS else one
 
 
-def _sampled(source: FakeTensor, grid: Tensor) -> Any:
-    """What `torch.nn.functional.grid_sample` returns of ``[N, C, H, W]`` and ``[N, h, w, 2]``."""
-    return _aten.new_empty.default(source, [*source.shape[:2], *grid.shape[1:3]])
+_RESAMPLED: Mapping[str, Callable[[Mapping[str, Any]], list[int]]] = {
+    "grid_sampler_2d": lambda of: [*of["input"].shape[:2], *of["grid"].shape[1:3]],
+    "upsample_bilinear2d": lambda of: [*of["self"].shape[:2], *of["output_size"]],
+    "upsample_bilinear2d_backward": lambda of: [*of["input_size"]],
+}
+"""Operations on pictures ``[N, C, H, W]``: the shape of what each returns, by its arguments."""
 
 
 def _shelled(one: Any, written: dict[int, Shell]) -> Any:

@@ -40,6 +40,7 @@ def record(case: Case, method: str, *, frames: int, ranks: int = RANKS) -> dict[
         pytest.param("qwen2_5_vl", 4, marks=pytest.mark.exhaustive),
         pytest.param("qwen3_5", 2, marks=pytest.mark.exhaustive),
         pytest.param("gemma3", 3, marks=pytest.mark.exhaustive),
+        pytest.param("video_llama_3", 2, marks=pytest.mark.exhaustive),
     ],
 )
 @pytest.mark.slow
@@ -55,7 +56,7 @@ def test_loss_and_gradients_are_those_of_one_process_and_ours(name: str, frames:
     tower = [
         norm
         for key, norm in peer["gradient_norms"].items()
-        if key.endswith(".qkv.weight") or ("vision_tower" in key and key.endswith(".q_proj.weight"))
+        if key.endswith(".qkv.weight") or ("vision_" in key and key.endswith(".q_proj.weight"))
     ]
     assert len(tower) == 2
     assert min(tower) > 0

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Glm4vMoeConfig, Glm4vMoeForConditionalGeneration
+from transformers import (
+    Glm4vMoeConfig,
+    Glm4vMoeForConditionalGeneration,
+    Glm46VConfig,
+    Glm46VForConditionalGeneration,
+)
 
 from tests.models import qwen2_5_vl_case as qwen
 from tests.models.glm4v_case import (
@@ -35,6 +40,7 @@ __all__ = (
     "one_image",
     "one_video",
     "text_only",
+    "tiny_46",
     "tiny_model",
 )
 BIAS = "e_score_correction_bias"
@@ -63,6 +69,15 @@ def tiny_model(**text: Any) -> Any:
         if name.endswith(BIAS):  # else it chooses nobody
             buffer.normal_(std=0.1, generator=generator)
     return model
+
+
+def tiny_46(**text: Any) -> Any:
+    """The same by GLM-4.6V's classes."""
+    model = tiny_model(**text)
+    parts = {"text_config": model.config.text_config, "vision_config": model.config.vision_config}
+    made = Glm46VForConditionalGeneration(Glm46VConfig(**parts, **IDS))
+    made.load_state_dict(model.state_dict())
+    return made
 
 
 def lora_model() -> Any:

@@ -196,6 +196,7 @@ MIXED = {
         model={"num_hidden_layers": 2},
         own=glm4v_case.for_one_process,
     ),
+    "video_llama_3": Mixed("video_llama_3", partial(parts, GRIDS), model={"num_hidden_layers": 2}),
     "gemma3": Mixed("gemma3", partial(parts, ((1,), (1, 1, 1), (2,)))),
     "internvl": Mixed("internvl", partial(parts, ((1,), (1, 1, 1), (4,)))),
     "smolvlm": Mixed("smolvlm", partial(parts, ((1,), (1, 1, 1), (4,)))),

@@ -36,6 +36,7 @@ from tests.models import (
     qwen_vl_case,
     smolvlm_case,
     t5gemma2_case,
+    video_llama_3_case,
     video_llama_case,
 )
 from tests.ranks import run_ranks
@@ -136,6 +137,7 @@ CASES: dict[str, Any] = {
     "glm4v": (glm4v_case, "pixel_values"),
     "glm4v_moe": (glm4v_moe_case, "pixel_values"),
     "gemma3": (gemma3_case, "pixel_values"),
+    "video_llama_3": (video_llama_3_case, "pixel_values"),
     "internvl": (internvl_case, "pixel_values"),
     "smolvlm": (smolvlm_case, "pixel_values"),
     "llava_onevision": (llava_onevision_case, "pixel_values"),

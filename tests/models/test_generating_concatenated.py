@@ -27,7 +27,10 @@ from tests.test_generation_further import LONG, converse
 from tests.test_generation_past import SECOND, THIRD, TOKENS, ask, behind, text_of
 
 Batch = dict[str, Any]
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "qwen3_5", "gemma3")
+FAMILIES = (
+    *("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "qwen3_5", "gemma3"),
+    "video_llama_3",  # whose forward has no logits_to_keep
+)
 SEED = 5
 WORDS = {**KEYWORDS, "max_new_tokens": TOKENS}
 
@@ -89,7 +92,10 @@ def generate_each(names: tuple[str, ...], ranks: int) -> dict[str, Any]:
         (2, FAMILIES),
         pytest.param(
             3,
-            (*FAMILIES, "smolvlm", "qwen2_vl", "qwen3_vl_moe", "qwen3_5_moe", "glm4v", "glm4v_moe"),
+            (
+                *(*FAMILIES, "smolvlm", "qwen2_vl", "qwen3_vl_moe", "qwen3_5_moe"),
+                *("glm4v", "glm4v_moe"),
+            ),
             marks=pytest.mark.exhaustive,
         ),
     ],
@@ -287,9 +293,10 @@ def look_inside() -> dict[str, Any]:
             words = {"max_new_tokens": tokens, "min_new_tokens": tokens, "num_beams": 2}
             ds_lvx.generate(model, batch, stopping_criteria=[look], **words)
         calls.append(traffic.calls)
-    wrong = []
+    wrong, ends_padded = [], batch["attention_mask"].clone()
+    ends_padded[:, -1] = 0
     for given, words in (
-        ({**batch, "attention_mask": batch["attention_mask"].flip(1)}, {}),
+        ({**batch, "attention_mask": ends_padded}, {}),
         (batch, {"output_hidden_states": True, "return_dict_in_generate": True}),
     ):
         with pytest.raises((ValueError, NotImplementedError)) as caught:

@@ -161,11 +161,11 @@ def test_a_bad_batch_is_told_what_is_wrong(words: str) -> None:
         shard_batch(BAD[words](mixed()), model=tiny_model())
 
 
-def test_a_mixture_of_experts_is_refused() -> None:
-    text = {**TEXT, "model_type": "glm4v_moe_text", "moe_intermediate_size": 8}
-    words = {"n_routed_experts": 2, "num_experts_per_tok": 1, "first_k_dense_replace": 3}
-    config = Glm46VConfig(text_config={**text, **words}, vision_config=VISION, **IDS)
-    with pytest.raises(NotImplementedError, match=r"text is a Glm4vMoeTextModel; expected a Glm4v"):
+def test_another_text_is_refused() -> None:
+    text = {**TEXT, "model_type": "qwen2", "rope_parameters": None}
+    config = Glm46VConfig(text_config=text, vision_config=VISION, **IDS)
+    words = r"text is a Qwen2Model; expected a Glm4vTextModel or a Glm4vMoeTextModel"
+    with pytest.raises(NotImplementedError, match=words):
         patched(Glm46VForConditionalGeneration(config), "glm46v")
 
 

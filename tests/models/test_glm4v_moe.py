@@ -24,6 +24,7 @@ from tests.models.glm4v_moe_case import (
     one_image,
     one_video,
     text_only,
+    tiny_46,
     tiny_model,
 )
 
@@ -46,6 +47,28 @@ def expected() -> dict[str, Any]:
 )
 def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
     case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
+
+
+@pytest.mark.exhaustive
+def test_the_classes_of_4_6_equal_one_process() -> None:
+    alone = case.references(BATCHES, tiny_46, for_one_process)
+    case.check_each("glm46v", tiny_46, BATCHES, alone, ranks=2, offset=2)
+    two = [[hard_batch(0)], [left_padded(1)]]
+    jobs = [(case.rules("glm46v", "ring", 3, stage), tiny_46) for stage in (0, 3)]
+    case.check(jobs, ranks=3, batches=two, sp_size=3)
+
+
+def test_sizes_of_4_6_have_the_experts_of_their_configuration() -> None:
+    family, config = FAMILIES.named("glm46v"), FAMILIES.named(NAME).tiny()[0]
+    size = FAMILIES.named(NAME).size(config)
+    made = family.config(size)
+    assert made.text_config.n_routed_experts == config.text_config.n_routed_experts == 4
+    assert family.size(made) == size
+    counted = [
+        FAMILIES.named(name).dimensions(each.to_dict(), "tiny", "its config")
+        for name, each in (("glm46v", made), (NAME, config))
+    ]
+    assert counted[0] == counted[1]
 
 
 def test_reference_has_gradients_everywhere() -> None:
@@ -74,16 +97,22 @@ def test_fewer_tokens_than_ranks_or_than_experts() -> None:
 
 
 @pytest.mark.slow
-def test_checkpoints_are_loaded_and_saved_as_they_are_at_zero_3(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [(NAME, tiny_model), pytest.param("glm46v", tiny_46, marks=pytest.mark.exhaustive)],
+)
+def test_checkpoints_are_loaded_and_saved_as_they_are_at_zero_3(
+    name: str, make: Any, tmp_path: Path
+) -> None:
     """With an expert a file, or nearly; the bias of the choice stays as exact as it was."""
-    model = tiny_model().bfloat16()
-    for name, buffer in tiny_model().named_buffers():
-        model.get_buffer(name).data = buffer
-    for found in case.check_saved(NAME, model, tmp_path):
-        biases = {name: each for name, each in found.items() if name.endswith(BIAS)}
+    model = make().bfloat16()
+    for key, buffer in make().named_buffers():
+        model.get_buffer(key).data = buffer
+    for found in case.check_saved(name, model, tmp_path):
+        biases = {key: each for key, each in found.items() if key.endswith(BIAS)}
         assert len(biases) == 2
-        for name, buffer in biases.items():
-            assert torch.equal(buffer, model.get_buffer(name)), name
+        for key, buffer in biases.items():
+            assert torch.equal(buffer, model.get_buffer(key)), key
 
 
 def test_experts_are_one_module_and_their_router_s_loss_is_refused() -> None:

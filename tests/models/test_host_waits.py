@@ -44,6 +44,7 @@ from tests.models import (
     qwen_vl_case,
     smolvlm_case,
     t5gemma2_case,
+    video_llama_3_case,
     video_llama_case,
 )
 from tests.models.concatenated_case import rules
@@ -78,6 +79,11 @@ ALLOWED_ON_CPU = {
         )
         for function in ("<listcomp>", "forward")  # the latter from Python 3.12 on
     ),
+    *(
+        (read, f"models/video_llama_3/modeling_video_llama_3.py:{function}")
+        for read in ("tolist", "_local_scalar_dense")
+        for function in ("<listcomp>", "forward", "pixel_unshuffle")
+    ),
 }
 CONCATENATED: dict[str, Any] = {
     "qwen2_5_vl": qwen2_5_vl_case,
@@ -89,6 +95,7 @@ CONCATENATED: dict[str, Any] = {
     "glm4v": glm4v_case,
     "glm4v_moe": glm4v_moe_case,
     "gemma3": gemma3_case,
+    "video_llama_3": video_llama_3_case,
     "internvl": internvl_case,
     "smolvlm": smolvlm_case,
     "llava_onevision": llava_onevision_case,
@@ -242,6 +249,7 @@ def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
         pytest.param("glm4v", marks=pytest.mark.exhaustive),
         pytest.param("glm4v_moe", marks=pytest.mark.exhaustive),
         "gemma3",
+        pytest.param("video_llama_3", marks=pytest.mark.exhaustive),
         pytest.param("internvl", marks=pytest.mark.exhaustive),
         pytest.param("smolvlm", marks=pytest.mark.exhaustive),
         pytest.param("llava_onevision", marks=pytest.mark.exhaustive),

@@ -19,6 +19,7 @@ from tests.models import (
     qwen3_vl_case,
     qwen3_vl_moe_case,
     qwen_vl_case,
+    video_llama_3_case,
 )
 from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
 from tests.ranks import run_ranks
@@ -33,6 +34,7 @@ CASES: dict[str, tuple[Any, list[Any]]] = {
     "qwen3_5": (qwen3_5_case, FRAMES),
     "glm4v": (glm4v_case, [[5, (1, 2, 2)], [3, (1, 2, 2), 1]]),
     "gemma3": (gemma3_case, TILES),
+    "video_llama_3": (video_llama_3_case, FRAMES),
     "internvl": (internvl_case, TILES),
     "llava_onevision": (llava_onevision_case, [[5, (10, 30)], [3, "video", 2]]),
     "blip-2": (blip_case, [".....i", ".i...."]),

@@ -67,6 +67,8 @@ def test_llama_vision_has_the_dimensions_of_transformers_config(tmp_path: Path) 
         ("Qwen3.5-397B-A17B", 396.8, 98, (15, 32, 2, 256)),
         ("GLM-4.1V-9B", 10.3, 128, (40, 32, 2, 128)),
         ("GLM-4.5V", 107.7, 128, (46, 96, 8, 128)),
+        ("VideoLLaMA3-2B", 2.0, 256, (28, 12, 2, 128)),
+        ("VideoLLaMA3-7B", 8.0, 256, (28, 28, 4, 128)),
         ("gemma-3-4b-it", 4.3, 256, (34, 8, 4, 256)),
         ("gemma-3-12b-it", 12.2, 256, (48, 16, 8, 256)),
         ("gemma-3-27b-it", 27.4, 256, (62, 32, 16, 128)),

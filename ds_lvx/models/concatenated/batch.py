@@ -252,7 +252,8 @@ class Units(Visual):
 
     def shared_record(self) -> dict[str, Any]:
         """What must be the same on every rank of the group."""
-        kinds = [[u.row, u.tokens, u.rows, *u.about] for u in self.units]
+        each = [(unit.row, unit.tokens, unit.rows, *unit.about) for unit in self.units]
+        kinds = [number for about in each for number in (len(about), *about)]
         return {"images and frames (a checksum)": digest(torch.tensor(kinds, device="cpu"))}
 
     def shares(self, parts: int) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ class Concatenated(Made):
     sized_media = True
     lora_targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
     of_text: type[nn.Module] | tuple[type[nn.Module], ...]
-    within: type[nn.Module]
+    within: type[nn.Module] | tuple[type[nn.Module], ...]
     sources: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     text_name: str = "language_model"
@@ -238,7 +238,7 @@ class Concatenated(Made):
             rf".*\b{self.text_name}(\.layers\.\d+)?": "text",
             r".*\blm_head": "text",
             r".*\b(visual|vision_tower|vision_model)": "vision",
-            r".*\b(multi_modal_projector|connector)": "vision",
+            r".*\b(multi_modal_projector|projector|connector)": "vision",
         }
 
 

@@ -66,6 +66,17 @@ class Decoding:
         """A forward is over, and none runs."""
         return self.step >= 0 and not self._in_forward
 
+    @property
+    def is_dealt(self) -> bool:
+        """A rank has its part of the prompt, which is to run."""
+        return self._prompt.part is not None
+
+    @property
+    def wanted(self) -> Tensor | None:
+        """Which of this rank's tokens of a prompt need logits, int64, in a forward of such a part;
+        else None."""
+        return None if self._part is None else self._part.arguments["logits_to_keep"]
+
     # ---- a forward
 
     def begin(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""GLM-4.1V and GLM-4.6V of transformers. Importing this package imports no torch."""
+"""GLM-4.1V of transformers. Importing this package imports no torch."""

@@ -1,4 +1,4 @@
-"""GLM-4.1V and GLM-4.6V: Qwen3-VL without DeepStack; a video's frames stand at the token of images,
+"""GLM-4.1V: Qwen3-VL without DeepStack; a video's frames stand at the token of images,
 and its tower interpolates the positions of patches by itself."""
 
 from __future__ import annotations
@@ -8,19 +8,16 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from transformers import Glm4vForConditionalGeneration, Glm46VForConditionalGeneration
+from transformers import Glm4vForConditionalGeneration
 from transformers.models.glm4v.modeling_glm4v import (
     Glm4vModel,
     Glm4vTextAttention,
-    Glm4vTextModel,
     Glm4vVisionAttention,
-    Glm4vVisionModel,
 )
-from transformers.models.glm46v.modeling_glm46v import Glm46VModel
 
 from ds_lvx.models.glm4v import batch as batches
 from ds_lvx.models.glm4v import dimensions, sized
-from ds_lvx.models.glm4v.processor import Processor, Tenths
+from ds_lvx.models.glm4v.processor import Processor
 from ds_lvx.models.glm4v.tower import SizeRows
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.qwen2_5_vl import batch as qwen
@@ -35,8 +32,8 @@ class Glm4V(Qwen25VL):
     here is as of Qwen2.5-VL."""
 
     keys = (PIXELS, qwen.GRID, qwen.VIDEO_PIXELS, qwen.VIDEO_GRID, qwen.TYPES)
-    of_text: type[nn.Module] = Glm4vTextAttention
-    within: type[nn.Module] = Glm4vVisionAttention
+    of_text: type[nn.Module] | tuple[type[nn.Module], ...] = Glm4vTextAttention
+    within: type[nn.Module] | tuple[type[nn.Module], ...] = Glm4vVisionAttention
     takes = tower.names("position_ids", "cu_seqlens")
     sized = sized
     of_class: Any = Glm4vForConditionalGeneration
@@ -61,28 +58,3 @@ class Glm4V(Qwen25VL):
     load_processor = staticmethod(Processor.of)
     frame_tokens = staticmethod(sized.frame_tokens)
     dimensions = staticmethod(dimensions.dimensions)
-
-
-class Glm46V(Glm4V):
-    """`Glm4V` by GLM-4.6V's classes; times are written otherwise."""
-
-    of_class = Glm46VForConditionalGeneration
-    of_positions = Glm46VModel
-
-    load_processor = staticmethod(Tenths.of)
-
-    def check(self, model: Any, *, sp_size: int) -> None:
-        parts = {"text": self.text_model(model), "tower": self.vision_tower(model)}
-        for name, kind in (("text", Glm4vTextModel), ("tower", Glm4vVisionModel)):
-            if not isinstance(parts[name], kind):
-                raise NotImplementedError(
-                    f"got a {type(model).__name__} whose {name} is a {type(parts[name]).__name__}; "
-                    f"expected a {kind.__name__}: take a dense model, such as GLM-4.1V 9B, or a "
-                    "mixture of experts of the type glm4v_moe"
-                )
-        super().check(model, sp_size=sp_size)
-
-    def config(self, size: Any) -> Any:
-        return sized.config_of(size, kind=sized.Glm46VConfig)
-
-    tiny = staticmethod(sized.tiny_of_46)

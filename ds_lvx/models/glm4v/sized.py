@@ -12,24 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Glm4vConfig, Glm46VConfig
+from transformers import Glm4vConfig
 
 from ds_lvx.models.glm4v import processor as glm
 from ds_lvx.models.glm4v.dimensions import known
-from ds_lvx.models.glm4v.processor import Processor, Tenths
+from ds_lvx.models.glm4v.processor import Processor
 from ds_lvx.models.qwen2_5_vl import sized as qwen
 from ds_lvx.models.random_weights import of_heads, size_of_known, size_of_parts, text_settings
 from ds_lvx.models.size import Size
 
-Config = Glm4vConfig | Glm46VConfig
+TOKENS = (
+    *("image_start_token_id", "image_end_token_id", "video_start_token_id", "video_end_token_id"),
+    *("image_token_id", "video_token_id"),
+)
+"""Entries of a configuration."""
 _IDS = tuple(range(151_339, 151_345))
 _NAMES = (*glm.IMAGE_ENDS, *glm.VIDEO_ENDS, glm.IMAGE_TOKEN, glm.VIDEO_TOKEN)
 _TINY_VIDEO_PIXELS = 65_536
 
 
-def config_of(
-    size: Size, ids: tuple[int, ...] | None = None, kind: type[Config] = Glm4vConfig
-) -> Config:
+def config_of(size: Size, ids: tuple[int, ...] | None = None) -> Glm4vConfig:
     """The configuration of a model cut to a size.
 
     Args:
@@ -37,7 +39,6 @@ def config_of(
         ids: of the tokens before and behind an image, before and behind a video, of an image (and a
             frame), and of a video; None: the published models', or where the vocabulary is small
             its last.
-        kind: of configuration.
 
     Raises:
         ValueError: heads are not as wide as the text over their number.
@@ -47,7 +48,7 @@ def config_of(
             f"got heads of {size.head_dim} in a text of width {size.hidden} with {size.heads} of "
             f"them; expected {size.hidden // size.heads}, the only width that GLM-4.1V can have"
         )
-    return kind(text_config=rotated_text(size), **all_but_text(size, ids, _IDS))
+    return Glm4vConfig(text_config=rotated_text(size), **all_but_text(size, ids, _IDS))
 
 
 def all_but_text(
@@ -65,17 +66,8 @@ def all_but_text(
         "image_size": size.image_size,
         "out_hidden_size": size.hidden,
     }
-    image_start, image_end, video_start, video_end, image, video = ids
-    return {
-        "vision_config": vision,
-        "image_start_token_id": image_start,
-        "image_end_token_id": image_end,
-        "video_start_token_id": video_start,
-        "video_end_token_id": video_end,
-        "image_token_id": image,
-        "video_token_id": video,
-        "tie_word_embeddings": False,
-    }
+    named = dict(zip(TOKENS, ids, strict=True))
+    return {"vision_config": vision, "tie_word_embeddings": False, **named}
 
 
 def rotated_text(size: Size) -> dict[str, Any]:
@@ -100,19 +92,10 @@ def size_of(config: Any) -> Size:
     return size_of_parts(config.text_config, config.vision_config, **of_heads(config.text_config))
 
 
-def tiny() -> tuple[Config, Processor]:
+def tiny() -> tuple[Glm4vConfig, Processor]:
     """A model of about 200,000 parameters, and its processor: pictures have 2 to 8 tokens."""
-    return _tiny(Processor, Glm4vConfig)
-
-
-def tiny_of_46() -> tuple[Config, Processor]:
-    """The same of GLM-4.6V."""
-    return _tiny(Tenths, Glm46VConfig)
-
-
-def _tiny(processor: type[Processor], config: type[Config]) -> tuple[Config, Processor]:
-    size, ids, made = tiny_parts(processor)
-    return config_of(size, ids, config), made
+    size, ids, processor = tiny_parts(Processor)
+    return config_of(size, ids), processor
 
 
 tiny_parts = partial(qwen.tiny_parts, video_pixels=_TINY_VIDEO_PIXELS, image_frames=2, names=_NAMES)

@@ -46,14 +46,36 @@ def check_types(batch: Mapping[str, Any], types: Tensor) -> None:
 
 def units(batch: Mapping[str, Any], types: Tensor, config: Any) -> list[Unit]:
     """See `ds_lvx.models.concatenated.family.Concatenated.units`; of the types of its tokens."""
-    grids = grids_of(batch, config)
     merge = int(config.vision_config.spatial_merge_size)
+    media = {
+        kind: map(partial(_frames, SOURCES[kind][0], merge), grids)
+        for kind, grids in grids_of(batch, config).items()
+    }
+    return in_order(types, media)
+
+
+def in_order(types: Tensor, media: Mapping[int, Iterator[Sequence[Unit]]]) -> list[Unit]:
+    """The units of a batch, each in the row that has its tokens.
+
+    Args:
+        types: of the tokens, ``[B, T]``.
+        media: by type the units of each image, or of each video, whatever their rows say.
+
+    Raises:
+        ValueError: other tokens than they have.
+    """
     found: list[Unit] = []
     for row, each in enumerate(types):
         tokens = each[each > 0].tolist()
         while tokens:
             kind = tokens[0]
-            made = _medium(row, kind, grids[kind], merge)
+            made = next(media[kind], None)
+            if made is None:
+                raise ValueError(
+                    f"got tokens of an image or a video in sample {row} without a row of "
+                    f"{SOURCES[kind][1]}; expected a row for each, those of the whole batch, also "
+                    "where frames are local"
+                )
             count = sum(unit.tokens for unit in made)
             if tokens[:count] != [kind] * count:
                 here = next((n for n, other in enumerate(tokens) if other != kind), len(tokens))
@@ -62,9 +84,9 @@ def units(batch: Mapping[str, Any], types: Tensor, config: Any) -> list[Unit]:
                     f"makes {count}; expected as many: use the processor that belongs to the "
                     "model, and cut no text in the midst of an image or a video"
                 )
-            found += made
+            found += [replace(unit, row=row) for unit in made]
             del tokens[:count]
-    for kind, left in grids.items():
+    for kind, left in media.items():
         more = len(list(left))
         if more > 0:
             key = SOURCES[kind][1]
@@ -75,29 +97,33 @@ def units(batch: Mapping[str, Any], types: Tensor, config: Any) -> list[Unit]:
     return found
 
 
-def _medium(row: int, kind: int, grids: Iterator[list[int]], merge: int) -> list[Unit]:
-    """The units of the next image or video, which a sample has tokens of."""
-    source, key = SOURCES[kind]
-    grid = next(grids, None)
-    if grid is None:
-        raise ValueError(
-            f"got tokens of an image or a video in sample {row} without a row of {key}; expected "
-            "a row for each, those of the whole batch, also where frames are local"
-        )
+def _frames(source: str, merge: int, grid: Sequence[int]) -> list[Unit]:
+    """The units of an image or a video."""
     t, h, w = grid
-    return [Unit(row, h * w // merge**2, source, h * w, (h, w)) for _ in range(t)]
+    return [Unit(0, h * w // merge**2, source, h * w, (h, w))] * t
 
 
 def grids_of(batch: Mapping[str, Any], config: Any) -> dict[int, Iterator[list[int]]]:
     """``t, h, w`` of the images and of the videos of a batch, by token type; its patches fit."""
-    for source, _ in SOURCES.values():
-        _check_patches(source, batch.get(source), width=patch_width(config))
+    check_patches(batch, width=patch_width(config))
     merge = int(config.vision_config.spatial_merge_size)
-    return {kind: iter(_grids(batch, key, merge)) for kind, (_, key) in SOURCES.items()}
+    made = {kind: grids(batch, key) for kind, (_, key) in SOURCES.items()}
+    for kind, each in made.items():
+        for grid in each:
+            check_grid(SOURCES[kind][1], grid, merge)
+    return {kind: iter(each) for kind, each in made.items()}
 
 
-def _check_patches(source: str, patches: Any, *, width: int) -> None:
-    if isinstance(patches, Tensor) and (patches.ndim != 2 or patches.shape[1] != width):
+def check_patches(batch: Mapping[str, Any], *, width: int) -> None:
+    """Refuse patches that have not so many numbers.
+
+    Raises:
+        ValueError: says which.
+    """
+    for source, _ in SOURCES.values():
+        patches = batch.get(source)
+        if not isinstance(patches, Tensor) or (patches.ndim == 2 and patches.shape[1] == width):
+            continue
         raise ValueError(
             f"got {source} {tuple(patches.shape)}; expected (patches, {width}): use the processor "
             "that belongs to the model"
@@ -110,21 +136,34 @@ def patch_width(config: Any) -> int:
     return int(vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
 
 
-def _grids(batch: Mapping[str, Any], key: str, merge: int) -> list[list[int]]:
-    grids = batch.get(key)
-    if grids is None:
+def grids(batch: Mapping[str, Any], key: str) -> list[list[int]]:
+    """``t, h, w`` of each image or video that an entry of a batch has.
+
+    Raises:
+        ValueError: it is of another shape.
+    """
+    found = batch.get(key)
+    if found is None:
         return []
-    if not isinstance(grids, Tensor) or grids.ndim != 2 or grids.shape[1] != 3:
-        got = tuple(grids.shape) if isinstance(grids, Tensor) else type(grids).__name__
+    if not isinstance(found, Tensor) or found.ndim != 2 or found.shape[1] != 3:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"got {key} {got}; expected a tensor [images or videos, 3]")
-    rows: list[list[int]] = grids.tolist()
-    for t, h, w in rows:
-        if t < 1 or h < merge or w < merge or h % merge or w % merge:
-            raise ValueError(
-                f"got {[t, h, w]} in {key}; expected frames, height and width in patches, the "
-                f"sides multiples of {merge}: use the model's own processor"
-            )
+    rows: list[list[int]] = found.tolist()
     return rows
+
+
+def check_grid(key: str, grid: Sequence[int], merge: int) -> None:
+    """Refuse a grid of an entry that is not cut into whole tokens, ``merge`` patches by side.
+
+    Raises:
+        ValueError: says which.
+    """
+    t, h, w = grid
+    if t < 1 or h < merge or w < merge or h % merge or w % merge:
+        raise ValueError(
+            f"got {[t, h, w]} in {key}; expected frames, height and width in patches, the "
+            f"sides multiples of {merge}: use the model's own processor"
+        )
 
 
 def positions(

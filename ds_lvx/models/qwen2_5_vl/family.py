@@ -40,8 +40,8 @@ class Qwen25VL(Concatenated):
         batches.TYPES,
     )
     patterns: Mapping[str, str] = {"local": "*visual.*", "self": "*language_model*.self_attn"}
-    of_text: type[nn.Module] = Qwen2_5_VLAttention
-    within: type[nn.Module] = Qwen2_5_VLVisionAttention
+    of_text: type[nn.Module] | tuple[type[nn.Module], ...] = Qwen2_5_VLAttention
+    within: type[nn.Module] | tuple[type[nn.Module], ...] = Qwen2_5_VLVisionAttention
     sources = (PIXELS, batches.VIDEO_PIXELS)
     bounded_media = True
     takes = tower.names("position_ids", "cu_seqlens", "window_index", "cu_window_seqlens")

@@ -28,7 +28,8 @@ class Processor(Files):
 
     Attributes:
         image_pixels, video_pixels: least and most of an image and of a frame, and
-        settings: others, as transformers has them where a checkpoint has none.
+        settings: others, as transformers has them where a checkpoint has none; and
+        video_settings: likewise, of videos, where these have others than images.
         says_seconds: a batch has the seconds between two units of each video.
         image_ends, video_ends: what stands before and behind an image, and a video.
     """
@@ -37,6 +38,7 @@ class Processor(Files):
     image_pixels = (56 * 56, 28 * 28 * 1280)
     video_pixels = (128 * 28 * 28, 768 * 28 * 28)
     settings: Mapping[str, Any] = MappingProxyType({})
+    video_settings: Mapping[str, Any] = MappingProxyType({})
     says_seconds = True
     image_ends = video_ends = (START, END)
 
@@ -47,7 +49,7 @@ class Processor(Files):
         self.images = Patches.of(images, least=least, most=most)
         shared = {k: v for k, v in images.items() if k not in ("size", "min_pixels", "max_pixels")}
         least, most = self.video_pixels
-        self.of_videos = {**shared, **self.of_videos}
+        self.of_videos = {**shared, **self.video_settings, **self.of_videos}
         self.videos = Patches.of(self.of_videos, least=least, most=most)
 
     def shown(self, medium: Medium) -> Shown:

@@ -35,12 +35,12 @@ Follow: TypeAlias = Callable[[Tensor], dict[str, Any]]
 pickles."""
 
 
-def whole(grid: Tensor, *, merge: int) -> dict[str, Any]:
+def whole(grid: Tensor, *, merge: int | Tensor) -> dict[str, Any]:
     """`Follow` of Qwen2-VL's, whose layers see a whole picture each.
 
     Args:
         grid: see `Follow`.
-        merge: patches of a visual token by side.
+        merge: patches of a visual token by side; or of each picture's, int64 ``[pictures]``.
     """
     return {
         "position_ids": get_vision_position_ids(grid, merge),  # [N, 2]
@@ -97,10 +97,10 @@ def run(tower: Any, given: Mapping[str, Any]) -> Any:
     pixels, grid = given[PIXELS].type(tower.dtype), torch.tensor(given[GRID], device="cpu")
     made = {k.removeprefix(_OURS): each for k, each in given.items() if k.startswith(_OURS)}
     flash = is_flash_attention_requested(tower.config)
-    for key in [key for key in made if key.startswith(_ENDS)]:
-        ends = made[key]
+    for key, ends in [pair for pair in made.items() if isinstance(pair[1], tuple)]:
         made[key] = torch.tensor(ends, dtype=torch.int32, device="cpu")
-        if flash:  # its kernel reads them on the device, and has to be told what is longest
+        # Its kernel reads them on the device, and has to be told what is longest.
+        if flash and key.startswith(_ENDS):
             made[key] = to_device(made[key], pixels.device)
             longest = max(end - start for start, end in pairwise(ends))
             made[key.replace(_ENDS, "max_").removesuffix("s")] = longest

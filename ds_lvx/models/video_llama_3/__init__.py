@@ -1,0 +1,1 @@
+"""VideoLLaMA 3 of transformers. Importing this package imports no torch."""
