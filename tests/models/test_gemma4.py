@@ -17,6 +17,7 @@ from tests.models.gemma4_case import (
     one_video,
     text_only,
     tiny_model,
+    with_audio_tower,
     without_types,
 )
 
@@ -47,3 +48,15 @@ def test_reference_has_gradients_everywhere() -> None:
     """Else the comparisons compare zeros."""
     for model in MODELS:
         assert all(grad.any() for grad in expected(model)["hard_batch"]["grads"].values())
+
+
+@pytest.mark.slow
+def test_experts_and_a_tower_for_sounds_train_at_any_stage() -> None:
+    """The larger models, with experts, and one with a tower that no batch asks for."""
+    jobs = [
+        (case.rules(NAME, "ulysses", 2, 3), moe_model),
+        (case.section(case.rules(NAME, "lvx", 2, 2)), moe_model),
+        (case.rules(NAME, "ring", 2, 3), with_audio_tower),
+        (case.rules(NAME, "ring", 2, 2), with_audio_tower),
+    ]
+    case.check(jobs, ranks=2, batches=[[hard_batch(0)], [left_padded(1)]], sp_size=2)
