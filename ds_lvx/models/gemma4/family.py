@@ -135,4 +135,4 @@ class Gemma4(OfExperts):
         return model.model.vision_tower
 
     def frame_tokens(self, config: Any) -> int:
-        return sized.FRAME_TOKENS
+        return sized.frame_side(config) ** 2
