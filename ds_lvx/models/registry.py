@@ -66,7 +66,16 @@ KNOWN: Mapping[str, str] = {
     for name in (
         *("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2"),
         *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
-        *("glm4v", "glm4v_moe", "gemma3", "gemma4", "internvl", "llava_onevision", "video_llama", "smolvlm"),
+        *(
+            "glm4v",
+            "glm4v_moe",
+            "gemma3",
+            "gemma4",
+            "internvl",
+            "llava_onevision",
+            "video_llama",
+            "smolvlm",
+        ),
         *_ROOMS,
     )
 }

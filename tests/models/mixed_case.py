@@ -197,6 +197,7 @@ MIXED = {
         own=glm4v_case.for_one_process,
     ),
     "gemma3": Mixed("gemma3", partial(parts, ((1,), (1, 1, 1), (2,)))),
+    "gemma4": Mixed("gemma4", partial(parts, ((2, 3), [(2, 2), (2, 2)], (1, 2)))),
     "internvl": Mixed("internvl", partial(parts, ((1,), (1, 1, 1), (4,)))),
     "smolvlm": Mixed("smolvlm", partial(parts, ((1,), (1, 1, 1), (4,)))),
     "llava_onevision": Mixed("llava_onevision", partial(parts, ((10, 30), "video", (20, 20)))),

@@ -71,9 +71,9 @@ def units(batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
             found.append(Unit(row, tokens, source, 1, grid))
             start += tokens
     more = {source: len([*rest]) for source, rest in grids.items()}
-    source = next((source for source, count in more.items() if count), None)
-    if source is not None:
-        raise _unfitting(len(ids) - 1, source, f"none left, and {more[source]} are")
+    for source, count in more.items():
+        if count:
+            raise _unfitting(len(ids) - 1, source, f"none left, and {count} are")
     return found
 
 

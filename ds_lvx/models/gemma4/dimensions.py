@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_lvx.models.concatenated.dimensions import Merged
@@ -31,46 +31,75 @@ _VISION = {
     "pooling_kernel_size": 3,
 }
 """What transformers takes where a config does not say it."""
+_LARGE_VISION = {
+    "num_hidden_layers": 27,
+    "hidden_size": 1152,
+    "num_attention_heads": 16,
+    "intermediate_size": 4304,
+}
+_EXPERTS = {
+    "enable_moe_block": True,
+    "moe_intermediate_size": 704,
+    "num_experts": 128,
+    "top_k_experts": 8,
+}
 _FRAME = 64
 """Tokens of a frame of a square video: of 70 at most, those of 8 x 8."""
+
+
+@dataclass(frozen=True)
+class OfLayers(Merged):
+    """A model with one more table of the vocabulary, of what each layer adds to a token.
+
+    Attributes:
+        own: its width, of all layers; 0: there is none.
+    """
+
+    own: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """See `ds_lvx.models.dimensions.Model.parameters`."""
+        return super().parameters + self.vocabulary * self.own
+
+    @property
+    def largest_layer(self) -> int:
+        """See `ds_lvx.models.dimensions.Model.largest_layer`."""
+        return max(super().largest_layer, self.vocabulary * self.own)
+
+    @property
+    def largest_weight(self) -> int:
+        """See `ds_lvx.models.dimensions.Model.largest_weight`."""
+        return max(super().largest_weight, self.vocabulary * self.own)
 
 
 def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
     """See `ds_lvx.models.contract.Family.dimensions`.
 
-    Heads of the layers that see everything are others than those of the layers with a window: each
-    layer counts as the mean of all, and so does its MLP where some are twice as wide. Values that
-    are keys count as keys of their own.
+    Heads of the layers that see everything are larger than those of the layers with a window, and
+    the MLPs of some layers wider: each layer counts as the mean of all, with the window's number of
+    heads of keys, as if it had keys and values of its own.
     """
     text, vision = {**_TEXT, **config["text_config"]}, {**_VISION, **config["vision_config"]}
     count, types = text["num_hidden_layers"], text.get("layer_types")
     full = count // _EVERY if types is None else types.count("full_attention")
-    shared, hidden = text["num_kv_shared_layers"], text["hidden_size"]
-    heads = text["num_attention_heads"]
-    size = ((count - full) * text["head_dim"] + full * text["global_head_dim"]) / count
-    local = text["num_key_value_heads"]
-    everywhere = text.get("num_global_key_value_heads") or local
-    if not text.get("attention_k_eq_v"):
-        everywhere = local
-    keys = (count - full) * local * text["head_dim"] + full * everywhere * text["global_head_dim"]
-    wide = shared if text.get("use_double_wide_mlp") else 0
+    hidden, each = text["hidden_size"], text["hidden_size_per_layer_input"] or 0
+    wide = text["num_kv_shared_layers"] if text.get("use_double_wide_mlp") else 0
     layers = replace(
         decoder(text, count=count),
-        head_dim=round(size),
-        kv_heads=max(round(keys / count / size), 1),
+        head_dim=((count - full) * text["head_dim"] + full * text["global_head_dim"]) // count,
         mlp=text["intermediate_size"] * (count + wide) // count,
     )
-    own = text["hidden_size_per_layer_input"] or 0
-    pooled = vision["pooling_kernel_size"] ** 2
-    found: Model = Merged(
+    found: Model = OfLayers(
         name=name,
         text=replace(layers, count=0),
         cross=replace(layers, features_dim=hidden),
         vocabulary=text["vocab_size"],
         tower=replace(tower(vision), mlp_matrices=3),
-        tower_tokens=_FRAME * pooled,
+        tower_tokens=_FRAME * vision["pooling_kernel_size"] ** 2,
         frame_tokens=_FRAME,
-        projector_parameters=vision["hidden_size"] * hidden + own * count * hidden,
+        # And what makes a layer's part of a token, and adds it.
+        projector_parameters=hidden * (vision["hidden_size"] + 3 * each * count),
         tower_states=1,
         source=source,
         embeddings=1,
@@ -78,8 +107,8 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         among=True,
         windowed=count - full,
         window=text["sliding_window"],
+        own=each * count,
     )
-    assert heads == layers.heads
     if not text.get("enable_moe_block"):
         return found
     return mixture(
@@ -93,5 +122,32 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
 
 
 def known() -> tuple[Model, ...]:
-    """None by name: the planner reads a ``config.json``."""
-    return ()
+    """The models that the planner knows by name."""
+    small = {"sliding_window": 512, "head_dim": 256}
+    large = {"sliding_window": 1024, "head_dim": 256, "hidden_size_per_layer_input": 0}
+    sizes = {
+        # layers, of how many one sees everything, width, heads, heads of keys, MLP; others
+        "E2B": (35, 5, 1536, 8, 1, 6144, {**small, "use_double_wide_mlp": True}),
+        "E4B": (42, 6, 2560, 8, 2, 10_240, small),
+        "26B-A4B": (30, 6, 2816, 16, 8, 2112, {**large, **_EXPERTS}),
+        "31B": (60, 6, 5376, 32, 16, 21_504, large),
+    }
+    return tuple(_known(size, *numbers) for size, numbers in sizes.items())
+
+
+def _known(size: str, layers: int, every: int, hidden: int, *others: Any) -> Model:
+    heads, kv_heads, mlp, more = others
+    text = {
+        "num_hidden_layers": layers,
+        "layer_types": [*["sliding_attention"] * (every - 1), "full_attention"] * (layers // every),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "num_kv_shared_layers": {"E2B": 20, "E4B": 18}.get(size, 0),
+        **more,
+    }
+    name = f"google/gemma-4-{size}-it"
+    vision = {} if size.startswith("E") else _LARGE_VISION
+    source = f"published sizes of {name}; frames of {_FRAME} tokens"
+    return dimensions({"text_config": text, "vision_config": vision}, name, source)

@@ -22,7 +22,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
 
 from ds_lvx.models.concatenated.batch import Arrange, Sequences, Unit, Units
 from ds_lvx.models.concatenated.family import SLIDING
-from ds_lvx.models.concatenated.forward import Encoded
+from ds_lvx.models.concatenated.forward import Embed, Encoded
 from ds_lvx.models.dimensions import Model
 from ds_lvx.models.gemma4 import batch as batches
 from ds_lvx.models.gemma4 import dimensions, forward, sized
@@ -45,7 +45,7 @@ class Gemma4(OfExperts):
     of_text = Gemma4TextAttention
     of_experts = Gemma4TextExperts
     within = Gemma4VisionAttention
-    embed = forward.EmbedForLayers
+    embed: type[Embed] = forward.EmbedForLayers
     sources = (PIXELS, batches.VIDEOS)
     takes = (PIXELS, batches.PLACES[PIXELS], batches.TAKEN, batches.MASK)
     sized = sized

@@ -91,9 +91,10 @@ class Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The text model's output; without a sharded batch what the model itself returns."""
         batch: ShardedBatch | None = kwargs.get(KEYWORD)
+        if batch is None and self._own is not None:
+            return self._own(*args, **kwargs)
         if batch is None:
-            own = self._own
-            return type(self._module).forward(self._module, *args, **kwargs) if own is None else own(*args, **kwargs)
+            return type(self._module).forward(self._module, *args, **kwargs)
         given = {key: each for key, each in kwargs.items() if key not in _OURS}
         made = self._module.language_model(**{**given, "return_dict": True})
         return Gemma4ModelOutputWithPast(**made)

@@ -99,7 +99,10 @@ class Pictures:
         sides = grid[1] * self.patch, grid[0] * self.patch
         resized = picture.convert("RGB").resize(sides, resample=self.resample)
         pixels = np.asarray(resized).transpose(2, 0, 1) * np.float32(self.scale)
-        mean, deviation = (np.float32(x).reshape(-1, 1, 1) for x in (self.mean, self.deviation))
+        mean, deviation = (
+            np.asarray(each, dtype=np.float32).reshape(-1, 1, 1)
+            for each in (self.mean, self.deviation)
+        )
         return torch.from_numpy(convert_image_to_patches((pixels - mean) / deviation, self.patch))
 
 

@@ -153,7 +153,7 @@ def size_of(config: Any) -> Size:
         fields["mlp"] = text.moe_intermediate_size
         fields |= {"experts": text.num_experts, "chosen_experts": text.top_k_experts}
     size = size_of_parts(text, config.vision_config, **fields)
-    made = config_of(size).text_config
+    made: Any = config_of(size).text_config
     wanted = made.per_layer_config["full_attention"]
     of_layers = ("hidden_size_per_layer_input", "num_kv_shared_layers", "intermediate_size")
     wrong = [key for key in of_layers if getattr(text, key) != getattr(made, key)]
@@ -201,7 +201,7 @@ def tiny() -> tuple[Gemma4Config, Processor]:
         pad=int(tokenizer.pad_token_id),
     )
     names = (START, END, IMAGE_TOKEN, VIDEO_TOKEN)
-    begin, end, image, video = map(int, tokenizer.convert_tokens_to_ids([*names]))
+    begin, end, image, video = (int(tokenizer.get_vocab()[name]) for name in names)
     config = config_of(size, (begin, end, image, video), pooled=2, places=64, sliding_window=64)
     files: dict[str, dict[str, Any]] = {
         "processor_config.json": {
