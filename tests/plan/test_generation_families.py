@@ -40,7 +40,6 @@ FURTHER = (
     "glm4v",
     "glm4v_moe",
     "gemma3",
-    "gemma4",
     "internvl",
     "qwen3_5_moe",
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import MllamaConfig, Qwen3_5Config, Qwen3_5MoeConfig
+from transformers import Gemma4Config, MllamaConfig, Qwen3_5Config, Qwen3_5MoeConfig
 
 from ds_lvx.models import FAMILIES
 from ds_lvx.plan.models import known, model
@@ -113,6 +113,16 @@ def test_sizes_that_transformers_has_by_default(config: Any, name: str, tmp_path
     config().save_pretrained(tmp_path)
     written, known_one = (vars(model(each)) for each in (str(tmp_path), f"Qwen3.5-{name}"))
     assert {k for k in written if written[k] != known_one[k]} == {"name", "source"}
+
+
+def test_a_saved_gemma_4_has_the_sizes_of_the_published_one(tmp_path: Path) -> None:
+    text = {"hidden_size_per_layer_input": 0, "num_hidden_layers": 12, "global_head_dim": 64}
+    config = {"text_config": {**text, "head_dim": 32}, "vision_config": {}}
+    made = Gemma4Config(**config)
+    made.save_pretrained(tmp_path)
+    found = model(str(tmp_path))
+    assert found.cross.head_dim == (10 * 32 + 2 * 64) // 12
+    assert (found.windowed, found.window) == (10, 512)
 
 
 def test_a_short_text_reads_the_experts_that_it_chooses() -> None:

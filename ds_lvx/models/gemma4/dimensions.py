@@ -83,11 +83,14 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
     text, vision = {**_TEXT, **config["text_config"]}, {**_VISION, **config["vision_config"]}
     count, types = text["num_hidden_layers"], text.get("layer_types")
     full = count // _EVERY if types is None else types.count("full_attention")
+    # As the published config.json says it, or as transformers writes it.
+    others = [each["head_dim"] for each in text.get("per_layer_config", {}).values()]
+    widest = max(others, default=text["global_head_dim"])
     hidden, each = text["hidden_size"], text["hidden_size_per_layer_input"] or 0
     wide = text["num_kv_shared_layers"] if text.get("use_double_wide_mlp") else 0
     layers = replace(
         decoder(text, count=count),
-        head_dim=((count - full) * text["head_dim"] + full * text["global_head_dim"]) // count,
+        head_dim=((count - full) * text["head_dim"] + full * widest) // count,
         mlp=text["intermediate_size"] * (count + wide) // count,
     )
     found: Model = OfLayers(

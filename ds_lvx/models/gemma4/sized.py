@@ -56,6 +56,7 @@ def config_of(
     settings = text_settings(size)
     rope = settings["rope_parameters"]
     settings |= {
+        "pad_token_id": size.pad or 0,  # what images have in the place of their embeddings
         "vocab_size_per_layer_input": size.vocabulary,
         "hidden_size_per_layer_input": 0,
         "global_head_dim": 2 * settings["head_dim"],
