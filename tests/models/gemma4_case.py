@@ -121,7 +121,7 @@ def larger_model(**text: Any) -> Gemma4ForConditionalGeneration:
 def moe_model() -> Gemma4ForConditionalGeneration:
     """The larger model with experts."""
     return larger_model(
-        enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=12
+        enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16
     )
 
 
