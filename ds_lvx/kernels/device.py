@@ -17,6 +17,11 @@ def capability(tensor: Tensor) -> int:
     return 10 * major + minor
 
 
+def shared_bytes(tensor: Tensor) -> int:
+    """Shared memory that a block may have on a tensor's GPU."""
+    return int(torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin)
+
+
 def processors(tensor: Tensor) -> int:
     """How many multiprocessors a tensor's GPU has; 1 elsewhere, as for Triton's interpreter."""
     if tensor.device.type != "cuda":
