@@ -18,8 +18,9 @@ def capability(tensor: Tensor) -> int:
 
 
 def shared_bytes(tensor: Tensor) -> int:
-    """Shared memory that a block may have on a tensor's GPU."""
-    return int(torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin)
+    """Shared memory that a block may have on a tensor's GPU; 0 where PyTorch does not say it."""
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0))
 
 
 def processors(tensor: Tensor) -> int:
