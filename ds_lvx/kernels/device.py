@@ -17,6 +17,12 @@ def capability(tensor: Tensor) -> int:
     return 10 * major + minor
 
 
+def shared_bytes(tensor: Tensor) -> int:
+    """Shared memory that a block may have on a tensor's GPU; 0 where PyTorch does not say it."""
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0))
+
+
 def processors(tensor: Tensor) -> int:
     """How many multiprocessors a tensor's GPU has; 1 elsewhere, as for Triton's interpreter."""
     if tensor.device.type != "cuda":

@@ -10,10 +10,12 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ds_lvx.kernels import triton_backward, triton_forward
-from ds_lvx.kernels.device import AMPERE, capability, processors
+from ds_lvx.kernels.device import AMPERE, capability, processors, shared_bytes
 from ds_lvx.kernels.interface import Kernel, Problem, Upstream, no_gradients, written
 from ds_lvx.kernels.merge import empty_part
 from ds_lvx.kernels.triton_tiles import (
+    WIDE,
+    WIDEST_BYTES,
     Tiles,
     atomic_tiles,
     count,
@@ -40,6 +42,11 @@ def obstacle(q: Tensor) -> str | None:
         )
     if capability(q) < AMPERE:
         return "a GPU before Ampere (compute capability 8.0)"
+    if q.shape[-1] > WIDE and shared_bytes(q) < WIDEST_BYTES:
+        return (
+            f"head_dim {q.shape[-1]} on a GPU whose blocks have {shared_bytes(q) // 1024} KiB of "
+            f"shared memory, where above {WIDE} it needs {WIDEST_BYTES // 1024}"
+        )
     return None
 
 

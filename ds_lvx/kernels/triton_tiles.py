@@ -49,6 +49,11 @@ class Tiles:
         }
 
 
+WIDE, WIDEST_BYTES = 256, 132 * 1024
+"""A head_dim above which a block needs so much shared memory: A100, and Hopper on, but no cards for
+desktops."""
+
+
 def padded(head_dim: int) -> int:
     """BLOCK_D: the power of two that holds a head, at least 16."""
     return max(MIN_ROWS, 1 << (head_dim - 1).bit_length())
@@ -75,6 +80,8 @@ def forward_tiles(q: Tensor, k: Tensor, capability: int) -> Tiles:
         capability: of the GPU, such as 90.
     """
     rows, wide = _rows(q, k), padded(q.shape[3])
+    if wide > WIDE:
+        return _widest(q, rows, keys=32)
     if q.dtype == torch.float32:
         return _FP32
     if wide > 128:
@@ -89,6 +96,8 @@ def forward_tiles(q: Tensor, k: Tensor, capability: int) -> Tiles:
 def queries_tiles(q: Tensor, k: Tensor, capability: int) -> Tiles:
     """Tiles of the kernel that makes dq; see `forward_tiles`."""
     rows, wide = _rows(q, k), padded(q.shape[3])
+    if wide > WIDE:
+        return _widest(q, rows, keys=32)
     if q.dtype == torch.float32:
         return _FP32 if wide <= 128 else Tiles(16, 16, 4, 1)
     if wide > 128:
@@ -101,6 +110,8 @@ def queries_tiles(q: Tensor, k: Tensor, capability: int) -> Tiles:
 def keys_tiles(q: Tensor, k: Tensor, capability: int) -> Tiles:
     """Tiles of the kernel that makes dk and dv; see `forward_tiles`."""
     rows, wide = _rows(q, k), padded(q.shape[3])
+    if wide > WIDE:
+        return _widest(q, rows, keys=16)
     if q.dtype == torch.float32:
         return _FP32 if wide <= 128 else Tiles(16, 16, 8, 1)
     if wide > 128:
@@ -127,6 +138,11 @@ def atomic_tiles(q: Tensor, k: Tensor, capability: int) -> Tiles:
 
 # Exact fp32 has no tensor cores to feed; more would not fit the registers.
 _FP32 = Tiles(16, 32, 8, 1)
+
+
+def _widest(q: Tensor, rows: int, *, keys: int) -> Tiles:
+    """Of heads that fill the registers by themselves."""
+    return Tiles(16, 16, 8, 1) if q.dtype == torch.float32 else Tiles(_least(rows, 32), keys, 8, 2)
 
 
 def _is_hoppers(q: Tensor, rows: int, capability: int) -> bool:

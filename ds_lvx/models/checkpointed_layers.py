@@ -7,8 +7,9 @@ before or after `ds_lvx.initialize`. A hook on the model looks at them before ea
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self, cast
 
 import deepspeed
 import torch
@@ -57,7 +58,7 @@ class LayerCheckpointing:
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)``, checkpointed."""
         trains = any(parameter.requires_grad for parameter in self.layer.parameters())
-        run, tensors, lifted = _lift(function, args)
+        run, tensors, lifted, stored = _lift(function, args)
         wanted = [tensor for tensor in (*tensors, *lifted) if tensor.requires_grad]
         if not torch.is_grad_enabled() or not (wanted or trains):
             return function(*args)
@@ -67,19 +68,20 @@ class LayerCheckpointing:
         # What follows the states, such as features, is the same for all layers.
         for tensor in (*(tensors if self._keeps_arguments else tensors[1:]), *lifted):
             tensor.no_checkpointing = True  # type: ignore[attr-defined]
-        return self.function(run, *tensors, *lifted)
+        return stored.settle(self.function(run, *tensors, *lifted))
 
 
 def _lift(
     function: Callable[..., Any], args: Sequence[Any]
-) -> tuple[Callable[..., Any], tuple[Tensor, ...], tuple[Tensor, ...]]:
+) -> tuple[Callable[..., Any], tuple[Tensor, ...], tuple[Tensor, ...], Stored]:
     """A function of tensors alone, and those: positional ones, and the gradient-wanting keywords.
 
     What is no tensor is not handed to DeepSpeed 0.19.8, which with partition_activations hands it
     back with a None behind it (``merge_tensors``).
     """
     keywords = function.keywords if isinstance(function, functools.partial) else {}
-    leaves, structure = tree_flatten(keywords)
+    stored = Stored({name: x for name, x in keywords.items() if isinstance(x, UserDict)})
+    leaves, structure = tree_flatten({**keywords, **stored.before})
     places = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
     wanted = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
     tensors, lifted = tuple(args[i] for i in places), tuple(leaves[i] for i in wanted)
@@ -95,9 +97,62 @@ def _lift(
             filled[place] = tensor
         if not isinstance(function, functools.partial):
             return function(*positional)
-        return function.func(*function.args, *positional, **tree_unflatten(filled, structure))
+        keywords = stored.opened(tree_unflatten(filled, structure))
+        out = function.func(*function.args, *positional, **keywords)
+        return stored.behind(out, keywords)
 
-    return run, tensors, lifted
+    return run, tensors, lifted, stored.forget()
+
+
+class Stored:
+    """What a layer puts into dictionaries among its keywords, which later layers read.
+
+    A checkpoint knows of arguments and results alone. So what is in them is handed over with the
+    arguments, and what the layer puts in comes back behind its result: Gemma 4's keys and values of
+    layers that have none of their own get their gradients under the reentrant variants as well.
+
+    Args:
+        shared: the dictionaries, whose values are tuples of tensors.
+
+    Attributes:
+        before: their entries.
+    """
+
+    def __init__(self, shared: Mapping[str, UserDict[Any, Any]]) -> None:
+        self._shared = shared
+        self.before = {name: dict(each) for name, each in shared.items()}
+        self._kinds = {name: type(each) for name, each in shared.items()}
+        self._new: list[tuple[str, Any, int]] = []
+
+    def forget(self) -> Self:
+        """The same without the entries, which are handed over."""
+        self.before = {name: dict.fromkeys(each) for name, each in self.before.items()}
+        return self
+
+    def opened(self, keywords: dict[str, Any]) -> dict[str, Any]:
+        """A call's keywords, with dictionaries of its own."""
+        return {**keywords, **{name: kind(keywords[name]) for name, kind in self._kinds.items()}}
+
+    def behind(self, out: Any, keywords: Mapping[str, Any]) -> Any:
+        """A layer's result, and behind it the tensors that it put in."""
+        found = [
+            (name, key, values)
+            for name, known in self.before.items()
+            for key, values in keywords[name].items()
+            if key not in known
+        ]
+        self._new = [(name, key, len(values)) for name, key, values in found]
+        return (out, *(x for *_, values in found for x in values)) if found else out
+
+    def settle(self, result: Any) -> Any:
+        """The result alone; the tensors behind it go into the dictionaries."""
+        if not self._new:
+            return result
+        out, *values = result
+        for name, key, count in self._new:
+            self._shared[name][key] = tuple(values[:count])
+            del values[:count]
+        return out
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device | None:

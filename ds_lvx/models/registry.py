@@ -44,6 +44,7 @@ BUILT_IN: Mapping[str, str] = {
     "glm46v": "ds_lvx.models.glm46v.family:Glm46V",
     "glm4v_moe": "ds_lvx.models.glm4v_moe.family:Glm4vMoe",
     "gemma3": "ds_lvx.models.gemma3.family:Gemma3",
+    "gemma4": "ds_lvx.models.gemma4.family:Gemma4",
     "internvl": "ds_lvx.models.internvl.family:InternVL",
     "llava_onevision": "ds_lvx.models.llava_onevision.family:LlavaOnevision",
     "video_llama_3": "ds_lvx.models.video_llama_3.family:VideoLlama3",
@@ -65,8 +66,8 @@ KNOWN: Mapping[str, str] = {
     for name in (
         *("mllama", "moss_vl", "mplugowl3", "openflamingo", "idefics", "t5gemma2"),
         *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
-        *("glm4v", "glm46v", "glm4v_moe", "gemma3", "internvl", "llava_onevision", "smolvlm"),
-        *("video_llama", "video_llama_3"),
+        *("glm4v", "glm46v", "glm4v_moe", "gemma3", "gemma4", "internvl"),
+        *("llava_onevision", "smolvlm", "video_llama", "video_llama_3"),
         *_ROOMS,
     )
 }

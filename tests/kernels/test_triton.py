@@ -35,6 +35,7 @@ SHAPES = [  # batch, queries, keys, heads, kv heads, head_dim
     (1, 5, 300, 2, 2, 24),
     (1, 3, 40, 3, 3, 80),
     (1, 2, 70, 2, 1, 256),
+    (1, 3, 40, 2, 1, 512),
     (1, 150, 20, 1, 1, 32),
 ]
 # Every shape with a rule and split keys; what else there is, by the shapes that it matters for.
@@ -42,7 +43,7 @@ CASES = [
     *((shape, "frames", 24) for shape in SHAPES[:2]),
     pytest.param(SHAPES[2], "frames", 24, marks=pytest.mark.exhaustive),
     *((shape, "frames", 24) for shape in SHAPES[3:]),
-    *((shape, "none", 1) for shape in (SHAPES[0], SHAPES[2], SHAPES[6])),
+    *((shape, "none", 1) for shape in (SHAPES[0], SHAPES[2], SHAPES[-1])),
     (SHAPES[1], "none", 24),
     (SHAPES[2], "shuffled", 1),
     pytest.param(SHAPES[2], "none", 24, marks=pytest.mark.exhaustive),
@@ -115,7 +116,8 @@ def errors(
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "visibility", "processors"), CASES, indirect=["processors"])
 def test_fp32_is_exact(shape: tuple[int, ...], visibility: str, processors: int) -> None:
-    found = errors(TritonKernel(), tensors(shape, torch.float32), rule(shape, visibility), 0.2)
+    scale = 0.2 if shape[-1] <= 256 else 0.05  # of scores that are as large as the others
+    found = errors(TritonKernel(), tensors(shape, torch.float32), rule(shape, visibility), scale)
     assert max(found.values()) <= 2e-5, found
 
 
@@ -317,7 +319,7 @@ def test_splits_fill_the_multiprocessors(blocks: int, programs: int) -> None:
 @pytest.mark.parametrize(
     ("q", "words"),
     [
-        (torch.empty(1, 1, 1, 8), "head_dim 8, where it does 16 to 256"),
+        (torch.empty(1, 1, 1, 8), "head_dim 8, where it does 16 to 512"),
         (torch.empty(1, 1, 1, 64).double(), "torch.float64, where it does torch.bfloat16"),
         (torch.empty(1, 1, 1, 64), "tensors on cpu, where it needs an NVIDIA GPU"),
     ],

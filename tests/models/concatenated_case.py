@@ -102,7 +102,10 @@ def check(jobs: Sequence[Job], *, ranks: int, batches: Any, sp_size: int) -> Non
     """Compare the training of each job with one process's."""
     results = run_ranks(train_each, ranks, jobs, batches)
     for index, (config, make) in enumerate(jobs):
-        expected = reference_steps(batches, make())
+        alone = make()
+        # transformers' own loses gradients of keys that Gemma 4's layers share, where reentrant.
+        alone.gradient_checkpointing_disable()
+        expected = reference_steps(batches, alone)
         try:
             assert_same_training([each[index] for each in results], expected, sp_size=sp_size)
         except AssertionError as error:

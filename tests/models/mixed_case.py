@@ -198,6 +198,7 @@ MIXED = {
     ),
     "video_llama_3": Mixed("video_llama_3", partial(parts, GRIDS), model={"num_hidden_layers": 2}),
     "gemma3": Mixed("gemma3", partial(parts, ((1,), (1, 1, 1), (2,)))),
+    "gemma4": Mixed("gemma4", partial(parts, ((2, 3), [(2, 2), (2, 2)], (1, 2)))),
     "internvl": Mixed("internvl", partial(parts, ((1,), (1, 1, 1), (4,)))),
     "smolvlm": Mixed("smolvlm", partial(parts, ((1,), (1, 1, 1), (4,)))),
     "llava_onevision": Mixed("llava_onevision", partial(parts, ((10, 30), "video", (20, 20)))),

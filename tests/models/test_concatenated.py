@@ -30,6 +30,7 @@ NAMES = (
     pytest.param("glm4v_moe", marks=pytest.mark.exhaustive),
     "gemma3",
     "video_llama_3",
+    "gemma4",
     pytest.param("smolvlm", marks=pytest.mark.exhaustive),  # whose batches are InternVL's
 )
 ALL = pytest.mark.parametrize("name", ["qwen2_5_vl", *NAMES])

@@ -29,6 +29,7 @@ from tests.test_generation_past import SECOND, THIRD, TOKENS, ask, behind, text_
 Batch = dict[str, Any]
 FAMILIES = (
     *("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "qwen3_5", "gemma3"),
+    "gemma4",
     "video_llama_3",  # whose forward has no logits_to_keep
 )
 SEED = 5
@@ -213,7 +214,7 @@ def with_gaps(batch: Batch, first: Tensor) -> Batch:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5", "gemma3", "gemma4"])
 def test_answers_are_those_of_whole_conversations(name: str) -> None:
     """Also where one in between fails in its last layer."""
     case = import_module(f"tests.models.{name}_case")
@@ -257,6 +258,7 @@ def further(name: str, ranks: int) -> Any:
         ("qwen2_5_vl", 2),
         ("qwen3_5", 3),
         ("gemma3", 3),
+        ("gemma4", 2),
         *(pytest.param(n, 2, marks=pytest.mark.exhaustive) for n in (*FAMILIES[1:], "glm4v")),
         pytest.param("qwen3_vl", 3, marks=pytest.mark.exhaustive),
     ],

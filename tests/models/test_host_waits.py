@@ -28,6 +28,7 @@ from tests.elsewhere import ElsewhereByDefault
 from tests.models import (
     blip_case,
     gemma3_case,
+    gemma4_case,
     glm4v_case,
     glm4v_moe_case,
     idefics_case,
@@ -96,6 +97,7 @@ CONCATENATED: dict[str, Any] = {
     "glm4v_moe": glm4v_moe_case,
     "gemma3": gemma3_case,
     "video_llama_3": video_llama_3_case,
+    "gemma4": gemma4_case,
     "internvl": internvl_case,
     "smolvlm": smolvlm_case,
     "llava_onevision": llava_onevision_case,
@@ -250,6 +252,7 @@ def test_no_wait_on_cuda_from_the_cut_to_the_end_of_backward(
         pytest.param("glm4v_moe", marks=pytest.mark.exhaustive),
         "gemma3",
         pytest.param("video_llama_3", marks=pytest.mark.exhaustive),
+        "gemma4",
         pytest.param("internvl", marks=pytest.mark.exhaustive),
         pytest.param("smolvlm", marks=pytest.mark.exhaustive),
         pytest.param("llava_onevision", marks=pytest.mark.exhaustive),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import MllamaConfig, Qwen3_5Config, Qwen3_5MoeConfig
+from transformers import Gemma4Config, MllamaConfig, Qwen3_5Config, Qwen3_5MoeConfig
 
 from ds_lvx.models import FAMILIES
 from ds_lvx.plan.models import known, model
@@ -72,6 +72,10 @@ def test_llama_vision_has_the_dimensions_of_transformers_config(tmp_path: Path) 
         ("gemma-3-4b-it", 4.3, 256, (34, 8, 4, 256)),
         ("gemma-3-12b-it", 12.2, 256, (48, 16, 8, 256)),
         ("gemma-3-27b-it", 27.4, 256, (62, 32, 16, 128)),
+        ("gemma-4-E2B-it", 5.1, 64, (35, 8, 1, 307)),
+        ("gemma-4-E4B-it", 8.0, 64, (42, 8, 2, 298)),
+        ("gemma-4-26B-A4B-it", 25.2, 64, (30, 16, 8, 298)),
+        ("gemma-4-31B-it", 30.7, 64, (60, 32, 16, 298)),
         ("InternVL3-8B", 7.94, 256, (28, 28, 4, 128)),
         ("InternVL3-14B", 15.1, 256, (48, 40, 8, 128)),
         ("InternVL3-38B", 38.4, 256, (64, 40, 8, 128)),
@@ -111,6 +115,16 @@ def test_sizes_that_transformers_has_by_default(config: Any, name: str, tmp_path
     config().save_pretrained(tmp_path)
     written, known_one = (vars(model(each)) for each in (str(tmp_path), f"Qwen3.5-{name}"))
     assert {k for k in written if written[k] != known_one[k]} == {"name", "source"}
+
+
+def test_a_saved_gemma_4_has_the_sizes_of_the_published_one(tmp_path: Path) -> None:
+    text = {"hidden_size_per_layer_input": 0, "num_hidden_layers": 12, "global_head_dim": 64}
+    config = {"text_config": {**text, "head_dim": 32}, "vision_config": {}}
+    made = Gemma4Config(**config)
+    made.save_pretrained(tmp_path)
+    found = model(str(tmp_path))
+    assert found.cross.head_dim == (10 * 32 + 2 * 64) // 12
+    assert (found.windowed, found.window) == (10, 512)
 
 
 def test_a_short_text_reads_the_experts_that_it_chooses() -> None:

@@ -64,6 +64,7 @@ class Sequences(Text):
         deal: who holds what, once `dealt` was asked.
         ends: int64 ``[B, T]``, one past the last place that each token sees, of images whose tokens
             see each other; None: a token sees none behind it.
+        recent_ends: the same in layers with a window, where it holds in these alone.
         unbroken: padding between tokens is held as well, and a part with some has its
             ``attention_mask``: it moves the state of layers that carry one along the text.
     """
@@ -72,6 +73,7 @@ class Sequences(Text):
     number: Tensor
     deal: Deal | None = None
     ends: Tensor | None = None
+    recent_ends: Tensor | None = None
     unbroken: bool = False
     stays_sharded: ClassVar[bool] = True
 
@@ -160,14 +162,16 @@ class Sequences(Text):
 
     def recent(self, window: int) -> Visibility:
         """The same where a token sees so many places before it, with its own."""
-        rule = self.visibility()
+        ends = self.ends if self.recent_ends is None else self.recent_ends
+        rule = replace(self, ends=ends).visibility()
         start = self.settled.column.to(torch.int32) - (window - 1)
         return replace(rule, q_start=start.clamp(min=0))
 
     def digest(self) -> int:
         """See `Text.digest`."""
         found = super().digest()
-        return found if self.ends is None else digest(torch.tensor(found, device="cpu"), self.ends)
+        ends = [each for each in (self.ends, self.recent_ends) if each is not None]
+        return digest(torch.tensor(found, device="cpu"), *ends) if ends else found
 
     def shard(self, here: Here) -> dict[str, Any]:
         """The model's text arguments for a rank's part, with its positions in the whole."""

@@ -145,7 +145,12 @@ class Concatenated(Made):
             int(getattr(config, key)) for key in _HEADS if getattr(config, key, None) is not None
         )
         width = int(config.hidden_size)
-        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        # By the module where it says so: layers of a model may have other heads than its config.
+        groups = getattr(module, "num_key_value_groups", None)
+        if groups is None:
+            kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        else:
+            kv_heads = heads // int(groups)
         size = int(getattr(module, "head_dim", None) or width // heads)
         return Layer(name, "self" if of_text else "local", module, heads, kv_heads, size, width)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ds_lvx.models.concatenated.batch import Unit
-from ds_lvx.models.text import described, is_integer
+from ds_lvx.models.concatenated.seen import ends_of_runs, token_types
 from ds_lvx.models.visual import PIXELS
 
 TYPES = "token_type_ids"
@@ -63,20 +63,8 @@ def ends(batch: Mapping[str, Any], ids: Tensor) -> Tensor | None:
 
     Source: transformers, ``gemma3.get_block_sequence_ids_for_mask``.
     """
-    types = batch.get(TYPES)
-    if types is None:
-        return None
-    if not is_integer(types) or types.shape != ids.shape:
-        raise ValueError(
-            f"got {TYPES} {described(types)}; expected integers of the shape of input_ids, "
-            f"{tuple(ids.shape)}: the whole sequence, as the processor returns it"
-        )
-    length = ids.shape[1]
-    behind = torch.arange(1, length + 1, device="cpu")
-    # The next place that is no image's is where a run of them ends.
-    stops = torch.where(types.cpu() == 1, length, behind - 1)
-    of_runs = stops.flip(1).cummin(dim=1).values.flip(1)
-    return torch.maximum(of_runs, behind)
+    types = token_types(batch, TYPES, ids)
+    return None if types is None else ends_of_runs(types == 1)
 
 
 def check_pixels(pixels: Tensor, config: Any) -> None:

@@ -61,7 +61,7 @@ class OfExperts(Concatenated):
         of_experts: class of a layer's.
     """
 
-    embed = EmbedOfExperts
+    embed: type[Embed] = EmbedOfExperts
     of_experts: type[nn.Module]
 
     def check(self, model: Any, *, sp_size: int) -> None:

@@ -1,0 +1,1 @@
+"""Gemma 4 of transformers. Importing this package imports no torch."""
