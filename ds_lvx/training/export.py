@@ -64,7 +64,7 @@ def save_pretrained(
 def gather_weights(
     model: nn.Module, *, partitioned: bool, only_trained: bool, keep: bool
 ) -> dict[str, Tensor]:
-    """A model's state dict on the CPU, whole.
+    """A model's state dict on the CPU, whole; tied weights are one tensor, which is saved once.
 
     Args:
         model: may be partitioned by ZeRO-3.
@@ -74,10 +74,16 @@ def gather_weights(
 
     Collectives: one all-gather a parameter where ``partitioned``, over all ranks.
     """
-    weights = {}
+    weights: dict[str, Tensor] = {}
+    names: dict[int, str] = {}  # of what was gathered
     # One parameter at a time: more would fill the accelerator with weights that nobody computes on.
     for name, value in model.state_dict(keep_vars=True).items():
         if only_trained and isinstance(value, nn.Parameter) and not value.requires_grad:
+            continue
+        first = names.setdefault(id(value), name)
+        if first != name:
+            if keep:
+                weights[name] = weights[first]
             continue
         gathered = partitioned and hasattr(value, "ds_id")
         with deepspeed.zero.GatheredParameters([value] if gathered else [], enabled=gathered):

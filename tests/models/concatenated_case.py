@@ -138,19 +138,22 @@ def bytes_of_forward(model_type: str, model: Make, batch: dict[str, Any]) -> int
     return sent.bytes_sent
 
 
-def check_saved(name: str, model: Any, folder: Path) -> list[dict[str, Tensor]]:
+def check_saved(
+    name: str, model: Any, folder: Path, *, size: str = "16KB"
+) -> list[dict[str, Tensor]]:
     """A checkpoint, nearly with an expert a file, is loaded and saved as it is at ZeRO-3 in bf16.
 
     Args:
         name: of the family.
         model: in bf16.
         folder: an empty one.
+        size: of a file, at most.
 
     Returns:
         The buffers of every rank's engine.
     """
     start, end = folder / "start", folder / "end"
-    model.save_pretrained(start, max_shard_size="16KB")
+    model.save_pretrained(start, max_shard_size=size)
     names = json.loads((start / "model.safetensors.index.json").read_text())
     assert len({*names["weight_map"].values()}) > 9
     found: list[dict[str, Tensor]] = run_ranks(_load_and_save, 2, name, model.config, start, end)

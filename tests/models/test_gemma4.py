@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,3 +147,15 @@ def test_a_batch_that_does_not_fit_is_named(words: str) -> None:
         batch[key] = value
     with pytest.raises((ValueError, NotImplementedError), match=words):
         shard_batch({k: v for k, v in batch.items() if v is not None}, model=model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [moe_model, tiny_model])
+def test_a_checkpoint_is_loaded_and_saved_as_it_is(model: Any, tmp_path: Path) -> None:
+    """With its scales, which are no parameters."""
+    made = model().bfloat16()
+    expected = dict(made.named_buffers())
+    for found in case.check_saved(NAME, made, tmp_path, size="8KB"):
+        assert found.keys() == expected.keys()
+        for key, buffer in found.items():
+            torch.testing.assert_close(buffer.float(), expected[key].float(), atol=1e-2, rtol=1e-2)
