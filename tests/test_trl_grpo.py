@@ -57,6 +57,7 @@ SETTINGS = {
     "dataloader_pin_memory": False,
 }
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
+SYNCHRONIZED = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
 TIMES = ("time", "runtime", "second")
 
 
@@ -249,6 +250,31 @@ def test_no_rank_enters_a_reward_model_where_another_has_failed() -> None:
     assert (entered, asked) == ([], [None])
 
 
+class Moving:
+    """A trainer that moves what it gets to a device."""
+
+    def _prepare_input(self, data: dict[str, Any]) -> dict[str, Any]:
+        return dict.fromkeys(data, "moved")
+
+
+class Moved(TrainerMixin, Moving):
+    """With the mixin."""
+
+
+def test_what_a_reward_model_gets_is_moved_whatever_its_names() -> None:
+    """``token_type_ids`` of BERT are no visual key of Gemma 3, whose stay on the CPU."""
+    trainer = object.__new__(Moved)
+    family = FAMILIES.named("gemma3")
+    with torch.device("meta"):
+        trainer.model = family.build(family.tiny()[0], gate=0.5, dtype=torch.float32)
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.float32))
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    batch = {"input_ids": 1, "token_type_ids": 2}
+    assert trainer._prepare_input(batch) == {"input_ids": "moved", "token_type_ids": 2}
+    trainer._asks_for_rewards = True
+    assert trainer._prepare_input(batch) == {"input_ids": "moved", "token_type_ids": "moved"}
+
+
 def test_completions_that_tools_answer_are_prompts_of_their_own() -> None:
     trainer = object.__new__(GRPO)
     trainer.model, trainer.num_generations = SimpleNamespace(training=True), 2
@@ -314,6 +340,8 @@ def sharded(stage: int) -> dict[str, Any]:
         (GRPO, 2, EVALUATING),
         pytest.param(GRPO, 3, {}, marks=pytest.mark.exhaustive),
         pytest.param(GRPO, 2, {"lora": True}, marks=pytest.mark.exhaustive),
+        pytest.param(GRPO, 3, {"lora": True}, marks=pytest.mark.exhaustive),
+        pytest.param(GRPO, 3, SYNCHRONIZED, marks=pytest.mark.exhaustive),
         pytest.param(RLOO, 2, {}, marks=pytest.mark.exhaustive),
     ],
 )
