@@ -25,10 +25,14 @@ _REFUSED = {
     "use_transformers_continuous_batching": "which knows no sharded keys",
 }
 _REFUSED_OF_TRAINER = ("tools", "environment_factories", "rollout_func")
+_ONLINE = {"GRPOTrainer", "RLOOTrainer"}
 
 
 class OnlineMixin:
-    """What `ds_lvx.trainer.TrainerMixin` does for TRL's ``GRPOTrainer`` and ``RLOOTrainer``."""
+    """What `ds_lvx.trainer.TrainerMixin` does for TRL's ``GRPOTrainer`` and ``RLOOTrainer``.
+
+    Other trainers, whose methods of these names take and return something else, have their own.
+    """
 
     accelerator: Accelerator
     args: Any
@@ -37,7 +41,13 @@ class OnlineMixin:
     num_generations: int
     num_generations_eval: int
     _copies = 1
+    _asks_for_rewards = False
     reward_funcs: list[Any]
+
+    @property
+    def _is_online(self) -> bool:
+        kinds = type(self).__mro__
+        return any(k.__name__ in _ONLINE and k.__module__.startswith("trl.") for k in kinds)
 
     def _check_online(self) -> None:
         """Count samples of a generation by replicas, and refuse what runs once a process.
@@ -47,7 +57,12 @@ class OnlineMixin:
             NotImplementedError: settings that do not go with samples that several ranks share.
         """
         args, ours = self.args, self.accelerator
-        if not hasattr(args, "steps_per_generation"):
+        if not self._is_online:
+            if hasattr(args, "steps_per_generation") and ours.sp_size > 1:
+                raise NotImplementedError(
+                    f"got {type(self).__name__}, a trainer that shuffles what it generates, each "
+                    f"rank for itself; expected one of {' and '.join(sorted(_ONLINE))} of TRL"
+                )
             return
         for name, why in _REFUSED.items():
             if getattr(args, name, False):
@@ -75,7 +90,7 @@ class OnlineMixin:
 
     def _begin_online(self) -> None:
         """Random numbers by replica, and completions without tokens that stand for an image."""
-        if not hasattr(self.args, "steps_per_generation"):
+        if not self._is_online:
             return
         with self.accelerator.indexing_replicas():
             set_seed(self.args.seed + self.accelerator.process_index)
@@ -86,19 +101,29 @@ class OnlineMixin:
 
     def _generate_and_score_completions(self, inputs: Sequence[Any]) -> Any:
         """TRL's, by replicas; the ranks of one have the same random numbers afterwards."""
+        if not self._is_online:
+            return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         with self._by_replicas(self.accelerator.gather):
             scored = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         self.accelerator.share_random_numbers()  # TRL shuffles the completions by them
         return scored
 
-    def _tokenize_prompts(self, prompts: Sequence[Any]) -> tuple[Any, Any, Any]:
+    def _tokenize_prompts(self, prompts: Sequence[Any]) -> Any:
         """TRL's; a prompt whose completions all are this replica's is processed once."""
         copies = self._copies = self._copies_of(prompts)
+        if copies == 1:
+            return super()._tokenize_prompts(prompts)  # type: ignore[misc]
         ids, images, fields = super()._tokenize_prompts(prompts[::copies])  # type: ignore[misc]
         return _repeated(ids, copies), images and _repeated(images, copies), fields
 
     def _copies_of(self, prompts: Sequence[Any]) -> int:
-        """How many prompts in a row are one: its completions, or 1 where they are not all here."""
+        """How many prompts in a row are one: its completions, or 1 where they are not all here.
+
+        Tools, and environments, answer each completion, which goes on as a prompt of its own.
+        """
+        answered = any(getattr(self, name, None) for name in _REFUSED_OF_TRAINER)
+        if answered or not self._is_online:
+            return 1
         copies = self.num_generations if self.model.training else self.num_generations_eval
         starts = range(0, len(prompts), copies)
         are_one = self.generation_config.do_sample and all(
@@ -109,43 +134,57 @@ class OnlineMixin:
         return copies if are_one else 1
 
     def _generate_single_turn(
-        self, prompt_ids: Sequence[Any], images: Any, fields: Any, *more: Any
+        self, prompt_ids: Sequence[Any], images: Any, fields: Any, *more: Any, **options: Any
     ) -> Any:
         """TRL's; completions of one prompt share its keys, and its images are encoded once."""
         copies = self._copies
         with _replaced(self.generation_config, "num_return_sequences", copies):
             return super()._generate_single_turn(  # type: ignore[misc]
-                prompt_ids[::copies], images and images[::copies], fields, *more
+                prompt_ids[::copies], images and images[::copies], fields, *more, **options
             )
 
-    def _calculate_rewards(self, *args: Any) -> Tensor:
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's; the first rank of a group asks the functions, once for all of them.
 
         Raises:
             RuntimeError: on all ranks, where a function failed on one.
         """
-        ours, own = self.accelerator, self.reward_funcs
-        if not ours.is_first_of_replica:
-            self.reward_funcs = [f if isinstance(f, nn.Module) else _unasked for f in own]
-        agreed = False
+        rewards: Tensor
+        if not self._is_online:
+            rewards = super()._calculate_rewards(*args, **kwargs)  # type: ignore[misc]
+            return rewards
+        ours, own, told = self.accelerator, self.reward_funcs, False
+
+        def agree(*_: Any) -> None:
+            nonlocal told
+            told = True
+            ours.agree_on_failure(None)
+            told = False
 
         def gather(rewards: Tensor) -> Tensor:
-            nonlocal agreed
-            agreed = True
-            ours.agree_on_failure(None)
+            nonlocal told
+            agree()
+            told = True
             return ours.gather(rewards)
 
+        # At ZeRO-3 ranks wait for each other in a model: none enters where another has failed.
+        models = [f for f in own if isinstance(f, nn.Module)]
+        hooks = [model.register_forward_pre_hook(agree) for model in models]
+        if not ours.is_first_of_replica:
+            self.reward_funcs = [f if isinstance(f, nn.Module) else _unasked for f in own]
         try:
-            with self._by_replicas(gather):
-                rewards: Tensor = super()._calculate_rewards(*args)  # type: ignore[misc]
+            with self._by_replicas(gather), _replaced(self, "_asks_for_rewards", True):
+                rewards = super()._calculate_rewards(*args, **kwargs)  # type: ignore[misc]
         except Exception as caught:
-            if agreed:
+            if told:
                 raise
             failure = RuntimeError(f"a reward failed: {type(caught).__name__}: {caught}")
             failure.__cause__ = caught
             ours.agree_on_failure(failure)
         finally:
             self.reward_funcs = own
+            for hook in hooks:
+                hook.remove()
         return rewards
 
     @contextmanager

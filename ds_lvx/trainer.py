@@ -121,7 +121,7 @@ class TrainerMixin(OnlineMixin):
 
     def _prepare_input(self, data: Any) -> Any:
         """Trainer's; what is seen stays where it is, and only this rank's part leaves the CPU."""
-        if not isinstance(data, Mapping):
+        if self._asks_for_rewards or not isinstance(data, Mapping):  # keys of another model
             return super()._prepare_input(data)  # type: ignore[misc]
         visual = family_of(self.model)[0].keys
         dtype = self.accelerator.state.deepspeed_plugin.hf_ds_config.dtype()

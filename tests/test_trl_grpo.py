@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import random
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -53,6 +57,7 @@ SETTINGS = {
     "dataloader_pin_memory": False,
 }
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
+SYNCHRONIZED = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
 TIMES = ("time", "runtime", "second")
 
 
@@ -154,11 +159,13 @@ def reinforce(
 
 
 def asked_once(folder: Path, tiny: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """How often a rank of two asks for rewards, and how many images it encodes to generate."""
+    """How often a rank of two asks for rewards, how many images it encodes to generate, and what
+    random numbers it has afterwards."""
     calls, images = [], []
 
     def count(completions: Sequence[Any], **_: Any) -> list[float]:
         calls.append(len(completions))
+        torch.rand(1), random.random(), np.random.rand()
         return [float(n) for n in range(len(completions))]
 
     class Counted(GRPO):
@@ -168,7 +175,8 @@ def asked_once(folder: Path, tiny: Path, config: dict[str, Any]) -> dict[str, An
 
     settings = {"num_generations": 4, "num_iterations": 1, "max_steps": 1}
     reinforce(Counted, folder, tiny, config, rewards=[count], **settings)
-    return {"calls": calls, "images": images}
+    drawn = torch.rand(1).item(), random.random(), np.random.rand()
+    return {"calls": calls, "images": images, "drawn": drawn}
 
 
 def test_functions_are_asked_once_and_images_encoded_once(tiny: Path, tmp_path: Path) -> None:
@@ -177,6 +185,7 @@ def test_functions_are_asked_once_and_images_encoded_once(tiny: Path, tmp_path: 
     assert second["calls"] == []
     assert first["images"] == second["images"]
     assert first["images"][0] in (1, 2)  # those of one prompt, of which there are four completions
+    assert first["drawn"] == second["drawn"]
 
 
 def broken(completions: Sequence[Any], **_: Any) -> list[float]:
@@ -205,6 +214,100 @@ def test_what_is_refused(tiny: Path, tmp_path: Path) -> None:
     for said in run_ranks(refused, 2, tmp_path, tiny, sharded(2)):
         for message, (_, expected) in zip(said, REFUSED, strict=True):
             assert re.match(expected, message), message
+
+
+def test_no_rank_enters_a_reward_model_where_another_has_failed() -> None:
+    """At ZeRO-3 it would wait there for the other."""
+    entered, asked = [], []
+
+    class Model(torch.nn.Module):
+        def forward(self) -> None:
+            entered.append(True)
+
+    class Asking(trl.GRPOTrainer):
+        def _calculate_rewards(self) -> None:
+            for reward in self.reward_funcs:
+                reward()
+
+    class Online(TrainerMixin, Asking):
+        pass
+
+    def agree(error: Exception | None) -> None:
+        asked.append(error)
+        raise RuntimeError("rank 0: a reward failed")
+
+    trainer = object.__new__(Online)
+    trainer.reward_funcs = [Model()]
+    trainer.accelerator = SimpleNamespace(
+        is_first_of_replica=False,
+        agree_on_failure=agree,
+        gather=len,
+        gather_object=len,
+        indexing_replicas=nullcontext,
+    )
+    with pytest.raises(RuntimeError, match="rank 0"):
+        trainer._calculate_rewards()
+    assert (entered, asked) == ([], [None])
+
+
+class Moving:
+    """A trainer that moves what it gets to a device."""
+
+    def _prepare_input(self, data: dict[str, Any]) -> dict[str, Any]:
+        return dict.fromkeys(data, "moved")
+
+
+class Moved(TrainerMixin, Moving):
+    """With the mixin."""
+
+
+def test_what_a_reward_model_gets_is_moved_whatever_its_names() -> None:
+    """``token_type_ids`` of BERT are no visual key of Gemma 3, whose stay on the CPU."""
+    trainer = object.__new__(Moved)
+    family = FAMILIES.named("gemma3")
+    with torch.device("meta"):
+        trainer.model = family.build(family.tiny()[0], gate=0.5, dtype=torch.float32)
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.float32))
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    batch = {"input_ids": 1, "token_type_ids": 2}
+    assert trainer._prepare_input(batch) == {"input_ids": "moved", "token_type_ids": 2}
+    trainer._asks_for_rewards = True
+    assert trainer._prepare_input(batch) == {"input_ids": "moved", "token_type_ids": "moved"}
+
+
+def test_completions_that_tools_answer_are_prompts_of_their_own() -> None:
+    trainer = object.__new__(GRPO)
+    trainer.model, trainer.num_generations = SimpleNamespace(training=True), 2
+    trainer.generation_config = SimpleNamespace(do_sample=True)
+    assert trainer._copies_of(["a", "a", "b", "b"]) == 2
+    trainer.tools = [by_letters]
+    assert trainer._copies_of(["a", "a", "b", "b"]) == 1
+
+
+class Other:
+    """A trainer whose methods have the same names."""
+
+    def _tokenize_prompts(self, prompts: list[str]) -> list[int]:
+        return [len(prompt) for prompt in prompts]
+
+    def _calculate_rewards(self, prompts: list[str], *, scale: int) -> list[int]:
+        return [scale * len(prompt) for prompt in prompts]
+
+
+class Mixed(TrainerMixin, Other):
+    """With the mixin."""
+
+
+def test_other_trainers_keep_what_they_do() -> None:
+    trainer = object.__new__(Mixed)
+    assert trainer._tokenize_prompts(["a", "a"]) == [1, 1]
+    assert trainer._calculate_rewards(["a"], scale=2) == [2]
+    trainer.args, trainer.accelerator = (
+        SimpleNamespace(steps_per_generation=1),
+        SimpleNamespace(sp_size=2),
+    )
+    with pytest.raises(NotImplementedError, match="got Mixed, a trainer that shuffles"):
+        trainer._check_online()
 
 
 def lora_config() -> Any:
@@ -237,6 +340,8 @@ def sharded(stage: int) -> dict[str, Any]:
         (GRPO, 2, EVALUATING),
         pytest.param(GRPO, 3, {}, marks=pytest.mark.exhaustive),
         pytest.param(GRPO, 2, {"lora": True}, marks=pytest.mark.exhaustive),
+        pytest.param(GRPO, 3, {"lora": True}, marks=pytest.mark.exhaustive),
+        pytest.param(GRPO, 3, SYNCHRONIZED, marks=pytest.mark.exhaustive),
         pytest.param(RLOO, 2, {}, marks=pytest.mark.exhaustive),
     ],
 )

@@ -81,5 +81,5 @@ def router_loss(what: str) -> NotImplementedError:
     return NotImplementedError(
         f"got {what} with {ROUTERS}, which adds a loss of the routers over all tokens of a batch; "
         "a rank has only its own: set it to false in the text's config, as the published models "
-        "have it, and leave it out of the forward"
+        "have it, and leave it out of the forward (with TRL say router_aux_loss_coef=0.0)"
     )
