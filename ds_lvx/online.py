@@ -137,11 +137,12 @@ class OnlineMixin:
         self, prompt_ids: Sequence[Any], images: Any, fields: Any, *more: Any, **options: Any
     ) -> Any:
         """TRL's; completions of one prompt share its keys, and its images are encoded once."""
-        copies = self._copies
+        copies, run = self._copies, super()._generate_single_turn  # type: ignore[misc]
+        if copies == 1:
+            return run(prompt_ids, images, fields, *more, **options)
         with _replaced(self.generation_config, "num_return_sequences", copies):
-            return super()._generate_single_turn(  # type: ignore[misc]
-                prompt_ids[::copies], images and images[::copies], fields, *more, **options
-            )
+            own = prompt_ids[::copies], images and images[::copies]
+            return run(*own, fields, *more, **options)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's; the first rank of a group asks the functions, once for all of them.
