@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_lvx.models.concatenated.dimensions import Merged
-from ds_lvx.models.dimensions import Model, decoder, tower
+from ds_lvx.models.dimensions import Model, among_text, decoder, tower
 from ds_lvx.models.qwen3_vl_moe.dimensions import mixture
 
 _EVERY = 6
@@ -95,8 +95,7 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
     )
     found: Model = OfLayers(
         name=name,
-        text=replace(layers, count=0),
-        cross=replace(layers, features_dim=hidden),
+        **among_text(layers),
         vocabulary=text["vocab_size"],
         tower=replace(tower(vision), mlp_matrices=3),
         tower_tokens=_FRAME * vision["pooling_kernel_size"] ** 2,
@@ -106,8 +105,6 @@ def dimensions(config: Mapping[str, Any], name: str, source: str) -> Model:
         tower_states=1,
         source=source,
         embeddings=1,
-        recomputes=False,
-        among=True,
         windowed=count - full,
         window=text["sliding_window"],
         own=each * count,

@@ -20,10 +20,9 @@ from transformers.models.gemma4.modeling_gemma4 import (
     Gemma4VisionAttention,
 )
 
-from ds_lvx.models.concatenated.batch import Arrange, Sequences, Unit, Units
+from ds_lvx.models.concatenated.batch import Sequences, Units
 from ds_lvx.models.concatenated.family import SLIDING
 from ds_lvx.models.concatenated.forward import Embed, Encoded
-from ds_lvx.models.dimensions import Model
 from ds_lvx.models.gemma4 import batch as batches
 from ds_lvx.models.gemma4 import dimensions, forward, sized
 from ds_lvx.models.gemma4 import processor as processors
@@ -79,11 +78,8 @@ class Gemma4(OfExperts):
 
     # ---- batches
 
-    def units(self, batch: Mapping[str, Any], ids: Tensor, config: Any) -> list[Unit]:
-        return batches.units(batch, ids, config)
-
-    def visual_tokens(self, ids: Tensor, config: Any) -> Tensor:
-        return batches.visual_tokens(ids, config)
+    units = staticmethod(batches.units)
+    visual_tokens = staticmethod(batches.visual_tokens)
 
     def text(self, batch: Mapping[str, Any], model: Any) -> Text:
         made, of_text = super().text(batch, model), model.config.text_config
@@ -100,8 +96,7 @@ class Gemma4(OfExperts):
         }
         return Units.of(text, pixels, self.arrange(model.config))
 
-    def arrange(self, config: Any) -> Arrange:
-        return batches.arrange(config)
+    arrange = staticmethod(batches.arrange)
 
     def blank(self, model: Any) -> dict[str, Tensor]:
         return batches.blank(model.config)
@@ -114,15 +109,11 @@ class Gemma4(OfExperts):
     def media_tokens(self, processor: Any) -> tuple[str, ...]:
         return (processors.IMAGE_TOKEN, processors.VIDEO_TOKEN)
 
-    def inputs(
-        self, processor: Any, input_ids: Sequence[int], labels: Sequence[int]
-    ) -> Mapping[str, Sequence[int]]:
-        return processors.inputs(processor, input_ids, labels)
+    inputs = staticmethod(processors.inputs)
 
     # ---- models
 
-    def dimensions(self, config: Mapping[str, Any], name: str, source: str) -> Model:
-        return dimensions.dimensions(config, name, source)
+    dimensions = staticmethod(dimensions.dimensions)
 
     def build(self, config: Any, *, gate: float, dtype: torch.dtype) -> Any:
         return sized.build(config, dtype=dtype)

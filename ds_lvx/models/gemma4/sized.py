@@ -16,8 +16,17 @@ from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
 from ds_lvx.models.byte_tokenizer import byte_tokenizer
 from ds_lvx.models.gemma4.batch import PLACES, TYPES, positions
+from ds_lvx.models.gemma4.dimensions import known
 from ds_lvx.models.gemma4.processor import END, IMAGE_TOKEN, START, VIDEO_TOKEN, Processor
-from ds_lvx.models.random_weights import random_pixels, random_text, size_of_parts, text_settings
+from ds_lvx.models.random_weights import (
+    random_pixels,
+    random_text,
+    size_of_known,
+    size_of_parts,
+    text_settings,
+    tiny_size,
+    vision_settings,
+)
 from ds_lvx.models.size import Size
 from ds_lvx.models.visual import PIXELS
 
@@ -86,13 +95,9 @@ def config_of(
     if places is None:
         places = _PLACES if size.image_size >= _SIDE else size.image_size // size.patch_size
     vision = {
-        "num_hidden_layers": size.vision_layers,
-        "hidden_size": size.vision_hidden,
-        "num_attention_heads": size.vision_heads,
+        **{key: each for key, each in vision_settings(size).items() if key != "image_size"},
         "num_key_value_heads": size.vision_heads,
         "head_dim": size.vision_hidden // size.vision_heads,
-        "intermediate_size": size.vision_mlp,
-        "patch_size": size.patch_size,
         "pooling_kernel_size": pooled,
         "position_embedding_size": max(places, pooled),
         "standardize": True,
@@ -121,27 +126,10 @@ def size_of(config: Any) -> Size:
             of other proportions than those that are made.
     """
     if config is None:
-        return Size(
-            vocabulary=262_144,
-            hidden=2816,
-            heads=16,
-            kv_heads=8,
-            mlp=704,
-            head_dim=256,
-            experts=128,
-            chosen_experts=8,
-            layers=30,
-            cross_at=tuple(range(30)),
-            positions=262_144,
-            rope_theta=_GLOBAL_THETA,
-            vision_hidden=1152,
-            vision_heads=16,
-            vision_mlp=4304,
-            vision_layers=27,
-            vision_global_layers=0,
-            image_size=_SIDE,
-            patch_size=16,
-        )
+        of_experts = {"mlp": 704, "head_dim": 256, "experts": 128, "chosen_experts": 8}
+        beside = {"positions": 262_144, "rope_theta": _GLOBAL_THETA}
+        frames = {"image_size": _SIDE, "patch_size": 16}
+        return size_of_known(known(), "26B-A4B", **of_experts, **beside, **frames)
     text = config.text_config
     of_all, of_each = text.per_layer_config["full_attention"], _local(text)
     fields = {
@@ -191,16 +179,7 @@ def tiny() -> tuple[Gemma4Config, Processor]:
         eos_token=_OTHERS[4],
         pad_token=_OTHERS[0],
     )
-    size = Size(
-        vocabulary=len(tokenizer),
-        layers=6,
-        cross_at=(),
-        positions=4096,
-        patch_size=4,
-        bos=int(tokenizer.bos_token_id),
-        eos=int(tokenizer.eos_token_id),
-        pad=int(tokenizer.pad_token_id),
-    )
+    size = tiny_size(tokenizer, layers=6, patch_size=4, bos=int(tokenizer.bos_token_id))
     names = (START, END, IMAGE_TOKEN, VIDEO_TOKEN)
     begin, end, image, video = (int(tokenizer.get_vocab()[name]) for name in names)
     config = config_of(size, (begin, end, image, video), pooled=2, places=64, sliding_window=64)
