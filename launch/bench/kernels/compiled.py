@@ -54,7 +54,7 @@ class Configuration(NamedTuple):
 def configurations() -> Iterator[Configuration]:
     """All that differ in the code: few and many rows, and the widths of a tile."""
     for name, visibility in product(KERNELS, (False, True)):
-        for head_dim, rows in product((64, 80, 128, 256), (4, 4096)):
+        for head_dim, rows in product((64, 80, 128, 256, 512), (4, 4096)):
             yield Configuration(name, torch.bfloat16, head_dim, rows, visibility)
         # fp32 has one tile for all that it does.
         widest = 128 if name == "atomic" else 256
