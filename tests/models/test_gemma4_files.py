@@ -13,7 +13,7 @@ from PIL import Image
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from ds_lvx.data.chat import read_conversations
-from ds_lvx.models.gemma4.processor import Pictures
+from ds_lvx.models.gemma4.processor import VIDEO_TOKEN, Pictures
 from ds_lvx.models.media import Medium, Shown
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
@@ -56,6 +56,18 @@ def test_a_template_says_what_is_around_an_image(folder: Path, tmp_path: Path) -
     (other / "chat_template.jinja").write_text(written)
     shown = Source.of(str(other)).processor.shown(Medium(None, (20, 60)))
     assert shown.text == "\n\n<|image><|image|><image|>\n\n"
+
+
+def test_the_token_of_a_video_may_be_in_the_vocabulary_alone(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "model"
+    shutil.copytree(folder, other)
+    written = json.loads((other / "tokenizer.json").read_text())
+    added = {token["content"]: token["id"] for token in written["added_tokens"]}
+    written["added_tokens"] = [t for t in written["added_tokens"] if t["content"] != VIDEO_TOKEN]
+    written["model"]["vocab"] |= added
+    (other / "tokenizer.json").write_text(json.dumps(written))
+    tokenizer = Source.of(str(other)).processor.tokenizer
+    assert tokenizer(VIDEO_TOKEN, add_special_tokens=False)["input_ids"] == [added[VIDEO_TOKEN]]
 
 
 def test_files_that_are_not_the_model_s(folder: Path, tmp_path: Path) -> None:

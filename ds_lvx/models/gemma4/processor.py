@@ -119,6 +119,9 @@ class Processor(Files):
 
     def __init__(self, tokenizer: Any, files: Mapping[str, Mapping[str, Any]], config: Any) -> None:
         super().__init__(tokenizer, files)
+        # As transformers' processor does: some tokenizers have it in their vocabulary alone, and
+        # would cut it into pieces.
+        tokenizer.add_tokens(VIDEO_TOKEN, special_tokens=True)
         self.video_token_id = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
         said = self.image_token_id, self.video_token_id
         wanted = config.image_token_id, config.video_token_id
