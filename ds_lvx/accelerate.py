@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -13,8 +12,6 @@ from typing import Any
 
 import accelerate
 import deepspeed
-import numpy as np
-import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import PartialState
@@ -295,18 +292,6 @@ class Accelerator(accelerate.Accelerator):
         """``accelerate.utils.gather_object``, with every replica once: its first rank's."""
         gathered: list[Any] = gather_object(items if self.is_first_of_replica else [])
         return gathered
-
-    def share_random_numbers(self) -> None:
-        """Give the CPU's random generators of a group's first rank to its others.
-
-        Torch's, NumPy's and Python's: a data set that changes its samples may use any of them.
-        """
-        own = torch.get_rng_state(), np.random.get_state(), random.getstate()
-        replica = int(self.state.process_index) // self.sp_size
-        states = self.gather_object([own])[replica]
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
 
     def agree_on_failure(self, error: Exception | None) -> None:
         """Raise on all ranks where one of them has failed."""

@@ -8,12 +8,15 @@ same prompts, generate the same completions, and get the rewards that their firs
 from __future__ import annotations
 
 import math
+import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import accelerate.utils
+import numpy as np
+import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
@@ -105,7 +108,7 @@ class OnlineMixin:
             return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         with self._by_replicas(self.accelerator.gather):
             scored = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
-        self.accelerator.share_random_numbers()  # TRL shuffles the completions by them
+        share_random_numbers(self.accelerator)  # TRL shuffles the completions by them
         return scored
 
     def _tokenize_prompts(self, prompts: Sequence[Any]) -> Any:
@@ -201,6 +204,19 @@ class OnlineMixin:
                         stack.enter_context(_replaced(module, name, by_replica))
             stack.enter_context(ours.indexing_replicas())
             yield
+
+
+def share_random_numbers(accelerator: Accelerator) -> None:
+    """Give the CPU's random generators of a group's first rank to its others.
+
+    Torch's, NumPy's and Python's: a data set that changes its samples may use any of them.
+    """
+    own = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    with accelerator.indexing_replicas():
+        states = accelerator.gather_object([own])[accelerator.process_index]
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
 
 
 @contextmanager
