@@ -278,7 +278,8 @@ def _joined(blocks: Sequence[Block], most_keys: int) -> tuple[Block, ...]:
                 own[-1] = replace(last, queries=slice(last.queries.start, block.queries.stop))
         before = by_keys[-1] if by_keys else own
         first = before[0].keys.start
-        same = [(b.queries, b.masked) for b in before] == [(b.queries, False) for b in own]
+        whole = not any(block.masked for block in (*before, *own))
+        same = whole and [b.queries for b in before] == [b.queries for b in own]
         if same and before[0].keys.stop == keys.start and keys.stop - first <= most_keys:
             by_keys[-1] = [replace(block, keys=slice(first, keys.stop)) for block in own]
         else:

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from ds_lvx import Visibility
-from ds_lvx.kernels import lists
+from ds_lvx.attention.oracle import attention_oracle
+from ds_lvx.kernels import lists, native
 from ds_lvx.kernels import rule as rule_module
+from ds_lvx.kernels.interface import Problem
 from ds_lvx.kernels.rule import Rule, Structure
 
 
@@ -81,6 +84,18 @@ def test_blocks_that_are_causal_squares_say_so(width: int) -> None:
     assert causal(end - width * one.int()) == [squares[0], *squares[2:]]
     assert causal(end + width * one.int()) == [squares[0], *squares[2:]]
     assert causal(end, start + (11 * width) * one.int()) == [squares[0], *squares[2:]]
+
+
+def test_a_causal_square_beside_keys_that_all_see_stays_one() -> None:
+    """Of the last queries of a text: other blocks of its keys join."""
+    index = torch.arange(2 * native._CPU_SQUARE, dtype=torch.int32)[None]
+    last = index[:, native._CPU_SQUARE :]
+    sees = Visibility(torch.zeros_like(last), last + 1, index)
+    torch.manual_seed(0)
+    lengths = (last.shape[1], index.shape[1], index.shape[1])
+    q, k, v = (torch.randn(1, length, 1, 16, dtype=torch.float64) for length in lengths)
+    out, _ = native.NativeKernel().forward(Problem(q, k, v, Rule(sees), softmax_scale=0.25))
+    assert_close(out, attention_oracle(q, k, v, visibility=sees)[0])
 
 
 def test_blocks_over_the_same_keys_stand_side_by_side() -> None:
