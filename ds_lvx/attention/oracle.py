@@ -42,7 +42,12 @@ def attention_oracle(
         position = visibility.kv_pos[:, None, None, :]
         start = visibility.q_start[:, None, :, None]
         end = visibility.q_end[:, None, :, None]
-        sees = ((position >= start) & (position < end)).expand_as(scores)
+        sees = (position >= start) & (position < end)
+        if visibility.gap_start is not None and visibility.gap_end is not None:
+            behind = position >= visibility.gap_start[:, None, :, None]
+            before = position < visibility.gap_end[:, None, :, None]
+            sees = sees & ~(behind & before)
+        sees = sees.expand_as(scores)
     blind = ~sees.any(dim=-1)
     # A blind row gets scores of 0, so that nothing is NaN in backward, and is blanked afterwards.
     scores = scores.masked_fill(~sees, -torch.inf).masked_fill(blind.unsqueeze(-1), 0.0)

@@ -22,7 +22,6 @@ from ds_lvx.kernels.interface import Problem, Upstream
 from ds_lvx.kernels.native import NativeKernel
 from ds_lvx.kernels.reference import ReferenceKernel
 from ds_lvx.kernels.rule import Rule
-from ds_lvx.kernels.visibility import Visibility
 
 TOLERANCE = 4e-2
 """Largest error in bf16, as a share of the largest value."""
@@ -73,7 +72,7 @@ def exact(drawn: Shards) -> Exact:
     q, k, v = (tensor.detach() for tensor in (drawn.q, *drawn.k_and_v()))
     rule = None
     if (sees := drawn.visibility) is not None:  # known on the CPU, as a model has it
-        rule = Rule(sees, Visibility(*(part.cpu() for part in vars(sees).values())))
+        rule = Rule(sees, sees.each(torch.Tensor.cpu))
     problem = Problem(q, k, v, rule, softmax_scale=q.shape[3] ** -0.5)
     out, lse = NativeKernel().forward(problem)
     upstream = Upstream(drawn.dout, lse, delta_of(out, drawn.dout, None, lse))

@@ -40,7 +40,7 @@ def placed(
     inputs.append(torch.randn_like(inputs[0]))
     sees = rule(shape, visibility)
     if sees is not None:
-        sees = Visibility(*(tensor.to(DEVICE) for tensor in vars(sees).values()))
+        sees = sees.to(torch.device(DEVICE))
     return inputs, sees
 
 
