@@ -119,24 +119,23 @@ class Layout:
             all_queries, all_keys: what the method needs of the other ranks' parts.
             backward: one may follow, until which a copy of ``visibility`` is kept.
 
-        Collectives: with a rule an all-gather of ``8 (n - 1) s`` bytes a sample for the queries,
-        one of ``4 (n - 1) t`` for the keys.
+        Collectives: with a rule an all-gather of ``8 (n - 1) s`` bytes a sample for the queries
+        (twice as many where it has gaps), one of ``4 (n - 1) t`` for the keys.
         """
         if visibility is None:
             return cls(channel, q_lengths, kv_lengths, device=device)
         if backward:
             visibility = visibility.clone()
-        start, end, position = visibility.q_start, visibility.q_end, visibility.kv_pos
+        ranges, position = torch.stack(visibility.queries), visibility.kv_pos
         if all_queries:
-            (ranges,) = channel.gather_rows([torch.stack((start, end))], [2], q_lengths).wait()
-            start, end = ranges.unbind()
+            (ranges,) = channel.gather_rows([ranges], [2], q_lengths).wait()
         if all_keys:
             (position,) = channel.gather_rows([position], [1], kv_lengths).wait()
         return cls(
             channel,
             q_lengths,
             kv_lengths,
-            Rule(Visibility(start, end, position)),
+            Rule(Visibility.of(ranges, position)),
             device=device,
             first_query=0 if all_queries else sum(q_lengths[: channel.rank]),
             first_key=0 if all_keys else sum(kv_lengths[: channel.rank]),
@@ -240,9 +239,8 @@ class Layout:
             whole = Visibility.all(batch, *lengths, device=torch.device("cpu"))
         else:
             whole = self._rule.host or self._rule.visibility
-        return Visibility(
-            _pad_parts(whole.q_start, self.q_lengths, q_longest, 0),
-            _pad_parts(whole.q_end, self.q_lengths, q_longest, 0),
+        return Visibility.of(
+            (_pad_parts(each, self.q_lengths, q_longest, 0) for each in whole.queries),
             _pad_parts(whole.kv_pos, self.kv_lengths, kv_longest, EVERYTHING),
         )
 

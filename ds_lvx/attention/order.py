@@ -215,15 +215,15 @@ class InOrder:
         first = rule.q_start.masked_fill(~sees, _INT32.max).amin()
         last = rule.q_end.masked_fill(~sees, _INT32.min).amax()
         seen = (rule.kv_pos >= first) & (rule.kv_pos < last)
-        starts, ends, seeing = (_parts(t, queries) for t in (rule.q_start, rule.q_end, sees))
+        starts, ends, seeing = (_parts(t, queries) for t in (_behind_gaps(rule), rule.q_end, sees))
         positions, shown = (_parts(t, keys) for t in (rule.kv_pos, seen))
         try:
             rows = [*map(_order, ends, starts, seeing, queries)]
             columns = [*map(_order, positions, positions, shown, keys)]
         except _NoOrderError:
             return None
-        whole = Visibility(_taken(starts, rows), _taken(ends, rows), _taken(positions, columns))
-        return cls(whole, rows, columns)
+        of_queries = (_taken(_parts(each, queries), rows) for each in rule.queries)
+        return cls(Visibility.of(of_queries, _taken(positions, columns)), rows, columns)
 
     @property
     def moves(self) -> bool:
@@ -247,6 +247,14 @@ class InOrder:
 
 class _NoOrderError(Exception):
     """Rows that no order suits."""
+
+
+def _behind_gaps(rule: Visibility) -> Tensor:
+    """int32 ``[B, S]``: where what a query sees up to its end begins, behind a gap if there is one."""
+    if rule.gap_start is None or rule.gap_end is None:
+        return rule.q_start
+    has_gap = rule.gaps_meet(rule.q_start, rule.q_end - 1)
+    return torch.where(has_gap, rule.gap_end, rule.q_start)
 
 
 def _order(values: Tensor, others: Tensor, counts: Tensor, shards: Shards) -> Tensor | None:

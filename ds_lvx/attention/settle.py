@@ -177,6 +177,7 @@ def _record(asked: _Asked) -> dict[str, Any]:
         # Features on the host come in chunks, for which not every schedule serves.
         "the device of the keys": first.device.type,
         "visibility": asked.visibility is not None,
+        "gaps in the visibility": asked.visibility is not None and asked.visibility.has_gaps,
         "softmax_scale": asked.scale,
         "kernel": asked.kernel,
         "schedule": asked.schedule,

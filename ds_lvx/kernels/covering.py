@@ -1,16 +1,16 @@
 """Finding the cover of a rule: on the CPU, once a rule.
 
-By the positions of its keys in order, every query sees one range of keys. Queries of one range are
-a rectangle; queries whose range grows by one key are a rectangle and a causal square. Rectangles
-that share keys can be cut the other way, by keys, so that each key is read once and results merge
-by lse.
+By the positions of its keys in order, every query sees one range of keys, or two with a gap
+between. Queries of one range are a rectangle; queries whose range grows by one key are a rectangle
+and a causal square. Rectangles that share keys can be cut the other way, by keys, so that each key
+is read once and results merge by lse.
 
 Where what nobody sees lies between, or positions are not in order, the call gathers what is left
 (`Order`). Queries that see every key, of which others see no more than a part, can stand apart,
 over the keys as they lie: text before the first image sees the padding of all images, and nobody
 else does. Which of these covers is taken is a matter of bytes (`_cost`).
 
-Legend: B batch, S queries, T keys; a range is ``[first, stop)``.
+Legend: B batch, S queries, T keys, n ranges of a query, 1 or 2; a range is ``[first, stop)``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def cover_of(rule: Visibility) -> Cover | None:
         if sample and _same(rule, sample - 1, sample):
             found.append(found[-1])
             continue
-        one = _best(*(t[sample] for t in (rule.q_start, rule.q_end, rule.kv_pos)))
+        one = _best(rule.kv_pos[sample], *(each[sample] for each in rule.queries))
         if one is None:
             return None
         found.append(one)
@@ -118,7 +118,7 @@ class _Sample:
         return inner, list(self.whole)
 
 
-def _best(start: Tensor, end: Tensor, position: Tensor) -> _Sample | None:
+def _best(position: Tensor, *of_queries: Tensor) -> _Sample | None:
     """The cheapest cover of a sample within the bound on calls."""
     order = (
         torch.arange(len(position), device="cpu")
@@ -126,19 +126,19 @@ def _best(start: Tensor, end: Tensor, position: Tensor) -> _Sample | None:
         else position.argsort(stable=True)
     )
     position = position[order]
-    first, stop = torch.searchsorted(position, start), torch.searchsorted(position, end)
-    sees = first < stop
-    whole = sees & (first == 0) & (stop == len(position))
+    first, stop = _ranges(*(torch.searchsorted(position, each) for each in of_queries))
+    sees = (first < stop).any(dim=0)
+    whole = sees & (first[0] == 0) & (stop[0] == len(position))
     some_stand_apart = bool(whole.any()) and bool((sees & ~whole).any())
     found: list[tuple[int, _Sample]] = []
     for apart, sort in product((False, True) if some_stand_apart else (False,), (False, True)):
         rows = (sees & ~whole if apart else sees).nonzero()[:, 0]
         if sort:
-            order_of_rows = _by_range(first[rows], stop[rows], len(position))
+            order_of_rows = _by_range(first[0, rows], stop[-1, rows], len(position))
             if _side_by_side(rows, [(0, len(rows))]) and _rise(order_of_rows):
                 continue  # as they lie already
             rows = rows[order_of_rows]
-        kept, ranges = _kept(first[rows], stop[rows], len(position))
+        kept, ranges = _kept(first[:, rows], stop[:, rows], len(position))
         walls = None if sort else rows.diff() != 1
         for inner in _covers(*ranges, walls):
             boxes = tuple(_Box(r, (0, len(position))) for r in _runs(whole)) if apart else ()
@@ -148,25 +148,36 @@ def _best(start: Tensor, end: Tensor, position: Tensor) -> _Sample | None:
     return min(found, key=lambda each: each[0])[1] if found else None
 
 
+def _ranges(first: Tensor, stop: Tensor, *gap: Tensor) -> tuple[Tensor, Tensor]:
+    """``first`` and ``stop`` of what each of S queries sees, ``[n, S]``: all between, or what is
+    before and what is behind its gap."""
+    if not gap:
+        return first[None], stop[None]
+    begin, end = (torch.minimum(torch.maximum(each, first), stop) for each in gap)
+    cut = begin < end
+    firsts = torch.stack((first, torch.where(cut, end, stop)))
+    return firsts, torch.stack((torch.where(cut, begin, stop), stop))
+
+
 def _covers(first: Tensor, stop: Tensor, walls: Tensor | None) -> Iterator[tuple[_Box, ...]]:
     """Covers of queries that see ``[first, stop)`` each: cut by queries, and cut by keys.
 
     Args:
-        first, stop: of each query, one after the other.
+        first, stop: ``[n, S]``, of each query, one after the other.
         walls: where a query does not lie beside the one before, so that no rectangle has both.
     """
-    segments = _segments(first, stop, walls)
-    if segments is None:
-        return
     squares: list[_Box] = []
     by_queries: list[_Box] = []
-    for a, b, grows in segments:
-        low, high = int(first[a]), int(stop[a])
-        if grows:
-            squares.append(_Box((a, b), (high - 1, high - 1 + b - a), causal=True))
-            high -= 1
-        if low < high:
-            by_queries.append(_Box((a, b), (low, high)))
+    for segments in map(_segments, first, stop, [walls] * len(first)):
+        if segments is None:
+            return
+        for a, b, low, high, grows in segments:
+            if grows:
+                squares.append(_Box((a, b), (high - 1, high - 1 + b - a), causal=True))
+                high -= 1
+            if low < high:
+                by_queries.append(_Box((a, b), (low, high)))
+    by_queries.sort()
     yield tuple(sorted(squares + by_queries))
     if len(by_queries) <= MOST_LARGE_CALLS:
         yield tuple(sorted(squares + _by_keys(by_queries)))
@@ -174,19 +185,24 @@ def _covers(first: Tensor, stop: Tensor, walls: Tensor | None) -> Iterator[tuple
 
 def _segments(
     first: Tensor, stop: Tensor, walls: Tensor | None
-) -> list[tuple[int, int, bool]] | None:
-    """Runs of queries with one range, or whose range grows by a key: ``(first, stop, grows)``.
+) -> list[tuple[int, int, int, int, bool]] | None:
+    """Runs of queries that see something, with one range, or a range that grows by a key: first
+    query and the one behind the last, both ends of the first one's range, and whether it grows.
 
     None where there are more than any cover may have.
     """
-    if len(first) == 0:
+    rows = (first < stop).nonzero()[:, 0]
+    if len(rows) == 0:
         return []
-    level, growth = first.diff() == 0, stop.diff()
+    first, stop = first[rows], stop[rows]
+    level, growth, apart = first.diff() == 0, stop.diff(), rows.diff() != 1
+    if walls is not None:
+        walls = torch.nn.functional.pad(walls.cumsum(0), (1, 0))
+        apart |= walls[rows].diff() != 0
     kinds = torch.full((len(first) - 1,), _BREAK, dtype=torch.int8, device="cpu")
     kinds[level & (growth == 0)] = _SAME
     kinds[level & (growth == 1)] = _GROWS
-    if walls is not None:
-        kinds[walls] = _BREAK
+    kinds[apart] = _BREAK
     runs = [t.tolist() for t in torch.unique_consecutive(kinds, return_counts=True)]
     if sum(n if kind == _BREAK else 1 for kind, n in zip(*runs, strict=True)) > 2 * MOST_SEQUENCES:
         return None
@@ -204,7 +220,10 @@ def _segments(
             begun, now = at + 1, kind
         at += count
     found.append((begun, at + 1, now == _GROWS and at > begun))
-    return found
+    return [
+        (int(rows[a]), int(rows[b - 1]) + 1, int(first[a]), int(stop[a]), grows)
+        for a, b, grows in found
+    ]
 
 
 _BREAK, _SAME, _GROWS = 0, 1, 2
@@ -233,8 +252,8 @@ def _by_keys(boxes: Sequence[_Box]) -> list[_Box]:
 def _kept(first: Tensor, stop: Tensor, length: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The keys that are in some range, and the ranges counted in these."""
     changes = torch.zeros(length + 1, dtype=torch.int64, device="cpu")
-    one = torch.ones_like(first)
-    changes.index_add_(0, first, one).index_add_(0, stop, -one)
+    one = torch.ones_like(first.flatten())
+    changes.index_add_(0, first.flatten(), one).index_add_(0, stop.flatten(), -one)
     seen = changes.cumsum(0)[:-1] > 0
     before = torch.cat((torch.zeros(1, dtype=torch.int64, device="cpu"), seen.cumsum(0)))
     return seen.nonzero()[:, 0], (before[first], before[stop])
@@ -345,5 +364,5 @@ def _meet(one: tuple[int, int], other: tuple[int, int]) -> bool:
 
 
 def _same(rule: Visibility, one: int, other: int) -> bool:
-    parts = (rule.q_start, rule.q_end, rule.kv_pos)
+    parts = (*rule.queries, rule.kv_pos)
     return all(torch.equal(part[one], part[other]) for part in parts)

@@ -71,8 +71,11 @@ class Rule:
     """
 
     def __init__(self, visibility: Visibility, host: Visibility | None = None) -> None:
+        host = visibility if visibility.kv_pos.device.type == "cpu" else host
+        if host is not None and host.has_gaps and not _has_gaps(host):
+            visibility, host = visibility.without_gaps(), host.without_gaps()
         self.visibility = visibility
-        self.host = visibility if visibility.kv_pos.device.type == "cpu" else host
+        self.host = host
         self._parts: dict[tuple[int, int, int, int], Rule] = {}
         self._blocks: dict[tuple[int, int, int | None], tuple[Block, ...]] = {}
         self._lists: dict[tuple[int, int, int, bool], tuple[Tensor, Tensor]] = {}
@@ -107,7 +110,7 @@ class Rule:
             return False
         first, last = rule.kv_pos.aminmax(dim=1)
         starts, ends = rule.q_start.amax(dim=1), rule.q_end.amin(dim=1)
-        return bool(((starts <= first) & (last < ends)).all())
+        return not rule.has_gaps and bool(((starts <= first) & (last < ends)).all())
 
     @cached_property
     def structure(self) -> Structure:
@@ -117,6 +120,8 @@ class Rule:
             return Structure.MIXED
         if self.sees_all:
             return Structure.ALL
+        if rule.has_gaps:
+            return Structure.MIXED
         seqlen_q, seqlen_kv = self.shape
         index = torch.arange(seqlen_kv, dtype=torch.int32, device="cpu")
         if seqlen_q == seqlen_kv and bool(
@@ -189,6 +194,16 @@ class Rule:
         return self._lists[name]
 
 
+def _has_gaps(rule: Visibility) -> bool:
+    """Whether some query does not see some key because of a gap."""
+    if 0 in (rule.q_start.numel(), rule.kv_pos.numel()):
+        return False
+    low, high = rule.kv_pos.aminmax(dim=1, keepdim=True)
+    return bool(
+        rule.gaps_meet(torch.maximum(low, rule.q_start), torch.minimum(high, rule.q_end - 1)).any()
+    )
+
+
 def whole_blocks(
     seqlen_q: int, seqlen_kv: int, queries_per_block: int, keys_per_block: int, *, masked: bool
 ) -> tuple[Block, ...]:
@@ -231,9 +246,13 @@ def _narrowed(rule: Visibility, queries_per_block: int, keys_per_block: int) -> 
     of_rows = [part for piece in _pieces(rule.q_end) for part in _slices(piece, queries_per_block)]
     begins = {part.start for part in of_rows}
     starts = _starts_of_runs(rule, begins)
-    start, end = rule.q_start[:, starts, None], rule.q_end[:, starts, None]
-    sees_some = ((start <= high) & (low < end) & (start < end)).any(dim=0)  # [R, blocks]
-    sees_all = ((start <= low) & (high < end)).all(dim=0)
+    start, end, *gap = (each[:, starts, None] for each in rule.queries)
+    some = (start <= high) & (low < end) & (start < end)
+    every = (start <= low) & (high < end)
+    if gap:
+        some &= (low < gap[0]) | (gap[1] <= high)
+        every &= (high < gap[0]) | (gap[1] <= low) | (gap[1] <= gap[0])
+    sees_some, sees_all = some.any(dim=0), every.all(dim=0)  # [R, blocks]
     stops = [*starts[1:].tolist(), seqlen_q]
     firsts = starts.tolist()
     rows = [i for i, first in enumerate(firsts) if first in begins]
@@ -262,6 +281,7 @@ def _is_causal(rule: Visibility, queries: slice, keys: slice) -> bool:
         bool((end[:, :-1] <= position[:, 1:]).all())
         and bool((position < end).all())
         and bool((start <= position[:, :1]).all())
+        and not bool(rule.part(queries, keys).gaps_meet(position[:, :1], position[:, -1:]).any())
     )
 
 
@@ -308,7 +328,7 @@ def _starts_of_runs(rule: Visibility, blocks: Collection[int]) -> Tensor:
     seqlen = rule.q_start.shape[1]
     begins = torch.zeros(seqlen, dtype=torch.bool, device="cpu")
     begins[[*blocks]] = True
-    for ranges in (rule.q_start, rule.q_end):
+    for ranges in rule.queries:
         begins[1:] |= (ranges[:, 1:] != ranges[:, :-1]).any(dim=0)
     return begins.nonzero()[:, 0]
 

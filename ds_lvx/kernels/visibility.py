@@ -110,6 +110,18 @@ class Visibility:
 
         return cls(full(seqlen_q, 0), full(seqlen_q, 1), full(seqlen_kv, 0))
 
+    def gaps_meet(self, low: Tensor, high: Tensor) -> Tensor:
+        """bool: of which queries a gap has some position from ``low`` to ``high``, ``[B, S_q]`` or
+        broadcast to it; of a rule without gaps a False that is."""
+        if self.gap_start is None or self.gap_end is None:
+            return torch.zeros((), dtype=torch.bool, device=low.device)
+        first, stop = self.gap_start, self.gap_end
+        return (first < stop) & (first <= high) & (low < stop)
+
+    def without_gaps(self) -> Visibility:
+        """The same but for the gaps."""
+        return Visibility(self.q_start, self.q_end, self.kv_pos)
+
     def part(self, queries: slice | Tensor, keys: slice | Tensor) -> Visibility:
         """Some of the queries over some of the keys, by their places; of slices views."""
         return Visibility.of((t[:, queries] for t in self.queries), self.kv_pos[:, keys])

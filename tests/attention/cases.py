@@ -54,14 +54,21 @@ class Problem:
         }
 
     def whole_visibility(self) -> Visibility | None:
-        """By name: ``frames`` (runs, see-all rows, padding, empty rows), ``causal``, ``none``."""
+        """By name: ``frames`` (runs, see-all rows, padding, empty rows), ``causal``, ``none``;
+        ``branches`` (each sees what comes before all of them, and of the rest its own)."""
         if self.visibility == "none":
             return None
         queries, keys = sum(self.q_lengths), sum(self.kv_lengths)
         row = torch.arange(queries, dtype=torch.int32)
+        gaps: tuple[Tensor, ...] = ()
         if self.visibility == "causal":
             position = torch.arange(keys, dtype=torch.int32)
             parts = (torch.zeros_like(row), row + 1, position)
+        elif self.visibility == "branches":
+            position, first = torch.arange(keys, dtype=torch.int32), keys // 3
+            end = row * keys // max(queries, 1) + 1
+            parts = (torch.zeros_like(row), end.masked_fill(row % 7 == 6, 0), position)
+            gaps = (torch.full_like(row, first), first + (end - first) // 4 * 3)
         else:
             position = torch.arange(keys, dtype=torch.int32) // 5
             position[::7] = -1
@@ -69,10 +76,10 @@ class Problem:
             start[3::5], end[3::5] = -1, torch.iinfo(torch.int32).max
             end[4::6] = start[4::6]
             parts = (start, end, position)
-        start, end, position = (part.repeat(self.batch, 1) for part in parts)
+        start, end, position, *gaps = (part.repeat(self.batch, 1) for part in (*parts, *gaps))
         if self.batch > 1 and self.visibility == "frames":
             position[1] = position[1].flip(0)
-        return Visibility(start, end, position)
+        return Visibility(start, end, position, *gaps)
 
     def oracle(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """out, lse and gradients in float64 from inputs in this problem's own dtype."""
@@ -102,8 +109,7 @@ class Problem:
         whole = self.whole_visibility()
         visibility = None
         if whole is not None:
-            parts = (whole.q_start[:, rows], whole.q_end[:, rows], whole.kv_pos[:, keys])
-            visibility = Visibility(*(part.contiguous().to(self.device) for part in parts))
+            visibility = whole.part(rows, keys).contiguous().to(torch.device(self.device))
         return {
             "q": tensors["q"][:, rows].clone().requires_grad_(),
             "k": tensors["k"][:, keys].clone().requires_grad_(),

@@ -42,7 +42,8 @@ def _case(problem: Problem, method: str) -> tuple[Problem, str]:
 def _grid(ranks: int) -> list[tuple[Problem, str]]:
     cases = []
     for index, (q_lengths, kv_lengths) in enumerate(SHARDS[ranks]):
-        for number, visibility in enumerate(("none", "frames", "causal")):
+        rules = ("none", "frames", "causal", "branches")
+        for number, visibility in enumerate(rules[: 4 if index == 1 else 3]):
             heads, kv_heads = HEADS[(index + number) % len(HEADS)]
             problem = Problem(
                 q_lengths,
