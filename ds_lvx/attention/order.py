@@ -250,7 +250,7 @@ class _NoOrderError(Exception):
 
 
 def _behind_gaps(rule: Visibility) -> Tensor:
-    """int32 ``[B, S]``: where what a query sees up to its end begins, behind a gap if there is one."""
+    """int32 ``[B, S]``: where the keys up to a query's end begin; of one with a gap, behind it."""
     if rule.gap_start is None or rule.gap_end is None:
         return rule.q_start
     has_gap = rule.gaps_meet(rule.q_start, rule.q_end - 1)

@@ -86,11 +86,15 @@ class Concatenated(Made):
         given = whole.position_ids
         return None if given is None else given.cpu().expand(text.shape)
 
-    def pixels(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def pixels(self, batch: Mapping[str, Any], config: Any) -> dict[str, Tensor]:
         """The pixels at hand by source, with the rows of units one after the other.
 
+        Args:
+            batch: as of `units`.
+            config: of the model.
+
         Raises:
-            ValueError: they are no tensors.
+            ValueError: they are no tensors, or of shapes that the tower does not take.
         """
         given = {key: batch[key] for key in self.sources if key in batch}
         for key, value in given.items():
@@ -211,7 +215,7 @@ class Concatenated(Made):
         return replace(made.at(self.positions(batch, text, config)), unbroken=self.unbroken)
 
     def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        return Units.of(text, self.pixels(batch), self.arrange(model.config))
+        return Units.of(text, self.pixels(batch, model.config), self.arrange(model.config))
 
     def owned(self, tokens: Sequence[int], rank: int, size: int) -> list[int]:
         return [unit for unit, owner in enumerate(owners(tokens, size)) if owner == rank]

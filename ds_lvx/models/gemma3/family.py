@@ -26,7 +26,7 @@ from ds_lvx.models.gemma3 import processor as processors
 from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.patch import KEYWORD, Hook
 from ds_lvx.models.text import Text
-from ds_lvx.models.visual import PIXELS, Visual
+from ds_lvx.models.visual import PIXELS
 
 
 class _Unmasked(Hook):
@@ -89,10 +89,11 @@ class Gemma3(Concatenated):
         window = of_text.sliding_window if SLIDING in of_text.layer_types else None
         return replace(made, ends=batches.ends(batch, made.input_ids), window=window)
 
-    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        for pixels in self.pixels(batch).values():
-            batches.check_pixels(pixels, model.config)
-        return super().visual(batch, text, model)
+    def pixels(self, batch: Mapping[str, Any], config: Any) -> dict[str, Tensor]:
+        given = super().pixels(batch, config)
+        for pixels in given.values():
+            batches.check_pixels(pixels, config)
+        return given
 
     def arrange(self, config: Any) -> Arrange:
         return batches.arrange

@@ -20,7 +20,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
     Gemma4VisionAttention,
 )
 
-from ds_lvx.models.concatenated.batch import Sequences, Units
+from ds_lvx.models.concatenated.batch import Sequences
 from ds_lvx.models.concatenated.family import SLIDING
 from ds_lvx.models.concatenated.forward import Embed, Encoded
 from ds_lvx.models.gemma4 import batch as batches
@@ -30,7 +30,7 @@ from ds_lvx.models.layers import LayerPlan
 from ds_lvx.models.patch import KeepForward
 from ds_lvx.models.qwen3_vl_moe.experts import OfExperts
 from ds_lvx.models.text import Text
-from ds_lvx.models.visual import PIXELS, Visual
+from ds_lvx.models.visual import PIXELS
 
 
 class Gemma4(OfExperts):
@@ -89,12 +89,9 @@ class Gemma4(OfExperts):
         ends = batches.ends(batch, made.input_ids) if each_other else None
         return replace(made, recent_ends=ends, window=window)
 
-    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        pixels = {
-            key: batches.patches(each, key, model.config)
-            for key, each in self.pixels(batch).items()
-        }
-        return Units.of(text, pixels, self.arrange(model.config))
+    def pixels(self, batch: Mapping[str, Any], config: Any) -> dict[str, Tensor]:
+        given = super().pixels(batch, config)
+        return {key: batches.patches(each, key, config) for key, each in given.items()}
 
     arrange = staticmethod(batches.arrange)
 

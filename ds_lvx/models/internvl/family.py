@@ -18,8 +18,7 @@ from ds_lvx.models.concatenated.forward import Encoded
 from ds_lvx.models.internvl import batch as batches
 from ds_lvx.models.internvl import dimensions, sized
 from ds_lvx.models.internvl.processor import Processor
-from ds_lvx.models.text import Text
-from ds_lvx.models.visual import PIXELS, Visual
+from ds_lvx.models.visual import PIXELS
 
 _OF_TEXT: Mapping[str, type[nn.Module]] = {
     "qwen2": Qwen2Attention,
@@ -66,10 +65,11 @@ class InternVL(Concatenated):
     def visual_tokens(self, ids: Tensor, config: Any) -> Tensor:
         return ids == config.image_token_id
 
-    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        for pixels in self.pixels(batch).values():
-            batches.check_pixels(pixels, model.config)
-        return super().visual(batch, text, model)
+    def pixels(self, batch: Mapping[str, Any], config: Any) -> dict[str, Tensor]:
+        given = super().pixels(batch, config)
+        for pixels in given.values():
+            batches.check_pixels(pixels, config)
+        return given
 
     def arrange(self, config: Any) -> Arrange:
         return batches.arrange

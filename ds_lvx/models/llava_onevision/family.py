@@ -12,15 +12,14 @@ from transformers import AutoConfig, LlavaOnevisionForConditionalGeneration
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
-from ds_lvx.models.concatenated.batch import Arrange, Units
+from ds_lvx.models.concatenated.batch import Arrange
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
 from ds_lvx.models.llava_onevision import batch as batches
 from ds_lvx.models.llava_onevision import dimensions, sized
 from ds_lvx.models.llava_onevision.forward import encoded, packed
 from ds_lvx.models.llava_onevision.processor import Processor
-from ds_lvx.models.text import Text
-from ds_lvx.models.visual import PIXELS, Visual
+from ds_lvx.models.visual import PIXELS
 
 _KINDS = ("qwen2", "siglip_vision_model")
 
@@ -83,9 +82,8 @@ class LlavaOnevision(Concatenated):
     def visual_tokens(self, ids: Tensor, config: Any) -> Tensor:
         return batches.token_types(ids, config) > 0
 
-    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        pixels = batches.pixels(self.pixels(batch), model.config)
-        return Units.of(text, pixels, self.arrange(model.config))
+    def pixels(self, batch: Mapping[str, Any], config: Any) -> dict[str, Tensor]:
+        return batches.pixels(super().pixels(batch, config), config)
 
     def arrange(self, config: Any) -> Arrange:
         return batches.arrange

@@ -16,14 +16,13 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionAttenti
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionAttention
 
-from ds_lvx.models.concatenated.batch import Arrange, Unit, Units
+from ds_lvx.models.concatenated.batch import Arrange, Unit
 from ds_lvx.models.concatenated.family import Concatenated
 from ds_lvx.models.concatenated.forward import Encoded
 from ds_lvx.models.smolvlm import batch as batches
 from ds_lvx.models.smolvlm import dimensions, sized
 from ds_lvx.models.smolvlm.processor import Processor
-from ds_lvx.models.text import Text
-from ds_lvx.models.visual import PIXELS, Visual
+from ds_lvx.models.visual import PIXELS
 
 
 class SmolVLM(Concatenated):
@@ -70,12 +69,10 @@ class SmolVLM(Concatenated):
     def visual_tokens(self, ids: Tensor, config: Any) -> Tensor:
         return ids == config.image_token_id
 
-    def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
-        pixels = {
-            key: batches.tiles(each, batch.get(batches.MASK), model.config)
-            for key, each in self.pixels(batch).items()
-        }
-        return Units.of(text, pixels, self.arrange(model.config))
+    def pixels(self, batch: Mapping[str, Any], config: Any) -> dict[str, Tensor]:
+        given = super().pixels(batch, config)
+        mask = batch.get(batches.MASK)
+        return {key: batches.tiles(each, mask, config) for key, each in given.items()}
 
     def arrange(self, config: Any) -> Arrange:
         return batches.arrange
