@@ -242,7 +242,7 @@ def _content(
         cache = kwargs["past_key_values"]
         return Continued.of(batch, cache, family=family, model=model, channel=channel)
     place, whole = (channel.rank, channel.size), kwargs.get(arguments.TEXT_KEYS_WORD) != SHARDED
-    draft = Draft.of(family, batch, model, place=place, frames=frames, whole_text=whole)
+    draft = Draft.of(family, batch, model, place=place, frames=frames, whole_text=whole, apart=True)
     content = draft.checked()
     if content.text.shape[0] == 0:
         raise ValueError(

@@ -42,6 +42,8 @@ class ShardedBatch:
             by names of the family's own.
         order: int64 ``[B, T]`` on the CPU, where the parts of all ranks, one after the other, have
             each token of the whole text, -1 where nobody holds it; None: they are in its order.
+        unmerged: int64 ``[b, t]`` on the CPU: where rows that begin alike are one, of each token of
+            the rows as they came its place in ``[B * T]``; None: these are the rows.
         among: tokens of the text that are images', of all rows, by rank; None where images stand
             beside it.
         deep: what forward keeps for the text's layers
@@ -64,6 +66,7 @@ class ShardedBatch:
     world: Channel | None = None
     others: Mapping[str, Layout] = field(default_factory=dict)
     order: Tensor | None = None
+    unmerged: Tensor | None = None
     among: tuple[int, ...] | None = None
     deep: Any = None
     decoding: DecodingKeys | None = None
@@ -140,13 +143,18 @@ class ShardedBatch:
             parts: ``[B, n, ...]``, one after the other.
 
         Returns:
-            In the order of the whole text; zeros for padding that nobody holds.
+            In the order of the whole text, in rows as they came; zeros for padding that nobody
+            holds.
         """
         if self.order is None:
             return parts
-        order = self.order.to(parts.device)
-        rows = torch.arange(len(order), device=parts.device)[:, None]
-        found = parts[rows, order.clamp(min=0)]
+        # In all parts of all rows, one after the other.
+        rows = torch.arange(len(self.order), device="cpu")[:, None] * parts.shape[1]
+        order = torch.where(self.order < 0, -1, rows + self.order)
+        if self.unmerged is not None:
+            order = order.flatten()[self.unmerged]
+        order = order.to(parts.device)
+        found = parts.flatten(0, 1)[order.clamp(min=0)]
         missing = (order < 0).view(*order.shape, *[1] * (parts.ndim - 2))
         return found.masked_fill(missing, 0)
 

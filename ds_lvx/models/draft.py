@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.models.contract import Family
+from ds_lvx.models.prepare import shares_prompts
 from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Text
 from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
 from ds_lvx.models.words import check_labels, check_tokens
@@ -42,6 +43,7 @@ class Draft:
         frames: str,
         whole_text: bool = False,
         any_label: bool = False,
+        apart: bool = False,
     ) -> Draft:
         """The draft of the rank at ``place``, its number and how many there are.
 
@@ -50,10 +52,17 @@ class Draft:
             place: of the rank.
             whole_text: every rank will have all of the text, which may have any length.
             any_label: what learns from the labels takes those beyond the head as well.
+            apart: rows that begin alike stay rows of their own, whatever the config says.
         """
         try:
             content = Content.of(
-                family, batch, model, place=place, frames=frames, any_label=any_label
+                family,
+                batch,
+                model,
+                place=place,
+                frames=frames,
+                any_label=any_label,
+                apart=apart,
             )
             content.text.lengths(1 if whole_text else place[1])  # there have to be enough tokens
             return cls(content)
@@ -129,6 +138,7 @@ class Content:
         place: tuple[int, int],
         frames: str,
         any_label: bool = False,
+        apart: bool = False,
     ) -> Content:
         """See `Draft.of`."""
         rank, size = place
@@ -139,7 +149,10 @@ class Content:
             )
         batch = {key: value for key, value in batch.items() if value is not None}
         _check_keys(batch, family, frames)
-        text = family.text(batch, model).dealt(size)
+        text = family.text(batch, model)
+        if frames == "all" and not apart and shares_prompts(family, model):
+            text = family.share_prompts(text, batch, model)
+        text = text.dealt(size)
         text.check_items()
         visual = family.visual(batch, text, model)
         if isinstance(model, nn.Module):  # a data worker may have its config alone

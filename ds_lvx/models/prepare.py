@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ds_lvx.attention.features import share
 from ds_lvx.config import LVXConfig
+from ds_lvx.config.ds_config import SECTION
 from ds_lvx.config.registry import AUTO
 from ds_lvx.config.words import in_ranks
 from ds_lvx.kernels.warn import warn_once
@@ -28,6 +29,12 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
             "engine that uses it before a second ds_lvx.initialize"
         )
     family.check(model, sp_size=sp_size)
+    if config.share_prompts and not family.shares_prompts:
+        raise NotImplementedError(
+            f"{SECTION}.share_prompts: got true for a {type(model).__name__}; expected false: only "
+            "models whose visual tokens stand among the text's, and whose text attends in every "
+            "layer, take rows that begin alike as one"
+        )
     layers = family.attention_layers(model)
     plans = make_plans(layers, config, sp_size=sp_size)
     attentions = [
@@ -46,6 +53,7 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
             sp_size,
             chunked=[plan.kind for plan in plans if plan.chunk_tokens()],
             zigzag=deals_zigzag(plans, config.text_order) and family.zigzag,
+            shares_prompts=config.share_prompts,
         )
         family.text_model(model).register_forward_pre_hook(hook, with_kwargs=True)
         # Before what a family puts in the place of the loss function, and undone after it.
@@ -89,14 +97,22 @@ class PrepareText(Hook):
 
     Attributes:
         zigzag: how the batches' text is to be cut.
+        shares_prompts: rows of it that begin alike are to be one.
     """
 
     def __init__(
-        self, family: Family, sp_size: int, *, chunked: Collection[str] = (), zigzag: bool = False
+        self,
+        family: Family,
+        sp_size: int,
+        *,
+        chunked: Collection[str] = (),
+        zigzag: bool = False,
+        shares_prompts: bool = False,
     ) -> None:
         self.family = family
         self.sp_size = sp_size
         self.zigzag = zigzag
+        self.shares_prompts = shares_prompts
         self.chunked = sorted({*chunked})  # kinds of layers that project in chunks
 
     def __call__(
@@ -161,8 +177,7 @@ def zigzags(family: Family, model: nn.Module) -> bool:
 
     A model without one attends to its own shard alone: rank 0 warns, once.
     """
-    hooks = family.text_model(model)._forward_pre_hooks.values()
-    found = next((hook for hook in hooks if isinstance(hook, PrepareText)), None)
+    found = _prepares(family, model)
     if found is None:
         warn_once(
             f"shard_batch: got a {type(model).__name__} that ds_lvx has not patched, or not any "
@@ -170,6 +185,17 @@ def zigzags(family: Family, model: nn.Module) -> bool:
             "deepspeed.initialize) or ds_lvx.apply first"
         )
     return found is not None and found.zigzag
+
+
+def shares_prompts(family: Family, model: Any) -> bool:
+    """Whether rows of a batch that begin alike are to be one; of a config alone, False."""
+    found = _prepares(family, model) if isinstance(model, nn.Module) else None
+    return found is not None and found.shares_prompts
+
+
+def _prepares(family: Family, model: nn.Module) -> PrepareText | None:
+    hooks = family.text_model(model)._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, PrepareText)), None)
 
 
 def _check_arguments(

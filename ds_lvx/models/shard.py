@@ -162,4 +162,10 @@ class Settled:
             order=text.order(),
         )
         among = self.visual.among(channel.size)
-        return replace(keyword, among=among, units=self.units, whole_text=text.whole)
+        return replace(
+            keyword,
+            among=among,
+            units=self.units,
+            whole_text=text.whole,
+            unmerged=text.unmerged,
+        )

@@ -112,6 +112,11 @@ class Text:
         """See `ds_lvx.models.batch.ShardedBatch.order`."""
         return None if self.held is None else self.held.argsort().expand(self.shape)
 
+    @property
+    def unmerged(self) -> Tensor | None:
+        """See `ds_lvx.models.batch.ShardedBatch.unmerged`."""
+        return None
+
     def by_rank(self, rule: Visibility | None, *, keys: bool = False) -> Visibility | None:
         """A rule of the text's queries (and ``keys``) in order, or None, by the order of ranks."""
         if rule is None or self.held is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
@@ -52,6 +53,43 @@ Arrange: TypeAlias = "Callable[[Sequence[Unit], Sequence[Tensor]], dict[str, Any
 and tuples, which the host reads. It pickles: a function of a module, or a partial of one."""
 
 
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """What several rows had in common, and where each goes on behind it
+    (`ds_lvx.models.concatenated.prompts`).
+
+    Attributes:
+        gap_start, gap_end: int64 ``[B, T]``, places of others' between, which a token does not see;
+            0 of one that sees all before it.
+        unmerged: int64 ``[b, t]``, of each token of the rows as they came its place in
+            ``[B * T]``.
+        units: of the rows as they came.
+        kept: which of them are still there.
+    """
+
+    gap_start: Tensor
+    gap_end: Tensor
+    unmerged: Tensor
+    units: tuple[Unit, ...]
+    kept: tuple[bool, ...]
+
+    def pixels(self, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the units that are still there; a view where they lie side by side."""
+        return {key: _rows(each, key, self) for key, each in pixels.items()}
+
+
+def _rows(pixels: Tensor, source: str, branches: Branches) -> Tensor:
+    pairs = zip(branches.units, branches.kept, strict=True)
+    own = [(unit.rows, kept) for unit, kept in pairs if unit.source == source]
+    parts, at = [], 0
+    for kept, run in groupby(own, key=lambda each: each[1]):
+        rows = sum(rows for rows, _ in run)
+        if kept:
+            parts.append(pixels[at : at + rows])
+        at += rows
+    return parts[0] if len(parts) == 1 else torch.cat([pixels[:0], *parts])
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sequences(Text):
     """Rows of text and visual tokens, on the CPU.
@@ -65,6 +103,7 @@ class Sequences(Text):
         ends: int64 ``[B, T]``, one past the last place that each token sees, of images whose tokens
             see each other; None: a token sees none behind it.
         recent_ends: the same in layers with a window, where it holds in these alone.
+        branches: of rows that several were made to; None: they are as they came.
         unbroken: padding between tokens is held as well, and a part with some has its
             ``attention_mask``: it moves the state of layers that carry one along the text.
     """
@@ -74,6 +113,7 @@ class Sequences(Text):
     deal: Deal | None = None
     ends: Tensor | None = None
     recent_ends: Tensor | None = None
+    branches: Branches | None = None
     unbroken: bool = False
     stays_sharded: ClassVar[bool] = True
 
@@ -158,14 +198,31 @@ class Sequences(Text):
         end = place + 1  # of what pads: 0, and it sees nothing
         if self.ends is not None:
             end = self.ends.gather(1, at).to(torch.int32).masked_fill(pads, 0)
-        return Visibility(torch.zeros_like(place), end, place.masked_fill(hidden, EVERYTHING))
+        keys, gaps = place.masked_fill(hidden, EVERYTHING), self._gaps(at)
+        return Visibility.of((torch.zeros_like(place), end, *gaps), keys)
 
     def recent(self, window: int) -> Visibility:
         """The same where a token sees so many places before it, with its own."""
         ends = self.ends if self.recent_ends is None else self.recent_ends
         rule = replace(self, ends=ends).visibility()
         start = self.settled.column.to(torch.int32) - (window - 1)
+        if rule.gap_start is not None and rule.gap_end is not None:
+            # The gap is not of the places that a window has.
+            before = start - (rule.gap_end - rule.gap_start)
+            start = torch.where(before < rule.gap_start, before, start)
         return replace(rule, q_start=start.clamp(min=0))
+
+    def _gaps(self, at: Tensor) -> list[Tensor]:
+        """int32, of tokens at these places of their rows, both ends of their gaps; none: no gap."""
+        if self.branches is None:
+            return []
+        gaps = (self.branches.gap_start, self.branches.gap_end)
+        return [each.gather(1, at).to(torch.int32) for each in gaps]
+
+    @property
+    def unmerged(self) -> Tensor | None:
+        """See `ds_lvx.models.batch.ShardedBatch.unmerged`."""
+        return None if self.branches is None else self.branches.unmerged
 
     def digest(self) -> int:
         """See `Text.digest`."""
@@ -229,6 +286,8 @@ class Units(Visual):
         """The units of a text, `Sequences`, and the pixels at hand by source."""
         assert isinstance(text, Sequences)
         units, owner = text.units, text.settled.owner
+        if text.branches is not None:
+            pixels = text.branches.pixels(pixels)
         return cls(
             count=len(units),
             unit_tokens=1,

@@ -1,0 +1,218 @@
+"""Rows that begin alike as one row: what they begin with once, and the rest of each behind it::
+
+    p p p p a a          p p p p a a b b b       b sees p and b, not a
+    p p p p b b b   ->
+
+The completions of a prompt, or a chosen and a rejected answer, then run its text and its images
+once. A token computes what it did in its own row: it keeps its position, and sees the same tokens.
+The last token that rows have in common stays with each, since the next token differs. So does what
+is learnt, which would count once where it counts for every row.
+
+Legend: ``B`` rows as they came, ``T`` tokens of one; ``b`` rows and ``t`` tokens of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_lvx.models.concatenated.batch import Branches, Sequences, Unit
+from ds_lvx.models.concatenated.deal import TEXT
+from ds_lvx.models.text import IGNORED_LABEL
+
+_LEAST = 1 / 8
+"""Of a row's tokens: fewer in common are not worth a row that is no plain causal text any more."""
+
+
+def share(text: Sequences, pixels: Mapping[str, Tensor]) -> Sequences:
+    """The same text with rows that begin alike as one; itself where there are none.
+
+    Args:
+        text: rows as they came, before they are dealt.
+        pixels: of all units by source, one after the other: units are alike whose pixels are.
+    """
+    rows = _Rows.of(text, pixels)
+    if rows is None:
+        return text
+    groups: list[_Group] = []
+    for row in range(text.shape[0]):
+        joined = [
+            _Group([*each.rows, row], min(each.common, rows.common(each.rows[0], row)))
+            for each in groups
+        ]
+        saved = [rows.saved(new) - rows.saved(old) for new, old in zip(joined, groups, strict=True)]
+        best = max(range(len(groups)), key=saved.__getitem__, default=-1)
+        if best >= 0 and saved[best] > _LEAST * int(rows.said[row, -1]):
+            groups[best] = joined[best]
+        else:
+            groups.append(_Group([row], text.shape[1]))
+    return text if len(groups) == text.shape[0] else _merged(text, groups)
+
+
+class _Group(NamedTuple):
+    """Rows that become one, and at how many places they are the same at their beginning."""
+
+    rows: list[int]
+    common: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """What is compared of rows.
+
+    Attributes:
+        columns: ``[B, T]`` each, in which common tokens are the same.
+        said: int64 ``[B, T]``, tokens up to each that are no padding.
+        learnt: bool ``[B, T]``, tokens whose next one is learnt.
+        number: as of `Sequences`, but counted within each row.
+        ends: int64 ``[B, T]``, one past the last place that belongs to what a token is of.
+        units: of each row, with the pixels of each.
+    """
+
+    columns: list[Tensor]
+    said: Tensor
+    learnt: Tensor
+    number: Tensor
+    ends: Tensor
+    units: list[list[tuple[Unit, Tensor | None]]]
+
+    @classmethod
+    def of(cls, text: Sequences, pixels: Mapping[str, Tensor]) -> _Rows | None:
+        """None where pixels are not those of the units, which is an error of another's to tell."""
+        units: list[list[tuple[Unit, Tensor | None]]] = [[] for _ in range(text.shape[0])]
+        at = dict.fromkeys(pixels, 0)
+        for unit in text.units:
+            start = at.get(unit.source, 0)
+            own = pixels[unit.source][start : start + unit.rows] if unit.source in pixels else None
+            at[unit.source] = start + unit.rows
+            units[unit.row].append((replace(unit, row=0), own))
+        if any(key not in pixels or len(pixels[key]) != rows for key, rows in at.items()):
+            return None
+        before = torch.tensor([0, *accumulate(map(len, units))])[:-1, None]
+        number = torch.where(text.number == TEXT, TEXT, text.number - before)
+        columns, said = [text.input_ids, number], torch.ones_like(number)
+        if text.attention_mask is not None:
+            columns.append(text.attention_mask)
+            said = ((text.attention_mask != 0) | (number != TEXT)).long()
+        if text.position_ids is not None:
+            columns += text.position_ids.expand(1, *text.position_ids.shape).flatten(0, -3)
+        places = torch.arange(text.shape[1]).expand(text.shape)
+        ends = places + 1
+        for each in (text.ends, text.recent_ends):
+            if each is not None:
+                columns.append(each)
+                ends = torch.maximum(ends, each)
+        learnt = torch.zeros(text.shape, dtype=torch.bool)
+        if text.labels is not None:
+            learnt[:, :-1] = text.labels[:, 1:] != IGNORED_LABEL
+        return cls(columns, said.cumsum(dim=1), learnt, number, ends, units)
+
+    def saved(self, group: _Group) -> int:
+        """Tokens that need not run again."""
+        if group.common == 0:
+            return 0
+        return int(self.said[group.rows[0], group.common - 1]) * (len(group.rows) - 1)
+
+    def common(self, one: int, other: int) -> int:
+        """Places that two rows may share, at their beginning, without cutting a unit."""
+        differs = torch.stack([each[one] != each[other] for each in self.columns]).any(dim=0)
+        if bool(differs[0]):
+            return 0
+        apart = differs[1:] | (self.learnt[one] | self.learnt[other])[:-1]
+        common = int(apart.int().argmax()) if bool(apart.any()) else len(apart)
+        common = self._uncut(one, common)
+        number = self.number[one, :common]
+        for unit in range(int(number.max()) + 1 if common > 0 else 0):
+            if not _alike(self.units[one][unit], self.units[other][unit]):
+                return self._uncut(one, int((number == unit).int().argmax()))
+        return common
+
+    def _uncut(self, row: int, common: int) -> int:
+        """So many tokens, or fewer, so that no unit, and nothing that sees itself, is cut."""
+        number, ends = self.number[row], self.ends[row]
+        while common > 0:
+            behind = torch.isin(number[:common], number[common:]) & (number[:common] != TEXT)
+            cut = (behind | (ends[:common] > common)).nonzero()[:, 0]
+            if len(cut) == 0:
+                break
+            common = int(cut[0])
+        return common
+
+
+def _alike(one: tuple[Unit, Tensor | None], other: tuple[Unit, Tensor | None]) -> bool:
+    (unit, pixels), (another, others) = one, other
+    if unit != another:
+        return False
+    if pixels is None or others is None:
+        return pixels is others
+    return pixels.data_ptr() == others.data_ptr() or torch.equal(pixels, others)
+
+
+def _merged(text: Sequences, groups: Sequence[_Group]) -> Sequences:
+    """Every group as a row."""
+    length = text.shape[1]
+    longest = max(length + (length - g.common) * (len(g.rows) - 1) for g in groups)
+    index = torch.full((len(groups), longest), -1)  # where each token came from, in [B * T]
+    shift = torch.zeros_like(index)  # how far it went to the right
+    gaps = torch.zeros(2, len(groups), longest, dtype=torch.int64)
+    unmerged = torch.empty(text.shape, dtype=torch.int64)
+    for place, group in enumerate(groups):
+        common = group.common
+        for nth, row in enumerate(group.rows):
+            first, by = (common, nth * (length - common)) if nth else (0, 0)
+            here = place, slice(first + by, length + by)
+            index[here] = torch.arange(row * length + first, (row + 1) * length)
+            shift[here] = by
+            if nth:
+                gaps[0][here], gaps[1][here] = common, first + by
+            unmerged[row] = place * longest + torch.arange(length)
+            unmerged[row, first:] += by
+    pads = index < 0
+
+    def taken(tensor: Tensor, fill: int) -> Tensor:
+        flat = tensor.expand(*tensor.shape[:-2], *text.shape).flatten(-2)
+        return flat[..., index.clamp(min=0)].masked_fill(pads, fill)
+
+    def moved(ends: Tensor | None) -> Tensor | None:
+        return None if ends is None else taken(ends, 0) + shift
+
+    number, kept, units = _units_of(text, taken(text.number, TEXT))
+    mask, positions = text.attention_mask, text.position_ids
+    if mask is None and bool(pads.any()):
+        mask = torch.ones(text.shape, dtype=torch.int64)
+    if positions is None:
+        positions = torch.arange(length).expand(text.shape)
+    return replace(
+        text,
+        input_ids=taken(text.input_ids, int(text.input_ids[0, 0])),
+        attention_mask=None if mask is None else taken(mask, 0),
+        position_ids=taken(positions, 0),
+        labels=None if text.labels is None else taken(text.labels, IGNORED_LABEL),
+        units=units,
+        number=number,
+        ends=moved(text.ends),
+        recent_ends=moved(text.recent_ends),
+        branches=Branches(gaps[0], gaps[1], unmerged, text.units, kept),
+    )
+
+
+def _units_of(text: Sequences, number: Tensor) -> tuple[Tensor, tuple[bool, ...], tuple[Unit, ...]]:
+    """Units by the rows that have them now, and which of the text's these are.
+
+    Args:
+        number: int64 ``[b, t]``, with the numbers of the text's.
+    """
+    units: list[Unit] = []
+    kept = [False] * len(text.units)
+    anew = torch.full((len(text.units) + 1,), TEXT)  # the last is of text
+    for row, of_row in enumerate(number):
+        for unit in of_row[of_row != TEXT].unique_consecutive().tolist():
+            if not kept[unit]:
+                kept[unit], anew[unit] = True, len(units)
+                units.append(replace(text.units[unit], row=row))
+    return anew[number], tuple(kept), tuple(units)

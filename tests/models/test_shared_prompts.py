@@ -1,0 +1,136 @@
+"""Rows that begin alike are one row, and every result is that of rows by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from ds_lvx import gather_sequence, mean_loss
+from ds_lvx.config import LVXConfig
+from ds_lvx.distributed.groups import SequenceParallelGroups
+from ds_lvx.models import patch_model
+from ds_lvx.sharding import shard_batch
+from tests.models.concatenated_case import METHODS, rules
+from tests.ranks import run_ranks
+
+Batch = dict[str, Any]
+FAMILIES = (
+    *("qwen2_5_vl", "gemma3", "gemma4", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v"),
+    *("glm4v_moe", "internvl", "llava_onevision", "smolvlm", "video_llama_3"),
+)
+PROMPTS = ("left_padded", "one_image", "one_video")
+SAID = (3, 1, 5)  # tokens of the completions of each prompt
+_CASES = {"qwen3_vl_moe": "qwen3_vl", "glm4v_moe": "glm4v"}
+
+
+def prompts(family: str, name: str) -> Batch:
+    made: Batch = getattr(import_module(f"tests.models.{_CASES.get(family, family)}_case"), name)()
+    return made
+
+
+def answered(batch: Batch, said: tuple[int, ...] = SAID, *, labels: bool = True) -> Batch:
+    """A batch of prompts, each with some completions, which are learnt; padded on the right."""
+    rows, length = batch["input_ids"].shape
+    copies, longest = len(said), max(said)
+    many = {
+        key: torch.cat([value] * copies) if isinstance(value, Tensor) else value * copies
+        for key, value in batch.items()
+    }
+    generator = torch.Generator().manual_seed(7)
+    lengths = torch.tensor(said).repeat_interleave(rows)[:, None]
+    there = torch.arange(longest) < lengths
+    tokens = torch.randint(3, 30, there.shape, generator=generator).masked_fill(~there, 0)
+    mask = many.get("attention_mask", torch.ones(rows * copies, length, dtype=torch.int64))
+    many["attention_mask"] = torch.cat((mask, there.long()), dim=1)
+    unlearnt = torch.full((rows * copies, length), -100)
+    many["labels"] = torch.cat((unlearnt, tokens.masked_fill(~there, -100)), dim=1)
+    many["input_ids"] = torch.cat((many["input_ids"], tokens), dim=1)
+    for key, value in many.items():
+        if isinstance(value, Tensor) and value.shape == (rows * copies, length):
+            many[key] = torch.cat((value, torch.zeros_like(tokens)), dim=1)
+    if not labels:
+        del many["labels"]
+    return many
+
+
+def loss_of(logits: Tensor, batch: Batch) -> Tensor:
+    """One that a trainer makes of the logits of the completions."""
+    there = batch["labels"][:, 1:] != -100
+    weights = torch.linspace(-0.1, 0.1, logits.shape[-1])
+    return (logits[:, :-1][there].log_softmax(-1) * weights).sum() / there.sum()
+
+
+def step(family: str, batch: Batch, *, ranks: int, method: str, **text: Any) -> dict[str, Any]:
+    """Both losses and their gradients: run it on every rank."""
+    model = import_module(f"tests.models.{family}_case").tiny_model(**text)
+    config = rules(family, method, ranks)
+    config["ds_lvx"]["share_prompts"] = True
+    groups = SequenceParallelGroups(ranks)
+    patch = patch_model(model, LVXConfig.from_ds_config(config), groups)
+    shard = shard_batch(batch, model=model)
+    out = model(**shard)
+    logits = gather_sequence(out.logits, shard=shard)
+    (out.loss + loss_of(logits, batch) / ranks).backward()
+    grads = {
+        name: groups.channel.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+        for name, p in model.named_parameters()
+    }
+    loss = mean_loss(out.loss)
+    patch.unpatch()
+    groups.close()
+    return {
+        "loss": loss,
+        "logits": logits.detach(),
+        "grads": grads,
+        "rows": len(shard["input_ids"]),
+        "tokens": shard["ds_lvx"].text_lengths,
+    }
+
+
+def alone(family: str, batch: Batch, **text: Any) -> dict[str, Any]:
+    case = import_module(f"tests.models.{family}_case")
+    model = case.tiny_model(**text)
+    own = getattr(
+        import_module(f"tests.models.{_CASES.get(family, family)}_case"), "for_one_process", dict
+    )
+    out = model(**own(batch))
+    (out.loss + loss_of(out.logits, batch)).backward()
+    grads = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+    }
+    return {"loss": out.loss.detach(), "logits": out.logits.detach(), "grads": grads}
+
+
+def steps(jobs: list[tuple[Any, ...]], ranks: int) -> list[dict[str, Any]]:
+    return [step(family, batch, ranks=ranks, method=method) for family, batch, method in jobs]
+
+
+def check(jobs: list[tuple[Any, ...]], ranks: int) -> None:
+    results = run_ranks(steps, ranks, jobs, ranks)
+    for index, (family, batch, method) in enumerate(jobs):
+        wanted = alone(family, batch)
+        for result in results:
+            found, what = result[index], f"{family}, {method}"
+            there = batch["attention_mask"] != 0
+            assert found["rows"] == len(batch["input_ids"]) // len(SAID), what
+            assert_close(found["loss"], wanted["loss"], rtol=1e-5, atol=1e-5, msg=what)
+            assert_close(found["logits"][there], wanted["logits"][there], rtol=2e-5, atol=2e-5)
+            for name, grad in wanted["grads"].items():
+                assert_close(found["grads"][name], grad, rtol=1e-4, atol=2e-5, msg=f"{what} {name}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_each_family(family: str, ranks: int) -> None:
+    jobs = [
+        (family, answered(prompts(family, name)), METHODS[(n + FAMILIES.index(family)) % 4])
+        for n, name in enumerate(PROMPTS)
+    ]
+    check(jobs, ranks)
