@@ -7,6 +7,7 @@ same prompts, generate the same completions, and get the rewards that their firs
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import sys
@@ -29,6 +30,7 @@ _REFUSED = {
 }
 _REFUSED_OF_TRAINER = ("tools", "environment_factories", "rollout_func")
 _ONLINE = {"GRPOTrainer", "RLOOTrainer"}
+_SHUFFLE = "shuffle_sequence_dict"  # TRL's
 
 
 class OnlineMixin:
@@ -110,6 +112,25 @@ class OnlineMixin:
             scored = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         share_random_numbers(self.accelerator)  # TRL shuffles the completions by them
         return scored
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """TRL's; completions of a prompt stay together where they share it in training."""
+        session = self.accelerator.session if self._is_online else None
+        together = math.gcd(self.args.per_device_train_batch_size, self.num_generations)
+        if session is None or not session.config.share_prompts or together == 1:
+            return super()._prepare_inputs(inputs)  # type: ignore[misc]
+        with ExitStack() as stack:
+            for module in self._modules:
+                own = getattr(module, _SHUFFLE, None)
+                if own is not None:
+                    by_prompt = functools.partial(_shuffled, own, together=together)
+                    stack.enter_context(_replaced(module, _SHUFFLE, by_prompt))
+            return super()._prepare_inputs(inputs)  # type: ignore[misc]
+
+    @property
+    def _modules(self) -> set[Any]:
+        """Where TRL's trainer, and subclasses, look up functions."""
+        return {sys.modules[kind.__module__] for kind in type(self).__mro__}
 
     def _tokenize_prompts(self, prompts: Sequence[Any]) -> Any:
         """TRL's; a prompt whose completions all are this replica's is processed once."""
@@ -195,11 +216,10 @@ class OnlineMixin:
     def _by_replicas(self, gather: Callable[[Any], Any]) -> Iterator[None]:
         """Let TRL's modules, and those of subclasses, gather from replicas, and index by them."""
         ours = self.accelerator
-        modules = {sys.modules[kind.__module__] for kind in type(self).__mro__}
         with ExitStack() as stack:
             for name, by_replica in (("gather", gather), ("gather_object", ours.gather_object)):
                 known = (getattr(accelerate.utils, name), getattr(ours, name))
-                for module in modules:
+                for module in self._modules:
                     if getattr(module, name, None) in known:
                         stack.enter_context(_replaced(module, name, by_replica))
             stack.enter_context(ours.indexing_replicas())
@@ -232,6 +252,26 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def _repeated(items: Sequence[Any], copies: int) -> list[Any]:
     return [item for item in items for _ in range(copies)]
+
+
+def _shuffled(
+    shuffle: Callable[[dict[str, Any]], dict[str, Any]], entries: dict[str, Any], *, together: int
+) -> dict[str, Any]:
+    """TRL's shuffle of a generation's samples, of which so many in a row stay together.
+
+    It takes as many random numbers.
+    """
+    samples = len(next(value for value in entries.values() if value is not None))
+    drawn = shuffle({"run": torch.arange(samples) // together})["run"]
+    runs = torch.tensor([*dict.fromkeys(drawn.tolist())])
+    order = (runs[:, None] * together + torch.arange(together)).flatten()
+
+    def ordered(value: Any) -> Any:
+        if value is None or (isinstance(value, Tensor) and value.ndim == 0):
+            return value
+        return value[order] if isinstance(value, Tensor) else [value[n] for n in order]
+
+    return {key: ordered(value) for key, value in entries.items()}
 
 
 def _alike(one: Any, other: Any) -> bool:
