@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ds_lvx.models.contract import Family
 from ds_lvx.models.prepare import shares_prompts
-from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Text
+from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Text, digest
 from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
 from ds_lvx.models.words import check_labels, check_tokens
 
@@ -149,7 +149,7 @@ class Content:
             )
         batch = {key: value for key, value in batch.items() if value is not None}
         _check_keys(batch, family, frames)
-        text = family.text(batch, model)
+        text = given = family.text(batch, model)
         if frames == "all" and not apart and shares_prompts(family, model):
             text = family.share_prompts(text, batch, model)
         text = text.dealt(size)
@@ -157,9 +157,9 @@ class Content:
         visual = family.visual(batch, text, model)
         if isinstance(model, nn.Module):  # a data worker may have its config alone
             inside = family.text_model(model)
-            check_tokens(text.input_ids, inside, replaced=visual.replaced)
+            check_tokens(given.input_ids, inside, replaced=visual.replaced)
             if not any_label:
-                check_labels(text, model, inside)
+                check_labels(given, model, inside)
         if visual.encoded and frames == "local":
             raise ValueError(
                 f'got {family.features_key} with frames="local"; expected the features of the '
@@ -182,6 +182,7 @@ class Content:
         """What must be the same on every rank of the group."""
         record = {
             "frames": self.frames,
+            "rows that begin alike, images included (a checksum)": digest(self.text.unmerged),
             "shape of input_ids": list(self.text.shape),
             "contents of the text (a checksum)": self.text.digest(),
             ITEMS_KEY: self.text.items,

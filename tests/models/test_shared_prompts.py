@@ -152,3 +152,31 @@ def interleaved() -> Batch:
 
 def test_images_of_completions_of_prompts_in_turn() -> None:
     check([("qwen2_5_vl", interleaved(), "ring")], 2, copies=2)
+
+
+def mistakes() -> list[str]:
+    """What every rank hears of rank 1's batch."""
+    model, groups = qwen2_5_vl_case.tiny_model(), SequenceParallelGroups(2)
+    config = rules("qwen2_5_vl", "ring", 2)
+    config["ds_lvx"]["share_prompts"] = True
+    patch = patch_model(model, LVXConfig.from_ds_config(config), groups)
+    unknown, empty, other = (answered(prompts("qwen2_5_vl", "left_padded")) for _ in range(3))
+    unknown["input_ids"][5, 21] = 1005
+    empty = {key: empty[key][:, :0] for key in ("input_ids", "attention_mask", "labels")}
+    if torch.distributed.get_rank() == 1:
+        other["pixel_values"][-1] += 1
+    heard = []
+    for batch in (unknown, empty, other):
+        with pytest.raises(ValueError) as error:
+            shard_batch(batch, model=model)
+        heard.append(str(error.value))
+    patch.unpatch()
+    groups.close()
+    return heard
+
+
+def test_what_is_wrong_is_said_of_rows_as_they_came() -> None:
+    for token, length, pixels in run_ranks(mistakes, 2):
+        assert "all ranks: got the token 1005 at place 21 of sample 5" in token
+        assert "got input_ids (9, 0); expected at least one sample, and one token" in length
+        assert "disagree on rows that begin alike, images included" in pixels

@@ -36,7 +36,7 @@ def share(text: Sequences, pixels: Mapping[str, Tensor]) -> Sequences:
         text: rows as they came, before they are dealt.
         pixels: of all units by source, one after the other: units are alike whose pixels are.
     """
-    rows = _Rows.of(text, pixels)
+    rows = _Rows.of(text, pixels) if text.number.numel() > 0 else None
     if rows is None:
         return text
     groups: list[_Group] = []
