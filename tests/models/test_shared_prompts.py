@@ -14,6 +14,9 @@ from ds_lvx import gather_sequence, mean_loss
 from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
+from ds_lvx.models.concatenated.batch import Sequences
+from ds_lvx.models.concatenated.prompts import share
+from ds_lvx.models.text import Text
 from ds_lvx.sharding import shard_batch
 from tests.models import qwen2_5_vl_case
 from tests.models.concatenated_case import METHODS, rules
@@ -180,3 +183,18 @@ def test_what_is_wrong_is_said_of_rows_as_they_came() -> None:
         assert "all ranks: got the token 1005 at place 21 of sample 5" in token
         assert "got input_ids (9, 0); expected at least one sample, and one token" in length
         assert "disagree on rows that begin alike, images included" in pixels
+
+
+def test_rows_of_a_prompt_find_each_other() -> None:
+    """Although all begin alike, with other rows between, as chosen and rejected answers have it."""
+    ids = torch.arange(3 * 20).view(3, 20).repeat(2, 1)
+    ids[:, :5] = ids[0, :5]
+    ids[3:, 15:] += 100
+    ids[2, 5:] += 100
+    none = torch.zeros(ids.shape).bool()
+    text = Sequences.with_units(Text(ids, None, None, None), none, [])
+    shared = share(text, {})
+    assert shared.unmerged is not None
+    first, second = shared.unmerged.split(3)
+    assert len(shared.input_ids) == 3
+    assert (first == second).sum(dim=1).tolist() == [14, 14, 4]

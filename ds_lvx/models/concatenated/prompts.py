@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import combinations, groupby
 from typing import NamedTuple
 
 import torch
@@ -39,19 +39,20 @@ def share(text: Sequences, pixels: Mapping[str, Tensor]) -> Sequences:
     rows = _Rows.of(text, pixels) if text.number.numel() > 0 else None
     if rows is None:
         return text
-    groups: list[_Group] = []
-    for row in range(text.shape[0]):
-        joined = [
-            _Group([*each.rows, row], min(each.common, rows.common(each.rows[0], row)))
-            for each in groups
-        ]
-        saved = [rows.saved(new) - rows.saved(old) for new, old in zip(joined, groups, strict=True)]
-        best = max(range(len(groups)), key=saved.__getitem__, default=-1)
-        if best >= 0 and saved[best] > _LEAST * int(rows.said[row, -1]):
-            groups[best] = joined[best]
-        else:
-            groups.append(_Group([row], text.shape[1]))
-    return text if len(groups) == text.shape[0] else _merged(text, groups)
+    groups = [_Group([row], text.shape[1]) for row in range(text.shape[0])]  # of each row
+    # Those with most in common first: all rows may begin alike, and those of a prompt go on so.
+    pairs = [(rows.common(*pair), pair) for pair in combinations(range(len(groups)), 2)]
+    for common, (row, other) in sorted(pairs, key=lambda each: -each[0]):
+        parts = groups[row], groups[other]
+        if parts[0] is parts[1]:
+            continue
+        both = sorted(parts[0].rows + parts[1].rows)
+        joined = _Group(both, min(common, parts[0].common, parts[1].common))
+        saved = rows.saved(joined) - sum(map(rows.saved, parts))
+        if saved > _LEAST * int(rows.said[other, -1]):
+            groups = [joined if n in both else group for n, group in enumerate(groups)]
+    found = [group for row, group in enumerate(groups) if group.rows[0] == row]
+    return text if len(found) == len(groups) else _merged(text, found)
 
 
 class _Group(NamedTuple):
@@ -66,43 +67,35 @@ class _Rows:
     """What is compared of rows.
 
     Attributes:
-        columns: ``[B, T]`` each, in which common tokens are the same.
+        columns: int64 or of another dtype ``[B, T]`` each, in which common tokens are the same.
         said: int64 ``[B, T]``, tokens up to each that are no padding.
         learnt: bool ``[B, T]``, tokens whose next one is learnt.
-        number: as of `Sequences`, but counted within each row.
         ends: int64 ``[B, T]``, one past the last place that belongs to what a token is of.
-        units: of each row, with the pixels of each.
     """
 
     columns: list[Tensor]
     said: Tensor
     learnt: Tensor
-    number: Tensor
     ends: Tensor
-    units: list[list[tuple[Unit, Tensor | None]]]
 
     @classmethod
     def of(cls, text: Sequences, pixels: Mapping[str, Tensor]) -> _Rows | None:
         """None where pixels are not those of the units, which is an error of another's to tell."""
-        units: list[list[tuple[Unit, Tensor | None]]] = [[] for _ in range(text.shape[0])]
-        at = dict.fromkeys(pixels, 0)
-        for unit in text.units:
-            start = at.get(unit.source, 0)
-            own = pixels[unit.source][start : start + unit.rows] if unit.source in pixels else None
-            at[unit.source] = start + unit.rows
-            units[unit.row].append((replace(unit, row=0), own))
-        if any(key not in pixels or len(pixels[key]) != rows for key, rows in at.items()):
+        alike = _alike(text.units, pixels)
+        if alike is None:
             return None
-        before = torch.tensor([0, *accumulate(map(len, units))])[:-1, None]
-        number = torch.where(text.number == TEXT, TEXT, text.number - before)
-        columns, said = [text.input_ids, number], torch.ones_like(number)
+        number = text.number  # its last, `TEXT`, is that of text in what has one for each unit
+        columns, said = [text.input_ids, alike[number]], torch.ones_like(number)
         if text.attention_mask is not None:
             columns.append(text.attention_mask)
             said = ((text.attention_mask != 0) | (number != TEXT)).long()
         if text.position_ids is not None:
             columns += text.position_ids.expand(1, *text.position_ids.shape).flatten(0, -3)
-        places = torch.arange(text.shape[1]).expand(text.shape)
-        ends = places + 1
+        behind = torch.arange(1, text.shape[1] + 1).expand(text.shape)
+        last = torch.zeros_like(alike).scatter_reduce(
+            0, (number % len(alike)).flatten(), behind.flatten(), "amax"
+        )
+        ends = torch.where(number == TEXT, behind, last[number])
         for each in (text.ends, text.recent_ends):
             if each is not None:
                 columns.append(each)
@@ -110,7 +103,7 @@ class _Rows:
         learnt = torch.zeros(text.shape, dtype=torch.bool)
         if text.labels is not None:
             learnt[:, :-1] = text.labels[:, 1:] != IGNORED_LABEL
-        return cls(columns, said.cumsum(dim=1), learnt, number, ends, units)
+        return cls(columns, said.cumsum(dim=1), learnt, ends)
 
     def saved(self, group: _Group) -> int:
         """Tokens that need not run again."""
@@ -119,38 +112,43 @@ class _Rows:
         return int(self.said[group.rows[0], group.common - 1]) * (len(group.rows) - 1)
 
     def common(self, one: int, other: int) -> int:
-        """Places that two rows may share, at their beginning, without cutting a unit."""
+        """Places that two rows may share, at their beginning, without cutting a unit, or what
+        sees itself."""
         differs = torch.stack([each[one] != each[other] for each in self.columns]).any(dim=0)
         if bool(differs[0]):
             return 0
         apart = differs[1:] | (self.learnt[one] | self.learnt[other])[:-1]
         common = int(apart.int().argmax()) if bool(apart.any()) else len(apart)
-        common = self._uncut(one, common)
-        number = self.number[one, :common]
-        for unit in range(int(number.max()) + 1 if common > 0 else 0):
-            if not _alike(self.units[one][unit], self.units[other][unit]):
-                return self._uncut(one, int((number == unit).int().argmax()))
-        return common
-
-    def _uncut(self, row: int, common: int) -> int:
-        """So many tokens, or fewer, so that no unit, and nothing that sees itself, is cut."""
-        number, ends = self.number[row], self.ends[row]
-        while common > 0:
-            behind = torch.isin(number[:common], number[common:]) & (number[:common] != TEXT)
-            cut = (behind | (ends[:common] > common)).nonzero()[:, 0]
-            if len(cut) == 0:
-                break
-            common = int(cut[0])
+        while common > 0 and bool((cut := self.ends[one, :common] > common).any()):
+            common = int(cut.int().argmax())
         return common
 
 
-def _alike(one: tuple[Unit, Tensor | None], other: tuple[Unit, Tensor | None]) -> bool:
-    (unit, pixels), (another, others) = one, other
-    if unit != another:
-        return False
-    if pixels is None or others is None:
-        return pixels is others
-    return pixels.data_ptr() == others.data_ptr() or torch.equal(pixels, others)
+def _alike(units: Sequence[Unit], pixels: Mapping[str, Tensor]) -> Tensor | None:
+    """int64 ``[units + 1]``: of each unit, the first one that is the same at its place of a row;
+    `TEXT` behind the last. None where pixels are not those of the units."""
+    at = dict.fromkeys(pixels, 0)
+    known: dict[tuple[int, Unit], list[tuple[int, Tensor]]] = {}
+    found: list[int] = []
+    for _, of_row in groupby(units, key=lambda unit: unit.row):
+        for place, unit in enumerate(of_row):
+            start = at.get(unit.source, 0)
+            at[unit.source] = start + unit.rows
+            if unit.source not in pixels:
+                return None
+            own = pixels[unit.source][start : at[unit.source]]
+            before = known.setdefault((place, replace(unit, row=0)), [])
+            same = (number for number, each in before if _same(each, own))
+            found.append(next(same, len(found)))
+            if found[-1] == len(found) - 1:
+                before.append((found[-1], own))
+    if any(len(pixels[key]) != rows for key, rows in at.items()):
+        return None
+    return torch.tensor([*found, TEXT])
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
 def _merged(text: Sequences, groups: Sequence[_Group]) -> Sequences:
