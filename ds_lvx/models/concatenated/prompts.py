@@ -150,7 +150,14 @@ def _alike(one: tuple[Unit, Tensor | None], other: tuple[Unit, Tensor | None]) -
         return False
     if pixels is None or others is None:
         return pixels is others
-    return pixels.data_ptr() == others.data_ptr() or torch.equal(pixels, others)
+    return pixels.data_ptr() == others.data_ptr() or torch.equal(_bits(pixels), _bits(others))
+
+
+def _bits(pixels: Tensor) -> Tensor:
+    """As long words where they make up rows, which a CPU compares at the speed of its memory."""
+    rows = pixels.flatten(1) if pixels.ndim > 1 else pixels
+    fits = rows.ndim > 1 and rows.shape[1] * rows.element_size() % 8 == 0
+    return rows.view(torch.int64) if fits and rows.stride(1) == 1 else rows
 
 
 def _merged(text: Sequences, groups: Sequence[_Group]) -> Sequences:
