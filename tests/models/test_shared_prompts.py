@@ -15,6 +15,7 @@ from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.sharding import shard_batch
+from tests.models import qwen2_5_vl_case
 from tests.models.concatenated_case import METHODS, rules
 from tests.ranks import run_ranks
 
@@ -111,14 +112,14 @@ def steps(jobs: list[tuple[Any, ...]], ranks: int) -> list[dict[str, Any]]:
     return [step(family, batch, ranks=ranks, method=method) for family, batch, method in jobs]
 
 
-def check(jobs: list[tuple[Any, ...]], ranks: int) -> None:
+def check(jobs: list[tuple[Any, ...]], ranks: int, *, copies: int = len(SAID)) -> None:
     results = run_ranks(steps, ranks, jobs, ranks)
     for index, (family, batch, method) in enumerate(jobs):
         wanted = alone(family, batch)
         for result in results:
             found, what = result[index], f"{family}, {method}"
             there = batch["attention_mask"] != 0
-            assert found["rows"] == len(batch["input_ids"]) // len(SAID), what
+            assert found["rows"] == len(batch["input_ids"]) // copies, what
             assert_close(found["loss"], wanted["loss"], rtol=1e-5, atol=1e-5, msg=what)
             assert_close(found["logits"][there], wanted["logits"][there], rtol=2e-5, atol=2e-5)
             for name, grad in wanted["grads"].items():
@@ -133,3 +134,21 @@ def test_each_family(family: str, ranks: int) -> None:
         for n, name in enumerate(PROMPTS)
     ]
     check(jobs, ranks)
+
+
+def interleaved() -> Batch:
+    """Completions with images of their own; those of one prompt are not side by side."""
+    first, second = [4, (1, 2, 2), 3, (1, 1, 1), 2], [5, (1, 2, 3), 2, (1, 1, 1), 4]
+    batch = qwen2_5_vl_case.make_batch([first, second] * 2)
+    patches = (16 + 4, 24 + 4)  # of each row, of which the last four are the completion's
+    for row, (prompt, own) in enumerate(zip((10, 13), patches, strict=True)):
+        batch["input_ids"][row + 2, :prompt] = batch["input_ids"][row, :prompt]
+        start = row * patches[0]
+        pixels = batch["pixel_values"][start : start + own - 4]
+        batch["pixel_values"][sum(patches) + start :][: own - 4] = pixels
+        batch["labels"][row::2, :prompt] = -100
+    return batch
+
+
+def test_images_of_completions_of_prompts_in_turn() -> None:
+    check([("qwen2_5_vl", interleaved(), "ring")], 2, copies=2)

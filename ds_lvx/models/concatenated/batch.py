@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
@@ -64,29 +64,30 @@ class Branches:
         unmerged: int64 ``[b, t]``, of each token of the rows as they came its place in
             ``[B * T]``.
         units: of the rows as they came.
-        kept: which of them are still there.
+        kept: which of them there are now, by the order of rows and tokens now.
     """
 
     gap_start: Tensor
     gap_end: Tensor
     unmerged: Tensor
     units: tuple[Unit, ...]
-    kept: tuple[bool, ...]
+    kept: tuple[int, ...]
 
     def pixels(self, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of the units that are still there; a view where they lie side by side."""
+        """Those of the units that there are now, in order; a view where they lie side by side."""
         return {key: _rows(each, key, self) for key, each in pixels.items()}
 
 
 def _rows(pixels: Tensor, source: str, branches: Branches) -> Tensor:
-    pairs = zip(branches.units, branches.kept, strict=True)
-    own = [(unit.rows, kept) for unit, kept in pairs if unit.source == source]
-    parts, at = [], 0
-    for kept, run in groupby(own, key=lambda each: each[1]):
-        rows = sum(rows for rows, _ in run)
-        if kept:
-            parts.append(pixels[at : at + rows])
-        at += rows
+    rows = [unit.rows if unit.source == source else 0 for unit in branches.units]
+    first = [0, *accumulate(rows)]
+    runs: list[tuple[int, int]] = []
+    for unit in branches.kept:
+        start, stop = first[unit], first[unit + 1]
+        if runs and runs[-1][1] == start:
+            start = runs.pop()[0]
+        runs.append((start, stop))
+    parts = [pixels[start:stop] for start, stop in runs if start < stop]
     return parts[0] if len(parts) == 1 else torch.cat([pixels[:0], *parts])
 
 

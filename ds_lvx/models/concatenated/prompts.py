@@ -208,18 +208,16 @@ def _merged(text: Sequences, groups: Sequence[_Group]) -> Sequences:
     )
 
 
-def _units_of(text: Sequences, number: Tensor) -> tuple[Tensor, tuple[bool, ...], tuple[Unit, ...]]:
+def _units_of(text: Sequences, number: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[Unit, ...]]:
     """Units by the rows that have them now, and which of the text's these are.
 
     Args:
         number: int64 ``[b, t]``, with the numbers of the text's.
     """
-    units: list[Unit] = []
-    kept = [False] * len(text.units)
-    anew = torch.full((len(text.units) + 1,), TEXT)  # the last is of text
+    kept: dict[int, int] = {}  # and the row that has it
     for row, of_row in enumerate(number):
         for unit in of_row[of_row != TEXT].unique_consecutive().tolist():
-            if not kept[unit]:
-                kept[unit], anew[unit] = True, len(units)
-                units.append(replace(text.units[unit], row=row))
-    return anew[number], tuple(kept), tuple(units)
+            kept.setdefault(unit, row)
+    anew = torch.full((len(text.units) + 1,), TEXT)  # the last is of text
+    anew[[*kept]] = torch.arange(len(kept))
+    return anew[number], tuple(kept), tuple(replace(text.units[n], row=r) for n, r in kept.items())
