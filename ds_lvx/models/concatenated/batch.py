@@ -61,14 +61,16 @@ class Branches:
     Attributes:
         gap_start, gap_end: int64 ``[B, T]``, places of others' between, which a token does not see;
             0 of one that sees all before it.
+        starts: of each row, where its branches begin, the first behind what they have in common.
         unmerged: int64 ``[b, t]``, of each token of the rows as they came its place in
-            ``[B * T]``.
+            ``[B * T]``; -1 of padding that is not there.
         units: of the rows as they came.
         kept: which of them there are now, by the order of rows and tokens now.
     """
 
     gap_start: Tensor
     gap_end: Tensor
+    starts: Sequence[Sequence[int]]
     unmerged: Tensor
     units: tuple[Unit, ...]
     kept: tuple[int, ...]
