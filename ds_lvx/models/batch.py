@@ -5,7 +5,7 @@ Shapes: ``B`` samples, ``T`` text tokens of the whole sequence, ``s`` of this ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +45,8 @@ class ShardedBatch:
         unmerged: int64 ``[b, t]`` on the CPU: where rows that begin alike are one, of each token of
             the rows as they came its place in ``[B * T]``, -1 of padding that is in none; None:
             these are the rows.
+        branches: of rows that begin alike and are one, how many tokens its rows share, and how many
+            each has behind these; padding that nobody holds is not counted. None: none are one.
         among: tokens of the text that are images', of all rows, by rank; None where images stand
             beside it.
         deep: what forward keeps for the text's layers
@@ -68,6 +70,7 @@ class ShardedBatch:
     others: Mapping[str, Layout] = field(default_factory=dict)
     order: Tensor | None = None
     unmerged: Tensor | None = None
+    branches: Sequence[Sequence[int]] | None = None
     among: tuple[int, ...] | None = None
     deep: Any = None
     decoding: DecodingKeys | None = None

@@ -22,7 +22,8 @@ from tests.ranks import run_ranks
 Batch = dict[str, Any]
 FAMILIES = (
     *("qwen2_5_vl", "gemma3", "gemma4", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v"),
-    *("glm4v_moe", "internvl", "llava_onevision", "smolvlm", "video_llama_3"),
+    *("glm4v_moe", "internvl", "llava_onevision", "smolvlm", "video_llama_3", "qwen3_5"),
+    "qwen3_5_moe",
 )
 PROMPTS = ("left_padded", "one_image", "one_video")
 SAID = (3, 1, 5)  # tokens of the completions of each prompt
