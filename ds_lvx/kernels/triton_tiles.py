@@ -20,7 +20,9 @@ MIN_ROWS = 16  # the least that a tensor core takes
 
 LENGTHS = ("seqlen", "seqlen_q", "seqlen_kv", "rows_of_all", "splits", "mine")
 """Arguments whose values Triton must not compile for: another text would be another kernel."""
-ANY_ADDRESS = ("q_start", "q_end", "kv_pos", "visible", "counts", "lse", "delta")
+OF_RULE = ("q_start", "q_end", "gap_start", "gap_end", "kv_pos", "visible", "counts")
+"""Arguments in int32: a rule, and the lists of what meets."""
+ANY_ADDRESS = (*OF_RULE, "lse", "delta")
 """Arguments that may begin anywhere, such as in the middle of a rule, and are read one by one."""
 
 

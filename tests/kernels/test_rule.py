@@ -114,10 +114,19 @@ def test_blocks_that_nobody_sees_are_left_out() -> None:
     ]
 
 
+def with_gaps(sees: Visibility, seed: int) -> Visibility:
+    """The same with random gaps; every third one is empty, or ends before it begins."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(-1, 6, sees.q_start.shape, generator=generator).int()
+    length = torch.randint(-1, 4, start.shape, generator=generator).int()
+    return replace(sees, gap_start=start, gap_end=start + length)
+
+
 @pytest.mark.parametrize("seed", range(9))
 @pytest.mark.parametrize("of_keys", [False, True])
-def test_lists_hold_every_pair_that_meets(seed: int, of_keys: bool) -> None:
-    sees = random_rule(seed)
+@pytest.mark.parametrize("gaps", [False, True])
+def test_lists_hold_every_pair_that_meets(seed: int, of_keys: bool, gaps: bool) -> None:
+    sees = with_gaps(random_rule(seed), seed) if gaps else random_rule(seed)
     if seed > 5:  # blocks in a row of the same positions, as those of a frame
         sees = replace(sees, kv_pos=sees.kv_pos // 3)
     group = 2 + seed % 2
@@ -133,14 +142,26 @@ def test_lists_hold_every_pair_that_meets(seed: int, of_keys: bool) -> None:
                 tile, block = (other, one) if of_keys else (one, other)
                 seen = mask[sample, 4 * tile : 4 * tile + 4, 7 * block : 7 * block + 7]
                 assert other in listed or not seen.any()
-                assert (other in listed[:whole]) == (bool(seen.all()) and seen.shape == (4, 7))
+                wholly = bool(seen.all()) and seen.shape == (4, 7)
+                assert (other in listed[:whole]) == wholly or (gaps and wholly)
+
+
+def test_lists_of_completions_of_a_prompt() -> None:
+    """Neither the completions before a query's own are listed, nor is the rest of it masked."""
+    place, size = torch.arange(80), 16
+    prompt, own = 2 * size, place // size * size
+    sees = ints(place * 0, place + 1, place, place * 0 + prompt, own)
+    for of_keys, tiles in ((False, [1, 2, 3, 3, 3]), (True, [5, 4, 1, 1, 1])):
+        _, counts = Rule(sees).lists(rows=2 * size, keys=size, group=2, of_keys=of_keys)
+        assert counts.tolist() == [[[n, n - 1] for n in tiles]]
 
 
 @pytest.mark.parametrize("of_keys", [False, True])
-def test_a_device_lists_the_same_as_the_host(of_keys: bool) -> None:
+@pytest.mark.parametrize("sees", [random_rule(0), with_gaps(random_rule(0), 0)], ids=["", "gaps"])
+def test_a_device_lists_the_same_as_the_host(sees: Visibility, of_keys: bool) -> None:
     """A kernel reads the lists by their addresses, whatever the strides."""
-    found = lists._Bounds.of(random_rule(0), rows=4, keys=7, group=2).meet(of_keys=of_keys)
-    expected, counts = lists.listed(random_rule(0), rows=4, keys=7, group=2, of_keys=of_keys)
+    found = lists._Bounds.of(sees, rows=4, keys=7, group=2).meet(of_keys=of_keys)
+    expected, counts = lists.listed(sees, rows=4, keys=7, group=2, of_keys=of_keys)
     listed, seen = lists._sorted(*found)
     assert torch.equal(seen, counts)
     assert listed.dtype == torch.int32

@@ -27,9 +27,8 @@ from triton.compiler import ASTSource
 
 from bench.kernels.occupancy import BLOCK_SHARED_BYTES, programs_per_multiprocessor
 from ds_lvx.kernels import triton_backward, triton_forward, triton_tiles
-from ds_lvx.kernels.triton_tiles import ANY_ADDRESS, padded
+from ds_lvx.kernels.triton_tiles import ANY_ADDRESS, OF_RULE, padded
 
-INT32 = ("q_start", "q_end", "kv_pos", "visible", "counts")
 FP32 = ("out", "lse", "delta", "dq", "parts", "part_lses")
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 KERNELS = {
@@ -104,7 +103,7 @@ def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
 
 def _signature(kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> Any:
     """Types of a kernel's arguments, and which of them are multiples of 16."""
-    known = dict.fromkeys(INT32, "*i32") | dict.fromkeys(FP32, "*fp32")
+    known = dict.fromkeys(OF_RULE, "*i32") | dict.fromkeys(FP32, "*fp32")
     known |= dict.fromkeys(("q", "k", "v", "dout", "dk", "dv"), f"*{NAMES[dtype]}")
     known |= dict.fromkeys(constants, "constexpr")
     types = {
