@@ -149,11 +149,20 @@ def test_lists_hold_every_pair_that_meets(seed: int, of_keys: bool, gaps: bool) 
 def test_lists_of_completions_of_a_prompt() -> None:
     """Neither the completions before a query's own are listed, nor is the rest of it masked."""
     place, size = torch.arange(80), 16
-    prompt, own = 2 * size, place // size * size
-    sees = ints(place * 0, place + 1, place, place * 0 + prompt, own)
-    for of_keys, tiles in ((False, [1, 2, 3, 3, 3]), (True, [5, 4, 1, 1, 1])):
-        _, counts = Rule(sees).lists(rows=2 * size, keys=size, group=2, of_keys=of_keys)
-        assert counts.tolist() == [[[n, n - 1] for n in tiles]]
+
+    def counts(sees: Visibility, *, of_keys: bool = False) -> list[list[int]]:
+        how = {"rows": 2 * size, "keys": size, "group": 2, "of_keys": of_keys}
+        return Rule(sees).lists(**how)[1][0].tolist()
+
+    sees = ints(place * 0, place + 1, place, place * 0 + 2 * size, place // size * size)
+    assert counts(sees) == [[1, 0], [2, 1], [3, 2], [3, 2], [3, 2]]
+    assert counts(sees, of_keys=True) == [[5, 4], [4, 3], [1, 0], [1, 0], [1, 0]]
+    # A row that sees nothing has no say in what is left out; one without a gap leaves out nothing.
+    _, end, *gap = sees.queries
+    for rows, row in ((end, 50), (gap[1], 50), (gap[0], 79), (gap[1], 79)):
+        rows[0, row] = 0
+    assert counts(sees) == [[1, 0], [2, 1], [3, 2], [3, 0], [5, 2]]
+    assert counts(sees, of_keys=True) == [[5, 3], [4, 2], [2, 0], [2, 0], [1, 0]]
 
 
 @pytest.mark.parametrize("of_keys", [False, True])
