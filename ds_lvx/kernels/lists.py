@@ -46,7 +46,7 @@ class _Bounds(NamedTuple):
             latest[:, -1] = _INT32.max
         if rule.kv_pos.shape[1] % keys:
             highest[:, -1] = _INT32.max
-        found = _gaps(*gaps, blind, rows) if gaps else ()
+        found = _gaps(*gaps, blind=blind, rows=rows) if gaps else ()
         return cls(first, last, latest, earliest, low, high, highest, found)
 
     def meet(self, *, of_keys: bool) -> tuple[Tensor, Tensor]:
@@ -71,11 +71,11 @@ class _Bounds(NamedTuple):
             changes[1:] |= (each[:, 1:] != each[:, :-1]).any(dim=0)
         changes[:1] = True
         places = changes.nonzero()[:, 0]
-        blocks = (each[:, places] for each in self[4:7])
-        return _Bounds(*self[:4], *blocks, self.gaps), changes.cumsum(0) - 1
+        low, high, highest = (each[:, places] for each in self[4:7])
+        return self._replace(low=low, high=high, highest=highest), changes.cumsum(0) - 1
 
 
-def _gaps(start: Tensor, end: Tensor, blind: Tensor, rows: int) -> tuple[Tensor, ...]:
+def _gaps(start: Tensor, end: Tensor, *, blind: Tensor, rows: int) -> tuple[Tensor, ...]:
     """Of tiles, int32 ``[B, tiles]``: first and last position of the gap that all its rows share,
     but for blind ones, and of what holds the gaps of all; each last one is behind it."""
     _, all_from = extremes(start.masked_fill(blind, _INT32.min), rows)

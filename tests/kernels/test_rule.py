@@ -159,8 +159,8 @@ def test_lists_of_completions_of_a_prompt() -> None:
     assert counts(sees, of_keys=True) == [[5, 4], [4, 3], [1, 0], [1, 0], [1, 0]]
     # A row that sees nothing has no say in what is left out; one without a gap leaves out nothing.
     _, end, *gap = sees.queries
-    for rows, row in ((end, 50), (gap[1], 50), (gap[0], 79), (gap[1], 79)):
-        rows[0, row] = 0
+    end[0, 50], gap[0][0, 50], gap[1][0, 50] = 0, 64, 0
+    gap[0][0, 79] = gap[1][0, 79] = 0
     assert counts(sees) == [[1, 0], [2, 1], [3, 2], [3, 0], [5, 2]]
     assert counts(sees, of_keys=True) == [[5, 3], [4, 2], [2, 0], [2, 0], [1, 0]]
 
