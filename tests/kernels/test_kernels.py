@@ -107,7 +107,7 @@ def branches(batch: int, queries: int, keys: int) -> Visibility:
     return Visibility(*(t.int().repeat(batch, 1) for t in (start, end, position, gap, begin)))
 
 
-@pytest.mark.parametrize("visibility", ["none", "frames", "shuffled"])
+@pytest.mark.parametrize("visibility", ["none", "frames", "shuffled", "branches"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_and_backward(

@@ -31,13 +31,22 @@ def random_rule(seed: int, *, batch: int = 2, queries: int = 13, keys: int = 40)
     return Visibility(start, start + length, position)
 
 
+def with_gaps(sees: Visibility, seed: int) -> Visibility:
+    """The same with random gaps; some are empty, or end before they begin."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(-1, 6, sees.q_start.shape, generator=generator).int()
+    length = torch.randint(-1, 4, start.shape, generator=generator).int()
+    return replace(sees, gap_start=start, gap_end=start + length)
+
+
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize("known", [True, False], ids=["on the host", "on the device"])
 def test_blocks_cover_exactly_what_is_visible(
-    seed: int, known: bool, monkeypatch: pytest.MonkeyPatch
+    seed: int, gaps: bool, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every visible pair lies in one block, and what a block leaves unmasked is visible."""
-    sees = random_rule(seed)
+    sees = with_gaps(random_rule(seed), seed) if gaps else random_rule(seed)
     rule = Rule(sees)
     if not known:
         monkeypatch.setattr(rule, "host", None)
@@ -47,13 +56,16 @@ def test_blocks_cover_exactly_what_is_visible(
         mask = rule.mask(block)
         part += torch.ones_like(part) if mask is None else mask.int()
         if known:
-            assert block.masked == (not sees.mask(block.queries, block.keys).all())
+            wholly = bool(sees.mask(block.queries, block.keys).all())
+            assert block.masked != wholly or (gaps and wholly)
     assert torch.equal(covered, sees.mask().int())
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_blocks_that_join_cover_the_same(seed: int) -> None:
+@pytest.mark.parametrize("gaps", [False, True])
+def test_blocks_that_join_cover_the_same(seed: int, gaps: bool) -> None:
     sees = random_rule(seed, batch=1)
+    sees = with_gaps(sees, seed) if gaps else sees
     covered = torch.zeros(1, 13, 40, dtype=torch.int32)
     found = Rule(sees).blocks(queries_per_block=2, keys_per_block=3, most_keys=12)
     for block in found:
@@ -112,14 +124,6 @@ def test_blocks_that_nobody_sees_are_left_out() -> None:
     assert [(b.queries, b.keys, b.masked) for b in found] == [
         (slice(i, i + 1), slice(10 * i, 10 * i + 10), False) for i in range(8)
     ]
-
-
-def with_gaps(sees: Visibility, seed: int) -> Visibility:
-    """The same with random gaps; every third one is empty, or ends before it begins."""
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randint(-1, 6, sees.q_start.shape, generator=generator).int()
-    length = torch.randint(-1, 4, start.shape, generator=generator).int()
-    return replace(sees, gap_start=start, gap_end=start + length)
 
 
 @pytest.mark.parametrize("seed", range(9))

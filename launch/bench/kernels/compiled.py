@@ -41,18 +41,21 @@ _GROUP = 4
 
 
 class Configuration(NamedTuple):
-    """What decides how one of `KERNELS` is compiled; ``rows`` are those of a key/value head."""
+    """What decides how one of `KERNELS` is compiled; ``rows`` are those of a key/value head.
+
+    ``visibility``: "no" rule, a rule ("yes"), or one with "gaps".
+    """
 
     kernel: str
     dtype: torch.dtype
     head_dim: int
     rows: int
-    visibility: bool
+    visibility: str
 
 
 def configurations() -> Iterator[Configuration]:
     """All that differ in the code: few and many rows, and the widths of a tile."""
-    for name, visibility in product(KERNELS, (False, True)):
+    for name, visibility in product(KERNELS, ("no", "yes", "gaps")):
         for head_dim, rows in product((64, 80, 128, 256, 512), (4, 4096)):
             yield Configuration(name, torch.bfloat16, head_dim, rows, visibility)
         # fp32 has one tile for all that it does.
@@ -73,9 +76,11 @@ def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
         "BLOCK_D": padded(head_dim),
         "BLOCK_M": tiles.rows,
         "BLOCK_N": tiles.keys,
-        "VISIBILITY": configuration.visibility,
+        "VISIBILITY": configuration.visibility != "no",
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
+    if configuration.visibility != "gaps":
+        constants |= {"gap_start": None, "gap_end": None}
     if kernel is triton_backward.keys_kernel:
         constants["ATOMIC"] = configuration.kernel == "atomic"
     types, aligned = _signature(kernel, dtype, constants)
