@@ -32,11 +32,11 @@ def random_rule(seed: int, *, batch: int = 2, queries: int = 13, keys: int = 40)
 
 
 def with_gaps(sees: Visibility, seed: int) -> Visibility:
-    """The same with random gaps; some are empty, or end before they begin."""
+    """Wider ranges with random gaps; some are empty, or end before they begin."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(-1, 6, sees.q_start.shape, generator=generator).int()
     length = torch.randint(-1, 4, start.shape, generator=generator).int()
-    return replace(sees, gap_start=start, gap_end=start + length)
+    return replace(sees, q_end=sees.q_end + 4, gap_start=start, gap_end=start + length)
 
 
 @pytest.mark.parametrize("seed", range(6))
