@@ -53,6 +53,32 @@ def test_tokens_and_work_are_even(name: str, ranks: int) -> None:
         assert (found / found.mean() - 1).abs().max() < 0.1, found / found.mean()
 
 
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("prompt", "unit", "completions", "said"),
+    [
+        ([("text", 20), ("frames", 125), ("text", 80)], 160, 8, 500),
+        ([("text", 600)], 1, 8, 1000),
+        ([("text", 2000)], 1, 8, 500),
+    ],
+)
+def test_completions_of_a_prompt_are_even(
+    prompt: list[Piece], unit: int, completions: int, said: int, ranks: int
+) -> None:
+    """Each sees the prompt and itself."""
+    number, tokens = row([*prompt, ("text", completions * said)], unit)
+    begins = number.shape[1] - completions * said
+    place = torch.arange(number.shape[1])
+    own = (place - begins) // said * said + begins  # where a token's completion begins
+    gaps = (torch.full_like(place, begins), torch.where(place < begins, begins, own))
+    deal = Deal.of(number >= TEXT, number, tokens, ranks, gaps=(gaps[0][None], gaps[1][None]))
+    held, cost = parts(deal), place + 1 - (gaps[1] - gaps[0])
+    work = torch.tensor([float(cost[part].sum()) for part in held])
+    counts = torch.tensor([float(len(part)) for part in held])
+    for found in (work, counts):
+        assert (found / found.mean() - 1).abs().max() < 0.1, found / found.mean()
+
+
 def above_even(name: str, ranks: int) -> str:
     """How far the busiest rank is above an even share of the work."""
     number, tokens = row(*ROWS[name])

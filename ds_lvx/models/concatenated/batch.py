@@ -173,8 +173,9 @@ class Sequences(Text):
             if self.unbroken:
                 begun, ends = (kept.cummax(dim=1).values, kept.flip(1).cummax(dim=1).values.flip(1))
                 kept = begun & ends
-        tokens = [unit.tokens for unit in self.units]
-        return replace(self, deal=Deal.of(kept, self.number, tokens, size))
+        tokens, rows = [unit.tokens for unit in self.units], self.branches
+        gaps = None if rows is None else (rows.gap_start, rows.gap_end)
+        return replace(self, deal=Deal.of(kept, self.number, tokens, size, gaps=gaps))
 
     @property
     def settled(self) -> Deal:

@@ -6,7 +6,8 @@ piece of the frames, and an early and a late piece of the text between and aroun
     frames  0 0 1 1 2 2 | 2 2 1 1 0 0        text  0 1 2 | 2 1 0
 
 Text is shared out last, and by cost: it makes up for frames, which no rank cuts. A row of text
-alone is dealt as zigzag. Nothing here depends on a rank: every rank finds the same.
+alone is dealt as zigzag. In one of several completions a token does not see those of others, and
+costs less. Nothing here depends on a rank: every rank finds the same.
 
 Legend: ``B`` rows, ``T`` tokens of a row, n ranks, ``n_r`` tokens of the longest part on rank r.
 """
@@ -47,7 +48,15 @@ class Deal:
     lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, kept: Tensor, number: Tensor, tokens: Sequence[int], ranks: int) -> Deal:
+    def of(
+        cls,
+        kept: Tensor,
+        number: Tensor,
+        tokens: Sequence[int],
+        ranks: int,
+        *,
+        gaps: tuple[Tensor, Tensor] | None = None,
+    ) -> Deal:
         """Deal out rows, each by itself.
 
         Args:
@@ -56,6 +65,8 @@ class Deal:
                 numbered over all rows, in order.
             tokens: of each unit.
             ranks: n.
+            gaps: int64 ``[B, T]`` each, first and stop of the places before a token that it does
+                not see; None: it sees all before it.
         """
         owner: list[int] = []
         rows = []
@@ -64,7 +75,12 @@ class Deal:
             units = number[row, places]
             mine = tokens[len(owner) : int(number[row].max()) + 1]
             owner += owners(mine, ranks)
-            rows.append((places, _ranks(units, torch.tensor([*owner, TEXT]), ranks)))
+            cost = torch.arange(1, len(places) + 1)  # keys that a token sees
+            if gaps is not None:
+                before = torch.nn.functional.pad(held.cumsum(0), (1, 0))
+                start, stop = (before[each[row, places]] for each in gaps)
+                cost -= stop - start
+            rows.append((places, _ranks(units, torch.tensor([*owner, TEXT]), cost, ranks)))
         counts = torch.stack([torch.bincount(held, minlength=ranks) for _, held in rows])
         lengths = [max(int(most), 1) for most in counts.amax(dim=0)]
         column = torch.full((len(rows), sum(lengths)), PADS)
@@ -139,16 +155,16 @@ def _swap(owner: list[int], tokens: Sequence[int], ranks: int) -> list[int]:
     return held.tolist()
 
 
-def _ranks(units: Tensor, owner: Tensor, ranks: int) -> Tensor:
+def _ranks(units: Tensor, owner: Tensor, cost: Tensor, ranks: int) -> Tensor:
     """int64 ``[tokens]``: who holds each of a row's tokens.
 
     Args:
         units: int64, of each token its unit's number, or `TEXT`.
         owner: int64, the rank of each unit, and `TEXT` behind the last.
+        cost: int64, of each token.
         ranks: n.
     """
     held = owner[units]
-    cost = torch.arange(1, len(units) + 1)  # keys that a token sees
     visual, text = held != TEXT, held == TEXT
     tokens = torch.bincount(held[visual], minlength=ranks)
     work = torch.zeros(ranks, dtype=torch.int64).index_add_(0, held[visual], cost[visual])
@@ -184,13 +200,34 @@ def _filled(tokens: Sequence[int], count: int) -> list[int]:
 def _pieces(cost: Tensor, shares: Sequence[int], wanted: Sequence[int]) -> Tensor:
     """int64 ``[count]``: who holds each token of text: an early and a late piece of it.
 
-    How long the early one is decides what both cost: it is found step by step.
+    How long the early one is decides what both cost.
 
     Args:
-        cost: int64 ``[count]``, of each token, increasing.
+        cost: int64 ``[count]``, of each token.
         shares: tokens that each rank gets, all of them together.
         wanted: what those are to cost.
     """
+    rises = bool((cost.diff() > 0).all())
+    early = (_step_by_step if rises else _one_by_one)(cost, shares, wanted)
+    turns = torch.tensor([*range(len(shares)), *reversed(range(len(shares)))])
+    return turns.repeat_interleave(torch.tensor(_ends(early, shares)).diff())
+
+
+def _one_by_one(cost: Tensor, shares: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """How long the early pieces are where the cost falls at places: of what the ranks before leave,
+    which are the outermost tokens of their kind, the best."""
+    sums = torch.nn.functional.pad(cost.cumsum(0), (1, 0))
+    first, stop, early = 0, len(cost), []
+    for share, want in zip(shares, wanted, strict=True):
+        each = torch.arange(share + 1)
+        found = sums[first + each] - sums[first] + sums[stop] - sums[stop - share + each]
+        early.append(int((found - want).abs().argmin()))
+        first, stop = first + early[-1], stop - share + early[-1]
+    return early
+
+
+def _step_by_step(cost: Tensor, shares: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """The same where the cost rises."""
     sums = [0, *cost.cumsum(0).tolist()]
     span = max((int(cost[-1]) - int(cost[0])) / 2, 1.0) if len(cost) > 0 else 1.0
     early = [share // 2 for share in shares]
@@ -207,9 +244,7 @@ def _pieces(cost: Tensor, shares: Sequence[int], wanted: Sequence[int]) -> Tenso
             min(max(each - round(miss / span / 2), 0), share)
             for each, miss, share in zip(early, missing, shares, strict=True)
         ]
-    ends, ranks = _ends(best, shares), range(len(shares))
-    turns = torch.tensor([*ranks, *reversed(ranks)])
-    return turns.repeat_interleave(torch.tensor(ends).diff())
+    return best
 
 
 def _ends(early: Sequence[int], shares: Sequence[int]) -> list[int]:
