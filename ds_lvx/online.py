@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from ds_lvx.accelerate import Accelerator
+from ds_lvx.data.processed_once import alike, processing_once
 from ds_lvx.models.generating.past import media_tokens
 
 _REFUSED = {
@@ -45,6 +46,7 @@ class OnlineMixin:
     model: Any
     num_generations: int
     num_generations_eval: int
+    processing_class: Any
     _copies = 1
     _asks_for_rewards = False
     reward_funcs: list[Any]
@@ -108,7 +110,10 @@ class OnlineMixin:
         """TRL's, by replicas; the ranks of one have the same random numbers afterwards."""
         if not self._is_online:
             return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
-        with self._by_replicas(self.accelerator.gather):
+        # Of the prompts with their completions TRL keeps what is seen, not the tokens.
+        once = processing_once(self.processing_class, self._copies_here)
+        by_replicas = self._by_replicas(self.accelerator.gather)
+        with by_replicas, _replaced(self, "processing_class", once):
             scored = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         share_random_numbers(self.accelerator)  # TRL shuffles the completions by them
         return scored
@@ -116,15 +121,14 @@ class OnlineMixin:
     def _prepare_inputs(self, inputs: Any) -> Any:
         """TRL's; completions of a prompt stay together where they share it in training."""
         session = self.accelerator.session if self._is_online else None
-        together = math.gcd(self.args.per_device_train_batch_size, self.num_generations)
-        if session is None or not session.config.share_prompts or together == 1:
-            return super()._prepare_inputs(inputs)  # type: ignore[misc]
         with ExitStack() as stack:
-            for module in self._modules:
-                own = getattr(module, _SHUFFLE, None)
-                if own is not None:
-                    by_prompt = functools.partial(_shuffled, own, together=together)
-                    stack.enter_context(_replaced(module, _SHUFFLE, by_prompt))
+            if session is not None and session.config.share_prompts:
+                together = math.gcd(self.args.per_device_train_batch_size, self.num_generations)
+                for module in self._modules:
+                    own = getattr(module, _SHUFFLE, None)
+                    if own is not None:
+                        by_prompt = functools.partial(_shuffled, own, together=together)
+                        stack.enter_context(_replaced(module, _SHUFFLE, by_prompt))
             return super()._prepare_inputs(inputs)  # type: ignore[misc]
 
     @property
@@ -148,14 +152,19 @@ class OnlineMixin:
         answered = any(getattr(self, name, None) for name in _REFUSED_OF_TRAINER)
         if answered or not self._is_online:
             return 1
-        copies = self.num_generations if self.model.training else self.num_generations_eval
+        copies = self._copies_here
         starts = range(0, len(prompts), copies)
         are_one = self.generation_config.do_sample and all(
             len(prompts) >= start + copies
-            and all(_alike(prompts[start], other) for other in prompts[start + 1 : start + copies])
+            and all(alike(prompts[start], other) for other in prompts[start + 1 : start + copies])
             for start in starts
         )
         return copies if are_one else 1
+
+    @property
+    def _copies_here(self) -> int:
+        """Completions of a prompt."""
+        return self.num_generations if self.model.training else self.num_generations_eval
 
     def _generate_single_turn(
         self, prompt_ids: Sequence[Any], images: Any, fields: Any, *more: Any, **options: Any
@@ -272,13 +281,6 @@ def _shuffled(
         return value[order] if isinstance(value, Tensor) else [value[n] for n in order]
 
     return {key: ordered(value) for key, value in entries.items()}
-
-
-def _alike(one: Any, other: Any) -> bool:
-    try:
-        return bool(one == other)
-    except (ValueError, RuntimeError):  # images as arrays, which tell element by element
-        return False
 
 
 def _unasked(prompts: Sequence[Any], **_: Any) -> list[float]:

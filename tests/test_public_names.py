@@ -30,7 +30,7 @@ SIGNATURES = {
     ),
     "ring_attention": f"q, k, v, *, {COMMON}, kernel='auto', return_lse=False",
     "ulysses_attention": f"q, k, v, *, {COMMON}, kernel='auto'",
-    "Visibility": "q_start, q_end, kv_pos",
+    "Visibility": "q_start, q_end, kv_pos, gap_start=None, gap_end=None",
     "apply": "model, config, *, groups=None",
     "generate": "model, batch, *, groups=None, frames='all', **kwargs",
     "SequenceParallelGroups": "sequence_parallel_size",

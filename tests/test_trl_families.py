@@ -30,7 +30,7 @@ TEMPLATE = (
 )
 
 
-CASES = [*product(("qwen2_5_vl", "idefics"), (2, 3))]
+CASES = [*product(("qwen2_5_vl", "idefics"), (2, 3), (False,)), ("qwen2_5_vl", 2, True)]
 
 
 class Pictures(transformers.Qwen2_5_VLProcessor):
@@ -88,13 +88,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.mark.parametrize(("name", "stage"), CASES)
+@pytest.mark.parametrize(("name", "stage", "shares"), CASES)
 def test_dpo_on_two_ranks_has_the_losses_of_one_process(
-    name: str, stage: int, folders: dict[str, Path], tmp_path: Path
+    name: str, stage: int, shares: bool, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     make, folder = {"qwen2_5_vl": qwen, "idefics": idefics}[name], folders[name]
     own = rules("qwen2_5_vl", "ring", 2) if name == "qwen2_5_vl" else None
     config = {**config_of(stage), **({"ds_lvx": own["ds_lvx"]} if own else {})}
+    config["ds_lvx"]["share_prompts"] = shares
     if name == "idefics":
         patterns = FAMILIES.named(name).patterns
         for rule, kind in zip(config["ds_lvx"]["layers"], ("local", "cross", "self"), strict=True):

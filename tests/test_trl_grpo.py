@@ -19,6 +19,7 @@ from peft import LoraConfig
 from PIL import Image
 
 from ds_lvx.models import FAMILIES
+from ds_lvx.models.concatenated import prompts
 from ds_lvx.trainer import TrainerMixin
 from tests.models.concatenated_case import rules
 from tests.models.mllama_case import trained, weights
@@ -314,10 +315,13 @@ def lora_config() -> Any:
     return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
 
-def assert_same_rollouts(found: dict[str, Any], alone: dict[str, Any]) -> None:
+def assert_same_rollouts(
+    found: dict[str, Any], alone: dict[str, Any], *, but: Sequence[str] = ()
+) -> None:
     assert_same(found, alone)
     for got, expected in zip(found["logged"], alone["logged"], strict=True):
-        assert got == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        wanted = {key: value for key, value in expected.items() if key.split("_")[-1] not in but}
+        assert {key: got[key] for key in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -330,14 +334,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sharded(stage: int) -> dict[str, Any]:
-    return {**config_of(stage), "ds_lvx": rules("qwen2_5_vl", "ring", 2)["ds_lvx"]}
+def sharded(stage: int, *, method: str = "ring", **more: Any) -> dict[str, Any]:
+    return {**config_of(stage), "ds_lvx": rules("qwen2_5_vl", method, 2)["ds_lvx"] | more}
 
 
 @pytest.mark.parametrize(
     ("online", "stage", "settings"),
     [
-        (GRPO, 2, EVALUATING),
+        pytest.param(GRPO, 2, EVALUATING, marks=pytest.mark.exhaustive),
         pytest.param(GRPO, 3, {}, marks=pytest.mark.exhaustive),
         pytest.param(GRPO, 2, {"lora": True}, marks=pytest.mark.exhaustive),
         pytest.param(GRPO, 3, {"lora": True}, marks=pytest.mark.exhaustive),
@@ -351,6 +355,42 @@ def test_on_two_ranks_has_the_losses_of_one_process(
     alone = reinforce(ALONE[online], tmp_path / "alone", tiny, **settings)
     for found in run_ranks(reinforce, 2, online, tmp_path, tiny, sharded(stage), **settings):
         assert_same_rollouts(found, alone)
+
+
+def sharing(*given: Any, **settings: Any) -> dict[str, Any]:
+    """`reinforce`, and how many rows became one in each forward."""
+    rows: list[int] = []
+    share = prompts.share
+
+    def counted(text: Any, pixels: Any) -> Any:
+        made = share(text, pixels)
+        rows.append(len(text.input_ids) - len(made.input_ids))
+        return made
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ds_lvx.models.concatenated.family.share", counted)
+        found = reinforce(*given, **settings)
+    return {**found, "rows": rows}
+
+
+@pytest.mark.parametrize(
+    ("online", "stage", "settings"),
+    [
+        (GRPO, 2, EVALUATING),
+        pytest.param(GRPO, 3, SYNCHRONIZED, marks=pytest.mark.exhaustive),
+        pytest.param(GRPO, 2, {"lora": True}, marks=pytest.mark.exhaustive),
+        pytest.param(RLOO, 2, {}, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_completions_that_share_their_prompt_learn_the_same(
+    online: type[Any], stage: int, settings: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
+    """They are in other micro-batches than TRL's, of which it logs extremes."""
+    alone = reinforce(ALONE[online], tmp_path / "alone", tiny, **settings)
+    config = sharded(stage, method="lvx", share_prompts=True)
+    for found in run_ranks(sharing, 2, online, tmp_path, tiny, config, **settings):
+        assert_same_rollouts(found, alone, but=("min", "max"))
+        assert set(found["rows"]) == {1}
 
 
 def test_two_replicas_of_two_ranks_have_those_of_two_processes(tiny: Path, tmp_path: Path) -> None:

@@ -126,7 +126,8 @@ def _best(position: Tensor, *of_queries: Tensor) -> _Sample | None:
         else position.argsort(stable=True)
     )
     position = position[order]
-    first, stop = _ranges(*(torch.searchsorted(position, each) for each in of_queries))
+    places = (torch.searchsorted(position, each.contiguous()) for each in of_queries)
+    first, stop = _ranges(*places)
     sees = (first < stop).any(dim=0)
     whole = sees & (first[0] == 0) & (stop[0] == len(position))
     some_stand_apart = bool(whole.any()) and bool((sees & ~whole).any())

@@ -25,14 +25,16 @@ class _Bounds(NamedTuple):
     low: Tensor  # position in a block
     high: Tensor  # likewise
     highest: Tensor  # `high`; the largest number for a block that is cut short
+    gaps: tuple[Tensor, ...] = ()  # of tiles; see `_gaps`
 
     @classmethod
     def of(cls, rule: Visibility, *, rows: int, keys: int, group: int) -> _Bounds:
-        start, end = rule.q_start, rule.q_end
+        queries = rule.queries
         if rows % group == 0:  # the rows of a query are of one tile
             rows //= group
         else:
-            start, end = (t.repeat_interleave(group, dim=1) for t in (start, end))
+            queries = tuple(t.repeat_interleave(group, dim=1) for t in queries)
+        start, end, *gaps = queries
         blind = start >= end
         first, _ = extremes(start.masked_fill(blind, _INT32.max), rows)
         _, last = extremes(end.masked_fill(blind, _INT32.min), rows)
@@ -44,27 +46,44 @@ class _Bounds(NamedTuple):
             latest[:, -1] = _INT32.max
         if rule.kv_pos.shape[1] % keys:
             highest[:, -1] = _INT32.max
-        return cls(first, last, latest, earliest, low, high, highest)
+        found = _gaps(*gaps, blind=blind, rows=rows) if gaps else ()
+        return cls(first, last, latest, earliest, low, high, highest, found)
 
     def meet(self, *, of_keys: bool) -> tuple[Tensor, Tensor]:
         """Two bool ``[B, N, M]``: whether some row may see some key, and whether all see all."""
         of_tiles, of_blocks = (1, 2) if of_keys else (2, 1)  # where each is the same
         first, last, latest, earliest = (t.unsqueeze(of_tiles) for t in self[:4])
-        low, high, highest = (t.unsqueeze(of_blocks) for t in self[4:])
+        low, high, highest = (t.unsqueeze(of_blocks) for t in self[4:7])
         some, every = high >= first, low >= latest
         some &= low < last
         every &= highest < earliest
+        if self.gaps:
+            all_from, all_to, some_from, some_to = (t.unsqueeze(of_tiles) for t in self.gaps)
+            some &= (low < all_from) | (high >= all_to)
+            every &= (high < some_from) | (low >= some_to)
         return some, every
 
     def distinct(self) -> tuple[_Bounds, Tensor]:
         """The same with one of the blocks that follow each other and have the same keys' positions,
         as those inside of a frame, and int64 ``[blocks]``: which one it is for each."""
         changes = torch.zeros(self.low.shape[1], dtype=torch.bool, device="cpu")
-        for each in self[4:]:
+        for each in self[4:7]:
             changes[1:] |= (each[:, 1:] != each[:, :-1]).any(dim=0)
         changes[:1] = True
         places = changes.nonzero()[:, 0]
-        return _Bounds(*self[:4], *(each[:, places] for each in self[4:])), changes.cumsum(0) - 1
+        low, high, highest = (each[:, places] for each in self[4:7])
+        return self._replace(low=low, high=high, highest=highest), changes.cumsum(0) - 1
+
+
+def _gaps(start: Tensor, end: Tensor, *, blind: Tensor, rows: int) -> tuple[Tensor, ...]:
+    """Of tiles, int32 ``[B, tiles]``: first and last position of the gap that all its rows share,
+    but for blind ones, and of what holds the gaps of all; each last one is behind it."""
+    _, all_from = extremes(start.masked_fill(blind, _INT32.min), rows)
+    all_to, _ = extremes(end.masked_fill(blind, _INT32.max), rows)
+    empty = start >= end
+    some_from, _ = extremes(start.masked_fill(empty, _INT32.max), rows)
+    _, some_to = extremes(end.masked_fill(empty, _INT32.min), rows)
+    return all_from, all_to, some_from, some_to
 
 
 def listed(

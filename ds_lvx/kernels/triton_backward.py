@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ds_lvx.kernels.triton_forward import read
+from ds_lvx.kernels.triton_forward import outside, read
 from ds_lvx.kernels.triton_tiles import ANY_ADDRESS, LENGTHS
 
 
@@ -37,6 +37,8 @@ def queries_kernel(
     dq,  # [splits, B, S, H, D], fp32
     q_start,  # [B, S], or unused
     q_end,  # [B, S], or unused
+    gap_start,  # [B, S], or None
+    gap_end,  # [B, S], or None
     kv_pos,  # [B, T], or unused
     visible,  # [B, tiles, T / BLOCK_N]: the blocks of keys that a tile sees, or unused
     counts,  # [B, tiles]: how many these are, or unused
@@ -120,6 +122,9 @@ def queries_kernel(
                 if VISIBILITY:
                     place = tl.load(kv_pos + keys, mask=is_key, other=0)[None, :]
                     shown = shown & (start[:, None] <= place) & (place < end[:, None])
+                    if gap_start is not None:
+                        rule_at = batch * seqlen_q + positions
+                        shown = shown & outside(gap_start, gap_end, rule_at, is_row, place, 1)
                 weights = tl.where(shown, weights, 0.0)
             dweights = tl.dot(gradient, tl.trans(block_v), input_precision=PRECISION)
             dscores = weights * (dweights - offset[:, None])
@@ -143,6 +148,8 @@ def keys_kernel(
     dq,  # [B, S, H, D], fp32, added to; or unused
     q_start,  # [B, S], or unused
     q_end,  # [B, S], or unused
+    gap_start,  # [B, S], or None
+    gap_end,  # [B, S], or None
     kv_pos,  # [B, T], or unused
     visible,  # [B, T / BLOCK_N, tiles]: the tiles that see a block of keys, or unused
     counts,  # [B, T / BLOCK_N]: how many these are, or unused
@@ -230,6 +237,9 @@ def keys_kernel(
                 start = tl.load(q_start + batch * seqlen_q + positions, mask=is_row, other=0)
                 end = tl.load(q_end + batch * seqlen_q + positions, mask=is_row, other=0)
                 shown = (start[None, :] <= place[:, None]) & (place[:, None] < end[None, :])
+                if gap_start is not None:
+                    rule_at = batch * seqlen_q + positions
+                    shown = shown & outside(gap_start, gap_end, rule_at, is_row, place[:, None], 0)
                 weights = tl.where(shown, weights, 0.0)
             total_v = tl.dot(
                 weights.to(gradient.dtype), gradient, total_v, input_precision=PRECISION

@@ -35,6 +35,14 @@ def read(at, is_row, is_dim, MASKED: tl.constexpr, ALL_DIMS: tl.constexpr):
         return tl.load(at, mask=is_dim, other=0.0)
 
 
+@triton.jit
+def outside(gap_start, gap_end, at, is_row, place, AXIS: tl.constexpr):
+    """Which rows have no gap at the place of which keys; keys lie along AXIS."""
+    start = tl.expand_dims(tl.load(gap_start + at, mask=is_row, other=0), AXIS)
+    end = tl.expand_dims(tl.load(gap_end + at, mask=is_row, other=0), AXIS)
+    return (place < start) | (end <= place)
+
+
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -47,6 +55,8 @@ def forward_kernel(
     lse,  # [splits, B, H, S], fp32
     q_start,  # [B, S], or unused
     q_end,  # [B, S], or unused
+    gap_start,  # [B, S], or None
+    gap_end,  # [B, S], or None
     kv_pos,  # [B, T], or unused
     visible,  # [B, tiles, T / BLOCK_N]: the blocks of keys that a tile sees, or unused
     counts,  # [B, tiles]: how many these are, or unused
@@ -118,6 +128,9 @@ def forward_kernel(
                 if VISIBILITY:
                     place = tl.load(kv_pos + keys, mask=is_key, other=0)[None, :]
                     shown = shown & (start[:, None] <= place) & (place < end[:, None])
+                    if gap_start is not None:
+                        rule_at = batch * seqlen_q + positions
+                        shown = shown & outside(gap_start, gap_end, rule_at, is_row, place, 1)
                 scores = tl.where(shown, scores, float("-inf"))
             higher = tl.maximum(peak, tl.max(scores, 1))
             finite = higher

@@ -203,15 +203,17 @@ def _strides(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
 
 
-def _rule(problem: Problem, tiles: Tiles, *, of_keys: bool = False) -> tuple[Tensor, ...]:
-    """Ranges, positions and the lists of what meets; where all see all, pointers nobody reads."""
+def _rule(problem: Problem, tiles: Tiles, *, of_keys: bool = False) -> tuple[Tensor | None, ...]:
+    """Ranges, gaps or None, positions and the lists of what meets; where all see all, pointers
+    nobody reads."""
     rule, q, k = problem.rule, problem.q, problem.k
     if rule is None:
-        return (q,) * 5
+        return q, q, None, None, q, q, q
     sees = rule.visibility
     group = q.shape[2] // k.shape[2]
     lists = rule.lists(rows=tiles.rows, keys=tiles.keys, group=group, of_keys=of_keys)
-    return *(t.contiguous() for t in (sees.q_start, sees.q_end, sees.kv_pos)), *lists
+    given = (sees.q_start, sees.q_end, sees.gap_start, sees.gap_end, sees.kv_pos)
+    return *(None if t is None else t.contiguous() for t in given), *lists
 
 
 def _merge(parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor, *, fold: bool) -> None:

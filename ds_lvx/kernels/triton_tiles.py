@@ -2,7 +2,7 @@
 
 A table from shape and dtype to tile sizes, instead of tuning at run time: every entry is compiled
 ahead of time by the tests, for three generations of GPUs, without a register spilled but where a
-measurement says that it does not matter.
+measurement says that it does not matter, and ten at most for heads of 512 or a rule with gaps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ MIN_ROWS = 16  # the least that a tensor core takes
 
 LENGTHS = ("seqlen", "seqlen_q", "seqlen_kv", "rows_of_all", "splits", "mine")
 """Arguments whose values Triton must not compile for: another text would be another kernel."""
-ANY_ADDRESS = ("q_start", "q_end", "kv_pos", "visible", "counts", "lse", "delta")
+OF_RULE = ("q_start", "q_end", "gap_start", "gap_end", "kv_pos", "visible", "counts")
+"""Arguments in int32: a rule, and the lists of what meets."""
+ANY_ADDRESS = (*OF_RULE, "lse", "delta")
 """Arguments that may begin anywhere, such as in the middle of a rule, and are read one by one."""
 
 

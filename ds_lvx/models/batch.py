@@ -5,7 +5,7 @@ Shapes: ``B`` samples, ``T`` text tokens of the whole sequence, ``s`` of this ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,7 +43,10 @@ class ShardedBatch:
         order: int64 ``[B, T]`` on the CPU, where the parts of all ranks, one after the other, have
             each token of the whole text, -1 where nobody holds it; None: they are in its order.
         unmerged: int64 ``[b, t]`` on the CPU: where rows that begin alike are one, of each token of
-            the rows as they came its place in ``[B * T]``; None: these are the rows.
+            the rows as they came its place in ``[B * T]``, -1 of padding that is in none; None:
+            these are the rows.
+        branches: of rows that begin alike and are one, how many tokens its rows share, and how many
+            each has behind these; padding that nobody holds is not counted. None: none are one.
         among: tokens of the text that are images', of all rows, by rank; None where images stand
             beside it.
         deep: what forward keeps for the text's layers
@@ -67,6 +70,7 @@ class ShardedBatch:
     others: Mapping[str, Layout] = field(default_factory=dict)
     order: Tensor | None = None
     unmerged: Tensor | None = None
+    branches: Sequence[Sequence[int]] | None = None
     among: tuple[int, ...] | None = None
     deep: Any = None
     decoding: DecodingKeys | None = None
@@ -152,7 +156,8 @@ class ShardedBatch:
         rows = torch.arange(len(self.order), device="cpu")[:, None] * parts.shape[1]
         order = torch.where(self.order < 0, -1, rows + self.order)
         if self.unmerged is not None:
-            order = order.flatten()[self.unmerged]
+            there = order.flatten()[self.unmerged.clamp(min=0)]
+            order = there.masked_fill(self.unmerged < 0, -1)
         order = order.to(parts.device)
         found = parts.flatten(0, 1)[order.clamp(min=0)]
         missing = (order < 0).view(*order.shape, *[1] * (parts.ndim - 2))

@@ -182,7 +182,9 @@ class Content:
         """What must be the same on every rank of the group."""
         record = {
             "frames": self.frames,
-            "rows that begin alike, images included (a checksum)": digest(self.text.unmerged),
+            "rows that begin alike, images included (a checksum)": digest(
+                self.text.merged().get("unmerged")
+            ),
             "shape of input_ids": list(self.text.shape),
             "contents of the text (a checksum)": self.text.digest(),
             ITEMS_KEY: self.text.items,

@@ -162,10 +162,5 @@ class Settled:
             order=text.order(),
         )
         among = self.visual.among(channel.size)
-        return replace(
-            keyword,
-            among=among,
-            units=self.units,
-            whole_text=text.whole,
-            unmerged=text.unmerged,
-        )
+        merged = text.merged()
+        return replace(keyword, among=among, units=self.units, whole_text=text.whole, **merged)

@@ -112,10 +112,10 @@ class Text:
         """See `ds_lvx.models.batch.ShardedBatch.order`."""
         return None if self.held is None else self.held.argsort().expand(self.shape)
 
-    @property
-    def unmerged(self) -> Tensor | None:
-        """See `ds_lvx.models.batch.ShardedBatch.unmerged`."""
-        return None
+    def merged(self) -> dict[str, Any]:
+        """``unmerged`` and ``branches`` of `ds_lvx.models.batch.ShardedBatch`, where rows that
+        begin alike are one."""
+        return {}
 
     def by_rank(self, rule: Visibility | None, *, keys: bool = False) -> Visibility | None:
         """A rule of the text's queries (and ``keys``) in order, or None, by the order of ranks."""

@@ -56,6 +56,18 @@ def text(length: int, *, documents: int = 1, padding: slice | None = None) -> Vi
     return rows((index // size * size, index + 1, keys))
 
 
+def branches(prompt: int, *said: int) -> Visibility:
+    """Causal texts that begin with the same prompt, one behind the other."""
+    first, length = prompt, prompt + sum(said)
+    index = torch.arange(length)
+    gap_start, gap_end = torch.zeros_like(index), torch.zeros_like(index)
+    for each in said:
+        gap_start[first : first + each], gap_end[first : first + each] = prompt, first
+        first += each
+    parts = (torch.zeros_like(index), index + 1, index, gap_start, gap_end)
+    return Visibility(*(part.int()[None] for part in parts))
+
+
 def see_all(start: Tensor, end: Tensor, which: slice) -> tuple[Tensor, Tensor]:
     """The same ranges, but some queries see every key, padding too."""
     start, end = start.clone(), end.clone()
@@ -268,6 +280,17 @@ BATCHES: dict[str, Batch] = {
     ),
     "ulysses, frames among the text": Batch(
         dealt(text(40), among(5, of=4, length=40, ranks=3)), ["0:40 x 0:40 causal"]
+    ),
+    "completions of a prompt": Batch(
+        branches(16, 4, 4, 2),
+        ["0:20 x 0:20 causal", "20:24 x 20:24 causal", "20:26 x 0:16", "24:26 x 24:26 causal"],
+    ),
+    "ring, completions, keys of their prompt": Batch(
+        ring(branches(16, 4, 4, 2), (16, 10), 1, 0), ["0:10 x 0:16"]
+    ),
+    "ulysses, completions of a prompt with frames": Batch(
+        dealt(branches(30, 4, 4, 2), among(5, of=4, length=40, ranks=3)),
+        ["0:34 x 0:34 causal", "34:38 x 34:38 causal", "34:40 x 0:30", "38:40 x 38:40 causal"],
     ),
     "queries without keys": Batch(rows((_SIX, _SIX + 1, _SIX[:0])), []),
     "keys without queries": Batch(rows((_SIX[:0], _SIX[:0], _SIX)), []),

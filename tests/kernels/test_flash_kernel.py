@@ -252,10 +252,9 @@ def on_fake_cuda(sees: Visibility) -> tuple[list[Tensor], list[Tensor], list[Any
     """Inputs, results and calls of forward and backward on CUDA tensors that hold nothing."""
     cover = cover_of(sees)
     assert cover is not None
-    sizes = [t.shape for t in tensors(sees)]
+    sizes, rule = [t.shape for t in tensors(sees)], Rule(sees)
     with FakeTensorMode(), Operators() as operators, WithoutCuda():
         inputs = [torch.empty(size, dtype=torch.bfloat16, device="cuda") for size in sizes]
-        rule = Rule(sees)
         orders = [
             None
             if order is None

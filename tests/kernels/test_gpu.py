@@ -67,7 +67,7 @@ def errors(kernel: Kernel, inputs: list[Tensor], sees: Visibility | None) -> dic
     return result
 
 
-@pytest.mark.parametrize("visibility", ["none", "frames", "shuffled"])
+@pytest.mark.parametrize("visibility", ["none", "frames", "shuffled", "branches"])
 @pytest.mark.parametrize("shape", FEW, ids=str)
 def test_fp32_is_exact(shape: tuple[int, ...], visibility: str) -> None:
     inputs, sees = placed(shape, torch.float32, visibility)
@@ -89,7 +89,7 @@ def test_16_bits_are_as_exact_as_pytorchs(shape: tuple[int, ...], dtype: torch.d
         assert error <= 2 * peer[name] + 1e-4, (name, found, peer)
 
 
-@pytest.mark.parametrize("visibility", ["frames", "shuffled"])
+@pytest.mark.parametrize("visibility", ["frames", "shuffled", "branches"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_visibility_costs_no_exactness(shape: tuple[int, ...], visibility: str) -> None:
     """PyTorch's own computes a rule in fp32 here, so its error is not the measure."""
@@ -99,7 +99,8 @@ def test_visibility_costs_no_exactness(shape: tuple[int, ...], visibility: str) 
 
 
 @pytest.mark.parametrize(
-    ("visibility", "dtype"), [("none", torch.bfloat16), ("frames", torch.float32)]
+    ("visibility", "dtype"),
+    [("none", torch.bfloat16), ("frames", torch.float32), ("branches", torch.float32)],
 )
 def test_five_products_are_exact(visibility: str, dtype: torch.dtype) -> None:
     inputs, sees = placed(SHAPES[1], dtype, visibility)
@@ -196,13 +197,13 @@ def test_flash_on_a_gpu_is_right(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("visibility", ["none", "frames"])
+@pytest.mark.parametrize("visibility", ["none", "frames", "branches"])
 def test_native_against_the_oracle(visibility: str, dtype: torch.dtype) -> None:
     shape = (2, 33, 1000, 8, 2, 64)
     q, k, v = (t.cuda() for t in tensors(shape, dtype))
     sees = rule(shape, visibility)
     if sees is not None:
-        sees = Visibility(sees.q_start.cuda(), sees.q_end.cuda(), sees.kv_pos.cuda())
+        sees = sees.to(torch.device("cuda"))
     leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
     exact_out, exact_lse = attention_oracle(*leaves, visibility=sees, softmax_scale=0.1)
     dout = torch.randn_like(q)

@@ -20,6 +20,7 @@ from ds_lvx.kernels.interface import Kernel, Problem, Upstream, written
 from ds_lvx.kernels.merge import empty_part, merge
 from ds_lvx.kernels.native import NativeKernel
 from ds_lvx.kernels.rule import Rule
+from ds_lvx.kernels.visibility import EVERYTHING
 from tests.kernels.asking import backward, fold, forward
 from tests.largest import LargestTensor
 
@@ -77,6 +78,8 @@ def rule(shape: tuple[int, ...], name: str) -> Visibility | None:
     batch, queries, keys = shape[:3]
     if name == "none":
         return None
+    if name == "branches":
+        return branches(*shape[:3])
     row, position = torch.arange(queries), torch.arange(keys) // 3
     start, end = row * 2, row * 2 + 40
     start[::4] = -1
@@ -87,7 +90,24 @@ def rule(shape: tuple[int, ...], name: str) -> Visibility | None:
     return Visibility(*(t.int().repeat(batch, 1) for t in (start, end, position)))
 
 
-@pytest.mark.parametrize("visibility", ["none", "frames", "shuffled"])
+def branches(batch: int, queries: int, keys: int) -> Visibility:
+    """A prompt and three completions behind it: a query sees the prompt, and its own up to itself.
+
+    Gaps of the prompt and of the first completion are empty. One query sees nothing by its range,
+    one by its gap, and one key is seen by nobody.
+    """
+    row, position = torch.arange(queries) * keys // queries, torch.arange(keys)
+    prompt = keys // 3
+    length = max((keys - prompt) // 3, 1)
+    begin = prompt + (row - prompt) // length * length
+    start, end, gap = torch.zeros_like(row), row + 1, torch.full_like(row, prompt)
+    end[1:2] = 0
+    gap[3:4], begin[3:4] = -1, EVERYTHING
+    position[5:6] = EVERYTHING
+    return Visibility(*(t.int().repeat(batch, 1) for t in (start, end, position, gap, begin)))
+
+
+@pytest.mark.parametrize("visibility", ["none", "frames", "shuffled", "branches"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_and_backward(

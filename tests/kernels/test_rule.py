@@ -31,13 +31,22 @@ def random_rule(seed: int, *, batch: int = 2, queries: int = 13, keys: int = 40)
     return Visibility(start, start + length, position)
 
 
+def with_gaps(sees: Visibility, seed: int) -> Visibility:
+    """Wider ranges with random gaps; some are empty, or end before they begin."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(-1, 6, sees.q_start.shape, generator=generator).int()
+    length = torch.randint(-1, 4, start.shape, generator=generator).int()
+    return replace(sees, q_end=sees.q_end + 4, gap_start=start, gap_end=start + length)
+
+
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize("known", [True, False], ids=["on the host", "on the device"])
 def test_blocks_cover_exactly_what_is_visible(
-    seed: int, known: bool, monkeypatch: pytest.MonkeyPatch
+    seed: int, gaps: bool, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every visible pair lies in one block, and what a block leaves unmasked is visible."""
-    sees = random_rule(seed)
+    sees = with_gaps(random_rule(seed), seed) if gaps else random_rule(seed)
     rule = Rule(sees)
     if not known:
         monkeypatch.setattr(rule, "host", None)
@@ -47,13 +56,16 @@ def test_blocks_cover_exactly_what_is_visible(
         mask = rule.mask(block)
         part += torch.ones_like(part) if mask is None else mask.int()
         if known:
-            assert block.masked == (not sees.mask(block.queries, block.keys).all())
+            wholly = bool(sees.mask(block.queries, block.keys).all())
+            assert block.masked != wholly or (gaps and wholly)
     assert torch.equal(covered, sees.mask().int())
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_blocks_that_join_cover_the_same(seed: int) -> None:
+@pytest.mark.parametrize("gaps", [False, True])
+def test_blocks_that_join_cover_the_same(seed: int, gaps: bool) -> None:
     sees = random_rule(seed, batch=1)
+    sees = with_gaps(sees, seed) if gaps else sees
     covered = torch.zeros(1, 13, 40, dtype=torch.int32)
     found = Rule(sees).blocks(queries_per_block=2, keys_per_block=3, most_keys=12)
     for block in found:
@@ -116,8 +128,9 @@ def test_blocks_that_nobody_sees_are_left_out() -> None:
 
 @pytest.mark.parametrize("seed", range(9))
 @pytest.mark.parametrize("of_keys", [False, True])
-def test_lists_hold_every_pair_that_meets(seed: int, of_keys: bool) -> None:
-    sees = random_rule(seed)
+@pytest.mark.parametrize("gaps", [False, True])
+def test_lists_hold_every_pair_that_meets(seed: int, of_keys: bool, gaps: bool) -> None:
+    sees = with_gaps(random_rule(seed), seed) if gaps else random_rule(seed)
     if seed > 5:  # blocks in a row of the same positions, as those of a frame
         sees = replace(sees, kv_pos=sees.kv_pos // 3)
     group = 2 + seed % 2
@@ -133,14 +146,35 @@ def test_lists_hold_every_pair_that_meets(seed: int, of_keys: bool) -> None:
                 tile, block = (other, one) if of_keys else (one, other)
                 seen = mask[sample, 4 * tile : 4 * tile + 4, 7 * block : 7 * block + 7]
                 assert other in listed or not seen.any()
-                assert (other in listed[:whole]) == (bool(seen.all()) and seen.shape == (4, 7))
+                wholly = bool(seen.all()) and seen.shape == (4, 7)
+                assert (other in listed[:whole]) == wholly or (gaps and wholly)
+
+
+def test_lists_of_completions_of_a_prompt() -> None:
+    """Neither the completions before a query's own are listed, nor is the rest of it masked."""
+    place, size = torch.arange(80), 16
+
+    def counts(sees: Visibility, *, of_keys: bool = False) -> list[list[int]]:
+        how = {"rows": 2 * size, "keys": size, "group": 2, "of_keys": of_keys}
+        return Rule(sees).lists(**how)[1][0].tolist()
+
+    sees = ints(place * 0, place + 1, place, place * 0 + 2 * size, place // size * size)
+    assert counts(sees) == [[1, 0], [2, 1], [3, 2], [3, 2], [3, 2]]
+    assert counts(sees, of_keys=True) == [[5, 4], [4, 3], [1, 0], [1, 0], [1, 0]]
+    # A row that sees nothing has no say in what is left out; one without a gap leaves out nothing.
+    _, end, *gap = sees.queries
+    end[0, 50], gap[0][0, 50], gap[1][0, 50] = 0, 64, 0
+    gap[0][0, 79] = gap[1][0, 79] = 0
+    assert counts(sees) == [[1, 0], [2, 1], [3, 2], [3, 0], [5, 2]]
+    assert counts(sees, of_keys=True) == [[5, 3], [4, 2], [2, 0], [2, 0], [1, 0]]
 
 
 @pytest.mark.parametrize("of_keys", [False, True])
-def test_a_device_lists_the_same_as_the_host(of_keys: bool) -> None:
+@pytest.mark.parametrize("sees", [random_rule(0), with_gaps(random_rule(0), 0)], ids=["", "gaps"])
+def test_a_device_lists_the_same_as_the_host(sees: Visibility, of_keys: bool) -> None:
     """A kernel reads the lists by their addresses, whatever the strides."""
-    found = lists._Bounds.of(random_rule(0), rows=4, keys=7, group=2).meet(of_keys=of_keys)
-    expected, counts = lists.listed(random_rule(0), rows=4, keys=7, group=2, of_keys=of_keys)
+    found = lists._Bounds.of(sees, rows=4, keys=7, group=2).meet(of_keys=of_keys)
+    expected, counts = lists.listed(sees, rows=4, keys=7, group=2, of_keys=of_keys)
     listed, seen = lists._sorted(*found)
     assert torch.equal(seen, counts)
     assert listed.dtype == torch.int32

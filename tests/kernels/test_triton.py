@@ -46,6 +46,7 @@ CASES = [
     *((shape, "none", 1) for shape in (SHAPES[0], SHAPES[2], SHAPES[-1])),
     (SHAPES[1], "none", 24),
     (SHAPES[2], "shuffled", 1),
+    *((SHAPES[2], "branches", processors) for processors in (1, 24)),
     pytest.param(SHAPES[2], "none", 24, marks=pytest.mark.exhaustive),
     pytest.param(SHAPES[1], "shuffled", 1, marks=pytest.mark.exhaustive),
 ]
@@ -122,7 +123,9 @@ def test_fp32_is_exact(shape: tuple[int, ...], visibility: str, processors: int)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "sees"), [(SHAPES[1], "frames"), (SHAPES[2], "none")])
+@pytest.mark.parametrize(
+    ("shape", "sees"), [(SHAPES[1], "frames"), (SHAPES[2], "none"), (SHAPES[2], "branches")]
+)
 def test_five_products_are_exact(shape: tuple[int, ...], sees: str) -> None:
     kernel = kernel_for("triton_atomic", torch.empty(1, 1, 1, 16))
     found = errors(kernel, tensors(shape, torch.float32), rule(shape, sees), 0.2)

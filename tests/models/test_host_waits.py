@@ -51,6 +51,7 @@ from tests.models import (
 from tests.models.concatenated_case import rules
 from tests.models.host_reads import HostReads
 from tests.models.mllama_case import ds_config, end_engine, hard_batch, start_engine, tiny_model
+from tests.models.test_shared_prompts import answered
 from tests.ranks import run_ranks
 
 exhaustive = pytest.mark.exhaustive
@@ -270,6 +271,21 @@ def test_towers_and_embeddings_do_not_wait_on_cuda(
     assert waits_of_a_step(in_bf16(CONCATENATED[name]), made, ranks=3, fake=fake) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_5", pytest.param("gemma3", marks=exhaustive)])
+def test_rows_that_begin_alike_do_not_wait_on_cuda(
+    name: str, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a state goes on in each of them."""
+    if name == "qwen3_5":
+        monkeypatch.setattr(modeling_of(name), "causal_conv1d_fn", convolved(name))
+    made, case = rules(name, "lvx", 3), in_bf16(CONCATENATED[name])
+    made["ds_lvx"]["layers"][1]["kernel"] = "native"
+    made["ds_lvx"]["share_prompts"] = True
+    case.hard_batch = lambda: answered(case.batch(CONCATENATED[name].left_padded))
+    assert waits_of_a_step(case, made, ranks=3, fake=fake) == []
+
+
 def modeling_of(name: str) -> Any:
     return import_module(f"transformers.models.{name}.modeling_{name}")
 
@@ -287,10 +303,12 @@ def convolved(name: str) -> Callable[..., Any]:
 def in_bf16(case: Any) -> Any:
     """As GPUs train; PyTorch's grouped products, of experts, wait in any other dtype."""
 
-    def batch() -> dict[str, Any]:
-        return {k: v.bfloat16() if "pixel" in k else v for k, v in case.hard_batch().items()}
+    def batch(make: Callable[[], dict[str, Any]] = case.hard_batch) -> dict[str, Any]:
+        return {k: v.bfloat16() if "pixel" in k else v for k, v in make().items()}
 
-    return SimpleNamespace(tiny_model=lambda: case.tiny_model().bfloat16(), hard_batch=batch)
+    return SimpleNamespace(
+        tiny_model=lambda: case.tiny_model().bfloat16(), hard_batch=batch, batch=batch
+    )
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,7 +95,8 @@ def test_the_convolution_gets_dense_tokens(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         code, "causal_conv1d_fn", lambda x, *more, **words: given.append(x) or convolve(x, *more)
     )
-    layer: Any = _Layer(None, module, groups, None, None)  # type: ignore[arg-type]
+    batch: Any = SimpleNamespace(branches=None)
+    layer: Any = _Layer(None, module, groups, batch, None)  # type: ignore[arg-type]
     width = 2 * module.head_k_dim + groups.values * (module.head_v_dim + 2)
     layer.run(torch.ones(2, 5, 1, width), lambda whole: whole[:1])
     assert [x.transpose(1, 2).is_contiguous() for x in given] == [True]

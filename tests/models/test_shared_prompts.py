@@ -25,7 +25,8 @@ from tests.ranks import run_ranks
 Batch = dict[str, Any]
 FAMILIES = (
     *("qwen2_5_vl", "gemma3", "gemma4", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v"),
-    *("glm4v_moe", "internvl", "llava_onevision", "smolvlm", "video_llama_3"),
+    *("glm4v_moe", "internvl", "llava_onevision", "smolvlm", "video_llama_3", "qwen3_5"),
+    "qwen3_5_moe",
 )
 PROMPTS = ("left_padded", "one_image", "one_video")
 SAID = (3, 1, 5)  # tokens of the completions of each prompt
@@ -194,7 +195,7 @@ def test_rows_of_a_prompt_find_each_other() -> None:
     none = torch.zeros(ids.shape).bool()
     text = Sequences.with_units(Text(ids, None, None, None), none, [])
     shared = share(text, {})
-    assert shared.unmerged is not None
-    first, second = shared.unmerged.split(3)
+    assert shared.branches is not None
+    first, second = shared.branches.unmerged.split(3)
     assert len(shared.input_ids) == 3
     assert (first == second).sum(dim=1).tolist() == [14, 14, 4]

@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ds_lvx.attention.layout import Layout
@@ -61,14 +62,16 @@ class Branches:
     Attributes:
         gap_start, gap_end: int64 ``[B, T]``, places of others' between, which a token does not see;
             0 of one that sees all before it.
+        starts: of each row, where its branches begin, the first behind what they have in common.
         unmerged: int64 ``[b, t]``, of each token of the rows as they came its place in
-            ``[B * T]``.
+            ``[B * T]``; -1 of padding that is not there.
         units: of the rows as they came.
         kept: which of them there are now, by the order of rows and tokens now.
     """
 
     gap_start: Tensor
     gap_end: Tensor
+    starts: Sequence[Sequence[int]]
     unmerged: Tensor
     units: tuple[Unit, ...]
     kept: tuple[int, ...]
@@ -221,10 +224,16 @@ class Sequences(Text):
         gaps = (self.branches.gap_start, self.branches.gap_end)
         return [each.gather(1, at).to(torch.int32) for each in gaps]
 
-    @property
-    def unmerged(self) -> Tensor | None:
-        """See `ds_lvx.models.batch.ShardedBatch.unmerged`."""
-        return None if self.branches is None else self.branches.unmerged
+    def merged(self) -> dict[str, Any]:
+        """See `Text.merged`."""
+        if self.branches is None:
+            return {}
+        held = F.pad((self.order() >= 0).cumsum(dim=1), (1, 0))
+        lengths = [
+            row[[0, *starts, -1]].diff().tolist()
+            for row, starts in zip(held, self.branches.starts, strict=True)
+        ]
+        return {"unmerged": self.branches.unmerged, "branches": lengths}
 
     def digest(self) -> int:
         """See `Text.digest`."""
@@ -266,7 +275,7 @@ class Sequences(Text):
 
 
 def _shifted(labels: Tensor) -> Tensor:
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

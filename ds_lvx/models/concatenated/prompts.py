@@ -148,28 +148,43 @@ def _alike(units: Sequence[Unit], pixels: Mapping[str, Tensor]) -> Tensor | None
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
+    if one.data_ptr() == other.data_ptr():
+        return True
+    pair = one.flatten(), other.flatten()
+    size = one.element_size()
+    if all(size * each.numel() % 8 == size * each.storage_offset() % 8 == 0 for each in pair):
+        # As long words, which a CPU compares at the speed of its memory.
+        pair = pair[0].view(torch.int64), pair[1].view(torch.int64)
+    return torch.equal(*pair)
 
 
 def _merged(text: Sequences, groups: Sequence[_Group]) -> Sequences:
-    """Every group as a row."""
-    length = text.shape[1]
-    longest = max(length + (length - g.common) * (len(g.rows) - 1) for g in groups)
+    """Every group as a row, without what pads the end of each of its rows."""
+    lengths = _lengths(text)
+    own = [[max(lengths[row], each.common) for row in each.rows] for each in groups]
+    longest = max(
+        g.common + sum(n - g.common for n in ns) for g, ns in zip(groups, own, strict=True)
+    )
     index = torch.full((len(groups), longest), -1)  # where each token came from, in [B * T]
     shift = torch.zeros_like(index)  # how far it went to the right
     gaps = torch.zeros(2, len(groups), longest, dtype=torch.int64)
-    unmerged = torch.empty(text.shape, dtype=torch.int64)
+    unmerged = torch.full(text.shape, -1)
+    starts: list[list[int]] = []
     for place, group in enumerate(groups):
-        common = group.common
-        for nth, row in enumerate(group.rows):
-            first, by = (common, nth * (length - common)) if nth else (0, 0)
+        begins: list[int] = []
+        common = at = group.common
+        for row, length in zip(group.rows, own[place], strict=True):
+            first, by = common if begins else 0, at - common
             here = place, slice(first + by, length + by)
-            index[here] = torch.arange(row * length + first, (row + 1) * length)
+            index[here] = row * text.shape[1] + torch.arange(first, length)
             shift[here] = by
-            if nth:
-                gaps[0][here], gaps[1][here] = common, first + by
-            unmerged[row] = place * longest + torch.arange(length)
-            unmerged[row, first:] += by
+            if begins:
+                gaps[0][here], gaps[1][here] = common, at
+            unmerged[row, :length] = place * longest + torch.arange(length)
+            unmerged[row, first:length] += by
+            begins.append(at)
+            at += length - common
+        starts.append(begins)
     pads = index < 0
 
     def taken(tensor: Tensor, fill: int) -> Tensor:
@@ -184,7 +199,7 @@ def _merged(text: Sequences, groups: Sequence[_Group]) -> Sequences:
     if mask is None and bool(pads.any()):
         mask = torch.ones(text.shape, dtype=torch.int64)
     if positions is None:
-        positions = torch.arange(length).expand(text.shape)
+        positions = torch.arange(text.shape[1]).expand(text.shape)
     return replace(
         text,
         input_ids=taken(text.input_ids, int(text.input_ids[0, 0])),
@@ -195,8 +210,18 @@ def _merged(text: Sequences, groups: Sequence[_Group]) -> Sequences:
         number=number,
         ends=moved(text.ends),
         recent_ends=moved(text.recent_ends),
-        branches=Branches(gaps[0], gaps[1], unmerged, text.units, kept),
+        branches=Branches(gaps[0], gaps[1], starts, unmerged, text.units, kept),
     )
+
+
+def _lengths(text: Sequences) -> list[int]:
+    """Of each row up to its last token that is no padding, or whose label counts."""
+    if text.attention_mask is None:
+        return [text.shape[1]] * text.shape[0]
+    kept = (text.attention_mask != 0) | (text.number != TEXT)
+    if text.labels is not None:
+        kept |= text.labels != IGNORED_LABEL
+    return [int(row.nonzero()[-1, 0]) + 1 if bool(row.any()) else 0 for row in kept]
 
 
 def _units_of(text: Sequences, number: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[Unit, ...]]:

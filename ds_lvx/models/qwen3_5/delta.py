@@ -7,12 +7,14 @@ which each head of keys has ``V / K``.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ds_lvx.attention.recurrent import Take, run_by_heads
 from ds_lvx.attention.shape import recurrent_groups
@@ -143,7 +145,6 @@ class _Layer:
     def run(self, x: Tensor, take: Take) -> Tensor:
         """``[B, S, g, W]`` -> ``[B, S, g, values * head_v_dim]``."""
         module, each, tokens = self.module, self.groups.values, x.shape[1]
-        code = vars(sys.modules[type(module).__module__])
         mixed, b, a = (
             part.flatten(2) for part in x.split([x.shape[3] - 2 * each, each, each], dim=3)
         )
@@ -151,35 +152,95 @@ class _Layer:
             take(self.groups.of_values(p, 1)).flatten() for p in (module.A_log, module.dt_bias)
         )
         beta, g = b.sigmoid(), -a_log.float().exp() * F.softplus(a.float() + dt_bias)
-        memory, lengths = None, None
+        weight = self.groups.of_mixed(module.conv1d.weight.squeeze(1).T, module)
+        weight = take(weight.movedim(1, 0)).transpose(1, 2).flatten(0, 1)
         if self.cache is not None:
             before, memory = self._before(mixed, take)
             mixed = torch.cat((before, mixed), dim=1)
             lengths = self._lengths(len(x), x.device)
             padding = torch.arange(tokens, device=x.device) >= lengths[:, None]
             beta, g = (t.masked_fill(padding[:, :, None], 0) for t in (beta, g))
-        weight = self.groups.of_mixed(module.conv1d.weight.squeeze(1).T, module)
-        weight = take(weight.movedim(1, 0)).transpose(1, 2).flatten(0, 1)
+            found, memory = self._walk(weight, mixed, beta, g, memory=memory, goes_on=True)
+            self._leave(mixed, memory, lengths)
+        elif self.batch.branches is not None:
+            found = self._branch(weight, mixed, beta, g, self.batch.branches)
+        else:
+            found, _ = self._walk(weight, mixed, beta, g)
+        heads: Tensor = found.reshape(*x.shape[:3], -1)
+        return heads
+
+    def _walk(
+        self,
+        weight: Tensor,
+        mixed: Tensor,
+        beta: Tensor,
+        g: Tensor,
+        *,
+        memory: Tensor | None = None,
+        goes_on: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """The model's own functions over rows of tokens.
+
+        Args:
+            weight: of the convolution, ``[g * channels, kernel]``.
+            mixed: ``[B, before + S, g * channels]``, of the tokens before, too.
+            beta, g: ``[B, S, g * values]``.
+            memory: of the tokens before; None: there are none.
+            goes_on: whether the memory behind them is wanted.
+
+        Returns:
+            ``[B, S, g * values, head_v_dim]`` and the memory, or None.
+        """
+        module, tokens = self.module, beta.shape[1]
+        code, size = vars(sys.modules[type(module).__module__]), module.head_k_dim
         # causal-conv1d takes tokens that begin at multiples of 8 numbers only: no part of a row.
         convolved = code["causal_conv1d_fn"](
             mixed.contiguous().transpose(1, 2), weight, None, activation=module.activation
         )
-        by_group = convolved.transpose(1, 2)[:, -tokens:].unflatten(2, (x.shape[2], -1))
-        size = module.head_k_dim
-        q, k, v = by_group.split([size, size, each * module.head_v_dim], dim=3)
+        groups = beta.shape[2] // self.groups.values
+        by_group = convolved.transpose(1, 2)[:, -tokens:].unflatten(2, (groups, -1))
+        q, k, v = by_group.split([size, size, self.groups.values * module.head_v_dim], dim=3)
         found, memory = code["torch_chunk_gated_delta_rule"](
-            *(part.repeat_interleave(each, dim=2) for part in (q, k)),
+            *(part.repeat_interleave(self.groups.values, dim=2) for part in (q, k)),
             v.reshape(*v.shape[:2], -1, module.head_v_dim),
             g=g,
             beta=beta,
             initial_state=memory,
-            output_final_state=self.cache is not None,
+            output_final_state=goes_on,
             use_qk_l2norm_in_kernel=True,
         )
-        if lengths is not None:
-            self._leave(mixed, memory, lengths)
-        heads: Tensor = found.reshape(*x.shape[:3], -1)
-        return heads
+        return found, memory
+
+    def _branch(
+        self,
+        weight: Tensor,
+        mixed: Tensor,
+        beta: Tensor,
+        g: Tensor,
+        branches: Sequence[Sequence[int]],
+    ) -> Tensor:
+        """`_walk` over rows whose branches all begin with the state behind what they share.
+
+        Args:
+            weight, mixed, beta, g: as of `_walk`, of no token before.
+            branches: as of `ds_lvx.models.batch.ShardedBatch`.
+        """
+        kernel, rows = self.module.conv_kernel_size, []
+        for row, (shared, *lengths) in enumerate(branches):
+            parts = [x[row : row + 1, : shared + sum(lengths)] for x in (mixed, beta, g)]
+            found, memory = self._walk(weight, *(x[:, :shared] for x in parts), goes_on=True)
+            pieces = [found[0]]
+            if any(lengths):
+                own = [pad_sequence([*x[0, shared:].split(lengths)], True) for x in parts]
+                last = F.pad(parts[0][:, :shared], (0, 0, kernel, 0))[:, -kernel:]
+                own[0] = torch.cat((last.expand(len(lengths), -1, -1), own[0]), dim=1)
+                memory = memory.repeat_interleave(len(lengths), dim=0)
+                behind, _ = self._walk(weight, *own, memory=memory)
+                pieces += [one[:length] for one, length in zip(behind, lengths, strict=True)]
+            rows.append(torch.cat(pieces))
+        return F.pad(
+            pad_sequence(rows, True), (0, 0, 0, 0, 0, mixed.shape[1] - max(map(len, rows)))
+        )
 
     def _before(self, mixed: Tensor, take: Take) -> tuple[Tensor, Tensor | None]:
         """This rank's part of the state before the text: ``[B, kernel, g * channels]``, zeros where

@@ -27,7 +27,6 @@ class OfStates(Concatenated):
     of_states: type[nn.Module]
     layer_types = (_FULL, _LINEAR)
     unbroken = True
-    shares_prompts = False  # a state would go from one completion to the next
 
     # ---- patching
 

@@ -27,9 +27,8 @@ from triton.compiler import ASTSource
 
 from bench.kernels.occupancy import BLOCK_SHARED_BYTES, programs_per_multiprocessor
 from ds_lvx.kernels import triton_backward, triton_forward, triton_tiles
-from ds_lvx.kernels.triton_tiles import ANY_ADDRESS, padded
+from ds_lvx.kernels.triton_tiles import ANY_ADDRESS, OF_RULE, padded
 
-INT32 = ("q_start", "q_end", "kv_pos", "visible", "counts")
 FP32 = ("out", "lse", "delta", "dq", "parts", "part_lses")
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 KERNELS = {
@@ -42,18 +41,21 @@ _GROUP = 4
 
 
 class Configuration(NamedTuple):
-    """What decides how one of `KERNELS` is compiled; ``rows`` are those of a key/value head."""
+    """What decides how one of `KERNELS` is compiled; ``rows`` are those of a key/value head.
+
+    ``visibility``: "no" rule, a rule ("yes"), or one with "gaps".
+    """
 
     kernel: str
     dtype: torch.dtype
     head_dim: int
     rows: int
-    visibility: bool
+    visibility: str
 
 
 def configurations() -> Iterator[Configuration]:
     """All that differ in the code: few and many rows, and the widths of a tile."""
-    for name, visibility in product(KERNELS, (False, True)):
+    for name, visibility in product(KERNELS, ("no", "yes", "gaps")):
         for head_dim, rows in product((64, 80, 128, 256, 512), (4, 4096)):
             yield Configuration(name, torch.bfloat16, head_dim, rows, visibility)
         # fp32 has one tile for all that it does.
@@ -74,9 +76,11 @@ def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
         "BLOCK_D": padded(head_dim),
         "BLOCK_M": tiles.rows,
         "BLOCK_N": tiles.keys,
-        "VISIBILITY": configuration.visibility,
+        "VISIBILITY": configuration.visibility != "no",
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
+    if configuration.visibility != "gaps":
+        constants |= {"gap_start": None, "gap_end": None}
     if kernel is triton_backward.keys_kernel:
         constants["ATOMIC"] = configuration.kernel == "atomic"
     types, aligned = _signature(kernel, dtype, constants)
@@ -104,7 +108,7 @@ def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
 
 def _signature(kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> Any:
     """Types of a kernel's arguments, and which of them are multiples of 16."""
-    known = dict.fromkeys(INT32, "*i32") | dict.fromkeys(FP32, "*fp32")
+    known = dict.fromkeys(OF_RULE, "*i32") | dict.fromkeys(FP32, "*fp32")
     known |= dict.fromkeys(("q", "k", "v", "dout", "dk", "dv"), f"*{NAMES[dtype]}")
     known |= dict.fromkeys(constants, "constexpr")
     types = {

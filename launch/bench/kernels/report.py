@@ -186,7 +186,7 @@ def compiled_table(compiled: Record) -> str:
         "kernel": "{kernel}",
         "head_dim": "{head_dim}",
         "rows": "{rows:,}",
-        "visibility": lambda r: "yes" if r["visibility"] else "no",
+        "visibility": "{visibility}",
         "tile": "{tile_rows} x {tile_keys}",
         "warps, stages": "{warps}, {stages}",
     }

@@ -1,0 +1,44 @@
+"""The benchmark of shared prompts: what it writes, and that both ways train the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import bench_prompts
+from tests.forked import fork_fresh_ranks
+
+MARKS = "<!-- bench_prompts.py, prompts: begin -->\n<!-- bench_prompts.py, prompts: end -->\n"
+
+
+@pytest.mark.exhaustive
+def test_a_quick_run_writes_json_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = tmp_path / "document.md"
+    document.write_text(MARKS)
+    words = ("--quick", "--output_dir", str(tmp_path), "--document", str(document))
+    monkeypatch.setattr(sys, "argv", ["bench_prompts.py", *words])
+    fork_fresh_ranks(monkeypatch)
+    bench_prompts.main()
+    results = json.loads((tmp_path / "prompts.json").read_text())
+    assert results["kind"] == "measured"
+    assert bench_prompts.text(results) in document.read_text()
+    one, apart, shared = results["records"]
+    prompt, said = results["prompt_tokens"], results["said"]
+    assert sum(one["tokens"]) == prompt + said
+    assert sum(apart["tokens"]) == 2 * (prompt + said)
+    assert sum(shared["tokens"]) == prompt + 2 * said + 1  # the last of the prompt is each one's
+    assert shared["losses"] == pytest.approx(apart["losses"], rel=1e-5)
+
+
+def test_the_document_has_the_table_of_the_committed_json() -> None:
+    """And nothing where there is no JSON."""
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    begin, end = MARKS.splitlines()
+    text = (docs / "concatenated.md").read_text()
+    stands = text.partition(begin)[2].partition(end)[0].strip()
+    committed = docs / "benchmarks" / "prompts.json"
+    expected = bench_prompts.text(json.loads(committed.read_text())) if committed.exists() else ""
+    assert stands == expected
