@@ -13,7 +13,8 @@ Legend: ``B`` rows as they came, ``T`` tokens of one; ``b`` rows and ``t`` token
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import combinations, groupby
 from typing import NamedTuple
@@ -27,6 +28,8 @@ from ds_lvx.models.text import IGNORED_LABEL
 
 _LEAST = 1 / 8
 """Of a row's tokens: fewer in common are not worth a row that is no plain causal text any more."""
+
+_THREADS = 8
 
 
 def share(text: Sequences, pixels: Mapping[str, Tensor]) -> Sequences:
@@ -128,23 +131,43 @@ def _alike(units: Sequence[Unit], pixels: Mapping[str, Tensor]) -> Tensor | None
     """int64 ``[units + 1]``: of each unit, the first one that is the same at its place of a row;
     `TEXT` behind the last. None where pixels are not those of the units."""
     at = dict.fromkeys(pixels, 0)
-    known: dict[tuple[int, Unit], list[tuple[int, Tensor]]] = {}
-    found: list[int] = []
+    each: list[tuple[tuple[int, Unit], Tensor]] = []
     for _, of_row in groupby(units, key=lambda unit: unit.row):
         for place, unit in enumerate(of_row):
-            start = at.get(unit.source, 0)
-            at[unit.source] = start + unit.rows
             if unit.source not in pixels:
                 return None
+            start = at[unit.source]
+            at[unit.source] += unit.rows
             own = pixels[unit.source][start : at[unit.source]]
-            before = known.setdefault((place, replace(unit, row=0)), [])
-            same = (number for number, each in before if _same(each, own))
-            found.append(next(same, len(found)))
-            if found[-1] == len(found) - 1:
-                before.append((found[-1], own))
+            each.append(((place, replace(unit, row=0)), own))
     if any(len(pixels[key]) != rows for key, rows in at.items()):
         return None
+    # Images that differ mostly do from their first pixels on; all others are read by some threads.
+    found = _firsts(each, _begin_alike)
+    firsts, owns = [each[first][1] for first in found], [own for _, own in each]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        if not all(pool.map(_same, firsts, owns)):
+            found = _firsts(each, _same)
     return torch.tensor([*found, TEXT])
+
+
+def _firsts(
+    units: Sequence[tuple[Hashable, Tensor]], alike: Callable[[Tensor, Tensor], bool]
+) -> list[int]:
+    """Of each unit, the number of the first one of its kind with such pixels."""
+    known: dict[Hashable, list[int]] = {}
+    found = []
+    for number, (kind, own) in enumerate(units):
+        before = known.setdefault(kind, [])
+        first = next((n for n in before if alike(units[n][1], own)), number)
+        if first == number:
+            before.append(number)
+        found.append(first)
+    return found
+
+
+def _begin_alike(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one[:1], other[:1])
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
