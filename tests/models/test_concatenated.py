@@ -1,4 +1,5 @@
-"""What holds for every family whose visual tokens stand among the text's; more is beside each."""
+"""What holds for every family whose visual tokens stand among the text's: on sharded batches it
+computes what it computes in one process. What is a family's own is in its own file."""
 
 from __future__ import annotations
 
@@ -15,15 +16,12 @@ from ds_lvx import gather_sequence, owned
 from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
+from ds_lvx.models.concatenated.family import Concatenated
+from ds_lvx.models.registry import BUILT_IN, FAMILIES
 from ds_lvx.sharding import shard_batch
 from tests.models import concatenated_case as case
 from tests.models.alone_case import assert_given_back, patched_by
-from tests.models.mllama_case import (
-    FURTHER,
-    assert_same_training,
-    plain_step,
-    reference_steps,
-)
+from tests.models.mllama_case import FURTHER, assert_same_training, plain_step, reference_steps
 from tests.ranks import run_ranks
 
 NAMES = (
@@ -64,6 +62,11 @@ def of(name: str) -> Any:
     return import_module(f"tests.models.{name}_case")
 
 
+def test_no_family_is_left_out() -> None:
+    among = {name for name in BUILT_IN if isinstance(FAMILIES.named(name), Concatenated)}
+    assert among == {*NAMES, "glm46v", "idefics3"}  # whose classes are tried beside GLM-4V, SmolVLM
+
+
 # ---- every kind of batch
 
 MODELS = (
@@ -74,25 +77,27 @@ MODELS = (
 RANKS = ((1, 1), (2, 0), (3, 0), (3, 1), (3, 2), (3, 3))
 """How many, and which of `case.METHODS` the first batch has."""
 OTHER_RANKS = {"qwen3_5_moe": ((3, 2), (2, 1)), "video_llama_3": (*RANKS, (4, 2))}
-DEFAULT = {
+BY_DEFAULT = {
     "qwen2_5_vl": ((1, 1), (3, 3)),
     "qwen3_vl": ((1, 1), (2, 0)),
     "qwen3_5_moe": ((3, 2),),
 }
-"""What is not exhaustive; of other families that is two ranks."""
+"""What is not exhaustive, where that is not two ranks alone."""
 
 
 def each_on_ranks() -> Iterator[Any]:
+    """Families, tiny models and `RANKS`, with their marks."""
     for name, model in MODELS:
         for ranks, offset in OTHER_RANKS.get(name, RANKS):
             marks = [pytest.mark.slow] if ranks > 1 else []
-            if (ranks, offset) not in DEFAULT.get(name, ((2, 0),)):
+            if (ranks, offset) not in BY_DEFAULT.get(name, ((2, 0),)):
                 marks = [pytest.mark.exhaustive]
             yield pytest.param(name, model, ranks, offset, marks=marks)
 
 
 @functools.cache
 def expected(name: str, model: str) -> dict[str, Any]:
+    """`case.references` of a family, made when a test first asks for them."""
     own = getattr(of(name), "for_one_process", dict)
     return case.references(of(name).BATCHES, getattr(of(name), model), own)
 
@@ -102,7 +107,7 @@ def unused(name: str) -> str:
     return getattr(of(name), "UNUSED", "nothing")
 
 
-@pytest.mark.parametrize(("name", "model", "ranks", "offset"), each_on_ranks())
+@pytest.mark.parametrize(("name", "model", "ranks", "offset"), [*each_on_ranks()])
 def test_every_kind_of_batch_equals_one_process(
     name: str, model: str, ranks: int, offset: int
 ) -> None:
@@ -120,7 +125,7 @@ def test_reference_has_gradients_everywhere(name: str, model: str) -> None:
         assert there or unused(name) in key, f"{name}, {batch}: {key}"
 
 
-# ---- frames that are on their ranks already; further ones stand beside each family
+# ---- frames that are on their ranks already; other families have tests of their own
 
 
 def step_local(name: str) -> dict[str, Any]:

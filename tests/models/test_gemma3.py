@@ -1,4 +1,4 @@
-"""Gemma 3 on sharded batches computes what the model computes in one process."""
+"""Gemma 3: sizes, published settings, and what is refused; more is in test_concatenated.py."""
 
 from __future__ import annotations
 

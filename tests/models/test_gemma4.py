@@ -1,4 +1,4 @@
-"""Gemma 4 on sharded batches computes what the model computes in one process."""
+"""Gemma 4: experts, checkpoints, and what is refused; more is in test_concatenated.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GLM-4.5V on sharded batches computes what the model computes in one process."""
+"""GLM-4.5V: GLM-4.6V's classes, experts, and sizes; more is in test_concatenated.py."""
 
 from __future__ import annotations
 

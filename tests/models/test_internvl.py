@@ -1,4 +1,5 @@
-"""InternVL on sharded batches computes what the model computes in one process."""
+"""InternVL: frames on their ranks, other texts, and what is refused; more is in
+test_concatenated.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""LLaVA-OneVision on sharded batches computes what the model computes in one process."""
+"""LLaVA-OneVision: frames on their ranks, videos that touch, and what is refused; more is in
+test_concatenated.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Qwen2.5-VL on sharded batches computes what the model computes in one process."""
+"""Qwen2.5-VL on sharded batches computes what the model computes in one process; more is in
+test_concatenated.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen2-VL on sharded batches computes what the model computes in one process."""
+"""Qwen2-VL: positions and sizes; more is in test_concatenated.py."""
 
 from __future__ import annotations
 

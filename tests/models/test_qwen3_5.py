@@ -1,4 +1,4 @@
-"""Qwen3.5 on sharded batches computes what the model computes in one process."""
+"""Qwen3.5: layers with a state, experts, and sizes; more is in test_concatenated.py."""
 
 from __future__ import annotations
 

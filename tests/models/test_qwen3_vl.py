@@ -1,4 +1,4 @@
-"""Qwen3-VL on sharded batches computes what the model computes in one process."""
+"""Qwen3-VL with frames that are on their ranks already; more is in test_concatenated.py."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from tests.ranks import run_ranks
 
 NAME = "qwen3_vl"
 rules = partial(case.rules, NAME)
-
-
-# ---- frames that are on their ranks already
 
 
 def local_units(batch: dict[str, Any]) -> dict[str, Any]:

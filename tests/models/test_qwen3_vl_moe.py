@@ -1,4 +1,4 @@
-"""Qwen3-VL-MoE on sharded batches computes what the model computes in one process."""
+"""Qwen3-VL-MoE: experts, and sizes; more is in test_concatenated.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""SmolVLM and Idefics3 on sharded batches compute what they compute in one process."""
+"""SmolVLM and Idefics3: tiles on their ranks, and what is refused; more is in
+test_concatenated.py."""
 
 from __future__ import annotations
 

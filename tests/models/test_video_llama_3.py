@@ -1,4 +1,4 @@
-"""VideoLLaMA 3 on sharded batches computes what the model computes in one process."""
+"""VideoLLaMA 3: what is refused, and sizes; more is in test_concatenated.py."""
 
 from __future__ import annotations
 
