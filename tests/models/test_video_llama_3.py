@@ -22,9 +22,6 @@ NAME = "video_llama_3"
 patched = partial(patched_by, case.rules(NAME, "ring", 1))
 
 
-# ---- in one process
-
-
 def with_mask(batch: Batch, change: Any) -> Batch:
     mask = batch[MASK].clone()
     change(mask)
