@@ -230,3 +230,6 @@ def without_types(seed: int = 6) -> Batch:
 
 def text_only(seed: int = 4) -> Batch:
     return make_batch([[12], [9]], seed=seed)
+
+
+BATCHES = (hard_batch, left_padded, one_image, one_video, without_types, text_only)

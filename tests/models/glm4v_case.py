@@ -148,6 +148,9 @@ def text_only(seed: int = 4) -> Batch:
     return make_batch([[12], [9]], seed=seed)
 
 
+BATCHES = (hard_batch, left_padded, mixed, one_image, one_video, text_only)
+
+
 def for_one_process(batch: Batch) -> Batch:
     """What the model's own forward takes of a batch."""
     both = {"image_grid_thw", "video_grid_thw"} <= batch.keys()

@@ -14,6 +14,7 @@ from transformers import (
 
 from tests.models import qwen2_5_vl_case as qwen
 from tests.models.glm4v_case import (
+    BATCHES,
     IDS,
     TEXT,
     VISION,
@@ -29,6 +30,7 @@ from tests.models.glm4v_case import (
 )
 
 __all__ = (
+    "BATCHES",
     "for_one_process",
     "frozen_tower",
     "generate",

@@ -147,3 +147,6 @@ def one_video(seed: int = 5) -> Batch:
 
 def text_only(seed: int = 4) -> Batch:
     return make_batch([[12], [9]], seed=seed)
+
+
+BATCHES = (hard_batch, left_padded, one_image, one_video, text_only)

@@ -10,6 +10,7 @@ from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 from tests.models import qwen2_5_vl_case as qwen
 from tests.models import qwen3_vl_case
 from tests.models.qwen3_vl_case import (
+    BATCHES,
     hard_batch,
     left_padded,
     make_batch,
@@ -19,6 +20,7 @@ from tests.models.qwen3_vl_case import (
 )
 
 __all__ = (
+    "BATCHES",
     "frozen_tower",
     "hard_batch",
     "left_padded",

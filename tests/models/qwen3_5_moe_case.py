@@ -9,6 +9,7 @@ from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 from tests.models import qwen2_5_vl_case as qwen
 from tests.models.qwen3_5_case import with_states
 from tests.models.qwen3_vl_case import (
+    BATCHES,
     hard_batch,
     left_padded,
     make_batch,
@@ -18,6 +19,7 @@ from tests.models.qwen3_vl_case import (
 )
 
 __all__ = (
+    "BATCHES",
     "frozen_tower",
     "hard_batch",
     "left_padded",

@@ -8,6 +8,7 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from tests.models import qwen2_5_vl_case as qwen
 from tests.models.qwen3_vl_case import (
+    BATCHES,
     VISION,
     hard_batch,
     left_padded,
@@ -18,6 +19,7 @@ from tests.models.qwen3_vl_case import (
 )
 
 __all__ = (
+    "BATCHES",
     "frozen_tower",
     "hard_batch",
     "left_padded",

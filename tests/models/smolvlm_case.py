@@ -111,3 +111,6 @@ def one_video(seed: int = 5) -> Batch:
 
 def text_only(seed: int = 4) -> Batch:
     return internvl_case.text_only(seed)
+
+
+BATCHES = (hard_batch, left_padded, one_image, one_video, text_only)

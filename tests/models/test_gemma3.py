@@ -1,10 +1,8 @@
-"""Gemma 3 on sharded batches computes what the model computes in one process."""
+"""Gemma 3: sizes, published settings, and what is refused; more is in test_concatenated.py."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,45 +13,13 @@ from ds_lvx.compare.case import cut, random_case
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
 from tests.models import concatenated_case as case
-from tests.models.alone_case import assert_given_back, patched_by
+from tests.models.alone_case import patched_by
 from tests.models.compare_case import compared
-from tests.models.gemma3_case import (
-    IMAGE,
-    hard_batch,
-    left_padded,
-    one_image,
-    one_video,
-    text_only,
-    tiny_model,
-    without_types,
-)
+from tests.models.gemma3_case import IMAGE, hard_batch, left_padded, tiny_model
 from tests.models.test_generating_families import without_labels
 from tests.ranks import run_ranks
 
-BATCHES = (hard_batch, left_padded, one_image, one_video, without_types, text_only)
 NAME = "gemma3"
-
-
-@functools.cache
-def expected() -> dict[str, Any]:
-    return case.references(BATCHES, tiny_model)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "offset"),
-    [
-        pytest.param(1, 1, marks=pytest.mark.exhaustive),
-        pytest.param(2, 0, marks=pytest.mark.slow),
-        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(4)),
-    ],
-)
-def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
-    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
-
-
-def test_reference_has_gradients_everywhere() -> None:
-    """Else the comparisons compare zeros."""
-    assert all(grad.any() for grad in expected()["hard_batch"]["grads"].values())
 
 
 def test_a_comparison_trains_a_model_of_random_weights() -> None:
@@ -103,10 +69,6 @@ def test_the_settings_of_published_models_generate() -> None:
 
 
 # ---- in one process
-
-
-def test_a_patched_model_can_be_given_back() -> None:
-    assert_given_back(tiny_model, hard_batch(), partial(patched_by, case.rules(NAME, "ring", 1)))
 
 
 def test_texts_that_see_what_follows_are_refused() -> None:

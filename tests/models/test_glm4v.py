@@ -1,8 +1,7 @@
-"""GLM-4.1V on sharded batches computes what the model computes in one process."""
+"""GLM-4.1V: GLM-4.6V's classes, what is refused, and sizes; more is in test_concatenated.py."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,16 +10,15 @@ import pytest
 import torch
 from transformers import Glm46VConfig, Glm46VForConditionalGeneration
 
-from ds_lvx import owned
 from ds_lvx.compare.case import cut, random_case
 from ds_lvx.models import FAMILIES
 from ds_lvx.sharding import shard_batch
 from tests.models import concatenated_case as case
-from tests.models.alone_case import assert_given_back, patched_by
+from tests.models.alone_case import patched_by
 from tests.models.compare_case import compared
 from tests.models.glm4v_case import (
+    BATCHES,
     IDS,
-    MERGE,
     TEXT,
     VIDEO,
     VIDEO_START,
@@ -30,56 +28,11 @@ from tests.models.glm4v_case import (
     hard_batch,
     left_padded,
     mixed,
-    one_image,
-    one_video,
-    text_only,
     tiny_46,
     tiny_model,
 )
-from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
-from tests.ranks import run_ranks
 
-BATCHES = (hard_batch, left_padded, mixed, one_image, one_video, text_only)
 NAME = "glm4v"
-
-
-@functools.cache
-def expected() -> dict[str, Any]:
-    return case.references(BATCHES, tiny_model, for_one_process)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "offset"),
-    [
-        pytest.param(1, 1, marks=pytest.mark.exhaustive),
-        pytest.param(2, 0, marks=pytest.mark.slow),
-        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(4)),
-    ],
-)
-def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
-    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
-
-
-def test_reference_has_gradients_everywhere() -> None:
-    """Else the comparisons compare zeros."""
-    silent = {name for name, grad in expected()["mixed"]["grads"].items() if not grad.any()}
-    assert silent == set()
-
-
-def step_local() -> dict[str, Any]:
-    """Each rank has the pixels of its own temporal patches alone."""
-    batch = one_video()
-    t, h, w = batch["video_grid_thw"][0].tolist()
-    mine = list(owned([h * w // MERGE**2] * t, model=tiny_model()))
-    held = batch["pixel_values_videos"].unflatten(0, (t, -1))[mine].flatten(0, 1)
-    given = {**batch, "pixel_values_videos": held if mine else None}
-    return plain_step(case.rules(NAME, "lvx", 2), given, frames="local", model=tiny_model())
-
-
-@pytest.mark.exhaustive
-def test_frames_that_are_on_their_ranks_already() -> None:
-    alone = reference_steps([[one_video()]], tiny_model())
-    assert_same_training(run_ranks(step_local, 2), alone, sp_size=2)
 
 
 @pytest.mark.exhaustive
@@ -97,10 +50,6 @@ def test_the_classes_of_4_6_equal_one_process() -> None:
 
 def patched(model: Any, name: str = NAME) -> Any:
     return patched_by(case.rules(name, "ring", 1), model)
-
-
-def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
-    assert_given_back(tiny_model, left_padded(), patched)
 
 
 def test_positions_that_the_model_makes_may_be_given() -> None:

@@ -1,8 +1,8 @@
-"""InternVL on sharded batches computes what the model computes in one process."""
+"""InternVL: frames on their ranks, other texts, and what is refused; more is in
+test_concatenated.py."""
 
 from __future__ import annotations
 
-import functools
 from functools import partial
 from typing import Any
 
@@ -13,49 +13,12 @@ from ds_lvx import owned
 from ds_lvx.models import FAMILIES
 from ds_lvx.sharding import shard_batch
 from tests.models import concatenated_case as case
-from tests.models.internvl_case import (
-    IMAGE,
-    TOKENS,
-    hard_batch,
-    left_padded,
-    one_image,
-    one_video,
-    text_only,
-    tiny_model,
-)
-from tests.models.mllama_case import (
-    assert_same_training,
-    plain_step,
-    reference_steps,
-)
+from tests.models.internvl_case import IMAGE, TOKENS, hard_batch, text_only, tiny_model
+from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
 from tests.ranks import run_ranks
 
-BATCHES = (hard_batch, left_padded, one_image, one_video, text_only)
 NAME = "internvl"
 rules = partial(case.rules, NAME)
-
-
-@functools.cache
-def expected() -> dict[str, Any]:
-    return case.references(BATCHES, tiny_model)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "offset"),
-    [
-        pytest.param(1, 1, marks=pytest.mark.exhaustive),
-        pytest.param(2, 0, marks=pytest.mark.slow),
-        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(4)),
-    ],
-)
-def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
-    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
-
-
-def test_reference_has_gradients_everywhere() -> None:
-    """Else the comparisons compare zeros."""
-    silent = {name for name, grad in expected()["hard_batch"]["grads"].items() if not grad.any()}
-    assert silent == set()
 
 
 # ---- frames that are on their ranks already

@@ -1,8 +1,8 @@
-"""Qwen2.5-VL on sharded batches computes what the model computes in one process."""
+"""Qwen2.5-VL on sharded batches computes what the model computes in one process; more is in
+test_concatenated.py."""
 
 from __future__ import annotations
 
-import functools
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,7 @@ from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.sharding import shard_batch
 from ds_lvx.whole_batches import WholeBatches
 from tests.models import concatenated_case as case
-from tests.models.mllama_case import (
-    assert_same_training,
-    further,
-    plain_step,
-    reference_steps,
-)
+from tests.models.mllama_case import assert_same_training, further, plain_step, reference_steps
 from tests.models.qwen2_5_vl_case import (
     IMAGE,
     MERGE,
@@ -29,39 +24,13 @@ from tests.models.qwen2_5_vl_case import (
     left_padded,
     lora_model,
     one_image,
-    one_video,
     text_only,
     tiny_model,
 )
 from tests.ranks import run_ranks
 
-BATCHES = (hard_batch, left_padded, one_image, one_video, text_only)
 NAME = "qwen2_5_vl"
 rules = partial(case.rules, NAME)
-
-
-@functools.cache
-def expected() -> dict[str, Any]:
-    return case.references(BATCHES, tiny_model)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "offset"),
-    [
-        (1, 1),
-        pytest.param(2, 0, marks=pytest.mark.exhaustive),
-        pytest.param(3, 3, marks=pytest.mark.slow),
-        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(3)),
-    ],
-)
-def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
-    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
-
-
-def test_reference_has_gradients_everywhere() -> None:
-    """Else the comparisons compare zeros."""
-    silent = {name for name, grad in expected()["hard_batch"]["grads"].items() if not grad.any()}
-    assert silent == set()
 
 
 # ---- frames that are on their ranks already
@@ -109,10 +78,6 @@ def test_frames_that_are_on_their_ranks_already() -> None:
     assert_same_training(run_ranks(step_local, 2), alone, sp_size=2)
 
 
-def test_no_visual_embedding_is_sent() -> None:
-    assert run_ranks(case.bytes_of_forward, 2, NAME, tiny_model, one_video()) == [0, 0]
-
-
 def logits_in_order() -> list[Any]:
     model, groups = tiny_model(), SequenceParallelGroups(2)
     session = apply(model, rules("ring", 2), groups=groups)
@@ -128,7 +93,7 @@ def logits_in_order() -> list[Any]:
 
 
 def test_logits_come_in_the_order_of_the_text() -> None:
-    alone = expected()["left_padded"]
+    alone = reference_steps([[left_padded()]], tiny_model())
     for *wholes, loss, mask in run_ranks(logits_in_order, 2):
         there = mask.bool()
         assert loss == pytest.approx(alone["losses"][0][0], abs=1e-5)

@@ -14,7 +14,7 @@ import torch
 from ds_lvx import gather_sequence
 from ds_lvx.models.qwen2_5_vl import tower
 from ds_lvx.sharding import draft_batch, owned, shard_batch
-from tests.models.alone_case import assert_given_back, patched_by
+from tests.models.alone_case import patched_by
 from tests.models.concatenated_case import rules
 from tests.models.qwen2_5_vl_case import IMAGE, Batch, hard_batch, text_only, tiny_model
 
@@ -22,10 +22,6 @@ from tests.models.qwen2_5_vl_case import IMAGE, Batch, hard_batch, text_only, ti
 def patched(model: Any, method: str = "ring") -> Any:
     config = rules("qwen2_5_vl", method, 1)
     return patched_by(config, model)
-
-
-def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
-    assert_given_back(tiny_model, hard_batch(), patched)
 
 
 def test_sliding_windows_are_refused_by_name() -> None:

@@ -1,73 +1,19 @@
-"""Qwen2-VL on sharded batches computes what the model computes in one process."""
+"""Qwen2-VL: positions and sizes; more is in test_concatenated.py."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
-from ds_lvx import owned
 from ds_lvx.compare.case import cut, random_case
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
-from tests.models import concatenated_case as case
 from tests.models.compare_case import compared
-from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
-from tests.models.qwen2_vl_case import (
-    hard_batch,
-    left_padded,
-    one_image,
-    one_video,
-    text_only,
-    tiny_model,
-)
-from tests.ranks import run_ranks
+from tests.models.qwen2_vl_case import one_video, tiny_model
 
-BATCHES = (hard_batch, left_padded, one_image, one_video, text_only)
 NAME = "qwen2_vl"
-
-
-@functools.cache
-def expected() -> dict[str, Any]:
-    return case.references(BATCHES, tiny_model)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "offset"),
-    [
-        pytest.param(1, 1, marks=pytest.mark.exhaustive),
-        pytest.param(2, 0, marks=pytest.mark.slow),
-        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(4)),
-    ],
-)
-def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
-    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
-
-
-def test_reference_has_gradients_everywhere() -> None:
-    """Else the comparisons compare zeros."""
-    silent = {name for name, grad in expected()["hard_batch"]["grads"].items() if not grad.any()}
-    assert silent == set()
-
-
-def step_local() -> dict[str, Any]:
-    """Each rank has the pixels of its own temporal patches alone."""
-    batch = one_video()
-    t, h, w = batch["video_grid_thw"][0].tolist()
-    mine = list(owned([h * w // 4] * t, model=tiny_model()))
-    held = batch["pixel_values_videos"].unflatten(0, (t, -1))[mine].flatten(0, 1)
-    given = {**batch, "pixel_values_videos": held if mine else None}
-    rules = case.rules(NAME, "lvx", 2)
-    return plain_step(rules, given, frames="local", model=tiny_model())
-
-
-@pytest.mark.exhaustive
-def test_frames_that_are_on_their_ranks_already() -> None:
-    alone = reference_steps([[one_video()]], tiny_model())
-    assert_same_training(run_ranks(step_local, 2), alone, sp_size=2)
 
 
 def test_frames_of_a_video_are_a_place_apart() -> None:

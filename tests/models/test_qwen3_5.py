@@ -1,10 +1,8 @@
-"""Qwen3.5 on sharded batches computes what the model computes in one process."""
+"""Qwen3.5: layers with a state, experts, and sizes; more is in test_concatenated.py."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,51 +17,12 @@ from ds_lvx.models.layers import table
 from ds_lvx.models.qwen3_5.delta import Groups, _Layer
 from ds_lvx.models.registry import FAMILIES
 from tests.models import concatenated_case as case
-from tests.models.alone_case import assert_given_back, patched_by
+from tests.models import qwen3_5_moe_case as moe
+from tests.models.alone_case import patched_by
 from tests.models.compare_case import compared
-from tests.models.qwen3_5_case import (
-    hard_batch,
-    left_padded,
-    one_image,
-    one_video,
-    text_only,
-    tiny_model,
-)
+from tests.models.qwen3_5_case import hard_batch, tiny_model
 
-BATCHES = (hard_batch, left_padded, one_image, one_video, text_only)
 NAME = "qwen3_5"
-
-
-def of(name: str) -> Any:
-    return import_module(f"tests.models.{name}_case")
-
-
-@functools.cache
-def expected(name: str) -> dict[str, Any]:
-    return case.references(BATCHES, of(name).tiny_model)
-
-
-@pytest.mark.parametrize(
-    ("name", "ranks", "offset"),
-    [
-        pytest.param(NAME, 1, 1, marks=pytest.mark.exhaustive),
-        pytest.param(NAME, 2, 0, marks=pytest.mark.slow),
-        *(pytest.param(NAME, 3, n, marks=pytest.mark.exhaustive) for n in range(4)),
-        pytest.param("qwen3_5_moe", 3, 2, marks=pytest.mark.slow),
-        pytest.param("qwen3_5_moe", 2, 1, marks=pytest.mark.exhaustive),
-    ],
-)
-def test_every_kind_of_batch_equals_one_process(name: str, ranks: int, offset: int) -> None:
-    model = of(name).tiny_model
-    case.check_each(name, model, BATCHES, expected(name), ranks=ranks, offset=offset)
-
-
-@pytest.mark.parametrize("name", [NAME, "qwen3_5_moe"])
-def test_reference_has_gradients_everywhere(name: str) -> None:
-    """Else the comparisons compare zeros: of every expert, too."""
-    for key, grad in expected(name)["hard_batch"]["grads"].items():
-        experts = grad if ".experts." in key else grad[None]
-        assert all(each.any() for each in experts), key
 
 
 def with_holes(seed: int = 6) -> dict[str, Any]:
@@ -125,10 +84,6 @@ def test_a_checkpoint_has_a_size(name: str) -> None:
 # ---- in one process
 
 
-def test_a_patched_model_can_be_given_back() -> None:
-    assert_given_back(tiny_model, hard_batch(), partial(patched_by, case.rules(NAME, "ring", 1)))
-
-
 def test_layers_with_a_state_need_no_rule() -> None:
     patch = patched_by(case.rules(NAME, "ring", 1), tiny_model())
     methods = [(plan.kind, plan.method) for plan in patch.plans if plan.kind != "local"]
@@ -158,16 +113,15 @@ def test_rules_that_are_not_theirs_are_refused(words: str) -> None:
 
 @pytest.mark.slow
 def test_checkpoints_are_loaded_and_saved_as_they_are_at_zero_3(tmp_path: Path) -> None:
-    name = "qwen3_5_moe"
-    case.check_saved(name, of(name).tiny_model().bfloat16(), tmp_path)
+    case.check_saved("qwen3_5_moe", moe.tiny_model().bfloat16(), tmp_path)
 
 
 def test_experts_are_one_module_and_their_router_s_loss_is_refused() -> None:
     name = "qwen3_5_moe"
-    config, model = case.rules(name, "ring", 1), of(name).tiny_model()
+    config, model = case.rules(name, "ring", 1), moe.tiny_model()
     patched_by(config, model)
     assert all(z3_leaf_module(each.mlp.experts) for each in model.model.language_model.layers)
     with pytest.raises(NotImplementedError, match="text model with output_router_logits"):
-        patched_by(config, of(name).tiny_model(output_router_logits=True))
+        patched_by(config, moe.tiny_model(output_router_logits=True))
     with pytest.raises(NotImplementedError, match=r"_size 24 and moe_intermediate_size 16"):
         FAMILIES.named(name).size(model.config)

@@ -1,64 +1,21 @@
-"""Qwen3-VL on sharded batches computes what the model computes in one process."""
+"""Qwen3-VL with frames that are on their ranks already; more is in test_concatenated.py."""
 
 from __future__ import annotations
 
-import functools
 from functools import partial
 from itertools import groupby
 from typing import Any
 
-import pytest
 import torch
 
 from ds_lvx import owned
 from tests.models import concatenated_case as case
-from tests.models.mllama_case import (
-    assert_same_training,
-    plain_step,
-    reference_steps,
-)
-from tests.models.qwen3_vl_case import (
-    IMAGE,
-    MERGE,
-    VIDEO,
-    hard_batch,
-    left_padded,
-    one_image,
-    one_video,
-    text_only,
-    tiny_model,
-)
+from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
+from tests.models.qwen3_vl_case import IMAGE, MERGE, VIDEO, hard_batch, tiny_model
 from tests.ranks import run_ranks
 
-BATCHES = (hard_batch, left_padded, one_image, one_video, text_only)
 NAME = "qwen3_vl"
 rules = partial(case.rules, NAME)
-
-
-@functools.cache
-def expected() -> dict[str, Any]:
-    return case.references(BATCHES, tiny_model)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "offset"),
-    [
-        (1, 1),
-        pytest.param(2, 0, marks=pytest.mark.slow),
-        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(4)),
-    ],
-)
-def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
-    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
-
-
-def test_reference_has_gradients_everywhere() -> None:
-    """Else the comparisons compare zeros."""
-    silent = {name for name, grad in expected()["hard_batch"]["grads"].items() if not grad.any()}
-    assert silent == set()
-
-
-# ---- frames that are on their ranks already
 
 
 def local_units(batch: dict[str, Any]) -> dict[str, Any]:

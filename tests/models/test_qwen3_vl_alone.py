@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ds_lvx.sharding import shard_batch
-from tests.models.alone_case import assert_given_back, patched_by
+from tests.models.alone_case import patched_by
 from tests.models.concatenated_case import rules
 from tests.models.qwen2_5_vl_case import WIDTH
 from tests.models.qwen3_vl_case import IMAGE, VIDEO, Batch, hard_batch, tiny_model
@@ -17,10 +17,6 @@ from tests.models.qwen3_vl_case import IMAGE, VIDEO, Batch, hard_batch, tiny_mod
 def patched(model: Any, method: str = "ring") -> Any:
     config = rules("qwen3_vl", method, 1)
     return patched_by(config, model)
-
-
-def test_a_patched_model_is_its_own_self_and_can_be_given_back() -> None:
-    assert_given_back(tiny_model, hard_batch(), patched)
 
 
 def test_positions_that_the_model_makes_may_be_given() -> None:

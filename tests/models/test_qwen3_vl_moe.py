@@ -1,8 +1,7 @@
-"""Qwen3-VL-MoE on sharded batches computes what the model computes in one process."""
+"""Qwen3-VL-MoE: experts, and sizes; more is in test_concatenated.py."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from safetensors.torch import load_file
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from ds_lvx import owned
 from ds_lvx.compare.case import cut, random_case
 from ds_lvx.models.registry import FAMILIES
 from ds_lvx.sharding import shard_batch
@@ -25,49 +23,11 @@ from tests.models import concatenated_case as case
 from tests.models import qwen3_vl_moe_case as moe
 from tests.models.alone_case import insides, patched_by
 from tests.models.compare_case import compared
-from tests.models.mllama_case import (
-    assert_same_training,
-    end_engine,
-    plain_step,
-    reference_steps,
-    start_engine,
-)
-from tests.models.qwen3_vl_moe_case import (
-    hard_batch,
-    left_padded,
-    one_image,
-    one_video,
-    text_only,
-    tiny_model,
-)
+from tests.models.mllama_case import assert_same_training, end_engine, reference_steps, start_engine
+from tests.models.qwen3_vl_moe_case import hard_batch, text_only, tiny_model
 from tests.ranks import run_ranks
 
-BATCHES = (hard_batch, left_padded, one_image, one_video, text_only)
 NAME = "qwen3_vl_moe"
-
-
-@functools.cache
-def expected() -> dict[str, Any]:
-    return case.references(BATCHES, tiny_model)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "offset"),
-    [
-        pytest.param(1, 1, marks=pytest.mark.exhaustive),
-        pytest.param(2, 0, marks=pytest.mark.slow),
-        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(4)),
-    ],
-)
-def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
-    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
-
-
-def test_reference_has_gradients_everywhere() -> None:
-    """Else the comparisons compare zeros: of every expert, too."""
-    for name, grad in expected()["hard_batch"]["grads"].items():
-        experts = grad if ".experts." in name else grad[None]
-        assert all(each.any() for each in experts), name
 
 
 def many_experts() -> Any:
@@ -156,23 +116,6 @@ def test_weights_are_saved_as_they_are(tmp_path: Path) -> None:
     held, found = run_ranks(saved, 2, tmp_path)[0]
     assert held["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 32, 32)
     torch.testing.assert_close(found, held)
-
-
-def step_local() -> dict[str, Any]:
-    """Each rank has the pixels of its own temporal patches alone."""
-    batch = one_video()
-    t, h, w = batch["video_grid_thw"][0].tolist()
-    mine = list(owned([h * w // 4] * t, model=tiny_model()))
-    held = batch["pixel_values_videos"].unflatten(0, (t, -1))[mine].flatten(0, 1)
-    given = {**batch, "pixel_values_videos": held if mine else None}
-    rules = case.rules(NAME, "lvx", 2)
-    return plain_step(rules, given, frames="local", model=tiny_model())
-
-
-@pytest.mark.exhaustive
-def test_frames_that_are_on_their_ranks_already() -> None:
-    alone = reference_steps([[one_video()]], tiny_model())
-    assert_same_training(run_ranks(step_local, 2), alone, sp_size=2)
 
 
 def patched(model: Any) -> Any:

@@ -1,8 +1,8 @@
-"""SmolVLM and Idefics3 on sharded batches compute what they compute in one process."""
+"""SmolVLM and Idefics3: tiles on their ranks, and what is refused; more is in
+test_concatenated.py."""
 
 from __future__ import annotations
 
-import functools
 from functools import partial
 from typing import Any
 
@@ -15,45 +15,12 @@ from ds_lvx.models import FAMILIES
 from ds_lvx.sharding import shard_batch
 from tests.models import concatenated_case as case
 from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
-from tests.models.smolvlm_case import (
-    IMAGE,
-    TOKENS,
-    hard_batch,
-    left_padded,
-    one_image,
-    one_video,
-    text_only,
-    tiny_model,
-)
+from tests.models.smolvlm_case import IMAGE, TOKENS, hard_batch, left_padded, tiny_model
 from tests.models.test_generating_families import without_labels
 from tests.ranks import run_ranks
 
-BATCHES = (hard_batch, left_padded, one_image, one_video, text_only)
 NAME = "smolvlm"
 rules = partial(case.rules, NAME)
-
-
-@functools.cache
-def expected() -> dict[str, Any]:
-    return case.references(BATCHES, tiny_model)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "offset"),
-    [
-        pytest.param(1, 1, marks=pytest.mark.exhaustive),
-        pytest.param(2, 0, marks=pytest.mark.slow),
-        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(4)),
-    ],
-)
-def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
-    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
-
-
-def test_reference_has_gradients_everywhere() -> None:
-    """Else the comparisons compare zeros."""
-    silent = {name for name, grad in expected()["hard_batch"]["grads"].items() if not grad.any()}
-    assert silent == set()
 
 
 def local_units(batch: dict[str, Any]) -> dict[str, Any]:

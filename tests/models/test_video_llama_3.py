@@ -1,8 +1,7 @@
-"""VideoLLaMA 3 on sharded batches computes what the model computes in one process."""
+"""VideoLLaMA 3: what is refused, and sizes; more is in test_concatenated.py."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,79 +10,16 @@ import pytest
 import torch
 from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration
 
-from ds_lvx import owned
 from ds_lvx.compare.case import cut, random_case
 from ds_lvx.models import FAMILIES
 from ds_lvx.sharding import shard_batch
 from tests.models import concatenated_case as case
-from tests.models.alone_case import assert_given_back, patched_by
+from tests.models.alone_case import patched_by
 from tests.models.compare_case import compared
-from tests.models.mllama_case import assert_same_training, plain_step, reference_steps
-from tests.models.video_llama_3_case import (
-    MASK,
-    VISION,
-    Batch,
-    hard_batch,
-    left_padded,
-    one_image,
-    one_video,
-    text_only,
-    tiny_model,
-    whole_video,
-)
-from tests.ranks import run_ranks
+from tests.models.video_llama_3_case import MASK, VISION, Batch, hard_batch, tiny_model
 
-BATCHES = (hard_batch, left_padded, one_image, one_video, whole_video, text_only)
 NAME = "video_llama_3"
 patched = partial(patched_by, case.rules(NAME, "ring", 1))
-
-
-@functools.cache
-def expected() -> dict[str, Any]:
-    return case.references(BATCHES, tiny_model)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "offset"),
-    [
-        pytest.param(1, 1, marks=pytest.mark.exhaustive),
-        pytest.param(2, 0, marks=pytest.mark.slow),
-        *(pytest.param(3, n, marks=pytest.mark.exhaustive) for n in range(4)),
-        pytest.param(4, 2, marks=pytest.mark.exhaustive),
-    ],
-)
-def test_every_kind_of_batch_equals_one_process(ranks: int, offset: int) -> None:
-    case.check_each(NAME, tiny_model, BATCHES, expected(), ranks=ranks, offset=offset)
-
-
-def test_reference_has_gradients_everywhere() -> None:
-    """Else the comparisons compare zeros."""
-    silent = {name for name, grad in expected()["hard_batch"]["grads"].items() if not grad.any()}
-    assert silent == set()
-
-
-def step_local() -> dict[str, Any]:
-    """Each rank has the pixels of its own frames alone, and the mask of all."""
-    batch = one_video()
-    t = int(batch["video_grid_thw"][0, 0])
-    tokens = batch[MASK].view(t, -1).sum(dim=1).tolist()
-    mine = list(owned(tokens, model=tiny_model()))
-    held = batch["pixel_values_videos"].unflatten(0, (t, -1))[mine].flatten(0, 1)
-    given = {**batch, "pixel_values_videos": held if mine else None}
-    return plain_step(case.rules(NAME, "lvx", 2), given, frames="local", model=tiny_model())
-
-
-@pytest.mark.exhaustive
-def test_frames_that_are_on_their_ranks_already() -> None:
-    alone = reference_steps([[one_video()]], tiny_model())
-    assert_same_training(run_ranks(step_local, 2), alone, sp_size=2)
-
-
-# ---- in one process
-
-
-def test_a_patched_model_can_be_given_back() -> None:
-    assert_given_back(tiny_model, left_padded(), patched)
 
 
 def with_mask(batch: Batch, change: Any) -> Batch:

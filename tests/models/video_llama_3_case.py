@@ -150,3 +150,6 @@ def generate(model: Any, batch: Batch, **keywords: Any) -> Any:
 
 def text_only(seed: int = 4) -> Batch:
     return make_batch([[12], [9]], seed=seed)
+
+
+BATCHES = (hard_batch, left_padded, one_image, one_video, whole_video, text_only)
