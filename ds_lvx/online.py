@@ -122,7 +122,7 @@ class OnlineMixin:
         """TRL's; completions of a prompt stay together where they share it in training."""
         session = self.accelerator.session if self._is_online else None
         with ExitStack() as stack:
-            if session is not None and session.config.share_prompts:
+            if session is not None and session.config.share_prefixes:
                 together = math.gcd(self.args.per_device_train_batch_size, self.num_generations)
                 for module in self._modules:
                     own = getattr(module, _SHUFFLE, None)

@@ -95,7 +95,7 @@ def test_dpo_on_two_ranks_has_the_losses_of_one_process(
     make, folder = {"qwen2_5_vl": qwen, "idefics": idefics}[name], folders[name]
     own = rules("qwen2_5_vl", "ring", 2) if name == "qwen2_5_vl" else None
     config = {**config_of(stage), **({"ds_lvx": own["ds_lvx"]} if own else {})}
-    config["ds_lvx"]["share_prompts"] = shares
+    config["ds_lvx"]["share_prefixes"] = shares
     if name == "idefics":
         patterns = FAMILIES.named(name).patterns
         for rule, kind in zip(config["ds_lvx"]["layers"], ("local", "cross", "self"), strict=True):

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from PIL import Image
 
 from ds_lvx.models import FAMILIES
-from ds_lvx.models.concatenated import prompts
+from ds_lvx.models.concatenated import prefixes
 from ds_lvx.trainer import TrainerMixin
 from tests.models.concatenated_case import rules
 from tests.models.mllama_case import trained, weights
@@ -360,7 +360,7 @@ def test_on_two_ranks_has_the_losses_of_one_process(
 def sharing(*given: Any, **settings: Any) -> dict[str, Any]:
     """`reinforce`, and how many rows became one in each forward."""
     rows: list[int] = []
-    share = prompts.share
+    share = prefixes.share
 
     def counted(text: Any, pixels: Any) -> Any:
         made = share(text, pixels)
@@ -387,7 +387,7 @@ def test_completions_that_share_their_prompt_learn_the_same(
 ) -> None:
     """They are in other micro-batches than TRL's, of which it logs extremes."""
     alone = reinforce(ALONE[online], tmp_path / "alone", tiny, **settings)
-    config = sharded(stage, method="lvx", share_prompts=True)
+    config = sharded(stage, method="lvx", share_prefixes=True)
     for found in run_ranks(sharing, 2, online, tmp_path, tiny, config, **settings):
         assert_same_rollouts(found, alone, but=("min", "max"))
         assert set(found["rows"]) == {1}

@@ -49,7 +49,7 @@ class LVXConfig(BaseModel):
     early and a late piece, so that ring and lvx have as much to do on every rank; or `auto`,
     zigzag where one of them or a hybrid runs in the text's layers."""
 
-    share_prompts: bool = False
+    share_prefixes: bool = False
     """Rows of a batch that begin alike, such as completions of one prompt, become one row, whose
     text and images run once; results are the same."""
 

@@ -61,7 +61,7 @@ class Family(TakesMedia, ABC):
         splits_prompt: a long prompt is split, and a long text behind a cache: text layers `fill`
             the cache, then attend.
         zigzag: ``text_order`` may cut its text: its code asks `ShardedBatch.places`, position ids.
-        shares_prompts: `share_prompts` makes one row of those that begin alike.
+        shares_prefixes: `share_prefixes` makes one row of those that begin alike.
         without: methods that cross-attention of some of its models cannot run, and why; a tool
             leaves them out.
     """
@@ -73,7 +73,7 @@ class Family(TakesMedia, ABC):
     skips_vision: bool = True
     splits_prompt: bool = False
     zigzag: bool = False
-    shares_prompts: bool = False
+    shares_prefixes: bool = False
     without: Mapping[str, str] = {}
 
     # ---- required: patching a model
@@ -138,14 +138,14 @@ class Family(TakesMedia, ABC):
 
         return Text.of(batch)
 
-    def share_prompts(self, text: Text, batch: Mapping[str, Any], model: Any) -> Text:
+    def share_prefixes(self, text: Text, batch: Mapping[str, Any], model: Any) -> Text:
         """The text with rows that begin alike, images included, as one row.
 
         Args:
             text: of the batch, before it is dealt.
             batch, model: as of `visual`; the pixels are those of all samples.
         """
-        raise self.lacks("share_prompts", "prompts that rows share")
+        raise self.lacks("share_prefixes", "prefixes that rows share")
 
     def complete(self, visual: Visual, model: Any) -> Visual:
         """The visual part of a batch with what only the model itself says of it: a draft of a data

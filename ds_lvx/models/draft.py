@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.models.contract import Family
-from ds_lvx.models.prepare import shares_prompts
+from ds_lvx.models.prepare import shares_prefixes
 from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Text, digest
 from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
 from ds_lvx.models.words import check_labels, check_tokens
@@ -150,8 +150,8 @@ class Content:
         batch = {key: value for key, value in batch.items() if value is not None}
         _check_keys(batch, family, frames)
         text = given = family.text(batch, model)
-        if frames == "all" and not apart and shares_prompts(family, model):
-            text = family.share_prompts(text, batch, model)
+        if frames == "all" and not apart and shares_prefixes(family, model):
+            text = family.share_prefixes(text, batch, model)
         text = text.dealt(size)
         text.check_items()
         visual = family.visual(batch, text, model)

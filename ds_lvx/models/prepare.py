@@ -29,10 +29,11 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
             "engine that uses it before a second ds_lvx.initialize"
         )
     family.check(model, sp_size=sp_size)
-    if config.share_prompts and not family.shares_prompts:
+    if config.share_prefixes and not family.shares_prefixes:
         raise NotImplementedError(
-            f"{SECTION}.share_prompts: got true for a {type(model).__name__}; expected false: only "
-            "models whose visual tokens stand among the text's take rows that begin alike as one"
+            f"{SECTION}.share_prefixes: got true for a {type(model).__name__}; expected false: "
+            "only models whose visual tokens stand among the text's take rows that begin alike as "
+            "one"
         )
     layers = family.attention_layers(model)
     plans = make_plans(layers, config, sp_size=sp_size)
@@ -52,7 +53,7 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
             sp_size,
             chunked=[plan.kind for plan in plans if plan.chunk_tokens()],
             zigzag=deals_zigzag(plans, config.text_order) and family.zigzag,
-            shares_prompts=config.share_prompts,
+            shares_prefixes=config.share_prefixes,
         )
         family.text_model(model).register_forward_pre_hook(hook, with_kwargs=True)
         # Before what a family puts in the place of the loss function, and undone after it.
@@ -96,7 +97,7 @@ class PrepareText(Hook):
 
     Attributes:
         zigzag: how the batches' text is to be cut.
-        shares_prompts: rows of it that begin alike are to be one.
+        shares_prefixes: rows of it that begin alike are to be one.
     """
 
     def __init__(
@@ -106,12 +107,12 @@ class PrepareText(Hook):
         *,
         chunked: Collection[str] = (),
         zigzag: bool = False,
-        shares_prompts: bool = False,
+        shares_prefixes: bool = False,
     ) -> None:
         self.family = family
         self.sp_size = sp_size
         self.zigzag = zigzag
-        self.shares_prompts = shares_prompts
+        self.shares_prefixes = shares_prefixes
         self.chunked = sorted({*chunked})  # kinds of layers that project in chunks
 
     def __call__(
@@ -186,10 +187,10 @@ def zigzags(family: Family, model: nn.Module) -> bool:
     return found is not None and found.zigzag
 
 
-def shares_prompts(family: Family, model: Any) -> bool:
+def shares_prefixes(family: Family, model: Any) -> bool:
     """Whether rows of a batch that begin alike are to be one; of a config alone, False."""
     found = _prepares(family, model) if isinstance(model, nn.Module) else None
-    return found is not None and found.shares_prompts
+    return found is not None and found.shares_prefixes
 
 
 def _prepares(family: Family, model: nn.Module) -> PrepareText | None:

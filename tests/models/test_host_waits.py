@@ -51,7 +51,7 @@ from tests.models import (
 from tests.models.concatenated_case import rules
 from tests.models.host_reads import HostReads
 from tests.models.mllama_case import ds_config, end_engine, hard_batch, start_engine, tiny_model
-from tests.models.test_shared_prompts import answered
+from tests.models.test_shared_prefixes import answered
 from tests.ranks import run_ranks
 
 exhaustive = pytest.mark.exhaustive
@@ -281,7 +281,7 @@ def test_rows_that_begin_alike_do_not_wait_on_cuda(
         monkeypatch.setattr(modeling_of(name), "causal_conv1d_fn", convolved(name))
     made, case = rules(name, "lvx", 3), in_bf16(CONCATENATED[name])
     made["ds_lvx"]["layers"][1]["kernel"] = "native"
-    made["ds_lvx"]["share_prompts"] = True
+    made["ds_lvx"]["share_prefixes"] = True
     case.hard_batch = lambda: answered(case.batch(CONCATENATED[name].left_padded))
     assert waits_of_a_step(case, made, ranks=3, fake=fake) == []
 

@@ -57,7 +57,7 @@ and tuples, which the host reads. It pickles: a function of a module, or a parti
 @dataclass(frozen=True, eq=False)
 class Branches:
     """What several rows had in common, and where each goes on behind it
-    (`ds_lvx.models.concatenated.prompts`).
+    (`ds_lvx.models.concatenated.prefixes`).
 
     Attributes:
         gap_start, gap_end: int64 ``[B, T]``, places of others' between, which a token does not see;

@@ -18,7 +18,7 @@ from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.concatenated.batch import Arrange, Sequences, Unit, Units
 from ds_lvx.models.concatenated.deal import owners
 from ds_lvx.models.concatenated.forward import Embed, Encoded
-from ds_lvx.models.concatenated.prompts import share
+from ds_lvx.models.concatenated.prefixes import share
 from ds_lvx.models.dispatch import Dispatched
 from ds_lvx.models.layers import Layer, LayerPlan
 from ds_lvx.models.media import Held, Medium, Shown
@@ -45,7 +45,7 @@ class Concatenated(Made):
 
     features_key = ""
     sized_media = True
-    shares_prompts = True
+    shares_prefixes = True
     lora_targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
     of_text: type[nn.Module] | tuple[type[nn.Module], ...]
     within: type[nn.Module] | tuple[type[nn.Module], ...]
@@ -216,7 +216,7 @@ class Concatenated(Made):
         made = Sequences.with_units(text, self.visual_tokens(text.input_ids, config), units)
         return replace(made.at(self.positions(batch, text, config)), unbroken=self.unbroken)
 
-    def share_prompts(self, text: Text, batch: Mapping[str, Any], model: Any) -> Text:
+    def share_prefixes(self, text: Text, batch: Mapping[str, Any], model: Any) -> Text:
         assert isinstance(text, Sequences)
         return share(text, self.pixels(batch, model.config))
 

@@ -15,7 +15,7 @@ from ds_lvx.config import LVXConfig
 from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.models.concatenated.batch import Sequences
-from ds_lvx.models.concatenated.prompts import share
+from ds_lvx.models.concatenated.prefixes import share
 from ds_lvx.models.text import Text
 from ds_lvx.sharding import shard_batch
 from tests.models import qwen2_5_vl_case
@@ -74,7 +74,7 @@ def step(family: str, batch: Batch, *, ranks: int, method: str, **text: Any) -> 
     """Both losses and their gradients: run it on every rank."""
     model = import_module(f"tests.models.{family}_case").tiny_model(**text)
     config = rules(family, method, ranks)
-    config["ds_lvx"]["share_prompts"] = True
+    config["ds_lvx"]["share_prefixes"] = True
     groups = SequenceParallelGroups(ranks)
     patch = patch_model(model, LVXConfig.from_ds_config(config), groups)
     shard = shard_batch(batch, model=model)
@@ -162,7 +162,7 @@ def mistakes() -> list[str]:
     """What every rank hears of rank 1's batch."""
     model, groups = qwen2_5_vl_case.tiny_model(), SequenceParallelGroups(2)
     config = rules("qwen2_5_vl", "ring", 2)
-    config["ds_lvx"]["share_prompts"] = True
+    config["ds_lvx"]["share_prefixes"] = True
     patch = patch_model(model, LVXConfig.from_ds_config(config), groups)
     unknown, empty, other = (answered(prompts("qwen2_5_vl", "left_padded")) for _ in range(3))
     unknown["input_ids"][5, 21] = 1005

@@ -1,12 +1,12 @@
-"""Measure training on completions of a video's prompt: each a row, and with a shared prompt.
+"""Measure training on completions of a video's prompt: each a row, and with a shared prefix.
 
-    python launch/bench_prompts.py --document docs/concatenated.md
-    python launch/bench_prompts.py --quick --output_dir /tmp/prompts              small, to try it
-    python launch/bench_prompts.py --render --document docs/concatenated.md       only from the JSON
+    python launch/bench_prefixes.py --document docs/concatenated.md
+    python launch/bench_prefixes.py --quick --output_dir /tmp/prefixes         small, to try it
+    python launch/bench_prefixes.py --render --document docs/concatenated.md   only from the JSON
 
 A micro-batch of GRPO: all completions of a prompt. The same random model, batch and steps either
 way, whose losses are compared. Every way runs in fresh ranks. Some five minutes on two cores that
-do nothing else. Writes prompts.json into --output_dir and a table into --document.
+do nothing else. Writes prefixes.json into --output_dir and a table into --document.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def train(task: Task) -> dict[str, Any]:
     ranks = int(os.environ["WORLD_SIZE"])
     setting = Setting("ulysses", checkpointing=True)
     config = ds_config(setting, task.case, ranks=ranks, dtype="float32")
-    config["ds_lvx"]["share_prompts"] = task.shares
+    config["ds_lvx"]["share_prefixes"] = task.shares
     with own_device():
         model = build_model(task.case, dtype=torch.float32)
     with training(model, torch.optim.SGD, config) as engine:
@@ -143,7 +143,7 @@ def _record(task: Task, ranks: Ranks) -> dict[str, Any]:
 
 def name(results: Results) -> str:
     """Of the files."""
-    return "prompts"
+    return "prefixes"
 
 
 def text(results: Results) -> str:
@@ -185,9 +185,9 @@ def main() -> None:
         task, most = Task(small, frames=2, said=8, steps=1), 2
     counts = tuple(each for each in (1, 2, 4, 8) if each <= most)
     ranks = Ranks(options.ranks, timeout_s=900, environment=PROMPT_FREEING)
-    with told("bench_prompts"):
-        results = measured("prompts", options, lambda: measure(task, counts, ranks))
-        leave("bench_prompts", sys.modules[__name__], results, options)
+    with told("bench_prefixes"):
+        results = measured("prefixes", options, lambda: measure(task, counts, ranks))
+        leave("bench_prefixes", sys.modules[__name__], results, options)
 
 
 if __name__ == "__main__":

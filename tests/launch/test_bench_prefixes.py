@@ -1,4 +1,4 @@
-"""The benchmark of shared prompts: what it writes, and that both ways train the same."""
+"""The benchmark of shared prefixes: what it writes, and that both ways train the same."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import bench_prompts
+import bench_prefixes
 from tests.forked import fork_fresh_ranks
 
-MARKS = "<!-- bench_prompts.py, prompts: begin -->\n<!-- bench_prompts.py, prompts: end -->\n"
+MARKS = "<!-- bench_prefixes.py, prefixes: begin -->\n<!-- bench_prefixes.py, prefixes: end -->\n"
 
 
 @pytest.mark.exhaustive
@@ -19,12 +19,12 @@ def test_a_quick_run_writes_json_and_table(tmp_path: Path, monkeypatch: pytest.M
     document = tmp_path / "document.md"
     document.write_text(MARKS)
     words = ("--quick", "--output_dir", str(tmp_path), "--document", str(document))
-    monkeypatch.setattr(sys, "argv", ["bench_prompts.py", *words])
+    monkeypatch.setattr(sys, "argv", ["bench_prefixes.py", *words])
     fork_fresh_ranks(monkeypatch)
-    bench_prompts.main()
-    results = json.loads((tmp_path / "prompts.json").read_text())
+    bench_prefixes.main()
+    results = json.loads((tmp_path / "prefixes.json").read_text())
     assert results["kind"] == "measured"
-    assert bench_prompts.text(results) in document.read_text()
+    assert bench_prefixes.text(results) in document.read_text()
     one, apart, shared = results["records"]
     prompt, said = results["prompt_tokens"], results["said"]
     assert sum(one["tokens"]) == prompt + said
@@ -39,6 +39,6 @@ def test_the_document_has_the_table_of_the_committed_json() -> None:
     begin, end = MARKS.splitlines()
     text = (docs / "concatenated.md").read_text()
     stands = text.partition(begin)[2].partition(end)[0].strip()
-    committed = docs / "benchmarks" / "prompts.json"
-    expected = bench_prompts.text(json.loads(committed.read_text())) if committed.exists() else ""
+    committed = docs / "benchmarks" / "prefixes.json"
+    expected = bench_prefixes.text(json.loads(committed.read_text())) if committed.exists() else ""
     assert stands == expected
