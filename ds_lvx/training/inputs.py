@@ -98,6 +98,7 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
 
     Raises:
         ValueError: whatever is wrong with config, data, checkpoint or output folder.
+        NotImplementedError: samples that begin alike are to share it.
     """
     ds_config = read_ds_config(options.deepspeed_config)
     lvx = LVXConfig.from_ds_config(options.deepspeed_config)
@@ -106,6 +107,12 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
         check_ds_config(ds_config, lvx.sequence_parallel_size)
     except ValueError as error:
         raise ValueError(f"{options.deepspeed_config}: {error}") from None
+    if lvx.share_prefixes:
+        raise NotImplementedError(
+            f"{options.deepspeed_config}: ds_lvx.share_prefixes: got true; expected false: here "
+            "each rank decodes its own frames, and none has those of all samples to compare; leave "
+            "it out, or train by ds_lvx.trainer"
+        )
     check_section(options, ds_config)
     sizes = batch_sizes(ds_config, world_size // lvx.sequence_parallel_size)
     check_trackers(options.report_to)
