@@ -158,6 +158,18 @@ def test_images_of_completions_of_prompts_in_turn() -> None:
     check([("qwen2_5_vl", interleaved(), "ring")], 2, copies=2)
 
 
+def test_a_row_of_padding_beside_them() -> None:
+    """Layers that carry a state begin nothing there."""
+    ids = torch.randint(3, 30, (3, 20), generator=torch.Generator().manual_seed(0))
+    ids[1, :14] = ids[0, :14]
+    there = torch.tensor([[1], [1], [0]]).expand(3, 20)
+    labels = torch.where((there > 0) & (torch.arange(20) > 14), ids, -100)
+    batch = {"input_ids": ids, "attention_mask": there, "labels": labels}
+    (found,) = run_ranks(steps, 1, [("qwen3_5", batch, "ring")], 1)
+    assert found[0]["rows"] == 2
+    assert_close(found[0]["loss"], alone("qwen3_5", batch)["loss"], rtol=1e-5, atol=1e-5)
+
+
 def mistakes() -> list[str]:
     """What every rank hears of rank 1's batch."""
     model, groups = qwen2_5_vl_case.tiny_model(), SequenceParallelGroups(2)
