@@ -98,6 +98,7 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
 
     Raises:
         ValueError: whatever is wrong with config, data, checkpoint or output folder.
+        NotImplementedError: a combination that does not exist.
     """
     ds_config = read_ds_config(options.deepspeed_config)
     lvx = LVXConfig.from_ds_config(options.deepspeed_config)
@@ -106,6 +107,12 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
         check_ds_config(ds_config, lvx.sequence_parallel_size)
     except ValueError as error:
         raise ValueError(f"{options.deepspeed_config}: {error}") from None
+    if lvx.share_prefixes:
+        raise NotImplementedError(
+            f"{options.deepspeed_config}: ds_lvx.share_prefixes: got true; expected false: each "
+            "rank decodes its own images here, and none can compare those of two samples; set it "
+            "to false, or train with ds_lvx.trainer"
+        )
     check_section(options, ds_config)
     sizes = batch_sizes(ds_config, world_size // lvx.sequence_parallel_size)
     check_trackers(options.report_to)
