@@ -111,7 +111,8 @@ class OnlineMixin:
         if not self._is_online:
             return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         # Of the prompts with their completions TRL keeps what is seen, not the tokens.
-        once = processing_once(self.processing_class, self._copies_here)
+        copies = math.gcd(len(inputs), self._copies_here)  # others' may be on other replicas
+        once = processing_once(self.processing_class, copies)
         by_replicas = self._by_replicas(self.accelerator.gather)
         with by_replicas, _replaced(self, "processing_class", once):
             scored = super()._generate_and_score_completions(inputs)  # type: ignore[misc]

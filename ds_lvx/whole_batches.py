@@ -138,18 +138,17 @@ class WholeBatches:
         """Show what each rank holds of the first batch."""
         self._proved = True
         if self._groups.world_channel.rank == 0:
-            batch, rows = shard[KEYWORD], len(shard["input_ids"])
+            batch, rows = shard[KEYWORD], shard["input_ids"].shape[0]
             found = shares(
                 self._session.patch,
                 batch,
                 samples=rows,
                 element_bytes=dtype_of(model).itemsize,
             )
-            how = ""
+            print(f"ds_lvx: the first batch\n{share_table(found)}", flush=True)
             if self._session.config.share_prefixes:
-                given = rows if batch.unmerged is None else len(batch.unmerged)
-                how = f", its {given} rows as {rows}"
-            print(f"ds_lvx: the first batch{how}\n{share_table(found)}", flush=True)
+                came = rows if batch.unmerged is None else len(batch.unmerged)
+                print(f"share_prefixes: its {came} rows run as {rows}", flush=True)
 
     def _join(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any

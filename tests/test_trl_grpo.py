@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -361,6 +361,7 @@ def test_on_two_ranks_has_the_losses_of_one_process(
 def sharing(*given: Any, **settings: Any) -> dict[str, Any]:
     """`reinforce`, how many rows became one in each forward, and what was printed."""
     rows: list[int] = []
+    printed = io.StringIO()
     share = prefixes.share
 
     def counted(text: Any, pixels: Any) -> Any:
@@ -368,10 +369,10 @@ def sharing(*given: Any, **settings: Any) -> dict[str, Any]:
         rows.append(len(text.input_ids) - len(made.input_ids))
         return made
 
-    with pytest.MonkeyPatch.context() as patched, redirect_stdout(StringIO()) as said:
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(printed):
         patched.setattr("ds_lvx.models.concatenated.family.share", counted)
         found = reinforce(*given, **settings)
-    return {**found, "rows": rows, "said": said.getvalue()}
+    return {**found, "rows": rows, "printed": printed.getvalue()}
 
 
 @pytest.mark.parametrize(
@@ -389,11 +390,11 @@ def test_completions_that_share_their_prompt_learn_the_same(
     """They are in other micro-batches than TRL's, of which it logs extremes."""
     alone = reinforce(ALONE[online], tmp_path / "alone", tiny, **settings)
     config = sharded(stage, method="lvx", share_prefixes=True)
-    first, second = run_ranks(sharing, 2, online, tmp_path, tiny, config, **settings)
-    for found in (first, second):
+    results = run_ranks(sharing, 2, online, tmp_path, tiny, config, **settings)
+    for found in results:
         assert_same_rollouts(found, alone, but=("min", "max"))
         assert set(found["rows"]) == {1}
-    assert "ds_lvx: the first batch, its 2 rows as 1" in first["said"]
+    assert "share_prefixes: its 2 rows run as 1\n" in results[0]["printed"]
 
 
 def test_two_replicas_of_two_ranks_have_those_of_two_processes(tiny: Path, tmp_path: Path) -> None:

@@ -63,7 +63,9 @@ def _made_once(
     if not all(alike(sample, firsts[n // copies]) for n, sample in enumerate(samples)):
         return None
     made = [own(images=[shown], text=[said], **options) for shown, said in firsts]
-    found = {key: _together(key, [each.get(key) for each in made], copies) for key in made[0]}
+    if any(each.keys() != made[0].keys() for each in made):
+        return None
+    found = {key: _together(key, [each[key] for each in made], copies) for key in made[0]}
     return None if any(value is None for value in found.values()) else BatchFeature(found)
 
 

@@ -109,9 +109,9 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
         raise ValueError(f"{options.deepspeed_config}: {error}") from None
     if lvx.share_prefixes:
         raise NotImplementedError(
-            f"{options.deepspeed_config}: ds_lvx.share_prefixes: got true; expected false: here "
-            "each rank decodes its own frames, and none has those of all samples to compare; leave "
-            "it out, or train by ds_lvx.trainer"
+            f"{options.deepspeed_config}: ds_lvx.share_prefixes: got true; expected false: each "
+            "rank decodes its own images here, and none can compare those of two samples; set it "
+            "to false, or train with ds_lvx.trainer"
         )
     check_section(options, ds_config)
     sizes = batch_sizes(ds_config, world_size // lvx.sequence_parallel_size)

@@ -29,7 +29,7 @@ class Processor:
         return BatchFeature(
             {
                 "input_ids": torch.tensor(ids),
-                "pixel_values": torch.cat(pixels),
+                **({"pixel_values": torch.cat(pixels)} if pixels else {}),
                 "grids": torch.tensor(grids),
                 **self.more,
             }
@@ -58,12 +58,15 @@ def test_equal_samples_are_made_once() -> None:
         ([[3], [3]], ["a", "b"], {}, [2]),
         ([[3]] * 3, ["a"] * 3, {}, [3]),
         ([[3]] * 2, ["a"] * 2, {"names": ["x"]}, [1, 2]),
+        ([[], [], [3], [3]], ["a"] * 4, {}, [1, 1, 4]),
     ],
 )
 def test_others_are_made_as_they_come(
     images: list[Any], text: list[str], more: dict[str, Any], asked: list[int]
 ) -> None:
-    """Samples that differ, that are no whole number of copies, or with what cannot be joined."""
+    """Samples that differ, that are no whole number of copies, or with what cannot be joined, such
+    as some without images."""
     processor = Processor(**more)
-    processing_once(processor, 2)(images=images, text=text, return_tensors="pt")
+    made = processing_once(processor, 2)(images=images, text=text, return_tensors="pt")
     assert processor.samples == asked
+    assert made["pixel_values"].shape[0] == sum(map(sum, images))

@@ -20,6 +20,7 @@ from ds_lvx.models.text import Text
 from ds_lvx.sharding import shard_batch
 from tests.models import qwen2_5_vl_case
 from tests.models.concatenated_case import METHODS, rules
+from tests.models.mllama_case import sharded_steps
 from tests.ranks import run_ranks
 
 Batch = dict[str, Any]
@@ -156,6 +157,37 @@ def interleaved() -> Batch:
 
 def test_images_of_completions_of_prompts_in_turn() -> None:
     check([("qwen2_5_vl", interleaved(), "ring")], 2, copies=2)
+
+
+def beside_another(shares: bool) -> dict[str, Any]:
+    """Steps at ZeRO 3 in which one of two replicas has rows to share, or both have."""
+    first = answered(prompts("qwen3_5", "left_padded"))
+    second = {key: value[: len(value) // len(SAID)] for key, value in first.items()}
+    third = answered(prompts("qwen3_5", "one_image"))
+    config = rules("qwen3_5", "ring", 2, stage=3)
+    config["ds_lvx"]["share_prefixes"] = shares
+    model = import_module("tests.models.qwen3_5_case").tiny_model()
+    return sharded_steps(config, [[first, second], [second, third]], model=model)
+
+
+@pytest.mark.exhaustive
+def test_a_replica_that_shares_nothing_beside_one_that_does() -> None:
+    apart, shared = (run_ranks(beside_another, 4, shares)[0] for shares in (False, True))
+    assert [len(each["logits"][0]) for each in (apart, shared)] == [9, 3]
+    for key in ("losses", "grads", "weights"):
+        assert_close(shared[key], apart[key], rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_of_padding_beside_them() -> None:
+    """Layers that carry a state begin nothing there."""
+    ids = torch.randint(3, 30, (3, 20), generator=torch.Generator().manual_seed(0))
+    ids[1, :14] = ids[0, :14]
+    there = torch.tensor([[1], [1], [0]]).expand(3, 20)
+    labels = torch.where((there > 0) & (torch.arange(20) > 14), ids, -100)
+    batch = {"input_ids": ids, "attention_mask": there, "labels": labels}
+    (found,) = run_ranks(steps, 1, [("qwen3_5", batch, "ring")], 1)
+    assert found[0]["rows"] == 2
+    assert_close(found[0]["loss"], alone("qwen3_5", batch)["loss"], rtol=1e-5, atol=1e-5)
 
 
 def mistakes() -> list[str]:

@@ -227,6 +227,7 @@ class _Layer:
         """
         kernel, rows = self.module.conv_kernel_size, []
         for row, (shared, *lengths) in enumerate(branches):
+            shared = max(shared, 1)  # of padding alone, where nobody reads what comes out
             parts = [x[row : row + 1, : shared + sum(lengths)] for x in (mixed, beta, g)]
             found, memory = self._walk(weight, *(x[:, :shared] for x in parts), goes_on=True)
             pieces = [found[0]]
