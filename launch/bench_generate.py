@@ -21,7 +21,7 @@ from bench import generation
 from bench.script import leave, measured, told, usual_parser
 from ds_lvx.compare.case import DTYPES, Case
 from ds_lvx.compare.decoding import Job
-from ds_lvx.compare.document import save
+from ds_lvx.compare.document import save_unfinished
 from ds_lvx.compare.harness import Ranks
 from ds_lvx.compare.machine import header
 from ds_lvx.plan.generation_memory import Share
@@ -83,8 +83,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         pieces.append(generation.record(fitting, where, samples))
         results = generation.assemble(job, pieces, **head)
         say([each for each in results["records"] if each["ranks"] == number])
-        # Of use even if the rest never comes.
-        save(results, options.output_dir / f"{generation.name(results)}.json")
+        save_unfinished(results, options.output_dir / f"{generation.name(results)}.json")
     return generation.assemble(job, pieces, **head)
 
 

@@ -29,7 +29,7 @@ from bench.kernels import subject as kernels
 from bench.kernels.cases import MEASURED, QUICK
 from bench.kernels.occupancy import BLOCK_SHARED_BYTES
 from bench.kernels.trial import Timing
-from ds_lvx.compare.document import save, write_between
+from ds_lvx.compare.document import save, save_unfinished, write_between
 from ds_lvx.compare.harness import RunError
 from ds_lvx.compare.machine import header
 
@@ -51,6 +51,7 @@ def main() -> None:
             results = measure(options)
         except RunError as error:
             sys.exit(f"bench_kernels: {error}")
+        save(results, options.output)
         if options.document is None:
             print(kernels_report.measured_table(results))
         # Without a GPU `triton` cannot run; that is no fault.
@@ -116,7 +117,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All trials; the JSON is written anew with every record."""
+    """All trials; what there is so far is written anew with every record."""
     timing = Timing(
         device=options.device,
         repeats=options.repeats,
@@ -133,7 +134,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     results["rates"] = next(found)
     for record in found:
         results["records"].append(record)
-        save(results, options.output)
+        save_unfinished(results, options.output)
         spread = record.get("device_s")
         said = f"{1e3 * spread['median']:.4g} ms" if spread else record["reason"].partition("\n")[0]
         print(f"{record['name']}: {record['status']}, {said}", flush=True)

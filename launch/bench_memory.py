@@ -24,7 +24,7 @@ from bench import memory
 from bench.peak import meter
 from bench.script import leave, measured, told, usual_parser
 from ds_lvx.compare.case import Case
-from ds_lvx.compare.document import save
+from ds_lvx.compare.document import save_unfinished
 from ds_lvx.compare.machine import cores, header
 from ds_lvx.plan.memory import Setting
 
@@ -148,7 +148,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
             own = replace(own, budget_bytes=own.budget_bytes if features == "trained" else 0)
             # Records of several commands may stand side by side.
             records.append({**memory.measure(name, setting, own), "command": command})
-        save(results, options.output_dir / "memory.json")  # of use even if the rest never comes
+        save_unfinished(results, options.output_dir / "memory.json")
     return results
 
 
@@ -192,7 +192,7 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
             f"{costs['step_s']:+.1%} of a step, {costs['processor_s']:+.1%} of processor time",
             flush=True,
         )
-        save(results, options.output_dir / "step_time.json")
+        save_unfinished(results, options.output_dir / "step_time.json")
     return results
 
 

@@ -66,7 +66,20 @@ def save(results: Results, path: Path, *, indent: int | None = 1) -> Path:
     """Write a JSON, and its folder where there is none; without indent in one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=indent) + "\n")
+    _unfinished(path).unlink(missing_ok=True)
     return path
+
+
+def save_unfinished(results: Results, path: Path) -> None:
+    """Write beside ``path`` what there is so far, of use even if the rest never comes.
+
+    What stands at ``path`` from an earlier time stays whole until `save` replaces it.
+    """
+    save(results, _unfinished(path))
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_suffix(".unfinished.json")
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ import pytest
 import bench_memory
 from bench import memory
 from bench.memory import compared
-from ds_lvx.compare.document import deliver
+from ds_lvx.compare.document import deliver, save
 from tests.forked import fork_fresh_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -56,6 +56,30 @@ def test_a_quick_run_writes_json_tables_and_plot(
         assert record["runs"][-1]["tokens"] >= 65
         assert record["ds_config"]["ds_lvx"]["sequence_parallel_size"] == 1
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_interrupted_leaves_the_results_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = ("--parts", "step_time", "--output_dir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["bench_memory.py", *places])
+    before, unfinished = tmp_path / "step_time.json", tmp_path / "step_time.unfinished.json"
+    before.write_text("whole\n")
+    costs = {"recomputation_costs": {"step_s": 0.1, "processor_s": 0.1}, "vision_tower": "frozen"}
+    found = iter([costs])
+
+    def recomputation(*_: Any, **__: Any) -> dict[str, Any]:
+        for record in found:
+            return record
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "recomputation", recomputation)
+    with pytest.raises(SystemExit):
+        bench_memory.main()
+    assert before.read_text() == "whole\n"
+    assert json.loads(unfinished.read_text())["records"] == [costs]
+    save({}, before)
+    assert not unfinished.exists()
 
 
 @pytest.mark.parametrize(
