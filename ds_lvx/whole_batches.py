@@ -19,7 +19,7 @@ from ds_lvx.models import family_of
 from ds_lvx.models.draft import Draft
 from ds_lvx.models.patch import KEYWORD, scale_gradient
 from ds_lvx.models.precision import dtype_of
-from ds_lvx.models.shares import share_table, shares
+from ds_lvx.models.shares import share_table, shared_rows, shares
 from ds_lvx.models.text import ITEMS_KEY, TEXT_KEYS
 from ds_lvx.sharding import shard_batch
 
@@ -147,8 +147,7 @@ class WholeBatches:
             )
             print(f"ds_lvx: the first batch\n{share_table(found)}", flush=True)
             if self._session.config.share_prefixes:
-                came = rows if batch.unmerged is None else len(batch.unmerged)
-                print(f"share_prefixes: its {came} rows run as {rows}", flush=True)
+                print(shared_rows(batch, rows), flush=True)
 
     def _join(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any

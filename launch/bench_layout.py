@@ -31,8 +31,8 @@ from ds_lvx.kernels import triton_tiles
 from ds_lvx.kernels.device import HOPPER
 from ds_lvx.kernels.rule import Rule
 from ds_lvx.models.cuts import split
+from ds_lvx.models.runs import Runs
 from ds_lvx.models.text import Text
-from ds_lvx.models.visual import Runs
 
 TEXT, RANKS = 4096, 8
 FRAMES, TILES, PATCHES = 234, 4, 1601  # of Llama-3.2-Vision: 1,498,536 visual tokens

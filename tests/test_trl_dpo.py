@@ -140,10 +140,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("stage", "shares"),
+    [
+        (2, False),
+        pytest.param(3, False, marks=pytest.mark.exhaustive),
+        pytest.param(3, True, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_dpo_on_two_ranks_has_the_losses_of_one_process(
-    stage: int, tiny: Path, tmp_path: Path
+    stage: int, shares: bool, tiny: Path, tmp_path: Path
 ) -> None:
-    alone = prefer(trl.DPOTrainer, tmp_path / "alone", tiny)
-    for found in run_ranks(prefer, 2, DPO, tmp_path, tiny, config_of(stage)):
+    alone, config = prefer(trl.DPOTrainer, tmp_path / "alone", tiny), config_of(stage)
+    config["ds_lvx"]["share_prefixes"] = shares
+    for found in run_ranks(prefer, 2, DPO, tmp_path, tiny, config):
         assert_same_preferences(found, alone)

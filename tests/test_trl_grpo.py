@@ -364,8 +364,8 @@ def sharing(*given: Any, **settings: Any) -> dict[str, Any]:
     printed = io.StringIO()
     share = prefixes.share
 
-    def counted(text: Any, pixels: Any) -> Any:
-        made = share(text, pixels)
+    def counted(text: Any, *more: Any) -> Any:
+        made = share(text, *more)
         rows.append(len(text.input_ids) - len(made.input_ids))
         return made
 

@@ -28,8 +28,9 @@ def gather_sequence(
         dim: the dimension that is split.
         groups: the groups; None is the current ones, or all ranks as one group.
         shard: what `ds_lvx.shard_batch` returned, where x ``[B, s, ...]`` has something of each of
-            its tokens, such as logits. Under zigzag, and of a model whose visual tokens stand
-            among the text's, a rank's tokens are not side by side; with it they are put in order.
+            its tokens, such as logits. Under zigzag, of a model whose visual tokens stand among
+            the text's, and where rows share prefixes, a rank's tokens are not side by side; with it
+            they are put in order, in rows as they came.
             Empty: x has nothing to do with the tokens of the last batch.
 
     Returns:
@@ -97,9 +98,9 @@ def _check_order(record: Mapping[str, Any], channel: Channel) -> None:
     if channel.scattered and (record["dim"], record["length"]) == (1, channel.scattered):
         raise ValueError(
             f"gather_sequence: got {record['length']} along dim 1 without a shard; this rank has "
-            "as many tokens of the last batch, and they are not side by side (zigzag, or "
-            "visual tokens among the text): expected shard=, what shard_batch returned, which puts "
-            "them in order, or shard={} for one rank after the other"
+            "as many tokens of the last batch, and they are not side by side (zigzag, "
+            "visual tokens among the text, or shared prefixes): expected shard=, what shard_batch "
+            "returned, which puts them in order, or shard={} for one rank after the other"
         )
 
 
@@ -108,7 +109,7 @@ def _check_tokens(x: Tensor, dim: int, shard: Mapping[str, Any]) -> None:
     if dim != 1:
         raise ValueError(f"dim: got {dim} with a shard; expected 1, the tokens' dimension")
     batch = shard["ds_lvx"]
-    rows = len(x) if batch.order is None else len(batch.order)
+    rows = next((len(each) for each in (batch.order, batch.branches) if each is not None), len(x))
     wanted = (rows, batch.text_lengths[batch.channel.rank])
     if tuple(x.shape[:2]) != wanted:
         raise ValueError(

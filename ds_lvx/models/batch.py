@@ -150,11 +150,14 @@ class ShardedBatch:
             In the order of the whole text, in rows as they came; zeros for padding that nobody
             holds.
         """
-        if self.order is None:
+        order = self.order
+        if order is None and self.unmerged is None:
             return parts
+        if order is None:
+            order = torch.arange(parts.shape[1], device="cpu").expand(parts.shape[:2])
         # In all parts of all rows, one after the other.
-        rows = torch.arange(len(self.order), device="cpu")[:, None] * parts.shape[1]
-        order = torch.where(self.order < 0, -1, rows + self.order)
+        rows = torch.arange(len(order), device="cpu")[:, None] * parts.shape[1]
+        order = torch.where(order < 0, -1, rows + order)
         if self.unmerged is not None:
             there = order.flatten()[self.unmerged.clamp(min=0)]
             order = there.masked_fill(self.unmerged < 0, -1)

@@ -61,7 +61,8 @@ class Family(TakesMedia, ABC):
         splits_prompt: a long prompt is split, and a long text behind a cache: text layers `fill`
             the cache, then attend.
         zigzag: ``text_order`` may cut its text: its code asks `ShardedBatch.places`, position ids.
-        shares_prefixes: `share_prefixes` makes one row of those that begin alike.
+        shares_prefixes: one row is made of those that begin alike: by `ds_lvx.models.visual.Visual.
+            share` where images stand beside the text, else by `share_prefixes`.
         without: methods that cross-attention of some of its models cannot run, and why; a tool
             leaves them out.
     """
@@ -138,14 +139,23 @@ class Family(TakesMedia, ABC):
 
         return Text.of(batch)
 
-    def share_prefixes(self, text: Text, batch: Mapping[str, Any], model: Any) -> Text:
-        """The text with rows that begin alike, images included, as one row.
+    def share_prefixes(
+        self,
+        text: Text,
+        batch: Mapping[str, Any],
+        model: Any,
+        *,
+        together: Sequence[int] | None = None,
+    ) -> Text:
+        """The text with rows that begin alike, images among it included, as one row; here as it is.
 
         Args:
             text: of the batch, before it is dealt.
-            batch, model: as of `visual`; the pixels are those of all samples.
+            batch, model: as of `visual`.
+            together: `ds_lvx.models.prefixes.TOGETHER` of a batch of local frames; None: the pixels
+                are those of all samples, and say whose images are the same.
         """
-        raise self.lacks("share_prefixes", "prefixes that rows share")
+        return text
 
     def complete(self, visual: Visual, model: Any) -> Visual:
         """The visual part of a batch with what only the model itself says of it: a draft of a data

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvx.models.contract import Family
+from ds_lvx.models.prefixes import TOGETHER
 from ds_lvx.models.prepare import shares_prefixes
 from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Text, digest
 from ds_lvx.models.visual import Visual, pack_tiles, unpack_tiles
@@ -90,14 +91,19 @@ class Draft:
 
         Args:
             items: what the sum of the losses is divided by; None as before.
-            but: rows and tokens of samples of which nothing is learnt, the same on every rank.
+            but: rows as they came and tokens of samples of which nothing is learnt, the same on
+                every rank.
         """
         content = self.checked()
         text = content.text
         if but and text.labels is not None:
             labels = text.labels.clone()
-            for place in but:
-                labels[place] = IGNORED_LABEL
+            for row, tokens in but:
+                if text.branches is None:
+                    labels[row, tokens] = IGNORED_LABEL
+                else:  # what is learnt is no other row's
+                    there = text.branches.unmerged[row, tokens]
+                    labels.view(-1)[there[there >= 0]] = IGNORED_LABEL
             text = replace(text, labels=labels)
         text = replace(text, items=text.items if items is None else items)
         return replace(self, content=replace(content, text=text))
@@ -121,10 +127,14 @@ class Content:
     """What one rank knows of the batch before it has heard of the others.
 
     With ``frames="all"`` the visual arguments are cut to this rank's already.
+
+    Attributes:
+        came: what must be the same on every rank of the text in rows as they came.
     """
 
     place: tuple[int, int]
     frames: str
+    came: Mapping[str, Any]
     text: Text
     visual: Visual
 
@@ -148,10 +158,14 @@ class Content:
                 "tensors by name, such as input_ids"
             )
         batch = {key: value for key, value in batch.items() if value is not None}
+        together = batch.pop(TOGETHER, None)
         _check_keys(batch, family, frames)
         text = given = family.text(batch, model)
-        if frames == "all" and not apart and shares_prefixes(family, model):
-            text = family.share_prefixes(text, batch, model)
+        shares = frames == "all" and not apart and shares_prefixes(family, model)
+        together = None if together is None else together.tolist()
+        shares = shares or together is not None
+        if shares:
+            text = family.share_prefixes(text, batch, model, together=together)
         text = text.dealt(size)
         text.check_items()
         visual = family.visual(batch, text, model)
@@ -165,9 +179,15 @@ class Content:
                 f'got {family.features_key} with frames="local"; expected the features of the '
                 'whole batch with frames="all", or the local frames themselves'
             )
+        if shares and visual.attended:
+            text, visual = visual.share(text, together)
         # With frames="local" the units at hand are this rank's from the first on.
         part = visual.at_hand if frames == "local" else visual.part
-        return cls(place, frames, text, part(rank, size))
+        came = {
+            "shape of input_ids": list(given.shape),
+            "contents of the text (a checksum)": given.digest(),
+        }
+        return cls(place, frames, came, text, part(rank, size))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Content:
         """See `Draft.each`."""
@@ -180,13 +200,12 @@ class Content:
 
     def shared_record(self) -> dict[str, Any]:
         """What must be the same on every rank of the group."""
+        branches = self.text.branches
+        unmerged = None if branches is None else branches.unmerged
         record = {
             "frames": self.frames,
-            "rows that begin alike, images included (a checksum)": digest(
-                self.text.merged().get("unmerged")
-            ),
-            "shape of input_ids": list(self.text.shape),
-            "contents of the text (a checksum)": self.text.digest(),
+            **self.came,
+            "rows that begin alike, images included (a checksum)": digest(unmerged),
             ITEMS_KEY: self.text.items,
             **self.visual.shared_record(),
         }

@@ -32,8 +32,7 @@ def patch(family: Family, model: Any, config: LVXConfig, *, sp_size: int) -> Pat
     if config.share_prefixes and not family.shares_prefixes:
         raise NotImplementedError(
             f"{SECTION}.share_prefixes: got true for a {type(model).__name__}; expected false: "
-            "only models whose visual tokens stand among the text's take rows that begin alike as "
-            "one"
+            "this model does not take rows that begin alike as one"
         )
     layers = family.attention_layers(model)
     plans = make_plans(layers, config, sp_size=sp_size)

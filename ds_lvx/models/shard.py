@@ -72,7 +72,8 @@ def _on_device(
     text = content.text.zigzag(size) if zigzags(family, model) and size > 1 else content.text
     here = text.part(rank, size)
     keyword = part.keyword(text, channel=channel, device=device)
-    channel.scattered = None if keyword.order is None else keyword.text_lengths[rank]
+    in_rows = keyword.order is None and keyword.unmerged is None
+    channel.scattered = None if in_rows else keyword.text_lengths[rank]
     beside = part.visual.beside(rank, text, here)
     shard = {**text.shard(here), **part.arguments, **beside}
     moved = {key: move(value, device) for key, value in shard.items()}

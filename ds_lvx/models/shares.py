@@ -130,6 +130,17 @@ def share_table(found: Sequence[Share]) -> str:
     return "\n".join(lines)
 
 
+def shared_rows(batch: ShardedBatch, rows: int) -> str:
+    """As how many rows those run that begin alike.
+
+    Args:
+        batch: the keyword.
+        rows: of the model's ``input_ids``.
+    """
+    came = rows if batch.unmerged is None else len(batch.unmerged)
+    return f"share_prefixes: its {came} rows run as {rows}"
+
+
 def _cells(share: Share) -> tuple[str, ...]:
     sizes = (share.kv_bytes, share.features_bytes, share.activation_bytes)
     tokens = (f"{share.text_tokens:,}", f"{share.visual_tokens:,}")

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, TypeAlias, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ds_lvx.attention.zigzag import dealt
 from ds_lvx.kernels.visibility import Visibility
 from ds_lvx.models.cuts import span, split
+from ds_lvx.models.prefixes import Branches, Merge, find
 
 IGNORED_LABEL = -100
 TEXT_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -38,6 +40,7 @@ class Text:
         items: what the sum of the losses is divided by; None: the labelled tokens of this batch.
         held: int64 ``[T]``, the tokens of all ranks, one rank after the other; None: in order.
         window: in layers with one a token sees so many, with itself; None: no layer has one.
+        branches: of rows that several which begin alike were made to; None: they are as they came.
     """
 
     input_ids: Tensor
@@ -47,6 +50,7 @@ class Text:
     items: float | None = None
     held: Tensor | None = None
     window: int | None = None
+    branches: Branches | None = None
     stays_sharded: ClassVar[bool] = False
     """In generation a rank keeps the keys of its part of a prompt, and none has all."""
     prefix: ClassVar[str] = ""
@@ -93,9 +97,19 @@ class Text:
     @property
     def labelled(self) -> int:
         """Tokens that are learnt."""
+        return int(self.labelled_tokens[:, self.unlearnt :].sum())
+
+    @property
+    def labelled_tokens(self) -> Tensor:
+        """bool ``[B, T]``: those with a label."""
         if self.labels is None:
-            return 0
-        return int((self.labels[:, self.unlearnt :] != IGNORED_LABEL).sum())
+            return torch.zeros(self.shape, dtype=torch.bool)
+        return self.labels != IGNORED_LABEL
+
+    @property
+    def learnt(self) -> Tensor:
+        """bool ``[B, T]``: tokens whose next one is learnt."""
+        return F.pad(self.labelled_tokens[:, 1:], (0, 1), value=False)
 
     def dealt(self, size: int) -> Self:
         """The same for ``size`` ranks, where who holds what has to be found once."""
@@ -115,7 +129,65 @@ class Text:
     def merged(self) -> dict[str, Any]:
         """``unmerged`` and ``branches`` of `ds_lvx.models.batch.ShardedBatch`, where rows that
         begin alike are one."""
-        return {}
+        if self.branches is None:
+            return {}
+        order = self.order()
+        held = torch.ones(self.shape) if order is None else order >= 0
+        until = F.pad(held.long().cumsum(dim=1), (1, 0))
+        lengths = [
+            row[[0, *starts, -1]].diff().tolist()
+            for row, starts in zip(until, self.branches.starts, strict=True)
+        ]
+        return {"unmerged": self.branches.unmerged, "branches": lengths}
+
+    def alike(
+        self,
+        columns: Sequence[Tensor],
+        *,
+        present: Tensor,
+        ends: Tensor | None = None,
+        together: Sequence[int] | None = None,
+    ) -> Merge | None:
+        """Rows of a text on the CPU that begin alike and are to be one; None where there are none.
+
+        Args:
+            columns: what tokens must have in common beside what they are here.
+            present, ends, together: see `ds_lvx.models.prefixes.find`.
+
+        Raises:
+            ValueError: as there.
+        """
+        own = [self.input_ids, *columns]
+        if self.attention_mask is not None:
+            own.append(self.attention_mask)
+        if self.position_ids is not None:
+            positions = self.position_ids.expand(*self.position_ids.shape[:-2], *self.shape)
+            own += positions.reshape(-1, *self.shape)
+        how = {"present": present, "learnt": self.learnt, "kept": present | self.labelled_tokens}
+        return find(own, **how, ends=ends, together=together)
+
+    def joined(self, rows: Merge, positions: Tensor | None = None) -> Self:
+        """The same with rows that begin alike as one, on the CPU.
+
+        Args:
+            rows: which these are.
+            positions: the model's own, int ``[..., B, T]``; None: those that it has, or places.
+        """
+        mask = self.attention_mask
+        if mask is None and bool(rows.pads.any()):
+            mask = torch.ones(self.shape, dtype=torch.int64)
+        if positions is None:
+            positions = self.position_ids
+        if positions is None:
+            positions = torch.arange(self.shape[1])[None]
+        return replace(
+            self,
+            input_ids=rows.taken(self.input_ids, int(self.input_ids[0, 0])),
+            attention_mask=None if mask is None else rows.taken(mask, 0),
+            position_ids=rows.taken(positions, 0),
+            labels=None if self.labels is None else rows.taken(self.labels, IGNORED_LABEL),
+            branches=rows.branches,
+        )
 
     def by_rank(self, rule: Visibility | None, *, keys: bool = False) -> Visibility | None:
         """A rule of the text's queries (and ``keys``) in order, or None, by the order of ranks."""
@@ -176,7 +248,8 @@ class Text:
 
         A key that ``attention_mask`` drops is invisible. Without ``attention_mask``, positions
         that do not go up by one start a new document, which sees nothing of those before it
-        (transformers' ``find_packed_sequence_indices``).
+        (transformers' ``find_packed_sequence_indices``). Of rows that begin alike and are one, each
+        sees what they share and its own.
         """
         batch, length = self.shape
         index = torch.arange(length, dtype=torch.int32)
@@ -188,7 +261,11 @@ class Text:
         if begins is not None:
             start = (index * begins).cummax(dim=-1).values.to(torch.int32).expand(batch, length)
         end = (index + 1).expand(batch, length)
-        return Visibility(start, end, keys)
+        queries = [start, end]
+        if self.branches is not None:
+            gaps = self.branches.gap_start, self.branches.gap_end
+            queries += [each.to(torch.int32) for each in gaps]
+        return Visibility.of(queries, keys)
 
     @property
     def begins(self) -> Tensor | None:
@@ -196,8 +273,10 @@ class Text:
         None where every row has one."""
         if self.attention_mask is not None or self.position_ids is None:
             return None
+        if self.branches is not None:
+            return None
         begins = self.position_ids.cpu().diff(dim=-1) != 1
-        return torch.nn.functional.pad(begins, (1, 0)) if bool(begins.any()) else None
+        return F.pad(begins, (1, 0)) if bool(begins.any()) else None
 
     def refuse_packed(self) -> None:
         """Refuse samples packed into a row, for models that would not keep them apart.
@@ -227,7 +306,7 @@ class Text:
             "position_ids": positions[:, here],
         }
         if self.labels is not None:
-            shifted = torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+            shifted = F.pad(self.labels[:, 1:], (0, 1), value=IGNORED_LABEL)
             shard["labels"] = self.labels[:, here]
             shard["shift_labels"] = shifted[:, here].contiguous()
             shard[ITEMS_KEY] = self.divisor

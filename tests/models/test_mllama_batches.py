@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_lvx.models.batch import ShardedBatch
 from ds_lvx.models.mllama import visible_images
-from ds_lvx.models.visual import Runs
+from ds_lvx.models.runs import Runs
 from ds_lvx.sharding import owned
 from tests.largest import LargestTensor
 from tests.models.mllama_case import (

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers.models.mllama.modeling_mllama import _prepare_cross_attention_mask
 
-from ds_lvx.models import visual
+from ds_lvx.models import runs as runs_module
 from ds_lvx.models.mllama import visible_images
-from ds_lvx.models.visual import Runs, pack_tiles, unpack_tiles
+from ds_lvx.models.runs import Runs
+from ds_lvx.models.visual import pack_tiles, unpack_tiles
 from tests.largest import LargestTensor
 from tests.models.mllama_case import IMAGE, PATCHES, TILES, processor_mask
 
@@ -96,7 +97,7 @@ def test_large_masks_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     ids, num_tiles = random_streams(2, length=64, seed=3)
     mask = processor_mask(ids, num_tiles)
     expected = Runs.of_mask(mask)
-    monkeypatch.setattr(visual, "_CHUNK_ELEMENTS", 3 * mask.shape[2] * TILES)
+    monkeypatch.setattr(runs_module, "_CHUNK_ELEMENTS", 3 * mask.shape[2] * TILES)
     pieces = Runs.of_mask(mask)
     assert torch.equal(pieces.start, expected.start)
     assert torch.equal(pieces.end, expected.end)
@@ -106,7 +107,7 @@ def test_large_masks_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_mask_that_is_no_run_names_sample_and_token(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(visual, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(runs_module, "_CHUNK_ELEMENTS", chunk)
     mask = torch.ones(2, 6, 3, TILES, dtype=torch.long)
     mask[1, 4, 1] = 0  # images 0 and 2, but not 1
     with pytest.raises(ValueError, match="token 4 of sample 1"):

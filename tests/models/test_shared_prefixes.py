@@ -16,9 +16,10 @@ from ds_lvx.distributed.groups import SequenceParallelGroups
 from ds_lvx.models import patch_model
 from ds_lvx.models.concatenated.batch import Sequences
 from ds_lvx.models.concatenated.prefixes import share
+from ds_lvx.models.prefixes import alike
 from ds_lvx.models.text import Text
 from ds_lvx.sharding import shard_batch
-from tests.models import qwen2_5_vl_case
+from tests.models import moss_vl_case, qwen2_5_vl_case
 from tests.models.concatenated_case import METHODS, rules
 from tests.models.mllama_case import sharded_steps
 from tests.ranks import run_ranks
@@ -29,7 +30,11 @@ FAMILIES = (
     *("glm4v_moe", "internvl", "llava_onevision", "smolvlm", "video_llama_3", "qwen3_5"),
     "qwen3_5_moe",
 )
+BESIDE = ("mllama", "moss_vl", "idefics", "mplugowl3")
+"""Models whose images stand beside the text."""
 PROMPTS = ("left_padded", "one_image", "one_video")
+_OF_TOKENS = ("cross_attention_mask", "image_attention_mask")
+"""What a processor says of each token; what is said behind a prompt sees what its end does."""
 SAID = (3, 1, 5)  # tokens of the completions of each prompt
 _CASES = {"qwen3_vl_moe": "qwen3_vl", "glm4v_moe": "glm4v"}
 
@@ -59,6 +64,10 @@ def answered(batch: Batch, said: tuple[int, ...] = SAID, *, labels: bool = True)
     for key, value in many.items():
         if isinstance(value, Tensor) and value.shape == (rows * copies, length):
             many[key] = torch.cat((value, torch.zeros_like(tokens)), dim=1)
+        elif key in _OF_TOKENS:
+            dim = value.shape.index(length)
+            last = value.narrow(dim, length - 1, 1)
+            many[key] = torch.cat((value, *[last] * longest), dim=dim)
     if not labels:
         del many["labels"]
     return many
@@ -73,8 +82,16 @@ def loss_of(logits: Tensor, batch: Batch) -> Tensor:
 
 def step(family: str, batch: Batch, *, ranks: int, method: str, **text: Any) -> dict[str, Any]:
     """Both losses and their gradients: run it on every rank."""
-    model = import_module(f"tests.models.{family}_case").tiny_model(**text)
-    config = rules(family, method, ranks)
+    case = import_module(f"tests.models.{family}_case")
+    model = case.tiny_model(**text)
+    if family in BESIDE:
+        # Of mPLUG-Owl3's hyper layers.
+        methods = METHODS if family != "mplugowl3" else ("lvx", "ring")
+        other = methods[(METHODS.index(method) + 1) % len(methods)]
+        cross = {"method": other, "recompute_kv": other == "lvx"}
+        config = case.ds_config(stage=0, sp_size=ranks, cross=cross, self_attn=method)
+    else:
+        config = rules(family, method, ranks)
     config["ds_lvx"]["share_prefixes"] = True
     groups = SequenceParallelGroups(ranks)
     patch = patch_model(model, LVXConfig.from_ds_config(config), groups)
@@ -141,6 +158,61 @@ def test_each_family(family: str, ranks: int) -> None:
     check(jobs, ranks)
 
 
+def beside(family: str) -> list[Batch]:
+    """Prompts with images beside them; none ends with an image."""
+    case = import_module(f"tests.models.{family}_case")
+    if family == "mllama":
+        one = case.make_batch([[2, 3, 7]], length=11, num_tiles=[[2, 1, 2]], seed=1)
+        return [case.hard_batch(), one]
+    if family == "mplugowl3":
+        left = case.make_batch(["..i...i.i..", "i....."], left=True, seed=1)
+        return [case.hard_batch(), left, case.one_image()]
+    return [case.hard_batch(), case.left_padded(), case.one_image()]
+
+
+@pytest.mark.parametrize("family", BESIDE)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_images_beside_the_text(family: str, ranks: int) -> None:
+    jobs = [
+        (family, answered(batch), METHODS[(n + BESIDE.index(family)) % 4])
+        for n, batch in enumerate(beside(family))
+    ]
+    check(jobs, ranks)
+
+
+def with_a_token_of_a_frame() -> Batch:
+    """Two answers about the same two frames, the second of which has a token in one alone."""
+    batch = moss_vl_case.make_batch([[3, (1, 2, 4), 6, (1, 4, 4), 3]] * 2)
+    ids, frame = batch["input_ids"], moss_vl_case.IMAGE
+    ids[1] = ids[0]
+    ids[0, 10:] = torch.arange(20, 20 + ids.shape[1] - 10)
+    batch["pixel_values"] = torch.cat([batch["pixel_values"].chunk(2)[0]] * 2)
+    answers = (ids != frame) & (torch.arange(ids.shape[1]) >= 10)
+    batch["labels"] = torch.where(answers, ids, -100)
+    seen = (ids == frame).cumsum(dim=1)[..., None]
+    batch["cross_attention_mask"] = (torch.arange(2) >= seen)[:, None]
+    return batch
+
+
+def test_a_frame_of_one_answer_keeps_rows_apart() -> None:
+    check([("moss_vl", with_a_token_of_a_frame(), "lvx")], 1, copies=1)
+
+
+def test_images_that_have_a_gradient_are_their_own_rows() -> None:
+    def found(rows: Tensor) -> list[int]:
+        return alike([(None, row) for row in rows])
+
+    rows = torch.zeros(3, 4, requires_grad=True)
+    assert found(rows) == [0, 1, 2]
+    assert found(rows.detach()) == [0, 0, 0]
+    assert found(rows[:1].expand(3, 4)) == [0, 0, 0]
+
+
+def test_numbers_that_do_not_lie_side_by_side() -> None:
+    rows = torch.zeros(4, 3, dtype=torch.int32).T
+    assert alike([(None, row) for row in rows]) == [0, 0, 0]
+
+
 def interleaved() -> Batch:
     """Completions with images of their own; those of one prompt are not side by side."""
     first, second = [4, (1, 2, 2), 3, (1, 1, 1), 2], [5, (1, 2, 3), 2, (1, 1, 1), 4]
@@ -196,13 +268,15 @@ def mistakes() -> list[str]:
     config = rules("qwen2_5_vl", "ring", 2)
     config["ds_lvx"]["share_prefixes"] = True
     patch = patch_model(model, LVXConfig.from_ds_config(config), groups)
-    unknown, empty, other = (answered(prompts("qwen2_5_vl", "left_padded")) for _ in range(3))
+    made = (answered(prompts("qwen2_5_vl", "left_padded")) for _ in range(4))
+    unknown, empty, other, text = made
     unknown["input_ids"][5, 21] = 1005
     empty = {key: empty[key][:, :0] for key in ("input_ids", "attention_mask", "labels")}
     if torch.distributed.get_rank() == 1:
         other["pixel_values"][-1] += 1
+        text["input_ids"][5, 21] += 1
     heard = []
-    for batch in (unknown, empty, other):
+    for batch in (unknown, empty, other, text):
         with pytest.raises(ValueError) as error:
             shard_batch(batch, model=model)
         heard.append(str(error.value))
@@ -212,10 +286,31 @@ def mistakes() -> list[str]:
 
 
 def test_what_is_wrong_is_said_of_rows_as_they_came() -> None:
-    for token, length, pixels in run_ranks(mistakes, 2):
+    for token, length, pixels, text in run_ranks(mistakes, 2):
         assert "all ranks: got the token 1005 at place 21 of sample 5" in token
         assert "got input_ids (9, 0); expected at least one sample, and one token" in length
         assert "disagree on rows that begin alike, images included" in pixels
+        assert "disagree on contents of the text" in text
+
+
+def gathered_of_rows_as_they_came() -> str:
+    case = import_module("tests.models.mllama_case")
+    model, groups = case.tiny_model(), SequenceParallelGroups(1)
+    config = case.ds_config(stage=0, sp_size=1, cross={"method": "lvx"}, self_attn="lvx")
+    config["ds_lvx"]["share_prefixes"] = True
+    patch = patch_model(model, LVXConfig.from_ds_config(config), groups)
+    shard = shard_batch(answered(case.hard_batch()), model=model)
+    rows, tokens = shard["input_ids"].shape
+    with pytest.raises(ValueError) as error:
+        gather_sequence(torch.zeros(rows * len(SAID), tokens), shard=shard)
+    patch.unpatch()
+    groups.close()
+    return str(error.value)
+
+
+def test_what_is_gathered_has_the_rows_of_the_shard() -> None:
+    (heard,) = run_ranks(gathered_of_rows_as_they_came, 1)
+    assert "got shape [6, 28] for a shard of [2, 28] tokens" in heard
 
 
 def test_rows_of_a_prompt_find_each_other() -> None:

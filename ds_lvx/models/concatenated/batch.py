@@ -23,6 +23,7 @@ from ds_lvx.distributed.channel import Channel
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 from ds_lvx.models.batch import RECENT
 from ds_lvx.models.concatenated.deal import PADS, TEXT, Deal
+from ds_lvx.models.prefixes import Merge
 from ds_lvx.models.text import IGNORED_LABEL, ITEMS_KEY, TEXT_KEYS, Here, Text, digest
 from ds_lvx.models.visual import Visual
 
@@ -55,43 +56,32 @@ and tuples, which the host reads. It pickles: a function of a module, or a parti
 
 
 @dataclass(frozen=True, eq=False)
-class Branches:
-    """What several rows had in common, and where each goes on behind it
-    (`ds_lvx.models.concatenated.prefixes`).
+class Kept:
+    """Units of rows that begin alike, which are there once in what these became.
 
     Attributes:
-        gap_start, gap_end: int64 ``[B, T]``, places of others' between, which a token does not see;
-            0 of one that sees all before it.
-        starts: of each row, where its branches begin, the first behind what they have in common.
-        unmerged: int64 ``[b, t]``, of each token of the rows as they came its place in
-            ``[B * T]``; -1 of padding that is not there.
-        units: of the rows as they came.
-        kept: which of them there are now, by the order of rows and tokens now.
+        came: units of the rows as they came.
+        numbers: which of them there are now, by the order of rows and tokens now.
     """
 
-    gap_start: Tensor
-    gap_end: Tensor
-    starts: Sequence[Sequence[int]]
-    unmerged: Tensor
-    units: tuple[Unit, ...]
-    kept: tuple[int, ...]
+    came: tuple[Unit, ...]
+    numbers: tuple[int, ...]
 
     def pixels(self, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the units that there are now, in order; a view where they lie side by side."""
-        return {key: _rows(each, key, self) for key, each in pixels.items()}
+        return {key: self._rows(each, key) for key, each in pixels.items()}
 
-
-def _rows(pixels: Tensor, source: str, branches: Branches) -> Tensor:
-    rows = [unit.rows if unit.source == source else 0 for unit in branches.units]
-    first = [0, *accumulate(rows)]
-    runs: list[tuple[int, int]] = []
-    for unit in branches.kept:
-        start, stop = first[unit], first[unit + 1]
-        if runs and runs[-1][1] == start:
-            start = runs.pop()[0]
-        runs.append((start, stop))
-    parts = [pixels[start:stop] for start, stop in runs if start < stop]
-    return parts[0] if len(parts) == 1 else torch.cat([pixels[:0], *parts])
+    def _rows(self, pixels: Tensor, source: str) -> Tensor:
+        rows = [unit.rows if unit.source == source else 0 for unit in self.came]
+        first = [0, *accumulate(rows)]
+        runs: list[tuple[int, int]] = []
+        for unit in self.numbers:
+            start, stop = first[unit], first[unit + 1]
+            if runs and runs[-1][1] == start:
+                start = runs.pop()[0]
+            runs.append((start, stop))
+        parts = [pixels[start:stop] for start, stop in runs if start < stop]
+        return parts[0] if len(parts) == 1 else torch.cat([pixels[:0], *parts])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -107,7 +97,7 @@ class Sequences(Text):
         ends: int64 ``[B, T]``, one past the last place that each token sees, of images whose tokens
             see each other; None: a token sees none behind it.
         recent_ends: the same in layers with a window, where it holds in these alone.
-        branches: of rows that several were made to; None: they are as they came.
+        kept: of rows that several were made to, their units; None: they are as they came.
         unbroken: padding between tokens is held as well, and a part with some has its
             ``attention_mask``: it moves the state of layers that carry one along the text.
     """
@@ -117,7 +107,7 @@ class Sequences(Text):
     deal: Deal | None = None
     ends: Tensor | None = None
     recent_ends: Tensor | None = None
-    branches: Branches | None = None
+    kept: Kept | None = None
     unbroken: bool = False
     stays_sharded: ClassVar[bool] = True
 
@@ -148,6 +138,28 @@ class Sequences(Text):
             number[row, places] = numbers.repeat_interleave(counts)
         parts: dict[str, Any] = {key: getattr(text, key) for key in (*TEXT_KEYS, "items")}
         return cls(**parts, units=tuple(units), number=number)
+
+    def joined(self, rows: Merge, positions: Tensor | None = None) -> Self:
+        """See `Text.joined`."""
+
+        def moved(ends: Tensor | None) -> Tensor | None:
+            return None if ends is None else rows.taken(ends, 0) + rows.shift
+
+        number = rows.taken(self.number, TEXT)
+        kept: dict[int, int] = {}  # and the row that has it
+        for row, of_row in enumerate(number):
+            for unit in of_row[of_row != TEXT].unique_consecutive().tolist():
+                kept.setdefault(unit, row)
+        anew = torch.full((len(self.units) + 1,), TEXT)  # the last is of text
+        anew[[*kept]] = torch.arange(len(kept))
+        return replace(
+            super().joined(rows, positions),
+            units=tuple(replace(self.units[n], row=row) for n, row in kept.items()),
+            number=anew[number],
+            ends=moved(self.ends),
+            recent_ends=moved(self.recent_ends),
+            kept=Kept(self.units, tuple(kept)),
+        )
 
     def at(self, positions: Tensor | None) -> Self:
         """The same with the model's positions; None: places in the row."""
@@ -224,17 +236,6 @@ class Sequences(Text):
         gaps = (self.branches.gap_start, self.branches.gap_end)
         return [each.gather(1, at).to(torch.int32) for each in gaps]
 
-    def merged(self) -> dict[str, Any]:
-        """See `Text.merged`."""
-        if self.branches is None:
-            return {}
-        held = F.pad((self.order() >= 0).cumsum(dim=1), (1, 0))
-        lengths = [
-            row[[0, *starts, -1]].diff().tolist()
-            for row, starts in zip(held, self.branches.starts, strict=True)
-        ]
-        return {"unmerged": self.branches.unmerged, "branches": lengths}
-
     def digest(self) -> int:
         """See `Text.digest`."""
         found = super().digest()
@@ -297,8 +298,8 @@ class Units(Visual):
         """The units of a text, `Sequences`, and the pixels at hand by source."""
         assert isinstance(text, Sequences)
         units, owner = text.units, text.settled.owner
-        if text.branches is not None:
-            pixels = text.branches.pixels(pixels)
+        if text.kept is not None:
+            pixels = text.kept.pixels(pixels)
         return cls(
             count=len(units),
             unit_tokens=1,

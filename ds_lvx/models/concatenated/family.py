@@ -216,9 +216,16 @@ class Concatenated(Made):
         made = Sequences.with_units(text, self.visual_tokens(text.input_ids, config), units)
         return replace(made.at(self.positions(batch, text, config)), unbroken=self.unbroken)
 
-    def share_prefixes(self, text: Text, batch: Mapping[str, Any], model: Any) -> Text:
+    def share_prefixes(
+        self,
+        text: Text,
+        batch: Mapping[str, Any],
+        model: Any,
+        *,
+        together: Sequence[int] | None = None,
+    ) -> Text:
         assert isinstance(text, Sequences)
-        return share(text, self.pixels(batch, model.config))
+        return share(text, self.pixels(batch, model.config), together)
 
     def visual(self, batch: Mapping[str, Any], text: Text, model: Any) -> Visual:
         return Units.of(text, self.pixels(batch, model.config), self.arrange(model.config))

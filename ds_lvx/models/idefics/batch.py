@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_lvx.models.runs import Runs
 from ds_lvx.models.text import Here, Text
-from ds_lvx.models.visual import Runs, Visual
+from ds_lvx.models.visual import Visual
 
 PIXELS = "pixel_values"
 MASK = "image_attention_mask"
@@ -47,13 +48,17 @@ class SeenImages(Runs):
 class Images(Visual):
     """The images of a batch, each of the same number of visual tokens."""
 
-    def beside(self, rank: int, text: Text, here: Here) -> dict[str, Any]:
-        """Positions as the model's own forward makes them: they skip padding, which has 1."""
+    def positions(self, text: Text) -> Tensor | None:
+        """As the model's own forward makes them: they skip padding, which has 1."""
         if text.position_ids is not None or text.attention_mask is None:
-            return {}
+            return None
         pads = text.attention_mask == 0
-        positions = ((~pads).long().cumsum(dim=1) - 1).masked_fill(pads, 1)
-        return {"position_ids": positions[:, here]}
+        return ((~pads).long().cumsum(dim=1) - 1).masked_fill(pads, 1)
+
+    def beside(self, rank: int, text: Text, here: Here) -> dict[str, Any]:
+        """Positions of this rank's text."""
+        positions = self.positions(text)
+        return {} if positions is None else {"position_ids": positions[:, here]}
 
 
 def visual(batch: Mapping[str, Any], text: Text, model: Any) -> Images:

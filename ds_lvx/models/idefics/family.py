@@ -35,6 +35,7 @@ class Idefics(Sized):
     features_key = forward.FEATURES
     zigzag = True
     splits_prompt = True
+    shares_prefixes = True
     skips_vision = False  # gated layers run their MLP for every token
     patterns: Mapping[str, str] = {
         "local": "*vision_model*",

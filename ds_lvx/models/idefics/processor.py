@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from ds_lvx.models.idefics.batch import PIXELS, SEEN
+from ds_lvx.models.visual import unwritten
 
 IMAGE_TOKEN = "<image>"
 AROUND = "<fake_token_around_image>"
@@ -95,7 +96,7 @@ def frames(
     """
     images = processor.own.image_processor
     side = int(images.image_size)
-    pixels = torch.zeros(len(pictures), count, 3, side, side, dtype=dtype)
+    pixels = unwritten((len(pictures), count, 3, side, side), dtype)
     for row, sample in enumerate(pictures):
         for place, picture in enumerate(sample):
             pixels[row, place] = images([picture], return_tensors="pt")[0]

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers.models.mllama.modeling_mllama import MllamaForConditionalGeneration
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
+from ds_lvx.models.prefixes import Merge
+from ds_lvx.models.runs import Runs
 from ds_lvx.models.text import Text
-from ds_lvx.models.visual import Runs, Visual
+from ds_lvx.models.visual import Visual
 
 STATES = "cross_attention_states"
 _MASK_KEYS = ("cross_attention_mask", "visible_images")
@@ -34,6 +36,10 @@ class PackedRuns(Runs):
     """
 
     sample: Tensor
+
+    def joined(self, rows: Merge) -> Self:
+        """See `Runs.joined`."""
+        return replace(super().joined(rows), sample=rows.taken(self.sample, 0))
 
     def visibility(
         self,

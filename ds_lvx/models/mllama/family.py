@@ -43,6 +43,7 @@ class Mllama(Family):
     features_key = batches.STATES
     zigzag = True
     splits_prompt = True
+    shares_prefixes = True
     patterns: Mapping[str, str] = {
         "local": "*vision_model*",
         "cross": "*.cross_attn",

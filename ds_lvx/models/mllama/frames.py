@@ -18,6 +18,7 @@ from transformers.models.mllama.processing_mllama import (
 
 from ds_lvx.models.mllama.batch import COUNTS, visible_images
 from ds_lvx.models.random_weights import random_pixels, random_text
+from ds_lvx.models.visual import unwritten
 
 
 def finish_text(processor: Any, written: str) -> str:
@@ -51,7 +52,7 @@ def processed(
     images = processor.image_processor
     size, tiles = images.size, images.max_image_tiles
     shape = (len(pictures), count)
-    pixels = torch.zeros(*shape, tiles, 3, size["height"], size["width"], dtype=dtype)
+    pixels = unwritten((*shape, tiles, 3, size["height"], size["width"]), dtype)
     ratio_ids = torch.zeros(shape, dtype=torch.int64)
     ratio_mask = torch.zeros(*shape, tiles, dtype=torch.int64)
     ratio_mask[:, :, 0] = 1

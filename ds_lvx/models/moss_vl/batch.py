@@ -11,14 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 from ds_lvx.models.cuts import before
 from ds_lvx.models.moss_vl.grid import Grid, frame_positions, read_grid, text_positions
+from ds_lvx.models.prefixes import Merge, alike
+from ds_lvx.models.runs import Runs
 from ds_lvx.models.samples import images_before, sample_begins
 from ds_lvx.models.text import Here, Text
-from ds_lvx.models.visual import Runs, Visual
+from ds_lvx.models.visual import Visual
 
 PIXELS = "pixel_values"
 MASK = "cross_attention_mask"
@@ -50,6 +53,38 @@ class Frames(Visual):
     holder: Tensor | None = None
     ranks: int = 0
     tower_runs: int = 1
+
+    def alike(self, samples: int) -> list[int]:
+        """Of each sample, the number of the first one whose frames are the same."""
+        self._check_pads()
+        grids = [self.grid.part(self.grid.sample == sample) for sample in range(samples)]
+        sizes = [tuple(tuple(row[1:]) for row in grid.rows()) for grid in grids]
+        rows = [int(grid.patches.sum()) for grid in grids]
+        pixels = self.arguments.get(PIXELS, torch.zeros(0))
+        return alike([*zip(sizes, pixels.split(rows), strict=True)])
+
+    @property
+    def ends(self) -> Tensor:
+        """All tokens of frames are in common, or none."""
+        behind = torch.arange(1, self.pads.shape[1] + 1)
+        last = (self.pads * behind).amax(dim=1, keepdim=True)
+        return torch.maximum(behind, last)
+
+    def joined(self, rows: Merge) -> Frames:
+        """See `Visual.joined`."""
+        assert self.runs is not None
+        firsts = torch.tensor(rows.firsts)
+        which = torch.isin(self.grid.sample, firsts)
+        kept = self.grid.part(which)
+        mine = which.repeat_interleave(self.grid.patches)
+        return replace(
+            self,
+            count=len(kept),
+            arguments={key: value[mine] for key, value in self.arguments.items()},
+            runs=self.runs.joined(rows),
+            grid=replace(kept, sample=torch.searchsorted(firsts, kept.sample)),
+            pads=rows.taken(self.pads, 0),
+        )
 
     def part(self, rank: int, size: int) -> Frames:
         """This rank's frames, of pixels that are those of all."""
@@ -151,7 +186,13 @@ class Frames(Visual):
         valid = torch.ones_like(self.pads)
         if text.attention_mask is not None:
             valid = text.attention_mask.cpu() != 0
-        return text_positions(self.pads, valid, self.grid, begins=self.begins)
+        positions, starts = text_positions(self.pads, valid, self.grid, begins=self.begins)
+        if text.branches is not None:  # of others between, all of them text
+            before = F.pad(valid.long().cumsum(1), (1, 0))
+            gaps = text.branches.gap_start, text.branches.gap_end
+            first, stop = (before.gather(1, each) for each in gaps)
+            positions = (positions - (stop - first)).masked_fill(~valid, 0)
+        return positions, starts
 
     @property
     def _holder(self) -> Tensor:

@@ -35,6 +35,7 @@ class MossVL(Sized):
     features_key = forward.STATES
     zigzag = True
     splits_prompt = True
+    shares_prefixes = True
     patterns: Mapping[str, str] = {
         "local": "*visual*",
         "cross": "*.cross_attn",

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ds_lvx.kernels.visibility import EVERYTHING, Visibility
 from ds_lvx.models.cuts import split
+from ds_lvx.models.prefixes import Merge, alike
+from ds_lvx.models.runs import Runs
 from ds_lvx.models.samples import images_at_hand
 from ds_lvx.models.text import Here, Text, digest
-from ds_lvx.models.visual import COUNTS, PIXELS, Runs, Visual
+from ds_lvx.models.visual import COUNTS, PIXELS, Visual
 
 OFFSETS = "media_offset"
 KEYS = (PIXELS, OFFSETS, COUNTS)
@@ -48,6 +50,40 @@ class Images(Visual):
     holder: Tensor | None = None
     ranks: int = 0
     strictly: bool = False
+
+    def alike(self, samples: int) -> list[int]:
+        """Of each sample, the number of the first one whose images are the same, at its places."""
+        self._check(self.here)
+        counts = self._counts().tolist()
+        places = [tuple(each.tolist()) for each in self.position.split(counts)]
+        pixels = self.arguments.get(PIXELS, torch.zeros(0))
+        return alike([*zip(places, pixels.split(counts), strict=True)])
+
+    @property
+    def ends(self) -> Tensor:
+        """All tokens of images are in common, or none."""
+        assert self.runs is not None
+        samples, length = self.runs.start.shape
+        last = torch.zeros(samples, dtype=torch.int64)
+        last = last.scatter_reduce(0, self.sample, self.position + 1, "amax")
+        return torch.maximum(torch.arange(1, length + 1), last[:, None])
+
+    def joined(self, rows: Merge) -> Images:
+        """See `Visual.joined`."""
+        assert self.runs is not None
+        firsts = torch.tensor(rows.firsts)
+        kept = torch.isin(self.sample, firsts)
+        samples = torch.arange(len(self.here)).repeat_interleave(self.here)
+        mine = torch.isin(samples, firsts)  # of the images at hand
+        return replace(
+            self,
+            count=int(mine.sum()),
+            arguments={key: value[mine] for key, value in self.arguments.items()},
+            runs=self.runs.joined(rows),
+            sample=torch.searchsorted(firsts, self.sample[kept]),
+            position=self.position[kept],
+            here=self.here[firsts],
+        )
 
     def part(self, rank: int, size: int) -> Images:
         """This rank's images, of pixels that are those of all."""

@@ -44,6 +44,7 @@ class MPlugOwl3(Sized):
     skips_vision = False  # so that what makes K and V of images always has a gradient
     zigzag = True
     splits_prompt = True
+    shares_prefixes = True
     patterns: Mapping[str, str] = {
         "local": "*vision_model*",
         "cross": f"*.{_IMAGES}",

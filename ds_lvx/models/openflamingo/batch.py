@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_lvx.models.runs import Runs
 from ds_lvx.models.samples import images_before, sample_begins
 from ds_lvx.models.text import Text
-from ds_lvx.models.visual import Runs, Visual
+from ds_lvx.models.visual import Visual
 
 PIXELS = "vision_x"
 KEYS = (PIXELS,)

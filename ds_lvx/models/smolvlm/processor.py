@@ -107,8 +107,8 @@ class Processor(Files):
 
     def media(self, samples: Sequence[Held], *, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `ds_lvx.models.contract.Family.media`."""
-        held = [[*self._held(sample)] for sample in samples]
-        if not any(held):
+        held = [tiles for sample in samples if (tiles := [*self._held(sample)])]
+        if not held:
             return {}
         side = (3, self._side, self._side)
         made = torch.zeros(len(held), max(map(len, held)), *side, dtype=dtype)
