@@ -25,19 +25,23 @@ def test_a_quick_run_writes_json_and_table(tmp_path: Path, monkeypatch: pytest.M
     results = json.loads((tmp_path / "prefixes.json").read_text())
     assert results["kind"] == "measured"
     assert bench_prefixes.text(results) in document.read_text()
-    one, apart, shared = results["records"]
-    prompt, said = results["prompt_tokens"], results["said"]
-    assert sum(one["tokens"]) == prompt + said
-    assert sum(apart["tokens"]) == 2 * (prompt + said)
-    assert sum(shared["tokens"]) == prompt + 2 * said + 1  # the last of the prompt is each one's
-    assert shared["losses"] == pytest.approx(apart["losses"], rel=1e-5)
+    among, beside = results["models"]
+    for model in (among, beside):
+        one, apart, shared = model["records"]
+        prompt, said = model["prompt_tokens"], model["said"]
+        assert sum(one["tokens"]) == prompt + said
+        assert sum(apart["tokens"]) == 2 * (prompt + said)
+        # The last of the prompt is each one's.
+        assert sum(shared["tokens"]) == prompt + 2 * said + 1
+        assert shared["losses"] == pytest.approx(apart["losses"], rel=1e-5)
+    assert (among["prompt_tokens"], beside["prompt_tokens"]) == (545, 32)
 
 
 def test_the_document_has_the_table_of_the_committed_json() -> None:
     """And nothing where there is no JSON."""
     docs = Path(__file__).resolve().parents[2] / "docs"
     begin, end = MARKS.splitlines()
-    text = (docs / "concatenated.md").read_text()
+    text = (docs / "shared-prefixes.md").read_text()
     stands = text.partition(begin)[2].partition(end)[0].strip()
     committed = docs / "benchmarks" / "prefixes.json"
     expected = bench_prefixes.text(json.loads(committed.read_text())) if committed.exists() else ""
