@@ -23,6 +23,7 @@ from ds_lvx.data.packing import packed_text, rows_of
 from ds_lvx.data.text import IGNORED, EncodedText, TextEncoder
 from ds_lvx.kernels.transfer import HOST
 from ds_lvx.models.media import Held, Medium, Shown, of_sample
+from ds_lvx.models.prefixes import TOGETHER
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class BatchMaker:
             frames take tokens by their size (`ds_lvx.models.contract.Family.owned`); None: all.
         pack: text tokens of a row up to which samples share one (`rows_of`), of a family that has
             ``packed_frames``; None: each has its own.
+        shares: samples that begin alike, with the same media, share these, which are decoded once
+            (`ds_lvx.models.prefixes`), of a family that ``shares_prefixes``.
 
     Attributes:
         chooser: of frames.
@@ -104,10 +107,12 @@ class BatchMaker:
         limits: Limits = DEFAULT_LIMITS,
         deal: Callable[[Sequence[int]], Sequence[int]] | None = None,
         pack: int | None = None,
+        shares: bool = False,
     ) -> None:
         self.encoder = encoder
         self._deal = deal
         self._pack = pack
+        self._shares = shares
         self._skip = skip
         self.counter = DecodeCount()
         self._owned = owned
@@ -117,6 +122,8 @@ class BatchMaker:
         self.chooser = Chooser(rate, limits, sized=encoder.family.sized_media)
         # A step asks for the labels of all its samples before it comes to the first of them.
         self._sample = lru_cache(maxsize=256)(self.sample)
+        # Some families look at all frames; samples on the same ones mostly follow each other.
+        self._latest: tuple[Sequence[Frames], tuple[Shown, ...]] = ((), ())
 
     def sample(self, conversation: Conversation) -> Sample:
         """Look at the media of a conversation, choose frames and write its text.
@@ -168,7 +175,8 @@ class BatchMaker:
             the family has of the text, padded at the end; where a sample has frames also what the
             family's processor returns for this rank's frames
             (`ds_lvx.models.contract.Family.frames`). Of packed samples fewer rows, with
-            ``position_ids`` in place of ``attention_mask``.
+            ``position_ids`` in place of ``attention_mask``. Of samples that share media frames of
+            the first, and `ds_lvx.models.prefixes.TOGETHER`.
 
         Raises:
             DataError: with file and line.
@@ -184,18 +192,43 @@ class BatchMaker:
         if self._pack is not None:
             inputs, places = self._packed(samples, failed)
             return Batch(inputs, tokens, frames, failed, places)
-        inputs = self._text(samples)
+        inputs, together = self._text(samples), self._together(samples)
         if frames > 0 and family.sized_media:
-            held = [self._held(s, partial(failed.__setitem__, n)) for n, s in enumerate(samples)]
+            held = [
+                self._held(sample, partial(failed.__setitem__, n), shared=together[n] != n)
+                for n, sample in enumerate(samples)
+            ]
             inputs |= family.media(processor, held, dtype=self._dtype)
         elif frames > 0:
-            rows = [[number] for number in range(len(samples))]
+            rows = [[number] if first == number else [] for number, first in enumerate(together)]
             pictures, mine = self._rows(samples, rows, failed)
             given = inputs["input_ids"], pictures
             inputs |= family.frames(processor, *given, count=len(mine), dtype=self._dtype)
             inputs |= family.beside_text(processor, [sample.text.prompt for sample in samples])
         places = [(number, slice(None)) for number in range(len(samples))]
+        if len({*together}) < len(together):
+            inputs[TOGETHER] = torch.tensor(together)
+            for number, first in enumerate(together):
+                if first in failed:
+                    what = failed[first].removeprefix(str(samples[first].source))
+                    failed[number] = f"{samples[number].source}{what}"
         return Batch(inputs, tokens, frames, failed, places)
+
+    def _together(self, samples: Sequence[Sample]) -> list[int]:
+        """Of each sample, the number of the first one that begins as it does, with all its media;
+        its own where it shares none."""
+        found: list[int] = []
+        for number, sample in enumerate(samples):
+            others = sorted({*found}) if self._shares and sample.num_frames > 0 else []
+            first = (n for n in others if self._begin_alike(samples[n], sample))
+            found.append(next(first, number))
+        return found
+
+    def _begin_alike(self, one: Sample, other: Sample) -> bool:
+        if one.frames != other.frames:
+            return False
+        shared, media = one.text.shared(other.text), self.encoder.media_token_ids
+        return media.isdisjoint(one.text.input_ids[shared:] + other.text.input_ids[shared:])
 
     def _packed(
         self, samples: Sequence[Sample], failed: dict[int, str]
@@ -251,14 +284,18 @@ class BatchMaker:
         family = self.encoder.family
         if not family.sized_media:
             return ()
+        if frames == self._latest[0]:
+            return self._latest[1]
         media = [
             replace(medium, decoded=partial(self._decoded, each))
             for medium, each in zip(_media(frames), frames, strict=True)
         ]
         try:
-            return tuple(family.shown(self.encoder.processor, each) for each in media)
+            shown = tuple(family.shown(self.encoder.processor, each) for each in media)
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
+        self._latest = frames, shown
+        return shown
 
     def _check_bounds(self, conversation: Conversation) -> None:
         family = self.encoder.family
@@ -271,10 +308,12 @@ class BatchMaker:
                 do="take them out",
             )
 
-    def _held(self, sample: Sample, fail: Callable[[str], None]) -> Held:
-        """The units of a sample that this rank holds, and their frames."""
+    def _held(self, sample: Sample, fail: Callable[[str], None], *, shared: bool) -> Held:
+        """The units of a sample that this rank holds, and their frames; none that another sample
+        has already."""
         tokens = [n for shown in sample.shown for n in shown.tokens]
         units = range(len(tokens)) if self._deal is None else self._deal(tokens)
+        units = [] if shared else units
         ends = [*accumulate((n for shown in sample.shown for n in shown.frames), initial=0)]
         # A unit without a frame of its own is a further piece of the frame before it.
         starts = [end - (end == ends[unit + 1]) for unit, end in enumerate(ends[:-1])]

@@ -56,6 +56,7 @@ class Chats:
         lines: the records.
         format: of the records.
         blocks: how many samples lie together in a file, in their order.
+        folder: that relative paths of media begin in.
 
     Raises:
         DataError: of the file as a whole; asked for a record, what is wrong with it.
@@ -71,8 +72,8 @@ class Chats:
     ) -> None:
         self.lines, convert = open_data(path, limits=limits)
         self.format, self._convert = convert_of(self.lines, format, convert)
-        self._folder = Path(self.lines.folder if media_root is None else media_root)
-        if not self._folder.is_dir():
+        self.folder = Path(self.lines.folder if media_root is None else media_root)
+        if not self.folder.is_dir():
             raise DataError.at(
                 "--media_root",
                 got=f"{media_root}, which is no folder",
@@ -86,7 +87,7 @@ class Chats:
         return len(self._kept)
 
     def __getitem__(self, index: int) -> Conversation:
-        return Line(self.source(index), self._folder).conversation(self.converted(index))
+        return Line(self.source(index), self.folder).conversation(self.converted(index))
 
     def converted(self, index: int) -> dict[str, Any]:
         """A record in our own form; what it names is not looked for.
@@ -122,7 +123,7 @@ class Chats:
         if isinstance(file, list | tuple):
             return all(map(self._is_there, file))
         try:
-            return isinstance(file, Held) or media_file(str(file), self._folder) is not None
+            return isinstance(file, Held) or media_file(str(file), self.folder) is not None
         except PathError:
             return False
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 
@@ -32,6 +32,8 @@ class SampleOrder:
         lengths: of the samples: those of about one length are taken together. None: whatever comes.
         together: samples of a step, of all replicas; with ``lengths``. The shortest come first, so
             that those of one forward are closest.
+        media: of each sample a number, the same for those with the same media, which then are taken
+            one after the other, at a place that is as random as that of one. None: they are not.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class SampleOrder:
         blocks: tuple[int, ...] | None = None,
         lengths: Sequence[int] | None = None,
         together: int = 1,
+        media: Sequence[int] | None = None,
     ) -> None:
         self.num_samples = num_samples
         self._seed = seed
@@ -50,6 +53,7 @@ class SampleOrder:
         self._blocks = (num_samples,) if blocks is None else blocks
         self._lengths = lengths
         self._together = together
+        self._media = media
         self._grouped: dict[int, tuple[int, ...]] = {}
 
     def sample(self, place: int) -> int:
@@ -58,16 +62,27 @@ class SampleOrder:
         if not self._shuffle:
             return offset
         order = _permutation(self._blocks, self._seed, epoch)
-        if self._lengths is None:
+        if self._lengths is None and self._media is None:
             return order[offset]
         if epoch not in self._grouped:
-            # An epoch may end inside a batch.
-            begun = -epoch * self.num_samples % self._together
-            groups = _groups(order, self._lengths, self._together, seed=self._seed + epoch)
-            cut = len(groups) - begun
             latest = [*self._grouped.items()][-1:]
-            self._grouped = {**dict(latest), epoch: groups[cut:] + groups[:cut]}
+            self._grouped = {**dict(latest), epoch: self._in_groups(order, epoch)}
         return self._grouped[epoch][offset]
+
+    def _in_groups(self, order: Sequence[int], epoch: int) -> tuple[int, ...]:
+        if self._media is not None:
+            by_media: dict[int, list[int]] = {}
+            for sample in order:
+                by_media.setdefault(self._media[sample], []).append(sample)
+            # Where one of them comes; where any does, the largest would mostly come first.
+            first = {min(samples): samples for samples in by_media.values()}
+            return tuple(chain.from_iterable(first.get(sample, ()) for sample in order))
+        assert self._lengths is not None
+        # An epoch may end inside a batch.
+        begun = -epoch * self.num_samples % self._together
+        groups = _groups(order, self._lengths, self._together, seed=self._seed + epoch)
+        cut = len(groups) - begun
+        return groups[cut:] + groups[:cut]
 
     def micro_batch(self, place: int, size: int, *, replica: int = 0) -> list[int]:
         """The samples of one replica for the micro-batch that begins at a place.

@@ -11,6 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from ds_lvx.data.chat import Conversation
@@ -43,6 +44,13 @@ class EncodedText:
         """The tokens before the first that is learnt."""
         learnt = (place for place, label in enumerate(self.labels) if label != IGNORED)
         return self.input_ids[: next(learnt, None)]
+
+    def shared(self, other: EncodedText) -> int:
+        """Tokens that both may share: what both begin with, but for one whose next is learnt."""
+        prompts = self.prompt, other.prompt
+        pairs = zip(*prompts, strict=False)
+        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return max(min(alike, *(len(prompt) - 1 for prompt in prompts)), 0)
 
     def with_repeated(self, tokens: Collection[int], times: Sequence[int]) -> EncodedText:
         """The same with each of some tokens, in order, written so many times."""
@@ -107,6 +115,11 @@ class TextEncoder:
     def pad_token_id(self) -> int:
         """The id for padding; it is masked, so any id serves where the tokenizer has none."""
         return 0 if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
+
+    @property
+    def media_token_ids(self) -> set[int]:
+        """The ids that stand for images and frames."""
+        return {*self.tokenizer.convert_tokens_to_ids([*self._tokens])}
 
     @property
     def fingerprint(self) -> str:
@@ -184,8 +197,7 @@ class TextEncoder:
         length = len(ids) + sum(places) - len(places)
         if length > self.max_length:
             raise self._too_long(conversation, str(length), places)
-        labels = [IGNORED] * len(ids)
-        visual = {*self.tokenizer.convert_tokens_to_ids([*self._tokens])}
+        labels, visual = [IGNORED] * len(ids), self.media_token_ids
         for place in _inside(offsets, spans):
             if ids[place] not in visual:
                 labels[place] = ids[place]

@@ -78,6 +78,8 @@ class Recipe:
     Attributes:
         training, evaluation: the samples.
         lengths: of the samples to train on, where they are grouped by them.
+        media: of the samples to train on, where those with the same are taken together.
+        shares: samples of a micro-batch with the same media share what they begin with.
         checks: that they passed, with the rate and the limits of their media.
         sizes: of batches.
         seed: of their order.
@@ -91,6 +93,8 @@ class Recipe:
     training: Chats
     evaluation: Chats | None
     lengths: Sequence[int] | None
+    media: Sequence[int] | None
+    shares: bool
     checks: Checks
     sizes: BatchSizes
     seed: int
@@ -109,6 +113,8 @@ class Recipe:
             inputs.training,
             inputs.evaluation,
             inputs.lengths,
+            inputs.media,
+            inputs.shares_prefixes,
             inputs.checks,
             inputs.sizes,
             seed=options.seed,
@@ -128,6 +134,7 @@ class Recipe:
             blocks=self.training.blocks,
             lengths=self.lengths,
             together=self.sizes.per_step,  # the same for a run that resumes on other ranks
+            media=self.media,
         )
 
     def lines(self, place: Place) -> list[Line]:
@@ -177,6 +184,7 @@ class Maker:
             pack=recipe.pack,
             limits=recipe.checks.limits,
             deal=partial(self._family.owned, rank=rank, size=size),
+            shares=recipe.shares,
         )
 
     def __call__(self, place: Place) -> Made:

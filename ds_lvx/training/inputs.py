@@ -23,7 +23,7 @@ from ds_lvx.models.registry import check_packs
 from ds_lvx.training import quantized
 from ds_lvx.training.asking import check_asked
 from ds_lvx.training.check import Checks, bad_samples
-from ds_lvx.training.lengths import sample_lengths
+from ds_lvx.training.lengths import sample_lengths, sample_media
 from ds_lvx.training.model import Source
 from ds_lvx.training.options import Options
 from ds_lvx.training.run_state import AUTO, written
@@ -73,6 +73,9 @@ class Inputs:
         fingerprint: of the training data and of what is taken from it.
         skipped: what is wrong with the samples that are left out.
         lengths: of the training samples, where they are grouped by them.
+        media: of the training samples, a number for each set of media, where those that share one
+            are taken together.
+        shares_prefixes: samples of a micro-batch that begin alike share it.
     """
 
     ds_config: dict[str, Any]
@@ -87,6 +90,8 @@ class Inputs:
     fingerprint: str
     skipped: tuple[str, ...]
     lengths: Sequence[int] | None = None
+    media: Sequence[int] | None = None
+    shares_prefixes: bool = False
 
 
 def read_inputs(options: Options, world_size: int) -> Inputs:
@@ -98,7 +103,7 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
 
     Raises:
         ValueError: whatever is wrong with config, data, checkpoint or output folder.
-        NotImplementedError: samples that begin alike are to share it.
+        NotImplementedError: samples that begin alike are to share it, of a model that cannot.
     """
     ds_config = read_ds_config(options.deepspeed_config)
     lvx = LVXConfig.from_ds_config(options.deepspeed_config)
@@ -107,12 +112,6 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
         check_ds_config(ds_config, lvx.sequence_parallel_size)
     except ValueError as error:
         raise ValueError(f"{options.deepspeed_config}: {error}") from None
-    if lvx.share_prefixes:
-        raise NotImplementedError(
-            f"{options.deepspeed_config}: ds_lvx.share_prefixes: got true; expected false: each "
-            "rank decodes its own images here, and none can compare those of two samples; set it "
-            "to false, or train with ds_lvx.trainer"
-        )
     check_section(options, ds_config)
     sizes = batch_sizes(ds_config, world_size // lvx.sequence_parallel_size)
     check_trackers(options.report_to)
@@ -130,6 +129,8 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
     source.check_tokenizer()
     if options.pack is not None:
         _check_pack(sizes, source.family)
+    if lvx.share_prefixes:
+        _check_shares(sizes, source.family, options)
     if options.eval_generate > 0 and not source.family.has("generator"):
         raise source.family.lacks("generator", "--eval_generate")
     encoder = TextEncoder(
@@ -155,21 +156,24 @@ def read_inputs(options: Options, world_size: int) -> Inputs:
         training=training,
         evaluation=evaluation,
         total_steps=_total_steps(options, sizes, training),
-        fingerprint=_fingerprint(training, (), rate, encoder, options=options),
+        fingerprint=_fingerprint(
+            training, (), rate, encoder, options=options, by_media=lvx.share_prefixes
+        ),
         skipped=(),
+        shares_prefixes=lvx.share_prefixes,
     )
 
 
 def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
     """Look at every sample (`bad_samples`), and leave out what is bad where the options say so;
-    hold out what is evaluated on, and find lengths where samples are grouped by them.
+    hold out what is evaluated on, and find the lengths or the media that samples are grouped by.
 
     Raises:
         ValueError: on all ranks: options, ds_configs or data that differ between them, a bad
             sample, none that is good, or more to hold out than there are.
 
     Collectives: an agreement on the control plane, two for each file of data, one for what
-    ``--eval_generate`` asks, one for lengths.
+    ``--eval_generate`` asks, one for lengths or media.
     """
     opened = {"--data": inputs.training, "--eval_data": inputs.evaluation}
     contents = {
@@ -193,19 +197,27 @@ def check_samples(inputs: Inputs, options: Options, world: Channel) -> Inputs:
             print(f"ds_lvx: {len(evaluation):,} samples are held out (--val_size)", flush=True)
     if evaluation is not None:
         together(world, partial(_check_asked, evaluation, options.eval_generate))
-    lengths = None
+    lengths = media = None
     if options.group_by_length:
         lengths = sample_lengths(training, inputs.checks, inputs.source, world=world)
+    if inputs.shares_prefixes:
+        media = sample_media(training, world=world)
     return replace(
         inputs,
         training=training,
         evaluation=evaluation,
         total_steps=_total_steps(options, inputs.sizes, training),
         fingerprint=_fingerprint(
-            training, sorted(bad), inputs.rate, inputs.encoder, options=options
+            training,
+            sorted(bad),
+            inputs.rate,
+            inputs.encoder,
+            options=options,
+            by_media=inputs.shares_prefixes,
         ),
         skipped=(*bad.values(), *bad_too.values()),
         lengths=lengths,
+        media=media,
     )
 
 
@@ -224,6 +236,27 @@ def _check_pack(sizes: BatchSizes, family: Family) -> None:
         raise ValueError(
             "--pack: got train_micro_batch_size_per_gpu 1 in the ds_config; expected 2 or more: "
             "the samples of one forward share rows; raise it, or leave --pack out"
+        )
+
+
+def _check_shares(sizes: BatchSizes, family: Family, options: Options) -> None:
+    got = f"{options.deepspeed_config}: ds_lvx.share_prefixes: got true"
+    if not family.shares_prefixes:
+        raise NotImplementedError(
+            f"{got} for a model of type {family.model_type!r}; expected false: it does not take "
+            "samples that begin alike as one"
+        )
+    given = {"--pack": options.pack is not None, "--group_by_length": options.group_by_length}
+    other = next((name for name, is_given in given.items() if is_given), None)
+    if other is not None:
+        raise ValueError(
+            f"{got} and {other}; expected one of them: samples with the same media are taken "
+            f"together, and share a row; leave {other} out"
+        )
+    if sizes.micro == 1:
+        raise ValueError(
+            f"{got} with train_micro_batch_size_per_gpu 1; expected 2 or more: the samples of one "
+            "forward share what they begin with; raise it, or set share_prefixes to false"
         )
 
 
@@ -293,12 +326,15 @@ def _fingerprint(
     encoder: TextEncoder,
     *,
     options: Options,
+    by_media: bool,
 ) -> str:
     taken: tuple[object, ...] = (training.lines.sha256, list(left_out), rate, encoder.max_length)
     if training.format != "messages":
         taken = (*taken, training.format)
     if options.group_by_length:
         taken = (*taken, "grouped by length")
+    if by_media:
+        taken = (*taken, "grouped by media")
     if options.val_size is not None:
         taken = (*taken, "held out", options.val_size)
     return hashlib.sha256(repr(taken).encode()).hexdigest()[:16]

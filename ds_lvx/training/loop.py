@@ -18,7 +18,7 @@ from ds_lvx.distributed.together import together, told
 from ds_lvx.models.layers import table
 from ds_lvx.models.patch import KEYWORD
 from ds_lvx.models.precision import dtype_of, is_packed
-from ds_lvx.models.shares import Share, counted, saved, shares
+from ds_lvx.models.shares import Share, counted, saved, shared_rows, shares
 from ds_lvx.sharding import finish_batch
 from ds_lvx.training.answers import Answers, means
 from ds_lvx.training.batches import TRAINING, Batches, Made, Place
@@ -78,6 +78,7 @@ class Trainer:
         self._saved_step: int | None = None
         self._watch = Watch(options)
         self._shares: list[Share] | None = None
+        self._shared = ""
         self._ending = Ending()
         names = options.report_to if world.rank == 0 else []
         trackers = together(world, lambda: Trackers(names, self._folder, asdict(options)))
@@ -290,6 +291,8 @@ class Trainer:
         self.step += 1
         if self._shares is not None and is_first:
             self._progress.log_shares(self.step, self._shares)
+            if self._inputs.shares_prefixes:
+                self._progress.say(self._shared)
         self._progress.advance(tokens * sizes.replicas)
         return torch.stack(losses).mean()
 
@@ -317,6 +320,7 @@ class Trainer:
             element_bytes=dtype_of(self.engine.module).itemsize,
         )
         self._shares = counted(found, [record["bytes"] for record in records])
+        self._shared = shared_rows(shard[KEYWORD], len(shard["input_ids"]))
         return loss
 
     def _agree(self, place: Place, *, everyone: bool) -> tuple[Made, Records]:

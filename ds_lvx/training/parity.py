@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         tolerance = _TOLERANCES[training_dtype(config)]
     try:
         sharded = _train(options, config, ranks=options.ranks)
-        alone = _train(options, alone_config(config, replicas), ranks=1)
+        alone = _train(options, alone_config(config, replicas), ranks=1, apart=True)
     except RunError as error:
         print(f"ds-lvx parity: {error}", file=sys.stderr)
         return 1
@@ -81,14 +82,18 @@ def run(options: argparse.Namespace) -> int:
 
 
 def alone_config(config: Mapping[str, Any], replicas: int) -> dict[str, Any]:
-    """The config by which one process takes the same steps, one replica's forward after another."""
+    """The config by which one process takes the same steps, one replica's forward after another,
+    on the same samples."""
     sizes = batch_sizes(config, replicas)
     rest = {key: value for key, value in config.items() if key not in _BATCH_KEYS}
+    order = {
+        key: value for key, value in config.get(SECTION, {}).items() if key == "share_prefixes"
+    }
     return {
         **rest,
         "train_micro_batch_size_per_gpu": sizes.micro,
         "gradient_accumulation_steps": sizes.accumulation * replicas,
-        SECTION: {"sequence_parallel_size": 1},
+        SECTION: {"sequence_parallel_size": 1, **order},
     }
 
 
@@ -108,9 +113,14 @@ def _config(options: argparse.Namespace, *, trusts: bool) -> dict[str, Any]:
 
 
 def _train(
-    options: argparse.Namespace, config: Mapping[str, Any], *, ranks: int
+    options: argparse.Namespace, config: Mapping[str, Any], *, ranks: int, apart: bool = False
 ) -> list[dict[str, Any]]:
     """The rows of ``metrics.jsonl`` of a run.
+
+    Args:
+        options, config: of the run.
+        ranks: of the run.
+        apart: samples that may share prefixes have rows of their own.
 
     Raises:
         ValueError: what launch/finetune.py would say of the options, the model or the data.
@@ -137,7 +147,7 @@ def _train(
         read_inputs(told, ranks)  # a mistake shows here, not in a rank
         device = "cpu" if on_cpu else get_accelerator().device_name()
         where = Ranks(ranks, device=device, timeout_s=options.timeout)
-        found: dict[str, Any] = on_ranks(_metrics, words, where)[0]
+        found: dict[str, Any] = on_ranks(_metrics, (words, apart), where)[0]
     if "error" in found:
         raise ValueError(found["error"])
     rows: list[dict[str, Any]] = found["rows"]
@@ -151,15 +161,15 @@ class _Unsaved(Trainer):
         return
 
 
-def _metrics(words: Sequence[str]) -> dict[str, Any]:
+def _metrics(request: tuple[Sequence[str], bool]) -> dict[str, Any]:
     """In a rank: train; ``rows`` of ``metrics.jsonl``, or the ``error`` of what the user gave."""
     try:
-        return {"rows": _rows(words)}
+        return {"rows": _rows(*request)}
     except (ValueError, NotImplementedError) as error:
         return {"error": str(error)}
 
 
-def _rows(words: Sequence[str]) -> list[dict[str, Any]]:
+def _rows(words: Sequence[str], apart: bool) -> list[dict[str, Any]]:
     """Train, and return what ``metrics.jsonl`` has."""
     options: Options = parse(words)
     options.limits.tell_pil()
@@ -168,6 +178,7 @@ def _rows(words: Sequence[str]) -> list[dict[str, Any]]:
     world, engine = Channel.world(), None
     try:
         inputs = check_samples(read_inputs(options, world.size), options, world)
+        inputs = replace(inputs, shares_prefixes=inputs.shares_prefixes and not apart)
         with Batches(inputs, options, world) as batches:
             model = load_model(options, inputs.ds_config, inputs.source)
             engine = make_engine(model, inputs, options)

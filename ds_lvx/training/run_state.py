@@ -38,8 +38,9 @@ _SAME = {
     "samples_per_step": "set the batch size and gradient accumulation of the ds_config so that "
     "times the replicas they make it",
     "seed": "pass it as --seed",
-    "data": "give the same --data, --val_size, --fps or --frames; to go on with other data, start "
-    "a new run with --model output_dir/model",
+    "data": "give the same --data, --val_size, --fps or --frames, --group_by_length and "
+    "share_prefixes of the ds_config; to go on with other data, start a new run with --model "
+    "output_dir/model",
     "trained": "give the same --model, --lora_r, --lora_target_modules, --lora_modules_to_save and "
     "--freeze_vision",
     "quantized": "give --load_in_4bit, or leave it out, and the same --model as that run",

@@ -205,11 +205,11 @@ def one_process_training(
 
 
 def arguments(**options: Any) -> Sequence[str]:
-    """Options as the command line has them; True is a flag, None is left out."""
+    """Options as the command line has them; True is a flag, None and False are left out."""
     words: list[str] = []
     for name, value in options.items():
         if value is True:
             words.append(f"--{name}")
-        elif value is not None:
+        elif value is not None and value is not False:
             words += [f"--{name}", str(value)]
     return words

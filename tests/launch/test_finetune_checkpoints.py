@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,15 +140,6 @@ def test_lora_without_its_package_is_said_before_the_model_is_loaded(
     words = ["--model", "tiny", "--data", "none.jsonl", "--deepspeed_config", str(config)]
     with pytest.raises(ValueError, match=r"--lora_r: got no package 'peft'.*ds_lvx\[lora\]"):
         read_inputs(parse([*words, "--output_dir", str(tmp_path), "--lora_r", "4"]), 2)
-
-
-def test_prefixes_are_not_shared_where_no_rank_has_all_images(tmp_path: Path) -> None:
-    config = json.loads((Path(__file__).parents[2] / "ds_configs/finetune-cpu.json").read_text())
-    config["ds_lvx"]["share_prefixes"] = True
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    words = ["--model", "tiny", "--data", "none.jsonl", "--output_dir", str(tmp_path)]
-    with pytest.raises(NotImplementedError, match=r"share_prefixes: got true; .* ds_lvx\.trainer"):
-        read_inputs(parse([*words, "--deepspeed_config", str(tmp_path / "config.json")]), 2)
 
 
 def test_batch_sizes_are_deepspeeds() -> None:

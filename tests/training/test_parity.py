@@ -49,13 +49,15 @@ def test_a_difference_above_the_tolerance_is_exit_code_1(
 ) -> None:
     ran = []
 
-    def train(options: Any, config: Any, *, ranks: int) -> list[dict[str, Any]]:
-        ran.append((ranks, config["ds_lvx"]["sequence_parallel_size"]))
+    def train(
+        options: Any, config: Any, *, ranks: int, apart: bool = False
+    ) -> list[dict[str, Any]]:
+        ran.append((ranks, config["ds_lvx"]["sequence_parallel_size"], apart))
         return told(loss if ranks == 2 else 5.0)
 
     monkeypatch.setattr(parity, "_train", train)
     assert cli.main(["parity", "--model", "tiny", "--data", "none", "--tolerance", "1e-3"]) == code
-    assert ran == [(2, 2), (1, 1)]
+    assert ran == [(2, 2, False), (1, 1, True)]
     assert ("NOT the same" in capsys.readouterr().out) == bool(code)
 
 
@@ -95,6 +97,11 @@ def test_one_process_takes_the_samples_of_all_replicas() -> None:
     assert alone["gradient_accumulation_steps"] == 12
     assert alone["ds_lvx"] == {"sequence_parallel_size": 1}
     assert "train_batch_size" not in alone
+
+
+def test_one_process_takes_samples_that_share_prefixes_in_their_order() -> None:
+    config = {"train_micro_batch_size_per_gpu": 2, "ds_lvx": {"share_prefixes": True}}
+    assert parity.alone_config(config, 1)["ds_lvx"]["share_prefixes"]
 
 
 def test_a_number_that_is_none_is_refused() -> None:
